@@ -1,0 +1,1 @@
+"""Balcony Edge."""

@@ -1,0 +1,314 @@
+"""The bundle: the directory that export writes and the runtime loads, described by its manifest ``bundle.json``.
+
+This module owns the manifest's types, the schema version, the fingerprint and every check that needs no engine: files
+present, sizes and hashes right, names that stay inside the directory. It does not know how graphs are made or run;
+that the graphs' real inputs equal the tables below is checked by the backend that opens them.
+
+    bundle/
+      bundle.json               this manifest
+      tokenizer.json  generation_config.json  chat_template.jinja (where the model has one)
+      backbone.onnx             the whole shared backbone, one hidden-state output per exit; not loaded by the runtime
+      stage_<i>.onnx            its layers between two exits, with their KV cache
+      balcony_<e>.onnx          decoder layer and norm of the exit below the full depth
+      norm.onnx  lm_head.onnx   the full depth's final norm; the head that all exits share
+      weights.bin               external data: every tensor stored once; the token table is read from here, too
+
+I/O table (B batch, T rows of a pass, Q query rows, S rows of KV capacity, D hidden size, F = kv heads × head size,
+V vocabulary; ``float`` is float32 or float16, as ``precision`` says):
+
+    graph        inputs                                                           outputs
+    stage_<i>    hidden_<from> float (B, T, D), start int64 (B,),                 hidden_<to> float (B, T, D),
+                 past_{key,value}_<layer> float (B, S, F)                         present_{key,value}_<layer> (B, S, F)
+    balcony_<e>  rows float (B, T, D), queries float (B, Q, D), start int64 (B,), hidden float (B, Q, D),
+                 past_{key,value} float (B, S, F)                                 present_{key,value} float (B, S, F)
+    norm         hidden float (B, Q, D)                                           normed float (B, Q, D)
+    lm_head      hidden float (B, Q, D)                                           logits float32 (B, Q, V)
+
+``start`` is the row index of the first of the T rows: positions are row indices. ``queries`` are the last Q of ``rows``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from balcony_edge.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+WEIGHTS = "weights.bin"
+
+DType = Literal["float32", "float16", "int64"]
+#: A plain file name: nothing that leaves the bundle's directory and no hidden file.
+FileName = pydantic.constr(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=120)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class TensorSpec(_Frozen):
+    """One graph input or output. A dimension is a number or the name of a symbol."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+
+class GraphSpec(_Frozen):
+    """One executable graph.
+
+    ``weight_bytes`` are the bytes of weights that one pass reads; ``parameters`` is their number of elements. Both count
+    what the graph uses, also where two graphs point to the same tensor.
+    """
+
+    file: FileName  # type: ignore[valid-type]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: int = Field(ge=0)
+    weight_bytes: int = Field(ge=0)
+
+
+class EmbeddingSpec(_Frozen):
+    """Where the token table lies: rows of ``shape[1]`` values from ``offset`` bytes on, multiplied by ``scale``."""
+
+    file: FileName  # type: ignore[valid-type]
+    offset: int = Field(ge=0)
+    dtype: Literal["float32", "float16"]
+    shape: tuple[int, int]
+    scale: float = 1.0
+    tied: bool
+
+
+class ExitSpec(_Frozen):
+    """An exit: ``kind`` is ``balcony`` below the full depth and ``full`` there."""
+
+    exit_layer: int = Field(gt=0)
+    kind: Literal["balcony", "full"]
+    trained: bool
+
+
+class ModelSpec(_Frozen):
+    """Architecture and sizes of the base model."""
+
+    name: str
+    architecture: str
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    context_length: int = Field(gt=0)
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def kv_width(self) -> int:
+        """Values of one key (or value) row: kv heads × head size."""
+        return self.num_kv_heads * self.head_dim
+
+
+class FileSpec(_Frozen):
+    """Size and hash of one file of the bundle."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(_Frozen):
+    """``bundle.json``. ``fingerprint`` covers graphs and weights only: what is added later makes no profile stale."""
+
+    schema_version: Literal[1]
+    model: ModelSpec
+    precision: Literal["float32", "float16"]
+    exits: tuple[ExitSpec, ...] = Field(min_length=1)
+    embedding: EmbeddingSpec
+    graphs: dict[str, GraphSpec]
+    files: dict[FileName, FileSpec]  # type: ignore[valid-type]
+    fingerprint: str
+    tools: dict[str, str]
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Exit layers in ascending order; the last is the full depth."""
+        return tuple(exit_.exit_layer for exit_ in self.exits)
+
+    @property
+    def stage_bounds(self) -> tuple[tuple[int, int], ...]:
+        """``(first, last)`` of each stage: it runs the layers with ``first <= index < last``."""
+        layers = self.exit_layers
+        return tuple(zip((0, *layers[:-1]), layers, strict=True))
+
+    def path_graphs(self, exit_layer: int) -> tuple[str, ...]:
+        """Names of the graphs that one token at ``exit_layer`` runs, in order."""
+        index = self.exit_layers.index(exit_layer)
+        stages = tuple(f"stage_{i}" for i in range(index + 1))
+        return (*stages, self.exit_graph(exit_layer), "lm_head")
+
+    def exit_graph(self, exit_layer: int) -> str:
+        """Name of the graph that turns the hidden state at ``exit_layer`` into the head's input."""
+        return "norm" if exit_layer == self.model.num_layers else f"balcony_{exit_layer}"
+
+    def bytes_per_token(self, exit_layer: int) -> int:
+        """Bytes of weights that one token at ``exit_layer`` reads (the token table's one row not counted)."""
+        return sum(self.graphs[name].weight_bytes for name in self.path_graphs(exit_layer))
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """SHA-256 over the hashes of graphs and weights and over what the runtime needs to run them."""
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    core = {
+        "schema_version": manifest["schema_version"],
+        "precision": manifest["precision"],
+        "embedding": manifest["embedding"],
+        "graphs": manifest["graphs"],
+        "files": {name: spec["sha256"] for name, spec in files.items() if name.endswith((".onnx", ".bin"))},
+    }
+    return hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Bundle:
+    """A bundle on disk whose manifest was read and whose files were checked.
+
+    Attributes:
+        path: the directory.
+        manifest: its typed manifest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify_hashes: bool = True) -> Bundle:
+        """Read the manifest and check the files against it.
+
+        Args:
+            path: the bundle's directory.
+            verify_hashes: hash every file; without it only presence and size are checked.
+
+        Raises:
+            BundleError: one line that names the file and what is wrong with it.
+        """
+        directory = Path(path)
+        manifest = _read_manifest(directory)
+        _check_structure(directory, manifest)
+        for name, spec in manifest.files.items():
+            _check_file(directory / name, spec, verify_hashes)
+        return cls(directory, manifest)
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: the manifest lists no file {name}: it has {_names(self.manifest.files)}")
+        return self.path / name
+
+    def has_file(self, name: str) -> bool:
+        """Whether the manifest lists this file."""
+        return name in self.manifest.files
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    if not directory.exists():
+        raise BundleError(f"{directory}: there is no such directory: name a bundle that `balcony-edge export` wrote")
+    if not path.is_file():
+        raise BundleError(f"{directory}: no {MANIFEST} in it, so this is no bundle: make one with `balcony-edge export`")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not readable as JSON ({error}): export the bundle again") from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise BundleError(
+            f"{path}: schema_version = {version!r}, but this version of balcony-edge reads {SCHEMA_VERSION}: "
+            "export the bundle again, or install the version that wrote it"
+        )
+    try:
+        return Manifest.model_validate(document)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path}: {key}: {first['msg']}: export the bundle again") from error
+
+
+def _check_structure(directory: Path, manifest: Manifest) -> None:
+    """Check what the types cannot say: exits ascend to the full depth, and every graph and file that they need is there."""
+    layers = manifest.exit_layers
+    path = directory / MANIFEST
+
+    def refuse(what: str) -> BundleError:
+        return BundleError(f"{path}: {what}: export the bundle again")
+
+    if list(layers) != sorted(set(layers)) or layers[-1] != manifest.model.num_layers:
+        raise refuse(f"exits {layers} must ascend and end at the full depth {manifest.model.num_layers}")
+    needed = {name for exit_layer in layers for name in manifest.path_graphs(exit_layer)}
+    if missing := needed - manifest.graphs.keys():
+        raise refuse(f"no graph {_names(missing)} is listed")
+    files = {manifest.graphs[name].file for name in needed} | {manifest.embedding.file, WEIGHTS, "tokenizer.json"}
+    if missing := files - manifest.files.keys():
+        raise refuse(f"no file {_names(missing)} is listed")
+    embedding = manifest.embedding
+    if embedding.shape != (manifest.model.vocab_size, manifest.model.hidden_size):
+        raise refuse(f"embedding.shape {embedding.shape} differs from the model's vocabulary and hidden size")
+    itemsize = 2 if embedding.dtype == "float16" else 4
+    end = embedding.offset + embedding.shape[0] * embedding.shape[1] * itemsize
+    if end > manifest.files[embedding.file].bytes:
+        raise refuse(f"the embedding ends at byte {end}, past the end of {embedding.file}")
+    if fingerprint(manifest.model_dump(mode="json")) != manifest.fingerprint:
+        raise refuse("the fingerprint differs from the graphs and weights that are listed")
+
+
+def _check_file(path: Path, spec: FileSpec, verify_hashes: bool) -> None:
+    if path.is_symlink() or not path.is_file():
+        what = "is a link" if path.is_symlink() else "is missing"
+        raise BundleError(f"{path}: {what}: a bundle holds every file itself; copy it whole or export it again")
+    size = path.stat().st_size
+    if size != spec.bytes:
+        raise BundleError(f"{path}: {size} bytes, but the manifest says {spec.bytes}: copy the bundle again")
+    if verify_hashes and (found := sha256_file(path)) != spec.sha256:
+        raise BundleError(
+            f"{path}: SHA-256 {found[:12]}… differs from the manifest's {spec.sha256[:12]}…: copy the bundle again"
+        )
+
+
+def write_manifest(directory: Path, document: dict[str, Any], *, progress: Callable[[str], None] | None = None) -> Manifest:
+    """Hash the files of ``directory``, complete ``document`` with files and fingerprint, and write ``bundle.json``.
+
+    Args:
+        directory: the bundle under construction; every file in it becomes part of the bundle.
+        document: all keys of :class:`Manifest` but ``schema_version``, ``files`` and ``fingerprint``.
+        progress: called with each file's name before it is hashed.
+    """
+    files = {}
+    for path in sorted(directory.iterdir()):
+        if path.name != MANIFEST:
+            if progress is not None:
+                progress(path.name)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    draft = {"schema_version": SCHEMA_VERSION, **document, "files": files, "fingerprint": ""}
+    dumped = Manifest.model_validate(draft).model_dump(mode="json")
+    dumped["fingerprint"] = fingerprint(dumped)
+    manifest = Manifest.model_validate(dumped)
+    temporary = directory / f".{MANIFEST}.partial"
+    temporary.write_text(json.dumps(dumped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(directory / MANIFEST)
+    return manifest

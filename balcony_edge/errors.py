@@ -1,0 +1,61 @@
+"""Every error that Balcony Edge raises on purpose.
+
+Form of a message: what was given, what is allowed, what to do. The CLI prints that one line and exits 1; anything
+that is not a ``BalconyError`` is a bug and keeps its traceback.
+
+    BalconyError
+    ├── BundleError           a bundle that is missing, damaged, of another version, or not what its manifest says
+    ├── CheckpointError       a model or a set of balconies that cannot be read or does not fit
+    │   └── UnsupportedModelError   a model whose architecture the exporter refuses, by name
+    ├── BudgetError           a target or a target file that makes no sense
+    │   └── InfeasibleError   a target that nothing can meet, where the budget asks for an error
+    ├── ContextLengthError    more tokens than the context holds
+    ├── InputError            a prompt, a sampling parameter, an exit or a path that cannot be used
+    ├── TrainingError         a training run that cannot start or must stop
+    ├── VerificationError     outputs that differ from the reference
+    └── MissingDependencyError a package or a device that this action needs is not there
+"""
+
+
+class BalconyError(Exception):
+    """Base of the tree: a problem that its one-line message explains to the user."""
+
+
+class BundleError(BalconyError):
+    """A bundle is missing, damaged, of another version, or differs from its manifest."""
+
+
+class CheckpointError(BalconyError):
+    """A model directory or a set of balconies cannot be read or does not fit."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The exporter refuses this architecture; the message names what it cannot represent."""
+
+
+class BudgetError(BalconyError):
+    """A target is out of range or contradicts another."""
+
+
+class InfeasibleError(BudgetError):
+    """Nothing meets the budget and its ``on_infeasible`` is ``error``."""
+
+
+class ContextLengthError(BalconyError):
+    """A prompt or a reply needs more tokens than the context holds."""
+
+
+class InputError(BalconyError):
+    """A prompt, a sampling parameter, an exit or a path cannot be used."""
+
+
+class TrainingError(BalconyError):
+    """A training run cannot start, or must stop; the last good checkpoint is kept."""
+
+
+class VerificationError(BalconyError):
+    """Outputs differ from the reference by more than the stated bound."""
+
+
+class MissingDependencyError(BalconyError):
+    """A package or a device that this action needs is not there; the message names the cure."""

@@ -1,0 +1,1 @@
+"""The workstation side: checkpoint, balconies, graphs, verification."""

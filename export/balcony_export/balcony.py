@@ -1,0 +1,308 @@
+"""Balconies: one decoder layer and one norm per exit, how they start, and how they lie on disk.
+
+Owns the module, its initialisation (paper, section 3: the last decoder layer and the final norm of the base model) and
+the directory format below. Training is :mod:`.distill`; tracing is :mod:`.graph`.
+
+    balconies/
+      balconies.json            format_version  1
+                                module          "decoder": a whole decoder layer (attention and MLP), then a norm
+                                dtype           of the stored tensors, "bfloat16"
+                                base            model_type, hidden_size, num_layers,
+                                                config_sha256   of the fields that fix shapes and arithmetic
+                                                weights_sha256  of 64 values of every weight, rounded to bfloat16
+                                exits           {"14": {"file", "sha256", "training": facts of its training or null}}
+      balcony_<e>.safetensors   tensors "layer.*" and "norm.*", named as in the base model's decoder layer and norm
+
+An exit layer ``e`` is the hidden state after exactly ``e`` backbone layers. Adding exits rewrites balconies.json and
+writes new tensor files; the files of other exits are not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+from transformers import PreTrainedModel
+
+from balcony_edge.errors import CheckpointError, InputError
+
+FORMAT_VERSION = 1
+INDEX = "balconies.json"
+STORED_DTYPE = torch.bfloat16
+#: Config fields that change shapes or arithmetic; names and lengths of context do not make another base model.
+_CONFIG_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "layer_types",
+    "sliding_window",
+    "tie_word_embeddings",
+)
+_SAMPLES = 64  # values per weight in the fingerprint: every tensor counts and a 135M model takes 0.1 s
+
+
+class Balcony(nn.Module):
+    """What stands at an exit: ``norm(layer(hidden))``, to be followed by the base model's own LM head."""
+
+    def __init__(self, exit_layer: int, layer: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.exit_layer = exit_layer
+        self.layer = layer
+        self.norm = norm
+
+    def forward(self, hidden: torch.Tensor, **layer_arguments: Any) -> torch.Tensor:
+        """Normed hidden state for the LM head.
+
+        Args:
+            hidden: backbone state after ``exit_layer`` layers  # (B, T, D)
+            layer_arguments: what the base model hands to its last layer (mask, positions, rotary tables).
+        """
+        out = self.layer(hidden, **layer_arguments)
+        out = out[0] if isinstance(out, tuple) else out  # some architectures return attention weights too
+        normed: torch.Tensor = self.norm(out)  # (B, T, D)
+        return normed
+
+
+def parse_exits(text: str, num_layers: int) -> tuple[int, ...]:
+    """Exit layers from ``"14,17,20"`` or the paper's ``"0.5x,0.6x,0.7x"``.
+
+    A factor f means the exit whose backbone and balcony together hold f of the layers: (e + 1) / N = f, rounded.
+
+    Raises:
+        InputError: not a number, out of 1 .. N - 1, doubled or not ascending.
+    """
+    allowed = f"a model of {num_layers} layers takes exits 1 to {num_layers - 1}, or factors such as 0.5x"
+    exits: list[int] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if re.fullmatch(r"\d+", part):
+            exit_layer = int(part)
+        elif re.fullmatch(r"(\d+\.?\d*|\.\d+)[x×]", part):
+            exit_layer = round(float(part[:-1]) * num_layers) - 1
+        else:
+            raise InputError(f"--exits {text}: '{part}' is no exit: {allowed}, separated by commas")
+        if not 1 <= exit_layer <= num_layers - 1:
+            raise InputError(f"--exits {text}: '{part}' is exit layer {exit_layer}: {allowed}")
+        if exit_layer in exits:
+            raise InputError(f"--exits {text}: exit layer {exit_layer} is named twice: name each exit once")
+        if exits and exit_layer < exits[-1]:
+            raise InputError(f"--exits {text}: {exit_layer} comes after {exits[-1]}: write exits in ascending order")
+        exits.append(exit_layer)
+    return tuple(exits)
+
+
+def init_balconies(model: PreTrainedModel, exit_layers: tuple[int, ...]) -> dict[int, Balcony]:
+    """Untrained balconies: deep copies of the last decoder layer and the final norm (paper, section 3).
+
+    The copy keeps its ``layer_idx``, so that attention type, window and rotary table are those of the last layer.
+    """
+    last, norm = _last_layer_and_norm(model)
+    return {e: Balcony(e, copy.deepcopy(last), copy.deepcopy(norm)).eval() for e in exit_layers}
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """The ``base`` entry of balconies.json for this model; independent of the precision it was loaded in."""
+    config: Any = model.config
+    fields = {key: _canonical(getattr(config, key, None)) for key in _CONFIG_FIELDS}
+    digest = hashlib.sha256()
+    # a tied head is one parameter; state_dict would list it twice, and not for every way of loading
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
+        digest.update(name.encode())
+        digest.update(sample.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "config_sha256": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest(),
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+def save_balconies(
+    directory: str | Path, balconies: dict[int, Balcony], base: PreTrainedModel, training: dict[str, Any] | None = None
+) -> None:
+    """Write balconies into ``directory``, beside those of other exits that lie there already.
+
+    Args:
+        directory: made when it is not there.
+        balconies: exit layer → balcony.
+        base: the model that they belong to.
+        training: facts of the training of these exits, kept with each of them; None for untrained ones.
+
+    Raises:
+        CheckpointError: the directory holds balconies for another base model, or a value is not finite.
+    """
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    described = fingerprint(base)
+    exits: dict[str, Any] = {}
+    if (path / INDEX).is_file():
+        index = _read_index(path)
+        _check_base(path, index, described)
+        exits = index["exits"]
+    written: dict[str, bytes] = {}
+    for exit_layer, balcony in balconies.items():
+        tensors = {name: value.detach().to(STORED_DTYPE).cpu() for name, value in balcony.state_dict().items()}
+        _check_finite(path, exit_layer, tensors)
+        file = f"balcony_{exit_layer}.safetensors"
+        written[file] = save({name: value.contiguous() for name, value in tensors.items()}, {"format": "pt"})
+        digest = hashlib.sha256(written[file]).hexdigest()
+        exits[str(exit_layer)] = {"file": file, "sha256": digest, "training": training}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "module": "decoder",
+        "dtype": "bfloat16",
+        "base": described,
+        "exits": dict(sorted(exits.items(), key=lambda item: int(item[0]))),
+    }
+    for file, content in written.items():
+        write_atomically(path / file, content)
+    write_atomically(path / INDEX, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def load_balconies(
+    directory: str | Path, model: PreTrainedModel, exits: tuple[int, ...] | None = None
+) -> dict[int, Balcony]:
+    """Read balconies for ``model``: all that the directory holds, or ``exits`` of them.
+
+    Raises:
+        CheckpointError: a missing or changed file, another base model, an exit that is not there, values that are not
+            finite, or tensors of another shape.
+    """
+    path = Path(directory)
+    index = _read_index(path)
+    _check_base(path, index, fingerprint(model))
+    there = {int(key): entry for key, entry in index["exits"].items()}
+    wanted = tuple(sorted(there)) if exits is None else exits
+    absent = [e for e in wanted if e not in there]
+    if absent:
+        have = ", ".join(map(str, sorted(there)))
+        raise CheckpointError(
+            f"{path}: has no balcony for exit layer {absent[0]}: it holds {have}: pick those or train it"
+        )
+    dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
+    balconies = init_balconies(model, wanted)
+    for exit_layer, balcony in balconies.items():
+        tensors = _read_tensors(path, there[exit_layer])
+        _check_shapes(path / there[exit_layer]["file"], tensors, balcony)
+        _check_finite(path, exit_layer, tensors)
+        balcony.load_state_dict(tensors)
+        balcony.to(device=device, dtype=dtype)
+    return balconies
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it: a reader sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror}): free space or name another place"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _last_layer_and_norm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    base: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return base.layers[-1], base.norm
+
+
+def _canonical(value: Any) -> Any:
+    """Six significant digits: GGUF stores 1e-5 in float32 and gives back 9.999999747e-06."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return {str(key): _canonical(item) for key, item in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    return value if value is None or isinstance(value, bool) else str(value)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    file = path / INDEX
+    if not file.is_file():
+        raise CheckpointError(f"{path}: holds no {INDEX}: give a directory that `balcony-edge train` wrote")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        version, module = index["format_version"], index["module"]
+        complete = isinstance(index["base"], dict) and all(
+            key.isdigit() and Path(entry["file"]).name == entry["file"] and isinstance(entry["sha256"], str)
+            for key, entry in index["exits"].items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: is damaged: train again or copy it again") from error
+    if version != FORMAT_VERSION or module != "decoder":
+        raise CheckpointError(
+            f"{file}: format {version}, module '{module}': this version reads format {FORMAT_VERSION}, module 'decoder': "
+            "use the version of Balcony Edge that wrote it"
+        )
+    if not complete:
+        raise CheckpointError(f"{file}: is damaged: train again or copy it again")
+    assert isinstance(index, dict)
+    return index
+
+
+def _check_base(path: Path, index: dict[str, Any], described: dict[str, Any]) -> None:
+    base = index["base"]
+    for key in ("model_type", "hidden_size", "num_layers", "config_sha256", "weights_sha256"):
+        if base.get(key) != described[key]:
+            given, wanted = str(described[key])[:12], str(base.get(key))[:12]
+            raise CheckpointError(
+                f"{path}: these balconies belong to another base model ({key} is {given}, they want {wanted}): "
+                "give the model that they were trained for, or train balconies for this one"
+            )
+
+
+def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    file = path / entry["file"]
+    if not file.is_file():
+        raise CheckpointError(f"{file}: is missing, {INDEX} names it: copy the whole directory again")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{file}: has another sha256 than {INDEX} says: copy the whole directory again")
+    try:
+        return dict(load(content))
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: is no safetensors file: copy the whole directory again") from error
+
+
+def _check_shapes(file: Path, tensors: dict[str, torch.Tensor], balcony: Balcony) -> None:
+    expected = {name: tuple(value.shape) for name, value in balcony.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            have, want = given.get(name, "absent"), expected.get(name, "absent")
+            raise CheckpointError(
+                f"{file}: {name} is {have}, the base model wants {want}: train balconies for this model"
+            )
+
+
+def _check_finite(path: Path, exit_layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{path}: balcony {exit_layer}: {name} holds values that are not finite: train again with a lower rate"
+            )

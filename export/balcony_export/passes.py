@@ -1,0 +1,100 @@
+"""Graph passes: functions from model to model with stated pre- and postconditions.
+
+They own the shape of the graphs after tracing; they know neither transformers nor files.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def name_weights(model: ir.Model, prefix: str = "") -> None:
+    """Give every traced weight the dotted name of its module.
+
+    Precondition: the nodes carry the exporter's name scopes. Postcondition: a weight that a node of module ``a.b`` uses is
+    called ``<prefix>a.b.weight`` (``.bias`` for vectors); names stay unique. Folded constants lose the exporter's numbers.
+    """
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.name not in model.graph.initializers:
+                continue
+            if node.op_type in ("MatMul", "Add") and len(scopes) >= 2 and "." in scopes[-2]:
+                wanted = f"{prefix}{scopes[-2]}.{'weight' if node.op_type == 'MatMul' else 'bias'}"
+            elif node.op_type == "RMSNormalization" and len(scopes) >= 2:
+                wanted = f"{prefix}{scopes[-2]}.weight"
+            elif prefix and not (value.name or "").startswith((prefix, "rope_")):
+                wanted = f"{prefix}{value.name}"
+            else:
+                continue
+            if value.name != wanted and wanted not in model.graph.initializers:
+                value.name = wanted
+
+
+def collapse_reshapes(model: ir.Model) -> None:
+    """Drop reshapes that cancel: heads are split and merged again around every rotary embedding and attention.
+
+    Precondition: shapes are annotated. Postcondition: no Reshape feeds a Reshape, and no Reshape returns the shape that
+    it was given; the values of all outputs are unchanged.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Reshape":
+            continue
+        source = node.inputs[0]
+        assert source is not None
+        producer = source.producer()
+        while producer is not None and producer.op_type == "Reshape":
+            source = producer.inputs[0]
+            assert source is not None
+            producer = source.producer()
+        output = node.outputs[0]
+        if source.shape is not None and output.shape is not None and source.shape == output.shape:
+            if not output.is_graph_output():
+                ir.convenience.replace_all_uses_with(output, source)
+        else:
+            node.replace_input_with(0, source)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def cut(model: ir.Model, name: str, inputs: Sequence[str], outputs: Sequence[str], dims: dict[str, str]) -> ir.Model:
+    """The sub-graph between ``inputs`` and ``outputs`` as a model of its own; weights are shared, not copied.
+
+    Args:
+        model: the whole graph; it is not changed.
+        name: name of the new graph.
+        inputs: values that become inputs, original inputs or intermediate values.
+        outputs: values that become outputs.
+        dims: for inputs of ``model`` that the part does not have: the input whose dimensions are the same. The exporter
+            reads each symbolic dimension from the first input that has it.
+    """
+    clone = model.clone()
+    values = {value.name: value for value in clone.graph.inputs}
+    for value in [value for node in clone.graph for value in node.outputs if value.name in inputs]:
+        # an intermediate value becomes an input: a new value in its place, so that nothing before it is needed
+        fresh = ir.Value(name=value.name, type=value.type, shape=value.shape)
+        ir.convenience.replace_all_uses_with(value, fresh, replace_graph_outputs=True)
+        value.name = f"{value.name}_before_the_cut"
+        clone.graph.inputs.append(fresh)
+        values[fresh.name] = fresh
+    for node in clone.graph:
+        if node.op_type == "Shape" and node.inputs[0] is not None and node.inputs[0].name in dims:
+            node.replace_input_with(0, values[dims[node.inputs[0].name]])
+    graph = ir.convenience.extract(clone.graph, [values[name] for name in inputs], list(outputs))
+    graph.name = name
+    part = ir.Model(graph, ir_version=model.ir_version)
+    common.RemoveUnusedNodesPass()(part)
+    return part
+
+
+def strip_metadata(model: ir.Model) -> None:
+    """Remove the exporter's stack traces and scopes: they hold paths of the machine that exported."""
+    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "balcony-edge", None

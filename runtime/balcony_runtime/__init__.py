@@ -1,0 +1,1 @@
+"""The device side: lazy stages over a backend, generation, and the loop around the controller."""

@@ -1,0 +1,72 @@
+"""What every engine backend implements: one small protocol for graphs and memory.
+
+A backend owns weights and executable graphs; a :class:`State` owns one sequence's memory on the backend's device (row
+buffers, KV caches). Neither knows cursors or exits policies: :mod:`balcony_runtime.engine` decides which rows go through
+which graph, and the backend moves them.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from balcony_edge.bundle import Manifest
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+class State(Protocol):
+    """Memory of one sequence. Rows are written before they are read; ``start`` and ``stop`` are row indices."""
+
+    @property
+    def busy_ns(self) -> int:
+        """Nanoseconds spent inside the engine since the state was made: what is left of a step is Python."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that row buffers and KV caches take at their present capacity."""
+        ...
+
+    def embed(self, tokens: IntArray, start: int) -> None:
+        """Write the embeddings of ``tokens`` (B, n) to rows ``start : start + n`` of boundary 0."""
+        ...
+
+    def run_stage(self, stage: int, start: int, stop: int) -> None:
+        """Take rows ``start : stop`` of boundary ``stage`` to boundary ``stage + 1``; their keys and values are kept."""
+        ...
+
+    def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
+        """Feed rows ``start : stop`` to the exit's balcony (the full depth: its norm), asking with the last ones.
+
+        The result waits for :meth:`logits`. A balcony keeps keys and values of all rows; a norm takes the last ones only.
+        """
+        ...
+
+    def logits(self, num_queries: int) -> FloatArray:
+        """Logits (B, num_queries, V) of what :meth:`run_exit` left, as an array that the caller owns."""
+        ...
+
+
+class Backend(Protocol):
+    """An engine with its graphs loaded: a context manager that frees them."""
+
+    manifest: Manifest
+
+    def new_state(self, batch_size: int, max_length: int) -> State:
+        """Memory for one sequence of ``batch_size`` rows in parallel and at most ``max_length`` tokens."""
+        ...
+
+    def close(self) -> None:
+        """Free the graphs. States of a closed backend must not be used."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,330 @@
+"""ONNX Runtime as a backend: sessions on one shared thread pool, everything bound, KV caches written in place.
+
+Owns: sessions, thread pool, bindings and the arrays behind them. Measured facts that shaped it (docs/LOG.md): sessions
+with a pool each spin against one another (32 tokens a second where one pool gives 174), so all share one; a decode step
+through prebound arrays costs 15 µs a session in Python where ``run(numpy)`` costs 100; and standard ``Attention`` pays
+for the whole key length that it is given, so caches are bound as prefixes of bucketed length.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from balcony_edge.bundle import Bundle, GraphSpec, Manifest
+from balcony_edge.errors import BundleError, MissingDependencyError
+from balcony_runtime.backends.base import FloatArray, IntArray
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise MissingDependencyError(
+        "ONNX Runtime is not installed: pip install 'balcony-edge[cpu]' (or '[gpu]', never both: they overwrite each other)"
+    ) from error
+
+#: KV capacity is bound in steps of so many rows: what attention pays for is at most this much more than what is live.
+BUCKET = 128
+
+_pool_lock = threading.Lock()
+_pool_asked = False
+
+
+def default_threads() -> int:
+    """Number of CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _session_options(threads: int) -> tuple[ort.SessionOptions, ort.SessionOptions]:
+    """Options that use the process's shared pool, and those for a process whose host set ONNX Runtime up without one."""
+    global _pool_asked  # noqa: PLW0603 - the pool is the process's, not ours: ask for it once
+    with _pool_lock:
+        if not _pool_asked:
+            _pool_asked = True
+            try:
+                ort.set_global_thread_pool_sizes(threads, 1)
+            except RuntimeError:  # the host application made one already: it is used as it is
+                pass
+    shared, own = ort.SessionOptions(), ort.SessionOptions()
+    for options in (shared, own):
+        options.log_severity_level = 3
+        options.enable_profiling = False
+    shared.use_per_session_threads = False
+    own.intra_op_num_threads = threads
+    own.add_session_config_entry("session.intra_op.allow_spinning", "0")  # pools that spin side by side cost 5 ×
+    return shared, own
+
+
+def _check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None:
+    """Refuse a graph whose inputs or outputs are not those of the manifest's table."""
+    kinds = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
+    for role, table, found in (
+        ("input", spec.inputs, session.get_inputs()),
+        ("output", spec.outputs, session.get_outputs()),
+    ):
+        actual = {value.name: (value.type, tuple(value.shape)) for value in found}
+        wanted = {tensor.name: (kinds[tensor.dtype], tensor.shape) for tensor in table}
+        for name in wanted.keys() ^ actual.keys():
+            side = "has no" if name in wanted else "has an unlisted"
+            raise BundleError(f"{path}: the graph {side} {role} {name}: export the bundle again")
+        for name, value in wanted.items():
+            if actual[name] != value:
+                raise BundleError(f"{path}: {role} {name} is {actual[name]}, the manifest says {value}: export it again")
+
+
+class OnnxRuntimeBackend:
+    """Sessions of one bundle on the CPU, one per stage, balcony, norm and head."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, profile_prefix: Path | None = None) -> None:
+        """Open the sessions.
+
+        Args:
+            bundle: what to load.
+            threads: size of the shared pool; by default the CPUs of this process. The first engine of a process decides.
+            profile_prefix: where ONNX Runtime writes one profile per graph when the backend is closed.
+
+        Raises:
+            BundleError: a graph cannot be loaded or differs from the manifest.
+        """
+        self.manifest: Manifest = bundle.manifest
+        self._profile_prefix = profile_prefix
+        layers = bundle.manifest.exit_layers
+        names = dict.fromkeys(name for exit_layer in layers for name in bundle.manifest.path_graphs(exit_layer))
+        shared, own = _session_options(threads or default_threads())
+        self.sessions: dict[str, ort.InferenceSession] = {}
+        for name in names:
+            spec = bundle.manifest.graphs[name]
+            path = bundle.file(spec.file)
+            session = self._open(path, name, shared, own)
+            _check_io(path, spec, session)
+            self.sessions[name] = session
+        embedding = bundle.manifest.embedding
+        dtype = np.dtype(embedding.dtype)
+        self.table: npt.NDArray[Any] = np.memmap(
+            bundle.file(embedding.file), dtype, mode="r", offset=embedding.offset, shape=embedding.shape
+        )
+        self.dtype = dtype
+        self.scale = dtype.type(embedding.scale)
+
+    def _open(self, path: Path, name: str, shared: Any, own: Any) -> ort.InferenceSession:
+        if self._profile_prefix is not None:
+            for options in (shared, own):
+                options.enable_profiling = True
+                options.profile_file_prefix = str(self._profile_prefix / name)
+        try:
+            try:
+                return ort.InferenceSession(
+                    str(path), shared, providers=["CPUExecutionProvider"], enable_fallback=False
+                )
+            except RuntimeError as error:
+                if "EnvCreatedWithGlobalThreadPools" not in str(error):
+                    raise
+                return ort.InferenceSession(str(path), own, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
+            raise BundleError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}): export it again") from error
+
+    def new_state(self, batch_size: int, max_length: int) -> OnnxRuntimeState:
+        """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`."""
+        return OnnxRuntimeState(self, batch_size, max_length)
+
+    def close(self) -> None:
+        """Free the sessions."""
+        for session in self.sessions.values():
+            if self._profile_prefix is not None:
+                session.end_profiling()
+        self.sessions.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+class _Cache:
+    """KV tensors of one graph, bound as prefixes of a capacity that grows in buckets.
+
+    Each tensor is one flat array of batch × max_length rows (zeros that the system hands out as they are touched), so for
+    one sequence growing binds a longer prefix and moves nothing; for a batch the rows of each member move apart.
+    """
+
+    def __init__(self, graph: GraphSpec, dtype: np.dtype[Any], batch_size: int, max_length: int, width: int) -> None:
+        self.names = [tensor.name for tensor in graph.inputs if tensor.name.startswith("past_")]
+        self.batch_size, self.width = batch_size, width
+        self.max_capacity = -(-max_length // BUCKET) * BUCKET
+        self.capacity = 0
+        self._flat = [np.zeros(batch_size * self.max_capacity * width, dtype) for _ in self.names]
+        self.values: list[Any] = []
+
+    def reserve(self, rows: int) -> bool:
+        """Bind room for ``rows`` rows; True when the bindings changed."""
+        if rows <= self.capacity:
+            return False
+        capacity = min(-(-rows // BUCKET) * BUCKET, self.max_capacity)
+        self.values = []
+        for flat in self._flat:
+            new = self._view(flat, capacity)
+            old = self._view(flat, self.capacity)
+            for member in range(self.batch_size - 1, 0, -1):
+                new[member, : self.capacity] = old[member].copy()
+                new[member, self.capacity :] = 0
+            self.values.append(ort.OrtValue.ortvalue_from_numpy(new))
+        self.capacity = capacity
+        return True
+
+    def _view(self, flat: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
+        return flat[: self.batch_size * capacity * self.width].reshape(self.batch_size, capacity, self.width)
+
+    def bind(self, binding: Any) -> None:
+        for name, value in zip(self.names, self.values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_", "present_", 1), value)
+
+    @property
+    def nbytes(self) -> int:
+        item = self._flat[0].itemsize if self._flat else 0
+        return len(self._flat) * self.batch_size * self.capacity * self.width * item
+
+
+class OnnxRuntimeState:
+    """One sequence's rows and caches in main memory; implements :class:`balcony_runtime.backends.base.State`.
+
+    A pass of one row, the decode step, runs over bindings made once: the output array of stage i is the input array of
+    stage i + 1 and of the balcony between them. Passes of more rows bind arrays of their own.
+    """
+
+    def __init__(self, backend: OnnxRuntimeBackend, batch_size: int, max_length: int) -> None:
+        manifest = backend.manifest
+        self._backend, self._batch, self._manifest = backend, batch_size, manifest
+        self.busy_ns = 0
+        dim, dtype, width = manifest.model.hidden_size, backend.dtype, manifest.model.kv_width
+        layers = manifest.exit_layers
+        shape = (batch_size, max_length, dim)
+        self._rows = [np.zeros(shape, dtype) for _ in range(len(layers) + 1)]  # boundary i: (B, max_length, D)
+        cached = [f"stage_{i}" for i in range(len(layers))] + [manifest.exit_graph(e) for e in layers[:-1]]
+        self._caches = {
+            name: _Cache(manifest.graphs[name], dtype, batch_size, max_length, width) for name in cached
+        }
+        self._start = np.zeros(batch_size, np.int64)
+        self._start_value = ort.OrtValue.ortvalue_from_numpy(self._start)
+        self._row = [np.zeros((batch_size, 1, dim), dtype) for _ in self._rows]  # the decode step's row at each boundary
+        self._row_values = [ort.OrtValue.ortvalue_from_numpy(row) for row in self._row]
+        self._decode: dict[str, Any] = {}
+        self._hidden = np.zeros((batch_size, 1, dim), dtype)
+        self._hidden_value = ort.OrtValue.ortvalue_from_numpy(self._hidden)
+        self._fresh = [-1] * len(self._rows)  # row index that the decode array of a boundary holds
+        self._queries: Any = None
+        self._logits = np.zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of row buffers and of KV caches at their bound capacity."""
+        return sum(rows.nbytes for rows in self._rows) + sum(cache.nbytes for cache in self._caches.values())
+
+    def embed(self, tokens: IntArray, start: int) -> None:
+        """Write token embeddings to boundary 0."""
+        rows = self._backend.table[tokens]  # (B, n, D)
+        if self._backend.scale != 1:
+            rows = rows * self._backend.scale
+        self._rows[0][:, start : start + tokens.shape[1]] = rows
+        self._fresh[0] = -1
+
+    def run_stage(self, stage: int, start: int, stop: int) -> None:
+        """Take rows of boundary ``stage`` to boundary ``stage + 1``."""
+        name = f"stage_{stage}"
+        rebound = self._caches[name].reserve(stop)
+        self._start[:] = start
+        source, target = f"hidden_{self._layer(stage)}", f"hidden_{self._layer(stage + 1)}"
+        if stop - start == 1:
+            if rebound or name not in self._decode:
+                values = {source: self._row_values[stage]}
+                self._decode[name] = self._bind(name, values, {target: self._row_values[stage + 1]})
+            self._load_row(stage, start)
+            self._run(name, self._decode[name])
+            self._rows[stage + 1][:, start] = self._row[stage + 1][:, 0]
+            self._fresh[stage + 1] = start
+            return
+        self._decode.pop(name, None) if rebound else None
+        rows = np.ascontiguousarray(self._rows[stage][:, start:stop])
+        out = np.empty_like(rows)
+        binding = self._bind(name, {source: _value(rows)}, {target: _value(out)})
+        self._run(name, binding)
+        self._rows[stage + 1][:, start:stop] = out
+        self._fresh[stage + 1] = -1
+
+    def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
+        """Run the balcony or the norm of an exit over rows of its boundary."""
+        layers = self._manifest.exit_layers
+        name, boundary = self._manifest.exit_graph(layers[exit_index]), exit_index + 1
+        full = exit_index == len(layers) - 1
+        if full:
+            start = stop - num_queries
+        cache = None if full else self._caches[name]
+        rebound = cache is not None and cache.reserve(stop)
+        self._start[:] = start
+        inputs, outputs = (("hidden",), "normed") if full else (("rows", "queries"), "hidden")
+        if stop - start == 1:
+            if rebound or name not in self._decode:
+                values = dict.fromkeys(inputs, self._row_values[boundary])
+                self._decode[name] = self._bind(name, values, {outputs: self._hidden_value})
+            self._load_row(boundary, start)
+            self._run(name, self._decode[name])
+            self._queries = None
+            return
+        self._decode.pop(name, None) if rebound else None
+        rows = np.ascontiguousarray(self._rows[boundary][:, start:stop])
+        asked = np.ascontiguousarray(rows[:, rows.shape[1] - num_queries :])
+        out = _value(np.empty_like(asked))
+        values = {"hidden": _value(asked)} if full else {"rows": _value(rows), "queries": _value(asked)}
+        self._run(name, self._bind(name, values, {outputs: out}))
+        self._queries = out
+
+    def logits(self, num_queries: int) -> FloatArray:
+        """Run the head over what :meth:`run_exit` left."""
+        if self._queries is None:
+            if "lm_head" not in self._decode:
+                out = _value(self._logits)
+                self._decode["lm_head"] = self._bind("lm_head", {"hidden": self._hidden_value}, {"logits": out})
+            self._run("lm_head", self._decode["lm_head"])
+            return self._logits.copy()
+        logits = np.empty((self._batch, num_queries, self._logits.shape[2]), np.float32)
+        self._run("lm_head", self._bind("lm_head", {"hidden": self._queries}, {"logits": _value(logits)}))
+        return logits
+
+    def _layer(self, boundary: int) -> int:
+        return self._manifest.exit_layers[boundary - 1] if boundary else 0
+
+    def _load_row(self, boundary: int, index: int) -> None:
+        if self._fresh[boundary] != index:
+            self._row[boundary][:, 0] = self._rows[boundary][:, index]
+            self._fresh[boundary] = index
+
+    def _bind(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> Any:
+        binding = self._backend.sessions[name].io_binding()
+        for key, value in inputs.items():
+            binding.bind_ortvalue_input(key, value)
+        for key, value in outputs.items():
+            binding.bind_ortvalue_output(key, value)
+        if name in self._caches:
+            binding.bind_ortvalue_input("start", self._start_value)
+            self._caches[name].bind(binding)
+        return binding
+
+    def _run(self, name: str, binding: Any) -> None:
+        begin = time.perf_counter_ns()
+        self._backend.sessions[name].run_with_iobinding(binding)
+        self.busy_ns += time.perf_counter_ns() - begin
+
+
+def _value(array: npt.NDArray[Any]) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(array)  # wraps the array on the CPU, no copy

@@ -1,0 +1,213 @@
+"""Lazy stages: one frozen backbone, many exits, and only the work that an exit needs.
+
+Owns the cursors: how many rows of a sequence each consumer (stage, balcony) has taken in. The hidden state of a token
+at an exit is the same whichever exit emitted it, so rows that deeper stages did not see are kept and run through them
+in one batch the first time that a deeper exit is asked for. It knows no clock, no policy and no engine's memory:
+those are the generation loop, the controller and the backend.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Sequence as AbstractSequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from balcony_edge.bundle import Bundle, Manifest
+from balcony_edge.errors import ContextLengthError, InputError
+from balcony_runtime.backends.base import Backend, FloatArray, IntArray
+
+#: Most rows that one pass takes. It bounds the attention scores of a prefill (rows × keys × heads) to some 10 MB.
+MAX_PASS_ROWS = 512
+
+
+class Engine:
+    """The weights of one bundle, shared by all sequences. A context manager that frees them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.manifest: Manifest = backend.manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, threads: int | None = None, verify_hashes: bool = True) -> Engine:
+        """Load a bundle with ONNX Runtime on the CPU.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or not what its manifest says.
+            MissingDependencyError: ONNX Runtime is not installed.
+        """
+        from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
+
+        return cls(OnnxRuntimeBackend(Bundle.open(path, verify_hashes=verify_hashes), threads=threads))
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Exits in ascending order; the last is the full depth."""
+        return self.manifest.exit_layers
+
+    def new_sequence(self, *, batch_size: int = 1, max_length: int | None = None) -> Sequence:
+        """An empty sequence.
+
+        Args:
+            batch_size: sequences of equal length that advance together.
+            max_length: most tokens it may hold; by default the bundle's context length.
+        """
+        context = self.manifest.model.context_length
+        length = context if max_length is None else max_length
+        if not 1 <= length <= context:
+            raise ContextLengthError(f"max_length = {length}: this bundle takes 1 to {context}: give one of those")
+        if batch_size < 1:
+            raise InputError(f"batch_size = {batch_size}: must be at least 1")
+        return Sequence(self, batch_size, length)
+
+    def close(self) -> None:
+        """Free the weights; sequences of a closed engine must not be used."""
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Sequence:
+    """Tokens of one sequence (or of a batch of equal length) with their caches, row buffers and cursors.
+
+    After any schedule of exits, chunk sizes and rollbacks, the logits at an exit equal those of a pass from scratch over
+    the same tokens at that exit. A step that is interrupted leaves the sequence valid: a cursor moves after its rows did.
+    """
+
+    def __init__(self, engine: Engine, batch_size: int, max_length: int) -> None:
+        self._engine = engine
+        self._layers = engine.exit_layers
+        self.batch_size, self.max_length = batch_size, max_length
+        self.length = 0
+        self.state = engine.backend.new_state(batch_size, max_length)
+        self._tokens = np.zeros((batch_size, max_length), np.int64)
+        self._stage_cursor = [0] * len(self._layers)
+        self._balcony_cursor = [0] * (len(self._layers) - 1)
+
+    @property
+    def tokens(self) -> IntArray:
+        """Tokens so far, (B, length); a view."""
+        return self._tokens[:, : self.length]
+
+    @property
+    def stage_rows(self) -> tuple[int, ...]:
+        """Rows that each stage has not consumed yet."""
+        return tuple(self.length - cursor for cursor in self._stage_cursor)
+
+    @property
+    def balcony_rows(self) -> tuple[int, ...]:
+        """Rows that each exit's balcony has not consumed yet; 0 for the full depth, which has none."""
+        return (*(self.length - cursor for cursor in self._balcony_cursor), 0)
+
+    def advance(self, exit_layer: int, new_tokens: IntArray | AbstractSequence[int], num_logits: int = 1) -> FloatArray:
+        """Append tokens and return the logits of the last rows at an exit.
+
+        Stages deeper than ``exit_layer`` do not run. Stages on the way take in every row that they have not seen.
+
+        Args:
+            exit_layer: one of the engine's exits.
+            new_tokens: tokens to append, (n,) or (B, n); none to ask again, at another exit, about the rows that are there.
+            num_logits: rows, counted from the end, whose logits are wanted.
+
+        Returns:
+            Logits (B, num_logits, V), float32.
+
+        Raises:
+            InputError: an unknown exit, a token outside the vocabulary, or more logits than rows.
+            ContextLengthError: the tokens do not fit; nothing is appended.
+        """
+        index = self._index(exit_layer)
+        tokens = self._checked(new_tokens)
+        total = self.length + tokens.shape[1]
+        if not 1 <= num_logits <= total:
+            raise InputError(f"num_logits = {num_logits}: the sequence has {total} rows: ask for 1 to {total}")
+        if total > self.max_length:
+            raise ContextLengthError(
+                f"{total} tokens: this sequence holds {self.max_length}: shorten the prompt or raise max_length"
+            )
+        if tokens.shape[1]:
+            self._tokens[:, self.length : total] = tokens
+            self.state.embed(tokens, self.length)
+            self.length = total
+        for stage in range(index + 1):
+            self.run_stage(stage, self.length)
+        self._run_exit(index, num_logits)
+        return self.state.logits(num_logits)
+
+    def run_stage(self, stage: int, max_rows: int) -> int:
+        """Work off at most ``max_rows`` pending rows of a stage, as far as the stage before it has come.
+
+        Returns:
+            The rows that were run.
+        """
+        source = self.length if stage == 0 else self._stage_cursor[stage - 1]
+        begin = self._stage_cursor[stage]
+        end = min(source, begin + max_rows)
+        for start in range(begin, end, MAX_PASS_ROWS):
+            stop = min(start + MAX_PASS_ROWS, end)
+            self.state.run_stage(stage, start, stop)
+            self._stage_cursor[stage] = stop
+        return max(end - begin, 0)
+
+    def run_balcony(self, exit_layer: int, max_rows: int) -> int:
+        """Work off at most ``max_rows`` pending rows of a balcony, as far as its stage has come; returns the rows run."""
+        index = self._index(exit_layer)
+        if index == len(self._balcony_cursor):
+            return 0
+        begin = self._balcony_cursor[index]
+        end = min(self._stage_cursor[index], begin + max_rows)
+        for start in range(begin, end, MAX_PASS_ROWS):
+            stop = min(start + MAX_PASS_ROWS, end)
+            self.state.run_exit(index, start, stop, 1)
+            self._balcony_cursor[index] = stop
+        return max(end - begin, 0)
+
+    def rollback(self, length: int) -> None:
+        """Forget all rows from ``length`` on. Exact: what the caches hold past a cursor is never seen again."""
+        length = operator.index(length)
+        if not 0 <= length <= self.length:
+            raise InputError(f"rollback to {length}: the sequence has {self.length} rows: give 0 to {self.length}")
+        self.length = length
+        self._stage_cursor = [min(cursor, length) for cursor in self._stage_cursor]
+        self._balcony_cursor = [min(cursor, length) for cursor in self._balcony_cursor]
+
+    def _run_exit(self, index: int, num_logits: int) -> None:
+        if index == len(self._layers) - 1:
+            self.state.run_exit(index, self.length - num_logits, self.length, num_logits)
+            return
+        # whole passes first, so that the last one holds the rows that are asked for
+        first = self.length - num_logits
+        while first - self._balcony_cursor[index] > MAX_PASS_ROWS:
+            self.run_balcony(self._layers[index], MAX_PASS_ROWS)
+        # rows that the balcony has seen already are fed again where they are asked about: it writes the same keys
+        self.state.run_exit(index, min(self._balcony_cursor[index], first), self.length, num_logits)
+        self._balcony_cursor[index] = self.length
+
+    def _index(self, exit_layer: int) -> int:
+        try:
+            return self._layers.index(exit_layer)
+        except ValueError:
+            exits = ", ".join(str(layer) for layer in self._layers)
+            raise InputError(f"exit_layer = {exit_layer}: this bundle has exits {exits}: pick one of them") from None
+
+    def _checked(self, new_tokens: IntArray | AbstractSequence[int]) -> IntArray:
+        tokens = np.asarray(new_tokens)
+        if tokens.size == 0:
+            return np.zeros((self.batch_size, 0), np.int64)
+        if tokens.dtype.kind not in "iu":
+            raise InputError(f"tokens of type {tokens.dtype}: must be integers")
+        tokens = np.atleast_2d(tokens).astype(np.int64)
+        if tokens.ndim != 2 or tokens.shape[0] != self.batch_size:
+            raise InputError(f"tokens of shape {tokens.shape}: must be ({self.batch_size}, n): one row per sequence")
+        vocabulary = self._engine.manifest.model.vocab_size
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            bad = int(tokens[(tokens < 0) | (tokens >= vocabulary)][0])
+            raise InputError(f"token {bad}: the vocabulary has 0 to {vocabulary - 1}: tokenize with the bundle's tokenizer")
+        return tokens
