@@ -1,1 +1,50 @@
-"""Balcony Edge."""
+"""Balcony Edge: run one frozen language model at several depths, inside budgets that move.
+
+    import balcony_edge
+
+    llm = balcony_edge.load("bundle/", budget=balcony_edge.Budget(tpot_ms=25))
+    for token in llm.stream("Why is the sky blue?", max_new_tokens=200):
+        print(token.text, end="", flush=True)  # token.exit_layer, token.latency_ms, token.reason
+    llm.budget = balcony_edge.Budget(tpot_ms=12)  # takes effect at the next token
+
+Importing this package loads no engine; :func:`load` does.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from balcony_edge.budget import Budget, load_budget
+from balcony_edge.errors import BalconyError
+
+if TYPE_CHECKING:
+    from balcony_runtime.generate import LLM
+
+__all__ = ["BalconyError", "Budget", "load", "load_budget"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    budget: Budget | str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    verify_hashes: bool = True,
+) -> LLM:
+    """Load a bundle for generation.
+
+    Args:
+        path: the bundle's directory.
+        budget: what replies may cost: a budget, the path of a target file, or None for full depth without a target.
+            With a target, loading measures what each exit costs on this device (about half a second).
+        threads: of the engine's shared pool; by default the CPUs of this process. The first engine of a process decides.
+        verify_hashes: check every file against the manifest; without it only presence and size.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or not what its manifest says.
+        BudgetError: the budget is refused, or leaves none of the bundle's exits.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    from balcony_runtime.generate import LLM  # noqa: PLC0415 - keeps `import balcony_edge` free of engines
+
+    return LLM.open(path, budget=budget, threads=threads, verify_hashes=verify_hashes)

@@ -4,14 +4,14 @@ Pure: ``decide(state, observation) -> (state, decision)`` has no clock, sensor o
 replays exactly. This module owns the estimate of how slow the device is and the rules of switching. It does not know
 where the costs come from, who measures, or how rows are run.
 
-The estimate. measured / predicted of a step is the slowdown, filtered as in ALERT (Wan et al., USENIX ATC'20, section
-3.4): a Kalman filter whose process noise follows its own corrections. Differences from it: the filter runs on the
-logarithm (a slowdown is a factor: its noise is the same share at every load, and it is never negative); one surprising
-sample is taken for an outlier and two in a row on the same side for a change of load; the measurement noise is estimated
-too; and every exit has a slowly learned offset, so that a profile that flatters one exit does not make it come and go.
+The estimate. measured / predicted of a step is the slowdown, filtered as in ALERT (Wan et al., USENIX ATC'20): a
+Kalman filter whose process noise follows its own corrections. Differences from it: the filter runs on the logarithm (a
+slowdown is a factor: its noise is the same share at every load, and it is never negative); one surprising sample is
+taken for an outlier and two in a row on the same side for a change of load; the measurement noise is estimated too; and
+every exit, and catching up, has a learned offset, so that a profile that flatters one does not make it come and go.
 
-The choice. The room for a step at an exit is the price, at slowdown 1, that holds the target with the asked probability.
-An exit *fits* when its next step, pending rows included, costs no more than the room. Then, in this order:
+The choice. The room at an exit is the price, at slowdown 1, that holds the target with the asked probability. An exit
+*fits* when its next step, pending rows included, costs no more than the room. Then, in this order:
 
     up     after the dwell: the deepest exit that fits and whose steady price leaves the hysteresis free
     stay   while the present exit fits
@@ -19,9 +19,10 @@ An exit *fits* when its next step, pending rows included, costs no more than the
     else   the shallowest allowed exit; ``infeasible`` if no allowed exit's steady price is within its room either
 
 An exit that would hold the target but for its backlog gets chunks of catch-up beside the steps at a shallower exit, as
-large as the room left. For one state and observation, a looser ``tpot_ms`` never gives a shallower exit: every set above
-only grows with the target, and a target that was raised by more than the hysteresis since the last decision does not
-wait for the dwell. Without a target the deepest allowed exit is taken at once, with whatever it has pending.
+large as the room left. A target that was raised by more than the hysteresis since the last decision does not wait for
+the dwell. For one state and observation, a looser ``tpot_ms`` with all other keys the same never gives a shallower
+exit: every set above only grows with the target. Without a target the deepest allowed exit is taken at once, with
+whatever it has pending.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from statistics import NormalDist
 from balcony_edge.budget import Budget
 from balcony_edge.profile import CostModel
 
-#: Weight of the past in the process noise: ALERT's alpha.
+#: Weight of the past in the process noise, as in ALERT.
 ADAPTATION = 0.3
 #: Variance that the slowdown gains per token at rest: 1 % a token lets a slow ramp through.
 PROCESS_VARIANCE = 0.01**2
@@ -46,7 +47,9 @@ NOISE_FLOOR = 0.02**2
 #: A sample further than this many deviations from the prediction is surprising (1.2 % of normal samples).
 SURPRISE = 2.5
 #: What a profile may get wrong between two exits: additive costs miss cache effects (DESIGN 9), 8 % at first sight.
-OFFSET_VARIANCE = 0.08**2
+EXIT_VARIANCE = 0.08**2
+#: The same between steps with and without catch-up: the marginal row is what varies most (DESIGN 3: 4 % to 18 %).
+CATCH_UP_VARIANCE = 0.25**2
 #: Share of its offset that an unused exit forgets per token: after some 250 tokens it is tried again.
 OFFSET_DECAY = 1 / 256
 #: The first step at a new exit runs its backlog, whose price per row is the least certain: it weighs a quarter.
@@ -118,7 +121,8 @@ class Slowdown:
         mean, variance: of the device's log slowdown.
         process_variance: what it gains per token.
         noise_variance: of one measurement.
-        offsets, offset_variances: per exit, what the profile gets wrong; empty until the first decision.
+        offsets, offset_variances: what the profile gets wrong: one entry per exit, and the last for steps with
+            catch-up, whatever their exit; empty until the first decision.
         surprise: side (-1, 1) of the last measurement if that was surprising, else 0.
     """
 
@@ -138,12 +142,13 @@ class Slowdown:
 
     def for_exits(self, count: int) -> Slowdown:
         """With offsets for this many exits; what was learned for another number is dropped."""
-        if len(self.offsets) == count:
+        if len(self.offsets) == count + 1:
             return self
-        return replace(self, offsets=(0.0,) * count, offset_variances=(OFFSET_VARIANCE,) * count)
+        variances = (*(EXIT_VARIANCE,) * count, CATCH_UP_VARIANCE)
+        return replace(self, offsets=(0.0,) * (count + 1), offset_variances=variances)
 
     def update(self, index: int, log_ratio: float, noise_scale: float) -> Slowdown:
-        """After a step at exit ``index``; ``noise_scale`` is how much noisier than usual the sample is."""
+        """After a step with the offset ``index``; ``noise_scale`` is how much noisier than usual the sample is."""
         offset_variance = self.offset_variances[index]
         innovation = log_ratio - self.mean - self.offsets[index]
         prior = self.variance + self.process_variance
@@ -160,7 +165,7 @@ class Slowdown:
         gain, offset_gain = prior / total, offset_variance / total
         correction = gain * innovation
         residual = (1 - gain - offset_gain) * innovation
-        # E[residual² + posterior variance] is the noise (Akhlaghi et al. 2017, "Adaptive adjustment", eq. 15).
+        # With K the sum of the gains, E[residual²] = (1 - K) noise: K noise more is unbiased and not negative.
         sample = (residual * residual + (gain + offset_gain) * noise) / noise_scale
         noise_variance = max(self.noise_variance + NOISE_RATE * (sample - self.noise_variance), NOISE_FLOOR)
         process_variance = PROCESS_VARIANCE
@@ -170,7 +175,8 @@ class Slowdown:
         kept = 1 - OFFSET_DECAY
         offsets = [offset * kept for offset in self.offsets]
         offsets[index] = self.offsets[index] + offset_gain * innovation
-        variances = [OFFSET_VARIANCE + (variance - OFFSET_VARIANCE) * kept for variance in self.offset_variances]
+        variances = [EXIT_VARIANCE + (variance - EXIT_VARIANCE) * kept for variance in self.offset_variances]
+        variances[-1] += (CATCH_UP_VARIANCE - EXIT_VARIANCE) * OFFSET_DECAY
         variances[index] = (1 - offset_gain) * offset_variance
         return Slowdown(
             mean=self.mean + correction,
@@ -185,22 +191,34 @@ class Slowdown:
 
 @dataclass(frozen=True, slots=True)
 class ControllerState:
-    """What one decision leaves for the next; ``tpot_ms`` is the target it saw (infinite without one)."""
+    """What one decision leaves for the next.
+
+    Attributes:
+        exit_layer: where it took the token; None before the first.
+        tokens_since_switch: tokens taken there in a row, that one included.
+        catching_up: whether its step had a catch-up beside it.
+        tpot_ms: the target that it saw; infinite without one.
+        slowdown: the filter.
+    """
 
     exit_layer: int | None
     tokens_since_switch: int
+    catching_up: bool
     tpot_ms: float
     slowdown: Slowdown
 
     @classmethod
     def initial(cls) -> ControllerState:
         """Before the first token: nothing chosen, the profile taken at its word."""
-        return cls(exit_layer=None, tokens_since_switch=0, tpot_ms=math.inf, slowdown=Slowdown())
+        return cls(None, tokens_since_switch=0, catching_up=False, tpot_ms=math.inf, slowdown=Slowdown())
 
 
 @dataclass(frozen=True, slots=True)
 class _Outlook:
-    """The choices of one decision: prices and room per exit index, and the allowed indices ``lowest`` to ``highest``."""
+    """What one decision weighs: prices and room per exit index; allowed are the indices ``lowest`` to ``highest``.
+
+    The last entry of ``room_ms`` is that of a step with catch-up.
+    """
 
     now_ms: list[float]
     steady_ms: list[float]
@@ -277,7 +295,7 @@ class Controller:
             price_ms = now_ms[chosen]
             catch_up, goal, chunk_ms = self._catch_up(chosen, outlook, observation)
             price_ms += chunk_ms
-            log_slowdown = slowdown.mean + slowdown.offsets[chosen]
+            log_slowdown = slowdown.mean + slowdown.offsets[chosen if catch_up is None else -1]
             predicted_ms = price_ms * math.exp(log_slowdown)
             probability = _probability(budget.tpot_ms, price_ms, log_slowdown, deviation)
             if catch_up is not None:
@@ -286,12 +304,15 @@ class Controller:
             elif infeasible:
                 reason = f"infeasible: shallowest exit predicted {predicted_ms:.1f} ms"
             else:
-                reason = self._reason(chosen, current, outlook, budget, predicted_ms, probability)
+                reason = self._reason(
+                    outlook, chosen, current=current, budget=budget, predicted_ms=predicted_ms, probability=probability
+                )
         exit_layer = costs.exits[chosen]
         stays = chosen == current
         after = ControllerState(
             exit_layer=exit_layer,
             tokens_since_switch=state.tokens_since_switch + 1 if stays else 1,
+            catching_up=catch_up is not None,
             tpot_ms=math.inf if budget.tpot_ms is None else budget.tpot_ms,
             slowdown=slowdown,
         )
@@ -308,11 +329,10 @@ class Controller:
             return slowdown, f"; measurement of {last.measured_ms:g} ms at exit {last.exit_layer} ignored"
         log_ratio = math.log(last.measured_ms) - math.log(last.predicted_ms)
         log_ratio = min(max(log_ratio, -LOG_SLOWDOWN_LIMIT), LOG_SLOWDOWN_LIMIT)
-        return slowdown.update(index, log_ratio, SWITCH_NOISE if state.tokens_since_switch == 1 else 1.0), ""
+        noise_scale = SWITCH_NOISE if state.tokens_since_switch == 1 else 1.0
+        return slowdown.update(-1 if state.catching_up else index, log_ratio, noise_scale), ""
 
-    def _catch_up(
-        self, chosen: int, outlook: _Outlook, observation: Observation
-    ) -> tuple[CatchUp | None, int, float]:
+    def _catch_up(self, chosen: int, outlook: _Outlook, observation: Observation) -> tuple[CatchUp | None, int, float]:
         """The largest useful chunk toward the deepest exit that would hold the target but for its backlog.
 
         Consumers on the way to it are served shallowest first. Every token adds one row to each of the m missing ones,
@@ -324,7 +344,7 @@ class Controller:
         """
         costs, context = self._costs, observation.context_length
         stage_rows, balcony_rows = observation.stage_rows, observation.balcony_rows
-        slack_ms = outlook.room_ms[chosen] - outlook.now_ms[chosen]
+        slack_ms = min(outlook.room_ms[chosen], outlook.room_ms[-1]) - outlook.now_ms[chosen]
         for goal in range(outlook.highest, chosen, -1):
             if not outlook.leaves_hysteresis(goal):
                 continue
@@ -354,16 +374,18 @@ class Controller:
 
     def _reason(
         self,
-        chosen: int,
-        current: int | None,
         outlook: _Outlook,
+        chosen: int,
+        *,
+        current: int | None,
         budget: Budget,
         predicted_ms: float,
         probability: float,
     ) -> str:
+        """Plain words for a step without catch-up, where the target can be held."""
         exits = self._costs.exits
         if not outlook.fits(chosen):
-            return f"backlog: no exit fits yet, the shallowest predicted {predicted_ms:.1f} ms"
+            return f"no exit fits yet: shallowest predicted {predicted_ms:.1f} ms (p={probability:.2f})"
         for index in range(outlook.highest, chosen, -1):
             if outlook.steady_ms[index] <= outlook.room_ms[index]:
                 if not outlook.leaves_hysteresis(index):

@@ -1,0 +1,40 @@
+"""The command line: one module per verb, heavy imports inside the verb.
+
+Owns what holds for every verb: a `BalconyError` is one line on stderr and exit code 1 (a usage error 2, Ctrl-C 130); a
+bug keeps its traceback. People get tables and progress bars, programs get ``--json``: one document on stdout.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from balcony_edge.cli.export import export
+from balcony_edge.cli.inspect import inspect
+from balcony_edge.cli.run import run
+from balcony_edge.cli.train import train
+from balcony_edge.cli.verify import verify
+from balcony_edge.errors import BalconyError
+
+app = typer.Typer(
+    name="balcony-edge",
+    help="Run one frozen language model at several depths, inside budgets that move.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (export, verify, inspect, run, train):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Entry point of the ``balcony-edge`` command."""
+    try:
+        app()
+    except BalconyError as error:
+        print(f"balcony-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line that a user sees
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("balcony-edge: interrupted", file=sys.stderr)  # noqa: T201 - likewise
+        sys.exit(130)

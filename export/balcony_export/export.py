@@ -191,17 +191,26 @@ def _tool_versions() -> dict[str, str]:
     return {tool: importlib.metadata.version(tool) for tool in tools}
 
 
+def refuse_existing(output: Path) -> None:
+    """Refuse an output that exists or has no directory to lie in; cheap, so that it comes before the work.
+
+    Raises:
+        InputError: one line.
+    """
+    if output.exists() or output.is_symlink():
+        raise InputError(f"{output}: exists already: name a directory that does not, or remove it first")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"{output}: there is no directory {output.absolute().parent}: make it first")
+
+
 @contextmanager
 def fresh_directory(output: Path) -> Iterator[Path]:
     """A directory of a temporary name beside ``output``, renamed to it at the end and removed when anything fails.
 
     Leftovers of an export into the same name that was killed are removed first.
     """
-    if output.exists() or output.is_symlink():
-        raise InputError(f"{output}: exists already: name a directory that does not, or remove it first")
+    refuse_existing(output)
     parent = output.absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{output}: there is no directory {parent}: make it first")
     prefix = f".{output.name}.partial-"
     for leftover in parent.glob(f"{prefix}*"):
         if not _alive(leftover.name.removeprefix(prefix)):

@@ -39,9 +39,14 @@ class Engine:
             BundleError: the bundle is missing, damaged or not what its manifest says.
             MissingDependencyError: ONNX Runtime is not installed.
         """
+        return cls.of(Bundle.open(path, verify_hashes=verify_hashes), threads=threads)
+
+    @classmethod
+    def of(cls, bundle: Bundle, *, threads: int | None = None) -> Engine:
+        """The same for a bundle that is open already."""
         from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
-        return cls(OnnxRuntimeBackend(Bundle.open(path, verify_hashes=verify_hashes), threads=threads))
+        return cls(OnnxRuntimeBackend(bundle, threads=threads))
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

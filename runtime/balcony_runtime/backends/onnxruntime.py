@@ -8,6 +8,7 @@ for the whole key length that it is given, so caches are bound as prefixes of bu
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -41,24 +42,46 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _session_options(threads: int) -> tuple[ort.SessionOptions, ort.SessionOptions]:
-    """Options that use the process's shared pool, and those for a process whose host set ONNX Runtime up without one."""
-    global _pool_asked  # noqa: PLW0603 - the pool is the process's, not ours: ask for it once
+def open_session(path: Path, *, threads: int | None = None, profile_prefix: Path | None = None) -> ort.InferenceSession:
+    """A session on the process's shared thread pool, which the first call makes.
+
+    ONNX Runtime then wants every later session of the process on that pool (``use_per_session_threads = False``), those
+    of the host application included: docs/embedding.md. Where the host made a pool before, that one is used; where a
+    pool cannot be made any more, the session gets one of its own that does not spin.
+
+    Raises:
+        BundleError: the file is no graph that ONNX Runtime can run.
+    """
+    global _pool_asked  # noqa: PLW0603 - the pool is the process's, not an object's: it is asked for once
+    count = threads or default_threads()
     with _pool_lock:
         if not _pool_asked:
             _pool_asked = True
-            try:
-                ort.set_global_thread_pool_sizes(threads, 1)
-            except RuntimeError:  # the host application made one already: it is used as it is
-                pass
-    shared, own = ort.SessionOptions(), ort.SessionOptions()
-    for options in (shared, own):
-        options.log_severity_level = 3
-        options.enable_profiling = False
-    shared.use_per_session_threads = False
-    own.intra_op_num_threads = threads
-    own.add_session_config_entry("session.intra_op.allow_spinning", "0")  # pools that spin side by side cost 5 ×
-    return shared, own
+            with contextlib.suppress(RuntimeError):  # the host made one
+                ort.set_global_thread_pool_sizes(count, 1)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
+    options.use_per_session_threads = False
+    try:
+        try:
+            return _quiet_session(path, options)
+        except RuntimeError as error:
+            if "EnvCreatedWithGlobalThreadPools" not in str(error):
+                raise
+        options.use_per_session_threads = True
+        options.intra_op_num_threads = count
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # pools that spin cost each other 5 ×
+        return _quiet_session(path, options)
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
+        raise BundleError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}): export it again") from error
+
+
+def _quiet_session(path: Path, options: Any) -> ort.InferenceSession:
+    # with its fallback on, a session that fails prints and tries again with the same provider
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 def _check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None:
@@ -96,12 +119,12 @@ class OnnxRuntimeBackend:
         self._profile_prefix = profile_prefix
         layers = bundle.manifest.exit_layers
         names = dict.fromkeys(name for exit_layer in layers for name in bundle.manifest.path_graphs(exit_layer))
-        shared, own = _session_options(threads or default_threads())
         self.sessions: dict[str, ort.InferenceSession] = {}
         for name in names:
             spec = bundle.manifest.graphs[name]
             path = bundle.file(spec.file)
-            session = self._open(path, name, shared, own)
+            prefix = None if profile_prefix is None else profile_prefix / name
+            session = open_session(path, threads=threads, profile_prefix=prefix)
             _check_io(path, spec, session)
             self.sessions[name] = session
         embedding = bundle.manifest.embedding
@@ -111,23 +134,6 @@ class OnnxRuntimeBackend:
         )
         self.dtype = dtype
         self.scale = dtype.type(embedding.scale)
-
-    def _open(self, path: Path, name: str, shared: Any, own: Any) -> ort.InferenceSession:
-        if self._profile_prefix is not None:
-            for options in (shared, own):
-                options.enable_profiling = True
-                options.profile_file_prefix = str(self._profile_prefix / name)
-        try:
-            try:
-                return ort.InferenceSession(
-                    str(path), shared, providers=["CPUExecutionProvider"], enable_fallback=False
-                )
-            except RuntimeError as error:
-                if "EnvCreatedWithGlobalThreadPools" not in str(error):
-                    raise
-                return ort.InferenceSession(str(path), own, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
-            raise BundleError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}): export it again") from error
 
     def new_state(self, batch_size: int, max_length: int) -> OnnxRuntimeState:
         """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`."""

@@ -1,0 +1,33 @@
+"""What all verbs show people with: the two consoles and a progress bar that keeps out of the way of programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+#: One colour per exit from the shallowest to the deepest; the deepest is the terminal's own.
+DEPTH_STYLES = ("red", "yellow", "green", "cyan", "blue", "magenta")
+
+
+def depth_styles(exit_layers: tuple[int, ...]) -> dict[int, str]:
+    """Exit layer → style of its tokens."""
+    shallow = exit_layers[:-1]
+    return {**dict(zip(shallow, DEPTH_STYLES * len(shallow), strict=False)), exit_layers[-1]: "default"}
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on stderr; yields a function that takes the present step and the share of work done (0 to 1)."""
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+
+        def report(step: str, done: float) -> None:
+            progress.update(task, description=step, completed=done)
+
+        yield report

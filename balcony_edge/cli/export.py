@@ -1,0 +1,98 @@
+"""``balcony-edge export``: from a Hugging Face model and its balconies to a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from balcony_edge.bundle import Manifest
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16"}
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF file, hub name, or 'demo'.")],
+    exits: Annotated[str, typer.Option(help="Exit layers (14,17,20) or depth factors (0.5x,0.6x,0.7x).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    balconies: Annotated[
+        Path | None, typer.Option(help="Trained balconies; without them they are copies of the last layer.")
+    ] = None,
+    precision: Annotated[Literal["fp32", "fp16"], typer.Option(help="Of weights, hidden states and KV cache.")] = "fp32",
+    context_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a sequence [default: the model's, at most 8192].")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the model [default: from MODEL].")] = None,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the bundle with the model.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Export a model as a bundle: one shared backbone, one exit per balcony and the full depth."""
+    from balcony_edge.cli.console import progress_bar, stderr
+    from balcony_export.balcony import init_balconies, load_balconies, parse_exits
+    from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.export import export_bundle, refuse_existing
+    from balcony_export.verify import Check, require
+    from balcony_export.verify import verify as run_checks
+
+    refuse_existing(output)
+    with progress_bar() as progress:
+        progress("loading the model", 0.0)
+        loaded = load_model(model)
+        tokenizer = load_tokenizer(model)
+        layers = parse_exits(exits, loaded.config.num_hidden_layers)
+        trained = balconies is not None
+        modules = load_balconies(balconies, loaded, layers) if balconies is not None else init_balconies(loaded, layers)
+        checks: list[Check] = []
+
+        def verified(directory: Path) -> None:
+            checks.extend(run_checks(directory, loaded, tokenizer, modules))
+            require(checks, directory)
+
+        manifest = export_bundle(
+            loaded,
+            tokenizer,
+            modules,
+            output,
+            name=name or _model_name(model),
+            trained=trained,
+            precision=PRECISIONS[precision],  # type: ignore[arg-type]
+            context_length=context_length,
+            check=verified if check else None,
+            progress=progress,
+        )
+    if not trained:
+        stderr.print(
+            "[yellow]The balconies are untrained copies of the last layer: the exits below the full depth babble. "
+            "Train them with `balcony-edge train` and export with --balconies.[/]"
+        )
+    _report(output, manifest, checks, as_json)
+
+
+def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> None:  # type: ignore[type-arg]
+    from balcony_edge.cli.console import stdout
+
+    size = sum(file.bytes for file in manifest.files.values())
+    if as_json:
+        document = {
+            "bundle": str(output),
+            "exits": list(manifest.exit_layers),
+            "bytes": size,
+            "fingerprint": manifest.fingerprint,
+            "verified": bool(checks) or None,
+        }
+        print(json.dumps(document))  # noqa: T201 - programs read this
+        return
+    checked = f"verified on {checks[0].prompts} prompts, largest difference {max(c.max_difference for c in checks):.1e}"
+    stdout.print(
+        f"[bold]{output}[/]: {manifest.model.name}, exits {', '.join(map(str, manifest.exit_layers))}, "
+        f"{size / 1e6:.0f} MB, {checked if checks else 'not verified'}"
+    )
+
+
+def _model_name(source: str) -> str:
+    if source == "demo":
+        return "SmolLM2-135M-Instruct"
+    return Path(source).stem if source.endswith(".gguf") else Path(source).name or source

@@ -1,0 +1,81 @@
+"""``balcony-edge inspect``: what a bundle holds and what its exits cost in bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from balcony_edge.bundle import Bundle, Manifest
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
+    tables: Annotated[bool, typer.Option("--io", help="Also the input and output tables of every graph.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show exits, parameters and bytes read per token, ideal speed-up, files, and I/O tables."""
+    manifest = Bundle.open(bundle).manifest
+    rows = [exit_facts(manifest, exit_layer) for exit_layer in manifest.exit_layers]
+    if as_json:
+        document = {**manifest.model_dump(mode="json"), "exits": rows}
+        print(json.dumps(document))  # noqa: T201 - programs read this
+        return
+    _show(bundle, manifest, rows, tables)
+
+
+def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
+    """Parameters and bytes of one token at an exit, and the speed-up that bytes alone would give."""
+    graphs = [manifest.graphs[name] for name in manifest.path_graphs(exit_layer)]
+    spec = next(exit_ for exit_ in manifest.exits if exit_.exit_layer == exit_layer)
+    depth = exit_layer + (spec.kind == "balcony")
+    bytes_read = manifest.bytes_per_token(exit_layer)
+    return {
+        "exit_layer": exit_layer,
+        "kind": spec.kind,
+        "trained": spec.trained,
+        "depth_factor": round(depth / manifest.model.num_layers, 3),
+        "parameters_read": sum(graph.parameters for graph in graphs),
+        "non_embedding_parameters": sum(graph.parameters for graph in graphs) - manifest.graphs["lm_head"].parameters,
+        "bytes_read": bytes_read,
+        "ideal_speedup": round(manifest.bytes_per_token(manifest.exit_layers[-1]) / bytes_read, 3),
+    }
+
+
+def _show(path: Path, manifest: Manifest, rows: list[dict[str, Any]], tables: bool) -> None:
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+
+    model = manifest.model
+    size = sum(file.bytes for file in manifest.files.values())
+    stdout.print(
+        f"[bold]{path}[/]: {model.name} ({model.architecture}), {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"{model.num_attention_heads} heads, {model.num_kv_heads} KV heads, vocabulary {model.vocab_size}, "
+        f"context {model.context_length}, {manifest.precision}, {len(manifest.files)} files, {size / 1e6:.1f} MB"
+    )
+    stdout.print(f"fingerprint {manifest.fingerprint[:16]}, made with {_versions(manifest)}")
+    table = Table("exit", "depth", "kind", "parameters read", "MB read a token", "ideal speed-up")
+    for row in rows:
+        kind = row["kind"] if row["trained"] else f"{row['kind']} [yellow](untrained)[/]"
+        table.add_row(
+            str(row["exit_layer"]),
+            f"{row['depth_factor']:.2f}×",
+            kind,
+            f"{row['parameters_read'] / 1e6:.1f} M",
+            f"{row['bytes_read'] / 1e6:.1f}",
+            f"{row['ideal_speedup']:.2f}×",
+        )
+    stdout.print(table)
+    for name, graph in manifest.graphs.items() if tables else ():
+        listing = Table("tensor", "", "dtype", "shape", title=f"{name} ({graph.file})", title_justify="left")
+        for role, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+            for tensor in tensors:
+                listing.add_row(tensor.name, role, tensor.dtype, " × ".join(map(str, tensor.shape)))
+        stdout.print(listing)
+
+
+def _versions(manifest: Manifest) -> str:
+    return ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())

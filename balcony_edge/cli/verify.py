@@ -1,0 +1,45 @@
+"""``balcony-edge verify``: compare a bundle with the model it was exported from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
+    against: Annotated[str, typer.Option(help="The model it was exported from.")],
+    balconies: Annotated[Path | None, typer.Option(help="The balconies it was exported with.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Compare logits of every exit with PyTorch: prefill, decode, and backbone.onnx. Exits 1 when a bound is broken."""
+    from rich.table import Table
+
+    from balcony_edge.bundle import Bundle
+    from balcony_edge.cli.console import progress_bar, stdout
+    from balcony_export.balcony import init_balconies, load_balconies
+    from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.verify import require
+    from balcony_export.verify import verify as run_checks
+
+    layers = Bundle.open(bundle).manifest.exit_layers[:-1]
+    with progress_bar() as progress:
+        progress("loading the model", 0.1)
+        model = load_model(against)
+        modules = init_balconies(model, layers) if balconies is None else load_balconies(balconies, model, layers)
+        progress("comparing", 0.4)
+        checks = run_checks(bundle, model, load_tokenizer(against), modules)
+    if as_json:
+        print(json.dumps([{**asdict(check), "passed": check.passed} for check in checks]))  # noqa: T201 - for programs
+    else:
+        table = Table("exit", "phase", "prompts", "largest difference", "bound", "same argmax", "")
+        for check in checks:
+            verdict = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
+            row = (check.exit_layer, check.phase, check.prompts, f"{check.max_difference:.1e}", f"{check.tolerance:.0e}")
+            table.add_row(*map(str, row), f"{check.agreement:.1%}", verdict)
+        stdout.print(table)
+    require(checks, bundle)

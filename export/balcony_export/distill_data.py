@@ -1,0 +1,207 @@
+"""From text files to rows of tokens: reading, the chat template, holding out documents, packing.
+
+Owns which files may be trained on and every message about them. Rows are all of one length and begin where a document
+(or the next piece of a long one) begins, so that the model sees the starts that it will see in use; short documents
+share a row, best fit, and attention runs on across them as in the base models' own pretraining.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from balcony_edge.errors import InputError
+
+_FORMS = 'JSON Lines with "text", "messages" or "instruction" and "response"/"output", or a .txt file'
+_BATCH = 512  # documents per call of the tokenizer: bounded memory, and its threads stay busy
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed tokens. Row r holds ``lengths[r]`` tokens; what follows is padding that no loss may see."""
+
+    tokens: npt.NDArray[np.int32]  # (R, T)
+    lengths: npt.NDArray[np.int32]  # (R,)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def take(self, count: int) -> Rows:
+        return Rows(self.tokens[:count], self.lengths[:count])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training rows in a seeded order, rows of held-out documents, and what they were made from."""
+
+    train: Rows
+    held_out: Rows
+    sources: dict[str, dict[str, Any]]  # file name -> documents, tokens, sha256
+    digest: str  # of the rows: a resumed run must see the same
+
+
+def build_corpus(
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    seed: int = 0,
+    held_out_rows: int = 64,
+) -> Corpus:
+    """Read, tokenize and pack.
+
+    Args:
+        files: text to train on.
+        tokenizer: the base model's; its chat template renders instruction data.
+        seq_len: tokens per row.
+        seed: of the order of the rows.
+        held_out_rows: about how many rows of documents to keep out of training; which ones depends on their text alone.
+
+    Raises:
+        InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two tokens.
+    """
+    if not files:
+        raise InputError(f"--data: no file was given: give {_FORMS}")
+    documents: list[npt.NDArray[np.int32]] = []
+    keys: list[str] = []
+    sources: dict[str, dict[str, Any]] = {}
+    for path in files:
+        count, tokens = len(documents), 0
+        for where, text, ids in _tokenized(path, tokenizer):
+            if len(ids) < 2:
+                raise InputError(f"{where}: holds {len(ids)} tokens, a document needs two at least: remove it")
+            documents.append(np.asarray(ids, dtype=np.int32))
+            keys.append(hashlib.sha256(text.encode()).hexdigest())
+            tokens += len(ids)
+        if len(documents) == count:
+            raise InputError(f"{path}: holds no documents: give {_FORMS}")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        sources[path.name] = {"documents": len(documents) - count, "tokens": tokens, "sha256": digest}
+    order = sorted(range(len(documents)), key=lambda index: (keys[index], index))
+    total = sum(len(document) for document in documents)
+    target = min(held_out_rows * seq_len, total // 10)
+    held, taken = 0, 0
+    while held < len(order) - 1 and taken < target:
+        taken += len(documents[order[held]])
+        held += 1
+    generator = np.random.default_rng(seed)
+    train = pack([documents[index] for index in order[held:]], seq_len, generator)
+    held_out = pack([documents[index] for index in order[:held]], seq_len, generator).take(held_out_rows)
+    digest = hashlib.sha256(train.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest()
+    return Corpus(train, held_out, sources, digest)
+
+
+def pack(documents: Sequence[npt.NDArray[np.int32]], seq_len: int, generator: np.random.Generator) -> Rows:
+    """Best fit, longest piece first, then the rows in a seeded order; no token is lost or doubled."""
+    pieces = [document[start : start + seq_len] for document in documents for start in range(0, len(document), seq_len)]
+    pieces = [piece for piece in pieces if len(piece) >= 2]  # a tail of one token predicts nothing
+    pieces.sort(key=len, reverse=True)
+    open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # free tokens -> rows
+    contents: list[list[npt.NDArray[np.int32]]] = []
+    for piece in pieces:
+        free = next((room for room in range(len(piece), seq_len + 1) if open_rows[room]), None)
+        if free is None:
+            contents.append([])
+            row, free = len(contents) - 1, seq_len
+        else:
+            row = open_rows[free].pop()
+        contents[row].append(piece)
+        open_rows[free - len(piece)].append(row)
+    tokens = np.zeros((len(contents), seq_len), dtype=np.int32)
+    lengths = np.zeros(len(contents), dtype=np.int32)
+    for target, row in enumerate(generator.permutation(len(contents))):
+        # longest first would always put the longest at the start of its row
+        joined = np.concatenate([contents[row][index] for index in generator.permutation(len(contents[row]))])
+        tokens[target, : len(joined)] = joined
+        lengths[target] = len(joined)
+    return Rows(tokens, lengths)
+
+
+def _tokenized(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, list[int]]]:
+    end = separator(tokenizer)
+    batch: list[tuple[str, str, bool]] = []
+
+    def flush() -> Iterator[tuple[str, str, list[int]]]:
+        encoded = tokenizer([text for _, text, _ in batch], add_special_tokens=False)["input_ids"]
+        for (where, text, plain), ids in zip(batch, encoded, strict=True):
+            yield where, text, [*ids, *end] if plain and len(ids) > 1 else ids
+        batch.clear()
+
+    for where, text, plain in _documents(path, tokenizer):
+        batch.append((where, text, plain))
+        if len(batch) == _BATCH:
+            yield from flush()
+    if batch:
+        yield from flush()
+
+
+def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a plain document: ``<|endoftext|>`` where the vocabulary has it, else the end-of-sequence token."""
+    vocabulary = tokenizer.get_vocab()
+    if "<|endoftext|>" in vocabulary:
+        return [vocabulary["<|endoftext|>"]]
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+
+def _documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, bool]]:
+    """``(where it stands, text, whether it is plain text)`` of each document."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 (byte {error.start}): convert it first") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): give {_FORMS}") from error
+    if not content.strip():
+        raise InputError(f"{path}: is empty: give {_FORMS}")
+    if path.suffix == ".txt":
+        yield str(path), content, True
+        return
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a string
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where}: is not JSON ({error}): give {_FORMS}") from error
+        text, plain = _render(where, record, tokenizer)
+        yield where, text, plain
+
+
+def _render(where: str, record: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return record["text"], True
+    messages = _messages(record)
+    if messages is None:
+        raise InputError(f"{where}: has neither text nor an instruction with a response: give {_FORMS}")
+    if not tokenizer.chat_template:
+        # a base model has no template: the words alone are what it can be distilled on
+        return "\n\n".join(message["content"] for message in messages), True
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert isinstance(rendered, str)
+    return rendered, False
+
+
+def _messages(record: Any) -> list[dict[str, str]] | None:
+    if not isinstance(record, dict):
+        return None
+    if isinstance(given := record.get("messages"), list):
+        well_formed = all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in given
+        )
+        return given if well_formed and given else None
+    instruction, reply = record.get("instruction"), record.get("response", record.get("output"))
+    if not isinstance(instruction, str) or not isinstance(reply, str):
+        return None
+    context = record.get("context", record.get("input"))
+    question = f"{instruction}\n\n{context}" if isinstance(context, str) and context.strip() else instruction
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]

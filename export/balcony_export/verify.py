@@ -1,0 +1,212 @@
+"""Compare a bundle with the model that it was made from: logits of every exit, prefill and decode, and backbone.onnx.
+
+Owns the bounds of DESIGN 3 and the prompts. The reference is PyTorch running transformers' own modules; the subject is
+the runtime that a device runs, so a verified bundle is verified end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import VerificationError
+from balcony_export.architecture import Parts, parts_of
+from balcony_export.balcony import Balcony
+from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.engine import Engine
+
+#: Largest difference of a logit as a share of the largest logit. float32: DESIGN 3. float16: ten units in the last
+#: place of a hidden state; a graph that is wrong is off by tens of percent.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+#: Real text of several kinds: prose, numbers, code, another script.
+PROMPTS = (
+    "The balcony looked over the river, and from it one could see every bridge of the old town, from the mill to the sea.",
+    "In 1969, 530 million people watched two astronauts walk on the Moon for 2 hours and 31 minutes.",
+    "def fibonacci(n: int) -> int:\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "Käse, Brötchen und 牛乳: three things to buy before the shop closes at 20:00.",
+)
+#: Tokens at the end of each prompt that are fed one by one.
+DECODE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: what was compared, how far apart it was, and the bound."""
+
+    exit_layer: int
+    phase: str
+    prompts: int
+    max_difference: float
+    agreement: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bound holds; a difference that is not a number does not pass."""
+        return self.max_difference <= self.tolerance
+
+
+class Reference:
+    """The exits of a model in PyTorch: transformers' layers, eager attention, no cache."""
+
+    def __init__(self, model: PreTrainedModel, balconies: dict[int, Balcony]) -> None:
+        self._model, self._parts, self._balconies = model, parts_of(model), balconies
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Sequence[int], hidden: dict[int, torch.Tensor] | None = None
+    ) -> dict[int, npt.NDArray[np.float32]]:
+        """Logits by exit layer, and by the number of layers for the full depth.
+
+        Args:
+            tokens: (T,).
+            hidden: hidden states (1, T, D) after each exit layer to use in the place of the model's own.
+
+        Returns:
+            Exit layer → (T, V), float32.
+        """
+        captured: dict[int, torch.Tensor] = {}
+        keywords: dict[str, Any] = {}
+
+        def capture(exit_layer: int) -> Any:
+            def hook(_: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+                captured[exit_layer] = output if isinstance(output, torch.Tensor) else output[0]
+                keywords.update(options)  # those of the last layer stay: the balconies are its copies
+
+            return hook
+
+        layers = self._parts.layers
+        handles = [
+            layer.register_forward_hook(capture(index), with_kwargs=True) for index, layer in enumerate(layers, 1)
+        ]
+        try:
+            self._model(torch.tensor([list(tokens)]), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        states = captured if hidden is None else hidden
+        logits = {len(layers): self._head(self._parts.norm(states[len(layers)]))}
+        for exit_layer, balcony in self._balconies.items():
+            logits[exit_layer] = self._head(balcony(states[exit_layer], **keywords))
+        return {exit_layer: value[0].float().numpy() for exit_layer, value in logits.items()}
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._parts.head(hidden)
+        cap = getattr(self._model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def verify(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    balconies: dict[int, Balcony],
+    prompts: Sequence[str] = PROMPTS,
+) -> list[Check]:
+    """Run the prompts through both sides.
+
+    Args:
+        directory: the bundle.
+        model: the model, converted to the bundle's precision in place.
+        tokenizer: the model's own tokenizer, whose ids the bundle's tokenizer must give, too.
+        balconies: those that the bundle was made with.
+        prompts: what to run.
+
+    Raises:
+        BundleError: the bundle cannot be loaded.
+        VerificationError: the bundle is of another shape than the model, or its tokenizer gives other ids.
+    """
+    bundle = Bundle.open(directory)
+    manifest = bundle.manifest
+    if set(manifest.exit_layers) != {*balconies, int(model.config.num_hidden_layers)}:
+        raise VerificationError(
+            f"{directory}: has exits {manifest.exit_layers}, compared with balconies at {sorted(balconies)}: "
+            "name the model and the balconies that it was exported from"
+        )
+    dtype = torch.float16 if manifest.precision == "float16" else torch.float32
+    model.to(dtype)  # type: ignore[arg-type]
+    for balcony in balconies.values():
+        balcony.to(dtype)
+    limit = min(manifest.model.context_length, 256)
+    samples = [ids[:limit] for text in prompts if len(ids := tokenizer(text).input_ids) > 1]
+    reference = Reference(model, balconies)
+    expected = [reference.logits(ids) for ids in samples]
+    with Engine.of(bundle) as engine:
+        prefill = {e: [_prefill(engine, e, ids) for ids in samples] for e in manifest.exit_layers}
+        decode = {e: [_decode(engine, e, ids) for ids in samples] for e in manifest.exit_layers}
+    whole = _backbone(bundle, reference, parts_of(model), samples)
+    tolerance = TOLERANCE[manifest.precision]
+    checks = []
+    for phase, found in (("prefill", prefill), ("decode", decode), ("backbone.onnx", whole)):
+        for exit_layer in manifest.exit_layers:
+            pairs = [
+                (got, want[exit_layer][-len(got) :]) for got, want in zip(found[exit_layer], expected, strict=True)
+            ]
+            difference = max(_difference(got, want) for got, want in pairs)
+            agreement = float(np.mean([np.mean(got.argmax(-1) == want.argmax(-1)) for got, want in pairs]))
+            checks.append(Check(exit_layer, phase, len(pairs), difference, agreement, tolerance))
+    return checks
+
+
+def require(checks: Sequence[Check], directory: Path) -> None:
+    """Raise unless every check passed.
+
+    Raises:
+        VerificationError: names the worst check.
+    """
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        worst = failed[0]
+        raise VerificationError(
+            f"{directory}: exit {worst.exit_layer}, {worst.phase}: the largest logit difference is "
+            f"{worst.max_difference:.1e} of the largest logit, allowed are {worst.tolerance:.0e}: "
+            "do not use this bundle; report the model's architecture"
+        )
+
+
+def _difference(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> float:
+    if not np.isfinite(got).all():
+        return float("nan")
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def _prefill(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    sequence = engine.new_sequence(max_length=len(ids))
+    return sequence.advance(exit_layer, ids, num_logits=len(ids))[0]
+
+
+def _decode(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Logits of the last tokens, fed one by one behind a prefill of the others."""
+    sequence = engine.new_sequence(max_length=len(ids))
+    first = max(len(ids) - DECODE_TOKENS, 1)
+    rows = [sequence.advance(exit_layer, ids[:first])[0]]
+    rows += [sequence.advance(exit_layer, [token])[0] for token in ids[first:]]
+    return np.concatenate(rows)
+
+
+def _backbone(
+    bundle: Bundle, reference: Reference, parts: Parts, samples: Sequence[Sequence[int]]
+) -> dict[int, list[npt.NDArray[np.float32]]]:
+    """Logits from backbone.onnx's hidden states, with PyTorch's balconies and head behind them."""
+    manifest = bundle.manifest
+    session = open_session(bundle.file("backbone.onnx"))
+    names = [f"hidden_{e}" for e in manifest.exit_layers]
+    found: dict[int, list[npt.NDArray[np.float32]]] = {e: [] for e in manifest.exit_layers}
+    for ids in samples:
+        embedded = parts.embed(torch.tensor([list(ids)])).detach()
+        feeds: dict[str, Any] = {"hidden_0": embedded.numpy(), "start": np.zeros(1, np.int64)}
+        for tensor in manifest.graphs["backbone"].inputs[2:]:
+            feeds[tensor.name] = np.zeros((1, len(ids), manifest.model.kv_width), embedded.numpy().dtype)
+        hidden = dict(zip(manifest.exit_layers, session.run(names, feeds), strict=True))
+        logits = reference.logits(ids, {e: torch.from_numpy(np.asarray(state)) for e, state in hidden.items()})
+        for exit_layer, rows in logits.items():
+            found[exit_layer].append(rows)
+    return found

@@ -1,0 +1,116 @@
+"""Text in and out of a bundle: tokenizer, chat template, and text that streams without a broken character.
+
+The tokenizers library does the work; this module owns what the bundle's files mean and how a template is rendered: in
+jinja2's immutable sandbox, since a template is a program that came with a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import BundleError, InputError
+
+Message = Mapping[str, str]
+
+
+class TextCodec:
+    """The tokenizer and chat template of one bundle."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        path = bundle.file("tokenizer.json")
+        try:
+            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises a plain Exception for any damage
+            raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
+        self._template: jinja2.Template | None = None
+        self._special: dict[str, str] = {}
+        if bundle.has_file("chat_template.jinja"):
+            template = bundle.file("chat_template.jinja")
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
+            environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+            try:
+                self._template = environment.from_string(template.read_text(encoding="utf-8"))
+                self._special = json.loads(bundle.file("special_tokens.json").read_text(encoding="utf-8"))
+            except (jinja2.TemplateError, ValueError) as error:
+                raise BundleError(f"{template}: not readable ({error}): export the bundle again") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the bundle has one."""
+        return self._template is not None
+
+    def encode(self, prompt: str | Sequence[Message], *, chat: bool | None = None) -> list[int]:
+        """Tokens of a prompt.
+
+        Args:
+            prompt: a text, or messages with ``role`` and ``content``.
+            chat: put a text into the chat template as a user's message; by default where the bundle has a template.
+
+        Raises:
+            InputError: an empty prompt, messages without a template, or a template that refuses them.
+        """
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise InputError("the prompt is empty: give a text")
+            if chat is False or (chat is None and not self.has_chat_template):
+                return list(self._tokenizer.encode(prompt).ids)
+            prompt = [{"role": "user", "content": prompt}]
+        if not prompt:
+            raise InputError("no messages were given: give at least one, e.g. {'role': 'user', 'content': '...'}")
+        return list(self._tokenizer.encode(self._render(prompt), add_special_tokens=False).ids)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if self._template is None:
+            raise InputError("this bundle has no chat template: give the prompt as a text, with chat=False or --raw")
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise InputError(f"message {message!r}: must be a mapping with 'role' and 'content'")
+        variables: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": True, **self._special}
+        try:
+            return self._template.render(variables)
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template refuses these messages ({error})") from error
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones left out."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def stream(self) -> TextStream:
+        """A decoder that takes one token at a time."""
+        return TextStream(self._tokenizer)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+class TextStream:
+    """Incremental detokenization: gives out text only when its characters are complete."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._written = 0
+
+    def push(self, token: int) -> str:
+        """Text that this token completes; empty while a character is unfinished."""
+        self._tokens.append(token)
+        text = self._stream.step(self._tokenizer, token) or ""
+        self._written += len(text)
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end, where the last character never was completed."""
+        whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        return whole[self._written :]

@@ -1,0 +1,180 @@
+"""Budgets: defaults, ranges, contradictions, files, and the one line in which each is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from balcony_edge.budget import Budget, load_budget, parse_budget
+from balcony_edge.errors import BudgetError
+
+EXITS = (14, 17, 20, 30)
+PROFILES = Path(__file__).parents[2] / "profiles"
+
+
+def test_default_asks_for_nothing() -> None:
+    budget = Budget()
+    assert (budget.tpot_ms, budget.exit_layer, budget.on_infeasible) == (None, None, "shallowest")
+    assert budget.allowed_exits(EXITS) == EXITS
+
+
+def test_frozen_and_hashable() -> None:
+    budget = Budget(tpot_ms=12)
+    with pytest.raises(pydantic.ValidationError):
+        budget.tpot_ms = 13.0
+    assert hash(budget) == hash(Budget(tpot_ms=12.0))
+
+
+@pytest.mark.parametrize(
+    "bad", [0, -3, -0.0, math.nan, math.inf, -math.inf, "12", True, False, [12], {}, 10**400, b"12"]
+)
+def test_tpot_refused(bad: Any) -> None:
+    with pytest.raises(BudgetError, match=r"^tpot_ms = .*: must be a finite number above 0; give the milliseconds"):
+        Budget(tpot_ms=bad)
+
+
+@pytest.mark.parametrize("key", ["exit_layer", "min_exit", "max_exit"])
+@pytest.mark.parametrize("bad", [0, -1, 14.0, "14", True, math.nan])
+def test_exit_refused(key: str, bad: Any) -> None:
+    with pytest.raises(BudgetError, match=rf"^{key} = .*: must be a whole number above 0; "):
+        Budget(**{key: bad})
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "allowed"),
+    [
+        ("probability", 1, "at least 0.5 and below 1"),
+        ("probability", 0.49, "at least 0.5 and below 1"),
+        ("probability", "0.9", "at least 0.5 and below 1"),
+        ("dwell_tokens", -1, "0 or more"),
+        ("dwell_tokens", 2.5, "0 or more"),
+        ("hysteresis", 0.6, "at most 0.5"),
+        ("hysteresis", math.nan, "at most 0.5"),
+        ("on_infeasible", "best", "'shallowest' or 'error'"),
+        ("on_infeasible", None, "'shallowest' or 'error'"),
+    ],
+)
+def test_other_keys_refused(key: str, bad: Any, allowed: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget(**{key: bad})
+    assert str(caught.value).startswith(f"{key} = {bad!r}: must be ")
+    assert allowed in str(caught.value)
+
+
+def test_unknown_key_names_the_keys_and_the_likely_one() -> None:
+    with pytest.raises(
+        BudgetError, match=r"^tpot = 12: no such key; the keys are tpot_ms, .*; did you mean tpot_ms\?$"
+    ):
+        Budget(tpot=12)  # type: ignore[call-arg]
+    with pytest.raises(BudgetError, match=r"; remove it$"):
+        Budget(zzz=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("keys", [{"a\nb": 1}, {"tpot_ms": "x\ny" * 1000}, {"x" * 5000: 1}])
+def test_every_message_is_one_line_of_bounded_length(keys: dict[str, Any]) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget(**keys)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("other", [{"tpot_ms": 12}, {"min_exit": 14}, {"max_exit": 20}])
+def test_fixed_exit_excludes_target_and_bounds(other: dict[str, Any]) -> None:
+    with pytest.raises(
+        BudgetError, match=r"^exit_layer = 14 with .*: a fixed exit leaves no choice; give one of the two"
+    ):
+        Budget(exit_layer=14, **other)
+
+
+def test_floor_above_ceiling() -> None:
+    with pytest.raises(BudgetError, match=r"^min_exit = 20 with max_exit = 17: min_exit must not be above max_exit"):
+        Budget(min_exit=20, max_exit=17)
+    assert Budget(min_exit=17, max_exit=17).allowed_exits(EXITS) == (17,)
+
+
+def test_bounds_need_not_be_exits() -> None:
+    assert Budget(min_exit=15, max_exit=29).allowed_exits(EXITS) == (17, 20)
+    assert Budget(max_exit=99).allowed_exits(EXITS) == EXITS
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"exit_layer": 40},
+            "exit_layer = 40, but this bundle has exits 14, 17, 20, 30: pick one of them or re-export with --exits",
+        ),
+        (
+            {"min_exit": 21, "max_exit": 29},
+            "min_exit = 21, max_exit = 29, but this bundle has exits 14, 17, 20, 30: "
+            "leave at least one of them in the range or re-export with --exits",
+        ),
+    ],
+)
+def test_check_exits_against_a_bundle(keys: dict[str, Any], message: str) -> None:
+    Budget(exit_layer=17).check_exits(EXITS)
+    with pytest.raises(BudgetError) as caught:
+        Budget(**keys).check_exits(EXITS)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tpot_ms = -3", "tpot_ms = -3: must be a finite number above 0; "),
+        ("tpot_ms = nan", "tpot_ms = nan: must be a finite number above 0; "),
+        ("tpot_ms = '12'", "tpot_ms = '12': must be a finite number above 0; "),
+        ("[tpot_ms]\np90 = 3", "tpot_ms = {'p90': 3}: must be a finite number above 0; "),
+        ("exit_layer = 3\ntpot_ms = 1", "exit_layer = 3 with tpot_ms = 1.0: "),
+        ("speed = 3", "speed = 3: no such key; "),
+        ("tpot_ms = ", "not readable as TOML ("),
+        ("tpot_ms = 3\ntpot_ms = 4", "not readable as TOML ("),
+        ("a = " + "[" * 5000, "not readable as TOML ("),
+    ],
+)
+def test_file_errors_name_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "chat.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BudgetError) as caught:
+        load_budget(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BudgetError, match="not readable as TOML"):
+        load_budget(path)
+    with pytest.raises(BudgetError, match=r"nowhere\.toml: there is no such file; name a target file"):
+        load_budget(tmp_path / "nowhere.toml")
+    with pytest.raises(BudgetError, match="not readable"):
+        load_budget(tmp_path)
+
+
+def test_parse_takes_a_budget_a_path_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "b.toml"
+    path.write_text("tpot_ms = 12\nprobability = 0.99\n", encoding="utf-8")
+    expected = Budget(tpot_ms=12, probability=0.99)
+    assert parse_budget(None) == Budget()
+    assert parse_budget(expected) is expected
+    assert parse_budget(path) == parse_budget(str(path)) == expected
+    with pytest.raises(BudgetError, match=r"^budget = 12: must be a Budget, the path of a target file or None; "):
+        parse_budget(12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_file_loads_and_says_for_whom_it_is(path: Path) -> None:
+    load_budget(path).check_exits(EXITS)
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert " for " in first
+
+
+def test_shipped_targets() -> None:
+    assert load_budget(PROFILES / "interactive.toml").tpot_ms == 40
+    assert load_budget(PROFILES / "lossless.toml") == Budget()
