@@ -35,6 +35,7 @@ def main() -> None:
     except BalconyError as error:
         print(f"balcony-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line that a user sees
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("balcony-edge: interrupted", file=sys.stderr)  # noqa: T201 - likewise
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's code for Ctrl-C
+            print("balcony-edge: interrupted", file=sys.stderr)  # noqa: T201 - likewise
+        raise

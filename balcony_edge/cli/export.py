@@ -85,10 +85,13 @@ def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> No
         }
         print(json.dumps(document))  # noqa: T201 - programs read this
         return
-    checked = f"verified on {checks[0].prompts} prompts, largest difference {max(c.max_difference for c in checks):.1e}"
+    checked = "not verified"
+    if checks:
+        worst = max(check.max_difference for check in checks)
+        checked = f"verified on {checks[0].prompts} prompts, largest difference {worst:.1e} of the largest logit"
     stdout.print(
         f"[bold]{output}[/]: {manifest.model.name}, exits {', '.join(map(str, manifest.exit_layers))}, "
-        f"{size / 1e6:.0f} MB, {checked if checks else 'not verified'}"
+        f"{size / 1e6:.0f} MB, {checked}"
     )
 
 

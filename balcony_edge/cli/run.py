@@ -34,7 +34,7 @@ def run(
 ) -> None:
     """Generate one reply; every token is coloured by the exit that it took."""
     import balcony_edge
-    from balcony_edge.cli.console import depth_styles, stderr, stdout
+    from balcony_edge.cli.console import depth_styles, stdout
     from balcony_runtime.generate import Reply
     from balcony_runtime.sampling import SamplingParams
 
@@ -57,7 +57,6 @@ def run(
             stdout.print()
             _show(reply, styles)
     if interrupted:
-        stderr.print("balcony-edge: interrupted")
         raise typer.Exit(130)
 
 

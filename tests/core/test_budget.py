@@ -74,6 +74,11 @@ def test_unknown_key_names_the_keys_and_the_likely_one() -> None:
         Budget(zzz=1)  # type: ignore[call-arg]
 
 
+def test_something_else_than_keys() -> None:
+    with pytest.raises(BudgetError, match=r"^budget = \[1\]: must be a table of keys; the keys are tpot_ms, "):
+        Budget.model_validate([1])
+
+
 @pytest.mark.parametrize("keys", [{"a\nb": 1}, {"tpot_ms": "x\ny" * 1000}, {"x" * 5000: 1}])
 def test_every_message_is_one_line_of_bounded_length(keys: dict[str, Any]) -> None:
     with pytest.raises(BudgetError) as caught:

@@ -1,0 +1,419 @@
+"""Distillation of balconies (paper, sections 3 and 4.1): the frozen model teaches one decoder layer per exit.
+
+Owns the loop: which rows and positions a step sees, the loss (equation 2: the sum over exits of KL(full ‖ exit), a
+token mean over positions that are no padding), clipping, averaging, held-out evaluation, checkpoints. Data is
+:mod:`.distill_data`, the backbone's states :mod:`.distill_states`, the loss :mod:`.distill_loss`, rates and optimizers
+:mod:`.distill_schedule`, the run's files :mod:`.distill_checkpoint`, tables and plots :mod:`.distill_report`.
+
+Everything random follows from seed and step, and every exit has its own optimizer and its own clipping. So a resumed
+run repeats what the killed one would have done, and an exit trained alone is the one that is trained beside others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from balcony_edge.errors import InputError, TrainingError
+from balcony_export.balcony import Balcony, fingerprint, init_balconies, save_balconies, write_atomically
+from balcony_export.distill_checkpoint import load_tensors, read_state, save_checkpoint
+from balcony_export.distill_data import Corpus, Rows
+from balcony_export.distill_loss import HeadLoss
+from balcony_export.distill_schedule import OptimizerKind, Schedule, ScheduleKind, make_optimizers, set_rate
+from balcony_export.distill_states import Backbone, StateCache
+
+METRICS = "metrics.jsonl"
+#: A position whose root mean square exceeds the row's median this many times carries a massive activation (the demo
+#: model: 25,856 in one channel of the first position, sometimes of the second; root mean square 1,005 beside 6 to 9).
+#: It is an attention sink: the balcony attends to it, but is not asked to predict from it.
+MASSIVE = 20.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe. The defaults are the ones found for models of 135M parameters on budgets of 0.1 to 10M tokens."""
+
+    exits: tuple[int, ...]
+    steps: int | None = None
+    minutes: float | None = None  # instead of steps: end at this time, re-planning the decay while running
+    seq_len: int = 512
+    batch_rows: int = 4  # rows per optimizer step
+    micro_rows: int = 4  # rows per pass: accumulation where it is smaller
+    positions: int = 128  # sampled per row for the loss; 0: all
+    optimizer: OptimizerKind = "muon"
+    rate: float = 8e-3
+    vector_rate: float = 4e-3  # of the norms
+    weight_decay: float = 0.0
+    schedule: ScheduleKind = "trapezoidal"
+    warmup_steps: int = 50
+    decay_share: float = 0.4
+    clip: float = 1.0
+    average: float = 0.99  # of the exponential moving average of the weights
+    seed: int = 0
+    evaluate_every: int = 100
+    checkpoint_minutes: float = 3.0
+    cache_gb: float = 0.0
+
+    def recipe(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that it goes on with: all but its length and its upkeep."""
+        upkeep = ("steps", "minutes", "checkpoint_minutes", "cache_gb")
+        return {key: value for key, value in json.loads(json.dumps(asdict(self))).items() if key not in upkeep}
+
+    def check(self) -> None:
+        """Raise InputError for values that make no sense together."""
+        if (self.steps is None) == (self.minutes is None):
+            raise InputError("give either --steps (or --tokens) or --minutes: a run needs one end")
+        if self.minutes is not None and self.schedule == "cosine":
+            raise InputError("--minutes with --schedule cosine: a cosine needs its length beforehand: use trapezoidal")
+        for name in ("seq_len", "batch_rows", "micro_rows", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)}: must be 1 or more")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps = {self.steps}: must be 1 or more")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"minutes = {self.minutes}: must be more than 0")
+        if self.batch_rows % self.micro_rows:
+            raise InputError(f"{self.batch_rows} rows a step in passes of {self.micro_rows}: must divide")
+        if not self.rate > 0 or not math.isfinite(self.rate):
+            raise InputError(f"rate = {self.rate}: must be a positive number")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step reports."""
+
+    step: int
+    total: int
+    loss: dict[int, float]  # exit layer -> KL of this step
+    held_out: dict[int, float] | None
+    tokens_per_s: float
+    eta_s: float
+
+
+class Trainer:
+    """One run. ``run()`` trains to the end; what it writes lies in ``output``.
+
+    Args:
+        model: the base model, attention implementation ``sdpa`` or ``eager``; frozen, and converted to ``dtype``.
+        corpus: rows to train on and held-out rows.
+        config: the recipe.
+        output: directory for balconies, checkpoint and metrics.
+        dtype: of the backbone's pass and of autocast; torch.float32 switches autocast off.
+        compiled: see :class:`HeadLoss`.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        corpus: Corpus,
+        config: TrainConfig,
+        output: Path,
+        *,
+        work: Path | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        compiled: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        config.check()
+        self.config, self.corpus, self.output, self.clock = config, corpus, output, clock
+        self.work = work or output / "run"
+        self.base_facts = fingerprint(model)
+        self.balconies = init_balconies(model, config.exits)
+        self.device = next(model.parameters()).device
+        self.dtype = dtype
+        self.backbone = Backbone(model, config.exits)
+        # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
+        self.layer_arguments = self.backbone.layer_arguments(config.seq_len)
+        model.to(dtype)  # type: ignore[arg-type]
+        self.model = model
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.head = HeadLoss(model.get_output_embeddings().weight, dtype, softcap, compiled)
+        self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
+        self.averages: dict[int, dict[str, torch.Tensor]] = {}
+        for exit_layer, balcony in self.balconies.items():
+            balcony.float().train().requires_grad_(True)
+            self.optimizers[exit_layer] = make_optimizers(
+                balcony.parameters(), config.optimizer, config.rate, config.vector_rate, config.weight_decay
+            )
+            self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
+        self.schedule = Schedule(
+            config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share
+        )
+        self.step = 0
+        self.wall_s = 0.0  # spent training, over all sessions of the run
+        self.best: dict[int, float] = {}
+        self.cache = self._open_cache()
+
+    # -- data
+
+    def _open_cache(self) -> StateCache | None:
+        shape = (len(self.config.exits) + 1, self.config.seq_len, self.model.config.hidden_size)
+        rows = min(int(self.config.cache_gb * 1e9 / (2 * math.prod(shape))), len(self.corpus.train.tokens))
+        if rows < 1:
+            return None
+        key = json.dumps([self.base_facts, list(self.config.exits), self.corpus.digest, str(self.dtype)])
+        self.work.mkdir(parents=True, exist_ok=True)
+        return StateCache(self.work / "states.bin", rows, shape, key)
+
+    def rows_of(self, step: int) -> npt.NDArray[np.int64]:
+        """Row indices of a step: whole epochs in a seeded order."""
+        count, size = len(self.corpus.train.tokens), self.config.batch_rows
+        picked = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, index = divmod(position, count)
+            # epoch 0 keeps the corpus's own order, which is shuffled already
+            order = np.arange(count) if epoch == 0 else np.random.default_rng([self.config.seed, epoch]).permutation(count)
+            picked.append(order[index])
+        return np.asarray(picked, dtype=np.int64)
+
+    def states_of(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """States of training rows, from the cache or through the backbone  # (exits + 1, B, T, D)"""
+        if self.cache is not None and (cached := self.cache.get(rows)) is not None:
+            return cached.to(self.device)
+        states = self.backbone.states(torch.from_numpy(self.corpus.train.tokens[rows]).long().to(self.device))
+        if self.cache is not None:
+            self.cache.put(rows, states)
+        return states
+
+    def weights_of(self, rows: Rows, states: torch.Tensor, seed: list[int]) -> torch.Tensor:
+        """Flat indices of the positions that the loss sees: no padding, no massive activation, sampled  # (n,)"""
+        valid = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
+        rms = states[0].float().square().mean(-1).sqrt().cpu()  # (B, T)
+        valid &= rms < MASSIVE * rms.median(dim=1, keepdim=True).values
+        valid[:, 0] = False  # the sink, massive or not
+        if not self.config.positions:
+            return valid.flatten().nonzero()[:, 0].to(self.device)
+        noise = torch.from_numpy(np.random.default_rng(seed).random(valid.shape)).masked_fill(~valid, 2.0)
+        picked = noise.argsort(dim=1)[:, : self.config.positions]  # (B, P)
+        kept = torch.zeros_like(valid).scatter_(1, picked, True) & valid
+        return kept.flatten().nonzero()[:, 0].to(self.device)
+
+    # -- one step
+
+    def exit_rows(self, balcony: Balcony, states: torch.Tensor, index: int, where: torch.Tensor) -> torch.Tensor:
+        """Normed states of an exit at flat positions  # (n, D)"""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = states[index] if self.dtype != torch.float32 else states[index].float()
+            out = balcony(hidden, **self.layer_arguments)
+        return out.flatten(0, 1)[where]
+
+    def train_step(self) -> dict[int, float]:
+        """One optimizer step of every exit; returns KL per exit."""
+        config = self.config
+        rows = self.rows_of(self.step)
+        chunks = np.split(rows, config.batch_rows // config.micro_rows)
+        losses = dict.fromkeys(config.exits, 0.0)
+        counted = 0
+        for number, chunk in enumerate(chunks):
+            states = self.states_of(chunk)
+            picked = Rows(self.corpus.train.tokens[chunk], self.corpus.train.lengths[chunk])
+            where = self.weights_of(picked, states, [config.seed, self.step, number])
+            counted += len(where)
+            full = states[-1].flatten(0, 1)[where]
+            for index, exit_layer in enumerate(config.exits):
+                loss = self.head(full, self.exit_rows(self.balconies[exit_layer], states, index, where))
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses[exit_layer] += float(loss.detach())
+        counted = max(counted, 1)
+        factor = self.schedule.factor(self.step)
+        for exit_layer, balcony in self.balconies.items():
+            losses[exit_layer] /= counted
+            if not math.isfinite(losses[exit_layer]):
+                raise TrainingError(
+                    f"step {self.step}: the loss of exit {exit_layer} is {losses[exit_layer]}: the last checkpoint in "
+                    f"{self.work} is kept: lower --rate and start again from it"
+                )
+            for parameter in balcony.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= counted
+            torch.nn.utils.clip_grad_norm_(balcony.parameters(), config.clip)
+            set_rate(self.optimizers[exit_layer], factor)
+            for optimizer in self.optimizers[exit_layer]:
+                optimizer.step()
+                optimizer.zero_grad()
+            # a young average would remember the start: its memory grows with the steps
+            memory = min(config.average, (self.step + 1) / (self.step + 10))
+            with torch.no_grad():
+                for name, value in balcony.state_dict().items():
+                    self.averages[exit_layer][name].lerp_(value, 1 - memory)
+        self.step += 1
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, averaged: bool = False) -> dict[int, tuple[float, float]]:
+        """``exit layer -> (KL, top-1 agreement)`` on the held-out rows, at every position that counts."""
+        rows, totals = self.corpus.held_out, {e: [0.0, 0] for e in self.config.exits}
+        count = 0
+        swapped = self._swap_averages() if averaged else None
+        for start in range(0, len(rows.tokens), self.config.micro_rows):
+            part = Rows(rows.tokens[start : start + self.config.micro_rows], rows.lengths[start : start + self.config.micro_rows])
+            states = self.backbone.states(torch.from_numpy(part.tokens).long().to(self.device))
+            where = self.weights_of(part, states, [start])
+            full = states[-1].flatten(0, 1)[where]
+            count += len(where)
+            for index, exit_layer in enumerate(self.config.exits):
+                student = self.exit_rows(self.balconies[exit_layer], states, index, where)
+                kl, _ = self.head.kl(full, student, need_grad=False)
+                totals[exit_layer][0] += float(kl.sum())
+                totals[exit_layer][1] += self.head.agreement(full, student)
+        if swapped is not None:
+            self._swap_averages()
+        count = max(count, 1)
+        return {e: (kl / count, hits / count) for e, (kl, hits) in totals.items()}
+
+    @torch.no_grad()
+    def _swap_averages(self) -> bool:
+        for exit_layer, balcony in self.balconies.items():
+            for name, value in balcony.state_dict().items():
+                kept = value.clone()
+                value.copy_(self.averages[exit_layer][name])
+                self.averages[exit_layer][name].copy_(kept)
+        return True
+
+    # -- the run
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint in the work directory; False where there is none."""
+        state = read_state(self.work)
+        if state is None:
+            return False
+        for name, given in (("recipe", self.config.recipe()), ("base", self.base_facts), ("corpus", self.corpus.digest)):
+            if state[name] != given:
+                differing = [key for key in given if given[key] != state[name].get(key)] if name == "recipe" else [name]
+                raise TrainingError(
+                    f"{self.work}: its checkpoint was made with another {', '.join(differing)}: "
+                    "give the same options, model and data, or another output directory"
+                )
+        load_tensors(self.work, self.balconies, self.averages, self.optimizers)
+        self.step, self.wall_s = state["step"], state["wall_s"]
+        self.best = {int(key): value for key, value in state["best"].items()}
+        planned = Schedule(**state["schedule"])
+        if self.config.steps is not None and self.config.steps != planned.total:
+            planned.replan(self.step, self.config.steps)
+        self.schedule = planned
+        metrics = self.work / METRICS
+        if metrics.is_file():
+            # a kill may have come after some steps past the checkpoint, or in the middle of a line
+            kept = [line for line in metrics.read_text(encoding="utf-8").split("\n") if _step_of(line) < self.step]
+            write_atomically(metrics, "".join(f"{line}\n" for line in kept).encode())
+        return True
+
+    def checkpoint(self) -> dict[int, tuple[float, float]]:
+        """Write the run's state, and the balconies: for each exit the averaged or the current weights, the better."""
+        raw, averaged = self.evaluate(), self.evaluate(averaged=True)
+        state = {
+            "step": self.step,
+            "wall_s": self.wall_s,
+            "best": self.best,
+            "schedule": self.schedule.state(),
+            "recipe": self.config.recipe(),
+            "base": self.base_facts,
+            "corpus": self.corpus.digest,
+        }
+        shipped: dict[int, tuple[float, float]] = {}
+        for exit_layer, balcony in self.balconies.items():
+            use_average = averaged[exit_layer][0] < raw[exit_layer][0]
+            shipped[exit_layer] = (averaged if use_average else raw)[exit_layer]
+            if shipped[exit_layer][0] > self.best.get(exit_layer, math.inf):
+                continue
+            self.best[exit_layer] = shipped[exit_layer][0]
+            kept = {name: value.clone() for name, value in balcony.state_dict().items()}
+            if use_average:
+                balcony.load_state_dict(self.averages[exit_layer])
+            save_balconies(self.output, {exit_layer: balcony}, self.model, self.facts(shipped[exit_layer]))
+            balcony.load_state_dict(kept)
+        save_checkpoint(self.work, self.balconies, self.averages, self.optimizers, state | {"best": self.best})
+        return shipped
+
+    def facts(self, held_out: tuple[float, float]) -> dict[str, Any]:
+        """What balconies.json keeps of the training."""
+        tokens = self.step * self.config.batch_rows * self.config.seq_len
+        return {
+            "recipe": self.config.recipe(),
+            "step": self.step,
+            "tokens": tokens,
+            "corpus_tokens": self.corpus.train.num_tokens,
+            "epochs": round(tokens / max(1, self.corpus.train.num_tokens), 3),
+            "held_out_kl": round(held_out[0], 4),
+            "held_out_agreement": round(held_out[1], 4),
+            "data": self.corpus.sources,
+        }
+
+    def run(self, report: Callable[[Progress], None] = lambda progress: None) -> None:
+        """Train to the planned end.
+
+        Raises:
+            TrainingError: a loss that is not finite, or no memory; the last checkpoint stays.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        started = last_checkpoint = self.clock()
+        deadline = None if self.config.minutes is None else started + 60 * self.config.minutes
+        first, before = self.step, self.wall_s
+        window: list[tuple[float, int]] = [(started, self.step)]
+        try:
+            while self.step < self.schedule.total and (deadline is None or self.clock() < deadline):
+                loss = self.train_step()
+                now = self.clock()
+                self.wall_s = before + now - started
+                window = [*window[-200:], (now, self.step)]
+                per_step_s = (now - window[0][0]) / max(1, self.step - window[0][1])
+                held_out = None
+                if self.step % self.config.evaluate_every == 0:
+                    held_out = {e: kl for e, (kl, _) in self.evaluate().items()}
+                if now - last_checkpoint >= 60 * self.config.checkpoint_minutes:
+                    held_out = {e: kl for e, (kl, _) in self.checkpoint().items()}
+                    last_checkpoint = self.clock()
+                if deadline is not None and (self.step - first) % 20 == 0:
+                    self.schedule.replan(self.step, self.step + int((deadline - self.clock()) / per_step_s))
+                total = self.schedule.total
+                tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s
+                progress = Progress(self.step, total, loss, held_out, tokens_per_s, (total - self.step) * per_step_s)
+                self._log(progress)
+                report(progress)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise _out_of_memory(self) from error
+        except RuntimeError as error:
+            if "alloc" not in str(error) and "memory" not in str(error):
+                raise
+            raise _out_of_memory(self) from error
+        self.checkpoint()
+
+    def _log(self, progress: Progress) -> None:
+        line: dict[str, Any] = {
+            "step": progress.step - 1,
+            "tokens": progress.step * self.config.batch_rows * self.config.seq_len,
+            "factor": round(self.schedule.factor(progress.step - 1), 6),
+            "kl": {str(e): round(value, 6) for e, value in progress.loss.items()},
+            "tokens_per_s": round(progress.tokens_per_s, 1),
+            "wall_s": round(self.wall_s, 2),
+        }
+        if progress.held_out is not None:
+            line["held_out_kl"] = {str(e): round(value, 6) for e, value in progress.held_out.items()}
+        with (self.work / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _out_of_memory(trainer: Trainer) -> TrainingError:
+    config = trainer.config
+    return TrainingError(
+        f"step {trainer.step}: out of memory at {config.micro_rows} rows of {config.seq_len} tokens a pass: the last "
+        f"checkpoint in {trainer.work} is kept: lower --micro-rows, then --seq-len, and go on from it"
+    )

@@ -1,0 +1,90 @@
+"""Learning rate over steps, and optimizers.
+
+Owns the schedule as a pure function of the step, with one event: a run that must end at a given time re-plans its last
+step while it goes. What was planned is part of a checkpoint, so that a resumed run repeats the same rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+ScheduleKind = Literal["trapezoidal", "cosine"]
+OptimizerKind = Literal["muon", "adamw"]
+
+
+@dataclass
+class Schedule:
+    """Warm-up, then cosine or trapezoidal decay to zero at ``total`` steps.
+
+    Trapezoidal: constant until ``decay_start``, then linear. ``replan`` moves the end; before the decay has begun that
+    moves its start too, later the line goes on from the factor reached.
+    """
+
+    kind: ScheduleKind
+    warmup: int
+    total: int
+    decay_share: float
+    decay_start: int = -1  # -1: follows from total
+    decay_from: float = 1.0  # factor at decay_start
+
+    def factor(self, step: int) -> float:
+        """Share of the peak rate at ``step``, counted from 0."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.kind == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.total)))
+        start = self._start()
+        if step < start:
+            return warm
+        return warm * self.decay_from * max(0.0, (self.total - step) / max(1, self.total - start))
+
+    def replan(self, step: int, total: int) -> None:
+        """Let the run end after ``total`` steps; ``step`` is the next one."""
+        total = max(total, step + 1)
+        if self.kind == "trapezoidal" and step > self._start():
+            self.decay_from, self.decay_start = self.factor(step), step
+        elif self.kind == "trapezoidal" and step >= math.ceil(total * (1 - self.decay_share)):
+            self.decay_start = step
+        self.total = total
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def _start(self) -> int:
+        return self.decay_start if self.decay_start >= 0 else math.ceil(self.total * (1 - self.decay_share))
+
+
+def make_optimizers(
+    parameters: Iterable[nn.Parameter], kind: OptimizerKind, rate: float, vector_rate: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Optimizers of one balcony: matrices and vectors apart.
+
+    Muon (orthogonalised momentum) takes the matrices, its update scaled to the size of AdamW's so that one rate suits
+    both; norms always go to AdamW. The betas are those of the short runs of language models: with 0.999 the second
+    moment would remember the first steps, whose gradients are a hundred times larger, for a whole small run.
+    """
+    matrices, vectors = [], []
+    for parameter in parameters:
+        (matrices if parameter.ndim == 2 else vectors).append(parameter)
+    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": weight_decay}
+    if kind == "adamw":
+        groups = [{"params": matrices, "lr": rate}, {"params": vectors, "lr": vector_rate}]
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
+    else:
+        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers = [muon, torch.optim.AdamW(vectors, lr=vector_rate, **adamw)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def set_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor

@@ -1,0 +1,212 @@
+"""Every verb on real files, and every bad input as one clear line that leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
+
+
+def invoke(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300, **options
+    )
+
+
+def refused(pattern: str, *arguments: str | Path, code: int = 1) -> None:
+    """One line on stderr, nothing on stdout."""
+    done = invoke(*arguments)
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    assert (done.returncode, done.stdout) == (code, ""), done
+    if code == 1:
+        assert len(lines) == 1 and lines[0].startswith("balcony-edge: "), lines
+    assert pattern in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that the command line exported and verified."""
+    path = tmp_path_factory.mktemp("cli") / "bundle"
+    done = invoke("export", tiny_checkpoint, "--exits", "0.6x,0.8x", "-o", path, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["exits"] == [2, 3, 5] and document["verified"] is True
+    assert "untrained" in done.stderr
+    return path
+
+
+def test_export_reports_for_people(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = invoke("export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "b", "--no-verify", "--precision", "fp16")
+    assert done.returncode == 0, done.stderr
+    assert "tiny-llama, exits 2, 5" in " ".join(done.stdout.split()) and "not verified" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_verify_passes_and_fails(exported: Path, tiny_checkpoint: Path, make_tiny: Any, tmp_path: Path, tiny: Any) -> None:
+    done = invoke("verify", exported, "--against", tiny_checkpoint)
+    assert done.returncode == 0 and done.stdout.count("pass") == 9, done
+    document = json.loads(invoke("verify", exported, "--against", tiny_checkpoint, "--json").stdout)
+    assert {check["phase"] for check in document} == {"prefill", "decode", "backbone.onnx"}
+    other = make_tiny("llama")
+    other.model.layers[4].mlp.down_proj.weight.data *= 1.01
+    other.save_pretrained(tmp_path / "other")
+    tiny.tokenizer.save_pretrained(tmp_path / "other")
+    done = invoke("verify", exported, "--against", tmp_path / "other")
+    assert done.returncode == 1 and "FAIL" in done.stdout
+    assert "of the largest logit, allowed are 1e-04" in done.stderr
+
+
+def test_inspect(exported: Path) -> None:
+    done = invoke("inspect", exported, "--io", env={**os.environ, "COLUMNS": "160"})
+    assert done.returncode == 0
+    for text in ("tiny-llama", "0.60×", "untrained", "past_key_2", "batch × rows × 32", "logits"):
+        assert text in done.stdout, text
+    document = json.loads(invoke("inspect", exported, "--json").stdout)
+    assert [row["exit_layer"] for row in document["exits"]] == [2, 3, 5]
+    reads = [row["bytes_read"] for row in document["exits"]]
+    assert [row["ideal_speedup"] for row in document["exits"]] == [round(reads[-1] / read, 3) for read in reads]
+    assert document["exits"][2]["non_embedding_parameters"] == document["exits"][2]["parameters_read"] - 320 * 32
+
+
+def test_run(exported: Path) -> None:
+    done = invoke("run", exported, "the fox", "-n", "12", "--exit", "3")
+    assert done.returncode == 0, done.stderr
+    assert "tokens after" in done.stdout and "ms a token" in done.stdout
+    options = ("--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", "3")
+    done = invoke("run", exported, "the fox", "-n", "12", "--tpot-ms", "1000", "--json", *options)
+    document = json.loads(done.stdout)
+    assert document["new_tokens"] == len(document["tokens"]) <= 12
+    assert document["text"] == "".join(token["text"] for token in document["tokens"])
+    assert document["tokens_per_exit"] == {"5": document["new_tokens"]} and document["late_tokens"] == 0
+    assert all(token["target_ms"] == 1000.0 for token in document["tokens"])
+
+
+@pytest.mark.parametrize("profile", sorted(Path(__file__).parents[2].joinpath("profiles").glob("*.toml")), ids=lambda p: p.stem)
+def test_run_with_every_shipped_profile(exported: Path, profile: Path) -> None:
+    done = invoke("run", exported, "the fox", "-n", "4", "--budget", profile, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["new_tokens"] >= 1
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "nan", "inf"])
+def test_targets_out_of_range(exported: Path, value: str) -> None:
+    refused("must be a finite number above 0", "run", exported, "hi", "--tpot-ms", value)
+
+
+def test_budgets_and_prompts_that_cannot_be(exported: Path, tmp_path: Path) -> None:
+    refused("exit_layer = 4, but this bundle has exits 2, 3, 5", "run", exported, "hi", "--exit", "4")
+    refused("the prompt is empty", "run", exported, "  ")
+    refused("this bundle's context holds 256", "run", exported, "fox " * 400)
+    refused("there is no such file", "run", exported, "hi", "--budget", tmp_path / "none.toml")
+    refused("two budgets", "run", exported, "hi", "--budget", tmp_path / "none.toml", "--exit", "2")
+    refused("max_new_tokens = 0", "run", exported, "hi", "-n", "0")
+    refused("temperature = -1.0", "run", exported, "hi", "--temperature", "-1")
+    refused("Missing argument 'prompt'", "run", exported, code=2)
+    refused("No such option", "run", exported, "hi", "--speed", code=2)
+
+
+@pytest.mark.parametrize(
+    ("exits", "pattern"),
+    [
+        ("0", "exit layer 0"),
+        ("5", "exit layer 5"),
+        ("99", "exit layer 99"),
+        ("-1", "'-1' is no exit"),
+        ("3,2", "ascending order"),
+        ("2,2", "named twice"),
+        ("two", "'two' is no exit"),
+        ("", "'' is no exit"),
+        ("1.5x", "exit layer"),
+        ("nanx", "is no exit"),
+    ],
+)
+def test_exits_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path, exits: str, pattern: str) -> None:
+    refused(pattern, "export", tiny_checkpoint, "--exits", exits, "-o", tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "b"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused("is no model", "export", empty, "--exits", "2", "-o", output)
+    refused("does not exist", "export", tmp_path / "nowhere", "--exits", "2", "-o", output)
+    cut = Path(shutil.copytree(tiny_checkpoint, tmp_path / "cut"))
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused("model.safetensors", "export", cut, "--exits", "2", "-o", output)
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
+    done = invoke("export", other, "--exits", "2", "-o", output)
+    assert done.returncode == 1 and "balcony-edge: " in done.stderr and "Traceback" not in done.stderr
+    refused("holds no balconies.json", "export", tiny_checkpoint, "--exits", "2", "-o", output, "--balconies", empty)
+    refused("context length 9999", "export", tiny_checkpoint, "--exits", "2", "-o", output, "--context-length", "9999")
+    (tmp_path / "there").mkdir()
+    refused("exists already", "export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "there")
+    assert not output.exists() and not list(tmp_path.glob(".*partial*"))
+
+
+def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(exported, tmp_path / "broken"))
+    data = bytearray((broken / "weights.bin").read_bytes())
+    data[1000] ^= 4
+    (broken / "weights.bin").write_bytes(bytes(data))
+    refused("weights.bin: SHA-256", "run", broken, "hi")
+    refused("weights.bin: SHA-256", "inspect", broken)
+    refused("no such directory", "inspect", tmp_path / "nowhere")
+    refused("is no bundle", "run", tmp_path, "hi")
+
+
+def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, "export", str(tiny_checkpoint), "--exits", "2", "-o", str(tmp_path / "b")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".b.partial-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_in_generation_ends_the_reply(exported: Path) -> None:
+    command = [*COMMAND, "run", str(exported), "the fox", "-n", "230", "--json"]
+    # slow every token down in the child, so that the signal arrives while it generates
+    command[4] = (
+        "import time; from balcony_runtime import engine\n"
+        "real = engine.Sequence.advance\n"
+        "def slow(*a, **k):\n    print('token', file=__import__('sys').stderr, flush=True); time.sleep(0.1); return real(*a, **k)\n"
+        "engine.Sequence.advance = slow\n"
+        "from balcony_edge.cli import main; main()"
+    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for _ in range(5):
+        process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    document = json.loads(out)
+    assert 1 <= document["new_tokens"] < 200 and document["finish_reason"] is None
+
+
+def test_help_of_every_verb() -> None:
+    done = invoke("--help")
+    assert done.returncode == 0
+    for verb in ("export", "verify", "inspect", "run", "train"):
+        assert verb in done.stdout
+        assert invoke(verb, "--help").returncode == 0

@@ -1,0 +1,175 @@
+"""Shared fixtures: tiny random models of every supported architecture, their bundles, and the demo model's bundle.
+
+A tiny bundle is exported once a session by the real exporter and run by the real ONNX Runtime; nothing is mocked.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched from a hub
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from balcony_export.balcony import Balcony, init_balconies
+from balcony_export.export import export_bundle
+from balcony_runtime.engine import Engine
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+VOCABULARY = 320
+EXITS = (2, 3)
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "eos_token_id": 0,
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+#: Architecture → (config class, model class, what sets it apart): GQA and MHA, tied and untied heads, q/k norms, biases,
+#: sliding windows, two ropes, layers without rope, soft caps and scaled embeddings.
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "llama-mha": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": False}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 7, "tie_word_embeddings": False}),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 16,
+            "final_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"sliding_window": 7, "layer_types": _MIXED}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1, 1, 0]}),
+}
+
+
+def tiny_model(architecture: str, **overrides: Any) -> transformers.PreTrainedModel:
+    """A random model whose logits spread widely enough that a wrong mask or rope shows."""
+    config_class, model_class, extra = ARCHITECTURES[architecture]
+    config = getattr(transformers, config_class)(**{**_SIZES, **extra, **overrides})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, model_class)(config)
+    generator = torch.Generator().manual_seed(20261125)
+    for name, parameter in model.named_parameters():
+        random = torch.randn(parameter.shape, generator=generator)
+        norm = 0.0 if "gemma" in architecture else 1.0  # Gemma's norms multiply by 1 + w
+        parameter.data = random * 0.3 + norm if "norm" in name else random * (0.5 if parameter.dim() == 1 else 0.3)
+    return model.eval()
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer over a page of text, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and the balcony " * 5], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[..., transformers.PreTrainedModel]:
+    """Makes a fresh tiny model: ``make_tiny("qwen3", num_hidden_layers=3)``."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[], transformers.PreTrainedTokenizerFast]:
+    """Makes a fresh tiny tokenizer."""
+    return tiny_tokenizer
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle with what it was made from."""
+
+    path: Path
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    balconies: dict[int, Balcony]
+
+
+@pytest.fixture(scope="session")
+def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Exports a tiny model by the name of its architecture, once a session. The balconies are unlike the last layer."""
+    made: dict[str, Exported] = {}
+
+    def export(architecture: str) -> Exported:
+        if architecture not in made:
+            model, tokenizer = tiny_model(architecture), tiny_tokenizer()
+            balconies = init_balconies(model, EXITS)
+            generator = torch.Generator().manual_seed(7)
+            for balcony in balconies.values():
+                for parameter in balcony.parameters():
+                    parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            path = tmp_path_factory.mktemp("bundles") / architecture
+            export_bundle(model, tokenizer, balconies, path, name=f"tiny-{architecture}", trained=True)
+            made[architecture] = Exported(path, model, tokenizer, balconies)
+        return made[architecture]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def tiny(export_tiny: Callable[[str], Exported]) -> Exported:
+    """The tiny Llama's bundle; read only."""
+    return export_tiny("llama")
+
+
+@pytest.fixture
+def bundle_copy(tiny: Exported, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama's bundle that a test may damage."""
+    return Path(shutil.copytree(tiny.path, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny: Exported) -> Iterator[Engine]:
+    """An engine over the tiny Llama's bundle."""
+    with Engine.open(tiny.path) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as a Hugging Face directory."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
+    copy.deepcopy(tiny.model).save_pretrained(path)
+    tiny.tokenizer.save_pretrained(path)
+    return path

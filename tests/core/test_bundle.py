@@ -1,0 +1,135 @@
+"""The bundle loader names what is wrong: every kind of damage is one line, and nothing outside the directory is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balcony_edge.bundle import MANIFEST, Bundle, fingerprint
+from balcony_edge.errors import BundleError
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], None], *, refresh: bool = True) -> None:
+    """Change the manifest; ``refresh`` recomputes the fingerprint as a careful forger would."""
+    path = bundle / MANIFEST
+    document = json.loads(path.read_text())
+    change(document)
+    if refresh:
+        document["fingerprint"] = fingerprint(document)
+    path.write_text(json.dumps(document))
+
+
+def refused(bundle: Path, pattern: str, **options: bool) -> None:
+    with pytest.raises(BundleError, match=pattern) as caught:
+        Bundle.open(bundle, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_opens_and_describes_itself(tiny: Any) -> None:
+    manifest = Bundle.open(tiny.path).manifest
+    assert manifest.exit_layers == (2, 3, 5)
+    assert manifest.stage_bounds == ((0, 2), (2, 3), (3, 5))
+    assert manifest.path_graphs(3) == ("stage_0", "stage_1", "balcony_3", "lm_head")
+    assert manifest.path_graphs(5) == ("stage_0", "stage_1", "stage_2", "norm", "lm_head")
+    assert manifest.model.kv_width == 16
+    assert manifest.embedding.tied
+
+
+def test_bytes_per_token_are_those_of_the_parameters(tiny: Any) -> None:
+    manifest = Bundle.open(tiny.path).manifest
+    layer = sum(p.numel() for p in tiny.model.model.layers[0].parameters())
+    head = tiny.model.lm_head.weight.numel()
+    norm = tiny.model.model.norm.weight.numel()
+    assert manifest.bytes_per_token(2) == 4 * (3 * layer + norm + head)  # two layers, the balcony, its norm, the head
+    assert manifest.bytes_per_token(5) == 4 * (5 * layer + norm + head)
+
+
+def test_missing_directory_and_directory_without_manifest(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no such directory")
+    refused(tmp_path, "is no bundle")
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "stage_1.onnx", "tokenizer.json", "backbone.onnx"])
+def test_one_flipped_byte_is_found(bundle_copy: Path, name: str) -> None:
+    data = bytearray((bundle_copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle_copy / name).write_bytes(bytes(data))
+    refused(bundle_copy, rf"{re.escape(name)}: SHA-256 .* differs")
+    assert Bundle.open(bundle_copy, verify_hashes=False).manifest.exit_layers == (2, 3, 5)
+
+
+def test_missing_truncated_and_linked_files(bundle_copy: Path) -> None:
+    whole = (bundle_copy / "weights.bin").read_bytes()
+    (bundle_copy / "weights.bin").write_bytes(whole[:-1])
+    refused(bundle_copy, r"weights\.bin: \d+ bytes, but the manifest says", verify_hashes=False)
+    (bundle_copy / "weights.bin").unlink()
+    refused(bundle_copy, r"weights\.bin: is missing")
+    outside = bundle_copy.parent / "outside"
+    outside.write_bytes(whole)
+    (bundle_copy / "weights.bin").symlink_to(outside)
+    refused(bundle_copy, r"weights\.bin: is a link")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, True])
+def test_other_schema_versions_are_refused(bundle_copy: Path, version: object) -> None:
+    edit(bundle_copy, lambda document: document.update(schema_version=version))
+    refused(bundle_copy, "schema_version = .*this version of balcony-edge reads 1")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"schema_version": 1}', "[" * 100_000, "\x00"])
+def test_a_manifest_that_is_none(bundle_copy: Path, text: str) -> None:
+    (bundle_copy / MANIFEST).write_text(text)
+    refused(bundle_copy, r"bundle\.json: ")
+
+
+@pytest.mark.parametrize("name", ["../weights.bin", "/etc/passwd", ".hidden", "a/b", "", "a\\b", "x" * 200])
+def test_file_names_stay_inside_the_directory(bundle_copy: Path, name: str) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["files"][name] = document["files"].pop("weights.bin")
+
+    edit(bundle_copy, change)
+    refused(bundle_copy, r"bundle\.json: files\.")
+    edit(bundle_copy, lambda document: document["embedding"].update(file=name))
+    refused(bundle_copy, r"bundle\.json: ")
+
+
+def test_a_forged_manifest_is_refused_by_what_it_lacks(bundle_copy: Path) -> None:
+    original = (bundle_copy / MANIFEST).read_text()
+    for change, pattern in (
+        (lambda d: d["graphs"].pop("stage_1"), "no graph stage_1 is listed"),
+        (lambda d: d["files"].pop("lm_head.onnx"), "no file lm_head.onnx is listed"),
+        (lambda d: d["exits"].reverse(), "must ascend"),
+        (lambda d: d["exits"].pop(), "end at the full depth 5"),
+        (lambda d: d["embedding"].update(offset=10**9), "past the end of weights.bin"),
+        (lambda d: d["embedding"].update(shape=[10**12, 32]), "differs from the model's vocabulary"),
+        (lambda d: d["model"].update(num_layers=-1), "model.num_layers"),
+        (lambda d: d.update(surprise=1), "surprise"),
+    ):
+        (bundle_copy / MANIFEST).write_text(original)
+        edit(bundle_copy, change)
+        refused(bundle_copy, pattern)
+    (bundle_copy / MANIFEST).write_text(original)
+    edit(bundle_copy, lambda d: d["graphs"]["norm"].update(parameters=1), refresh=False)
+    refused(bundle_copy, "fingerprint differs")
+
+
+def test_the_fingerprint_covers_graphs_and_weights_only(tiny: Any) -> None:
+    document = json.loads((tiny.path / MANIFEST).read_text())
+    before = fingerprint(document)
+    document["tools"]["torch"] = "9"
+    document["files"]["tokenizer.json"]["sha256"] = "0" * 64
+    assert fingerprint(document) == before
+    document["files"]["weights.bin"]["sha256"] = "0" * 64
+    assert fingerprint(document) != before
+
+
+def test_asking_for_a_file_that_is_not_listed(tiny: Any) -> None:
+    bundle = Bundle.open(tiny.path)
+    assert bundle.has_file("tokenizer.json") and not bundle.has_file("secret")
+    with pytest.raises(BundleError, match="lists no file secret"):
+        bundle.file("secret")

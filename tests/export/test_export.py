@@ -1,0 +1,159 @@
+"""Export is atomic and refuses by name what it cannot represent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import BalconyError, CheckpointError, InputError, UnsupportedModelError, VerificationError
+from balcony_export.architecture import describe, parts_of
+from balcony_export.balcony import init_balconies
+from balcony_export.export import export_bundle, fresh_directory
+from balcony_export.verify import Check, require
+
+
+def unsupported(config: Any, pattern: str) -> None:
+    class Model:
+        pass
+
+    model = Model()
+    model.config = config  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedModelError, match=pattern) as caught:
+        parts_of(model)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_architectures_are_refused_by_name() -> None:
+    unsupported(transformers.MixtralConfig(), "'mixtral': mixture-of-experts")
+    unsupported(transformers.Qwen3MoeConfig(), "'qwen3_moe': mixture-of-experts")
+    unsupported(transformers.Gemma3nTextConfig(), "'gemma3n_text': its layers share keys and values")
+    unsupported(transformers.MambaConfig(), "'mamba': state-space")
+    unsupported(transformers.FalconH1Config(), "'falcon_h1': state-space")
+    unsupported(transformers.GPT2Config(), "'gpt2': this architecture is not covered")
+    unsupported(transformers.GraniteConfig(), "'granite': this architecture is not covered")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_length_dependent_ropes_are_refused(make_tiny: Callable[..., Any], kind: str) -> None:
+    config = make_tiny("llama").config
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    unsupported(config, f"rope scaling '{kind}' depends on the length")
+
+
+def test_a_rope_per_layer_type_is_looked_into(make_tiny: Callable[..., Any]) -> None:
+    config = make_tiny("gemma3").config
+    config.rope_parameters["full_attention"]["rope_type"] = "dynamic"
+    unsupported(config, "rope scaling 'dynamic' of full_attention layers")
+
+
+def test_context_length_has_bounds(make_tiny: Callable[..., Any]) -> None:
+    model = make_tiny("llama")
+    assert describe(model, "x", 64).context_length == 64
+    for length in (1, 257):
+        with pytest.raises(UnsupportedModelError, match=f"context length {length}: this model takes 2 to 256"):
+            describe(model, "x", length)
+
+
+def test_weights_that_are_not_finite_leave_nothing(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    model = make_tiny("llama")
+    model.model.layers[3].mlp.up_proj.weight.data[5, 5] = float("nan")
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight: holds NaN or infinity"):
+        export_bundle(model, make_tokenizer(), {}, tmp_path / "out", name="x", trained=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_check_leaves_nothing(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    def fail(directory: Path) -> None:
+        assert Bundle.open(directory).manifest.exit_layers == (5,)
+        raise VerificationError("different")
+
+    with pytest.raises(VerificationError):
+        export_bundle(make_tiny("llama"), make_tokenizer(), {}, tmp_path / "out", name="x", trained=False, check=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_full_model_is_the_same_with_and_without_balconies(tiny: Any, make_tiny: Any, tmp_path: Path) -> None:
+    """Bit for bit: the same weights, the same operators, and so the same logits."""
+    import numpy as np  # noqa: PLC0415
+
+    from balcony_runtime.engine import Engine  # noqa: PLC0415
+
+    plain = tmp_path / "plain"
+    export_bundle(make_tiny("llama"), tiny.tokenizer, {}, plain, name="plain", trained=False)
+    tokens = np.random.default_rng(1).integers(0, 320, 30)
+    logits = []
+    for path in (plain, tiny.path):
+        with Engine.open(path) as engine:
+            sequence = engine.new_sequence(max_length=32)
+            logits.append([sequence.advance(5, tokens[:29]), sequence.advance(5, tokens[29:])])
+    for one, other in zip(*logits, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_verification_is_required_of_every_check() -> None:
+    good, bad = Check(2, "prefill", 1, 1e-6, 1.0, 1e-4), Check(5, "decode", 1, 0.5, 0.0, 1e-4)
+    require([good], Path("b"))
+    with pytest.raises(VerificationError, match=r"b: exit 5, decode: .* 5\.0e-01 of the largest logit"):
+        require([good, bad], Path("b"))
+
+
+def test_outputs_that_exist_or_have_no_parent_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep me")
+    for output, pattern in (
+        (tmp_path / "file", "exists already"),
+        (tmp_path, "exists already"),
+        (tmp_path / "no" / "such", "there is no directory"),
+    ):
+        with pytest.raises(InputError, match=pattern), fresh_directory(output):
+            pytest.fail("nothing may be written")
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), fresh_directory(tmp_path / "out") as directory:
+        (directory / "weights.bin").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_export_go_and_a_running_one_stays(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from balcony_export.export import fresh_directory\n"
+        "with fresh_directory(Path(sys.argv[1])) as directory:\n"
+        "    (directory / 'weights.bin').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False)
+    assert killed.returncode == -9
+    assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
+    running = tmp_path / f".out.partial-{os.getppid()}"
+    running.mkdir()
+    with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == [running]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root")
+def test_a_full_disk_is_one_line(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this sandbox does not let root mount a tmpfs")
+    try:
+        model = make_tiny("llama")
+        with pytest.raises(BalconyError, match="writing failed .*No space left") as caught:
+            export_bundle(model, make_tokenizer(), init_balconies(model, (2,)), disk / "out", name="x", trained=False)
+        assert "\n" not in str(caught.value)
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

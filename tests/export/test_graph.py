@@ -1,0 +1,131 @@
+"""Parity of every architecture at every exit, and what the graphs are made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from balcony_edge.bundle import WEIGHTS, Bundle
+from balcony_export.balcony import init_balconies
+from balcony_export.export import export_bundle
+from balcony_export.verify import Check, verify
+from balcony_runtime.engine import Engine
+
+ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3")
+#: Longer than the sliding windows of the tiny models (7), so that a wrong window shows.
+PROMPTS = ("the quick brown fox jumps over the lazy dog and the balcony", "0123456789 — Käse und 牛乳, 20:00!")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_exit_equals_pytorch(export_tiny: Callable[[str], Any], architecture: str) -> None:
+    exported = export_tiny(architecture)
+    checks = verify(exported.path, exported.model, exported.tokenizer, exported.balconies, PROMPTS)
+    assert Counter(check.phase for check in checks) == {"prefill": 3, "decode": 3, "backbone.onnx": 3}
+    assert {check.exit_layer for check in checks} == {2, 3, 5}
+    for check in checks:
+        assert check.passed, check
+        assert check.agreement == 1.0, check
+
+
+def test_verify_finds_a_wrong_weight(export_tiny: Callable[[str], Any]) -> None:
+    exported = export_tiny("llama")
+    weight = exported.balconies[3].layer.mlp.down_proj.weight
+    before = weight.detach().clone()
+    try:
+        weight.data[0, 0] += 1.0
+        checks = verify(exported.path, exported.model, exported.tokenizer, exported.balconies, PROMPTS)
+    finally:
+        weight.data.copy_(before)
+    failed = {(check.exit_layer, check.phase) for check in checks if not check.passed}
+    assert failed == {(3, "prefill"), (3, "decode")}
+
+
+def test_a_difference_that_is_not_a_number_fails() -> None:
+    assert not Check(2, "prefill", 1, float("nan"), 1.0, 1e-4).passed
+
+
+def test_operators_come_out_whole(export_tiny: Callable[[str], Any]) -> None:
+    model = onnx.load(export_tiny("llama").path / "backbone.onnx", load_external_data=False)
+    onnx.checker.check_model(str(export_tiny("llama").path / "backbone.onnx"))
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["Attention"] == 5
+    assert counts["TensorScatter"] == counts["RMSNormalization"] == counts["RotaryEmbedding"] == 10
+    assert counts["MatMul"] == 35
+    assert "Reshape" not in counts and "Transpose" not in counts
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 24
+    assert [value.name for value in model.graph.output][:3] == ["hidden_2", "hidden_3", "hidden_5"]
+
+
+def test_a_balcony_computes_queries_for_the_last_rows_only(export_tiny: Callable[[str], Any]) -> None:
+    model = onnx.load(export_tiny("llama").path / "balcony_2.onnx", load_external_data=False)
+    rows = {node.input[0] for node in model.graph.node if node.op_type == "MatMul"}
+    producers = {output: node for node in model.graph.node for output in node.output}
+    fed = {name: producers[name].input[0] for name in rows if producers[name].op_type == "RMSNormalization"}
+    from_rows = [name for name, source in fed.items() if source == "rows"]
+    assert sum(node.input[0] in from_rows for node in model.graph.node if node.op_type == "MatMul") == 2  # keys, values
+    assert sum(node.op_type == "Attention" for node in model.graph.node) == 1
+
+
+def test_every_weight_is_stored_once(export_tiny: Callable[[str], Any]) -> None:
+    for architecture in ("llama", "qwen2"):  # tied and untied
+        exported = export_tiny(architecture)
+        weights = sum(p.numel() for p in exported.model.parameters())  # a tied table counts once here
+        weights += sum(p.numel() for balcony in exported.balconies.values() for p in balcony.parameters())
+        rope = 2 * 256 * 4
+        stored = (exported.path / WEIGHTS).stat().st_size / 4
+        assert weights + rope - 300 <= stored <= (weights + rope) * 1.02, architecture  # small tensors lie in the graphs
+
+
+def test_graphs_name_their_weights_and_no_path_of_the_exporter(export_tiny: Callable[[str], Any]) -> None:
+    path = export_tiny("llama").path
+    stage = onnx.load(path / "stage_1.onnx", load_external_data=False)
+    names = {tensor.name for tensor in stage.graph.initializer}
+    assert "layers.2.self_attn.q_proj.weight" in names and "layers.2.mlp.down_proj.weight" in names
+    for graph in path.glob("*.onnx"):
+        text = graph.read_bytes()
+        assert b"/site-packages/" not in text and b"stack_trace" not in text, graph.name
+        for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+            locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            assert locations in ([], [WEIGHTS])
+
+
+def test_half_precision_stays_within_its_bound(tmp_path: Path, make_tiny: Any, make_tokenizer: Any) -> None:
+    model, tokenizer = make_tiny("qwen3"), make_tokenizer()
+    balconies = init_balconies(model, (2,))
+    output = tmp_path / "half"
+    manifest = export_bundle(model, tokenizer, balconies, output, name="half", trained=False, precision="float16")
+    assert manifest.precision == "float16" and manifest.embedding.dtype == "float16"
+    assert all(check.passed for check in verify(output, model, tokenizer, balconies, PROMPTS))
+
+
+def test_a_batch_equals_its_members(export_tiny: Callable[[str], Any]) -> None:
+    exported = export_tiny("gemma3")
+    tokens = np.random.default_rng(3).integers(0, 320, (3, 21))
+    with torch.no_grad():
+        expected = exported.model(torch.from_numpy(tokens)).logits.numpy()
+    with Engine.open(exported.path) as engine:
+        sequence = engine.new_sequence(batch_size=3)
+        got = sequence.advance(5, tokens[:, :20], num_logits=20)
+        last = sequence.advance(5, tokens[:, 20:])
+    np.testing.assert_allclose(got, expected[:, :20], atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(last[:, 0], expected[:, 20], atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_manifest_lists_the_graphs_tables(export_tiny: Callable[[str], Any]) -> None:
+    exported = export_tiny("llama")
+    manifest = Bundle.open(exported.path).manifest
+    stage = manifest.graphs["stage_1"]
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in stage.inputs] == [
+        ("hidden_2", "float32", ("batch", "rows", 32)),
+        ("start", "int64", ("batch",)),
+        ("past_key_2", "float32", ("batch", "capacity", 16)),
+        ("past_value_2", "float32", ("batch", "capacity", 16)),
+    ]
+    assert [tensor.name for tensor in stage.outputs] == ["hidden_3", "present_key_2", "present_value_2"]

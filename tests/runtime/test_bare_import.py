@@ -1,0 +1,57 @@
+"""The device side needs neither torch nor transformers nor onnx: proved by running it where they cannot be imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+_PROGRAM = """
+import sys
+for name in ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "matplotlib", "balcony_export"):
+    sys.modules[name] = None  # any import of it raises
+import pkgutil, importlib
+import balcony_edge, balcony_runtime
+for package in (balcony_edge, balcony_runtime):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+with balcony_edge.load(sys.argv[1], budget=balcony_edge.Budget(exit_layer=2)) as llm:
+    print(len(llm.generate("the fox", max_new_tokens=4, ignore_eos=True).tokens))
+"""
+
+
+def test_the_device_side_runs_without_the_workstations_packages(tiny: Any) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _PROGRAM, str(tiny.path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+
+
+def test_importing_the_package_loads_no_engine() -> None:
+    program = "import sys, balcony_edge; print(sorted({'onnxruntime', 'numpy', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_missing_engine_names_its_cure(tiny: Any) -> None:
+    program = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "import balcony_edge\n"
+        "try:\n    balcony_edge.load(sys.argv[1])\n"
+        "except balcony_edge.BalconyError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny.path)], capture_output=True, text=True, check=True
+    )
+    assert "pip install 'balcony-edge[cpu]'" in done.stdout and done.stdout.count("\n") == 1
+
+
+def test_public_names_are_these() -> None:
+    import balcony_edge  # noqa: PLC0415
+
+    assert balcony_edge.__all__ == ["BalconyError", "Budget", "load", "load_budget"]
+    assert all(hasattr(balcony_edge, name) for name in balcony_edge.__all__)
+    with pytest.raises(AttributeError):
+        balcony_edge.nonsense  # noqa: B018

@@ -1,0 +1,196 @@
+"""Generation: the text of transformers, budgets that change between tokens, and every way to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError
+from balcony_edge.profile import CostModel, UnitCost
+from balcony_runtime import generate as generate_module
+from balcony_runtime.calibrate import calibrate
+from balcony_runtime.generate import LLM
+from balcony_runtime.sampling import SamplingParams
+
+
+@pytest.fixture
+def llm(tiny: Any) -> Iterator[LLM]:
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+def hf_greedy(exported: Any, ids: list[int], count: int) -> list[int]:
+    with torch.no_grad():
+        out = exported.model.generate(
+            torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    return [int(token) for token in out[0, len(ids) :]]
+
+
+def test_full_depth_writes_what_transformers_writes(llm: LLM, tiny: Any) -> None:
+    random = np.random.default_rng(8)
+    for length in (1, 2, 17, 90):
+        ids = random.integers(1, 320, length).tolist()
+        reply = llm.generate(ids, max_new_tokens=40, ignore_eos=True)
+        assert [token.id for token in reply.tokens] == hf_greedy(tiny, ids, 40)
+        assert {token.exit_layer for token in reply.tokens} == {5}
+        assert reply.prompt_tokens == length and reply.finish_reason == "length"
+
+
+def test_each_exit_writes_what_its_own_logits_say(llm: LLM, tiny: Any) -> None:
+    ids = [5, 6, 7, 8]
+    for exit_layer in (2, 3):
+        llm.budget = Budget(exit_layer=exit_layer)
+        tokens = [token.id for token in llm.stream(ids, max_new_tokens=12, ignore_eos=True)]
+        sequence = llm.engine.new_sequence(max_length=32)
+        new, expected = list(ids), []
+        for _ in range(12):
+            expected.append(int(sequence.advance(exit_layer, new)[0, 0].argmax()))
+            new = expected[-1:]
+        assert tokens == expected
+
+
+def test_a_reply_counts_what_it_cost(llm: LLM) -> None:
+    reply = llm.generate([1, 2, 3], max_new_tokens=10, ignore_eos=True)
+    assert len(reply.tokens) == 10 and reply.tokens_per_exit == {5: 10}
+    assert reply.text == llm.generate([1, 2, 3], max_new_tokens=10, ignore_eos=True).text
+    assert reply.ttft_ms == reply.tokens[0].latency_ms > 0
+    assert reply.mean_tpot_ms == pytest.approx(sum(t.latency_ms for t in reply.tokens[1:]) / 9)
+    assert reply.late_tokens == 0 and all(t.target_ms is None and t.predicted_ms is None for t in reply.tokens)
+    assert [token.finish_reason for token in reply.tokens] == [None] * 9 + ["length"]
+    assert llm.generate([1], max_new_tokens=1).mean_tpot_ms is None
+
+
+def test_end_of_sequence_stops_and_has_no_text(llm: LLM, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [9, 10, 11]
+    free = llm.generate(ids, max_new_tokens=20, ignore_eos=True)
+    end = free.tokens[6].id
+    first = [token.id for token in free.tokens].index(end)
+    model = llm.engine.manifest.model.model_copy(update={"eos_token_ids": (end,)})
+    monkeypatch.setattr(llm.engine, "manifest", llm.engine.manifest.model_copy(update={"model": model}))
+    reply = llm.generate(ids, max_new_tokens=20)
+    assert len(reply.tokens) == first + 1
+    assert reply.finish_reason == "stop" and reply.tokens[-1].id == end
+    assert reply.text == llm._codec.decode([token.id for token in free.tokens[:first]])
+
+
+def test_budget_changes_take_effect_at_the_next_token(llm: LLM) -> None:
+    exits = []
+    for count, token in enumerate(llm.stream([1, 2, 3, 4], max_new_tokens=12, ignore_eos=True)):
+        exits.append(token.exit_layer)
+        if count == 3:
+            llm.budget = Budget(exit_layer=2)
+        if count == 7:
+            llm.budget = Budget(max_exit=3)
+    assert exits == [5] * 4 + [2] * 4 + [3] * 4
+
+
+def test_switching_up_runs_the_pending_rows_and_says_so(llm: LLM) -> None:
+    llm.budget = Budget(exit_layer=2)
+    tokens = []
+    for count, token in enumerate(llm.stream([1, 2, 3, 4], max_new_tokens=8, ignore_eos=True)):
+        tokens.append(token)
+        if count == 5:
+            llm.budget = Budget()
+    # the prompt's four rows and five fed tokens wait at stages 1 and 2 when the sixth token is out
+    assert [token.pending_rows for token in tokens] == [4, 5, 6, 7, 8, 9, 0, 0]
+    assert [token.caught_up_rows for token in tokens] == [0] * 6 + [18, 0]
+
+
+def test_a_target_is_held_by_depth(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prices given, the exits follow the target: what the machine's noise does is the benchmarks' matter."""
+    units = (UnitCost(1.0, 0.001), UnitCost(1.0, 0.001), UnitCost(2.0, 0.001))
+    costs = CostModel((2, 3, 5), units, (UnitCost(0.5),) * 3, UnitCost(0.5))
+    monkeypatch.setattr(generate_module, "calibrate", lambda engine: costs)
+    for target, exit_layer in ((100.0, 5), (4.4, 3), (2.3, 2)):
+        llm._costs = None
+        llm.budget = Budget(tpot_ms=target)
+        token = next(iter(llm.stream([1, 2], max_new_tokens=1)))
+        assert (token.exit_layer, token.target_ms) == (exit_layer, target)
+        assert token.predicted_ms == pytest.approx(costs.steady_ms(exit_layer, 0), rel=0.2)
+    llm.budget = Budget(tpot_ms=0.1, on_infeasible="error")
+    with pytest.raises(InfeasibleError, match=r"tpot_ms = 0\.1: infeasible"):
+        next(iter(llm.stream([1, 2], max_new_tokens=1)))
+    llm.budget = Budget(tpot_ms=0.1)
+    reply = llm.generate([1, 2], max_new_tokens=3, ignore_eos=True)
+    assert reply.tokens_per_exit == {2: 3} and reply.late_tokens == 2
+
+
+def test_backlog_is_worked_off_beside_the_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a shallow start under a generous target the full depth is reached by chunks, and stays exact."""
+    unit = UnitCost(10.0, 1.0)
+    costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(1.0),) * 3, UnitCost(1.0))
+    monkeypatch.setattr(generate_module, "calibrate", lambda engine: costs)
+    clock = SimpleNamespace(perf_counter_ns=iter(range(0, 10**15, 30_000_000)).__next__)  # every step takes 30 ms
+    monkeypatch.setattr(generate_module, "time", clock)
+    llm.budget = Budget(exit_layer=2)
+    tokens = []
+    for count, token in enumerate(llm.stream(list(range(1, 100)), max_new_tokens=60, ignore_eos=True)):
+        tokens.append(token)
+        if count == 3:
+            llm.budget = Budget(tpot_ms=60.0, dwell_tokens=0)
+    assert tokens[-1].exit_layer == 5 and tokens[-1].pending_rows == 0
+    chunked = [token for token in tokens if token.caught_up_rows and token.exit_layer < 5]
+    assert chunked and all("catching up" in token.reason for token in chunked)
+    assert sum(token.caught_up_rows for token in tokens) >= 2 * 102  # stages 1 and 2, all rows that they had missed
+
+
+def test_prompts_that_do_not_fit(llm: LLM) -> None:
+    with pytest.raises(ContextLengthError, match="the prompt has 256 tokens and this bundle's context holds 256"):
+        llm.stream([1] * 256)
+    reply = llm.generate([1] * 250, ignore_eos=True)
+    assert len(reply.tokens) == 6 and reply.finish_reason == "length"
+    for count in (0, -3):
+        with pytest.raises(InputError, match=f"max_new_tokens = {count}"):
+            llm.stream([1], max_new_tokens=count)
+    with pytest.raises(InputError, match="token 99999"):
+        list(llm.stream([99999]))
+    with pytest.raises(InputError, match="the prompt is empty"):
+        llm.stream("")
+
+
+def test_budgets_that_fit_no_exit_are_refused(llm: LLM, tiny: Any) -> None:
+    with pytest.raises(BudgetError, match="exit_layer = 4, but this bundle has exits 2, 3, 5"):
+        llm.budget = Budget(exit_layer=4)
+    assert llm.budget == Budget()
+    with pytest.raises(BudgetError, match="min_exit = 6"):
+        balcony_edge.load(tiny.path, budget=Budget(min_exit=6))
+
+
+def test_sampling_is_reproducible(llm: LLM) -> None:
+    def draw(seed: int) -> list[int]:
+        sampling = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=seed)
+        return [token.id for token in llm.stream([3, 4], max_new_tokens=20, sampling=sampling, ignore_eos=True)]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_batches_of_equal_length(llm: LLM) -> None:
+    prompts = [[1, 2, 3], [4, 5, 6], [200, 7, 30]]
+    together = llm.generate_batch(prompts, max_new_tokens=16)
+    assert together == [llm.generate(prompt, max_new_tokens=16).text for prompt in prompts]
+    with pytest.raises(InputError, match=r"prompts of \[1, 2\] tokens: a batch takes prompts of equal length"):
+        llm.generate_batch([[1], [1, 2]], max_new_tokens=2)
+
+
+def test_text_and_chat_prompts(llm: LLM) -> None:
+    chat = llm.generate([{"role": "user", "content": "the fox"}], max_new_tokens=8)
+    assert chat.text == llm.generate("the fox", max_new_tokens=8).text
+    assert chat.prompt_tokens == len(llm.encode("the fox"))
+    raw = llm.generate("the fox", max_new_tokens=8, chat=False)
+    assert raw.prompt_tokens == len(llm.encode("the fox", chat=False)) < chat.prompt_tokens
+
+
+def test_calibration_prices_every_graph(llm: LLM) -> None:
+    costs = calibrate(llm.engine)
+    assert costs.exits == (2, 3, 5)
+    assert all(unit.first_row_ms > 0 for unit in (*costs.stages, *costs.balconies, costs.head))
+    shallow, middle, full = (costs.steady_ms(exit_layer, 100) for exit_layer in costs.exits)
+    assert 0 < shallow and shallow < full * 10 and middle < full * 10

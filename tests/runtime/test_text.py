@@ -1,0 +1,109 @@
+"""Text in and out: the chat template in its sandbox, and streams without a broken character."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import BundleError, InputError
+from balcony_runtime.text import TextCodec
+
+
+@pytest.fixture(scope="module")
+def codec(tiny: Any) -> TextCodec:
+    return TextCodec(Bundle.open(tiny.path))
+
+
+def test_a_text_becomes_a_users_message(codec: TextCodec) -> None:
+    assert codec.has_chat_template
+    assert codec.decode(codec.encode("the fox")) == "<user>the fox\n<assistant>"
+    assert codec.decode(codec.encode("the fox", chat=False)) == "the fox"
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}]
+    assert codec.decode(codec.encode(messages)) == "<system>be brief\n<user>why?\n<assistant>"
+
+
+def test_ids_are_those_of_transformers(codec: TextCodec, tiny: Any) -> None:
+    for text in ("the quick brown fox", "Käse 牛乳 🦊", "  two  spaces\n\n", "1234567890"):
+        assert codec.encode(text, chat=False) == tiny.tokenizer(text, add_special_tokens=True).input_ids
+        chat = [{"role": "user", "content": text}]
+        rendered = tiny.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert codec.encode(chat) == tiny.tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n\t", []])
+def test_empty_prompts_are_refused(codec: TextCodec, prompt: Any) -> None:
+    with pytest.raises(InputError, match="empty|no messages"):
+        codec.encode(prompt)
+
+
+@pytest.mark.parametrize("messages", [[{"role": "user"}], ["text"], [{"content": "x"}], [7.5]])
+def test_messages_that_are_none_are_refused(codec: TextCodec, messages: Any) -> None:
+    with pytest.raises(InputError, match="must be a mapping with 'role' and 'content'"):
+        codec.encode(messages)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 319), max_size=40))
+def test_streamed_text_is_the_text_decoded_at_once(codec: TextCodec, tokens: list[int]) -> None:
+    stream = codec.stream()
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join(pieces) + stream.flush() == codec.decode(tokens)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.text(max_size=30))
+def test_no_piece_of_real_text_holds_half_a_character(codec: TextCodec, text: str) -> None:
+    stream = codec.stream()
+    pieces = [stream.push(token) for token in codec.encode(text, chat=False)] if text.strip() else []
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    assert "".join(pieces) + stream.flush() == (text if text.strip() else "")
+
+
+def write_template(bundle: Path, template: str) -> TextCodec:
+    (bundle / "chat_template.jinja").write_text(template)
+    opened = Bundle.open(bundle.parent / "original") if (bundle.parent / "original").exists() else None
+    assert opened is None
+    from balcony_edge.bundle import Manifest, _read_manifest  # noqa: PLC0415
+
+    manifest: Manifest = _read_manifest(bundle)
+    return TextCodec(Bundle(bundle, manifest))
+
+
+def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
+    message = [{"role": "user", "content": "x"}]
+    for template in (
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ undefined_function() }}",
+    ):
+        with pytest.raises(InputError, match="the chat template refuses these messages"):
+            write_template(bundle_copy, template).encode(message)
+    with pytest.raises(BundleError, match=r"chat_template\.jinja: not readable"):
+        write_template(bundle_copy, "{% for %}")
+
+
+def test_a_bundle_without_a_template_wants_text(bundle_copy: Path) -> None:
+    import json  # noqa: PLC0415
+
+    manifest = json.loads((bundle_copy / "bundle.json").read_text())
+    del manifest["files"]["chat_template.jinja"]
+    (bundle_copy / "bundle.json").write_text(json.dumps(manifest))
+    codec = TextCodec(Bundle.open(bundle_copy))
+    assert codec.decode(codec.encode("the fox")) == "the fox"
+    with pytest.raises(InputError, match="has no chat template"):
+        codec.encode([{"role": "user", "content": "x"}])
+
+
+def test_a_damaged_tokenizer_is_named(bundle_copy: Path) -> None:
+    from balcony_edge.bundle import _read_manifest  # noqa: PLC0415
+
+    (bundle_copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer\.json: not readable as a tokenizer"):
+        TextCodec(Bundle(bundle_copy, _read_manifest(bundle_copy)))

