@@ -34,10 +34,10 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from balcony_edge.errors import BundleError
 
@@ -47,7 +47,7 @@ WEIGHTS = "weights.bin"
 
 DType = Literal["float32", "float16", "int64"]
 #: A plain file name: nothing that leaves the bundle's directory and no hidden file.
-FileName = pydantic.constr(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=120)
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=120)]
 
 
 class _Frozen(BaseModel):
@@ -69,7 +69,7 @@ class GraphSpec(_Frozen):
     what the graph uses, also where two graphs point to the same tensor.
     """
 
-    file: FileName  # type: ignore[valid-type]
+    file: FileName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parameters: int = Field(ge=0)
@@ -79,7 +79,7 @@ class GraphSpec(_Frozen):
 class EmbeddingSpec(_Frozen):
     """Where the token table lies: rows of ``shape[1]`` values from ``offset`` bytes on, multiplied by ``scale``."""
 
-    file: FileName  # type: ignore[valid-type]
+    file: FileName
     offset: int = Field(ge=0)
     dtype: Literal["float32", "float16"]
     shape: tuple[int, int]
@@ -132,7 +132,7 @@ class Manifest(_Frozen):
     exits: tuple[ExitSpec, ...] = Field(min_length=1)
     embedding: EmbeddingSpec
     graphs: dict[str, GraphSpec]
-    files: dict[FileName, FileSpec]  # type: ignore[valid-type]
+    files: dict[FileName, FileSpec]
     fingerprint: str
     tools: dict[str, str]
 
@@ -231,7 +231,9 @@ def _read_manifest(directory: Path) -> Manifest:
     if not directory.exists():
         raise BundleError(f"{directory}: there is no such directory: name a bundle that `balcony-edge export` wrote")
     if not path.is_file():
-        raise BundleError(f"{directory}: no {MANIFEST} in it, so this is no bundle: make one with `balcony-edge export`")
+        raise BundleError(
+            f"{directory}: no {MANIFEST} in it, so this is no bundle: make one with `balcony-edge export`"
+        )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -290,7 +292,9 @@ def _check_file(path: Path, spec: FileSpec, verify_hashes: bool) -> None:
         )
 
 
-def write_manifest(directory: Path, document: dict[str, Any], *, progress: Callable[[str], None] | None = None) -> Manifest:
+def write_manifest(
+    directory: Path, document: dict[str, Any], *, progress: Callable[[str], None] | None = None
+) -> Manifest:
     """Hash the files of ``directory``, complete ``document`` with files and fingerprint, and write ``bundle.json``.
 
     Args:

@@ -31,7 +31,10 @@ torch.set_num_threads(2)
 
 VOCABULARY = 320
 EXITS = (2, 3)
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,

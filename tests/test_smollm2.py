@@ -52,7 +52,7 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from types import SimpleNamespace  # noqa: PLC0415
+    from types import SimpleNamespace
 
     try:
         source = demo_model_path()
@@ -85,7 +85,9 @@ def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM) -> None
         ids = demo.tokenizer(rendered, add_special_tokens=False).input_ids
         assert llm.encode(prompt) == ids
         with torch.no_grad():
-            out = demo.model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, repetition_penalty=1.0)
+            out = demo.model.generate(
+                torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, repetition_penalty=1.0
+            )
         expected = demo.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         assert llm.generate(prompt, max_new_tokens=TOKENS).text == expected, prompt
 

@@ -21,7 +21,9 @@ def export(
     balconies: Annotated[
         Path | None, typer.Option(help="Trained balconies; without them they are copies of the last layer.")
     ] = None,
-    precision: Annotated[Literal["fp32", "fp16"], typer.Option(help="Of weights, hidden states and KV cache.")] = "fp32",
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option(help="Of weights, hidden states and KV cache.")
+    ] = "fp32",
     context_length: Annotated[
         int | None, typer.Option(help="Most tokens of a sequence [default: the model's, at most 8192].")
     ] = None,

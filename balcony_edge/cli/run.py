@@ -88,7 +88,9 @@ def summary(reply: Reply) -> dict[str, Any]:
         "tpot_mean_ms": reply.mean_tpot_ms,
         "tpot_p50_ms": gaps[len(gaps) // 2] if len(reply.tokens) > 1 else None,
         "tokens_per_exit": {str(layer): count for layer, count in reply.tokens_per_exit.items()},
-        "exit_switches": sum(a.exit_layer != b.exit_layer for a, b in zip(reply.tokens, reply.tokens[1:], strict=False)),
+        "exit_switches": sum(
+            a.exit_layer != b.exit_layer for a, b in zip(reply.tokens, reply.tokens[1:], strict=False)
+        ),
         "caught_up_rows": sum(token.caught_up_rows for token in reply.tokens),
         "late_tokens": reply.late_tokens if targets else None,
         "tokens_with_target": targets,

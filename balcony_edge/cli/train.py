@@ -1,5 +1,172 @@
-"""``balcony-edge train``: distil balconies (placeholder until the verb lands; overwrite this file)."""
+"""``balcony-edge train``: distil the balconies of a frozen model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from balcony_export.distill import Progress, Trainer
 
 
-def train() -> None:
-    """Distil balconies."""
+def train(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF file, hub name, or 'demo'.")],
+    exits: Annotated[str, typer.Option(help="Exit layers (14,17,20) or depth factors (0.5x,0.6x,0.7x).")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help='Text: JSON Lines with "text", "messages" or "instruction" and "response", or .txt; repeatable.'
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the balconies; others in it stay.")],
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens, instead of --steps.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after this time, instead of --steps.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output.")] = False,
+    optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Of the matrices; norms: AdamW.")] = "muon",
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-3,
+    vector_rate: Annotated[float | None, typer.Option(help="Of the norms [default: half of --rate].")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
+    schedule: Annotated[Literal["trapezoidal", "cosine"], typer.Option(help="Decay of the rate.")] = "trapezoidal",
+    warmup_steps: Annotated[int, typer.Option(help="Steps of rising rate.")] = 50,
+    decay_share: Annotated[float, typer.Option(help="Share of the steps with falling rate (trapezoidal).")] = 0.4,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm of a balcony.")] = 1.0,
+    seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    batch_rows: Annotated[int, typer.Option(help="Rows per step.")] = 2,
+    micro_rows: Annotated[int | None, typer.Option(help="Rows per pass [default: all]: accumulates gradients.")] = None,
+    positions: Annotated[int, typer.Option(help="Positions of a row that the loss samples; 0: all.")] = 128,
+    average: Annotated[float, typer.Option(help="Memory of the averaged weights.")] = 0.99,
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the passes; weights train in fp32.")] = "bf16",
+    cache_gb: Annotated[float, typer.Option(help="Keep states of the backbone on disk for later epochs.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the order of rows and the positions.")] = 0,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between held-out evaluations.")] = 200,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 5.0,
+    held_out_rows: Annotated[int, typer.Option(help="Rows of documents kept out of training.")] = 24,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the loss [default: with a C++ compiler].")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    pretraining_tokens: Annotated[int | None, typer.Option(help="Of the base model, for the table of costs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Train one decoder layer per exit to predict what the frozen full model predicts."""
+    import torch
+
+    from balcony_edge.cli.console import stderr
+    from balcony_edge.errors import InputError, TrainingError
+    from balcony_export.balcony import parse_exits
+    from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.distill import Trainer
+    from balcony_export.distill_config import TrainConfig
+    from balcony_export.distill_data import build_corpus
+
+    if tokens is not None:
+        if steps is not None:
+            raise InputError("--steps and --tokens: both say how long to train: give one of them")
+        steps = max(1, tokens // (batch_rows * seq_len))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_model(model, attn_implementation="sdpa")
+    if torch.cuda.is_available():
+        loaded.to("cuda")  # type: ignore[arg-type]
+    config = TrainConfig(
+        exits=parse_exits(exits, loaded.config.num_hidden_layers),
+        steps=steps,
+        minutes=minutes,
+        seq_len=seq_len,
+        batch_rows=batch_rows,
+        micro_rows=micro_rows or batch_rows,
+        positions=positions,
+        optimizer=optimizer,
+        rate=rate,
+        vector_rate=rate / 2 if vector_rate is None else vector_rate,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        decay_share=decay_share,
+        clip=clip,
+        average=average,
+        seed=seed,
+        evaluate_every=evaluate_every,
+        checkpoint_minutes=checkpoint_minutes,
+        cache_gb=cache_gb,
+    )
+    config.check()
+    corpus = build_corpus(data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    trainer = Trainer(loaded, corpus, config, output, dtype=dtype, compiled=compiled)
+    if resume:
+        if not trainer.resume():
+            raise TrainingError(f"{trainer.work}: holds no checkpoint: train without --resume first")
+        stderr.print(f"going on from step {trainer.step}")
+    elif trainer.has_checkpoint():
+        raise TrainingError(f"{trainer.work}: holds a checkpoint: go on with --resume, or remove the directory")
+    with _progress_bar(trainer) as report:
+        trainer.run(report)
+    _finish(trainer, model, pretraining_tokens, as_json)
+
+
+@contextmanager
+def _progress_bar(trainer: Trainer) -> Iterator[Callable[[Progress], None]]:
+    """Loss per exit, tokens a second and time left, on stderr."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    from balcony_edge.cli.console import stderr
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
+    with Bar(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("first step", total=None, rate="")
+
+        def report(progress: Progress) -> None:
+            losses = "  ".join(f"{e}: {value:.3f}" for e, value in progress.loss.items())
+            left = f"{progress.tokens_per_s:.0f} tok/s, {progress.eta_s / 60:.0f} min left"
+            bar.update(task, completed=progress.step, total=progress.total, description=f"KL {losses}", rate=left)
+            if progress.held_out:
+                held_out = "  ".join(f"{e}: {value:.3f}" for e, value in progress.held_out.items())
+                bar.console.print(f"step {progress.step}: held-out KL {held_out}")
+
+        yield report
+
+
+def _finish(trainer: Trainer, model: str, given_tokens: int | None, as_json: bool) -> None:
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stderr, stdout
+    from balcony_edge.errors import MissingDependencyError
+    from balcony_export.distill import METRICS
+    from balcony_export.distill_report import Cost, plot_curves, pretraining_tokens, read_metrics
+
+    results = trainer.results
+    name = "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name
+    parameters = sum(p.numel() for p in next(iter(trainer.balconies.values())).parameters())
+    cost = Cost(len(results), parameters, trainer.tokens, pretraining_tokens(name, given_tokens))
+    plot = trainer.output / "curve.png"
+    try:
+        plot_curves(read_metrics(trainer.work / METRICS), plot, f"Balconies of {name}")
+    except MissingDependencyError as error:
+        stderr.print(f"[yellow]no plot: {error}[/]")
+    if as_json:
+        document: dict[str, Any] = {
+            "balconies": str(trainer.output),
+            "steps": trainer.step,
+            "tokens": cost.tokens,
+            "tunable_parameters": cost.exits * cost.parameters_per_balcony,
+            "pretraining_share": cost.share,
+            "exits": {str(e): {"held_out_kl": kl, "held_out_agreement": hits} for e, (kl, hits) in results.items()},
+        }
+        stdout.print_json(json.dumps(document))
+        return
+    table = Table("exit", "held-out KL", "top-1 agreement", title=f"{trainer.output}")
+    for exit_layer, (kl, hits) in results.items():
+        table.add_row(str(exit_layer), f"{kl:.3f}", f"{100 * hits:.1f} %")
+    stdout.print(table)
+    costs = Table("cost", "this run", title="Training cost (the paper's Table 2)")
+    for row in cost.lines():
+        costs.add_row(*row)
+    stdout.print(costs)

@@ -39,7 +39,13 @@ def verify(
         table = Table("exit", "phase", "prompts", "largest difference", "bound", "same argmax", "")
         for check in checks:
             verdict = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
-            row = (check.exit_layer, check.phase, check.prompts, f"{check.max_difference:.1e}", f"{check.tolerance:.0e}")
+            row = (
+                check.exit_layer,
+                check.phase,
+                check.prompts,
+                f"{check.max_difference:.1e}",
+                f"{check.tolerance:.0e}",
+            )
             table.add_row(*map(str, row), f"{check.agreement:.1%}", verdict)
         stdout.print(table)
     require(checks, bundle)

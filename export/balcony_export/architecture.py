@@ -107,7 +107,9 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
     config: Any = model.config
     limit = int(config.max_position_embeddings)
     if context_length is not None and not 2 <= context_length <= limit:
-        raise UnsupportedModelError(f"context length {context_length}: this model takes 2 to {limit}: give one of those")
+        raise UnsupportedModelError(
+            f"context length {context_length}: this model takes 2 to {limit}: give one of those"
+        )
     heads = int(config.num_attention_heads)
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
@@ -119,7 +121,7 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         num_attention_heads=heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        vocab_size=parts_of(model).embed.num_embeddings,
         context_length=context_length or min(limit, DEFAULT_CONTEXT),
         bos_token_id=config.bos_token_id,
         eos_token_ids=eos_ids,

@@ -92,7 +92,7 @@ def parse_exits(text: str, num_layers: int) -> tuple[int, ...]:
     for part in (piece.strip() for piece in text.split(",")):
         if re.fullmatch(r"\d+", part):
             exit_layer = int(part)
-        elif re.fullmatch(r"(\d+\.?\d*|\.\d+)[x×]", part):
+        elif re.fullmatch(r"(\d+\.?\d*|\.\d+)x", part):
             exit_layer = round(float(part[:-1]) * num_layers) - 1
         else:
             raise InputError(f"--exits {text}: '{part}' is no exit: {allowed}, separated by commas")
@@ -256,7 +256,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is damaged: train again or copy it again") from error
     if version != FORMAT_VERSION or module != "decoder":
         raise CheckpointError(
-            f"{file}: format {version}, module '{module}': this version reads format {FORMAT_VERSION}, module 'decoder': "
+            f"{file}: format {version}, module '{module}': this version reads format {FORMAT_VERSION} and 'decoder': "
             "use the version of Balcony Edge that wrote it"
         )
     if not complete:

@@ -6,12 +6,13 @@ conversions lose. It knows nothing about exits; balconies are read by :mod:`.bal
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def load_model(
     """Load a causal language model in eval mode.
 
     Args:
-        source: a directory, a ``.gguf`` file or a hub name.
+        source: a directory, a ``.gguf`` file, a hub name, or ``demo`` for :func:`demo_model_path`.
         dtype: of the weights; GGUF weights are dequantized to it.
         attn_implementation: transformers' name of the attention function.
 
@@ -44,7 +45,7 @@ def load_model(
     """
     where, options = _locate(source)
     with _explained(source):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -54,6 +55,7 @@ def load_model(
             **options,
             **({"quantization_config": GgufConfig(dequantize=True)} if options else {}),
         )
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -106,7 +108,7 @@ def demo_model_path() -> Path:
 
 def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
     """``(name or path for transformers, gguf_file option)`` of a source, after checking its files."""
-    path = Path(source).expanduser()
+    path = demo_model_path() if str(source) == "demo" else Path(source).expanduser()
     if path.is_file():
         _check_gguf(path)
         return str(path.parent), {"gguf_file": path.name}
@@ -162,13 +164,13 @@ def _check_safetensors(path: Path) -> None:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= path.stat().st_size else None
+            header: dict[str, Any] = json.loads(file.read(length)) if length <= path.stat().st_size else {}
         end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     except (struct.error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{path}: is no safetensors file or cut short: download it again") from error
     if path.stat().st_size != 8 + length + end:
         raise CheckpointError(
-            f"{path}: is {path.stat().st_size} bytes long where its header promises {8 + length + end}: download it again"
+            f"{path}: is {path.stat().st_size} bytes long, its header promises {8 + length + end}: download it again"
         )
 
 
@@ -205,14 +207,15 @@ def _is_smollm(path: Path) -> bool:
     return field is not None and str(field.contents()) == "smollm"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _explained(source: str | Path) -> Iterator[None]:
     """Turn what the readers raise into one line, and keep their progress bars and notes off the terminal."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own bar heeds no setting
+            yield
     except _READ_ERRORS as error:
         detail = " ".join(str(error).split())[:200]
         if _HUB_NAME.match(str(source)) and not Path(source).exists():

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError
 from balcony_export.balcony import Balcony, fingerprint, init_balconies, save_balconies, write_atomically
-from balcony_export.distill_checkpoint import load_tensors, read_state, save_checkpoint
+from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, save_checkpoint
+from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Corpus, Rows
 from balcony_export.distill_loss import HeadLoss
-from balcony_export.distill_schedule import OptimizerKind, Schedule, ScheduleKind, make_optimizers, set_rate
+from balcony_export.distill_parallel import Processes
+from balcony_export.distill_schedule import Schedule, make_optimizers, set_rate
 from balcony_export.distill_states import Backbone, StateCache
 
 METRICS = "metrics.jsonl"
@@ -37,55 +39,6 @@ METRICS = "metrics.jsonl"
 #: model: 25,856 in one channel of the first position, sometimes of the second; root mean square 1,005 beside 6 to 9).
 #: It is an attention sink: the balcony attends to it, but is not asked to predict from it.
 MASSIVE = 20.0
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The recipe. The defaults are the ones found for models of 135M parameters on budgets of 0.1 to 10M tokens."""
-
-    exits: tuple[int, ...]
-    steps: int | None = None
-    minutes: float | None = None  # instead of steps: end at this time, re-planning the decay while running
-    seq_len: int = 512
-    batch_rows: int = 4  # rows per optimizer step
-    micro_rows: int = 4  # rows per pass: accumulation where it is smaller
-    positions: int = 128  # sampled per row for the loss; 0: all
-    optimizer: OptimizerKind = "muon"
-    rate: float = 8e-3
-    vector_rate: float = 4e-3  # of the norms
-    weight_decay: float = 0.0
-    schedule: ScheduleKind = "trapezoidal"
-    warmup_steps: int = 50
-    decay_share: float = 0.4
-    clip: float = 1.0
-    average: float = 0.99  # of the exponential moving average of the weights
-    seed: int = 0
-    evaluate_every: int = 100
-    checkpoint_minutes: float = 3.0
-    cache_gb: float = 0.0
-
-    def recipe(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that it goes on with: all but its length and its upkeep."""
-        upkeep = ("steps", "minutes", "checkpoint_minutes", "cache_gb")
-        return {key: value for key, value in json.loads(json.dumps(asdict(self))).items() if key not in upkeep}
-
-    def check(self) -> None:
-        """Raise InputError for values that make no sense together."""
-        if (self.steps is None) == (self.minutes is None):
-            raise InputError("give either --steps (or --tokens) or --minutes: a run needs one end")
-        if self.minutes is not None and self.schedule == "cosine":
-            raise InputError("--minutes with --schedule cosine: a cosine needs its length beforehand: use trapezoidal")
-        for name in ("seq_len", "batch_rows", "micro_rows", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}: must be 1 or more")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps = {self.steps}: must be 1 or more")
-        if self.minutes is not None and not self.minutes > 0:
-            raise InputError(f"minutes = {self.minutes}: must be more than 0")
-        if self.batch_rows % self.micro_rows:
-            raise InputError(f"{self.batch_rows} rows a step in passes of {self.micro_rows}: must divide")
-        if not self.rate > 0 or not math.isfinite(self.rate):
-            raise InputError(f"rate = {self.rate}: must be a positive number")
 
 
 @dataclass(frozen=True)
@@ -126,6 +79,13 @@ class Trainer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config.check()
+        self.processes = Processes()
+        passes = config.batch_rows // config.micro_rows
+        if passes % self.processes.count or (self.processes.count > 1 and config.minutes is not None):
+            raise InputError(
+                f"{self.processes.count} processes with {passes} passes a step: the passes (rows a step / rows a pass) "
+                "must divide among the processes, and --minutes is for one process"
+            )
         self.config, self.corpus, self.output, self.clock = config, corpus, output, clock
         self.work = work or output / "run"
         self.base_facts = fingerprint(model)
@@ -147,13 +107,13 @@ class Trainer:
                 balcony.parameters(), config.optimizer, config.rate, config.vector_rate, config.weight_decay
             )
             self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
-        self.schedule = Schedule(
-            config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share
-        )
+        self.schedule = Schedule(config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share)
         self.step = 0
         self.wall_s = 0.0  # spent training, over all sessions of the run
         self.best: dict[int, float] = {}
         self.cache = self._open_cache()
+        self.results: dict[int, tuple[float, float]] = {}  # of the last checkpoint: exit -> held-out KL, agreement
+        self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     # -- data
 
@@ -173,7 +133,9 @@ class Trainer:
         for position in range(step * size, (step + 1) * size):
             epoch, index = divmod(position, count)
             # epoch 0 keeps the corpus's own order, which is shuffled already
-            order = np.arange(count) if epoch == 0 else np.random.default_rng([self.config.seed, epoch]).permutation(count)
+            order = (
+                np.arange(count) if epoch == 0 else np.random.default_rng([self.config.seed, epoch]).permutation(count)
+            )
             picked.append(order[index])
         return np.asarray(picked, dtype=np.int64)
 
@@ -186,7 +148,7 @@ class Trainer:
             self.cache.put(rows, states)
         return states
 
-    def weights_of(self, rows: Rows, states: torch.Tensor, seed: list[int]) -> torch.Tensor:
+    def positions_of(self, rows: Rows, states: torch.Tensor, seed: list[int]) -> torch.Tensor:
         """Flat indices of the positions that the loss sees: no padding, no massive activation, sampled  # (n,)"""
         valid = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
         rms = states[0].float().square().mean(-1).sqrt().cpu()  # (B, T)
@@ -206,37 +168,40 @@ class Trainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = states[index] if self.dtype != torch.float32 else states[index].float()
             out = balcony(hidden, **self.layer_arguments)
-        return out.flatten(0, 1)[where]
+        picked: torch.Tensor = out.flatten(0, 1)[where]
+        return picked
 
     def train_step(self) -> dict[int, float]:
         """One optimizer step of every exit; returns KL per exit."""
         config = self.config
         rows = self.rows_of(self.step)
         chunks = np.split(rows, config.batch_rows // config.micro_rows)
-        losses = dict.fromkeys(config.exits, 0.0)
-        counted = 0
-        for number, chunk in enumerate(chunks):
-            states = self.states_of(chunk)
-            picked = Rows(self.corpus.train.tokens[chunk], self.corpus.train.lengths[chunk])
-            where = self.weights_of(picked, states, [config.seed, self.step, number])
-            counted += len(where)
+        sums = torch.zeros(len(config.exits) + 1, dtype=torch.float64)  # KL per exit, then positions
+        for number in self.processes.share(len(chunks)):
+            states = self.states_of(chunks[number])
+            picked = Rows(self.corpus.train.tokens[chunks[number]], self.corpus.train.lengths[chunks[number]])
+            where = self.positions_of(picked, states, [config.seed, self.step, number])
+            sums[-1] += len(where)
             full = states[-1].flatten(0, 1)[where]
             for index, exit_layer in enumerate(config.exits):
                 loss = self.head(full, self.exit_rows(self.balconies[exit_layer], states, index, where))
-                loss.backward()  # type: ignore[no-untyped-call]
-                losses[exit_layer] += float(loss.detach())
-        counted = max(counted, 1)
+                loss.backward()
+                sums[index] += float(loss.detach())
+        self.processes.sum([sums])
+        *kls, counted = sums.tolist()
+        counted = max(counted, 1.0)
+        losses = {exit_layer: kl / counted for exit_layer, kl in zip(config.exits, kls, strict=True)}
         factor = self.schedule.factor(self.step)
         for exit_layer, balcony in self.balconies.items():
-            losses[exit_layer] /= counted
             if not math.isfinite(losses[exit_layer]):
                 raise TrainingError(
                     f"step {self.step}: the loss of exit {exit_layer} is {losses[exit_layer]}: the last checkpoint in "
                     f"{self.work} is kept: lower --rate and start again from it"
                 )
-            for parameter in balcony.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= counted
+            gradients = [p.grad for p in balcony.parameters() if p.grad is not None]
+            self.processes.sum(gradients)
+            for gradient in gradients:
+                gradient /= counted
             torch.nn.utils.clip_grad_norm_(balcony.parameters(), config.clip)
             set_rate(self.optimizers[exit_layer], factor)
             for optimizer in self.optimizers[exit_layer]:
@@ -253,13 +218,10 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, averaged: bool = False) -> dict[int, tuple[float, float]]:
         """``exit layer -> (KL, top-1 agreement)`` on the held-out rows, at every position that counts."""
-        rows, totals = self.corpus.held_out, {e: [0.0, 0] for e in self.config.exits}
+        totals = {e: [0.0, 0] for e in self.config.exits}
         count = 0
         swapped = self._swap_averages() if averaged else None
-        for start in range(0, len(rows.tokens), self.config.micro_rows):
-            part = Rows(rows.tokens[start : start + self.config.micro_rows], rows.lengths[start : start + self.config.micro_rows])
-            states = self.backbone.states(torch.from_numpy(part.tokens).long().to(self.device))
-            where = self.weights_of(part, states, [start])
+        for states, where in self._held_out_states():
             full = states[-1].flatten(0, 1)[where]
             count += len(where)
             for index, exit_layer in enumerate(self.config.exits):
@@ -272,6 +234,17 @@ class Trainer:
         count = max(count, 1)
         return {e: (kl / count, hits / count) for e, (kl, hits) in totals.items()}
 
+    def _held_out_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """``(states, positions)`` of the held-out rows by passes; kept, 2.4 MB a row for the demo model."""
+        if self._held_out is None:
+            rows, size = self.corpus.held_out, self.config.micro_rows
+            self._held_out = []
+            for start in range(0, len(rows.tokens), size):
+                part = Rows(rows.tokens[start : start + size], rows.lengths[start : start + size])
+                states = self.backbone.states(torch.from_numpy(part.tokens).long().to(self.device))
+                self._held_out.append((states, self.positions_of(part, states, [start])))
+        return self._held_out
+
     @torch.no_grad()
     def _swap_averages(self) -> bool:
         for exit_layer, balcony in self.balconies.items():
@@ -283,18 +256,29 @@ class Trainer:
 
     # -- the run
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run has seen, repeats counted."""
+        return self.step * self.config.batch_rows * self.config.seq_len
+
+    def has_checkpoint(self) -> bool:
+        """Whether a run lies in the work directory."""
+        return (self.work / CHECKPOINT).is_file()
+
     def resume(self) -> bool:
         """Go on from the checkpoint in the work directory; False where there is none."""
         state = read_state(self.work)
         if state is None:
             return False
-        for name, given in (("recipe", self.config.recipe()), ("base", self.base_facts), ("corpus", self.corpus.digest)):
-            if state[name] != given:
-                differing = [key for key in given if given[key] != state[name].get(key)] if name == "recipe" else [name]
-                raise TrainingError(
-                    f"{self.work}: its checkpoint was made with another {', '.join(differing)}: "
-                    "give the same options, model and data, or another output directory"
-                )
+        recipe = self.config.recipe()
+        differing = [key for key in recipe if recipe[key] != state["recipe"].get(key)]
+        differing += ["base model"] if state["base"] != self.base_facts else []
+        differing += ["data"] if state["corpus"] != self.corpus.digest else []
+        if differing:
+            raise TrainingError(
+                f"{self.work}: its checkpoint was made with another {', '.join(differing)}: "
+                "give the same options, model and data, or another output directory"
+            )
         load_tensors(self.work, self.balconies, self.averages, self.optimizers)
         self.step, self.wall_s = state["step"], state["wall_s"]
         self.best = {int(key): value for key, value in state["best"].items()}
@@ -322,7 +306,7 @@ class Trainer:
             "corpus": self.corpus.digest,
         }
         shipped: dict[int, tuple[float, float]] = {}
-        for exit_layer, balcony in self.balconies.items():
+        for exit_layer, balcony in self.balconies.items() if self.processes.writes else ():
             use_average = averaged[exit_layer][0] < raw[exit_layer][0]
             shipped[exit_layer] = (averaged if use_average else raw)[exit_layer]
             if shipped[exit_layer][0] > self.best.get(exit_layer, math.inf):
@@ -333,18 +317,19 @@ class Trainer:
                 balcony.load_state_dict(self.averages[exit_layer])
             save_balconies(self.output, {exit_layer: balcony}, self.model, self.facts(shipped[exit_layer]))
             balcony.load_state_dict(kept)
-        save_checkpoint(self.work, self.balconies, self.averages, self.optimizers, state | {"best": self.best})
+        if self.processes.writes:
+            save_checkpoint(self.work, self.balconies, self.averages, self.optimizers, state | {"best": self.best})
+        self.results = shipped
         return shipped
 
     def facts(self, held_out: tuple[float, float]) -> dict[str, Any]:
         """What balconies.json keeps of the training."""
-        tokens = self.step * self.config.batch_rows * self.config.seq_len
         return {
             "recipe": self.config.recipe(),
             "step": self.step,
-            "tokens": tokens,
+            "tokens": self.tokens,
             "corpus_tokens": self.corpus.train.num_tokens,
-            "epochs": round(tokens / max(1, self.corpus.train.num_tokens), 3),
+            "epochs": round(self.tokens / max(1, self.corpus.train.num_tokens), 3),
             "held_out_kl": round(held_out[0], 4),
             "held_out_agreement": round(held_out[1], 4),
             "data": self.corpus.sources,
@@ -379,8 +364,9 @@ class Trainer:
                 total = self.schedule.total
                 tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s
                 progress = Progress(self.step, total, loss, held_out, tokens_per_s, (total - self.step) * per_step_s)
-                self._log(progress)
-                report(progress)
+                if self.processes.writes:
+                    self._log(progress)
+                    report(progress)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise _out_of_memory(self) from error
         except RuntimeError as error:
@@ -392,7 +378,7 @@ class Trainer:
     def _log(self, progress: Progress) -> None:
         line: dict[str, Any] = {
             "step": progress.step - 1,
-            "tokens": progress.step * self.config.batch_rows * self.config.seq_len,
+            "tokens": self.tokens,
             "factor": round(self.schedule.factor(progress.step - 1), 6),
             "kl": {str(e): round(value, 6) for e, value in progress.loss.items()},
             "tokens_per_s": round(progress.tokens_per_s, 1),

@@ -39,7 +39,9 @@ def save_checkpoint(
             for parameter, slots in optimizer.state_dict()["state"].items():
                 for slot, value in slots.items():
                     tensors[f"{exit_layer}.optimizer.{index}.{parameter}.{slot}"] = torch.as_tensor(value)
-    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"state": json.dumps(state)})
+    content = save(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"state": json.dumps(state)}
+    )
     write_atomically(directory / CHECKPOINT, content)
 
 

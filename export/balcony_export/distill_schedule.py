@@ -68,7 +68,8 @@ def make_optimizers(
     both; norms always go to AdamW. The betas are those of the short runs of language models: with 0.999 the second
     moment would remember the first steps, whose gradients are a hundred times larger, for a whole small run.
     """
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.ndim == 2 else vectors).append(parameter)
     adamw: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": weight_decay}

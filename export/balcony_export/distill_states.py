@@ -62,7 +62,8 @@ class Backbone:
             seen: dict[str, Any] = {}
 
             def hook(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen.update({key: value for key, value in kwargs.items() if key != "hidden_states"})
+                # what stands in for the KV cache has several names over versions; here there is none
+                seen.update({key: value for key, value in kwargs.items() if not _is_cache(key, value)})
 
             handle = self.decoder.layers[-1].register_forward_pre_hook(hook, with_kwargs=True)
             device = next(self.model.parameters()).device
@@ -70,9 +71,13 @@ class Backbone:
                 self.decoder(input_ids=torch.zeros(1, seq_len, dtype=torch.long, device=device), use_cache=False)
             finally:
                 handle.remove()
-            seen.update({"use_cache": False, "past_key_values": None})
+            seen.setdefault("attention_mask", None)
             self._arguments[seq_len] = seen
         return self._arguments[seq_len]
+
+
+def _is_cache(name: str, value: Any) -> bool:
+    return value is None or name in ("hidden_states", "use_cache", "cache", "past_key_values", "past_key_value")
 
 
 class StateCache:

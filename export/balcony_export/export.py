@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle import MANIFEST, WEIGHTS, Manifest, write_manifest
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_export import graph, passes
+from balcony_export import graph, head, passes
 from balcony_export.architecture import describe, embedding_scale, parts_of
 from balcony_export.balcony import Balcony
 from balcony_export.weights import WeightFile
@@ -31,10 +31,8 @@ Precision = Literal["float32", "float16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 
 
-class Progress(Protocol):
-    """Told what is being done and which share of the work is done (0 to 1)."""
-
-    def __call__(self, step: str, done: float) -> None: ...
+#: Told what is being done and which share of the work is done (0 to 1).
+Progress = Callable[[str, float], None]
 
 
 def _silent(step: str, done: float) -> None:
@@ -94,8 +92,8 @@ def export_bundle(
             passes.collapse_reshapes(traced)
             traced.graph.name = f"balcony_{exit_layer}"
             graphs[f"balcony_{exit_layer}"] = traced
-        graphs["norm"] = graph.build_norm(parts)
-        graphs["lm_head"] = graph.build_head(model, parts)
+        graphs["norm"] = head.build_norm(parts)
+        graphs["lm_head"] = head.build_head(model, parts)
         progress("writing weights", 0.7)
         with WeightFile(directory) as weights:
             table_offset = weights.offset_of(ir.tensor(parts.embed.weight.detach()))
@@ -112,7 +110,11 @@ def export_bundle(
                 "model": spec.model_dump(mode="json"),
                 "precision": precision,
                 "exits": [
-                    {"exit_layer": e, "kind": "balcony" if e in balconies else "full", "trained": trained or e not in balconies}
+                    {
+                        "exit_layer": e,
+                        "kind": "balcony" if e in balconies else "full",
+                        "trained": trained or e not in balconies,
+                    }
                     for e in layers
                 ],
                 "embedding": {
@@ -137,7 +139,7 @@ def export_bundle(
 def _cut_stage(backbone: ir.Model, index: int, first: int, last: int) -> ir.Model:
     pasts = graph.past_names(range(first, last))
     presents = [name.replace("past", "present") for name in pasts]
-    dims = {name: f"past_key_{first}" for name in graph.past_names(range(len(backbone.graph.inputs) // 2 - 1))}
+    dims = dict.fromkeys(graph.past_names(range(len(backbone.graph.inputs) // 2 - 1)), f"past_key_{first}")
     dims["hidden_0"] = f"hidden_{first}"
     inputs = [f"hidden_{first}", "start", *pasts]
     return passes.cut(backbone, f"stage_{index}", inputs, [f"hidden_{last}", *presents], dims)

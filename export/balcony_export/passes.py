@@ -9,7 +9,7 @@ import ast
 from collections.abc import Sequence
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

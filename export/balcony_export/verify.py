@@ -180,7 +180,8 @@ def _difference(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> 
 
 def _prefill(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[np.float32]:
     sequence = engine.new_sequence(max_length=len(ids))
-    return sequence.advance(exit_layer, ids, num_logits=len(ids))[0]
+    logits: npt.NDArray[np.float32] = sequence.advance(exit_layer, ids, num_logits=len(ids))[0]
+    return logits
 
 
 def _decode(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -189,7 +190,8 @@ def _decode(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[
     first = max(len(ids) - DECODE_TOKENS, 1)
     rows = [sequence.advance(exit_layer, ids[:first])[0]]
     rows += [sequence.advance(exit_layer, [token])[0] for token in ids[first:]]
-    return np.concatenate(rows)
+    decoded: npt.NDArray[np.float32] = np.concatenate(rows)
+    return decoded
 
 
 def _backbone(

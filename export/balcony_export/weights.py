@@ -34,7 +34,9 @@ class WeightFile:
         self._file = (self._directory / WEIGHTS).open("wb")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def offset_of(self, tensor: ir.TensorProtocol) -> int:
@@ -64,7 +66,7 @@ class WeightFile:
                 offset=self.offset_of(tensor),
                 length=tensor.nbytes,
                 dtype=tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.numpy().shape),
                 name=value.name or "",
                 base_dir=str(self._directory),
             )

@@ -75,7 +75,9 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -214,5 +216,7 @@ class Sequence:
         vocabulary = self._engine.manifest.model.vocab_size
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             bad = int(tokens[(tokens < 0) | (tokens >= vocabulary)][0])
-            raise InputError(f"token {bad}: the vocabulary has 0 to {vocabulary - 1}: tokenize with the bundle's tokenizer")
+            raise InputError(
+                f"token {bad}: the vocabulary has 0 to {vocabulary - 1}: tokenize with the bundle's tokenizer"
+            )
         return tokens

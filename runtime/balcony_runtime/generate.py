@@ -145,9 +145,16 @@ class LLM:
     @budget.setter
     def budget(self, budget: Budget) -> None:
         budget.check_exits(self.engine.exit_layers)
-        if budget.tpot_ms is not None and self._costs is None:
-            self._costs = calibrate(self.engine)
+        if budget.tpot_ms is not None:
+            self.costs  # noqa: B018 - measured now, not in the middle of a reply
         self._budget = budget
+
+    @property
+    def costs(self) -> CostModel:
+        """What each exit costs on this device; measured once, at the first use (about half a second)."""
+        if self._costs is None:
+            self._costs = calibrate(self.engine)
+        return self._costs
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -197,9 +204,7 @@ class LLM:
     ) -> Reply:
         """Generate a whole reply; arguments and errors as for :meth:`stream`."""
         ids = self._prompt_ids(prompt, chat)
-        tokens = tuple(
-            self.stream(ids, max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
-        )
+        tokens = tuple(self.stream(ids, max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=ignore_eos))
         return Reply("".join(token.text for token in tokens), tokens, len(ids))
 
     def generate_batch(
@@ -218,7 +223,9 @@ class LLM:
         batch = [self._prompt_ids(prompt, chat) for prompt in prompts]
         lengths = {len(ids) for ids in batch}
         if len(lengths) != 1:
-            raise InputError(f"prompts of {sorted(lengths)} tokens: a batch takes prompts of equal length: pad or split it")
+            raise InputError(
+                f"prompts of {sorted(lengths)} tokens: a batch takes prompts of equal length: pad or split it"
+            )
         limit = self._new_tokens(lengths.pop(), max_new_tokens)
         sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + limit)
         replies: list[list[int]] = [[] for _ in batch]
@@ -240,7 +247,9 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _prompt_ids(self, prompt: str | Sequence[Message] | Sequence[int], chat: bool | None) -> list[int]:
@@ -306,7 +315,9 @@ class LLM:
             observation = Observation(budget, sequence.length, stage_rows, balcony_rows, last)
             state, decision = controller.decide(state, observation)
             if decision.infeasible and budget.on_infeasible == "error":
-                raise InfeasibleError(f"tpot_ms = {budget.tpot_ms}: {decision.reason}: raise the target or allow less depth")
+                raise InfeasibleError(
+                    f"tpot_ms = {budget.tpot_ms}: {decision.reason}: raise the target or allow less depth"
+                )
             pending = sum(sequence.stage_rows)
             if decision.catch_up is not None:
                 _catch_up(sequence, decision.catch_up, self.exit_layers)

@@ -52,7 +52,9 @@ def test_export_reports_for_people(tiny_checkpoint: Path, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_verify_passes_and_fails(exported: Path, tiny_checkpoint: Path, make_tiny: Any, tmp_path: Path, tiny: Any) -> None:
+def test_verify_passes_and_fails(
+    exported: Path, tiny_checkpoint: Path, make_tiny: Any, tmp_path: Path, tiny: Any
+) -> None:
     done = invoke("verify", exported, "--against", tiny_checkpoint)
     assert done.returncode == 0 and done.stdout.count("pass") == 9, done
     document = json.loads(invoke("verify", exported, "--against", tiny_checkpoint, "--json").stdout)
@@ -91,7 +93,9 @@ def test_run(exported: Path) -> None:
     assert all(token["target_ms"] == 1000.0 for token in document["tokens"])
 
 
-@pytest.mark.parametrize("profile", sorted(Path(__file__).parents[2].joinpath("profiles").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "profile", sorted(Path(__file__).parents[2].joinpath("profiles").glob("*.toml")), ids=lambda p: p.stem
+)
 def test_run_with_every_shipped_profile(exported: Path, profile: Path) -> None:
     done = invoke("run", exported, "the fox", "-n", "4", "--budget", profile, "--json")
     assert done.returncode == 0, done.stderr
@@ -183,12 +187,12 @@ def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) 
 
 
 def test_ctrl_c_in_generation_ends_the_reply(exported: Path) -> None:
-    command = [*COMMAND, "run", str(exported), "the fox", "-n", "230", "--json"]
+    command = [*COMMAND, "run", str(exported), "the fox", "-n", "230", "--json", "--temperature", "3", "--seed", "1"]
     # slow every token down in the child, so that the signal arrives while it generates
     command[4] = (
-        "import time; from balcony_runtime import engine\n"
+        "import sys, time; from balcony_runtime import engine\n"
         "real = engine.Sequence.advance\n"
-        "def slow(*a, **k):\n    print('token', file=__import__('sys').stderr, flush=True); time.sleep(0.1); return real(*a, **k)\n"
+        "def slow(*a, **k):\n    sys.stderr.write('token\\n'); time.sleep(0.1); return real(*a, **k)\n"
         "engine.Sequence.advance = slow\n"
         "from balcony_edge.cli import main; main()"
     )

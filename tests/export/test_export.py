@@ -83,9 +83,9 @@ def test_a_failed_check_leaves_nothing(make_tiny: Any, make_tokenizer: Any, tmp_
 
 def test_the_full_model_is_the_same_with_and_without_balconies(tiny: Any, make_tiny: Any, tmp_path: Path) -> None:
     """Bit for bit: the same weights, the same operators, and so the same logits."""
-    import numpy as np  # noqa: PLC0415
+    import numpy as np
 
-    from balcony_runtime.engine import Engine  # noqa: PLC0415
+    from balcony_runtime.engine import Engine
 
     plain = tmp_path / "plain"
     export_bundle(make_tiny("llama"), tiny.tokenizer, {}, plain, name="plain", trained=False)
@@ -146,12 +146,14 @@ def test_leftovers_of_a_killed_export_go_and_a_running_one_stays(tmp_path: Path)
 def test_a_full_disk_is_one_line(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], check=False, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], check=False, capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("this sandbox does not let root mount a tmpfs")
     try:
         model = make_tiny("llama")
-        with pytest.raises(BalconyError, match="writing failed .*No space left") as caught:
+        with pytest.raises(BalconyError, match=r"writing failed .*No space left") as caught:
             export_bundle(model, make_tokenizer(), init_balconies(model, (2,)), disk / "out", name="x", trained=False)
         assert "\n" not in str(caught.value)
         assert list(disk.iterdir()) == []

@@ -42,14 +42,12 @@ def test_a_missing_engine_names_its_cure(tiny: Any) -> None:
         "try:\n    balcony_edge.load(sys.argv[1])\n"
         "except balcony_edge.BalconyError as error:\n    print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tiny.path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, str(tiny.path)], capture_output=True, text=True, check=True)
     assert "pip install 'balcony-edge[cpu]'" in done.stdout and done.stdout.count("\n") == 1
 
 
 def test_public_names_are_these() -> None:
-    import balcony_edge  # noqa: PLC0415
+    import balcony_edge
 
     assert balcony_edge.__all__ == ["BalconyError", "Budget", "load", "load_budget"]
     assert all(hasattr(balcony_edge, name) for name in balcony_edge.__all__)

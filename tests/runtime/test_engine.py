@@ -53,11 +53,11 @@ def play(engine: Engine, sequence: Sequence, schedule: list[tuple[str, int, int]
     for action, which, count in schedule:
         exit_layer = exits[which % len(exits)]
         if action == "advance":
-            count = min(count, sequence.max_length - sequence.length)
-            new = random.integers(0, engine.manifest.model.vocab_size, (sequence.batch_size, count))
-            if sequence.length + count == 0:
+            fitting = min(count, sequence.max_length - sequence.length)
+            new = random.integers(0, engine.manifest.model.vocab_size, (sequence.batch_size, fitting))
+            if sequence.length + fitting == 0:
                 continue
-            rows = min(1 + which, sequence.length + count)
+            rows = min(1 + which, sequence.length + fitting)
             got = sequence.advance(exit_layer, new, num_logits=rows)
             assert_equal(got, from_scratch(engine, exit_layer, sequence.tokens, rows))
         elif action == "again" and sequence.length:
@@ -190,9 +190,9 @@ def test_sequences_do_not_disturb_one_another(tiny_engine: Engine) -> None:
 
 
 def test_graphs_that_differ_from_the_table_are_refused(bundle_copy: Any) -> None:
-    import json  # noqa: PLC0415
+    import json
 
-    from balcony_edge.bundle import MANIFEST, fingerprint  # noqa: PLC0415
+    from balcony_edge.bundle import MANIFEST, fingerprint
 
     document = json.loads((bundle_copy / MANIFEST).read_text())
     document["graphs"]["stage_1"]["inputs"][2]["shape"][2] = 8
@@ -209,7 +209,7 @@ def test_graphs_that_differ_from_the_table_are_refused(bundle_copy: Any) -> None
 
 def test_only_the_stages_on_the_way_run(tiny: Any, tmp_path: Any) -> None:
     """ONNX Runtime's own profile of each graph counts its runs."""
-    from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415
+    from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     with OnnxRuntimeBackend(Bundle.open(tiny.path), profile_prefix=tmp_path) as backend:
         sequence = Engine(backend).new_sequence(max_length=32)

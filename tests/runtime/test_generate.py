@@ -193,4 +193,4 @@ def test_calibration_prices_every_graph(llm: LLM) -> None:
     assert costs.exits == (2, 3, 5)
     assert all(unit.first_row_ms > 0 for unit in (*costs.stages, *costs.balconies, costs.head))
     shallow, middle, full = (costs.steady_ms(exit_layer, 100) for exit_layer in costs.exits)
-    assert 0 < shallow and shallow < full * 10 and middle < full * 10
+    assert shallow > 0 and shallow < full * 10 and middle < full * 10

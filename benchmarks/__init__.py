@@ -1,0 +1,1 @@
+"""Measurements of Balcony Edge on a real bundle: see benchmarks/README.md. Not part of the distribution."""

@@ -1,0 +1,176 @@
+"""The main job's figures on one bundle, in one run: ``python benchmarks/main_job.py BUNDLE [--quick] [--only ITEMS]``.
+
+The physics. A decode step multiplies one row by every weight on its way: about two floating-point operations for each
+weight that must come from memory, where a core could do some dozens. So a step takes as long as its weights take to
+arrive, and what an exit can save is what it does not read: the ideal speed-up of exit e is bytes_per_token(full) /
+bytes_per_token(e), balcony and LM head included. Less than that is overhead. More is possible where the shallower sweep
+fits a cache that the deeper one does not. The KV cache is not in the bytes (at 512 tokens 4 % of the demo model's). A pass
+of many rows reads the weights once for all of them: so rows that were skipped are cheap to catch up in one pass, and the
+price of a switch up is that of a prefill of the pending rows through the missing stages. A balcony that was not used needs
+keys and values of the rows since then, and nothing else of them.
+
+How it is measured: :mod:`benchmarks.rounds` (interleaved rounds, medians, ratios within a round). Wall time around
+``Sequence.advance`` and the argmax throughout, one process, the runtime's shared thread pool. Stop everything else; a run
+whose ``others_cpu_share`` is above some percent should be repeated.
+
+The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:
+
+    benchmark, model, precision, fingerprint, onnxruntime, cpu, threads, quick, others_cpu_share, load_1m, seconds
+    decode[]       exit_layer, context, ms; speedup over the full depth, predicted by bytes, achieved = speedup / predicted
+    chain[]        context; chain_ms: full depth through the stages; whole_ms: the same operators as one graph
+                   (benchmarks/whole_graph.py); ratio = whole / chain; ort_ratio: the same of the time inside ONNX Runtime;
+                   logits_difference of the two
+    switch_up[]    from_exit, pending; advance_ms: the full-depth step that runs the pending rows and its own;
+                   switch_ms = advance_ms less what its token needs whatever is pending (stages that do not lag, norm,
+                   head); prefill_ms: the pending rows (one fewer than switch_ms holds) through the missing stages by
+                   State.run_stage; ratio = switch_ms / prefill_ms; advance_ratio = advance_ms / prefill_ms; extra_ms =
+                   advance_ms less a full-depth step without backlog
+    switch_down[]  to_exit; switch_ms: the first step there after 512 tokens at full depth; steady_ms: a later one;
+                   extra_ms, and extra_full_tokens: the same in full-depth tokens (full_depth_ms)
+    memory         all_exits, full_depth: peak_rss_mb, peak_pss_mb, private_mb of a process each (benchmarks/memory.py);
+                   ratios of them; ratio: the largest
+    overhead[]     budget; median_us and p95_us of a step's time outside ONNX Runtime (benchmarks/overhead.py)
+    bars           name → value, limit, holds; the worst case of each item
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from balcony_edge.bundle import Bundle
+from balcony_runtime.backends.onnxruntime import default_threads
+from benchmarks import decode, memory, overhead, switching
+from benchmarks.rounds import Neighbours
+from benchmarks.whole_graph import open_whole_graph
+
+ITEMS = ("decode", "switch", "memory", "overhead")
+#: Rounds of each item: (full, quick). A reading is kept within some 4 minutes, a quick one within one.
+ROUNDS = {"decode": (15, 4), "switch": (7, 2), "memory": (3, 1), "overhead": (7, 2)}
+
+
+def run(path: Path, items: tuple[str, ...], *, quick: bool, full_depth: Path | None) -> dict[str, Any]:
+    """Measure ``items`` of the bundle at ``path``; returns the document of the JSON line, without its bars."""
+    rounds = {item: counts[quick] for item, counts in ROUNDS.items()}
+    bundle = Bundle.open(path)
+    begin, neighbours = time.perf_counter(), Neighbours()
+    found: dict[str, Any] = {}
+    if "memory" in items:  # before this process holds weights itself
+        other = memory.open_full_depth(bundle, full_depth or path.with_name(f"{path.name}-full"))
+        found["memory"] = memory.measure(bundle, other, rounds["memory"])
+    if set(items) - {"memory"}:
+        llm, backend = overhead.open_recording(bundle)
+        with llm:
+            if "decode" in items:
+                with tempfile.TemporaryDirectory(dir=path.parent) as directory:  # beside the bundle: hard links
+                    session = open_whole_graph(bundle, Path(directory))
+                    found |= decode.measure(llm.engine, bundle, session, rounds["decode"])
+                    del session
+            if "switch" in items:
+                found |= switching.measure(llm.engine, rounds["switch"])
+            if "overhead" in items:
+                found["overhead"] = overhead.measure(llm, backend, rounds["overhead"])
+    manifest = bundle.manifest
+    return {
+        "benchmark": "main_job",
+        "model": manifest.model.name,
+        "precision": manifest.precision,
+        "fingerprint": manifest.fingerprint[:16],
+        "onnxruntime": ort.__version__,
+        "cpu": _cpu(),
+        "threads": default_threads(),
+        "quick": quick,
+        **neighbours.report(),
+        "seconds": round(time.perf_counter() - begin, 1),
+        **found,
+    }
+
+
+def bars(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The worst case of each item against what issue 2 asks."""
+    bars: dict[str, dict[str, Any]] = {}
+
+    def bar(name: str, value: float, limit: float, *, at_least: bool = False) -> None:
+        holds = value >= limit if at_least else value <= limit
+        bars[name] = {"value": value, "limit": f"{'>=' if at_least else '<='} {limit:g}", "holds": holds}
+
+    if "decode" in found:
+        bar("speed-up / predicted", min(row["achieved"] for row in found["decode"]), 0.85, at_least=True)
+        bar("whole / chain", min(row["ratio"] for row in found["chain"]), 0.98, at_least=True)
+    if "switch_up" in found:
+        bar("switch up / prefill", max(row["ratio"] for row in found["switch_up"]), 1.3)
+        bar("switch down, full tokens", max(row["extra_full_tokens"] for row in found["switch_down"]), 1.0)
+    if "memory" in found:
+        bar("memory, all exits / full", found["memory"]["ratio"], 1.2)
+    if "overhead" in found:
+        bar("Python a step, median µs", max(row["median_us"] for row in found["overhead"]), 150.0)
+    return bars
+
+
+def show(document: dict[str, Any]) -> str:
+    """The document as a readable table."""
+    lines = [
+        f"{document['model']} {document['precision']} on {document['cpu']}, {document['threads']} threads, "
+        f"onnxruntime {document['onnxruntime']}; others took {document['others_cpu_share']} of the CPU time"
+    ]
+    for item, rows in document.items():
+        if item == "memory":
+            rows = [{"process": name, **rows[name]} for name in ("all_exits", "full_depth", "ratios")]  # noqa: PLW2901
+        if isinstance(rows, list) and rows:
+            lines += ["", item.replace("_", " "), *_aligned([list(rows[0]), *(list(row.values()) for row in rows)])]
+    results = [
+        [name, f"{bar['value']:g}", bar["limit"], "holds" if bar["holds"] else "MISSED"]
+        for name, bar in document["bars"].items()
+    ]
+    return "\n".join([*lines, "", "bars (worst case of each)", *_aligned(results), ""])
+
+
+def _aligned(rows: list[list[Any]]) -> list[str]:
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def _items(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := set(names) - set(ITEMS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: give some of {','.join(ITEMS)}")
+    return names
+
+
+def main() -> int:
+    """Parse the command line, measure, print; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        description="Figures of the main job on one bundle; docs in the module's docstring."
+    )
+    parser.add_argument("bundle", type=Path, help="directory that `balcony-edge export` wrote")
+    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not for figures")
+    parser.add_argument("--only", type=_items, default=ITEMS, help=f"some of {','.join(ITEMS)} [default: all]")
+    parser.add_argument("--full-depth", type=Path, help="bundle with the full depth only [default: BUNDLE-full]")
+    arguments = parser.parse_args()
+    document = run(arguments.bundle, arguments.only, quick=arguments.quick, full_depth=arguments.full_depth)
+    document["bars"] = bars(document)
+    print(show(document), file=sys.stderr)
+    print(json.dumps(document, ensure_ascii=False))
+    return 0 if all(bar["holds"] for bar in document["bars"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

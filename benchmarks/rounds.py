@@ -1,0 +1,68 @@
+"""How a measurement is taken: interleaved rounds, medians, ratios within a round.
+
+Owns what makes figures of a noisy machine comparable. Every round runs every case once, every other round backwards, so
+that a neighbour's burst and a drifting clock hit all cases alike; the first round is thrown away (it packs weights,
+touches memory and fills caches); a ratio is taken within each round and the median of the ratios is what counts. It
+knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+Key = TypeVar("Key")
+Sample = TypeVar("Sample")
+
+
+def interleave(cases: Mapping[Key, Callable[[], Sample]], rounds: int) -> dict[Key, list[Sample]]:
+    """Run every case once a round; returns its samples in the order of the rounds, the warm-up round left out."""
+    samples: dict[Key, list[Sample]] = {key: [] for key in cases}
+    for number in range(rounds + 1):
+        order = list(cases)[:: 1 if number % 2 else -1]
+        for key in order:
+            sample = cases[key]()
+            if number:
+                samples[key].append(sample)
+    return samples
+
+
+def ratio(numerator_ms: Iterable[float], denominator_ms: Iterable[float]) -> float:
+    """Median over the rounds of ``numerator / denominator``."""
+    return median(above / below for above, below in zip(numerator_ms, denominator_ms, strict=True))
+
+
+def p95(values: Sequence[float]) -> float:
+    """The value that 95 % do not exceed."""
+    return sorted(values)[min(int(0.95 * len(values)), len(values) - 1)]
+
+
+class Neighbours:
+    """What else the CPUs did meanwhile: a run with more than a few percent of it deserves to be repeated."""
+
+    def __init__(self) -> None:
+        self._before = _cpu_seconds()
+
+    def report(self) -> dict[str, Any]:
+        """``others_cpu_share`` of all CPU time since the object was made (None where /proc/stat is missing), ``load_1m``."""
+        before, after = self._before, _cpu_seconds()
+        share = None
+        if before is not None and after is not None:
+            total, busy, own = (late - early for early, late in zip(before, after, strict=True))
+            share = round(max(busy - own, 0.0) / total, 3) if total > 0 else None
+        return {"others_cpu_share": share, "load_1m": round(os.getloadavg()[0], 2)}
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """``(all, busy, ours)`` seconds of all CPUs since boot; time stolen by the host counts as busy."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return None
+    tick = os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    idle = fields[3] + fields[4]  # idle and iowait: proc(5)
+    return (sum(fields) / tick, (sum(fields) - idle) / tick, sum(own[:4]))

@@ -1,0 +1,117 @@
+"""One reply while the budget changes twice: the exit of every token, on the terminal and as a PNG.
+
+    python examples/budget_timeline.py BUNDLE [--output timeline.png] [--prompt TEXT] [--tokens 120]
+
+The targets are taken from what the exits cost on this machine, so that the same story shows everywhere: first a target
+that the full depth meets, then one that only the shallower exits meet, then the first again. Going back up, the rows
+that the deeper stages missed are worked off in chunks beside the tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib as mpl
+from rich.console import Console
+
+import balcony_edge
+from balcony_edge.cli.console import depth_styles
+from balcony_runtime.generate import LLM, Reply, Token
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+#: Room above the price of an exit: the controller keeps 5 % free before it goes deeper, and noise wants some, too.
+ROOM = 1.5
+
+
+def targets(llm: LLM) -> tuple[float, float]:
+    """``(generous, tight)`` in ms: the full depth has room in the first, the second lies between two shallow exits."""
+    costs, exits = llm.costs, llm.exit_layers
+    steady = [costs.steady_ms(exit_layer, 64) for exit_layer in exits]
+    return round(steady[-1] * ROOM, 1), round((steady[0] + steady[-1]) / 2, 1)
+
+
+def generate(llm: LLM, prompt: str, count: int, console: Console) -> Reply:
+    """Stream ``count`` tokens; the budget tightens after a third of them and relaxes after half."""
+    generous, tight = targets(llm)
+    changes = {count // 3: tight, count // 2: generous}
+    styles = depth_styles(llm.exit_layers)
+    llm.budget = balcony_edge.Budget(tpot_ms=generous)
+    console.print(f"[bold]target {generous} ms a token[/]")
+    tokens: list[Token] = []
+    for token in llm.stream(prompt, max_new_tokens=count, ignore_eos=True):
+        tokens.append(token)
+        console.print(token.text, style=styles[token.exit_layer], end="", markup=False, soft_wrap=True)
+        if (target := changes.get(len(tokens))) is not None:
+            llm.budget = balcony_edge.Budget(tpot_ms=target)
+            console.print(f"\n[bold]target {target} ms a token[/]")
+    console.print()
+    return Reply("".join(token.text for token in tokens), tuple(tokens), len(llm.encode(prompt)))
+
+
+def exit_runs(tokens: tuple[Token, ...]) -> str:
+    """The exits in order, runs of one exit folded: ``30 ×40, 14 ×20, ...``."""
+    starts = [0] + [i + 1 for i, (a, b) in enumerate(pairwise(tokens)) if a.exit_layer != b.exit_layer]
+    ends = [*starts[1:], len(tokens)]
+    return ", ".join(f"{tokens[a].exit_layer} ×{b - a}" for a, b in zip(starts, ends, strict=True))
+
+
+def plot(reply: Reply, llm: LLM, output: Path) -> None:
+    """Two panels over the token index: milliseconds against the target, and the exit with the rows still pending."""
+    colours = dict(zip(llm.exit_layers, ("#d1495b", "#edae49", "#66a182", "#2e4057"), strict=False))
+    tokens = reply.tokens[1:]  # the first one is the prefill's
+    index = range(1, len(tokens) + 1)
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(9, 5.2), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    for exit_layer in llm.exit_layers:
+        points = [(i, t.latency_ms) for i, t in zip(index, tokens, strict=True) if t.exit_layer == exit_layer]
+        label = f"exit {exit_layer}" + (" (full depth)" if exit_layer == llm.exit_layers[-1] else "")
+        top.scatter(
+            *zip(*points, strict=True) if points else ([], []), s=16, color=colours.get(exit_layer, "grey"), label=label
+        )
+    caught = [(i, t.latency_ms) for i, t in zip(index, tokens, strict=True) if t.caught_up_rows]
+    top.scatter(
+        *zip(*caught, strict=True) if caught else ([], []),
+        s=60,
+        facecolors="none",
+        edgecolors="grey",
+        label="catching up",
+    )
+    top.step(index, [t.target_ms or 0 for t in tokens], where="mid", color="black", linewidth=1, label="target")
+    top.set(
+        ylabel="ms a token", ylim=(0, 1.25 * max(t.target_ms or 0 for t in tokens)), title="One reply, three budgets"
+    )
+    top.legend(ncols=3, fontsize=8, loc="lower right")
+    bottom.step(index, [t.exit_layer for t in tokens], where="mid", color="#2e4057")
+    bottom.set(xlabel="token", ylabel="exit layer", yticks=llm.exit_layers, ylim=(0, llm.exit_layers[-1] + 2))
+    pending = bottom.twinx()
+    pending.fill_between(index, [t.pending_rows for t in tokens], step="mid", color="#d1495b", alpha=0.18)
+    pending.set_ylabel("rows pending", color="#d1495b")
+    pending.set_ylim(bottom=0)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+
+
+def main() -> None:
+    """Run the example."""
+    parser = argparse.ArgumentParser(description="One reply while the budget changes twice.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("timeline.png"))
+    parser.add_argument("--prompt", default="Tell me about the sea, its tides and the people who live beside it.")
+    parser.add_argument("--tokens", type=int, default=180)
+    options = parser.parse_args()
+    console = Console(highlight=False)
+    with balcony_edge.load(options.bundle) as llm:
+        reply = generate(llm, options.prompt, options.tokens, console)
+        plot(reply, llm, options.output)
+    console.print(f"exits in order: {exit_runs(reply.tokens)}")
+    held = len(reply.tokens) - 1 - reply.late_tokens
+    console.print(f"{held} of {len(reply.tokens) - 1} tokens in time; timeline: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
