@@ -92,7 +92,7 @@ class Trainer:
         self.balconies = init_balconies(model, config.exits)
         self.device = next(model.parameters()).device
         self.dtype = dtype
-        self.backbone = Backbone(model, config.exits)
+        self.backbone = Backbone(model, config.exits, dtype)
         # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
         self.layer_arguments = self.backbone.layer_arguments(config.seq_len)
         model.to(dtype)  # type: ignore[arg-type]
@@ -119,12 +119,14 @@ class Trainer:
 
     def _open_cache(self) -> StateCache | None:
         shape = (len(self.config.exits) + 1, self.config.seq_len, self.model.config.hidden_size)
-        rows = min(int(self.config.cache_gb * 1e9 / (2 * math.prod(shape))), len(self.corpus.train.tokens))
+        rows = min(
+            int(self.config.cache_gb * 1e9 / (self.dtype.itemsize * math.prod(shape))), len(self.corpus.train.tokens)
+        )
         if rows < 1:
             return None
-        key = json.dumps([self.base_facts, list(self.config.exits), self.corpus.digest, str(self.dtype)])
+        key = json.dumps([self.base_facts, list(self.config.exits), self.corpus.digest])
         self.work.mkdir(parents=True, exist_ok=True)
-        return StateCache(self.work / "states.bin", rows, shape, key)
+        return StateCache(self.work / "states.bin", rows, shape, self.dtype, key)
 
     def rows_of(self, step: int) -> npt.NDArray[np.int64]:
         """Row indices of a step: whole epochs in a seeded order."""
@@ -166,8 +168,7 @@ class Trainer:
     def exit_rows(self, balcony: Balcony, states: torch.Tensor, index: int, where: torch.Tensor) -> torch.Tensor:
         """Normed states of an exit at flat positions  # (n, D)"""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = states[index] if self.dtype != torch.float32 else states[index].float()
-            out = balcony(hidden, **self.layer_arguments)
+            out = balcony(states[index], **self.layer_arguments)
         picked: torch.Tensor = out.flatten(0, 1)[where]
         return picked
 
@@ -176,7 +177,9 @@ class Trainer:
         config = self.config
         rows = self.rows_of(self.step)
         chunks = np.split(rows, config.batch_rows // config.micro_rows)
-        sums = torch.zeros(len(config.exits) + 1, dtype=torch.float64)  # KL per exit, then positions
+        sums = torch.zeros(
+            len(config.exits) + 1, dtype=torch.float64, device=self.device
+        )  # KL per exit, then positions
         for number in self.processes.share(len(chunks)):
             states = self.states_of(chunks[number])
             picked = Rows(self.corpus.train.tokens[chunks[number]], self.corpus.train.lengths[chunks[number]])
@@ -201,7 +204,7 @@ class Trainer:
             gradients = [p.grad for p in balcony.parameters() if p.grad is not None]
             self.processes.sum(gradients)
             for gradient in gradients:
-                gradient /= counted
+                gradient.div_(counted)
             torch.nn.utils.clip_grad_norm_(balcony.parameters(), config.clip)
             set_rate(self.optimizers[exit_layer], factor)
             for optimizer in self.optimizers[exit_layer]:

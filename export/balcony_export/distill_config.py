@@ -61,3 +61,6 @@ class TrainConfig:
             raise InputError(f"{self.batch_rows} rows a step in passes of {self.micro_rows}: must divide")
         if not self.rate > 0 or not math.isfinite(self.rate):
             raise InputError(f"rate = {self.rate}: must be a positive number")
+        for name, low, high in (("positions", 0, 10**9), ("average", 0.0, 0.99999), ("decay_share", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name} = {getattr(self, name)}: must be {low} to {high}")

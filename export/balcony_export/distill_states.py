@@ -22,10 +22,14 @@ class Backbone:
     Args:
         model: the base model, in the precision that its pass shall have.
         exit_layers: ascending.
+        dtype: in which states are handed out and kept.
     """
 
-    def __init__(self, model: PreTrainedModel, exit_layers: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, exit_layers: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.model = model
+        self.dtype = dtype
         self.decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.exit_layers = exit_layers
         self._arguments: dict[int, dict[str, Any]] = {}
@@ -34,13 +38,13 @@ class Backbone:
 
     @torch.no_grad()
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states in bfloat16, the final normed one last  # (B, T) -> (exits + 1, B, T, D)"""
+        """Hidden states, the final normed one last  # (B, T) -> (exits + 1, B, T, D)"""
         taken: dict[int, torch.Tensor] = {}
 
         def take(exit_layer: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                taken[exit_layer] = hidden.to(torch.bfloat16)
+                taken[exit_layer] = hidden.to(self.dtype)
 
             return hook
 
@@ -52,7 +56,7 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
-        final = out.last_hidden_state.to(torch.bfloat16)
+        final = out.last_hidden_state.to(self.dtype)
         return torch.stack([*(taken[e] for e in self.exit_layers), final])
 
     @torch.no_grad()
@@ -81,26 +85,31 @@ def _is_cache(name: str, value: Any) -> bool:
 
 
 class StateCache:
-    """States of rows on disk, bfloat16, (exits + 1) × T × D × 2 bytes a row (2.4 MB for the demo model at 512 tokens).
+    """States of rows on disk: (exits + 1) × T × D values a row (2.4 MB for the demo model at 512 tokens in bfloat16).
 
     Args:
         path: of the file; a bitmap of the rows that it holds lies beside it.
         capacity: rows that it may hold: those with an index below it.
         shape: of one row's states  # (exits + 1, T, D)
+        dtype: of the states.
         key: names the model, the exits and the tokens; a file with another key is started afresh.
     """
 
-    def __init__(self, path: Path, capacity: int, shape: tuple[int, int, int], key: str) -> None:
+    def __init__(self, path: Path, capacity: int, shape: tuple[int, int, int], dtype: torch.dtype, key: str) -> None:
         self.capacity = capacity
+        self.dtype = dtype
+        # numpy has no bfloat16: the bits are kept as integers
+        self.bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
         key_file, filled_file = path.with_suffix(".key"), path.with_suffix(".rows")
-        full_key = f"{key} {capacity} {shape}"
+        full_key = f"{key} {capacity} {shape} {dtype}"
         known = key_file.is_file() and path.is_file() and filled_file.is_file() and key_file.read_text() == full_key
         path.parent.mkdir(parents=True, exist_ok=True)
         if not known:
             for file in (key_file, path, filled_file):
                 file.unlink(missing_ok=True)
         mode: Any = "r+" if known else "w+"
-        self.values: npt.NDArray[np.int16] = np.memmap(path, dtype=np.int16, mode=mode, shape=(capacity, *shape))
+        integer: Any = np.int16 if dtype.itemsize == 2 else np.int32
+        self.values: npt.NDArray[Any] = np.memmap(path, dtype=integer, mode=mode, shape=(capacity, *shape))
         self.filled: npt.NDArray[np.uint8] = np.memmap(filled_file, dtype=np.uint8, mode=mode, shape=(capacity,))
         if not known:
             key_file.write_text(full_key)
@@ -109,10 +118,10 @@ class StateCache:
         """States of these rows, or None when one of them is not there  # (exits + 1, B, T, D)"""
         if (rows >= self.capacity).any() or not self.filled[rows].all():
             return None
-        return torch.from_numpy(self.values[rows]).view(torch.bfloat16).transpose(0, 1)
+        return torch.from_numpy(self.values[rows]).view(self.dtype).transpose(0, 1)
 
     def put(self, rows: npt.NDArray[np.int64], states: torch.Tensor) -> None:
-        values = states.transpose(0, 1).contiguous().cpu().view(torch.int16).numpy()
+        values = states.transpose(0, 1).contiguous().cpu().view(self.bits).numpy()
         for index, row in enumerate(rows):
             if row < self.capacity:
                 self.values[row] = values[index]

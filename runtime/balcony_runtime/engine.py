@@ -176,6 +176,25 @@ class Sequence:
             self._balcony_cursor[index] = stop
         return max(end - begin, 0)
 
+    def catch_up(self, max_rows: int | None = None) -> int:
+        """Work off backlog while there is time for it: all stages from the shallowest on, then the balconies.
+
+        Call it in small portions between turns or while a reader reads: a later switch then costs nothing extra.
+
+        Args:
+            max_rows: most rows to run, each row counted once per stage and balcony; by default the whole backlog.
+
+        Returns:
+            The rows that were run; 0 when there is no backlog.
+        """
+        left = sum(self.stage_rows) + sum(self.balcony_rows) if max_rows is None else max_rows
+        before = left
+        for stage in range(len(self._layers)):
+            left -= self.run_stage(stage, left)
+        for exit_layer in self._layers[:-1]:
+            left -= self.run_balcony(exit_layer, left)
+        return before - left
+
     def rollback(self, length: int) -> None:
         """Forget all rows from ``length`` on. Exact: what the caches hold past a cursor is never seen again."""
         length = operator.index(length)

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 #: One action of a schedule: what to do, and two numbers that each action reads in its own way.
 actions = st.lists(
     st.tuples(
-        st.sampled_from(["advance", "advance", "advance", "stage", "balcony", "rollback", "again"]),
+        st.sampled_from(["advance", "advance", "advance", "stage", "balcony", "idle", "rollback", "again"]),
         st.integers(0, 2),
         st.integers(1, 12),
     ),
@@ -69,6 +69,8 @@ def play(engine: Engine, sequence: Sequence, schedule: list[tuple[str, int, int]
             assert sequence.run_stage(which, count) == before - sequence.stage_rows[which] <= count
         elif action == "balcony":
             sequence.run_balcony(exit_layer, count)
+        elif action == "idle":
+            assert sequence.catch_up(count) <= count
         elif action == "rollback":
             sequence.rollback(max(sequence.length - count, 0))
         check_cursors(sequence)
@@ -141,6 +143,20 @@ def test_skipped_stages_keep_their_rows(tiny_engine: Engine) -> None:
     assert sequence.run_balcony(2, 9) == 1 and sequence.run_balcony(5, 9) == 0
     sequence.rollback(3)
     assert sequence.stage_rows == (0, 0, 0) and sequence.length == 3
+
+
+def test_idle_time_works_off_the_backlog(tiny_engine: Engine) -> None:
+    sequence = tiny_engine.new_sequence(max_length=64)
+    tokens = np.random.default_rng(4).integers(0, 320, 20)
+    sequence.advance(2, tokens)
+    assert sequence.stage_rows == (0, 20, 20) and sequence.balcony_rows == (0, 20, 0)
+    assert sequence.catch_up(8) == 8 and sequence.stage_rows == (0, 12, 20)
+    assert sequence.catch_up(15) == 15 and sequence.stage_rows == (0, 0, 17)
+    assert sequence.catch_up() == 17 + 20 and sequence.catch_up() == 0
+    assert sequence.stage_rows == (0, 0, 0) and sequence.balcony_rows == (0, 0, 0)
+    before = sequence.state.busy_ns
+    assert_equal(sequence.advance(5, []), from_scratch(tiny_engine, 5, tokens[None], 1))
+    assert sequence.state.busy_ns > before and sequence.stage_rows == (0, 0, 0)
 
 
 def test_memory_is_bounded_and_reported(tiny_engine: Engine) -> None:

