@@ -32,7 +32,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,6 +48,10 @@ WEIGHTS = "weights.bin"
 DType = Literal["float32", "float16", "int64"]
 #: A plain file name: nothing that leaves the bundle's directory and no hidden file.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=120)]
+
+
+#: A dimension. The bound is far above every model and keeps a forged manifest from asking for all memory.
+Size = Annotated[int, Field(gt=0, le=2**22)]
 
 
 class _Frozen(BaseModel):
@@ -87,12 +91,56 @@ class EmbeddingSpec(_Frozen):
     tied: bool
 
 
+class Estimate(_Frozen):
+    """A measured mean and its standard error; None where one document or example alone was measured."""
+
+    value: float
+    stderr: float | None = None
+
+
+class TextQuality(_Frozen):
+    """An exit on a text file, per predicted token; ``kl`` (nats) and ``agreement`` are against the reference."""
+
+    documents: int = Field(gt=0)
+    tokens: int = Field(gt=0)
+    perplexity: Estimate
+    kl: Estimate
+    agreement: Estimate
+
+
+class TaskQuality(_Frozen):
+    """An exit on a task: ``metric`` is the one that tables show, ``metrics`` holds all."""
+
+    metric: str
+    examples: int = Field(gt=0)
+    metrics: dict[str, Estimate]
+
+
+class TaskSummary(_Frozen):
+    """Mean over ``tasks`` (percent), what is lost against the full depth (points), and what is kept of it (percent)."""
+
+    tasks: tuple[str, ...]
+    average: Estimate
+    drop: Estimate
+    retention: Estimate
+
+
+class Quality(_Frozen):
+    """What `balcony-edge eval` measured at an exit. ``reference`` names the model that text was compared with."""
+
+    reference: str
+    text: dict[str, TextQuality] = {}
+    tasks: dict[str, TaskQuality] = {}
+    summary: TaskSummary | None = None
+
+
 class ExitSpec(_Frozen):
-    """An exit: ``kind`` is ``balcony`` below the full depth and ``full`` there."""
+    """An exit: ``kind`` is ``balcony`` below the full depth and ``full`` there; ``quality`` is there once evaluated."""
 
     exit_layer: int = Field(gt=0)
     kind: Literal["balcony", "full"]
     trained: bool
+    quality: Quality | None = None
 
 
 class ModelSpec(_Frozen):
@@ -100,13 +148,13 @@ class ModelSpec(_Frozen):
 
     name: str
     architecture: str
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    context_length: int = Field(gt=0)
+    num_layers: Size
+    hidden_size: Size
+    num_attention_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    context_length: Size
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -312,7 +360,63 @@ def write_manifest(
     dumped = Manifest.model_validate(draft).model_dump(mode="json")
     dumped["fingerprint"] = fingerprint(dumped)
     manifest = Manifest.model_validate(dumped)
-    temporary = directory / f".{MANIFEST}.partial"
-    temporary.write_text(json.dumps(dumped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(directory / MANIFEST)
+    _write_atomically(directory, dumped)
     return manifest
+
+
+def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest:
+    """Add evaluation results to ``bundle.json``; what was measured before on other texts and tasks stays.
+
+    The fingerprint stays as it is: it covers graphs and weights, and those are not touched.
+
+    Args:
+        directory: the bundle.
+        measured: exit layer → results. Where the reference is another than before, earlier texts are dropped: numbers
+            against two references must not stand side by side.
+
+    Raises:
+        BundleError: no bundle, an exit that it lacks, or a directory that cannot be written.
+    """
+    manifest = _read_manifest(directory)
+    if unknown := measured.keys() - set(manifest.exit_layers):
+        raise BundleError(
+            f"{directory}: has no exit {min(unknown)}: it has {', '.join(map(str, manifest.exit_layers))}: "
+            "evaluate those"
+        )
+    exits = tuple(
+        exit_.model_copy(update={"quality": _merged(exit_.quality, measured[exit_.exit_layer])})
+        if exit_.exit_layer in measured
+        else exit_
+        for exit_ in manifest.exits
+    )
+    updated = manifest.model_copy(update={"exits": exits})
+    _write_atomically(directory, updated.model_dump(mode="json"))
+    return updated
+
+
+def _merged(old: Quality | None, new: Quality) -> Quality:
+    if old is None:
+        return new
+    text = {**old.text, **new.text} if old.reference == new.reference or not new.text else new.text
+    return Quality(
+        reference=new.reference if new.text else old.reference,
+        text=text,
+        tasks={**old.tasks, **new.tasks},
+        summary=new.summary or old.summary,
+    )
+
+
+def _write_atomically(directory: Path, document: dict[str, Any]) -> None:
+    temporary = directory / f".{MANIFEST}.{os.getpid()}.partial"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(directory / MANIFEST)
+    except OSError as error:
+        raise BundleError(
+            f"{directory / MANIFEST}: cannot be written ({error.strerror}): free space or make it writable"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

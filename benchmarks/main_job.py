@@ -53,8 +53,8 @@ from benchmarks.rounds import Neighbours
 from benchmarks.whole_graph import open_whole_graph
 
 ITEMS = ("decode", "switch", "memory", "overhead")
-#: Rounds of each item: (full, quick). A reading is kept within some 4 minutes, a quick one within one.
-ROUNDS = {"decode": (15, 4), "switch": (7, 2), "memory": (3, 1), "overhead": (7, 2)}
+#: Rounds of each item: (full, quick). Alone on 2 cores a full run takes some 2 minutes, a quick one 1.
+ROUNDS = {"decode": (11, 3), "switch": (5, 2), "memory": (2, 1), "overhead": (5, 2)}
 
 
 def run(path: Path, items: tuple[str, ...], *, quick: bool, full_depth: Path | None) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from rich.console import Console
 
 import balcony_edge
 from balcony_edge.cli.console import depth_styles
-from balcony_runtime.generate import LLM, Reply, Token
+from balcony_runtime.generate import LLM
+from balcony_runtime.reply import Reply, Token
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -41,15 +42,14 @@ def generate(llm: LLM, prompt: str, count: int, console: Console) -> Reply:
     styles = depth_styles(llm.exit_layers)
     llm.budget = balcony_edge.Budget(tpot_ms=generous)
     console.print(f"[bold]target {generous} ms a token[/]")
-    tokens: list[Token] = []
-    for token in llm.stream(prompt, max_new_tokens=count, ignore_eos=True):
-        tokens.append(token)
+    stream = llm.stream(prompt, max_new_tokens=count, ignore_eos=True)
+    for made, token in enumerate(stream, 1):
         console.print(token.text, style=styles[token.exit_layer], end="", markup=False, soft_wrap=True)
-        if (target := changes.get(len(tokens))) is not None:
+        if (target := changes.get(made)) is not None:
             llm.budget = balcony_edge.Budget(tpot_ms=target)
             console.print(f"\n[bold]target {target} ms a token[/]")
     console.print()
-    return Reply("".join(token.text for token in tokens), tuple(tokens), len(llm.encode(prompt)))
+    return stream.reply
 
 
 def exit_runs(tokens: tuple[Token, ...]) -> str:

@@ -1,25 +1,27 @@
-"""``balcony-edge run``: generate under a budget and see which exit every token took."""
+"""``balcony-edge run``: generate or chat under a budget and see which exit every token took."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from balcony_edge.budget import Budget, load_budget
-from balcony_edge.errors import BudgetError
+from balcony_edge.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
-    from balcony_runtime.generate import Reply, Token
+    from balcony_runtime.reply import Reply, TokenStream
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
-    prompt: Annotated[str, typer.Argument(help="What to answer or, with --raw, to continue.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer or, with --raw, to continue; without it: a chat.")
+    ] = None,
     tpot_ms: Annotated[float | None, typer.Option(help="Target: milliseconds between two tokens.")] = None,
     exit_layer: Annotated[int | None, typer.Option("--exit", help="Always this exit.")] = None,
     budget: Annotated[Path | None, typer.Option(help="Target file (profiles/*.toml).")] = None,
@@ -27,37 +29,69 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this share as likely as the likeliest; 0 keeps all.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what prompt and reply hold.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Above 0: less of what the reply holds.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the reply before this string; repeatable.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, help="With --json: the likeliest tokens at each place.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads [default: the CPUs of this process].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Generate one reply; every token is coloured by the exit that it took."""
+    """Generate one reply, or chat; every token is coloured by the exit that it took."""
     import balcony_edge
+    from balcony_edge.cli.chat import converse
     from balcony_edge.cli.console import depth_styles, stdout
-    from balcony_runtime.generate import Reply
     from balcony_runtime.sampling import SamplingParams
 
-    sampling = SamplingParams(temperature, top_k, top_p, seed)
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
     with balcony_edge.load(bundle, budget=_budget(tpot_ms, exit_layer, budget), threads=threads) as llm:
-        ids = llm.encode(prompt, chat=False if raw else None)
         styles = depth_styles(llm.exit_layers)
-        tokens: list[Token] = []
-        interrupted = False
-        try:
-            for token in _noted(llm.stream(ids, max_new_tokens=max_new_tokens, sampling=sampling), tokens):
-                if not as_json:
-                    stdout.print(token.text, style=styles[token.exit_layer], end="", markup=False, soft_wrap=True)
-        except KeyboardInterrupt:
-            interrupted = True
-        reply = Reply("".join(token.text for token in tokens), tuple(tokens), len(ids))
+        if prompt is None:
+            if as_json or raw:
+                raise InputError("--json or --raw without a prompt: a chat has neither; give a prompt")
+            converse(llm, styles, system, options)
+            return
+        if system is not None:
+            raise InputError("--system with a prompt: it belongs to a chat; leave the prompt out, or --system")
+        stream = llm.stream(llm.encode(prompt, chat=False if raw else None), logprobs=logprobs, **options)
+        interrupted = show_stream(stream, None if as_json else styles)
+        reply = stream.reply
         if as_json:
-            print(json.dumps({**summary(reply), "text": reply.text, "tokens": [asdict(token) for token in tokens]}))  # noqa: T201
+            document = {**summary(reply), "text": reply.text, "tokens": [asdict(token) for token in reply.tokens]}
+            print(json.dumps(document))  # noqa: T201 - programs read this
         else:
             stdout.print()
-            _show(reply, styles)
+            show_summary(reply, styles)
     if interrupted:
         raise typer.Exit(130)
+
+
+def show_stream(stream: TokenStream, styles: dict[int, str] | None) -> bool:
+    """Print tokens as they come, coloured by exit (not at all without ``styles``); True when Ctrl-C ended it."""
+    from balcony_edge.cli.console import stdout
+
+    try:
+        for token in stream:
+            if styles is not None:
+                stdout.print(token.text, style=styles[token.exit_layer], end="", markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        stream.close()
+        return True
+    return False
 
 
 def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None) -> Budget:
@@ -68,17 +102,9 @@ def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None) ->
     return Budget(tpot_ms=tpot_ms, exit_layer=exit_layer)
 
 
-def _noted(stream: Iterator[Token], tokens: list[Token]) -> Iterator[Token]:
-    for token in stream:
-        tokens.append(token)
-        yield token
-
-
 def summary(reply: Reply) -> dict[str, Any]:
     """What a reply cost, as a JSON-ready mapping; times in milliseconds."""
-    if not reply.tokens:
-        return {"prompt_tokens": reply.prompt_tokens, "new_tokens": 0}
-    gaps = sorted(token.latency_ms for token in reply.tokens[1:]) or [float("nan")]
+    gaps = [token.latency_ms for token in reply.tokens[1:]]
     targets = sum(token.target_ms is not None for token in reply.tokens[1:])
     return {
         "prompt_tokens": reply.prompt_tokens,
@@ -86,7 +112,7 @@ def summary(reply: Reply) -> dict[str, Any]:
         "finish_reason": reply.finish_reason,
         "ttft_ms": reply.ttft_ms,
         "tpot_mean_ms": reply.mean_tpot_ms,
-        "tpot_p50_ms": gaps[len(gaps) // 2] if len(reply.tokens) > 1 else None,
+        "tpot_p50_ms": median(gaps) if gaps else None,
         "tokens_per_exit": {str(layer): count for layer, count in reply.tokens_per_exit.items()},
         "exit_switches": sum(
             a.exit_layer != b.exit_layer for a, b in zip(reply.tokens, reply.tokens[1:], strict=False)
@@ -97,7 +123,7 @@ def summary(reply: Reply) -> dict[str, Any]:
     }
 
 
-def _show(reply: Reply, styles: dict[int, str]) -> None:
+def show_summary(reply: Reply, styles: dict[int, str]) -> None:
     from rich.table import Table
 
     from balcony_edge.cli.console import stdout

@@ -64,6 +64,7 @@ def train(
     from balcony_export.distill import Trainer
     from balcony_export.distill_config import TrainConfig
     from balcony_export.distill_data import build_corpus
+    from balcony_export.distill_parallel import Processes
 
     if tokens is not None:
         if steps is not None:
@@ -72,8 +73,8 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load_model(model, attn_implementation="sdpa")
-    if torch.cuda.is_available():
-        loaded.to("cuda")  # type: ignore[arg-type]
+    processes = Processes()
+    loaded.to(processes.device)  # type: ignore[arg-type]
     config = TrainConfig(
         exits=parse_exits(exits, loaded.config.num_hidden_layers),
         steps=steps,
@@ -106,6 +107,9 @@ def train(
         stderr.print(f"going on from step {trainer.step}")
     elif trainer.has_checkpoint():
         raise TrainingError(f"{trainer.work}: holds a checkpoint: go on with --resume, or remove the directory")
+    if not processes.writes:
+        trainer.run()
+        return
     with _progress_bar(trainer) as report:
         trainer.run(report)
     _finish(trainer, model, pretraining_tokens, as_json)

@@ -21,7 +21,8 @@ class Processes:
         state = PartialState()
         self.index: int = state.process_index
         self.count: int = state.num_processes
-        self.device: torch.device = state.device
+        # Apple's GPU has neither the float64 of the sums nor the kernels of Muon in bfloat16
+        self.device: torch.device = state.device if state.device.type == "cuda" else torch.device("cpu")
 
     @property
     def writes(self) -> bool:

@@ -66,7 +66,12 @@ class Engine:
             raise ContextLengthError(f"max_length = {length}: this bundle takes 1 to {context}: give one of those")
         if batch_size < 1:
             raise InputError(f"batch_size = {batch_size}: must be at least 1")
-        return Sequence(self, batch_size, length)
+        try:
+            return Sequence(self, batch_size, length)
+        except MemoryError as error:
+            raise InputError(
+                f"max_length = {length}, batch_size = {batch_size}: there is not enough memory: ask for less of either"
+            ) from error
 
     def close(self) -> None:
         """Free the weights; sequences of a closed engine must not be used."""

@@ -1,15 +1,18 @@
-"""From logits to the next token: greedy, temperature, top-k and top-p, with a seed.
+"""From logits to the next token: penalties and bias, then temperature, top-k, top-p and min-p, with a seed.
 
-Owns the order of the filters, which is that of transformers' and llama.cpp's defaults: temperature, then top-k, then
-top-p on what is left. It knows nothing of exits.
+Owns the order, which is that of transformers' processors and warpers: repetition penalty, presence penalty, bias,
+temperature, top-k, top-p on what is left, min-p on what is left. Log-probabilities are the model's own, taken before all of
+it. It knows nothing of exits.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from balcony_edge.errors import InputError
 from balcony_runtime.backends.base import FloatArray, IntArray
@@ -23,6 +26,10 @@ class SamplingParams:
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the fewest of the most likely tokens whose probabilities reach p; 1 keeps all.
+        min_p: keep tokens at least this share as likely as the likeliest; 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or reply (CTRL); 1 is none.
+        presence_penalty: subtracted from logits of tokens in the reply so far (OpenAI); 0 is none.
+        logit_bias: token id → what to add to its logit.
         seed: of the random numbers; None takes fresh ones.
 
     Raises:
@@ -32,56 +39,109 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature = {self.temperature}: must be a finite number, 0 (greedy) or more")
-        if self.top_k < 0:
-            raise InputError(f"top_k = {self.top_k}: must be 0 (keep all) or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p = {self.top_p}: must be above 0 and at most 1 (keep all)")
-        if self.seed is not None and self.seed < 0:
-            raise InputError(f"seed = {self.seed}: must be 0 or more, or none")
+        checks = {
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (keep all) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (keep all)"),
+            "min_p": (0 <= self.min_p < 1, "at least 0 (keep all) and below 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is none"),
+            "presence_penalty": (True, "a number; 0 is none"),
+            "seed": (self.seed is None or self.seed >= 0, "0 or more, or none"),
+        }
+        for name, (in_range, allowed) in checks.items():
+            value = getattr(self, name)
+            if not in_range or (value is not None and not math.isfinite(value)):
+                raise InputError(f"{name} = {value}: must be finite and {allowed}")
+        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
+            raise InputError(
+                f"logit_bias = {dict(self.logit_bias)}: every bias must be finite; use -100 to ban a token"
+            )
 
 
 class Sampler:
-    """Draws tokens with one stream of random numbers."""
+    """Draws tokens with one stream of random numbers, and remembers what penalties count.
 
-    def __init__(self, params: SamplingParams) -> None:
+    Args:
+        params: how.
+        prompt: tokens that the repetition penalty counts from the start, (B, n).
+        vocab_size: V.
+
+    Raises:
+        InputError: a bias for a token outside the vocabulary.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: IntArray, vocab_size: int) -> None:
         self._params = params
         self._random = np.random.default_rng(params.seed)
+        self._members = np.arange(prompt.shape[0])
+        self._seen = self._made = None
+        if params.repetition_penalty != 1:
+            self._seen = np.zeros((prompt.shape[0], vocab_size), bool)
+            self._seen[self._members[:, None], prompt] = True
+        if params.presence_penalty:
+            self._made = np.zeros((prompt.shape[0], vocab_size), bool)
+        for token in params.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise InputError(f"logit_bias for token {token}: the vocabulary has 0 to {vocab_size - 1}")
 
     def pick(self, logits: FloatArray) -> IntArray:
-        """Next token of each sequence, (B,), from logits (B, V).
+        """Next token of each sequence, (B,), from logits (B, V), which are left as they were.
 
         Raises:
             InputError: logits that are not numbers; the model or its precision is at fault.
         """
+        adjusted = self._adjust(logits)
         if self._params.temperature == 0:
-            best: IntArray = logits.argmax(axis=-1)
-            if not np.isfinite(np.take_along_axis(logits, best[:, None], axis=-1)).all():
-                raise InputError("the logits hold NaN or infinity: run `balcony-edge verify` on this bundle")
-            return best
-        return np.array([self._draw(row) for row in logits], np.int64)
+            ids: IntArray = adjusted.argmax(axis=-1)
+            if not np.isfinite(adjusted[self._members, ids]).all():
+                raise _not_finite()
+        else:
+            ids = np.array([self._draw(row) for row in adjusted], np.int64)
+        for record in (self._seen, self._made):
+            if record is not None:
+                record[self._members, ids] = True
+        return ids
+
+    def _adjust(self, logits: FloatArray) -> FloatArray:
+        params = self._params
+        if self._seen is None and self._made is None and not params.logit_bias:
+            return logits
+        adjusted = logits.copy()
+        if self._seen is not None:
+            penalized = np.where(
+                adjusted > 0, adjusted / params.repetition_penalty, adjusted * params.repetition_penalty
+            )
+            adjusted = np.where(self._seen, penalized, adjusted)
+        if self._made is not None:
+            adjusted -= params.presence_penalty * self._made
+        for token, bias in params.logit_bias.items():
+            adjusted[:, token] += bias
+        return adjusted.astype(np.float32, copy=False)
 
     def _draw(self, logits: FloatArray) -> int:
         ids, probabilities = candidates(logits, self._params)
         return int(ids[self._random.choice(len(ids), p=probabilities)])
 
 
-def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, FloatArray]:
+def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, npt.NDArray[np.float64]]:
     """Tokens that the filters leave and their probabilities, most likely first (temperature above 0).
 
     Args:
-        logits: (V,).
+        logits: (V,), penalties and bias applied.
         params: the filters.
 
     Raises:
         InputError: logits that are not numbers.
     """
     if not np.isfinite(logits).all():
-        raise InputError("the logits hold NaN or infinity: run `balcony-edge verify` on this bundle")
+        raise _not_finite()
     count = len(logits)
     kept = min(params.top_k or count, count)
     ids = np.argpartition(logits, count - kept)[count - kept :] if kept < count else np.arange(count)
@@ -93,5 +153,25 @@ def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, Fl
         # the token that crosses p stays, so at least one does
         last = int(np.searchsorted(probabilities.cumsum(), params.top_p)) + 1
         ids, probabilities = ids[:last], probabilities[:last]
-        probabilities /= probabilities.sum()
-    return ids, probabilities
+    if params.min_p > 0:
+        likely = probabilities >= params.min_p * probabilities[0]
+        ids, probabilities = ids[likely], probabilities[likely]
+    return ids, probabilities / probabilities.sum()
+
+
+def log_probabilities(logits: FloatArray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """``(log P(token), the top most likely tokens with theirs)`` under the model's own distribution.
+
+    Args:
+        logits: (V,), as the model gave them.
+        token: the token that was picked.
+        top: how many of the most likely tokens to list.
+    """
+    shifted = logits.astype(np.float64) - logits.max()
+    logs = shifted - math.log(np.exp(shifted).sum())
+    best = np.argsort(-logs, kind="stable")[:top] if top else ()
+    return float(logs[token]), tuple((int(id_), float(logs[id_])) for id_ in best)
+
+
+def _not_finite() -> InputError:
+    return InputError("the logits hold NaN or infinity: run `balcony-edge verify` on this bundle")

@@ -1,23 +1,22 @@
-"""Text in and out of a bundle: tokenizer, chat template, and text that streams without a broken character.
+"""Text in and out of a bundle: prompts to tokens, and tokens to text that streams without a broken character.
 
-The tokenizers library does the work; this module owns what the bundle's files mean and how a template is rendered: in
-jinja2's immutable sandbox, since a template is a program that came with a model.
+The tokenizers library does the work; this module owns what the bundle's files mean, and stop strings. Templates are
+:mod:`.template`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
+from balcony_runtime.template import ChatTemplate
 
 Message = Mapping[str, str]
 
@@ -31,15 +30,12 @@ class TextCodec:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
-        self._template: jinja2.Template | None = None
+        self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
         if bundle.has_file("chat_template.jinja"):
             template = bundle.file("chat_template.jinja")
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
-            environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
             try:
-                self._template = environment.from_string(template.read_text(encoding="utf-8"))
+                self._template = ChatTemplate(template.read_text(encoding="utf-8"))
                 self._special = json.loads(bundle.file("special_tokens.json").read_text(encoding="utf-8"))
             except (jinja2.TemplateError, ValueError) as error:
                 raise BundleError(f"{template}: not readable ({error}): export the bundle again") from error
@@ -90,10 +86,6 @@ class TextCodec:
         return TextStream(self._tokenizer)
 
 
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
 class TextStream:
     """Incremental detokenization: gives out text only when its characters are complete."""
 
@@ -114,3 +106,44 @@ class TextStream:
         """What is left at the end, where the last character never was completed."""
         whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
         return whole[self._written :]
+
+
+class StopStrings:
+    """Finds stop strings in streamed text and holds back what may become one.
+
+    Args:
+        stops: strings that end the text; none is fine.
+
+    Raises:
+        InputError: an empty stop string, which would end every text at once.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if isinstance(stops, str) or any(not isinstance(stop, str) or not stop for stop in stops):
+            raise InputError(f"stop = {stops!r}: must be a list of strings that are not empty")
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """``(text that is safe to show, whether a stop string was met)``; what follows a stop string is dropped."""
+        if not self._stops:
+            return text, False
+        self._held += text
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, False
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+#: A test run in the background ignores SIGINT, and its children would inherit that.
+LISTENS = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
 
 
@@ -174,7 +176,7 @@ def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
     command = [*COMMAND, "export", str(tiny_checkpoint), "--exits", "2", "-o", str(tmp_path / "b")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **LISTENS)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".b.partial-*")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -196,7 +198,7 @@ def test_ctrl_c_in_generation_ends_the_reply(exported: Path) -> None:
         "engine.Sequence.advance = slow\n"
         "from balcony_edge.cli import main; main()"
     )
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **LISTENS)
     assert process.stderr is not None
     for _ in range(5):
         process.stderr.readline()

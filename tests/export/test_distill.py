@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ from balcony_export.distill_report import Cost, plot_curves, pretraining_tokens
 from balcony_export.distill_schedule import Schedule
 
 SEQ_LEN = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices: a second thread only waits, and sums come out the same in a child process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +133,7 @@ def test_loss_is_a_token_mean_that_no_padding_enters(make_tiny: Callable[..., An
     states = trainer.backbone.states(torch.from_numpy(tokens).long())
     where = trainer.positions_of(rows, states, [0])
     assert where.tolist() == [*range(1, SEQ_LEN), *range(SEQ_LEN + 1, SEQ_LEN + 7)]
-    assert seen[0][2] == pytest.approx(float(kl.flatten()[where].mean()), rel=1e-5)
+    assert seen[0][2] == pytest.approx(float(kl.detach().flatten()[where].mean()), rel=1e-5)
 
 
 def test_massive_activations_are_no_targets(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
@@ -158,11 +167,11 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(
 ) -> None:
     model = make_tiny("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = trainer_of(model, corpus, tmp_path, steps=60, average=0.9)
+    trainer = trainer_of(model, corpus, tmp_path, steps=60, average=0.9, rate=1e-2, vector_rate=1e-2)
     start = trainer.evaluate()
     trainer.run()
     for exit_layer in (2, 3):
-        assert trainer.results[exit_layer][0] < 0.6 * start[exit_layer][0]
+        assert trainer.results[exit_layer][0] < 0.75 * start[exit_layer][0]
         assert trainer.results[exit_layer][1] > start[exit_layer][1]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     loaded = load_balconies(tmp_path, model)
@@ -211,8 +220,8 @@ def test_accumulated_passes_equal_one_pass(make_tiny: Callable[..., Any], corpus
 
 def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
     steps = len(corpus.train.tokens)  # two epochs
-    plain = trainer_of(make_tiny("llama"), corpus, tmp_path / "plain", steps=steps)
-    cached = trainer_of(make_tiny("llama"), corpus, tmp_path / "cached", steps=steps, cache_gb=1.0)
+    plain = trainer_of(make_tiny("llama"), corpus, tmp_path / "plain", steps=steps, optimizer="adamw")
+    cached = trainer_of(make_tiny("llama"), corpus, tmp_path / "cached", steps=steps, cache_gb=1.0, optimizer="adamw")
     plain.run()
     passes = 0
     states = cached.backbone.states
@@ -228,28 +237,65 @@ def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: 
     assert passes <= steps // 2 + 1 + 2  # the first epoch, and the held-out rows
 
 
-_KILLED = """
-import json, os, sys, torch
+_CHILD = """
+import sys, torch
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 from test_distill import trainer_of, build_corpus
 from conftest import tiny_model, tiny_tokenizer
 torch.set_num_threads(1)
-corpus = build_corpus([Path(sys.argv[2])], tiny_tokenizer(), seq_len=24, held_out_rows=4)
-trainer = trainer_of(tiny_model("llama"), corpus, Path(sys.argv[3]), steps=400, checkpoint_minutes=1e-3)
-trainer.run()
+corpus = build_corpus([Path(sys.argv[-2])], tiny_tokenizer(), seq_len=24, held_out_rows=4)
+output = Path(sys.argv[-1])
 """
+_KILLED = (
+    _CHILD
+    + """
+trainer_of(tiny_model("llama"), corpus, output, steps=400, checkpoint_minutes=1e-3).run()
+"""
+)
+_SHARED = (
+    _CHILD
+    + """
+trainer = trainer_of(tiny_model("llama"), corpus, output, steps=5, micro_rows=1)
+trainer.run()
+(output / f"process {trainer.processes.index} of {trainer.processes.count}").touch()
+"""
+)
+
+
+def _script(source: str, text_file: Path, output: Path) -> list[str]:
+    return [sys.executable, "-c", source, str(text_file), str(output)]
+
+
+def _environment() -> dict[str, str]:
+    here = Path(__file__).parent
+    paths = [here, here.parent, *(here.parents[1] / part for part in (".", "export", "runtime"))]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(
+    make_tiny: Callable[..., Any], corpus: Corpus, text_file: Path, tmp_path: Path
+) -> None:
+    alone = trainer_of(make_tiny("llama"), corpus, tmp_path / "alone", steps=5, micro_rows=1)
+    alone.run()
+    (tmp_path / "shared.py").write_text(_SHARED)
+    # what `accelerate launch` runs for several GPUs; on CPUs alone it would start one process
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [*launch, str(tmp_path / "shared.py"), str(text_file), str(tmp_path / "shared")]
+    subprocess.run(
+        command, env=_environment() | {"ACCELERATE_USE_CPU": "true"}, check=True, timeout=180, capture_output=True
+    )
+    shared = [json.loads(line)["kl"] for line in (tmp_path / "shared/run" / METRICS).read_text().splitlines()]
+    assert len(list((tmp_path / "shared").glob("process * of 2"))) == 2
+    assert len(shared) == 5
+    for one, two in zip(losses_of(alone), shared, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_a_killed_run_goes_on_with_the_same_curve(
     make_tiny: Callable[..., Any], corpus: Corpus, text_file: Path, tmp_path: Path
 ) -> None:
-    here = Path(__file__).parent
-    paths = [str(here.parent), *(str(here.parents[1] / part) for part in ("", "export", "runtime"))]
-    child = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, str(here), str(text_file), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-    )
+    child = subprocess.Popen(_script(_KILLED, text_file, tmp_path), env=_environment())
     metrics = tmp_path / "run" / METRICS
     deadline = time.monotonic() + 120
     while child.poll() is None and time.monotonic() < deadline:
@@ -265,20 +311,15 @@ def test_a_killed_run_goes_on_with_the_same_curve(
     child.wait()
     with metrics.open("a") as file:
         file.write('{"step": 99')  # a line that the kill cut short
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole", steps=400)
-        resumed = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=400)
-        assert resumed.resume()
-        reached = resumed.step
-        assert reached > 0
-        while resumed.step < reached + 10:
-            resumed.train_step()
-        while whole.step < resumed.step:
-            whole.train_step()
-    finally:
-        torch.set_num_threads(threads)
+    whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole", steps=400)
+    resumed = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=400)
+    assert resumed.resume()
+    reached = resumed.step
+    assert reached > 0
+    while resumed.step < reached + 10:
+        resumed.train_step()
+    while whole.step < resumed.step:
+        whole.train_step()
     kept = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in kept] == list(range(reached))
     for exit_layer in (2, 3):
@@ -344,20 +385,19 @@ def test_a_run_with_a_deadline_ends_at_it_with_a_rate_of_zero(
 
     def clock() -> float:
         nonlocal now
-        now += 1.0  # several readings a step: a step takes a few seconds of this clock
+        now += 2.0  # several readings a step: a step takes a few seconds of this clock
         return now
 
-    config = TrainConfig(
-        exits=(2,), minutes=10.0, seq_len=SEQ_LEN, positions=4, evaluate_every=10**6, checkpoint_minutes=10**6
-    )
-    trainer = Trainer(make_tiny("llama"), corpus, config, tmp_path, dtype=torch.float32, compiled=False, clock=clock)
+    options = {"steps": None, "minutes": 10.0, "exits": (2,), "optimizer": "adamw", "checkpoint_minutes": 10**6}
+    trainer = trainer_of(make_tiny("llama", num_hidden_layers=3), corpus, tmp_path, **options)
+    trainer.clock = clock
     trainer.run()
     lines = [json.loads(line) for line in (trainer.work / METRICS).read_text().splitlines()]
     factors = [line["factor"] for line in lines]
     assert now == pytest.approx(600, rel=0.05)
-    assert factors[-1] < 0.05
     assert max(factors) == 1.0
-    decaying = sum(factor < 1.0 for factor in factors[50:]) / len(factors)
+    assert factors[-1] < 0.05
+    decaying = sum(factor < 1.0 for factor in factors[2:]) / len(factors)
     assert 0.3 < decaying < 0.5  # the decay's share, 0.4
 
 

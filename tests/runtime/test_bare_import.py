@@ -46,6 +46,20 @@ def test_a_missing_engine_names_its_cure(tiny: Any) -> None:
     assert "pip install 'balcony-edge[cpu]'" in done.stdout and done.stdout.count("\n") == 1
 
 
+def test_two_engines_that_overwrite_each_other_are_refused(tiny: Any, tmp_path: Any) -> None:
+    (tmp_path / "onnxruntime_gpu-1.32.0.dist-info").mkdir()
+    (tmp_path / "onnxruntime_gpu-1.32.0.dist-info" / "METADATA").write_text("Name: onnxruntime-gpu\nVersion: 1.32.0\n")
+    program = (
+        "import sys; sys.path.append(sys.argv[2])\n"
+        "import balcony_edge\n"
+        "try:\n    balcony_edge.load(sys.argv[1])\n"
+        "except balcony_edge.BalconyError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(tiny.path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "are both installed and overwrite each other" in done.stdout and done.stdout.count("\n") == 1
+
+
 def test_public_names_are_these() -> None:
     import balcony_edge
 

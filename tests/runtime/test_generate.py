@@ -14,6 +14,7 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError
 from balcony_edge.profile import CostModel, UnitCost
+from balcony_runtime import decode as decode_module
 from balcony_runtime import generate as generate_module
 from balcony_runtime.calibrate import calibrate
 from balcony_runtime.generate import LLM
@@ -129,7 +130,7 @@ def test_backlog_is_worked_off_beside_the_steps(llm: LLM, monkeypatch: pytest.Mo
     costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(1.0),) * 3, UnitCost(1.0))
     monkeypatch.setattr(generate_module, "calibrate", lambda engine: costs)
     clock = SimpleNamespace(perf_counter_ns=iter(range(0, 10**15, 30_000_000)).__next__)  # every step takes 30 ms
-    monkeypatch.setattr(generate_module, "time", clock)
+    monkeypatch.setattr(decode_module, "time", clock)
     llm.budget = Budget(exit_layer=2)
     tokens = []
     for count, token in enumerate(llm.stream(list(range(1, 100)), max_new_tokens=60, ignore_eos=True)):

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from balcony_edge.errors import InputError
-from balcony_runtime.sampling import Sampler, SamplingParams, candidates
+from balcony_runtime.sampling import Sampler, SamplingParams, candidates, log_probabilities
 
+PROMPT = np.array([[2, 2, 4]])
 LOGITS = np.log(np.array([0.1, 0.5, 0.05, 0.25, 0.1], np.float32))
 
 
 def test_greedy_takes_the_largest_of_each_row() -> None:
     logits = np.array([[0.0, 3.0, 1.0], [5.0, -1.0, 2.0]], np.float32)
-    assert Sampler(SamplingParams()).pick(logits).tolist() == [1, 0]
+    assert Sampler(SamplingParams(), np.array([[0], [0]]), 3).pick(logits).tolist() == [1, 0]
 
 
 def test_temperature_alone_is_the_softmax() -> None:
@@ -39,11 +40,12 @@ def test_top_k_then_top_p_on_what_is_left() -> None:
 def test_draws_follow_the_distribution_and_the_seed() -> None:
     params = SamplingParams(temperature=1.0, seed=4)
     rows = np.repeat(LOGITS[None], 20_000, axis=0)
-    drawn = Sampler(params).pick(rows)
+    prompt = np.zeros((len(rows), 1), np.int64)
+    drawn = Sampler(params, prompt, 5).pick(rows)
     share = np.bincount(drawn, minlength=5) / len(drawn)
     np.testing.assert_allclose(share, np.exp(LOGITS), atol=4 * np.sqrt(0.25 / len(drawn)))  # four standard errors
-    assert Sampler(params).pick(rows).tolist() == drawn.tolist()
-    assert Sampler(SamplingParams(temperature=1.0, seed=5)).pick(rows).tolist() != drawn.tolist()
+    assert Sampler(params, prompt, 5).pick(rows).tolist() == drawn.tolist()
+    assert Sampler(SamplingParams(temperature=1.0, seed=5), prompt, 5).pick(rows).tolist() != drawn.tolist()
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,11 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
         ({"top_p": 1.1}, "top_p = 1.1"),
         ({"top_p": float("nan")}, "top_p = nan"),
         ({"seed": -1}, "seed = -1"),
+        ({"min_p": 1.0}, "min_p = 1.0"),
+        ({"min_p": -0.1}, "min_p = -0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+        ({"presence_penalty": float("inf")}, "presence_penalty = inf"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias = "),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, float], pattern: str) -> None:
@@ -70,4 +77,51 @@ def test_logits_that_are_no_numbers_are_refused(temperature: float, bad: float) 
     logits = LOGITS[None].copy()
     logits[0, 2] = bad
     with pytest.raises(InputError, match="NaN or infinity"):
-        Sampler(SamplingParams(temperature=temperature)).pick(logits)
+        Sampler(SamplingParams(temperature=temperature), PROMPT, 5).pick(logits)
+
+
+def test_min_p_keeps_what_is_likely_enough() -> None:
+    ids, probabilities = candidates(LOGITS, SamplingParams(temperature=1.0, min_p=0.3))
+    assert ids.tolist() == [1, 3]
+    np.testing.assert_allclose(probabilities, [2 / 3, 1 / 3], rtol=1e-6)
+    ids, _ = candidates(LOGITS, SamplingParams(temperature=1.0, min_p=0.19))
+    assert ids.tolist()[:2] == [1, 3] and set(ids.tolist()) == {0, 1, 3, 4}
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = np.random.default_rng(0).normal(size=(1, 5)).astype(np.float32)
+    sampler = Sampler(SamplingParams(repetition_penalty=1.7), PROMPT, 5)
+    processor = RepetitionPenaltyLogitsProcessor(1.7)
+    history = PROMPT
+    for _ in range(4):
+        want = processor(torch.from_numpy(history), torch.from_numpy(logits.copy())).numpy()
+        np.testing.assert_allclose(sampler._adjust(logits), want, rtol=1e-6)
+        history = np.concatenate([history, sampler.pick(logits)[:, None]], axis=1)
+
+
+def test_the_presence_penalty_counts_the_reply_only_and_once() -> None:
+    sampler = Sampler(SamplingParams(presence_penalty=2.0), PROMPT, 5)
+    logits = np.array([[0.0, 0.5, 3.0, 1.5, 0.0]], np.float32)
+    before = logits.copy()
+    assert [int(sampler.pick(logits)[0]) for _ in range(4)] == [2, 3, 2, 2]  # 3.0; 1.5 > 1.0; 1.0 > 0.5; 1.0
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_a_bias_moves_the_choice() -> None:
+    logits = LOGITS[None].copy()
+    assert int(Sampler(SamplingParams(logit_bias={1: -100.0}), PROMPT, 5).pick(logits)[0]) == 3
+    assert int(Sampler(SamplingParams(logit_bias={2: 50.0}), PROMPT, 5).pick(logits)[0]) == 2
+    for token in (-1, 5):
+        with pytest.raises(InputError, match=f"logit_bias for token {token}: the vocabulary has 0 to 4"):
+            Sampler(SamplingParams(logit_bias={token: 1.0}), PROMPT, 5)
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    own, best = log_probabilities(LOGITS * 1.0 + 7.0, 3, 2)
+    assert own == pytest.approx(np.log(0.25), abs=1e-6)
+    assert [token for token, _ in best] == [1, 3]
+    assert best[0][1] == pytest.approx(np.log(0.5), abs=1e-6)
+    assert log_probabilities(LOGITS, 1, 0)[1] == ()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from balcony_edge.bundle import MANIFEST, Bundle, Manifest
 from balcony_edge.errors import BundleError, InputError
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text import StopStrings, TextCodec
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,16 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
     ):
         with pytest.raises(InputError, match="the chat template refuses these messages"):
             write_template(bundle_copy, template).encode(message)
+    for template, pattern in (
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took longer than 2 s"),
+        ("{{ 'x' * 5000000 }}", "a repetition is longer"),
+        ("{% for i in range(9999) %}{{ 'x' * 1000 }}{% endfor %}", "the text is longer"),
+        ("{{ 9 ** 99999 }}", "a power of 99999"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ):
+        with pytest.raises(InputError, match=pattern):
+            write_template(bundle_copy, template).encode(message)
     with pytest.raises(BundleError, match=r"chat_template\.jinja: not readable"):
         write_template(bundle_copy, "{% for %}")
 
@@ -105,3 +115,29 @@ def test_a_damaged_tokenizer_is_named(bundle_copy: Path) -> None:
     (bundle_copy / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer\.json: not readable as a tokenizer"):
         TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.integers(1, 4))
+def test_stop_strings_cut_as_if_the_text_were_whole(text: str, stops: list[str], size: int) -> None:
+    watch, shown = StopStrings(stops), ""
+    for start in range(0, len(text), size):
+        piece, hit = watch.push(text[start : start + size])
+        shown += piece
+        if hit:
+            break
+    else:
+        shown += watch.flush()
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    if not places:
+        assert shown == text
+    else:
+        # the first stop string to be complete ends the text; an earlier start may be completed later
+        assert text.startswith(shown) and min(places) <= len(shown) <= max(places)
+        assert any(text.startswith(stop, len(shown)) for stop in stops)
+
+
+@pytest.mark.parametrize("stops", ["text", [""], ["a", ""], [3]])
+def test_stop_strings_that_are_none(stops: Any) -> None:
+    with pytest.raises(InputError, match="must be a list of strings that are not empty"):
+        StopStrings(stops)

@@ -9,6 +9,7 @@ for the whole key length that it is given, so caches are bound as prefixes of bu
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import threading
 import time
@@ -29,6 +30,12 @@ except ImportError as error:
     raise MissingDependencyError(
         "ONNX Runtime is not installed: pip install 'balcony-edge[cpu]' (or '[gpu]', never both: they overwrite each other)"
     ) from error
+
+if _both := [d for d in ("onnxruntime", "onnxruntime-gpu") if any(importlib.metadata.distributions(name=d))][1:]:
+    raise MissingDependencyError(
+        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+        "pip uninstall onnxruntime onnxruntime-gpu, then install 'balcony-edge[cpu]' or 'balcony-edge[gpu]'"
+    )
 
 #: KV capacity is bound in steps of so many rows: what attention pays for is at most this much more than what is live.
 BUCKET = 128

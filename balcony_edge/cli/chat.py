@@ -1,0 +1,135 @@
+"""The chat of ``balcony-edge run`` without a prompt: history, several lines, commands; Ctrl-C stops the reply only.
+
+Owns the terminal. The conversation itself is :mod:`balcony_runtime.chat`; while it waits for a line, the backlog of deeper
+stages is worked off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from balcony_edge.budget import Budget
+from balcony_edge.errors import BalconyError, BudgetError, InputError
+
+if TYPE_CHECKING:
+    from balcony_runtime.generate import LLM
+    from balcony_runtime.reply import Reply
+
+HELP = """\
+/budget tpot_ms=15 [probability=0.9 ...]   hold a target, any keys of a target file; /budget alone: full depth
+/exit 17      always this exit            /stats   what the last reply cost
+/reset        forget the conversation     /help    this list
+/quit         end, as Ctrl-D does         Ctrl-C   stops a reply
+A line that ends in \\ goes on in the next one."""
+
+
+def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict[str, Any]) -> None:
+    """Read and answer until the end of input.
+
+    Args:
+        llm: generates.
+        styles: exit layer → style of its tokens.
+        system: system message, if any.
+        options: those of :meth:`LLM.stream`.
+    """
+    from balcony_edge.cli.console import stdout
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - line editing and history of input(), where the platform has it
+
+    conversation = _Conversation(llm, styles, system, options)
+    legend = ", ".join(f"[{style}]{layer}[/]" for layer, style in styles.items())
+    stdout.print(f"Exits by colour: {legend}. /help lists the commands.")
+    while True:
+        try:
+            with conversation.chat.catching_up():
+                line = read_message()
+        except EOFError:
+            stdout.print()
+            return
+        except KeyboardInterrupt:
+            stdout.print("\n(Ctrl-D or /quit ends the chat)")
+            continue
+        if line.strip() == "/quit":
+            return
+        try:
+            conversation.handle(line)
+        except BalconyError as error:
+            stdout.print(str(error), style="red", markup=False)
+
+
+class _Conversation:
+    """What the commands act on."""
+
+    def __init__(self, llm: LLM, styles: dict[int, str], system: str | None, options: dict[str, Any]) -> None:
+        self.llm, self.styles, self.options = llm, styles, options
+        self.chat = llm.chat(system=system)
+        self.last: Reply | None = None
+
+    def handle(self, line: str) -> None:
+        """Answer a message or carry out a command."""
+        from balcony_edge.cli.console import stdout
+
+        command, _, rest = line.strip().partition(" ")
+        if command == "/help":
+            stdout.print(HELP, markup=False)
+        elif command == "/reset":
+            self.chat.reset()
+        elif command == "/stats":
+            self._show_stats()
+        elif command == "/exit":
+            self.llm.budget = parse_command(f"exit_layer={rest.strip()}")
+        elif command == "/budget":
+            self.llm.budget = parse_command(rest)
+        elif command.startswith("/"):
+            raise InputError(f"{command}: no such command: /help lists them")
+        elif command:
+            self._answer(line)
+
+    def _answer(self, line: str) -> None:
+        from balcony_edge.cli.console import stdout
+        from balcony_edge.cli.run import show_stream
+
+        stream = self.chat.send(line, **self.options)
+        stopped = show_stream(stream, self.styles)
+        stdout.print(" [dim](stopped)[/]" if stopped else "")
+        self.last = stream.reply
+
+    def _show_stats(self) -> None:
+        from balcony_edge.cli.run import show_summary
+
+        if self.last is None:
+            raise InputError("/stats: there is no reply yet: say something first")
+        show_summary(self.last, self.styles)
+
+
+def read_message() -> str:
+    """One message from the terminal; a line that ends in a backslash goes on."""
+    lines = [input("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input(". "))
+    return "\n".join(lines)
+
+
+def parse_command(text: str) -> Budget:
+    """A budget from ``key=value`` words.
+
+    Raises:
+        BudgetError: a word that is none, or a value that :class:`Budget` refuses.
+    """
+    keys: dict[str, Any] = {}
+    for word in text.split():
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise BudgetError(f"{word}: must be key=value, e.g. tpot_ms=15; leave the spaces around '=' out")
+        keys[key] = _number(value)
+    return Budget.model_validate(keys)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

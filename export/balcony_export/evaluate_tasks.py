@@ -1,0 +1,265 @@
+"""Tasks of lm-evaluation-harness over all exits: where their examples come from, and scores with standard errors.
+
+Owns the offline tasks (tasks/*.yaml: the harness's own format, with two keys more) and the statistics over tasks. All
+exits answer the same examples, so what an exit loses is measured on pairs: far sharper than the difference of two means.
+
+    data_files   split → file below the data directory; only the libraries' "json" and "text" readers are used, nothing
+                 is fetched
+    shots        file, count, text (a template), by (a field that must agree): a context put before each example as
+                 {{shots}}, made of the first rows other than the example itself
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from balcony_edge.bundle import Estimate, TaskQuality, TaskSummary
+from balcony_edge.errors import InputError, MissingDependencyError
+from balcony_export.evaluate_scorer import Scorer
+
+try:
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import apply_template
+except ImportError as error:
+    raise MissingDependencyError("tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'") from error
+
+from balcony_export.evaluate_lm_eval import BalconyLM, Sweep
+
+TASKS = Path(__file__).parent / "tasks"
+#: The metric of a table, in this order where a task has several; normalized by length where papers report that.
+_METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity", "perplexity")
+_NORMALIZED = ("arc_challenge", "hellaswag", "hellaswag_10shot", "openbookqa")
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """What one exit scored: a quality per task and, for the table's metric, a score per example."""
+
+    qualities: dict[str, TaskQuality]
+    scores: dict[str, npt.NDArray[np.float64]]
+
+
+def offline_tasks() -> tuple[str, ...]:
+    """Names of the tasks whose examples come from a data directory."""
+    return tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
+
+
+def evaluate_tasks(
+    scorer: Scorer,
+    tasks: Sequence[str],
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> dict[int, TaskRun]:
+    """Run tasks at every exit; the exits share one pass over the examples.
+
+    Args:
+        scorer: the exits.
+        tasks: names of offline tasks (with ``data``) or of any task or group of the harness.
+        data: directory of the offline tasks' files.
+        limit: take the first so many examples of a task.
+        progress: called with what is done and the share of it.
+
+    Raises:
+        InputError: an unknown task, a missing file, or a task that the harness cannot load here.
+    """
+    if not tasks:
+        raise InputError("--tasks: names no task: give some, separated by commas")
+    for name in ("lm_eval", "datasets", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory(prefix="balcony-eval-") as cache:  # the readers keep a copy of what they read
+        specs = [_spec(task, data, Path(cache)) for task in tasks]
+        manager = _manager(specs)
+
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                progress("tasks", done / total)
+
+        sweep = Sweep(scorer, report)
+        loaded = _load(manager, specs, tasks)
+        runs = {}
+        for exit_layer in scorer.exit_layers:
+            for task in loaded["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=1234)  # the harness's own default, and the same shots at every exit
+            lm = BalconyLM(sweep=sweep, exit_layer=exit_layer)
+            with contextlib.redirect_stdout(io.StringIO()):  # the harness prints
+                # no bootstrap: it forks processes; errors are computed from the examples below
+                results: Any = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0)
+            runs[exit_layer] = _run(tasks, results)
+    return runs
+
+
+def summarize(run: TaskRun, full: TaskRun) -> TaskSummary | None:
+    """Average over the tasks, drop and retention against the full depth; None where a task's metric is no accuracy.
+
+    Standard errors come from pairs: the average's from the examples of each task, the drop's from differences, the
+    retention's r = average / full average from the residuals exit - r × full (delta method).
+    """
+    tasks = [task for task, quality in run.qualities.items() if not quality.metric.endswith("perplexity")]
+    if not tasks:
+        return None
+    ours, theirs = [run.scores[task] for task in tasks], [full.scores[task] for task in tasks]
+    average, base = (float(np.mean([scores.mean() for scores in group])) for group in (ours, theirs))
+    share = average / base if base else math.nan
+    drop = _error([a - b for a, b in zip(ours, theirs, strict=True)])
+    kept = _error([a - share * b for a, b in zip(ours, theirs, strict=True)])
+    error = _error(ours)
+    return TaskSummary(
+        tasks=tuple(tasks),
+        average=Estimate(value=100 * average, stderr=_percent(error)),
+        drop=Estimate(value=100 * (average - base), stderr=_percent(drop)),
+        retention=Estimate(value=100 * share, stderr=None if kept is None or not base else 100 * kept / base),
+    )
+
+
+def _percent(error: float | None) -> float | None:
+    return None if error is None else 100 * error
+
+
+def _error(scores: Sequence[npt.NDArray[np.float64]]) -> float | None:
+    """Standard error of the mean over tasks of the mean over examples."""
+    if any(len(values) < 2 for values in scores):
+        return None
+    variances = [float(values.var(ddof=1)) / len(values) for values in scores]
+    return math.sqrt(sum(variances)) / len(scores)
+
+
+def _spec(task: str, data: Path | None, cache: Path) -> str | dict[str, Any]:
+    """What the harness is asked to load: the name of one of its own tasks, or an offline task's configuration."""
+    path = TASKS / f"{task}.yaml"
+    if data is None or not path.is_file():
+        return task
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    files = {split: str(_data_file(data, name)) for split, name in config.pop("data_files").items()}
+    config["dataset_kwargs"] = {"data_files": files, "cache_dir": str(cache)}
+    if (shots := config.pop("shots", None)) is not None:
+        config["process_docs"] = _with_shots(_data_file(data, shots["file"]), shots)
+    return config
+
+
+def _data_file(data: Path, name: str) -> Path:
+    path = data / name
+    if not path.is_file():
+        raise InputError(f"{path}: is missing: --data must name the directory that holds {name}")
+    return path.resolve()
+
+
+def _with_shots(path: Path, shots: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """A function that puts the field ``shots`` into each example of a data set."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    by, count, template = shots.get("by"), int(shots["count"]), str(shots["text"])
+    pools: dict[Any, list[tuple[dict[str, Any], str]]] = {}
+    for row in rows:
+        pool = pools.setdefault(row[by] if by else None, [])
+        if len(pool) <= count:  # one more than is shown: an example is never its own shot
+            pool.append((row, apply_template(template, row)))
+
+    def add(example: dict[str, Any]) -> dict[str, str]:
+        pool = pools.get(example[by] if by else None, [])
+        shown = [text for row, text in pool if any(example.get(key) != value for key, value in row.items())]
+        return {"shots": "".join(shown[:count])}
+
+    def process(examples: Any) -> Any:
+        return examples.map(add, load_from_cache_file=False)
+
+    return process
+
+
+def _manager(specs: Sequence[str | dict[str, Any]]) -> Any:
+    """The harness's task index; its own thousands of tasks are read only where one of them is asked for."""
+    named = [spec for spec in specs if isinstance(spec, str)]
+    manager = TaskManager(include_defaults=bool(named))
+    known = set(manager.all_tasks)
+    for name in named:
+        if name not in known:
+            offline = ", ".join(offline_tasks())
+            raise InputError(
+                f"--tasks: lm-evaluation-harness has no task '{name}': name one of its tasks (lm_eval ls tasks), "
+                f"or with --data one of {offline}"
+            )
+    return manager
+
+
+def _load(manager: Any, specs: Sequence[str | dict[str, Any]], tasks: Sequence[str]) -> Any:
+    try:
+        return manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])
+    except Exception as error:  # a data set that is not there, or a file of another form: a dozen unrelated classes
+        line = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--tasks {','.join(tasks)}: the examples cannot be loaded ({line}): give --data for offline tasks "
+            f"({', '.join(offline_tasks())}), or make the data set available"
+        ) from error
+
+
+def _run(tasks: Sequence[str], results: Any) -> TaskRun:
+    samples, groups = results["samples"], results.get("group_subtasks", {})
+    qualities, scores = {}, {}
+    for task in tasks:
+        leaves = _leaves(task, samples, groups)
+        rows = [sample for leaf in leaves for sample in samples[leaf]]
+        aggregated = _aggregated(results["results"][leaves[0]]) if len(leaves) == 1 else {}
+        names = [name for name in _aggregated(results["results"][leaves[0]]) if all(name in row for row in rows)]
+        metric = _primary(task, names)
+        columns = {name: np.array([_scalar(row[name]) for row in rows], np.float64) for name in names}
+        metrics = {name: _estimate(name, column, aggregated.get(name)) for name, column in columns.items()}
+        scores[task] = columns[metric]
+        qualities[task] = TaskQuality(metric=metric, examples=len(rows), metrics=metrics)
+    return TaskRun(qualities, scores)
+
+
+def _leaves(task: str, samples: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Tasks with examples below a name: itself, or what its group or tag holds."""
+    if task in samples:
+        return [task]
+    below = [leaf for child in groups.get(task, ()) for leaf in _leaves(child, samples, groups)]
+    return below or list(samples)  # a tag leaves no trace in the results
+
+
+def _aggregated(row: Mapping[str, Any]) -> dict[str, float]:
+    """``{"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": "x"}`` → ``{"acc": 0.5}``, of the first filter."""
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        name, _, kind = key.partition(",")
+        if kind and not name.endswith("_stderr") and isinstance(value, int | float):
+            found.setdefault(name, float(value))
+    return found
+
+
+def _estimate(metric: str, column: npt.NDArray[np.float64], aggregated: float | None) -> Estimate:
+    """A metric over examples; its error where it is their mean, or the exponential of their mean log-likelihood."""
+    mean = float(column.mean())
+    error = float(column.std(ddof=1) / math.sqrt(len(column))) if len(column) > 1 else None
+    if aggregated is None or math.isclose(aggregated, mean, rel_tol=1e-9, abs_tol=1e-12):
+        return Estimate(value=mean, stderr=error)
+    if metric == "perplexity" and math.isclose(aggregated, math.exp(-mean), rel_tol=1e-9):
+        return Estimate(value=aggregated, stderr=None if error is None else aggregated * error)
+    return Estimate(value=aggregated)
+
+
+def _primary(task: str, metrics: Sequence[str]) -> str:
+    order = ("acc_norm", *_METRICS) if task in _NORMALIZED else _METRICS
+    return next((name for name in order if name in metrics), metrics[0])
+
+
+def _scalar(value: Any) -> float:
+    """An example's score; perplexities come as a tuple whose first entry is the log-likelihood."""
+    return float(value[0]) if isinstance(value, list | tuple) else float(value)

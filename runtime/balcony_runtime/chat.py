@@ -1,0 +1,73 @@
+"""A conversation over one sequence: what a turn has in common with the turns before is not computed again.
+
+Owns the history and the idle time: between turns the backlog of deeper stages is worked off in portions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from balcony_runtime.engine import Sequence
+from balcony_runtime.reply import Token, TokenStream
+from balcony_runtime.text import Message
+
+if TYPE_CHECKING:
+    from balcony_runtime.generate import LLM
+
+#: Rows of one portion of idle work: the most that a waiting user waits for is the end of one portion.
+IDLE_ROWS = 8
+
+
+class Chat:
+    """Messages so far and the sequence that holds their rows. Made by :meth:`LLM.chat`; belongs to one thread at a time."""
+
+    def __init__(self, llm: LLM, sequence: Sequence, system: str | None) -> None:
+        self._llm, self.sequence = llm, sequence
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[Message] = list(self._system)
+
+    def send(self, text: str, **options: Any) -> TokenStream:
+        """Say something and stream the reply, which joins the history as far as it was consumed.
+
+        Args:
+            text: the user's message.
+            options: those of :meth:`LLM.stream`.
+
+        Raises:
+            InputError: an empty message; otherwise as :meth:`LLM.stream`. The history is then as before.
+        """
+        self._llm.encode(text)  # refuses an empty text
+        user: Message = {"role": "user", "content": text}
+        stream = self._llm.stream([*self.messages, user], sequence=self.sequence, **options)
+        return TokenStream(self._recorded(user, stream), stream.reply.prompt_tokens, stream.cancelled)
+
+    def _recorded(self, user: Message, stream: TokenStream) -> Iterator[Token]:
+        try:
+            yield from stream
+        finally:
+            if stream.reply.tokens:
+                self.messages += [user, {"role": "assistant", "content": stream.reply.text}]
+
+    def reset(self) -> None:
+        """Forget the conversation but for the system message."""
+        self.messages = list(self._system)
+
+    @contextmanager
+    def catching_up(self) -> Iterator[None]:
+        """Within, a thread works off the backlog; on leaving it ends after the portion at hand. For waiting on a user."""
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set() and self.sequence.catch_up(IDLE_ROWS):
+                pass
+
+        worker = threading.Thread(target=work, name="balcony-catch-up", daemon=True)
+        worker.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            worker.join()

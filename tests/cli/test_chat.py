@@ -1,0 +1,108 @@
+"""The chat on a terminal: commands, several lines, and Ctrl-C that stops the reply and not the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balcony_edge.cli.chat import parse_command
+from balcony_edge.errors import BudgetError
+
+PROGRAM = "from balcony_edge.cli import main; main()"
+
+
+def chat(bundle: Path, lines: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROGRAM, "run", str(bundle), "-n", "6", *options]
+    return subprocess.run(command, input=lines, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_commands_and_replies(tiny: Any) -> None:
+    done = chat(tiny.path, "/stats\nthe fox\n/stats\n/exit 3\nthe\\\nfox\n/stats\n/reset\n/help\n/nonsense\n/quit\n")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    for expected in ("there is no reply yet", "│ 5 │", "│ 3 │", "Ctrl-C stops a reply", "/nonsense: no such command"):
+        assert expected in text, text
+    assert text.count("tokens after") == 2
+
+
+def test_budgets_are_checked_and_the_chat_goes_on(tiny: Any) -> None:
+    done = chat(
+        tiny.path, "/budget tpot_ms=nan\n/budget tpot_ms\n/exit 4\n/budget tpot_ms=900 dwell_tokens=2\nthe fox\n"
+    )
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "tpot_ms = nan: must be a finite number above 0" in text and "tpot_ms: must be key=value" in text
+    assert "exit_layer = 4, but this bundle has exits 2, 3, 5" in text
+
+
+def test_a_chat_takes_no_json(tiny: Any) -> None:
+    done = chat(tiny.path, "", "--json")
+    assert done.returncode == 1 and "give a prompt" in done.stderr
+
+
+def test_parsing_of_budget_words() -> None:
+    budget = parse_command("tpot_ms=12.5 min_exit=3 on_infeasible=error")
+    assert (budget.tpot_ms, budget.min_exit, budget.on_infeasible) == (12.5, 3, "error")
+    assert parse_command("").tpot_ms is None
+    with pytest.raises(BudgetError, match="did you mean tpot_ms"):
+        parse_command("tpot=3")
+
+
+def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any) -> None:
+    """A real terminal: a reply is interrupted, the next message is answered, Ctrl-D ends."""
+    program = (
+        "import time; from balcony_runtime import engine\n"
+        "real = engine.Sequence.advance\n"
+        "def slow(*a, **k):\n    time.sleep(0.1); return real(*a, **k)\n"
+        "engine.Sequence.advance = slow\n" + PROGRAM
+    )
+    master, worker = pty.openpty()
+    command = [sys.executable, "-c", program, "run", str(tiny.path), "-n", "60", "--temperature", "3", "--seed", "1"]
+    process = subprocess.Popen(
+        command,
+        stdin=worker,
+        stdout=worker,
+        stderr=worker,
+        env={**os.environ, "TERM": "dumb"},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run may ignore it
+    )
+    os.close(worker)
+    output = b""
+
+    def read_until(marker: bytes, seconds: float = 60.0) -> None:
+        nonlocal output
+        deadline = time.monotonic() + seconds
+        while marker not in output:
+            assert time.monotonic() < deadline, output
+            output += os.read(master, 4096)
+        output = output.split(marker, 1)[1]
+
+    read_until(b"> ")
+    os.write(master, b"the fox\n")
+    read_until(b"the fox\r\n")
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    read_until(b"(stopped)")
+    read_until(b"> ")
+    os.write(master, b"/stats\n")
+    read_until(b"tokens after")
+    read_until(b"> ")
+    os.write(master, b"\x04")
+    assert process.wait(30) == 0
+    os.close(master)
+
+
+def test_json_holds_log_probabilities(tiny: Any) -> None:
+    command = [sys.executable, "-c", PROGRAM, "run", str(tiny.path), "the fox", "-n", "3", "--json", "--logprobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert all(len(token["top_logprobs"]) == 2 for token in json.loads(done.stdout)["tokens"])

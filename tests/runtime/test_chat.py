@@ -1,0 +1,162 @@
+"""Conversations and streams: reuse of what turns share, cancelling, async iteration, several threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.errors import InputError
+from balcony_runtime.generate import LLM
+from balcony_runtime.reply import Reply
+from balcony_runtime.sampling import SamplingParams
+
+
+@pytest.fixture
+def llm(tiny: Any) -> Iterator[LLM]:
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+def finish(stream: Any) -> Reply:
+    for _ in stream:
+        pass
+    return stream.reply
+
+
+def test_turns_are_those_of_a_fresh_conversation(llm: LLM) -> None:
+    chat = llm.chat(system="be brief")
+    history: list[dict[str, str]] = [{"role": "system", "content": "be brief"}]
+    for text in ("the fox", "and the dog?", "why"):
+        history.append({"role": "user", "content": text})
+        want = llm.generate(history, max_new_tokens=12, ignore_eos=True)
+        reply = finish(chat.send(text, max_new_tokens=12, ignore_eos=True))
+        assert [token.id for token in reply.tokens] == [token.id for token in want.tokens]
+        history.append({"role": "assistant", "content": reply.text})
+        assert chat.messages == history
+    chat.reset()
+    assert chat.messages == history[:1]
+
+
+def test_what_turns_share_is_not_run_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = llm.chat()
+    finish(chat.send("the quick brown fox jumps over the lazy dog", max_new_tokens=4, ignore_eos=True))
+    rows: list[int] = []
+    run = type(chat.sequence.state).run_stage
+    monkeypatch.setattr(
+        type(chat.sequence.state), "run_stage", lambda s, i, a, b: (rows.append(b - a), run(s, i, a, b))[1]
+    )
+    before = chat.sequence.length
+    second = "the quick brown fox jumps over the lazy dog"
+    stream = chat.send("why", max_new_tokens=1, ignore_eos=True)
+    reply = finish(stream)
+    assert reply.prompt_tokens > len(llm.encode(second))
+    assert rows and max(rows) <= reply.prompt_tokens - before + 8  # the new message and the re-tokenized edge only
+
+
+def test_waiting_works_off_the_backlog(llm: LLM) -> None:
+    chat = llm.chat()
+    llm.budget = Budget(exit_layer=2)
+    finish(chat.send("the fox", max_new_tokens=6, ignore_eos=True))
+    assert chat.sequence.stage_rows[-1] > 0
+    with chat.catching_up():
+        deadline = threading.Event()
+        for _ in range(500):
+            if not any(chat.sequence.stage_rows) and not any(chat.sequence.balcony_rows):
+                break
+            deadline.wait(0.01)
+    assert chat.sequence.stage_rows == (0, 0, 0) and chat.sequence.balcony_rows == (0, 0, 0)
+
+
+def test_messages_that_cannot_be_leave_the_history(llm: LLM, bundle_copy: Any) -> None:
+    chat = llm.chat()
+    for text, options in (("  ", {}), ("hi", {"max_new_tokens": 0}), ("fox " * 400, {})):
+        with pytest.raises(balcony_edge.BalconyError):
+            chat.send(text, **options)
+    assert chat.messages == []
+    chat.send("never read")
+    assert chat.messages == []
+
+
+def test_cancelling_ends_before_the_next_token_and_keeps_what_was_said(llm: LLM) -> None:
+    chat = llm.chat()
+    stream = chat.send("the fox", max_new_tokens=100, ignore_eos=True)
+    for count, _ in enumerate(stream, 1):
+        if count == 3:
+            threading.Thread(target=stream.cancel).start()
+            stream.cancelled.wait(5)
+    assert len(stream.reply.tokens) == 3 and stream.reply.finish_reason == "cancelled"
+    assert chat.messages[-1] == {"role": "assistant", "content": stream.reply.text}
+
+
+def test_closing_a_stream_ends_it(llm: LLM) -> None:
+    with llm.stream("the fox", max_new_tokens=100, ignore_eos=True) as stream:
+        next(stream)
+    assert stream.reply.finish_reason == "cancelled"
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_async_iteration_gives_the_same_tokens(llm: LLM) -> None:
+    async def collect(prompt: str) -> list[int]:
+        return [token.id async for token in llm.stream(prompt, max_new_tokens=10, ignore_eos=True)]
+
+    async def both() -> list[list[int]]:
+        return list(await asyncio.gather(collect("the fox"), collect("lazy dog")))
+
+    want = [[t.id for t in llm.stream(p, max_new_tokens=10, ignore_eos=True)] for p in ("the fox", "lazy dog")]
+    assert asyncio.run(both()) == want
+
+
+def test_threads_do_not_disturb_one_another(llm: LLM) -> None:
+    prompts = [[i + 1, 2 * i + 1, 7] for i in range(16)]
+    want = [[t.id for t in llm.stream(p, max_new_tokens=20, ignore_eos=True)] for p in prompts]
+
+    def generate(prompt: list[int]) -> list[int]:
+        return [t.id for t in llm.stream(prompt, max_new_tokens=20, ignore_eos=True)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(generate, prompts)) == want
+
+
+def test_stop_strings_end_the_reply_and_are_not_in_it(llm: LLM) -> None:
+    whole = llm.generate("the fox", max_new_tokens=40, ignore_eos=True).text
+    stop = whole[10:13]
+    reply = llm.generate("the fox", max_new_tokens=40, ignore_eos=True, stop=[stop])
+    assert reply.text == whole[: whole.find(stop)] and reply.finish_reason == "stop"
+    same = llm.generate("the fox", max_new_tokens=40, ignore_eos=True, stop=["never in there 123"])
+    assert same.text == whole and same.finish_reason == "length"
+
+
+def test_log_probabilities_on_request(llm: LLM) -> None:
+    reply = llm.generate("the fox", max_new_tokens=5, ignore_eos=True, logprobs=3)
+    for token in reply.tokens:
+        assert token.logprob == token.top_logprobs[0][1] <= 0  # greedy takes the likeliest
+        assert len(token.top_logprobs) == 3 and token.top_logprobs[0][0] == token.id
+    assert llm.generate("the fox", max_new_tokens=1, ignore_eos=True).tokens[0].logprob is None
+    with pytest.raises(InputError, match="logprobs = -1"):
+        llm.stream("the fox", logprobs=-1)
+
+
+def test_penalties_and_bias_reach_the_reply(llm: LLM) -> None:
+    plain = llm.generate([5, 6], max_new_tokens=12, ignore_eos=True)
+    banned = plain.tokens[0].id
+    biased = llm.generate(
+        [5, 6], max_new_tokens=12, ignore_eos=True, sampling=SamplingParams(logit_bias={banned: -100.0})
+    )
+    assert banned not in [token.id for token in biased.tokens]
+    varied = llm.generate([5, 6], max_new_tokens=12, ignore_eos=True, sampling=SamplingParams(presence_penalty=1e6))
+    assert len({token.id for token in varied.tokens}) == 12
+    assert varied.ttft_ms is not None
+
+
+def test_a_bundle_without_a_template_has_no_chat(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm._codec, "_template", None)
+    with pytest.raises(InputError, match="has no chat template"):
+        llm.chat()
