@@ -122,7 +122,7 @@ class TaskSummary(_Frozen):
     tasks: tuple[str, ...]
     average: Estimate
     drop: Estimate
-    retention: Estimate
+    retention: Estimate | None
 
 
 class Quality(_Frozen):

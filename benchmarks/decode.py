@@ -87,11 +87,11 @@ def measure(engine: Engine, bundle: Bundle, session: ort.InferenceSession, round
 
 
 def _block(sequence: Sequence, exit_layer: int) -> Step:
-    length = sequence.length
+    length, ids = sequence.length, np.array([TOKEN])
     steps = []
     for _ in range(WARM_STEPS + STEPS):
         begin, busy = time.perf_counter_ns(), sequence.state.busy_ns
-        sequence.advance(exit_layer, [TOKEN]).argmax()
+        sequence.step(exit_layer, ids).argmax()
         steps.append(((time.perf_counter_ns() - begin) / 1e6, (sequence.state.busy_ns - busy) / 1e6))
     sequence.rollback(length)
     return _typical(steps)

@@ -12,6 +12,8 @@ from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from balcony_runtime.engine import Engine
 from benchmarks.decode import TOKEN, prompt
 from benchmarks.rounds import interleave, ratio
@@ -99,14 +101,14 @@ def _up_row(exit_layer: int, pending: int, samples: list[_Up]) -> dict[str, Any]
 
 
 def _down(engine: Engine, exit_layer: int) -> _Down:
-    full = engine.exit_layers[-1]
+    full, ids = engine.exit_layers[-1], np.array([TOKEN])
     sequence = engine.new_sequence(max_length=DEEP_TOKENS + 1 + STEADY_STEPS)
     sequence.advance(full, prompt(DEEP_TOKENS))  # leaves what 512 steps at full depth leave: 512 rows for the balcony
     switch_ms = _timed(lambda: sequence.advance(exit_layer, [TOKEN]))
-    steady_ms = [_timed(lambda: sequence.advance(exit_layer, [TOKEN])) for _ in range(STEADY_STEPS)]
+    steady_ms = [_timed(lambda: sequence.step(exit_layer, ids)) for _ in range(STEADY_STEPS)]
     sequence.rollback(DEEP_TOKENS + 1)
     sequence.advance(full, [])  # the row that only the shallow stages saw
-    full_ms = [_timed(lambda: sequence.advance(full, [TOKEN])) for _ in range(STEADY_STEPS)]
+    full_ms = [_timed(lambda: sequence.step(full, ids)) for _ in range(STEADY_STEPS)]
     return _Down(switch_ms, median(steady_ms), median(full_ms))
 
 

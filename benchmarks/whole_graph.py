@@ -64,8 +64,8 @@ class WholeGraph:
         manifest = bundle.manifest
         embedding, model = manifest.embedding, manifest.model
         dtype = np.dtype(embedding.dtype)
-        self._table = np.memmap(
-            bundle.file(embedding.file), dtype, mode="r", offset=embedding.offset, shape=embedding.shape
+        self._table = np.asarray(
+            np.memmap(bundle.file(embedding.file), dtype, mode="r", offset=embedding.offset, shape=embedding.shape)
         )
         self._scale = dtype.type(embedding.scale)
         self._session = session
@@ -83,12 +83,12 @@ class WholeGraph:
         self._decode = self._bind(self._row, self._logits)
 
     def step(self, token: int) -> FloatArray:
-        """Logits (1, 1, V) after one more token; the next call writes over the same row."""
+        """Logits (1, 1, V) after one more token, at the same row each time; the next call writes over them."""
         self._row[:] = self._embed([token])
         begin = time.perf_counter_ns()
         self._session.run_with_iobinding(self._decode)
         self.ort_ns += time.perf_counter_ns() - begin
-        return self._logits.copy()
+        return self._logits
 
     def _embed(self, tokens: list[int]) -> Any:
         rows = self._table[np.array([tokens])]  # (1, n, D)

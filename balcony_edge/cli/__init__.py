@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from balcony_edge.cli.eval import evaluate
 from balcony_edge.cli.export import export
 from balcony_edge.cli.inspect import inspect
 from balcony_edge.cli.run import run
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for verb in (export, verify, inspect, run, train):
     app.command()(verb)
+app.command("eval")(evaluate)  # its name is a builtin of Python
 
 
 def main() -> None:

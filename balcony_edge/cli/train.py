@@ -19,9 +19,7 @@ def train(
     exits: Annotated[str, typer.Option(help="Exit layers (14,17,20) or depth factors (0.5x,0.6x,0.7x).")],
     data: Annotated[
         list[Path],
-        typer.Option(
-            help='Text: JSON Lines with "text", "messages" or "instruction" and "response", or .txt; repeatable.'
-        ),
+        typer.Option(help='JSON Lines with "text", "messages" or "instruction"; .txt; or a directory. Repeatable.'),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the balconies; others in it stay.")],
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -30,7 +28,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output.")] = False,
     optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Of the matrices; norms: AdamW.")] = "muon",
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-3,
-    vector_rate: Annotated[float | None, typer.Option(help="Of the norms [default: half of --rate].")] = None,
+    vector_rate: Annotated[float | None, typer.Option(help="Of the norms (default: half of --rate).")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     schedule: Annotated[Literal["trapezoidal", "cosine"], typer.Option(help="Decay of the rate.")] = "trapezoidal",
     warmup_steps: Annotated[int, typer.Option(help="Steps of rising rate.")] = 50,
@@ -38,7 +36,7 @@ def train(
     clip: Annotated[float, typer.Option(help="Largest gradient norm of a balcony.")] = 1.0,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     batch_rows: Annotated[int, typer.Option(help="Rows per step.")] = 2,
-    micro_rows: Annotated[int | None, typer.Option(help="Rows per pass [default: all]: accumulates gradients.")] = None,
+    micro_rows: Annotated[int | None, typer.Option(help="Rows per pass (default: all of them): accumulates gradients.")] = None,
     positions: Annotated[int, typer.Option(help="Positions of a row that the loss samples; 0: all.")] = 128,
     average: Annotated[float, typer.Option(help="Memory of the averaged weights.")] = 0.99,
     precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the passes; weights train in fp32.")] = "bf16",
@@ -48,7 +46,7 @@ def train(
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 5.0,
     held_out_rows: Annotated[int, typer.Option(help="Rows of documents kept out of training.")] = 24,
     compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the loss [default: with a C++ compiler].")
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the loss (default: where a C++ compiler is).")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     pretraining_tokens: Annotated[int | None, typer.Option(help="Of the base model, for the table of costs.")] = None,

@@ -41,7 +41,7 @@ class TrainConfig:
 
     def recipe(self) -> dict[str, Any]:
         """What a resumed run must share with the one that it goes on with: all but its length and its upkeep."""
-        upkeep = ("steps", "minutes", "checkpoint_minutes", "cache_gb")
+        upkeep = ("steps", "minutes", "evaluate_every", "checkpoint_minutes", "cache_gb")
         return {key: value for key, value in json.loads(json.dumps(asdict(self))).items() if key not in upkeep}
 
     def check(self) -> None:

@@ -60,7 +60,7 @@ def build_corpus(
     """Read, tokenize and pack.
 
     Args:
-        files: text to train on.
+        files: text to train on; a directory stands for the .jsonl and .txt files in it.
         tokenizer: the base model's; its chat template renders instruction data.
         seq_len: tokens per row.
         seed: of the order of the rows.
@@ -74,7 +74,7 @@ def build_corpus(
     documents: list[npt.NDArray[np.int32]] = []
     keys: list[str] = []
     sources: dict[str, dict[str, Any]] = {}
-    for path in files:
+    for path in _expanded(files):
         count, tokens = len(documents), 0
         for where, text, ids in _tokenized(path, tokenizer):
             if len(ids) < 2:
@@ -124,6 +124,17 @@ def pack(documents: Sequence[npt.NDArray[np.int32]], seq_len: int, generator: np
         tokens[target, : len(joined)] = joined
         lengths[target] = len(joined)
     return Rows(tokens, lengths)
+
+
+def _expanded(files: Sequence[Path]) -> Iterator[Path]:
+    for path in files:
+        if not path.is_dir():
+            yield path
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".txt"))
+        if not inside:
+            raise InputError(f"{path}: holds no .jsonl or .txt files: give {_FORMS}")
+        yield from inside
 
 
 def _tokenized(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, list[int]]]:

@@ -37,7 +37,7 @@ class HeadLoss:
         weight: the LM head  # (V, D)
         dtype: in which logits are multiplied; softmax and sums are float32 in any case.
         softcap: the model's ``final_logit_softcapping``, or None.
-        compiled: fuse the softmax passes with ``torch.compile`` (3.5 times as fast on a CPU, 46 against 357 µs a
+        compiled: fuse the softmax passes with ``torch.compile`` (8 times as fast on a CPU, 46 against 392 µs a
             position); None: where a C++ compiler is found.
     """
 

@@ -18,11 +18,11 @@ class Processes:
     """Which of how many processes this is; one of one without ``accelerate launch``."""
 
     def __init__(self) -> None:
-        state = PartialState()
+        # CUDA or the CPU: Apple's GPU lacks the float64 of the sums
+        state = PartialState(cpu=not torch.cuda.is_available())
         self.index: int = state.process_index
         self.count: int = state.num_processes
-        # Apple's GPU has neither the float64 of the sums nor the kernels of Muon in bfloat16
-        self.device: torch.device = state.device if state.device.type == "cuda" else torch.device("cpu")
+        self.device: torch.device = state.device
 
     @property
     def writes(self) -> bool:

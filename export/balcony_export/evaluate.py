@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.bundle import Estimate, TextQuality
-from balcony_edge.errors import InputError
+from balcony_edge.errors import InputError, VerificationError
 from balcony_export.evaluate_scorer import Request, Scorer
 
 #: Tokens per window unless the context is shorter: twice what the shipped balconies were trained on.
@@ -74,7 +74,9 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | 
     for where, text in _texts(path, content)[:limit]:
         tokens = tuple(int(token) for token in tokenizer(text, verbose=False)["input_ids"])
         if len(tokens) < 2:
-            raise InputError(f"{where}: holds {len(tokens)} tokens, the first of which predicts the rest: give two or more")
+            raise InputError(
+                f"{where}: holds {len(tokens)} tokens, the first of which predicts the rest: give two or more"
+            )
         documents.append(Document(where, tokens))
     return documents
 
@@ -98,6 +100,7 @@ def evaluate_text(
 
     Raises:
         InputError: a window that the context does not hold, or a reference with another vocabulary.
+        VerificationError: an exit whose logits are not finite.
     """
     size = _window(scorer if reference is None else reference, scorer, window)
     clustered = len(documents) == 1
@@ -123,14 +126,19 @@ def evaluate_text(
             _add(sums, clusters[window_index], block.logits, full, wanted)
         if progress is not None:
             progress(min(begin + _WINDOWS, len(requests)) / len(requests))
+    for exit_layer, found in sums.items():
+        if not all(math.isfinite(c.nll) and math.isfinite(c.kl) for c in found.values()):
+            raise VerificationError(
+                f"{scorer.name}: exit {exit_layer} gives logits that are not finite: train its balcony again"
+            )
     return {e: _quality(list(found.values()), len(documents)) for e, found in sums.items()}
 
 
 def ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
     """Sum of numerators over sum of denominators of clusters, with the standard error of that ratio.
 
-    Linearized (Cochran, Sampling Techniques, 3rd ed., section 6.4): residuals are what a cluster's numerator differs from the ratio's
-    prediction.
+    Linearized (Cochran, Sampling Techniques, 3rd ed., section 6.4): a cluster's residual is its numerator less what the
+    ratio predicts for its denominator.
     """
     count, total = len(parts), sum(n for _, n in parts)
     value = sum(x for x, _ in parts) / total

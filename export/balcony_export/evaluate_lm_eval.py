@@ -109,7 +109,7 @@ class Sweep:
 
 
 @register_model("balcony")
-class BalconyLM(TemplateLM):
+class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict types
     """One exit for lm-evaluation-harness.
 
     Args:
@@ -196,7 +196,9 @@ class BalconyLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[Answer]:
-        answers = self.sweep.answers([(context, continuation) for _, context, continuation in requests], self.exit_layer)
+        answers = self.sweep.answers(
+            [(context, continuation) for _, context, continuation in requests], self.exit_layer
+        )
         for (text, _, _), answer in zip(requests, answers, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answer)

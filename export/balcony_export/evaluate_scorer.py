@@ -7,6 +7,7 @@ ever whole. What is done with them (perplexity, log-likelihoods) is :mod:`.evalu
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
@@ -198,7 +199,7 @@ class TorchScorer:
             for row, index in enumerate(indices):
                 tokens[row, : len(requests[index].tokens)] = torch.tensor(requests[index].tokens)
             # causal: what is padded behind a row is never seen by it, so no mask is needed
-            normed = self._normed(tokens.to(self._device), self.exit_layers, None, {})
+            normed = self._normed(tokens.to(self._device), self.exit_layers)
             for row, index in enumerate(indices):
                 length, rows = len(requests[index].tokens), requests[index].rows
                 for start in range(0, rows, CHUNK):
@@ -206,13 +207,16 @@ class TorchScorer:
                     end = min(begin + CHUNK, length)
                     yield Block(index, start, {e: self._head(state[row, begin:end]) for e, state in normed.items()})
 
+    def close(self) -> None:
+        """Nothing to free: the model is the caller's."""
+
     @torch.no_grad()
     def greedy(self, exit_layer: int, prompt: Sequence[int], limit: int) -> Iterator[int]:
         """See :class:`Scorer`; backbone and balcony keep a KV cache each."""
-        caches = DynamicCache(), {exit_layer: DynamicCache()}
+        caches = DynamicCache(), DynamicCache()
         new = torch.tensor([list(prompt)], device=self._device)
         for _ in range(limit):
-            hidden = self._normed(new, (exit_layer,), *caches)[exit_layer]
+            hidden = self._normed(new, (exit_layer,), caches)[exit_layer]
             token = int(self._head(hidden[0, -1:]).argmax())
             yield token
             new = torch.tensor([[token]], device=self._device)
@@ -230,9 +234,9 @@ class TorchScorer:
             yield batch
 
     def _normed(
-        self, tokens: torch.Tensor, exits: Sequence[int], cache: Any, balcony_caches: dict[int, Any]
+        self, tokens: torch.Tensor, exits: Sequence[int], caches: tuple[Cache, Cache] | None = None
     ) -> dict[int, torch.Tensor]:
-        """Exit layer → what the LM head takes  # (B, T) → (B, T, D)"""
+        """Exit layer → what the LM head takes; with caches of the backbone and of the one exit  # (B, T) → (B, T, D)"""
         states: dict[int, torch.Tensor] = {}
         keywords: dict[str, Any] = {}
 
@@ -250,19 +254,19 @@ class TorchScorer:
             if index in wanted
         ]
         decoder: Any = self._model.get_decoder() if hasattr(self._model, "get_decoder") else self._model.base_model
+        # transformers calls its cache "past_key_values", from 5.20 on "cache"
+        name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
         try:
-            decoder(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+            decoder(input_ids=tokens, use_cache=caches is not None, **({name: caches[0]} if caches else {}))
         finally:
             for handle in handles:
                 handle.remove()
-        normed = {}
-        for exit_layer in exits:
-            if exit_layer == self._depth:
-                normed[exit_layer] = self._parts.norm(states[exit_layer])
-            else:
-                options = {**keywords, "past_key_values": balcony_caches.get(exit_layer)}
-                normed[exit_layer] = self._balconies[exit_layer](states[exit_layer], **options)
-        return normed
+        if caches is not None:
+            keywords = {key: caches[1] if isinstance(value, Cache) else value for key, value in keywords.items()}
+        return {
+            e: self._parts.norm(states[e]) if e == self._depth else self._balconies[e](states[e], **keywords)
+            for e in exits
+        }
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._parts.head(hidden).float()

@@ -12,13 +12,14 @@ exits answer the same examples, so what an exit loses is measured on pairs: far 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,41 @@ _NORMALIZED = ("arc_challenge", "hellaswag", "hellaswag_10shot", "openbookqa")
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What one exit scored: a quality per task and, for the table's metric, a score per example."""
+    """What one exit scored: a quality per task; per example, the score by the table's metric and the model's answers."""
 
     qualities: dict[str, TaskQuality]
     scores: dict[str, npt.NDArray[np.float64]]
+    answers: dict[str, list[list[Any]]] = field(default_factory=dict)
+
+    def summary(self, full: TaskRun) -> TaskSummary | None:
+        """Average over the tasks, drop and retention against the full depth; None where a task's metric is no accuracy.
+
+        Standard errors come from pairs: the average's from the examples of each task, the drop's from differences, the
+        retention's r = average / full average from the residuals exit - r × full (delta method).
+        """
+        tasks = [task for task, quality in self.qualities.items() if not quality.metric.endswith("perplexity")]
+        if not tasks:
+            return None
+        ours, theirs = [self.scores[task] for task in tasks], [full.scores[task] for task in tasks]
+        average, base = (float(np.mean([scores.mean() for scores in group])) for group in (ours, theirs))
+        share = average / base if base else 0.0
+        drop = _error([a - b for a, b in zip(ours, theirs, strict=True)])
+        kept = _error([a - share * b for a, b in zip(ours, theirs, strict=True)])
+        error = _error(ours)
+        return TaskSummary(
+            tasks=tuple(tasks),
+            average=Estimate(value=100 * average, stderr=_percent(error)),
+            drop=Estimate(value=100 * (average - base), stderr=_percent(drop)),
+            retention=Estimate(value=100 * share, stderr=_percent(kept and kept / base)) if base else None,
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Tasks in the harness's own form, and which of them stand below each name that was asked for."""
+
+    harness: dict[str, dict[str, Any]]
+    leaves: dict[str, tuple[str, ...]]
 
 
 def offline_tasks() -> tuple[str, ...]:
@@ -79,56 +111,44 @@ def evaluate_tasks(
     Raises:
         InputError: an unknown task, a missing file, or a task that the harness cannot load here.
     """
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("tasks", done / total)
+
+    sweep = Sweep(scorer, report)
+    with _loaded(tasks, data) as loaded:
+        return {e: _evaluate(BalconyLM(sweep=sweep, exit_layer=e), loaded, limit) for e in scorer.exit_layers}
+
+
+def evaluate_model(lm: Any, tasks: Sequence[str], *, data: Path | None = None, limit: int | None = None) -> TaskRun:
+    """Run the same tasks with any model adapter of the harness, to compare an exit with it; see :func:`evaluate_tasks`."""
+    with _loaded(tasks, data) as loaded:
+        return _evaluate(lm, loaded, limit)
+
+
+@contextlib.contextmanager
+def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
+    """The tasks, for as long as the readers' copies of their files are there."""
     if not tasks:
         raise InputError("--tasks: names no task: give some, separated by commas")
-    for name in ("lm_eval", "datasets", "evaluate"):
+    for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory(prefix="balcony-eval-") as cache:  # the readers keep a copy of what they read
+    with tempfile.TemporaryDirectory(prefix="balcony-eval-") as cache:
         specs = [_spec(task, data, Path(cache)) for task in tasks]
-        manager = _manager(specs)
-
-        def report(done: int, total: int) -> None:
-            if progress is not None:
-                progress("tasks", done / total)
-
-        sweep = Sweep(scorer, report)
-        loaded = _load(manager, specs, tasks)
-        runs = {}
-        for exit_layer in scorer.exit_layers:
-            for task in loaded["tasks"].values():
-                if task.get_config("num_fewshot") is None:
-                    task.set_config(key="num_fewshot", value=0)
-                task.set_fewshot_seed(seed=1234)  # the harness's own default, and the same shots at every exit
-            lm = BalconyLM(sweep=sweep, exit_layer=exit_layer)
-            with contextlib.redirect_stdout(io.StringIO()):  # the harness prints
-                # no bootstrap: it forks processes; errors are computed from the examples below
-                results: Any = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0)
-            runs[exit_layer] = _run(tasks, results)
-    return runs
+        yield _load(_manager(specs), dict(zip(tasks, specs, strict=True)))
 
 
-def summarize(run: TaskRun, full: TaskRun) -> TaskSummary | None:
-    """Average over the tasks, drop and retention against the full depth; None where a task's metric is no accuracy.
-
-    Standard errors come from pairs: the average's from the examples of each task, the drop's from differences, the
-    retention's r = average / full average from the residuals exit - r × full (delta method).
-    """
-    tasks = [task for task, quality in run.qualities.items() if not quality.metric.endswith("perplexity")]
-    if not tasks:
-        return None
-    ours, theirs = [run.scores[task] for task in tasks], [full.scores[task] for task in tasks]
-    average, base = (float(np.mean([scores.mean() for scores in group])) for group in (ours, theirs))
-    share = average / base if base else math.nan
-    drop = _error([a - b for a, b in zip(ours, theirs, strict=True)])
-    kept = _error([a - share * b for a, b in zip(ours, theirs, strict=True)])
-    error = _error(ours)
-    return TaskSummary(
-        tasks=tuple(tasks),
-        average=Estimate(value=100 * average, stderr=_percent(error)),
-        drop=Estimate(value=100 * (average - base), stderr=_percent(drop)),
-        retention=Estimate(value=100 * share, stderr=None if kept is None or not base else 100 * kept / base),
-    )
+def _evaluate(lm: Any, loaded: Loaded, limit: int | None) -> TaskRun:
+    for task in loaded.harness["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # the harness's own default, and the same shots for every model
+    with contextlib.redirect_stdout(io.StringIO()):  # the harness prints
+        # no bootstrap: it forks processes; errors are computed from the examples
+        results: Any = lm_eval.evaluate(lm=lm, task_dict=loaded.harness, limit=limit, bootstrap_iters=0)
+    return _run(loaded.leaves, results)
 
 
 def _percent(error: float | None) -> float | None:
@@ -191,47 +211,51 @@ def _manager(specs: Sequence[str | dict[str, Any]]) -> Any:
     known = set(manager.all_tasks)
     for name in named:
         if name not in known:
-            offline = ", ".join(offline_tasks())
+            near = difflib.get_close_matches(name, known, 3)
+            but = f" (but {', '.join(near)})" if near else ""
             raise InputError(
-                f"--tasks: lm-evaluation-harness has no task '{name}': name one of its tasks (lm_eval ls tasks), "
-                f"or with --data one of {offline}"
+                f"--tasks: lm-evaluation-harness has no task '{name}'{but}: name "
+                f"one of its tasks (lm_eval ls tasks), or with --data one of {', '.join(offline_tasks())}"
             )
     return manager
 
 
-def _load(manager: Any, specs: Sequence[str | dict[str, Any]], tasks: Sequence[str]) -> Any:
-    try:
-        return manager.load([dict(spec) if isinstance(spec, dict) else spec for spec in specs])
-    except Exception as error:  # a data set that is not there, or a file of another form: a dozen unrelated classes
-        line = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"--tasks {','.join(tasks)}: the examples cannot be loaded ({line}): give --data for offline tasks "
-            f"({', '.join(offline_tasks())}), or make the data set available"
-        ) from error
+def _load(manager: Any, specs: Mapping[str, str | dict[str, Any]]) -> Loaded:
+    """Each name by itself, so that a group or tag is known by the tasks below it."""
+    harness: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    leaves = {}
+    for name, spec in specs.items():
+        try:
+            found = manager.load([spec])
+        except Exception as error:  # a data set that is not there, or a file of another form: a dozen unrelated classes
+            line = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--tasks: the examples of '{name}' cannot be loaded ({line}): make the data set available, or give "
+                f"--data for one of {', '.join(offline_tasks())}"
+            ) from error
+        leaves[name] = tuple(found["tasks"])
+        for key, members in harness.items():
+            members.update(found.get(key, {}))
+    return Loaded(harness, leaves)
 
 
-def _run(tasks: Sequence[str], results: Any) -> TaskRun:
-    samples, groups = results["samples"], results.get("group_subtasks", {})
-    qualities, scores = {}, {}
-    for task in tasks:
-        leaves = _leaves(task, samples, groups)
-        rows = [sample for leaf in leaves for sample in samples[leaf]]
-        aggregated = _aggregated(results["results"][leaves[0]]) if len(leaves) == 1 else {}
-        names = [name for name in _aggregated(results["results"][leaves[0]]) if all(name in row for row in rows)]
+def _run(tasks: Mapping[str, Sequence[str]], results: Any) -> TaskRun:
+    samples = results["samples"]
+    qualities, scores, answers = {}, {}, {}
+    for task, leaves in tasks.items():
+        rows = [row for leaf in leaves for row in samples[leaf] if row["filter"] == samples[leaf][0]["filter"]]
+        first = _aggregated(results["results"][leaves[0]])
+        names = [name for name in first if all(name in row for row in rows)]
+        if not names:
+            raise InputError(f"--tasks: '{task}' gives no score per example that all its parts share: name its parts")
         metric = _primary(task, names)
         columns = {name: np.array([_scalar(row[name]) for row in rows], np.float64) for name in names}
-        metrics = {name: _estimate(name, column, aggregated.get(name)) for name, column in columns.items()}
+        whole = first if len(leaves) == 1 else {}
+        metrics = {name: _estimate(name, column, whole.get(name)) for name, column in columns.items()}
         scores[task] = columns[metric]
+        answers[task] = [list(row["filtered_resps"]) for row in rows]
         qualities[task] = TaskQuality(metric=metric, examples=len(rows), metrics=metrics)
-    return TaskRun(qualities, scores)
-
-
-def _leaves(task: str, samples: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """Tasks with examples below a name: itself, or what its group or tag holds."""
-    if task in samples:
-        return [task]
-    below = [leaf for child in groups.get(task, ()) for leaf in _leaves(child, samples, groups)]
-    return below or list(samples)  # a tag leaves no trace in the results
+    return TaskRun(qualities, scores, answers)
 
 
 def _aggregated(row: Mapping[str, Any]) -> dict[str, float]:

@@ -25,7 +25,7 @@ class Step:
 
     Attributes:
         ids: tokens, (B,).
-        logits: that they were picked from, (B, V).
+        logits: that they were picked from, (B, V); the next step writes over them.
         decision: the controller's.
         target_ms: the budget's ``tpot_ms`` when it decided.
         latency_ms: from the request for the token to the token.
@@ -62,37 +62,34 @@ def steps(
         ContextLengthError: the sequence is full.
     """
     state = ControllerState.initial()
-    new, last = prompt, None
+    ids: IntArray | None = None
+    last: Measurement | None = None
+    controller, priced = Controller(_unmeasured(exits)), None
     while True:
         begin = time.perf_counter_ns()
         budget, costs = budget_and_costs()
-        prefill = new is prompt
+        if costs is not None and costs is not priced:
+            controller, priced = Controller(costs), costs
         # the prompt's rows are due at any exit: the first exit is chosen by what the steps after it will cost
-        stage_rows, balcony_rows = ((1,) * len(exits),) * 2 if prefill else _rows_due(sequence, new.shape[1])
+        stage_rows, balcony_rows = ([1] * len(exits),) * 2 if ids is None else sequence.rows_due(1)
         observation = Observation(budget, sequence.length, stage_rows, balcony_rows, last)
-        state, decision = Controller(costs or _unmeasured(exits)).decide(state, observation)
+        state, decision = controller.decide(state, observation)
         if decision.infeasible and budget.on_infeasible == "error":
             raise InfeasibleError(
                 f"tpot_ms = {budget.tpot_ms}: {decision.reason}: raise the target or allow less depth"
             )
-        pending = sum(sequence.stage_rows)
+        before = sequence.rows_run
         if decision.catch_up is not None:
             _catch_up(sequence, decision.catch_up, exits)
-        logits = sequence.advance(decision.exit_layer, new)[:, -1]
+        exit_layer, prefill = decision.exit_layer, ids is None
+        logits = sequence.advance(exit_layer, prompt)[:, -1] if ids is None else sequence.step(exit_layer, ids)
         ids = sampler.pick(logits)
-        skipped = len(exits) - 1 - exits.index(decision.exit_layer)
-        caught_up = pending + skipped * new.shape[1] - sum(sequence.stage_rows)
+        new_rows = (exits.index(exit_layer) + 1) * (prompt.shape[1] if prefill else 1)
+        caught_up = sequence.rows_run - before - new_rows
         latency_ms = (time.perf_counter_ns() - begin) / 1e6
         # prefill is priced by other numbers than decoding: it says nothing about the slowdown of the next step
-        last = None if prefill or costs is None else Measurement(decision.exit_layer, decision.price_ms, latency_ms)
-        new = ids[:, None]
+        last = None if prefill or costs is None else Measurement(exit_layer, decision.price_ms, latency_ms)
         yield Step(ids, logits, decision, budget.tpot_ms, latency_ms, caught_up)
-
-
-def _rows_due(sequence: Sequence, new: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rows that each stage and each balcony would run for the next step: pending ones and ``new``."""
-    stages = tuple(rows + new for rows in sequence.stage_rows)
-    return stages, (*(rows + new for rows in sequence.balcony_rows[:-1]), new)
 
 
 def _catch_up(sequence: Sequence, chunk: CatchUp, exits: tuple[int, ...]) -> None:

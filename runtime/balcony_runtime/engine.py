@@ -153,6 +153,44 @@ class Sequence:
         self._run_exit(index, num_logits)
         return self.state.logits(num_logits)
 
+    def step(self, exit_layer: int, ids: IntArray) -> FloatArray:
+        """The decode step: :meth:`advance` by one token of each member without its checks and without a copy.
+
+        Args:
+            exit_layer: one of the engine's exits.
+            ids: tokens that logits of this engine named, (B,).
+
+        Returns:
+            Logits (B, V), float32, in an array of the engine that the next step writes over.
+
+        Raises:
+            ContextLengthError: the sequence is full.
+        """
+        index, row = self._index(exit_layer), self.length
+        balcony = index < len(self._balcony_cursor)
+        behind = self._stage_cursor[index] < row or (balcony and self._balcony_cursor[index] < row)
+        if behind or row >= self.max_length:
+            return self.advance(exit_layer, ids[:, None])[:, 0]
+        logits = self.state.decode(index, ids, row)
+        self._tokens[:, row] = ids
+        self._stage_cursor[: index + 1] = [row + 1] * (index + 1)
+        if balcony:
+            self._balcony_cursor[index] = row + 1
+        self.length = row + 1
+        return logits
+
+    def rows_due(self, new: int) -> tuple[list[int], list[int]]:
+        """Rows that each stage and each balcony would run if it were used with ``new`` more rows; the norm keeps none."""
+        total = self.length + new
+        return [total - cursor for cursor in self._stage_cursor], [
+            total - cursor for cursor in self._balcony_cursor
+        ] + [new]
+
+    @property
+    def rows_run(self) -> int:
+        """Rows that the stages have consumed, summed over them: its growth tells what a step cost."""
+        return sum(self._stage_cursor)
+
     def run_stage(self, stage: int, max_rows: int) -> int:
         """Work off at most ``max_rows`` pending rows of a stage, as far as the stage before it has come.
 

@@ -6,8 +6,10 @@ types that a user sees :mod:`.reply`, conversations :mod:`.chat`.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
@@ -27,6 +29,8 @@ from balcony_runtime.engine import Sequence as TokenSequence
 from balcony_runtime.reply import FinishReason, Reply, Token, TokenStream
 from balcony_runtime.sampling import Sampler, SamplingParams, log_probabilities
 from balcony_runtime.text import Message, StopStrings, TextCodec
+
+_log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -53,11 +57,15 @@ class LLM:
         verify_hashes: bool = True,
     ) -> LLM:
         """Load a bundle; see :func:`balcony_edge.load`."""
+        begin = time.perf_counter()
         asked = parse_budget(budget)
         bundle = Bundle.open(path, verify_hashes=verify_hashes)
-        asked.check_exits(bundle.manifest.exit_layers)
-        codec = TextCodec(bundle)
-        return cls(Engine.of(bundle, threads=threads), codec, asked)
+        manifest = bundle.manifest
+        asked.check_exits(manifest.exit_layers)
+        engine = Engine.of(bundle, threads=threads)
+        seconds = time.perf_counter() - begin
+        _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
+        return cls(engine, TextCodec(bundle), asked)
 
     @property
     def budget(self) -> Budget:
@@ -75,7 +83,9 @@ class LLM:
     def costs(self) -> CostModel:
         """What each exit costs on this device; measured once, at the first use (about half a second)."""
         if self._costs is None:
-            self._costs = calibrate(self.engine)
+            self._costs = costs = calibrate(self.engine)
+            steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
+            _log.info("measured what a token costs: %s", steady)
         return self._costs
 
     @property

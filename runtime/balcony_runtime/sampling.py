@@ -100,7 +100,8 @@ class Sampler:
         adjusted = self._adjust(logits)
         if self._params.temperature == 0:
             ids: IntArray = adjusted.argmax(axis=-1)
-            if not np.isfinite(adjusted[self._members, ids]).all():
+            # the largest of logits with a NaN among them is that NaN
+            if not all(math.isfinite(row[best]) for row, best in zip(adjusted, ids, strict=True)):
                 raise _not_finite()
         else:
             ids = np.array([self._draw(row) for row in adjusted], np.int64)

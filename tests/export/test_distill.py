@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -278,13 +279,25 @@ def test_two_processes_make_the_run_of_one(
 ) -> None:
     alone = trainer_of(make_tiny("llama"), corpus, tmp_path / "alone", steps=5, micro_rows=1)
     alone.run()
-    (tmp_path / "shared.py").write_text(_SHARED)
-    # what `accelerate launch` runs for several GPUs; on CPUs alone it would start one process
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command = [*launch, str(tmp_path / "shared.py"), str(text_file), str(tmp_path / "shared")]
-    subprocess.run(
-        command, env=_environment() | {"ACCELERATE_USE_CPU": "true"}, check=True, timeout=180, capture_output=True
-    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # what `accelerate launch` sets for each of several GPUs; on CPUs alone it would start one process
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    world |= {"GLOO_SOCKET_IFNAME": "lo"}
+    children = [
+        subprocess.Popen(
+            _script(_SHARED, text_file, tmp_path / "shared"),
+            env=_environment() | world | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [child.wait(timeout=100) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
     shared = [json.loads(line)["kl"] for line in (tmp_path / "shared/run" / METRICS).read_text().splitlines()]
     assert len(list((tmp_path / "shared").glob("process * of 2"))) == 2
     assert len(shared) == 5
@@ -462,6 +475,7 @@ def test_corpus_holds_documents_out_and_follows_from_its_seed(
     again = build_corpus([text_file], tokenizer, seq_len=SEQ_LEN, held_out_rows=4)
     other = build_corpus([text_file], tokenizer, seq_len=SEQ_LEN, held_out_rows=4, seed=1)
     assert again.digest == corpus.digest
+    assert build_corpus([text_file.parent], tokenizer, seq_len=SEQ_LEN, held_out_rows=4).digest == corpus.digest
     assert other.digest != corpus.digest
     assert other.train.num_tokens == corpus.train.num_tokens
     assert 0 < corpus.held_out.num_tokens <= 4 * SEQ_LEN
@@ -486,6 +500,7 @@ def test_corpus_holds_documents_out_and_follows_from_its_seed(
         ("short.jsonl", b'{"text": "the fox jumps"}\n{"text": "a"}\n', r"short\.jsonl:2: holds 1 tokens"),
         ("nothing.jsonl", b'{"text": ""}\n', r"nothing\.jsonl:1: holds 0 tokens"),
         ("absent.jsonl", None, "cannot be read"),
+        (".", None, r"holds no \.jsonl or \.txt files"),
     ],
 )
 def test_data_that_cannot_be_used_is_named(

@@ -195,3 +195,17 @@ def test_calibration_prices_every_graph(llm: LLM) -> None:
     assert all(unit.first_row_ms > 0 for unit in (*costs.stages, *costs.balconies, costs.head))
     shallow, middle, full = (costs.steady_ms(exit_layer, 100) for exit_layer in costs.exits)
     assert shallow > 0 and shallow < full * 10 and middle < full * 10
+
+
+def test_the_library_logs_and_prints_nothing(
+    tiny: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        caplog.at_level("INFO", "balcony_runtime"),
+        balcony_edge.load(tiny.path, budget=Budget(tpot_ms=900.0)) as loaded,
+    ):
+        loaded.generate("the fox", max_new_tokens=3)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("balcony_runtime")]
+    assert any("exits (2, 3, 5)" in message for message in messages)
+    assert any(message.startswith("measured what a token costs: exit 2: ") for message in messages)
+    assert capfd.readouterr() == ("", "")

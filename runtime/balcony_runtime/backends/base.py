@@ -32,6 +32,13 @@ class State(Protocol):
         """Bytes that row buffers and KV caches take at their present capacity."""
         ...
 
+    def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
+        """The decode step: one token of each member, (B,), to row ``row`` and on to the logits of an exit, (B, V).
+
+        Every graph on the way has taken the rows before. The array belongs to the state; the next step writes over it.
+        """
+        ...
+
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write the embeddings of ``tokens`` (B, n) to rows ``start : start + n`` of boundary 0."""
         ...

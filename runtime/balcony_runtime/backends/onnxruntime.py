@@ -138,11 +138,17 @@ class OnnxRuntimeBackend:
             self.sessions[name] = session
         embedding = bundle.manifest.embedding
         dtype = np.dtype(embedding.dtype)
-        self.table: npt.NDArray[Any] = np.memmap(
-            bundle.file(embedding.file), dtype, mode="r", offset=embedding.offset, shape=embedding.shape
+        # as a plain array: indexing a memmap object costs 10 µs more
+        self.table: npt.NDArray[Any] = np.asarray(
+            np.memmap(bundle.file(embedding.file), dtype, mode="r", offset=embedding.offset, shape=embedding.shape)
         )
         self.dtype = dtype
         self.scale = dtype.type(embedding.scale)
+
+    def embedded(self, tokens: IntArray) -> npt.NDArray[Any]:
+        """Rows of the token table, scaled as the model does: any shape of tokens, one axis of D more."""
+        rows = self.table[tokens]
+        return rows if self.scale == 1 else rows * self.scale
 
     def new_state(self, batch_size: int, max_length: int) -> OnnxRuntimeState:
         """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`."""
@@ -216,8 +222,10 @@ class _Cache:
 class OnnxRuntimeState:
     """One sequence's rows and caches in main memory; implements :class:`balcony_runtime.backends.base.State`.
 
-    A pass of one row, the decode step, runs over bindings made once: the output array of stage i is the input array of
-    stage i + 1 and of the balcony between them. Passes of more rows bind arrays of their own.
+    Passes of one row run over bindings made once: the output array of stage i is the input array of stage i + 1 and of the
+    balcony between them. A decode step is a list of such bindings, run one after the other: Python's caches are cold after
+    every pass that swept the weights, so what it does in between is kept to a few calls. Passes of more rows bind arrays of
+    their own.
     """
 
     def __init__(self, backend: OnnxRuntimeBackend, batch_size: int, max_length: int) -> None:
@@ -226,105 +234,119 @@ class OnnxRuntimeState:
         self.busy_ns = 0
         dim, dtype, width = manifest.model.hidden_size, backend.dtype, manifest.model.kv_width
         layers = manifest.exit_layers
-        shape = (batch_size, max_length, dim)
-        self._rows = [np.zeros(shape, dtype) for _ in range(len(layers) + 1)]  # boundary i: (B, max_length, D)
+        self._layers = (0, *layers)  # of each boundary
+        boundaries = len(self._layers)
+        self._rows = np.zeros((boundaries, batch_size, max_length, dim), dtype)
+        self._row = np.zeros((boundaries, batch_size, 1, dim), dtype)  # the one row of a bound pass, at each boundary
+        self._row_values = [_value(row) for row in self._row]
+        self._hidden = _value(np.zeros((batch_size, 1, dim), dtype))
+        self._logits = np.zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
+        self._start = np.zeros(batch_size, np.int64)
+        self._start_value = _value(self._start)
         cached = [f"stage_{i}" for i in range(len(layers))] + [manifest.exit_graph(e) for e in layers[:-1]]
         self._caches = {name: _Cache(manifest.graphs[name], dtype, batch_size, max_length, width) for name in cached}
-        self._start = np.zeros(batch_size, np.int64)
-        self._start_value = ort.OrtValue.ortvalue_from_numpy(self._start)
-        self._row = [
-            np.zeros((batch_size, 1, dim), dtype) for _ in self._rows
-        ]  # the decode step's row at each boundary
-        self._row_values = [ort.OrtValue.ortvalue_from_numpy(row) for row in self._row]
-        self._decode: dict[str, Any] = {}
-        self._hidden = np.zeros((batch_size, 1, dim), dtype)
-        self._hidden_value = ort.OrtValue.ortvalue_from_numpy(self._hidden)
-        self._fresh = [-1] * len(self._rows)  # row index that the decode array of a boundary holds
+        self._bound: dict[str, Any] = {}  # graph → binding of its one-row pass
+        self._programs: dict[int, tuple[int, list[tuple[Any, Any]]]] = {}  # exit → rows it is good for, what to run
         self._queries: Any = None
-        self._logits = np.zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of row buffers and of KV caches at their bound capacity."""
-        return sum(rows.nbytes for rows in self._rows) + sum(cache.nbytes for cache in self._caches.values())
+        return self._rows.nbytes + sum(cache.nbytes for cache in self._caches.values())
+
+    def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
+        """One row through all graphs on the way to an exit."""
+        good_for, program = self._programs.get(exit_index, (0, []))
+        if row >= good_for:
+            good_for, program = self._programs[exit_index] = self._program(exit_index, row)
+        self._row[0, :, 0] = self._backend.embedded(ids)
+        self._start.fill(row)
+        for run, binding in program:
+            begin = time.perf_counter_ns()
+            run(binding)
+            self.busy_ns += time.perf_counter_ns() - begin
+        used = exit_index + 2
+        self._rows[:used, :, row] = self._row[:used, :, 0]
+        return self._logits[:, 0]
 
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write token embeddings to boundary 0."""
-        rows = self._backend.table[tokens]  # (B, n, D)
-        if self._backend.scale != 1:
-            rows = rows * self._backend.scale
-        self._rows[0][:, start : start + tokens.shape[1]] = rows
-        self._fresh[0] = -1
+        self._rows[0, :, start : start + tokens.shape[1]] = self._backend.embedded(tokens)  # (B, n, D)
 
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Take rows of boundary ``stage`` to boundary ``stage + 1``."""
         name = f"stage_{stage}"
-        rebound = self._caches[name].reserve(stop)
-        self._start[:] = start
-        source, target = f"hidden_{self._layer(stage)}", f"hidden_{self._layer(stage + 1)}"
+        self._reserve(name, stop)
+        self._start.fill(start)
         if stop - start == 1:
-            if rebound or name not in self._decode:
-                values = {source: self._row_values[stage]}
-                self._decode[name] = self._bind(name, values, {target: self._row_values[stage + 1]})
-            self._load_row(stage, start)
-            self._run(name, self._decode[name])
-            self._rows[stage + 1][:, start] = self._row[stage + 1][:, 0]
-            self._fresh[stage + 1] = start
+            self._row[stage, :, 0] = self._rows[stage, :, start]
+            self._run(name, self._one_row(name))
+            self._rows[stage + 1, :, start] = self._row[stage + 1, :, 0]
             return
-        self._decode.pop(name, None) if rebound else None
-        rows = np.ascontiguousarray(self._rows[stage][:, start:stop])
+        rows = np.ascontiguousarray(self._rows[stage, :, start:stop])
         out = np.empty_like(rows)
-        binding = self._bind(name, {source: _value(rows)}, {target: _value(out)})
-        self._run(name, binding)
-        self._rows[stage + 1][:, start:stop] = out
-        self._fresh[stage + 1] = -1
+        source, target = f"hidden_{self._layers[stage]}", f"hidden_{self._layers[stage + 1]}"
+        self._run(name, self._bind(name, {source: _value(rows)}, {target: _value(out)}))
+        self._rows[stage + 1, :, start:stop] = out
 
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
-        layers = self._manifest.exit_layers
-        name, boundary = self._manifest.exit_graph(layers[exit_index]), exit_index + 1
-        full = exit_index == len(layers) - 1
-        if full:
-            start = stop - num_queries
-        cache = None if full else self._caches[name]
-        rebound = cache is not None and cache.reserve(stop)
-        self._start[:] = start
-        inputs, outputs = (("hidden",), "normed") if full else (("rows", "queries"), "hidden")
+        name, boundary = self._manifest.exit_graph(self._layers[exit_index + 1]), exit_index + 1
+        full = name not in self._caches
+        start = stop - num_queries if full else start
+        self._reserve(name, stop)
+        self._start.fill(start)
         if stop - start == 1:
-            if rebound or name not in self._decode:
-                values = dict.fromkeys(inputs, self._row_values[boundary])
-                self._decode[name] = self._bind(name, values, {outputs: self._hidden_value})
-            self._load_row(boundary, start)
-            self._run(name, self._decode[name])
+            self._row[boundary, :, 0] = self._rows[boundary, :, start]
+            self._run(name, self._one_row(name))
             self._queries = None
             return
-        self._decode.pop(name, None) if rebound else None
-        rows = np.ascontiguousarray(self._rows[boundary][:, start:stop])
+        rows = np.ascontiguousarray(self._rows[boundary, :, start:stop])
         asked = np.ascontiguousarray(rows[:, rows.shape[1] - num_queries :])
         out = _value(np.empty_like(asked))
         values = {"hidden": _value(asked)} if full else {"rows": _value(rows), "queries": _value(asked)}
-        self._run(name, self._bind(name, values, {outputs: out}))
+        self._run(name, self._bind(name, values, {"normed" if full else "hidden": out}))
         self._queries = out
 
     def logits(self, num_queries: int) -> FloatArray:
         """Run the head over what :meth:`run_exit` left."""
         if self._queries is None:
-            if "lm_head" not in self._decode:
-                out = _value(self._logits)
-                self._decode["lm_head"] = self._bind("lm_head", {"hidden": self._hidden_value}, {"logits": out})
-            self._run("lm_head", self._decode["lm_head"])
+            self._run("lm_head", self._one_row("lm_head"))
             return self._logits.copy()
         logits = np.empty((self._batch, num_queries, self._logits.shape[2]), np.float32)
         self._run("lm_head", self._bind("lm_head", {"hidden": self._queries}, {"logits": _value(logits)}))
         return logits
 
-    def _layer(self, boundary: int) -> int:
-        return self._manifest.exit_layers[boundary - 1] if boundary else 0
+    def _program(self, exit_index: int, row: int) -> tuple[int, list[tuple[Any, Any]]]:
+        """``(rows that it is good for, (run, binding) of each graph)`` of the decode step at an exit."""
+        names = self._manifest.path_graphs(self._layers[exit_index + 1])
+        for name in names:
+            self._reserve(name, row + 1)
+        good_for = min(self._caches[name].capacity for name in names if name in self._caches)
+        return good_for, [(self._backend.sessions[name].run_with_iobinding, self._one_row(name)) for name in names]
 
-    def _load_row(self, boundary: int, index: int) -> None:
-        if self._fresh[boundary] != index:
-            self._row[boundary][:, 0] = self._rows[boundary][:, index]
-            self._fresh[boundary] = index
+    def _reserve(self, name: str, rows: int) -> None:
+        """Make room in a graph's cache; where that moves its bindings, those that were made are dropped."""
+        if name in self._caches and self._caches[name].reserve(rows):
+            self._bound.pop(name, None)
+            self._programs.clear()
+
+    def _one_row(self, name: str) -> Any:
+        """The binding of a graph's one-row pass."""
+        if name not in self._bound:
+            if name.startswith("stage_"):
+                stage = int(name.removeprefix("stage_"))
+                inputs = {f"hidden_{self._layers[stage]}": self._row_values[stage]}
+                outputs = {f"hidden_{self._layers[stage + 1]}": self._row_values[stage + 1]}
+            elif name == "lm_head":
+                inputs, outputs = {"hidden": self._hidden}, {"logits": _value(self._logits)}
+            elif name == "norm":
+                inputs, outputs = {"hidden": self._row_values[-1]}, {"normed": self._hidden}
+            else:
+                row = self._row_values[self._layers.index(int(name.removeprefix("balcony_")))]
+                inputs, outputs = {"rows": row, "queries": row}, {"hidden": self._hidden}
+            self._bound[name] = self._bind(name, inputs, outputs)
+        return self._bound[name]
 
     def _bind(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> Any:
         binding = self._backend.sessions[name].io_binding()

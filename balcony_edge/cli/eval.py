@@ -1,0 +1,155 @@
+"""``balcony-edge eval``: what every exit is worth, on text and on tasks, beside the full model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from balcony_export.evaluate_report import Report
+    from balcony_export.evaluate_scorer import BundleScorer, TorchScorer
+
+
+def evaluate(
+    subject: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_BUNDLE", help="A bundle, or a model: directory, GGUF, hub name, 'demo'.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="For a bundle: the model to compare its text with [default: its own full depth].")
+    ] = None,
+    balconies: Annotated[
+        Path | None, typer.Option(help="For a model: trained balconies; without them --exits are last-layer copies.")
+    ] = None,
+    exits: Annotated[str | None, typer.Option(help="Exit layers or depth factors beside the full depth.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help='Text: JSON Lines with "text", .txt or .raw (WikiText); repeatable.')
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Directory with the files of the offline tasks.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="First documents of a text, first examples of a task.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per pass [default: the context, at most 1024].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for evaluation.json and .md.")
+    ] = None,
+    record: Annotated[bool, typer.Option("--record/--no-record", help="Keep results in the bundle's manifest.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Measure perplexity, KL to the full model, agreement and task accuracy of every exit, with standard errors."""
+    os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm: lm-evaluation-harness's bars would tear ours
+    from balcony_edge.bundle import MANIFEST, record_quality
+    from balcony_edge.cli.console import progress_bar, stderr
+    from balcony_edge.errors import InputError
+    from balcony_export.evaluate_report import write_report
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
+    if not text and not names:
+        raise InputError("nothing to evaluate on: give --text FILE, --tasks NAMES, or both")
+    duplicates = [path.name for path in text or [] if sum(path.name == other.name for other in text or []) > 1]
+    if duplicates:
+        raise InputError(f"--text: two files are called {duplicates[0]}: results are kept by name: rename one")
+    is_bundle = (Path(subject) / MANIFEST).is_file()
+    if is_bundle and balconies is not None:
+        raise InputError(f"{subject} is a bundle, which holds its balconies: leave --balconies out")
+    if not is_bundle and model is not None:
+        raise InputError(f"{subject} is a model, and compared with its own full depth: leave --model out")
+    with progress_bar() as progress:
+        progress("loading", 0.0)
+        scorer = _open_bundle(subject, exits, threads) if is_bundle else _open_model(subject, balconies, exits, threads)
+        if not is_bundle and exits is not None and balconies is None:
+            stderr.print("[yellow]The exits are untrained copies of the last layer: give --balconies.[/]")
+        report = _measure(scorer, model, text or [], names, data, limit, window, threads, progress)
+    if output is not None:
+        write_report(report, output)
+    if is_bundle and record:
+        record_quality(Path(subject), report.qualities)
+    _show(report, as_json)
+
+
+def _open_bundle(subject: str, exits: str | None, threads: int | None) -> BundleScorer:
+    from balcony_edge.bundle import Bundle
+    from balcony_export.balcony import parse_exits
+    from balcony_export.evaluate_scorer import BundleScorer
+
+    bundle = Bundle.open(subject)
+    depth = bundle.manifest.model.num_layers
+    return BundleScorer(bundle, None if exits is None else (*parse_exits(exits, depth), depth), threads)
+
+
+def _open_model(subject: str, balconies: Path | None, exits: str | None, threads: int | None) -> TorchScorer:
+    import torch
+
+    from balcony_export.balcony import init_balconies, load_balconies, parse_exits
+    from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.evaluate_scorer import TorchScorer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_model(subject)
+    if torch.cuda.is_available():
+        loaded.to("cuda")  # type: ignore[arg-type]
+    layers = None if exits is None else parse_exits(exits, loaded.config.num_hidden_layers)
+    copies = layers or ()
+    modules = init_balconies(loaded, copies) if balconies is None else load_balconies(balconies, loaded, layers)
+    name = "SmolLM2-135M-Instruct" if subject == "demo" else Path(subject).stem
+    return TorchScorer(loaded, load_tokenizer(subject), modules, name=name)
+
+
+def _measure(
+    scorer: BundleScorer | TorchScorer,
+    model: str | None,
+    text: list[Path],
+    tasks: list[str],
+    data: Path | None,
+    limit: int | None,
+    window: int | None,
+    threads: int | None,
+    progress: Callable[[str, float], None],
+) -> Report:
+    from balcony_export.evaluate import evaluate_text, read_documents
+    from balcony_export.evaluate_report import build_report
+
+    with closing(scorer):
+        documents = {path.name: read_documents(path, scorer.tokenizer, limit) for path in text}
+        runs = {}  # tasks first: a name that is misspelt shows before the work
+        if tasks:
+            from balcony_export.evaluate_tasks import evaluate_tasks
+
+            runs = evaluate_tasks(scorer, tasks, data=data, limit=limit, progress=progress)
+        reference = None if model is None else _open_model(model, None, None, threads)
+        texts = {
+            name: evaluate_text(
+                scorer,
+                found,
+                reference=reference,
+                window=window,
+                progress=lambda done, name=name: progress(name, done),  # type: ignore[misc]
+            )
+            for name, found in documents.items()
+        }
+    against = f"full depth of {scorer.name}" if reference is None else reference.name
+    return build_report(scorer, against, texts, runs)
+
+
+def _show(report: Report, as_json: bool) -> None:
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+    from balcony_export.evaluate_report import as_document, grids
+
+    if as_json:
+        print(json.dumps(as_document(report)))  # noqa: T201 - programs read this
+        return
+    for grid in grids(report):
+        table = Table(*grid.header, title=grid.title, title_justify="left")
+        for row in grid.rows:
+            table.add_row(*row)
+        stdout.print(table)

@@ -1,0 +1,75 @@
+"""The runtime inside a server: one engine, a thread per request, text sent as it is made.
+
+    python examples/embed_in_server.py BUNDLE [--port 8765]
+    curl --no-buffer --data 'Why is the sky blue?' http://127.0.0.1:8765/
+
+The standard library's server, to show the four things that matter: one ``LLM`` for all threads, one stream per request, a
+stream that is closed when its reader goes away, and a shutdown that frees the engine last. It is no web server for the
+open network.
+"""
+
+from __future__ import annotations
+
+import argparse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import balcony_edge
+from balcony_runtime.generate import LLM
+
+MAX_PROMPT_BYTES = 64_000
+
+
+class Server(ThreadingHTTPServer):
+    """Requests share ``llm``; closing the server waits for those that are under way."""
+
+    daemon_threads = False
+
+    def __init__(self, port: int, llm: LLM, tokens: int) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.llm, self.tokens = llm, tokens
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: its body is the prompt, the answer is plain text."""
+
+    server: Server
+
+    def do_POST(self) -> None:
+        """Stream a reply."""
+        length = min(int(self.headers.get("Content-Length", 0)), MAX_PROMPT_BYTES)
+        prompt = self.rfile.read(length).decode("utf-8", errors="replace")
+        try:
+            stream = self.server.llm.stream(prompt, max_new_tokens=self.server.tokens)
+        except balcony_edge.BalconyError as error:
+            self.send_error(400, str(error))
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.end_headers()
+        try:
+            with stream:  # closed, and its memory freed, when the reader goes away
+                for token in stream:
+                    self.wfile.write(token.text.encode())
+                    self.wfile.flush()
+        except (BrokenPipeError, ConnectionResetError):
+            self.log_message("the reader left after %d tokens", len(stream.reply.tokens))
+
+
+def main() -> None:
+    """Run the example until Ctrl-C."""
+    parser = argparse.ArgumentParser(description="Serve replies as plain text.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one")
+    parser.add_argument("--tokens", type=int, default=100)
+    options = parser.parse_args()
+    with balcony_edge.load(options.bundle) as llm, Server(options.port, llm, options.tokens) as server:
+        print(f"http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("waiting for replies under way")
+
+
+if __name__ == "__main__":
+    main()

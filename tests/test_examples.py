@@ -1,0 +1,89 @@
+"""Every example runs as its docstring says, on a tiny bundle."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def start(name: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    # a test run in the background ignores SIGINT, and its children would inherit that
+    listens = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(command, text=True, env=environment, **pipes, **listens)
+
+
+def run(name: str, *arguments: str | Path, typed: str = "") -> str:
+    with start(name, *arguments) as process:
+        out, err = process.communicate(typed, timeout=120)
+    assert process.returncode == 0, err
+    assert err == ""
+    return out
+
+
+def test_stream(tiny: Any) -> None:
+    out = run("stream.py", tiny.path, "--tokens", "8", "--tpot-ms", "1000")
+    assert re.search(r"ended by (stop|length); tokens per exit: \{5: \d\}", out)
+
+
+def test_an_example_shows_one_line_for_what_is_refused(tmp_path: Path) -> None:
+    with start("stream.py", tmp_path) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and out == ""
+    assert err.startswith("stream.py: ") and err.count("\n") == 1 and "is no bundle" in err
+
+
+def test_chat_catches_up_while_it_waits(tiny: Any) -> None:
+    out = run("chat.py", tiny.path, "--tokens", "6", typed="the fox\n\nthe dog\nand the balcony\n")
+    assert "the next reply comes from the full depth" in out
+    exits = re.findall(r"\(exit (\d) ×\d; (\d+) rows caught up while waiting; history: (\d) messages\)", out)
+    assert [exit_layer for exit_layer, _, _ in exits] == ["2", "5", "2"]
+    assert [history for _, _, history in exits] == ["3", "5", "7"]
+
+
+def test_two_replies_in_one_event_loop(tiny: Any) -> None:
+    out = run("async_stream.py", tiny.path, "--tokens", "8")
+    assert len(re.findall(r"tokens, ended by (?:stop|length)\)", out)) == 2
+    assert len(re.findall(r"\(\d+ tokens, ended by", run("async_stream.py", tiny.path, "--seconds", "0"))) == 2
+
+
+def test_a_server_answers_refuses_and_ends(tiny: Any) -> None:
+    with start("embed_in_server.py", tiny.path, "--port", "0", "--tokens", "8") as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[0]
+        with urllib.request.urlopen(urllib.request.Request(url, b"the fox"), timeout=60) as answer:
+            assert answer.status == 200 and answer.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="the prompt is empty") as refused:
+            urllib.request.urlopen(urllib.request.Request(url, b" "), timeout=60)
+        assert refused.value.code == 400
+        refused.value.close()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "waiting for replies under way" in out and "Traceback" not in err
+
+
+def test_the_budget_timeline(tiny: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'balcony-edge[plot]'")
+    picture = tmp_path / "pictures" / "timeline.png"
+    out = run("budget_timeline.py", tiny.path, "--tokens", "30", "--output", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert out.count("target ") == 3 and "exits in order: " in out
+
+
+def test_every_example_is_tested() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'"{path.name}"' in text for path in EXAMPLES.glob("*.py"))

@@ -1,0 +1,125 @@
+"""Wheel and sdist: what is in them, and that the wheel with [cpu] alone runs a bundle where nothing else is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"balcony_edge": ROOT, "balcony_export": ROOT / "export", "balcony_runtime": ROOT / "runtime"}
+
+_PROGRAM = """
+import importlib, importlib.util, pkgutil, sys
+for name in ("torch", "onnx", "transformers", "tests"):
+    assert importlib.util.find_spec(name) is None, name
+import balcony_edge, balcony_runtime
+assert "site-packages" in balcony_edge.__file__, balcony_edge.__file__
+for package in (balcony_edge, balcony_runtime):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+with balcony_edge.load(sys.argv[1], budget=balcony_edge.Budget(exit_layer=2)) as llm:
+    reply = llm.generate("the fox", max_new_tokens=4, ignore_eos=True)
+    print(len(reply.tokens), reply.tokens_per_exit)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the wheel and the sdist, built from the source tree without a network."""
+    pytest.importorskip("hatchling", reason="building needs hatchling: pip install --group dev")
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    info = {name for name in names if ".dist-info/" in name}
+    wanted = {
+        f"{package}/{path.relative_to(place / package).as_posix()}"
+        for package, place in PACKAGES.items()
+        for path in (place / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names - info == wanted
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert {name.partition("/")[2] for name in info} == {
+        "METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"
+    }  # fmt: skip
+    assert wheel.name.endswith("-py3-none-any.whl")  # nothing of it is of one machine
+
+
+@pytest.mark.slow
+def test_the_sdist_builds_the_same_and_has_the_tests(built: Path, wheel: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for needed in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "tests/conftest.py", "docs/embedding.md"):
+        assert needed in names, needed
+    assert any(name.startswith("profiles/") for name in names)
+    assert not [name for name in names if name.startswith((".venv", ".cache", ".git/")) or "__pycache__" in name]
+    modules = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    assert {name.removeprefix("export/").removeprefix("runtime/") for name in names} >= modules
+
+
+@pytest.mark.slow
+def test_the_metadata_says_what_pyproject_says(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = archive.read(name).decode()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"Requires-Python: {project['requires-python']}" in metadata
+    for extra in project["optional-dependencies"]:
+        assert f"Provides-Extra: {extra}" in metadata
+
+
+@pytest.mark.slow
+def test_the_wheel_with_cpu_alone_runs_a_bundle(tiny: Any, wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    bin_ = environment / ("Scripts" if sys.platform == "win32" else "bin")
+
+    # outside the source tree and without its paths: there the packages would be found without being installed
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+    def call(*command: str | Path) -> subprocess.CompletedProcess[str]:
+        options: dict[str, Any] = {"cwd": tmp_path, "env": clean, "timeout": 600}
+        return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **options)
+
+    done = call(bin_ / "python", "-m", "pip", "install", "--quiet", "--retries", "1", wheel)
+    if done.returncode and any(words in done.stderr for words in ("ConnectionError", "NewConnection", "No matching")):
+        pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    # without an engine: what a bundle is can be seen, and loading names the cure
+    assert call(bin_ / "balcony-edge", "inspect", tiny.path).returncode == 0
+    done = call(bin_ / "balcony-edge", "run", tiny.path, "the fox")
+    assert done.returncode == 1 and "pip install 'balcony-edge[cpu]'" in done.stderr and done.stderr.count("\n") == 1
+    done = call(bin_ / "python", "-m", "pip", "install", "--quiet", f"{wheel}[cpu]")
+    assert done.returncode == 0, done.stderr
+    done = call(bin_ / "python", "-W", "error", "-c", _PROGRAM, tiny.path)
+    assert (done.returncode, done.stdout) == (0, "4 {2: 4}\n"), done.stderr
+    done = call(bin_ / "balcony-edge", "inspect", tiny.path)
+    assert done.returncode == 0 and "tiny-llama" in done.stdout
+    done = call(bin_ / "balcony-edge", "run", tiny.path, "the fox", "-n", "4", "--json")
+    assert done.returncode == 0 and '"new_tokens": ' in done.stdout, done.stderr
+    # a verb of the workstation names its cure, too
+    done = call(bin_ / "balcony-edge", "verify", tiny.path, "--against", "demo")
+    assert done.returncode == 1 and "pip install 'balcony-edge[export]'" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
