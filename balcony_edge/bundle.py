@@ -29,6 +29,7 @@ V vocabulary; ``float`` is float32 or float16, as ``precision`` says):
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -54,6 +55,12 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-
 Size = Annotated[int, Field(gt=0, le=2**22)]
 
 
+#: A count of values or bytes; bounded so that sums and ratios of a forged manifest stay numbers.
+Count = Annotated[int, Field(gt=0, le=2**60)]
+#: Text that a terminal may be shown: one line, no control characters.
+Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=200)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
@@ -61,9 +68,9 @@ class _Frozen(BaseModel):
 class TensorSpec(_Frozen):
     """One graph input or output. A dimension is a number or the name of a symbol."""
 
-    name: str
+    name: Line
     dtype: DType
-    shape: tuple[int | str, ...]
+    shape: tuple[int | Line, ...]
 
 
 class GraphSpec(_Frozen):
@@ -76,8 +83,8 @@ class GraphSpec(_Frozen):
     file: FileName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    parameters: int = Field(ge=0)
-    weight_bytes: int = Field(ge=0)
+    parameters: Count
+    weight_bytes: Count
 
 
 class EmbeddingSpec(_Frozen):
@@ -87,7 +94,7 @@ class EmbeddingSpec(_Frozen):
     offset: int = Field(ge=0)
     dtype: Literal["float32", "float16"]
     shape: tuple[int, int]
-    scale: float = 1.0
+    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     tied: bool
 
 
@@ -146,9 +153,9 @@ class ExitSpec(_Frozen):
 class ModelSpec(_Frozen):
     """Architecture and sizes of the base model."""
 
-    name: str
-    architecture: str
-    num_layers: Size
+    name: Line
+    architecture: Line
+    num_layers: int = Field(gt=0, le=10_000)
     hidden_size: Size
     num_attention_heads: Size
     num_kv_heads: Size
@@ -177,12 +184,12 @@ class Manifest(_Frozen):
     schema_version: Literal[1]
     model: ModelSpec
     precision: Literal["float32", "float16"]
-    exits: tuple[ExitSpec, ...] = Field(min_length=1)
+    exits: tuple[ExitSpec, ...] = Field(min_length=1, max_length=1000)
     embedding: EmbeddingSpec
-    graphs: dict[str, GraphSpec]
+    graphs: dict[FileName, GraphSpec]
     files: dict[FileName, FileSpec]
     fingerprint: str
-    tools: dict[str, str]
+    tools: dict[Line, Line]
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -274,6 +281,12 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
+def _line(text: str) -> str:
+    """What a stranger wrote, fit for a message: one line of bounded length."""
+    shown = "".join(letter if letter.isprintable() else "�" for letter in text)
+    return shown if len(shown) <= 120 else f"{shown[:119]}…"
+
+
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not directory.exists():
@@ -289,7 +302,7 @@ def _read_manifest(directory: Path) -> Manifest:
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise BundleError(
-            f"{path}: schema_version = {version!r}, but this version of balcony-edge reads {SCHEMA_VERSION}: "
+            f"{path}: schema_version = {_line(repr(version))}, but this version of balcony-edge reads {SCHEMA_VERSION}: "
             "export the bundle again, or install the version that wrote it"
         )
     try:
@@ -297,7 +310,7 @@ def _read_manifest(directory: Path) -> Manifest:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path}: {key}: {first['msg']}: export the bundle again") from error
+        raise BundleError(f"{path}: {_line(key)}: {_line(first['msg'])}: export the bundle again") from error
 
 
 def _check_structure(directory: Path, manifest: Manifest) -> None:
@@ -309,22 +322,61 @@ def _check_structure(directory: Path, manifest: Manifest) -> None:
         return BundleError(f"{path}: {what}: export the bundle again")
 
     if list(layers) != sorted(set(layers)) or layers[-1] != manifest.model.num_layers:
-        raise refuse(f"exits {layers} must ascend and end at the full depth {manifest.model.num_layers}")
+        raise refuse(f"exits {_line(str(layers))} must ascend and end at the full depth {manifest.model.num_layers}")
     needed = {name for exit_layer in layers for name in manifest.path_graphs(exit_layer)}
     if missing := needed - manifest.graphs.keys():
         raise refuse(f"no graph {_names(missing)} is listed")
+    for name in sorted(needed):
+        _check_tables(manifest, name, refuse)
     files = {manifest.graphs[name].file for name in needed} | {manifest.embedding.file, WEIGHTS, "tokenizer.json"}
     if missing := files - manifest.files.keys():
         raise refuse(f"no file {_names(missing)} is listed")
     embedding = manifest.embedding
     if embedding.shape != (manifest.model.vocab_size, manifest.model.hidden_size):
         raise refuse(f"embedding.shape {embedding.shape} differs from the model's vocabulary and hidden size")
+    if embedding.dtype != manifest.precision:
+        raise refuse(f"embedding.dtype {embedding.dtype} differs from the precision {manifest.precision}")
     itemsize = 2 if embedding.dtype == "float16" else 4
     end = embedding.offset + embedding.shape[0] * embedding.shape[1] * itemsize
     if end > manifest.files[embedding.file].bytes:
         raise refuse(f"the embedding ends at byte {end}, past the end of {embedding.file}")
     if fingerprint(manifest.model_dump(mode="json")) != manifest.fingerprint:
         raise refuse("the fingerprint differs from the graphs and weights that are listed")
+
+
+def _check_tables(manifest: Manifest, name: str, refuse: Callable[[str], BundleError]) -> None:
+    """Refuse a graph whose listed inputs and outputs are not those that the model's sizes and the exits ask for."""
+    graph = manifest.graphs[name]
+    for role, listed, wanted in zip(
+        ("input", "output"), (graph.inputs, graph.outputs), _tables(manifest, name), strict=True
+    ):
+        found = {tensor.name: (tensor.dtype, tensor.shape[2] if len(tensor.shape) == 3 else None) for tensor in listed}
+        if found != wanted or len(found) != len(listed):
+            wrong = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+            what = f"{role} {wrong[0]} of {name} is" if wrong else f"an {role} of {name} is listed twice and"
+            raise refuse(f"{what} not what the model's sizes and exits ask for")
+
+
+def _tables(manifest: Manifest, name: str) -> tuple[dict[str, tuple[str, int | str | None]], ...]:
+    """``(inputs, outputs)`` of a graph by the table above: name → (dtype, last of three dimensions; None for ``start``)."""
+    model, dtype = manifest.model, manifest.precision
+    hidden, cache = (dtype, model.hidden_size), (dtype, model.kv_width)
+    if name == "lm_head":
+        return {"hidden": hidden}, {"logits": ("float32", model.vocab_size)}
+    if name == "norm":
+        return {"hidden": hidden}, {"normed": hidden}
+    if name.startswith("balcony_"):
+        inputs = dict.fromkeys(("rows", "queries"), hidden)
+        suffixes, outputs = [""], {"hidden": hidden}
+    else:
+        first, last = manifest.stage_bounds[int(name.removeprefix("stage_"))]
+        inputs, outputs = {f"hidden_{first}": hidden}, {f"hidden_{last}": hidden}
+        suffixes = [f"_{layer}" for layer in range(first, last)]
+    rows = [f"{part}{suffix}" for suffix in suffixes for part in ("key", "value")]
+    return (
+        {**inputs, "start": ("int64", None), **{f"past_{row}": cache for row in rows}},
+        {**outputs, **{f"present_{row}": cache for row in rows}},
+    )
 
 
 def _check_file(path: Path, spec: FileSpec, verify_hashes: bool) -> None:
@@ -419,4 +471,5 @@ def _write_atomically(directory: Path, document: dict[str, Any]) -> None:
             f"{directory / MANIFEST}: cannot be written ({error.strerror}): free space or make it writable"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only directory refuses this, too
+            temporary.unlink(missing_ok=True)

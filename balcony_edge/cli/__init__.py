@@ -29,6 +29,9 @@ for verb in (export, verify, inspect, run, train):
     app.command()(verb)
 app.command("eval")(evaluate)  # its name is a builtin of Python
 
+#: Packages that a device does not have.
+WORKSTATION = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf")
+
 
 def main() -> None:
     """Entry point of the ``balcony-edge`` command."""
@@ -36,6 +39,12 @@ def main() -> None:
         app()
     except BalconyError as error:
         print(f"balcony-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line that a user sees
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in WORKSTATION:
+            raise
+        cure = "this verb needs a workstation: pip install 'balcony-edge[export]'"
+        print(f"balcony-edge: {error.name} is not installed: {cure}", file=sys.stderr)  # noqa: T201 - likewise
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:  # typer's code for Ctrl-C

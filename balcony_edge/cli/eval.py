@@ -21,7 +21,7 @@ def evaluate(
         str, typer.Argument(metavar="MODEL_OR_BUNDLE", help="A bundle, or a model: directory, GGUF, hub name, 'demo'.")
     ],
     model: Annotated[
-        str | None, typer.Option(help="For a bundle: the model to compare its text with [default: its own full depth].")
+        str | None, typer.Option(help="For a bundle: the model to compare its text with (default: its own full depth).")
     ] = None,
     balconies: Annotated[
         Path | None, typer.Option(help="For a model: trained balconies; without them --exits are last-layer copies.")
@@ -35,7 +35,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="First documents of a text, first examples of a task.")
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per pass [default: the context, at most 1024].")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per pass (default: the context, at most 1024).")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for evaluation.json and .md.")
     ] = None,

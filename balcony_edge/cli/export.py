@@ -25,9 +25,9 @@ def export(
         Literal["fp32", "fp16"], typer.Option(help="Of weights, hidden states and KV cache.")
     ] = "fp32",
     context_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a sequence [default: the model's, at most 8192].")
+        int | None, typer.Option(help="Most tokens of a sequence (default: the model's, at most 8192).")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="What to call the model [default: from MODEL].")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the model (default: from MODEL).")] = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the bundle with the model.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

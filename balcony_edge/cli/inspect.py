@@ -45,6 +45,7 @@ def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
 
 
 def _show(path: Path, manifest: Manifest, rows: list[dict[str, Any]], tables: bool) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from balcony_edge.cli.console import stdout
@@ -52,11 +53,12 @@ def _show(path: Path, manifest: Manifest, rows: list[dict[str, Any]], tables: bo
     model = manifest.model
     size = sum(file.bytes for file in manifest.files.values())
     stdout.print(
-        f"[bold]{path}[/]: {model.name} ({model.architecture}), {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"[bold]{escape(str(path))}[/]: {escape(model.name)} ({escape(model.architecture)}), "
+        f"{model.num_layers} layers, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads, {model.num_kv_heads} KV heads, vocabulary {model.vocab_size}, "
         f"context {model.context_length}, {manifest.precision}, {len(manifest.files)} files, {size / 1e6:.1f} MB"
     )
-    stdout.print(f"fingerprint {manifest.fingerprint[:16]}, made with {_versions(manifest)}")
+    stdout.print(f"fingerprint {manifest.fingerprint[:16]}, made with {escape(_versions(manifest))}")
     table = Table("exit", "depth", "kind", "parameters read", "MB read a token", "ideal speed-up")
     for row in rows:
         kind = row["kind"] if row["trained"] else f"{row['kind']} [yellow](untrained)[/]"
@@ -70,10 +72,11 @@ def _show(path: Path, manifest: Manifest, rows: list[dict[str, Any]], tables: bo
         )
     stdout.print(table)
     for name, graph in manifest.graphs.items() if tables else ():
-        listing = Table("tensor", "", "dtype", "shape", title=f"{name} ({graph.file})", title_justify="left")
+        listing = Table("tensor", "", "dtype", "shape", title=escape(f"{name} ({graph.file})"), title_justify="left")
         for role, tensors in (("in", graph.inputs), ("out", graph.outputs)):
             for tensor in tensors:
-                listing.add_row(tensor.name, role, tensor.dtype, " × ".join(map(str, tensor.shape)))
+                shape = " × ".join(map(str, tensor.shape))
+                listing.add_row(escape(tensor.name), role, tensor.dtype, escape(shape))
         stdout.print(listing)
 
 

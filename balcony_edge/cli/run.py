@@ -39,7 +39,7 @@ def run(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads [default: the CPUs of this process].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Generate one reply, or chat; every token is coloured by the exit that it took."""

@@ -36,7 +36,9 @@ def train(
     clip: Annotated[float, typer.Option(help="Largest gradient norm of a balcony.")] = 1.0,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     batch_rows: Annotated[int, typer.Option(help="Rows per step.")] = 2,
-    micro_rows: Annotated[int | None, typer.Option(help="Rows per pass (default: all of them): accumulates gradients.")] = None,
+    micro_rows: Annotated[
+        int | None, typer.Option(help="Rows per pass (default: all of them): accumulates gradients.")
+    ] = None,
     positions: Annotated[int, typer.Option(help="Positions of a row that the loss samples; 0: all.")] = 128,
     average: Annotated[float, typer.Option(help="Memory of the averaged weights.")] = 0.99,
     precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the passes; weights train in fp32.")] = "bf16",

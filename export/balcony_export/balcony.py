@@ -19,6 +19,7 @@ writes new tensor files; the files of other exits are not touched.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -222,7 +223,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             f"{path}: cannot be written ({error.strerror}): free space or name another place"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only directory refuses this, too
+            temporary.unlink(missing_ok=True)
 
 
 def _last_layer_and_norm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -249,15 +251,17 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(file.read_text(encoding="utf-8"))
         version, module = index["format_version"], index["module"]
         complete = isinstance(index["base"], dict) and all(
-            key.isdigit() and Path(entry["file"]).name == entry["file"] and isinstance(entry["sha256"], str)
+            re.fullmatch(r"[1-9][0-9]{0,3}", key)
+            and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}", entry["file"])
+            and isinstance(entry["sha256"], str)
             for key, entry in index["exits"].items()
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: is damaged: train again or copy it again") from error
     if version != FORMAT_VERSION or module != "decoder":
         raise CheckpointError(
-            f"{file}: format {version}, module '{module}': this version reads format {FORMAT_VERSION} and 'decoder': "
-            "use the version of Balcony Edge that wrote it"
+            f"{file}: format {repr(version)[:20]}, module {repr(module)[:20]}: this version reads format {FORMAT_VERSION} "
+            "and 'decoder': use the version of Balcony Edge that wrote it"
         )
     if not complete:
         raise CheckpointError(f"{file}: is damaged: train again or copy it again")
@@ -269,7 +273,7 @@ def _check_base(path: Path, index: dict[str, Any], described: dict[str, Any]) ->
     base = index["base"]
     for key in ("model_type", "hidden_size", "num_layers", "config_sha256", "weights_sha256"):
         if base.get(key) != described[key]:
-            given, wanted = str(described[key])[:12], str(base.get(key))[:12]
+            given, wanted = str(described[key])[:12], repr(base.get(key)).strip("'")[:12]
             raise CheckpointError(
                 f"{path}: these balconies belong to another base model ({key} is {given}, they want {wanted}): "
                 "give the model that they were trained for, or train balconies for this one"

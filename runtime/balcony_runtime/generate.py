@@ -62,10 +62,11 @@ class LLM:
         bundle = Bundle.open(path, verify_hashes=verify_hashes)
         manifest = bundle.manifest
         asked.check_exits(manifest.exit_layers)
+        codec = TextCodec(bundle)
         engine = Engine.of(bundle, threads=threads)
         seconds = time.perf_counter() - begin
         _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
-        return cls(engine, TextCodec(bundle), asked)
+        return cls(engine, codec, asked)
 
     @property
     def budget(self) -> Budget:

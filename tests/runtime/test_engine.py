@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle import MANIFEST, Bundle, fingerprint, sha256_file
 from balcony_edge.errors import BundleError, ContextLengthError, InputError
 from balcony_runtime import engine as engine_module
 from balcony_runtime.engine import Engine, Sequence
@@ -205,21 +207,54 @@ def test_sequences_do_not_disturb_one_another(tiny_engine: Engine) -> None:
             assert_equal(got, from_scratch(tiny_engine, exit_layer, sequence.tokens, 1))
 
 
-def test_graphs_that_differ_from_the_table_are_refused(bundle_copy: Any) -> None:
-    import json
-
-    from balcony_edge.bundle import MANIFEST, fingerprint
-
+def test_tables_that_differ_from_the_models_sizes_are_refused(bundle_copy: Any) -> None:
     document = json.loads((bundle_copy / MANIFEST).read_text())
-    document["graphs"]["stage_1"]["inputs"][2]["shape"][2] = 8
+    inputs = document["graphs"]["stage_1"]["inputs"]
+    for change in (lambda: inputs[2]["shape"].__setitem__(2, 8), lambda: inputs.pop(2)):
+        change()
+        document["fingerprint"] = fingerprint(document)
+        (bundle_copy / MANIFEST).write_text(json.dumps(document))
+        with pytest.raises(BundleError, match="input past_key_2 of stage_1 is not what the model's sizes"):
+            Engine.open(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (
+            lambda value: setattr(value, "name", "past_key_77"),
+            r"stage_1\.onnx: the graph has (an unlisted|no) input past_key",
+        ),
+        (
+            lambda value: setattr(value.type.tensor_type.shape.dim[2], "dim_value", 8),
+            r"stage_1\.onnx: input past_key_2 is .*the manifest says",
+        ),
+    ],
+)
+def test_graphs_that_differ_from_the_table_are_refused(bundle_copy: Any, change: Any, pattern: str) -> None:
+    """A forger who keeps the manifest whole and its hashes right, and changes a graph."""
+    path = bundle_copy / "stage_1.onnx"
+    model = onnx.load(path, load_external_data=False)
+    value = next(value for value in model.graph.input if value.name == "past_key_2")
+    change(value)
+    for node in model.graph.node:
+        node.input[:] = [value.name if name == "past_key_2" else name for name in node.input]
+    if value.name == "past_key_2":  # another width: the operators behind it must not be what refuses it
+        del model.graph.node[:]
+        model.graph.node.extend(
+            onnx.helper.make_node(
+                "Identity", [out.name.replace("present", "past").replace("hidden_3", "hidden_2")], [out.name]
+            )
+            for out in model.graph.output
+        )
+        present = next(out for out in model.graph.output if out.name == "present_key_2")
+        present.type.tensor_type.shape.dim[2].dim_value = 8
+    onnx.save(model, path)
+    document = json.loads((bundle_copy / MANIFEST).read_text())
+    document["files"]["stage_1.onnx"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     document["fingerprint"] = fingerprint(document)
     (bundle_copy / MANIFEST).write_text(json.dumps(document))
-    with pytest.raises(BundleError, match=r"stage_1\.onnx: input past_key_2 is .*the manifest says"):
-        Engine.open(bundle_copy)
-    document["graphs"]["stage_1"]["inputs"].pop(2)
-    document["fingerprint"] = fingerprint(document)
-    (bundle_copy / MANIFEST).write_text(json.dumps(document))
-    with pytest.raises(BundleError, match=r"stage_1\.onnx: the graph has an unlisted input past_key_2"):
+    with pytest.raises(BundleError, match=pattern):
         Engine.open(bundle_copy)
 
 

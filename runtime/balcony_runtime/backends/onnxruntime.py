@@ -361,7 +361,12 @@ class OnnxRuntimeState:
 
     def _run(self, name: str, binding: Any) -> None:
         begin = time.perf_counter_ns()
-        self._backend.sessions[name].run_with_iobinding(binding)
+        try:
+            self._backend.sessions[name].run_with_iobinding(binding)
+        except RuntimeError as error:  # the tables fit, so it is inside the graph, or memory ran out
+            raise BundleError(
+                f"{name}.onnx: ONNX Runtime failed while running it ({_first_line(error)}): free memory, or export again"
+            ) from error
         self.busy_ns += time.perf_counter_ns() - begin
 
 
