@@ -7,7 +7,7 @@ generators are all in it.
 
 Why it is more than a profiler says: every pass streams its weights through the caches, so the interpreter's code and
 objects come back from the last-level cache each time that a call returns. With the engine stubbed out the same step takes
-60 to 80 µs; beside the real one it took 380 to 560 (2-core Xeon, nobody else). So what counts is how much memory Python
+60 to 80 µs; beside the real one it took 240 to 330 (2-core Xeon, nobody else). So what counts is how much memory Python
 touches, and how often it gets a turn between two calls.
 
 The budgets: a fixed exit (no target); a target that holds an exit in place (the controller weighs and stays); and a target

@@ -99,12 +99,20 @@ class Sampler:
         """
         adjusted = self._adjust(logits)
         if self._params.temperature == 0:
+            if len(adjusted) == 1:  # the common case, in as few calls as it takes
+                best = int(adjusted.argmax())
+                if not math.isfinite(adjusted.item(best)):
+                    raise _not_finite()
+                return self._recorded(np.array([best], np.int64))
             ids: IntArray = adjusted.argmax(axis=-1)
             # the largest of logits with a NaN among them is that NaN
             if not all(math.isfinite(row[best]) for row, best in zip(adjusted, ids, strict=True)):
                 raise _not_finite()
         else:
             ids = np.array([self._draw(row) for row in adjusted], np.int64)
+        return self._recorded(ids)
+
+    def _recorded(self, ids: IntArray) -> IntArray:
         for record in (self._seen, self._made):
             if record is not None:
                 record[self._members, ids] = True
