@@ -47,7 +47,7 @@ def test_messages_that_are_none_are_refused(codec: TextCodec, messages: Any) -> 
         codec.encode(messages)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=1000, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 319), max_size=40))
 def test_streamed_text_is_the_text_decoded_at_once(codec: TextCodec, tokens: list[int]) -> None:
     stream = codec.stream()
@@ -62,6 +62,26 @@ def test_no_piece_of_real_text_holds_half_a_character(codec: TextCodec, text: st
     pieces = [stream.push(token) for token in codec.encode(text, chat=False)] if text.strip() else []
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
     assert "".join(pieces) + stream.flush() == (text if text.strip() else "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "🦊👩‍👩‍👧‍👦🏳️‍🌈 and 🇯🇵",
+        "مرحبا بالعالم، كيف حالك؟",
+        "שלום עולם",
+        "牛乳とパンを買う",
+        "é̂ ñ ö",
+        "a" * 5000,
+        "\u200b\u202e x",
+    ],
+    ids=["emoji", "arabic", "hebrew", "japanese", "combining", "a very long word", "invisible"],
+)
+def test_text_of_every_script_streams_whole(codec: TextCodec, text: str) -> None:
+    stream = codec.stream()
+    pieces = [stream.push(token) for token in codec.encode(text, chat=False)]
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert "".join(pieces) + stream.flush() == text
 
 
 def manifest_of(bundle: Path) -> Manifest:
