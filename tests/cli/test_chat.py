@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -61,9 +62,9 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any) -> None:
     """A real terminal: a reply is interrupted, the next message is answered, Ctrl-D ends."""
     program = (
         "import time; from balcony_runtime import engine\n"
-        "real = engine.Sequence.advance\n"
-        "def slow(*a, **k):\n    time.sleep(0.1); return real(*a, **k)\n"
-        "engine.Sequence.advance = slow\n" + PROGRAM
+        "real = engine.Sequence.step\n"
+        "def slow(*a):\n    time.sleep(0.1); return real(*a)\n"
+        "engine.Sequence.step = slow\n" + PROGRAM
     )
     master, worker = pty.openpty()
     command = [sys.executable, "-c", program, "run", str(tiny.path), "-n", "60", "--temperature", "3", "--seed", "1"]
@@ -83,7 +84,8 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any) -> None:
         nonlocal output
         deadline = time.monotonic() + seconds
         while marker not in output:
-            assert time.monotonic() < deadline, output
+            left = deadline - time.monotonic()
+            assert left > 0 and select.select([master], [], [], left)[0], output
             output += os.read(master, 4096)
         output = output.split(marker, 1)[1]
 

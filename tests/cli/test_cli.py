@@ -193,9 +193,9 @@ def test_ctrl_c_in_generation_ends_the_reply(exported: Path) -> None:
     # slow every token down in the child, so that the signal arrives while it generates
     command[4] = (
         "import sys, time; from balcony_runtime import engine\n"
-        "real = engine.Sequence.advance\n"
-        "def slow(*a, **k):\n    sys.stderr.write('token\\n'); time.sleep(0.1); return real(*a, **k)\n"
-        "engine.Sequence.advance = slow\n"
+        "real = engine.Sequence.step\n"
+        "def slow(*a):\n    print('token', file=sys.stderr, flush=True); time.sleep(0.1); return real(*a)\n"
+        "engine.Sequence.step = slow\n"
         "from balcony_edge.cli import main; main()"
     )
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **LISTENS)
