@@ -207,12 +207,12 @@ def test_ctrl_c_in_generation_ends_the_reply(exported: Path) -> None:
     assert process.returncode == 130, err
     assert "Traceback" not in err
     document = json.loads(out)
-    assert 1 <= document["new_tokens"] < 200 and document["finish_reason"] is None
+    assert 1 <= document["new_tokens"] < 200 and document["finish_reason"] == "cancelled"
 
 
 def test_help_of_every_verb() -> None:
     done = invoke("--help")
     assert done.returncode == 0
-    for verb in ("export", "verify", "inspect", "run", "train"):
+    for verb in ("export", "verify", "inspect", "run", "train", "eval"):
         assert verb in done.stdout
         assert invoke(verb, "--help").returncode == 0
