@@ -117,7 +117,7 @@ def test_budgets_and_prompts_that_cannot_be(exported: Path, tmp_path: Path) -> N
     refused("two budgets", "run", exported, "hi", "--budget", tmp_path / "none.toml", "--exit", "2")
     refused("max_new_tokens = 0", "run", exported, "hi", "-n", "0")
     refused("temperature = -1.0", "run", exported, "hi", "--temperature", "-1")
-    refused("Missing argument 'prompt'", "run", exported, code=2)
+    refused("Missing argument 'bundle'", "run", code=2)
     refused("No such option", "run", exported, "hi", "--speed", code=2)
 
 
