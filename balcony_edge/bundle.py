@@ -29,7 +29,6 @@ V vocabulary; ``float`` is float32 or float16, as ``precision`` says):
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -41,6 +40,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from balcony_edge.errors import BundleError
+from balcony_edge.files import write_atomically
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -412,7 +412,7 @@ def write_manifest(
     dumped = Manifest.model_validate(draft).model_dump(mode="json")
     dumped["fingerprint"] = fingerprint(dumped)
     manifest = Manifest.model_validate(dumped)
-    _write_atomically(directory, dumped)
+    _write(directory, dumped)
     return manifest
 
 
@@ -442,7 +442,7 @@ def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest
         for exit_ in manifest.exits
     )
     updated = manifest.model_copy(update={"exits": exits})
-    _write_atomically(directory, updated.model_dump(mode="json"))
+    _write(directory, updated.model_dump(mode="json"))
     return updated
 
 
@@ -458,18 +458,6 @@ def _merged(old: Quality | None, new: Quality) -> Quality:
     )
 
 
-def _write_atomically(directory: Path, document: dict[str, Any]) -> None:
-    temporary = directory / f".{MANIFEST}.{os.getpid()}.partial"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(directory / MANIFEST)
-    except OSError as error:
-        raise BundleError(
-            f"{directory / MANIFEST}: cannot be written ({error.strerror}): free space or make it writable"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # a read-only directory refuses this, too
-            temporary.unlink(missing_ok=True)
+def _write(directory: Path, document: dict[str, Any]) -> None:
+    content = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(directory / MANIFEST, content.encode(), BundleError, "free space or make it writable")

@@ -19,11 +19,9 @@ writes new tensor files; the files of other exits are not touched.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import CheckpointError, InputError
+from balcony_edge.files import write_atomically
 
 FORMAT_VERSION = 1
 INDEX = "balconies.json"
@@ -174,8 +173,8 @@ def save_balconies(
         "exits": dict(sorted(exits.items(), key=lambda item: int(item[0]))),
     }
     for file, content in written.items():
-        write_atomically(path / file, content)
-    write_atomically(path / INDEX, (json.dumps(document, indent=1) + "\n").encode())
+        write_file(path / file, content)
+    write_file(path / INDEX, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def load_balconies(
@@ -209,22 +208,9 @@ def load_balconies(
     return balconies
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk and rename it: a reader sees the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror}): free space or name another place"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # a read-only directory refuses this, too
-            temporary.unlink(missing_ok=True)
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file of balconies or of a training run, whole or not at all."""
+    write_atomically(path, content, CheckpointError, "free space or name another place")
 
 
 def _last_layer_and_norm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError
-from balcony_export.balcony import Balcony, fingerprint, init_balconies, save_balconies, write_atomically
+from balcony_export.balcony import Balcony, fingerprint, init_balconies, save_balconies, write_file
 from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, save_checkpoint
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Corpus, Rows
@@ -293,7 +293,7 @@ class Trainer:
         if metrics.is_file():
             # a kill may have come after some steps past the checkpoint, or in the middle of a line
             kept = [line for line in metrics.read_text(encoding="utf-8").split("\n") if _step_of(line) < self.step]
-            write_atomically(metrics, "".join(f"{line}\n" for line in kept).encode())
+            write_file(metrics, "".join(f"{line}\n" for line in kept).encode())
         return True
 
     def checkpoint(self) -> dict[int, tuple[float, float]]:

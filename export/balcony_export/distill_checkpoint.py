@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from balcony_edge.errors import TrainingError
-from balcony_export.balcony import Balcony, write_atomically
+from balcony_export.balcony import Balcony, write_file
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -42,7 +42,7 @@ def save_checkpoint(
     content = save(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"state": json.dumps(state)}
     )
-    write_atomically(directory / CHECKPOINT, content)
+    write_file(directory / CHECKPOINT, content)
 
 
 def read_state(directory: Path) -> dict[str, Any] | None:

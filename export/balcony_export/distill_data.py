@@ -8,7 +8,6 @@ share a row, best fit, and attention runs on across them as in the base models' 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError
+from balcony_export.text_files import json_lines, read_text
 
 _FORMS = 'JSON Lines with "text", "messages" or "instruction" and "response"/"output", or a .txt file'
 _BATCH = 512  # documents per call of the tokenizer: bounded memory, and its threads stay busy
@@ -165,25 +165,11 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, bool]]:
     """``(where it stands, text, whether it is plain text)`` of each document."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 (byte {error.start}): convert it first") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): give {_FORMS}") from error
-    if not content.strip():
-        raise InputError(f"{path}: is empty: give {_FORMS}")
+    content = read_text(path, _FORMS)
     if path.suffix == ".txt":
         yield str(path), content, True
         return
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a string
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: is not JSON ({error}): give {_FORMS}") from error
+    for where, record in json_lines(path, content, _FORMS):
         text, plain = _render(where, record, tokenizer)
         yield where, text, plain
 

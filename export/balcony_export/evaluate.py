@@ -9,7 +9,6 @@ document are alike. A file that is one document is clustered by its windows. It 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from balcony_edge.bundle import Estimate, TextQuality
 from balcony_edge.errors import InputError, VerificationError
 from balcony_export.evaluate_scorer import Request, Scorer
+from balcony_export.text_files import json_lines, read_text
 
 #: Tokens per window unless the context is shorter: twice what the shipped balconies were trained on.
 WINDOW = 1024
@@ -62,14 +62,7 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | 
     Raises:
         InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two tokens.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 (byte {error.start}): convert it first") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): give {_FORMS}") from error
-    if not content.strip():
-        raise InputError(f"{path}: is empty: give {_FORMS}")
+    content = read_text(path, _FORMS)
     documents = []
     for where, text in _texts(path, content)[:limit]:
         tokens = tuple(int(token) for token in tokenizer(text, verbose=False)["input_ids"])
@@ -200,14 +193,8 @@ def _texts(path: Path, content: str) -> list[tuple[str, str]]:
         pieces = [content[a:b] for a, b in zip(starts, [*starts[1:], len(content)], strict=True)]
         return [(f"{path}: article {number}", piece) for number, piece in enumerate(pieces, 1)]
     texts = []
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a string
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: is not JSON ({error}): give {_FORMS}") from error
+    for where, record in json_lines(path, content, _FORMS):
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise InputError(f'{path}:{number}: has no "text": give {_FORMS}')
-        texts.append((f"{path}:{number}", record["text"]))
+            raise InputError(f'{where}: has no "text": give {_FORMS}')
+        texts.append((where, record["text"]))
     return texts

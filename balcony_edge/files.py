@@ -1,0 +1,32 @@
+"""Writing a file so that a reader sees the old or the new one, never a part."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from balcony_edge.errors import BalconyError
+
+
+def write_atomically(path: Path, content: bytes, error_class: type[BalconyError], cure: str) -> None:
+    """Write under a temporary name beside ``path``, flush it to the disk and rename it.
+
+    Args:
+        path: what to write or replace.
+        content: all of it.
+        error_class: raised where the disk refuses; its message ends in ``cure``.
+        cure: what to do then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise error_class(f"{path}: cannot be written ({error.strerror}): {cure}") from error
+    finally:
+        with contextlib.suppress(OSError):  # a read-only directory refuses this, too
+            temporary.unlink(missing_ok=True)
