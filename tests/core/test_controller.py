@@ -1,4 +1,7 @@
-"""The controller: exact decisions, the filter, and a simulated plant under loads that change."""
+"""The controller: exact decisions, the filter, and a simulated plant under loads that change.
+
+The plant and its loads serve every test below them, so one file holds both.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Distillation: the loss against its definition, the data, the loop's promises, and a run that is killed."""
+"""Distillation: the loss against its definition, the data, the loop's promises, and a run that is killed.
+
+One tiny model and corpus serve all of it, so one file holds it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Evaluation against hand computations, PyTorch against bundles, and the harness's own adapter as the oracle."""
+"""Evaluation against hand computations, PyTorch against bundles, and the harness's own adapter as the oracle.
+
+One tiny model and its hand computations serve all of it, so one file holds it.
+"""
 
 from __future__ import annotations
 
