@@ -11,10 +11,15 @@ that the graphs' real inputs equal the tables below is checked by the backend th
       stage_<i>.onnx            its layers between two exits, with their KV cache
       balcony_<e>.onnx          decoder layer and norm of the exit below the full depth
       norm.onnx  lm_head.onnx   the full depth's final norm; the head that all exits share
+      cpu_*.onnx                the same stages, balconies and head, lowered for ONNX Runtime on CPUs
       weights.bin               external data: every tensor stored once; the token table is read from here, too
 
-I/O table (B batch, T rows of a pass, Q query rows, S rows of KV capacity, D hidden size, F = kv heads × head size,
-V vocabulary; ``float`` is float32 or float16, as ``precision`` says):
+Up to two sets of graphs describe the same arithmetic: ``graphs`` in standard ONNX, which every engine can read, and ``cpu``
+in ONNX Runtime's own operators, which it runs faster. A float32 bundle has both, over the same weights; float16 has the
+first; int8 and int4 have the second.
+
+I/O table (B batch, T rows of a pass, Q query rows, S rows of KV capacity, D hidden size, H kv heads, d head size,
+F = H × d, V vocabulary; ``float`` is float16 where ``precision`` says so, else float32):
 
     graph        inputs                                                           outputs
     stage_<i>    hidden_<from> float (B, T, D), start int64 (B,),                 hidden_<to> float (B, T, D),
@@ -25,6 +30,14 @@ V vocabulary; ``float`` is float32 or float16, as ``precision`` says):
     lm_head      hidden float (B, Q, D)                                           logits float32 (B, Q, V)
 
 ``start`` is the row index of the first of the T rows: positions are row indices. ``queries`` are the last Q of ``rows``.
+
+In the set ``cpu`` caches are (B, H, S, d), and ``last`` int32 (B,), the index of the last of the T rows, and ``total``
+int32 (), the rows after the pass, stand in the place of ``start``. Otherwise it differs in three graphs:
+
+    graph             inputs                                         outputs
+    stage_<last>      as above                                       normed float (B, T, D) too: the final norm is inside
+    balcony_<e>       rows float (B, T, D), last, total, past_*      hidden float (B, T, D), present_*
+    balcony_<e>_keys  rows float (B, T, D), start int64 (B,), past_* present_*: works off a backlog, asks nothing
 """
 
 from __future__ import annotations
@@ -42,11 +55,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from balcony_edge.errors import BundleError
 from balcony_edge.files import write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.bin"
 
-DType = Literal["float32", "float16", "int64"]
+DType = Literal["float32", "float16", "int64", "int32"]
+Precision = Literal["float32", "float16", "int8", "int4"]
 #: A plain file name: nothing that leaves the bundle's directory and no hidden file.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=120)]
 
@@ -87,8 +101,25 @@ class GraphSpec(_Frozen):
     weight_bytes: Count
 
 
+class BlockSpec(_Frozen):
+    """How a quantized table is stored: unsigned integers of ``bits`` in blocks along a row, low bits first.
+
+    A value is ``(q - zero_point) × scale``, with one float32 scale per block at ``scales_offset``; the zero point is
+    ``2 ** (bits - 1)`` everywhere unless ``zero_points_offset`` says where they lie (packed like the values, each row
+    padded to whole bytes).
+    """
+
+    bits: Literal[4, 8]
+    block_size: Literal[16, 32, 64, 128, 256]
+    scales_offset: int = Field(ge=0)
+    zero_points_offset: int | None = Field(default=None, ge=0)
+
+
 class EmbeddingSpec(_Frozen):
-    """Where the token table lies: rows of ``shape[1]`` values from ``offset`` bytes on, multiplied by ``scale``."""
+    """Where the token table lies: rows of ``shape[1]`` values from ``offset`` bytes on, multiplied by ``scale``.
+
+    ``dtype`` is that of its values; with ``blocks`` they are stored quantized.
+    """
 
     file: FileName
     offset: int = Field(ge=0)
@@ -96,6 +127,22 @@ class EmbeddingSpec(_Frozen):
     shape: tuple[int, int]
     scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     tied: bool
+    blocks: BlockSpec | None = None
+
+    @property
+    def regions(self) -> tuple[tuple[int, int], ...]:
+        """``(offset, bytes)`` of each part that a reader maps."""
+        rows, width = self.shape
+        if self.blocks is None:
+            return ((self.offset, rows * width * (2 if self.dtype == "float16" else 4)),)
+        bits, blocks = self.blocks.bits, -(-width // self.blocks.block_size)
+        parts = [
+            (self.offset, rows * blocks * self.blocks.block_size * bits // 8),
+            (self.blocks.scales_offset, rows * blocks * 4),
+        ]
+        if self.blocks.zero_points_offset is not None:
+            parts.append((self.blocks.zero_points_offset, rows * -(-blocks * bits // 8)))
+        return tuple(parts)
 
 
 class Estimate(_Frozen):
@@ -178,18 +225,55 @@ class FileSpec(_Frozen):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class Quantization(_Frozen):
+    """How weights became integers: in blocks along the inputs, by nearest values or by GPTQ on calibration text.
+
+    ``accuracy_level`` 4 rounds activations to int8 in the products too, 1 leaves them in float32.
+    """
+
+    bits: Literal[4, 8]
+    block_size: Literal[32, 64, 128]
+    symmetric: bool
+    head_bits: Literal[4, 8]
+    accuracy_level: Literal[1, 4]
+    method: Literal["nearest", "gptq"]
+    calibration_tokens: int = Field(ge=0)
+
+
 class Manifest(_Frozen):
     """``bundle.json``. ``fingerprint`` covers graphs and weights only: what is added later makes no profile stale."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     model: ModelSpec
-    precision: Literal["float32", "float16"]
+    precision: Precision
+    quantization: Quantization | None = None
     exits: tuple[ExitSpec, ...] = Field(min_length=1, max_length=1000)
     embedding: EmbeddingSpec
-    graphs: dict[FileName, GraphSpec]
+    graphs: dict[FileName, GraphSpec] = {}
+    cpu: dict[FileName, GraphSpec] = {}
     files: dict[FileName, FileSpec]
     fingerprint: str
     tools: dict[Line, Line]
+
+    @property
+    def agreement(self) -> dict[int, float | None]:
+        """Exit layer → share of tokens on which it agrees with the full depth, on the text where that is least."""
+        return {
+            exit_.exit_layer: min((text.agreement.value for text in exit_.quality.text.values()), default=None)
+            if exit_.quality is not None
+            else None
+            for exit_ in self.exits
+        }
+
+    @property
+    def float_dtype(self) -> Literal["float32", "float16"]:
+        """Of hidden states and KV cache."""
+        return "float16" if self.precision == "float16" else "float32"
+
+    @property
+    def runnable(self) -> dict[str, GraphSpec]:
+        """The set of graphs that ONNX Runtime runs: the lowered one where there is one."""
+        return self.cpu or self.graphs
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -203,10 +287,11 @@ class Manifest(_Frozen):
         return tuple(zip((0, *layers[:-1]), layers, strict=True))
 
     def path_graphs(self, exit_layer: int) -> tuple[str, ...]:
-        """Names of the graphs that one token at ``exit_layer`` runs, in order."""
+        """Names of the graphs of :attr:`runnable` that one token at ``exit_layer`` runs, in order."""
         index = self.exit_layers.index(exit_layer)
         stages = tuple(f"stage_{i}" for i in range(index + 1))
-        return (*stages, self.exit_graph(exit_layer), "lm_head")
+        norm_inside = self.cpu and exit_layer == self.model.num_layers
+        return (*stages, *(() if norm_inside else (self.exit_graph(exit_layer),)), "lm_head")
 
     def exit_graph(self, exit_layer: int) -> str:
         """Name of the graph that turns the hidden state at ``exit_layer`` into the head's input."""
@@ -214,7 +299,7 @@ class Manifest(_Frozen):
 
     def bytes_per_token(self, exit_layer: int) -> int:
         """Bytes of weights that one token at ``exit_layer`` reads (the token table's one row not counted)."""
-        return sum(self.graphs[name].weight_bytes for name in self.path_graphs(exit_layer))
+        return sum(self.runnable[name].weight_bytes for name in self.path_graphs(exit_layer))
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
@@ -225,6 +310,7 @@ def fingerprint(manifest: dict[str, Any]) -> str:
         "precision": manifest["precision"],
         "embedding": manifest["embedding"],
         "graphs": manifest["graphs"],
+        "cpu": manifest["cpu"],
         "files": {name: spec["sha256"] for name, spec in files.items() if name.endswith((".onnx", ".bin"))},
     }
     return hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
@@ -271,6 +357,10 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest lists no file {name}: it has {_names(self.manifest.files)}")
         return self.path / name
+
+    def portable(self) -> Bundle:
+        """The same bundle with its graphs in standard ONNX alone: what other engines are given."""
+        return Bundle(self.path, self.manifest.model_copy(update={"cpu": {}}))
 
     def has_file(self, name: str) -> bool:
         """Whether the manifest lists this file."""
@@ -323,58 +413,82 @@ def _check_structure(directory: Path, manifest: Manifest) -> None:
 
     if list(layers) != sorted(set(layers)) or layers[-1] != manifest.model.num_layers:
         raise refuse(f"exits {_line(str(layers))} must ascend and end at the full depth {manifest.model.num_layers}")
-    needed = {name for exit_layer in layers for name in manifest.path_graphs(exit_layer)}
-    if missing := needed - manifest.graphs.keys():
-        raise refuse(f"no graph {_names(missing)} is listed")
-    for name in sorted(needed):
-        _check_tables(manifest, name, refuse)
-    files = {manifest.graphs[name].file for name in needed} | {manifest.embedding.file, WEIGHTS, "tokenizer.json"}
+    if not manifest.runnable:
+        raise refuse("it lists no graphs")
+    if (manifest.precision == "float16" and manifest.cpu) or (
+        manifest.precision in ("int8", "int4") and manifest.graphs
+    ):
+        raise refuse(f"a bundle of precision {manifest.precision} does not have these graphs")
+    needed = {"lm_head", *(f"stage_{i}" for i in range(len(layers))), *(manifest.exit_graph(e) for e in layers)}
+    files = {manifest.embedding.file, WEIGHTS, "tokenizer.json"}
+    for graphs, lowered in ((manifest.graphs, False), (manifest.cpu, True)):
+        wanted = needed | ({f"balcony_{e}_keys" for e in layers[:-1]} if lowered else set())
+        if graphs and (missing := wanted - graphs.keys()):
+            raise refuse(f"no graph {_names(missing)} is listed")
+        for name in sorted(wanted) if graphs else ():
+            _check_tables(manifest, graphs[name], name, lowered, refuse)
+            files.add(graphs[name].file)
     if missing := files - manifest.files.keys():
         raise refuse(f"no file {_names(missing)} is listed")
     embedding = manifest.embedding
     if embedding.shape != (manifest.model.vocab_size, manifest.model.hidden_size):
         raise refuse(f"embedding.shape {embedding.shape} differs from the model's vocabulary and hidden size")
-    if embedding.dtype != manifest.precision:
+    if embedding.dtype != manifest.float_dtype:
         raise refuse(f"embedding.dtype {embedding.dtype} differs from the precision {manifest.precision}")
-    itemsize = 2 if embedding.dtype == "float16" else 4
-    end = embedding.offset + embedding.shape[0] * embedding.shape[1] * itemsize
+    end = max(offset + size for offset, size in embedding.regions)
     if end > manifest.files[embedding.file].bytes:
         raise refuse(f"the embedding ends at byte {end}, past the end of {embedding.file}")
     if fingerprint(manifest.model_dump(mode="json")) != manifest.fingerprint:
         raise refuse("the fingerprint differs from the graphs and weights that are listed")
 
 
-def _check_tables(manifest: Manifest, name: str, refuse: Callable[[str], BundleError]) -> None:
+def _check_tables(
+    manifest: Manifest, graph: GraphSpec, name: str, lowered: bool, refuse: Callable[[str], BundleError]
+) -> None:
     """Refuse a graph whose listed inputs and outputs are not those that the model's sizes and the exits ask for."""
-    graph = manifest.graphs[name]
     for role, listed, wanted in zip(
-        ("input", "output"), (graph.inputs, graph.outputs), _tables(manifest, name), strict=True
+        ("input", "output"), (graph.inputs, graph.outputs), _tables(manifest, name, lowered), strict=True
     ):
-        found = {tensor.name: (tensor.dtype, tensor.shape[2] if len(tensor.shape) == 3 else None) for tensor in listed}
+        found = {tensor.name: (tensor.dtype, len(tensor.shape), _sizes(tensor)) for tensor in listed}
         if found != wanted or len(found) != len(listed):
             wrong = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
             what = f"{role} {wrong[0]} of {name} is" if wrong else f"an {role} of {name} is listed twice and"
             raise refuse(f"{what} not what the model's sizes and exits ask for")
 
 
-def _tables(manifest: Manifest, name: str) -> tuple[dict[str, tuple[str, int | str | None]], ...]:
-    """``(inputs, outputs)`` of a graph by the table above: name → (dtype, last of three dimensions; None for ``start``)."""
-    model, dtype = manifest.model, manifest.precision
-    hidden, cache = (dtype, model.hidden_size), (dtype, model.kv_width)
+def _sizes(tensor: TensorSpec) -> tuple[int, ...]:
+    return tuple(dim for dim in tensor.shape if isinstance(dim, int))
+
+
+#: (dtype, number of dimensions, those that are numbers)
+_Kind = tuple[str, int, tuple[int, ...]]
+
+
+def _tables(manifest: Manifest, name: str, lowered: bool) -> tuple[dict[str, _Kind], dict[str, _Kind]]:
+    """``(inputs, outputs)`` of a graph by the tables above."""
+    model, dtype = manifest.model, manifest.float_dtype
+    hidden: _Kind = (dtype, 3, (model.hidden_size,))
+    cache: _Kind = (dtype, 4, (model.num_kv_heads, model.head_dim)) if lowered else (dtype, 3, (model.kv_width,))
+    start: dict[str, _Kind] = {"start": ("int64", 1, ())}
+    where: dict[str, _Kind] = {"last": ("int32", 1, ()), "total": ("int32", 0, ())} if lowered else start
     if name == "lm_head":
-        return {"hidden": hidden}, {"logits": ("float32", model.vocab_size)}
+        return {"hidden": hidden}, {"logits": ("float32", 3, (model.vocab_size,))}
     if name == "norm":
         return {"hidden": hidden}, {"normed": hidden}
     if name.startswith("balcony_"):
-        inputs = dict.fromkeys(("rows", "queries"), hidden)
-        suffixes, outputs = [""], {"hidden": hidden}
+        keys_only = name.endswith("_keys")
+        inputs = dict.fromkeys(("rows",) if lowered else ("rows", "queries"), hidden)
+        where = start if keys_only else where
+        suffixes, outputs = [""], {} if keys_only else {"hidden": hidden}
     else:
         first, last = manifest.stage_bounds[int(name.removeprefix("stage_"))]
         inputs, outputs = {f"hidden_{first}": hidden}, {f"hidden_{last}": hidden}
+        if lowered and last == model.num_layers:
+            outputs["normed"] = hidden
         suffixes = [f"_{layer}" for layer in range(first, last)]
     rows = [f"{part}{suffix}" for suffix in suffixes for part in ("key", "value")]
     return (
-        {**inputs, "start": ("int64", None), **{f"past_{row}": cache for row in rows}},
+        {**inputs, **where, **{f"past_{row}": cache for row in rows}},
         {**outputs, **{f"present_{row}": cache for row in rows}},
     )
 

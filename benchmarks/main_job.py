@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -49,7 +48,7 @@ import onnxruntime as ort
 from balcony_edge.bundle import Bundle
 from balcony_runtime.backends.onnxruntime import default_threads
 from benchmarks import decode, memory, overhead, switching
-from benchmarks.rounds import Neighbours
+from benchmarks.rounds import Neighbours, aligned, cpu_name
 from benchmarks.whole_graph import open_whole_graph
 
 ITEMS = ("decode", "switch", "memory", "overhead")
@@ -85,7 +84,7 @@ def run(path: Path, items: tuple[str, ...], *, quick: bool, full_depth: Path | N
         "precision": manifest.precision,
         "fingerprint": manifest.fingerprint[:16],
         "onnxruntime": ort.__version__,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": default_threads(),
         "quick": quick,
         **neighbours.report(),
@@ -131,27 +130,12 @@ def show(document: dict[str, Any]) -> str:
         if item == "memory":
             rows = [{"process": name, **rows[name]} for name in ("all_exits", "full_depth", "ratios")]  # noqa: PLW2901
         if isinstance(rows, list) and rows:
-            lines += ["", item.replace("_", " "), *_aligned([list(rows[0]), *(list(row.values()) for row in rows)])]
+            lines += ["", item.replace("_", " "), *aligned([list(rows[0]), *(list(row.values()) for row in rows)])]
     results = [
         [name, f"{bar['value']:g}", bar["limit"], "holds" if bar["holds"] else "MISSED"]
         for name, bar in document["bars"].items()
     ]
-    return "\n".join([*lines, "", "bars (worst case of each)", *_aligned(results), ""])
-
-
-def _aligned(rows: list[list[Any]]) -> list[str]:
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    return "\n".join([*lines, "", "bars (worst case of each)", *aligned(results), ""])
 
 
 def _items(text: str) -> tuple[str, ...]:

@@ -63,8 +63,10 @@ def open_full_depth(bundle: Bundle, path: Path) -> Bundle:
 def _export_full_depth(path: Path, bundle: Bundle) -> None:
     from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer  # noqa: PLC0415 - torch is slow
     from balcony_export.export import export_bundle  # noqa: PLC0415 - likewise, and only where nothing is cached
+    from balcony_export.quantize import Scheme  # noqa: PLC0415 - likewise
 
-    model, source = bundle.manifest.model, demo_model_path()
+    model, source, blocks = bundle.manifest.model, demo_model_path(), bundle.manifest.quantization
+    scheme = None if blocks is None else Scheme(**blocks.model_dump(exclude={"method", "calibration_tokens"}))
     print(f"exporting the full depth alone to {path}, once", file=sys.stderr)
     export_bundle(
         load_model(source),
@@ -73,7 +75,7 @@ def _export_full_depth(path: Path, bundle: Bundle) -> None:
         path,
         name=model.name,
         trained=False,
-        precision=bundle.manifest.precision,
+        precision=scheme or ("float16" if bundle.manifest.precision == "float16" else "float32"),
         context_length=model.context_length,
     )
 

@@ -9,6 +9,7 @@ knows nothing of models.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -66,3 +67,20 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
     own = os.times()
     idle = fields[3] + fields[4]  # idle and iowait: proc(5)
     return (sum(fields) / tick, (sum(fields) - idle) / tick, sum(own[:4]))
+
+
+def cpu_name() -> str:
+    """What /proc/cpuinfo calls the processor; elsewhere what Python knows."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def aligned(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Rows of a table as lines, each column as wide as its widest cell."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]

@@ -1,9 +1,8 @@
 """The peer of the chain of stages: the whole depth as ONE graph, with the same operators and the same care.
 
-Owns how it is built and stepped. ``backbone.onnx`` of the bundle with its exit outputs removed (the last hidden state and
-the caches stay), followed by the nodes of ``norm.onnx`` and ``lm_head.onnx``: one session, no boundary, nothing that an
-exit would need. It runs on the process's shared thread pool with the session options of the runtime, its KV cache is bound
-in place with the runtime's bucketed capacity, and its decode step is bound once.
+Owns how it is built and stepped. The graphs that a full-depth token runs, one behind the other in a single graph: one
+session, no boundary, nothing that an exit would need. It runs on the process's shared thread pool with the session options
+of the runtime, its KV cache is bound in place with the runtime's capacity, and its decode step is bound once.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,48 @@ import onnxruntime as ort
 
 from balcony_edge.bundle import WEIGHTS, Bundle
 from balcony_runtime.backends.base import FloatArray
-from balcony_runtime.backends.onnxruntime import BUCKET, open_session
+from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.backends.onnxruntime_state import BUCKET
+from balcony_runtime.token_table import TokenTable
 
 
 def write_whole_graph(bundle: Bundle, directory: Path) -> Path:
     """Write the graph into ``directory``, with the bundle's weights beside it as a hard link (a copy where that fails)."""
-    depth = bundle.manifest.model.num_layers
-    model, norm, head = (
-        onnx.load(str(bundle.file(f"{name}.onnx")), load_external_data=False)
-        for name in ("backbone", "norm", "lm_head")
-    )
-    graph = model.graph
-    kept = [value for value in graph.output if value.name.startswith("present_")]
-    for part, source in ((norm.graph, f"hidden_{depth}"), (head.graph, "normed")):
-        names = {"hidden": source} | {value.name: value.name for value in part.output}
+    manifest = bundle.manifest
+    names = manifest.path_graphs(manifest.model.num_layers)
+    parts = [onnx.load(str(bundle.file(manifest.runnable[n].file)), load_external_data=False) for n in names]
+    whole = parts[0]
+    graph = whole.graph
+    inputs = {value.name for value in graph.input}
+    for part in parts[1:]:
+        # what a part takes from the one before it; its inner names are not unique among parts
+        passed = (
+            {"hidden": "normed"} if part.graph.input[0].name == "hidden" and "normed" in _names(graph.output) else {}
+        )
+        shared = _names(part.graph.input) | _names(part.graph.output)
 
-        def renamed(name: str, known: dict[str, str] = names, owner: str = part.name) -> str:
-            return known.get(name, f"{owner}.{name}")  # the parts' inner names are not unique among them
+        def renamed(
+            name: str, shared: set[str] = shared, owner: str = part.graph.name, passed: dict[str, str] = passed
+        ) -> str:
+            return passed.get(name, name) if name in shared or not name else f"{owner}.{name}"
 
-        for node in part.node:
+        for node in part.graph.node:
             node.input[:] = [renamed(name) for name in node.input]
             node.output[:] = [renamed(name) for name in node.output]
-        for tensor in part.initializer:
+        for tensor in part.graph.initializer:
             tensor.name = renamed(tensor.name)
-        graph.node.extend(part.node)
-        graph.initializer.extend(part.initializer)
+        graph.node.extend(part.graph.node)
+        graph.initializer.extend(part.graph.initializer)
+        produced = _names(graph.output)
+        new = [v for v in part.graph.input if renamed(v.name) not in produced and v.name not in inputs]
+        graph.input.extend(new)
+        inputs |= _names(new)
+        graph.output.extend(part.graph.output)
+    kept = [value for value in graph.output if value.name.startswith(("present_", "logits"))]
     del graph.output[:]
-    graph.output.extend([*head.graph.output, *kept])
+    graph.output.extend(kept)
     path = directory / "whole.onnx"
-    onnx.save(model, str(path))
+    onnx.save(whole, str(path))
     try:
         os.link(bundle.file(WEIGHTS), directory / WEIGHTS)
     except OSError:
@@ -56,48 +69,54 @@ def write_whole_graph(bundle: Bundle, directory: Path) -> Path:
     return path
 
 
+def _names(values: Iterable[onnx.ValueInfoProto]) -> set[str]:
+    return {value.name for value in values}
+
+
 class WholeGraph:
     """One sequence over the whole-depth graph. ``ort_ns`` counts the time inside ONNX Runtime, as ``State.busy_ns`` does."""
 
     def __init__(self, bundle: Bundle, session: ort.InferenceSession, tokens: list[int]) -> None:
         """Prefill ``tokens`` and bind the decode step that follows, up to the next multiple of the runtime's bucket."""
-        manifest = bundle.manifest
-        embedding, model = manifest.embedding, manifest.model
-        dtype = np.dtype(embedding.dtype)
-        self._table = np.asarray(
-            np.memmap(bundle.file(embedding.file), dtype, mode="r", offset=embedding.offset, shape=embedding.shape)
-        )
-        self._scale = dtype.type(embedding.scale)
-        self._session = session
+        model = bundle.manifest.model
+        self._table = TokenTable(bundle)
+        self._session, dtype = session, self._table.dtype
         self.ort_ns = 0
         capacity = -(-(len(tokens) + 1) // BUCKET) * BUCKET
-        names = [value.name for value in session.get_inputs() if value.name.startswith("past_")]
-        self._cache = {name: _value(np.zeros((1, capacity, model.kv_width), dtype)) for name in names}
-        self._start = np.zeros(1, np.int64)
-        self._start_value = _value(self._start)
+        pasts = [value for value in session.get_inputs() if value.name.startswith("past_")]
+        by_head = len(pasts[0].shape) == 4
+        shape = (model.num_kv_heads, capacity, model.head_dim) if by_head else (capacity, model.kv_width)
+        self._cache = {value.name: _value(np.zeros((1, *shape), dtype)) for value in pasts}
+        self._start, self._last, self._total = np.zeros(1, np.int64), np.zeros(1, np.int32), np.zeros((), np.int32)
+        where = {"start": self._start, "last": self._last, "total": self._total}
+        asked = {value.name for value in session.get_inputs()}
+        self._where = {name: _value(array) for name, array in where.items() if name in asked}
         self._row = np.zeros((1, 1, model.hidden_size), dtype)
         self._logits = np.zeros((1, 1, model.vocab_size), np.float32)
-        rows, logits = self._embed(tokens), np.empty((1, len(tokens), model.vocab_size), np.float32)
+        rows, logits = self._table[np.array([tokens])], np.empty((1, len(tokens), model.vocab_size), np.float32)
+        self._stand_at(0, len(tokens))
         self._session.run_with_iobinding(self._bind(rows, logits))
-        self._start[:] = len(tokens)
+        self._stand_at(len(tokens), len(tokens) + 1)
         self._decode = self._bind(self._row, self._logits)
 
     def step(self, token: int) -> FloatArray:
         """Logits (1, 1, V) after one more token, at the same row each time; the next call writes over them."""
-        self._row[:] = self._embed([token])
+        self._row[:] = self._table[np.array([[token]])]
         begin = time.perf_counter_ns()
         self._session.run_with_iobinding(self._decode)
         self.ort_ns += time.perf_counter_ns() - begin
         return self._logits
 
-    def _embed(self, tokens: list[int]) -> Any:
-        rows = self._table[np.array([tokens])]  # (1, n, D)
-        return rows if self._scale == 1 else rows * self._scale
+    def _stand_at(self, start: int, stop: int) -> None:
+        self._start.fill(start)
+        self._last.fill(stop - 1)
+        self._total.fill(stop)
 
     def _bind(self, rows: Any, logits: FloatArray) -> Any:
         binding = self._session.io_binding()
         binding.bind_ortvalue_input("hidden_0", _value(rows))
-        binding.bind_ortvalue_input("start", self._start_value)
+        for name, value in self._where.items():
+            binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("logits", _value(logits))
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)

@@ -41,7 +41,7 @@ _SIZES: dict[str, Any] = {
     "num_hidden_layers": 5,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 256,
     "eos_token_id": 0,
@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlamaForCausalLM",
         {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": False},
     ),
+    "llama-small-heads": ("LlamaConfig", "LlamaForCausalLM", {"head_dim": 8}),  # ONNX Runtime's fused attention refuses
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": False}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"tie_word_embeddings": True}),
     "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 7, "tie_word_embeddings": False}),
@@ -176,3 +177,25 @@ def tiny_checkpoint(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) ->
     copy.deepcopy(tiny.model).save_pretrained(path)
     tiny.tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def sysfs_tree(tmp_path: Path) -> Callable[[str], Path]:
+    """Builds the sysfs tree that ``tests/sysfs/<device>.txt`` lists: ``path = value`` or ``path -> where a link leads``."""
+
+    def build(device: str) -> Path:
+        root = tmp_path / device
+        text = Path(__file__).with_name("sysfs").joinpath(f"{device}.txt").read_text(encoding="utf-8")
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                name, arrow, target = line.partition(" -> ")
+                name, _, value = (name, "", "") if arrow else line.partition(" = ")
+                path = root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if arrow:
+                    path.symlink_to(target)
+                else:
+                    path.write_text(f"{value}\n", encoding="utf-8")
+        return root
+
+    return build

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from balcony_edge.bundle import Manifest
-
-PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 
 
 def export(
@@ -22,8 +20,16 @@ def export(
         Path | None, typer.Option(help="Trained balconies; without them they are copies of the last layer.")
     ] = None,
     precision: Annotated[
-        Literal["fp32", "fp16"], typer.Option(help="Of weights, hidden states and KV cache.")
+        str,
+        typer.Option(
+            help="fp32, fp16, int8 or int4; the last two for CPUs, with what differs from "
+            "block=32,sym,head=8,level=4 behind them: int4,block=64,asym,head=4,level=1."
+        ),
     ] = "fp32",
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text (as for train) by which int8 and int4 are rounded: GPTQ; repeatable."),
+    ] = None,
     context_length: Annotated[
         int | None, typer.Option(help="Most tokens of a sequence (default: the model's, at most 8192).")
     ] = None,
@@ -33,18 +39,25 @@ def export(
 ) -> None:
     """Export a model as a bundle: one shared backbone, one exit per balcony and the full depth."""
     from balcony_edge.cli.console import progress_bar, stderr
+    from balcony_edge.errors import InputError
     from balcony_export.balcony import init_balconies, load_balconies, parse_exits
     from balcony_export.checkpoint import load_model, load_tokenizer
     from balcony_export.export import export_bundle, refuse_existing
+    from balcony_export.gptq import calibration_rows
+    from balcony_export.quantize import Scheme, parse_precision
     from balcony_export.verify import Check, require
     from balcony_export.verify import verify as run_checks
 
     refuse_existing(output)
+    scheme = parse_precision(precision)
+    if calibration and not isinstance(scheme, Scheme):
+        raise InputError(f"--calibration with --precision {precision}: only int8 and int4 are rounded: leave it out")
     with progress_bar() as progress:
         progress("loading the model", 0.0)
         loaded = load_model(model)
         tokenizer = load_tokenizer(model)
         layers = parse_exits(exits, loaded.config.num_hidden_layers)
+        rows = calibration_rows(calibration, tokenizer) if calibration else []
         trained = balconies is not None
         modules = load_balconies(balconies, loaded, layers) if balconies is not None else init_balconies(loaded, layers)
         checks: list[Check] = []
@@ -60,7 +73,8 @@ def export(
             output,
             name=name or _model_name(model),
             trained=trained,
-            precision=PRECISIONS[precision],  # type: ignore[arg-type]
+            precision=scheme,
+            calibration=rows,
             context_length=context_length,
             check=verified if check else None,
             progress=progress,

@@ -28,7 +28,7 @@ def inspect(
 
 def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
     """Parameters and bytes of one token at an exit, and the speed-up that bytes alone would give."""
-    graphs = [manifest.graphs[name] for name in manifest.path_graphs(exit_layer)]
+    graphs = [manifest.runnable[name] for name in manifest.path_graphs(exit_layer)]
     spec = next(exit_ for exit_ in manifest.exits if exit_.exit_layer == exit_layer)
     depth = exit_layer + (spec.kind == "balcony")
     bytes_read = manifest.bytes_per_token(exit_layer)
@@ -38,7 +38,7 @@ def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
         "trained": spec.trained,
         "depth_factor": round(depth / manifest.model.num_layers, 3),
         "parameters_read": sum(graph.parameters for graph in graphs),
-        "non_embedding_parameters": sum(graph.parameters for graph in graphs) - manifest.graphs["lm_head"].parameters,
+        "non_embedding_parameters": sum(graph.parameters for graph in graphs) - manifest.runnable["lm_head"].parameters,
         "bytes_read": bytes_read,
         "ideal_speedup": round(manifest.bytes_per_token(manifest.exit_layers[-1]) / bytes_read, 3),
     }
@@ -71,7 +71,9 @@ def _show(path: Path, manifest: Manifest, rows: list[dict[str, Any]], tables: bo
             f"{row['ideal_speedup']:.2f}×",
         )
     stdout.print(table)
-    for name, graph in manifest.graphs.items() if tables else ():
+    for name, graph in (
+        (*manifest.graphs.items(), *((f"cpu {n}", g) for n, g in manifest.cpu.items())) if tables else ()
+    ):
         listing = Table("tensor", "", "dtype", "shape", title=escape(f"{name} ({graph.file})"), title_justify="left")
         for role, tensors in (("in", graph.inputs), ("out", graph.outputs)):
             for tensor in tensors:

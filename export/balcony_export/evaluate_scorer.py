@@ -92,9 +92,9 @@ class BundleScorer:
         self.bundle = bundle
         self.context_length = manifest.model.context_length
         self.tokenizer = bundle_tokenizer(bundle)
-        head = manifest.graphs["lm_head"].parameters
+        head = manifest.runnable["lm_head"].parameters
         self.parameters = {
-            e: sum(manifest.graphs[name].parameters for name in manifest.path_graphs(e)) - head
+            e: sum(manifest.runnable[name].parameters for name in manifest.path_graphs(e)) - head
             for e in self.exit_layers
         }
         self._engine = Engine.of(bundle, threads=threads)

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle import MANIFEST, WEIGHTS, Manifest, write_manifest
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_export import graph, head, passes
-from balcony_export.architecture import describe, embedding_scale, parts_of
+from balcony_export import graph, head, lower, passes
+from balcony_export.architecture import Parts, describe, embedding_scale, parts_of
 from balcony_export.balcony import Balcony
+from balcony_export.gptq import second_moments
+from balcony_export.quantize import Blocks, Quantizer, Scheme, quantize_graph
 from balcony_export.weights import WeightFile
-
-Precision = Literal["float32", "float16"]
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
-
 
 #: Told what is being done and which share of the work is done (0 to 1).
 Progress = Callable[[str, float], None]
@@ -47,7 +46,8 @@ def export_bundle(
     *,
     name: str,
     trained: bool,
-    precision: Precision = "float32",
+    precision: Literal["float32", "float16"] | Scheme = "float32",
+    calibration: Sequence[Sequence[int]] = (),
     context_length: int | None = None,
     check: Callable[[Path], None] | None = None,
     progress: Progress = _silent,
@@ -61,7 +61,9 @@ def export_bundle(
         output: the directory to make; it must not exist.
         name: what to call the model.
         trained: whether the balconies were trained.
-        precision: of weights, hidden states and KV cache; norms compute in float32 either way.
+        precision: of weights, hidden states and KV cache; norms compute in float32 either way. A scheme quantizes the
+            weights and leaves the others in float32.
+        calibration: rows of tokens; with them a scheme rounds by GPTQ.
         context_length: rows that a sequence may hold.
         check: called with the finished directory before it takes its final name; what it raises undoes the export.
         progress: told about each step.
@@ -70,45 +72,56 @@ def export_bundle(
         InputError: the output exists.
         CheckpointError: the model is not exportable or holds weights that are not finite.
     """
-    dtype = DTYPES[precision]
+    scheme = precision if isinstance(precision, Scheme) else None
+    dtype = torch.float16 if precision == "float16" else torch.float32
     model.to(dtype)  # type: ignore[arg-type]
     for balcony in balconies.values():
         balcony.to(dtype)
     parts = parts_of(model)
     spec = describe(model, name, context_length)
     layers = (*sorted(balconies), spec.num_layers)
+    if scheme is not None and not lower.can_lower(spec):
+        raise InputError(
+            f"--precision {scheme}: the model's heads have {spec.head_dim} values, and ONNX Runtime's fused attention, "
+            "which quantized bundles use, takes multiples of 16: export with fp32"
+        )
     with fresh_directory(output) as directory:
         progress("tracing the backbone", 0.0)
         backbone = graph.trace_backbone(model, parts, layers, spec.context_length)
-        passes.name_weights(backbone)
-        passes.collapse_reshapes(backbone)
+        _tidy(backbone)
         graphs = {"backbone": backbone}
         for index, (first, last) in enumerate(zip((0, *layers), layers, strict=False)):
             graphs[f"stage_{index}"] = _cut_stage(backbone, index, first, last)
         for count, exit_layer in enumerate(sorted(balconies)):
             progress(f"tracing balcony {exit_layer}", 0.5 + 0.2 * count / len(balconies))
             traced = graph.trace_balcony(model, parts, balconies[exit_layer], spec.context_length)
-            passes.name_weights(traced, f"balcony_{exit_layer}.")
-            passes.collapse_reshapes(traced)
+            _tidy(traced, f"balcony_{exit_layer}.")
             traced.graph.name = f"balcony_{exit_layer}"
             graphs[f"balcony_{exit_layer}"] = traced
         graphs["norm"] = head.build_norm(parts)
         graphs["lm_head"] = head.build_head(model, parts)
-        progress("writing weights", 0.7)
+        lowered = lower.lower_all(graphs, spec) if dtype == torch.float32 and lower.can_lower(spec) else {}
+        blocks = None
+        if scheme is not None:
+            progress("quantizing", 0.7)
+            blocks = _quantize_all(lowered, scheme, model, balconies, calibration)
+            graphs = {}
+        progress("writing weights", 0.75)
         with WeightFile(directory) as weights:
-            table_offset = weights.offset_of(ir.tensor(parts.embed.weight.detach()))
-            for traced in graphs.values():
+            table = _write_table(weights, parts, blocks)
+            for traced in (*graphs.values(), *lowered.values()):
                 weights.externalize(traced)
-        for key, traced in graphs.items():
-            passes.strip_metadata(traced)
-            ir.save(traced, directory / f"{key}.onnx")
+        for prefix, traced_set in (("", graphs), ("cpu_", lowered)):
+            for key, traced in traced_set.items():
+                passes.strip_metadata(traced)
+                ir.save(traced, directory / f"{prefix}{key}.onnx")
         _write_tokenizer(model, tokenizer, directory)
         progress("hashing", 0.8)
         manifest = write_manifest(
             directory,
             {
                 "model": spec.model_dump(mode="json"),
-                "precision": precision,
+                "precision": precision if scheme is None else f"int{scheme.bits}",
                 "exits": [
                     {
                         "exit_layer": e,
@@ -118,14 +131,15 @@ def export_bundle(
                     for e in layers
                 ],
                 "embedding": {
-                    "file": WEIGHTS,
-                    "offset": table_offset,
-                    "dtype": precision,
+                    **table,
+                    "dtype": "float16" if dtype == torch.float16 else "float32",
                     "shape": list(parts.embed.weight.shape),
                     "scale": embedding_scale(parts, dtype),
                     "tied": parts.head.weight is parts.embed.weight,
                 },
                 "graphs": {key: _graph_spec(key, traced) for key, traced in graphs.items()},
+                "cpu": {key: _graph_spec(f"cpu_{key}", traced) for key, traced in lowered.items()},
+                "quantization": None if scheme is None else _quantization(scheme, calibration),
                 "tools": _tool_versions(),
             },
         )
@@ -134,6 +148,44 @@ def export_bundle(
             check(directory)
         progress("done", 1.0)
     return manifest
+
+
+def _quantize_all(
+    lowered: dict[str, ir.Model],
+    scheme: Scheme,
+    model: PreTrainedModel,
+    balconies: dict[int, Balcony],
+    calibration: Sequence[Sequence[int]],
+) -> Blocks:
+    """Quantize every lowered graph; returns the token table's blocks."""
+    quantizer = Quantizer(scheme, second_moments(model, balconies, calibration) if calibration else {})
+    for traced in lowered.values():
+        quantize_graph(traced, quantizer)
+    parts = parts_of(model)
+    tied = parts.head.weight is parts.embed.weight
+    return quantizer.table("lm_head.weight" if tied else "embed_tokens.weight", parts.embed.weight.detach().numpy())
+
+
+def _write_table(weights: WeightFile, parts: Parts, blocks: Blocks | None) -> dict[str, Any]:
+    """Write the token table; returns its place for the manifest."""
+    if blocks is None:
+        return {"file": WEIGHTS, "offset": weights.offset_of(ir.tensor(parts.embed.weight.detach()))}
+    zeros = None if blocks.zeros is None else weights.offset_of(ir.tensor(blocks.zeros))
+    return {
+        "file": WEIGHTS,
+        "offset": weights.offset_of(ir.tensor(blocks.packed)),
+        "blocks": {
+            "bits": blocks.bits,
+            "block_size": blocks.block_size,
+            "scales_offset": weights.offset_of(ir.tensor(blocks.scales)),
+            "zero_points_offset": zeros,
+        },
+    }
+
+
+def _quantization(scheme: Scheme, calibration: Sequence[Sequence[int]]) -> dict[str, Any]:
+    tokens = sum(len(row) for row in calibration)
+    return {**asdict(scheme), "method": "gptq" if tokens else "nearest", "calibration_tokens": tokens}
 
 
 def _cut_stage(backbone: ir.Model, index: int, first: int, last: int) -> ir.Model:
@@ -145,10 +197,21 @@ def _cut_stage(backbone: ir.Model, index: int, first: int, last: int) -> ir.Mode
     return passes.cut(backbone, f"stage_{index}", inputs, [f"hidden_{last}", *presents], dims)
 
 
-_ONNX_TO_DTYPE = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
+def _tidy(traced: ir.Model, prefix: str = "") -> None:
+    passes.note_windows(traced)
+    passes.name_weights(traced, prefix)
+    passes.collapse_reshapes(traced)
 
 
-def _graph_spec(key: str, traced: ir.Model) -> dict[str, Any]:
+_ONNX_TO_DTYPE = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.INT32: "int32",
+}
+
+
+def _graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
     def table(values: Sequence[ir.Value]) -> list[dict[str, Any]]:
         specs = []
         for value in values:
@@ -158,19 +221,21 @@ def _graph_spec(key: str, traced: ir.Model) -> dict[str, Any]:
         return specs
 
     # rope tables are gathered by row, not read whole; shapes are no weights
-    tensors = [
-        value.const_value
-        for value in traced.graph.initializers.values()
+    tensors = {
+        name: value.const_value
+        for name, value in traced.graph.initializers.items()
         if value.const_value is not None
-        and value.const_value.dtype.is_floating_point()
-        and not (value.name or "").startswith("rope_")
-    ]
+        and value.const_value.dtype != ir.DataType.INT64
+        and not name.startswith("rope_")
+    }
+    products = [node.attributes for node in traced.graph if node.op_type == "MatMulNBits"]
+    floats = [tensor.size for name, tensor in tensors.items() if not name.endswith((".blocks", ".scales", ".zeros"))]
     return {
-        "file": f"{key}.onnx",
+        "file": f"{stem}.onnx",
         "inputs": table(traced.graph.inputs),
         "outputs": table(traced.graph.outputs),
-        "parameters": sum(tensor.size for tensor in tensors),
-        "weight_bytes": sum(tensor.nbytes for tensor in tensors),
+        "parameters": sum(floats) + sum(node["K"].as_int() * node["N"].as_int() for node in products),
+        "weight_bytes": sum(tensor.nbytes for tensor in tensors.values()),
     }
 
 
@@ -189,7 +254,7 @@ def _write_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def _tool_versions() -> dict[str, str]:
-    tools = ("balcony-edge", "torch", "transformers", "onnx-ir", "onnxscript")
+    tools = ("balcony-edge", "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime")
     return {tool: importlib.metadata.version(tool) for tool in tools}
 
 

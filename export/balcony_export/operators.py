@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from balcony_edge.errors import UnsupportedModelError
+from balcony_export.passes import WINDOW
 
 _ATTENTION = "balcony_edge_trace"
 
@@ -108,6 +109,8 @@ def _attention(
     attributes["scale"] = head_dim**-0.5 if scaling is None else float(scaling)
     if softcap is not None:
         attributes["softcap"] = float(softcap)
+    if sliding_window is not None:
+        attributes[WINDOW] = int(sliding_window)  # not ONNX's: passes.note_windows takes it off
     mask = attention_mask.mask(sliding_window)
     shape = (batch, rows, heads * head_dim)
     inputs = (_merge_heads(query), key, value, mask)

@@ -12,6 +12,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+#: Attribute, then note, of an ``Attention``: how many keys a row sees, its own included. The mask says it in numbers.
+WINDOW = "window"
 
 
 def name_weights(model: ir.Model, prefix: str = "") -> None:
@@ -35,6 +37,16 @@ def name_weights(model: ir.Model, prefix: str = "") -> None:
                 continue
             if value.name != wanted and wanted not in model.graph.initializers:
                 value.name = wanted
+
+
+def note_windows(model: ir.Model) -> None:
+    """Move the sliding window of each ``Attention`` from the tracer's attribute into the node's metadata (``WINDOW``).
+
+    Postcondition: every node is standard ONNX; the window is only a note for lowering, the mask is what counts.
+    """
+    for node in model.graph:
+        if node.op_type == "Attention" and (window := node.attributes.pop(WINDOW, None)) is not None:
+            node.metadata_props[WINDOW] = str(window.as_int())
 
 
 def collapse_reshapes(model: ir.Model) -> None:

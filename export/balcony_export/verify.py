@@ -6,6 +6,7 @@ the runtime that a device runs, so a verified bundle is verified end to end.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from balcony_edge.bundle import Bundle
 from balcony_edge.errors import VerificationError
 from balcony_export.architecture import Parts, parts_of
 from balcony_export.balcony import Balcony
+from balcony_export.quantize import stored_weights
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.engine import Engine
+from balcony_runtime.token_table import TokenTable
 
 #: Largest difference of a logit as a share of the largest logit. float32: DESIGN 3. float16: ten units in the last
-#: place of a hidden state; a graph that is wrong is off by tens of percent.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+#: place of a hidden state; a graph that is wrong is off by tens of percent. Quantized bundles are compared with the very
+#: weights that they hold: at accuracy level 1 as float32, at level 4 products round their inputs to 8 bits, too.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "level 1": 1e-4, "level 4": 0.15}
 #: Real text of several kinds: prose, numbers, code, another script.
 PROMPTS = (
     "The balcony looked over the river, and from it one could see every bridge of the old town, from the mill to the sea.",
@@ -135,25 +139,58 @@ def verify(
     model.to(dtype)  # type: ignore[arg-type]
     for balcony in balconies.values():
         balcony.to(dtype)
+    if manifest.quantization is None:
+        bound = TOLERANCE[manifest.precision]
+    else:
+        bound = TOLERANCE[f"level {manifest.quantization.accuracy_level}"]
+        model, balconies = _with_stored_weights(bundle, model, balconies)
     limit = min(manifest.model.context_length, 256)
     samples = [ids[:limit] for text in prompts if len(ids := tokenizer(text).input_ids) > 1]
     reference = Reference(model, balconies)
     expected = [reference.logits(ids) for ids in samples]
-    with Engine.of(bundle) as engine:
-        prefill = {e: [_prefill(engine, e, ids) for ids in samples] for e in manifest.exit_layers}
-        decode = {e: [_decode(engine, e, ids) for ids in samples] for e in manifest.exit_layers}
-    whole = _backbone(bundle, reference, parts_of(model), samples)
-    tolerance = TOLERANCE[manifest.precision]
+    phases: dict[str, dict[int, list[npt.NDArray[np.float32]]]] = {}
+    both = bool(manifest.cpu and manifest.graphs)
+    for suffix, subject in (("", bundle), *(((", portable", bundle.portable()),) if both else ())):
+        with Engine.of(subject) as engine:
+            for phase, run in (("prefill", _prefill), ("decode", _decode)):
+                phases[phase + suffix] = {e: [run(engine, e, ids) for ids in samples] for e in manifest.exit_layers}
+    if manifest.graphs:
+        phases["backbone.onnx"] = _backbone(bundle, reference, parts_of(model), samples)
     checks = []
-    for phase, found in (("prefill", prefill), ("decode", decode), ("backbone.onnx", whole)):
+    for phase, found in phases.items():
         for exit_layer in manifest.exit_layers:
             pairs = [
                 (got, want[exit_layer][-len(got) :]) for got, want in zip(found[exit_layer], expected, strict=True)
             ]
             difference = max(_difference(got, want) for got, want in pairs)
             agreement = float(np.mean([np.mean(got.argmax(-1) == want.argmax(-1)) for got, want in pairs]))
-            checks.append(Check(exit_layer, phase, len(pairs), difference, agreement, tolerance))
+            checks.append(Check(exit_layer, phase, len(pairs), difference, agreement, bound))
     return checks
+
+
+def _with_stored_weights(
+    bundle: Bundle, model: PreTrainedModel, balconies: dict[int, Balcony]
+) -> tuple[PreTrainedModel, dict[int, Balcony]]:
+    """Copies of the model and its balconies that compute with the weights that a quantized bundle holds."""
+    model, balconies = copy.deepcopy(model), copy.deepcopy(balconies)
+    parts = parts_of(model)
+    roots: dict[str, Any] = {f"balcony_{e}": balcony for e, balcony in balconies.items()}
+
+    def weight_of(name: str) -> torch.Tensor:
+        first, _, rest = name.removesuffix(".weight").partition(".")
+        if name == "lm_head.weight":
+            return parts.head.weight.data
+        root, path = (roots[first], rest) if first in roots else (model.get_decoder(), f"{first}.{rest}")
+        return root.get_submodule(path).weight.data  # type: ignore[no-any-return]
+
+    for names, stored in stored_weights(bundle).items():
+        weights = [weight_of(name) for name in names.split("+")]
+        for weight, part in zip(weights, torch.from_numpy(stored).split([len(w) for w in weights]), strict=True):
+            weight.copy_(part)
+    table = TokenTable(bundle)
+    scale = bundle.manifest.embedding.scale
+    parts.embed.weight.data.copy_(torch.from_numpy(table[np.arange(len(parts.embed.weight))] / scale))
+    return model, balconies
 
 
 def require(checks: Sequence[Check], directory: Path) -> None:

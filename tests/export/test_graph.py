@@ -27,7 +27,8 @@ PROMPTS = ("the quick brown fox jumps over the lazy dog and the balcony", "01234
 def test_every_exit_equals_pytorch(export_tiny: Callable[[str], Any], architecture: str) -> None:
     exported = export_tiny(architecture)
     checks = verify(exported.path, exported.model, exported.tokenizer, exported.balconies, PROMPTS)
-    assert Counter(check.phase for check in checks) == {"prefill": 3, "decode": 3, "backbone.onnx": 3}
+    phases = ("prefill", "decode", "prefill, portable", "decode, portable", "backbone.onnx")
+    assert Counter(check.phase for check in checks) == dict.fromkeys(phases, 3)
     assert {check.exit_layer for check in checks} == {2, 3, 5}
     for check in checks:
         assert check.passed, check
@@ -44,7 +45,7 @@ def test_verify_finds_a_wrong_weight(export_tiny: Callable[[str], Any]) -> None:
     finally:
         weight.data.copy_(before)
     failed = {(check.exit_layer, check.phase) for check in checks if not check.passed}
-    assert failed == {(3, "prefill"), (3, "decode")}
+    assert failed == {(3, phase + set_) for phase in ("prefill", "decode") for set_ in ("", ", portable")}
 
 
 def test_a_difference_that_is_not_a_number_fails() -> None:
@@ -79,7 +80,7 @@ def test_every_weight_is_stored_once(export_tiny: Callable[[str], Any]) -> None:
         parameters = {id(p): p for p in exported.model.parameters()}  # a tied table counts once here
         parameters |= {id(p): p for balcony in exported.balconies.values() for p in balcony.parameters()}
         matrices = sum(p.numel() for p in parameters.values() if p.dim() > 1)  # vectors are small and lie in the graphs
-        rope = 2 * 256 * 4
+        rope = 2 * 256 * 8
         stored = (exported.path / WEIGHTS).stat().st_size / 4
         assert matrices + rope <= stored <= (matrices + rope) * 1.01, architecture
 
@@ -126,7 +127,34 @@ def test_the_manifest_lists_the_graphs_tables(export_tiny: Callable[[str], Any])
     assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in stage.inputs] == [
         ("hidden_2", "float32", ("batch", "rows", 32)),
         ("start", "int64", ("batch",)),
-        ("past_key_2", "float32", ("batch", "capacity", 16)),
-        ("past_value_2", "float32", ("batch", "capacity", 16)),
+        ("past_key_2", "float32", ("batch", "capacity", 32)),
+        ("past_value_2", "float32", ("batch", "capacity", 32)),
     ]
     assert [tensor.name for tensor in stage.outputs] == ["hidden_3", "present_key_2", "present_value_2"]
+    lowered = manifest.cpu["stage_2"]
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in lowered.inputs[:4]] == [
+        ("hidden_3", "float32", ("batch", "rows", 32)),
+        ("last", "int32", ("batch",)),
+        ("total", "int32", ()),
+        ("past_key_3", "float32", ("batch", 2, "capacity", 16)),
+    ]
+    assert [tensor.name for tensor in lowered.outputs][:3] == ["hidden_5", "normed", "present_key_3"]
+
+
+def test_lowered_graphs_hold_one_fused_attention_a_layer_and_no_positions(export_tiny: Callable[[str], Any]) -> None:
+    path = export_tiny("mistral").path
+    for name, layers in (("stage_0", 2), ("stage_2", 2), ("balcony_2", 1)):
+        model = onnx.load(path / f"cpu_{name}.onnx", load_external_data=False)
+        counts = Counter(node.op_type for node in model.graph.node)
+        assert counts["GroupQueryAttention"] == layers
+        assert not counts.keys() & {"Attention", "RotaryEmbedding", "TensorScatter", "Range", "Shape", "LessOrEqual"}
+        attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in attention.attribute}
+        assert attributes["local_window_size"] == 7 and attributes["do_rotary"] == 1
+    keys = onnx.load(path / "cpu_balcony_2_keys.onnx", load_external_data=False)
+    assert Counter(node.op_type for node in keys.graph.node)["MatMul"] == 2  # keys and values alone
+
+
+def test_heads_that_the_fused_attention_refuses_keep_the_portable_graphs(export_tiny: Callable[[str], Any]) -> None:
+    manifest = Bundle.open(export_tiny("llama-small-heads").path).manifest
+    assert manifest.cpu == {} and manifest.runnable is manifest.graphs

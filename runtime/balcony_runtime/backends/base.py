@@ -51,6 +51,7 @@ class State(Protocol):
         """Feed rows ``start : stop`` to the exit's balcony (the full depth: its norm), asking with the last ones.
 
         The result waits for :meth:`logits`. A balcony keeps keys and values of all rows; a norm takes the last ones only.
+        With ``num_queries`` 0 nothing is asked: a backlog is worked off.
         """
         ...
 

@@ -1,0 +1,145 @@
+"""GPTQ (Frantar et al., ICLR 2023): rounding a matrix so that its outputs on real inputs change least.
+
+Owns the second moments of every linear layer's inputs, taken from the float model and its balconies on calibration text,
+and the rounding that uses them. What a quantized block looks like is :mod:`.quantize`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from balcony_edge.errors import InputError
+from balcony_export.balcony import Balcony
+from balcony_export.distill_data import build_corpus
+
+#: Share of the mean second moment that is added to each: keeps channels that hardly ever fire from being rounded freely.
+DAMPING = 0.01
+#: Columns whose errors are handed on together; every block size divides it.
+BATCH = 128
+#: Layers that take the same inputs as another one: measured once.
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+#: Rows and their tokens that second moments are taken over: some ten inputs for each of 1,536 channels.
+CALIBRATION_ROWS, CALIBRATION_LENGTH, MIN_ROWS = 32, 512, 8
+
+
+def calibration_rows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The first ``CALIBRATION_ROWS`` full rows of text files, packed and shuffled as for training.
+
+    Raises:
+        InputError: a file that cannot be used, or too little text.
+    """
+    corpus = build_corpus(files, tokenizer, seq_len=CALIBRATION_LENGTH, held_out_rows=0)
+    whole = np.nonzero(corpus.train.lengths == CALIBRATION_LENGTH)[0][:CALIBRATION_ROWS]
+    if len(whole) < MIN_ROWS:
+        raise InputError(
+            f"--calibration: {len(whole)} rows of {CALIBRATION_LENGTH} tokens, {MIN_ROWS} are needed: give more text"
+        )
+    rows: list[list[int]] = corpus.train.tokens[whole].tolist()
+    return rows
+
+
+@torch.no_grad()
+def second_moments(
+    model: PreTrainedModel, balconies: dict[int, Balcony], rows: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """``weight name → mean of x xᵀ`` over the inputs of each linear layer, named as in the traced graphs  # (K, K)
+
+    The first position of a row carries an attention sink whose activations dwarf all others (DESIGN 7): it is left out.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+    handles: list[Any] = []
+
+    def add(name: str, inputs: torch.Tensor) -> None:
+        x = inputs.flatten(0, -2)[1:].float()
+        sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
+        counts[name] = counts.get(name, 0) + len(x)
+
+    def watch(root: nn.Module, prefix: str) -> None:
+        for name, module in root.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith(tuple(_SAME_INPUT)):
+                handles.append(module.register_forward_pre_hook(lambda _, x, n=f"{prefix}{name}.weight": add(n, x[0])))
+
+    states: dict[int, torch.Tensor] = {}
+    arguments: dict[str, Any] = {}
+
+    def enter(exit_layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+            states[exit_layer] = given[0] if given else options["hidden_states"]
+            arguments.update({key: value for key, value in options.items() if key != "hidden_states"})
+
+        return hook
+
+    decoder: Any = model.get_decoder()
+    watch(decoder, "")
+    for exit_layer, balcony in balconies.items():
+        watch(balcony, f"balcony_{exit_layer}.")
+    for exit_layer in {*balconies, len(decoder.layers) - 1}:  # a balcony takes the arguments of the last layer
+        handles.append(decoder.layers[exit_layer].register_forward_pre_hook(enter(exit_layer), with_kwargs=True))
+    try:
+        for row in rows:
+            add("lm_head.weight", decoder(torch.tensor([list(row)]), use_cache=False).last_hidden_state)
+            for exit_layer, balcony in balconies.items():
+                add("lm_head.weight", balcony(states[exit_layer], **arguments))
+    finally:
+        for handle in handles:
+            handle.remove()
+    means = {name: total / counts[name] for name, total in sums.items()}
+    for name in list(means):
+        for follower, leader in _SAME_INPUT.items():
+            if name.endswith(f"{leader}.weight"):
+                means[f"{name.removesuffix(f'{leader}.weight')}{follower}.weight"] = means[name]
+    return means
+
+
+def compensated(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    block_size: int,
+    grid_of: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    levels: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round column by column, each column's error made good by those that are still to come.
+
+    Args:
+        weight: (N, K), float32.
+        moment: of the inputs  # (K, K)
+        block_size: columns that share a grid; K is a multiple of it.
+        grid_of: scale and zero point of a block  # (N, block) -> (N, 1), (N, 1)
+        levels: number of values of the grid.
+
+    Returns:
+        Values 0 .. levels - 1 (N, K); scales and zero points (N, K / block_size).
+    """
+    left = weight.clone()
+    moment = moment.clone()
+    silent = moment.diagonal() == 0
+    moment.diagonal()[silent] = 1.0
+    moment.diagonal().add_(DAMPING * moment.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
+    values = torch.empty_like(weight)
+    scales, zeros = [], []
+    columns = weight.shape[1]
+    for begin in range(0, columns, BATCH):
+        end = min(begin + BATCH, columns)
+        errors = torch.empty(len(weight), end - begin)
+        for column in range(begin, end):
+            if column % block_size == 0:
+                scale, zero = grid_of(left[:, column : column + block_size])
+                scales.append(scale)
+                zeros.append(zero)
+            w = left[:, column : column + 1]
+            q = (torch.round(w / scale) + zero).clamp_(0, levels - 1)
+            values[:, column : column + 1] = q
+            error = (w - (q - zero) * scale) / inverse[column, column]
+            left[:, column:end] -= error * inverse[column, column:end]
+            errors[:, column - begin : column - begin + 1] = error
+        left[:, end:] -= errors @ inverse[begin:end, end:]
+    return values, torch.cat(scales, 1), torch.cat(zeros, 1)

@@ -1,0 +1,371 @@
+"""Weight-only quantization of lowered graphs: ``MatMul`` becomes ONNX Runtime's ``MatMulNBits``.
+
+Owns the grids (blocks along the inputs, 4 or 8 bits, symmetric or with integer zero points), the packing, and the merging
+of products that share their input: q, k and v into the fused attention's packed input, gate and up into one product. A
+weight is quantized once however many graphs use it; the token table shares the LM head's blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import InputError
+from balcony_export.gptq import compensated
+from balcony_export.lower import MICROSOFT
+from balcony_runtime.token_table import unpacked
+
+#: Shares of the full range that a block's scale is tried at, for the least squared error.
+SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights become integers.
+
+    Attributes:
+        bits: of the layers' weights.
+        block_size: inputs that share a scale.
+        symmetric: zero point in the middle of the range; otherwise one integer per block.
+        head_bits: of the LM head and the token table.
+        accuracy_level: 4: activations are rounded to int8 too, the fast one; 1: they stay float32.
+    """
+
+    bits: Literal[4, 8] = 4
+    block_size: Literal[32, 64, 128] = 32
+    symmetric: bool = True
+    head_bits: Literal[4, 8] = 8
+    accuracy_level: Literal[1, 4] = 4
+
+    def __str__(self) -> str:
+        kind = "sym" if self.symmetric else "asym"
+        return f"int{self.bits},block={self.block_size},{kind},head={self.head_bits},level={self.accuracy_level}"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A quantized matrix: ``packed`` (N, blocks, bytes), ``scales`` (N, blocks), ``zeros`` (N, bytes) or None."""
+
+    packed: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.float32]
+    zeros: npt.NDArray[np.uint8] | None
+    bits: int
+    block_size: int
+
+    def dequantized(self, inputs: int) -> npt.NDArray[np.float32]:
+        """The matrix that is stored  # (N, inputs)"""
+        rows, count = self.scales.shape
+        values = unpacked(self.packed, self.bits).reshape(rows, count, -1)
+        middle = np.float32(1 << (self.bits - 1))
+        zeros = middle if self.zeros is None else unpacked(self.zeros, self.bits)[:, :count, None]
+        dense: npt.NDArray[np.float32] = ((values - zeros) * self.scales[..., None]).reshape(rows, -1)[:, :inputs]
+        return dense
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Blocks]) -> Blocks:
+        """Several matrices over the same inputs, one below the other."""
+        if len(parts) == 1:
+            return parts[0]
+        zeros = [part.zeros for part in parts if part.zeros is not None]
+        return cls(
+            np.concatenate([part.packed for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(zeros) if zeros else None,
+            parts[0].bits,
+            parts[0].block_size,
+        )
+
+
+@dataclass
+class Quantizer:
+    """Quantizes by name, each weight once: nearest values, or GPTQ for the weights whose inputs' ``moments`` it is given."""
+
+    scheme: Scheme
+    moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    done: dict[str, Blocks] = field(default_factory=dict)
+
+    def layer(self, name: str, weight: npt.NDArray[np.float32]) -> Blocks:
+        """A layer's weight  # (K, N)"""
+        return self._quantized(name, weight.T, self.scheme.bits)
+
+    def table(self, name: str, weight: npt.NDArray[np.float32]) -> Blocks:
+        """The LM head's weight or the token table  # (V, D)"""
+        return self._quantized(name, weight, self.scheme.head_bits)
+
+    def _quantized(self, name: str, rows: npt.NDArray[np.float32], bits: int) -> Blocks:
+        if name not in self.done:
+            weight = torch.tensor(rows, dtype=torch.float32)  # (N, K)
+            moment = self.moments.get(name)
+            self.done[name] = quantize(weight, bits, self.scheme, moment)
+        return self.done[name]
+
+
+def quantize(weight: torch.Tensor, bits: int, scheme: Scheme, moment: torch.Tensor | None = None) -> Blocks:
+    """Quantize (N, K) in blocks along K: by GPTQ with the inputs' ``moment`` (K, K), to the nearest values without."""
+    size, levels = scheme.block_size, 1 << bits
+    inputs = weight.shape[1]
+    padding = -inputs % size
+    padded = torch.nn.functional.pad(weight, (0, padding))
+
+    def grid(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _grid(block, levels, scheme.symmetric)
+
+    if moment is not None:
+        moment = torch.nn.functional.pad(moment, (0, padding, 0, padding))
+        values, scales, zeros = compensated(padded, moment, size, grid, levels)
+    else:
+        blocks = padded.reshape(-1, size)
+        scale, zero = grid(blocks)
+        values = (torch.round(blocks / scale) + zero).clamp_(0, levels - 1).reshape(padded.shape)
+        scales, zeros = (part.reshape(len(weight), -1) for part in (scale, zero))
+    packed = _packed(values.to(torch.uint8).numpy(), bits).reshape(len(weight), padded.shape[1] // size, -1)
+    return Blocks(
+        packed,
+        scales.numpy().astype(np.float32),
+        None if scheme.symmetric else _packed(zeros.to(torch.uint8).numpy(), bits),
+        bits,
+        size,
+    )
+
+
+def _grid(block: torch.Tensor, levels: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of least squared error for each row of values  # (R, size) -> (R, 1), (R, 1)"""
+    middle = levels // 2
+    low, high = block.amin(1, keepdim=True), block.amax(1, keepdim=True)
+    if symmetric:
+        # the value of largest size sits at the end of the range that has one step more; its sign chooses the end
+        largest = torch.where(high.abs() > low.abs(), high, low)
+        full, zero = largest / -middle, torch.full_like(largest, middle)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        full = (high - low) / (levels - 1)
+    full = torch.where(full == 0, torch.ones_like(full), full)
+    best = torch.full_like(full, torch.inf)
+    scale_best, zero_best = full, torch.full_like(full, middle)
+    for shrink in SHRINKS:
+        scale = full * shrink
+        if not symmetric:
+            zero = torch.round(-low / scale).clamp_(0, levels - 1)
+        rounded = (torch.round(block / scale) + zero).clamp_(0, levels - 1)
+        error = ((rounded - zero) * scale - block).square().sum(1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale_best, zero_best = torch.where(better, scale, scale_best), torch.where(better, zero, zero_best)
+    return scale_best, zero_best
+
+
+def _packed(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Rows of integers as bytes, low bits first; 4-bit rows are padded to whole bytes."""
+    if bits == 8:
+        return values
+    low, high = values[:, 0::2], values[:, 1::2]
+    packed: npt.NDArray[np.uint8] = low.copy()
+    packed[:, : high.shape[1]] |= high << 4
+    return packed
+
+
+def stored_weights(bundle: Bundle) -> dict[str, npt.NDArray[np.float32]]:
+    """What a quantized bundle holds in the place of each weight, by its name in the traced graphs  # (N, K)
+
+    The names of products that were merged are joined by ``+``: their rows lie one below the other.
+    """
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for spec in bundle.manifest.cpu.values():
+        model = ir.load(bundle.file(spec.file))
+        for node in model.graph:
+            if node.op_type != "MatMulNBits":
+                continue
+            arrays = [None if v is None else v.const_value.numpy() for v in node.inputs[1:4]]  # type: ignore[union-attr]
+            packed, scales, zeros = (*arrays, None)[:3]
+            attributes = {key: node.attributes[key].as_int() for key in ("K", "bits", "block_size")}
+            blocks = Blocks(packed, scales, zeros, attributes["bits"], attributes["block_size"])  # type: ignore[arg-type]
+            weight = node.inputs[1]
+            assert weight is not None
+            found[str(weight.name).removesuffix(".blocks")] = blocks.dequantized(attributes["K"])
+    return found
+
+
+def quantize_graph(model: ir.Model, quantizer: Quantizer) -> None:
+    """Replace every product with a weight in a lowered graph.
+
+    Precondition: weights are named as :func:`.passes.name_weights` does. Postcondition: no ``MatMul`` or ``Gemm`` with a
+    weight is left; products of one input are one ``MatMulNBits`` where what follows allows it.
+    """
+    by_input: dict[ir.Value, list[ir.Node]] = {}
+    for node in model.graph:
+        if node.op_type == "MatMul" and (weight := node.inputs[1]) is not None and weight.const_value is not None:
+            source = node.inputs[0]
+            assert source is not None
+            by_input.setdefault(source, []).append(node)
+        elif node.op_type == "Gemm":
+            _quantize_head(model, node, quantizer)
+    for nodes in by_input.values():
+        biases = [_bias_of(node) for node in nodes]
+        attention = _attention_of([add or node for node, add in zip(nodes, biases, strict=True)])
+        merged = _product(model, nodes, biases, quantizer)
+        outputs = [(add or node).outputs[0] for node, add in zip(nodes, biases, strict=True)]
+        if len(nodes) == 1:
+            ir.convenience.replace_all_uses_with(outputs[0], merged, replace_graph_outputs=True)
+        elif attention is not None:
+            attention.replace_input_with(0, merged)
+            attention.replace_input_with(1, None)
+            attention.replace_input_with(2, None)
+        else:
+            _split(model, merged, outputs, [_width(node) for node in nodes])
+        model.graph.remove([node for pair in zip(nodes, biases, strict=True) for node in pair[::-1] if node], safe=True)
+    _silu(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _product(
+    model: ir.Model, nodes: Sequence[ir.Node], biases: Sequence[ir.Node | None], quantizer: Quantizer
+) -> ir.Value:
+    weights = [node.inputs[1] for node in nodes]
+    names = [str(weight.name) for weight in weights if weight is not None]
+    arrays = [weight.const_value.numpy() for weight in weights if weight is not None and weight.const_value is not None]
+    blocks = Blocks.stacked([quantizer.layer(name, array) for name, array in zip(names, arrays, strict=True)])
+    name = "+".join(names)
+    bias = None
+    if any(biases):
+        assert all(biases), "q, k and v have biases together or not at all"
+        found = [_constant_input(add) for add in biases if add is not None]
+        bias = _initializer(model, f"{name}.bias", np.concatenate([value.const_value.numpy() for value in found]))  # type: ignore[union-attr]
+    source = nodes[0].inputs[0]
+    assert source is not None and source.shape is not None
+    node = _matmul_nbits(model, source, name, blocks, arrays[0].shape[0], quantizer.scheme.accuracy_level, bias)
+    model.graph.insert_before(nodes[0], node)
+    node.outputs[0].type = source.type
+    node.outputs[0].shape = ir.Shape([*source.shape[:-1], len(blocks.packed)])
+    return node.outputs[0]
+
+
+def _matmul_nbits(
+    model: ir.Model, source: ir.Value, name: str, blocks: Blocks, inputs: int, level: int, bias: ir.Value | None
+) -> ir.Node:
+    operands: list[ir.Value | None] = [
+        source,
+        _initializer(model, f"{name}.blocks", blocks.packed),
+        _initializer(model, f"{name}.scales", blocks.scales),
+        None if blocks.zeros is None else _initializer(model, f"{name}.zeros", blocks.zeros),
+    ]
+    operands += [None, bias] if bias is not None else []
+    attributes = {
+        "K": inputs,
+        "N": len(blocks.packed),
+        "bits": blocks.bits,
+        "block_size": blocks.block_size,
+        "accuracy_level": level,
+    }
+    return ir.Node(MICROSOFT, "MatMulNBits", operands, ir.convenience.convert_attributes(attributes))
+
+
+def _quantize_head(model: ir.Model, node: ir.Node, quantizer: Quantizer) -> None:
+    source, table = node.inputs[0], node.inputs[1]
+    assert source is not None and table is not None and table.const_value is not None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    array = table.const_value.numpy()
+    blocks = quantizer.table("lm_head.weight", array)
+    level = quantizer.scheme.accuracy_level
+    new = _matmul_nbits(model, source, "lm_head.weight", blocks, array.shape[1], level, bias)
+    model.graph.insert_before(node, new)
+    ir.convenience.replace_all_uses_with(node.outputs[0], new.outputs[0])
+    model.graph.remove(node, safe=True)
+    model.graph.opset_imports[MICROSOFT] = 1
+
+
+def _attention_of(nodes: Sequence[ir.Node]) -> ir.Node | None:
+    """The fused attention that takes exactly these products as query, key and value."""
+    if len(nodes) != 3:
+        return None
+    (attention, *others) = {use.node for node in nodes for use in node.outputs[0].uses()}
+    if others or attention.op_type != "GroupQueryAttention":
+        return None
+    return attention if list(attention.inputs[:3]) == [node.outputs[0] for node in nodes] else None
+
+
+def _bias_of(node: ir.Node) -> ir.Node | None:
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or _constant_input(uses[0].node) is None:
+        return None
+    return uses[0].node
+
+
+def _constant_input(node: ir.Node) -> ir.Value | None:
+    return next((value for value in node.inputs if value is not None and value.const_value is not None), None)
+
+
+def _width(node: ir.Node) -> int:
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    return int(weight.const_value.shape[1])  # type: ignore[arg-type]
+
+
+def _split(model: ir.Model, merged: ir.Value, outputs: Sequence[ir.Value], widths: Sequence[int]) -> None:
+    producer = merged.producer()
+    assert producer is not None
+    sizes = _initializer(model, f"{merged.name}_widths", np.array(widths, np.int64))
+    parts = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in outputs]
+    model.graph.insert_after(producer, ir.Node("", "Split", [merged, sizes], [ir.AttrInt64("axis", -1)], outputs=parts))
+    for old, new in zip(outputs, parts, strict=True):
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _silu(model: ir.Model) -> None:
+    """``x · sigmoid(x)`` as one operator."""
+    for node in list(model.graph):
+        if node.op_type != "Sigmoid":
+            continue
+        source = node.inputs[0]
+        uses = list(node.outputs[0].uses())
+        if source is None or len(uses) != 1 or uses[0].node.op_type != "Mul" or source not in uses[0].node.inputs:
+            continue
+        product = uses[0].node
+        output = product.outputs[0]
+        new = ir.Value(name=output.name, type=output.type, shape=output.shape)
+        fused = ir.Node(MICROSOFT, "QuickGelu", [source], [ir.AttrFloat32("alpha", 1.0)], outputs=[new])
+        model.graph.insert_before(product, fused)
+        ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
+        model.graph.remove([product, node], safe=True)
+
+
+def _initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    if name not in model.graph.initializers:
+        model.graph.register_initializer(value)
+    return model.graph.initializers[name]
+
+
+def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:
+    """``fp32``, ``fp16``, or a scheme: ``int4`` or ``int8`` and what differs from the default, by commas.
+
+    Raises:
+        InputError: something else.
+    """
+    if text in ("fp32", "fp16"):
+        return "float32" if text == "fp32" else "float16"
+    first, *rest = text.split(",")
+    allowed = "fp32, fp16, or int4 or int8 and any of block=32|64|128, sym, asym, head=4|8, level=1|4, by commas"
+    if first not in ("int4", "int8"):
+        raise InputError(f"--precision {text}: '{first}' is not known: give {allowed}")
+    flags: dict[str, dict[str, Any]] = {
+        "sym": {"symmetric": True},
+        "asym": {"symmetric": False},
+        **{f"block={size}": {"block_size": size} for size in (32, 64, 128)},
+        **{f"head={bits}": {"head_bits": bits} for bits in (4, 8)},
+        **{f"level={level}": {"accuracy_level": level} for level in (1, 4)},
+    }
+    chosen: dict[str, Any] = {"bits": int(first.removeprefix("int"))}
+    for part in rest:
+        if part not in flags:
+            raise InputError(f"--precision {text}: '{part}' is not known: give {allowed}")
+        chosen |= flags[part]
+    return Scheme(**chosen)

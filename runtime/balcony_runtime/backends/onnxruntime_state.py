@@ -1,0 +1,309 @@
+"""One sequence's memory for ONNX Runtime: row buffers, KV caches, and the bindings of graphs to them.
+
+Owns the arrays and how they are bound. Standard ``Attention`` pays for the whole key length that it is given, so its
+caches are bound as prefixes of bucketed length; the lowered set's ``GroupQueryAttention`` reads live rows only, so its
+caches are bound whole, once. Sessions and weights are :mod:`.onnxruntime`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from balcony_edge.bundle import GraphSpec
+from balcony_edge.errors import BundleError
+from balcony_runtime.backends.base import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+#: KV capacity is bound in steps of so many rows: what ``Attention`` pays for is at most this much more than what is live.
+BUCKET = 128
+
+
+class _Cache(ABC):
+    """KV tensors of one graph, or of a balcony's two graphs."""
+
+    def __init__(self, graph: GraphSpec, dtype: np.dtype[Any], batch_size: int, max_length: int) -> None:
+        pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_")]
+        self.names = [tensor.name for tensor in pasts]
+        self.batch_size = batch_size
+        self.sizes = [dim for dim in pasts[0].shape if isinstance(dim, int)]
+        self.width = math.prod(self.sizes)
+        self.max_capacity = -(-max_length // BUCKET) * BUCKET
+        self.rows = 0  # reserved
+        # zeros that the system hands out as they are touched
+        self.flat = [np.zeros(batch_size * self.max_capacity * self.width, dtype) for _ in self.names]
+        self.values: list[Any] = []
+
+    @abstractmethod
+    def reserve(self, rows: int) -> bool:
+        """Make room for ``rows`` rows; True when that changed what is bound."""
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Rows for which the present bindings are good."""
+
+    def bind(self, binding: Any, member: int | None = None) -> None:
+        """Bind the tensors of all members of a batch, or of one."""
+        for name, value in zip(self.names, self.values if member is None else self.of_member(member), strict=True):
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_", "present_", 1), value)
+
+    def of_member(self, member: int) -> list[Any]:
+        """The tensors of one member of the batch."""
+        raise NotImplementedError  # only caches that are bound whole are asked
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.flat) * self.batch_size * self.rows * self.width * self.flat[0].itemsize
+
+
+class _PrefixCache(_Cache):
+    """(B, S, F): for one sequence growing binds a longer prefix and moves nothing; a batch's members move apart."""
+
+    @property
+    def capacity(self) -> int:
+        return self.rows
+
+    def reserve(self, rows: int) -> bool:
+        if rows <= self.rows:
+            return False
+        capacity = min(-(-rows // BUCKET) * BUCKET, self.max_capacity)
+        self.values = []
+        for flat in self.flat:
+            new, old = self._view(flat, capacity), self._view(flat, self.rows)
+            for member in range(self.batch_size - 1, 0, -1):
+                new[member, : self.rows] = old[member].copy()
+                new[member, self.rows :] = 0
+            self.values.append(_value(new))
+        self.rows = capacity
+        return True
+
+    def _view(self, flat: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
+        return flat[: self.batch_size * capacity * self.width].reshape(self.batch_size, capacity, self.width)
+
+
+class _WholeCache(_Cache):
+    """(B, H, S, d): bound whole, once; pages that no row has reached take no memory."""
+
+    @property
+    def capacity(self) -> int:
+        return self.max_capacity
+
+    def reserve(self, rows: int) -> bool:
+        self.rows = max(self.rows, rows)
+        if self.values:
+            return False
+        self.values = [_value(self._tensor(flat)) for flat in self.flat]
+        return True
+
+    def of_member(self, member: int) -> list[Any]:
+        return [_value(self._tensor(flat)[member : member + 1]) for flat in self.flat]
+
+    def _tensor(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        heads, head_dim = self.sizes
+        return flat.reshape(self.batch_size, heads, self.max_capacity, head_dim)
+
+
+class OnnxRuntimeState:
+    """One sequence's rows and caches in main memory; implements :class:`balcony_runtime.backends.base.State`.
+
+    Passes of one row run over bindings made once: the output array of stage i is the input array of stage i + 1 and of the
+    balcony between them. A decode step is a list of such bindings, run one after the other: Python's caches are cold after
+    every pass that swept the weights, so what it does in between is kept to a few calls. Passes of more rows bind arrays of
+    their own.
+    """
+
+    def __init__(self, backend: OnnxRuntimeBackend, batch_size: int, max_length: int) -> None:
+        manifest = backend.manifest
+        self._backend, self._batch, self._manifest = backend, batch_size, manifest
+        self._specs = manifest.runnable
+        self.busy_ns = 0
+        dim, dtype = manifest.model.hidden_size, backend.dtype
+        layers = manifest.exit_layers
+        self._layers = (0, *layers)  # of each boundary
+        boundaries = len(self._layers)
+        self._rows = np.zeros((boundaries, batch_size, max_length, dim), dtype)
+        self._row = np.zeros((boundaries, batch_size, 1, dim), dtype)  # the one row of a bound pass, at each boundary
+        self._row_values = [_value(row) for row in self._row]
+        self._hidden = _value(np.zeros((batch_size, 1, dim), dtype))
+        self._logits = np.zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
+        # where a pass stands, as its graph wants to be told
+        self._start, self._last = np.zeros(batch_size, np.int64), np.zeros(batch_size, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._where = {"start": _value(self._start), "last": _value(self._last), "total": _value(self._total)}
+        make = _WholeCache if manifest.cpu else _PrefixCache
+        self._caches: dict[str, _Cache] = {}
+        for name in [f"stage_{i}" for i in range(len(layers))] + [manifest.exit_graph(e) for e in layers[:-1]]:
+            self._caches[name] = make(self._specs[name], dtype, batch_size, max_length)
+            if f"{name}_keys" in self._specs:
+                self._caches[f"{name}_keys"] = self._caches[name]
+        self._bound: dict[str, Any] = {}  # graph → binding of its one-row pass
+        self._programs: dict[int, tuple[int, list[tuple[Any, Any]]]] = {}  # exit → rows it is good for, what to run
+        self._queries: npt.NDArray[Any] | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of row buffers and of KV caches, as far as rows have been reserved."""
+        caches = {id(cache): cache.nbytes for cache in self._caches.values()}
+        return self._rows.nbytes + sum(caches.values())
+
+    def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
+        """One row through all graphs on the way to an exit."""
+        good_for, program = self._programs.get(exit_index, (0, []))
+        if row >= good_for:
+            good_for, program = self._programs[exit_index] = self._program(exit_index, row)
+        self._row[0, :, 0] = self._backend.embedded(ids)
+        self._stand_at(row, row + 1)
+        for run, binding in program:
+            begin = time.perf_counter_ns()
+            run(binding)
+            self.busy_ns += time.perf_counter_ns() - begin
+        used = exit_index + 2
+        self._rows[:used, :, row] = self._row[:used, :, 0]
+        return self._logits[:, 0]
+
+    def embed(self, tokens: IntArray, start: int) -> None:
+        """Write token embeddings to boundary 0."""
+        self._rows[0, :, start : start + tokens.shape[1]] = self._backend.embedded(tokens)  # (B, n, D)
+
+    def run_stage(self, stage: int, start: int, stop: int) -> None:
+        """Take rows of boundary ``stage`` to boundary ``stage + 1``."""
+        name = f"stage_{stage}"
+        self._reserve(name, stop)
+        self._stand_at(start, stop)
+        if stop - start == 1:
+            self._row[stage, :, 0] = self._rows[stage, :, start]
+            self._run(name, self._one_row(name))
+            self._rows[stage + 1, :, start] = self._row[stage + 1, :, 0]
+            return
+        rows = np.ascontiguousarray(self._rows[stage, :, start:stop])
+        out = np.empty_like(rows)
+        outputs = {f"hidden_{self._layers[stage + 1]}": out, "normed": np.empty_like(rows)}
+        self._run_rows(name, {f"hidden_{self._layers[stage]}": rows}, outputs)
+        self._rows[stage + 1, :, start:stop] = out
+
+    def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
+        """Run the balcony or the norm of an exit over rows of its boundary."""
+        name, boundary = self._manifest.exit_graph(self._layers[exit_index + 1]), exit_index + 1
+        full, keys = name not in self._caches, f"{name}_keys"
+        self._reserve(name, stop)
+        if keys in self._specs:  # the balcony asks with every row that it gets
+            asked = stop - num_queries
+            if start < asked:
+                self._stand_at(start, asked)
+                rows = np.ascontiguousarray(self._rows[boundary, :, start:asked])
+                self._run_rows(keys, {"rows": rows}, {})
+            start = asked
+        elif full:
+            start = stop - num_queries
+        num_queries = max(num_queries, 1) if keys not in self._specs else num_queries
+        if start == stop:
+            return
+        self._stand_at(start, stop)
+        if stop - start == 1:
+            self._row[boundary, :, 0] = self._rows[boundary, :, start]
+            self._run(name, self._one_row(name))
+            self._queries = None
+            return
+        rows = np.ascontiguousarray(self._rows[boundary, :, start:stop])
+        queries = np.ascontiguousarray(rows[:, rows.shape[1] - num_queries :])
+        out = np.empty_like(queries)
+        inputs = {"hidden": queries} if full else {"rows": rows, "queries": queries}
+        self._run_rows(name, inputs, {"normed" if full else "hidden": out})
+        self._queries = out
+
+    def logits(self, num_queries: int) -> FloatArray:
+        """Run the head over what :meth:`run_exit` left."""
+        if self._queries is None:
+            self._run("lm_head", self._one_row("lm_head"))
+            return self._logits.copy()
+        logits = np.empty((self._batch, num_queries, self._logits.shape[2]), np.float32)
+        self._run_rows("lm_head", {"hidden": self._queries}, {"logits": logits})
+        return logits
+
+    def _stand_at(self, start: int, stop: int) -> None:
+        """Tell the graphs which rows the next pass takes."""
+        self._start.fill(start)
+        self._last.fill(stop - 1)
+        self._total.fill(stop)
+
+    def _program(self, exit_index: int, row: int) -> tuple[int, list[tuple[Any, Any]]]:
+        """``(rows that it is good for, (run, binding) of each graph)`` of the decode step at an exit."""
+        names = self._manifest.path_graphs(self._layers[exit_index + 1])
+        for name in names:
+            self._reserve(name, row + 1)
+        good_for = min(self._caches[name].capacity for name in names if name in self._caches)
+        return good_for, [(self._backend.sessions[name].run_with_iobinding, self._one_row(name)) for name in names]
+
+    def _reserve(self, name: str, rows: int) -> None:
+        """Make room in a graph's cache; where that moves its bindings, those that were made are dropped."""
+        if name in self._caches and self._caches[name].reserve(rows):
+            self._bound.pop(name, None)
+            self._programs.clear()
+
+    def _one_row(self, name: str) -> Any:
+        """The binding of a graph's one-row pass."""
+        if name not in self._bound:
+            if name.startswith("stage_"):
+                stage = int(name.removeprefix("stage_"))
+                inputs = {f"hidden_{self._layers[stage]}": self._row_values[stage]}
+                outputs = {f"hidden_{self._layers[stage + 1]}": self._row_values[stage + 1], "normed": self._hidden}
+            elif name == "lm_head":
+                inputs, outputs = {"hidden": self._hidden}, {"logits": _value(self._logits)}
+            elif name == "norm":
+                inputs, outputs = {"hidden": self._row_values[-1]}, {"normed": self._hidden}
+            else:
+                row = self._row_values[self._layers.index(int(name.removeprefix("balcony_")))]
+                inputs, outputs = {"rows": row, "queries": row}, {"hidden": self._hidden}
+            self._bound[name] = self._bind(name, inputs, outputs)
+        return self._bound[name]
+
+    def _run_rows(self, name: str, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]) -> None:
+        """One pass over arrays that are bound for it alone, each (B, rows, width)."""
+        fused = any(tensor.name == "last" for tensor in self._specs[name].inputs)
+        if not fused or self._batch == 1 or int(self._total) == next(iter(inputs.values())).shape[1]:
+            values, results = ({key: _value(array) for key, array in part.items()} for part in (inputs, outputs))
+            self._run(name, self._bind(name, values, results))
+            return
+        # GroupQueryAttention takes several new rows behind others for one sequence at a time only
+        for member in range(self._batch):
+            one = slice(member, member + 1)
+            values, results = ({key: _value(array[one]) for key, array in part.items()} for part in (inputs, outputs))
+            self._run(name, self._bind(name, {**values, "last": _value(self._last[one])}, results, member))
+
+    def _bind(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any], member: int | None = None) -> Any:
+        """Bind what the graph has of ``inputs``, ``outputs`` and of where the pass stands, and its cache."""
+        spec, binding = self._specs[name], self._backend.sessions[name].io_binding()
+        for tensor in spec.inputs:
+            if (value := inputs.get(tensor.name) or self._where.get(tensor.name)) is not None:
+                binding.bind_ortvalue_input(tensor.name, value)
+        for tensor in spec.outputs:
+            if tensor.name in outputs:
+                binding.bind_ortvalue_output(tensor.name, outputs[tensor.name])
+        if name in self._caches:
+            self._caches[name].bind(binding, member)
+        return binding
+
+    def _run(self, name: str, binding: Any) -> None:
+        begin = time.perf_counter_ns()
+        try:
+            self._backend.sessions[name].run_with_iobinding(binding)
+        except RuntimeError as error:  # the tables fit, so it is inside the graph, or memory ran out
+            line = (str(error).strip().splitlines() or ["no message"])[0][:200]
+            raise BundleError(
+                f"{self._specs[name].file}: ONNX Runtime failed while running it ({line}): free memory, or export again"
+            ) from error
+        self.busy_ns += time.perf_counter_ns() - begin
+
+
+def _value(array: npt.NDArray[Any]) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(array)  # wraps the array on the CPU, no copy

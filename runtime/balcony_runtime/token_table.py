@@ -1,0 +1,63 @@
+"""The token table: rows of the embedding, read from the bundle's weights where they lie.
+
+Owns how a row is found and made a float again. The file is mapped, not read: a tied table is the LM head's weight, and
+only the rows of tokens that occur are ever touched here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from balcony_edge.bundle import Bundle
+
+
+class TokenTable:
+    """Rows of the token table, scaled as the model does. Layout: :class:`balcony_edge.bundle.EmbeddingSpec`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        spec = bundle.manifest.embedding
+        path = bundle.file(spec.file)
+
+        def mapped(offset: int, dtype: Any, width: int) -> npt.NDArray[Any]:
+            # as a plain array: indexing a memmap object costs 10 µs more
+            return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=(spec.shape[0], width)))
+
+        self.dtype: np.dtype[Any] = np.dtype(spec.dtype)
+        self._scale = self.dtype.type(spec.scale)
+        self._width, self._blocks = spec.shape[1], spec.blocks
+        if spec.blocks is None:
+            self._table = mapped(spec.offset, self.dtype, self._width)
+            return
+        bits, size = spec.blocks.bits, spec.blocks.block_size
+        count = -(-self._width // size)
+        self._table = mapped(spec.offset, np.uint8, count * size * bits // 8)
+        self._scales = mapped(spec.blocks.scales_offset, np.float32, count)
+        zeros = spec.blocks.zero_points_offset
+        self._zeros = None if zeros is None else mapped(zeros, np.uint8, -(-count * bits // 8))
+
+    def __getitem__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Rows of any shape of tokens, one axis of D more."""
+        rows = self._table[tokens] if self._blocks is None else self._dequantized(tokens)
+        return rows if self._scale == 1 else rows * self._scale
+
+    def _dequantized(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        assert self._blocks is not None
+        bits, scales = self._blocks.bits, self._scales[tokens]  # (..., blocks)
+        values = unpacked(self._table[tokens], bits).reshape(*scales.shape, self._blocks.block_size)
+        if self._zeros is None:
+            zeros: Any = np.float32(1 << (bits - 1))
+        else:
+            zeros = unpacked(self._zeros[tokens], bits)[..., : scales.shape[-1], None]
+        rows: npt.NDArray[np.float32] = (values - zeros) * scales[..., None]
+        return rows.reshape(*tokens.shape, -1)[..., : self._width]
+
+
+def unpacked(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.float32]:
+    """Values of the last axis, low bits first, as float32."""
+    if bits == 8:
+        return packed.astype(np.float32)
+    halves = np.stack((packed & 15, packed >> 4), axis=-1)
+    return halves.reshape(*packed.shape[:-1], -1).astype(np.float32)
