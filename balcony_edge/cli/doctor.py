@@ -1,0 +1,150 @@
+"""``balcony-edge doctor``: what this device is, which engines it has, and what each sensor says or why it is silent."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from balcony_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from balcony_runtime.sensors import SourceHealth
+
+#: Seconds before the look: watts by an energy counter and CPU shares need two samples, which come every 0.2 s.
+LOOK_S = 0.6
+
+
+def doctor(
+    sysfs: Annotated[
+        Path, typer.Option(help="Root of the sysfs tree to read, such as one copied from a device.")
+    ] = Path("/sys"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show this device, its engines, and every sensor: its value, or why it is missing and what to do about it."""
+    from balcony_edge.device import this_device
+    from balcony_runtime.sensors import Sensors, device_sources
+
+    if not sysfs.is_dir():
+        raise InputError(f"--sysfs {sysfs}: is no directory: give the root of a sysfs tree, such as /sys")
+    with Sensors(device_sources(sysfs)) as sensors:
+        time.sleep(LOOK_S)
+        readings, health = sensors.latest(), sensors.health()
+    device = {
+        **this_device().model_dump(mode="json"),
+        "python": platform.python_version(),
+        "container": any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv")),  # Docker, Podman
+    }
+    engines = engine_facts()
+    values = [reading.to_dict() for reading in readings]
+    if as_json:
+        sensor_facts = {"readings": values, "sources": [asdict(source) for source in health]}
+        print(json.dumps({"device": device, "engines": engines, "sensors": sensor_facts}))  # noqa: T201 - for programs
+        return
+    _show(device, engines, values, health)
+
+
+def engine_facts() -> list[dict[str, Any]]:
+    """Each engine: package and version (None where missing), what it offers, and whether bundles run on it."""
+    return [_onnxruntime(), _tensorrt("tensorrt"), _tensorrt("tensorrt_rtx")]
+
+
+def _onnxruntime() -> dict[str, Any]:
+    from importlib.metadata import distributions
+
+    found = {name: dist.version for name in ("onnxruntime", "onnxruntime-gpu") for dist in distributions(name=name)}
+    facts: dict[str, Any] = {"engine": "onnxruntime", "packages": found, "providers": [], "used": None}
+    if len(found) > 1:
+        return {**facts, "note": "both packages overwrite each other: pip uninstall both, then install one"}
+    try:
+        import onnxruntime
+    except ImportError as error:
+        why = f"cannot be imported ({error})" if found else "not installed"
+        return {**facts, "note": f"{why}: pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"}
+    providers = onnxruntime.get_available_providers()
+    note = "bundles run on CPUExecutionProvider; no other is used yet"
+    return {**facts, "providers": providers, "used": "CPUExecutionProvider", "note": note}
+
+
+def _tensorrt(module: str) -> dict[str, Any]:
+    from importlib.metadata import packages_distributions, version
+    from importlib.util import find_spec
+
+    facts: dict[str, Any] = {"engine": module, "packages": {}, "providers": [], "used": None}
+    if find_spec(module) is None:
+        return {**facts, "note": "not installed"}
+    packages = {name: version(name) for name in packages_distributions().get(module, ())}
+    return {**facts, "packages": packages, "note": "no backend uses it yet"}
+
+
+def _show(
+    device: dict[str, Any],
+    engines: list[dict[str, Any]],
+    readings: list[dict[str, Any]],
+    health: tuple[SourceHealth, ...],
+) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+
+    board = f"[bold]{escape(device['board'])}[/]: " if device["board"] else ""
+    memory = f", {device['memory_bytes'] / 1e9:.1f} GB of memory" if device["memory_bytes"] else ""
+    stdout.print(f"{board}{device['cpus']} × {escape(device['cpu'])}{memory}")
+    for index, gpu in enumerate(device["gpus"]):
+        stdout.print(f"GPU {index}: {escape(gpu['name'])}, driver {escape(gpu['driver'])}")
+    mode = f", power mode {escape(device['power_mode'])}" if device["power_mode"] else ""
+    inside = ", in a container" if device["container"] else ""
+    stdout.print(f"{escape(device['system'])} {device['architecture']}{inside}{mode}, Python {device['python']}")
+    table = Table("engine", "packages", "providers", "note")
+    for engine in engines:
+        packages = ", ".join(f"{name} {version}" for name, version in engine["packages"].items())
+        marked = (f"[green]{p}[/]" if p == engine["used"] else p for p in engine["providers"])
+        table.add_row(
+            engine["engine"], escape(packages) or "[yellow]none[/]", "\n".join(marked), escape(engine["note"])
+        )
+    stdout.print(table)
+    table = Table("sensor", "about", "now")
+    for values in readings:
+        table.add_row(escape(values["source"]), values["scope"], describe(values))
+    stdout.print(table)
+    table = Table("missing", "why", "what to do")
+    for source in health:
+        if source.state in ("hung", "starting"):
+            table.add_row(source.source, "[red]it does not answer[/]", "look at dmesg for errors of its driver or bus")
+        for missing in source.absences:
+            table.add_row(escape(missing.part), escape(missing.reason), escape(missing.cure))
+        if source.dropped:
+            why = f"{source.dropped} values that cannot be were dropped, the last: {source.last_dropped}"
+            table.add_row(source.source, escape(why), "")
+    if table.row_count:
+        stdout.print(table)
+
+
+def describe(values: dict[str, Any]) -> str:
+    """A reading's values for people."""
+    parts = []
+    if "watts" in values:
+        parts.append(f"{values['watts']:.1f} W")
+    elif "joules" in values:
+        parts.append(f"{values['joules']:.0f} J")
+    if "celsius" in values:
+        parts.append(f"{values['celsius']:.1f} °C")
+    if "utilization" in values:
+        own = f" ({values['own_utilization']:.0%} this process)" if "own_utilization" in values else ""
+        parts.append(f"{values['utilization']:.0%} busy{own}")
+    if "charge" in values:
+        parts.append(f"{values['charge']:.0%} charged")
+    if "charging" in values:
+        parts.append("on external power" if values["charging"] else "discharging")
+    if "memory_bytes" in values:
+        total = f" of {values['memory_total_bytes'] / 1e9:.1f}" if "memory_total_bytes" in values else ""
+        parts.append(f"{values['memory_bytes'] / 1e9:.2f}{total} GB")
+    if "throttled" in values:
+        parts.append("throttled" if values["throttled"] else "not throttled")
+    return ", ".join(parts)

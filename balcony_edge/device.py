@@ -1,0 +1,148 @@
+"""What a device is, as far as it decides what a token costs there: the fingerprint that a profile carries.
+
+Owns reading it (procfs, sysfs, NVML) and saying how two differ. It measures nothing; what changes by the minute (clock,
+load, heat) is no part of it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Gpu(BaseModel):
+    """A GPU as its driver names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    driver: str
+    memory_bytes: int = Field(ge=0)
+
+
+class Device(BaseModel):
+    """A device's identity. None: the system does not say.
+
+    Attributes:
+        board: product name of a board or machine (Jetson Orin Nano, a laptop's model).
+        cpu: model name of the CPU.
+        cpus: CPUs that the process may run on.
+        architecture: as ``platform.machine()`` names it.
+        memory_bytes: main memory that there is.
+        gpus: NVIDIA GPUs.
+        power_mode: Jetson's nvpmodel mode, or the platform profile of a laptop.
+        system: operating system and kernel.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    board: str | None
+    cpu: str
+    cpus: int = Field(ge=1)
+    architecture: str
+    memory_bytes: int | None
+    gpus: tuple[Gpu, ...] = ()
+    power_mode: str | None = None
+    system: str
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        parts = [f"{self.cpus} × {self.cpu}", *(gpu.name for gpu in self.gpus)]
+        return f"{self.board}: {', '.join(parts)}" if self.board else ", ".join(parts)
+
+    def differences(self, other: Device) -> tuple[str, ...]:
+        """What makes a profile of this device doubtful on ``other``, one phrase each: ``cpus: 2 there, 4 here``.
+
+        The kernel may differ, and memory by a gigabyte: firmware and kernels reserve differently.
+        """
+        found = [
+            f"{key}: {_shown(mine)} there, {_shown(theirs)} here"
+            for key in ("board", "cpu", "cpus", "architecture", "power_mode")
+            if (mine := getattr(self, key)) != (theirs := getattr(other, key))
+        ]
+        if abs((self.memory_bytes or 0) - (other.memory_bytes or 0)) > 2**30:
+            found.append(f"memory: {_gigabytes(self.memory_bytes)} there, {_gigabytes(other.memory_bytes)} here")
+        if self.gpus != other.gpus:
+            names = [
+                ", ".join(f"{gpu.name} (driver {gpu.driver})" for gpu in it.gpus) or "none" for it in (self, other)
+            ]
+            found.append(f"GPUs: {names[0]} there, {names[1]} here")
+        return tuple(found)
+
+
+def this_device(root: Path = Path("/")) -> Device:
+    """The device that this process runs on.
+
+    Args:
+        root: where ``proc``, ``sys`` and ``var`` are looked for.
+    """
+    return Device(
+        board=_text(root / "proc/device-tree/model") or _text(root / "sys/class/dmi/id/product_name"),
+        cpu=_cpu_name(_text(root / "proc/cpuinfo") or ""),
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        architecture=platform.machine(),
+        memory_bytes=_memory_bytes(_text(root / "proc/meminfo") or ""),
+        gpus=_nvidia_gpus(),
+        power_mode=_text(root / "var/lib/nvpmodel/status") or _text(root / "sys/firmware/acpi/platform_profile"),
+        system=f"{platform.system()} {platform.release()}",
+    )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t") or None
+    except OSError:
+        return None
+
+
+def _cpu_name(cpuinfo: str) -> str:
+    """x86 has a model name; Arm has numbers, which :mod:`platform` may know better."""
+    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    if found is not None:
+        return " ".join(found.group(1).split())
+    part = re.search(r"^CPU part\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return f"Arm CPU part {part.group(1)}" if part is not None else platform.processor() or platform.machine()
+
+
+def _memory_bytes(meminfo: str) -> int | None:
+    found = re.search(r"^MemTotal:\s*(\d+) kB$", meminfo, re.MULTILINE)
+    return None if found is None else int(found.group(1)) * 1024
+
+
+def _nvidia_gpus() -> tuple[Gpu, ...]:
+    try:
+        import pynvml  # noqa: PLC0415 - a device without an NVIDIA driver does not need it
+    except ImportError:
+        return ()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(
+            Gpu(
+                name=str(pynvml.nvmlDeviceGetName(handle)),
+                driver=driver,
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            )
+            for handle in handles
+        )
+    except pynvml.NVMLError:  # Orin's NVML answers some of these and refuses others
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def _gigabytes(value: int | None) -> str:
+    return "unknown" if value is None else f"{value / 1e9:.1f} GB"

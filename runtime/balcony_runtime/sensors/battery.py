@@ -1,0 +1,107 @@
+"""Batteries from power_supply: charge, direction, and the device's draw where it runs on them.
+
+A device with several batteries (many laptops) gets one reading over all of them, since that is what a charge floor means:
+charges are weighted by capacity. Batteries of mice and headsets (``scope`` is ``Device``) are not the device's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from balcony_edge.telemetry import Reading
+from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.sysfs import entries, number_or_none, text_or_none
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """One battery: charge 0 to 1, capacity in any unit, W without a sign, what it is doing."""
+
+    charge: float | None
+    capacity: float | None
+    watts: float | None
+    status: str
+
+
+class Battery:
+    """``battery:BAT0`` (or ``battery:BAT0+BAT1``), and ``battery:drain`` for the board while nothing else feeds it."""
+
+    name = "battery"
+
+    def __init__(self, sysfs: Path) -> None:
+        self._directory = sysfs / "class/power_supply"
+        self._batteries: tuple[Path, ...] = ()
+        self._mains: tuple[Path, ...] = ()
+
+    def discover(self) -> None:
+        supplies = entries(self._directory)
+        kinds = {supply: text_or_none(supply / "type") for supply in supplies}
+        own = [supply for supply in supplies if text_or_none(supply / "scope") != "Device"]
+        self._batteries = tuple(supply for supply in own if kinds[supply] == "Battery")
+        self._mains = tuple(supply for supply in own if kinds[supply] in ("Mains", "USB", "Wireless"))
+
+    def read(self, now_s: float) -> Sample:
+        if not self._batteries:
+            return Sample(absences=(Absence(self.name, "this device has no battery that the kernel knows"),))
+        states = {path.name: _read(path) for path in self._batteries if text_or_none(path / "status")}
+        gone = tuple(
+            Absence(f"battery:{path.name}", "it does not say its status; it was taken out, or has no driver")
+            for path in self._batteries
+            if path.name not in states
+        )
+        if not states:
+            return Sample(absences=gone)
+        source = f"battery:{'+'.join(states)}"
+        draining = [state for state in states.values() if state.status == "Discharging"]
+        moving = draining or [state for state in states.values() if state.status == "Charging"]
+        watts = [state.watts for state in moving if state.watts]  # a flow of 0 is a driver that does not measure it
+        total = sum(watts) if watts and len(watts) == len(moving) else None
+        known = any(state.status in ("Charging", "Full", "Not charging") for state in states.values())
+        fed = False if draining else True if known else None
+        charge = _charge(list(states.values()))
+        readings = [Reading(source, "battery", now_s, watts=total, charge=charge, charging=fed)]
+        absences = list(gone)
+        if charge is None:
+            absences.append(Absence(source, "no charge: neither charge, energy nor capacity can be read"))
+        if not draining or any(number_or_none(path / "online") == 1 for path in self._mains):
+            absences.append(Absence("battery:drain", "the device does not run on its battery alone"))
+        elif total is None:
+            absences.append(Absence("battery:drain", "the battery's driver measures no current"))
+        else:
+            readings.append(Reading("battery:drain", "board", now_s, watts=total))
+        return Sample(tuple(readings), tuple(absences))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _read(path: Path) -> _State:
+    """One battery. Units of power_supply: µW, µV, µA, µWh, µAh; some drivers sign the current by its direction."""
+    power = number_or_none(path / "power_now")
+    current, voltage = number_or_none(path / "current_now"), number_or_none(path / "voltage_now")
+    watts = None
+    if power is not None:
+        watts = abs(power) / 1e6
+    elif current is not None and voltage is not None:
+        watts = abs(current) * voltage / 1e12
+    charge = capacity = None
+    for kind in ("energy", "charge"):
+        now, full = number_or_none(path / f"{kind}_now"), number_or_none(path / f"{kind}_full")
+        if now is not None and full:
+            # an aged battery is full above what its gauge has learned: 101 % means full
+            charge, capacity = min(now / full, 1.0) if now / full < 1.1 else now / full, float(full)
+            break
+    else:
+        percent = number_or_none(path / "capacity")
+        charge = None if percent is None else percent / 100
+    return _State(charge, capacity, watts, text_or_none(path / "status") or "Unknown")
+
+
+def _charge(states: list[_State]) -> float | None:
+    """Charge over all batteries, weighted by capacity where all of them know it."""
+    known = [(state.charge, state.capacity) for state in states if state.charge is not None]
+    if not known or len(known) < len(states):
+        return None
+    weights = [capacity if all(c for _, c in known) and capacity else 1.0 for _, capacity in known]
+    return sum(charge * weight for (charge, _), weight in zip(known, weights, strict=True)) / sum(weights)

@@ -1,0 +1,138 @@
+"""NVIDIA GPUs through the driver's management library (nvidia-ml-py loads ``libnvidia-ml.so.1``).
+
+Each quantity of a GPU is asked for on its own: consumer cards lack the energy counter, Jetson's and other integrated GPUs
+lack nearly everything, and what one answers with "Not Supported" is absent from its reading. A GPU that answers nothing any
+more (it fell off the bus, the driver was reloaded) makes the library be opened anew at the next discovery.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pynvml
+
+from balcony_edge.telemetry import Reading
+from balcony_runtime.sensors.base import Absence, Sample
+
+#: Reasons for lower clocks that are a limit (nvml.h, nvmlClocksEventReasons); idle and a user's own setting are none.
+_LIMITS = (
+    0x04  # software power cap
+    | 0x08  # hardware slowdown
+    | 0x20  # software thermal slowdown
+    | 0x40  # hardware thermal slowdown
+    | 0x80  # hardware power brake
+)
+#: A process's utilization is averaged over so many µs before its newest sample: NVML takes 1 to 6 a second.
+_PROCESS_WINDOW_US = 1_000_000
+
+_LIBRARY_CURE = (
+    "with an NVIDIA GPU: install its driver; in a container: start it with the NVIDIA Container Toolkit (--gpus all)"
+)
+_CURES = {
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: _LIBRARY_CURE,
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "load the driver: sudo modprobe nvidia, then look at nvidia-smi",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "library and kernel module are of two driver versions: reboot",
+    pynvml.NVML_ERROR_NO_PERMISSION: "let this user open /dev/nvidia*",
+}
+_ORIN = "NVML opens but answers nothing, as on Jetson Orin: power, load and temperature come from sysfs there"
+
+
+class Nvml:
+    """``nvml:0``, ``nvml:1``, ...: watts, joules, °C, utilization, memory and throttling of each NVIDIA GPU."""
+
+    name = "nvml"
+
+    def __init__(self) -> None:
+        self._open = False
+        self._gpus: tuple[Any, ...] = ()
+        self._problem: Absence | None = None
+        self._sampled_us: dict[int, int] = {}  # GPU → newest sample of any process
+
+    def discover(self) -> None:
+        if self._open:
+            return
+        try:
+            pynvml.nvmlInit()
+            self._open = True
+            self._gpus = tuple(pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount()))
+            self._problem = None if self._gpus else Absence(self.name, "the driver runs and sees no GPU")
+        except pynvml.NVMLError as error:
+            self.close()
+            self._problem = Absence(self.name, str(error), _CURES.get(error.value, ""))
+
+    def read(self, now_s: float) -> Sample:
+        readings, absences = [], [self._problem] if self._problem else []
+        for index, gpu in enumerate(self._gpus):
+            values, missing = self._ask(index, gpu)
+            part = f"nvml:{index}"
+            if values:
+                readings.append(Reading(part, "gpu", now_s, **values))
+                absences += [Absence(part, f"no {', '.join(fields)}: {why}") for why, fields in missing.items()]
+            elif set(missing) == {"Not Supported"}:
+                absences.append(Absence(part, _ORIN))
+            else:
+                absences.append(Absence(part, "; ".join(missing)))
+        if self._gpus and not readings:
+            self.close()
+        return Sample(tuple(readings), tuple(absences))
+
+    def _ask(self, index: int, gpu: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """Fields of one GPU's reading, and for each reason of a refusal the fields that it took."""
+        questions: tuple[tuple[tuple[str, ...], Callable[[], tuple[Any, ...]]], ...] = (
+            (("watts",), lambda: (pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,)),
+            (("joules",), lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000,)),
+            (("celsius",), lambda: (float(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),)),
+            (("utilization",), lambda: (pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,)),
+            (("own_utilization",), lambda: (self._own_utilization(index, gpu),)),
+            (("memory_bytes", "memory_total_bytes"), lambda: _memory(gpu)),
+            (("throttled",), lambda: (bool(_clock_reasons(gpu) & _LIMITS),)),
+        )
+        values: dict[str, Any] = {}
+        missing: dict[str, list[str]] = {}
+        for fields, question in questions:
+            try:
+                values |= zip(fields, question(), strict=True)
+            except pynvml.NVMLError as error:
+                missing.setdefault(str(error), []).extend(fields)
+        if values.get("own_utilization") is None:
+            values.pop("own_utilization", None)
+        return values, missing
+
+    def _own_utilization(self, index: int, gpu: Any) -> float | None:
+        """This process's share, or None where NVML does not know it, as in a container with process ids of its own."""
+        own = os.getpid()
+        since_us = max(0, self._sampled_us.get(index, 0) - _PROCESS_WINDOW_US)
+        try:
+            samples = pynvml.nvmlDeviceGetProcessUtilization(gpu, since_us)
+        except pynvml.NVMLError_NotFound:  # nobody used the GPU
+            samples = []
+        newest_us = max((sample.timeStamp for sample in samples), default=0)
+        self._sampled_us[index] = max(newest_us, self._sampled_us.get(index, 0))
+        shares: list[float] = [sample.smUtil / 100 for sample in samples if sample.pid == own]
+        if shares:
+            return sum(shares) / len(shares)
+        known: set[int] = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
+        return 0.0 if own in known else None
+
+    def close(self) -> None:
+        """Shut the library down, if it was opened."""
+        if self._open:
+            with contextlib.suppress(pynvml.NVMLError):  # a lost driver cannot be shut down either
+                pynvml.nvmlShutdown()
+        self._open = False
+        self._gpus = ()
+
+
+def _memory(gpu: Any) -> tuple[int, int]:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+    return memory.used, memory.total
+
+
+def _clock_reasons(gpu: Any) -> int:
+    try:
+        return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu))
+    except pynvml.NVMLError_FunctionNotFound:  # its name before driver 535
+        return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu))

@@ -1,0 +1,93 @@
+"""CPU package and DRAM energy from RAPL through powercap (Intel since Sandy Bridge, AMD since Zen).
+
+Only whole packages, the platform domain and DRAM: a package's figure contains those of its cores and its graphics. The
+``intel-rapl-mmio`` zones show a package a second time and are left out. Counters wrap at ``max_energy_range_uj`` (262 kJ on
+many parts: 44 minutes at 100 W), which is undone here. A zone whose counter stands still (``psys`` where the firmware does not
+feed it) measures nothing and is absent.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from balcony_edge.telemetry import Reading, Scope
+from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.sysfs import ATTRIBUTE_ERRORS, absence, entries, number_or_none, read_number, text_or_none
+
+_ZONE = re.compile(r"intel-rapl:\d+(:\d+)?")
+_CURE = (
+    "the kernel keeps it to root since CVE-2020-8694: sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj until the "
+    "next boot, or install the udev rule of docs/sensors.md"
+)
+
+
+@dataclass(slots=True)
+class _Zone:
+    source: str
+    scope: Scope
+    path: Path
+    range_uj: int | None
+    last_uj: int | None = None
+    last_s: float = 0.0
+    total_uj: int = 0
+    moved: bool = False
+
+    def advance(self, now_s: float) -> tuple[float, float | None]:
+        """Read the counter: joules with its wraps undone, and watts since the read before (None at the first)."""
+        raw, last_s = read_number(self.path), self.last_s
+        delta = 0 if self.last_uj is None else raw - self.last_uj
+        if self.range_uj:
+            delta %= self.range_uj
+        first = self.last_uj is None
+        self.total_uj = raw if first else self.total_uj + delta
+        self.last_uj, self.last_s, self.moved = raw, now_s, self.moved or delta != 0
+        return self.total_uj / 1e6, None if first or now_s <= last_s else delta / 1e6 / (now_s - last_s)
+
+
+class Rapl:
+    """Energy counters ``rapl:package-0`` and ``rapl:package-0/dram`` below a sysfs root."""
+
+    name = "rapl"
+
+    def __init__(self, sysfs: Path) -> None:
+        self._directory = sysfs / "class/powercap"
+        self._zones: dict[str, _Zone] = {}  # by directory name; a zone that comes back goes on counting
+
+    def discover(self) -> None:
+        names = [path.name for path in entries(self._directory) if _ZONE.fullmatch(path.name)]
+        self._zones = {name: zone for name in names if (zone := self._zones.get(name) or self._zone(name))}
+
+    def _zone(self, name: str) -> _Zone | None:
+        directory = self._directory / name
+        label = text_or_none(directory / "name") or name
+        parent, _, sub = name.removeprefix("intel-rapl:").partition(":")
+        if sub:
+            if label != "dram":
+                return None
+            label = f"{text_or_none(self._directory / f'intel-rapl:{parent}' / 'name') or parent}/{label}"
+        scope: Scope = "memory" if sub else "board" if label == "psys" else "cpu"
+        range_uj = number_or_none(directory / "max_energy_range_uj")
+        return _Zone(f"rapl:{label}", scope, directory / "energy_uj", range_uj)
+
+    def read(self, now_s: float) -> Sample:
+        readings, absences = [], []
+        for zone in self._zones.values():
+            try:
+                joules, watts = zone.advance(now_s)
+            except ATTRIBUTE_ERRORS as error:
+                absences.append(absence(zone.source, error, _CURE if isinstance(error, PermissionError) else ""))
+            else:
+                if watts is None or zone.moved:
+                    readings.append(Reading(zone.source, zone.scope, now_s, watts=watts, joules=joules))
+                else:
+                    absences.append(Absence(zone.source, "its counter stands still: the firmware does not feed it"))
+        if not self._zones:
+            reason = "no powercap zone: not an x86 CPU with RAPL, a virtual machine, or a container that masks it"
+            cure = "on such a CPU: sudo modprobe intel_rapl_msr; Docker: run with --security-opt systempaths=unconfined"
+            absences.append(Absence(self.name, reason, cure))
+        return Sample(tuple(readings), tuple(absences))
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,224 @@
+"""Sampling beside decoding: readings that are always there to be looked at, whatever a sensor does.
+
+Each source has a daemon thread of its own. A read of sysfs or NVML can hang in the kernel (an I²C bus that does not answer,
+a GPU off the bus), and nothing can interrupt a thread there: one thread for all would need a watchdog, a second thread that
+replaces it, and bookkeeping about which of the two may write. With one each, the others never notice; a hung source's
+readings age until they are too old to be shown. Looking takes no lock: a thread publishes a finished tuple by one assignment.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
+
+from balcony_edge.errors import InputError
+from balcony_edge.telemetry import Reading
+from balcony_runtime.sensors.base import Absence, Sample, Source
+from balcony_runtime.sensors.plausible import Plausibility
+
+#: The controller's slow loop runs at most so often (ARCHITECTURE.md), and most drivers average over 100 ms and more.
+MAX_RATE_HZ = 10.0
+#: Parts come and go at human speed. A source without readings is asked again after 2, 4, 8 periods, and then this often:
+#: opening NVML without a driver starts a program that tries to load it.
+REDISCOVER_S = 10.0
+#: Seconds without a reading over which watts are not summed up.
+SUM_PAUSE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class SourceHealth:
+    """How one source is doing.
+
+    Attributes:
+        source: its name.
+        state: ``present`` gives readings, ``absent`` answers that it has none, ``hung`` has not come back from a read,
+            ``starting`` has not answered yet.
+        age_s: seconds since it answered last; None before that.
+        read_ms: how long its last answer took; None before that.
+        samples: how many answers it gave.
+        dropped: how many values were dropped because they cannot be.
+        last_dropped: the last of these, in words.
+        absences: what it lacks and why, as of its last answer.
+    """
+
+    source: str
+    state: Literal["starting", "present", "absent", "hung"]
+    age_s: float | None
+    read_ms: float | None
+    samples: int
+    dropped: int
+    last_dropped: str
+    absences: tuple[Absence, ...]
+
+
+class Sensors:
+    """Samples sources in the background; :meth:`latest` is what they said last.
+
+    A context manager: entering starts the threads, leaving stops them.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Source],
+        *,
+        rate_hz: float = 5.0,
+        stale_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare; nothing is read and no thread runs before :meth:`start`.
+
+        Args:
+            sources: what to read, most trusted first: the order of :meth:`latest`. They are closed by their threads.
+            rate_hz: reads of each source a second, at most 10.
+            stale_s: readings older than this are not shown; more than one period.
+            clock: a monotonic clock; readings carry its times.
+
+        Raises:
+            InputError: a number is out of range.
+        """
+        if not 0 < rate_hz <= MAX_RATE_HZ:
+            raise InputError(f"rate_hz = {rate_hz}: sensors are read more than 0 and at most 10 times a second")
+        if not 1 / rate_hz < stale_s < math.inf:
+            raise InputError(f"stale_s = {stale_s}: must be above one period, {1 / rate_hz:g} s at {rate_hz:g} Hz")
+        self._stale_s = stale_s
+        self._clock = clock
+        self._stop = threading.Event()
+        self._channels = tuple(_Channel(source, 1 / rate_hz, clock, self._stop) for source in sources)
+
+    def start(self, *, probe_s: float = 1.0) -> Self:
+        """Start sampling, once; wait until every source has answered for the first time, for ``probe_s`` at most."""
+        for channel in self._channels:
+            channel.thread.start()
+        deadline_s = time.monotonic() + probe_s
+        for channel in self._channels:
+            channel.answered.wait(max(0.0, deadline_s - time.monotonic()))
+        return self
+
+    def latest(self) -> tuple[Reading, ...]:
+        """The newest reading of every part, sources in their order; what is older than the stale limit is left out.
+
+        Takes no lock and waits for nothing: it may be called in every decode step, from any thread.
+        """
+        oldest_s = self._clock() - self._stale_s
+        return tuple(
+            reading for channel in self._channels for reading in channel.readings if reading.time_s >= oldest_s
+        )
+
+    def health(self) -> tuple[SourceHealth, ...]:
+        """How each source is doing, in their order."""
+        now_s = self._clock()
+        return tuple(channel.health(now_s, self._stale_s) for channel in self._channels)
+
+    def close(self, *, timeout_s: float = 1.0) -> None:
+        """Stop sampling. Threads are waited for, ``timeout_s`` in all; one that hangs is left: it dies with the process."""
+        self._stop.set()
+        deadline_s = time.monotonic() + timeout_s
+        for channel in self._channels:
+            if channel.thread.ident is not None:
+                channel.thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Summed(NamedTuple):
+    """The last watts of a part, and their sum over time so far."""
+
+    time_s: float
+    watts: float
+    joules: float
+
+
+class _Channel:
+    """One source, its thread, and what it said last. Only the thread writes; every write is one assignment."""
+
+    def __init__(self, source: Source, period_s: float, clock: Callable[[], float], stop: threading.Event) -> None:
+        self._source = source
+        self._period_s = period_s
+        self._clock = clock
+        self._stop = stop
+        self._plausibility = Plausibility()
+        self._summed: dict[str, _Summed] = {}
+        self.readings: tuple[Reading, ...] = ()
+        self._absences: tuple[Absence, ...] = ()
+        self._samples = 0
+        self._asked_s: float | None = None  # set while the source is being read
+        self._answered_s: float | None = None
+        self._read_ms: float | None = None
+        self.answered = threading.Event()
+        self.thread = threading.Thread(target=self._run, name=f"sensors-{source.name}", daemon=True)
+
+    def _run(self) -> None:
+        due_s, pause_s = -math.inf, self._period_s
+        try:
+            while not self._stop.is_set():
+                asked_s = self._asked_s = self._clock()
+                discover = not self.readings or asked_s >= due_s
+                if discover:
+                    due_s = asked_s + REDISCOVER_S
+                self._publish(self._read(discover))
+                self._answered_s = self._clock()
+                self._read_ms = (self._answered_s - asked_s) * 1000
+                self._asked_s = None
+                self._samples += 1
+                self.answered.set()
+                pause_s = self._period_s if self.readings else min(2 * pause_s, REDISCOVER_S)
+                self._stop.wait(max(0.0, asked_s + pause_s - self._clock()))
+        finally:
+            self._source.close()
+
+    def _read(self, discover: bool) -> Sample:
+        try:
+            if discover:
+                self._source.discover()
+            return self._source.read(self._clock())
+        except Exception as error:  # whatever a driver's binding raises: sampling goes on, and health() says it
+            return Sample(absences=(Absence(self._source.name, f"{type(error).__name__}: {error}"),))
+
+    def _publish(self, sample: Sample) -> None:
+        cleaned = (self._plausibility.clean(reading) for reading in sample.readings)
+        self._absences = sample.absences
+        self.readings = tuple(self._with_energy(reading) for reading in cleaned if reading is not None)
+
+    def _with_energy(self, reading: Reading) -> Reading:
+        """The reading with its watts summed up over time, where it has no energy counter of its own.
+
+        Whoever looks less often than a source is read would otherwise see moments: those between two steps, say.
+        """
+        if reading.watts is None or reading.joules is not None:
+            return reading
+        before = self._summed.get(reading.source)
+        joules = 0.0  # after a pause in which anything may have happened the sum begins again
+        if before is not None and reading.time_s - before.time_s <= SUM_PAUSE_S:
+            mean_w = (before.watts + reading.watts) / 2
+            joules = before.joules + mean_w * (reading.time_s - before.time_s)
+        self._summed[reading.source] = _Summed(reading.time_s, reading.watts, joules)
+        return replace(reading, joules=joules)
+
+    def health(self, now_s: float, stale_s: float) -> SourceHealth:
+        asked_s, answered_s = self._asked_s, self._answered_s
+        state: Literal["starting", "present", "absent", "hung"] = "present" if self.readings else "absent"
+        if asked_s is not None and now_s - asked_s > stale_s:
+            state = "hung"
+        elif answered_s is None:
+            state = "starting"
+        return SourceHealth(
+            source=self._source.name,
+            state=state,
+            age_s=None if answered_s is None else now_s - answered_s,
+            read_ms=self._read_ms,
+            samples=self._samples,
+            dropped=self._plausibility.dropped,
+            last_dropped=self._plausibility.last_dropped,
+            absences=self._absences,
+        )

@@ -1,0 +1,79 @@
+"""Temperatures from the kernel's thermal zones, and those of CPU packages from hwmon.
+
+Every zone becomes one reading. hwmon adds the chips that measure a CPU package (Intel's and AMD's drivers register no zone
+of their own on many servers); single cores and other chips are left out: a temperature limit asks for the hottest part, and
+a package's sensor already is that.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from balcony_edge.telemetry import Reading, Scope
+from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.sysfs import ATTRIBUTE_ERRORS, absence, numbered, read_number, text_or_none, unique
+
+#: hwmon chips of CPU packages → the labels of whole packages (kernel, Documentation/hwmon/{coretemp,k10temp}.rst).
+_CPU_CHIPS = {"coretemp": re.compile(r"Package id \d+"), "k10temp": re.compile("Tctl"), "zenpower": re.compile("Tdie")}
+_SCOPES: tuple[tuple[Scope, re.Pattern[str]], ...] = (
+    ("cpu", re.compile("cpu|x86_pkg_temp", re.IGNORECASE)),
+    ("gpu", re.compile("gpu", re.IGNORECASE)),
+    ("battery", re.compile("batt", re.IGNORECASE)),
+    # tj is the hottest of all zones of a Tegra; acpitz is a PC's main board
+    ("board", re.compile("tj|tboard|acpitz|board|skin", re.IGNORECASE)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    source: str
+    scope: Scope
+    path: Path
+
+
+class Thermal:
+    """Thermal zones (``thermal:<type>``) and CPU packages (``hwmon:<chip>:<label>``) below a sysfs root."""
+
+    name = "thermal"
+
+    def __init__(self, sysfs: Path) -> None:
+        self._root = sysfs
+        self._probes: tuple[_Probe, ...] = ()
+
+    def discover(self) -> None:
+        taken: set[str] = set()
+        probes = []
+        for zone in numbered(self._root / "class/thermal", "thermal_zone"):
+            kind = text_or_none(zone / "type") or zone.name
+            probes.append(_Probe(unique(f"thermal:{kind}", taken), _scope(kind), zone / "temp"))
+        for chip in numbered(self._root / "class/hwmon", "hwmon"):
+            name = text_or_none(chip / "name") or ""
+            packages = _CPU_CHIPS.get(name)
+            for file in sorted(chip.glob("temp*_label")) if packages else ():
+                label = text_or_none(file) or ""
+                if packages and packages.fullmatch(label):
+                    source = unique(f"hwmon:{name}:{label}", taken)
+                    probes.append(_Probe(source, "cpu", file.with_name(file.name.replace("_label", "_input"))))
+        self._probes = tuple(probes)
+
+    def read(self, now_s: float) -> Sample:
+        readings, absences = [], []
+        for probe in self._probes:
+            try:
+                celsius = read_number(probe.path) / 1000  # m°C
+            except ATTRIBUTE_ERRORS as error:
+                absences.append(absence(probe.source, error))
+            else:
+                readings.append(Reading(probe.source, probe.scope, now_s, celsius=celsius))
+        if not self._probes:
+            absences.append(Absence(self.name, "the kernel lists no thermal zone, as in most virtual machines"))
+        return Sample(tuple(readings), tuple(absences))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _scope(kind: str) -> Scope:
+    return next((scope for scope, pattern in _SCOPES if pattern.search(kind)), "other")

@@ -1,0 +1,101 @@
+"""``balcony-edge doctor`` over trees of real devices: every source is there with its value, or missing with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+COMMAND = [sys.executable, "-W", "error", "-c", "from balcony_edge.cli import main; main()", "doctor"]
+
+
+def invoke(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], env={**os.environ, "COLUMNS": "200", **environment}, capture_output=True,
+        text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def diagnose(*arguments: str | Path) -> Any:
+    done = invoke(*arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_orin_nano(sysfs_tree: Callable[[str], Path]) -> None:
+    root = sysfs_tree("orin_nano")
+    report = diagnose("--sysfs", root)
+    assert report["device"]["cpus"] == len(os.sched_getaffinity(0))
+    readings = {reading["source"]: reading for reading in report["sensors"]["readings"]}
+    assert (readings["ina3221:VDD_IN"]["scope"], readings["ina3221:VDD_IN"]["watts"]) == ("board", 6.16)
+    assert 0 <= readings["psutil:cpu"]["utilization"] <= 1
+    sources = {source["source"]: source for source in report["sensors"]["sources"]}
+    assert list(sources) == ["jetson", "nvml", "rapl", "battery", "thermal", "psutil"]
+    assert sources["thermal"]["last_dropped"] == "thermal:cv0-thermal: celsius = -256"
+    assert [sources[name]["state"] for name in ("jetson", "rapl", "battery")] == ["present", "absent", "absent"]
+    done = invoke("--sysfs", root)
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in ("ina3221:VDD_IN", "6.2 W", "44% busy", "49.5 °C", "not throttled", "modprobe intel_rapl"):
+        assert text in done.stdout, text
+
+
+def test_laptop_with_watts_by_a_counter(sysfs_tree: Callable[[str], Path]) -> None:
+    root = sysfs_tree("laptop")
+    counter = root / "class/powercap/intel-rapl:0/energy_uj"
+    first_uj, began_s, stop = int(counter.read_text()), time.monotonic(), threading.Event()
+
+    def draw_20_watts() -> None:
+        while not stop.wait(0.01):
+            fresh = counter.with_name("fresh")  # a sysfs file is never seen half-written
+            fresh.write_text(str(first_uj + int(20e6 * (time.monotonic() - began_s))))
+            fresh.replace(counter)
+
+    thread = threading.Thread(target=draw_20_watts)
+    thread.start()
+    try:
+        report = diagnose("--sysfs", root)
+    finally:
+        stop.set()
+        thread.join()
+    readings = {reading["source"]: reading for reading in report["sensors"]["readings"]}
+    assert 10 < readings["rapl:package-0"]["watts"] < 30  # over 0.2 s, by a writer that may be late
+    assert readings["battery:BAT0+BAT1"]["charging"] is False and readings["battery:drain"]["watts"] == 9.25
+
+
+def test_engines_are_those_of_this_environment() -> None:
+    report = diagnose()
+    ort, *tensorrt = report["engines"]
+    import onnxruntime
+
+    assert ort["packages"] == {"onnxruntime": onnxruntime.__version__}
+    assert ort["used"] == "CPUExecutionProvider" and ort["providers"] == onnxruntime.get_available_providers()
+    assert [engine["engine"] for engine in tensorrt] == ["tensorrt", "tensorrt_rtx"]
+
+
+def test_a_missing_engine_names_its_cure() -> None:
+    program = "import sys; sys.modules['onnxruntime'] = None; from balcony_edge.cli import main; main()"
+    command = [sys.executable, "-c", program, "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    (ort,) = [engine for engine in json.loads(done.stdout)["engines"] if engine["engine"] == "onnxruntime"]
+    assert ort["used"] is None and "pip install 'balcony-edge[cpu]'" in ort["note"]
+
+
+def test_a_sensor_that_hangs_is_shown_and_not_waited_for(tmp_path: Path) -> None:
+    zone = tmp_path / "class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    os.mkfifo(zone / "type")
+    done = invoke("--sysfs", tmp_path)
+    assert done.returncode == 0 and "does not answer" in done.stdout and "psutil:memory" in done.stdout
+
+
+def test_a_root_that_is_none(tmp_path: Path) -> None:
+    done = invoke("--sysfs", tmp_path / "none")
+    assert (done.returncode, done.stdout) == (1, "")
+    wanted = f"--sysfs {tmp_path / 'none'}: is no directory: give the root of a sysfs tree, such as /sys"
+    assert done.stderr == f"balcony-edge: {wanted}\n"

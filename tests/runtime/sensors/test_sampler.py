@@ -1,0 +1,187 @@
+"""Sampling in the background: what is shown, what is not, and what a bad sensor cannot do to the others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from balcony_edge.errors import InputError
+from balcony_edge.telemetry import Reading
+from balcony_runtime.sensors import Absence, Recorded, Sample, Sensors, SourceHealth, device_sources
+from balcony_runtime.sensors.battery import Battery
+from balcony_runtime.sensors.jetson import Jetson
+from balcony_runtime.sensors.system import System
+from balcony_runtime.sensors.thermal import Thermal
+
+Tree = Callable[[str], Path]
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> None:
+    """The machine may be busy: wait for what must come, generously."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+def health(sensors: Sensors, source: str) -> SourceHealth:
+    (found,) = [health for health in sensors.health() if health.source == source]
+    return found
+
+
+def shown(sensors: Sensors) -> dict[str, Reading]:
+    readings = sensors.latest()
+    found = {reading.source: reading for reading in readings}
+    assert len(found) == len(readings)
+    return found
+
+
+def test_a_device_is_sampled_and_nonsense_is_dropped(sysfs_tree: Tree) -> None:
+    root = sysfs_tree("thor")
+    before_s = time.monotonic()
+    with Sensors([Jetson(root), Thermal(root)], rate_hz=10) as sensors:
+        first = shown(sensors)
+        assert first["ina238:VIN"].watts == 23.5 and first["thermal:tj-thermal"].celsius == 55.093
+        assert "ina3221:VDD_GPU" not in first  # −0.392 W
+        assert "thermal:gpu-thermal" not in first
+        assert before_s <= first["ina238:VIN"].time_s <= time.monotonic()
+        jetson, thermal = health(sensors, "jetson"), health(sensors, "thermal")
+        assert jetson.state == thermal.state == "present"
+        assert jetson.dropped >= 1 and jetson.last_dropped == "ina3221:VDD_GPU: watts = -0.392"
+        assert [absence.part for absence in thermal.absences] == ["thermal:gpu-thermal"]
+        file = root / "class/hwmon/hwmon2/power1_input"
+        file.write_text("31000000\n")
+        eventually(lambda: shown(sensors)["ina238:VIN"].watts == 31.0)
+        assert shown(sensors)["ina238:VIN"].time_s > first["ina238:VIN"].time_s
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sensors-")]
+
+
+def test_a_sensor_that_hangs_ages_and_is_dropped_while_the_others_go_on(sysfs_tree: Tree, tmp_path: Path) -> None:
+    root = sysfs_tree("orin_nano")
+    zone = root / "devices/virtual/thermal/thermal_zone0/temp"
+    with Sensors([Jetson(root), Thermal(root)], rate_hz=10, stale_s=1.0) as sensors:
+        assert "thermal:cpu-thermal" in shown(sensors)
+        zone.unlink()
+        os.mkfifo(zone)  # opening it blocks in the kernel until somebody writes
+        eventually(lambda: health(sensors, "thermal").state == "hung")
+        began = time.perf_counter()
+        readings = shown(sensors)
+        assert time.perf_counter() - began < 0.05
+        assert not [source for source in readings if source.startswith("thermal:")]
+        samples = health(sensors, "jetson").samples
+        eventually(lambda: health(sensors, "jetson").samples >= samples + 3)
+        assert health(sensors, "jetson").state == "present"
+        pipe = zone.rename(tmp_path / "pipe")
+        zone.write_text("52000\n")
+        with pipe.open("w") as writer:  # lets the hung read go
+            writer.write("51000\n")
+        eventually(lambda: "thermal:cpu-thermal" in shown(sensors))
+        eventually(lambda: shown(sensors)["thermal:cpu-thermal"].celsius == 52.0)
+        assert health(sensors, "thermal").state == "present"
+
+
+def test_a_sensor_that_hangs_from_the_start_delays_nothing_but_the_probe(tmp_path: Path) -> None:
+    zone = tmp_path / "class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    os.mkfifo(zone / "type")
+    sensors = Sensors([Thermal(tmp_path), System()], rate_hz=10)
+    began = time.monotonic()
+    sensors.start(probe_s=0.3)
+    assert 0.3 <= time.monotonic() - began < 5
+    eventually(lambda: "psutil:cpu" in shown(sensors))
+    assert health(sensors, "thermal").state in ("starting", "hung") and health(sensors, "thermal").age_s is None
+    began = time.monotonic()
+    sensors.close(timeout_s=0.2)
+    assert time.monotonic() - began < 5
+    with (zone / "type").open("w"):  # lets the thread go
+        pass
+
+
+def test_a_sensor_that_vanishes_is_absent_and_comes_back(tmp_path: Path) -> None:
+    battery = tmp_path / "class/power_supply/BAT0"
+    battery.mkdir(parents=True)
+    for name, value in {"type": "Battery", "status": "Discharging", "capacity": "55"}.items():
+        (battery / name).write_text(value)
+    with Sensors([Battery(tmp_path)], rate_hz=10) as sensors:
+        assert shown(sensors)["battery:BAT0"].charge == 0.55
+        battery.rename(tmp_path / "away")
+        eventually(lambda: shown(sensors) == {})
+        eventually(lambda: health(sensors, "battery").absences[0].reason.startswith("this device has no battery"))
+        assert health(sensors, "battery").state == "absent"
+        (tmp_path / "away").rename(battery)
+        eventually(lambda: "battery:BAT0" in shown(sensors))
+        assert health(sensors, "battery").state == "present"
+
+
+class _Raises:
+    """A source with a bug, or with a binding that raises what nobody expected."""
+
+    name = "raises"
+    closed = False
+
+    def discover(self) -> None:
+        pass
+
+    def read(self, now_s: float) -> Sample:
+        raise ZeroDivisionError("by zero")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_source_that_raises_is_absent_with_what_it_raised() -> None:
+    source = _Raises()
+    with Sensors([source, System()]) as sensors:
+        assert health(sensors, "raises").absences == (Absence("raises", "ZeroDivisionError: by zero"),)
+        assert health(sensors, "raises").state == "absent" and "psutil:memory" in shown(sensors)
+    assert source.closed
+
+
+def test_old_readings_are_not_shown_and_order_is_that_of_the_sources() -> None:
+    now_s = [100.0]
+    recorded = Recorded([Reading("b", "cpu", 0.0, watts=1.0), Reading("a", "gpu", 0.0, watts=2.0)])
+    sensors = Sensors([recorded, Recorded([Reading("0", "cpu", 5.0, watts=3.0)])], clock=lambda: now_s[0])
+    with sensors:
+        assert [reading.source for reading in sensors.latest()] == ["b", "a", "0"]
+        now_s[0] = 102.0
+        assert len(sensors.latest()) == 3
+        now_s[0] = 102.001
+        assert sensors.latest() == ()
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "stale_s", "message"),
+    [(0, 2, "rate_hz = 0"), (10.5, 2, "at most 10"), (float("nan"), 2, "rate_hz = nan"), (-1, 2, "rate_hz = -1"),
+     (1, 1, "stale_s = 1: must be above one period, 1 s at 1 Hz"), (5, float("inf"), "stale_s = inf")],
+)  # fmt: skip
+def test_rates_out_of_range(rate_hz: float, stale_s: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Sensors([], rate_hz=rate_hz, stale_s=stale_s)
+
+
+def test_this_machine_by_a_second_opinion(tmp_path: Path) -> None:
+    """psutil's figures against /proc, while this process keeps one CPU busy."""
+    with Sensors(device_sources(tmp_path), rate_hz=5) as sensors:
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            pass
+        readings = shown(sensors)
+        shutil.rmtree(tmp_path)
+    cpu, cpus = readings["psutil:cpu"], os.cpu_count() or 1
+    assert cpu.utilization is not None and cpu.own_utilization is not None
+    assert 0 < cpu.own_utilization <= 1 / cpus + 0.15
+    assert cpu.utilization >= cpu.own_utilization - 0.15  # of ticks of 10 ms in 200 ms
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    memory, process = readings["psutil:memory"], readings["psutil:process"]
+    assert memory.memory_total_bytes == kib["MemTotal"] * 1024
+    assert memory.memory_bytes == pytest.approx((kib["MemTotal"] - kib["MemAvailable"]) * 1024, rel=0.5)
+    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    private = sum(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Private_"))
+    assert process.memory_bytes == pytest.approx(private, rel=0.1)

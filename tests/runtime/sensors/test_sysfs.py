@@ -1,0 +1,262 @@
+"""Sources that read sysfs, over trees laid out as on real devices, and over what their drivers do at their worst."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balcony_runtime.sensors import Sample, Source
+from balcony_runtime.sensors.battery import Battery
+from balcony_runtime.sensors.jetson import Jetson
+from balcony_runtime.sensors.rapl import Rapl
+from balcony_runtime.sensors.thermal import Thermal
+
+Tree = Callable[[str], Path]
+
+
+def look(source: Source, now_s: float = 1.0) -> Sample:
+    source.discover()
+    return source.read(now_s)
+
+
+def values(sample: Sample) -> dict[str, tuple[Any, ...]]:
+    """Source → scope, then the values that are not None."""
+    found = {}
+    for reading in sample.readings:
+        assert reading.time_s == 1.0
+        source, scope, _, *rest = reading.to_dict().values()
+        found[source] = (scope, *rest)
+    assert len(found) == len(sample.readings), "two readings of one name"
+    return found
+
+
+def missing(sample: Sample) -> dict[str, str]:
+    return {absence.part: absence.reason for absence in sample.absences}
+
+
+def put(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{value}\n")
+
+
+def test_orin_nano(sysfs_tree: Tree) -> None:
+    root = sysfs_tree("orin_nano")
+    sample = look(Jetson(root))
+    assert values(sample) == {
+        "ina3221:VDD_IN": ("board", 6.16),  # 4.928 V × 1.25 A
+        "ina3221:VDD_CPU_GPU_CV": ("other", 1.23),
+        "ina3221:VDD_SOC": ("other", 1.476),
+        "devfreq:17000000.gpu": ("gpu", 0.437),
+        "jetson:throttle-alert": ("board", False),
+    }
+    assert sample.absences == ()
+    assert values(look(Thermal(root))) == {
+        "thermal:cpu-thermal": ("cpu", 49.531),
+        "thermal:gpu-thermal": ("gpu", 48.25),
+        "thermal:cv0-thermal": ("other", -256.0),  # the sampler drops it
+        "thermal:tj-thermal": ("board", 49.531),
+    }
+
+
+def test_agx_orin_adds_up_what_no_rail_measures(sysfs_tree: Tree) -> None:
+    root = sysfs_tree("agx_orin")
+    assert values(look(Jetson(root))) == {
+        "ina3221:VDD_GPU_SOC": ("gpu", 3.2),
+        "ina3221:VDD_CPU_CV": ("cpu", 0.8),
+        "ina3221:VIN_SYS_5V0": ("other", 4.5),
+        "ina3221:VDDQ_VDD2_1V8AO": ("memory", 0.4),  # part of VIN_SYS_5V0: not in the sum
+        "ina3221:total": ("board", 8.5),
+        "devfreq:17000000.ga10b": ("gpu", 0.0),  # measured and idle: a 0 that was read
+        "jetson:throttle-alert": ("board", True),
+    }
+    assert values(look(Thermal(root)))["thermal:Tboard_tegra"] == ("board", 35.0)
+    put(root / "class/hwmon/hwmon3/curr2_input", "")
+    sample = look(Jetson(root))
+    assert "ina3221:total" not in values(sample)  # a sum with a hole is no total
+    assert "holds no number" in missing(sample)["ina3221:VDD_CPU_CV"]
+
+
+def test_thor(sysfs_tree: Tree) -> None:
+    root = sysfs_tree("thor")
+    assert list(values(look(Jetson(root)))) == [
+        "ina238:VIN", "ina3221:VDD_GPU", "ina3221:VDD_CPU_SOC_MSS", "ina3221:VIN_SYS_5V0"
+    ]  # fmt: skip
+    assert values(look(Jetson(root))) == {
+        "ina238:VIN": ("board", 23.5),
+        "ina3221:VDD_GPU": ("gpu", -0.392),  # the sampler drops it
+        "ina3221:VDD_CPU_SOC_MSS": ("cpu", 6.5),
+        "ina3221:VIN_SYS_5V0": ("other", 6.5),
+    }
+    sample = look(Thermal(root))
+    assert values(sample)["thermal:cpu-thermal"] == ("cpu", 53.687)
+    assert list(missing(sample)) == ["thermal:gpu-thermal"]
+
+
+def test_laptop(sysfs_tree: Tree) -> None:
+    root = sysfs_tree("laptop")
+    assert values(look(Rapl(root))) == {"rapl:package-0": ("cpu", 81500.0), "rapl:psys": ("board", 190250.0)}
+    assert values(look(Battery(root))) == {
+        "battery:BAT0+BAT1": ("battery", 9.25, 0.4125, False),  # (21.6 + 18) Wh of (24 + 72) Wh
+        "battery:drain": ("board", 9.25),
+    }
+    assert values(look(Thermal(root))) == {
+        "thermal:acpitz": ("board", 51.0),
+        "thermal:INT3400 Thermal": ("other", 20.0),
+        "thermal:x86_pkg_temp": ("cpu", 55.0),
+        "thermal:iwlwifi_1": ("other", 43.0),
+        "hwmon:coretemp:Package id 0": ("cpu", 56.0),
+    }
+    jetson = look(Jetson(root))
+    assert jetson.readings == () and "not a Jetson" in missing(jetson)["jetson"]
+
+
+def test_server(sysfs_tree: Tree) -> None:
+    root = sysfs_tree("server")
+    assert values(look(Rapl(root))) == {
+        "rapl:package-0": ("cpu", 1000.0),
+        "rapl:package-0/dram": ("memory", 2000.0),
+        "rapl:package-1": ("cpu", 3000.0),
+        "rapl:package-1/dram": ("memory", 4000.0),
+    }
+    assert values(look(Thermal(root))) == {
+        "hwmon:coretemp:Package id 0": ("cpu", 61.0),
+        "hwmon:coretemp:Package id 1": ("cpu", 64.0),
+    }
+    assert "no battery" in missing(look(Battery(root)))["battery"]
+
+
+@pytest.mark.parametrize("source", [Jetson, Rapl, Battery, Thermal])
+def test_an_empty_tree_is_absent_with_a_reason(source: Callable[[Path], Source], tmp_path: Path) -> None:
+    for root in (tmp_path, tmp_path / "nowhere"):
+        sample = look(source(root))
+        assert sample.readings == () and len(sample.absences) == 1
+        assert sample.absences[0].part == source(root).name and len(sample.absences[0].reason) > 20
+
+
+def test_labels_that_repeat_are_told_apart(tmp_path: Path) -> None:
+    for index, celsius in enumerate((50, 51, 52)):
+        put(tmp_path / f"class/thermal/thermal_zone{index}/type", "x86_pkg_temp")
+        put(tmp_path / f"class/thermal/thermal_zone{index}/temp", celsius * 1000)
+    names = ["thermal:x86_pkg_temp", "thermal:x86_pkg_temp.2", "thermal:x86_pkg_temp.3"]
+    assert values(look(Thermal(tmp_path))) == {name: ("cpu", 50.0 + i) for i, name in enumerate(names)}
+
+
+def test_rapl_undoes_wraps_and_a_vanished_zone_counts_on(sysfs_tree: Tree) -> None:
+    root = sysfs_tree("server")
+    rapl, counter = Rapl(root), root / "class/powercap/intel-rapl:0:0/energy_uj"
+
+    def dram(now_s: float) -> tuple[float | None, float | None]:
+        rapl.discover()
+        (reading,) = [r for r in rapl.read(now_s).readings if r.source == "rapl:package-0/dram"]
+        return reading.joules, reading.watts
+
+    put(counter, 65712000000)
+    assert dram(1.0) == (65712.0, None)
+    put(counter, 387)  # 999,613 µJ to the end of its range, then on from 0
+    assert dram(1.25) == (65713.0, 4.0)
+    put(counter, 1000387)
+    assert dram(1.75) == (65714.0, 2.0)
+    counter.rename(counter.with_name("away"))
+    assert "not there" in missing(rapl.read(2.0))["rapl:package-0/dram"]
+    put(counter, 7000387)
+    assert dram(3.75) == (65720.0, 3.0)
+
+
+def test_rapl_without_a_pulse_is_absent(sysfs_tree: Tree) -> None:
+    root = sysfs_tree("laptop")
+    rapl = Rapl(root)
+    assert list(values(look(rapl))) == ["rapl:package-0", "rapl:psys"]  # one look cannot tell
+    put(root / "class/powercap/intel-rapl:0/energy_uj", 81500000000 + 3000000)
+    sample = rapl.read(1.5)
+    assert [(r.source, r.joules, r.watts) for r in sample.readings] == [("rapl:package-0", 81503.0, 6.0)]
+    assert "stands still" in missing(sample)["rapl:psys"]
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A directory that everybody may enter, and the rights of nobody while the test runs."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield directory
+        finally:
+            os.seteuid(user)
+
+
+def test_rapl_of_root_names_its_cure(sysfs_tree: Tree, unprivileged: Path) -> None:
+    user = os.geteuid()
+    os.seteuid(os.getuid())
+    root = Path(shutil.copytree(sysfs_tree("server"), unprivileged / "sys"))
+    for file in root.glob("class/powercap/*/energy_uj"):
+        file.chmod(0o400)
+    (root / "class/powercap/intel-rapl:1/energy_uj").chmod(0o444)
+    os.seteuid(user)
+    if user == os.getuid():  # an ordinary user owns the copies, so that 0o400 would let it read
+        for file in root.glob("class/powercap/*/energy_uj"):
+            file.chmod(0o444 if "rapl:1/" in str(file) else 0)
+    sample = look(Rapl(root))
+    assert list(values(sample)) == ["rapl:package-1"]
+    assert [absence.part for absence in sample.absences] == [
+        "rapl:package-0", "rapl:package-0/dram", "rapl:package-1/dram"
+    ]  # fmt: skip
+    assert "permission denied" in sample.absences[0].reason and "intel-rapl:0/energy_uj" in sample.absences[0].reason
+    assert "sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj" in sample.absences[0].cure
+
+
+def battery(root: Path, name: str = "BAT0", **attributes: object) -> None:
+    for attribute, value in {"type": "Battery", **attributes}.items():
+        put(root / "class/power_supply" / name / attribute, value)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "wanted"),
+    [
+        # current × voltage, a driver that signs the current, charge instead of energy
+        (
+            {"status": "Discharging", "current_now": -1500000, "voltage_now": 11400000, "charge_now": 2000000,
+             "charge_full": 4000000},
+            {"battery:BAT0": ("battery", 17.1, 0.5, False), "battery:drain": ("board", 17.1)},
+        ),
+        ({"status": "Charging", "power_now": 30000000, "capacity": 42}, {"battery:BAT0": ("battery", 30.0, 0.42, True)}),
+        ({"status": "Full", "power_now": 0, "energy_now": 50500000, "energy_full": 50000000},
+         {"battery:BAT0": ("battery", 1.0, True)}),  # an aged battery above what its gauge learned
+        ({"status": "Unknown", "capacity": 80}, {"battery:BAT0": ("battery", 0.8)}),
+        ({"status": "Discharging", "capacity": 80}, {"battery:BAT0": ("battery", 0.8, False)}),  # measures no power
+        ({"status": "Discharging", "power_now": 0}, {"battery:BAT0": ("battery", False)}),  # neither a 0 W device
+    ],
+)  # fmt: skip
+def test_batteries(attributes: dict[str, object], wanted: dict[str, object], tmp_path: Path) -> None:
+    battery(tmp_path, **attributes)
+    sample = look(Battery(tmp_path))
+    assert values(sample) == wanted
+    assert ("battery:drain" in wanted) != ("battery:drain" in missing(sample))
+
+
+def test_a_weak_charger_hides_the_devices_draw(tmp_path: Path) -> None:
+    battery(tmp_path, status="Discharging", power_now=3000000, capacity=50)
+    put(tmp_path / "class/power_supply/usb/type", "USB")
+    put(tmp_path / "class/power_supply/usb/online", 1)
+    assert values(look(Battery(tmp_path))) == {"battery:BAT0": ("battery", 3.0, 0.5, False)}
+
+
+def test_two_batteries_that_drain_add_up_and_one_taken_out_is_named(tmp_path: Path) -> None:
+    battery(tmp_path, "BAT0", status="Discharging", power_now=3000000, charge_now=1, charge_full=4)
+    battery(tmp_path, "BAT1", status="Discharging", power_now=4500000, capacity=75)
+    source = Battery(tmp_path)
+    assert values(look(source)) == {
+        "battery:BAT0+BAT1": ("battery", 7.5, 0.5, False),  # one does not know its capacity: the plain mean
+        "battery:drain": ("board", 7.5),
+    }
+    shutil.rmtree(tmp_path / "class/power_supply/BAT1")
+    sample = source.read(1.0)
+    assert values(sample)["battery:BAT0"] == ("battery", 3.0, 0.25, False) and "BAT1" in "".join(missing(sample))
