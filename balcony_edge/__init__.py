@@ -28,6 +28,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     budget: Budget | str | os.PathLike[str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     verify_hashes: bool = True,
 ) -> LLM:
@@ -36,15 +37,17 @@ def load(
     Args:
         path: the bundle's directory.
         budget: what replies may cost: a budget, the path of a target file, or None for full depth without a target.
-            With a target, loading measures what each exit costs on this device (about half a second).
+            With a target and no profile, loading measures what each exit costs on this device (about half a second).
+        profile: device profile that `balcony-edge profile` wrote; one of another device or bundle is warned of.
         threads: of the engine's shared pool; by default the CPUs of this process. The first engine of a process decides.
         verify_hashes: check every file against the manifest; without it only presence and size.
 
     Raises:
         BundleError: the bundle is missing, damaged or not what its manifest says.
         BudgetError: the budget is refused, or leaves none of the bundle's exits.
+        ProfileError: the profile cannot be read, or is for other exits.
         MissingDependencyError: ONNX Runtime is not installed.
     """
     from balcony_runtime.generate import LLM  # noqa: PLC0415 - keeps `import balcony_edge` free of engines
 
-    return LLM.open(path, budget=budget, threads=threads, verify_hashes=verify_hashes)
+    return LLM.open(path, budget=budget, profile=profile, threads=threads, verify_hashes=verify_hashes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,55 +18,126 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, mo
 
 from balcony_edge.errors import BudgetError
 
-#: Strict: no bool and no float that happens to be whole.
-ExitLayer = Annotated[int, Field(strict=True, ge=1)]
+#: Strict: no bool, no text and no float that happens to be whole.
+Layer = Annotated[int, Field(strict=True, ge=1, le=10_000)]
+Tokens = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
 
+#: What a fixed exit leaves no choice for; the ceilings on power, degrees and utilization are held by pace there.
+_HELD_BY_DEPTH_ALONE = (
+    *("tpot_ms", "ttft_ms", "deadline_s", "min_exit", "max_exit", "min_agreement"),
+    *("energy_j_per_token", "memory_mb"),
+)
+#: Targets for which the controller must know what a step costs, and those for which it must see the device.
+_TIMES = ("tpot_ms", "ttft_ms", "deadline_s", "max_pace_tps")
+_CEILINGS = (
+    *("power_w", "energy_j_per_token", "temperature_c", "gpu_utilization", "cpu_utilization"),
+    *("battery_floor_percent", "memory_mb"),
+)
+_POSITIVE = "must be a finite number above 0"
+_SHARE = "must be above 0 and at most 1"
+_LAYER = "must be a whole number above 0"
 #: For every key: what is allowed, and what to do.
 _ALLOWED = {
-    "tpot_ms": (
-        "must be a finite number above 0",
-        "give the milliseconds between two tokens, or leave it out for no target",
-    ),
+    "tpot_ms": (_POSITIVE, "give the milliseconds between two tokens, or leave it out for no target"),
+    "ttft_ms": (_POSITIVE, "give the milliseconds to the first token, or leave it out for no target"),
+    "deadline_s": (_POSITIVE, "give the seconds for a whole reply, and expected_tokens with it"),
+    "expected_tokens": (_LAYER, "give the tokens that the deadline is for, e.g. 100"),
     "probability": (
         "must be at least 0.5 and below 1",
-        "give the share of tokens that must be in time, e.g. 0.9; certainty cannot be promised",
+        "give the share of tokens that must be in time, e.g. 0.9 for the 90th percentile; certainty cannot be promised",
     ),
-    "exit_layer": ("must be a whole number above 0", "give one of the bundle's exits"),
-    "min_exit": ("must be a whole number above 0", "give the shallowest depth that is good enough"),
-    "max_exit": ("must be a whole number above 0", "give the deepest depth that may be used"),
+    "exit_layer": (_LAYER, "give one of the bundle's exits"),
+    "min_exit": (_LAYER, "give the shallowest depth that is good enough"),
+    "max_exit": (_LAYER, "give the deepest depth that may be used"),
+    "min_agreement": (_SHARE, "give the least share of tokens as the full model would write them, e.g. 0.6"),
+    "pacing": ("must be true or false", "give false to forbid waits between tokens"),
+    "min_pace_tps": (_POSITIVE, "give the fewest tokens a second that pacing may leave"),
+    "max_pace_tps": (_POSITIVE, "give the most tokens a second, e.g. 6 for a reader"),
+    "power_w": (_POSITIVE, "give watts, averaged over power_window_s"),
+    "power_rail": ("must be 'board', 'cpu' or 'gpu'", "give what power_w and energy_j_per_token are about"),
+    "power_window_s": ("must be at least 1 and at most 600", "give the seconds that power_w is averaged over, e.g. 5"),
+    "energy_j_per_token": (_POSITIVE, "give joules, e.g. 0.5"),
+    "temperature_c": ("must be at least 30 and at most 125", "give degrees Celsius, e.g. 75"),
+    "gpu_utilization": (_SHARE, "write 80 % as 0.8"),
+    "cpu_utilization": (_SHARE, "write 80 % as 0.8"),
+    "battery_floor_percent": ("must be above 0 and below 100", "give percent, e.g. 20"),
+    "memory_mb": (_POSITIVE, "give megabytes of this process's own memory"),
+    "priority": ("must be 'limits' or 'latency'", "give what wins where ceilings and latency cannot both be kept"),
     "dwell_tokens": ("must be a whole number, 0 or more", "give the tokens to stay before going deeper, e.g. 8"),
     "hysteresis": ("must be at least 0 and at most 0.5", "give the share of the target to keep free, e.g. 0.05"),
-    "on_infeasible": ("must be 'shallowest' or 'error'", "give one of the two"),
+    "on_infeasible": ("must be 'shallowest', 'best_effort' or 'error'", "give one of the three"),
 }
+_LIST = "`balcony-edge budget schema` lists the keys"
 
 
 class Budget(BaseModel):
-    """What a reply may cost. ``Budget()`` asks for nothing: full depth, no target.
-
-    Attributes:
-        tpot_ms: target for the gap between two tokens of a stream, where the user receives them.
-        probability: asked P(gap <= ``tpot_ms``).
-        exit_layer: always use this exit; excludes a target and bounds.
-        min_exit: never shallower than this depth; need not be an exit itself.
-        max_exit: never deeper than this depth; need not be an exit itself.
-        dwell_tokens: tokens to stay at an exit before going deeper; going shallower never waits.
-        hysteresis: share of the target that must stay free at a deeper exit before going there.
-        on_infeasible: what to do when no allowed exit meets the target: use the shallowest, or raise.
+    """What a reply may cost. ``Budget()`` asks for nothing: full depth, no target. Every key is described at its field.
 
     Raises:
         BudgetError: one line that names the key, what was given, what is allowed and what to do.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, title="Balcony Edge target file"
+    )
 
-    tpot_ms: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = None
+    tpot_ms: Positive | None = None
+    """Target for the gap between two tokens of a stream (time per output token), where the user receives them."""
+    ttft_ms: Positive | None = None
+    """Target for the time from the request to the first token; held by the depth of the prefill."""
+    deadline_s: Positive | None = None
+    """Target for the time from the request to the last of ``expected_tokens`` tokens."""
+    expected_tokens: Tokens | None = None
+    """Length of reply that ``deadline_s`` is for; a shorter one is done sooner."""
     probability: Annotated[float, Field(strict=True, ge=0.5, lt=1, allow_inf_nan=False)] = 0.9
-    exit_layer: ExitLayer | None = None
-    min_exit: ExitLayer | None = None
-    max_exit: ExitLayer | None = None
+    """Asked probability that a latency target is met: 0.9 holds the 90th percentile of the gaps."""
+
+    exit_layer: Layer | None = None
+    """Always use this exit; excludes targets and bounds that depth holds."""
+    min_exit: Layer | None = None
+    """Never shallower than this depth; need not be an exit itself."""
+    max_exit: Layer | None = None
+    """Never deeper than this depth; need not be an exit itself."""
+    min_agreement: Share | None = None
+    """No exit whose next token agrees with the full model's less often, in the bundle's evaluation (its worst text)."""
+
+    pacing: Annotated[bool, Field(strict=True)] = True
+    """Whether tokens may be made to wait; without it only depth is there to hold ceilings."""
+    min_pace_tps: Positive | None = None
+    """Tokens a second below which pacing never slows a stream down; without it, 1."""
+    max_pace_tps: Positive | None = None
+    """Most tokens a second: a reader needs no more, and the rest is time for deeper exits and for the backlog."""
+
+    power_w: Positive | None = None
+    """Ceiling of the average power of ``power_rail``, all users of the device included."""
+    power_rail: Literal["board", "cpu", "gpu"] = "board"
+    """Whose power ``power_w`` and ``energy_j_per_token`` are about."""
+    power_window_s: Annotated[float, Field(strict=True, ge=1, le=600, allow_inf_nan=False)] = 5.0
+    """Seconds that the power is averaged over."""
+    energy_j_per_token: Positive | None = None
+    """Ceiling of the energy of ``power_rail`` from one token to the next; held by depth."""
+    temperature_c: Annotated[float, Field(strict=True, ge=30, le=125, allow_inf_nan=False)] | None = None
+    """Ceiling of the hottest sensor."""
+    gpu_utilization: Share | None = None
+    """Ceiling of the GPU's busy share, 0 to 1, all users included: what others leave of it is ours."""
+    cpu_utilization: Share | None = None
+    """The same of all CPUs."""
+    battery_floor_percent: Annotated[float, Field(strict=True, gt=0, lt=100, allow_inf_nan=False)] | None = None
+    """Charge to keep: over the last 10 percent above it depth falls, at it the budget is infeasible."""
+    memory_mb: Positive | None = None
+    """Ceiling of this process's own memory, MB: over the last 5 % depth falls, at it the budget is infeasible."""
+
+    priority: Literal["limits", "latency"] = "limits"
+    """What wins where ceilings (power, degrees, utilization) and latency targets cannot both be kept."""
     dwell_tokens: Annotated[int, Field(strict=True, ge=0)] = 8
+    """Tokens to stay at an exit before going deeper; going shallower never waits."""
     hysteresis: Annotated[float, Field(strict=True, ge=0, le=0.5, allow_inf_nan=False)] = 0.05
-    on_infeasible: Literal["shallowest", "error"] = "shallowest"
+    """Share of a target that must stay free at a deeper exit before going there."""
+    on_infeasible: Literal["shallowest", "best_effort", "error"] = "shallowest"
+    """When no allowed exit meets the targets: the shallowest, the one whose gap comes closest to ``tpot_ms`` (a backlog can
+    make that a deeper one), or an error."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -78,18 +150,95 @@ class Budget(BaseModel):
     @model_validator(mode="after")
     def _check_contradictions(self) -> Self:
         if self.exit_layer is not None:
-            for key in ("tpot_ms", "min_exit", "max_exit"):
-                if (value := getattr(self, key)) is not None:
-                    raise BudgetError(
-                        f"exit_layer = {self.exit_layer} with {key} = {value!r}: a fixed exit leaves no choice; "
-                        "give one of the two"
-                    )
+            for key in _HELD_BY_DEPTH_ALONE:
+                if getattr(self, key) is not None:
+                    raise _contradiction(self, "exit_layer", key, "a fixed exit leaves no choice; give one of the two")
         if self.min_exit is not None and self.max_exit is not None and self.min_exit > self.max_exit:
-            raise BudgetError(
-                f"min_exit = {self.min_exit} with max_exit = {self.max_exit}: "
-                "min_exit must not be above max_exit; lower the one or raise the other"
-            )
+            cure = "min_exit must not be above max_exit; lower the one or raise the other"
+            raise _contradiction(self, "min_exit", "max_exit", cure)
+        self._check_times()
+        self._check_pace()
+        if self.power_w is None:
+            keys = ("power_window_s", "power_rail") if self.energy_j_per_token is None else ("power_window_s",)
+            for key in keys:
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise BudgetError(
+                        f"{key} = {getattr(self, key)!r} without power_w: it says nothing; give power_w, too"
+                    )
         return self
+
+    def _check_times(self) -> None:
+        if (self.deadline_s is None) != (self.expected_tokens is None):
+            given, missing = ("deadline_s", "expected_tokens")[:: 1 if self.expected_tokens is None else -1]
+            raise BudgetError(
+                f"{given} = {getattr(self, given)!r} without {missing}: a deadline needs both; add {missing}"
+            )
+        if self.deadline_s is not None and self.ttft_ms is not None and self.ttft_ms > self.deadline_s * 1000:
+            cure = "the first token comes after the whole reply is due; lower the one or raise the other"
+            raise _contradiction(self, "ttft_ms", "deadline_s", cure)
+
+    def _check_pace(self) -> None:
+        slowest, fastest = self.min_pace_tps, self.max_pace_tps
+        for key in ("min_pace_tps", "max_pace_tps"):
+            if not self.pacing and getattr(self, key) is not None:
+                raise _contradiction(self, "pacing", key, "a bound on what is forbidden; give one of the two")
+        if fastest is None:
+            return
+        if slowest is not None and slowest > fastest:
+            cure = "min_pace_tps must not be above max_pace_tps; lower the one or raise the other"
+            raise _contradiction(self, "min_pace_tps", "max_pace_tps", cure)
+        if self.tpot_ms is not None and 1000 / fastest > self.tpot_ms:
+            cure = f"a token every {1000 / fastest:g} ms is later than that; raise one of the two"
+            raise _contradiction(self, "max_pace_tps", "tpot_ms", cure)
+        if (
+            self.deadline_s is not None
+            and self.expected_tokens is not None
+            and self.expected_tokens / fastest > self.deadline_s
+        ):
+            cure = f"{self.expected_tokens} tokens take {self.expected_tokens / fastest:g} s at that pace; raise one of the two"
+            raise _contradiction(self, "max_pace_tps", "deadline_s", cure)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether anything is asked for beside bounds of depth: then costs are needed."""
+        return self.needs_sensors or any(getattr(self, key) is not None for key in _TIMES)
+
+    @property
+    def needs_sensors(self) -> bool:
+        """Whether a ceiling is asked for that only sensors can see."""
+        return any(getattr(self, key) is not None for key in _CEILINGS)
+
+    def for_bundle(self, agreement: Mapping[int, float | None]) -> Budget:
+        """The same budget with ``min_agreement`` as a bound of depth for one bundle.
+
+        Args:
+            agreement: exit layer → share of tokens on which it agrees with the full depth; None where not evaluated.
+
+        Raises:
+            BudgetError: an exit below the full depth was not evaluated, or the budget leaves no exit.
+        """
+        exits = tuple(sorted(agreement))
+        if self.min_agreement is None:
+            self.allowed_exits(exits)
+            return self
+        if any(agreement[exit_layer] is None for exit_layer in exits[:-1]):
+            raise BudgetError(
+                f"min_agreement = {self.min_agreement}, but this bundle was not evaluated: "
+                "run `balcony-edge eval` on it, or give min_exit"
+            )
+        least = exits[-1]  # the full depth agrees with itself
+        for exit_layer in reversed(exits[:-1]):
+            if (agreement[exit_layer] or 0.0) < self.min_agreement:
+                break
+            least = exit_layer
+        if self.max_exit is not None and self.max_exit < least:
+            raise BudgetError(
+                f"min_agreement = {self.min_agreement} with max_exit = {self.max_exit}: this bundle's exits agree so often "
+                f"from {least} on; lower the one or raise the other"
+            )
+        resolved = self.model_copy(update={"min_agreement": None, "min_exit": max(least, self.min_exit or 0)})
+        resolved.allowed_exits(exits)
+        return resolved
 
     def allowed_exits(self, exits: tuple[int, ...]) -> tuple[int, ...]:
         """Those of a bundle's ``exits`` (ascending) that this budget allows: one or more, without a gap.
@@ -111,10 +260,6 @@ class Budget(BaseModel):
                 f"{given}, but this bundle has exits {', '.join(map(str, exits))}: {cure} or re-export with --exits"
             )
         return allowed
-
-    def check_exits(self, exits: tuple[int, ...]) -> None:
-        """Refuse a budget that leaves no exit of a bundle; see :meth:`allowed_exits`."""
-        self.allowed_exits(exits)
 
 
 def load_budget(path: str | os.PathLike[str]) -> Budget:
@@ -166,10 +311,14 @@ def _message(error: pydantic.ValidationError) -> str:
         allowed, cure = _ALLOWED[key]
         return f"{key} = {_shown(first['input'])}: {allowed}; {cure}"
     if not key:
-        return f"budget = {_shown(first['input'])}: must be a table of keys; the keys are {', '.join(_ALLOWED)}"
+        return f"budget = {_shown(first['input'])}: must be a table of keys such as tpot_ms; {_LIST}"
     close = difflib.get_close_matches(key, _ALLOWED, n=1)
-    cure = f"did you mean {close[0]}?" if close else "remove it"
-    return f"{_shown(key)[1:-1]} = {_shown(first['input'])}: no such key; the keys are {', '.join(_ALLOWED)}; {cure}"
+    cure = f"did you mean {close[0]}?" if close else f"remove it; {_LIST}"
+    return f"{_shown(key)[1:-1]} = {_shown(first['input'])}: no such key; {cure}"
+
+
+def _contradiction(budget: Budget, first: str, second: str, cure: str) -> BudgetError:
+    return BudgetError(f"{first} = {getattr(budget, first)!r} with {second} = {getattr(budget, second)!r}: {cure}")
 
 
 def _shown(value: object) -> str:

@@ -1,204 +1,74 @@
-"""The controller: which exit the next token takes, and what backlog is worked off beside it.
+"""The controller: which exit the next token takes, how long it waits, and what backlog is worked off beside it.
 
 Pure: ``decide(state, observation) -> (state, decision)`` has no clock, sensor or engine in it, so that a recorded run
-replays exactly. This module owns the estimate of how slow the device is and the rules of switching. It does not know
-where the costs come from, who measures, or how rows are run.
+replays exactly. This module owns the rules of switching. How slow the device is says :mod:`.slowdown`; what watts, degrees
+and utilization leave says the slow loop, :mod:`.governor`. It does not know where the costs come from, who measures, or
+how rows are run.
 
-The estimate. measured / predicted of a step is the slowdown, filtered as in ALERT (Wan et al., USENIX ATC'20): a
-Kalman filter whose process noise follows its own corrections. Differences from it: the filter runs on the logarithm (a
-slowdown is a factor: its noise is the same share at every load, and it is never negative); one surprising sample is
-taken for an outlier and two in a row on the same side for a change of load; the measurement noise is estimated too; and
-every exit, and catching up, has a learned offset, so that a profile that flatters one does not make it come and go.
-
-The choice. The room at an exit is the price, at slowdown 1, that holds the target with the asked probability. An exit
-*fits* when its next step, pending rows included, costs no more than the room. Then, in this order:
+The choice. The room at an exit is the price, at slowdown 1, that holds every latency target with the asked probability. An
+exit *fits* when its next step, pending rows included, costs no more than the room. Then, in this order:
 
     up     after the dwell: the deepest exit that fits and whose steady price leaves the hysteresis free
     stay   while the present exit fits
     down   at once: the deepest shallower exit that fits
-    else   the shallowest allowed exit; ``infeasible`` if no allowed exit's steady price is within its room either
+    else   the shallowest allowed exit (``best_effort``: the one whose gap comes closest, backlog included);
+           ``infeasible`` if no allowed exit's steady price is within its room either
 
 An exit that would hold the target but for its backlog gets chunks of catch-up beside the steps at a shallower exit, as
 large as the room left. A target that was raised by more than the hysteresis since the last decision does not wait for
-the dwell. For one state and observation, a looser ``tpot_ms`` with all other keys the same never gives a shallower
-exit: every set above only grows with the target. Without a target the deepest allowed exit is taken at once, with
-whatever it has pending.
+the dwell.
+
+The first token. ``ttft_ms`` holds the price of the prompt's rows at an exit; ``tpot_ms`` that of the steps after them.
+
+Without a target for the gap a step still costs at most ``SPIKE`` steady steps of the deepest exit, or what ``min_pace_tps``
+allows: where a ceiling is lifted, the backlog goes in chunks, too.
+
+A deadline is held by mixing an exit and the next shallower one over the tokens that remain, deep first: that order needs no
+catch-up (DESIGN 3), and what it leaves no reserve for is left by the exits further down and by a margin for what the rest
+may take longer than expected. Exit i fits when, after its step, the rest would be done in time one exit shallower.
+
+For one state and observation a looser target with all other keys the same never gives a shallower exit: every set above
+only grows with it. Without a target the deepest allowed exit is taken at once, with whatever it has pending.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
+from typing import Literal, NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.profile import CostModel
+from balcony_edge.costs import CostModel
+from balcony_edge.decision import Because, CatchUp, Decision, Measurement, Observation, Outlook, Stayed, device_words
+from balcony_edge.governor import CEILING_DWELL_S, PACE_MARGIN, TICK_S, Demand, Governor, govern, least_pace_tps
+from balcony_edge.slowdown import NOISE_FLOOR, Slowdown
 
-#: Weight of the past in the process noise, as in ALERT.
-ADAPTATION = 0.3
-#: Variance that the slowdown gains per token at rest: 1 % a token lets a slow ramp through.
-PROCESS_VARIANCE = 0.01**2
-#: Share of a new sample in the noise estimate: about 20 tokens, short against a reply and long against a burst.
-NOISE_RATE = 0.05
-#: Least noise: timer and scheduler jitter of a decode step, 2 %; keeps a silent stretch from trusting itself blindly.
-NOISE_FLOOR = 0.02**2
-#: A sample further than this many deviations from the prediction is surprising (1.2 % of normal samples).
-SURPRISE = 2.5
-#: What a profile may get wrong between two exits: additive costs miss cache effects (DESIGN 9), 8 % at first sight.
-EXIT_VARIANCE = 0.08**2
-#: The same between steps with and without catch-up: the marginal row is what varies most (DESIGN 3: 4 % to 18 %).
-CATCH_UP_VARIANCE = 0.25**2
-#: Share of its offset that an unused exit forgets per token: after some 250 tokens it is tried again.
-OFFSET_DECAY = 1 / 256
 #: The first step at a new exit runs its backlog, whose price per row is the least certain: it weighs a quarter.
 SWITCH_NOISE = 4.0
-#: A factor of a thousand either way is a broken clock or a suspended process: log samples are clipped there.
-LOG_SLOWDOWN_LIMIT = math.log(1000)
+#: Bursts come in runs: the sum over n tokens varies as if so many of them were always hit together.
+BURST_TOKENS = 16
+#: Tokens since the last switch where there was none; more than any dwell in use.
+NEVER = 10**9
+#: Most that a step may cost where no gap is asked for, in full steps of the deepest exit at hand: the rest goes in chunks.
+SPIKE = 2.0
+#: Variance of the slowdown above which it counts as unknown: then only what no luck could change is called infeasible.
+KNOWN_VARIANCE = 0.05**2
+#: Rows of context after which steady prices are computed again: attention over 16 keys is microseconds.
+CONTEXT_STEP = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """The last step. ``predicted_ms`` is its price at slowdown 1 (``Decision.price_ms``), catch-up included."""
-
-    exit_layer: int
-    predicted_ms: float
-    measured_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What the runtime knows before a step; the rows are those of :meth:`CostModel.steps_ms`."""
-
-    budget: Budget
-    context_length: int
-    stage_rows: Sequence[int]
-    balcony_rows: Sequence[int]
-    last: Measurement | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CatchUp:
-    """Pending rows to run through one stage in the gap of this token, before the step: their input is there already.
-
-    With ``balcony`` the rows go through the balcony of exit index ``stage`` instead.
-    """
-
-    stage: int
-    rows: int
-    balcony: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The next step.
-
-    Attributes:
-        exit_layer: where the token is taken.
-        reason: one line of plain words.
-        predicted_ms: expected time of step and catch-up on the device as it is now.
-        price_ms: the same at slowdown 1; goes into the next :class:`Measurement`.
-        probability: P(gap <= target) of step and catch-up; 1 without a target.
-        infeasible: no allowed exit can hold the target, even without a backlog.
-        catch_up: backlog to work off beside the step.
-    """
-
-    exit_layer: int
-    reason: str
-    predicted_ms: float
-    price_ms: float
-    probability: float
-    infeasible: bool
-    catch_up: CatchUp | None
-
-
-@dataclass(frozen=True, slots=True)
-class Slowdown:
-    """The filter: log(measured / predicted) of a step at exit ``i`` is about ``mean + offsets[i]``.
-
-    Attributes:
-        mean, variance: of the device's log slowdown.
-        process_variance: what it gains per token.
-        noise_variance: of one measurement.
-        offsets, offset_variances: what the profile gets wrong: one entry per exit, and the last for steps with
-            catch-up, whatever their exit; empty until the first decision.
-        surprise: side (-1, 1) of the last measurement if that was surprising, else 0.
-    """
-
-    # At first the profile is trusted to 20 % (another power mode, another clock) and a sample to 10 %.
-    mean: float = 0.0
-    variance: float = 0.2**2
-    process_variance: float = PROCESS_VARIANCE
-    noise_variance: float = 0.1**2
-    offsets: tuple[float, ...] = ()
-    offset_variances: tuple[float, ...] = ()
-    surprise: int = 0
-
-    @property
-    def factor(self) -> float:
-        """How many times slower than its profile the device is."""
-        return math.exp(self.mean)
-
-    def for_exits(self, count: int) -> Slowdown:
-        """With offsets for this many exits; what was learned for another number is dropped."""
-        if len(self.offsets) == count + 1:
-            return self
-        variances = (*(EXIT_VARIANCE,) * count, CATCH_UP_VARIANCE)
-        return replace(self, offsets=(0.0,) * (count + 1), offset_variances=variances)
-
-    def update(self, index: int, log_ratio: float, noise_scale: float) -> Slowdown:
-        """After a step with the offset ``index``; ``noise_scale`` is how much noisier than usual the sample is."""
-        offset_variance = self.offset_variances[index]
-        innovation = log_ratio - self.mean - self.offsets[index]
-        prior = self.variance + self.process_variance
-        noise = self.noise_variance * noise_scale
-        limit = SURPRISE**2 * (prior + offset_variance + noise)
-        side = 0 if innovation * innovation <= limit else 1 if innovation > 0 else -1
-        if side and side != self.surprise:  # an outlier until the next sample says the same
-            sample = (limit - prior - offset_variance) / noise_scale
-            noise_variance = self.noise_variance + NOISE_RATE * (sample - self.noise_variance)
-            return replace(self, variance=prior, noise_variance=noise_variance, surprise=side)
-        if side:  # the load has changed: what was known before counts for nothing
-            prior = innovation * innovation
-        total = prior + offset_variance + noise
-        gain, offset_gain = prior / total, offset_variance / total
-        correction = gain * innovation
-        residual = (1 - gain - offset_gain) * innovation
-        # With K the sum of the gains, E[residual²] = (1 - K) noise: K noise more is unbiased and not negative.
-        sample = (residual * residual + (gain + offset_gain) * noise) / noise_scale
-        noise_variance = max(self.noise_variance + NOISE_RATE * (sample - self.noise_variance), NOISE_FLOOR)
-        process_variance = PROCESS_VARIANCE
-        if not side:
-            adapted = ADAPTATION * self.process_variance + (1 - ADAPTATION) * correction * correction
-            process_variance = max(PROCESS_VARIANCE, adapted)
-        kept = 1 - OFFSET_DECAY
-        offsets = [offset * kept for offset in self.offsets]
-        offsets[index] = self.offsets[index] + offset_gain * innovation
-        variances = [EXIT_VARIANCE + (variance - EXIT_VARIANCE) * kept for variance in self.offset_variances]
-        variances[-1] += (CATCH_UP_VARIANCE - EXIT_VARIANCE) * OFFSET_DECAY
-        variances[index] = (1 - offset_gain) * offset_variance
-        return Slowdown(
-            mean=self.mean + correction,
-            variance=(1 - gain) * prior,
-            process_variance=process_variance,
-            noise_variance=noise_variance,
-            offsets=tuple(offsets),
-            offset_variances=tuple(variances),
-            surprise=side,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ControllerState:
+class ControllerState(NamedTuple):
     """What one decision leaves for the next.
 
     Attributes:
         exit_layer: where it took the token; None before the first.
-        tokens_since_switch: tokens taken there in a row, that one included.
+        tokens_since_switch: tokens taken there in a row, that one included; counted while there is a target.
         catching_up: whether its step had a catch-up beside it.
         tpot_ms: the target that it saw; infinite without one.
         slowdown: the filter.
+        governor: the slow loop.
+        switched_s: when it changed the exit last.
     """
 
     exit_layer: int | None
@@ -206,47 +76,41 @@ class ControllerState:
     catching_up: bool
     tpot_ms: float
     slowdown: Slowdown
+    governor: Governor = Governor()
+    switched_s: float = -math.inf
 
     @classmethod
     def initial(cls) -> ControllerState:
         """Before the first token: nothing chosen, the profile taken at its word."""
-        return cls(None, tokens_since_switch=0, catching_up=False, tpot_ms=math.inf, slowdown=Slowdown())
+        return cls(None, tokens_since_switch=NEVER, catching_up=False, tpot_ms=math.inf, slowdown=Slowdown())
+
+    def for_next_reply(self) -> ControllerState:
+        """What the next reply starts from: nothing chosen, but what was learned of the device."""
+        return ControllerState.initial()._replace(slowdown=self.slowdown.rested(), governor=self.governor)
 
 
-@dataclass(frozen=True, slots=True)
-class _Outlook:
-    """What one decision weighs: prices and room per exit index; allowed are the indices ``lowest`` to ``highest``.
+class _Plan(NamedTuple):
+    """What follows from a budget alone."""
 
-    The last entry of ``room_ms`` is that of a step with catch-up.
-    """
-
-    now_ms: list[float]
-    steady_ms: list[float]
-    room_ms: list[float]
+    budget: Budget
     lowest: int
     highest: int
-    hysteresis: float
-    may_rise: bool
+    quantile: float
+    tpot_ms: float  # infinite without a target
+    log_tpot: float
+    governed: bool
+    gap_only: bool  # whether tpot_ms is all that is asked for
+    decision: Decision | None  # the only one that there is, where nothing asks for anything
 
-    def fits(self, index: int) -> bool:
-        return self.now_ms[index] <= self.room_ms[index]
 
-    def leaves_hysteresis(self, index: int) -> bool:
-        return self.steady_ms[index] <= self.room_ms[index] * (1 - self.hysteresis)
+class _Steady(NamedTuple):
+    """Prices of one row everywhere, of ``step`` × ``CONTEXT_STEP`` rows of context on."""
 
-    def choose(self, current: int | None) -> int:
-        """The rules of the module's docstring."""
-        top = self.highest
-        if current is not None:
-            if self.may_rise:
-                for index in range(self.highest, current, -1):
-                    if self.fits(index) and self.leaves_hysteresis(index):
-                        return index
-            top = current
-        for index in range(top, self.lowest - 1, -1):
-            if self.fits(index):
-                return index
-        return self.lowest
+    step: int
+    shared_ms: float
+    stages_ms: list[float]
+    balconies_ms: list[float]
+    exits_ms: list[float]
 
 
 class Controller:
@@ -256,83 +120,280 @@ class Controller:
         self._costs = costs
         self._index = {exit_layer: index for index, exit_layer in enumerate(costs.exits)}
         self._ones = (1,) * len(costs.exits)
+        self._steady = self._steady_prices(0)
+        self._plan = self._planned(Budget())
 
     def decide(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, Decision]:
         """Choose the exit of the next token.
 
         Raises:
-            BudgetError: the budget allows none of the exits (``Budget.check_exits`` says so beforehand).
+            BudgetError: the budget allows none of the exits (``Budget.for_bundle`` says so beforehand).
         """
-        costs, budget = self._costs, observation.budget
-        allowed = budget.allowed_exits(costs.exits)
-        lowest, highest = self._index[allowed[0]], self._index[allowed[-1]]
-        current = None if state.exit_layer is None else self._index.get(state.exit_layer)
-        slowdown, note = self._learn(state, observation.last)
-        now_ms = costs.steps_ms(observation.stage_rows, observation.balcony_rows, observation.context_length)
-        if budget.tpot_ms is None:
-            chosen, probability, infeasible, catch_up = highest, 1.0, False, None
-            price_ms = now_ms[chosen]
-            predicted_ms = price_ms * math.exp(slowdown.mean + slowdown.offsets[chosen])
-            reason = "fixed exit" if budget.exit_layer is not None else "deepest allowed exit, no target"
-        else:
-            deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
-            log_room = math.log(budget.tpot_ms) - slowdown.mean - _quantile(budget.probability) * deviation
-            outlook = _Outlook(
-                now_ms=now_ms,
-                steady_ms=costs.steps_ms(self._ones, self._ones, observation.context_length),
-                room_ms=[math.exp(log_room - offset) for offset in slowdown.offsets],
-                lowest=lowest,
-                highest=highest,
-                hysteresis=budget.hysteresis,
-                may_rise=state.tokens_since_switch >= budget.dwell_tokens
-                or budget.tpot_ms * (1 - budget.hysteresis) > state.tpot_ms,
-            )
-            held = current if current is not None and lowest <= current <= highest else None
-            chosen = outlook.choose(held)
-            infeasible = not outlook.fits(chosen) and not any(
-                outlook.steady_ms[index] <= outlook.room_ms[index] for index in range(lowest, highest + 1)
-            )
-            price_ms = now_ms[chosen]
-            catch_up, goal, chunk_ms = self._catch_up(chosen, outlook, observation)
-            price_ms += chunk_ms
-            log_slowdown = slowdown.mean + slowdown.offsets[chosen if catch_up is None else -1]
-            predicted_ms = price_ms * math.exp(log_slowdown)
-            probability = _probability(budget.tpot_ms, price_ms, log_slowdown, deviation)
-            if catch_up is not None:
-                part = f"balcony {costs.exits[goal]}" if catch_up.balcony else f"stage {catch_up.stage}"
-                reason = f"{costs.exits[goal]} fits, catching up {catch_up.rows} rows of {part}"
-            elif infeasible:
-                reason = f"infeasible: shallowest exit predicted {predicted_ms:.1f} ms"
-            else:
-                reason = self._reason(
-                    outlook, chosen, current=current, budget=budget, predicted_ms=predicted_ms, probability=probability
-                )
-        exit_layer = costs.exits[chosen]
-        stays = chosen == current
-        after = ControllerState(
-            exit_layer=exit_layer,
-            tokens_since_switch=state.tokens_since_switch + 1 if stays else 1,
-            catching_up=catch_up is not None,
-            tpot_ms=math.inf if budget.tpot_ms is None else budget.tpot_ms,
-            slowdown=slowdown,
+        decision = self.settled(observation.budget)
+        if decision is None:
+            return self._weighed(self._plan, state, observation)
+        after = state._replace(
+            exit_layer=decision.exit_layer, tokens_since_switch=1, catching_up=False, tpot_ms=math.inf
         )
-        return after, Decision(exit_layer, reason + note, predicted_ms, price_ms, probability, infeasible, catch_up)
+        return after, decision
 
-    def _learn(self, state: ControllerState, last: Measurement | None) -> tuple[Slowdown, str]:
+    def settled(self, budget: Budget) -> Decision | None:
+        """The only decision that there is where a budget has no target, the same object at every call; None where it has."""
+        if self._plan.budget is not budget:
+            self._plan = self._planned(budget)
+        return self._plan.decision
+
+    def _planned(self, budget: Budget) -> _Plan:
+        exits = self._costs.exits
+        allowed = budget.allowed_exits(exits)
+        lowest, highest = self._index[allowed[0]], self._index[allowed[-1]]
+        decision = None
+        if not budget.has_target:
+            why = "fixed exit" if budget.exit_layer is not None else "deepest allowed exit, no target"
+            decision = Decision(exits[highest], 0.0, 0.0, 1.0, False, None, 0.0, 0.0, (why,))
+        tpot_ms, governed = budget.tpot_ms or math.inf, budget.needs_sensors
+        others = governed or budget.max_pace_tps is not None or budget.deadline_s is not None
+        return _Plan(
+            budget,
+            lowest,
+            highest,
+            _quantile(budget.probability),
+            tpot_ms,
+            math.log(tpot_ms),
+            governed,
+            budget.tpot_ms is not None and not others,
+            decision,
+        )
+
+    def _weighed(self, plan: _Plan, state: ControllerState, seen: Observation) -> tuple[ControllerState, Decision]:
+        budget, exits = plan.budget, self._costs.exits
+        current = None if state.exit_layer is None else self._index.get(state.exit_layer)
+        slowdown, words = self._learn(state, seen.last)
+        if plan.gap_only and current == plan.highest and seen.made_tokens:
+            stayed = self._stay(plan, state, seen, slowdown, words)
+            if stayed is not None:
+                return stayed
+        now_ms, steady_ms = self._prices(seen)
+        governor, highest = state.governor, plan.highest
+        if plan.governed:
+            if seen.now_s - governor.ticked_s >= TICK_S or seen.now_s < governor.ticked_s:
+                governor = self._tick(plan, governor, slowdown, steady_ms, seen)
+            highest = max(min(highest, governor.ceiling), plan.lowest)
+        deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
+        outlook = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest)
+        held = current if current is not None and plan.lowest <= current <= highest else None
+        # only a gap has a closest exit; the time for the rest, or for the prompt, is least at the shallowest
+        otherwise: Literal["shallowest", "closest", "deepest"] = "shallowest"
+        if budget.on_infeasible == "best_effort" and not _deadline_runs(seen) and seen.made_tokens > 0:
+            otherwise = "closest"
+        elif budget.tpot_ms is None and not _deadline_runs(seen) and seen.made_tokens > 0:
+            otherwise = "deepest"  # a ceiling has taken depth away, and every balcony lags behind alike
+        chosen = outlook.choose(held, otherwise)
+        fits = now_ms[chosen] <= outlook.room_ms[chosen]
+        luck = 1.0
+        if slowdown.variance > KNOWN_VARIANCE:
+            luck = math.exp(plan.quantile * max(deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        infeasible = not fits and not any(outlook.holds(index, luck) for index in range(plan.lowest, highest + 1))
+        price_ms, catch_up, goal = now_ms[chosen], None, chosen
+        if chosen < highest and seen.made_tokens:
+            catch_up, goal, chunk_ms = self._catch_up(chosen, outlook, seen)
+            price_ms += chunk_ms
+        offset = slowdown.offsets[chosen if catch_up is None else -1]
+        predicted_ms = price_ms * math.exp(slowdown.mean + offset)
+        limit_ms = outlook.room_ms[chosen if catch_up is None else -1] * math.exp(plan.quantile * deviation)
+        probability = _probability(limit_ms, price_ms, deviation)
+        if catch_up is not None:
+            part = f"balcony {exits[goal]}" if catch_up.balcony else f"stage {catch_up.stage}"
+            words = (f"{exits[goal]} fits, catching up {catch_up.rows} rows of {part}", *words)
+        elif infeasible:
+            which = "shallowest" if chosen == plan.lowest else "closest"
+            step_ms = steady_ms[chosen] * math.exp(slowdown.mean + offset)
+            words = (f"infeasible: {_asked(seen)}: {which} exit predicted {step_ms:.1f} ms", *words)
+        else:
+            words = (Because(outlook, exits, chosen, current, seen, predicted_ms, probability), *words)
+        period_ms, idle_ms = self._pace(plan, governor, seen, predicted_ms)
+        if plan.governed:
+            words = (*words, *device_words(governor, plan.budget, period_ms))
+            infeasible = infeasible or bool(governor.infeasible)
+        stays = chosen == current or current is None  # the first choice is no switch: nothing has to dwell
+        after = ControllerState(
+            exits[chosen],
+            state.tokens_since_switch + 1 if stays else 1,
+            catch_up is not None,
+            plan.tpot_ms,
+            slowdown,
+            governor,
+            state.switched_s if stays else seen.now_s,
+        )
+        return after, Decision(
+            exits[chosen], predicted_ms, price_ms, probability, infeasible, catch_up, period_ms, idle_ms, words
+        )
+
+    def _stay(
+        self, plan: _Plan, state: ControllerState, seen: Observation, slowdown: Slowdown, words: tuple[object, ...]
+    ) -> tuple[ControllerState, Decision] | None:
+        """The answer of :meth:`_weighed` in the commonest case: the deepest exit that is allowed still fits. Else None."""
+        budget, chosen, rows = plan.budget, plan.highest, seen.stage_rows
+        kept = seen.balcony_rows[chosen]
+        if kept != 1 or rows[chosen] != 1:
+            return None
+        steady = self._steady_at(seen.context_length)
+        deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
+        log_slowdown = slowdown.mean + slowdown.offsets[chosen]
+        price_ms = steady.exits_ms[chosen]
+        room_ms = math.exp(plan.log_tpot - log_slowdown - plan.quantile * deviation)
+        if price_ms > room_ms:
+            return None
+        probability = _probability(room_ms * math.exp(plan.quantile * deviation), price_ms, deviation)
+        exit_layer, predicted_ms = self._costs.exits[chosen], price_ms * math.exp(log_slowdown)
+        after = ControllerState(
+            exit_layer, state.tokens_since_switch + 1, False, plan.tpot_ms, slowdown, state.governor, state.switched_s
+        )
+        words = (Stayed(budget, probability), *words)
+        return after, Decision(exit_layer, predicted_ms, price_ms, probability, False, None, 0.0, 0.0, words)
+
+    def _outlook(
+        self,
+        plan: _Plan,
+        state: ControllerState,
+        seen: Observation,
+        slowdown: Slowdown,
+        deviation: float,
+        now_ms: list[float],
+        steady_ms: list[float],
+        highest: int,
+    ) -> Outlook:
+        budget, first = plan.budget, seen.made_tokens == 0
+        free = 1 - budget.hysteresis
+        may_rise = state.tokens_since_switch >= budget.dwell_tokens
+        if plan.governed and budget.tpot_ms is None:  # what the slow loop gave shall not be taken twice a second
+            may_rise = may_rise and seen.now_s - state.switched_s >= CEILING_DWELL_S
+        if budget.tpot_ms is None:
+            # nobody asks for a gap, and still no token shall pay for the whole backlog
+            spike_ms = max(SPIKE * steady_ms[highest], 1000 / (budget.min_pace_tps or math.inf))
+            room_ms = [math.inf if first else spike_ms] * len(slowdown.offsets)
+            may_enter = [True] * len(now_ms)
+        else:
+            log_room = plan.log_tpot - slowdown.mean - plan.quantile * deviation
+            room_ms = [math.exp(log_room - offset) for offset in slowdown.offsets]
+            may_enter = [price <= room * free for price, room in zip(steady_ms, room_ms, strict=False)]
+            may_rise = may_rise or budget.tpot_ms * free > state.tpot_ms
+            if first:  # the prompt's rows are due at any exit: what the steps after it cost is what counts
+                room_ms = [
+                    math.inf if price <= room else room for price, room in zip([*steady_ms, 0.0], room_ms, strict=True)
+                ]
+        elapsed_ms = (seen.now_s - seen.started_s) * 1000
+        if first and budget.ttft_ms is not None:
+            left_ms = max(budget.ttft_ms - elapsed_ms, 0.0) * math.exp(-slowdown.mean - plan.quantile * deviation)
+            room_ms = [
+                min(room, left_ms * math.exp(-offset)) for room, offset in zip(room_ms, slowdown.offsets, strict=True)
+            ]
+        if budget.deadline_s is not None and _deadline_runs(seen):
+            rooms_ms, enters = self._deadline(plan, seen, slowdown, budget.deadline_s * 1000 - elapsed_ms)
+            room_ms = [min(room, limit) for room, limit in zip(room_ms, rooms_ms, strict=True)]
+            may_enter = [both and enter for both, enter in zip(may_enter, enters, strict=True)]
+        return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise)
+
+    def _deadline(
+        self, plan: _Plan, seen: Observation, slowdown: Slowdown, left_ms: float
+    ) -> tuple[list[float], list[bool]]:
+        """Room per exit index, the catch-up's last, and whether there is time to stay for a dwell, from the time left.
+
+        With m the mean slowdown, bursts included, the rest of n tokens at exit i takes n × steady_i × m, and with the asked
+        probability no more than a margin that grows with the root of n.
+        """
+        remaining = max((plan.budget.expected_tokens or 0) - seen.made_tokens, 1)
+        middle = seen.context_length + remaining // 2
+        steady_ms = self._costs.steps_ms(self._ones, self._ones, middle)
+        mean = max(slowdown.ratio_mean, 1e-6)
+        margin_ms = (
+            plan.quantile * math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) * steady_ms[plan.lowest]
+        )
+        rooms_ms, enters = [], []
+        dwell = min(plan.budget.dwell_tokens, remaining)
+        for index, price_ms in enumerate(steady_ms):
+            below_ms = steady_ms[max(index - 1, plan.lowest)]
+            room_ms = (left_ms - margin_ms) / mean - (remaining - 1) * below_ms
+            rooms_ms.append(max(room_ms, 0.0))
+            enters.append(room_ms - below_ms >= dwell * (price_ms - below_ms))
+        return [*rooms_ms, min(rooms_ms)], enters
+
+    def _tick(
+        self, plan: _Plan, governor: Governor, slowdown: Slowdown, steady_ms: list[float], seen: Observation
+    ) -> Governor:
+        step_s = [
+            price * math.exp(slowdown.mean + offset) / 1000
+            for price, offset in zip(steady_ms, slowdown.offsets, strict=False)
+        ]
+        return govern(
+            governor,
+            Demand(
+                plan.budget,
+                seen.now_s,
+                seen.busy_s,
+                seen.readings,
+                step_s,
+                plan.lowest,
+                plan.highest,
+                _needed_tps(plan.budget, seen),
+            ),
+        )
+
+    def _pace(self, plan: _Plan, governor: Governor, seen: Observation, predicted_ms: float) -> tuple[float, float]:
+        """The least gap to the token before, and how much of the wait in it is for the backlog."""
+        budget = plan.budget
+        if not budget.pacing or seen.made_tokens == 0:
+            return 0.0, 0.0
+        share = governor.share if plan.governed else 1.0
+        period_ms = 0.0
+        if share < 1:
+            slowest_tps = least_pace_tps(budget, _needed_tps(budget, seen) / (1 - PACE_MARGIN))
+            period_ms = min(predicted_ms / share, 1000 / slowest_tps)
+        if budget.max_pace_tps is not None:
+            period_ms = max(period_ms, 1000 / budget.max_pace_tps)
+        return period_ms, max(share * period_ms - predicted_ms, 0.0)
+
+    def _steady_prices(self, context: int) -> _Steady:
+        costs = self._costs
+        return _Steady(
+            context // CONTEXT_STEP,
+            costs.overhead_ms + costs.head.pass_ms(1, context),
+            [unit.pass_ms(1, context) for unit in costs.stages],
+            [unit.pass_ms(1, context, 1) for unit in costs.balconies],
+            costs.steps_ms(self._ones, self._ones, context),
+        )
+
+    def _steady_at(self, context: int) -> _Steady:
+        """Prices of a context at most ``CONTEXT_STEP`` rows shorter."""
+        if context // CONTEXT_STEP != self._steady.step:
+            self._steady = self._steady_prices(context // CONTEXT_STEP * CONTEXT_STEP)
+        return self._steady
+
+    def _prices(self, seen: Observation) -> tuple[list[float], list[float]]:
+        """Prices per exit of the next step as it is, and without a backlog (those of a context a little shorter)."""
+        context, steady = seen.context_length, self._steady_at(seen.context_length)
+        shared_ms, now_ms = steady.shared_ms, []
+        for index, (rows, kept) in enumerate(zip(seen.stage_rows, seen.balcony_rows, strict=True)):
+            shared_ms += steady.stages_ms[index] if rows == 1 else self._costs.stages[index].pass_ms(rows, context)
+            balcony_ms = steady.balconies_ms[index]
+            now_ms.append(
+                shared_ms + (balcony_ms if kept == 1 else self._costs.balconies[index].pass_ms(kept, context, 1))
+            )
+        return now_ms, steady.exits_ms
+
+    def _learn(self, state: ControllerState, last: Measurement | None) -> tuple[Slowdown, tuple[object, ...]]:
         """The filter after the last step, and a remark for the reason where its measurement is no use."""
         slowdown = state.slowdown.for_exits(len(self._index))
         if last is None:
-            return slowdown, ""
+            return slowdown, ()
         index = self._index.get(last.exit_layer)
-        usable = 0 < last.measured_ms < math.inf and 0 < last.predicted_ms < math.inf
-        if index is None or not usable:
-            return slowdown, f"; measurement of {last.measured_ms:g} ms at exit {last.exit_layer} ignored"
+        if index is None or not (0 < last.measured_ms < math.inf and 0 < last.predicted_ms < math.inf):
+            return slowdown, (f"measurement of {last.measured_ms:g} ms at exit {last.exit_layer} ignored",)
         log_ratio = math.log(last.measured_ms) - math.log(last.predicted_ms)
-        log_ratio = min(max(log_ratio, -LOG_SLOWDOWN_LIMIT), LOG_SLOWDOWN_LIMIT)
         noise_scale = SWITCH_NOISE if state.tokens_since_switch == 1 else 1.0
-        return slowdown.update(-1 if state.catching_up else index, log_ratio, noise_scale), ""
+        return slowdown.update(-1 if state.catching_up else index, log_ratio, noise_scale), ()
 
-    def _catch_up(self, chosen: int, outlook: _Outlook, observation: Observation) -> tuple[CatchUp | None, int, float]:
+    def _catch_up(self, chosen: int, outlook: Outlook, observation: Observation) -> tuple[CatchUp | None, int, float]:
         """The largest useful chunk toward the deepest exit that would hold the target but for its backlog.
 
         Consumers on the way to it are served shallowest first. Every token adds one row to each of the m missing ones,
@@ -346,7 +407,7 @@ class Controller:
         stage_rows, balcony_rows = observation.stage_rows, observation.balcony_rows
         slack_ms = min(outlook.room_ms[chosen], outlook.room_ms[-1]) - outlook.now_ms[chosen]
         for goal in range(outlook.highest, chosen, -1):
-            if not outlook.leaves_hysteresis(goal):
+            if not outlook.may_enter[goal]:
                 continue
             if outlook.fits(goal):  # only the dwell is in the way
                 break
@@ -372,41 +433,41 @@ class Controller:
                     break
         return None, chosen, 0.0
 
-    def _reason(
-        self,
-        outlook: _Outlook,
-        chosen: int,
-        *,
-        current: int | None,
-        budget: Budget,
-        predicted_ms: float,
-        probability: float,
-    ) -> str:
-        """Plain words for a step without catch-up, where the target can be held."""
-        exits = self._costs.exits
-        if not outlook.fits(chosen):
-            return f"no exit fits yet: shallowest predicted {predicted_ms:.1f} ms (p={probability:.2f})"
-        for index in range(outlook.highest, chosen, -1):
-            if outlook.steady_ms[index] <= outlook.room_ms[index]:
-                if not outlook.leaves_hysteresis(index):
-                    why = "leaves too little free"
-                elif outlook.fits(index):
-                    why = f"waits for its dwell of {budget.dwell_tokens} tokens"
-                else:
-                    why = "has a backlog for which there is no time"
-                return f"within {budget.tpot_ms:g} ms (p={probability:.2f}); {exits[index]} {why}"
-        way = "down to " if current is not None and chosen < current else ""
-        return f"{way}deepest exit within {budget.tpot_ms:g} ms (p={probability:.2f})"
-
 
 @lru_cache(maxsize=64)
 def _quantile(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
 
 
-def _probability(target_ms: float, price_ms: float, log_slowdown: float, deviation: float) -> float:
-    """P(price × slowdown <= target)."""
-    if price_ms <= 0:
+def _probability(limit_ms: float, price_ms: float, deviation: float) -> float:
+    """P(price × slowdown <= limit), where the limit is a price, too."""
+    if price_ms <= 0 or limit_ms == math.inf:
         return 1.0
-    distance = (math.log(target_ms) - math.log(price_ms) - log_slowdown) / deviation
-    return 0.5 * math.erfc(-distance / math.sqrt(2))
+    if limit_ms <= 0:
+        return 0.0
+    return 0.5 * math.erfc((math.log(price_ms) - math.log(limit_ms)) / deviation / math.sqrt(2))
+
+
+def _deadline_runs(seen: Observation) -> bool:
+    """Whether there is a deadline that this token counts for: those after the expected ones are free."""
+    budget = seen.budget
+    return budget.deadline_s is not None and seen.made_tokens < (budget.expected_tokens or 0)
+
+
+def _needed_tps(budget: Budget, seen: Observation) -> float:
+    """Tokens a second that the latency targets need; 0 without one."""
+    needed = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
+    if budget.deadline_s is not None and budget.expected_tokens is not None:
+        left_s = budget.deadline_s - (seen.now_s - seen.started_s)
+        remaining = budget.expected_tokens - seen.made_tokens
+        if remaining > 0:
+            needed = max(needed, remaining / max(left_s, 1e-3))
+    return needed
+
+
+def _asked(seen: Observation) -> str:
+    """The latency targets that hold for a token, as the keys of a target file."""
+    budget, keys = seen.budget, ["tpot_ms"]
+    keys += ["deadline_s"] if _deadline_runs(seen) else []
+    keys += ["ttft_ms"] if seen.made_tokens == 0 else []
+    return ", ".join(f"{key} = {value:g}" for key in keys if (value := getattr(budget, key)) is not None)

@@ -9,6 +9,7 @@ that is not a ``BalconyError`` is a bug and keeps its traceback.
     │   └── UnsupportedModelError   a model whose architecture the exporter refuses, by name
     ├── BudgetError           a target or a target file that makes no sense
     │   └── InfeasibleError   a target that nothing can meet, where the budget asks for an error
+    ├── ProfileError          a device profile that cannot be measured, read or written
     ├── ContextLengthError    more tokens than the context holds
     ├── InputError            a prompt, a sampling parameter, an exit or a path that cannot be used
     ├── TrainingError         a training run that cannot start or must stop
@@ -39,6 +40,10 @@ class BudgetError(BalconyError):
 
 class InfeasibleError(BudgetError):
     """Nothing meets the budget and its ``on_infeasible`` is ``error``."""
+
+
+class ProfileError(BalconyError):
+    """A device profile cannot be measured, read or written."""
 
 
 class ContextLengthError(BalconyError):

@@ -10,10 +10,16 @@ import sys
 
 import typer
 
+from balcony_edge.cli import budget
+from balcony_edge.cli.compare import compare
+from balcony_edge.cli.doctor import doctor
 from balcony_edge.cli.eval import evaluate
 from balcony_edge.cli.export import export
 from balcony_edge.cli.inspect import inspect
+from balcony_edge.cli.plan import plan
+from balcony_edge.cli.profile import profile
 from balcony_edge.cli.run import run
+from balcony_edge.cli.simulate import simulate
 from balcony_edge.cli.train import train
 from balcony_edge.cli.verify import verify
 from balcony_edge.errors import BalconyError
@@ -25,8 +31,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (export, verify, inspect, run, train):
+for verb in (export, verify, inspect, run, train, doctor, profile, plan, compare, simulate):
     app.command()(verb)
+app.add_typer(budget.app, name="budget")
 app.command("eval")(evaluate)  # its name is a builtin of Python
 
 #: Packages that a device does not have.

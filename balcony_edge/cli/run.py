@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,11 @@ def run(
     tpot_ms: Annotated[float | None, typer.Option(help="Target: milliseconds between two tokens.")] = None,
     exit_layer: Annotated[int | None, typer.Option("--exit", help="Always this exit.")] = None,
     budget: Annotated[Path | None, typer.Option(help="Target file (profiles/*.toml).")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Device profile; without it, a target measures what exits cost at load.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Record what the controller saw and decided (JSON lines).")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Show exits, times, pace and sensors while it writes.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to make.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
@@ -46,6 +51,8 @@ def run(
     import balcony_edge
     from balcony_edge.cli.chat import converse
     from balcony_edge.cli.console import depth_styles, stdout
+    from balcony_edge.cli.live import show_live
+    from balcony_edge.trace import TraceWriter
     from balcony_runtime.sampling import SamplingParams
 
     sampling = SamplingParams(
@@ -58,20 +65,26 @@ def run(
         seed=seed,
     )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
-    with balcony_edge.load(bundle, budget=_budget(tpot_ms, exit_layer, budget), threads=threads) as llm:
+    asked = _budget(tpot_ms, exit_layer, budget)
+    with balcony_edge.load(bundle, budget=asked, profile=profile, threads=threads) as llm:
         styles = depth_styles(llm.exit_layers)
         if prompt is None:
-            if as_json or raw:
-                raise InputError("--json or --raw without a prompt: a chat has neither; give a prompt")
+            if as_json or raw or live or trace is not None:
+                raise InputError("--json, --raw, --live or --trace without a prompt: a chat has none; give a prompt")
             converse(llm, styles, system, options)
             return
         if system is not None:
             raise InputError("--system with a prompt: it belongs to a chat; leave the prompt out, or --system")
-        stream = llm.stream(llm.encode(prompt, chat=False if raw else None), logprobs=logprobs, **options)
-        interrupted = show_stream(stream, None if as_json else styles)
+        if as_json and live:
+            raise InputError("--live with --json: a program reads no display; give one of the two")
+        with nullcontext() if trace is None else TraceWriter(trace) as writer:
+            ids = llm.encode(prompt, chat=False if raw else None)
+            stream = llm.stream(ids, logprobs=logprobs, trace=writer, **options)
+            plain = None if as_json else styles
+            interrupted = show_live(stream, styles, llm.readings) if live else show_stream(stream, plain)
         reply = stream.reply
         if as_json:
-            document = {**summary(reply), "text": reply.text, "tokens": [asdict(token) for token in reply.tokens]}
+            document = {**summary(reply), "text": reply.text, "tokens": [token.to_dict() for token in reply.tokens]}
             print(json.dumps(document))  # noqa: T201 - programs read this
         else:
             stdout.print()

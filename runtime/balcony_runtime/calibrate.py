@@ -12,7 +12,7 @@ from statistics import median
 
 import numpy as np
 
-from balcony_edge.profile import CostModel, UnitCost
+from balcony_edge.costs import CostModel, UnitCost
 from balcony_runtime.backends.base import State
 from balcony_runtime.engine import Engine
 

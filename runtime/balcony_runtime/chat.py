@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from balcony_runtime.decode import IDLE_ROWS
 from balcony_runtime.engine import Sequence
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.text import Message
 
 if TYPE_CHECKING:
     from balcony_runtime.generate import LLM
-
-#: Rows of one portion of idle work: the most that a waiting user waits for is the end of one portion.
-IDLE_ROWS = 8
 
 
 class Chat:

@@ -1,26 +1,32 @@
-"""The decode loop: asks the controller for an exit, advances the sequence, picks a token.
+"""The decode loop: asks the controller for an exit, waits where a pace is asked for, advances the sequence, picks a token.
 
-Owns the clock (``perf_counter``) and the order of a step. A step's latency is the gap that the receiver of the token sees,
-less the time that the receiver itself kept the loop waiting. It knows no text; :mod:`.generate` turns ids into it.
+Owns the clocks (``perf_counter`` for durations, ``monotonic`` for moments) and the order of a step. A token's latency is the
+gap that its receiver sees, less the time that the receiver itself kept the loop waiting. It knows no text;
+:mod:`.generate` turns ids into it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.controller import CatchUp, Controller, ControllerState, Decision, Measurement, Observation
+from balcony_edge.controller import Controller, ControllerState
+from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.decision import CatchUp, Decision, Measurement, Observation
 from balcony_edge.errors import InfeasibleError
-from balcony_edge.profile import CostModel, UnitCost
+from balcony_edge.telemetry import Reading
+from balcony_edge.trace import TraceWriter
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.engine import Sequence
 from balcony_runtime.sampling import Sampler
 
+#: Rows of one portion of idle work: the most that whoever ends the idleness waits for is the end of one portion.
+IDLE_ROWS = 8
 
-@dataclass(frozen=True, slots=True)
-class Step:
+
+class Step(NamedTuple):
     """One token of each sequence of a batch.
 
     Attributes:
@@ -28,7 +34,7 @@ class Step:
         logits: that they were picked from, (B, V); the next step writes over them.
         decision: the controller's.
         target_ms: the budget's ``tpot_ms`` when it decided.
-        latency_ms: from the request for the token to the token.
+        latency_ms: from the request for the token to the token, waiting for its pace included.
         caught_up_rows: backlog that was worked off in the same gap.
     """
 
@@ -40,12 +46,38 @@ class Step:
     caught_up_rows: int
 
 
+class Learned:
+    """What replies leave for the next one: the controller's state, and the time that we kept the device busy.
+
+    Replies that run at once share it: each starts from what was left last, and all of them are our own load.
+    """
+
+    def __init__(self) -> None:
+        self.state = ControllerState.initial()
+        self.busy_ns = 0
+
+
+class Surroundings(NamedTuple):
+    """What a decode loop is given beside the sequence.
+
+    Attributes:
+        budget_and_costs: asked before every step, so that a new budget takes effect at the next token. Costs may be None
+            as long as the budget has no target.
+        readings: the latest of every sensor; asked where the budget needs them, or where there is a trace.
+        sleep: waits so many seconds, or less when the stream is cancelled.
+        trace: where the run is recorded.
+        learned: what is known of the device from replies before.
+    """
+
+    budget_and_costs: Callable[[], tuple[Budget, CostModel | None]]
+    readings: Callable[[], tuple[Reading, ...]] = tuple
+    sleep: Callable[[float], object] = time.sleep
+    trace: TraceWriter | None = None
+    learned: Learned | None = None
+
+
 def steps(
-    sequence: Sequence,
-    prompt: IntArray,
-    sampler: Sampler,
-    exits: tuple[int, ...],
-    budget_and_costs: Callable[[], tuple[Budget, CostModel | None]],
+    sequence: Sequence, prompt: IntArray, sampler: Sampler, exits: tuple[int, ...], around: Surroundings
 ) -> Iterator[Step]:
     """Decode without end; the caller stops asking.
 
@@ -54,42 +86,78 @@ def steps(
         prompt: rows to append first, (B, n), n ≥ 1.
         sampler: picks the tokens.
         exits: the engine's exits.
-        budget_and_costs: asked before every step, so that a new budget takes effect at the next token. Costs may be None
-            as long as the budget has no target.
+        around: budget, costs, sensors, trace.
 
     Raises:
-        InfeasibleError: nothing meets the target and the budget asks for an error then.
+        InfeasibleError: nothing meets the targets and the budget asks for an error then.
         ContextLengthError: the sequence is full.
     """
-    state = ControllerState.initial()
-    ids: IntArray | None = None
+    ask, trace, learned = around.budget_and_costs, around.trace, around.learned or Learned()
+    state, decision = learned.state.for_next_reply(), None  # type: ControllerState, Decision | None
     last: Measurement | None = None
-    controller, priced = Controller(_unmeasured(exits)), None
+    unmeasured = _unmeasured(exits)
+    controller, priced = Controller(unmeasured), None
+    if trace is not None:
+        trace.begin(state)
+    seen: Observation | None = None
+    ids, made = prompt[:, -1], 0
+    started_s, emitted_ns = time.monotonic(), 0
     while True:
         begin = time.perf_counter_ns()
-        budget, costs = budget_and_costs()
+        budget, costs = ask()
         if costs is not None and costs is not priced:
-            controller, priced = Controller(costs), costs
-        # the prompt's rows are due at any exit: the first exit is chosen by what the steps after it will cost
-        stage_rows, balcony_rows = ([1] * len(exits),) * 2 if ids is None else sequence.rows_due(1)
-        observation = Observation(budget, sequence.length, stage_rows, balcony_rows, last)
-        state, decision = controller.decide(state, observation)
-        if decision.infeasible and budget.on_infeasible == "error":
-            raise InfeasibleError(
-                f"tpot_ms = {budget.tpot_ms}: {decision.reason}: raise the target or allow less depth"
+            controller, priced, decision = Controller(costs), costs, None
+        # without a target there is one decision: as long as that holds there is nothing to observe
+        if decision is None or trace is not None or controller.settled(budget) is not decision:
+            seen = Observation(
+                budget,
+                sequence.length if made else sequence.length + prompt.shape[1] - 1,
+                *sequence.rows_due(1 if made else prompt.shape[1]),
+                last,
+                made,
+                started_s,
+                time.monotonic(),
+                learned.busy_ns / 1e9,
+                around.readings() if trace is not None or budget.needs_sensors else (),
             )
+            state, decision = controller.decide(state, seen)
+            learned.state = state
+            if decision.infeasible and budget.on_infeasible == "error":
+                raise InfeasibleError(f"{decision.reason}: raise the target or allow less depth")
         before = sequence.rows_run
         if decision.catch_up is not None:
             _catch_up(sequence, decision.catch_up, exits)
-        exit_layer, prefill = decision.exit_layer, ids is None
-        logits = sequence.advance(exit_layer, prompt)[:, -1] if ids is None else sequence.step(exit_layer, ids)
+        exit_layer = decision.exit_layer
+        logits = sequence.step(exit_layer, ids) if made else sequence.advance(exit_layer, prompt)[:, -1]
         ids = sampler.pick(logits)
-        new_rows = (exits.index(exit_layer) + 1) * (prompt.shape[1] if prefill else 1)
-        caught_up = sequence.rows_run - before - new_rows
-        latency_ms = (time.perf_counter_ns() - begin) / 1e6
+        new_rows = (exits.index(exit_layer) + 1) * (1 if made else prompt.shape[1])
+        done_ns = time.perf_counter_ns()
         # prefill is priced by other numbers than decoding: it says nothing about the slowdown of the next step
-        last = None if prefill or costs is None else Measurement(exit_layer, decision.price_ms, latency_ms)
-        yield Step(ids, logits, decision, budget.tpot_ms, latency_ms, caught_up)
+        last = None
+        if made and decision.price_ms:
+            last = Measurement(exit_layer, decision.price_ms, (done_ns - begin) / 1e6)
+        learned.busy_ns += done_ns - begin
+        if decision.period_ms:  # after the step, so that what it took too long is taken from the wait
+            learned.busy_ns += _wait(sequence, decision, emitted_ns + int(decision.period_ms * 1e6), around.sleep)
+            done_ns = time.perf_counter_ns()
+        latency_ns, emitted_ns = done_ns - begin, done_ns
+        made += 1
+        if trace is not None and seen is not None:
+            trace.write(priced or unmeasured, seen, decision, latency_ns / 1e6, sequence.stage_rows[-1])
+        yield Step(ids, logits, decision, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - before - new_rows)
+
+
+def _wait(sequence: Sequence, decision: Decision, until: int, sleep: Callable[[float], object]) -> int:
+    """Wait until a token is due, backlog first; returns the nanoseconds that went to the backlog."""
+    begin = worked = time.perf_counter_ns()
+    work_until = min(until, begin + int(decision.idle_ms * 1e6))
+    portion_ns = int(decision.predicted_ms * 1e6)  # a portion is taken for a step until one was timed
+    while worked + portion_ns <= work_until and sequence.catch_up(IDLE_ROWS):
+        before, worked = worked, time.perf_counter_ns()
+        portion_ns = worked - before
+    if until > worked:
+        sleep((until - worked) / 1e9)
+    return worked - begin
 
 
 def _catch_up(sequence: Sequence, chunk: CatchUp, exits: tuple[int, ...]) -> None:

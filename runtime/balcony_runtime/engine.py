@@ -184,7 +184,7 @@ class Sequence:
         total = self.length + new
         return [total - cursor for cursor in self._stage_cursor], [
             total - cursor for cursor in self._balcony_cursor
-        ] + [new]
+        ] + [1]
 
     @property
     def rows_run(self) -> int:
@@ -215,7 +215,7 @@ class Sequence:
         end = min(self._stage_cursor[index], begin + max_rows)
         for start in range(begin, end, MAX_PASS_ROWS):
             stop = min(start + MAX_PASS_ROWS, end)
-            self.state.run_exit(index, start, stop, 1)
+            self.state.run_exit(index, start, stop, 0)
             self._balcony_cursor[index] = stop
         return max(end - begin, 0)
 

@@ -10,24 +10,29 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
 from balcony_edge.budget import Budget, parse_budget
-from balcony_edge.bundle import Bundle
-from balcony_edge.errors import ContextLengthError, InputError
-from balcony_edge.profile import CostModel
+from balcony_edge.bundle import Bundle, Manifest
+from balcony_edge.costs import CostModel
+from balcony_edge.device import this_device
+from balcony_edge.errors import BudgetError, ContextLengthError, InputError, ProfileError
+from balcony_edge.profile import Profile
+from balcony_edge.telemetry import Reading
+from balcony_edge.trace import TraceWriter
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.calibrate import calibrate
 from balcony_runtime.chat import Chat
-from balcony_runtime.decode import Step, steps
+from balcony_runtime.decode import Learned, Step, Surroundings, steps
 from balcony_runtime.engine import Engine
 from balcony_runtime.engine import Sequence as TokenSequence
 from balcony_runtime.reply import FinishReason, Reply, Token, TokenStream
 from balcony_runtime.sampling import Sampler, SamplingParams, log_probabilities
+from balcony_runtime.sensors import Sensors, device_sources
 from balcony_runtime.text import Message, StopStrings, TextCodec
 
 _log = logging.getLogger(__name__)
@@ -42,9 +47,31 @@ class LLM:
     own replies; they share the engine and the budget.
     """
 
-    def __init__(self, engine: Engine, codec: TextCodec, budget: Budget) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        codec: TextCodec,
+        budget: Budget,
+        *,
+        costs: CostModel | None = None,
+        readings: Callable[[], tuple[Reading, ...]] | None = None,
+    ) -> None:
+        """Take what :meth:`open` has loaded.
+
+        Args:
+            engine: runs the bundle.
+            codec: the bundle's tokenizer.
+            budget: what replies may cost.
+            costs: prices of this device; None: they are measured when a budget needs them.
+            readings: gives the latest reading of every sensor; None: the device's own, from the first budget on that needs
+                them.
+        """
         self.engine, self._codec = engine, codec
-        self._costs: CostModel | None = None
+        self._costs, self._ask_sensors = costs, readings
+        self._sensors: Sensors | None = None
+        self._sensors_lock = threading.Lock()
+        self._learned = Learned()
+        self._agreement = engine.manifest.agreement
         self.budget = budget
 
     @classmethod
@@ -53,6 +80,7 @@ class LLM:
         path: str | os.PathLike[str],
         *,
         budget: Budget | str | os.PathLike[str] | None = None,
+        profile: str | os.PathLike[str] | None = None,
         threads: int | None = None,
         verify_hashes: bool = True,
     ) -> LLM:
@@ -61,12 +89,18 @@ class LLM:
         asked = parse_budget(budget)
         bundle = Bundle.open(path, verify_hashes=verify_hashes)
         manifest = bundle.manifest
-        asked.check_exits(manifest.exit_layers)
+        try:
+            asked.for_bundle(manifest.agreement)
+        except BudgetError as error:
+            if isinstance(budget, str | os.PathLike):
+                raise BudgetError(f"{os.fspath(budget)}: {error}") from None
+            raise
+        costs = None if profile is None else _profiled(profile, manifest)
         codec = TextCodec(bundle)
         engine = Engine.of(bundle, threads=threads)
         seconds = time.perf_counter() - begin
         _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
-        return cls(engine, codec, asked)
+        return cls(engine, codec, asked, costs=costs)
 
     @property
     def budget(self) -> Budget:
@@ -75,10 +109,20 @@ class LLM:
 
     @budget.setter
     def budget(self, budget: Budget) -> None:
-        budget.check_exits(self.engine.exit_layers)
-        if budget.tpot_ms is not None:
+        resolved = budget.for_bundle(self._agreement)
+        if budget.has_target:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
-        self._budget = budget
+        if budget.needs_sensors:
+            self.readings()
+        self._budget, self._resolved = budget, resolved
+
+    def readings(self) -> tuple[Reading, ...]:
+        """The latest of every sensor; the first call starts those of the device."""
+        with self._sensors_lock:
+            if self._ask_sensors is None:
+                self._sensors = Sensors(device_sources()).start()
+                self._ask_sensors = self._sensors.latest
+        return self._ask_sensors()
 
     @property
     def costs(self) -> CostModel:
@@ -109,6 +153,7 @@ class LLM:
         chat: bool | None = None,
         ignore_eos: bool = False,
         sequence: TokenSequence | None = None,
+        trace: TraceWriter | None = None,
     ) -> TokenStream:
         """Generate token by token.
 
@@ -121,6 +166,7 @@ class LLM:
             chat: put a text into the chat template; by default where the bundle has one.
             ignore_eos: go on after the end-of-sequence token; for measurements.
             sequence: one to continue: rows that its tokens share with the prompt are kept, the others rolled back.
+            trace: where to record what the controller saw and decided, a line a token.
 
         Raises:
             InputError: a prompt or parameter that cannot be used.
@@ -131,13 +177,15 @@ class LLM:
         limit = self._new_tokens(len(ids), max_new_tokens)
         if logprobs is not None and logprobs < 0:
             raise InputError(f"logprobs = {logprobs}: must be 0 (the token's own) or more")
+        if trace is not None:
+            self.readings()  # starts the sensors now, not in the first step
         if sequence is None:
             sequence = self.engine.new_sequence(max_length=len(ids) + limit)
         model = self.engine.manifest.model
         sampler = Sampler(sampling or SamplingParams(), np.array([ids], np.int64), model.vocab_size)
         ends = frozenset() if ignore_eos else frozenset(model.eos_token_ids)
         cancelled = threading.Event()
-        tokens = self._tokens(sequence, ids, sampler, limit, StopStrings(stop), logprobs, ends, cancelled)
+        tokens = self._tokens(sequence, ids, sampler, limit, StopStrings(stop), logprobs, ends, cancelled, trace)
         return TokenStream(tokens, len(ids), cancelled)
 
     def generate(
@@ -191,7 +239,7 @@ class LLM:
         replies: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
         ends = frozenset(self.engine.manifest.model.eos_token_ids)
-        for _, step in zip(range(limit), self._steps(sequence, rows, sampler), strict=False):
+        for _, step in zip(range(limit), self._steps(sequence, rows, sampler, threading.Event()), strict=False):
             for member, token in enumerate(step.ids.tolist()):
                 ended[member] = ended[member] or token in ends
                 if not ended[member]:
@@ -211,7 +259,9 @@ class LLM:
         return Chat(self, self.engine.new_sequence(), system)
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine, and stop the sensors where they were started."""
+        if self._sensors is not None:
+            self._sensors.close()
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -249,11 +299,12 @@ class LLM:
         logprobs: int | None,
         ends: frozenset[int],
         cancelled: threading.Event,
+        trace: TraceWriter | None,
     ) -> Iterator[Token]:
         text = self._codec.stream()
         sequence.rollback(_shared_prefix(sequence, ids))
         prompt = np.array([ids[sequence.length :]], np.int64)
-        loop = self._steps(sequence, prompt, sampler)
+        loop = self._steps(sequence, prompt, sampler, cancelled, trace)
         for count in range(1, limit + 1):
             if cancelled.is_set():
                 return
@@ -269,24 +320,51 @@ class LLM:
             log_p, best = (None, ()) if logprobs is None else log_probabilities(step.logits[0], token, logprobs)
             decision = step.decision
             yield Token(
-                id=token,
-                text=piece,
-                exit_layer=decision.exit_layer,
-                latency_ms=step.latency_ms,
-                predicted_ms=decision.predicted_ms if step.target_ms is not None else None,
-                target_ms=step.target_ms,
-                caught_up_rows=step.caught_up_rows,
-                pending_rows=sequence.stage_rows[-1],
-                reason=decision.reason,
-                logprob=log_p,
-                top_logprobs=best,
-                finish_reason=finish,
+                token,
+                piece,
+                decision.exit_layer,
+                step.latency_ms,
+                decision.predicted_ms if step.target_ms is not None else None,
+                step.target_ms,
+                step.caught_up_rows,
+                sequence.stage_rows[-1],
+                decision,
+                log_p,
+                best,
+                finish,
             )
             if finish is not None:
                 return
 
-    def _steps(self, sequence: TokenSequence, prompt: IntArray, sampler: Sampler) -> Iterator[Step]:
-        return steps(sequence, prompt, sampler, self.exit_layers, lambda: (self._budget, self._costs))
+    def _steps(
+        self,
+        sequence: TokenSequence,
+        prompt: IntArray,
+        sampler: Sampler,
+        cancelled: threading.Event,
+        trace: TraceWriter | None = None,
+    ) -> Iterator[Step]:
+        around = Surroundings(
+            lambda: (self._resolved, self._costs), self.readings, cancelled.wait, trace, self._learned
+        )
+        return steps(sequence, prompt, sampler, self.exit_layers, around)
+
+
+def _profiled(path: str | os.PathLike[str], manifest: Manifest) -> CostModel:
+    """Prices of a profile; warns where they are another device's or bundle's.
+
+    Raises:
+        ProfileError: the file cannot be read, or is for other exits.
+    """
+    profile = Profile.load(path)
+    if profile.costs.exits != manifest.exit_layers:
+        raise ProfileError(
+            f"{os.fspath(path)}: is for exits {', '.join(map(str, profile.costs.exits))}, but this bundle has "
+            f"{', '.join(map(str, manifest.exit_layers))}: measure with `balcony-edge profile`"
+        )
+    for mismatch in profile.mismatches(this_device(), manifest.fingerprint):
+        _log.warning("%s: %s: its prices may not hold here", os.fspath(path), mismatch)
+    return profile.costs
 
 
 def _shared_prefix(sequence: TokenSequence, ids: list[int]) -> int:

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, NamedTuple, Self
+
+from balcony_edge.decision import Decision
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One token of a stream.
 
     Attributes:
@@ -30,7 +31,7 @@ class Token:
         target_ms: the budget's ``tpot_ms`` when it was made.
         caught_up_rows: rows of deeper stages that were worked off in the same gap, switches included.
         pending_rows: rows that the deepest stage has not seen yet.
-        reason: why this exit.
+        decision: the controller's: pace, probability, what was infeasible.
         logprob: its log-probability under the exit that made it, where it was asked for.
         top_logprobs: the most likely tokens at this place and their log-probabilities, where they were asked for.
         finish_reason: on the last token: ``stop`` (end of sequence or a stop string) or ``length``.
@@ -44,15 +45,26 @@ class Token:
     target_ms: float | None
     caught_up_rows: int
     pending_rows: int
-    reason: str
+    decision: Decision
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
 
     @property
+    def reason(self) -> str:
+        """Why this exit, in one line."""
+        return self.decision.reason
+
+    @property
     def late(self) -> bool:
         """Whether a target was missed."""
         return self.target_ms is not None and self.latency_ms > self.target_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields and the reason as JSON-ready values; of the decision, the pace alone."""
+        values = self._asdict()
+        decision: Decision = values.pop("decision")
+        return {**values, "reason": decision.reason, "period_ms": decision.period_ms, "infeasible": decision.infeasible}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +15,10 @@ import torch
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError
-from balcony_edge.profile import CostModel, UnitCost
+from balcony_edge.telemetry import Reading
+from balcony_edge.trace import TraceWriter, read_trace, replay
 from balcony_runtime import decode as decode_module
 from balcony_runtime import generate as generate_module
 from balcony_runtime.calibrate import calibrate
@@ -116,10 +121,10 @@ def test_a_target_is_held_by_depth(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
         token = next(iter(llm.stream([1, 2], max_new_tokens=1)))
         assert (token.exit_layer, token.target_ms) == (exit_layer, target)
         assert token.predicted_ms == pytest.approx(costs.steady_ms(exit_layer, 0), rel=0.2)
-    llm.budget = Budget(tpot_ms=0.1, on_infeasible="error")
-    with pytest.raises(InfeasibleError, match=r"tpot_ms = 0\.1: infeasible"):
+    llm.budget = Budget(tpot_ms=0.01, on_infeasible="error")
+    with pytest.raises(InfeasibleError, match=r"infeasible: tpot_ms = 0\.01: shallowest exit"):
         next(iter(llm.stream([1, 2], max_new_tokens=1)))
-    llm.budget = Budget(tpot_ms=0.1)
+    llm.budget = Budget(tpot_ms=0.01)
     reply = llm.generate([1, 2], max_new_tokens=3, ignore_eos=True)
     assert reply.tokens_per_exit == {2: 3} and reply.late_tokens == 2
 
@@ -129,7 +134,9 @@ def test_backlog_is_worked_off_beside_the_steps(llm: LLM, monkeypatch: pytest.Mo
     unit = UnitCost(10.0, 1.0)
     costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(1.0),) * 3, UnitCost(1.0))
     monkeypatch.setattr(generate_module, "calibrate", lambda engine: costs)
-    clock = SimpleNamespace(perf_counter_ns=iter(range(0, 10**15, 30_000_000)).__next__)  # every step takes 30 ms
+    clock = SimpleNamespace(
+        perf_counter_ns=iter(range(0, 10**15, 30_000_000)).__next__, monotonic=time.monotonic
+    )  # every step takes 30 ms
     monkeypatch.setattr(decode_module, "time", clock)
     llm.budget = Budget(exit_layer=2)
     tokens = []
@@ -209,3 +216,81 @@ def test_the_library_logs_and_prints_nothing(
     assert any("exits (2, 3, 5)" in message for message in messages)
     assert any(message.startswith("measured what a token costs: exit 2: ") for message in messages)
     assert capfd.readouterr() == ("", "")
+
+
+def prices(monkeypatch: pytest.MonkeyPatch, step_ms: float = 1.0) -> CostModel:
+    """Give every graph of the tiny model a price, whatever this machine is doing."""
+    unit = UnitCost(step_ms, step_ms / 100)
+    costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(step_ms / 2),) * 3, UnitCost(step_ms / 2))
+    monkeypatch.setattr(generate_module, "calibrate", lambda engine: costs)
+    return costs
+
+
+def test_pace_waits_and_the_wait_goes_to_the_backlog(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prices(monkeypatch)
+    sequence = llm.engine.new_sequence(max_length=120)
+    llm.budget = Budget(exit_layer=2)
+    list(llm.stream(list(range(1, 61)), max_new_tokens=10, ignore_eos=True, sequence=sequence))
+    assert sequence.stage_rows[-1] > 60
+    llm.budget = Budget(max_pace_tps=20, max_exit=2)
+    prompt = sequence.tokens[0].tolist()
+    begin = time.perf_counter()
+    tokens = list(llm.stream(prompt, max_new_tokens=8, ignore_eos=True, sequence=sequence))
+    assert time.perf_counter() - begin >= 7 * 0.05
+    assert all(token.latency_ms >= 49.9 for token in tokens[1:])
+    assert {token.exit_layer for token in tokens} == {2}
+    assert tokens[-1].pending_rows == 0  # though no deeper exit was taken
+
+
+def test_a_paced_stream_is_cancelled_in_the_middle_of_a_wait(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prices(monkeypatch)
+    llm.budget = Budget(max_pace_tps=0.05)  # a token every 20 s
+    stream = llm.stream([1, 2, 3], max_new_tokens=5, ignore_eos=True)
+    next(stream)
+    threading.Timer(0.2, stream.cancel).start()
+    begin = time.perf_counter()
+    rest = list(stream)
+    assert time.perf_counter() - begin < 10
+    assert len(rest) <= 1 and stream.reply.finish_reason == "cancelled"
+
+
+def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readings as a fan-less board gives them; the real sensors have tests of their own."""
+    prices(monkeypatch)
+
+    def hot() -> tuple[Reading, ...]:
+        return (Reading("board", "board", time.monotonic(), watts=9.0, celsius=80.0),)
+
+    with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain._codec, Budget(), readings=hot) as llm:
+        llm.budget = Budget(temperature_c=70, min_pace_tps=30)
+        tokens = list(llm.stream([1, 2, 3], max_new_tokens=40, ignore_eos=True))
+        assert "limited by temperature_c" in tokens[-1].reason and tokens[-1].decision.period_ms > 30
+        llm.budget = Budget(power_w=5, power_rail="gpu")
+        reasons = {token.reason for token in llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True)}
+        assert all("no reading for power_w: latency only" in reason for reason in reasons)
+
+
+def test_a_recorded_run_replays(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prices(monkeypatch, step_ms=0.2)
+    llm.budget = Budget(tpot_ms=1.0, ttft_ms=50.0, dwell_tokens=2, cpu_utilization=0.99)
+    with TraceWriter(tmp_path / "run.jsonl") as trace:
+        tokens = []
+        for token in llm.stream([1, 2, 3, 4], max_new_tokens=60, ignore_eos=True, trace=trace):
+            tokens.append(token)
+            if len(tokens) == 30:
+                llm.budget = Budget(tpot_ms=0.5)
+    recorded = read_trace(tmp_path / "run.jsonl")
+    assert [token.line["exit_layer"] for token in recorded.tokens] == [token.exit_layer for token in tokens]
+    assert [token.line["latency_ms"] for token in recorded.tokens] == [token.latency_ms for token in tokens]
+    again = list(replay(recorded))
+    assert [decision[:-1] for decision in again] == [token.decision[:-1] for token in tokens]
+    assert [decision.reason for decision in again] == [token.reason for token in tokens]
+    assert any(token.seen.readings for token in recorded.tokens)
+
+
+def test_least_agreement_needs_an_evaluated_bundle(llm: LLM) -> None:
+    with pytest.raises(
+        BudgetError, match=r"^min_agreement = 0\.5, but this bundle was not evaluated: run `balcony-edge"
+    ):
+        llm.budget = Budget(min_agreement=0.5)
+    assert llm.budget == Budget()

@@ -1,0 +1,53 @@
+"""``balcony-edge budget``: the schema of target files, and whether one is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Target files: their schema, and whether one is right.", no_args_is_help=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of target files, for editors."""
+    from balcony_edge.budget import Budget
+
+    print(json.dumps(Budget.model_json_schema(), indent=2))  # noqa: T201 - a file for an editor
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="Target file (profiles/*.toml).")],
+    bundle: Annotated[
+        Path | None, typer.Option(help="A bundle: whether the file leaves any of its exits, and which.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Read a target file and say what it asks for; a wrong one is one line and exit code 1."""
+    from balcony_edge.budget import load_budget
+    from balcony_edge.bundle import Bundle
+    from balcony_edge.cli.console import stdout
+    from balcony_edge.errors import BudgetError
+
+    budget = load_budget(file)
+    exits: tuple[int, ...] | None = None
+    if bundle is not None:
+        manifest = Bundle.open(bundle, verify_hashes=False).manifest
+        try:
+            exits = budget.for_bundle(manifest.agreement).allowed_exits(manifest.exit_layers)
+        except BudgetError as error:
+            raise BudgetError(f"{file}: {error}") from None
+    asked = budget.model_dump(exclude_defaults=True)
+    if as_json:
+        print(json.dumps({"budget": asked, "exits": exits}))  # noqa: T201 - for programs
+        return
+    for key, value in asked.items():
+        stdout.print(f"{key} = {json.dumps(value)}", markup=False)
+    if not asked:
+        stdout.print("asks for nothing: full depth")
+    if exits is not None:
+        stdout.print(f"leaves exits {', '.join(map(str, exits))}")

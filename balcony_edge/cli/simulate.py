@@ -1,0 +1,150 @@
+"""``balcony-edge simulate``: a target file against a device profile and a load, without the device."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from balcony_edge.budget import Budget
+    from balcony_edge.loads import Load
+    from balcony_edge.plant import Device
+    from balcony_edge.profile import Profile
+
+
+def simulate(
+    profile: Annotated[Path, typer.Option(help="Device profile that `balcony-edge profile` wrote.")],
+    budget: Annotated[Path, typer.Option(help="Target file (profiles/*.toml).")],
+    trace: Annotated[
+        str,
+        typer.Option(
+            help="Load: a trace that `run --trace` wrote, or idle, constant, step, ramp, square or bursts, "
+            "with values as in square:high=1.7,period_s=4."
+        ),
+    ] = "idle",
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=2, help="Most tokens to make.")] = 256,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Most seconds to simulate.")] = 600.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Physics, repeatable: busy_w=8, idle_w=2, ambient_c=30, kelvin_per_watt=6, tau_s=40, "
+            "throttle_c=80, battery_j=20000, charge=0.4, others_utilization=0.3, ..."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    record: Annotated[Path | None, typer.Option(help="Write the run as a trace.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say per interval what bound.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Try a budget offline: exits, lateness, watts and degrees under a load."""
+    from contextlib import nullcontext
+
+    from balcony_edge import simulate as simulation
+    from balcony_edge.budget import load_budget
+    from balcony_edge.errors import BudgetError
+    from balcony_edge.plant import Plant
+    from balcony_edge.profile import Profile
+    from balcony_edge.trace import TraceWriter
+
+    asked, measured = load_budget(budget), Profile.load(profile)
+    costs = measured.costs
+    try:
+        resolved = asked.for_bundle(measured.agreement())
+    except BudgetError as error:
+        raise BudgetError(f"{budget}: {error}") from None
+    plant = Plant(costs, physics(device or [], measured, resolved), load(trace), prompt_tokens=prompt_tokens, seed=seed)
+    with TraceWriter(record) if record is not None else nullcontext() as writer:
+        run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
+    facts = simulation.summary(run, resolved)
+    intervals = [interval._asdict() for interval in simulation.explain(run)] if explain else None
+    if as_json:
+        print(json.dumps(facts if intervals is None else {**facts, "intervals": intervals}))  # noqa: T201 - for programs
+        return
+    _show(facts, intervals)
+
+
+def load(text: str) -> Load:
+    """A generated load by name, or the slowdowns of a recorded run.
+
+    Raises:
+        InputError: neither, or a run that measured no slowdown.
+    """
+    from balcony_edge.errors import InputError
+    from balcony_edge.loads import parse_load, recorded
+    from balcony_edge.trace import read_trace
+
+    if not os.path.isfile(text):  # noqa: PTH113 - a load may be longer than a file name
+        return parse_load(text)
+    tokens = read_trace(text).tokens
+    times_s, slowdowns = [], []
+    for before, token in pairwise(tokens):
+        last = token.seen.last
+        if last is not None and last.predicted_ms > 0 and last.measured_ms > 0:
+            times_s.append(before.seen.now_s - tokens[0].seen.now_s)  # when the step began that was measured
+            slowdowns.append(last.measured_ms / last.predicted_ms)
+    if not times_s:
+        raise InputError(f"--trace {text}: no token of it was priced: record a run whose budget has a target")
+    return recorded(times_s, slowdowns)
+
+
+def physics(words: list[str], profile: Profile, budget: Budget) -> Device:
+    """A simulated device: the profile's measured watts of the budget's rail, and whatever is given as ``key=value``.
+
+    Measured watts on a heat sink that nobody described would throttle or not by chance: then nothing throttles, unless
+    ``throttle_c`` is given.
+
+    Raises:
+        InputError: another key, or a value that is none.
+    """
+    from balcony_edge.errors import InputError
+    from balcony_edge.plant import RANGES, Device
+
+    values: dict[str, Any] = {"rail": budget.power_rail}
+    measured = profile.powered(budget.power_rail)
+    if measured is not None:
+        idle_w, busy_w = measured
+        values |= {"idle_w": idle_w, "busy_w": busy_w, "throttle_c": math.inf}
+    defaults = asdict(Device())
+    for word in words:
+        key, _, text = word.partition("=")
+        if key not in RANGES:
+            raise InputError(f"--device {word}: must be one of {', '.join(RANGES)}, as key=value, e.g. busy_w=8")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        least, most = RANGES[key]
+        if not least <= value <= most:
+            raise InputError(f"--device {word}: {key} must be {least:g} to {most:g}, e.g. busy_w=8")
+        values[key] = type(defaults[key])(value)
+    return Device(**values)
+
+
+def _show(facts: dict[str, Any], intervals: list[dict[str, Any]] | None) -> None:
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+
+    if intervals is not None:
+        table = Table("from, s", "to, s", "exit", "tokens", "ms a token", "slowdown", "what bound")
+        for interval in intervals:
+            table.add_row(
+                f"{interval['begin_s']:.2f}",
+                f"{interval['end_s']:.2f}",
+                str(interval["exit_layer"]),
+                str(interval["tokens"]),
+                f"{interval['mean_ms']:.1f}",
+                f"{interval['slowdown']:.2f}",
+                interval["reason"],
+            )
+        stdout.print(table)
+    for key, value in facts.items():
+        stdout.print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}", markup=False)

@@ -1,0 +1,194 @@
+"""What a decision is made from and what it is: plain records, and the words for it.
+
+Owns the types between runtime, controller and trace. It decides nothing. Named tuples, because one of each is made per
+token between two calls that leave the caches cold; the reason is put together when somebody reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from balcony_edge.budget import Budget
+from balcony_edge.governor import Governor
+from balcony_edge.telemetry import Reading
+
+
+class Measurement(NamedTuple):
+    """The last step. ``predicted_ms`` is its price at slowdown 1 (``Decision.price_ms``), catch-up included; the time that
+    was measured leaves waiting out.
+    """
+
+    exit_layer: int
+    predicted_ms: float
+    measured_ms: float
+
+
+class Observation(NamedTuple):
+    """What the runtime knows before a step; the rows are those of :meth:`CostModel.steps_ms`.
+
+    Attributes:
+        budget: what holds for this token.
+        context_length: rows before the new ones.
+        stage_rows, balcony_rows: rows due at each stage and balcony, the new ones included.
+        last: the step before; None where it says nothing about the next (none, a prefill, no prices).
+        made_tokens: tokens of this reply that are out; 0 before the prefill.
+        started_s, now_s: when the reply was asked for, and now, on one clock.
+        busy_s: how much of the time since then was spent in steps and on backlog.
+        readings: the latest of every sensor.
+    """
+
+    budget: Budget
+    context_length: int
+    stage_rows: Sequence[int]
+    balcony_rows: Sequence[int]
+    last: Measurement | None = None
+    made_tokens: int = 1
+    started_s: float = 0.0
+    now_s: float = 0.0
+    busy_s: float = 0.0
+    readings: tuple[Reading, ...] = ()
+
+
+class CatchUp(NamedTuple):
+    """Pending rows to run through one stage in the gap of this token, before the step: their input is there already.
+
+    With ``balcony`` the rows go through the balcony of exit index ``stage`` instead.
+    """
+
+    stage: int
+    rows: int
+    balcony: bool = False
+
+
+class Decision(NamedTuple):
+    """The next step.
+
+    Attributes:
+        exit_layer: where the token is taken.
+        predicted_ms: expected time of step and catch-up on the device as it is now; 0 without a target.
+        price_ms: the same at slowdown 1; goes into the next :class:`Measurement`.
+        probability: P(step and catch-up meet the latency targets); 1 without one.
+        infeasible: no allowed exit can hold the targets, even without a backlog.
+        catch_up: backlog to work off beside the step.
+        period_ms: least gap to the token before; 0 where nothing asks for a pace.
+        idle_ms: of the wait within that gap, so much may be spent on the backlog.
+        words: the reason in parts; put together when it is read.
+    """
+
+    exit_layer: int
+    predicted_ms: float
+    price_ms: float
+    probability: float
+    infeasible: bool
+    catch_up: CatchUp | None
+    period_ms: float
+    idle_ms: float
+    words: tuple[object, ...]
+
+    @property
+    def reason(self) -> str:
+        """One line of plain words."""
+        return "; ".join(part.text() if isinstance(part, Because | Stayed) else str(part) for part in self.words)
+
+
+class Outlook(NamedTuple):
+    """What one decision weighs: prices and room per exit index; allowed are the indices ``lowest`` to ``highest``.
+
+    The last entry of ``room_ms`` is that of a step with catch-up. ``may_enter`` says of each exit whether it leaves free
+    what going there takes.
+    """
+
+    now_ms: list[float]
+    steady_ms: list[float]
+    room_ms: list[float]
+    may_enter: list[bool]
+    lowest: int
+    highest: int
+    may_rise: bool
+
+    def fits(self, index: int) -> bool:
+        return self.now_ms[index] <= self.room_ms[index]
+
+    def holds(self, index: int, luck: float = 1.0) -> bool:
+        """Whether it would fit but for its backlog, with ``luck`` times the room."""
+        return self.steady_ms[index] <= self.room_ms[index] * luck
+
+    def choose(self, current: int | None, otherwise: Literal["shallowest", "closest", "deepest"]) -> int:
+        """The rules of :mod:`.controller`; ``otherwise`` says what is taken where nothing fits."""
+        now_ms, room_ms, top = self.now_ms, self.room_ms, self.highest
+        if current is not None:
+            if self.may_rise:
+                for index in range(self.highest, current, -1):
+                    if now_ms[index] <= room_ms[index] and self.may_enter[index]:
+                        return index
+            top = current
+        for index in range(top, self.lowest - 1, -1):
+            if now_ms[index] <= room_ms[index]:
+                return index
+        if otherwise != "closest":
+            return self.lowest if otherwise == "shallowest" else top
+        return max(range(self.lowest, self.highest + 1), key=lambda i: (room_ms[i] / max(now_ms[i], 1e-300), i))
+
+
+class Stayed(NamedTuple):
+    """The deepest exit that is allowed fits as before."""
+
+    budget: Budget
+    probability: float
+
+    def text(self) -> str:
+        return f"deepest exit within {' and '.join(_targets(self.budget, 1))} (p={self.probability:.2f})"
+
+
+class Because(NamedTuple):
+    """Why a step without catch-up was chosen where the targets can be held."""
+
+    outlook: Outlook
+    exits: tuple[int, ...]
+    chosen: int
+    current: int | None
+    seen: Observation
+    predicted_ms: float
+    probability: float
+
+    def text(self) -> str:
+        outlook, budget, odds = self.outlook, self.seen.budget, f"(p={self.probability:.2f})"
+        if not outlook.fits(self.chosen):
+            return f"no exit fits yet: predicted {self.predicted_ms:.1f} ms {odds}"
+        within = " and ".join(_targets(budget, self.seen.made_tokens))
+        within = f"within {within}" if within else "within its ceilings" if budget.needs_sensors else "without a target"
+        for index in range(outlook.highest, self.chosen, -1):
+            if outlook.holds(index):
+                if not outlook.may_enter[index]:
+                    why = "leaves too little free"
+                elif outlook.fits(index):
+                    why = f"waits for its dwell of {budget.dwell_tokens} tokens"
+                else:
+                    why = "has a backlog for which there is no time"
+                return f"{within} {odds}; {self.exits[index]} {why}"
+        way = "down to " if self.current is not None and self.chosen < self.current else ""
+        return f"{way}deepest exit {within} {odds}"
+
+
+def _targets(budget: Budget, made_tokens: int) -> list[str]:
+    """The latency targets of a token in words."""
+    targets = [f"{budget.tpot_ms:g} ms"] if budget.tpot_ms is not None else []
+    if budget.ttft_ms is not None and made_tokens == 0:
+        targets.append(f"a first token after {budget.ttft_ms:g} ms")
+    if budget.deadline_s is not None and made_tokens < (budget.expected_tokens or 0):
+        targets.append(f"{budget.expected_tokens} tokens in {budget.deadline_s:g} s")
+    return targets
+
+
+def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[object, ...]:
+    """What the slow loop has to say about a token."""
+    words = []
+    if governor.infeasible:
+        words.append(f"infeasible: {', '.join(governor.infeasible)} out of reach")
+    if governor.binding:
+        pace = f", paced to {1000 / period_ms:.1f} tokens a second" if period_ms else ""
+        words.append(f"limited by {', '.join(governor.binding)}{pace}")
+    if governor.lost:
+        words.append(f"no reading for {', '.join(governor.lost)}: latency only")
+    return tuple(words)

@@ -1,0 +1,411 @@
+"""The slow loop: ceilings on watts, joules, degrees, utilization, charge and memory become a busy share and a depth.
+
+Pure, and run at most ten times a second. Depth alone cannot hold watts: an unpaced loop keeps the device busy at every
+exit. So what is governed is our **busy share**, the part of the time in which a step runs; from it follow pace (share /
+cost of a step) and, where the pace would fall below what is asked of it, depth. This module owns that arithmetic. It does
+not know what a step costs (it is told) nor which exit a token takes (it says the deepest that may be taken).
+
+Watts and utilization are taken as affine in the busy share: ``value = base + gain × share``, where base is everybody else
+and the idle device. A Kalman filter learns both from readings and from the share that really was; so what others do is told
+apart from what we do, and there is no integrator that could wind up while another limit holds the share: the filter is fed
+with what was done, not with what was asked. Where a sensor gives our own part it is used as such. Degrees answer too slowly
+for that; a PI controller holds them, whose integral stands still while its output is not what limits the share.
+
+A quantity that is asked for and not seen (absent, older than three seconds, or nonsense) is not held, and that is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from balcony_edge.budget import Budget
+from balcony_edge.telemetry import Reading, Scope
+
+#: Least seconds between two ticks of the loop, and between two changes of the deepest exit allowed.
+TICK_S, CEILING_DWELL_S = 0.1, 1.0
+#: A reading older than this is no reading: three ticks of a sensor that answers once a second.
+STALE_S = 3.0
+#: Readings are averaged over so long before the filter sees them: a sample of watts falls into a step or between two.
+AVERAGE_S = 0.5
+#: Pace below which a stream is taken for hung, where the budget names none.
+LEAST_PACE_TPS = 1.0
+#: Least busy share that is ever asked for: a hundredth, so that a pace follows from it.
+LEAST_SHARE = 0.01
+#: A latency target is kept under pacing with so much of it free for jitter.
+PACE_MARGIN = 0.05
+#: Noise of an averaged reading, and what base and gain may gain in half a second, in units of the ceiling.
+READING_VARIANCE, BASE_VARIANCE, GAIN_VARIANCE = 0.02**2, 0.02**2, 0.005**2
+#: PI controller: full share 5 °C below the set point when the integral is empty, which fills in 30 s; the set point is
+#: half a degree below the ceiling.
+DEGREES_PER_SHARE, INTEGRAL_S, DEGREES_FREE = 5.0, 30.0, 0.5
+#: How far above its floor the charge, and below its ceiling the memory, begins to take depth away.
+CHARGE_RAMP, MEMORY_RAMP = 0.10, 0.05
+#: Seconds for which a ceiling must be out of reach before that is reported: the filter has learned by then.
+SETTLING_S = 5.0
+
+
+class _Counter(NamedTuple):
+    """Energy counters of the parts of a rail, summed, and when they were read."""
+
+    joules: float
+    time_s: float
+    sources: tuple[str, ...]
+
+    def mean_w(self, before: _Counter | None) -> float | None:
+        """Average power since an earlier reading, over the counters' own times; None where the two do not compare."""
+        if before is None or before.sources != self.sources:
+            return None
+        seconds, joules = self.time_s - before.time_s, self.joules - before.joules
+        return joules / seconds if seconds > 0 and joules >= 0 else None
+
+
+class Load(NamedTuple):
+    """One quantity as affine in our busy share, in units of ``scale``, and the readings since the last update.
+
+    Attributes:
+        scale: what 1 means; the ceiling when the filter was made.
+        base, gain: what others take, and what we add at full share.
+        base_variance, covariance, gain_variance: of the two.
+        since_s, busy_s: when the average at hand began, and our busy seconds then.
+        counter: the energy counters then; None where there is none.
+        total, own, samples: sums of the samples since then, of our own part of them, and their number.
+    """
+
+    scale: float
+    base: float = 0.5
+    gain: float = 0.5
+    base_variance: float = 1.0
+    covariance: float = 0.0
+    gain_variance: float = 1.0
+    since_s: float = -math.inf
+    busy_s: float = 0.0
+    counter: _Counter | None = None
+    total: float = 0.0
+    own: float | None = None
+    samples: int = 0
+
+    def see(self, sample: _Sample, now_s: float, busy_s: float) -> Load:
+        """With one more reading; updates the filter when half a second is full."""
+        if not math.isfinite(self.since_s):
+            return self._replace(since_s=now_s, busy_s=busy_s, counter=sample.counter)
+        total, samples = self.total + sample.value, self.samples + 1
+        own = None if sample.own is None else (self.own or 0.0) + sample.own
+        span_s = now_s - self.since_s
+        if span_s < AVERAGE_S:
+            return self._replace(total=total, own=own, samples=samples)
+        value = total / samples
+        if sample.counter is not None and (counted_w := sample.counter.mean_w(self.counter)) is not None:
+            value = counted_w  # samples only hit or miss a step
+        share = min(max((busy_s - self.busy_s) / span_s, 0.0), 1.0)
+        after = self._replace(
+            base_variance=self.base_variance + BASE_VARIANCE, gain_variance=self.gain_variance + GAIN_VARIANCE
+        )
+        if own is None:
+            after = after._observe(1.0, share, value / self.scale)
+        else:
+            after = after._observe(1.0, 0.0, max(value - own / samples, 0.0) / self.scale)
+            after = after._observe(0.0, share, own / samples / self.scale)
+        return after._replace(since_s=now_s, busy_s=busy_s, counter=sample.counter, total=0.0, own=None, samples=0)
+
+    def _observe(self, per_base: float, per_gain: float, value: float) -> Load:
+        """A Kalman update with ``value = per_base × base + per_gain × gain + noise``."""
+        to_base = self.base_variance * per_base + self.covariance * per_gain
+        to_gain = self.covariance * per_base + self.gain_variance * per_gain
+        total = per_base * to_base + per_gain * to_gain + READING_VARIANCE
+        innovation = value - per_base * self.base - per_gain * self.gain
+        return self._replace(
+            base=max(self.base + to_base / total * innovation, 0.0),
+            gain=max(self.gain + to_gain / total * innovation, 0.0),
+            base_variance=self.base_variance - to_base * to_base / total,
+            covariance=self.covariance - to_base * to_gain / total,
+            gain_variance=self.gain_variance - to_gain * to_gain / total,
+        )
+
+    def share_within(self, limit: float) -> float:
+        """Busy share that leads to ``limit``; negative where others alone exceed it."""
+        return (limit / self.scale - self.base) / max(self.gain, 0.02)
+
+    def at(self, share: float) -> float:
+        """The quantity at a busy share."""
+        return self.scale * (self.base + self.gain * share)
+
+
+class Governor(NamedTuple):
+    """State and result of the slow loop.
+
+    Attributes:
+        ticked_s: when it ran last.
+        power, cpu, gpu: what was learned of each; None before the first reading.
+        rail: whose power it is.
+        counter: its energy counters at the last tick.
+        average_w: average power over the budget's window.
+        integral: of the temperature controller, as a busy share.
+        share: busy share that is allowed, 0 to 1.
+        ceiling: index of the deepest exit that may be taken.
+        changed_s: when ``ceiling`` changed.
+        short_s: since when a ceiling is out of reach; infinite where none is.
+        binding: keys of the budget that limit share or depth.
+        lost: keys that are not held, because nothing measures them at the moment.
+        infeasible: what cannot be met, for how long it had to be; empty where all is.
+    """
+
+    ticked_s: float = -math.inf
+    power: Load | None = None
+    cpu: Load | None = None
+    gpu: Load | None = None
+    rail: str = ""
+    counter: _Counter | None = None
+    average_w: float = math.nan
+    integral: float = 0.0
+    share: float = 1.0
+    ceiling: int = 1 << 30
+    changed_s: float = -math.inf
+    short_s: float = math.inf
+    binding: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    infeasible: tuple[str, ...] = ()
+
+
+class Demand(NamedTuple):
+    """What the slow loop is told at a tick.
+
+    Attributes:
+        budget: the ceilings.
+        now_s, busy_s: the clock of the run, and our busy seconds on it.
+        readings: the latest of every sensor.
+        step_s: expected seconds of a step at each exit, as the device is now.
+        lowest, highest: indices of the exits that the budget allows.
+        pace_tps: tokens a second that latency targets need; 0 without any.
+    """
+
+    budget: Budget
+    now_s: float
+    busy_s: float
+    readings: Sequence[Reading]
+    step_s: Sequence[float]
+    lowest: int
+    highest: int
+    pace_tps: float
+
+
+class _Sample(NamedTuple):
+    value: float
+    own: float | None = None
+    counter: _Counter | None = None
+
+
+def least_pace_tps(budget: Budget, pace_tps: float) -> float:
+    """Tokens a second below which pacing may not go: with ``priority = latency`` also what latency targets need."""
+    least = LEAST_PACE_TPS if budget.min_pace_tps is None else budget.min_pace_tps
+    if budget.max_pace_tps is not None:
+        least = min(least, budget.max_pace_tps)
+    return max(least, pace_tps) if budget.priority == "latency" else least
+
+
+def govern(before: Governor, demand: Demand) -> Governor:
+    """One tick."""
+    budget, now_s = demand.budget, demand.now_s
+    lost: list[str] = []
+    shares: dict[str, float] = {}
+    before = _power(before, demand, shares, lost)
+    loads: dict[str, Load | None] = {"cpu": before.cpu, "gpu": before.gpu}
+    scopes: tuple[tuple[Scope, float | None], ...] = (("cpu", budget.cpu_utilization), ("gpu", budget.gpu_utilization))
+    for scope, limit in scopes:
+        if limit is None:
+            continue
+        sample = _utilization(demand.readings, scope, now_s)
+        if sample is None:
+            lost.append(f"{scope}_utilization")
+            continue
+        load = (loads[scope] or Load(limit)).see(sample, now_s, demand.busy_s)
+        loads[scope] = load
+        shares[f"{scope}_utilization"] = load.share_within(limit * (1 - PACE_MARGIN / 2))
+    integral = _temperature(before, demand, shares, lost)
+    cap, caps = _depth(demand, before.power, shares, lost)
+    share = min([1.0, *shares.values()])
+    # up by a tenth of a second's worth at a time, down at once: a reading that is too low must not let a burst through
+    share = max(min(share, before.share + 0.1), LEAST_SHARE)
+    binding = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
+    return _settle(
+        before._replace(
+            ticked_s=now_s,
+            cpu=loads["cpu"],
+            gpu=loads["gpu"],
+            integral=integral,
+            share=share,
+            lost=tuple(lost),
+        ),
+        demand,
+        cap,
+        list(dict.fromkeys([*binding, *caps])),
+    )
+
+
+def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str]) -> Governor:
+    """Depth from the share and the caps, with a dwell; and whether something is out of reach."""
+    budget, now_s, step_s = demand.budget, demand.now_s, demand.step_s
+    least_tps = LEAST_PACE_TPS if budget.min_pace_tps is None else budget.min_pace_tps
+    needed_tps = max(demand.pace_tps / (1 - PACE_MARGIN), least_tps) if budget.pacing else math.inf
+    ceiling, share = governor.ceiling, governor.share
+    wanted = demand.lowest
+    for index in range(min(cap, demand.highest), demand.lowest, -1):
+        # going deeper wants a tenth more than staying does
+        free = 1.1 if index > ceiling else 1.0
+        if share >= 1 or share >= needed_tps * step_s[index] * free:
+            wanted = index
+            break
+    if wanted != ceiling and now_s - governor.changed_s >= CEILING_DWELL_S:
+        changed_s = now_s if ceiling <= demand.highest else governor.changed_s
+        governor = governor._replace(ceiling=wanted, changed_s=changed_s)
+    floor_tps = least_pace_tps(budget, demand.pace_tps)
+    short = share < 1 and (not budget.pacing or share < floor_tps * step_s[demand.lowest])
+    late = share < 1 and share < demand.pace_tps * step_s[demand.lowest]
+    out = list(binding) if short else ["latency"] if late else []
+    at_once = [
+        key
+        for key in binding
+        if key in {"battery_floor_percent", "memory_mb", "energy_j_per_token"} and cap < demand.lowest
+    ]
+    short_s = min(governor.short_s, now_s) if out else math.inf
+    settled = now_s - short_s >= max(SETTLING_S, budget.power_window_s)
+    return governor._replace(short_s=short_s, binding=tuple(binding), infeasible=(*(out if settled else ()), *at_once))
+
+
+def _power(before: Governor, demand: Demand, shares: dict[str, float], lost: list[str]) -> Governor:
+    """With what a reading says of power; adds the share that the ceiling allows."""
+    budget, now_s = demand.budget, demand.now_s
+    if budget.power_w is None and budget.energy_j_per_token is None:
+        return before
+    sample = _watts(demand.readings, budget.power_rail, now_s)
+    if sample is None:
+        lost += [key for key in ("power_w", "energy_j_per_token") if getattr(budget, key) is not None]
+        return before
+    load = before.power if before.rail == budget.power_rail else None
+    load = (load or Load(budget.power_w or max(sample.value, 1e-3))).see(sample, now_s, demand.busy_s)
+    after = before._replace(power=load, rail=budget.power_rail, counter=sample.counter)
+    if budget.power_w is None:
+        return after
+    watts = sample.value if sample.counter is None else sample.counter.mean_w(before.counter)
+    average_w = watts = sample.value if watts is None else watts
+    if math.isfinite(before.average_w) and math.isfinite(before.ticked_s):
+        kept = math.exp(-max(now_s - before.ticked_s, 0.0) / budget.power_window_s)
+        average_w = kept * before.average_w + (1 - kept) * watts
+    # what the window's average has too much or too little is given back over the next one
+    aim_w = budget.power_w * 0.99
+    aim_w += min(max(0.5 * (aim_w - average_w), -0.1 * aim_w), 0.1 * aim_w)
+    shares["power_w"] = load.share_within(aim_w)
+    return after._replace(average_w=average_w)
+
+
+def _temperature(before: Governor, demand: Demand, shares: dict[str, float], lost: list[str]) -> float:
+    """Adds the share that the degrees allow; returns the integral."""
+    limit_c = demand.budget.temperature_c
+    if limit_c is None:
+        return before.integral
+    degrees = [
+        reading.celsius
+        for reading in demand.readings
+        if reading.celsius is not None and -60 <= reading.celsius <= 200 and _fresh(reading, demand.now_s)
+    ]
+    if not degrees:
+        lost.append("temperature_c")
+        return before.integral
+    error = (limit_c - DEGREES_FREE - max(degrees)) / DEGREES_PER_SHARE
+    integral = before.integral
+    span_s = demand.now_s - before.ticked_s
+    output = error + integral
+    # anti-windup: it grows only while degrees, and nothing else, hold the share below 1
+    if math.isfinite(span_s) and (error < 0 or (output < 1 and "temperature_c" in before.binding)):
+        integral = min(max(integral + error * min(span_s, 1.0) / INTEGRAL_S, 0.0), 1.0)
+    shares["temperature_c"] = error + integral
+    return integral
+
+
+def _depth(demand: Demand, power: Load | None, shares: dict[str, float], lost: list[str]) -> tuple[int, list[str]]:
+    """The deepest index that energy, charge and memory allow (below ``lowest`` where none is) and what caps it.
+
+    At the battery's floor the pace falls, too.
+    """
+    budget, lowest, highest = demand.budget, demand.lowest, demand.highest
+    cap, caps = highest, []
+
+    def ramp(key: str, room: float) -> None:
+        nonlocal cap
+        if room < 1:
+            caps.append(key)
+        index = highest if room >= 1 else lowest - 1 if room <= 0 else lowest + int(room * (highest - lowest + 1))
+        cap = min(cap, index)
+
+    if budget.battery_floor_percent is not None:
+        charge = _newest(demand.readings, "battery", "charge", demand.now_s, 1.0)
+        if charge is None:
+            lost.append("battery_floor_percent")
+        elif not charge.charging:
+            room = ((charge.charge or 0.0) - budget.battery_floor_percent / 100) / CHARGE_RAMP
+            ramp("battery_floor_percent", room)
+            if room <= 0:  # as slow as may be
+                shares["battery_floor_percent"] = LEAST_SHARE
+    if budget.memory_mb is not None:
+        memory = _newest(demand.readings, "process", "memory_bytes", demand.now_s, math.inf)
+        if memory is None:
+            lost.append("memory_mb")
+        else:
+            used = (memory.memory_bytes or 0) / (budget.memory_mb * 1e6)
+            ramp("memory_mb", (1 - used) / MEMORY_RAMP)
+    if budget.energy_j_per_token is not None and power is not None and "energy_j_per_token" not in lost:
+        slowest_s = 0.0 if budget.max_pace_tps is None else 1 / budget.max_pace_tps
+        affordable = lowest - 1
+        for index in range(highest, lowest - 1, -1):
+            gap_s = max(demand.step_s[index], slowest_s)
+            if power.at(demand.step_s[index] / gap_s) * gap_s <= budget.energy_j_per_token:
+                affordable = index
+                break
+        if affordable < highest:
+            caps.append("energy_j_per_token")
+        cap = min(cap, affordable)
+    return cap, caps
+
+
+def _fresh(reading: Reading, now_s: float) -> bool:
+    return now_s - reading.time_s <= STALE_S
+
+
+def _newest(readings: Sequence[Reading], scope: Scope, field: str, now_s: float, most: float) -> Reading | None:
+    """The first fresh reading of a scope whose ``field`` is there and sensible."""
+    for reading in readings:
+        if reading.scope == scope and _fresh(reading, now_s):
+            value = getattr(reading, field)
+            if value is not None and 0 <= value <= most:
+                return reading
+    return None
+
+
+def _utilization(readings: Sequence[Reading], scope: Scope, now_s: float) -> _Sample | None:
+    reading = _newest(readings, scope, "utilization", now_s, 1.0)
+    if reading is None or reading.utilization is None:
+        return None
+    own = reading.own_utilization
+    return _Sample(reading.utilization, own if own is not None and 0 <= own <= 1 else None)
+
+
+def _watts(readings: Sequence[Reading], rail: Scope, now_s: float) -> _Sample | None:
+    """Power of a rail. Parts of one source add up (CPU packages, GPUs); of two sources the first is trusted more, and of a
+    whole board there is one figure.
+    """
+    found = [
+        reading
+        for reading in readings
+        if reading.scope == rail and reading.watts is not None and 0 <= reading.watts < 1e5 and _fresh(reading, now_s)
+    ]
+    if not found:
+        return None
+    source = found[0].source.partition(":")[0]
+    found = found[:1] if rail == "board" else [r for r in found if r.source.partition(":")[0] == source]
+    watts = sum(reading.watts or 0.0 for reading in found)
+    joules = [reading.joules for reading in found if reading.joules is not None and math.isfinite(reading.joules)]
+    counter = None
+    if len(joules) == len(found):
+        counter = _Counter(sum(joules), max(r.time_s for r in found), tuple(r.source for r in found))
+    return _Sample(watts, counter=counter)

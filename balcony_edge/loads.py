@@ -1,0 +1,92 @@
+"""Loads: how many times slower a device is at a time, generated from one line of text or read from a recorded run.
+
+A load is a function of seconds since the start. Owns the names and their parameters; what a load is put on is
+:mod:`.plant`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+from collections.abc import Callable, Sequence
+
+from balcony_edge.errors import InputError
+
+Load = Callable[[float], float]
+
+#: Name → its parameters and what they are without being given.
+PARAMETERS: dict[str, dict[str, float]] = {
+    "idle": {},
+    "constant": {"high": 1.5},
+    "step": {"high": 1.7, "at_s": 2.0},
+    "ramp": {"high": 2.0, "from_s": 1.0, "to_s": 9.0},
+    "square": {"high": 1.7, "period_s": 4.0},
+    "bursts": {"high": 2.0, "mean_s": 0.2, "every_s": 1.0, "seed": 0.0},
+}
+
+#: What a parameter may be: slowdowns beyond these are a device that stands still, and shorter times end no simulation.
+TIMES = (1e-3, 1e6)
+RANGES = {"high": (1e-3, 1e3), "seed": (0, 2**53), "at_s": (0, 1e6), "from_s": (0, 1e6)}
+
+
+def parse_load(text: str) -> Load:
+    """A load from ``name`` or ``name:key=value,...``, e.g. ``square:high=1.7,period_s=4``.
+
+    Raises:
+        InputError: another name, another key, or a value that is none.
+    """
+    name, _, rest = text.partition(":")
+    if name not in PARAMETERS:
+        raise InputError(f"load {name!r}: must be one of {', '.join(PARAMETERS)}, or the file of a recorded trace")
+    values = dict(PARAMETERS[name])
+    for word in filter(None, rest.split(",")):
+        key, _, number = word.partition("=")
+        if key not in values:
+            allowed = ", ".join(values) or "nothing"
+            raise InputError(f"load {text!r}: {name} takes {allowed}, not {key!r}: e.g. square:high=1.7,period_s=4")
+        try:
+            values[key] = float(number)
+        except ValueError:
+            values[key] = math.nan
+        least, most = RANGES.get(key, TIMES)
+        if not least <= values[key] <= most:
+            raise InputError(f"load {text!r}: {key} = {number}: must be {least:g} to {most:g}")
+    return _generated(name, values)
+
+
+def _generated(name: str, values: dict[str, float]) -> Load:
+    high = values.get("high", 1.0)
+    if name == "step":
+        return lambda time_s: high if time_s >= values["at_s"] else 1.0
+    if name == "ramp":
+        begin_s, length_s = values["from_s"], max(values["to_s"] - values["from_s"], 1e-9)
+        return lambda time_s: 1.0 + (high - 1.0) * min(max((time_s - begin_s) / length_s, 0.0), 1.0)
+    if name == "square":
+        return lambda time_s: high if time_s % values["period_s"] >= values["period_s"] / 2 else 1.0
+    if name == "bursts":
+        return _bursts(high, values["mean_s"], values["every_s"], int(values["seed"]))
+    return lambda _: high
+
+
+def _bursts(high: float, mean_s: float, every_s: float, seed: int) -> Load:
+    """Bursts of exponential length at exponential intervals (a Poisson process), made as far as they are asked for."""
+    chance = random.Random(seed)
+    edges = [chance.expovariate(1 / every_s)]  # a burst from every even one to the next
+
+    def load(time_s: float) -> float:
+        while edges[-1] <= time_s:
+            mean = mean_s if len(edges) % 2 else every_s
+            edges.append(edges[-1] + chance.expovariate(1 / mean))
+        return high if bisect.bisect_right(edges, time_s) % 2 else 1.0
+
+    return load
+
+
+def recorded(times_s: Sequence[float], slowdowns: Sequence[float]) -> Load:
+    """The slowdowns of a recorded run, each until the next; before the first the first, after the last the last."""
+
+    def load(time_s: float) -> float:
+        return slowdowns[max(bisect.bisect_right(times_s, time_s) - 1, 0)]
+
+    return load

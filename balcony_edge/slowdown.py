@@ -1,0 +1,193 @@
+"""The slowdown filter: how many times slower than its profile the device is at the moment, and how sure that is.
+
+Owns the estimate and nothing else: it knows no target, exit or clock. measured / predicted of a step is the slowdown,
+filtered as in ALERT (Wan et al., USENIX ATC'20): a Kalman filter whose process noise follows its own corrections.
+Differences from it: the filter runs on the logarithm (a slowdown is a factor: its noise is the same share at every load,
+and it is never negative); one surprising sample is taken for an outlier, two in a row on the same side, or many smaller
+ones, for a change of load; the measurement noise is estimated too; and every exit, and catching up, has a learned offset,
+so that a profile that flatters one does not make it come and go. Beside the filter, which leaves outliers out, stand mean
+and variance of the plain ratio, which has them in: what many tokens will take together is their matter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+#: Weight of the past in the process noise, as in ALERT.
+ADAPTATION = 0.3
+#: Variance that the slowdown gains per token at rest: 1 % a token lets a slow ramp through.
+PROCESS_VARIANCE = 0.01**2
+#: Share of a new sample in the noise estimate: about 20 tokens, short against a reply and long against a burst.
+NOISE_RATE = 0.05
+#: Least noise: timer and scheduler jitter of a decode step, 2 %; keeps a silent stretch from trusting itself blindly.
+NOISE_FLOOR = 0.02**2
+#: The same for mean and variance of the plain ratio: about 60 tokens, so that a burst is remembered until the next one.
+RATIO_RATE = 1 / 64
+#: A sample further than this many deviations from the prediction is surprising (1.2 % of normal samples).
+SURPRISE = 2.5
+#: Weight of the past in the drift, a leaky sum of normalised innovations (CUSUM with forgetting): about five tokens.
+DRIFT_DECAY = 0.8
+#: A drift beyond this is a change of load: 3.3 of its deviations 1 / sqrt(1 - DRIFT_DECAY²), once in 1,000 tokens at rest.
+DRIFT_LIMIT = 5.5
+#: What a profile may get wrong between two exits: additive costs miss cache effects (DESIGN 9), 8 % at first sight.
+EXIT_VARIANCE = 0.08**2
+#: The same between steps with and without catch-up: the marginal row is what varies most (DESIGN 3: 4 % to 18 %).
+CATCH_UP_VARIANCE = 0.25**2
+#: Share of its offset that an unused exit forgets in ``DECAY_TOKENS``: after some 250 tokens it is tried again.
+OFFSET_DECAY, DECAY_TOKENS = 1 / 16, 16
+#: Least variance after a pause between two replies: a load of another kind is seen within two tokens.
+PAUSE_VARIANCE = 0.05**2
+#: A factor of a thousand either way is a broken clock or a suspended process: log samples are clipped there.
+LOG_SLOWDOWN_LIMIT = math.log(1000)
+
+
+class Slowdown(NamedTuple):
+    """log(measured / predicted) of a step at exit ``i`` is about ``mean + offsets[i]``.
+
+    Attributes:
+        mean, variance: of the device's log slowdown.
+        process_variance: what it gains per token.
+        noise_variance: of one measurement.
+        offsets, offset_variances: what the profile gets wrong: one entry per exit, and the last for steps with
+            catch-up, whatever their exit; empty until the first decision.
+        surprise: side (-1, 1) of the last measurement if that was surprising, else 0.
+        drift: leaky sum of normalised innovations.
+        age: updates since the offsets were decayed.
+        ratio_mean, ratio_variance: of measured / predicted itself, outliers included, over about 60 tokens.
+        noise_rate: share of a new sample in the noise estimate: that of a plain mean over the start and what came since,
+            until it is ``NOISE_RATE``.
+    """
+
+    # At first the profile is trusted to 20 % (another power mode, another clock) and a sample to 10 %.
+    mean: float = 0.0
+    variance: float = 0.2**2
+    process_variance: float = PROCESS_VARIANCE
+    noise_variance: float = 0.1**2
+    offsets: tuple[float, ...] = ()
+    offset_variances: tuple[float, ...] = ()
+    surprise: int = 0
+    drift: float = 0.0
+    age: int = 0
+    ratio_mean: float = 1.0
+    ratio_variance: float = 0.3**2
+    noise_rate: float = 1 / 4
+
+    @property
+    def factor(self) -> float:
+        """How many times slower than its profile the device is."""
+        return math.exp(self.mean)
+
+    def rested(self) -> Slowdown:
+        """After a pause, in which the load may have changed: known no better than at first."""
+        return self._replace(variance=max(self.variance, PAUSE_VARIANCE), surprise=0, drift=0.0)
+
+    def for_exits(self, count: int) -> Slowdown:
+        """With offsets for this many exits; what was learned for another number is dropped."""
+        if len(self.offsets) == count + 1:
+            return self
+        return self._replace(offsets=(0.0,) * (count + 1), offset_variances=_resting_variances(count + 1))
+
+    def update(self, index: int, log_ratio: float, noise_scale: float) -> Slowdown:
+        """After a step with the offset ``index``; ``noise_scale`` is how much noisier than usual the sample is."""
+        log_ratio = min(max(log_ratio, -LOG_SLOWDOWN_LIMIT), LOG_SLOWDOWN_LIMIT)
+        (
+            mean,
+            variance,
+            process_variance,
+            noise_variance,
+            offsets,
+            offset_variances,
+            surprise,
+            drift,
+            age,
+            ratio_mean,
+            ratio_variance,
+            noise_rate,
+        ) = self
+        ratio_mean, ratio_variance = _average(ratio_mean, ratio_variance, math.exp(log_ratio))
+        offset_variance = offset_variances[index]
+        innovation = log_ratio - mean - offsets[index]
+        prior = variance + process_variance
+        noise = noise_variance * noise_scale
+        expected = prior + offset_variance + noise
+        limit = SURPRISE**2 * expected
+        side = 0 if innovation * innovation <= limit else 1 if innovation > 0 else -1
+        if side and side != surprise:  # an outlier until the next sample says the same
+            sample = (limit - prior - offset_variance) / noise_scale
+            noise_variance += NOISE_RATE * (sample - noise_variance)
+            return Slowdown(
+                mean,
+                prior,
+                process_variance,
+                noise_variance,
+                offsets,
+                offset_variances,
+                side,
+                drift,
+                age,
+                ratio_mean,
+                ratio_variance,
+                noise_rate,
+            )
+        # bounded, so that one sample that is no outlier yet cannot tip it alone
+        drift = DRIFT_DECAY * drift + innovation / math.sqrt(expected)
+        changed = bool(side) or abs(drift) > DRIFT_LIMIT
+        if changed:  # what was known before counts for nothing
+            prior = max(prior, innovation * innovation)
+            drift = 0.0
+        total = prior + offset_variance + noise
+        gain, offset_gain = prior / total, offset_variance / total
+        correction = gain * innovation
+        residual = (1 - gain - offset_gain) * innovation
+        # With K the sum of the gains, E[residual²] = (1 - K) noise: K noise more is unbiased and not negative.
+        sample = (residual * residual + (gain + offset_gain) * noise) / noise_scale
+        noise_variance = max(noise_variance + noise_rate * (sample - noise_variance), NOISE_FLOOR)
+        process_variance = (
+            PROCESS_VARIANCE
+            if changed
+            else max(PROCESS_VARIANCE, ADAPTATION * process_variance + (1 - ADAPTATION) * correction * correction)
+        )
+        index %= len(offsets)
+        offsets = (*offsets[:index], offsets[index] + offset_gain * innovation, *offsets[index + 1 :])
+        offset_variances = (
+            *offset_variances[:index],
+            (1 - offset_gain) * offset_variance,
+            *offset_variances[index + 1 :],
+        )
+        age += 1
+        if age == DECAY_TOKENS:
+            age, kept = 0, 1 - OFFSET_DECAY
+            offsets = tuple([offset * kept if i != index else offset for i, offset in enumerate(offsets)])
+            offset_variances = tuple(
+                [
+                    value if i == index else at_rest + (value - at_rest) * kept
+                    for i, (value, at_rest) in enumerate(
+                        zip(offset_variances, _resting_variances(len(offsets)), strict=True)
+                    )
+                ]
+            )
+        return Slowdown(
+            mean + correction,
+            (1 - gain) * prior,
+            process_variance,
+            noise_variance,
+            offsets,
+            offset_variances,
+            side,
+            drift,
+            age,
+            ratio_mean,
+            ratio_variance,
+            max(noise_rate / (1 + noise_rate), NOISE_RATE),
+        )
+
+
+def _resting_variances(count: int) -> tuple[float, ...]:
+    return (*(EXIT_VARIANCE,) * (count - 1), CATCH_UP_VARIANCE)
+
+
+def _average(mean: float, variance: float, ratio: float) -> tuple[float, float]:
+    """Mean and variance after one more sample (exponentially weighted, West 1979)."""
+    step = RATIO_RATE * (ratio - mean)
+    return mean + step, (1 - RATIO_RATE) * (variance + step * (ratio - mean))

@@ -1,0 +1,179 @@
+"""``balcony-edge budget`` and ``simulate``: the schema, target files, loads, and every bad input as one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from balcony_edge.cli import app
+from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.errors import BalconyError
+from balcony_edge.profile import Power, Profile, QualityFigure
+
+PROFILES = Path(__file__).parents[2] / "profiles"
+UNIT = UnitCost(3.0, 0.1, 0.2)
+COSTS = CostModel((2, 3, 5), (UNIT,) * 3, (UnitCost(1.0),) * 3, UnitCost(1.0))
+
+
+def invoke(*arguments: str | Path) -> str:
+    """What a verb prints."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if done.exception is not None:
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def refused(message: str, *arguments: str | Path) -> None:
+    with pytest.raises(BalconyError) as caught:
+        invoke(*arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def profile(**changes: Any) -> Profile:
+    """A device profile of three exits, with the power of a meter."""
+    zero = {"samples": 1, "rounds": 1} | {f"{name}_ms": 1.0 for name in ("p50", "p95", "p99", "mean", "min", "max")}
+    values: dict[str, Any] = {
+        "created": "2026-01-01T00:00:00+00:00",
+        "tool": "0.1.0",
+        "command": "balcony-edge profile bundle",
+        "complete": True,
+        "device": {"board": None, "cpu": "Fast", "cpus": 2, "architecture": "x86_64", "memory_bytes": 8 * 10**9},
+        "bundle": {
+            "model": "tiny",
+            "fingerprint": "f" * 64,
+            "precision": "float32",
+            "exit_layers": (2, 3, 5),
+            "context_length": 512,
+            "bytes_per_token": {2: 100, 3: 150, 5: 200},
+        },
+        "engine": {"name": "onnxruntime", "version": "1.32.0", "threads": 2},
+        "conditions": {"seconds": 10.0},
+        "entries": ({"kind": "decode", "exit_layer": 5, "timing": {**zero, "uncertainty_ms": 0.1}},),
+        "costs": COSTS,
+        "residuals": (),
+        "spread": 0.02,
+        "memory": {"loaded_bytes": 10**9, "peak_bytes": 2 * 10**9, "per_1k_tokens_bytes": 10**7},
+        "power": (Power(exit_layer=5, rail="board", source="meter", busy_w=9.0, idle_w=3.0, joules_per_token=0.1),),
+    }
+    values["device"] |= {"system": "Linux 6"}
+    return Profile.model_validate(values | changes)
+
+
+@pytest.fixture(autouse=True)
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile().save("p.json")
+
+
+def test_schema_is_json_with_a_description_of_every_key() -> None:
+    schema = json.loads(invoke("budget", "schema"))
+    assert "milliseconds" not in schema["title"] and schema["additionalProperties"] is False
+    assert schema["properties"]["power_rail"]["enum"] == ["board", "cpu", "gpu"]
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.toml")), ids=lambda path: path.stem)
+def test_check_accepts_every_shipped_file(path: Path) -> None:
+    document = json.loads(invoke("budget", "check", path, "--json"))
+    assert document["exits"] is None
+    for key in document["budget"]:
+        assert f"{key} = " in invoke("budget", "check", path)
+
+
+def test_check_refuses_with_file_key_and_cure(tmp_path: Path, tiny: Any) -> None:
+    path = tmp_path / "chat.toml"
+    path.write_text("min_exit = 9\nmax_exit = 4\n")
+    refused(f"{path}: min_exit = 9 with max_exit = 4: min_exit must not be above max_exit", "budget", "check", path)
+    path.write_text("gpu_utilization = 80\n")
+    refused(f"{path}: gpu_utilization = 80: must be above 0 and at most 1; write 80 % as 0.8", "budget", "check", path)
+    path.write_text("min_exit = 4\n")
+    assert invoke("budget", "check", path, "--bundle", tiny.path).splitlines() == ["min_exit = 4", "leaves exits 5"]
+    path.write_text("exit_layer = 4\n")
+    refused(
+        f"{path}: exit_layer = 4, but this bundle has exits 2, 3, 5", "budget", "check", path, "--bundle", tiny.path
+    )
+    refused("nowhere.toml: there is no such file", "budget", "check", tmp_path / "nowhere.toml")
+
+
+def test_simulate_under_a_generated_load_and_under_its_own_record(tmp_path: Path) -> None:
+    budget, record = tmp_path / "b.toml", tmp_path / "run.jsonl"
+    budget.write_text("tpot_ms = 13\n")
+    common = ["simulate", "--profile", "p.json", "--budget", budget, "-n", "300", "--json"]
+    idle = json.loads(invoke(*common))
+    loaded = json.loads(invoke(*common, "--trace", "constant:high=1.4", "--record", record, "--explain"))
+    assert (idle["tokens"], idle["tokens_per_exit"].get("5", 0) > 250) == (300, True)
+    assert loaded["mean_exit"] < idle["mean_exit"] and loaded["late_tokens"] <= 15
+    assert sum(interval["tokens"] for interval in loaded["intervals"]) == 300
+    assert loaded["intervals"][-1]["slowdown"] == pytest.approx(1.4, rel=0.1)
+    again = json.loads(invoke(*common, "--trace", record))
+    assert again["mean_exit"] == pytest.approx(loaded["mean_exit"], abs=0.5)
+    assert "what bound" in invoke(*common[:-1], "--explain")
+    assert "late_tokens: " in invoke(*common[:-1])
+
+
+def test_simulate_takes_watts_from_the_profile_and_physics_from_the_line(tmp_path: Path) -> None:
+    budget = tmp_path / "b.toml"
+    budget.write_text("")
+    common = ["simulate", "--profile", "p.json", "--budget", budget, "-n", "100", "--json"]
+    assert json.loads(invoke(*common))["mean_w"] == pytest.approx(9.0)
+    assert json.loads(invoke(*common, "--device", "busy_w=1"))["mean_w"] == pytest.approx(4.0)
+
+
+def test_simulate_refuses(tmp_path: Path) -> None:
+    budget = tmp_path / "b.toml"
+    budget.write_text("")
+    common = ["simulate", "--profile", "p.json", "--budget", budget]
+    refused("load 'wave': must be one of idle, constant, step", *common, "--trace", "wave")
+    refused("--device mass=3: must be one of idle_w, busy_w", *common, "--device", "mass=3")
+    for word, allowed in (
+        ("busy_w=x", "busy_w must be 0 to 100000"),
+        ("tau_s=0", "tau_s must be 0.01 to 1e+06"),
+        ("noise=2000", "noise must be 0 to 2"),
+        ("throttle_factor=0", "throttle_factor must be 1 to 1000"),
+        ("charge=7", "charge must be 0 to 1"),
+        ("rail=1", "must be one of idle_w"),
+    ):
+        refused(f"--device {word}: {allowed}", *common, "--device", word)
+    for trace, allowed in (
+        ("constant:high=1e9", "high = 1e9: must be 0.001 to 1000"),
+        ("bursts:mean_s=1e-9", "mean_s = 1e-9: must be 0.001 to 1e+06"),
+        ("square:period_s=nan", "period_s = nan: must be"),
+        ("x" * 5000, "must be one of idle"),
+    ):
+        refused(allowed, *common, "--trace", trace)
+    refused("/dev/full: writing failed (No space left on device)", *common, "--record", "/dev/full")
+    invoke(*common, "--record", tmp_path / "free.jsonl", "-n", "5")
+    refused("no token of it was priced", *common, "--trace", tmp_path / "free.jsonl")
+    budget.write_text("min_agreement = 0.5\n")
+    refused(f"{budget}: min_agreement = 0.5, but this bundle was not evaluated", *common)
+    budget.write_text("tpot_ms = 0.1\non_infeasible = 'error'\n")
+    refused("infeasible: tpot_ms = 0.1: shallowest exit predicted", *common)
+
+
+def test_agreement_of_a_profile_is_the_least_of_its_texts() -> None:
+    figures = [
+        QualityFigure(exit_layer=layer, metric="agreement", on=text, value=value)
+        for layer, text, value in ((2, "a", 0.6), (2, "b", 0.5), (3, "a", 0.7))
+    ]
+    assert profile(quality=tuple(figures)).agreement() == {2: 0.5, 3: 0.7, 5: None}
+
+
+def test_simulate_holds_the_power_of_the_rail_that_was_measured(tmp_path: Path) -> None:
+    gpu = Power(exit_layer=5, rail="gpu", source="nvml:0", busy_w=60.0, idle_w=20.0, joules_per_token=1.0)
+    profile(power=(gpu,)).save("gpu.json")
+    (tmp_path / "b.toml").write_text("power_w = 40\npower_rail = 'gpu'\n")
+    found = json.loads(
+        invoke("simulate", "--profile", "gpu.json", "--budget", "b.toml", "-n", "3000", "--seconds", "40", "--json")
+    )
+    assert found["mean_w"] == pytest.approx(40, rel=0.05)
+    # 60 W on the default heat sink would be far above its throttling point: nobody said that this device throttles
+    (tmp_path / "b.toml").write_text("tpot_ms = 25\n")
+    profile(power=(gpu.model_copy(update={"rail": "board"}),)).save("gpu.json")
+    found = json.loads(
+        invoke("simulate", "--profile", "gpu.json", "--budget", "b.toml", "-n", "300", "--json", "--device", "tau_s=1")
+    )
+    assert found["max_c"] > 200 and found["tokens_per_exit"]["5"] > 290

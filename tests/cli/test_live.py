@@ -1,0 +1,44 @@
+"""The live view: what is on the display after some tokens."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.cli.console import depth_styles
+from balcony_edge.cli.live import LiveView, show_live
+from balcony_edge.telemetry import Reading
+
+
+def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
+    readings = (Reading("b", "board", 0.0, watts=6.5, celsius=51.0), Reading("c", "cpu", 0.0, celsius=60.0))
+    with balcony_edge.load(tiny.path, budget=Budget(tpot_ms=500, max_pace_tps=100)) as llm:
+        view, tokens = LiveView(depth_styles(llm.exit_layers)), []
+        for token in llm.stream("the fox", max_new_tokens=12, ignore_eos=True):
+            view.add(token)
+            tokens.append(token)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(view.drawn(readings))
+    shown = console.export_text()
+    for part in (
+        "12 tokens",
+        f"exit {tokens[-1].exit_layer}",
+        "of 500 a token",
+        "slowdown ",
+        "paced to 100.0 a second",
+    ):
+        assert part in shown
+    for part in ("6.5 W board", "60 °C", "0 rows pending", "last decisions", tokens[-1].reason[:40]):
+        assert part in shown
+
+
+def test_a_live_run_ends_with_its_stream(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with balcony_edge.load(tiny.path) as llm:
+        stream = llm.stream("the fox", max_new_tokens=5, ignore_eos=True)
+        assert show_live(stream, depth_styles(llm.exit_layers), tuple) is False
+        assert len(stream.reply.tokens) == 5

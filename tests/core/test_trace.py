@@ -1,0 +1,112 @@
+"""Traces: what is written is read, and replaying it gives the same decisions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from balcony_edge.budget import Budget
+from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.decision import Decision
+from balcony_edge.errors import InputError
+from balcony_edge.loads import parse_load
+from balcony_edge.plant import Device, Plant
+from balcony_edge.simulate import simulate
+from balcony_edge.trace import TraceWriter, read_trace, replay
+
+COSTS = CostModel(
+    (4, 6, 8),
+    (UnitCost(6.0, 0.25, 0.3), UnitCost(4.0, 0.25, 0.2), UnitCost(7.0, 0.25, 0.3)),
+    (UnitCost(1.0, 0.125), UnitCost(1.0, 0.125), UnitCost(0.5)),
+    UnitCost(1.0),
+)
+
+
+def record(path: Path, budget: Budget, load: str, tokens: int = 300) -> list[Decision]:
+    plant = Plant(COSTS, Device(noise=0.1), parse_load(load), seed=3)
+    with TraceWriter(path) as writer:
+        return [token.decision for token in simulate(COSTS, plant, budget, tokens=tokens, trace=writer)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "load"),
+    [
+        (Budget(tpot_ms=24), "square:high=1.6,period_s=2"),
+        (Budget(power_w=5, temperature_c=60, min_pace_tps=25), "bursts"),
+        (Budget(deadline_s=5, expected_tokens=300, ttft_ms=900), "ramp"),
+        (Budget(max_pace_tps=30, energy_j_per_token=0.2, cpu_utilization=0.7), "constant:high=2"),
+        (Budget(), "idle"),
+    ],
+)
+def test_replay_gives_the_same_decisions(tmp_path: Path, budget: Budget, load: str) -> None:
+    decisions = record(tmp_path / "run.jsonl", budget, load)
+    trace = read_trace(tmp_path / "run.jsonl")
+    again = list(replay(trace))
+    assert [decision[:-1] for decision in again] == [
+        decision[:-1] for decision in decisions
+    ]  # all but the words' parts
+    assert [decision.reason for decision in again] == [token.line["reason"] for token in trace.tokens]
+    assert len(again) == 300
+    if budget.has_target and budget.expected_tokens is None:
+        assert len({decision.exit_layer for decision in again}) > 1 or any(d.period_ms for d in again)
+
+
+def test_another_budget_decides_otherwise_on_the_same_trace(tmp_path: Path) -> None:
+    record(tmp_path / "run.jsonl", Budget(tpot_ms=24), "square:high=1.6,period_s=2")
+    trace = read_trace(tmp_path / "run.jsonl")
+    tight = [(token.seen._replace(budget=Budget(tpot_ms=15)), token.line) for token in trace.tokens]
+    changed = trace._replace(tokens=tuple(type(trace.tokens[0])(*pair, None) for pair in tight))
+    assert sum(d.exit_layer for d in replay(changed)) < sum(d.exit_layer for d in replay(trace))
+
+
+def test_a_line_a_token_with_readings_where_they_changed(tmp_path: Path) -> None:
+    record(tmp_path / "run.jsonl", Budget(power_w=5), "idle", tokens=50)
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert lines[0]["trace"] == 1 and lines[1] == {"budget": {"power_w": 5.0}}
+    tokens = lines[2:]
+    assert len(tokens) == 50
+    wanted = {"now_s", "exit_layer", "latency_ms", "predicted_ms", "pending_rows", "reason", "period_ms"}
+    assert all(wanted <= token.keys() for token in tokens)
+    with_readings = [token for token in tokens if "readings" in token]
+    assert 2 <= len(with_readings) < 50
+    assert {reading["source"] for reading in with_readings[0]["readings"]} >= {"plant:board", "plant:cpu"}
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    record(path, Budget(tpot_ms=24), "idle", tokens=20)
+    whole = path.read_text()
+    path.write_text(whole[:-40])  # killed while it wrote
+    assert len(read_trace(path).tokens) == 19
+    lines = whole.splitlines()
+    cases = {
+        "\n".join([*lines[:5], "{", *lines[5:]]): "line 6 is no line of a trace",
+        "\n".join(lines[2:]): "has no header",
+        "\n".join(lines[:2]): "holds no token",
+        "\n".join(['{"trace": 2}', *lines]): "trace version 2, must be 1: record it again",
+        "\n".join([lines[0], '{"budget": {"tpot": 3}}', *lines[2:]]): "run.jsonl: line 2: tpot = 3: no such key",
+    }
+    for key, value, message in (
+        ("last", [30, float("inf"), 5], "last.1: Input should be a finite number"),
+        ("last", "abc", "last: Input should be a valid tuple"),
+        ("now_s", None, "now_s: Input should be a valid number"),
+        ("stage_rows", [1], "rows of 1 stages for 3 exits"),
+        ("context_length", -1, "context_length: Input should be greater than or equal to 0"),
+    ):
+        broken = json.dumps(json.loads(lines[4]) | {key: value})
+        cases["\n".join([*lines[:4], broken, *lines[5:]])] = rf"line 5 is no line of a trace \(.*{message}"
+    for text, message in cases.items():
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_trace(path)
+    with pytest.raises(InputError, match=r"/dev/full: writing failed \(No space left on device\): free space"):
+        record(Path("/dev/full"), Budget(tpot_ms=24), "idle", tokens=5)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not readable as a trace"):
+        read_trace(path)
+    with pytest.raises(InputError, match="not readable as a trace"):
+        read_trace(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"not writable \(No such file or directory\): name a file"):
+        TraceWriter(tmp_path / "nowhere" / "run.jsonl")
