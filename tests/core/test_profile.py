@@ -1,90 +1,263 @@
-"""Costs: exact prices of passes and steps, and the inverse that sizes a catch-up chunk."""
+"""The profile file: what it keeps, what it refuses and in which words; planning with it, comparing two of them, tables."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from balcony_edge.profile import CostModel, UnitCost
-
-STAGE = UnitCost(first_row_ms=2.0, marginal_row_ms=0.5, context_ms_per_1k=1.0)
-COSTS = CostModel(
-    exits=(4, 8),
-    stages=(STAGE, STAGE),
-    balconies=(UnitCost(1.0, 0.1, 2.0), UnitCost(0.25)),
-    head=UnitCost(3.0),
-    overhead_ms=0.125,
+from balcony_edge.budget import Budget
+from balcony_edge.compare import compare_profiles
+from balcony_edge.costs import Bend, CostModel, UnitCost
+from balcony_edge.device import Device, this_device
+from balcony_edge.errors import BudgetError, ProfileError
+from balcony_edge.plan import make_plan
+from balcony_edge.profile import (
+    BundleFacts,
+    Conditions,
+    EngineFacts,
+    Entry,
+    Memory,
+    Power,
+    Profile,
+    QualityFigure,
+    Residual,
+    Timing,
 )
+from balcony_edge.tables import render
+
+DEVICE = Device(board=None, cpu="Fast", cpus=2, architecture="x86_64", memory_bytes=8 * 10**9, system="Linux 6")
+STAGE = UnitCost(10.0, 1.0, 2.0, 0.5, 128, 512, (Bend(4, 0.5, 0.25),))
+COSTS = CostModel((4, 8), (STAGE, STAGE), (UnitCost(2.0), UnitCost(1.0)), UnitCost(4.0), 0.5)
+SHIPPED = sorted((Path(__file__).parents[2] / "profiles" / "devices").glob("*.json"))
 
 
-def test_pass_charges_attention_per_query_row() -> None:
-    assert STAGE.pass_ms(0, 1000) == 0.0
-    assert STAGE.pass_ms(1, 0) == 2.0
-    assert STAGE.pass_ms(4, 500) == 2.0 + 3 * 0.5 + 4 * 0.5
-    assert STAGE.pass_ms(4, 500, query_rows=1) == 2.0 + 3 * 0.5 + 0.5
+def timing(p50_ms: float, uncertainty_ms: float = 0.1) -> Timing:
+    return Timing(
+        samples=40,
+        rounds=5,
+        p50_ms=p50_ms,
+        p95_ms=p50_ms * 1.1,
+        p99_ms=p50_ms * 1.2,
+        mean_ms=p50_ms,
+        min_ms=p50_ms * 0.9,
+        max_ms=p50_ms * 2,
+        uncertainty_ms=uncertainty_ms,
+    )
 
 
-def test_step_runs_the_stages_up_to_the_exit_then_its_balcony_and_the_head() -> None:
-    assert COSTS.steady_ms(4, 0) == 0.125 + 3.0 + 2.0 + 1.0
-    assert COSTS.steady_ms(8, 1000) == 0.125 + 3.0 + 2 * (2.0 + 1.0) + 0.25
-    # Going up pays the stage's ten pending rows, going down those of the balcony: keys and values only.
-    assert COSTS.step_ms(8, (1, 11), (1, 1), 0) == 0.125 + 3.0 + 2.0 + (2.0 + 10 * 0.5) + 0.25
-    assert COSTS.step_ms(4, (1, 1), (11, 1), 1000) == pytest.approx(0.125 + 3.0 + 3.0 + (1.0 + 10 * 0.1 + 2.0))
-    assert COSTS.steps_ms((1, 11), (5, 1), 700) == [
-        COSTS.step_ms(4, (1, 11), (5, 1), 700),
-        COSTS.step_ms(8, (1, 11), (5, 1), 700),
-    ]
+def entry(kind: Any, exit_layer: int, p50_ms: float, uncertainty_ms: float = 0.1, **keys: Any) -> Entry:
+    return Entry(kind=kind, exit_layer=exit_layer, timing=timing(p50_ms, uncertainty_ms), **keys)
 
 
-@pytest.mark.parametrize(("available_ms", "rows"), [(1.9, 0), (2.0, 1), (2.49, 1), (2.5, 2), (4.0, 5), (1e9, 7)])
-def test_rows_within_exact(available_ms: float, rows: int) -> None:
-    assert STAGE.rows_within(available_ms, limit=7, context_length=0) == rows
+def make_profile(**changes: Any) -> Profile:
+    values: dict[str, Any] = {
+        "created": "2026-01-01T00:00:00+00:00",
+        "tool": "0.1.0",
+        "command": "balcony-edge profile bundle",
+        "complete": True,
+        "device": DEVICE,
+        "bundle": BundleFacts(
+            model="tiny",
+            fingerprint="f" * 64,
+            precision="float32",
+            exit_layers=(4, 8),
+            context_length=512,
+            bytes_per_token={4: 100, 8: 200},
+        ),
+        "engine": EngineFacts(name="onnxruntime", version="1.32.0", threads=2),
+        "conditions": Conditions(seconds=10.0),
+        "entries": (
+            entry("decode", 4, 16.8, context=128, predicted_ms=17.0),
+            entry("decode", 8, 26.0, context=128, predicted_ms=26.0),
+            entry("prefill", 8, 80.0, rows=64),
+        ),
+        "costs": COSTS,
+        "residuals": (Residual(part="decode steps", points=2, median=0.0, p95=0.01),),
+        "spread": 0.05,
+        "memory": Memory(loaded_bytes=10**9, peak_bytes=2 * 10**9, per_1k_tokens_bytes=10**7),
+    }
+    return Profile(**values | changes)
 
 
-def test_rows_within_when_further_rows_are_free() -> None:
-    assert UnitCost(1.0).rows_within(1.0, limit=10**9, context_length=10**6) == 10**9
-    assert UnitCost(1.0).rows_within(2.0, limit=0, context_length=0) == 0
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    profile = make_profile(
+        power=(Power(exit_layer=4, rail="cpu", source="r", busy_w=9, idle_w=3, joules_per_token=0.1),)
+    )
+    profile.save(tmp_path / "p.json")
+    loaded = Profile.load(tmp_path / "p.json")
+    assert loaded == profile and loaded.costs == COSTS
+    assert loaded.joules_per_token(4, "cpu") == 0.1 and loaded.busy_w(4, "cpu") == 9
+    assert loaded.joules_per_token(4) is None and loaded.joules_per_token(8, "cpu") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
 
 
-millis = st.floats(0, 1e4)
-
-
-@given(
-    st.tuples(millis, millis, millis),
-    st.floats(-10, 1e6),
-    st.integers(0, 10**6),
-    st.integers(0, 10**5),
-    st.sampled_from([None, 1]),
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema_version": 99}, "schema_version = 99, but this version of balcony-edge reads 1"),
+        ({"schema_version": True}, "schema_version = True"),
+        ({"spread": -1}, "spread: Input should be greater than or equal to 0"),
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+        ({"costs": {"exits": [4]}}, "costs.stages: "),
+        ({"exits": [4, 9]}, "costs are for exits (4, 9), but the bundle has (4, 8)"),
+        ({"first_row_ms": -2.0}, "first_row_ms = -2.0: a cost is 0 to 3.6e+06 ms"),
+        ({"entry": 7}, "exit 7 was measured, but the bundle has (4, 8)"),
+    ],
 )
-def test_rows_within_is_the_most_that_fits(
-    prices: tuple[float, float, float], available: float, limit: int, length: int, queries: int | None
-) -> None:
-    unit = UnitCost(*prices)
-    rows = unit.rows_within(available, limit, length, queries)
-    assert 0 <= rows <= limit
-    if rows:
-        assert unit.pass_ms(rows, length, queries) <= available
-    if rows < limit:  # one more would not fit, but for rounding
-        assert unit.pass_ms(rows + 1, length, queries) > available * (1 - 1e-9) - 1e-9
+def test_a_damaged_file_is_one_line(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    document = make_profile().document()
+    if "exits" in change:
+        document["costs"]["exits"] = change["exits"]
+    elif "first_row_ms" in change:
+        document["costs"]["head"] |= change
+    elif "entry" in change:
+        document["entries"][0]["exit_layer"] = change["entry"]
+    else:
+        document |= change
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError) as caught:
+        Profile.load(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and words in message and "\n" not in message and "measure again" in message
 
 
-@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
-def test_costs_are_finite_and_not_negative(bad: float) -> None:
-    with pytest.raises(ValueError, match="marginal_row_ms"):
-        UnitCost(1.0, bad)
-    with pytest.raises(ValueError, match="overhead_ms"):
-        CostModel((4,), (STAGE,), (STAGE,), STAGE, bad)
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "[" * 100_000])
+def test_what_is_no_profile_is_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    with pytest.raises(ProfileError, match=r"p\.json: .*measure again"):
+        Profile.load(path)
+    with pytest.raises(ProfileError, match="there is no such file: make one with"):
+        Profile.load(tmp_path / "missing.json")
+    with pytest.raises(ProfileError, match="cannot be written"):
+        make_profile().save(tmp_path / "missing" / "p.json")
 
 
-@pytest.mark.parametrize("exits", [(), (0,), (8, 4), (4, 4)])
-def test_exits_ascend(exits: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="ascending"):
-        CostModel(exits, (STAGE,) * len(exits), (STAGE,) * len(exits), STAGE)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_profiles_load_and_keep_their_bars(path: Path) -> None:
+    profile = Profile.load(path)
+    assert profile.complete and (profile.conditions.others_cpu_share or 0.0) < 0.1
+    assert all(entry.timing.rounds >= 2 for entry in profile.entries)
 
 
-def test_every_exit_has_a_stage_and_a_balcony() -> None:
-    with pytest.raises(ValueError, match="2 exits, 1 stages and 2 balconies"):
-        CostModel((4, 8), (STAGE,), (STAGE, STAGE), STAGE)
+def test_mismatches_are_named() -> None:
+    profile = make_profile()
+    assert profile.mismatches(DEVICE, "f" * 64) == ()
+    other = DEVICE.model_copy(update={"cpus": 4, "memory_bytes": 4 * 10**9, "system": "Linux 7", "power_mode": "15W"})
+    assert profile.mismatches(other, "e" * 64) == (
+        "it was measured with another bundle",
+        "cpus: 2 there, 4 here",
+        "power_mode: none there, 15W here",
+        "memory: 8.0 GB there, 4.0 GB here",
+    )
+
+
+def test_a_device_is_read_from_its_files(tmp_path: Path) -> None:
+    for name, text in {
+        "proc/cpuinfo": "processor\t: 0\nmodel name\t: Some  CPU @ 2 GHz\n",
+        "proc/meminfo": "MemTotal:        1000 kB\nMemFree: 5 kB\n",
+        "proc/device-tree/model": "A Board\0",
+        "var/lib/nvpmodel/status": "pmode:0002\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    device = this_device(tmp_path)
+    assert (device.board, device.cpu, device.memory_bytes, device.power_mode) == (
+        "A Board",
+        "Some CPU @ 2 GHz",
+        1_024_000,
+        "pmode:0002",
+    )
+    empty = this_device(tmp_path / "none")
+    assert empty.board is None and empty.memory_bytes is None and empty.cpus >= 1 and empty.cpu
+
+
+def test_plan_says_which_exits_meet_a_target_and_how_surely() -> None:
+    profile = make_profile(quality=(QualityFigure(exit_layer=4, metric="agreement", on="a", value=0.5),))
+    plan = make_plan(profile, Budget(tpot_ms=20.0), prompt_tokens=64)
+    shallow, full = plan.exits
+    price = COSTS.steady_ms(4, 128)
+    assert shallow.tpot_ms == price and full.tpot_ms == COSTS.steady_ms(8, 128)
+    assert shallow.ttft_ms == COSTS.prefill_ms(4, 64)
+    (check,) = shallow.checks
+    assert check.met and check.probability == pytest.approx(NormalDist().cdf(math.log(20 / price) / 0.05), rel=1e-9)
+    assert full.met is False and full.checks[0].probability == pytest.approx(0.0, abs=1e-6)
+    assert plan.feasible and plan.nearest == {} and plan.shares == {4: 1.0}
+    assert plan.tokens_per_s == pytest.approx(1000 / price, rel=0.05)
+    assert plan.agreement == 0.5 and plan.joules_per_token is None
+
+
+def test_plan_names_the_nearest_target_that_can_be_held() -> None:
+    profile = make_profile()
+    plan = make_plan(profile, Budget(tpot_ms=5.0, probability=0.9), prompt_tokens=64)
+    nearest = plan.nearest["tpot_ms"]
+    assert not plan.feasible and "infeasible" in plan.reason
+    assert nearest == pytest.approx(COSTS.steady_ms(4, 128) * math.exp(NormalDist().inv_cdf(0.9) * 0.05), rel=1e-9)
+    assert make_plan(profile, Budget(tpot_ms=nearest * 1.001)).feasible
+    assert not make_plan(profile, Budget(tpot_ms=nearest * 0.999)).feasible
+    # each target can be held by one of the exits, but not both by the same
+    both = make_plan(
+        make_profile(quality=(QualityFigure(exit_layer=4, metric="agreement", on="a", value=0.5),)),
+        Budget(tpot_ms=20.0, min_agreement=0.9),
+    )
+    assert not both.feasible and set(both.nearest) <= {"tpot_ms", "min_agreement"} and both.nearest
+
+
+def test_plan_never_makes_up_what_was_not_measured() -> None:
+    plan = make_plan(make_profile(), Budget(energy_j_per_token=0.5, temperature_c=70.0), prompt_tokens=64)
+    assert {check.met for exit_ in plan.exits for check in exit_.checks} == {None}
+    assert plan.feasible and len(plan.notes) == 2 and all("does not say" in note for note in plan.notes)
+    power = tuple(
+        Power(exit_layer=layer, rail="board", source="r", busy_w=10, idle_w=2, joules_per_token=joules)
+        for layer, joules in ((4, 0.17), (8, 0.26))
+    )
+    plan = make_plan(make_profile(power=power), Budget(energy_j_per_token=0.2), prompt_tokens=64)
+    assert [exit_.met for exit_ in plan.exits] == [True, False]
+    with pytest.raises(BudgetError, match="has exits 4, 8"):
+        make_plan(make_profile(), Budget(exit_layer=5))
+
+
+def test_compare_tells_chance_from_difference() -> None:
+    first = make_profile()
+    second = make_profile(
+        entries=(
+            entry("decode", 4, 16.9, context=128),
+            entry("decode", 8, 13.0, context=128),
+            entry("prefill", 8, 80.0, rows=63),
+        )
+    )
+    same, faster = compare_profiles(first, second)
+    assert (same.entry.exit_layer, same.significant) == (4, False)
+    assert faster.ratio == 0.5 and faster.significant and faster.p_value < 1e-6
+    assert faster.ratio_uncertainty == pytest.approx(0.5 * math.hypot(0.1 / 26, 0.1 / 13))
+    # the 5 % level is where the difference is as large as the interval of the ratio
+    just = make_profile(
+        entries=(entry("decode", 4, 16.8 * math.exp(math.hypot(0.1 / 16.8, 0.1 / 17.0) * 1.01), context=128),)
+    )
+    assert compare_profiles(first, just)[0].p_value == pytest.approx(0.05, abs=0.01)
+    with pytest.raises(ProfileError, match="nothing in common"):
+        compare_profiles(first, make_profile(entries=(entry("decode", 4, 1.0, context=1),)))
+
+
+def test_tables_hold_the_same_numbers() -> None:
+    profile = make_profile()
+    lines = [json.loads(line) for line in render(profile, "jsonl").splitlines()]
+    rows = list(csv.DictReader(io.StringIO(render(profile, "csv"))))
+    assert [line["p50_ms"] for line in lines] == [16.8, 26.0, 80.0] == [float(row["p50_ms"]) for row in rows]
+    assert lines[0]["tokens_per_s"] == pytest.approx(1000 / 16.8) and lines[2]["tokens_per_s"] == pytest.approx(800.0)
+    markdown = render(profile, "md").splitlines()
+    assert len(markdown) == 5 and markdown[2].startswith("| decode | 4 |  | 1 | 128 | 16.8 |")
+    assert Profile.model_validate_json(render(profile, "json")) == profile
+
+
+def test_costs_with_another_price_are_another_profile() -> None:
+    assert make_profile(costs=replace(COSTS, overhead_ms=0.6)) != make_profile()

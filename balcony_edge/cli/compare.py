@@ -1,0 +1,88 @@
+"""``balcony-edge compare``: two profiles as a table of ratios."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from balcony_edge.compare import Comparison
+    from balcony_edge.profile import Profile
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Profile to compare with.")],
+    second: Annotated[Path, typer.Argument(help="Profile to compare.")],
+    everything: Annotated[bool, typer.Option("--all", help="Also single passes and Python's share.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Compare two devices, bundles or versions: ratios, and whether they are more than chance."""
+    from balcony_edge.compare import compare_profiles
+    from balcony_edge.profile import Profile
+    from balcony_edge.tables import entry_row
+
+    one, two = Profile.load(first), Profile.load(second)
+    found = compare_profiles(one, two)
+    if as_json:
+        rows = [
+            {
+                **{key: entry_row(item.entry)[key] for key in ("kind", "exit_layer", "from_exit", "rows", "context")},
+                "first_ms": item.first_ms,
+                "second_ms": item.second_ms,
+                "ratio": item.ratio,
+                "ratio_uncertainty": item.ratio_uncertainty,
+                "p_value": item.p_value,
+                "significant": item.significant,
+            }
+            for item in found
+        ]
+        print(json.dumps({"differences": differences(one, two), "entries": rows}))  # noqa: T201 - programs read this
+        return
+    _show(one, two, found, everything)
+
+
+def differences(one: Profile, two: Profile) -> list[str]:
+    """What else differs, one phrase each."""
+    found = list(one.device.differences(two.device))
+    if one.bundle.fingerprint != two.bundle.fingerprint:
+        found.append(
+            f"bundles: {one.bundle.model} ({one.bundle.precision}), {two.bundle.model} ({two.bundle.precision})"
+        )
+    if one.engine != two.engine:
+        engines = [f"{e.name} {e.version}, {e.threads} threads" for e in (one.engine, two.engine)]
+        found.append(f"engines: {engines[0]} there, {engines[1]} here")
+    return found
+
+
+def _show(one: Profile, two: Profile, found: tuple[Comparison, ...], everything: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+
+    for name, profile in (("first", one), ("second", two)):
+        bundle = profile.bundle
+        stdout.print(
+            f"{name}: {escape(bundle.model)} ({bundle.precision}) on {escape(profile.device.title)}, {profile.created}"
+        )
+    for line in differences(one, two):
+        stdout.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
+    table = Table("ms", "first", "second", "ratio", "±", "not chance")
+    for item in found:
+        if everything or item.entry.kind in ("prefill", "decode", "switch_up", "switch_down"):
+            style = ("red" if item.ratio > 1 else "green") if item.significant else None
+            table.add_row(
+                item.entry.title,
+                f"{item.first_ms:.2f}",
+                f"{item.second_ms:.2f}",
+                f"{item.ratio:.3f}",
+                f"{item.ratio_uncertainty:.3f}",
+                "yes" if item.significant else "no",
+                style=style,
+            )
+    stdout.print(table)
+    changed = sum(item.significant for item in found)
+    stdout.print(f"{changed} of {len(found)} quantities differ by more than chance (5 % would by chance alone)")

@@ -1,0 +1,168 @@
+"""``balcony-edge profile``: what each exit costs on this device."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from balcony_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from balcony_edge.profile import Profile
+    from balcony_edge.tables import Format
+
+
+def profile(
+    bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A file whose suffix says the format (.json: the profile; .jsonl, .csv, .md: its entries), "
+            "or json, jsonl, csv or md for stdout; repeatable.",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small grid in less than a minute.")] = False,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", "-p", help="Prompt lengths: 32,512 or 0-2048+512 or 1-64*2.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", "-n", help="Tokens of a decode block.")] = None,
+    depths: Annotated[str | None, typer.Option("--depths", "-d", help="Tokens before a decode block.")] = None,
+    pending: Annotated[str | None, typer.Option(help="Rows that wait when an exit is switched.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", "-r", min=1, help="Most repetitions.")] = None,
+    sustain: Annotated[
+        str | None, typer.Option(help="Also decode for so long without a pause, e.g. 300s or 5m: shows throttling.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write one HTML page.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
+) -> None:
+    """Measure what each exit costs on this device: time, memory, and energy where a sensor measures it."""
+    import balcony_edge
+    from balcony_edge.cli.console import progress_bar, stderr
+    from balcony_runtime.backends.onnxruntime import default_threads
+    from balcony_runtime.profiler.grid import Grid, parse_values
+    from balcony_runtime.profiler.run import Options, measure_profile
+    from balcony_runtime.sensors import Sensors, device_sources
+
+    targets = [_target(value) for value in output or []]
+    if report is not None:
+        _check_place(report)
+        from balcony_runtime.profiler.charts import require_plotly
+        from balcony_runtime.profiler.report import write_report
+
+        require_plotly()  # an extra: that it is missing shows now
+    seconds = _seconds(sustain) if sustain is not None else 0.0
+    asked = {
+        "prompts": None if prompts is None else parse_values("-p", prompts),
+        "depths": None if depths is None else parse_values("-d", depths),
+        "pending": None if pending is None else parse_values("--pending", pending),
+    }
+    with balcony_edge.load(bundle, threads=threads) as llm:
+        context = llm.engine.manifest.model.context_length
+        grid = Grid.make(context, quick=quick, tokens=tokens, rounds=rounds, **asked)
+        options = Options(grid, seconds, threads or default_threads(), shlex.join(["balcony-edge", *sys.argv[1:]]))
+        with Sensors(device_sources()) as sensors, progress_bar() as progress:
+            measured = measure_profile(llm, sensors, options, progress)
+    for form, path in targets:
+        _write(measured, form, path)
+    if report is not None:
+        write_report(measured, report)
+    if all(path is not None for _, path in targets):
+        _show(measured)
+    for note in measured.conditions.notes:
+        stderr.print(f"[yellow]{note}[/]", soft_wrap=True)
+    if measured.power_reason is not None:
+        stderr.print(f"energy is not measured on this device: {measured.power_reason}", markup=False, soft_wrap=True)
+    if any(note.startswith("interrupted") for note in measured.conditions.notes):
+        raise typer.Exit(130)
+
+
+def _target(value: str) -> tuple[Format, Path | None]:
+    """``(format, file)``; no file is stdout."""
+    from balcony_edge.tables import FORMATS
+
+    for form in FORMATS:
+        if value == form:
+            return form, None
+        if value.endswith(f".{form}"):
+            path = Path(value)
+            _check_place(path)
+            return form, path
+    raise InputError(f"-o {value}: must be one of {', '.join(FORMATS)}, or a file that ends in one of them: name it so")
+
+
+def _check_place(path: Path) -> None:
+    """Before minutes of measuring, not after."""
+    import os
+
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written there: name a file in a directory that exists and is writable")
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1.0, "m": 60.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 86_400:
+        raise InputError(f"--sustain {text}: must be 1 s to a day: write 300s or 5m")
+    return value
+
+
+def _write(measured: Profile, form: Format, path: Path | None) -> None:
+    from balcony_edge.errors import ProfileError
+    from balcony_edge.files import write_atomically
+    from balcony_edge.tables import render
+
+    text = render(measured, form)
+    if path is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(path, text.encode(), ProfileError, "free space, or name a place that is writable")
+
+
+def _show(measured: Profile) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from balcony_edge.cli.console import depth_styles, stdout
+
+    bundle = measured.bundle
+    styles = depth_styles(bundle.exit_layers)
+    stdout.print(f"[bold]{escape(bundle.model)}[/] ({bundle.precision}) on {escape(measured.device.title)}")
+    table = Table(
+        "exit", "after", "ms", "±", "p95", "p99", "tokens/s", "priced", "J/token", title="time between tokens"
+    )
+    for entry in measured.select("decode"):
+        timing, joules = entry.timing, measured.joules_per_token(entry.exit_layer)
+        table.add_row(
+            str(entry.exit_layer),
+            str(entry.context),
+            f"{timing.p50_ms:.2f}",
+            f"{timing.uncertainty_ms:.2f}",
+            f"{timing.p95_ms:.2f}",
+            f"{timing.p99_ms:.2f}",
+            f"{1000 / timing.p50_ms:.1f}" if timing.p50_ms else "",
+            "" if entry.predicted_ms is None else f"{entry.predicted_ms:.2f}",
+            "" if joules is None else f"{joules:.3f}",
+            style=styles[entry.exit_layer],
+        )
+    stdout.print(table)
+    table = Table("prompt", *(f"exit {layer}, ms" for layer in bundle.exit_layers), title="time to first token")
+    prefills = measured.select("prefill")
+    for rows in dict.fromkeys(entry.rows for entry in prefills):
+        times = {entry.exit_layer: entry.timing.p50_ms for entry in prefills if entry.rows == rows}
+        table.add_row(str(rows), *(f"{times[layer]:.1f}" if layer in times else "" for layer in bundle.exit_layers))
+    stdout.print(table)
+    worst = max((r.p95 for r in measured.residuals if r.part.endswith("steps")), default=0.0)
+    stdout.print(
+        f"{len(measured.entries)} quantities in {measured.conditions.seconds:.0f} s; "
+        f"predictions of whole steps are off by {worst:.1%} at most for 95 % of any kind"
+    )

@@ -1,0 +1,163 @@
+"""Whether profiles can be believed: predictions of what they never saw, two in a row, and the same loop timed outside.
+
+    python -m benchmarks.profile_check BUNDLE [--quick]
+
+Owns three figures and their bars, on one JSON line (exit code 1 if one is missed):
+
+    held_out     50 steps at exits, contexts and pending rows that no grid point has, drawn with a fixed seed: the profile's
+                 price against the step's median. Median error <= 5 %, 95th percentile <= 15 %.
+    two_in_a_row each in a process of its own, as a user makes them: the share of entries whose difference is within both
+                 intervals, sqrt(u1² + u2²). At least 95 %.
+    outside      full-depth decode by a stopwatch around `next(stream)` in rounds that alternate with the profiler's own
+                 blocks: the ratio of the medians. 0.97 to 1.03.
+
+A neighbour that takes CPU time shows in all three; `others_cpu_share` says how much there was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.costs import CostModel
+from balcony_edge.profile import Profile
+from balcony_runtime.generate import LLM
+from balcony_runtime.profiler.cells import WARM_TOKENS, Bench, Key, prompt
+from balcony_runtime.profiler.grid import Grid
+from balcony_runtime.profiler.timing import quantile
+from benchmarks.rounds import Neighbours
+
+COMBINATIONS, ROUNDS = 50, 5
+LONGEST, MOST_PENDING = 1500, 200
+OUTSIDE_CONTEXT = 128
+
+
+def main() -> int:
+    """Run all three."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--quick", action="store_true", help="quick profiles and ten combinations, to see that it runs")
+    arguments = parser.parse_args()
+    neighbours = Neighbours()
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [Path(directory) / f"{name}.json" for name in "ab"]
+        for path in paths:
+            verb = ["profile", str(arguments.bundle), "-o", str(path), *(["--quick"] if arguments.quick else [])]
+            program = "from balcony_edge.cli import main; main()"
+            subprocess.run([sys.executable, "-c", program, *verb], check=True, stdout=subprocess.DEVNULL)
+        first, second = (Profile.load(path) for path in paths)
+    with balcony_edge.load(arguments.bundle) as llm:
+        result: dict[str, Any] = {
+            "held_out": held_out(llm, first.costs, 10 if arguments.quick else COMBINATIONS),
+            "two_in_a_row": two_in_a_row(first, second),
+            "outside": outside(llm),
+            **neighbours.report(),
+        }
+    print(json.dumps(result))
+    return 0 if all(part["met"] for part in result.values() if isinstance(part, dict)) else 1
+
+
+def held_out(llm: LLM, costs: CostModel, count: int) -> dict[str, Any]:
+    """Steps with a backlog behind them, priced beforehand."""
+    generator = random.Random(20261125)
+    exits = costs.exits
+    longest = min(LONGEST, llm.engine.manifest.model.context_length - MOST_PENDING - 2)
+    combinations = [
+        (generator.randrange(len(exits)), generator.randrange(1, longest), int(MOST_PENDING ** generator.random()))
+        for _ in range(count)
+    ]
+    vocabulary = llm.engine.manifest.model.vocab_size
+    shares = []
+    for index, context, pending in combinations:
+        tokens = prompt(context + pending + 1, vocabulary)
+        sequence = llm.engine.new_sequence(max_length=len(tokens) + 1)
+        sequence.advance(exits[-1], tokens[:context])
+        sequence.catch_up()
+        samples = []
+        for number in range(ROUNDS + 1):
+            # the rows wait at the next shallower exit; at the shallowest, in its balcony
+            before = exits[index - 1] if index else exits[-1]
+            sequence.advance(before, tokens[context : context + pending])
+            stage_rows, balcony_rows = sequence.rows_due(1)
+            price_ms = costs.step_ms(exits[index], stage_rows, balcony_rows, context + pending)
+            llm.budget = Budget(exit_layer=exits[index])
+            stream = llm.stream(tokens, max_new_tokens=1, ignore_eos=True, sequence=sequence)
+            if number:
+                samples.append(next(stream).latency_ms)
+            else:
+                next(stream)
+            sequence.rollback(context)
+        shares.append(price_ms / median(samples) - 1)
+    sizes = [abs(share) for share in shares]
+    middle, high = median(sizes), quantile(sizes, 0.95)
+    worst = max(range(count), key=sizes.__getitem__)
+    return {
+        "combinations": count,
+        "median_error": round(middle, 4),
+        "p95_error": round(high, 4),
+        "bias": round(median(shares), 4),
+        "worst": {"exit_layer": exits[combinations[worst][0]], "context": combinations[worst][1],
+                  "pending": combinations[worst][2], "error": round(shares[worst], 4)},
+        "met": middle <= 0.05 and high <= 0.15,
+    }  # fmt: skip
+
+
+def two_in_a_row(first: Profile, second: Profile) -> dict[str, Any]:
+    """Share of the entries that agree within their intervals."""
+    other = {entry.key: entry.timing for entry in second.entries}
+    pairs = [(entry.timing, other[entry.key]) for entry in first.entries if entry.key in other]
+    agree = [abs(a.p50_ms - b.p50_ms) <= math.hypot(a.uncertainty_ms, b.uncertainty_ms) for a, b in pairs]
+    share = sum(agree) / len(agree)
+    ratios = [abs(math.log(b.p50_ms / a.p50_ms)) for a, b in pairs if a.p50_ms and b.p50_ms]
+    widths = [a.uncertainty_ms / a.p50_ms for a, _ in pairs if a.p50_ms]
+    return {
+        "entries": len(pairs),
+        "agree": round(share, 3),
+        "median_difference": round(median(ratios), 4),
+        "median_uncertainty": round(median(widths), 4),
+        "met": share >= 0.95,
+    }
+
+
+def outside(llm: LLM) -> dict[str, Any]:
+    """The profiler's decode blocks against a stopwatch, turn by turn."""
+    full, context = llm.exit_layers[-1], min(OUTSIDE_CONTEXT, llm.engine.manifest.model.context_length // 4)
+    grid = Grid.make(llm.engine.manifest.model.context_length, quick=True, depths=(context,))
+    bench = Bench(llm, grid)
+    tokens = prompt(context + 1, llm.engine.manifest.model.vocab_size)
+    inside: list[float] = []
+    by_stopwatch: list[float] = []
+    for number in range(2 * ROUNDS + 1):
+        own = bench.decode(full, context)[Key("decode", full, context=context)]
+        llm.budget = Budget(exit_layer=full)
+        stream = llm.stream(tokens, max_new_tokens=grid.tokens, ignore_eos=True)
+        gaps = []
+        for _ in range(grid.tokens):
+            begin_ns = time.perf_counter_ns()
+            next(stream)
+            gaps.append((time.perf_counter_ns() - begin_ns) / 1e6)
+        if number:
+            inside += own
+            by_stopwatch += gaps[WARM_TOKENS:]
+    ratio = median(inside) / median(by_stopwatch)
+    return {
+        "profiler_ms": round(median(inside), 3),
+        "stopwatch_ms": round(median(by_stopwatch), 3),
+        "ratio": round(ratio, 4),
+        "met": 0.97 <= ratio <= 1.03,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

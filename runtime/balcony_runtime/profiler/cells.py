@@ -1,0 +1,177 @@
+"""How each quantity is measured.
+
+A cell is one quantity that one call measures once: a block of decode steps, a prefill, a switch, or a sweep of passes
+through all graphs. What a user sees (time to first token, time between tokens, switches) is measured through ``LLM.stream``
+as a user's program calls it. Single passes are measured on the sequence's state in the order of a full-depth step, so that
+every graph finds the caches as the graphs before it leave them: measured alone, a small balcony would stay in the cache.
+
+A pass always ends at the last row of a sequence that is as long as its end: what a backend binds grows with a sequence and
+never shrinks, so each length has a sequence of its own. All rows are really filled first: untouched memory reads as one
+cached page of zeros.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from balcony_edge.budget import Budget
+from balcony_edge.profile import Kind
+from balcony_runtime.engine import Sequence
+from balcony_runtime.generate import LLM
+from balcony_runtime.profiler.grid import Grid
+
+#: The first token of a block runs the prompt, the second binds the decode step.
+WARM_TOKENS = 2
+#: Rows of a prompt that a switch starts from, where the context has room for them.
+SWITCH_CONTEXT = 192
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What an :class:`balcony_edge.profile.Entry` is about; see there."""
+
+    kind: Kind
+    exit_layer: int
+    from_exit: int | None = None
+    rows: int = 1
+    context: int = 0
+
+
+#: What one call of a cell gave: a block of samples, milliseconds, for each quantity that it measures.
+Blocks = dict[Key, list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Something to measure: ``run`` measures it once."""
+
+    title: str
+    run: Callable[[], Blocks]
+
+
+def prompt(length: int, vocab_size: int) -> list[int]:
+    """Fixed tokens: what they are makes no difference to what they cost."""
+    return [(100 + 7 * i % 1000) % vocab_size for i in range(length)]
+
+
+class Bench:
+    """The sequences that measuring goes on, and the cells over them."""
+
+    def __init__(self, llm: LLM, grid: Grid) -> None:
+        self.llm, self.grid = llm, grid
+        self.exits = llm.exit_layers
+        longest = max(*grid.prompts, max(grid.depths) + grid.tokens, min(grid.depths) + max(grid.pending)) + 1
+        self._tokens = prompt(max(longest, 2), llm.engine.manifest.model.vocab_size)
+        self._filled: dict[tuple[str, int], Sequence] = {}
+
+    def cells(self) -> tuple[Cell, ...]:
+        """Everything that the grid asks for."""
+        grid, exits = self.grid, self.exits
+        shallow, full = exits[:-1], exits[-1]
+        found = [Cell(f"{rows} rows of {end}", partial(self._sweep, rows, end)) for rows, end in grid.passes()]
+        found += [
+            Cell(f"decode at {exit_layer}, {depth} tokens", partial(self.decode, exit_layer, depth))
+            for depth in grid.depths
+            for exit_layer in exits
+        ]
+        found += [
+            Cell(f"prompt of {length} at {exit_layer}", partial(self._prefill, exit_layer, length))
+            for length in grid.prompts
+            for exit_layer in exits
+        ]
+        found += [
+            Cell(f"{way}, {rows} rows", partial(self._switch, before, after, rows))
+            for exit_layer in shallow
+            for rows in grid.pending
+            for way, before, after in (
+                (f"{exit_layer} → {full}", exit_layer, full),
+                (f"{full} → {exit_layer}", full, exit_layer),
+            )
+        ]
+        return tuple(found)
+
+    def decode(self, exit_layer: int, depth: int, tokens: int | None = None) -> Blocks:
+        """Time between tokens, and Python's share of it: a block of ``tokens`` (default: the grid's)."""
+        sequence = self._sequence("decode", depth, room=self.grid.tokens + 1)
+        count = self.grid.tokens if tokens is None else min(tokens, self.grid.tokens)
+        self.llm.budget = Budget(exit_layer=exit_layer)
+        stream = self.llm.stream(self._tokens[: depth + 1], max_new_tokens=count, ignore_eos=True, sequence=sequence)
+        gaps, python = [], []
+        busy_ns = sequence.state.busy_ns
+        for token in stream:
+            now_ns = sequence.state.busy_ns
+            gaps.append(token.latency_ms)
+            python.append(max(token.latency_ms - (now_ns - busy_ns) / 1e6, 0.0))
+            busy_ns = now_ns
+        sequence.rollback(depth)
+        return {
+            Key("decode", exit_layer, context=depth): gaps[WARM_TOKENS:],
+            Key("python", exit_layer, context=depth): python[WARM_TOKENS:],
+        }
+
+    def state_bytes(self) -> tuple[int, int]:
+        """``(tokens, bytes)`` of the longest sequence: caches and row buffers."""
+        sequence = max(self._filled.values(), key=lambda s: s.max_length)
+        return sequence.max_length, sequence.state.memory_bytes
+
+    def _prefill(self, exit_layer: int, length: int) -> Blocks:
+        self.llm.budget = Budget(exit_layer=exit_layer)
+        token = next(self.llm.stream(self._tokens[:length], max_new_tokens=1, ignore_eos=True))
+        return {Key("prefill", exit_layer, rows=length, context=0): [token.latency_ms]}
+
+    def _switch(self, before: int, after: int, pending: int) -> Blocks:
+        """``pending`` tokens at one exit, then one at the other: deeper stages or the balcony take in what waits."""
+        context = min(max(min(self.grid.depths), SWITCH_CONTEXT), max(self.grid.depths))
+        context = min(context, self.llm.engine.manifest.model.context_length - pending - 2)
+        sequence = self._sequence("switch", context, room=max(self.grid.pending) + 2)
+        self.llm.budget = Budget(exit_layer=after)
+        tokens = self._tokens_to(context + pending + 1)
+        sequence.advance(before, tokens[context : context + pending])
+        stream = self.llm.stream(tokens, max_new_tokens=1, ignore_eos=True, sequence=sequence)
+        latency_ms = next(stream).latency_ms
+        sequence.rollback(context)
+        kind: Kind = "switch_up" if after > before else "switch_down"
+        return {Key(kind, after, before, rows=pending + 1, context=context + pending): [latency_ms]}
+
+    def _sweep(self, rows: int, end: int) -> Blocks:
+        """One pass through every graph, in the order of a step; the last of ``rows`` is the sequence's last."""
+        state = self._sequence("pass", end, room=0).state
+        start, context, exits = end - rows, end - 1, self.exits
+        found: Blocks = {}
+
+        def timed(key: Key, call: Callable[[], object]) -> None:
+            busy_ns, begin_ns = state.busy_ns, time.perf_counter_ns()
+            call()
+            # one row runs bound in advance, and a decode step does not pay for this call's own Python; more rows are
+            # copied and bound when they run
+            spent_ns = state.busy_ns - busy_ns if rows == 1 else time.perf_counter_ns() - begin_ns
+            found[key] = [spent_ns / 1e6]
+
+        for stage, exit_layer in enumerate(exits):
+            timed(Key("catch_up", exit_layer, rows=rows, context=context), partial(state.run_stage, stage, start, end))
+        for index, exit_layer in enumerate(exits[:-1]):
+            timed(Key("balcony", exit_layer, rows=rows, context=context), partial(state.run_exit, index, start, end, 1))
+        if rows == 1:
+            timed(Key("norm", exits[-1], context=context), lambda: state.run_exit(len(exits) - 1, start, end, 1))
+            timed(Key("lm_head", exits[-1], context=context), lambda: state.logits(1))
+        return found
+
+    def _tokens_to(self, length: int) -> list[int]:
+        while len(self._tokens) < length:
+            self._tokens = prompt(length, self.llm.engine.manifest.model.vocab_size)
+        return self._tokens[:length]
+
+    def _sequence(self, use: str, length: int, room: int) -> Sequence:
+        """A sequence of so many rows that every stage and balcony has seen."""
+        key = (use, length)
+        if key not in self._filled:
+            limit = self.llm.engine.manifest.model.context_length
+            sequence = self.llm.engine.new_sequence(max_length=min(length + room, limit))
+            if length:
+                sequence.advance(self.exits[-1], self._tokens_to(length))
+                sequence.catch_up()
+            self._filled[key] = sequence
+        return self._filled[key]

@@ -1,0 +1,232 @@
+"""The charts of a profile's report, as Plotly figures.
+
+Owns which numbers are drawn, not how a page looks: colours of text and grid are set by the page, for light and dark. Every
+number comes from the profile as it is; nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from balcony_edge.errors import MissingDependencyError
+from balcony_edge.profile import Profile
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+#: One per exit, shallow to deep: apart in hue and lightness, and readable on white and on black.
+COLOURS = ("#e4572e", "#e8a33d", "#4fa36f", "#3d8fd1", "#9a6fd0", "#c75d9b", "#7d8a99")
+_GRID = "rgba(128,128,128,0.25)"
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A figure with what a reader should see in it."""
+
+    name: str
+    title: str
+    text: str
+    figure: Figure
+
+
+def require_plotly() -> Any:
+    """The plotting library.
+
+    Raises:
+        MissingDependencyError: it is an extra, and not installed.
+    """
+    try:
+        import plotly.graph_objects as go  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a report needs plotly: pip install 'balcony-edge[report]', or leave --report out"
+        ) from error
+    return go
+
+
+def charts(profile: Profile) -> tuple[Chart, ...]:
+    """Every chart that the profile has numbers for, in reading order."""
+    go = require_plotly()
+    found = [
+        _quality(go, profile, "ms a token", _decode_ms(profile), "quality-latency"),
+        _quality(go, profile, "joules a token", _joules(profile), "quality-energy"),
+        _by_length(go, profile, "decode"),
+        _by_length(go, profile, "prefill"),
+        _parts(go, profile),
+        _switches(go, profile),
+        _sustained(go, profile),
+    ]
+    return tuple(chart for chart in found if chart is not None)
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of ``(cost, quality)`` that no other beats in both: less cost with as much quality, or the reverse."""
+    front: list[tuple[float, float]] = []
+    for cost, quality in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or quality > front[-1][1]:
+            front.append((cost, quality))
+    return front
+
+
+def _decode_ms(profile: Profile) -> dict[int, float]:
+    """Exit → median time between tokens at the shortest measured context."""
+    found: dict[int, float] = {}
+    for entry in sorted(profile.select("decode"), key=lambda entry: entry.context):
+        found.setdefault(entry.exit_layer, entry.timing.p50_ms)
+    return found
+
+
+def _joules(profile: Profile) -> dict[int, float]:
+    rail = profile.power[0].rail if profile.power else "board"
+    exits = profile.bundle.exit_layers
+    return {layer: joules for layer in exits if (joules := profile.joules_per_token(layer, rail)) is not None}
+
+
+def _quality(go: Any, profile: Profile, unit: str, costs: dict[int, float], name: str) -> Chart | None:
+    full = profile.bundle.exit_layers[-1]
+    agreement: dict[int, float] = {full: 1.0}
+    for figure in profile.quality:
+        if figure.metric == "agreement" and figure.exit_layer != full:
+            agreement[figure.exit_layer] = min(figure.value, agreement.get(figure.exit_layer, 1.0))
+    layers = [layer for layer in profile.bundle.exit_layers if layer in costs and layer in agreement]
+    if len(layers) < 2:
+        return None
+    points = [(costs[layer], agreement[layer]) for layer in layers]
+    front = pareto_front(points)
+    figure = _figure(go, unit, "same next token")
+    figure.add_scatter(
+        x=[cost for cost, _ in front],
+        y=[quality for _, quality in front],
+        mode="lines",
+        line={"color": COLOURS[-1], "dash": "dot"},
+        name="Pareto front",
+    )
+    for layer, (cost, quality) in zip(layers, points, strict=True):
+        figure.add_scatter(x=[cost], y=[quality], mode="markers", marker=_marker(profile, layer), name=f"exit {layer}")
+    text = (
+        "How often an exit writes the full model's next token. Up and to the left is better; what lies below the dotted "
+        "line is beaten by another exit."
+    )
+    return Chart(name, f"Quality against {unit}", text, figure)
+
+
+def _by_length(go: Any, profile: Profile, kind: Any) -> Chart | None:
+    entries = profile.select(kind)
+    lengths = {entry.context if kind == "decode" else entry.rows for entry in entries}
+    if not entries:
+        return None
+    decode = kind == "decode"
+    figure = _figure(go, "tokens of context" if decode else "tokens of prompt", "ms")
+    for layer in profile.bundle.exit_layers:
+        own = sorted((e for e in entries if e.exit_layer == layer), key=lambda e: (e.context, e.rows))
+        x = [entry.context if decode else entry.rows for entry in own]
+        figure.add_scatter(
+            x=x,
+            y=[entry.timing.p50_ms for entry in own],
+            error_y={"type": "data", "array": [entry.timing.uncertainty_ms for entry in own]},
+            mode="lines+markers",
+            marker=_marker(profile, layer),
+            name=f"exit {layer}",
+        )
+        predicted = [entry.predicted_ms for entry in own]
+        figure.add_scatter(
+            x=x,
+            y=predicted,
+            mode="lines",
+            line={"color": _marker(profile, layer)["color"], "dash": "dot"},
+            name=f"exit {layer}, predicted",
+            showlegend=False,
+        )
+    title = "Time between tokens by context" if decode else "Time to first token by prompt"
+    text = "Medians with their 95 % intervals; dotted: what the fitted prices predict."
+    return Chart(kind, title if len(lengths) > 1 else title.rsplit(" by ", 1)[0], text, figure)
+
+
+def _parts(go: Any, profile: Profile) -> Chart:
+    """Prices of one token, part by part, at every exit."""
+    costs, exits = profile.costs, profile.bundle.exit_layers
+    context = min((entry.context for entry in profile.select("decode")), default=0)
+    figure = _figure(go, "ms a token", "exit")
+    names = [f"exit {layer}" for layer in exits]
+    parts: list[tuple[str, list[float]]] = []
+    first = 0
+    for index, layer in enumerate(exits):
+        own = costs.stages[index].pass_ms(1, context)
+        layers = f"layer {layer}" if layer == first + 1 else f"layers {first + 1} to {layer}"
+        parts.append((layers, [own if i >= index else 0.0 for i in range(len(exits))]))
+        first = layer
+    parts.append(("balcony or norm", [unit.pass_ms(1, context, query_rows=1) for unit in costs.balconies]))
+    parts.append(("LM head", [costs.head.pass_ms(1, context)] * len(exits)))
+    parts.append(("Python", [costs.overhead_ms] * len(exits)))
+    for index, (name, values) in enumerate(parts):
+        figure.add_bar(y=names, x=values, orientation="h", name=name, marker={"color": COLOURS[index % len(COLOURS)]})
+    figure.update_layout(barmode="stack")
+    figure.update_yaxes(autorange="reversed")
+    return Chart("parts", "Where a token's time goes", f"Fitted prices of one step after {context} tokens.", figure)
+
+
+def _switches(go: Any, profile: Profile) -> Chart | None:
+    entries = (*profile.select("switch_up"), *profile.select("switch_down"))
+    if not entries:
+        return None
+    figure = _figure(go, "rows that waited", "ms of the step that switches")
+    for index, way in enumerate(dict.fromkeys((entry.from_exit, entry.exit_layer) for entry in entries)):
+        own = sorted((e for e in entries if (e.from_exit, e.exit_layer) == way), key=lambda e: e.rows)
+        figure.add_scatter(
+            x=[entry.rows - 1 for entry in own],
+            y=[entry.timing.p50_ms for entry in own],
+            error_y={"type": "data", "array": [entry.timing.uncertainty_ms for entry in own]},
+            mode="lines+markers",
+            marker={"color": COLOURS[index % len(COLOURS)], "size": 9},
+            name=f"{way[0]} → {way[1]}",
+        )
+    text = "Up: the deeper stages take in what waits, in one pass. Down: the balcony does, keys and values only."
+    return Chart("switches", "What a switch costs", text, figure)
+
+
+def _sustained(go: Any, profile: Profile) -> Chart | None:
+    run = profile.sustained
+    if run is None:
+        return None
+    figure = _figure(go, "seconds under load", "ms a token")
+    figure.add_scatter(
+        x=[moment.at_s for moment in run.moments],
+        y=[moment.p50_ms for moment in run.moments],
+        mode="lines",
+        line={"color": COLOURS[0]},
+        name=f"exit {run.exit_layer}",
+    )
+    if any(moment.celsius is not None for moment in run.moments):
+        figure.add_scatter(
+            x=[moment.at_s for moment in run.moments],
+            y=[moment.celsius for moment in run.moments],
+            mode="lines",
+            line={"color": COLOURS[3]},
+            name="°C",
+            yaxis="y2",
+        )
+        figure.update_layout(yaxis2={"overlaying": "y", "side": "right", "title": "°C", "showgrid": False})
+    text = f"At the end a token takes {run.slowdown:.2f} times what it took in the first seconds."
+    return Chart("sustained", "Sustained against burst", text, figure)
+
+
+def _marker(profile: Profile, layer: int) -> dict[str, Any]:
+    return {"color": COLOURS[profile.bundle.exit_layers.index(layer) % len(COLOURS)], "size": 9}
+
+
+def _figure(go: Any, x: str, y: str) -> Any:
+    axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "automargin": True}
+    return go.Figure(
+        layout={
+            "template": "none",
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+            "height": 400,
+            "legend": {"orientation": "h", "y": -0.35, "traceorder": "normal"},
+            "xaxis": {**axis, "title": x},
+            "yaxis": {**axis, "title": y},
+            "font": {"family": "system-ui, sans-serif", "size": 13},
+        }
+    )

@@ -1,0 +1,194 @@
+"""What else went on while a profile was measured: clocks, heat, competing load, memory, power.
+
+A quantity that the system does not tell is None. Nothing here slows a step down: sensors have threads of their own, and
+files are read between cells.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import get_args
+
+import psutil
+
+from balcony_edge.profile import Conditions, Power, Rail
+from balcony_edge.telemetry import Reading
+from balcony_runtime.sensors import Sensors
+
+#: Sources that never measure power: what they lack is no reason.
+_NO_POWER = ("thermal", "psutil")
+#: CPU time that others used, of all: above this a profile says so; two cores decode 5 % slower beside it.
+BUSY_NEIGHBOURS = 0.05
+
+
+class Watch:
+    """Looks at the device from its making to :meth:`report`."""
+
+    def __init__(self, sensors: Sensors, root: Path = Path("/")) -> None:
+        """Begin.
+
+        Args:
+            sensors: started.
+            root: where ``proc`` and ``sys`` are looked for.
+        """
+        self._sensors, self._root = sensors, root
+        self._begin_s, self._cpu = time.perf_counter(), self._cpu_seconds()
+        self._mhz, self._celsius, self._throttled = self.cpu_mhz(), self.celsius(), False
+
+    def look(self) -> None:
+        """Note whether clocks are held down at the moment."""
+        self._throttled |= any(reading.throttled for reading in self._sensors.latest())
+
+    def report(self, notes: tuple[str, ...] = ()) -> Conditions:
+        """Everything since the beginning."""
+        share = self._others_share()
+        mhz, celsius = self.cpu_mhz(), self.celsius()
+        known = any(reading.throttled is not None for reading in self._sensors.latest())
+        if share is not None and share > BUSY_NEIGHBOURS:
+            notes = (*notes, f"other processes used {share:.0%} of the CPU: measure again on a quiet device")
+        return Conditions(
+            seconds=time.perf_counter() - self._begin_s,
+            others_cpu_share=share,
+            load_1m=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            governor=self._text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            cpu_mhz=None if self._mhz is None or mhz is None else (self._mhz, mhz),
+            celsius=None if self._celsius is None or celsius is None else (self._celsius, celsius),
+            throttled=self._throttled if known else None,
+            notes=notes,
+        )
+
+    def cpu_mhz(self) -> float | None:
+        """Mean clock of the CPUs now."""
+        paths = sorted((self._root / "sys/devices/system/cpu/cpufreq").glob("policy*/scaling_cur_freq"))
+        khz = [int(text) for path in paths if (text := self._text(path)) and text.isdigit()]
+        if khz:
+            return fmean(khz) / 1000
+        mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", self._text("proc/cpuinfo") or "", re.MULTILINE)
+        return fmean(map(float, mhz)) if mhz else None
+
+    def celsius(self) -> float | None:
+        """The hottest sensor now."""
+        return max((r.celsius for r in self._sensors.latest() if r.celsius is not None), default=None)
+
+    def watts(self) -> float | None:
+        """Power now, of the first source that has it."""
+        return next((r.watts for r in self._sensors.latest() if r.watts is not None), None)
+
+    def _others_share(self) -> float | None:
+        before, after = self._cpu, self._cpu_seconds()
+        if before is None or after is None:
+            return None
+        total, busy, own = (late - early for early, late in zip(before, after, strict=True))
+        return max(busy - own, 0.0) / total if total > 0 else None
+
+    def _cpu_seconds(self) -> tuple[float, float, float] | None:
+        """``(all, busy, ours)`` seconds since boot; time that the host stole counts as busy."""
+        text = self._text("proc/stat")
+        if text is None:
+            return None
+        fields = [int(field) for field in text.split("\n", 1)[0].split()[1:9]]
+        tick, own, idle = os.sysconf("SC_CLK_TCK"), os.times(), fields[3] + fields[4]  # idle and iowait: proc(5)
+        return sum(fields) / tick, (sum(fields) - idle) / tick, sum(own[:4])
+
+    def _text(self, path: str | Path) -> str | None:
+        try:
+            return (self._root / path).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return None
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int | None:
+    """Most that it ever was."""
+    try:
+        import resource  # noqa: PLC0415 - Windows has none
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+def measured_rails(sensors: Sensors) -> dict[Rail, str]:
+    """Rail → the most trusted source that measures its power; sensors come in the order of trust."""
+    found: dict[Rail, str] = {}
+    for reading in sensors.latest():
+        for rail in get_args(Rail):
+            if reading.scope == rail and (reading.watts is not None or reading.joules is not None):
+                found.setdefault(rail, reading.source)
+    return found
+
+
+def why_no_power(sensors: Sensors) -> str:
+    """One line: what was looked for in vain, and what can be done about it."""
+    absences = [absence for health in sensors.health() if health.source not in _NO_POWER for absence in health.absences]
+    reasons = [
+        f"{absence.part}: {absence.reason}" + (f" ({absence.cure})" if absence.cure else "") for absence in absences
+    ]
+    return "no sensor measures power" + (": " + "; ".join(reasons) if reasons else "")
+
+
+class Meter:
+    """Average power of some rails between :meth:`start` and :meth:`stop`: by the energy counter where there is one."""
+
+    def __init__(self, sensors: Sensors, rails: dict[Rail, str]) -> None:
+        self._sensors, self._rails = sensors, rails
+        self._seen: dict[str, list[Reading]] = {}
+
+    def run(self, seconds: float, work: Callable[[], object] = lambda: time.sleep(0.1)) -> dict[Rail, float]:
+        """Repeat ``work`` for so long; watts of every rail that gave two readings meanwhile."""
+        self._seen = {source: [] for source in self._rails.values()}
+        begin_s = time.monotonic()
+        while time.monotonic() - begin_s < seconds or min(map(len, self._seen.values()), default=2) < 2:
+            work()
+            self._look(begin_s)
+            if time.monotonic() - begin_s > 4 * seconds + 5:  # a sensor that stopped answering
+                break
+        return {
+            rail: watts for rail, source in self._rails.items() if (watts := _watts(self._seen[source])) is not None
+        }
+
+    def _look(self, begin_s: float) -> None:
+        for reading in self._sensors.latest():
+            seen = self._seen.get(reading.source)
+            if seen is not None and reading.time_s >= begin_s and (not seen or reading.time_s > seen[-1].time_s):
+                seen.append(reading)
+
+
+def _watts(readings: list[Reading]) -> float | None:
+    if len(readings) < 2:
+        return None
+    first, last = readings[0], readings[-1]
+    if first.joules is not None and last.joules is not None:
+        return max(last.joules - first.joules, 0.0) / (last.time_s - first.time_s)
+    watts = [reading.watts for reading in readings if reading.watts is not None]
+    return fmean(watts) if watts else None
+
+
+def power_at(
+    exit_layer: int,
+    busy_w: dict[Rail, float],
+    idle_w: dict[Rail, float],
+    rails: dict[Rail, str],
+    seconds: float,
+    tokens: int,
+) -> tuple[Power, ...]:
+    """Power entries of one exit that made ``tokens`` tokens in ``seconds``."""
+    return tuple(
+        Power(
+            exit_layer=exit_layer,
+            rail=rail,
+            source=rails[rail],
+            busy_w=watts,
+            idle_w=idle_w.get(rail),
+            joules_per_token=watts * seconds / tokens,
+        )
+        for rail, watts in busy_w.items()
+    )

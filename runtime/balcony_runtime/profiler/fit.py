@@ -1,0 +1,119 @@
+"""From measured passes to the prices of a graph, by non-negative least squares.
+
+A pass of r rows with q queries over k keys is priced as
+
+    first row + Σ further rows × marginal row + (first query + Σ further queries × marginal query) × k / 1000
+
+with the two marginals constant between measured row counts: small passes read weights, large ones multiply matrices, and
+in between the price of a row bends. All prices are at least 0 (a pass never gets cheaper with more rows), and errors are
+weighed as shares: a millisecond of a decode step matters more than one of a prefill.
+
+Whether attention pays for the live context or for a bucket of bound rows is the backend's business. Both are fitted, and
+the one that fits better is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+import numpy as np
+import numpy.typing as npt
+
+from balcony_edge.costs import Bend, UnitCost
+from balcony_edge.profile import Residual
+from balcony_runtime.engine import MAX_PASS_ROWS
+from balcony_runtime.profiler.timing import quantile
+
+Floats = npt.NDArray[np.float64]
+#: Candidates for :attr:`UnitCost.key_bucket`: the live context, and what the ONNX Runtime backend binds at a time.
+KEY_BUCKETS = (1, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One measured pass: ``rows`` of which ``queries`` attend, the last of them row ``end - 1`` of the sequence."""
+
+    rows: int
+    queries: int
+    end: int
+    ms: float
+
+
+def fit_unit(passes: Sequence[Pass]) -> UnitCost:
+    """Prices of one graph.
+
+    Args:
+        passes: medians, one for each number of rows and end; at least one of one row.
+    """
+    fits = [_fit(passes, bucket) for bucket in KEY_BUCKETS]
+    return min(fits, key=lambda unit: sum(error * error for error in errors(unit, passes)))
+
+
+def errors(unit: UnitCost, passes: Sequence[Pass]) -> list[float]:
+    """Predicted / measured - 1 of every pass."""
+    return [unit.pass_ms(p.rows, p.end - 1, p.queries) / p.ms - 1 for p in passes]
+
+
+def residual(part: str, shares: Sequence[float]) -> Residual:
+    """Size of the errors of one part."""
+    sizes = [abs(share) for share in shares]
+    return Residual(part=part, points=len(sizes), median=median(sizes), p95=quantile(sizes, 0.95))
+
+
+def _fit(passes: Sequence[Pass], bucket: int) -> UnitCost:
+    knots = sorted({1} | {p.rows for p in passes})
+    segments = list(pairwise(knots))
+    attends = any(p.queries > 1 for p in passes)
+    rows = []
+    for p in passes:
+        keys = -(-p.end // bucket) * bucket / 1000
+        further = [max(min(p.rows, high) - low, 0) for low, high in segments]
+        asking = [max(min(p.queries, high) - low, 0) * keys for low, high in segments] if attends else []
+        rows.append([1.0, keys, *further, *asking])
+    prices = _non_negative(np.array(rows), np.array([p.ms for p in passes]))
+    marginal = prices[2 : 2 + len(segments)]
+    marginal_context = prices[2 + len(segments) :] if attends else [0.0] * len(segments)
+    return UnitCost(
+        first_row_ms=prices[0],
+        marginal_row_ms=marginal[0] if segments else 0.0,
+        context_ms_per_1k=prices[1],
+        marginal_context_ms_per_1k=marginal_context[0] if segments else None,
+        key_bucket=bucket,
+        pass_rows=MAX_PASS_ROWS,
+        bends=tuple(
+            Bend(low, row, context)
+            for (low, _), row, context in zip(segments[1:], marginal[1:], marginal_context[1:], strict=True)
+        ),
+    )
+
+
+def _non_negative(design: Floats, measured: Floats) -> list[float]:
+    """The x ≥ 0 that minimises |(design · x - measured) / measured| (Lawson and Hanson 1974, chapter 23)."""
+    design = design / measured[:, None]
+    scale = np.linalg.norm(design, axis=0)
+    scale[scale == 0] = 1.0
+    design = design / scale
+    target = np.ones(len(measured))
+    x = np.zeros(design.shape[1])
+    free = np.zeros(design.shape[1], bool)
+    for _ in range(10 * len(x)):
+        gradient = design.T @ (target - design @ x)
+        gradient[free] = 0
+        if gradient.max() <= 1e-10:
+            break
+        free[gradient.argmax()] = True
+        while True:
+            candidate = np.zeros_like(x)
+            candidate[free] = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
+            below = free & (candidate <= 0)
+            if not below.any():
+                break
+            step = (x[below] / (x[below] - candidate[below])).min()
+            x = x + step * (candidate - x)
+            free &= x > 1e-12
+            x[~free] = 0
+        x = candidate
+    return [float(value) for value in x / scale]

@@ -1,0 +1,133 @@
+"""What a profile measures: prompts, depths and pending rows, as a user writes them and as a bundle allows them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from balcony_edge.errors import ContextLengthError, InputError
+from balcony_runtime.engine import MAX_PASS_ROWS
+
+#: A sweep of a thousand values is a typing mistake.
+MAX_VALUES = 1000
+_ITEM = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
+#: Row counts between which a pass is taken to be linear: doubling, since small passes read weights and large ones multiply.
+PASS_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+QUICK_PASS_ROWS = (1, 2, 8, 32, 128)
+#: Passes are also measured at the end of so short a sequence: attention over next to nothing.
+SHORT_END = 16
+#: Rows × keys of a measured pass: at most this many, so that one pass of a small model stays within seconds on a CPU.
+MAX_SCORES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is measured.
+
+    Attributes:
+        prompts: prompt lengths whose time to first token is measured.
+        tokens: tokens of a decode block; those after the first two count.
+        depths: tokens before a decode block.
+        pending: rows that wait when an exit is switched.
+        pass_rows: rows of single passes through each graph.
+        rounds: most repetitions of everything.
+        seconds: stop after so much measuring, once everything was measured in two rounds.
+        power_s: seconds of decoding for each exit's power.
+    """
+
+    prompts: tuple[int, ...]
+    tokens: int
+    depths: tuple[int, ...]
+    pending: tuple[int, ...]
+    pass_rows: tuple[int, ...]
+    rounds: int
+    seconds: float
+    power_s: float
+
+    @classmethod
+    def make(
+        cls,
+        context_length: int,
+        *,
+        quick: bool = False,
+        prompts: tuple[int, ...] | None = None,
+        tokens: int | None = None,
+        depths: tuple[int, ...] | None = None,
+        pending: tuple[int, ...] | None = None,
+        rounds: int | None = None,
+    ) -> Grid:
+        """The default grid, within a bundle's context, with what a user asked for instead.
+
+        Raises:
+            ContextLengthError: something asked for does not fit the context.
+            InputError: something is out of range.
+        """
+
+        def default(*values: int) -> tuple[int, ...]:
+            return tuple(sorted({min(value, context_length // 4) for value in values}))
+
+        block = max(min(10 if quick else 18, context_length // 4), 3) if tokens is None else tokens
+        grid = cls(
+            prompts=prompts or (default(128) if quick else default(32, 128, 512, 1024)),
+            tokens=block,
+            depths=depths or (default(128, 1024) if quick else default(0, 128, 512, 1024, 2048)),
+            pending=pending or (default(16) if quick else default(1, 16, 128)),
+            pass_rows=tuple(
+                rows for rows in (QUICK_PASS_ROWS if quick else PASS_ROWS) if rows <= min(context_length, MAX_PASS_ROWS)
+            ),
+            rounds=rounds or (8 if quick else 12),
+            seconds=30.0 if quick else 600.0,
+            power_s=1.5 if quick else 5.0,
+        )
+        grid._check(context_length)
+        return grid
+
+    def passes(self) -> tuple[tuple[int, int], ...]:
+        """``(rows, end)`` of every single pass: the sequence's length is ``end`` after it."""
+        deepest = max(self.depths) + self.tokens
+        ends = sorted({max(length, 1) for length in (SHORT_END, *self.depths, *self.prompts, deepest)})
+        return tuple((rows, end) for end in ends for rows in self.pass_rows if rows <= end and rows * end <= MAX_SCORES)
+
+    def _check(self, context_length: int) -> None:
+        if self.tokens < 3:
+            raise InputError(f"-n {self.tokens}: a decode block has 3 tokens or more: the first two only warm up")
+        for option, values, least in (("-p", self.prompts, 1), ("-d", self.depths, 0), ("--pending", self.pending, 1)):
+            if min(values) < least:
+                raise InputError(f"{option} {min(values)}: must be at least {least}")
+        longest = {
+            "-p": max(self.prompts) + 1,
+            "-d and -n": max(self.depths) + self.tokens + 1,
+            "--pending": min(self.depths) + max(self.pending) + 2,
+        }
+        for option, tokens in longest.items():
+            if tokens > context_length:
+                raise ContextLengthError(
+                    f"{option} ask for {tokens} tokens and this bundle's context holds {context_length}: ask for less"
+                )
+
+
+def parse_values(option: str, text: str) -> tuple[int, ...]:
+    """Numbers as in llama-bench: ``32,512``, ``0-2048+512`` (steps of), ``1-64*2`` (times), ``3-5``; ascending, once each.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    values: set[int] = set()
+    for item in text.split(","):
+        found = _ITEM.fullmatch(item.strip())
+        if found is None:
+            raise InputError(
+                f"{option} {text}: {item!r} is no number and no range: write 32,512 or 0-2048+512 or 1-64*2"
+            )
+        first, last = int(found[1]), int(found[2] or found[1])
+        operator, step = found[3] or "+", int(found[4] or 1)
+        if last < first or step < (2 if operator == "*" else 1) or (operator == "*" and first < 1):
+            raise InputError(
+                f"{option} {text}: {item!r} never ends: give an ascending range and a step above 0 (×: above 1)"
+            )
+        while first <= last:
+            values.add(first)
+            first = first + step if operator == "+" else first * step
+            if len(values) > MAX_VALUES:
+                raise InputError(f"{option} {text}: is more than {MAX_VALUES} values: take larger steps")
+    return tuple(sorted(values))

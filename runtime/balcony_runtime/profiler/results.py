@@ -1,0 +1,168 @@
+"""From blocks of samples to what a profile holds: entries, prices, residuals, and the facts of the bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from statistics import median
+
+from balcony_edge.bundle import Estimate, Manifest
+from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.profile import BundleFacts, Entry, Kind, Metric, QualityFigure, Residual
+from balcony_runtime.profiler.cells import Key
+from balcony_runtime.profiler.fit import Pass, errors, fit_unit, residual
+from balcony_runtime.profiler.timing import quantile, summarise
+
+#: What was measured: for every quantity one list of samples, milliseconds, a round.
+Blocks = Mapping[Key, list[list[float]]]
+
+
+def bundle_facts(manifest: Manifest) -> BundleFacts:
+    """What a profile keeps of a bundle."""
+    return BundleFacts(
+        model=manifest.model.name,
+        fingerprint=manifest.fingerprint,
+        precision=manifest.precision,
+        exit_layers=manifest.exit_layers,
+        context_length=manifest.model.context_length,
+        bytes_per_token={layer: manifest.bytes_per_token(layer) for layer in manifest.exit_layers},
+    )
+
+
+def quality_figures(manifest: Manifest) -> tuple[QualityFigure, ...]:
+    """The bundle's evaluation, flat; empty where it was not evaluated."""
+    found = []
+    for spec in manifest.exits:
+        if spec.quality is None:
+            continue
+
+        def add(metric: Metric, on: str, estimate: Estimate, layer: int = spec.exit_layer) -> None:
+            figure = QualityFigure(exit_layer=layer, metric=metric, on=on, value=estimate.value, stderr=estimate.stderr)
+            found.append(figure)
+
+        for name, text in spec.quality.text.items():
+            add("agreement", name, text.agreement)
+            add("kl", name, text.kl)
+            add("perplexity", name, text.perplexity)
+        if (summary := spec.quality.summary) is not None:
+            add("average", ", ".join(summary.tasks), summary.average)
+    return tuple(found)
+
+
+def fit_costs(blocks: Blocks, exits: tuple[int, ...]) -> tuple[CostModel, list[Residual]]:
+    """Prices of every graph from the medians of its passes, anchored in decoding, and how well passes fit."""
+    typical = {key: median([sample for block in found for sample in block]) for key, found in blocks.items()}
+    residuals = []
+
+    def unit(kind: Kind, exit_layer: int, name: str) -> UnitCost:
+        passes = [
+            Pass(key.rows, key.rows if kind == "catch_up" else 1, key.context + 1, ms)
+            for key, ms in typical.items()
+            if (key.kind, key.exit_layer) == (kind, exit_layer)
+        ]
+        if kind in ("norm", "lm_head"):  # one row, whatever the context
+            return UnitCost(median(one.ms for one in passes))
+        fitted = fit_unit(passes)
+        residuals.append(residual(name, errors(fitted, passes)))
+        return fitted
+
+    full = exits[-1]
+    stages = tuple(unit("catch_up", layer, f"stage {index}") for index, layer in enumerate(exits))
+    balconies = tuple(unit("balcony", layer, f"balcony {layer}") for layer in exits[:-1])
+    overhead = [ms for key, ms in typical.items() if key.kind == "python"]
+    costs = CostModel(
+        exits=exits,
+        stages=stages,
+        balconies=(*balconies, unit("norm", full, "norm")),
+        head=unit("lm_head", full, "LM head"),
+        overhead_ms=median(overhead) if overhead else 0.0,
+    )
+    return _anchored(costs, typical), residuals
+
+
+def _anchored(costs: CostModel, typical: Mapping[Key, float]) -> CostModel:
+    """With first rows such that steady steps cost what decoding at each exit was measured to cost.
+
+    Passes are measured in a sweep through all graphs, but a step at a shallow exit reads fewer weights, and where these stay
+    in the last-level cache every layer on the way is faster (DESIGN 9: 0.16 against 0.11 ms a layer in int4). So what a
+    deeper stage adds is more than its own pass: the layers before it, too, then come from memory. As what is *added* it is
+    its price here.
+    """
+    stages, shift_ms = list(costs.stages), 0.0
+    for index, layer in enumerate(costs.exits):
+        gaps = [
+            ms - costs.steady_ms(layer, key.context)
+            for key, ms in typical.items()
+            if (key.kind, key.exit_layer) == ("decode", layer)
+        ]
+        if gaps:
+            stage = stages[index]
+            stages[index] = replace(stage, first_row_ms=max(stage.first_row_ms + median(gaps) - shift_ms, 0.0))
+            shift_ms = median(gaps)
+    return replace(costs, stages=tuple(stages))
+
+
+def predicted_ms(costs: CostModel, key: Key) -> float | None:
+    """The price of what a key measures; None for Python's share, which is part of every price."""
+    exits = costs.exits
+    index, count = exits.index(key.exit_layer), len(exits)
+    ones = (1,) * count
+    if key.kind == "switch_up" and key.from_exit is not None:
+        kept = exits.index(key.from_exit) + 1
+        return costs.step_ms(key.exit_layer, (*ones[:kept], *(key.rows,) * (count - kept)), ones, key.context)
+    prices: dict[Kind, Callable[[], float]] = {
+        "prefill": lambda: costs.prefill_ms(key.exit_layer, key.rows),
+        "decode": lambda: costs.steady_ms(key.exit_layer, key.context),
+        "switch_down": lambda: costs.step_ms(key.exit_layer, ones, (key.rows,) * count, key.context),
+        "catch_up": lambda: costs.stages[index].pass_ms(key.rows, key.context),
+        "balcony": lambda: costs.balconies[index].pass_ms(key.rows, key.context, query_rows=1),
+        "norm": lambda: costs.balconies[index].pass_ms(1, key.context),
+        "lm_head": lambda: costs.head.pass_ms(1, key.context),
+    }
+    return prices[key.kind]() if key.kind in prices else None
+
+
+def enough(blocks: Blocks, exits: tuple[int, ...]) -> bool:
+    """Whether every graph has a pass of one row."""
+    measured = {(key.kind, key.exit_layer) for key in blocks if key.rows == 1}
+    full = exits[-1]
+    needed = {("catch_up", layer) for layer in exits} | {("balcony", layer) for layer in exits[:-1]}
+    return needed | {("norm", full), ("lm_head", full)} <= measured
+
+
+def entry(key: Key, found: list[list[float]], costs: CostModel) -> Entry:
+    return Entry(
+        kind=key.kind,
+        exit_layer=key.exit_layer,
+        from_exit=key.from_exit,
+        rows=key.rows,
+        context=key.context,
+        timing=summarise(found),
+        predicted_ms=predicted_ms(costs, key),
+    )
+
+
+def step_residuals(entries: tuple[Entry, ...]) -> list[Residual]:
+    """Prices of whole steps against what a user sees of them; of these the fit saw one number for each exit's decoding."""
+    found = []
+    for kind in ("decode", "prefill", "switch_up", "switch_down"):
+        shares = [
+            entry.predicted_ms / entry.timing.p50_ms - 1
+            for entry in entries
+            if entry.kind == kind and entry.predicted_ms is not None and entry.timing.p50_ms
+        ]
+        if shares:
+            found.append(residual(f"{kind} steps", shares))
+    return found
+
+
+def spread(blocks: Blocks) -> float:
+    """Of decode steps about their median, as the standard deviation of a log-normal with the same 95th percentile."""
+    ratios = []
+    for key, found in blocks.items():
+        if key.kind == "decode":
+            samples = [sample for block in found for sample in block]
+            typical = median(samples)
+            ratios += [math.log(sample / typical) for sample in samples if sample > 0]
+    return max(quantile(ratios, 0.95), 0.0) / 1.645 if ratios else 0.0

@@ -1,0 +1,214 @@
+"""A profile, from a loaded bundle: rounds over all cells until their intervals are tight, then power, then the fit.
+
+Every round runs every cell once, every other round backwards, so that a neighbour's burst and a drifting clock hit all
+exits alike; the first round is thrown away. A cell whose interval is tight rests; a round without open cells is the last.
+Ctrl-C and the time limit keep what is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+
+from balcony_edge.device import this_device
+from balcony_edge.errors import ProfileError
+from balcony_edge.profile import EngineFacts, Memory, Moment, Power, Profile, Rail, Sustained
+from balcony_runtime.generate import LLM
+from balcony_runtime.profiler import results
+from balcony_runtime.profiler.cells import Bench, Cell, Key
+from balcony_runtime.profiler.conditions import (
+    Meter,
+    Watch,
+    measured_rails,
+    peak_bytes,
+    power_at,
+    resident_bytes,
+    why_no_power,
+)
+from balcony_runtime.profiler.grid import Grid
+from balcony_runtime.profiler.timing import chance_ms, summarise
+from balcony_runtime.sensors import Sensors
+
+#: A cell rests once chance alone leaves its median uncertain by less than this share.
+TIGHT = 0.01
+#: Rounds that every cell is measured in, whatever the time limit.
+LEAST_ROUNDS = 2
+#: A sustained run: its first seconds are the burst, its last fifth the sustained speed, and so many moments are kept.
+BURST_S, SUSTAINED_SHARE, MOMENTS = 5.0, 0.2, 100
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to measure: the grid, seconds of a sustained run (0: none), the engine's threads, and the command for the record."""
+
+    grid: Grid
+    sustain_s: float
+    threads: int
+    command: str
+
+
+def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Progress) -> Profile:
+    """Measure ``llm`` on this device.
+
+    Args:
+        llm: a loaded bundle; its budget is changed and put back.
+        sensors: started.
+        options: what and how much.
+        progress: told what goes on and the share that is done (0 to 1).
+
+    Raises:
+        ProfileError: interrupted before everything was measured once.
+    """
+    budget, loaded_bytes = llm.budget, resident_bytes()
+    watch, bench = Watch(sensors), Bench(llm, options.grid)
+    rails = measured_rails(sensors)
+    blocks: dict[Key, list[list[float]]] = defaultdict(list)
+    power: tuple[Power, ...] = ()
+    sustained: Sustained | None = None
+    notes: list[str] = []
+    try:
+        complete = _rounds(bench.cells(), options.grid, blocks, watch, progress)
+        if not complete:
+            notes.append(f"stopped after {options.grid.seconds:g} s: some intervals are wider than {TIGHT:.0%}")
+        progress("power", 0.95)
+        power = _power(bench, Meter(sensors, rails), rails, options.grid.power_s) if rails else ()
+        if options.sustain_s:
+            sustained = _sustain(bench, options.sustain_s, watch, progress)
+    except KeyboardInterrupt:
+        complete = False
+        notes.append("interrupted: what was measured until then is kept")
+    finally:
+        llm.budget = budget
+    manifest = llm.engine.manifest
+    if not results.enough(blocks, manifest.exit_layers):
+        raise ProfileError("interrupted before everything was measured once: there is nothing to keep; measure again")
+    costs, residuals = results.fit_costs(blocks, manifest.exit_layers)
+    entries = tuple(results.entry(key, found, costs) for key, found in blocks.items())
+    tokens, state_bytes = bench.state_bytes()
+    return Profile(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        tool=_version("balcony-edge"),
+        command=options.command,
+        complete=complete,
+        device=this_device(),
+        bundle=results.bundle_facts(manifest),
+        engine=EngineFacts(name="onnxruntime", version=_version("onnxruntime"), threads=options.threads),
+        conditions=watch.report(tuple(notes)),
+        entries=entries,
+        costs=costs,
+        residuals=(*residuals, *results.step_residuals(entries)),
+        spread=results.spread(blocks),
+        power=power,
+        power_reason=None if power else why_no_power(sensors),
+        sustained=sustained,
+        memory=Memory(
+            loaded_bytes=loaded_bytes,
+            peak_bytes=peak_bytes(),
+            per_1k_tokens_bytes=round(state_bytes / tokens * 1000),
+        ),
+        quality=results.quality_figures(manifest),
+    )
+
+
+def _rounds(
+    cells: tuple[Cell, ...], grid: Grid, blocks: dict[Key, list[list[float]]], watch: Watch, progress: Progress
+) -> bool:
+    """Run rounds into ``blocks``; True when every interval is tight or every round was run."""
+    begin_s, done, total = time.perf_counter(), 0, len(cells) * (grid.rounds + 1)
+    keys: dict[str, list[Key]] = {}
+    open_cells = list(cells)
+    for number in range(grid.rounds + 1):
+        for cell in open_cells[:: 1 if number % 2 else -1]:
+            spent_s = time.perf_counter() - begin_s
+            if number > LEAST_ROUNDS and spent_s > grid.seconds:
+                return False
+            share = max(done / total, min(spent_s / grid.seconds, 1.0) if number > LEAST_ROUNDS else 0.0)
+            left_s = min(spent_s * (total / done - 1), max(grid.seconds - spent_s, 0.0)) if number else None
+            left = "" if left_s is None else f", {left_s:.0f} s left"
+            progress(f"round {number} of {grid.rounds}{left}", 0.95 * share)
+            found = cell.run()
+            done += 1
+            if number:
+                keys[cell.title] = list(found)
+                for key, samples in found.items():
+                    blocks[key].append(samples)
+            watch.look()
+        if number > LEAST_ROUNDS:
+            open_cells = [cell for cell in open_cells if not all(_tight(blocks[key]) for key in keys[cell.title])]
+            total = done + len(open_cells) * (grid.rounds - number)
+            if not open_cells:
+                return True
+    return True
+
+
+def _tight(found: list[list[float]]) -> bool:
+    """Whether chance leaves little; sub-millisecond quantities are as good as they matter."""
+    typical = median(sample for block in found for sample in block)
+    return chance_ms(found) <= max(TIGHT * typical, 0.01)
+
+
+def _power(bench: Bench, meter: Meter, rails: dict[Rail, str], seconds: float) -> tuple[Power, ...]:
+    idle_w = meter.run(seconds)
+    depth = min(bench.grid.depths)
+    found: list[Power] = []
+    for exit_layer in bench.exits:
+        tokens = 0
+
+        def work(layer: int = exit_layer) -> None:
+            nonlocal tokens
+            bench.decode(layer, depth)
+            tokens += bench.grid.tokens
+
+        begin_s = time.perf_counter()
+        busy_w = meter.run(seconds, work)
+        found += power_at(exit_layer, busy_w, idle_w, rails, time.perf_counter() - begin_s, max(tokens, 1))
+    return tuple(found)
+
+
+def _sustain(bench: Bench, seconds: float, watch: Watch, progress: Progress) -> Sustained:
+    """Decode at full depth without a pause; Ctrl-C ends it early and keeps the profile without it."""
+    full, depth = bench.exits[-1], min(bench.grid.depths)
+    begin_s, moments = time.perf_counter(), []
+    samples: list[tuple[float, list[float]]] = []
+    due_s = 0.0
+    while (now_s := time.perf_counter() - begin_s) < seconds:
+        progress(f"sustained load, {seconds - now_s:.0f} s left", 0.95 + 0.05 * now_s / seconds)
+        (block,) = (found for key, found in bench.decode(full, depth).items() if key.kind == "decode")
+        samples.append((now_s, block))
+        watch.look()
+        if now_s >= due_s:
+            due_s += seconds / MOMENTS
+            moments.append(
+                Moment(
+                    at_s=now_s,
+                    p50_ms=median(block),
+                    celsius=watch.celsius(),
+                    cpu_mhz=watch.cpu_mhz(),
+                    watts=watch.watts(),
+                )
+            )
+    burst = [block for at_s, block in samples if at_s <= min(BURST_S, seconds * SUSTAINED_SHARE)]
+    late = [block for at_s, block in samples if at_s >= seconds * (1 - SUSTAINED_SHARE)] or [samples[-1][1]]
+    return Sustained(
+        exit_layer=full,
+        seconds=time.perf_counter() - begin_s,
+        burst=summarise(burst),
+        sustained=summarise(late),
+        moments=tuple(moments),
+    )
+
+
+def _version(distribution: str) -> str:
+    for name in (distribution, f"{distribution}-gpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"

@@ -1,0 +1,65 @@
+"""From samples to percentiles and an interval.
+
+Every round gives a cell a block of samples. Samples of one block share clock, heat and neighbours, so the interval is
+that of the rounds' medians, not of the samples, which would flatter it: by Student's t of few rounds, by their ranks (the
+binomial interval of a median) of six and more. Added in quadrature: what another process of the same build finds different
+whatever it measures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, median, stdev
+
+from balcony_edge.profile import Timing
+
+#: 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_T = (12.71, 4.30, 3.18, 2.78)
+#: Rounds from which ranks bound the median: an outlier among them then no longer widens the interval.
+LEAST_RANKED = len(_T) + 2
+#: What another process of the same build differs by, as a share: placement of weights and caches in memory, and where
+#: threads run. An allowance, not a law: `benchmarks/profile_check.py` tells whether two profiles agree within it.
+REPEATABILITY = 0.02
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that ``share`` of ``values`` do not exceed, between neighbours by interpolation."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def chance_ms(blocks: Sequence[Sequence[float]]) -> float:
+    """Half the width of the 95 % interval of the median by chance alone; the median itself where nothing repeats."""
+    medians = [median(block) for block in blocks]
+    count = len(medians)
+    if count >= LEAST_RANKED:
+        low = int((count - 1.96 * math.sqrt(count)) / 2)
+        ordered = sorted(medians)
+        return (ordered[-1 - low] - ordered[low]) / 2
+    if count > 1:
+        return _T[count - 2] * stdev(medians) / math.sqrt(count)
+    (block,) = blocks
+    if len(block) < 2:
+        return medians[0]
+    return 1.96 * 1.253 * stdev(block) / math.sqrt(len(block))  # 1.253: a median's error over a mean's, normal samples
+
+
+def summarise(blocks: Sequence[Sequence[float]]) -> Timing:
+    """All samples of a cell, milliseconds, one block a round."""
+    samples = [sample for block in blocks for sample in block]
+    typical = median(samples)
+    return Timing(
+        samples=len(samples),
+        rounds=len(blocks),
+        p50_ms=typical,
+        p95_ms=quantile(samples, 0.95),
+        p99_ms=quantile(samples, 0.99),
+        mean_ms=fmean(samples),
+        min_ms=min(samples),
+        max_ms=max(samples),
+        uncertainty_ms=math.hypot(chance_ms(blocks), REPEATABILITY * typical),
+    )

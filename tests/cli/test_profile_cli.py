@@ -1,0 +1,246 @@
+"""``profile``, ``plan`` and ``compare`` as programs, and the report in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balcony_edge.profile import Power, Profile, QualityFigure
+
+#: A test run in the background ignores SIGINT, and its children would inherit that.
+LISTENS = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
+GRID = ("--quick", "-p", "16", "-n", "5", "-d", "0,40", "--pending", "2", "-r", "3", "--threads", "1")
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+def invoke(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300, **options
+    )
+
+
+def refused(pattern: str, *arguments: str | Path) -> None:
+    """One line on stderr, nothing on stdout."""
+    done = invoke(*arguments)
+    assert (done.returncode, done.stdout) == (1, ""), done
+    assert done.stderr.startswith("balcony-edge: ") and done.stderr.count("\n") == 1, done.stderr
+    assert pattern in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def measured(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile of the tiny bundle."""
+    path = tmp_path_factory.mktemp("profiles") / "p.json"
+    done = invoke("profile", tiny.path, "-o", path, "-o", path.with_suffix(".csv"), *GRID)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout and "energy is not measured" in done.stderr
+    return path
+
+
+def test_every_format_has_the_same_numbers(measured: Path, tiny: Any) -> None:
+    profile = Profile.load(measured)
+    assert profile.command.endswith("--threads 1") and profile.complete
+    rows = list(csv.DictReader(io.StringIO(measured.with_suffix(".csv").read_text())))
+    assert [float(row["p50_ms"]) for row in rows] == [entry.timing.p50_ms for entry in profile.entries]
+    done = invoke("profile", tiny.path, "-o", "jsonl", *GRID)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["rows"] for line in lines] == [entry.rows for entry in profile.entries]
+
+
+def test_plan_and_compare_speak_to_people_and_programs(measured: Path, tiny: Any, tmp_path: Path) -> None:
+    done = invoke("plan", "--profile", measured, "--tpot-ms", "1e6", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (
+        document["feasible"] and document["shares"] == {"5": 1.0} and all(exit_["met"] for exit_ in document["exits"])
+    )
+    done = invoke("plan", "--profile", measured, "--tpot-ms", "1e6", "--bundle", tiny.path, "--json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr  # the bundle that was measured
+    assert [exit_["agreement"] for exit_ in json.loads(done.stdout)["exits"]] == [None, None, 1.0]
+    done = invoke("plan", "--profile", measured, "--tpot-ms", "1e-6")
+    assert done.returncode == 0 and "no allowed exit meets every target" in done.stdout, done.stderr
+    budget = tmp_path / "b.toml"
+    budget.write_text("temperature_c = 70.0\n")
+    done = invoke("plan", "--profile", measured, "--budget", budget)
+    assert done.returncode == 0 and "temperature_c: this profile does not say" in done.stdout, done.stderr
+    document = json.loads(invoke("compare", measured, measured, "--json").stdout)
+    assert {row["ratio"] for row in document["entries"]} == {1.0} and document["differences"] == []
+    assert not any(row["significant"] for row in document["entries"])
+    done = invoke("compare", measured, measured)
+    assert done.returncode == 0 and "0 of" in done.stdout, done.stderr
+
+
+def test_bad_input_is_one_line(measured: Path, tiny: Any, bundle_copy: Path, tmp_path: Path) -> None:
+    refused("there is no such directory", "profile", tmp_path / "none")
+    (bundle_copy / "weights.bin").write_bytes(b"\0" * (bundle_copy / "weights.bin").stat().st_size)
+    refused("differs from the manifest", "profile", bundle_copy)
+    refused("this bundle's context holds 256", "profile", tiny.path, "-d", "0-4096+512")
+    refused("is no number and no range", "profile", tiny.path, "-p", "many")
+    refused("--sustain soon: must be 1 s to a day", "profile", tiny.path, "--sustain", "soon")
+    refused("-o p.xml: must be one of json, jsonl, csv, md", "profile", tiny.path, "-o", "p.xml")
+    refused("name a file in a directory that exists", "profile", tiny.path, "-o", tmp_path / "none" / "p.json")
+    refused("there is no such file: make one with `balcony-edge profile`", "compare", measured, tmp_path / "p.json")
+    refused("one of the two", "plan", "--profile", measured)
+    refused("the context holds 256", "plan", "--profile", measured, "--tpot-ms", "5", "-p", "200")
+    (tmp_path / "p.json").write_text("{}")
+    refused("schema_version = None", "compare", measured, tmp_path / "p.json")
+
+
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+    quiet = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    program = f"{limit}{quiet}from balcony_edge.cli import main; main()"
+    command = [sys.executable, "-W", "ignore", "-c", program, "profile", str(tiny.path), "-o", str(path), *GRID]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1 and "cannot be written" in done.stderr and "free space" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_writes_what_is_measured(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    arguments = ["profile", str(tiny.path), "-o", str(path), *GRID[:-4], "--threads", "1", "--sustain", "200s"]
+    # starting and all rounds take some two seconds, more on a busy machine; the rest is the sustained load
+    for wait_s in (5, 20, 80):
+        with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True, **LISTENS) as process:
+            time.sleep(wait_s)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=120)
+        if process.returncode != 1 or "nothing to keep" not in stderr:
+            break
+    assert process.returncode == 130, stderr
+    profile = Profile.load(path)
+    assert not profile.complete and profile.sustained is None and profile.select("decode")
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium: apt-get install chromium-headless-shell")
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path]:
+    """The report of a profile with everything in it, and with names that would end a script element."""
+    report = pytest.importorskip("balcony_runtime.profiler.report")
+    pytest.importorskip("plotly", reason="the report is an extra: pip install 'balcony-edge[report]'")
+    bare = Profile.load(measured)
+    profile = bare.model_copy(
+        update={
+            "command": "balcony-edge profile '</script><script>throw 1</script>'",
+            "quality": tuple(
+                QualityFigure(exit_layer=layer, metric="agreement", on="a.txt", value=value)
+                for layer, value in ((2, 0.53), (3, 0.61))
+            ),
+            "power": tuple(
+                Power(exit_layer=layer, rail="cpu", source="rapl", busy_w=9.5, idle_w=3.25, joules_per_token=layer / 7)
+                for layer in bare.bundle.exit_layers
+            ),
+        }
+    )
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    report.write_report(profile, path)
+    return profile, path
+
+
+def render(browser: str, path: Path, script: str = "", *options: str) -> tuple[str, list[str]]:
+    """``(document after its scripts have run, console lines)``; ``script`` runs in the page when it has loaded."""
+    probe = path.with_name("probe.html")
+    text = path.read_text(encoding="utf-8")
+    probe.write_text(text.replace("</body>", f"<script>addEventListener('load', () => {{{script}}})</script></body>"))
+    flags = ("--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--enable-logging=stderr", "--dump-dom")
+    command = [browser, *flags, *options, probe.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def probed(document: str) -> Any:
+    found = re.search(r'<pre id="probe">(.*?)</pre>', document, re.DOTALL)
+    assert found is not None
+    return json.loads(html.unescape(found[1]))
+
+
+#: What Plotly has drawn (``calcdata``, not what it was given), by chart and trace.
+DRAWN = """
+const drawn = {};
+for (const chart of document.querySelectorAll('.js-plotly-plot'))
+  drawn[chart.id] = chart.calcdata.map(trace => [trace[0].trace.name, trace.map(p => [p.x, p.y, p.s])]);
+const pre = document.createElement('pre');
+pre.id = 'probe';
+pre.textContent = JSON.stringify({drawn, width: document.documentElement.scrollWidth,
+  text: getComputedStyle(document.body).color, axis: document.querySelector('.xtick text').style.fill,
+  requests: performance.getEntriesByType('resource').map(entry => entry.name)});
+document.body.append(pre);
+"""
+
+
+def test_the_report_draws_the_profiles_numbers_and_fetches_nothing(browser: str, page: tuple[Profile, Path]) -> None:
+    profile, path = page
+    document, console = render(browser, path, DRAWN)
+    assert console == []
+    seen = probed(document)
+    assert seen["requests"] == []
+    drawn = {name: dict(traces) for name, traces in seen["drawn"].items()}
+    assert set(drawn) == {
+        "chart-quality-latency", "chart-quality-energy", "chart-decode", "chart-prefill", "chart-parts", "chart-switches"
+    }  # fmt: skip
+    for layer in profile.bundle.exit_layers:
+        entries = sorted(profile.select("decode", layer), key=lambda entry: entry.context)
+        points = [(x, y) for x, y, _ in drawn["chart-decode"][f"exit {layer}"]]
+        assert points == [(entry.context, entry.timing.p50_ms) for entry in entries]
+        predicted = [y for _, y, _ in drawn["chart-decode"][f"exit {layer}, predicted"]]
+        assert predicted == [entry.predicted_ms for entry in entries]
+    (point,) = drawn["chart-quality-energy"]["exit 2"]
+    assert point[:2] == [profile.joules_per_token(2, "cpu"), 0.53]
+    # the parts of an exit add up to its price
+    bars = [[size for _, _, size in trace] for trace in drawn["chart-parts"].values()]
+    for index, layer in enumerate(profile.bundle.exit_layers):
+        assert sum(bar[index] for bar in bars) == pytest.approx(profile.costs.steady_ms(layer, 0), rel=1e-9)
+    # the tables show what the file holds, and the file is in the page
+    cells = [float(value) for value in re.findall(r'data-value="([^"]+)"', document)]
+    for entry in profile.select("prefill"):
+        assert entry.timing.p50_ms in cells and entry.timing.p99_ms in cells
+    embedded = re.search(r'<script type="application/json" id="profile">(.*?)</script>', document, re.DOTALL)
+    assert embedded is not None and Profile.model_validate_json(embedded[1]) == profile
+    assert "&lt;script&gt;throw 1" in document
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_fits_a_phone_and_follows_the_colour_scheme(
+    scheme: str, browser: str, page: tuple[Profile, Path]
+) -> None:
+    preference = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
+    document, console = render(browser, page[1], DRAWN, "--window-size=390,800", preference)
+    seen = probed(document)
+    assert console == [] and seen["width"] <= 500, "the page scrolls sideways"  # 500: the least that a window can be
+    ink = "rgb(230, 237, 243)" if scheme == "dark" else "rgb(28, 33, 40)"
+    assert seen["text"] == ink == seen["axis"]
+
+
+def test_a_script_that_fails_would_be_seen(browser: str, page: tuple[Profile, Path]) -> None:
+    _, console = render(browser, page[1], "throw new Error('seen')")
+    assert len(console) == 1 and "seen" in console[0]
+
+
+def test_a_report_without_its_library_names_the_cure(tiny: Any, tmp_path: Path) -> None:
+    program = "import sys; sys.modules['plotly'] = None; from balcony_edge.cli import main; main()"
+    command = [sys.executable, "-c", program, "profile", str(tiny.path), "--report", str(tmp_path / "r.html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1 and "pip install 'balcony-edge[report]'" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,254 @@
+"""The profiler on a tiny bundle: what it asks for, how it fits, what it keeps when it is stopped."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import pytest
+
+from balcony_edge.budget import Budget
+from balcony_edge.costs import Bend, UnitCost
+from balcony_edge.errors import ContextLengthError, InputError, ProfileError
+from balcony_edge.telemetry import Reading
+from balcony_runtime.generate import LLM
+from balcony_runtime.profiler.cells import Bench, Key
+from balcony_runtime.profiler.conditions import Meter, Watch, measured_rails, why_no_power
+from balcony_runtime.profiler.fit import Pass, errors, fit_unit
+from balcony_runtime.profiler.grid import Grid, parse_values
+from balcony_runtime.profiler.results import fit_costs
+from balcony_runtime.profiler.run import Options, measure_profile
+from balcony_runtime.profiler.timing import chance_ms, quantile, summarise
+from balcony_runtime.sensors import Absence, Sample, Sensors
+
+SMALL = {"quick": True, "prompts": (16,), "tokens": 5, "depths": (0, 40), "pending": (2,), "rounds": 2}
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Any) -> Iterator[LLM]:
+    with LLM.open(tiny.path, threads=1) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("32,512", (32, 512)),
+        ("0-2048+512", (0, 512, 1024, 1536, 2048)),
+        ("1-64*4", (1, 4, 16, 64)),
+        ("7-9,8, 1", (1, 7, 8, 9)),
+    ],
+)
+def test_sweeps_are_written_as_in_llama_bench(text: str, values: tuple[int, ...]) -> None:
+    assert parse_values("-p", text) == values
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "4-2", "1-9+0", "1-9*1", "0-9*2", "-3", "1,,2", "0-999999"])
+def test_a_sweep_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"^-p "):
+        parse_values("-p", text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"prompts": (300,)}, "-p ask for 301 tokens and this bundle's context holds 256"),
+        ({"depths": (250,)}, "-d and -n ask for 261 tokens"),
+        ({"pending": (260,)}, "--pending ask for"),
+        ({"tokens": 2}, "-n 2: a decode block has 3 tokens or more"),
+        ({"prompts": (0,)}, "-p 0: must be at least 1"),
+    ],
+)
+def test_a_grid_fits_the_context(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises((ContextLengthError, InputError), match=words):
+        Grid.make(256, quick=True, **asked)
+    for context in (16, 17, 256, 2048, 8192):  # the defaults fit every context
+        for quick in (True, False):
+            grid = Grid.make(context, quick=quick, tokens=3)
+            assert all(rows <= end <= context for rows, end in grid.passes())
+
+
+def test_the_fit_finds_the_prices_that_made_the_passes() -> None:
+    true = UnitCost(20.0, 1.5, 6.0, 2.0, 128, 512, (Bend(4, 0.8, 1.0), Bend(32, 0.5, 0.25)))
+    points = [(rows, end) for end in (16, 130, 512, 1024, 2048) for rows in (1, 2, 4, 32, 128, 512) if rows <= end]
+    fitted = fit_unit([Pass(rows, rows, end, true.pass_ms(rows, end - 1)) for rows, end in points])
+    assert fitted.key_bucket == 128
+    for rows, context in ((1, 700), (3, 90), (20, 1500), (300, 1999), (700, 1200)):
+        assert fitted.pass_ms(rows, context) == pytest.approx(true.pass_ms(rows, context), rel=1e-6)
+    live = UnitCost(3.0, 0.25, 4.0, 4.0, 1, 512)
+    fitted = fit_unit([Pass(rows, 1, end, live.pass_ms(rows, end - 1, 1)) for rows, end in points])
+    assert fitted.key_bucket == 1 and fitted.context_ms_per_1k == pytest.approx(4.0, rel=1e-6)
+    assert fitted.pass_ms(50, 600, 1) == pytest.approx(live.pass_ms(50, 600, 1), rel=1e-6)
+
+
+def test_the_fit_of_noisy_passes_has_no_negative_price_and_says_how_far_off_it_is() -> None:
+    generator = random.Random(1)
+    true = UnitCost(20.0, 0.01, 0.05, 0.001, 1, 512)
+    passes = [
+        Pass(rows, rows, end, true.pass_ms(rows, end - 1) * generator.gauss(1, 0.05))
+        for end in (16, 64, 256)
+        for rows in (1, 2, 4, 8, 16)
+    ]
+    fitted = fit_unit(passes)  # UnitCost refuses a negative price
+    assert 0.005 < median(abs(error) for error in errors(fitted, passes)) < 0.06
+    assert fitted.first_row_ms == pytest.approx(20.0, rel=0.05)
+
+
+def test_a_stage_costs_what_it_adds_to_a_step() -> None:
+    """A shallow exit whose weights stay in the cache: 8 ms there, though its pass in a full sweep takes 10."""
+    passes = {
+        Key(kind, layer, rows=rows, context=end - 1): [[ms * (1 + 0.1 * (rows - 1))]]
+        for kind, layer, ms in (("catch_up", 4, 10.0), ("catch_up", 8, 10.0), ("balcony", 4, 1.0))
+        for end in (16, 300)
+        for rows in (1, 2, 8)
+    }
+    ends = {Key("norm", 8, context=15): [[0.5]], Key("lm_head", 8, context=15): [[2.0]]}
+    steps = {Key("decode", 4, context=100): [[11.0]], Key("decode", 8, context=100): [[22.5]]}
+    costs, _ = fit_costs({**passes, **ends, **steps}, (4, 8))
+    assert costs.steady_ms(4, 100) == pytest.approx(11.0) and costs.steady_ms(8, 100) == pytest.approx(22.5)
+    assert [stage.first_row_ms for stage in costs.stages] == pytest.approx([8.0, 12.0])
+    # what further rows cost stays what it was
+    assert costs.stages[0].pass_ms(8, 100) - costs.stages[0].pass_ms(1, 100) == pytest.approx(7.0)
+
+
+def test_percentiles_and_intervals() -> None:
+    assert quantile([1.0, 2.0, 3.0, 4.0, 5.0], 0.95) == pytest.approx(4.8)
+    assert chance_ms([[10.0], [12.0]]) == pytest.approx(12.71 * 2**0.5 / 2**0.5)
+    # ranks bound the median of eight rounds: the second and the seventh, whatever the outlier is
+    assert chance_ms([[value] for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 1000.0)]) == pytest.approx(3.0)
+    timing = summarise([[1.0, 2.0], [3.0, 100.0]])
+    assert (timing.samples, timing.rounds, timing.p50_ms, timing.max_ms) == (4, 2, 2.5, 100.0)
+
+
+def test_intervals_hold_the_median_as_often_as_they_say() -> None:
+    generator = random.Random(7)
+    hits = 0
+    for _ in range(400):
+        blocks = [[generator.lognormvariate(0, 0.1)] for _ in range(12)]
+        typical = median(value for block in blocks for value in block)
+        hits += abs(typical - 1.0) <= chance_ms(blocks)
+    assert 0.9 <= hits / 400 <= 1.0
+
+
+def test_a_profile_of_a_tiny_bundle(llm: LLM) -> None:
+    llm.budget = budget = Budget(exit_layer=3)
+    seen: list[float] = []
+    grid = Grid.make(256, **SMALL)
+    with Sensors([NoPower()]) as sensors:
+        profile = measure_profile(
+            llm, sensors, Options(grid, 1.0, 1, "the command"), lambda _, share: seen.append(share)
+        )
+    assert llm.budget is budget
+    assert seen == sorted(seen) and 0 <= seen[0] <= seen[-1] <= 1
+    exits = llm.exit_layers
+    keys = {entry.key for entry in profile.entries}
+    assert len(keys) == len(profile.entries)
+    for layer in exits:
+        assert {("decode", layer, None, 1, 0), ("decode", layer, None, 1, 40), ("prefill", layer, None, 16, 0)} <= keys
+        assert {("catch_up", layer, None, rows, 39) for rows in (1, 2, 8, 32)} <= keys
+    assert {("switch_up", 5, 2, 3, 42), ("switch_down", 3, 5, 3, 42), ("lm_head", 5, None, 1, 39)} <= keys
+    assert profile.costs.exits == exits and profile.bundle.fingerprint == llm.engine.manifest.fingerprint
+    assert (
+        profile.command == "the command" and profile.power == () and "rapl: permission denied" in profile.power_reason
+    )
+    assert {r.part for r in profile.residuals} >= {"stage 0", "balcony 2", "decode steps", "switch_up steps"}
+    assert profile.sustained is not None and profile.sustained.exit_layer == 5 and profile.sustained.seconds >= 1
+    model = llm.engine.manifest.model
+    caches = 2 * (model.num_layers + 2) * model.kv_width * 4
+    rows = (len(exits) + 1) * model.hidden_size * 4
+    assert profile.memory.per_1k_tokens_bytes == pytest.approx(1000 * (caches + rows), rel=2.0)
+    # Python's share and the engine's calls are the gap between tokens
+    for layer in exits:
+        (gap,) = (e.timing.p50_ms for e in profile.select("decode", layer) if e.context == 0)
+        (python,) = (e.timing.p50_ms for e in profile.select("python", layer) if e.context == 0)
+        assert 0 < python < gap
+
+
+def test_cells_leave_their_sequences_as_they_found_them(llm: LLM) -> None:
+    bench = Bench(llm, Grid.make(256, **SMALL))
+    cells = bench.cells()
+    first = [set(cell.run()) for cell in cells]
+    lengths = {use: sequence.length for use, sequence in bench._filled.items()}
+    assert [set(cell.run()) for cell in reversed(cells)] == first[::-1]
+    assert lengths == {use: sequence.length for use, sequence in bench._filled.items()}
+    assert all(length == use[1] for use, length in lengths.items())
+    blocks = bench.decode(3, 40)
+    assert len(blocks[Key("decode", 3, context=40)]) == 5 - 2
+
+
+def test_ctrl_c_keeps_what_is_measured(llm: LLM) -> None:
+    def stop_in(round_name: str) -> Any:
+        """Ctrl-C at the twentieth cell of a round."""
+        seen: list[str] = []
+
+        def progress(step: str, _: float) -> None:
+            seen.append(step)
+            if sum(step.startswith(round_name) for step in seen) == 20:
+                raise KeyboardInterrupt
+
+        return progress
+
+    grid = Grid.make(256, **SMALL)
+    with Sensors([NoPower()]) as sensors:
+        profile = measure_profile(llm, sensors, Options(grid, 0, 1, ""), stop_in("round 2"))
+        assert not profile.complete and any("interrupted" in note for note in profile.conditions.notes)
+        assert all(entry.timing.rounds >= 1 for entry in profile.entries)
+        with pytest.raises(ProfileError, match="nothing to keep"):
+            measure_profile(llm, sensors, Options(grid, 0, 1, ""), stop_in("round 0"))
+
+
+class NoPower:
+    """A source that may not be read."""
+
+    name = "rapl"
+
+    def discover(self) -> None:
+        pass
+
+    def read(self, now_s: float) -> Sample:
+        return Sample(absences=(Absence("rapl", "permission denied", "sudo chmod a+r it"),))
+
+    def close(self) -> None:
+        pass
+
+
+class Counter(NoPower):
+    """An energy counter that grows by 20 J a second beside a thermometer that throttles."""
+
+    def read(self, now_s: float) -> Sample:
+        return Sample(
+            (
+                Reading("rapl:package-0", "cpu", now_s, joules=20.0 * now_s),
+                Reading("thermal:cpu", "cpu", now_s, celsius=71.0, throttled=True),
+            )
+        )
+
+
+def test_power_is_the_slope_of_the_energy_counter() -> None:
+    with Sensors([Counter()], rate_hz=10) as sensors:
+        rails = measured_rails(sensors)
+        assert rails == {"cpu": "rapl:package-0"}
+        watch = Watch(sensors)
+        assert Meter(sensors, rails).run(0.5) == {"cpu": pytest.approx(20.0, rel=1e-6)}
+        watch.look()
+        conditions = watch.report()
+        assert conditions.celsius == (71.0, 71.0) and conditions.throttled is True
+
+
+def test_energy_per_token_is_power_over_speed(llm: LLM) -> None:
+    grid = Grid.make(256, **SMALL)
+    with Sensors([Counter()], rate_hz=10) as sensors:
+        profile = measure_profile(llm, sensors, Options(grid, 0, 1, ""), lambda *_: None)
+    assert [power.exit_layer for power in profile.power] == list(llm.exit_layers) and profile.power_reason is None
+    for power in profile.power:
+        assert power.busy_w == pytest.approx(20.0, rel=1e-6) == power.idle_w
+        # blocks of five tokens, and what happens between them
+        (entry,) = (e for e in profile.select("decode", power.exit_layer) if e.context == 0)
+        assert 0.5 * entry.timing.min_ms < power.joules_per_token / 20 * 1000 < 100 * entry.timing.p50_ms
+
+
+def test_why_there_is_no_power_is_one_line_with_its_cure() -> None:
+    with Sensors([NoPower()]) as sensors:
+        assert why_no_power(sensors) == "no sensor measures power: rapl: permission denied (sudo chmod a+r it)"
