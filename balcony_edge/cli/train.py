@@ -26,6 +26,9 @@ def train(
     tokens: Annotated[int | None, typer.Option(help="Tokens, instead of --steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End after this time, instead of --steps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output.")] = False,
+    start: Annotated[
+        Path | None, typer.Option(help="Trained balconies to start from instead of copies of the last layer.")
+    ] = None,
     optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Of the matrices; norms: AdamW.")] = "muon",
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-3,
     vector_rate: Annotated[float | None, typer.Option(help="Of the norms (default: half of --rate).")] = None,
@@ -59,7 +62,7 @@ def train(
 
     from balcony_edge.cli.console import stderr
     from balcony_edge.errors import InputError, TrainingError
-    from balcony_export.balcony import parse_exits
+    from balcony_export.balcony import index_digest, load_balconies, parse_exits
     from balcony_export.checkpoint import load_model, load_tokenizer
     from balcony_export.distill import Trainer
     from balcony_export.distill_config import TrainConfig
@@ -92,6 +95,7 @@ def train(
         decay_share=decay_share,
         clip=clip,
         average=average,
+        start="last layer" if start is None else f"balconies {index_digest(start)[:16]}",
         seed=seed,
         evaluate_every=evaluate_every,
         checkpoint_minutes=checkpoint_minutes,
@@ -100,7 +104,8 @@ def train(
     config.check()
     corpus = build_corpus(data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    trainer = Trainer(loaded, corpus, config, output, dtype=dtype, compiled=compiled)
+    begun = None if start is None else load_balconies(start, loaded, config.exits)
+    trainer = Trainer(loaded, corpus, config, output, start=begun, dtype=dtype, compiled=compiled)
     if resume:
         if not trainer.resume():
             raise TrainingError(f"{trainer.work}: holds no checkpoint: train without --resume first")

@@ -208,6 +208,12 @@ def load_balconies(
     return balconies
 
 
+def index_digest(directory: Path) -> str:
+    """SHA-256 of the index of a directory of balconies: names them, since the index holds the hash of each file."""
+    _read_index(directory)
+    return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest()
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write one file of balconies or of a training run, whole or not at all."""
     write_atomically(path, content, CheckpointError, "free space or name another place")

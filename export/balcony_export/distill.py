@@ -61,6 +61,7 @@ class Trainer:
         corpus: rows to train on and held-out rows.
         config: the recipe.
         output: directory for balconies, checkpoint and metrics.
+        start: balconies of all exits to go on from; by default copies of the last layer.
         dtype: of the backbone's pass and of autocast; torch.float32 switches autocast off.
         compiled: see :class:`HeadLoss`.
         clock: monotonic seconds.
@@ -73,6 +74,7 @@ class Trainer:
         config: TrainConfig,
         output: Path,
         *,
+        start: dict[int, Balcony] | None = None,
         work: Path | None = None,
         dtype: torch.dtype = torch.bfloat16,
         compiled: bool | None = None,
@@ -89,7 +91,7 @@ class Trainer:
         self.config, self.corpus, self.output, self.clock = config, corpus, output, clock
         self.work = work or output / "run"
         self.base_facts = fingerprint(model)
-        self.balconies = init_balconies(model, config.exits)
+        self.balconies = start or init_balconies(model, config.exits)
         self.device = next(model.parameters()).device
         self.dtype = dtype
         self.backbone = Backbone(model, config.exits, dtype)
@@ -186,10 +188,11 @@ class Trainer:
             where = self.positions_of(picked, states, [config.seed, self.step, number])
             sums[-1] += len(where)
             full = states[-1].flatten(0, 1)[where]
-            for index, exit_layer in enumerate(config.exits):
-                loss = self.head(full, self.exit_rows(self.balconies[exit_layer], states, index, where))
-                loss.backward()
-                sums[index] += float(loss.detach())
+            students = [
+                self.exit_rows(self.balconies[exit_layer], states, index, where)
+                for index, exit_layer in enumerate(config.exits)
+            ]
+            sums[:-1] += sums.new_tensor(self.head.backward(full, students))
         self.processes.sum([sums])
         *kls, counted = sums.tolist()
         counted = max(counted, 1.0)
@@ -227,9 +230,13 @@ class Trainer:
         for states, where in self._held_out_states():
             full = states[-1].flatten(0, 1)[where]
             count += len(where)
-            for index, exit_layer in enumerate(self.config.exits):
-                student = self.exit_rows(self.balconies[exit_layer], states, index, where)
-                kl, _ = self.head.kl(full, student, need_grad=False)
+            students = [
+                self.exit_rows(self.balconies[exit_layer], states, index, where)
+                for index, exit_layer in enumerate(self.config.exits)
+            ]
+            for exit_layer, student, (kl, _) in zip(
+                self.config.exits, students, self.head.kl(full, students, need_grad=False), strict=True
+            ):
                 totals[exit_layer][0] += float(kl.sum())
                 totals[exit_layer][1] += self.head.agreement(full, student)
         if swapped is not None:

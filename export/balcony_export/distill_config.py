@@ -34,6 +34,7 @@ class TrainConfig:
     decay_share: float = 0.4
     clip: float = 1.0
     average: float = 0.99  # of the exponential moving average of the weights
+    start: str = "last layer"  # or which balconies the run went on from
     seed: int = 0
     evaluate_every: int = 100
     checkpoint_minutes: float = 3.0

@@ -1,15 +1,15 @@
 """Equation 2 of the paper without ever holding the vocabulary for all positions.
 
-Owns the loss of one exit, KL(full ‖ exit) per position in float32, and its gradient with respect to the exit's hidden
-state. Both come from one pass over chunks of positions: the gradient of the KL with respect to the exit's logits is
-softmax(exit) - softmax(full), so nothing of size (positions × vocabulary) is kept for the backward pass.
+Owns the loss of every exit, KL(full ‖ exit) per position in float32, and its gradient with respect to the exit's hidden
+state. Both come from one pass over chunks of positions, in which the full model's logits are made once for all exits: the
+gradient of the KL with respect to an exit's logits is softmax(exit) - softmax(full), so nothing of size
+(positions × vocabulary) is kept for the backward pass.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -60,33 +60,46 @@ class HeadLoss:
         logits = hidden.to(self.dtype) @ self.weight.T
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def kl(self, full: torch.Tensor, student: torch.Tensor, *, need_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(KL per position, gradient of their sum with respect to student)``; the gradient is empty without need.
+    def kl(
+        self, full: torch.Tensor, students: Sequence[torch.Tensor], *, need_grad: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each exit, ``(KL per position, gradient of their sum)``; the gradient is empty without need.
 
         Args:
             full: normed hidden states of the full model  # (n, D)
-            student: those of an exit  # (n, D)
+            students: those of each exit  # (n, D)
         """
-        kls, grads = [], []
-        for start in range(0, full.shape[0], CHUNK):
-            targets, rows = full[start : start + CHUNK], student[start : start + CHUNK]
-            count = len(rows)
-            if count < CHUNK and full.shape[0] > CHUNK:  # one shape only, or every length would be compiled anew
-                targets, rows = (nn.functional.pad(x, (0, 0, 0, CHUNK - count)) for x in (targets, rows))
-            logits = self.logits(rows)
-            kl, grad = self.kernel(self.logits(targets), logits)
-            kls.append(kl[:count])
-            if need_grad:
-                if self.softcap is not None:
-                    grad = grad * (1 - (logits / self.softcap) ** 2)
-                grads.append((grad @ self.weight)[:count])
-        empty = student.new_zeros(0)
-        return torch.cat(kls) if kls else empty, torch.cat(grads) if grads else empty
+        kls: list[list[torch.Tensor]] = [[] for _ in students]
+        grads: list[list[torch.Tensor]] = [[] for _ in students]
+        total = full.shape[0]
+        for start in range(0, total, CHUNK):
+            count = min(CHUNK, total - start)
+            # one shape only, or every length would be compiled anew
+            padding = (0, 0, 0, CHUNK - count if total > CHUNK else 0)
+            targets = self.logits(nn.functional.pad(full[start : start + count], padding))
+            for student, kl_parts, grad_parts in zip(students, kls, grads, strict=True):
+                logits = self.logits(nn.functional.pad(student[start : start + count], padding))
+                kl, grad = self.kernel(targets, logits)
+                kl_parts.append(kl[:count])
+                if need_grad:
+                    if self.softcap is not None:
+                        grad = grad * (1 - (logits / self.softcap) ** 2)
+                    grad_parts.append((grad @ self.weight)[:count])
+        empty = full.new_zeros(0)
+        return [
+            (torch.cat(parts) if parts else empty, torch.cat(slopes) if slopes else empty)
+            for parts, slopes in zip(kls, grads, strict=True)
+        ]
 
-    def __call__(self, full: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-        """Sum of the KL over positions, differentiable with respect to ``student``."""
-        loss: torch.Tensor = _SumKL.apply(student, full, self)  # type: ignore[no-untyped-call]
-        return loss
+    def backward(self, full: torch.Tensor, students: Sequence[torch.Tensor]) -> list[float]:
+        """Propagate each exit's sum of the KL over positions into whatever made its states; returns the sums."""
+        sums = []
+        detached = [student.detach() for student in students]
+        for student, (kl, grad) in zip(students, self.kl(full, detached, need_grad=True), strict=True):
+            if len(kl):
+                student.backward(grad.to(student.dtype))
+            sums.append(float(kl.sum()))
+        return sums
 
     def agreement(self, full: torch.Tensor, student: torch.Tensor) -> int:
         """Number of positions at which both have the same most probable token."""
@@ -96,16 +109,3 @@ class HeadLoss:
             same = self.logits(full[start:stop]).argmax(-1) == self.logits(student[start:stop]).argmax(-1)
             hits += int(same.sum())
         return hits
-
-
-class _SumKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, full: torch.Tensor, head: HeadLoss) -> torch.Tensor:
-        kl, grad = head.kl(full, student.detach(), need_grad=True)
-        ctx.save_for_backward(grad.to(student.dtype))
-        return kl.sum()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None

@@ -87,18 +87,21 @@ def test_loss_and_gradient_are_those_of_the_definition(softcap: float | None, co
         out = x @ weight.T
         return out if softcap is None else softcap * torch.tanh(out / softcap)
 
-    reference = student.clone().requires_grad_(True)
+    reference = (3 * student).requires_grad_(True)
     wanted = nn.functional.kl_div(
         logits(reference).log_softmax(-1), logits(full).log_softmax(-1), log_target=True, reduction="sum"
     )
     wanted.backward()
     given = student.clone().requires_grad_(True)
-    loss = head(full, given)
-    (3 * loss).backward()
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-4)
+    other = full.clone().requires_grad_(True)  # an exit that is the full model: no loss and no gradient
+    loss, nothing = head.backward(full, [3 * given, other])
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-5, abs=1e-4)
+    assert nothing == pytest.approx(0.0, abs=1e-4)
     assert reference.grad is not None
     assert given.grad is not None
     torch.testing.assert_close(given.grad, 3 * reference.grad, rtol=1e-4, atol=1e-5)
+    assert other.grad is not None
+    torch.testing.assert_close(other.grad, torch.zeros_like(other), rtol=0, atol=1e-5)
     assert head.agreement(full, student) == int((logits(full).argmax(-1) == logits(student).argmax(-1)).sum())
     assert head.agreement(full, full) == count
 

@@ -1,0 +1,47 @@
+"""Our runtime as a worker: a variant is an exit layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from balcony_edge.bundle import Bundle
+from balcony_runtime.engine import Engine, Sequence
+from benchmarks.peer_workers.worker import MAX_LENGTH, FloatArray, Stepper, serve
+
+
+class BalconyEdge(Stepper):
+    """One bundle; see :class:`balcony_runtime.engine.Sequence`."""
+
+    version = f"onnxruntime {ort.__version__}"
+
+    def __init__(self, model: Path, threads: int, options: dict[str, Any]) -> None:
+        bundle = Bundle.open(model, verify_hashes=False)  # no peer reads its file twice
+        self._engine = Engine.of(bundle, threads=threads)
+        self._max_length = min(MAX_LENGTH, bundle.manifest.model.context_length)
+        self._sequence: Sequence | None = None
+        self._exit_layer = self._engine.exit_layers[-1]
+        self._ids = np.zeros(1, np.int64)
+        self.config = {"spinning": True, **options}
+        self.prefill([0], None)
+
+    def prefill(self, tokens: list[int], variant: int | None) -> FloatArray:
+        """See :class:`Stepper`."""
+        self._exit_layer = self._engine.exit_layers[-1] if variant is None else variant
+        self._sequence = self._engine.new_sequence(max_length=self._max_length)
+        logits: FloatArray = self._sequence.advance(self._exit_layer, tokens)[0, -1]
+        return logits
+
+    def step(self, token: int) -> FloatArray:
+        """See :class:`Stepper`."""
+        assert self._sequence is not None
+        self._ids[0] = token
+        logits: FloatArray = self._sequence.step(self._exit_layer, self._ids)[0]
+        return logits
+
+
+if __name__ == "__main__":
+    serve(BalconyEdge)

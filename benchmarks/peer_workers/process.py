@@ -1,0 +1,84 @@
+"""The other end of :mod:`.worker`: starts one engine's process, loads its model and asks it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from balcony_edge.errors import VerificationError
+from benchmarks.peer_workers.install import ROOT
+
+
+class Worker:
+    """A process with one model loaded. A context manager that ends it.
+
+    Attributes:
+        load_s: what loading took, imports not counted.
+        config: what figures depend on, by the worker's own word.
+        version: of the engine.
+    """
+
+    def __init__(
+        self, python: Path, module: str, model: Path, options: dict[str, Any], *, threads: int, huge_pages: bool
+    ) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        if huge_pages:
+            environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        self._name = f"{module} {model.name}"
+        self._idle_s = self._idle_cpu_s = 0.0
+        self._process = subprocess.Popen(
+            [python, "-m", f"benchmarks.peer_workers.{module}"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            answer = self.ask(do="load", model=str(model), threads=threads, options=options)
+        except BaseException:
+            self._end()
+            raise
+        self.load_s: float = answer["load_s"]
+        self.config: dict[str, Any] = answer["config"]
+        self.version: str = answer["version"]
+        self._idle_s = self._idle_cpu_s = 0.0  # what was before is the import
+
+    @property
+    def idle_cpu(self) -> float:
+        """CPU seconds a second that it burnt between requests: near 0 unless its pool spins."""
+        return self._idle_cpu_s / self._idle_s
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request and its answer.
+
+        Raises:
+            VerificationError: the process ended instead; what it wrote to stderr tells why.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise VerificationError(f"{self._name}: ended while it was asked to {request['do']}: see its output above")
+        answer: dict[str, Any] = json.loads(line)
+        self._idle_s += answer.pop("idle_s")
+        self._idle_cpu_s += answer.pop("idle_cpu_s")
+        return answer
+
+    def _end(self) -> None:
+        self._process.communicate()  # its input ends, and so does it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()

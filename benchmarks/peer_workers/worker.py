@@ -1,0 +1,183 @@
+"""What every engine answers over stdin and stdout, and how its distributions are compared.
+
+A worker is one process with one engine and one model. It imports its engine, then takes one JSON object a line and
+answers each with one; it ends with its input. Everything that an engine prints goes to stderr. Requests, and what comes
+back beside ``idle_s`` since the last answer and ``idle_cpu_s``, what a pool that spins burnt meanwhile:
+
+    {"do": "load", "model": PATH, "threads": N, "options": {...}}     load_s, config, version
+    {"do": "generate", "variant": V, "prompt": [...], "steps": N}     prefill_ms, step_ms (N of them), tokens
+    {"do": "memory"}                                                  peak_rss_mb, private_mb, added_mb
+    {"do": "score", "variant": V, "windows": [[...]], "first": N, "reference": PATH, "write": BOOL}
+                                                                      kl (of each window), agreement
+
+``variant`` is what one loaded model can do in several ways: an exit of ours, null elsewhere. Tokens are ids, so that
+tokenizers make no difference. Imports numpy and the standard library only: it runs in every environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+#: Tokens that every engine makes room for: the longest prompt, its reply, and a window of scoring.
+MAX_LENGTH = 1024
+
+
+class Timing(NamedTuple):
+    """One greedy reply: the prefill with its first token, and the steps of the tokens after it."""
+
+    prefill_ms: float
+    step_ms: list[float]
+    tokens: list[int]
+
+
+class Peer(ABC):
+    """One engine with one model loaded. ``config`` says what figures depend on; ``version`` is the engine's."""
+
+    version: str
+    config: dict[str, Any]
+
+    @abstractmethod
+    def generate(self, prompt: list[int], steps: int, variant: int | None) -> Timing:
+        """A new sequence: prefill, then ``steps`` greedy steps, none ended by an end token."""
+
+    @abstractmethod
+    def rows(self, tokens: list[int], first: int, variant: int | None) -> Iterator[FloatArray]:
+        """Logits (V,) after ``tokens[:first]`` and after each later token, taken by decode steps as in a reply."""
+
+
+class Stepper(Peer):
+    """A peer whose engine hands out logits: its loop is the same three lines everywhere."""
+
+    @abstractmethod
+    def prefill(self, tokens: list[int], variant: int | None) -> FloatArray:
+        """Start a sequence; returns the logits of its last token, (V,)."""
+
+    @abstractmethod
+    def step(self, token: int) -> FloatArray:
+        """Append a token; returns its logits, (V,), good until the next call."""
+
+    def generate(self, prompt: list[int], steps: int, variant: int | None) -> Timing:
+        """See :class:`Peer`."""
+        clock = [time.perf_counter_ns()]
+        tokens = [int(self.prefill(prompt, variant).argmax())]
+        clock.append(time.perf_counter_ns())
+        for _ in range(steps):
+            tokens.append(int(self.step(tokens[-1]).argmax()))
+            clock.append(time.perf_counter_ns())
+        return timing(clock, tokens)
+
+    def rows(self, tokens: list[int], first: int, variant: int | None) -> Iterator[FloatArray]:
+        """See :class:`Peer`."""
+        yield self.prefill(tokens[:first], variant)
+        for token in tokens[first:]:
+            yield self.step(token)
+
+
+def timing(clock_ns: list[int], tokens: list[int]) -> Timing:
+    """From the instants of the start and of each token."""
+    prefill_ms, *step_ms = (round((after - before) / 1e6, 4) for before, after in pairwise(clock_ns))
+    return Timing(prefill_ms, step_ms, tokens)
+
+
+def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
+    """Log-probabilities of one row, (V,)."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+def score(
+    peer: Peer, windows: list[list[int]], first: int, variant: int | None, reference: Path, *, write: bool
+) -> dict[str, Any]:
+    """Mean KL(reference ‖ peer) in nats of each window, and the share of all rows with the same best token.
+
+    Args:
+        peer: whose rows are scored.
+        windows: token windows; each gives a row after ``first`` tokens and one after each later token.
+        first: tokens of a window that are prefilled.
+        variant: see :class:`Peer`.
+        reference: file of the reference's log-probabilities, float32 (rows, V).
+        write: write that file first: the peer is the reference.
+    """
+    if write:
+        with reference.open("wb") as file:
+            for window in windows:
+                for logits in peer.rows(window, first, variant):
+                    file.write(log_softmax(logits).astype(np.float32).tobytes())
+    counts = [len(window) - first + 1 for window in windows]
+    log_p = iter(np.memmap(reference, np.float32, mode="r").reshape(sum(counts), -1))
+    kl, agreed = [], 0
+    for window, count in zip(windows, counts, strict=True):
+        divergence = 0.0
+        for logits in peer.rows(window, first, variant):
+            p, log_q = next(log_p).astype(np.float64), log_softmax(logits)
+            divergence += float(np.sum(np.exp(p) * (p - log_q)))
+            agreed += int(p.argmax() == log_q.argmax())
+        kl.append(divergence / count)
+    return {"kl": kl, "agreement": agreed / sum(counts)}
+
+
+def memory_mb() -> dict[str, float]:
+    """``peak_rss`` (VmHWM), ``private`` (pages of this process alone, mapped files among them) and ``dirty`` (of those,
+    what no file backs: a second process with the same model has them again), in MB of 1,000,000 bytes; Linux."""
+    values = {}
+    for path in ("/proc/self/status", "/proc/self/smaps_rollup"):
+        for line in Path(path).read_text(encoding="ascii").splitlines():
+            words = line.split()
+            if len(words) == 3 and words[2] == "kB":
+                values[words[0].rstrip(":")] = int(words[1]) * 1024 / 1e6
+    return {
+        "peak_rss": values["VmHWM"],
+        "private": values["Private_Clean"] + values["Private_Dirty"],
+        "dirty": values["Private_Dirty"],
+    }
+
+
+def serve(load: Callable[[Path, int, dict[str, Any]], Peer]) -> None:
+    """Answer requests until the input ends. ``load(model, threads, options)`` makes the peer."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)  # what engines print must not mix with answers
+        bare = memory_mb()
+        peer: Peer | None = None
+        at, cpu = time.perf_counter(), time.process_time()
+        for line in sys.stdin:
+            idle = {"idle_s": time.perf_counter() - at, "idle_cpu_s": time.process_time() - cpu}
+            request = json.loads(line)
+            if request["do"] == "load":
+                begin = time.perf_counter()
+                peer = load(Path(request["model"]), request["threads"], request["options"])
+                answer = {"load_s": time.perf_counter() - begin, "config": peer.config, "version": peer.version}
+            elif request["do"] == "memory":
+                now = memory_mb()
+                answer = {
+                    "peak_rss_mb": now["peak_rss"],
+                    "private_mb": now["private"],
+                    "added_mb": now["dirty"] - bare["dirty"],
+                }
+            elif peer is None:
+                raise SystemExit("load comes first")
+            elif request["do"] == "generate":
+                answer = peer.generate(request["prompt"], request["steps"], request["variant"])._asdict()
+            else:
+                answer = score(
+                    peer,
+                    request["windows"],
+                    request["first"],
+                    request["variant"],
+                    Path(request["reference"]),
+                    write=request["write"],
+                )
+            print(json.dumps(answer | idle), file=answers, flush=True)
+            at, cpu = time.perf_counter(), time.process_time()

@@ -1,0 +1,376 @@
+"""Our runtime at every exit beside other engines on the same model: speed, quality, memory and load time in one run.
+
+    python benchmarks/peers.py --install                                  # the peers' environments and models, once
+    python benchmarks/peers.py BUNDLE [BUNDLE ...] --text wiki.valid.raw  # measure, all bundles in the same rounds
+
+The physics. A decode step reads every weight once, so engines differ by the bytes that they sweep and by what they lose
+between the reads; fewer bits are faster and less exact, which is why each speed stands beside its KL. A reference in
+float32 is exact here only if it has the same weights: the demo's model is a Q4_1 file, so float32 means its dequantized
+weights, llama.cpp's Q4_1 as shipped loses nothing but what rounding activations costs, and what a fresh quantization is to
+be compared with is Q4_0.
+
+How it is measured: every engine is a process of its own (benchmarks/peer_workers) that stays up and answers one request
+at a time, so that a round runs every case once, every other round backwards (:mod:`benchmarks.rounds`: first round thrown
+away, medians, ratios within a round). Before each request the others get time to fall asleep, and each reports the CPU
+that it burnt idle. Prompts are token ids of ``--text``, others in every round, so that no prefix cache helps; replies are
+greedy and no end token ends them. A step's time is taken where the engine's user receives its token: around our
+``Sequence.step``, llama.cpp's ``llama_decode`` and transformers' forward pass, each with numpy's argmax, in ONNX Runtime
+GenAI around ``generate_next_token``, in OpenVINO GenAI between calls of the streamer. Memory and load time come from fresh
+processes before, on a warm disk. Quality comes after: rows of windows of ``--text`` taken by decode steps, as in a reply.
+
+The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:
+
+    benchmark, cpu, threads, huge_pages, rounds, others_cpu_share, load_1m, seconds, text, score_rows
+    cases[]    name; bundle and exit_layer of ours, null for a peer; version of the engine; config: what the figures depend
+               on (precision, block_size, head: what the LM head is stored as, activations of the products, spinning, ...)
+               weights_mb: of ours what a token at the exit reads, of a GGUF file its tensors, of others their files of weights
+               decode_32_tps, decode_512_tps: tokens a second after a prompt of so many; prefill_512_tps: rows a second
+               kl, kl_se: nats to transformers' float32, mean over the rows, and standard error over the windows (null for one);
+               agreement: share of rows with the same best token
+               load_s: the model, ready to go on after a first token (imports not counted); peak_rss_mb: VmHWM after a
+               prompt of 512 and its reply, imports included; private_mb: its pages that no other process shares;
+               added_mb: what a second process with the model has again, above its imports (dirty pages)
+               idle_cpu: CPU seconds a second between requests
+    ratios[]   ours, peer: names of cases, ours at full depth; decode_32, decode_512, prefill_512: our speed / the peer's,
+               the median of the rounds' ratios; kl_difference: our KL less the peer's; weights: our bytes / the peer's
+    bars       name → value, limit, holds: what issue 5 asks of an int4 bundle at full depth
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import BalconyError, InputError
+from balcony_runtime.backends.onnxruntime import default_threads
+from benchmarks.peer_workers import install
+from benchmarks.peer_workers.process import Worker
+from benchmarks.rounds import Neighbours, aligned, cpu_name, interleave, ratio
+
+CONTEXTS = (32, 512)
+#: Steps of a reply: the first two bring this engine's weights into the caches, the median of the others counts.
+WARM_STEPS, STEPS = 2, 24
+#: Tokens of a window of scoring that are prefilled, and rows that it gives.
+WINDOW_PREFIX, WINDOW_ROWS = 32, 256
+REFERENCE = "transformers fp32"
+#: Pools that spin after a request sleep by then: measured, ggml's burns 90 ms of CPU, ONNX Runtime's 30, OpenVINO's 2.
+SETTLE_S = 0.5
+#: Rounds of load and memory, rounds of speed, windows of quality: (full, quick).
+LOADS, ROUNDS, WINDOWS = (3, 1), (7, 1), (8, 1)
+
+
+class Subject(NamedTuple):
+    """One loaded model, and the cases that it is measured in: variant → name."""
+
+    start: Callable[[], Worker]
+    variants: dict[int | None, str]
+
+
+class Case(NamedTuple):
+    """What is known of a case before it is measured."""
+
+    subject: str
+    variant: int | None
+    bundle: str | None
+    weight_bytes: int
+
+
+class Text(NamedTuple):
+    """Token ids: prompts of the longest context, windows to score."""
+
+    prompts: list[list[int]]
+    windows: list[list[int]]
+
+
+def read_text(path: Path, bundle: Bundle, prompts: int, windows: int) -> Text:
+    """Prompts from the start of a text file, windows spread evenly over the rest.
+
+    Raises:
+        InputError: the file cannot be read or is too short.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--text {path}: cannot be read ({error}): give a UTF-8 text file") from error
+    tokens = Tokenizer.from_file(str(bundle.file("tokenizer.json"))).encode(content).ids
+    longest, window = max(CONTEXTS), WINDOW_PREFIX + WINDOW_ROWS - 1
+    rest = len(tokens) - prompts * longest
+    if rest < windows * window:
+        needed = prompts * longest + windows * window
+        raise InputError(f"--text {path}: holds {len(tokens)} tokens where {needed} are needed: give a longer text")
+    starts = [prompts * longest + index * (rest // windows) for index in range(windows)]
+    return Text(
+        [tokens[index * longest : (index + 1) * longest] for index in range(prompts)],
+        [tokens[start : start + window] for start in starts],
+    )
+
+
+def subjects_of(
+    bundles: list[Bundle], models: list[install.PeerModel], threads: int, *, huge_pages: bool
+) -> tuple[dict[str, Subject], dict[str, Case]]:
+    """What is loaded, and the cases in the order of the table."""
+    subjects: dict[str, Subject] = {}
+    cases: dict[str, Case] = {}
+    worker = partial(Worker, threads=threads, huge_pages=huge_pages)
+    for bundle in bundles:
+        manifest, name = bundle.manifest, bundle.path.resolve().name
+        options: dict[str, Any] = {"precision": manifest.precision}
+        if manifest.quantization is not None:
+            options |= manifest.quantization.model_dump()
+        full = manifest.exit_layers[-1]
+        variants: dict[int | None, str] = {
+            e: f"Balcony Edge {name}, " + ("full depth" if e == full else f"exit {e}") for e in manifest.exit_layers
+        }
+        subjects[name] = Subject(
+            partial(worker, Path(sys.executable), "balcony", bundle.path.resolve(), options), variants
+        )
+        for e in reversed(manifest.exit_layers):
+            cases[variants[e]] = Case(name, e, name, manifest.bytes_per_token(e))
+    for model in models:
+        start = partial(
+            worker, install.python_of(model.peer), install.WORKERS[model.peer], model.located(), model.options
+        )
+        subjects[model.name] = Subject(start, {None: model.name})
+        cases[model.name] = Case(model.name, None, None, model.weight_bytes())
+    return subjects, cases
+
+
+def measure(subjects: dict[str, Subject], cases: dict[str, Case], text: Text, *, quick: bool) -> list[dict[str, Any]]:
+    """All cases, without what their ratios need; see :func:`ratios` for those."""
+    first = text.prompts[0]
+    fresh = interleave({name: partial(_fresh, subject, first) for name, subject in subjects.items()}, LOADS[quick])
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(subject.start()) for name, subject in subjects.items()}
+        runs: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {}
+        for name, case in cases.items():
+            for context in CONTEXTS:
+                prompts = cycle([prompt[:context] for prompt in text.prompts])
+                runs[name, context] = partial(_reply, workers[case.subject], case.variant, prompts)
+        samples = interleave(runs, ROUNDS[quick])
+        quality = _quality(workers, cases, text.windows)
+        rows = []
+        for name, case in cases.items():
+            worker = workers[case.subject]
+            step_ms = {context: [sample["step_ms"] for sample in samples[name, context]] for context in CONTEXTS}
+            prefill_ms = [sample["prefill_ms"] for sample in samples[name, max(CONTEXTS)]]
+            rows.append(
+                {
+                    "name": name,
+                    "bundle": case.bundle,
+                    "exit_layer": case.variant,
+                    "version": worker.version,
+                    "config": worker.config,
+                    "weights_mb": round(case.weight_bytes / 1e6, 1),
+                    **{f"decode_{context}_tps": round(1e3 / median(step_ms[context]), 1) for context in CONTEXTS},
+                    f"prefill_{max(CONTEXTS)}_tps": round(1e3 * max(CONTEXTS) / median(prefill_ms), 1),
+                    **quality[name],
+                    **{
+                        figure: round(median(sample[figure] for sample in fresh[case.subject]), digits)
+                        for figure, digits in (("load_s", 3), ("peak_rss_mb", 1), ("private_mb", 1), ("added_mb", 1))
+                    },
+                    "idle_cpu": round(worker.idle_cpu, 3),
+                    "_ms": {f"decode_{context}": step_ms[context] for context in CONTEXTS}
+                    | {f"prefill_{max(CONTEXTS)}": prefill_ms},
+                }
+            )
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]], full_depths: set[str]) -> list[dict[str, Any]]:
+    """Every case of ``full_depths`` against every peer; takes the rounds' times out of ``rows``."""
+    times = {row["name"]: row.pop("_ms") for row in rows}
+    found = []
+    for ours in (row for row in rows if row["name"] in full_depths):
+        for peer in (row for row in rows if row["bundle"] is None):
+            mine, theirs = times[ours["name"]], times[peer["name"]]
+            speed = {figure: round(ratio(theirs[figure], mine[figure]), 3) for figure in mine}
+            found.append(
+                {
+                    "ours": ours["name"],
+                    "peer": peer["name"],
+                    **speed,
+                    "kl_difference": float(f"{ours['kl'] - peer['kl']:.4g}"),
+                    "weights": round(ours["weights_mb"] / peer["weights_mb"], 3),
+                }
+            )
+    return found
+
+
+def bars(rows: list[dict[str, Any]], found: list[dict[str, Any]], int4: set[str]) -> dict[str, dict[str, Any]]:
+    """What issue 5 asks of the cases named in ``int4``, where the peer was measured."""
+    bars: dict[str, dict[str, Any]] = {}
+
+    def bar(name: str, value: float, limit: float, *, at_least: bool) -> None:
+        holds = value >= limit if at_least else value <= limit
+        bars[name] = {"value": value, "limit": f"{'>=' if at_least else '<='} {limit:g}", "holds": holds}
+
+    for row in (row for row in found if row["ours"] in int4):
+        pair = f"{row['ours']} / {row['peer']}"
+        if row["peer"] == "ONNX Runtime GenAI int4":
+            for figure in ("decode_32", "decode_512", "prefill_512"):
+                bar(f"{pair}: {figure}", row[figure], 1, at_least=True)
+        elif row["peer"] == "llama.cpp Q4_0":
+            for figure in ("decode_32", "decode_512"):
+                bar(f"{pair}: {figure}", row[figure], 1, at_least=True)
+            bar(f"{pair}: kl_difference", row["kl_difference"], 0, at_least=False)
+            bar(f"{pair}: weights", row["weights"], 1, at_least=False)
+    for row in (row for row in rows if row["name"] in int4):
+        bar(f"{row['name']}: load_s", row["load_s"], 0.5, at_least=False)
+    return bars
+
+
+def show(document: dict[str, Any]) -> str:
+    """The document as tables for people."""
+    columns = [key for key in document["cases"][0] if key not in {"bundle", "exit_layer", "version", "config"}]
+    lines = [
+        f"{document['cpu']}, {document['threads']} threads, {document['rounds']} rounds; "
+        f"others took {document['others_cpu_share']} of the CPU time",
+        "",
+        *aligned([columns, *([_short(row[key]) for key in columns] for row in document["cases"])]),
+    ]
+    if document["ratios"]:
+        heads = list(document["ratios"][0])
+        lines += ["", "ours / peer", *aligned([heads, *([_short(v) for v in r.values()] for r in document["ratios"])])]
+    results = [
+        [name, _short(bar["value"]), bar["limit"], "holds" if bar["holds"] else "MISSED"]
+        for name, bar in document["bars"].items()
+    ]
+    return "\n".join([*lines, *(["", "bars", *aligned(results)] if results else []), ""])
+
+
+def _fresh(subject: Subject, prompt: list[int]) -> dict[str, float]:
+    """Load time and memory of a process of its own."""
+    with subject.start() as worker:
+        worker.ask(do="generate", variant=next(reversed(subject.variants)), prompt=prompt, steps=STEPS)
+        return {"load_s": worker.load_s, **worker.ask(do="memory")}
+
+
+def _reply(worker: Worker, variant: int | None, prompts: Iterator[list[int]]) -> dict[str, Any]:
+    """One prompt's prefill, and the median of the steps of its reply."""
+    time.sleep(SETTLE_S)
+    answer = worker.ask(do="generate", variant=variant, prompt=next(prompts), steps=WARM_STEPS + STEPS)
+    return {"prefill_ms": answer["prefill_ms"], "step_ms": median(answer["step_ms"][WARM_STEPS:])}
+
+
+def _quality(
+    workers: dict[str, Worker], cases: dict[str, Case], windows: list[list[int]]
+) -> dict[str, dict[str, float | None]]:
+    """KL and agreement of every case; the reference's rows go through a file, 200 MB for every 1,000."""
+    found: dict[str, dict[str, float | None]] = {}
+    with tempfile.TemporaryDirectory(dir=install.CACHE) as directory:
+        for name in sorted(cases, key=lambda name: name != REFERENCE):
+            time.sleep(SETTLE_S)
+            answer = workers[cases[name].subject].ask(
+                do="score",
+                variant=cases[name].variant,
+                windows=windows,
+                first=WINDOW_PREFIX,
+                reference=str(Path(directory) / "log_probabilities.f32"),
+                write=name == REFERENCE,
+            )
+            kls = answer["kl"]
+            found[name] = {
+                "kl": float(f"{mean(kls):.4g}"),
+                "kl_se": float(f"{stdev(kls) / len(kls) ** 0.5:.2g}") if len(kls) > 1 else None,
+                "agreement": round(answer["agreement"], 4),
+            }
+    return found
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _selected(names: str) -> list[install.PeerModel]:
+    wanted = names.split(",")
+    if unknown := set(wanted) - set(install.WORKERS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: give some of {','.join(install.WORKERS)}")
+    return [model for model in install.PEER_MODELS if model.peer in wanted or model.name == REFERENCE]
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line asks for; returns the document of the JSON line."""
+    quick, models = arguments.quick, arguments.peers
+    if absent := install.missing(models):
+        raise InputError(f"{absent[0]}: is not installed: run with --install first, or name others with --peers")
+    bundles = [Bundle.open(path) for path in arguments.bundles]
+    if len({bundle.path.resolve().name for bundle in bundles}) < len(bundles):
+        raise InputError("two bundles have the same directory name, which the results go by: rename one")
+    text = read_text(arguments.text, bundles[0], ROUNDS[quick] + 1, WINDOWS[quick])
+    begin, neighbours = time.perf_counter(), Neighbours()
+    subjects, cases = subjects_of(bundles, models, arguments.threads, huge_pages=arguments.huge_pages)
+    rows = measure(subjects, cases, text, quick=quick)
+    depths = {bundle.path.resolve().name: bundle.manifest for bundle in bundles}
+    full = {
+        name: depths[case.bundle]
+        for name, case in cases.items()
+        if case.bundle is not None and case.variant == depths[case.bundle].exit_layers[-1]
+    }
+    found = ratios(rows, set(full))
+    return {
+        "benchmark": "peers",
+        "cpu": cpu_name(),
+        "threads": arguments.threads,
+        "huge_pages": arguments.huge_pages,
+        "rounds": ROUNDS[quick],
+        **neighbours.report(),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "text": arguments.text.name,
+        "score_rows": WINDOWS[quick] * WINDOW_ROWS,
+        "cases": rows,
+        "ratios": found,
+        "bars": bars(rows, found, {name for name, manifest in full.items() if manifest.precision == "int4"}),
+    }
+
+
+def main() -> int:
+    """Parse the command line, install or measure, print; 1 if a bar is missed or the input is bad."""
+    parser = argparse.ArgumentParser(description="Our runtime beside other engines; docs in the module's docstring.")
+    parser.add_argument("bundles", nargs="*", type=Path, help="directories that `balcony-edge export demo` wrote")
+    parser.add_argument(
+        "--install", action="store_true", help="make the peers' environments and models that are missing"
+    )
+    parser.add_argument("--text", type=Path, help="text whose tokens are prompts and scored rows (WikiText-2 valid)")
+    parser.add_argument("--peers", type=_selected, default=list(install.PEER_MODELS), help=",".join(install.WORKERS))
+    parser.add_argument("--threads", type=int, default=default_threads(), help="of every engine [default: the CPUs]")
+    parser.add_argument("--huge-pages", action="store_true", help="transparent huge pages for every engine's heap")
+    parser.add_argument("--plot", type=Path, help="write tokens a second against KL as a PNG (needs [plot])")
+    parser.add_argument("--quick", action="store_true", help="one round: to see that it runs, not for figures")
+    arguments = parser.parse_args()
+    if arguments.bundles and arguments.text is None:
+        parser.error("--text: measuring needs a text: give one, such as WikiText-2's wiki.valid.raw")
+    if not arguments.bundles and not arguments.install:
+        parser.error("give at least one bundle, or --install")
+    try:
+        if arguments.install:
+            install.install(arguments.peers)
+        if not arguments.bundles:
+            return 0
+        document = run(arguments)
+    except BalconyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(show(document), file=sys.stderr)
+    print(json.dumps(document, ensure_ascii=False))
+    if arguments.plot is not None:
+        from benchmarks.peer_workers.plot import plot  # noqa: PLC0415 - matplotlib is an extra
+
+        plot(document, arguments.plot)
+    return 0 if all(bar["holds"] for bar in document["bars"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
