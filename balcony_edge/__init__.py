@@ -31,6 +31,7 @@ def load(
     profile: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     verify_hashes: bool = True,
+    packed: str | os.PathLike[str] | None = None,
 ) -> LLM:
     """Load a bundle for generation.
 
@@ -41,13 +42,16 @@ def load(
         profile: device profile that `balcony-edge profile` wrote; one of another device or bundle is warned of.
         threads: of the engine's shared pool; by default the CPUs of this process. The first engine of a process decides.
         verify_hashes: check every file against the manifest; without it only presence and size.
+        packed: a directory in which weights are kept in the form that the engine's kernels read, made at the first load;
+            processes that load the same bundle with it share them in memory.
 
     Raises:
         BundleError: the bundle is missing, damaged or not what its manifest says.
         BudgetError: the budget is refused, or leaves none of the bundle's exits.
         ProfileError: the profile cannot be read, or is for other exits.
+        InputError: the directory for packed weights cannot be written.
         MissingDependencyError: ONNX Runtime is not installed.
     """
     from balcony_runtime.generate import LLM  # noqa: PLC0415 - keeps `import balcony_edge` free of engines
 
-    return LLM.open(path, budget=budget, profile=profile, threads=threads, verify_hashes=verify_hashes)
+    return LLM.open(path, budget=budget, profile=profile, threads=threads, verify_hashes=verify_hashes, packed=packed)

@@ -29,7 +29,9 @@ Watts = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Layer = Annotated[int, Field(ge=1)]
 #: What an entry is about; :class:`Entry` says what ``rows`` and ``context`` are in each.
-Kind = Literal["prefill", "decode", "switch_up", "switch_down", "catch_up", "balcony", "norm", "lm_head", "python"]
+Kind = Literal[
+    "prefill", "decode", "switch_up", "switch_down", "catch_up", "balcony", "norm", "lm_head", "python", "controller"
+]
 #: What an evaluation measures: on a text, and the mean over tasks.
 Metric = Literal["kl", "agreement", "perplexity", "average"]
 #: Parts of a device whose power is told apart; the same as a budget's ``power_rail``.
@@ -70,7 +72,8 @@ class Entry(_Frozen):
         catch_up     a pass of ``rows`` rows through the stage that ends at the exit; ``context`` rows before the last one
         balcony      the same through the exit's balcony: keys and values of all rows, one query
         norm, lm_head  one row
-        python       what a decode step at the exit takes beside the engine's own calls
+        python       what a decode step at a fixed exit takes beside the engine's own calls
+        controller   the same under a target, which is weighed at every token; what is in every price
 
     ``predicted_ms`` is the price by ``costs``.
     """
@@ -102,6 +105,7 @@ class Entry(_Frozen):
             "norm": f"norm after {self.context}",
             "lm_head": f"LM head after {self.context}",
             "python": f"Python at {self.exit_layer} after {self.context}",
+            "controller": f"Python and controller at {self.exit_layer} after {self.context}",
         }
         return words[self.kind]
 
@@ -313,10 +317,12 @@ class Profile(_Frozen):
         """The profile as JSON-ready values."""
         return self.model_dump(mode="json")
 
-    def mismatches(self, device: Device, fingerprint: str) -> tuple[str, ...]:
+    def mismatches(self, device: Device, fingerprint: str, threads: int) -> tuple[str, ...]:
         """Why its numbers may not hold on ``device`` for the bundle of this fingerprint, one phrase each."""
-        bundle = () if fingerprint == self.bundle.fingerprint else ("it was measured with another bundle",)
-        return (*bundle, *self.device.differences(device))
+        found = [] if fingerprint == self.bundle.fingerprint else ["it was measured with another bundle"]
+        if threads != self.engine.threads:
+            found.append(f"it was measured with {self.engine.threads} threads, not {threads}")
+        return (*found, *self.device.differences(device))
 
     def select(self, kind: Kind, exit_layer: int | None = None) -> tuple[Entry, ...]:
         """Entries of one kind, of one exit if given, in the order of the file."""
@@ -341,6 +347,11 @@ class Profile(_Frozen):
     def agreement(self) -> dict[int, float | None]:
         """Exit layer → agreement with the full depth where the bundle was evaluated; on the text where it is least."""
         return least_agreement(self.costs.exits, self.quality)
+
+    @property
+    def rail(self) -> Rail:
+        """The rail whose power tables show: the first that was measured."""
+        return self.power[0].rail if self.power else "board"
 
     def busy_w(self, exit_layer: int, rail: Rail = "board") -> float | None:
         """Measured power while decoding at an exit; None where nothing measures this rail."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from typing import Literal
 
 from balcony_edge.profile import Entry, Profile
@@ -38,12 +39,16 @@ def entry_row(entry: Entry) -> Row:
 
 def render(profile: Profile, form: Format) -> str:
     """The whole profile (``json``) or its entries (``jsonl``, ``csv``, ``md``), ending in a line break."""
-    rows = [entry_row(entry) for entry in profile.entries]
     if form == "json":
         return json.dumps(profile.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return render_rows([entry_row(entry) for entry in profile.entries], form)
+
+
+def render_rows(rows: Sequence[Row], form: Literal["jsonl", "csv", "md"]) -> str:
+    """Rows of one set of columns, ending in a line break."""
     if form == "jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows)
-    columns = list(entry_row(profile.entries[0])) if profile.entries else []
+    columns = list(rows[0]) if rows else []
     if form == "csv":
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, columns, lineterminator="\n")

@@ -24,7 +24,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from balcony_edge.budget import Budget
-from balcony_edge.bundle import Bundle, Manifest
+from balcony_edge.bundle import Bundle
+from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.base import Backend, State
 from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from balcony_runtime.calibrate import calibrate
@@ -47,6 +48,7 @@ class RecordingBackend:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.manifest: Manifest = backend.manifest
+        self.threads = backend.threads
         self.state: State | None = None
 
     def new_state(self, batch_size: int, max_length: int) -> State:

@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from balcony_edge.bundle import WEIGHTS, Bundle
+from balcony_edge.bundle import Bundle
+from balcony_edge.manifest import WEIGHTS
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.onnxruntime_state import BUCKET
@@ -35,9 +36,7 @@ def write_whole_graph(bundle: Bundle, directory: Path) -> Path:
     inputs = {value.name for value in graph.input}
     for part in parts[1:]:
         # what a part takes from the one before it; its inner names are not unique among parts
-        passed = (
-            {"hidden": "normed"} if part.graph.input[0].name == "hidden" and "normed" in _names(graph.output) else {}
-        )
+        passed = {"hidden": "normed" if "normed" in _names(graph.output) else f"hidden_{manifest.model.num_layers}"}
         shared = _names(part.graph.input) | _names(part.graph.output)
 
         def renamed(
@@ -46,6 +45,7 @@ def write_whole_graph(bundle: Bundle, directory: Path) -> Path:
             return passed.get(name, name) if name in shared or not name else f"{owner}.{name}"
 
         for node in part.graph.node:
+            node.name = f"{part.graph.name}.{node.name}"
             node.input[:] = [renamed(name) for name in node.input]
             node.output[:] = [renamed(name) for name in node.output]
         for tensor in part.graph.initializer:

@@ -28,9 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from balcony_edge.bundle import MANIFEST, fingerprint, sha256_file
+from balcony_edge.bundle import fingerprint, sha256_file
 from balcony_edge.cli.inspect import inspect
 from balcony_edge.errors import BalconyError
+from balcony_edge.manifest import MANIFEST
 from balcony_runtime.generate import LLM
 
 PROMPT = [5, 6, 7, 8, 9]

@@ -12,7 +12,7 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.bundle import MANIFEST, Manifest
+from balcony_edge.manifest import MANIFEST, Manifest
 from balcony_runtime.generate import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
 from balcony_runtime.sampling import SamplingParams

@@ -25,8 +25,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balcony_edge.bundle import MANIFEST, Bundle, fingerprint
+from balcony_edge.bundle import Bundle, fingerprint
 from balcony_edge.errors import BalconyError, BundleError, CheckpointError
+from balcony_edge.manifest import MANIFEST
 from balcony_export.balcony import INDEX, init_balconies, load_balconies, save_balconies
 from balcony_export.export import export_bundle
 from balcony_runtime.engine import Engine, Sequence

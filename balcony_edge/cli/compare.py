@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from balcony_edge.tables import Format
 
 if TYPE_CHECKING:
     from balcony_edge.compare import Comparison
@@ -17,16 +20,18 @@ def compare(
     first: Annotated[Path, typer.Argument(help="Profile to compare with.")],
     second: Annotated[Path, typer.Argument(help="Profile to compare.")],
     everything: Annotated[bool, typer.Option("--all", help="Also single passes and Python's share.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    output: Annotated[
+        Format | None, typer.Option("--output", "-o", help="Print the quantities in this format instead of the table.")
+    ] = None,
 ) -> None:
     """Compare two devices, bundles or versions: ratios, and whether they are more than chance."""
     from balcony_edge.compare import compare_profiles
     from balcony_edge.profile import Profile
-    from balcony_edge.tables import entry_row
+    from balcony_edge.tables import entry_row, render_rows
 
     one, two = Profile.load(first), Profile.load(second)
     found = compare_profiles(one, two)
-    if as_json:
+    if output is not None:
         rows = [
             {
                 **{key: entry_row(item.entry)[key] for key in ("kind", "exit_layer", "from_exit", "rows", "context")},
@@ -39,7 +44,8 @@ def compare(
             }
             for item in found
         ]
-        print(json.dumps({"differences": differences(one, two), "entries": rows}))  # noqa: T201 - programs read this
+        document = {"differences": differences(one, two), "entries": rows}
+        sys.stdout.write(json.dumps(document) + "\n" if output == "json" else render_rows(rows, output))
         return
     _show(one, two, found, everything)
 
@@ -66,7 +72,8 @@ def _show(one: Profile, two: Profile, found: tuple[Comparison, ...], everything:
     for name, profile in (("first", one), ("second", two)):
         bundle = profile.bundle
         stdout.print(
-            f"{name}: {escape(bundle.model)} ({bundle.precision}) on {escape(profile.device.title)}, {profile.created}"
+            f"{name}: {escape(bundle.model)} ({escape(bundle.precision)}) on {escape(profile.device.title)}, "
+            f"{escape(profile.created)}"
         )
     for line in differences(one, two):
         stdout.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)

@@ -45,9 +45,10 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL to the full model, agreement and task accuracy of every exit, with standard errors."""
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm: lm-evaluation-harness's bars would tear ours
-    from balcony_edge.bundle import MANIFEST, record_quality
+    from balcony_edge.bundle import record_quality
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_edge.errors import InputError
+    from balcony_edge.manifest import MANIFEST
     from balcony_export.evaluate_report import write_report
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from balcony_edge.bundle import Manifest
+    from balcony_edge.manifest import Manifest
 
 
 def export(
@@ -30,6 +30,14 @@ def export(
         list[Path] | None,
         typer.Option(help="Text (as for train) by which int8 and int4 are rounded: GPTQ; repeatable."),
     ] = None,
+    quality_budget: Annotated[
+        str | None,
+        typer.Option(help="Instead of --precision: kl=0.02 takes the fastest one within so many nats of the model."),
+    ] = None,
+    evaluate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text (as for eval): what each exit is worth on it goes into the manifest; repeatable."),
+    ] = None,
     context_length: Annotated[
         int | None, typer.Option(help="Most tokens of a sequence (default: the model's, at most 8192).")
     ] = None,
@@ -38,10 +46,12 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Export a model as a bundle: one shared backbone, one exit per balcony and the full depth."""
+    from balcony_edge.bundle import Bundle
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_edge.errors import InputError
     from balcony_export.balcony import init_balconies, load_balconies, parse_exits
     from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.choose import Judge, export_within, judged, parse_budget
     from balcony_export.export import export_bundle, refuse_existing
     from balcony_export.gptq import calibration_rows
     from balcony_export.quantize import Scheme, parse_precision
@@ -50,7 +60,10 @@ def export(
 
     refuse_existing(output)
     scheme = parse_precision(precision)
-    if calibration and not isinstance(scheme, Scheme):
+    budget = None if quality_budget is None else parse_budget(quality_budget)
+    if budget is not None and (precision != "fp32" or not evaluate):
+        raise InputError("--quality-budget: takes the place of --precision and needs --evaluate TEXT: give it so")
+    if calibration and not isinstance(scheme, Scheme) and budget is None:
         raise InputError(f"--calibration with --precision {precision}: only int8 and int4 are rounded: leave it out")
     with progress_bar() as progress:
         progress("loading the model", 0.0)
@@ -61,33 +74,39 @@ def export(
         trained = balconies is not None
         modules = load_balconies(balconies, loaded, layers) if balconies is not None else init_balconies(loaded, layers)
         checks: list[Check] = []
+        label = name or _model_name(model)
+        judge = Judge(loaded, tokenizer, judged(evaluate, tokenizer), name=label) if evaluate else None
 
         def verified(directory: Path) -> None:
-            checks.extend(run_checks(directory, loaded, tokenizer, modules))
-            require(checks, directory)
+            if judge is not None and budget is None:
+                judge.measure(directory)
+            if check:
+                checks.extend(run_checks(directory, loaded, tokenizer, modules))
+                require(checks, directory)
 
-        manifest = export_bundle(
-            loaded,
-            tokenizer,
-            modules,
-            output,
-            name=name or _model_name(model),
-            trained=trained,
-            precision=scheme,
-            calibration=rows,
-            context_length=context_length,
-            check=verified if check else None,
-            progress=progress,
-        )
+        options: dict[str, Any] = {
+            "name": label,
+            "trained": trained,
+            "calibration": rows,
+            "context_length": context_length,
+            "check": verified,
+            "progress": progress,
+        }
+        if budget is not None and judge is not None:
+            export_within(budget, judge, loaded, tokenizer, modules, output, report=stderr.print, **options)
+        else:
+            export_bundle(loaded, tokenizer, modules, output, precision=scheme, **options)
     if not trained:
         stderr.print(
             "[yellow]The balconies are untrained copies of the last layer: the exits below the full depth babble. "
             "Train them with `balcony-edge train` and export with --balconies.[/]"
         )
-    _report(output, manifest, checks, as_json)
+    _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
 
 
 def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> None:  # type: ignore[type-arg]
+    from rich.markup import escape
+
     from balcony_edge.cli.console import stdout
 
     size = sum(file.bytes for file in manifest.files.values())
@@ -103,12 +122,20 @@ def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> No
         return
     checked = "not verified"
     if checks:
-        worst = max(check.max_difference for check in checks)
-        checked = f"verified on {checks[0].prompts} prompts, largest difference {worst:.1e} of the largest logit"
+        exact = [check.max_difference for check in checks if check.exact]
+        worst = max(exact or [check.max_difference for check in checks])
+        unit = "of the largest logit" if exact else "nats"
+        checked = f"verified on {checks[0].prompts} prompts, largest difference {worst:.1e} {unit}"
     stdout.print(
         f"[bold]{output}[/]: {manifest.model.name}, exits {', '.join(map(str, manifest.exit_layers))}, "
         f"{size / 1e6:.0f} MB, {checked}"
     )
+    for exit_ in manifest.exits:
+        for text, quality in exit_.quality.text.items() if exit_.quality is not None else ():
+            stdout.print(
+                f"exit {exit_.exit_layer} on {escape(text)}: KL {quality.kl.value:.4f}, agreement "
+                f"{quality.agreement.value:.1%}, perplexity {quality.perplexity.value:.2f}"
+            )
 
 
 def _model_name(source: str) -> str:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from balcony_edge.bundle import Bundle, Manifest
+from balcony_edge.bundle import Bundle
+from balcony_edge.manifest import Manifest
 
 
 def inspect(

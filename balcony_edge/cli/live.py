@@ -5,11 +5,12 @@ Owns the display and nothing else: it shows tokens that somebody makes and readi
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -21,20 +22,19 @@ if TYPE_CHECKING:
 
 #: Decisions shown, and tokens that the mean is taken over.
 LAST_DECISIONS, MEAN_TOKENS = 5, 16
-#: Lines of the reply that stay in view.
-REPLY_LINES = 12
+#: Lines of the reply that stay in view: with facts and decisions they fill a terminal of 24.
+REPLY_LINES = 8
 
 
 def show_live(stream: TokenStream, styles: dict[int, str], readings: Callable[[], tuple[Reading, ...]]) -> bool:
     """Draw until the stream ends; True when Ctrl-C ended it."""
     from balcony_edge.cli.console import stdout
 
-    view = LiveView(styles)
+    view = LiveView(styles, readings)
     try:
-        with Live(console=stdout, refresh_per_second=8, vertical_overflow="crop") as live:
+        with Live(view, console=stdout, refresh_per_second=8, vertical_overflow="crop"):
             for token in stream:
                 view.add(token)
-                live.update(view.drawn(readings()))
     except KeyboardInterrupt:
         stream.close()
         return True
@@ -42,10 +42,14 @@ def show_live(stream: TokenStream, styles: dict[int, str], readings: Callable[[]
 
 
 class LiveView:
-    """What is on the display: the text by exit, the last tokens and decisions."""
+    """What is on the display: the text by exit, the last tokens and decisions, and the sensors at every redraw.
 
-    def __init__(self, styles: dict[int, str]) -> None:
-        self._styles = styles
+    Tokens are added by one thread and drawn by another.
+    """
+
+    def __init__(self, styles: dict[int, str], readings: Callable[[], tuple[Reading, ...]]) -> None:
+        self._styles, self._readings = styles, readings
+        self._lock = threading.Lock()
         self._text = Text()
         self._tokens: deque[Token] = deque(maxlen=MEAN_TOKENS)
         self._decisions: deque[tuple[int, int, str]] = deque(maxlen=LAST_DECISIONS)
@@ -53,20 +57,24 @@ class LiveView:
 
     def add(self, token: Token) -> None:
         """One more token; a decision is new where exit or reason differ from the last one's."""
-        self._count += 1
-        self._text.append(token.text, style=self._styles[token.exit_layer])
-        if self._count > 1:  # the first one's time is the prompt's
-            self._tokens.append(token)
-        if not self._decisions or self._decisions[-1][1:] != (token.exit_layer, token.reason):
-            self._decisions.append((self._count, token.exit_layer, token.reason))
+        with self._lock:
+            self._count += 1
+            self._text.append(token.text, style=self._styles[token.exit_layer])
+            if self._count > 1:  # the first one's time is the prompt's
+                self._tokens.append(token)
+            if not self._decisions or self._decisions[-1][1:] != (token.exit_layer, token.reason):
+                self._decisions.append((self._count, token.exit_layer, token.reason))
 
-    def drawn(self, readings: tuple[Reading, ...]) -> Group:
-        """The display at the moment."""
-        lines = self._text.split()[-REPLY_LINES:]
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        with self._lock:
+            yield self._drawn(console, options.max_width)
+
+    def _drawn(self, console: Console, width: int) -> Group:
+        lines = list(self._text.wrap(console, max(width - 4, 20)))[-REPLY_LINES:]
         decisions = Table("token", "exit", "reason", title="last decisions", title_justify="left", expand=True)
         for count, exit_layer, reason in self._decisions:
             decisions.add_row(str(count), Text(str(exit_layer), self._styles[exit_layer]), reason)
-        return Group(Panel(Text("\n").join(lines)), self._facts(readings), decisions)
+        return Group(self._facts(self._readings()), Panel(Text("\n").join(lines)), decisions)
 
     def _facts(self, readings: tuple[Reading, ...]) -> Table:
         facts = Table.grid(padding=(0, 3))

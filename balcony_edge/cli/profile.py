@@ -44,7 +44,6 @@ def profile(
     """Measure what each exit costs on this device: time, memory, and energy where a sensor measures it."""
     import balcony_edge
     from balcony_edge.cli.console import progress_bar, stderr
-    from balcony_runtime.backends.onnxruntime import default_threads
     from balcony_runtime.profiler.grid import Grid, parse_values
     from balcony_runtime.profiler.run import Options, measure_profile
     from balcony_runtime.sensors import Sensors, device_sources
@@ -65,7 +64,7 @@ def profile(
     with balcony_edge.load(bundle, threads=threads) as llm:
         context = llm.engine.manifest.model.context_length
         grid = Grid.make(context, quick=quick, tokens=tokens, rounds=rounds, **asked)
-        options = Options(grid, seconds, threads or default_threads(), shlex.join(["balcony-edge", *sys.argv[1:]]))
+        options = Options(grid, seconds, shlex.join(["balcony-edge", *sys.argv[1:]]))
         with Sensors(device_sources()) as sensors, progress_bar() as progress:
             measured = measure_profile(llm, sensors, options, progress)
     for form, path in targets:
@@ -136,12 +135,11 @@ def _show(measured: Profile) -> None:
 
     bundle = measured.bundle
     styles = depth_styles(bundle.exit_layers)
-    stdout.print(f"[bold]{escape(bundle.model)}[/] ({bundle.precision}) on {escape(measured.device.title)}")
-    table = Table(
-        "exit", "after", "ms", "±", "p95", "p99", "tokens/s", "priced", "J/token", title="time between tokens"
-    )
+    stdout.print(f"[bold]{escape(bundle.model)}[/] ({escape(bundle.precision)}) on {escape(measured.device.title)}")
+    energy = "J/token" if not measured.power else f"J/token ({measured.rail})"
+    table = Table("exit", "after", "ms", "±", "p95", "p99", "tokens/s", "priced", energy, title="time between tokens")
     for entry in measured.select("decode"):
-        timing, joules = entry.timing, measured.joules_per_token(entry.exit_layer)
+        timing, joules = entry.timing, measured.joules_per_token(entry.exit_layer, measured.rail)
         table.add_row(
             str(entry.exit_layer),
             str(entry.context),

@@ -28,6 +28,10 @@ def run(
     profile: Annotated[
         Path | None, typer.Option(help="Device profile; without it, a target measures what exits cost at load.")
     ] = None,
+    packed: Annotated[
+        Path | None,
+        typer.Option(help="Directory of packed weights, which processes then share; made at the first run."),
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Record what the controller saw and decided (JSON lines).")] = None,
     live: Annotated[bool, typer.Option("--live", help="Show exits, times, pace and sensors while it writes.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to make.")] = 256,
@@ -66,7 +70,7 @@ def run(
     )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
     asked = _budget(tpot_ms, exit_layer, budget)
-    with balcony_edge.load(bundle, budget=asked, profile=profile, threads=threads) as llm:
+    with balcony_edge.load(bundle, budget=asked, profile=profile, threads=threads, packed=packed) as llm:
         styles = depth_styles(llm.exit_layers)
         if prompt is None:
             if as_json or raw or live or trace is not None:

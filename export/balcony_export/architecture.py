@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from balcony_edge.bundle import ModelSpec
 from balcony_edge.errors import UnsupportedModelError
+from balcony_edge.manifest import ModelSpec
 
 #: ``config.model_type`` of the architectures whose export is pinned by parity tests.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from balcony_edge.bundle import Estimate, TextQuality
 from balcony_edge.errors import InputError, VerificationError
+from balcony_edge.manifest import Estimate, TextQuality
 from balcony_export.evaluate_scorer import Request, Scorer
 from balcony_export.text_files import json_lines, read_text
 

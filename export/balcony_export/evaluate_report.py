@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from balcony_edge.bundle import Estimate, Quality, TaskQuality, TextQuality
 from balcony_edge.errors import InputError
+from balcony_edge.manifest import Estimate, Quality, TaskQuality, TextQuality
 from balcony_export.evaluate_scorer import Scorer
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from balcony_edge.bundle import Estimate, TaskQuality, TaskSummary
 from balcony_edge.errors import InputError, MissingDependencyError
+from balcony_edge.manifest import Estimate, TaskQuality, TaskSummary
 from balcony_export.evaluate_scorer import Scorer
 
 try:

@@ -11,9 +11,9 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,14 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from balcony_edge.bundle import MANIFEST, WEIGHTS, Manifest, write_manifest
+from balcony_edge.bundle import Bundle, write_manifest
 from balcony_edge.errors import CheckpointError, InputError
+from balcony_edge.manifest import MANIFEST, WEIGHTS, Manifest, ModelSpec
 from balcony_export import graph, head, lower, passes
 from balcony_export.architecture import Parts, describe, embedding_scale, parts_of
 from balcony_export.balcony import Balcony
 from balcony_export.gptq import second_moments
+from balcony_export.kv_quantize import cache_scales, quantize_caches
 from balcony_export.quantize import Blocks, Quantizer, Scheme, quantize_graph
 from balcony_export.weights import WeightFile
 
@@ -36,6 +38,46 @@ Progress = Callable[[str, float], None]
 
 def _silent(step: str, done: float) -> None:
     """No progress shown."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model's graphs before they are written: the portable set and the lowered one, empty where there is none."""
+
+    spec: ModelSpec
+    layers: tuple[int, ...]
+    graphs: Mapping[str, ir.Model]
+    lowered: Mapping[str, ir.Model]
+
+
+def trace(
+    model: PreTrainedModel,
+    balconies: dict[int, Balcony],
+    *,
+    name: str,
+    context_length: int | None = None,
+    progress: Progress = _silent,
+) -> Traced:
+    """Trace a model and its balconies and cut it at the exits; arguments and errors as for :func:`export_bundle`."""
+    parts = parts_of(model)
+    spec = describe(model, name, context_length)
+    layers = (*sorted(balconies), spec.num_layers)
+    progress("tracing the backbone", 0.0)
+    backbone = graph.trace_backbone(model, parts, layers, spec.context_length)
+    _tidy(backbone)
+    graphs = {"backbone": backbone}
+    for index, (first, last) in enumerate(zip((0, *layers), layers, strict=False)):
+        graphs[f"stage_{index}"] = _cut_stage(backbone, index, first, last)
+    for count, exit_layer in enumerate(sorted(balconies)):
+        progress(f"tracing balcony {exit_layer}", 0.5 + 0.2 * count / len(balconies))
+        traced = graph.trace_balcony(model, parts, balconies[exit_layer], spec.context_length)
+        _tidy(traced, f"balcony_{exit_layer}.")
+        traced.graph.name = f"balcony_{exit_layer}"
+        graphs[f"balcony_{exit_layer}"] = traced
+    graphs["norm"] = head.build_norm(parts)
+    graphs["lm_head"] = head.build_head(model, parts)
+    lowers = next(model.parameters()).dtype == torch.float32 and lower.can_lower(spec)
+    return Traced(spec, layers, graphs, lower.lower_all(graphs, spec) if lowers else {})
 
 
 def export_bundle(
@@ -49,6 +91,7 @@ def export_bundle(
     precision: Literal["float32", "float16"] | Scheme = "float32",
     calibration: Sequence[Sequence[int]] = (),
     context_length: int | None = None,
+    traced: Traced | None = None,
     check: Callable[[Path], None] | None = None,
     progress: Progress = _silent,
 ) -> Manifest:
@@ -65,6 +108,7 @@ def export_bundle(
             weights and leaves the others in float32.
         calibration: rows of tokens; with them a scheme rounds by GPTQ.
         context_length: rows that a sequence may hold.
+        traced: the graphs, where they were traced before: they are the same for float32 and every scheme.
         check: called with the finished directory before it takes its final name; what it raises undoes the export.
         progress: told about each step.
 
@@ -77,77 +121,76 @@ def export_bundle(
     model.to(dtype)  # type: ignore[arg-type]
     for balcony in balconies.values():
         balcony.to(dtype)
+    _refuse_not_finite(model, balconies)
     parts = parts_of(model)
     spec = describe(model, name, context_length)
-    layers = (*sorted(balconies), spec.num_layers)
     if scheme is not None and not lower.can_lower(spec):
         raise InputError(
             f"--precision {scheme}: the model's heads have {spec.head_dim} values, and ONNX Runtime's fused attention, "
             "which quantized bundles use, takes multiples of 16: export with fp32"
         )
     with fresh_directory(output) as directory:
-        progress("tracing the backbone", 0.0)
-        backbone = graph.trace_backbone(model, parts, layers, spec.context_length)
-        _tidy(backbone)
-        graphs = {"backbone": backbone}
-        for index, (first, last) in enumerate(zip((0, *layers), layers, strict=False)):
-            graphs[f"stage_{index}"] = _cut_stage(backbone, index, first, last)
-        for count, exit_layer in enumerate(sorted(balconies)):
-            progress(f"tracing balcony {exit_layer}", 0.5 + 0.2 * count / len(balconies))
-            traced = graph.trace_balcony(model, parts, balconies[exit_layer], spec.context_length)
-            _tidy(traced, f"balcony_{exit_layer}.")
-            traced.graph.name = f"balcony_{exit_layer}"
-            graphs[f"balcony_{exit_layer}"] = traced
-        graphs["norm"] = head.build_norm(parts)
-        graphs["lm_head"] = head.build_head(model, parts)
-        lowered = lower.lower_all(graphs, spec) if dtype == torch.float32 and lower.can_lower(spec) else {}
+        traced = traced or trace(model, balconies, name=name, context_length=context_length, progress=progress)
+        # quantizing and writing change a graph's weights; those that were traced stay as they are
+        graphs = {key: model_.clone() for key, model_ in traced.graphs.items()} if scheme is None else {}
+        lowered = {key: model_.clone() for key, model_ in traced.lowered.items()}
         blocks = None
         if scheme is not None:
             progress("quantizing", 0.7)
             blocks = _quantize_all(lowered, scheme, model, balconies, calibration)
-            graphs = {}
         progress("writing weights", 0.75)
         with WeightFile(directory) as weights:
             table = _write_table(weights, parts, blocks)
-            for traced in (*graphs.values(), *lowered.values()):
-                weights.externalize(traced)
+            for one in (*graphs.values(), *lowered.values()):
+                weights.externalize(one)
         for prefix, traced_set in (("", graphs), ("cpu_", lowered)):
-            for key, traced in traced_set.items():
-                passes.strip_metadata(traced)
-                ir.save(traced, directory / f"{prefix}{key}.onnx")
+            for key, one in traced_set.items():
+                passes.strip_metadata(one)
+                ir.save(one, directory / f"{prefix}{key}.onnx")
         _write_tokenizer(model, tokenizer, directory)
-        progress("hashing", 0.8)
-        manifest = write_manifest(
-            directory,
-            {
-                "model": spec.model_dump(mode="json"),
-                "precision": precision if scheme is None else f"int{scheme.bits}",
-                "exits": [
-                    {
-                        "exit_layer": e,
-                        "kind": "balcony" if e in balconies else "full",
-                        "trained": trained or e not in balconies,
-                    }
-                    for e in layers
-                ],
-                "embedding": {
-                    **table,
-                    "dtype": "float16" if dtype == torch.float16 else "float32",
-                    "shape": list(parts.embed.weight.shape),
-                    "scale": embedding_scale(parts, dtype),
-                    "tied": parts.head.weight is parts.embed.weight,
-                },
-                "graphs": {key: _graph_spec(key, traced) for key, traced in graphs.items()},
-                "cpu": {key: _graph_spec(f"cpu_{key}", traced) for key, traced in lowered.items()},
-                "quantization": None if scheme is None else _quantization(scheme, calibration),
-                "tools": _tool_versions(),
+        document: dict[str, Any] = {
+            "model": spec.model_dump(mode="json"),
+            "precision": precision if scheme is None else f"int{scheme.bits}",
+            "exits": [
+                {
+                    "exit_layer": e,
+                    "kind": "balcony" if e in balconies else "full",
+                    "trained": trained or e not in balconies,
+                }
+                for e in traced.layers
+            ],
+            "embedding": {
+                **table,
+                "dtype": "float16" if dtype == torch.float16 else "float32",
+                "shape": list(parts.embed.weight.shape),
+                "scale": embedding_scale(parts, dtype),
+                "tied": parts.head.weight is parts.embed.weight,
             },
-        )
+            "graphs": {key: _graph_spec(key, one) for key, one in graphs.items()},
+            "cpu": {key: _graph_spec(f"cpu_{key}", one) for key, one in lowered.items()},
+            "quantization": None if scheme is None else _quantization(scheme, calibration),
+            "tools": _tool_versions(),
+        }
+        if scheme is not None and scheme.kv_bits == 8:
+            progress("measuring keys and values", 0.78)
+            _quantize_caches(directory, document, lowered, calibration)
+        progress("hashing", 0.8)
+        manifest = write_manifest(directory, document)
         if check is not None:
             progress("verifying", 0.85)
             check(directory)
         progress("done", 1.0)
     return manifest
+
+
+def _refuse_not_finite(model: PreTrainedModel, balconies: dict[int, Balcony]) -> None:
+    for prefix, module in (("", model), *((f"balcony_{e}.", balcony) for e, balcony in balconies.items())):
+        for name, parameter in module.named_parameters():
+            # a sum is finite iff all of its parts are (of finite float32 weights it does not overflow in float64)
+            if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
+                raise CheckpointError(
+                    f"weight {prefix}{name}: holds NaN or infinity: use a checkpoint whose weights are finite"
+                )
 
 
 def _quantize_all(
@@ -164,6 +207,18 @@ def _quantize_all(
     parts = parts_of(model)
     tied = parts.head.weight is parts.embed.weight
     return quantizer.table("lm_head.weight" if tied else "embed_tokens.weight", parts.embed.weight.detach().numpy())
+
+
+def _quantize_caches(
+    directory: Path, document: dict[str, Any], lowered: dict[str, ir.Model], calibration: Sequence[Sequence[int]]
+) -> None:
+    """Rewrite the graphs of a bundle whose caches are float32 so far, and their tables in ``document``."""
+    as_float = {**document, "quantization": {**document["quantization"], "kv_bits": 32}}
+    scales = cache_scales(Bundle(directory, write_manifest(directory, as_float)), calibration)
+    for key, found in scales.items():
+        quantize_caches(lowered[key], found)
+        ir.save(lowered[key], directory / f"cpu_{key}.onnx")
+        document["cpu"][key] = _graph_spec(f"cpu_{key}", lowered[key])
 
 
 def _write_table(weights: WeightFile, parts: Parts, blocks: Blocks | None) -> dict[str, Any]:
@@ -208,6 +263,7 @@ _ONNX_TO_DTYPE = {
     ir.DataType.FLOAT16: "float16",
     ir.DataType.INT64: "int64",
     ir.DataType.INT32: "int32",
+    ir.DataType.INT8: "int8",
 }
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,22 +25,24 @@ BATCH = 128
 #: Layers that take the same inputs as another one: measured once.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 #: Rows and their tokens that second moments are taken over: some ten inputs for each of 1,536 channels.
-CALIBRATION_ROWS, CALIBRATION_LENGTH, MIN_ROWS = 32, 512, 8
+CALIBRATION_ROWS, CALIBRATION_LENGTH, MIN_TOKENS = 32, 512, 4096
 
 
 def calibration_rows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The first ``CALIBRATION_ROWS`` full rows of text files, packed and shuffled as for training.
+    """Some ``CALIBRATION_ROWS`` rows of text files, packed and shuffled as for training.
 
     Raises:
         InputError: a file that cannot be used, or too little text.
     """
     corpus = build_corpus(files, tokenizer, seq_len=CALIBRATION_LENGTH, held_out_rows=0)
-    whole = np.nonzero(corpus.train.lengths == CALIBRATION_LENGTH)[0][:CALIBRATION_ROWS]
-    if len(whole) < MIN_ROWS:
-        raise InputError(
-            f"--calibration: {len(whole)} rows of {CALIBRATION_LENGTH} tokens, {MIN_ROWS} are needed: give more text"
-        )
-    rows: list[list[int]] = corpus.train.tokens[whole].tolist()
+    rows, total = [], 0  # type: list[list[int]], int
+    for tokens, length in zip(corpus.train.tokens, corpus.train.lengths, strict=True):
+        if total >= CALIBRATION_ROWS * CALIBRATION_LENGTH:
+            break
+        rows.append([int(token) for token in tokens[:length]])
+        total += int(length)
+    if total < MIN_TOKENS:
+        raise InputError(f"--calibration: the text has {total} tokens, {MIN_TOKENS} are needed: give more")
     return rows
 
 
@@ -91,7 +92,7 @@ def second_moments(
     finally:
         for handle in handles:
             handle.remove()
-    means = {name: total / counts[name] for name, total in sums.items()}
+    means = {name: total.div_(counts[name]) for name, total in sums.items()}
     for name in list(means):
         for follower, leader in _SAME_INPUT.items():
             if name.endswith(f"{leader}.weight"):
@@ -120,9 +121,12 @@ def compensated(
     """
     left = weight.clone()
     moment = moment.clone()
-    silent = moment.diagonal() == 0
-    moment.diagonal()[silent] = 1.0
-    moment.diagonal().add_(DAMPING * moment.diagonal().mean())
+    silent = (
+        moment.diagonal() == 0
+    )  # padding, and channels that never fired: they say nothing about the scale of the others
+    typical = moment.diagonal()[~silent].mean() if not silent.all() else torch.tensor(1.0)
+    moment.diagonal()[silent] = typical
+    moment.diagonal().add_(DAMPING * typical)
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
     values = torch.empty_like(weight)
     scales, zeros = [], []

@@ -1,7 +1,7 @@
 """Trace the backbone and the balconies of a Hugging Face causal LM into ONNX graphs (opset 24).
 
 Owns how the layers are entered: with the rows, the KV cache and the rope tables of the I/O tables in
-:mod:`balcony_edge.bundle`. What they emit is :mod:`.operators`; the graphs without layers are :mod:`.head`.
+:mod:`balcony_edge.manifest`. What they emit is :mod:`.operators`; the graphs without layers are :mod:`.head`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Owns the rewrite of a stage or a balcony from standard operators to ONNX Runtime's own: ``GroupQueryAttention`` (rotary
 embedding, q/k norms, window and cache update inside; it pays for the live rows only, where ``Attention`` pays for the
 whole capacity that it is given) and ``SkipSimplifiedLayerNormalization`` (a residual sum and the norm behind it). The
-I/O tables of the lowered set stand in :mod:`balcony_edge.bundle`. Weights stay the very tensors of the portable set, so
+I/O tables of the lowered set stand in :mod:`balcony_edge.manifest`. Weights stay the very tensors of the portable set, so
 both sets of a bundle share them; :mod:`.quantize` replaces them.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from balcony_edge.bundle import ModelSpec
+from balcony_edge.manifest import ModelSpec
 from balcony_export import passes
 
 MICROSOFT = "com.microsoft"

@@ -37,6 +37,7 @@ class Scheme:
         symmetric: zero point in the middle of the range; otherwise one integer per block.
         head_bits: of the LM head and the token table.
         accuracy_level: 4: activations are rounded to int8 too, the fast one; 1: they stay float32.
+        kv_bits: of the KV cache; 32: float32.
     """
 
     bits: Literal[4, 8] = 4
@@ -44,10 +45,12 @@ class Scheme:
     symmetric: bool = True
     head_bits: Literal[4, 8] = 8
     accuracy_level: Literal[1, 4] = 4
+    kv_bits: Literal[8, 32] = 32
 
     def __str__(self) -> str:
         kind = "sym" if self.symmetric else "asym"
-        return f"int{self.bits},block={self.block_size},{kind},head={self.head_bits},level={self.accuracy_level}"
+        kv = "" if self.kv_bits == 32 else f",kv={self.kv_bits}"
+        return f"int{self.bits},block={self.block_size},{kind},head={self.head_bits},level={self.accuracy_level}{kv}"
 
 
 @dataclass(frozen=True)
@@ -353,15 +356,20 @@ def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:
     if text in ("fp32", "fp16"):
         return "float32" if text == "fp32" else "float16"
     first, *rest = text.split(",")
-    allowed = "fp32, fp16, or int4 or int8 and any of block=32|64|128, sym, asym, head=4|8, level=1|4, by commas"
+    allowed = (
+        "fp32, fp16, or int4 or int8 and any of block=32|64|128, sym, asym, head=4|8, level=1|4, kv=8|32, by commas"
+    )
     if first not in ("int4", "int8"):
         raise InputError(f"--precision {text}: '{first}' is not known: give {allowed}")
+    if {"sym", "asym"} <= set(rest):
+        raise InputError(f"--precision {text}: sym and asym exclude each other: give one of the two")
     flags: dict[str, dict[str, Any]] = {
         "sym": {"symmetric": True},
         "asym": {"symmetric": False},
         **{f"block={size}": {"block_size": size} for size in (32, 64, 128)},
         **{f"head={bits}": {"head_bits": bits} for bits in (4, 8)},
         **{f"level={level}": {"accuracy_level": level} for level in (1, 4)},
+        **{f"kv={bits}": {"kv_bits": bits} for bits in (8, 32)},
     }
     chosen: dict[str, Any] = {"bits": int(first.removeprefix("int"))}
     for part in rest:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Sequence as AbstractSequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
-from balcony_edge.bundle import Bundle, Manifest
+from balcony_edge.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, InputError
+from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.base import Backend, FloatArray, IntArray
 
 #: Most rows that one pass takes. It bounds the attention scores of a prefill (rows × keys × heads) to some 10 MB.
@@ -32,21 +34,28 @@ class Engine:
         self.manifest: Manifest = backend.manifest
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, threads: int | None = None, verify_hashes: bool = True) -> Engine:
-        """Load a bundle with ONNX Runtime on the CPU.
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verify_hashes: bool = True,
+        packed: str | os.PathLike[str] | None = None,
+    ) -> Engine:
+        """Load a bundle with ONNX Runtime on the CPU; arguments as for :func:`balcony_edge.load`.
 
         Raises:
             BundleError: the bundle is missing, damaged or not what its manifest says.
             MissingDependencyError: ONNX Runtime is not installed.
         """
-        return cls.of(Bundle.open(path, verify_hashes=verify_hashes), threads=threads)
+        return cls.of(Bundle.open(path, verify_hashes=verify_hashes), threads=threads, packed=packed)
 
     @classmethod
-    def of(cls, bundle: Bundle, *, threads: int | None = None) -> Engine:
+    def of(cls, bundle: Bundle, *, threads: int | None = None, packed: str | os.PathLike[str] | None = None) -> Engine:
         """The same for a bundle that is open already."""
         from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
-        return cls(OnnxRuntimeBackend(bundle, threads=threads))
+        return cls(OnnxRuntimeBackend(bundle, threads=threads, packed=None if packed is None else Path(packed)))
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

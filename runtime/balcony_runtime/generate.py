@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 from balcony_edge.budget import Budget, parse_budget
-from balcony_edge.bundle import Bundle, Manifest
+from balcony_edge.bundle import Bundle
 from balcony_edge.costs import CostModel
 from balcony_edge.device import this_device
 from balcony_edge.errors import BudgetError, ContextLengthError, InputError, ProfileError
@@ -83,6 +83,7 @@ class LLM:
         profile: str | os.PathLike[str] | None = None,
         threads: int | None = None,
         verify_hashes: bool = True,
+        packed: str | os.PathLike[str] | None = None,
     ) -> LLM:
         """Load a bundle; see :func:`balcony_edge.load`."""
         begin = time.perf_counter()
@@ -95,9 +96,9 @@ class LLM:
             if isinstance(budget, str | os.PathLike):
                 raise BudgetError(f"{os.fspath(budget)}: {error}") from None
             raise
-        costs = None if profile is None else _profiled(profile, manifest)
         codec = TextCodec(bundle)
-        engine = Engine.of(bundle, threads=threads)
+        engine = Engine.of(bundle, threads=threads, packed=packed)
+        costs = None if profile is None else _profiled(profile, engine)
         seconds = time.perf_counter() - begin
         _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
         return cls(engine, codec, asked, costs=costs)
@@ -350,19 +351,19 @@ class LLM:
         return steps(sequence, prompt, sampler, self.exit_layers, around)
 
 
-def _profiled(path: str | os.PathLike[str], manifest: Manifest) -> CostModel:
-    """Prices of a profile; warns where they are another device's or bundle's.
+def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:
+    """Prices of a profile; warns where they are another device's, bundle's or engine's.
 
     Raises:
         ProfileError: the file cannot be read, or is for other exits.
     """
-    profile = Profile.load(path)
+    profile, manifest = Profile.load(path), engine.manifest
     if profile.costs.exits != manifest.exit_layers:
         raise ProfileError(
             f"{os.fspath(path)}: is for exits {', '.join(map(str, profile.costs.exits))}, but this bundle has "
             f"{', '.join(map(str, manifest.exit_layers))}: measure with `balcony-edge profile`"
         )
-    for mismatch in profile.mismatches(this_device(), manifest.fingerprint):
+    for mismatch in profile.mismatches(this_device(), manifest.fingerprint, engine.backend.threads):
         _log.warning("%s: %s: its prices may not hold here", os.fspath(path), mismatch)
     return profile.costs
 

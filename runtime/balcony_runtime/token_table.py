@@ -15,7 +15,7 @@ from balcony_edge.bundle import Bundle
 
 
 class TokenTable:
-    """Rows of the token table, scaled as the model does. Layout: :class:`balcony_edge.bundle.EmbeddingSpec`."""
+    """Rows of the token table, scaled as the model does. Layout: :class:`balcony_edge.manifest.EmbeddingSpec`."""
 
     def __init__(self, bundle: Bundle) -> None:
         spec = bundle.manifest.embedding

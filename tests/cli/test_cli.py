@@ -58,9 +58,12 @@ def test_verify_passes_and_fails(
     exported: Path, tiny_checkpoint: Path, make_tiny: Any, tmp_path: Path, tiny: Any
 ) -> None:
     done = invoke("verify", exported, "--against", tiny_checkpoint)
-    assert done.returncode == 0 and done.stdout.count("pass") == 9, done
+    assert done.returncode == 0 and done.stdout.count("pass") == 15, done
     document = json.loads(invoke("verify", exported, "--against", tiny_checkpoint, "--json").stdout)
-    assert {check["phase"] for check in document} == {"prefill", "decode", "backbone.onnx"}
+    assert {check["phase"] for check in document} == {
+        *("prefill", "decode", "backbone.onnx"),
+        *("prefill, portable", "decode, portable"),
+    }
     other = make_tiny("llama")
     other.model.layers[4].mlp.down_proj.weight.data *= 1.01
     other.save_pretrained(tmp_path / "other")
@@ -68,6 +71,45 @@ def test_verify_passes_and_fails(
     done = invoke("verify", exported, "--against", tmp_path / "other")
     assert done.returncode == 1 and "FAIL" in done.stdout
     assert "of the largest logit, allowed are 1e-04" in done.stderr
+
+
+def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text, bundle = tmp_path / "text.jsonl", tmp_path / "b"
+    text.write_text(
+        "".join(json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 4}) + "\n" for _ in range(200))
+    )
+    common = ["export", tiny_checkpoint, "--exits", "2,3", "-o", bundle]
+    done = invoke(*common, "--precision", "int8,kv=8", "--calibration", text, "--evaluate", text)
+    assert done.returncode == 0, done.stderr
+    assert "exit 2 on text.jsonl: KL" in done.stdout and "verified on 4 prompts" in " ".join(done.stdout.split())
+    document = json.loads(invoke("inspect", bundle, "--json").stdout)
+    assert document["exits"][-1]["exit_layer"] == 5
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    assert manifest["quantization"]["kv_bits"] == 8 and manifest["quantization"]["method"] == "gptq"
+    assert manifest["exits"][0]["quality"]["text"]["text.jsonl"]["kl"]["value"] > 0.01
+    assert manifest["exits"][2]["quality"]["text"]["text.jsonl"]["kl"]["value"] < 0.05
+    assert invoke("run", bundle, "the fox", "-n", "5", "--json").returncode == 0
+    shutil.rmtree(bundle)
+    refused("--precision int4,block=7: 'block=7' is not known", *common, "--precision", "int4,block=7")
+    refused("only int8 and int4 are rounded", *common, "--calibration", text)
+    refused("takes the place of --precision and needs --evaluate", *common, "--quality-budget", "kl=0.1")
+    refused("--quality-budget kl=x: must be kl= and nats", *common, "--quality-budget", "kl=x", "--evaluate", text)
+    assert not bundle.exists()
+
+
+def test_a_run_is_recorded_and_shares_packed_weights(exported: Path, tmp_path: Path) -> None:
+    trace, packed = tmp_path / "run.jsonl", tmp_path / "packed"
+    options = ("-n", "6", "--exit", "3", "--trace", trace, "--packed", packed, "--json")
+    done = invoke("run", exported, "the fox", *options)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    tokens = json.loads(done.stdout)["tokens"]
+    assert len(lines) == 2 + len(tokens) and "costs" in lines[0] and lines[1] == {"budget": {"exit_layer": 3}}
+    assert [line["exit_layer"] for line in lines[2:]] == [3] * len(tokens)
+    assert len(list(packed.iterdir())) == 1
+    done = invoke("run", exported, "the fox", "-n", "6", "--live", env={**os.environ, "COLUMNS": "120"})
+    assert done.returncode == 0 and "last decisions" in done.stdout, done
+    refused("writing failed (No space left on device)", "run", exported, "the fox", "-n", "3", "--trace", "/dev/full")
 
 
 def test_inspect(exported: Path) -> None:

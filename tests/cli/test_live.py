@@ -18,12 +18,12 @@ from balcony_edge.telemetry import Reading
 def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
     readings = (Reading("b", "board", 0.0, watts=6.5, celsius=51.0), Reading("c", "cpu", 0.0, celsius=60.0))
     with balcony_edge.load(tiny.path, budget=Budget(tpot_ms=500, max_pace_tps=100)) as llm:
-        view, tokens = LiveView(depth_styles(llm.exit_layers)), []
+        view, tokens = LiveView(depth_styles(llm.exit_layers), lambda: readings), []
         for token in llm.stream("the fox", max_new_tokens=12, ignore_eos=True):
             view.add(token)
             tokens.append(token)
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(view.drawn(readings))
+    console.print(view)
     shown = console.export_text()
     for part in (
         "12 tokens",
@@ -35,6 +35,18 @@ def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
         assert part in shown
     for part in ("6.5 W board", "60 °C", "0 rows pending", "last decisions", tokens[-1].reason[:40]):
         assert part in shown
+
+
+def test_a_long_reply_leaves_room_for_facts_and_decisions(tiny: Any) -> None:
+    with balcony_edge.load(tiny.path) as llm:
+        view = LiveView(depth_styles(llm.exit_layers), tuple)
+        for token in llm.stream("the fox", max_new_tokens=30, ignore_eos=True):
+            view.add(token._replace(text=f"word{token.id:04d} " * 12))
+    console = Console(width=80, height=24, record=True, file=io.StringIO())
+    console.print(view)
+    lines = console.export_text().splitlines()
+    assert "30 tokens" in lines[0] and any("last decisions" in line for line in lines[:24]) and len(lines) <= 24
+    assert f"word{token.id:04d}" in "".join(lines)  # the end of the reply, not its beginning
 
 
 def test_a_live_run_ends_with_its_stream(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:

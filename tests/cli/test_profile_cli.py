@@ -77,9 +77,11 @@ def test_plan_and_compare_speak_to_people_and_programs(measured: Path, tiny: Any
     budget.write_text("temperature_c = 70.0\n")
     done = invoke("plan", "--profile", measured, "--budget", budget)
     assert done.returncode == 0 and "temperature_c: this profile does not say" in done.stdout, done.stderr
-    document = json.loads(invoke("compare", measured, measured, "--json").stdout)
+    document = json.loads(invoke("compare", measured, measured, "-o", "json").stdout)
     assert {row["ratio"] for row in document["entries"]} == {1.0} and document["differences"] == []
     assert not any(row["significant"] for row in document["entries"])
+    rows = invoke("compare", measured, measured, "-o", "csv").stdout.splitlines()
+    assert rows[0].startswith("kind,exit_layer,") and len(rows) == len(document["entries"]) + 1
     done = invoke("compare", measured, measured)
     assert done.returncode == 0 and "0 of" in done.stdout, done.stderr
 
@@ -124,7 +126,8 @@ def test_ctrl_c_writes_what_is_measured(tiny: Any, tmp_path: Path) -> None:
             break
     assert process.returncode == 130, stderr
     profile = Profile.load(path)
-    assert not profile.complete and profile.sustained is None and profile.select("decode")
+    assert not profile.complete and profile.select("decode")
+    assert profile.sustained is None or profile.sustained.seconds < 150  # as far as it came
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip ins
 
 from lm_eval.api.instance import Instance
 
-from balcony_edge.bundle import Bundle, Estimate, Quality, TaskQuality, TextQuality, record_quality
+from balcony_edge.bundle import Bundle, record_quality
 from balcony_edge.errors import BalconyError, BundleError, InputError, VerificationError
+from balcony_edge.manifest import Estimate, Quality, TaskQuality, TextQuality
 from balcony_export.balcony import save_balconies
 from balcony_export.evaluate import Document, evaluate_text, ratio, read_documents
 from balcony_export.evaluate_lm_eval import BalconyLM, Sweep
@@ -407,7 +408,7 @@ def test_report_and_manifest(bundle_copy: Path, data: Path) -> None:
     tables = grids(report)
     assert tables[0].header[:6] == ("exit", "depth", "# params", "ARC-E", "LAMBADA-Op", "avg (drop)")
     assert [row[0] for row in tables[0].rows] == ["5", "3", "2"]
-    assert "| 5 | 1.00× | 0.0M |" in markdown(report) and "LLM-1B" in markdown(report)
+    assert "| 5 | 1.00× | 0.1M |" in markdown(report) and "LLM-1B" in markdown(report)
     document = as_document(report)
     assert [exit_["depth_factor"] for exit_ in document["exits"]] == [0.6, 0.8, 1.0]
     json.dumps(document, allow_nan=False)

@@ -12,7 +12,8 @@ import onnx
 import pytest
 import torch
 
-from balcony_edge.bundle import WEIGHTS, Bundle
+from balcony_edge.bundle import Bundle
+from balcony_edge.manifest import WEIGHTS
 from balcony_export.balcony import init_balconies
 from balcony_export.export import export_bundle
 from balcony_export.verify import Check, verify

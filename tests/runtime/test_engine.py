@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balcony_edge.bundle import MANIFEST, Bundle, fingerprint, sha256_file
+from balcony_edge.bundle import Bundle, fingerprint, sha256_file
 from balcony_edge.errors import BundleError, ContextLengthError, InputError
+from balcony_edge.manifest import MANIFEST
 from balcony_runtime import engine as engine_module
 from balcony_runtime.engine import Engine, Sequence
 
@@ -291,3 +293,25 @@ def test_only_the_stages_on_the_way_run(tiny: Any, tmp_path: Any) -> None:
         "balcony_2", "balcony_3"
     )}  # fmt: skip
     assert balconies == {"balcony_2": 6, "balcony_3": 1}
+
+
+def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    path, packed = export_tiny("qwen3").path, tmp_path / "packed"
+    with Engine.open(path) as plain, Engine.open(path, packed=packed) as first:
+        (home,) = packed.iterdir()
+        made = {file.name: file.stat().st_mtime_ns for file in home.iterdir()}
+        assert {"cpu_stage_0.onnx", "cpu_lm_head.onnx"} <= made.keys() and any(n.endswith(".weights") for n in made)
+        with Engine.open(path, packed=packed) as second:
+            for exit_layer in plain.exit_layers:
+                logits = [
+                    engine.new_sequence(max_length=8).advance(exit_layer, [3, 1, 4, 1, 5])
+                    for engine in (plain, first, second)
+                ]
+                assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
+        assert {file.name: file.stat().st_mtime_ns for file in home.iterdir()} == made
+    with Engine.open(export_tiny("llama").path, packed=packed):
+        assert len(list(packed.iterdir())) == 2  # another bundle, another name
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(InputError, match="packed weights cannot be written"):
+        Engine.open(path, packed=blocked / "packed")

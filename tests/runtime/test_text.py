@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balcony_edge.bundle import MANIFEST, Bundle, Manifest
+from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
+from balcony_edge.manifest import MANIFEST, Manifest
 from balcony_runtime.text import StopStrings, TextCodec
 
 

@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from balcony_edge.bundle import Manifest
+from balcony_edge.manifest import Manifest
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -64,6 +64,7 @@ class Backend(Protocol):
     """An engine with its graphs loaded: a context manager that frees them."""
 
     manifest: Manifest
+    threads: int
 
     def new_state(self, batch_size: int, max_length: int) -> State:
         """Memory for one sequence of ``batch_size`` rows in parallel and at most ``max_length`` tokens."""

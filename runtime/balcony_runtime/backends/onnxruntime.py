@@ -8,17 +8,20 @@ share one; a decode step through prebound arrays costs 15 µs a session in Pytho
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy.typing as npt
 
-from balcony_edge.bundle import Bundle, GraphSpec, Manifest
+from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BundleError, MissingDependencyError
+from balcony_edge.manifest import GraphSpec, Manifest
 from balcony_runtime.backends.base import IntArray
 
 try:
@@ -35,6 +38,7 @@ if _both := [d for d in ("onnxruntime", "onnxruntime-gpu") if any(importlib.meta
     )
 
 from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
+from balcony_runtime.backends.packed_weights import packed_graphs
 from balcony_runtime.token_table import TokenTable
 
 _pool_lock = threading.Lock()
@@ -46,12 +50,15 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(path: Path, *, threads: int | None = None, profile_prefix: Path | None = None) -> ort.InferenceSession:
+def open_session(
+    path: Path, *, threads: int | None = None, profile_prefix: Path | None = None, pack_to: Path | None = None
+) -> ort.InferenceSession:
     """A session on the process's shared thread pool, which the first call makes.
 
     ONNX Runtime then wants every later session of the process on that pool (``use_per_session_threads = False``), those
     of the host application included: docs/embedding.md. Where the host made a pool before, that one is used; where a
-    pool cannot be made any more, the session gets one of its own that does not spin.
+    pool cannot be made any more, the session gets one of its own that does not spin. ``pack_to`` also writes the graph there
+    with its weights packed, in a file beside it.
 
     Raises:
         BundleError: the file is no graph that ONNX Runtime can run.
@@ -68,6 +75,12 @@ def open_session(path: Path, *, threads: int | None = None, profile_prefix: Path
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
+    if pack_to is not None:
+        options.optimized_model_filepath = str(pack_to)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{pack_to.stem}.weights"
+        )
+        options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     options.use_per_session_threads = False
     try:
         try:
@@ -95,6 +108,7 @@ def _check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> Non
         "float16": "tensor(float16)",
         "int64": "tensor(int64)",
         "int32": "tensor(int32)",
+        "int8": "tensor(int8)",
     }
     for role, table, found in (
         ("input", spec.inputs, session.get_inputs()),
@@ -115,28 +129,41 @@ def _check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> Non
 class OnnxRuntimeBackend:
     """Sessions of one bundle on the CPU, one per stage, balcony, norm and head."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, profile_prefix: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        profile_prefix: Path | None = None,
+        packed: Path | None = None,
+    ) -> None:
         """Open the sessions.
 
         Args:
             bundle: what to load.
             threads: size of the shared pool; by default the CPUs of this process. The first engine of a process decides.
+            packed: directory of packed weights, to share them with other processes; see :mod:`.packed_weights`.
             profile_prefix: where ONNX Runtime writes one profile per graph when the backend is closed.
 
         Raises:
             BundleError: a graph cannot be loaded or differs from the manifest.
         """
         self.manifest: Manifest = bundle.manifest
+        self.threads = threads or default_threads()
         self._profile_prefix = profile_prefix
         self.sessions: dict[str, ort.InferenceSession] = {}
+        shared: Mapping[str, Path] = {}
+        if packed is not None:
+            shared = packed_graphs(bundle, packed, lambda source, target: _pack(source, target, threads))
         for name, spec in bundle.manifest.runnable.items():
             if name == "backbone":  # the stages hold its layers
                 continue
-            path = bundle.file(spec.file)
+            path = shared.get(name) or bundle.file(spec.file)
             prefix = None if profile_prefix is None else profile_prefix / name
             session = open_session(path, threads=threads, profile_prefix=prefix)
             _check_io(path, spec, session)
             self.sessions[name] = session
+        _trim_heap()
         self._table = TokenTable(bundle)
         self.dtype = self._table.dtype
 
@@ -162,6 +189,16 @@ class OnnxRuntimeBackend:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _trim_heap() -> None:
+    """Give back what packing took in between, as much as the weights; the C library keeps it otherwise."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc has it, others do not
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _pack(source: Path, target: Path, threads: int | None) -> None:
+    open_session(source, threads=threads, pack_to=target)
 
 
 def _first_line(error: Exception) -> str:

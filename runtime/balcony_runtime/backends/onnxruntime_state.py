@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from balcony_edge.bundle import GraphSpec
 from balcony_edge.errors import BundleError
+from balcony_edge.manifest import GraphSpec
 from balcony_runtime.backends.base import FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ BUCKET = 128
 class _Cache(ABC):
     """KV tensors of one graph, or of a balcony's two graphs."""
 
-    def __init__(self, graph: GraphSpec, dtype: np.dtype[Any], batch_size: int, max_length: int) -> None:
+    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
         pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_")]
         self.names = [tensor.name for tensor in pasts]
         self.batch_size = batch_size
@@ -39,7 +39,7 @@ class _Cache(ABC):
         self.max_capacity = -(-max_length // BUCKET) * BUCKET
         self.rows = 0  # reserved
         # zeros that the system hands out as they are touched
-        self.flat = [np.zeros(batch_size * self.max_capacity * self.width, dtype) for _ in self.names]
+        self.flat = [np.zeros(batch_size * self.max_capacity * self.width, tensor.dtype) for tensor in pasts]
         self.values: list[Any] = []
 
     @abstractmethod
@@ -60,6 +60,10 @@ class _Cache(ABC):
     def of_member(self, member: int) -> list[Any]:
         """The tensors of one member of the batch."""
         raise NotImplementedError  # only caches that are bound whole are asked
+
+    def largest(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Input → largest size of each channel."""
+        raise NotImplementedError  # only caches by head are asked
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +112,12 @@ class _WholeCache(_Cache):
     def of_member(self, member: int) -> list[Any]:
         return [_value(self._tensor(flat)[member : member + 1]) for flat in self.flat]
 
+    def largest(self) -> dict[str, npt.NDArray[np.float32]]:
+        return {
+            name: np.abs(self._tensor(flat)[:, :, : self.rows]).max(axis=(0, 2)).astype(np.float32)
+            for name, flat in zip(self.names, self.flat, strict=True)
+        }
+
     def _tensor(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
         heads, head_dim = self.sizes
         return flat.reshape(self.batch_size, heads, self.max_capacity, head_dim)
@@ -143,7 +153,7 @@ class OnnxRuntimeState:
         make = _WholeCache if manifest.cpu else _PrefixCache
         self._caches: dict[str, _Cache] = {}
         for name in [f"stage_{i}" for i in range(len(layers))] + [manifest.exit_graph(e) for e in layers[:-1]]:
-            self._caches[name] = make(self._specs[name], dtype, batch_size, max_length)
+            self._caches[name] = make(self._specs[name], batch_size, max_length)
             if f"{name}_keys" in self._specs:
                 self._caches[f"{name}_keys"] = self._caches[name]
         self._bound: dict[str, Any] = {}  # graph → binding of its one-row pass
@@ -156,6 +166,10 @@ class OnnxRuntimeState:
         caches = {id(cache): cache.nbytes for cache in self._caches.values()}
         return self._rows.nbytes + sum(caches.values())
 
+    def largest_cached(self) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
+        """Graph → input → largest size of each channel of its cache, over members and rows  # (KV heads, head size)"""
+        return {name: cache.largest() for name, cache in self._caches.items()}
+
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """One row through all graphs on the way to an exit."""
         good_for, program = self._programs.get(exit_index, (0, []))
@@ -163,10 +177,13 @@ class OnnxRuntimeState:
             good_for, program = self._programs[exit_index] = self._program(exit_index, row)
         self._row[0, :, 0] = self._backend.embedded(ids)
         self._stand_at(row, row + 1)
-        for run, binding in program:
-            begin = time.perf_counter_ns()
-            run(binding)
-            self.busy_ns += time.perf_counter_ns() - begin
+        try:
+            for run, binding in program:
+                begin = time.perf_counter_ns()
+                run(binding)
+                self.busy_ns += time.perf_counter_ns() - begin
+        except RuntimeError as error:
+            raise _failed("a decode step", error) from error
         used = exit_index + 2
         self._rows[:used, :, row] = self._row[:used, :, 0]
         return self._logits[:, 0]
@@ -297,12 +314,15 @@ class OnnxRuntimeState:
         begin = time.perf_counter_ns()
         try:
             self._backend.sessions[name].run_with_iobinding(binding)
-        except RuntimeError as error:  # the tables fit, so it is inside the graph, or memory ran out
-            line = (str(error).strip().splitlines() or ["no message"])[0][:200]
-            raise BundleError(
-                f"{self._specs[name].file}: ONNX Runtime failed while running it ({line}): free memory, or export again"
-            ) from error
+        except RuntimeError as error:
+            raise _failed(self._specs[name].file, error) from error
         self.busy_ns += time.perf_counter_ns() - begin
+
+
+def _failed(what: str, error: RuntimeError) -> BundleError:
+    """The tables fit, so it is inside a graph, or memory ran out."""
+    line = (str(error).strip().splitlines() or ["no message"])[0][:200]
+    return BundleError(f"{what}: ONNX Runtime failed while running it ({line}): free memory, or export again")
 
 
 def _value(array: npt.NDArray[Any]) -> Any:

@@ -25,6 +25,8 @@ from balcony_runtime.profiler.grid import Grid
 
 #: The first token of a block runs the prompt, the second binds the decode step.
 WARM_TOKENS = 2
+#: A target that is never missed: the controller weighs it and stays where it is.
+EASY_MS = 1e5
 #: Rows of a prompt that a switch starts from, where the context has room for them.
 SWITCH_CONTEXT = 192
 
@@ -78,6 +80,10 @@ class Bench:
             for exit_layer in exits
         ]
         found += [
+            Cell(f"controller at {exit_layer}", partial(self._controlled, exit_layer, min(grid.depths)))
+            for exit_layer in exits
+        ]
+        found += [
             Cell(f"prompt of {length} at {exit_layer}", partial(self._prefill, exit_layer, length))
             for length in grid.prompts
             for exit_layer in exits
@@ -93,12 +99,26 @@ class Bench:
         ]
         return tuple(found)
 
-    def decode(self, exit_layer: int, depth: int, tokens: int | None = None) -> Blocks:
-        """Time between tokens, and Python's share of it: a block of ``tokens`` (default: the grid's)."""
+    def decode(self, exit_layer: int, depth: int) -> Blocks:
+        """Time between tokens, and Python's share of it: a block of the grid's tokens at a fixed exit."""
+        gaps, python = self._block(Budget(exit_layer=exit_layer), depth)
+        return {
+            Key("decode", exit_layer, context=depth): gaps,
+            Key("python", exit_layer, context=depth): python,
+        }
+
+    def _controlled(self, exit_layer: int, depth: int) -> Blocks:
+        """Python's share where the controller weighs a target at every token, and stays."""
+        budget = Budget(tpot_ms=EASY_MS, min_exit=exit_layer, max_exit=exit_layer)
+        return {Key("controller", exit_layer, context=depth): self._block(budget, depth)[1]}
+
+    def _block(self, budget: Budget, depth: int) -> tuple[list[float], list[float]]:
+        """``(gap, Python's share of it)`` of each token, milliseconds."""
         sequence = self._sequence("decode", depth, room=self.grid.tokens + 1)
-        count = self.grid.tokens if tokens is None else min(tokens, self.grid.tokens)
-        self.llm.budget = Budget(exit_layer=exit_layer)
-        stream = self.llm.stream(self._tokens[: depth + 1], max_new_tokens=count, ignore_eos=True, sequence=sequence)
+        self.llm.budget = budget
+        stream = self.llm.stream(
+            self._tokens[: depth + 1], max_new_tokens=self.grid.tokens, ignore_eos=True, sequence=sequence
+        )
         gaps, python = [], []
         busy_ns = sequence.state.busy_ns
         for token in stream:
@@ -107,15 +127,12 @@ class Bench:
             python.append(max(token.latency_ms - (now_ns - busy_ns) / 1e6, 0.0))
             busy_ns = now_ns
         sequence.rollback(depth)
-        return {
-            Key("decode", exit_layer, context=depth): gaps[WARM_TOKENS:],
-            Key("python", exit_layer, context=depth): python[WARM_TOKENS:],
-        }
+        return gaps[WARM_TOKENS:], python[WARM_TOKENS:]
 
     def state_bytes(self) -> tuple[int, int]:
         """``(tokens, bytes)`` of the longest sequence: caches and row buffers."""
-        sequence = max(self._filled.values(), key=lambda s: s.max_length)
-        return sequence.max_length, sequence.state.memory_bytes
+        sequence = max(self._filled.values(), key=lambda s: s.length)
+        return sequence.length, sequence.state.memory_bytes
 
     def _prefill(self, exit_layer: int, length: int) -> Blocks:
         self.llm.budget = Budget(exit_layer=exit_layer)

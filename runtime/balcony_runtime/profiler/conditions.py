@@ -136,7 +136,7 @@ def why_no_power(sensors: Sensors) -> str:
 
 
 class Meter:
-    """Average power of some rails between :meth:`start` and :meth:`stop`: by the energy counter where there is one."""
+    """Average power of some rails while something runs: by the energy counter where there is one."""
 
     def __init__(self, sensors: Sensors, rails: dict[Rail, str]) -> None:
         self._sensors, self._rails = sensors, rails

@@ -75,7 +75,7 @@ class Grid:
             pass_rows=tuple(
                 rows for rows in (QUICK_PASS_ROWS if quick else PASS_ROWS) if rows <= min(context_length, MAX_PASS_ROWS)
             ),
-            rounds=rounds or (8 if quick else 12),
+            rounds=rounds or (9 if quick else 12),
             seconds=30.0 if quick else 600.0,
             power_s=1.5 if quick else 5.0,
         )

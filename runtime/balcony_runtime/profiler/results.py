@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import median
 
-from balcony_edge.bundle import Estimate, Manifest
 from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.manifest import Estimate, Manifest
 from balcony_edge.profile import BundleFacts, Entry, Kind, Metric, QualityFigure, Residual
 from balcony_runtime.profiler.cells import Key
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit, residual
@@ -70,7 +70,7 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...]) -> tuple[CostModel, list[R
     full = exits[-1]
     stages = tuple(unit("catch_up", layer, f"stage {index}") for index, layer in enumerate(exits))
     balconies = tuple(unit("balcony", layer, f"balcony {layer}") for layer in exits[:-1])
-    overhead = [ms for key, ms in typical.items() if key.kind == "python"]
+    overhead = [ms for key, ms in typical.items() if key.kind == "controller"]
     costs = CostModel(
         exits=exits,
         stages=stages,
@@ -98,13 +98,14 @@ def _anchored(costs: CostModel, typical: Mapping[Key, float]) -> CostModel:
         ]
         if gaps:
             stage = stages[index]
-            stages[index] = replace(stage, first_row_ms=max(stage.first_row_ms + median(gaps) - shift_ms, 0.0))
-            shift_ms = median(gaps)
+            first_row_ms = max(stage.first_row_ms + median(gaps) - shift_ms, 0.0)
+            shift_ms += first_row_ms - stage.first_row_ms  # less than was wanted where a price would be below 0
+            stages[index] = replace(stage, first_row_ms=first_row_ms)
     return replace(costs, stages=tuple(stages))
 
 
 def predicted_ms(costs: CostModel, key: Key) -> float | None:
-    """The price of what a key measures; None for Python's share, which is part of every price."""
+    """The price of what a key measures; None for Python's shares, which are part of every price."""
     exits = costs.exits
     index, count = exits.index(key.exit_layer), len(exits)
     ones = (1,) * count

@@ -36,9 +36,11 @@ from balcony_runtime.sensors import Sensors
 
 #: A cell rests once chance alone leaves its median uncertain by less than this share.
 TIGHT = 0.01
-#: Rounds that every cell is measured in, whatever the time limit.
-LEAST_ROUNDS = 2
-#: A sustained run: its first seconds are the burst, its last fifth the sustained speed, and so many moments are kept.
+#: Rounds that every cell is measured in, whatever the time limit, and before it may rest: who stops as soon as an interval is
+#: tight stops at lucky ones.
+LEAST_ROUNDS, LEAST_TIGHT = 2, 5
+#: A sustained run: so many seconds before everything else are the burst, its last fifth is the sustained speed, and so many
+#: moments are kept.
 BURST_S, SUSTAINED_SHARE, MOMENTS = 5.0, 0.2, 100
 
 Progress = Callable[[str, float], None]
@@ -46,11 +48,10 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to measure: the grid, seconds of a sustained run (0: none), the engine's threads, and the command for the record."""
+    """How to measure: the grid, seconds of a sustained run (0: none), and the command for the record."""
 
     grid: Grid
     sustain_s: float
-    threads: int
     command: str
 
 
@@ -74,13 +75,16 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     sustained: Sustained | None = None
     notes: list[str] = []
     try:
+        burst = _burst(bench, watch) if options.sustain_s else []
         complete = _rounds(bench.cells(), options.grid, blocks, watch, progress)
         if not complete:
             notes.append(f"stopped after {options.grid.seconds:g} s: some intervals are wider than {TIGHT:.0%}")
         progress("power", 0.95)
         power = _power(bench, Meter(sensors, rails), rails, options.grid.power_s) if rails else ()
         if options.sustain_s:
-            sustained = _sustain(bench, options.sustain_s, watch, progress)
+            sustained, whole = _sustain(bench, options.sustain_s, burst, watch, progress)
+            if not whole:
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         complete = False
         notes.append("interrupted: what was measured until then is kept")
@@ -99,7 +103,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
         complete=complete,
         device=this_device(),
         bundle=results.bundle_facts(manifest),
-        engine=EngineFacts(name="onnxruntime", version=_version("onnxruntime"), threads=options.threads),
+        engine=EngineFacts(name="onnxruntime", version=_version("onnxruntime"), threads=llm.engine.backend.threads),
         conditions=watch.report(tuple(notes)),
         entries=entries,
         costs=costs,
@@ -140,7 +144,7 @@ def _rounds(
                 for key, samples in found.items():
                     blocks[key].append(samples)
             watch.look()
-        if number > LEAST_ROUNDS:
+        if number >= LEAST_TIGHT:
             open_cells = [cell for cell in open_cells if not all(_tight(blocks[key]) for key in keys[cell.title])]
             total = done + len(open_cells) * (grid.rounds - number)
             if not open_cells:
@@ -172,37 +176,59 @@ def _power(bench: Bench, meter: Meter, rails: dict[Rail, str], seconds: float) -
     return tuple(found)
 
 
-def _sustain(bench: Bench, seconds: float, watch: Watch, progress: Progress) -> Sustained:
-    """Decode at full depth without a pause; Ctrl-C ends it early and keeps the profile without it."""
-    full, depth = bench.exits[-1], min(bench.grid.depths)
+def _burst(bench: Bench, watch: Watch) -> list[list[float]]:
+    """Decoding at full depth for some seconds, before anything has made the device warm."""
+    begin_s, blocks = time.perf_counter(), []  # type: float, list[list[float]]
+    while not blocks or time.perf_counter() - begin_s < BURST_S:
+        blocks.append(_gaps(bench))
+        watch.look()
+    return blocks
+
+
+def _sustain(
+    bench: Bench, seconds: float, burst: list[list[float]], watch: Watch, progress: Progress
+) -> tuple[Sustained | None, bool]:
+    """Decode at full depth without a pause; Ctrl-C ends it early. Returns what was measured, and whether it is all."""
     begin_s, moments = time.perf_counter(), []
     samples: list[tuple[float, list[float]]] = []
-    due_s = 0.0
-    while (now_s := time.perf_counter() - begin_s) < seconds:
-        progress(f"sustained load, {seconds - now_s:.0f} s left", 0.95 + 0.05 * now_s / seconds)
-        (block,) = (found for key, found in bench.decode(full, depth).items() if key.kind == "decode")
-        samples.append((now_s, block))
-        watch.look()
-        if now_s >= due_s:
-            due_s += seconds / MOMENTS
-            moments.append(
-                Moment(
-                    at_s=now_s,
-                    p50_ms=median(block),
-                    celsius=watch.celsius(),
-                    cpu_mhz=watch.cpu_mhz(),
-                    watts=watch.watts(),
+    due_s, whole = 0.0, True
+    try:
+        while (now_s := time.perf_counter() - begin_s) < seconds:
+            progress(f"sustained load, {seconds - now_s:.0f} s left", 0.95 + 0.05 * now_s / seconds)
+            block = _gaps(bench)
+            samples.append((now_s, block))
+            watch.look()
+            if now_s >= due_s:
+                due_s += seconds / MOMENTS
+                moments.append(
+                    Moment(
+                        at_s=now_s,
+                        p50_ms=median(block),
+                        celsius=watch.celsius(),
+                        cpu_mhz=watch.cpu_mhz(),
+                        watts=watch.watts(),
+                    )
                 )
-            )
-    burst = [block for at_s, block in samples if at_s <= min(BURST_S, seconds * SUSTAINED_SHARE)]
-    late = [block for at_s, block in samples if at_s >= seconds * (1 - SUSTAINED_SHARE)] or [samples[-1][1]]
-    return Sustained(
-        exit_layer=full,
-        seconds=time.perf_counter() - begin_s,
+    except KeyboardInterrupt:
+        whole = False
+    if not samples:
+        return None, whole
+    spent_s = time.perf_counter() - begin_s
+    late = [block for at_s, block in samples if at_s >= spent_s * (1 - SUSTAINED_SHARE)] or [samples[-1][1]]
+    found = Sustained(
+        exit_layer=bench.exits[-1],
+        seconds=spent_s,
         burst=summarise(burst),
         sustained=summarise(late),
         moments=tuple(moments),
     )
+    return found, whole
+
+
+def _gaps(bench: Bench) -> list[float]:
+    """A block of full-depth tokens."""
+    found = bench.decode(bench.exits[-1], min(bench.grid.depths))
+    return next(block for key, block in found.items() if key.kind == "decode")
 
 
 def _version(distribution: str) -> str:

@@ -2,7 +2,7 @@
 
 Every round gives a cell a block of samples. Samples of one block share clock, heat and neighbours, so the interval is
 that of the rounds' medians, not of the samples, which would flatter it: by Student's t of few rounds, by their ranks (the
-binomial interval of a median) of six and more. Added in quadrature: what another process of the same build finds different
+binomial interval of a median) of nine and more. Added in quadrature: what another process of the same build finds different
 whatever it measures.
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import fmean, median, stdev
 
 from balcony_edge.profile import Timing
 
 #: 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T = (12.71, 4.30, 3.18, 2.78)
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)
 #: Rounds from which ranks bound the median: an outlier among them then no longer widens the interval.
 LEAST_RANKED = len(_T) + 2
 #: What another process of the same build differs by, as a share: placement of weights and caches in memory, and where
@@ -37,7 +38,7 @@ def chance_ms(blocks: Sequence[Sequence[float]]) -> float:
     medians = [median(block) for block in blocks]
     count = len(medians)
     if count >= LEAST_RANKED:
-        low = int((count - 1.96 * math.sqrt(count)) / 2)
+        low = _rank(count)
         ordered = sorted(medians)
         return (ordered[-1 - low] - ordered[low]) / 2
     if count > 1:
@@ -46,6 +47,16 @@ def chance_ms(blocks: Sequence[Sequence[float]]) -> float:
     if len(block) < 2:
         return medians[0]
     return 1.96 * 1.253 * stdev(block) / math.sqrt(len(block))  # 1.253: a median's error over a mean's, normal samples
+
+
+@lru_cache(maxsize=64)
+def _rank(count: int) -> int:
+    """The largest rank, from 0, that with its mirror image bounds the median of ``count`` values with 95 % or more."""
+    tail, rank = 1, 0
+    while 40 * tail <= 2**count:  # tail: 2^count × P(rank or fewer of them lie below the median)
+        rank += 1
+        tail += math.comb(count, rank)
+    return max(rank - 1, 0)
 
 
 def summarise(blocks: Sequence[Sequence[float]]) -> Timing:

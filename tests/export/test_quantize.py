@@ -1,0 +1,358 @@
+"""Quantized bundles: the grids and their packing against ONNX Runtime, GPTQ, verification, schedules, and choosing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import BundleError, CheckpointError, InputError
+from balcony_export import quantize
+from balcony_export.choose import CANDIDATES, Judge, export_within, parse_budget
+from balcony_export.evaluate import Document
+from balcony_export.export import export_bundle
+from balcony_export.gptq import calibration_rows, second_moments
+from balcony_export.lower import MICROSOFT
+from balcony_export.quantize import Quantizer, Scheme, parse_precision
+from balcony_export.verify import verify
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_table import TokenTable
+
+
+def product(blocks: quantize.Blocks, inputs: int, level: int, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """rows @ weight.T as ONNX Runtime's MatMulNBits computes it."""
+    names = ["x", "blocks", "scales", *(["zeros"] if blocks.zeros is not None else [])]
+    arrays = [blocks.packed, blocks.scales, *([blocks.zeros] if blocks.zeros is not None else [])]
+    values = [ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", inputs]))]
+    for name, array in zip(names[1:], arrays, strict=True):
+        values.append(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
+    attributes = {
+        "K": inputs,
+        "N": len(blocks.packed),
+        "bits": blocks.bits,
+        "block_size": blocks.block_size,
+        "accuracy_level": level,
+    }
+    node = ir.Node(MICROSOFT, "MatMulNBits", values, ir.convenience.convert_attributes(attributes))
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        values[:1],
+        node.outputs,
+        nodes=[node],
+        initializers=values[1:],
+        opset_imports={"": 21, MICROSOFT: 1},
+        name="product",
+    )
+    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {"x": rows})
+    return np.asarray(out)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("inputs", "block_size"), [(64, 32), (80, 32), (96, 64), (33, 32), (160, 128)])
+def test_what_is_packed_is_what_onnx_runtime_multiplies(
+    symmetric: bool, bits: Any, inputs: int, block_size: Any
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(24, inputs, generator=generator)
+    blocks = quantize.quantize(weight, bits, Scheme(bits=bits, block_size=block_size, symmetric=symmetric))
+    stored = blocks.dequantized(inputs)
+    assert stored.shape == (24, inputs)
+    # a step of the grid is about a seventh (4 bits) or a 127th of the largest value of a block; half a step is the error
+    largest = np.abs(weight.numpy()).max()
+    assert np.abs(stored - weight.numpy()).max() <= largest / (6 if bits == 4 else 100)
+    rows = torch.randn(5, inputs, generator=generator).numpy()
+    wanted = rows @ stored.T
+    assert np.abs(product(blocks, inputs, 1, rows) - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert np.abs(product(blocks, inputs, 4, rows) - wanted).max() <= 0.04 * np.abs(wanted).max()
+
+
+def test_rounding_keeps_what_the_grid_has(tmp_path: Path) -> None:
+    integers = torch.arange(-8, 8).repeat(4, 2).float()  # (4, 32): every value of a symmetric 4-bit grid
+    blocks = quantize.quantize(integers * 0.25, 4, Scheme())
+    assert np.array_equal(blocks.dequantized(32), integers.numpy() * 0.25)
+    assert blocks.packed[0, 0, :2].tolist() == [0x10, 0x32]  # low bits first
+    zeros = quantize.quantize(torch.zeros(2, 32), 4, Scheme(symmetric=False))
+    assert not zeros.dequantized(32).any()
+
+
+@pytest.mark.parametrize("inputs", [128, 96])
+def test_gptq_changes_the_outputs_less(inputs: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    mixing = torch.randn(inputs, inputs, generator=generator) / inputs**0.5
+    x = torch.randn(2000, inputs, generator=generator) @ mixing * 0.01  # a small scale: damping must follow it
+    weight = torch.randn(48, inputs, generator=generator)
+    scheme = Scheme(block_size=128)
+    moment = x.T @ x / len(x)
+
+    def error(blocks: quantize.Blocks) -> float:
+        return float((x @ (torch.from_numpy(blocks.dequantized(inputs)) - weight).T).square().mean())
+
+    nearest, compensated = quantize.quantize(weight, 4, scheme), quantize.quantize(weight, 4, scheme, moment)
+    assert error(compensated) < 0.75 * error(nearest)
+
+
+def exported(tiny: Any, path: Path, precision: Scheme, **options: Any) -> Path:
+    model, balconies = copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies)
+    export_bundle(model, tiny.tokenizer, balconies, path, name="q", trained=True, precision=precision, **options)
+    return path
+
+
+ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        ("llama", "int4"),
+        ("llama", "int8,asym"),
+        ("llama-mha", "int4,asym,block=64,head=4"),
+        ("qwen2", "int4,level=1"),
+        ("qwen3", "int8,block=128"),
+        ("gemma3", "int4,head=4,level=1"),
+        ("smollm3", "int4,asym"),
+        ("llama", "int8,level=1,kv=8"),
+    ],
+)
+def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
+    architecture: str, precision: str, export_tiny: Callable[[str], Any], tmp_path: Path
+) -> None:
+    try:
+        source = export_tiny(architecture)
+    except KeyError:
+        pytest.skip(f"no tiny model {architecture}")
+    scheme = parse_precision(precision)
+    assert isinstance(scheme, Scheme)
+    path = exported(
+        source, tmp_path / "bundle", scheme, calibration=ROWS if "sym" in precision or "kv" in precision else ()
+    )
+    manifest = Bundle.open(path).manifest
+    assert manifest.quantization is not None and manifest.precision == f"int{scheme.bits}"
+    assert manifest.quantization.method == ("gptq" if "asym" in precision or "kv" in precision else "nearest")
+    checks = verify(path, copy.deepcopy(source.model), source.tokenizer, copy.deepcopy(source.balconies))
+    assert [check for check in checks if not check.passed] == []
+    phases = {check.phase for check in checks}
+    exact = {"prefill", "decode"} if scheme.accuracy_level == 1 else {"prefill, level 1", "decode, level 1"}
+    if scheme.kv_bits == 8:
+        assert phases == {"prefill, int8 cache", "decode, int8 cache"} and not any(check.exact for check in checks)
+        assert max(check.max_difference for check in checks) < 0.05
+    else:
+        assert exact <= phases and (scheme.accuracy_level == 1 or "decode, level 4" in phases)
+    # the token table gives what its blocks say
+    table = TokenTable(Bundle.open(path))
+    wanted = source.model.get_input_embeddings().weight.detach().numpy() * manifest.embedding.scale
+    found = table[np.arange(len(wanted))]
+    assert np.abs(found - wanted).max() <= np.abs(wanted).max() / (6 if scheme.head_bits == 4 else 100)
+
+
+def test_every_quantized_weight_has_moments_of_its_inputs(tiny: Any) -> None:
+    moments = second_moments(copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies), ROWS[:4])
+    layers = {f"layers.{i}" for i in range(5)} | {f"balcony_{e}.layer" for e in tiny.balconies}
+    for layer in layers:
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            assert f"{layer}.{name}.weight" in moments
+    x = moments["lm_head.weight"]
+    assert torch.allclose(x, x.T) and bool((torch.linalg.eigvalsh(x) > -1e-5 * x.diagonal().max()).all())
+
+
+def one_row_and_many(engine: Engine, exit_layer: int, ids: list[int]) -> tuple[np.ndarray[Any, Any], ...]:
+    """Logits of all rows: one pass, and row by row."""
+    many = engine.new_sequence(max_length=len(ids)).advance(exit_layer, ids, num_logits=len(ids))[0]
+    sequence = engine.new_sequence(max_length=len(ids))
+    single = np.concatenate([sequence.advance(exit_layer, [token])[0] for token in ids])
+    return many, single
+
+
+def mean_kl(p: np.ndarray[Any, Any], q: np.ndarray[Any, Any]) -> float:
+    logs = [torch.from_numpy(rows).double().log_softmax(-1) for rows in (p, q)]
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+def test_schedules_at_accuracy_level_1_are_exact(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    path = exported(export_tiny("qwen3"), tmp_path / "bundle", Scheme(accuracy_level=1))
+    with Engine.open(path) as engine:
+        random = np.random.default_rng(11)
+        for batch in (1, 2):
+            sequence = engine.new_sequence(batch_size=batch, max_length=120)
+            for _ in range(25):
+                kept = int(random.integers(0, sequence.length + 1)) if random.random() < 0.2 else sequence.length
+                sequence.rollback(kept)
+                new = int(random.integers(1, 6))
+                exit_layer = int(random.choice(engine.exit_layers))
+                tokens = random.integers(0, 100, (batch, new))
+                if sequence.length + new > 120:
+                    break
+                found = sequence.advance(exit_layer, tokens)
+                sequence.catch_up(int(random.integers(0, 6)))
+                scratch = engine.new_sequence(batch_size=batch, max_length=120)
+                wanted = scratch.advance(exit_layer, sequence.tokens)
+                assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_schedules_at_accuracy_level_4_are_as_far_apart_as_one_row_and_many(
+    export_tiny: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """DESIGN 3: the row count of a pass changes the last bits, and rounding to int8 amplifies them."""
+    path = exported(export_tiny("llama"), tmp_path / "bundle", Scheme())
+    random = np.random.default_rng(2)
+    with Engine.open(path) as engine:
+        exit_layer = engine.exit_layers[-1]
+        bars, apart = [], []
+        for _ in range(6):
+            ids = random.integers(0, 100, 60).tolist()
+            many, single = one_row_and_many(engine, exit_layer, ids)
+            bars.append(mean_kl(many, single))
+            sequence = engine.new_sequence(max_length=60)
+            rows = []
+            for begin in range(0, 60, 3):
+                shallow = engine.exit_layers[int(random.integers(0, 2))]
+                sequence.advance(shallow, ids[begin : begin + 2])
+                rows.append(sequence.advance(exit_layer, ids[begin + 2 : begin + 3])[0])
+            apart.append(mean_kl(many[2::3], np.concatenate(rows)))
+        # tiny models have products so small that both may be exact
+        assert np.mean(apart) <= 2 * np.mean(bars) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("int5", "'int5' is not known"),
+        ("int4,block=48", "'block=48' is not known"),
+        ("int4,sym,asym", "sym and asym exclude each other"),
+        ("", "'' is not known"),
+    ],
+)
+def test_precisions_that_are_none(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_precision(text)
+
+
+def test_text_to_calibrate_on_may_be_short_pieces(tiny: Any, tmp_path: Path) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"text": "the quick brown fox " * 6}) + "\n" for _ in range(400)))
+    rows = calibration_rows([short], tiny.tokenizer)
+    assert sum(map(len, rows)) >= 4096 and all(len(row) >= 2 for row in rows)
+    short.write_text(json.dumps({"text": "the quick brown fox"}) + "\n" + json.dumps({"text": "the fox jumps"}) + "\n")
+    with pytest.raises(InputError, match=r"--calibration: the text has \d+ tokens, 4096 are needed"):
+        calibration_rows([short], tiny.tokenizer)
+
+
+@pytest.mark.parametrize("where", ["embed", "norm", "balcony"])
+def test_a_weight_that_is_not_a_number_is_named(where: str, tiny: Any, tmp_path: Path) -> None:
+    model, balconies = copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies)
+    name, parameter = {
+        "embed": ("model.embed_tokens.weight", model.model.embed_tokens.weight),
+        "norm": ("model.layers.1.input_layernorm.weight", model.model.layers[1].input_layernorm.weight),
+        "balcony": ("balcony_3.norm.weight", balconies[3].norm.weight),
+    }[where]
+    parameter.data.flatten()[3] = float("nan")
+    with pytest.raises(CheckpointError, match=f"weight {re.escape(name)}: holds NaN or infinity"):
+        export_bundle(
+            model,
+            tiny.tokenizer,
+            balconies,
+            tmp_path / "b",
+            name="q",
+            trained=True,
+            precision=Scheme(),
+            calibration=ROWS,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_that_lies_about_quantization_is_refused(tiny: Any, tmp_path: Path) -> None:
+    path = exported(tiny, tmp_path / "bundle", Scheme())
+    with pytest.raises(BundleError, match="has no graphs in standard ONNX: export with fp32"):
+        Bundle.open(path).portable()
+    manifest = json.loads((path / "bundle.json").read_text())
+    for change, message in (
+        ({"quantization": None}, "quantization and embedding.blocks must be there"),
+        ({"precision": "int8"}, r"quantization.bits = 4 differs from the precision int8"),
+        ({"quantization": {**manifest["quantization"], "accuracy_level": 1}}, "the fingerprint differs"),
+    ):
+        (path / "bundle.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(BundleError, match=message):
+            Bundle.open(path)
+
+
+def test_the_quality_budget_takes_the_fastest_that_is_good_enough(tiny: Any, tmp_path: Path) -> None:
+    documents = {"text.jsonl": [Document("text:1", tuple(ROWS[0])), Document("text:2", tuple(ROWS[1]))]}
+    judge = Judge(tiny.model, tiny.tokenizer, documents, name="tiny")
+    kls = []
+    for precision in CANDIDATES:
+        path = tmp_path / f"{precision}"
+        export_bundle(
+            copy.deepcopy(tiny.model), tiny.tokenizer, copy.deepcopy(tiny.balconies), path,
+            name="q", trained=True, precision=precision,
+        )  # fmt: skip
+        quality = judge.measure(path)["text.jsonl"]
+        kls.append(quality[5].kl.value)
+        kept = Bundle.open(path).manifest.exits[-1].quality
+        assert kept is not None and kept.reference == "tiny" and kept.text["text.jsonl"] == quality[5]
+    assert kls[-1] < 1e-6 < kls[-2] < kls[0]
+    for limit in (kls[0] * 1.01, kls[-2] * 1.01, kls[-2] * 0.5):
+        said: list[str] = []
+        out = tmp_path / f"chosen-{limit}"
+        export_within(
+            limit, judge, copy.deepcopy(tiny.model), tiny.tokenizer, copy.deepcopy(tiny.balconies), out,
+            name="q", trained=True, report=said.append, progress=lambda *_: None,
+        )  # fmt: skip
+        first = next(index for index, kl in enumerate(kls) if kl <= limit)
+        assert len(said) == first + 1 and said[-1].startswith(f"{CANDIDATES[first]}: KL")
+        manifest = Bundle.open(out).manifest
+        wanted = CANDIDATES[first]
+        assert manifest.precision == (wanted if isinstance(wanted, str) else f"int{wanted.bits}")
+        assert manifest.exits[-1].quality is not None
+    with pytest.raises(InputError, match=r"--quality-budget kl=0: must be kl= and nats above 0"):
+        parse_budget("kl=0")
+    with pytest.raises(InputError, match=r"--quality-budget 3: must be kl="):
+        parse_budget("3")
+
+
+def test_an_int8_cache_takes_a_quarter_and_schedules_agree(tiny: Any, tmp_path: Path) -> None:
+    scheme = Scheme(bits=8, accuracy_level=1)
+    paths = [
+        exported(tiny, tmp_path / f"kv{bits}", replace(scheme, kv_bits=bits), calibration=ROWS)  # type: ignore[arg-type]
+        for bits in (32, 8)
+    ]
+    ids = [(5 * i) % 100 for i in range(60)]
+    kept, logits = [], []
+    for path in paths:
+        with Engine.open(path) as engine:
+            sequence = engine.new_sequence(max_length=60)
+            empty = sequence.state.memory_bytes
+            logits.append(sequence.advance(5, ids, num_logits=60)[0])
+            kept.append(sequence.state.memory_bytes - empty)
+            # a balcony's backlog is rounded in its own graph: the same logits as when its attention rounds
+            sequence.run_balcony(3, 40)
+            backlog = sequence.advance(3, [])
+            scratch = engine.new_sequence(max_length=60)
+            assert mean_kl(backlog[0], scratch.advance(3, ids)[0]) < 1e-4
+            # and the cursor still hides what was there before
+            sequence.rollback(20)
+            again = sequence.advance(5, ids[20:])
+            assert mean_kl(again[0], logits[-1][-1:]) < 1e-4
+    assert kept[1] * 4 == kept[0]
+    assert mean_kl(*logits) < 0.02
+    with pytest.raises(InputError, match="kv=8: needs --calibration"):
+        exported(tiny, tmp_path / "none", replace(scheme, kv_bits=8))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_weight_that_two_graphs_use_is_quantized_once(tiny: Any) -> None:
+    quantizer = Quantizer(Scheme())
+    weight = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    assert quantizer.layer("w", weight) is quantizer.layer("w", weight)
