@@ -64,6 +64,11 @@ _ALLOWED = {
     "cpu_utilization": (_SHARE, "write 80 % as 0.8"),
     "battery_floor_percent": ("must be above 0 and below 100", "give percent, e.g. 20"),
     "memory_mb": (_POSITIVE, "give megabytes of this process's own memory"),
+    "speculate": ("must be true or false", "give true to let a shallow exit draft what the full depth checks"),
+    "lossless": (
+        "must be true or false",
+        "give true for the full model's own tokens only, drafted where that is faster",
+    ),
     "priority": ("must be 'limits' or 'latency'", "give what wins where ceilings and latency cannot both be kept"),
     "dwell_tokens": ("must be a whole number, 0 or more", "give the tokens to stay before going deeper, e.g. 8"),
     "hysteresis": ("must be at least 0 and at most 0.5", "give the share of the target to keep free, e.g. 0.05"),
@@ -102,6 +107,12 @@ class Budget(BaseModel):
     """Never deeper than this depth; need not be an exit itself."""
     min_agreement: Share | None = None
     """No exit whose next token agrees with the full model's less often, in the bundle's evaluation (its worst text)."""
+
+    speculate: Annotated[bool, Field(strict=True)] = False
+    """Whether full-depth tokens may be drafted at a shallow exit and checked by the full depth in one pass, where measurement
+    says that this is faster: the same tokens (the same distribution where they are drawn), in bursts."""
+    lossless: Annotated[bool, Field(strict=True)] = False
+    """Only tokens of the full depth, with ``speculate``."""
 
     pacing: Annotated[bool, Field(strict=True)] = True
     """Whether tokens may be made to wait; without it only depth is there to hold ceilings."""
@@ -156,6 +167,9 @@ class Budget(BaseModel):
         if self.min_exit is not None and self.max_exit is not None and self.min_exit > self.max_exit:
             cure = "min_exit must not be above max_exit; lower the one or raise the other"
             raise _contradiction(self, "min_exit", "max_exit", cure)
+        for key in ("exit_layer", "max_exit"):
+            if self.lossless and getattr(self, key) is not None:
+                raise _contradiction(self, "lossless", key, "only the full depth is lossless; give one of the two")
         self._check_times()
         self._check_pace()
         if self.power_w is None:
@@ -204,6 +218,11 @@ class Budget(BaseModel):
         return self.needs_sensors or any(getattr(self, key) is not None for key in _TIMES)
 
     @property
+    def speculates(self) -> bool:
+        """Whether drafting is allowed: then costs are needed, too."""
+        return self.speculate or self.lossless
+
+    @property
     def needs_sensors(self) -> bool:
         """Whether a ceiling is asked for that only sensors can see."""
         return any(getattr(self, key) is not None for key in _CEILINGS)
@@ -249,7 +268,7 @@ class Budget(BaseModel):
         if self.exit_layer is not None:
             lowest = highest = self.exit_layer
         else:
-            lowest = self.min_exit or 0
+            lowest = exits[-1] if self.lossless else self.min_exit or 0
             highest = self.max_exit or exits[-1]
         allowed = tuple(exit_layer for exit_layer in exits if lowest <= exit_layer <= highest)
         if not allowed:

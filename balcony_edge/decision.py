@@ -74,6 +74,7 @@ class Decision(NamedTuple):
         period_ms: least gap to the token before; 0 where nothing asks for a pace.
         idle_ms: of the wait within that gap, so much may be spent on the backlog.
         words: the reason in parts; put together when it is read.
+        drafted: of a token that was drafted and checked with others: how many drafts its round had. 0 otherwise.
     """
 
     exit_layer: int
@@ -85,6 +86,7 @@ class Decision(NamedTuple):
     period_ms: float
     idle_ms: float
     words: tuple[object, ...]
+    drafted: int = 0
 
     @property
     def reason(self) -> str:

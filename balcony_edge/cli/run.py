@@ -6,7 +6,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,10 @@ def run(
     tpot_ms: Annotated[float | None, typer.Option(help="Target: milliseconds between two tokens.")] = None,
     exit_layer: Annotated[int | None, typer.Option("--exit", help="Always this exit.")] = None,
     budget: Annotated[Path | None, typer.Option(help="Target file (profiles/*.toml).")] = None,
+    policy: Annotated[
+        Literal["plain", "speculative"] | None,
+        typer.Option(help="speculative: a shallow exit drafts full-depth tokens where that is measured to be faster."),
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Device profile; without it, a target measures what exits cost at load.")
     ] = None,
@@ -69,7 +73,7 @@ def run(
         seed=seed,
     )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
-    asked = _budget(tpot_ms, exit_layer, budget)
+    asked = _budget(tpot_ms, exit_layer, budget, policy)
     with balcony_edge.load(bundle, budget=asked, profile=profile, threads=threads, packed=packed) as llm:
         styles = depth_styles(llm.exit_layers)
         if prompt is None:
@@ -111,12 +115,11 @@ def show_stream(stream: TokenStream, styles: dict[int, str] | None) -> bool:
     return False
 
 
-def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None) -> Budget:
-    if path is not None:
-        if tpot_ms is not None or exit_layer is not None:
-            raise BudgetError("--budget with --tpot-ms or --exit: two budgets; give the file or the options")
-        return load_budget(path)
-    return Budget(tpot_ms=tpot_ms, exit_layer=exit_layer)
+def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None, policy: str | None) -> Budget:
+    if path is not None and (tpot_ms is not None or exit_layer is not None):
+        raise BudgetError("--budget with --tpot-ms or --exit: two budgets; give the file or the options")
+    asked = Budget(tpot_ms=tpot_ms, exit_layer=exit_layer) if path is None else load_budget(path)
+    return asked if policy is None else asked.model_copy(update={"speculate": policy == "speculative"})
 
 
 def summary(reply: Reply) -> dict[str, Any]:
@@ -135,6 +138,7 @@ def summary(reply: Reply) -> dict[str, Any]:
             a.exit_layer != b.exit_layer for a, b in zip(reply.tokens, reply.tokens[1:], strict=False)
         ),
         "caught_up_rows": sum(token.caught_up_rows for token in reply.tokens),
+        "speculated_tokens": sum(token.decision.drafted > 0 for token in reply.tokens),
         "late_tokens": reply.late_tokens if targets else None,
         "tokens_with_target": targets,
     }

@@ -7,9 +7,12 @@ gap that its receiver sees, less the time that the receiver itself kept the loop
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 from balcony_edge.budget import Budget
 from balcony_edge.controller import Controller, ControllerState
@@ -21,6 +24,7 @@ from balcony_edge.trace import TraceWriter
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.engine import Sequence
 from balcony_runtime.sampling import Sampler
+from balcony_runtime.speculate import Round, Speculator, run_round
 
 #: Rows of one portion of idle work: the most that whoever ends the idleness waits for is the end of one portion.
 IDLE_ROWS = 8
@@ -52,9 +56,10 @@ class Learned:
     Replies that run at once share it: each starts from what was left last, and all of them are our own load.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exits: tuple[int, ...], agreement: Mapping[int, float | None]) -> None:
         self.state = ControllerState.initial()
         self.busy_ns = 0
+        self.speculator = Speculator(exits, agreement)
 
 
 class Surroundings(NamedTuple):
@@ -92,16 +97,20 @@ def steps(
         InfeasibleError: nothing meets the targets and the budget asks for an error then.
         ContextLengthError: the sequence is full.
     """
-    ask, trace, learned = around.budget_and_costs, around.trace, around.learned or Learned()
+    ask, trace, learned = around.budget_and_costs, around.trace, around.learned or Learned(exits, {})
     state, decision = learned.state.for_next_reply(), None  # type: ControllerState, Decision | None
     last: Measurement | None = None
     unmeasured = _unmeasured(exits)
     controller, priced = Controller(unmeasured), None
     if trace is not None:
         trace.begin(state)
+
+    def record(decided: Decision, latency_ms: float) -> None:
+        if trace is not None and seen is not None:
+            trace.write(priced or unmeasured, seen, decided, latency_ms, sequence.stage_rows[-1])
+
     seen: Observation | None = None
-    ids, made = prompt[:, -1], 0
-    started_s, emitted_ns = time.monotonic(), 0
+    ids, made, started_s, emitted_ns = prompt[:, -1], 0, time.monotonic(), 0
     while True:
         begin = time.perf_counter_ns()
         budget, costs = ask()
@@ -124,27 +133,81 @@ def steps(
             learned.state = state
             if decision.infeasible and budget.on_infeasible == "error":
                 raise InfeasibleError(f"{decision.reason}: raise the target or allow less depth")
-        before = sequence.rows_run
+        # what a step runs beyond these rows is backlog
+        due = sequence.rows_run + (exits.index(decision.exit_layer) + 1) * (1 if made else prompt.shape[1])
+        planned = _round(sequence, budget, priced, decision, learned) if made and budget.speculates else None
+        if planned is not None:
+            ids, count, emitted_ns = yield from _speculated(
+                planned, sequence, ids, sampler, exits, decision, begin, budget.tpot_ms, learned, record
+            )
+            made, last = made + count, None
+            continue
         if decision.catch_up is not None:
             _catch_up(sequence, decision.catch_up, exits)
         exit_layer = decision.exit_layer
         logits = sequence.step(exit_layer, ids) if made else sequence.advance(exit_layer, prompt)[:, -1]
         ids = sampler.pick(logits)
-        new_rows = (exits.index(exit_layer) + 1) * (1 if made else prompt.shape[1])
         done_ns = time.perf_counter_ns()
         # prefill is priced by other numbers than decoding: it says nothing about the slowdown of the next step
         last = None
         if made and decision.price_ms:
             last = Measurement(exit_layer, decision.price_ms, (done_ns - begin) / 1e6)
+        if made and priced is not None and budget.speculates and exit_layer == exits[-1]:
+            expected_ms = decision.price_ms or priced.steady_ms(exit_layer, sequence.length - 1)
+            learned.speculator.learn_plain(expected_ms, (done_ns - begin) / 1e6)
         learned.busy_ns += done_ns - begin
         if decision.period_ms:  # after the step, so that what it took too long is taken from the wait
             learned.busy_ns += _wait(sequence, decision, emitted_ns + int(decision.period_ms * 1e6), around.sleep)
             done_ns = time.perf_counter_ns()
         latency_ns, emitted_ns = done_ns - begin, done_ns
         made += 1
-        if trace is not None and seen is not None:
-            trace.write(priced or unmeasured, seen, decision, latency_ns / 1e6, sequence.stage_rows[-1])
-        yield Step(ids, logits, decision, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - before - new_rows)
+        record(decision, latency_ns / 1e6)
+        yield Step(ids, logits, decision, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due)
+
+
+def _speculated(
+    planned: Round,
+    sequence: Sequence,
+    ids: IntArray,
+    sampler: Sampler,
+    exits: tuple[int, ...],
+    decision: Decision,
+    begin_ns: int,
+    target_ms: float | None,
+    learned: Learned,
+    record: Callable[[Decision, float], None],
+) -> Generator[Step, None, tuple[IntArray, int, int]]:
+    """A round in the place of a full-depth step; returns its last token, how many there were, and when they were out."""
+    outcome = run_round(sequence, ids, sampler, exits, planned)
+    done_ns = time.perf_counter_ns()
+    latency_ms = (done_ns - begin_ns) / 1e6
+    learned.speculator.learn(planned, outcome.kept, latency_ms)
+    learned.busy_ns += done_ns - begin_ns
+    words = (f"drafted {planned.drafts} at {planned.exit_layer}, kept {outcome.kept}", *decision.words)
+    checked = decision._replace(words=words, drafted=planned.drafts)
+    record(checked, latency_ms)
+    for token, row in zip(outcome.tokens, outcome.logits, strict=True):
+        ids = np.array([token], np.int64)
+        yield Step(ids, row[None], checked, target_ms, latency_ms, 0)
+        latency_ms = 0.0  # the others of the round came with the first
+    return ids, len(outcome.tokens), done_ns
+
+
+def _round(
+    sequence: Sequence, budget: Budget, costs: CostModel | None, decision: Decision, learned: Learned
+) -> Round | None:
+    """The round that is worth running in the place of this full-depth step; None where it is none, paced, or has a backlog."""
+    rows, kept = sequence.stage_rows, sequence.balcony_rows
+    if costs is None or sequence.batch_size > 1 or any(rows) or decision.period_ms or budget.deadline_s is not None:
+        return None
+    if decision.exit_layer != costs.exits[-1]:
+        return None
+    slowdown = decision.predicted_ms / decision.price_ms if decision.price_ms else 1.0
+    most_ms = math.inf if budget.tpot_ms is None else budget.tpot_ms / slowdown  # a round is one gap
+    planned = learned.speculator.plan(costs, sequence.length, sequence.max_length - sequence.length, most_ms)
+    if planned is not None and (lag := kept[costs.exits.index(planned.exit_layer)]):
+        sequence.run_balcony(planned.exit_layer, lag)  # what a stretch of plain steps left it
+    return planned
 
 
 def _wait(sequence: Sequence, decision: Decision, until: int, sleep: Callable[[float], object]) -> int:

@@ -70,8 +70,8 @@ class LLM:
         self._costs, self._ask_sensors = costs, readings
         self._sensors: Sensors | None = None
         self._sensors_lock = threading.Lock()
-        self._learned = Learned()
         self._agreement = engine.manifest.agreement
+        self._learned = Learned(engine.exit_layers, self._agreement)
         self.budget = budget
 
     @classmethod
@@ -111,7 +111,7 @@ class LLM:
     @budget.setter
     def budget(self, budget: Budget) -> None:
         resolved = budget.for_bundle(self._agreement)
-        if budget.has_target:
+        if budget.has_target or budget.speculates:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
         if budget.needs_sensors:
             self.readings()

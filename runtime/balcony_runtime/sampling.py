@@ -7,9 +7,11 @@ it. It knows nothing of exits.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +67,13 @@ class SamplingParams:
             )
 
 
+class Proposal(NamedTuple):
+    """A drafted token and the distribution that it was drawn from, (V,); None where it is the likeliest one."""
+
+    token: int
+    distribution: npt.NDArray[np.float64] | None
+
+
 class Sampler:
     """Draws tokens with one stream of random numbers, and remembers what penalties count.
 
@@ -111,6 +120,37 @@ class Sampler:
         else:
             ids = np.array([self._draw(row) for row in adjusted], np.int64)
         return self._recorded(ids)
+
+    def fork(self) -> Sampler:
+        """A sampler with the same memory of tokens, and from then on one of its own; random numbers come from one stream."""
+        other = copy.copy(self)
+        other._seen, other._made = (None if record is None else record.copy() for record in (self._seen, self._made))
+        return other
+
+    def propose(self, logits: FloatArray) -> Proposal:
+        """Draft the next token from logits (V,), and remember it."""
+        if self._params.temperature == 0:
+            return Proposal(int(self.pick(logits[None])[0]), None)
+        ids, probabilities = candidates(self._adjust(logits[None])[0], self._params)
+        token = int(ids[self._random.choice(len(ids), p=probabilities)])
+        self._recorded(np.array([token], np.int64))
+        return Proposal(token, _dense(ids, probabilities, len(logits)))
+
+    def judge(self, logits: FloatArray, proposal: Proposal) -> int:
+        """The next token from logits (V,), distributed as :meth:`pick` would have it, and the proposal's where that can be.
+
+        Accept the proposal with min(1, p / q); else draw from what p has more than q (Leviathan et al., 2023, theorem 1).
+        """
+        if proposal.distribution is None:
+            return int(self.pick(logits[None])[0])
+        wanted = _dense(*candidates(self._adjust(logits[None])[0], self._params), len(logits))
+        token, offered = proposal.token, proposal.distribution
+        if self._random.random() * offered[token] >= wanted[token]:
+            rest = np.maximum(wanted - offered, 0.0)
+            if (total := rest.sum()) > 0:  # 0 where rounding alone keeps the two apart
+                token = int(self._random.choice(len(rest), p=rest / total))
+        self._recorded(np.array([token], np.int64))
+        return token
 
     def _recorded(self, ids: IntArray) -> IntArray:
         for record in (self._seen, self._made):
@@ -166,6 +206,13 @@ def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, np
         likely = probabilities >= params.min_p * probabilities[0]
         ids, probabilities = ids[likely], probabilities[likely]
     return ids, probabilities / probabilities.sum()
+
+
+def _dense(ids: IntArray, probabilities: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
+    """Probabilities of all tokens."""
+    whole = np.zeros(size)
+    whole[ids] = probabilities
+    return whole
 
 
 def log_probabilities(logits: FloatArray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:

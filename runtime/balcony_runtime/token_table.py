@@ -35,6 +35,8 @@ class TokenTable:
         count = -(-self._width // size)
         self._table = mapped(spec.offset, np.uint8, count * size * bits // 8)
         self._scales = mapped(spec.blocks.scales_offset, np.float32, count)
+        self._middle = np.float32(1 << (bits - 1))
+        self._values = unpacked(np.arange(256, dtype=np.uint8)[:, None], bits) - self._middle  # (256, values a byte)
         zeros = spec.blocks.zero_points_offset
         self._zeros = None if zeros is None else mapped(zeros, np.uint8, -(-count * bits // 8))
 
@@ -45,13 +47,14 @@ class TokenTable:
 
     def _dequantized(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         assert self._blocks is not None
-        bits, scales = self._blocks.bits, self._scales[tokens]  # (..., blocks)
-        values = unpacked(self._table[tokens], bits).reshape(*scales.shape, self._blocks.block_size)
-        if self._zeros is None:
-            zeros: Any = np.float32(1 << (bits - 1))
-        else:
-            zeros = unpacked(self._zeros[tokens], bits)[..., : scales.shape[-1], None]
-        rows: npt.NDArray[np.float32] = (values - zeros) * scales[..., None]
+        # a decode step asks for one row with cold caches: few calls, whatever they compute
+        values = self._values[self._table[tokens]]  # a byte holds one value or two
+        scales = self._scales[tokens]  # (..., blocks)
+        blocks = values.reshape(*scales.shape, self._blocks.block_size)
+        if self._zeros is not None:
+            bits = self._blocks.bits
+            blocks = blocks - (unpacked(self._zeros[tokens], bits)[..., : scales.shape[-1], None] - self._middle)
+        rows: npt.NDArray[np.float32] = blocks * scales[..., None]
         return rows.reshape(*tokens.shape, -1)[..., : self._width]
 
 

@@ -1,0 +1,145 @@
+"""Policies side by side on the same prompts: plain, fixed exits, a budget between two exits, and self-speculation.
+
+    python benchmarks/policies.py BUNDLE --prompts TEXT.jsonl
+
+Greedy replies of ``TOKENS`` tokens to the first texts of a file, in interleaved rounds (:mod:`benchmarks.rounds`). For each policy
+tokens a second (median over rounds of the whole), the ratio to plain within a round, and the share of tokens that are the full
+depth's own: each prefix of the reply is asked at the full depth afterwards. ``speculative, auto`` is what a user gets: rounds only
+where the runtime expects them to pay. ``speculative, forced`` shows what rounds cost here: its prices are replaced by ones under
+which they always pay.
+
+The last line on stdout is one JSON object: ``policies`` (name → ``tokens_per_s``, ``of_plain``, ``agreement``,
+``speculated``: share of tokens from rounds, ``kept``: drafts kept of those made) and ``bars``: speculation left on auto is at
+least 0.97 of plain, and lossless replies are the plain ones. Exit code 1 if a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from balcony_edge.budget import Budget
+from balcony_edge.costs import CostModel, UnitCost
+from balcony_runtime.calibrate import calibrate
+from balcony_runtime.generate import LLM
+from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
+
+TOKENS, PROMPTS, ROUNDS = 96, 6, 5
+
+
+class Run(NamedTuple):
+    """One policy over all prompts, once."""
+
+    seconds: float
+    replies: list[list[int]]
+    drafted: int
+    made: int
+    kept: int
+
+
+def _run(llm: LLM, budget: Budget, costs: CostModel, prompts: list[list[int]]) -> Run:
+    llm._costs = costs
+    llm.budget = budget
+    replies, drafted, made, kept = [], 0, 0, 0
+    begin = time.perf_counter()
+    for prompt in prompts:
+        tokens = list(llm.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True))
+        replies.append([token.id for token in tokens])
+        drafted += sum(token.decision.drafted > 0 for token in tokens)
+        for token in tokens:
+            if token.latency_ms and (found := re.search(r"drafted (\d+) at \d+, kept (\d+)", token.reason)):
+                made, kept = made + int(found[1]), kept + int(found[2])
+    return Run(time.perf_counter() - begin, replies, drafted, made, kept)
+
+
+def _agreement(llm: LLM, prompts: list[list[int]], replies: list[list[int]]) -> float:
+    """Share of tokens that the full depth would have written after the same text."""
+    hits = total = 0
+    for prompt, reply in zip(prompts, replies, strict=True):
+        sequence = llm.engine.new_sequence(max_length=len(prompt) + len(reply))
+        logits = sequence.advance(llm.exit_layers[-1], [*prompt, *reply[:-1]], num_logits=len(reply))[0]
+        hits += int((logits.argmax(-1) == np.array(reply)).sum())
+        total += len(reply)
+    return hits / total
+
+
+def measure(llm: LLM, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
+    """Everything but the bars."""
+    costs = calibrate(llm.engine)
+    exits, full = llm.exit_layers, llm.exit_layers[-1]
+    deep_ms, below_ms = (costs.steady_ms(exit_layer, 128) for exit_layer in (full, exits[-2]))
+    free = replace(costs, stages=(UnitCost(1e-3), *(UnitCost(1e3) for _ in exits[1:])))
+    policies: dict[str, tuple[Budget, CostModel]] = {
+        "plain": (Budget(), costs),
+        **{f"exit {exit_layer}": (Budget(exit_layer=exit_layer), costs) for exit_layer in exits[:-1]},
+        "budgeted": (Budget(tpot_ms=(deep_ms + below_ms) / 2, probability=0.5), costs),
+        "speculative, auto": (Budget(lossless=True), costs),
+        "speculative, forced": (Budget(lossless=True), free),
+    }
+    samples = interleave(
+        {name: partial(_run, llm, budget, prices, prompts) for name, (budget, prices) in policies.items()}, rounds
+    )
+    plain = samples["plain"]
+    found = {}
+    for name, runs in samples.items():
+        last = runs[-1]
+        found[name] = {
+            "tokens_per_s": round(len(prompts) * TOKENS / median(run.seconds for run in runs), 1),
+            "of_plain": round(ratio([run.seconds for run in plain], [run.seconds for run in runs]), 3),
+            "agreement": round(_agreement(llm, prompts, last.replies), 4),
+            "same_as_plain": round(
+                float(np.mean([a == b for x, y in zip(last.replies, plain[-1].replies, strict=True)
+                               for a, b in zip(x, y, strict=True)])), 4,
+            ),
+            "speculated": round(last.drafted / (len(prompts) * TOKENS), 3),
+            "kept": round(last.kept / last.made, 3) if last.made else None,
+        }  # fmt: skip
+    return found
+
+
+def main() -> int:
+    """Parse the command line, run, print."""
+    parser = argparse.ArgumentParser(description="Policies side by side; docs in the module's docstring.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--prompts", type=Path, required=True, help='JSON Lines with "instruction" or "text"')
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    neighbours = Neighbours()
+    with LLM.open(arguments.bundle) as llm:
+        records = [json.loads(line) for line in arguments.prompts.read_text(encoding="utf-8").splitlines()[:PROMPTS]]
+        prompts = [llm.encode(str(record.get("instruction") or record.get("text"))[:400]) for record in records]
+        policies = measure(llm, prompts, arguments.rounds)
+        exact = llm.engine.manifest.quantization is None or llm.engine.manifest.quantization.accuracy_level == 1
+    bars = {"speculative, auto >= 0.97 of plain": policies["speculative, auto"]["of_plain"] >= 0.97}
+    if exact:
+        lossless = [policies[f"speculative, {kind}"]["same_as_plain"] for kind in ("auto", "forced")]
+        bars["lossless replies are the plain ones"] = min(lossless) == 1.0
+    document = {
+        "benchmark": "policies",
+        "bundle": str(arguments.bundle),
+        "cpu": cpu_name(),
+        "tokens": TOKENS,
+        "prompts": len(prompts),
+        "rounds": arguments.rounds,
+        **neighbours.report(),
+        "policies": policies,
+        "bars": bars,
+    }
+    for name, row in policies.items():
+        print(f"{name:22} {row}", file=sys.stderr)
+    print(json.dumps(document))
+    return 0 if all(bars.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

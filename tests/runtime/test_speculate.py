@@ -1,0 +1,200 @@
+"""Self-speculation: the full depth's own tokens, its own distribution, and only where it pays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.errors import BudgetError
+from balcony_edge.trace import TraceWriter, read_trace, replay
+from balcony_runtime.generate import LLM
+from balcony_runtime.sampling import Sampler, SamplingParams
+from balcony_runtime.speculate import PROBE_TOKENS, Round, Speculator, run_round
+
+EXITS = (2, 3, 5)
+
+
+def costs(shallow_ms: float = 1.0, deep_ms: float = 50.0) -> CostModel:
+    """Drafting at exit 2 costs next to nothing beside the deeper stages; further rows are nearly free."""
+    units = (UnitCost(shallow_ms, 0.01), UnitCost(deep_ms, 0.01), UnitCost(deep_ms, 0.01))
+    return CostModel(EXITS, units, (UnitCost(0.1),) * 3, UnitCost(0.1))
+
+
+@pytest.fixture
+def llm(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Prices under which rounds pay whatever the drafts are worth, so that they are run."""
+    monkeypatch.setattr("balcony_runtime.generate.calibrate", lambda engine: costs())
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+def plain(llm: LLM, prompt: list[int], count: int, **options: Any) -> list[int]:
+    llm.budget = Budget()
+    return [token.id for token in llm.stream(prompt, max_new_tokens=count, ignore_eos=True, **options)]
+
+
+PROMPTS = [[(7 * i + 3 * j) % 250 + 1 for i in range(4 + j % 9)] for j in range(12)]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(), SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, logit_bias={5: 2.0})],
+    ids=["greedy", "penalties"],
+)
+def test_greedy_replies_are_the_full_depths(llm: LLM, sampling: SamplingParams) -> None:
+    drafted = 0
+    for prompt in PROMPTS:
+        wanted = plain(llm, prompt, 60, sampling=sampling)
+        llm.budget = Budget(lossless=True)
+        tokens = list(llm.stream(prompt, max_new_tokens=60, ignore_eos=True, sampling=sampling))
+        assert [token.id for token in tokens] == wanted
+        assert {token.exit_layer for token in tokens} == {5}
+        drafted += sum(token.decision.drafted > 0 for token in tokens)
+        assert all("drafted" in token.reason for token in tokens if token.decision.drafted)
+    assert drafted > 300  # it was really used
+
+
+def test_switches_budgets_and_a_continued_sequence_leave_it_exact(llm: LLM) -> None:
+    """Plain, speculative and shallow tokens in one reply: after every stretch the full depth says what it would have said."""
+    sequence = llm.engine.new_sequence(max_length=200)
+    random = np.random.default_rng(4)
+    history = PROMPTS[3]
+    for _ in range(12):
+        llm.budget = [Budget(lossless=True), Budget(exit_layer=2), Budget(speculate=True, max_exit=3), Budget()][
+            int(random.integers(4))
+        ]
+        count = int(random.integers(1, 12))
+        stream = llm.stream(history, max_new_tokens=count, ignore_eos=True, sequence=sequence)
+        history = [*history, *(token.id for token in stream)]
+        llm.budget = Budget(lossless=True)
+        got = [t.id for t in llm.stream(history, max_new_tokens=6, ignore_eos=True, sequence=sequence)]
+        assert got == plain(llm, history, 6)
+
+
+def test_a_sampled_token_has_the_full_models_distribution() -> None:
+    """Chi-square over 100,000 draws: drafted from q, judged by p, distributed as p."""
+    random = np.random.default_rng(0)
+    logits_q, logits_p = random.normal(size=(2, 10)).astype(np.float32) * 1.5
+    params = SamplingParams(temperature=0.9, top_k=8, seed=1)
+    sampler = Sampler(params, np.zeros((1, 1), np.int64), 10)
+    draws = 100_000
+    counts = np.zeros(10)
+    for _ in range(draws):
+        counts[sampler.judge(logits_p, sampler.fork().propose(logits_q))] += 1
+    kept = np.argsort(-logits_p)[:8]
+    p = np.zeros(10)
+    p[kept] = np.exp(logits_p[kept] / 0.9) / np.exp(logits_p[kept] / 0.9).sum()
+    assert counts[p == 0].sum() == 0
+    expected = draws * p[p > 0]
+    statistic = float(((counts[p > 0] - expected) ** 2 / expected).sum())
+    assert statistic < 24.32  # 99.9 % quantile of chi-square with 7 degrees of freedom
+    # in closed form: what is accepted of q, and the rest drawn from what p has more
+    q = np.zeros(10)
+    kept_q = np.argsort(-logits_q)[:8]
+    q[kept_q] = np.exp(logits_q[kept_q] / 0.9) / np.exp(logits_q[kept_q] / 0.9).sum()
+    accepted, rest = np.minimum(p, q), np.maximum(p - q, 0)
+    assert np.allclose(accepted + (1 - accepted.sum()) * rest / rest.sum(), p)
+
+
+def test_sampled_replies_repeat_with_a_seed_and_use_rounds(llm: LLM) -> None:
+    sampling = SamplingParams(temperature=1.0, top_p=0.95, seed=7)
+    llm.budget = Budget(lossless=True)
+    first, second = (
+        [
+            (t.id, t.decision.drafted)
+            for t in llm.stream(PROMPTS[0], max_new_tokens=50, ignore_eos=True, sampling=sampling)
+        ]
+        for _ in range(2)
+    )
+    assert [token for token, _ in first][:1] == [token for token, _ in second][:1]
+    assert any(drafted for _, drafted in first)
+
+
+def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
+    prompt = PROMPTS[5]
+    engine = llm.engine
+    wanted = plain(llm, prompt, 10)
+    sequence = engine.new_sequence(max_length=64)
+    first = int(sequence.advance(5, prompt)[0, -1].argmax())
+    assert first == wanted[0]
+    sampler = Sampler(SamplingParams(), np.array([prompt]), engine.manifest.model.vocab_size)
+    made = [first]
+    while len(made) < 10:
+        outcome = run_round(sequence, np.array([made[-1]]), sampler, EXITS, Round(3, 3, 1.0, 1.0))
+        made += outcome.tokens
+        assert sequence.length == len(prompt) + len(made) - 1  # the last token is not in the sequence yet
+        assert 0 <= outcome.kept <= 3 and len(outcome.tokens) == outcome.kept + 1 == len(outcome.logits)
+        assert sequence.stage_rows == (0, 0, 0)
+    assert made[:10] == wanted
+
+
+def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expensive = CostModel(EXITS, (UnitCost(9.0, 5.0),) * 3, (UnitCost(9.0, 5.0),) * 3, UnitCost(1.0, 1.0))
+    monkeypatch.setattr("balcony_runtime.generate.calibrate", lambda engine: expensive)
+    with balcony_edge.load(tiny.path, budget=Budget(lossless=True)) as llm:
+        tokens = list(llm.stream([1, 2, 3], max_new_tokens=200, ignore_eos=True))
+        assert not any(token.decision.drafted for token in tokens)
+    speculator = Speculator(EXITS, {2: 0.3, 3: None, 5: 1.0})
+    assert speculator.acceptance(2) == pytest.approx(0.3) and speculator.acceptance(3) == pytest.approx(0.5)
+    assert speculator.plan(expensive, 50, 100, float("inf")) is None
+    for _ in range(PROBE_TOKENS):
+        speculator.learn_plain(10.0, 10.0)
+    probe = speculator.plan(expensive, 50, 100, float("inf"))
+    assert probe is not None and probe.speedup < 1
+    speculator.learn(probe, 0, probe.price_ms)
+    assert speculator.plan(expensive, 50, 100, float("inf")) is None
+    assert speculator.acceptance(probe.exit_layer) < 0.5
+
+
+def test_the_choice_follows_acceptance_and_measured_times() -> None:
+    speculator = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
+    good = speculator.plan(costs(), 50, 100, float("inf"))
+    assert good is not None and good.exit_layer == 2 and good.drafts == 8 and good.speedup > 4
+    assert speculator.plan(costs(), 50, 4, float("inf")).drafts == 3  # type: ignore[union-attr] - no room for more
+    assert speculator.plan(costs(), 50, 100, 90.0) is None  # the whole round must fit a gap
+    for _ in range(60):
+        speculator.learn(good, 0, good.price_ms)  # nothing is ever kept
+    assert speculator.acceptance(2) < 0.05
+    other = speculator.plan(costs(), 50, 100, float("inf"))
+    assert other is None or other.exit_layer != 2 or other.drafts < 3
+    slow = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
+    for _ in range(60):
+        slow.learn(good, 8, 10 * good.price_ms)  # rounds take ten times what they are priced at
+    assert slow.plan(costs(), 50, 100, float("inf")) is None
+
+
+def test_under_a_latency_target_a_round_must_fit_the_gap(llm: LLM) -> None:
+    llm.budget = Budget(speculate=True, tpot_ms=1e5)
+    tokens = list(llm.stream(PROMPTS[1], max_new_tokens=40, ignore_eos=True))
+    assert any(token.decision.drafted for token in tokens)
+    llm.budget = Budget(speculate=True, tpot_ms=1.0)  # nothing deep fits: shallow steps, no rounds
+    tokens = list(llm.stream(PROMPTS[1], max_new_tokens=40, ignore_eos=True))
+    assert not any(token.decision.drafted for token in tokens)
+
+
+def test_contradictions_and_depth() -> None:
+    with pytest.raises(BudgetError, match="lossless = True with exit_layer = 3: only the full depth is lossless"):
+        Budget(lossless=True, exit_layer=3)
+    with pytest.raises(BudgetError, match="lossless = True with max_exit = 3"):
+        Budget(lossless=True, max_exit=3)
+    assert Budget(lossless=True).allowed_exits(EXITS) == (5,)
+    assert Budget(lossless=True).speculates and Budget(speculate=True).speculates and not Budget().speculates
+
+
+def test_a_trace_of_rounds_replays(llm: LLM, tmp_path: Path) -> None:
+    llm.budget = Budget(speculate=True, tpot_ms=1e5)
+    with TraceWriter(tmp_path / "t.jsonl") as trace:
+        tokens = list(llm.stream(PROMPTS[2], max_new_tokens=30, ignore_eos=True, trace=trace))
+    recorded = read_trace(tmp_path / "t.jsonl")
+    assert 5 < len(recorded.tokens) <= len(tokens)
+    assert [d.exit_layer for d in replay(recorded)] == [t.line["exit_layer"] for t in recorded.tokens]
+    assert any(
+        "drafted" in json.loads(line).get("reason", "") for line in (tmp_path / "t.jsonl").read_text().splitlines()
+    )
