@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import platform
 import re
+import threading
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
+
+#: Seconds that NVML may take to say which GPUs there are.
+NVML_S = 3.0
 
 
 class Gpu(BaseModel):
@@ -115,6 +119,15 @@ def _memory_bytes(meminfo: str) -> int | None:
 
 
 def _nvidia_gpus() -> tuple[Gpu, ...]:
+    """NVIDIA's GPUs; none where the driver does not answer: a call into one that hangs cannot be interrupted."""
+    found: list[tuple[Gpu, ...]] = []
+    asking = threading.Thread(target=lambda: found.append(_ask_nvml()), daemon=True)
+    asking.start()
+    asking.join(NVML_S)
+    return found[0] if found else ()
+
+
+def _ask_nvml() -> tuple[Gpu, ...]:
     try:
         import pynvml  # noqa: PLC0415 - a device without an NVIDIA driver does not need it
     except ImportError:

@@ -246,7 +246,7 @@ def decision_cost() -> dict[str, float]:
 
 
 def bars(found: dict[str, Any]) -> dict[str, bool]:
-    """What issue 7 asks of the simulated part."""
+    """What the controller must show."""
     held = {
         "depth >= 95 % of the oracle's": min(row["of_oracle"] for row in found["policies"]) >= 0.95,
         "dominated by no static exit and no threshold": not any(row["dominated_by"] for row in found["policies"]),

@@ -33,7 +33,7 @@ The last line on stdout is one JSON object; the table goes to stderr. Exit code 
                idle_cpu: CPU seconds a second between requests
     ratios[]   ours, peer: names of cases, ours at full depth; decode_32, decode_512, prefill_512: our speed / the peer's,
                the median of the rounds' ratios; kl_difference: our KL less the peer's; weights: our bytes / the peer's
-    bars       name → value, limit, holds: what issue 5 asks of an int4 bundle at full depth
+    bars       name → value, limit, holds: what an int4 bundle must show at full depth
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def ratios(rows: list[dict[str, Any]], full_depths: set[str]) -> list[dict[str, 
 
 
 def bars(rows: list[dict[str, Any]], found: list[dict[str, Any]], int4: set[str]) -> dict[str, dict[str, Any]]:
-    """What issue 5 asks of the cases named in ``int4``, where the peer was measured."""
+    """What the cases must show that are named in ``int4``, where the peer was measured."""
     bars: dict[str, dict[str, Any]] = {}
 
     def bar(name: str, value: float, limit: float, *, at_least: bool) -> None:

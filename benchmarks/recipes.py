@@ -4,8 +4,8 @@
 
 Each trial differs from the shipped recipe in what its name says; ``paper`` is the paper's optimizer (AdamW at 5e-4, a
 cosine; section 4.1) on this budget. Rows, their order and the held-out rows are the same for all trials of one data
-choice, and the frozen backbone's states are kept between them. A trial that was run before with the same code of the
-trial, tokens and data is read from ``--work``.
+choice, and the frozen backbone's states are kept between them. A trial that was run before with the same recipe, tokens
+and text is read from ``--work``.
 
 The last line is JSON: ``tokens``, ``rows_held_out``, ``trials`` (name → ``kl`` and ``agreement`` per exit, ``kl_sum``,
 ``seconds``), ``against_paper`` (1 - shipped ``kl_sum`` / the paper's) and ``winner``.
@@ -18,7 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -216,16 +216,16 @@ class Bench:
         """Train, then judge: the averaged or the last weights, the better, as a checkpoint does."""
         trial = TRIALS[name]
         kept = self.work / "results.jsonl"
-        key = json.dumps([name, self.tokens, trial.config, trial.data])
+        seq_len = trial.config.get("seq_len", SEQ_LEN)
+        work = self.work / f"{trial.data}-{seq_len}"  # the states of the rows are shared there
+        (work / CHECKPOINT).unlink(missing_ok=True)
+        trainer = self._trainer(trial, work)
+        key = json.dumps([name, self.tokens, asdict(trainer.config), trainer.corpus.digest])
         if kept.is_file():
             for line in kept.read_text(encoding="utf-8").splitlines():
                 known: dict[str, Any] = json.loads(line)
                 if known.pop("key") == key:
                     return known
-        seq_len = trial.config.get("seq_len", SEQ_LEN)
-        work = self.work / f"{trial.data}-{seq_len}"  # the states of the rows are shared there
-        (work / CHECKPOINT).unlink(missing_ok=True)
-        trainer = self._trainer(trial, work)
         trial.start(trainer)
         for exit_layer, balcony in trainer.balconies.items():
             trainer.averages[exit_layer] = {key: value.clone() for key, value in balcony.state_dict().items()}

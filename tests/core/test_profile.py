@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -262,3 +264,13 @@ def test_tables_hold_the_same_numbers() -> None:
 
 def test_costs_with_another_price_are_another_profile() -> None:
     assert make_profile(costs=replace(COSTS, overhead_ms=0.6)) != make_profile()
+
+
+def test_a_driver_that_hangs_does_not_hang_whoever_asks_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    forever = threading.Event()
+    monkeypatch.setattr("balcony_edge.device._ask_nvml", forever.wait)
+    monkeypatch.setattr("balcony_edge.device.NVML_S", 0.05)
+    begin = time.perf_counter()
+    assert this_device().gpus == ()
+    assert time.perf_counter() - begin < 5
+    forever.set()

@@ -13,7 +13,7 @@ from pathlib import Path
 from balcony_runtime.sensors.base import Absence
 
 #: What a read may raise: the kernel's refusal, or text that is no number.
-ATTRIBUTE_ERRORS = (OSError, ValueError)
+ATTRIBUTE_ERRORS = (OSError, ValueError, OverflowError)
 
 _REASONS = {
     errno.ENOENT: "it is not there (any more)",
