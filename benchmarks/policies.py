@@ -2,11 +2,11 @@
 
     python benchmarks/policies.py BUNDLE --prompts TEXT.jsonl
 
-Greedy replies of ``TOKENS`` tokens to the first texts of a file, in interleaved rounds (:mod:`benchmarks.rounds`). For each policy
-tokens a second (median over rounds of the whole), the ratio to plain within a round, and the share of tokens that are the full
-depth's own: each prefix of the reply is asked at the full depth afterwards. ``speculative, auto`` is what a user gets: rounds only
-where the runtime expects them to pay. ``speculative, forced`` shows what rounds cost here: its prices are replaced by ones under
-which they always pay.
+Greedy replies of ``TOKENS`` tokens to the first texts of a file, in interleaved rounds (:mod:`benchmarks.rounds`). For each
+policy tokens a second (median over rounds of the whole), the ratio to plain within a round, and the share of tokens that are
+the full depth's own: each prefix of the reply is asked at the full depth afterwards. ``speculative, auto`` is what a user gets:
+rounds only where the runtime expects them to pay. ``speculative, forced`` shows what rounds cost here: its prices are replaced
+by ones under which they always pay.
 
 The last line on stdout is one JSON object: ``policies`` (name → ``tokens_per_s``, ``of_plain``, ``agreement``,
 ``speculated``: share of tokens from rounds, ``kept``: drafts kept of those made) and ``bars``: speculation left on auto is at

@@ -8,8 +8,8 @@ Leviathan et al., ICML 2023; the paper names self-speculation as future work).
 
 The choice. With a the probability that a draft is kept, a round of g drafts gives 1 + a + ... + a^g tokens. Its price comes
 from the cost model, corrected by what rounds and plain steps were measured to take; a is learned for each exit, from the
-bundle's measured agreement on. A round is run only where it is expected to be `WORTH` times as fast as plain steps; where it is not,
-one is tried every `PROBE_TOKENS` tokens, so that what was learned does not stay wrong for ever.
+bundle's measured agreement on. A round is run only where it is expected to be `WORTH` times as fast as plain steps; where it
+is not, one is tried every `PROBE_TOKENS` tokens, so that what was learned does not stay wrong for ever.
 """
 
 from __future__ import annotations
