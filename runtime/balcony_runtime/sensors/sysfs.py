@@ -13,7 +13,7 @@ from pathlib import Path
 from balcony_runtime.sensors.base import Absence
 
 #: What a read may raise: the kernel's refusal, or text that is no number.
-ATTRIBUTE_ERRORS = (OSError, ValueError, OverflowError)
+ATTRIBUTE_ERRORS = (OSError, ValueError)
 
 _REASONS = {
     errno.ENOENT: "it is not there (any more)",
@@ -44,7 +44,10 @@ def read_number(path: Path) -> int:
         OSError: as :func:`read_text`.
         ValueError: it holds something else.
     """
-    return int(read_text(path))
+    value = int(read_text(path))
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{path}: holds a number that no driver prints")
+    return value
 
 
 def text_or_none(path: Path) -> str | None:

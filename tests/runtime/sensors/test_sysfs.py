@@ -15,6 +15,7 @@ from balcony_runtime.sensors import Sample, Source
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.jetson import Jetson
 from balcony_runtime.sensors.rapl import Rapl
+from balcony_runtime.sensors.sysfs import number_or_none
 from balcony_runtime.sensors.thermal import Thermal
 
 Tree = Callable[[str], Path]
@@ -260,3 +261,11 @@ def test_two_batteries_that_drain_add_up_and_one_taken_out_is_named(tmp_path: Pa
     shutil.rmtree(tmp_path / "class/power_supply/BAT1")
     sample = source.read(1.0)
     assert values(sample)["battery:BAT0"] == ("battery", 3.0, 0.25, False) and "BAT1" in "".join(missing(sample))
+
+
+def test_a_number_that_no_driver_prints_is_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "temp"
+    path.write_text("9" * 400 + "\n")
+    assert number_or_none(path) is None
+    path.write_text("51000\n")
+    assert number_or_none(path) == 51000
