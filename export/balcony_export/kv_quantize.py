@@ -35,7 +35,7 @@ def cache_scales(bundle: Bundle, rows: Sequence[Sequence[int]]) -> Scales:
     largest: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
     backend = OnnxRuntimeBackend(bundle)
     with Engine(backend) as engine:
-        for row in rows:
+        for row in (whole[: bundle.manifest.model.context_length] for whole in rows):
             state = backend.new_state(1, len(row))
             layers = engine.exit_layers
             state.embed(np.array([row], np.int64), 0)

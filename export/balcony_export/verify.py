@@ -36,9 +36,9 @@ from balcony_runtime.token_table import TokenTable
 #: the very weights that they hold, products of float activations (accuracy level 1).
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-4, "int4": 1e-4}
 #: At accuracy level 4 products round their inputs to 8 bits, and rounding amplifies whatever comes before it (DESIGN 3):
-#: there logits are compared as distributions. Mean KL from level 1, nats a row: 0.01 on the demo model, and a graph that is
-#: wrong is off by nats.
-ROUNDED_KL = 0.2
+#: there logits are compared as distributions. Mean KL from the exact form, nats a row: 0.01 on the demo model, up to 0.3 on
+#: tiny random ones, and a graph that is wrong is off by nats.
+ROUNDED_KL = 0.5
 #: Phases in which something beside the weights is rounded: activations, or keys and values.
 ROUNDED = ("level 4", "int8 cache")
 #: Real text of several kinds: prose, numbers, code, another script.
@@ -257,10 +257,10 @@ def require(checks: Sequence[Check], directory: Path) -> None:
     failed = [check for check in checks if not check.passed]
     if failed:
         worst = failed[0]
+        what, unit = ("largest logit difference", " of the largest logit") if worst.exact else ("mean KL", " nats")
         raise VerificationError(
-            f"{directory}: exit {worst.exit_layer}, {worst.phase}: the largest logit difference is "
-            f"{worst.max_difference:.1e} of the largest logit, allowed are {worst.tolerance:.0e}: "
-            "do not use this bundle; report the model's architecture"
+            f"{directory}: exit {worst.exit_layer}, {worst.phase}: the {what} is {worst.max_difference:.1e}{unit}, "
+            f"allowed are {worst.tolerance:.0e}: do not use this bundle; report the model's architecture"
         )
 
 
