@@ -157,7 +157,8 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     table = TokenTable(Bundle.open(path))
     wanted = source.model.get_input_embeddings().weight.detach().numpy() * manifest.embedding.scale
     found = table[np.arange(len(wanted))]
-    assert np.abs(found - wanted).max() <= np.abs(wanted).max() / (6 if scheme.head_bits == 4 else 100)
+    steps = 1 if manifest.quantization.method == "nearest" else 3  # GPTQ moves a value to make good the errors of others
+    assert np.abs(found - wanted).max() <= steps * np.abs(wanted).max() / (6 if scheme.head_bits == 4 else 100)
 
 
 def test_every_quantized_weight_has_moments_of_its_inputs(tiny: Any) -> None:
