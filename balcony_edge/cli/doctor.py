@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Seconds before the look: watts by an energy counter and CPU shares need two samples, which come every 0.2 s.
 LOOK_S = 0.6
+#: Seconds more that sources get for a second look.
+PATIENCE_S = 5.0
 
 
 def doctor(
@@ -34,6 +36,9 @@ def doctor(
         raise InputError(f"--sysfs {sysfs}: is no directory: give the root of a sysfs tree, such as /sys")
     with Sensors(device_sources(sysfs)) as sensors:
         time.sleep(LOOK_S)
+        late_s = time.monotonic() + PATIENCE_S  # shares need a second look, which a busy machine may take a while for
+        while time.monotonic() < late_s and any(h.state == "present" and h.samples < 2 for h in sensors.health()):
+            time.sleep(0.05)
         readings, health = sensors.latest(), sensors.health()
     device = {
         **this_device().model_dump(mode="json"),

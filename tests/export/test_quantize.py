@@ -157,7 +157,9 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     table = TokenTable(Bundle.open(path))
     wanted = source.model.get_input_embeddings().weight.detach().numpy() * manifest.embedding.scale
     found = table[np.arange(len(wanted))]
-    steps = 1 if manifest.quantization.method == "nearest" else 3  # GPTQ moves a value to make good the errors of others
+    steps = (
+        1 if manifest.quantization.method == "nearest" else 3
+    )  # GPTQ moves a value to make good the errors of others
     assert np.abs(found - wanted).max() <= steps * np.abs(wanted).max() / (6 if scheme.head_bits == 4 else 100)
 
 
