@@ -79,13 +79,13 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
         "".join(json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 4}) + "\n" for _ in range(200))
     )
     common = ["export", tiny_checkpoint, "--exits", "2,3", "-o", bundle]
-    done = invoke(*common, "--precision", "int8,kv=8", "--calibration", text, "--evaluate", text)
+    done = invoke(*common, "--precision", "int8", "--calibration", text, "--evaluate", text)
     assert done.returncode == 0, done.stderr
     assert "exit 2 on text.jsonl: KL" in done.stdout and "verified on 4 prompts" in " ".join(done.stdout.split())
     document = json.loads(invoke("inspect", bundle, "--json").stdout)
     assert document["exits"][-1]["exit_layer"] == 5
     manifest = json.loads((bundle / "bundle.json").read_text())
-    assert manifest["quantization"]["kv_bits"] == 8 and manifest["quantization"]["method"] == "gptq"
+    assert manifest["quantization"]["kv_bits"] == 32 and manifest["quantization"]["method"] == "gptq"
     assert manifest["exits"][0]["quality"]["text"]["text.jsonl"]["kl"]["value"] > 0.01
     assert manifest["exits"][2]["quality"]["text"]["text.jsonl"]["kl"]["value"] < 0.05
     assert invoke("run", bundle, "the fox", "-n", "5", "--json").returncode == 0
