@@ -162,7 +162,8 @@ def verify(
     if manifest.quantization is not None:
         model, balconies = _with_stored_weights(bundle, model, balconies)
     limit = min(manifest.model.context_length, 256)
-    samples = [ids[:limit] for text in prompts if len(ids := _same_ids(bundle, tokenizer, text)) > 1]
+    codec = TextCodec(bundle)
+    samples = [ids[:limit] for text in prompts if len(ids := _same_ids(bundle, codec, tokenizer, text)) > 1]
     reference = Reference(model, balconies)
     expected = [reference.logits(ids) for ids in samples]
     with tempfile.TemporaryDirectory() as scratch:
@@ -194,11 +195,10 @@ def verify(
     return checks
 
 
-def _same_ids(bundle: Bundle, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _same_ids(bundle: Bundle, codec: TextCodec, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text, which the bundle's tokenizer must give, too."""
     ids: list[int] = list(tokenizer(text).input_ids)
-    theirs = TextCodec(bundle).encode(text, chat=False)
-    if theirs != ids:
+    if codec.encode(text, chat=False) != ids:
         raise VerificationError(
             f"{bundle.path}: its tokenizer gives other tokens than the model's for {text[:30]!r}: export it again"
         )
