@@ -1,5 +1,6 @@
 # make demo   set up, export the demo model with its balconies, verify, generate while the budget changes; writes a PNG
 # make test   set up and run every check and test: what CI runs
+# make test-gpu  on a machine with an NVIDIA GPU: the tests that need one, and a report with the card's name
 # make check  the checks without the tests: lint, format, types, import contracts
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ READY := .venv/.ready
 DEMO := .cache/demo
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-gpu check format clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -34,6 +35,12 @@ check: $(READY)
 
 test: check
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+test-gpu: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[tensorrt]'
+	mkdir -p .cache
+	nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv | tee .cache/test-gpu.txt
+	$(BIN)/python -m pytest -m gpu -rA 2>&1 | tee -a .cache/test-gpu.txt
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

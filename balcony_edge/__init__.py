@@ -19,6 +19,7 @@ from balcony_edge.budget import Budget, load_budget
 from balcony_edge.errors import BalconyError
 
 if TYPE_CHECKING:
+    from balcony_runtime.backends.choose import DeviceName
     from balcony_runtime.generate import LLM
 
 __all__ = ["BalconyError", "Budget", "load", "load_budget"]
@@ -32,6 +33,8 @@ def load(
     threads: int | None = None,
     verify_hashes: bool = True,
     packed: str | os.PathLike[str] | None = None,
+    device: DeviceName = "auto",
+    engines: str | None = None,
 ) -> LLM:
     """Load a bundle for generation.
 
@@ -44,14 +47,27 @@ def load(
         verify_hashes: check every file against the manifest; without it only presence and size.
         packed: a directory in which weights are kept in the form that the engine's kernels read, made at the first load;
             processes that load the same bundle with it share them in memory.
+        device: ``cpu``; ``cuda`` or ``nv`` (ONNX Runtime on an NVIDIA GPU); ``tensorrt`` (engines that `balcony-edge build`
+            made); ``auto`` takes engines that fit the GPU, then the GPU through ONNX Runtime, then the CPU.
+        engines: which of the bundle's engine sets, where it has several.
 
     Raises:
         BundleError: the bundle is missing, damaged or not what its manifest says.
         BudgetError: the budget is refused, or leaves none of the bundle's exits.
         ProfileError: the profile cannot be read, or is for other exits.
         InputError: the directory for packed weights cannot be written.
-        MissingDependencyError: ONNX Runtime is not installed.
+        DeviceError: the device is not there, or has not enough memory.
+        MissingDependencyError: the engine is not installed.
     """
     from balcony_runtime.generate import LLM  # noqa: PLC0415 - keeps `import balcony_edge` free of engines
 
-    return LLM.open(path, budget=budget, profile=profile, threads=threads, verify_hashes=verify_hashes, packed=packed)
+    return LLM.open(
+        path,
+        budget=budget,
+        profile=profile,
+        verify_hashes=verify_hashes,
+        threads=threads,
+        packed=packed,
+        device=device,
+        engines=engines,
+    )

@@ -22,6 +22,7 @@ from balcony_edge.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     WEIGHTS,
+    EngineSet,
     FileSpec,
     GraphSpec,
     Manifest,
@@ -99,6 +100,20 @@ class Bundle:
                 "export with fp32 or fp16 for other engines"
             )
         return Bundle(self.path, self.manifest.model_copy(update={"cpu": {}}))
+
+    def engine_directory(self, name: str, *, verify_hashes: bool = True) -> Path:
+        """Directory of an entry of ``manifest.engines`` whose files were checked as those of the bundle are.
+
+        Raises:
+            BundleError: there is no such entry, or a file is missing or damaged.
+        """
+        if name not in self.manifest.engines:
+            known = _names(self.manifest.engines) or "none yet"
+            raise BundleError(f"{self.path}: has no engines {name}, but {known}: make them with `balcony-edge build`")
+        directory = engine_directory(self.path, name)
+        for file, spec in self.manifest.engines[name].files.items():
+            _check_file(directory / file, spec, verify_hashes)
+        return directory
 
     def has_file(self, name: str) -> bool:
         """Whether the manifest lists this file."""
@@ -270,13 +285,35 @@ def write_manifest(
         if path.name != MANIFEST:
             if progress is not None:
                 progress(path.name)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            files[path.name] = file_spec(path).model_dump()
     draft = {"schema_version": SCHEMA_VERSION, **document, "files": files, "fingerprint": ""}
     dumped = Manifest.model_validate(draft).model_dump(mode="json")
     dumped["fingerprint"] = fingerprint(dumped)
     manifest = Manifest.model_validate(dumped)
     _write(directory, dumped)
     return manifest
+
+
+def engine_directory(bundle: Path, name: str) -> Path:
+    """Where graphs and engines for TensorRT lie."""
+    return bundle / "tensorrt" / name
+
+
+def record_engines(directory: Path, name: str, engines: EngineSet) -> Manifest:
+    """Add graphs and engines for TensorRT to ``bundle.json``; the fingerprint stays as it is.
+
+    Raises:
+        BundleError: no bundle, or a directory that cannot be written.
+    """
+    manifest = _read_manifest(directory)
+    updated = manifest.model_copy(update={"engines": {**manifest.engines, name: engines}})
+    _write(directory, updated.model_dump(mode="json"))
+    return updated
+
+
+def file_spec(path: Path) -> FileSpec:
+    """Size and hash of a file."""
+    return FileSpec(bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest:

@@ -7,6 +7,7 @@ that is not a ``BalconyError`` is a bug and keeps its traceback.
     ├── BundleError           a bundle that is missing, damaged, of another version, or not what its manifest says
     ├── CheckpointError       a model or a set of balconies that cannot be read or does not fit
     │   └── UnsupportedModelError   a model whose architecture the exporter refuses, by name
+    ├── EngineBuildError      a graph that TensorRT cannot read or build
     ├── BudgetError           a target or a target file that makes no sense
     │   └── InfeasibleError   a target that nothing can meet, where the budget asks for an error
     ├── ProfileError          a device profile that cannot be measured, read or written
@@ -14,6 +15,7 @@ that is not a ``BalconyError`` is a bug and keeps its traceback.
     ├── InputError            a prompt, a sampling parameter, an exit or a path that cannot be used
     ├── TrainingError         a training run that cannot start or must stop
     ├── VerificationError     outputs that differ from the reference
+    ├── DeviceError           an accelerator that is missing, refuses work or has no memory left
     └── MissingDependencyError a package or a device that this action needs is not there
 """
 
@@ -32,6 +34,10 @@ class CheckpointError(BalconyError):
 
 class UnsupportedModelError(CheckpointError):
     """The exporter refuses this architecture; the message names what it cannot represent."""
+
+
+class EngineBuildError(BalconyError):
+    """TensorRT cannot read a graph or build an engine from it."""
 
 
 class BudgetError(BalconyError):
@@ -60,6 +66,10 @@ class TrainingError(BalconyError):
 
 class VerificationError(BalconyError):
     """Outputs differ from the reference by more than the stated bound."""
+
+
+class DeviceError(BalconyError):
+    """An accelerator is not there, refuses what it is given, or has not enough memory."""
 
 
 class MissingDependencyError(BalconyError):

@@ -12,6 +12,7 @@ that the graphs' real inputs equal the tables below is checked by the backend th
       norm.onnx  lm_head.onnx   the full depth's final norm; the head that all exits share
       cpu_*.onnx                the same stages, balconies and head, lowered for ONNX Runtime on CPUs
       weights.bin               external data: every tensor stored once; the token table is read from here, too
+      tensorrt/<name>/          graphs for TensorRT and engines, where `balcony-edge build` made them
 
 Up to two sets of graphs describe the same arithmetic: ``graphs`` in standard ONNX, which every engine can read, and ``cpu``
 in ONNX Runtime's own operators, which it runs faster. A float32 bundle has both, over the same weights; float16 has the
@@ -49,8 +50,10 @@ SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.bin"
 
-DType = Literal["float32", "float16", "int64", "int32", "int8"]
+DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
 Precision = Literal["float32", "float16", "int8", "int4"]
+#: Of TensorRT engines: of weights; activations are float16, bfloat16 for ``bf16`` and float32 for ``fp32``.
+EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
 #: A plain file name: nothing that leaves the bundle's directory and no hidden file.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=120)]
 
@@ -232,6 +235,40 @@ class Quantization(_Frozen):
     calibration_tokens: int = Field(ge=0)
 
 
+class EngineSpec(_Frozen):
+    """One TensorRT engine.
+
+    ``layers`` counts those of the parsed network. ``attention`` is how its attention runs, None where it has none of its own:
+    ``fused`` in one kernel, or ``decomposed`` into products and a softmax, where TensorRT has no such kernel for this type and
+    head size.
+    """
+
+    file: FileName
+    layers: Count
+    attention: Literal["fused", "decomposed"] | None = None
+
+
+class EngineSet(_Frozen):
+    """Graphs for TensorRT and the engines that were built from them, in ``tensorrt/<name>/``.
+
+    ``target`` is which TensorRT: ``rtx`` (``tensorrt_rtx``) or ``tensorrt`` (the enterprise one, JetPack's). Caches have
+    ``context_length`` rows whatever is live; passes have ``batch_size`` members. ``builder`` and ``compute_capabilities`` say
+    what the engines run on; both are empty while there are graphs alone.
+    """
+
+    target: Literal["rtx", "tensorrt"]
+    precision: EnginePrecision
+    operators: Literal["fused", "plain"]
+    context_length: Size
+    batch_size: Size
+    block_size: Literal[32, 64, 128] | None = None
+    graphs: dict[FileName, GraphSpec]
+    engines: dict[FileName, EngineSpec] = {}
+    builder: Line = ""
+    compute_capabilities: tuple[Line, ...] = ()
+    files: dict[FileName, FileSpec]
+
+
 class Manifest(_Frozen):
     """``bundle.json``. ``fingerprint`` covers graphs and weights only: what is added later makes no profile stale."""
 
@@ -246,6 +283,7 @@ class Manifest(_Frozen):
     files: dict[FileName, FileSpec]
     fingerprint: str
     tools: dict[Line, Line]
+    engines: dict[FileName, EngineSet] = {}
 
     @property
     def agreement(self) -> dict[int, float | None]:

@@ -48,7 +48,8 @@ class RecordingBackend:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.manifest: Manifest = backend.manifest
-        self.threads = backend.threads
+        self.threads, self.max_length = backend.threads, backend.max_length
+        self.picks_inside = backend.picks_inside
         self.state: State | None = None
 
     def new_state(self, batch_size: int, max_length: int) -> State:

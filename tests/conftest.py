@@ -21,8 +21,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from balcony_edge.errors import BalconyError
 from balcony_export.balcony import Balcony, init_balconies
-from balcony_export.export import export_bundle
+from balcony_export.export import Traced, export_bundle, trace
+from balcony_runtime.backends.cuda import compute_capability
 from balcony_runtime.engine import Engine
 
 transformers.logging.set_verbosity_error()
@@ -108,6 +110,15 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``gpu`` run where there is one."""
+    if item.get_closest_marker("gpu") is not None:
+        try:
+            compute_capability()
+        except BalconyError as error:
+            pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session")
 def make_tiny() -> Callable[..., transformers.PreTrainedModel]:
     """Makes a fresh tiny model: ``make_tiny("qwen3", num_hidden_layers=3)``."""
@@ -128,6 +139,7 @@ class Exported:
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     balconies: dict[int, Balcony]
+    traced: Traced
 
 
 @pytest.fixture(scope="session")
@@ -144,8 +156,10 @@ def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exp
                 for parameter in balcony.parameters():
                     parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
             path = tmp_path_factory.mktemp("bundles") / architecture
-            export_bundle(model, tokenizer, balconies, path, name=f"tiny-{architecture}", trained=True)
-            made[architecture] = Exported(path, model, tokenizer, balconies)
+            name = f"tiny-{architecture}"
+            traced = trace(model, balconies, name=name)
+            export_bundle(model, tokenizer, balconies, path, name=name, trained=True, traced=traced)
+            made[architecture] = Exported(path, model, tokenizer, balconies, traced)
         return made[architecture]
 
     return export

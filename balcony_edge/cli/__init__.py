@@ -7,10 +7,12 @@ bug keeps its traceback. People get tables and progress bars, programs get ``--j
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
 from balcony_edge.cli import budget
+from balcony_edge.cli.build import build
 from balcony_edge.cli.compare import compare
 from balcony_edge.cli.doctor import doctor
 from balcony_edge.cli.eval import evaluate
@@ -31,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (export, verify, inspect, run, train, doctor, profile, plan, compare, simulate):
+for verb in (export, build, verify, inspect, run, train, doctor, profile, plan, compare, simulate):
     app.command()(verb)
 app.add_typer(budget.app, name="budget")
 app.command("eval")(evaluate)  # its name is a builtin of Python
@@ -42,8 +44,13 @@ WORKSTATION = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safete
 
 def main() -> None:
     """Entry point of the ``balcony-edge`` command."""
+    reported(app)
+
+
+def reported(action: Callable[[], object]) -> None:
+    """Run a verb: a problem that it explains is one line on stderr and exit code 1."""
     try:
-        app()
+        action()
     except BalconyError as error:
         print(f"balcony-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line that a user sees
         sys.exit(1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -31,3 +34,20 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
             progress.update(task, description=step, completed=done)
 
         yield report
+
+
+@contextmanager
+def native_stderr_dropped() -> Iterator[None]:
+    """What native libraries write to stderr is dropped; Python's own messages still reach it.
+
+    TensorRT prints "Internal Error" for each question that no GPU driver answers, and builds without one all the same; what
+    matters comes through its logger.
+    """
+    with Path(os.devnull).open("wb") as nowhere, os.fdopen(os.dup(2), "w", encoding="utf-8") as kept:
+        before, sys.stderr = sys.stderr, kept
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)
+            sys.stderr = before

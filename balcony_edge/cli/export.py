@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from balcony_edge.manifest import Manifest
+    from balcony_edge.manifest import EnginePrecision, Manifest
 
 
 def export(
@@ -43,6 +43,12 @@ def export(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What to call the model (default: from MODEL).")] = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the bundle with the model.")] = True,
+    tensorrt: Annotated[
+        Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"] | None,
+        typer.Option(
+            help="Also build TensorRT-RTX engines of this precision, as `balcony-edge build` does by default."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Export a model as a bundle: one shared backbone, one exit per balcony and the full depth."""
@@ -60,6 +66,8 @@ def export(
 
     refuse_existing(output)
     scheme = parse_precision(precision)
+    if tensorrt is not None and isinstance(scheme, Scheme):
+        raise InputError(f"--tensorrt with --precision {precision}: engines come from fp32 or fp16: give one of those")
     budget = None if quality_budget is None else parse_budget(quality_budget)
     if budget is not None and (precision != "fp32" or not evaluate):
         raise InputError("--quality-budget: takes the place of --precision and needs --evaluate TEXT: give it so")
@@ -101,7 +109,18 @@ def export(
             "[yellow]The balconies are untrained copies of the last layer: the exits below the full depth babble. "
             "Train them with `balcony-edge train` and export with --balconies.[/]"
         )
+    if tensorrt is not None:
+        _build_engines(output, tensorrt)
     _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
+
+
+def _build_engines(output: Path, precision: EnginePrecision) -> None:
+    from balcony_edge.bundle import Bundle
+    from balcony_edge.cli.build import CONTEXT_LENGTH, build_into
+
+    context = Bundle.open(output, verify_hashes=False).manifest.model.context_length
+    wanted = {"context_length": min(CONTEXT_LENGTH, context), "batch_size": 1, "block_size": 64}
+    build_into(output, "rtx", precision, "fused", wanted, None, False, {})
 
 
 def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> None:  # type: ignore[type-arg]

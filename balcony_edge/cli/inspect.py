@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from balcony_edge.bundle import Bundle
+from balcony_edge.cli.build import show_engines
 from balcony_edge.manifest import Manifest
 
 
@@ -72,6 +73,8 @@ def _show(path: Path, manifest: Manifest, rows: list[dict[str, Any]], tables: bo
             f"{row['ideal_speedup']:.2f}×",
         )
     stdout.print(table)
+    for name, engines in manifest.engines.items():
+        show_engines(name, engines)
     for name, graph in (
         (*manifest.graphs.items(), *((f"cpu {n}", g) for n, g in manifest.cpu.items())) if tables else ()
     ):

@@ -53,6 +53,11 @@ def run(
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "nv", "tensorrt"],
+        typer.Option(help="auto: engines that fit the GPU, then ONNX Runtime on the GPU, then the CPU."),
+    ] = "auto",
+    engines: Annotated[str | None, typer.Option(help="Engine set, where the bundle has several.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Generate one reply, or chat; every token is coloured by the exit that it took."""
@@ -74,7 +79,8 @@ def run(
     )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
     asked = _budget(tpot_ms, exit_layer, budget, policy)
-    with balcony_edge.load(bundle, budget=asked, profile=profile, threads=threads, packed=packed) as llm:
+    where: dict[str, Any] = {"threads": threads, "packed": packed, "device": device, "engines": engines}
+    with balcony_edge.load(bundle, budget=asked, profile=profile, **where) as llm:
         styles = depth_styles(llm.exit_layers)
         if prompt is None:
             if as_json or raw or live or trace is not None:

@@ -121,7 +121,7 @@ def export_within(
         progress: as there.
     """
     check = options.pop("check", None)
-    traced = trace(
+    traced = options.pop("traced", None) or trace(
         model.to(torch.float32),  # type: ignore[arg-type]
         balconies,
         name=options["name"],

@@ -11,10 +11,13 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -28,6 +31,7 @@ from balcony_export import graph, head, lower, passes
 from balcony_export.architecture import Parts, describe, embedding_scale, parts_of
 from balcony_export.balcony import Balcony
 from balcony_export.gptq import second_moments
+from balcony_export.ir_tools import graph_spec
 from balcony_export.kv_quantize import cache_scales, quantize_caches
 from balcony_export.quantize import Blocks, Quantizer, Scheme, quantize_graph
 from balcony_export.weights import WeightFile
@@ -166,8 +170,8 @@ def export_bundle(
                 "scale": embedding_scale(parts, dtype),
                 "tied": parts.head.weight is parts.embed.weight,
             },
-            "graphs": {key: _graph_spec(key, one) for key, one in graphs.items()},
-            "cpu": {key: _graph_spec(f"cpu_{key}", one) for key, one in lowered.items()},
+            "graphs": {key: graph_spec(key, one) for key, one in graphs.items()},
+            "cpu": {key: graph_spec(f"cpu_{key}", one) for key, one in lowered.items()},
             "quantization": None if scheme is None else _quantization(scheme, calibration),
             "tools": _tool_versions(),
         }
@@ -218,7 +222,7 @@ def _quantize_caches(
     for key, found in scales.items():
         quantize_caches(lowered[key], found)
         ir.save(lowered[key], directory / f"cpu_{key}.onnx")
-        document["cpu"][key] = _graph_spec(f"cpu_{key}", lowered[key])
+        document["cpu"][key] = graph_spec(f"cpu_{key}", lowered[key])
 
 
 def _write_table(weights: WeightFile, parts: Parts, blocks: Blocks | None) -> dict[str, Any]:
@@ -256,43 +260,6 @@ def _tidy(traced: ir.Model, prefix: str = "") -> None:
     passes.note_windows(traced)
     passes.name_weights(traced, prefix)
     passes.collapse_reshapes(traced)
-
-
-_ONNX_TO_DTYPE = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.INT32: "int32",
-    ir.DataType.INT8: "int8",
-}
-
-
-def _graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
-    def table(values: Sequence[ir.Value]) -> list[dict[str, Any]]:
-        specs = []
-        for value in values:
-            assert value.dtype is not None and value.shape is not None
-            shape = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
-            specs.append({"name": value.name, "dtype": _ONNX_TO_DTYPE[value.dtype], "shape": shape})
-        return specs
-
-    # rope tables are gathered by row, not read whole; shapes are no weights
-    tensors = {
-        name: value.const_value
-        for name, value in traced.graph.initializers.items()
-        if value.const_value is not None
-        and value.const_value.dtype != ir.DataType.INT64
-        and not name.startswith("rope_")
-    }
-    products = [node.attributes for node in traced.graph if node.op_type == "MatMulNBits"]
-    floats = [tensor.size for name, tensor in tensors.items() if not name.endswith((".blocks", ".scales", ".zeros"))]
-    return {
-        "file": f"{stem}.onnx",
-        "inputs": table(traced.graph.inputs),
-        "outputs": table(traced.graph.outputs),
-        "parameters": sum(floats) + sum(node["K"].as_int() * node["N"].as_int() for node in products),
-        "weight_bytes": sum(tensor.nbytes for tensor in tensors.values()),
-    }
 
 
 def _write_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -344,7 +311,8 @@ def fresh_directory(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror}): name another place") from error
     try:
-        yield directory
+        with _heeding_interrupts():
+            yield directory
         if not (directory / MANIFEST).is_file():
             raise AssertionError("an export without a manifest must not take its final name")
         directory.rename(output)
@@ -352,6 +320,31 @@ def fresh_directory(output: Path) -> Iterator[Path]:
         raise InputError(f"{output}: writing failed ({error.strerror}): free space or name another place") from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _heeding_interrupts() -> Iterator[None]:
+    """Ctrl-C as ever, and once more at the end: an exception that a finalizer raises is dropped, and tracing runs many."""
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.default_int_handler(number, frame)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _alive(pid: str) -> bool:

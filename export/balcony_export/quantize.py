@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_export.gptq import compensated
+from balcony_export.ir_tools import constant
 from balcony_export.lower import MICROSOFT
 from balcony_runtime.token_table import unpacked
 
@@ -240,7 +241,7 @@ def _product(
     if any(biases):
         assert all(biases), "q, k and v have biases together or not at all"
         found = [_constant_input(add) for add in biases if add is not None]
-        bias = _initializer(model, f"{name}.bias", np.concatenate([value.const_value.numpy() for value in found]))  # type: ignore[union-attr]
+        bias = constant(model, f"{name}.bias", np.concatenate([value.const_value.numpy() for value in found]))  # type: ignore[union-attr]
     source = nodes[0].inputs[0]
     assert source is not None and source.shape is not None
     node = _matmul_nbits(model, source, name, blocks, arrays[0].shape[0], quantizer.scheme.accuracy_level, bias)
@@ -255,9 +256,9 @@ def _matmul_nbits(
 ) -> ir.Node:
     operands: list[ir.Value | None] = [
         source,
-        _initializer(model, f"{name}.blocks", blocks.packed),
-        _initializer(model, f"{name}.scales", blocks.scales),
-        None if blocks.zeros is None else _initializer(model, f"{name}.zeros", blocks.zeros),
+        constant(model, f"{name}.blocks", blocks.packed),
+        constant(model, f"{name}.scales", blocks.scales),
+        None if blocks.zeros is None else constant(model, f"{name}.zeros", blocks.zeros),
     ]
     operands += [None, bias] if bias is not None else []
     attributes = {
@@ -314,7 +315,7 @@ def _width(node: ir.Node) -> int:
 def _split(model: ir.Model, merged: ir.Value, outputs: Sequence[ir.Value], widths: Sequence[int]) -> None:
     producer = merged.producer()
     assert producer is not None
-    sizes = _initializer(model, f"{merged.name}_widths", np.array(widths, np.int64))
+    sizes = constant(model, f"{merged.name}_widths", np.array(widths, np.int64))
     parts = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in outputs]
     model.graph.insert_after(producer, ir.Node("", "Split", [merged, sizes], [ir.AttrInt64("axis", -1)], outputs=parts))
     for old, new in zip(outputs, parts, strict=True):
@@ -337,14 +338,6 @@ def _silu(model: ir.Model) -> None:
         model.graph.insert_before(product, fused)
         ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
         model.graph.remove([product, node], safe=True)
-
-
-def _initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-    if name not in model.graph.initializers:
-        model.graph.register_initializer(value)
-    return model.graph.initializers[name]
 
 
 def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:

@@ -35,7 +35,8 @@ class Step(NamedTuple):
 
     Attributes:
         ids: tokens, (B,).
-        logits: that they were picked from, (B, V); the next step writes over them.
+        logits: that they were picked from, (B, V); the next step writes over them. None where nobody wants them and the engine
+            picks tokens itself.
         decision: the controller's.
         target_ms: the budget's ``tpot_ms`` when it decided.
         latency_ms: from the request for the token to the token, waiting for its pace included.
@@ -43,7 +44,7 @@ class Step(NamedTuple):
     """
 
     ids: IntArray
-    logits: FloatArray
+    logits: FloatArray | None
     decision: Decision
     target_ms: float | None
     latency_ms: float
@@ -72,6 +73,7 @@ class Surroundings(NamedTuple):
         sleep: waits so many seconds, or less when the stream is cancelled.
         trace: where the run is recorded.
         learned: what is known of the device from replies before.
+        keep_logits: whether steps carry the logits.
     """
 
     budget_and_costs: Callable[[], tuple[Budget, CostModel | None]]
@@ -79,6 +81,7 @@ class Surroundings(NamedTuple):
     sleep: Callable[[float], object] = time.sleep
     trace: TraceWriter | None = None
     learned: Learned | None = None
+    keep_logits: bool = True
 
 
 def steps(
@@ -111,6 +114,7 @@ def steps(
 
     seen: Observation | None = None
     ids, made, started_s, emitted_ns = prompt[:, -1], 0, time.monotonic(), 0
+    picks_inside = sequence.picks_inside and sampler.greedy and not around.keep_logits
     while True:
         begin = time.perf_counter_ns()
         budget, costs = ask()
@@ -145,13 +149,11 @@ def steps(
         if decision.catch_up is not None:
             _catch_up(sequence, decision.catch_up, exits)
         exit_layer = decision.exit_layer
-        logits = sequence.step(exit_layer, ids) if made else sequence.advance(exit_layer, prompt)[:, -1]
-        ids = sampler.pick(logits)
+        ids, logits = _advanced(sequence, exit_layer, ids if made else prompt, sampler, bool(made) and picks_inside)
         done_ns = time.perf_counter_ns()
         # prefill is priced by other numbers than decoding: it says nothing about the slowdown of the next step
-        last = None
-        if made and decision.price_ms:
-            last = Measurement(exit_layer, decision.price_ms, (done_ns - begin) / 1e6)
+        priced_step = made and decision.price_ms
+        last = Measurement(exit_layer, decision.price_ms, (done_ns - begin) / 1e6) if priced_step else None
         if made and priced is not None and budget.speculates and exit_layer == exits[-1]:
             expected_ms = decision.price_ms or priced.steady_ms(exit_layer, sequence.length - 1)
             learned.speculator.learn_plain(expected_ms, (done_ns - begin) / 1e6)
@@ -163,6 +165,16 @@ def steps(
         made += 1
         record(decision, latency_ns / 1e6)
         yield Step(ids, logits, decision, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due)
+
+
+def _advanced(
+    sequence: Sequence, exit_layer: int, new: IntArray, sampler: Sampler, picks_inside: bool
+) -> tuple[IntArray, FloatArray | None]:
+    """The next tokens (B,) behind a prompt (B, n) or behind one token of each member (B,), and their logits."""
+    if picks_inside:
+        return sequence.step_best(exit_layer, new), None
+    logits = sequence.step(exit_layer, new) if new.ndim == 1 else sequence.advance(exit_layer, new)[:, -1]
+    return sampler.pick(logits), logits
 
 
 def _speculated(

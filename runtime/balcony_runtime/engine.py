@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -21,9 +21,19 @@ from balcony_edge.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, InputError
 from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.base import Backend, FloatArray, IntArray
+from balcony_runtime.backends.choose import DeviceName, open_backend
 
 #: Most rows that one pass takes. It bounds the attention scores of a prefill (rows × keys × heads) to some 10 MB.
 MAX_PASS_ROWS = 512
+
+
+class EngineOptions(TypedDict, total=False):
+    """How a bundle is run; all as for :func:`balcony_edge.load`."""
+
+    threads: int | None
+    packed: str | os.PathLike[str] | None
+    device: DeviceName
+    engines: str | None
 
 
 class Engine:
@@ -35,27 +45,30 @@ class Engine:
 
     @classmethod
     def open(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        threads: int | None = None,
-        verify_hashes: bool = True,
-        packed: str | os.PathLike[str] | None = None,
+        cls, path: str | os.PathLike[str], *, verify_hashes: bool = True, **options: Unpack[EngineOptions]
     ) -> Engine:
-        """Load a bundle with ONNX Runtime on the CPU; arguments as for :func:`balcony_edge.load`.
+        """Load a bundle; arguments as for :func:`balcony_edge.load`.
 
         Raises:
             BundleError: the bundle is missing, damaged or not what its manifest says.
-            MissingDependencyError: ONNX Runtime is not installed.
+            DeviceError: the device is not there.
+            MissingDependencyError: the engine is not installed.
         """
-        return cls.of(Bundle.open(path, verify_hashes=verify_hashes), threads=threads, packed=packed)
+        return cls.of(Bundle.open(path, verify_hashes=verify_hashes), **options)
 
     @classmethod
-    def of(cls, bundle: Bundle, *, threads: int | None = None, packed: str | os.PathLike[str] | None = None) -> Engine:
+    def of(cls, bundle: Bundle, **options: Unpack[EngineOptions]) -> Engine:
         """The same for a bundle that is open already."""
-        from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
-
-        return cls(OnnxRuntimeBackend(bundle, threads=threads, packed=None if packed is None else Path(packed)))
+        packed = options.get("packed")
+        return cls(
+            open_backend(
+                bundle,
+                options.get("device", "cpu"),
+                options.get("engines"),
+                threads=options.get("threads"),
+                packed=None if packed is None else Path(packed),
+            )
+        )
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -70,6 +83,7 @@ class Engine:
             max_length: most tokens it may hold; by default the bundle's context length.
         """
         context = self.manifest.model.context_length
+        context = min(context, self.backend.max_length)
         length = context if max_length is None else max_length
         if not 1 <= length <= context:
             raise ContextLengthError(f"max_length = {length}: this bundle takes 1 to {context}: give one of those")
@@ -175,18 +189,42 @@ class Sequence:
         Raises:
             ContextLengthError: the sequence is full.
         """
+        index = self._stepping(exit_layer)
+        if index is None:
+            return self.advance(exit_layer, ids[:, None])[:, 0]
+        logits = self.state.decode(index, ids, self.length)
+        self._stepped(index, ids)
+        return logits
+
+    def step_best(self, exit_layer: int, ids: IntArray) -> IntArray:
+        """:meth:`step`, of which only the most likely token of each member is wanted, (B,): a GPU then sends no logits."""
+        index = self._stepping(exit_layer)
+        if index is None:
+            best: IntArray = self.advance(exit_layer, ids[:, None])[:, 0].argmax(-1)
+            return best
+        found = self.state.decode_best(index, ids, self.length)
+        self._stepped(index, ids)
+        return found
+
+    @property
+    def picks_inside(self) -> bool:
+        """Whether :meth:`step_best` is cheaper than :meth:`step`."""
+        return self._engine.backend.picks_inside
+
+    def _stepping(self, exit_layer: int) -> int | None:
+        """Index of an exit whose graphs have taken all rows, so that one more can take the short way; else None."""
         index, row = self._index(exit_layer), self.length
         balcony = index < len(self._balcony_cursor)
         behind = self._stage_cursor[index] < row or (balcony and self._balcony_cursor[index] < row)
-        if behind or row >= self.max_length:
-            return self.advance(exit_layer, ids[:, None])[:, 0]
-        logits = self.state.decode(index, ids, row)
+        return None if behind or row >= self.max_length else index
+
+    def _stepped(self, index: int, ids: IntArray) -> None:
+        row = self.length
         self._tokens[:, row] = ids
         self._stage_cursor[: index + 1] = [row + 1] * (index + 1)
-        if balcony:
+        if index < len(self._balcony_cursor):
             self._balcony_cursor[index] = row + 1
         self.length = row + 1
-        return logits
 
     def rows_due(self, new: int) -> tuple[list[int], list[int]]:
         """Rows that each stage and each balcony would run if it were used with ``new`` more rows; the norm keeps none."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from balcony_runtime.backends.base import IntArray
 from balcony_runtime.calibrate import calibrate
 from balcony_runtime.chat import Chat
 from balcony_runtime.decode import Learned, Step, Surroundings, steps
-from balcony_runtime.engine import Engine
+from balcony_runtime.engine import Engine, EngineOptions
 from balcony_runtime.engine import Sequence as TokenSequence
 from balcony_runtime.reply import FinishReason, Reply, Token, TokenStream
 from balcony_runtime.sampling import Sampler, SamplingParams, log_probabilities
@@ -81,9 +81,8 @@ class LLM:
         *,
         budget: Budget | str | os.PathLike[str] | None = None,
         profile: str | os.PathLike[str] | None = None,
-        threads: int | None = None,
         verify_hashes: bool = True,
-        packed: str | os.PathLike[str] | None = None,
+        **options: Unpack[EngineOptions],
     ) -> LLM:
         """Load a bundle; see :func:`balcony_edge.load`."""
         begin = time.perf_counter()
@@ -97,7 +96,7 @@ class LLM:
                 raise BudgetError(f"{os.fspath(budget)}: {error}") from None
             raise
         codec = TextCodec(bundle)
-        engine = Engine.of(bundle, threads=threads, packed=packed)
+        engine = Engine.of(bundle, **options)
         costs = None if profile is None else _profiled(profile, engine)
         seconds = time.perf_counter() - begin
         _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
@@ -305,7 +304,7 @@ class LLM:
         text = self._codec.stream()
         sequence.rollback(_shared_prefix(sequence, ids))
         prompt = np.array([ids[sequence.length :]], np.int64)
-        loop = self._steps(sequence, prompt, sampler, cancelled, trace)
+        loop = self._steps(sequence, prompt, sampler, cancelled, trace, keep_logits=logprobs is not None)
         for count in range(1, limit + 1):
             if cancelled.is_set():
                 return
@@ -318,7 +317,9 @@ class LLM:
                 finish = "stop"
             elif finish is not None:
                 piece += stop.flush()
-            log_p, best = (None, ()) if logprobs is None else log_probabilities(step.logits[0], token, logprobs)
+            log_p, best = None, ()  # type: float | None, tuple[tuple[int, float], ...]
+            if logprobs is not None and step.logits is not None:
+                log_p, best = log_probabilities(step.logits[0], token, logprobs)
             decision = step.decision
             yield Token(
                 token,
@@ -344,10 +345,13 @@ class LLM:
         sampler: Sampler,
         cancelled: threading.Event,
         trace: TraceWriter | None = None,
+        *,
+        keep_logits: bool = False,
     ) -> Iterator[Step]:
-        around = Surroundings(
-            lambda: (self._resolved, self._costs), self.readings, cancelled.wait, trace, self._learned
-        )
+        def budget_and_costs() -> tuple[Budget, CostModel | None]:
+            return self._resolved, self._costs
+
+        around = Surroundings(budget_and_costs, self.readings, cancelled.wait, trace, self._learned, keep_logits)
         return steps(sequence, prompt, sampler, self.exit_layers, around)
 
 

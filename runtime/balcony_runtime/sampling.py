@@ -121,6 +121,13 @@ class Sampler:
             ids = np.array([self._draw(row) for row in adjusted], np.int64)
         return self._recorded(ids)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it takes the largest of the logits as they are."""
+        return (
+            self._params.temperature == 0 and self._seen is None and self._made is None and not self._params.logit_bias
+        )
+
     def fork(self) -> Sampler:
         """A sampler with the same memory of tokens, and from then on one of its own; random numbers come from one stream."""
         other = copy.copy(self)

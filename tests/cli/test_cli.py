@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -9,10 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from balcony_edge.cli import main
 
 #: A test run in the background ignores SIGINT, and its children would inherit that.
 LISTENS = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -25,9 +30,23 @@ def invoke(*arguments: str | Path, **options: Any) -> subprocess.CompletedProces
     )
 
 
+def invoke_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has torch already: a refusal need not wait for six seconds of imports."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(sys, "argv", ["balcony-edge", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+
+
 def refused(pattern: str, *arguments: str | Path, code: int = 1) -> None:
     """One line on stderr, nothing on stdout."""
-    done = invoke(*arguments)
+    done = invoke_here(*arguments)
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
     assert (done.returncode, done.stdout) == (code, ""), done
     if code == 1:
@@ -205,6 +224,33 @@ def test_models_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     refused("exists already", "export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "there")
     assert not output.exists() and not list(tmp_path.glob(".*partial*"))
+
+
+def test_build(exported: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(exported, tmp_path / "b"))
+    common = ("build", bundle, "--context-length", "64")
+    done = invoke(*common, "--sm", "86,89", "--json")
+    assert done.returncode == 0 and done.stderr.strip() == "", done
+    document = json.loads(done.stdout)
+    assert document["name"] == "rtx-fp16" and document["builder"].startswith("tensorrt_rtx ")
+    assert all(engine["bytes"] > 0 for engine in document["engines"] if engine["graph"] != "backbone")
+    done = invoke_here(*common, "--graphs-only", "--target", "tensorrt", "--operators", "plain")
+    assert done.returncode == 0 and "graphs alone: build on the device" in " ".join(done.stdout.split()), done
+    done = invoke_here("inspect", bundle)
+    assert done.returncode == 0 and "tensorrt/rtx-fp16" in done.stdout and "tensorrt/tensorrt-fp16-plain" in done.stdout
+    assert "compute capability 86, 89" in " ".join(done.stdout.split())
+    refused("no multiple of --block 64", *common, "--precision", "int4")
+    refused("--block 7: give 32, 64 or 128", *common, "--precision", "int4", "--block", "7")
+    refused("--block and --rounded-as are for int4", *common, "--block", "128")
+    refused("tensorrt is not installed", *common, "--target", "tensorrt")
+    refused("builds for 75, 80, 86, 89, 120, 121", *common, "--sm", "90")
+    refused("this bundle takes 1 to 256", "build", bundle, "--precision", "bf16")
+    refused("name one with --engines", "run", bundle, "the fox", "--device", "cuda")
+    refused("CUDA driver version is insufficient", "run", bundle, "hi", "--device", "tensorrt", "--engines", "rtx-fp16")
+    assert invoke_here("run", bundle, "the fox", "-n", "3", "--device", "cpu", "--engines", "rtx-fp16").returncode == 0
+    assert invoke_here("run", bundle, "the fox", "-n", "3").returncode == 0  # auto: no GPU, so the CPU
+    (bundle / "tensorrt" / "rtx-fp16" / "norm.engine").write_bytes(b"")
+    refused("norm.engine: 0 bytes", "run", bundle, "the fox", "--device", "cpu", "--engines", "rtx-fp16")
 
 
 def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:

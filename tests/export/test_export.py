@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import transformers
 
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BalconyError, CheckpointError, InputError, UnsupportedModelError, VerificationError
+from balcony_edge.manifest import MANIFEST
 from balcony_export.architecture import describe, parts_of
 from balcony_export.balcony import init_balconies
 from balcony_export.export import export_bundle, fresh_directory
@@ -123,6 +125,20 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
         (directory / "weights.bin").write_bytes(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_a_finalizer_swallowed_counts(tmp_path: Path) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), fresh_directory(tmp_path / "out") as directory:
+        (directory / MANIFEST).write_text("{}")
+        victim: object = Finalized()
+        del victim
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_leftovers_of_a_killed_export_go_and_a_running_one_stays(tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def test_gptq_changes_the_outputs_less(inputs: int) -> None:
 
 def exported(tiny: Any, path: Path, precision: Scheme, **options: Any) -> Path:
     model, balconies = copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies)
-    export_bundle(model, tiny.tokenizer, balconies, path, name="q", trained=True, precision=precision, **options)
+    options = {"name": "q", "trained": True, "traced": tiny.traced, **options}
+    export_bundle(model, tiny.tokenizer, balconies, path, precision=precision, **options)
     return path
 
 
@@ -301,7 +302,7 @@ def test_the_quality_budget_takes_the_fastest_that_is_good_enough(tiny: Any, tmp
         path = tmp_path / f"{precision}"
         export_bundle(
             copy.deepcopy(tiny.model), tiny.tokenizer, copy.deepcopy(tiny.balconies), path,
-            name="q", trained=True, precision=precision,
+            name="q", trained=True, precision=precision, traced=tiny.traced,
         )  # fmt: skip
         quality = judge.measure(path)["text.jsonl"]
         kls.append(quality[5].kl.value)
@@ -313,7 +314,7 @@ def test_the_quality_budget_takes_the_fastest_that_is_good_enough(tiny: Any, tmp
         out = tmp_path / f"chosen-{limit}"
         export_within(
             limit, judge, copy.deepcopy(tiny.model), tiny.tokenizer, copy.deepcopy(tiny.balconies), out,
-            name="q", trained=True, report=said.append, progress=lambda *_: None,
+            name="q", trained=True, report=said.append, progress=lambda *_: None, traced=tiny.traced,
         )  # fmt: skip
         first = next(index for index, kl in enumerate(kls) if kl <= limit)
         assert len(said) == first + 1 and said[-1].startswith(f"{CANDIDATES[first]}: KL")

@@ -39,6 +39,10 @@ class State(Protocol):
         """
         ...
 
+    def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
+        """The same step, of which only the most likely token of each member is wanted, (B,)."""
+        ...
+
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write the embeddings of ``tokens`` (B, n) to rows ``start : start + n`` of boundary 0."""
         ...
@@ -65,6 +69,10 @@ class Backend(Protocol):
 
     manifest: Manifest
     threads: int
+    #: Most rows of a sequence; at most the context length.
+    max_length: int
+    #: Whether it is cheaper to have the most likely token picked inside than to get all logits.
+    picks_inside: bool
 
     def new_state(self, batch_size: int, max_length: int) -> State:
         """Memory for one sequence of ``batch_size`` rows in parallel and at most ``max_length`` tokens."""

@@ -12,7 +12,7 @@ import ctypes
 import importlib.metadata
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,14 +51,21 @@ def default_threads() -> int:
 
 
 def open_session(
-    path: Path, *, threads: int | None = None, profile_prefix: Path | None = None, pack_to: Path | None = None
+    path: Path,
+    *,
+    threads: int | None = None,
+    profile_prefix: Path | None = None,
+    pack_to: Path | None = None,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    entries: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """A session on the process's shared thread pool, which the first call makes.
 
     ONNX Runtime then wants every later session of the process on that pool (``use_per_session_threads = False``), those
     of the host application included: docs/embedding.md. Where the host made a pool before, that one is used; where a
     pool cannot be made any more, the session gets one of its own that does not spin. ``pack_to`` also writes the graph there
-    with its weights packed, in a file beside it.
+    with its weights packed, in a file beside it. ``providers`` are ONNX Runtime's, in order of preference, ``entries`` its
+    session configuration.
 
     Raises:
         BundleError: the file is no graph that ONNX Runtime can run.
@@ -81,24 +88,26 @@ def open_session(
             "session.optimized_model_external_initializers_file_name", f"{pack_to.stem}.weights"
         )
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     options.use_per_session_threads = False
     try:
         try:
-            return _quiet_session(path, options)
+            return _quiet_session(path, options, providers)
         except RuntimeError as error:
             if "EnvCreatedWithGlobalThreadPools" not in str(error):
                 raise
         options.use_per_session_threads = True
         options.intra_op_num_threads = count
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # pools that spin cost each other 5 ×
-        return _quiet_session(path, options)
+        return _quiet_session(path, options, providers)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
         raise BundleError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}): export it again") from error
 
 
-def _quiet_session(path: Path, options: Any) -> ort.InferenceSession:
+def _quiet_session(path: Path, options: Any, providers: Sequence[Any]) -> ort.InferenceSession:
     # with its fallback on, a session that fails prints and tries again with the same provider
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    return ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
 
 
 def _check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None:
@@ -150,6 +159,8 @@ class OnnxRuntimeBackend:
         """
         self.manifest: Manifest = bundle.manifest
         self.threads = threads or default_threads()
+        self.max_length = self.manifest.model.context_length
+        self.picks_inside = False  # logits are in main memory as it is
         self._profile_prefix = profile_prefix
         self.sessions: dict[str, ort.InferenceSession] = {}
         shared: Mapping[str, Path] = {}

@@ -188,6 +188,11 @@ class OnnxRuntimeState:
         self._rows[:used, :, row] = self._row[:used, :, 0]
         return self._logits[:, 0]
 
+    def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
+        """One row through all graphs on the way to an exit, and the likeliest token behind it."""
+        best: IntArray = self.decode(exit_index, ids, row).argmax(-1)
+        return best
+
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write token embeddings to boundary 0."""
         self._rows[0, :, start : start + tokens.shape[1]] = self._backend.embedded(tokens)  # (B, n, D)

@@ -31,9 +31,11 @@ _VALUES = (*LIMITS, "charging", "throttled")
 
 @dataclass(slots=True)
 class _Counter:
+    """The last raw value, when it was read, and what the counter has come to: a sum of rises, so rounding cannot shrink it."""
+
     raw_j: float
     time_s: float
-    offset_j: float = 0.0
+    total_j: float
 
 
 class Plausibility:
@@ -64,15 +66,16 @@ class Plausibility:
         """A counter's value, continued over jumps; the value at a jump itself is dropped."""
         counter = self._counters.get(source)
         if counter is None:
-            self._counters[source] = _Counter(raw_j, time_s)
+            self._counters[source] = _Counter(raw_j, time_s, raw_j)
             return raw_j
         delta_j, elapsed_s = raw_j - counter.raw_j, time_s - counter.time_s
         jumped = not 0 <= delta_j <= MAX_WATTS * (elapsed_s + _COUNTER_LAG_S)
         if jumped:
             self._drop(f"{source}: joules jumped by {delta_j:g} in {elapsed_s:.1f} s")
-            counter.offset_j -= delta_j
+        else:
+            counter.total_j += delta_j
         counter.raw_j, counter.time_s = raw_j, time_s
-        return None if jumped else raw_j + counter.offset_j
+        return None if jumped else counter.total_j
 
     def _drop(self, what: str) -> None:
         self.dropped += 1

@@ -55,6 +55,12 @@ def test_a_counter_that_starts_again_goes_on_where_it_was() -> None:
     assert plausibility.dropped == 2 and plausibility.last_dropped == "e: joules jumped by 5e+09 in 0.2 s"
 
 
+def test_rounding_never_takes_a_counter_below_zero() -> None:
+    plausibility = Plausibility()
+    series = [(0.0, 0.0), (0.1, 9007200328482816.0), (0.2, 3.0), (0.3, 2.0), (0.4, 2.0)]
+    assert [joules(plausibility, *point) for point in series] == [0.0, None, None, None, 0.0]
+
+
 def test_counters_of_one_source_do_not_mix() -> None:
     plausibility = Plausibility()
     for name, value in (("a", 100.0), ("b", 5.0), ("a", 101.0), ("b", 6.0)):

@@ -1,0 +1,170 @@
+"""``balcony-edge build``: TensorRT engines from a bundle, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+#: Rows of the caches, where nobody says.
+CONTEXT_LENGTH = 2048
+
+if TYPE_CHECKING:
+    from balcony_edge.bundle import Bundle
+    from balcony_edge.manifest import EnginePrecision, EngineSet
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote, of fp32 or fp16.")],
+    target: Annotated[
+        Literal["rtx", "tensorrt"],
+        typer.Option(
+            help="rtx: TensorRT-RTX, builds without a GPU; tensorrt: the enterprise one, JetPack's, on its GPU."
+        ),
+    ] = "rtx",
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"],
+        typer.Option(help="Of weights; activations are half precision."),
+    ] = "fp16",
+    operators: Annotated[
+        Literal["fused", "plain"], typer.Option(help="plain: for TensorRT before 10.15, such as JetPack 6's 10.3.")
+    ] = "fused",
+    context_length: Annotated[int, typer.Option(help="Rows of the KV caches; attention pays for all of them.")] = 2048,
+    batch_size: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Members of every pass.")] = 1,
+    block: Annotated[int, typer.Option(help="int4: inputs that share a scale: 32, 64 or 128.")] = 64,
+    rounded_as: Annotated[
+        Path | None, typer.Option(help="int4: take the integers of this int4 bundle, such as GPTQ made them.")
+    ] = None,
+    sm: Annotated[str, typer.Option(help="rtx: compute capabilities, such as 86,89,120 (default: all).")] = "",
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Also one engine of the whole backbone with all exits as outputs.")
+    ] = False,
+    graphs_only: Annotated[
+        bool, typer.Option("--graphs-only", help="Write the graphs and leave building to the device.")
+    ] = False,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="tensorrt: file of kernel timings, kept between runs.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Build one engine per stage, balcony and head into BUNDLE/tensorrt/. Graphs that are there already are taken."""
+    from balcony_edge.bundle import Bundle
+    from balcony_edge.errors import InputError
+
+    if block not in (32, 64, 128):
+        raise InputError(f"--block {block}: give 32, 64 or 128")
+    if (rounded_as is not None or block != 64) and precision != "int4":
+        raise InputError(f"--precision {precision}: --block and --rounded-as are for int4: leave them out")
+    capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
+    wanted = {"context_length": context_length, "batch_size": batch_size, "block_size": block}
+    builder_options = None if graphs_only else {"compute_capabilities": capabilities, "timing_cache": timing_cache}
+    name = build_into(bundle, target, precision, operators, wanted, rounded_as, whole, builder_options)
+    engines = Bundle.open(bundle, verify_hashes=False).manifest.engines[name]
+    if as_json:
+        facts = [engine_facts(engines, key) for key in engines.graphs]
+        document = {"bundle": str(bundle), "name": name, "builder": engines.builder, "engines": facts}
+        print(json.dumps(document))  # noqa: T201 - for programs
+        return
+    show_engines(name, engines)
+
+
+def build_into(
+    path: Path,
+    target: Literal["rtx", "tensorrt"],
+    precision: EnginePrecision,
+    operators: Literal["fused", "plain"],
+    wanted: dict[str, int],
+    rounded_as: Path | None,
+    whole: bool,
+    builder_options: dict[str, Any] | None,
+) -> str:
+    """Write graphs where they are missing and build them (not without ``builder_options``); returns the set's name."""
+    from balcony_edge.bundle import Bundle
+    from balcony_edge.cli.console import native_stderr_dropped, progress_bar
+
+    name = f"{target}-{precision}" + ("-plain" if operators == "plain" else "")
+    bundle = Bundle.open(path)
+    with native_stderr_dropped(), progress_bar() as progress:
+        builder = None
+        if builder_options is not None:
+            from balcony_runtime.tensorrt_builder import Builder
+
+            builder = Builder(target, batch_size=wanted["batch_size"], **builder_options)
+        if rounded_as is not None or not _has_graphs(bundle, name, wanted, precision):
+            progress("writing graphs", 0.0)
+            _write_graphs(bundle, name, target, precision, operators, wanted, rounded_as)
+            bundle = Bundle.open(path, verify_hashes=False)
+        if builder is not None:
+            from balcony_runtime.tensorrt_builder import build_engines
+
+            graphs = [key for key in bundle.manifest.engines[name].graphs if whole or key != "backbone"]
+            build_engines(bundle, name, builder, graphs, lambda what, done: progress(what, 0.3 + 0.7 * done))
+    return name
+
+
+def _has_graphs(bundle: Bundle, name: str, wanted: dict[str, int], precision: EnginePrecision) -> bool:
+    from balcony_edge.errors import BundleError
+
+    try:
+        bundle.engine_directory(name)
+    except BundleError:  # none yet, or damaged: they are written again
+        return False
+    keys = [key for key in wanted if key != "block_size" or precision == "int4"]
+    return all(getattr(bundle.manifest.engines[name], key) == wanted[key] for key in keys)
+
+
+def _write_graphs(
+    bundle: Bundle,
+    name: str,
+    target: Literal["rtx", "tensorrt"],
+    precision: EnginePrecision,
+    operators: Literal["fused", "plain"],
+    wanted: dict[str, int],
+    rounded_as: Path | None,
+) -> None:
+    from balcony_edge.bundle import Bundle as Opened
+    from balcony_export.tensorrt import rounding_of, write_graphs
+    from balcony_export.tensorrt_graphs import Format
+
+    form = Format(precision, operators, wanted["context_length"], wanted["block_size"])  # type: ignore[arg-type]
+    rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)
+    write_graphs(bundle, name, target, form, batch_size=wanted["batch_size"], rounding=rounding)
+
+
+def engine_facts(engines: EngineSet, graph: str) -> dict[str, Any]:
+    """What is known of one engine; ``bytes`` is None where it was not built."""
+    spec, engine = engines.graphs[graph], engines.engines.get(graph)
+    return {
+        "graph": graph,
+        "weight_bytes": spec.weight_bytes,
+        "bytes": None if engine is None else engines.files[engine.file].bytes,
+        "layers": None if engine is None else engine.layers,
+        "attention": None if engine is None else engine.attention,
+    }
+
+
+def show_engines(name: str, engines: EngineSet) -> None:
+    """One set of engines as a table."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+
+    made = f"{engines.builder} for {_capabilities(engines)}" if engines.engines else "graphs alone: build on the device"
+    title = f"tensorrt/{name}: {engines.operators} operators, caches of {engines.context_length} rows, {made}"
+    table = Table("engine", "weights, MB", "with code, MB", "layers", "attention")
+    for graph in engines.graphs:
+        facts = engine_facts(engines, graph)
+        size = "" if facts["bytes"] is None else f"{facts['bytes'] / 1e6:.1f}"
+        weights = f"{facts['weight_bytes'] / 1e6:.1f}"
+        table.add_row(escape(graph), weights, size, str(facts["layers"] or ""), facts["attention"] or "")
+    stdout.print(escape(title), highlight=False)
+    stdout.print(table)
+
+
+def _capabilities(engines: EngineSet) -> str:
+    if engines.compute_capabilities:
+        return f"compute capability {', '.join(engines.compute_capabilities)}"
+    return "every GPU it knows" if engines.target == "rtx" else "the GPU of the machine that built it"

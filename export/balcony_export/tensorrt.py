@@ -1,0 +1,117 @@
+"""Graphs for TensorRT in a bundle: ``tensorrt/<name>/``, from which engines are built here or on the device.
+
+Owns the directory and its entry in the manifest. What the graphs are is :mod:`.tensorrt_graphs`'s; engines are built by
+:mod:`balcony_runtime.tensorrt_builder`, which needs nothing of this package.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from balcony_edge.bundle import Bundle, engine_directory, file_spec, record_engines
+from balcony_edge.errors import BundleError, InputError
+from balcony_edge.manifest import EngineSet, Manifest
+from balcony_export.ir_tools import graph_spec
+from balcony_export.tensorrt_graphs import Format, tensorrt_graphs
+from balcony_export.tensorrt_quantize import Rounding
+from balcony_export.weights import WeightFile
+from balcony_runtime.tensorrt_builder import Target
+from balcony_runtime.token_table import unpacked
+
+
+def write_graphs(
+    bundle: Bundle, name: str, target: Target, form: Format, *, batch_size: int = 1, rounding: Rounding | None = None
+) -> Manifest:
+    """Write the graphs of an engine set and their entry in ``bundle.json``; an entry of that name is replaced.
+
+    Args:
+        bundle: one with graphs in standard ONNX.
+        name: of the entry and its directory.
+        target: which TensorRT they are for.
+        form: precision, operators and capacity.
+        batch_size: members of every pass.
+        rounding: how weights become integers; to the nearest by default.
+
+    Raises:
+        BundleError: the bundle has no such graphs, or cannot be written.
+        InputError: sizes that do not fit the model.
+    """
+    context = bundle.manifest.model.context_length
+    if not 1 <= form.capacity <= context:
+        raise InputError(f"--context-length {form.capacity}: this bundle takes 1 to {context}: give one of those")
+    graphs = tensorrt_graphs(bundle, form, rounding)
+    directory = engine_directory(bundle.path, name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.iterdir():
+            old.unlink()
+        with WeightFile(directory) as weights:
+            for graph in graphs.values():
+                weights.externalize(graph)
+        for key, graph in graphs.items():
+            ir.save(graph, directory / f"{key}.onnx")
+        files = {path.name: file_spec(path) for path in sorted(directory.iterdir())}
+    except OSError as error:
+        raise BundleError(
+            f"{directory}: cannot be written ({error.strerror}): free space or make it writable"
+        ) from error
+    entry = EngineSet(
+        target=target,
+        precision=form.precision,
+        operators=form.operators,
+        context_length=form.capacity,
+        batch_size=batch_size,
+        block_size=form.block_size if form.precision == "int4" else None,
+        graphs={key: graph_spec(key, graph) for key, graph in graphs.items()},  # type: ignore[misc]
+        files=files,
+    )
+    return record_engines(bundle.path, name, entry)
+
+
+def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
+    """The integers of a quantized bundle, such as GPTQ made them: both engines of a model then compute with the same.
+
+    Args:
+        quantized: symmetric int4, head included.
+        bundle: the float bundle of the same model, exits and balconies.
+
+    Raises:
+        InputError: the two do not fit, or the integers are of a kind that TensorRT's kernels do not take.
+    """
+    scheme, manifest = quantized.manifest.quantization, bundle.manifest
+    if scheme is None or scheme.bits != 4 or not scheme.symmetric or scheme.head_bits != 4:
+        raise InputError(
+            f"--rounded-as {quantized.path}: must be of int4,sym,head=4: export one with "
+            "--precision int4,block=64,head=4 --calibration TEXT"
+        )
+    if (quantized.manifest.model, quantized.manifest.exit_layers) != (manifest.model, manifest.exit_layers):
+        raise InputError(f"--rounded-as {quantized.path}: is of another model or has other exits than {bundle.path}")
+    outputs = _outputs(bundle)
+    rounding = Rounding(scheme.block_size)
+    for spec in quantized.manifest.cpu.values():
+        for node in ir.load(quantized.file(spec.file)).graph:
+            if node.op_type != "MatMulNBits":
+                continue
+            packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])  # type: ignore[union-attr]
+            values = unpacked(packed, 4).reshape(len(packed), -1).astype(np.int8) - 8
+            first = 0
+            for part in str(node.inputs[1].name).removesuffix(".blocks").split("+"):  # type: ignore[union-attr]
+                # a tied head's weight has the token table's name
+                name = part if part in outputs else "embed_tokens.weight"
+                rows = slice(first, first + outputs[name])
+                rounding.given[name] = (values[rows, : node.attributes["K"].as_int()], scales[rows])
+                first = rows.stop
+    return rounding
+
+
+def _outputs(bundle: Bundle) -> dict[str, int]:
+    """Weight → number of its outputs, of every weight that is multiplied with."""
+    found: dict[str, int] = {}
+    for spec in bundle.portable().manifest.graphs.values():
+        for node in ir.load(bundle.file(spec.file)).graph:
+            weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
+            if weight is not None and weight.const_value is not None:
+                shape = weight.const_value.shape
+                found[str(weight.name)] = int(shape[0 if node.op_type == "Gemm" else 1])  # type: ignore[arg-type]
+    return found

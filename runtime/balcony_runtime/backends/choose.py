@@ -1,0 +1,96 @@
+"""Which engine runs a bundle here: the choice of ``auto``, its reason, and the opening of whichever was chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import BalconyError, BundleError, InputError
+from balcony_edge.manifest import Manifest
+from balcony_runtime.backends.base import Backend
+
+#: ``cpu``: ONNX Runtime on the CPU; ``cuda``, ``nv``: ONNX Runtime on an NVIDIA GPU by that provider; ``tensorrt``: engines.
+DeviceName = Literal["auto", "cpu", "cuda", "nv", "tensorrt"]
+
+
+class Choice(NamedTuple):
+    """A device, the engine set that it runs (None: the bundle's graphs for CPUs), and why."""
+
+    device: DeviceName
+    engines: str | None
+    reason: str
+
+
+def choose(manifest: Manifest) -> Choice:
+    """What ``auto`` means for a bundle on this machine: engines that fit its GPU, then the GPU's provider, then the CPU."""
+    if not manifest.engines:
+        return Choice("cpu", None, "the bundle has no graphs for GPUs: make them with `balcony-edge build`")
+    try:
+        from balcony_runtime.backends.cuda import compute_capability  # noqa: PLC0415 - an extra
+
+        capability = compute_capability()
+    except BalconyError as error:
+        return Choice("cpu", None, str(error))
+    for name, engines in manifest.engines.items():
+        if engines.engines and (not engines.compute_capabilities or capability in engines.compute_capabilities):
+            return Choice("tensorrt", name, f"it has engines for this GPU (compute capability {capability})")
+    import onnxruntime  # noqa: PLC0415 - an extra
+
+    name = next(iter(manifest.engines))
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return Choice("cuda", name, f"no engines for compute capability {capability}; ONNX Runtime has CUDA")
+    return Choice("cpu", None, f"no engines for compute capability {capability}, and ONNX Runtime has no CUDA here")
+
+
+def open_backend(
+    bundle: Bundle,
+    device: DeviceName = "cpu",
+    engines: str | None = None,
+    *,
+    threads: int | None = None,
+    packed: Path | None = None,
+) -> Backend:
+    """Open the engine of a device.
+
+    Args:
+        bundle: what to load.
+        device: where to run it.
+        engines: which set of ``manifest.engines``; by default the only one. On the CPU: the set's graphs in the place of those
+            for CPUs, to check without a GPU what a GPU will be given.
+        threads: as for :class:`.onnxruntime.OnnxRuntimeBackend`.
+        packed: likewise.
+
+    Raises:
+        BundleError: the bundle has no such set, or it does not fit.
+        DeviceError: there is no such device.
+        MissingDependencyError: the engine is not installed.
+    """
+    if device == "auto" and packed is not None:
+        device = "cpu"
+    if device == "auto":
+        device, chosen, _ = choose(bundle.manifest)
+        engines = engines or chosen
+    if device == "cpu" and engines is None:
+        from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
+
+        return OnnxRuntimeBackend(bundle, threads=threads, packed=packed)
+    if packed is not None:
+        raise InputError("packed weights are for the CPU: leave them out, or run with device cpu")
+    engines = engines or _only(bundle, device)
+    if device == "tensorrt":
+        from balcony_runtime.backends import tensorrt  # noqa: PLC0415 - likewise
+
+        return tensorrt.open_backend(bundle, engines)
+    from balcony_runtime.backends import onnxruntime_device  # noqa: PLC0415 - likewise
+
+    return onnxruntime_device.open_backend(bundle, engines, device)
+
+
+def _only(bundle: Bundle, device: DeviceName) -> str:
+    names = list(bundle.manifest.engines)
+    if not names:
+        raise BundleError(f"{bundle.path}: has no engine set for {device}: make one with `balcony-edge build`")
+    if len(names) > 1:
+        raise BundleError(f"{bundle.path}: has engine sets {', '.join(names)}: name one with --engines")
+    return names[0]

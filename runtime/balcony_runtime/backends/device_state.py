@@ -1,0 +1,283 @@
+"""One sequence's memory on an accelerator, and the graphs of an engine set over it.
+
+Owns the regions (row buffers, KV caches, what a pass is told) and the decode step as one captured program per exit: token
+table, stages, balcony, head and the most likely token run without Python or the host in between. Memory is a
+:class:`.device.Device`'s, graphs are a :class:`.device.Executor`'s. Tables: the set ``graphs`` of
+:mod:`balcony_edge.manifest` with caches (B, H, S, d) of fixed S, ``embed`` (``ids`` int64 (B, T) → ``hidden_0``), and a second
+output ``argmax`` int64 (B, Q) of ``lm_head``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from balcony_edge.errors import InputError
+from balcony_edge.manifest import EngineSet, Manifest
+from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.backends.device import ITEM_BYTES, Device, Executor, Region
+
+#: Most rows of one pass: the end of the largest optimization profile.
+MAX_ROWS = 512
+
+
+class DeviceBackend:
+    """An engine set that runs on a device; implements :class:`balcony_runtime.backends.base.Backend`."""
+
+    def __init__(self, manifest: Manifest, engines: EngineSet, device: Device, executor: Executor, name: str) -> None:
+        self.manifest, self.engines = manifest, engines
+        self.device, self.executor = device, executor
+        #: The engine and the device, for people.
+        self.name = name
+        #: The work is the device's: the host has one thread that starts it.
+        self.threads = 1
+        self.max_length = engines.context_length
+        self.picks_inside = True
+
+    def new_state(self, batch_size: int, max_length: int) -> DeviceState:
+        """Memory for one sequence.
+
+        Raises:
+            InputError: the engines were built for another number of members.
+            DeviceError: there is not enough memory.
+        """
+        if self.executor.batch_size not in (None, batch_size):
+            raise InputError(
+                f"batch_size = {batch_size}: these engines were built for {self.executor.batch_size}: "
+                f"build others with --batch {batch_size}"
+            )
+        return DeviceState(self, batch_size, max_length)
+
+    def close(self) -> None:
+        """Free engines and memory."""
+        self.executor.close()
+        self.device.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Cache:
+    """KV tensors of one graph: one region each where the graph writes in place, otherwise two that take turns."""
+
+    def __init__(self, engines: EngineSet, graph: str, device: Device, batch_size: int, in_place: bool) -> None:
+        pasts = [tensor for tensor in engines.graphs[graph].inputs if tensor.name.startswith("past_")]
+        self._names = [tensor.name for tensor in pasts]
+        shapes = [(batch_size, *(dim for dim in tensor.shape if isinstance(dim, int))) for tensor in pasts]
+
+        def regions() -> list[Region]:
+            return [device.allocate(shape, tensor.dtype) for shape, tensor in zip(shapes, pasts, strict=True)]
+
+        first = regions()
+        self.sides = [first, first if in_place else regions()]
+        self.side = 0
+
+    def tensors(self) -> dict[str, Region]:
+        """Past and present of the next pass."""
+        past, present = self.sides[self.side], self.sides[1 - self.side]
+        names = [name.replace("past_", "present_", 1) for name in self._names]
+        return dict(zip(self._names, past, strict=True)) | dict(zip(names, present, strict=True))
+
+    def turn(self) -> None:
+        """After a pass: what was written is the past now."""
+        self.side = 1 - self.side
+
+    @property
+    def regions(self) -> list[Region]:
+        """All regions, each once."""
+        return list({region.pointer: region for side in self.sides for region in side}.values())
+
+
+class DeviceState:
+    """One sequence's rows and caches on a device; implements :class:`balcony_runtime.backends.base.State`."""
+
+    def __init__(self, backend: DeviceBackend, batch_size: int, max_length: int) -> None:
+        manifest, engines = backend.manifest, backend.engines
+        self._backend, self._device, self._batch, self._length = backend, backend.device, batch_size, max_length
+        self._layers = (0, *manifest.exit_layers)  # of each boundary
+        self._width = manifest.model.hidden_size
+        self.busy_ns = 0
+        dtype = engines.graphs["embed"].outputs[0].dtype
+        allocate = self._device.allocate
+        width, vocabulary = self._width, manifest.model.vocab_size
+        # a member's rows lie together: of one member any range of rows is dense
+        self._rows = [allocate((batch_size, max_length, width), dtype) for _ in self._layers]
+        # of the decode step, whose program reads and writes the same regions every time
+        self._row = [allocate((batch_size, 1, width), dtype) for _ in self._layers]
+        self._hidden = allocate((batch_size, 1, width), dtype)
+        self._logits = allocate((batch_size, 1, vocabulary), "float32")
+        self._best = allocate((batch_size, 1), "int64")
+        self._ids = allocate((batch_size, 1), "int64")
+        self._start = allocate((batch_size,), "int64")
+        # of passes of more rows, for members whose rows do not lie together; what an exit left for the head
+        self._scratch = [allocate((batch_size, min(MAX_ROWS, max_length), width), dtype) for _ in range(3)]
+        self._asked: Region | None = None
+        names = [f"stage_{i}" for i in range(len(manifest.exit_layers))]
+        names += [f"balcony_{e}" for e in manifest.exit_layers[:-1]]
+        in_place = backend.executor.in_place
+        self._caches = {name: _Cache(engines, name, self._device, batch_size, in_place) for name in names}
+        self._programs: dict[tuple[int, ...], Callable[[], None]] = {}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of row buffers and KV caches: all of them, since a device's memory is taken whole."""
+        return sum(region.nbytes for region in (*self._rows, *self._scratch)) + sum(
+            region.nbytes for cache in self._caches.values() for region in cache.regions
+        )
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._programs.clear()
+        loose = [self._hidden, self._logits, self._best, self._ids, self._start]
+        cached = [region for cache in self._caches.values() for region in cache.regions]
+        for region in (*self._rows, *self._row, *self._scratch, *loose, *cached):
+            self._device.free(region)
+
+    def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
+        """One row through all graphs on the way to an exit."""
+        self._step(exit_index, ids, row)
+        logits: FloatArray = self._downloaded(self._logits)[:, 0]
+        return logits
+
+    def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
+        """The same, but what comes back is the most likely token of each member, (B,)."""
+        self._step(exit_index, ids, row)
+        best: IntArray = self._downloaded(self._best)[:, 0]
+        return best
+
+    def embed(self, tokens: IntArray, start: int) -> None:
+        """Write token embeddings to boundary 0."""
+        for first in range(0, tokens.shape[1], MAX_ROWS):
+            part = tokens[:, first : first + MAX_ROWS]
+            ids = self._device.allocate(part.shape, "int64")
+            self._device.upload(ids, part)
+            rows = self._rows_of(0, start + first, start + first + part.shape[1], 0, fill=False)
+            self._run("embed", {"ids": ids, "hidden_0": rows})
+            self._store(0, rows, start + first)
+            self._device.free(ids)
+
+    def run_stage(self, stage: int, start: int, stop: int) -> None:
+        """Take rows of boundary ``stage`` to boundary ``stage + 1``."""
+        name = f"stage_{stage}"
+        self._stand_at(start)
+        source = self._rows_of(stage, start, stop, 0)
+        target = self._rows_of(stage + 1, start, stop, 1, fill=False)
+        names = [f"hidden_{layer}" for layer in self._layers[stage : stage + 2]]
+        self._run(name, {names[0]: source, names[1]: target})
+        self._store(stage + 1, target, start)
+
+    def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
+        """Run the balcony or the norm of an exit over rows of its boundary."""
+        boundary, count = exit_index + 1, max(num_queries, 1)
+        name = self._backend.manifest.exit_graph(self._layers[boundary])
+        out = self._scratch[2].part(0, (self._batch, count, self._width))
+        queries = self._rows_of(boundary, stop - count, stop, 0)
+        if name == "norm":
+            self._run(name, {"hidden": queries, "normed": out})
+        else:
+            self._stand_at(start)
+            rows = self._rows_of(boundary, start, stop, 1)
+            self._run(name, {"rows": rows, "queries": queries, "hidden": out})
+        self._asked = out
+
+    def logits(self, num_queries: int) -> FloatArray:
+        """Run the head over what :meth:`run_exit` left."""
+        assert self._asked is not None
+        vocabulary = self._backend.manifest.model.vocab_size
+        logits = self._device.allocate((self._batch, num_queries, vocabulary), "float32")
+        best = self._device.allocate((self._batch, num_queries), "int64")
+        self._run("lm_head", {"hidden": self._asked, "logits": logits, "argmax": best})
+        found: FloatArray = self._downloaded(logits)
+        self._device.free(logits)
+        self._device.free(best)
+        return found
+
+    def _step(self, exit_index: int, ids: IntArray, row: int) -> None:
+        path = self._path(exit_index)
+        caches = [self._caches[name] for name in path if name in self._caches]
+        self._device.upload(self._ids, ids[:, None])
+        self._stand_at(row)
+        # a captured program is bound to one side of each cache
+        key = (exit_index, *(cache.side for cache in caches))
+        begin = time.perf_counter_ns()
+        if key not in self._programs:
+            launches = [self._backend.executor.prepare(name, self._step_tensors(name, exit_index)) for name in path]
+            self._programs[key] = self._device.captured(launches)
+        self._programs[key]()
+        self.busy_ns += time.perf_counter_ns() - begin
+        for cache in caches:
+            cache.turn()
+        for boundary in range(exit_index + 2):
+            self._store(boundary, self._row[boundary], row)
+
+    def _path(self, exit_index: int) -> tuple[str, ...]:
+        stages = (f"stage_{i}" for i in range(exit_index + 1))
+        return ("embed", *stages, self._backend.manifest.exit_graph(self._layers[exit_index + 1]), "lm_head")
+
+    def _step_tensors(self, name: str, exit_index: int) -> dict[str, Region]:
+        row = self._row[exit_index + 1]
+        if name == "embed":
+            tensors = {"ids": self._ids, "hidden_0": self._row[0]}
+        elif name == "lm_head":
+            tensors = {"hidden": self._hidden, "logits": self._logits, "argmax": self._best}
+        elif name == "norm":
+            tensors = {"hidden": row, "normed": self._hidden}
+        elif name.startswith("balcony_"):
+            tensors = {"rows": row, "queries": row, "hidden": self._hidden}
+        else:
+            stage = int(name.removeprefix("stage_"))
+            tensors = {f"hidden_{self._layers[i]}": self._row[i] for i in (stage, stage + 1)}
+        return tensors | self._where(name)
+
+    def _where(self, name: str) -> dict[str, Region]:
+        """What a graph with a cache is told beside its rows."""
+        return {} if name not in self._caches else {"start": self._start, **self._caches[name].tensors()}
+
+    def _run(self, name: str, tensors: dict[str, Region]) -> None:
+        begin = time.perf_counter_ns()
+        self._backend.executor.prepare(name, tensors | self._where(name))()
+        self.busy_ns += time.perf_counter_ns() - begin
+        if name in self._caches:
+            self._caches[name].turn()
+
+    def _stand_at(self, start: int) -> None:
+        self._device.upload(self._start, np.full(self._batch, start, np.int64))
+
+    def _rows_of(self, boundary: int, start: int, stop: int, scratch: int, *, fill: bool = True) -> Region:
+        """Rows of a boundary as one dense tensor (B, T, D): in place for one member, in a scratch region for more."""
+        shape = (self._batch, stop - start, self._width)
+        if self._batch == 1:
+            return self._rows[boundary].part(start * self._width, shape)
+        region = self._scratch[scratch].part(0, shape)
+        if fill:
+            self._copy_rows(boundary, region, start, to_rows=False)
+        return region
+
+    def _store(self, boundary: int, rows: Region, start: int) -> None:
+        """Put rows that :meth:`_rows_of` named, or a step's one row, where they belong."""
+        if self._batch > 1 or rows is self._row[boundary]:
+            self._copy_rows(boundary, rows, start, to_rows=True)
+
+    def _copy_rows(self, boundary: int, dense: Region, start: int, *, to_rows: bool) -> None:
+        item = ITEM_BYTES[dense.dtype] * self._width
+        width, pitch = dense.shape[1] * item, self._length * item
+        place = self._rows[boundary].pointer + start * item
+        if to_rows:
+            self._device.copy(place, pitch, dense.pointer, width, width, self._batch)
+        else:
+            self._device.copy(dense.pointer, width, place, pitch, width, self._batch)
+
+    def _downloaded(self, region: Region) -> Any:
+        begin = time.perf_counter_ns()
+        array = self._device.download(region)  # waits for the device
+        self.busy_ns += time.perf_counter_ns() - begin
+        return array

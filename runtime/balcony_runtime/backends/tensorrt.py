@@ -1,0 +1,133 @@
+"""TensorRT as an executor: deserialized engines, one context per graph and optimization profile, one arena for all.
+
+Owns engines and contexts; memory and the stream are :mod:`.cuda`'s. Both TensorRTs have the same interface; the set says which
+one built it. Execution needs an NVIDIA GPU and was written without one at hand: see docs/tensorrt.md for what was run where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import BundleError, DeviceError
+from balcony_edge.manifest import EngineSet
+from balcony_runtime.backends.cuda import CudaDevice
+from balcony_runtime.backends.device import Region
+from balcony_runtime.backends.device_state import DeviceBackend
+from balcony_runtime.tensorrt_builder import MODULES, PASSES, import_tensorrt
+
+
+class TensorRTExecutor:
+    """Engines of one set; implements :class:`.device.Executor`.
+
+    Raises:
+        BundleError: the set has no engines, or they are of another TensorRT or for other GPUs.
+        DeviceError: the GPU has not enough memory for them.
+    """
+
+    def __init__(self, directory: Path, engines: EngineSet, device: CudaDevice) -> None:
+        self._trt, self._device, self._table = import_tensorrt(engines.target), device, engines.graphs
+        _refuse_misfits(directory, engines, f"{MODULES[engines.target]} {self._trt.__version__}", device.capability)
+        self.in_place = engines.operators == "fused"
+        self.batch_size: int | None = engines.batch_size
+        self._log = self._trt.Logger(self._trt.Logger.ERROR)
+        self._runtime = self._trt.Runtime(self._log)
+        self._engines = {}
+        for graph, spec in engines.engines.items():
+            if graph == "backbone":  # for other tools
+                continue
+            engine = self._runtime.deserialize_cuda_engine((directory / spec.file).read_bytes())
+            if engine is None:
+                raise BundleError(
+                    f"{directory / spec.file}: TensorRT cannot load it on this GPU (compute capability "
+                    f"{device.capability}): build it again here with `balcony-edge build`"
+                )
+            self._engines[graph] = engine
+        # passes follow one another on one stream: they can all use the same memory
+        sizes = [e.get_device_memory_size_for_profile_v2(p) for e in self._engines.values() for p in _profiles_of(e)]
+        self._arena = device.allocate((max(sizes, default=1),), "int8")
+        self._contexts: dict[tuple[str, int], Any] = {}
+
+    def prepare(self, graph: str, tensors: Mapping[str, Region]) -> Callable[[], None]:
+        engine = self._engines[graph]
+        context = self._context(graph, _profile_for(self._table[graph].inputs[0].name, tensors, engine))
+        inputs = {spec.name for spec in self._table[graph].inputs}
+
+        def launch() -> None:
+            for name, region in tensors.items():
+                if name in inputs and not context.set_input_shape(name, region.shape):
+                    raise DeviceError(f"{graph}: the engine takes no {name} of shape {region.shape}: build it again")
+                context.set_tensor_address(name, region.pointer)
+            if not context.execute_async_v3(self._device.stream):
+                raise DeviceError(f"{graph}: TensorRT could not start it: look at its log and at `nvidia-smi`")
+
+        return launch
+
+    def close(self) -> None:
+        self._contexts.clear()
+        self._engines.clear()
+
+    def _context(self, graph: str, profile: int) -> Any:
+        if (graph, profile) not in self._contexts:
+            engine = self._engines[graph]
+            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = engine.create_execution_context(strategy)
+            if context is None:
+                raise DeviceError(f"{graph}: the GPU has no memory for its context: ask for a shorter context")
+            context.set_device_memory(self._arena.pointer, self._arena.nbytes)
+            if not context.set_optimization_profile_async(profile, self._device.stream):
+                raise DeviceError(f"{graph}: has no optimization profile {profile}: build it again")
+            self._contexts[graph, profile] = context
+        return self._contexts[graph, profile]
+
+
+def open_backend(bundle: Bundle, engines: str, *, capture: bool = True, verify_hashes: bool = True) -> DeviceBackend:
+    """A set's engines on the first GPU.
+
+    Args:
+        bundle: holds the set.
+        engines: the set's name.
+        capture: run decode steps as CUDA graphs.
+        verify_hashes: hash the set's files.
+
+    Raises:
+        BundleError: the set is not there, damaged, or for another TensorRT or GPU.
+        DeviceError: there is no driver, no GPU, or not enough memory.
+        MissingDependencyError: TensorRT or cuda-python is not installed.
+    """
+    directory, chosen = bundle.engine_directory(engines, verify_hashes=verify_hashes), bundle.manifest.engines[engines]
+    device = CudaDevice(capture=capture)
+    try:
+        executor = TensorRTExecutor(directory, chosen, device)
+    except BaseException:
+        device.close()
+        raise
+    return DeviceBackend(bundle.manifest, chosen, device, executor, f"{chosen.builder}, compute {device.capability}")
+
+
+def _refuse_misfits(directory: Path, engines: EngineSet, here: str, capability: str) -> None:
+    if not engines.engines:
+        raise BundleError(f"{directory}: holds graphs but no engines: build them with `balcony-edge build`")
+    if engines.builder != here:
+        raise BundleError(f"{directory}: built by {engines.builder}, here is {here}: build again with this one")
+    if engines.compute_capabilities and capability not in engines.compute_capabilities:
+        raise BundleError(
+            f"{directory}: built for compute capability {', '.join(engines.compute_capabilities)}, this GPU has "
+            f"{capability}: build with --sm {capability}, or with --target tensorrt on this machine"
+        )
+
+
+def _profiles_of(engine: Any) -> range:
+    return range(engine.num_optimization_profiles)
+
+
+def _profile_for(first_input: str, tensors: Mapping[str, Region], engine: Any) -> int:
+    """The first profile that takes as many new rows as the pass has."""
+    shape = tensors[first_input].shape
+    rows = shape[1] if len(shape) > 1 else 1
+    for index, (_, _, most) in enumerate(PASSES[: engine.num_optimization_profiles]):
+        if rows <= most:
+            return index
+    return int(engine.num_optimization_profiles) - 1

@@ -1,0 +1,281 @@
+"""Graphs for TensorRT and the engines built from them: the real builder, without a GPU, and the very files on ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import BundleError, EngineBuildError, InputError, MissingDependencyError
+from balcony_edge.manifest import GraphSpec
+from balcony_export.export import export_bundle
+from balcony_export.ir_tools import graph_spec
+from balcony_export.quantize import Scheme
+from balcony_export.tensorrt import rounding_of, write_graphs
+from balcony_export.tensorrt_graphs import Format, tensorrt_graphs
+from balcony_export.tensorrt_quantize import Rounding
+from balcony_export.verify import Reference
+from balcony_runtime.engine import Engine
+from balcony_runtime.tensorrt_builder import PASSES, Builder, build_engines, import_tensorrt, profiles
+
+ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3")
+IDS = [(7 * i * i + 3 * i + 1) % 320 for i in range(24)]
+
+
+@pytest.fixture
+def tiny_copy(export_tiny: Callable[[str], Any], tmp_path: Path) -> Callable[[str], Bundle]:
+    """A copy of a tiny bundle that a test may add engines to."""
+
+    def make(architecture: str) -> Bundle:
+        return Bundle.open(shutil.copytree(export_tiny(architecture).path, tmp_path / architecture))
+
+    return make
+
+
+def logits_of(bundle: Bundle, engines: str) -> dict[int, npt.NDArray[np.float32]]:
+    """Logits (T, V) of every exit, half of the rows as one pass and half row by row, from the set's files on the CPU."""
+    found = {}
+    with Engine.of(bundle, device="cpu", engines=engines) as engine:
+        for exit_layer in engine.exit_layers:
+            sequence = engine.new_sequence(max_length=len(IDS))
+            half = len(IDS) // 2
+            rows = [sequence.advance(exit_layer, IDS[:half], num_logits=half)[0]]
+            rows += [sequence.step(exit_layer, np.array([token]))[:1] for token in IDS[half:]]
+            found[exit_layer] = np.concatenate(rows)
+    return found
+
+
+@pytest.mark.parametrize("operators", ["fused", "plain"])
+@pytest.mark.parametrize("precision", ["fp16", "int4", "int8"])
+def test_the_files_that_are_built_compute_what_pytorch_computes(
+    export_tiny: Callable[[str], Any], tiny_copy: Callable[[str], Bundle], precision: Any, operators: Any
+) -> None:
+    """Half precision within its bound, and integers as the model with the very weights that they stand for."""
+    exported, bundle = export_tiny("llama"), tiny_copy("llama")
+    rounding = Rounding(32)
+    form = Format(precision, operators, 64, 32)
+    write_graphs(bundle, "set", "rtx", form, rounding=rounding)
+    bundle = Bundle.open(bundle.path)
+    model, balconies = copy.deepcopy(exported.model), copy.deepcopy(exported.balconies)
+    if precision != "fp16":
+        head = model.lm_head.weight = torch.nn.Parameter(
+            model.lm_head.weight.detach().clone()
+        )  # untied: the table is float
+        put_weights(bundle, model, balconies, head)
+    expected = Reference(model, balconies).logits(IDS)
+    for exit_layer, got in logits_of(bundle, "set").items():
+        want = expected[exit_layer]
+        assert np.abs(got - want).max() <= 2e-2 * np.abs(want).max(), exit_layer
+
+
+def put_weights(bundle: Bundle, model: Any, balconies: Any, head: torch.nn.Parameter) -> None:
+    """Give a model what the set's ``DequantizeLinear`` nodes stand for, multiplied out here."""
+    for name, spec in bundle.manifest.engines["set"].graphs.items():
+        if name == "backbone":
+            continue
+        for node in ir.load(bundle.path / "tensorrt" / "set" / spec.file).graph:
+            if node.op_type != "DequantizeLinear":
+                continue
+            values, scales = (value.const_value.numpy().astype(np.float32) for value in node.inputs[:2])
+            weight_name = str(node.inputs[0].name).rpartition(".")[0]
+            axis = node.attributes["axis"].as_int()
+            if "block_size" in node.attributes:
+                dense = values * np.repeat(scales, node.attributes["block_size"].as_int(), axis)
+            else:
+                dense = values * (scales[:, None] if axis == 0 else scales[None])
+            if weight_name == "embed_tokens.weight":
+                head.data = torch.from_numpy(dense)
+                continue
+            root = balconies[int(name.removeprefix("balcony_"))] if name.startswith("balcony_") else model.model
+            path = weight_name.removeprefix(f"{name}.").removesuffix(".weight")
+            root.get_submodule(path).weight.data = torch.from_numpy(np.ascontiguousarray(dense.T))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_engines_of_every_architecture_build(tiny_copy: Callable[[str], Bundle], architecture: str) -> None:
+    """fp16 and int4; TensorRT's own inputs and outputs are those of the table (the builder refuses otherwise)."""
+    bundle = tiny_copy(architecture)
+    builder = Builder("rtx", compute_capabilities=["89"])
+    for precision in ("fp16", "int4"):
+        manifest = write_graphs(bundle, f"rtx-{precision}", "rtx", Format(precision, "fused", 64, 32))  # type: ignore[arg-type]
+        bundle = Bundle(bundle.path, manifest)
+        graphs = list(manifest.engines[f"rtx-{precision}"].graphs)
+        seen: list[float] = []
+        manifest = build_engines(bundle, f"rtx-{precision}", builder, graphs, lambda _, done: seen.append(done))  # noqa: B023
+        bundle = Bundle.open(bundle.path)
+        engines = bundle.manifest.engines[f"rtx-{precision}"]
+        assert set(engines.engines) == {"embed", "backbone", "stage_0", "stage_1", "stage_2", "balcony_2", "balcony_3",
+                                        "norm", "lm_head"}  # fmt: skip
+        assert engines.compute_capabilities == ("89",) and engines.builder.startswith("tensorrt_rtx ")
+        assert {engines.engines[name].attention for name in ("embed", "norm", "lm_head")} == {None}
+        spelled_out = architecture == "gemma2"  # its scores are capped, which no fused attention does
+        assert engines.engines["stage_1"].attention in ([None] if spelled_out else ["fused", "decomposed"])
+        assert seen == sorted(seen) and seen[0] >= 0 and seen[-1] <= 1
+        for spec in engines.engines.values():
+            assert (
+                engines.files[spec.file].bytes
+                == (bundle.path / "tensorrt" / f"rtx-{precision}" / spec.file).stat().st_size
+            )
+
+
+def copies_in(engine: bytes, array: npt.NDArray[Any]) -> int:
+    """How often a weight lies in an engine: by a piece of one of its rows, in either orientation."""
+    found = 0
+    for oriented in (array, array.T):
+        row = np.ascontiguousarray(oriented)[len(oriented) // 2]
+        if row.dtype == ml_dtypes.int4:
+            nibbles = row.astype(np.int8).view(np.uint8) & 15
+            row = nibbles[0::2] | (nibbles[1::2] << 4)
+        found += engine.count(row.tobytes())
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4", "int8"])
+def test_every_weight_lies_in_an_engine_once(tiny_copy: Callable[[str], Bundle], precision: Any) -> None:
+    """Three optimization profiles share one copy: a profile of exactly one row would bring a second one."""
+    bundle = tiny_copy("qwen2")
+    manifest = write_graphs(bundle, "set", "rtx", Format(precision, "fused", 64, 32))
+    graphs = [name for name in manifest.engines["set"].graphs if name != "backbone"]
+    manifest = build_engines(Bundle(bundle.path, manifest), "set", Builder("rtx"), graphs, lambda *_: None)
+    directory = bundle.path / "tensorrt" / "set"
+    weights = stored = 0
+    for name in graphs:
+        engine = (directory / f"{name}.engine").read_bytes()
+        for value in ir.load(directory / f"{name}.onnx").graph.initializers.values():
+            tensor = value.const_value
+            assert tensor is not None
+            if (
+                len(tensor.shape) != 2
+                or str(value.name).startswith(("ints", "mask", "rope"))
+                or ".scales" in str(value.name)
+            ):
+                continue
+            copies = copies_in(engine, tensor.numpy())
+            assert copies <= 1, (name, value.name)
+            weights, stored = weights + tensor.nbytes, stored + copies * tensor.nbytes
+    assert stored <= 1.05 * weights
+    if precision != "int4":  # whose packing is the kernel's own
+        assert stored >= 0.95 * weights
+
+
+def test_profiles_cover_decode_catch_up_and_prefill(tiny: Any) -> None:
+    def table(capacity: int) -> GraphSpec:
+        graphs = tensorrt_graphs(Bundle.open(tiny.path), Format(capacity=capacity))
+        return GraphSpec.model_validate(graph_spec("balcony_2", graphs["balcony_2"]))
+
+    assert [shapes["rows"][2][1] for shapes in profiles(table(48), 1)] == [8, 48]
+    found = list(profiles(table(2048), 3))
+    assert [shapes["rows"] for shapes in found] == [
+        tuple((3, rows, 32) for rows in (least, usual, most)) for least, usual, most in PASSES
+    ]
+    assert [shapes["queries"][2] for shapes in found] == [(3, most, 32) for _, _, most in PASSES]
+    assert {shapes["start"] for shapes in found} == {((3,), (3,), (3,))}
+
+
+def test_plain_graphs_hold_no_operator_newer_than_opset_21(tiny: Any) -> None:
+    graphs = tensorrt_graphs(Bundle.open(tiny.path), Format("fp16", "plain", 64))
+    newer = {"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"}
+    for name, graph in graphs.items():
+        assert not {node.op_type for node in graph.graph} & newer, name
+        assert graph.graph.opset_imports == {"": 21} and graph.ir_version == 10
+        onnx.checker.check_model(ir.to_proto(graph))
+
+
+def test_integers_of_a_quantized_bundle_are_taken_over(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    tiny = export_tiny("qwen3")
+    rows = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
+    scheme = Scheme(4, 32, symmetric=True, head_bits=4)
+    models = [copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies)]
+    export_bundle(
+        models[0], tiny.tokenizer, models[1], tmp_path / "int4",
+        name="tiny-qwen3", trained=True, precision=scheme, calibration=rows, traced=tiny.traced,
+    )  # fmt: skip
+    quantized, bundle = Bundle.open(tmp_path / "int4"), Bundle.open(tiny.path)
+    taken, nearest = rounding_of(quantized, bundle), Rounding(32)
+    for rounding in (taken, nearest):
+        tensorrt_graphs(bundle, Format("int4", "fused", 64, 32), rounding)
+    assert taken.given.keys() == nearest.given.keys() and len(taken.given) == 7 * 7 + 1  # layers, balconies, head
+    weight = tiny.model.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    error = {}
+    for name, rounding in (("gptq", taken), ("nearest", nearest)):
+        values, scales = rounding.given["layers.1.mlp.up_proj.weight"]
+        assert values.shape == weight.shape and values.min() >= -8 and values.max() <= 7
+        error[name] = np.abs(values * np.repeat(scales, 32, 1) - weight).mean() / np.abs(weight).mean()
+    assert error["nearest"] < error["gptq"] < 0.3  # GPTQ rounds further away, for the outputs' sake
+    with pytest.raises(InputError, match="must be of int4,sym,head=4"):
+        rounding_of(bundle, bundle)
+    with pytest.raises(InputError, match="is of another model"):
+        rounding_of(quantized, Bundle.open(export_tiny("llama").path))
+
+
+def test_what_cannot_be_built_is_one_line(tiny_copy: Callable[[str], Bundle], tmp_path: Path) -> None:
+    bundle = tiny_copy("llama")
+    with pytest.raises(EngineBuildError, match=r"--sm 87: tensorrt_rtx .* builds for .*Orin \(87\)"):
+        Builder("rtx", compute_capabilities=["87"])
+    with pytest.raises(MissingDependencyError, match="tensorrt is not installed: JetPack brings it"):
+        import_tensorrt("tensorrt")
+    with pytest.raises(InputError, match="--context-length 999: this bundle takes 1 to 256"):
+        write_graphs(bundle, "x", "rtx", Format(capacity=999))
+    with pytest.raises(InputError, match="32 inputs are no multiple of --block 64"):
+        write_graphs(bundle, "x", "rtx", Format("int4", capacity=64))
+    with pytest.raises(BundleError, match="has no engines x, but none yet"):
+        bundle.engine_directory("x")
+    manifest = write_graphs(bundle, "x", "rtx", Format(capacity=64))
+    spec, path = manifest.engines["x"].graphs["norm"], bundle.path / "tensorrt" / "x" / "norm.onnx"
+    model = onnx.load(path)
+    model.graph.node[1].op_type = "Nonsense"
+    onnx.save(model, tmp_path / "wrong.onnx")
+    builder = Builder("rtx")
+    with pytest.raises(EngineBuildError, match=r"wrong.onnx: tensorrt_rtx .* cannot read node .*Nonsense"):
+        builder.build(tmp_path / "wrong.onnx", spec)
+    lying = GraphSpec.model_validate(json.loads(spec.model_dump_json().replace('"normed"', '"other"')))
+    with pytest.raises(EngineBuildError, match=r"output (normed|other) is .* to tensorrt_rtx .*, the manifest says"):
+        builder.build(path, lying)
+
+
+def test_an_input_that_the_parser_drops_is_an_error(tmp_path: Path) -> None:
+    """``nonpad_kv_seqlen`` of ``Attention``: the parser warns, and the engine would attend to garbage."""
+    shapes = {"q": [1, 2, 4, 16], "k": [1, 2, 8, 16], "v": [1, 2, 8, 16]}
+    inputs = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, shape) for name, shape in shapes.items()
+    ]
+    inputs.append(onnx.helper.make_tensor_value_info("length", onnx.TensorProto.INT64, [1]))
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, [1, 2, 4, 16])
+    node = onnx.helper.make_node("Attention", ["q", "k", "v", "", "", "", "length"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", inputs, [output])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)]), tmp_path / "g.onnx")
+    tensors: list[dict[str, Any]] = [{"name": n, "dtype": "float16", "shape": s} for n, s in shapes.items()]
+    tensors.append({"name": "length", "dtype": "int64", "shape": [1]})
+    spec = GraphSpec(file="g.onnx", inputs=tensors, outputs=[{"name": "y", "dtype": "float16", "shape": [1, 2, 4, 16]}],
+                     parameters=1, weight_bytes=1)  # fmt: skip
+    with pytest.raises(
+        EngineBuildError, match=r"g.onnx: tensorrt_rtx .* would leave something out .input length is not read"
+    ):
+        Builder("rtx").build(tmp_path / "g.onnx", spec)
+
+
+def test_a_failed_build_changes_nothing(tiny_copy: Callable[[str], Bundle]) -> None:
+    bundle = tiny_copy("llama")
+    manifest = write_graphs(bundle, "set", "rtx", Format(capacity=64))
+    before = sorted(path.name for path in (bundle.path / "tensorrt" / "set").iterdir())
+
+    def interrupted(what: str, done: float) -> None:
+        if what == "building stage_0":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(Bundle(bundle.path, manifest), "set", Builder("rtx"), ["norm", "stage_0"], interrupted)
+    assert sorted(path.name for path in (bundle.path / "tensorrt" / "set").iterdir()) == before
+    assert Bundle.open(bundle.path).manifest.engines["set"].engines == {}
