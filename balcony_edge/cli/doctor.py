@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from balcony_edge.errors import InputError
+from balcony_edge.errors import BalconyError, InputError
 
 if TYPE_CHECKING:
     from balcony_runtime.sensors import SourceHealth
@@ -56,7 +56,7 @@ def doctor(
 
 def engine_facts() -> list[dict[str, Any]]:
     """Each engine: package and version (None where missing), what it offers, and whether bundles run on it."""
-    return [_onnxruntime(), _tensorrt("tensorrt"), _tensorrt("tensorrt_rtx")]
+    return [_onnxruntime(), _cuda(), _tensorrt("tensorrt"), _tensorrt("tensorrt_rtx")]
 
 
 def _onnxruntime() -> dict[str, Any]:
@@ -72,8 +72,23 @@ def _onnxruntime() -> dict[str, Any]:
         why = f"cannot be imported ({error})" if found else "not installed"
         return {**facts, "note": f"{why}: pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"}
     providers = onnxruntime.get_available_providers()
-    note = "bundles run on CPUExecutionProvider; no other is used yet"
+    note = "bundles run on the CPU; engine sets on a GPU with --device cuda or nv"
     return {**facts, "providers": providers, "used": "CPUExecutionProvider", "note": note}
+
+
+def _cuda() -> dict[str, Any]:
+    """The GPU as CUDA sees it, and so what ``--device auto`` takes."""
+    from importlib.metadata import distributions
+
+    packages = {name: dist.version for name in ("cuda-python",) for dist in distributions(name=name)}
+    facts: dict[str, Any] = {"engine": "cuda", "packages": packages, "providers": [], "used": None}
+    try:
+        from balcony_runtime.backends.cuda import compute_capability
+
+        note = f"compute capability {compute_capability()}: --device auto takes engines built for it"
+    except BalconyError as error:
+        note = f"--device auto takes the CPU: {error}"
+    return {**facts, "note": note}
 
 
 def _tensorrt(module: str) -> dict[str, Any]:
@@ -84,7 +99,7 @@ def _tensorrt(module: str) -> dict[str, Any]:
     if find_spec(module) is None:
         return {**facts, "note": "not installed"}
     packages = {name: version(name) for name in packages_distributions().get(module, ())}
-    return {**facts, "packages": packages, "note": "no backend uses it yet"}
+    return {**facts, "packages": packages, "note": "`balcony-edge build` makes engines with it"}
 
 
 def _show(
