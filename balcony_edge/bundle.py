@@ -176,7 +176,7 @@ def _check_structure(directory: Path, manifest: Manifest) -> None:
     needed = {"lm_head", *(f"stage_{i}" for i in range(len(layers))), *(manifest.exit_graph(e) for e in layers)}
     files = {manifest.embedding.file, WEIGHTS, "tokenizer.json"}
     for graphs, lowered in ((manifest.graphs, False), (manifest.cpu, True)):
-        wanted = needed | ({f"balcony_{e}_keys" for e in layers[:-1]} if lowered else set())
+        wanted = needed | ({f"balcony_{e}_keys" for e in manifest.cached_exits} if lowered else set())
         if graphs and (missing := wanted - graphs.keys()):
             raise refuse(f"no graph {_names(missing)} is listed")
         for name in sorted(wanted) if graphs else ():
@@ -237,7 +237,7 @@ def _tables(manifest: Manifest, name: str, lowered: bool) -> tuple[dict[str, _Ki
     where: dict[str, _Kind] = {"last": ("int32", 1, ()), "total": ("int32", 0, ())} if lowered else start
     if name == "lm_head":
         return {"hidden": hidden}, {"logits": ("float32", 3, (model.vocab_size,))}
-    if name == "norm":
+    if name == "norm" or name in {f"balcony_{e}" for e in set(manifest.exit_layers) - set(manifest.cached_exits)}:
         return {"hidden": hidden}, {"normed": hidden}
     if name.startswith("balcony_"):
         keys_only = name.endswith("_keys")

@@ -182,11 +182,16 @@ class Quality(_Frozen):
 
 
 class ExitSpec(_Frozen):
-    """An exit: ``kind`` is ``balcony`` below the full depth and ``full`` there; ``quality`` is there once evaluated."""
+    """An exit: ``kind`` is ``balcony`` below the full depth and ``full`` there; ``quality`` is there once evaluated.
+
+    ``module`` is what a balcony holds before its norm. ``mlp`` and ``none`` attend to nothing: their graph has no cache and the
+    table of ``norm`` (``hidden`` → ``normed``).
+    """
 
     exit_layer: int = Field(gt=0)
     kind: Literal["balcony", "full"]
     trained: bool
+    module: Literal["decoder", "attention", "mlp", "none"] = "decoder"
     quality: Quality | None = None
 
 
@@ -327,6 +332,11 @@ class Manifest(_Frozen):
         stages = tuple(f"stage_{i}" for i in range(index + 1))
         norm_inside = self.cpu and exit_layer == self.model.num_layers
         return (*stages, *(() if norm_inside else (self.exit_graph(exit_layer),)), "lm_head")
+
+    @property
+    def cached_exits(self) -> tuple[int, ...]:
+        """Exits whose balcony attends to rows before, and so has a KV cache."""
+        return tuple(e.exit_layer for e in self.exits if e.kind == "balcony" and e.module in ("decoder", "attention"))
 
     def exit_graph(self, exit_layer: int) -> str:
         """Name of the graph that turns the hidden state at ``exit_layer`` into the head's input."""

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from balcony_export.balcony import Balcony
 from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.distill import Trainer
 from balcony_export.distill_checkpoint import CHECKPOINT
@@ -47,10 +48,16 @@ def _scale_norm(factor: float) -> Callable[[Trainer], None]:
     return start
 
 
+def layer_of(balcony: Balcony) -> nn.Module:
+    """Its decoder layer."""
+    assert balcony.layer is not None
+    return balcony.layer  # type: ignore[no-any-return]
+
+
 def _random_layer(trainer: Trainer) -> None:
     generator = torch.Generator().manual_seed(trainer.config.seed)
     for balcony in trainer.balconies.values():
-        for parameter in balcony.layer.parameters():
+        for parameter in layer_of(balcony).parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter.data, std=0.02, generator=generator)
             else:
@@ -59,7 +66,7 @@ def _random_layer(trainer: Trainer) -> None:
 
 def _silent_layer(trainer: Trainer) -> None:
     for balcony in trainer.balconies.values():
-        for name, parameter in balcony.layer.named_parameters():
+        for name, parameter in layer_of(balcony).named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.data.zero_()
 
@@ -67,7 +74,7 @@ def _silent_layer(trainer: Trainer) -> None:
 def _next_layer(trainer: Trainer) -> None:
     for exit_layer, balcony in trainer.balconies.items():
         source = trainer.backbone.decoder.layers[exit_layer]
-        balcony.layer.load_state_dict({name: value.float() for name, value in source.state_dict().items()})
+        layer_of(balcony).load_state_dict({name: value.float() for name, value in source.state_dict().items()})
 
 
 def _next_norm(trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from balcony_edge.cli.compare import compare
 from balcony_edge.cli.doctor import doctor
 from balcony_edge.cli.eval import evaluate
 from balcony_edge.cli.export import export
+from balcony_edge.cli.extract import extract
 from balcony_edge.cli.inspect import inspect
 from balcony_edge.cli.plan import plan
 from balcony_edge.cli.profile import profile
@@ -33,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (export, build, verify, inspect, run, train, doctor, profile, plan, compare, simulate):
+for verb in (export, build, extract, verify, inspect, run, train, doctor, profile, plan, compare, simulate):
     app.command()(verb)
 app.add_typer(budget.app, name="budget")
 app.command("eval")(evaluate)  # its name is a builtin of Python

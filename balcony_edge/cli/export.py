@@ -19,6 +19,13 @@ def export(
     balconies: Annotated[
         Path | None, typer.Option(help="Trained balconies; without them they are copies of the last layer.")
     ] = None,
+    exit_module: Annotated[
+        Literal["decoder", "attention", "mlp", "none"] | None,
+        typer.Option(
+            help="Without --balconies: what an exit holds before its norm (default: decoder). none: early exit, for LayerSkip "
+            "and Sorted checkpoints."
+        ),
+    ] = None,
     precision: Annotated[
         str,
         typer.Option(
@@ -66,6 +73,8 @@ def export(
 
     refuse_existing(output)
     scheme = parse_precision(precision)
+    if exit_module is not None and balconies is not None:
+        raise InputError("--exit-module with --balconies: the balconies say what they are: leave it out")
     if tensorrt is not None and isinstance(scheme, Scheme):
         raise InputError(f"--tensorrt with --precision {precision}: engines come from fp32 or fp16: give one of those")
     budget = None if quality_budget is None else parse_budget(quality_budget)
@@ -79,8 +88,13 @@ def export(
         tokenizer = load_tokenizer(model)
         layers = parse_exits(exits, loaded.config.num_hidden_layers)
         rows = calibration_rows(calibration, tokenizer) if calibration else []
-        trained = balconies is not None
-        modules = load_balconies(balconies, loaded, layers) if balconies is not None else init_balconies(loaded, layers)
+        # an early exit through the model's own norm has nothing of its own to train
+        trained = balconies is not None or exit_module == "none"
+        modules = (
+            load_balconies(balconies, loaded, layers)
+            if balconies is not None
+            else init_balconies(loaded, layers, exit_module or "decoder")
+        )
         checks: list[Check] = []
         label = name or _model_name(model)
         judge = Judge(loaded, tokenizer, judged(evaluate, tokenizer), name=label) if evaluate else None

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from balcony_edge.cli.train_joint import objective_of, train_jointly
+
 if TYPE_CHECKING:
     from balcony_export.distill import Progress, Trainer
 
@@ -29,6 +31,21 @@ def train(
     start: Annotated[
         Path | None, typer.Option(help="Trained balconies to start from instead of copies of the last layer.")
     ] = None,
+    exit_module: Annotated[
+        Literal["decoder", "attention", "mlp", "none"],
+        typer.Option(help="What an exit holds before its norm: a decoder layer, one half of it, or nothing."),
+    ] = "decoder",
+    init: Annotated[Literal["last", "random"], typer.Option(help="From the last layer, or drawn anew.")] = "last",
+    loss: Annotated[
+        Literal["kl", "kl+ce", "ce"], typer.Option(help="The full model's distribution, the text, or the paper's mix.")
+    ] = "kl",
+    objective: Annotated[
+        Literal["balcony", "sorted"], typer.Option(help="sorted: the mean cross-entropy of all sub-models, no modules.")
+    ] = "balcony",
+    unfreeze: Annotated[bool, typer.Option("--unfreeze", help="Train the backbone, too: another full model.")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Backbone and balconies from random weights, on the text alone.")
+    ] = False,
     optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Of the matrices; norms: AdamW.")] = "muon",
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-3,
     vector_rate: Annotated[float | None, typer.Option(help="Of the norms (default: half of --rate).")] = None,
@@ -75,6 +92,13 @@ def train(
         steps = max(1, tokens // (batch_rows * seq_len))
     if threads is not None:
         torch.set_num_threads(threads)
+    if (joint := objective_of(objective, unfreeze, from_scratch)) is not None:
+        if steps is None:
+            raise InputError(f"training of kind '{joint}': give its length with --steps or --tokens")
+        recipe: dict[str, Any] = {"steps": steps, "batch_rows": batch_rows, "rate": rate, "clip": clip, "seed": seed}
+        recipe |= {"objective": joint, "module": "none" if joint == "sorted" else exit_module}
+        train_jointly(model, exits, recipe, data, output, seq_len, held_out_rows, as_json)
+        return
     loaded = load_model(model, attn_implementation="sdpa")
     processes = Processes()
     loaded.to(processes.device)  # type: ignore[arg-type]
@@ -95,7 +119,9 @@ def train(
         decay_share=decay_share,
         clip=clip,
         average=average,
-        start="last layer" if start is None else f"balconies {index_digest(start)[:16]}",
+        start=_start(init, None if start is None else index_digest(start)),
+        module=exit_module,
+        loss=loss,
         seed=seed,
         evaluate_every=evaluate_every,
         checkpoint_minutes=checkpoint_minutes,
@@ -118,6 +144,13 @@ def train(
     with _progress_bar(trainer) as report:
         trainer.run(report)
     _finish(trainer, model, pretraining_tokens, as_json)
+
+
+def _start(init: str, digest: str | None) -> str:
+    """What the balconies begin as, for the record of the run."""
+    if digest is not None:
+        return f"balconies {digest[:16]}"
+    return "last layer" if init == "last" else "random"
 
 
 @contextmanager

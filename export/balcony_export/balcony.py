@@ -1,11 +1,12 @@
-"""Balconies: one decoder layer and one norm per exit, how they start, and how they lie on disk.
+"""Balconies: one decoder layer (or a part of one) and one norm per exit, how they start, and how they lie on disk.
 
 Owns the module, its initialisation (paper, section 3: the last decoder layer and the final norm of the base model) and
 the directory format below. Training is :mod:`.distill`; tracing is :mod:`.graph`.
 
     balconies/
       balconies.json            format_version  1
-                                module          "decoder": a whole decoder layer (attention and MLP), then a norm
+                                module          "decoder": a whole decoder layer (attention and MLP), then a norm;
+                                                "attention", "mlp": one half of it; "none": the norm alone
                                 dtype           of the stored tensors, "bfloat16"
                                 base            model_type, hidden_size, num_layers,
                                                 config_sha256   of the fields that fix shapes and arithmetic
@@ -24,7 +25,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -57,14 +58,49 @@ _CONFIG_FIELDS = (
 _SAMPLES = 64  # values per weight in the fingerprint: every tensor counts and a 135M model takes 0.1 s
 
 
-class Balcony(nn.Module):
-    """What stands at an exit: ``norm(layer(hidden))``, to be followed by the base model's own LM head."""
+#: What stands before an exit's norm: a decoder layer (the paper's balcony), one half of one, or nothing (early exit).
+Kind = Literal["decoder", "attention", "mlp", "none"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
-    def __init__(self, exit_layer: int, layer: nn.Module, norm: nn.Module) -> None:
+
+class Silent(nn.Module):
+    """Takes the place of a half of a decoder layer and adds nothing to the residual stream."""
+
+    def __init__(self, replaced: nn.Module, *, attention: bool) -> None:
         super().__init__()
-        self.exit_layer = exit_layer
-        self.layer = layer
+        self.attention = attention
+        self.layer_idx = getattr(replaced, "layer_idx", None)
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
+        """Zeros; where an attention stood, beside the weights that nobody asks for."""
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.attention else nothing
+
+
+class Balcony(nn.Module):
+    """What stands at an exit: ``norm(layer(hidden))``, to be followed by the base model's own LM head.
+
+    Args:
+        exit_layer: backbone layers before it.
+        layer: a decoder layer; of kind ``attention`` and ``mlp`` its other half is silenced; None for kind ``none``.
+        norm: an RMSNorm.
+        kind: see :data:`Kind`.
+    """
+
+    def __init__(self, exit_layer: int, layer: Any, norm: nn.Module, kind: Kind = "decoder") -> None:
+        super().__init__()
+        self.exit_layer, self.kind = exit_layer, kind
+        if kind == "mlp":
+            layer.self_attn = Silent(layer.self_attn, attention=True)
+        elif kind == "attention":
+            layer.mlp = Silent(layer.mlp, attention=False)
+        self.layer = None if kind == "none" else layer
         self.norm = norm
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether it attends to rows before, and so has a KV cache."""
+        return self.kind in ("decoder", "attention")
 
     def forward(self, hidden: torch.Tensor, **layer_arguments: Any) -> torch.Tensor:
         """Normed hidden state for the LM head.
@@ -73,7 +109,7 @@ class Balcony(nn.Module):
             hidden: backbone state after ``exit_layer`` layers  # (B, T, D)
             layer_arguments: what the base model hands to its last layer (mask, positions, rotary tables).
         """
-        out = self.layer(hidden, **layer_arguments)
+        out = hidden if self.layer is None else self.layer(hidden, **layer_arguments)
         out = out[0] if isinstance(out, tuple) else out  # some architectures return attention weights too
         normed: torch.Tensor = self.norm(out)  # (B, T, D)
         return normed
@@ -106,13 +142,20 @@ def parse_exits(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(exits)
 
 
-def init_balconies(model: PreTrainedModel, exit_layers: tuple[int, ...]) -> dict[int, Balcony]:
+def init_balconies(
+    model: PreTrainedModel, exit_layers: tuple[int, ...], kind: Kind = "decoder", *, random: bool = False
+) -> dict[int, Balcony]:
     """Untrained balconies: deep copies of the last decoder layer and the final norm (paper, section 3).
 
-    The copy keeps its ``layer_idx``, so that attention type, window and rotary table are those of the last layer.
+    The copy keeps its ``layer_idx``, so that attention type, window and rotary table are those of the last layer. With
+    ``random`` its weights are drawn as the base model's were before its training.
     """
     last, norm = _last_layer_and_norm(model)
-    return {e: Balcony(e, copy.deepcopy(last), copy.deepcopy(norm)).eval() for e in exit_layers}
+    made = {e: Balcony(e, copy.deepcopy(last), copy.deepcopy(norm), kind).eval() for e in exit_layers}
+    if random:
+        for balcony in made.values():
+            balcony.apply(model._init_weights)
+    return made
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -147,15 +190,20 @@ def save_balconies(
         training: facts of the training of these exits, kept with each of them; None for untrained ones.
 
     Raises:
-        CheckpointError: the directory holds balconies for another base model, or a value is not finite.
+        CheckpointError: the directory holds balconies for another base model or of another kind, or a value is not finite.
     """
     path = Path(directory)
+    (kind,) = {balcony.kind for balcony in balconies.values()}
     path.mkdir(parents=True, exist_ok=True)
     described = fingerprint(base)
     exits: dict[str, Any] = {}
     if (path / INDEX).is_file():
         index = _read_index(path)
         _check_base(path, index, described)
+        if index["module"] != kind:
+            raise CheckpointError(
+                f"{path}: holds balconies of kind '{index['module']}', not '{kind}': name another directory"
+            )
         exits = index["exits"]
     written: dict[str, bytes] = {}
     for exit_layer, balcony in balconies.items():
@@ -167,7 +215,7 @@ def save_balconies(
         exits[str(exit_layer)] = {"file": file, "sha256": digest, "training": training}
     document = {
         "format_version": FORMAT_VERSION,
-        "module": "decoder",
+        "module": kind,
         "dtype": "bfloat16",
         "base": described,
         "exits": dict(sorted(exits.items(), key=lambda item: int(item[0]))),
@@ -198,7 +246,7 @@ def load_balconies(
             f"{path}: has no balcony for exit layer {absent[0]}: it holds {have}: pick those or train it"
         )
     dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
-    balconies = init_balconies(model, wanted)
+    balconies = init_balconies(model, wanted, index["module"])
     for exit_layer, balcony in balconies.items():
         tensors = _read_tensors(path, there[exit_layer])
         _check_shapes(path / there[exit_layer]["file"], tensors, balcony)
@@ -250,10 +298,10 @@ def _read_index(path: Path) -> dict[str, Any]:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: is damaged: train again or copy it again") from error
-    if version != FORMAT_VERSION or module != "decoder":
+    if version != FORMAT_VERSION or module not in KINDS:
         raise CheckpointError(
             f"{file}: format {repr(version)[:20]}, module {repr(module)[:20]}: this version reads format {FORMAT_VERSION} "
-            "and 'decoder': use the version of Balcony Edge that wrote it"
+            f"and {', '.join(KINDS)}: use the version of Balcony Edge that wrote it"
         )
     if not complete:
         raise CheckpointError(f"{file}: is damaged: train again or copy it again")

@@ -91,7 +91,7 @@ class Trainer:
         self.config, self.corpus, self.output, self.clock = config, corpus, output, clock
         self.work = work or output / "run"
         self.base_facts = fingerprint(model)
-        self.balconies = start or init_balconies(model, config.exits)
+        self.balconies = start or init_balconies(model, config.exits, config.module, random=config.start == "random")
         self.device = next(model.parameters()).device
         self.dtype = dtype
         self.backbone = Backbone(model, config.exits, dtype)
@@ -100,7 +100,7 @@ class Trainer:
         model.to(dtype)  # type: ignore[arg-type]
         self.model = model
         softcap = getattr(model.config, "final_logit_softcapping", None)
-        self.head = HeadLoss(model.get_output_embeddings().weight, dtype, softcap, compiled)
+        self.head = HeadLoss(model.get_output_embeddings().weight, dtype, softcap, compiled, config.loss)
         self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
         self.averages: dict[int, dict[str, torch.Tensor]] = {}
         for exit_layer, balcony in self.balconies.items():
@@ -158,6 +158,8 @@ class Trainer:
         rms = states[0].float().square().mean(-1).sqrt().cpu()  # (B, T)
         valid &= rms < MASSIVE * rms.median(dim=1, keepdim=True).values
         valid[:, 0] = False  # the sink, massive or not
+        if self.config.loss != "kl":  # the text says nothing about the token behind the last one
+            valid &= torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None] - 1
         if not self.config.positions:
             return valid.flatten().nonzero()[:, 0].to(self.device)
         noise = torch.from_numpy(np.random.default_rng(seed).random(valid.shape)).masked_fill(~valid, 2.0)
@@ -192,7 +194,10 @@ class Trainer:
                 self.exit_rows(self.balconies[exit_layer], states, index, where)
                 for index, exit_layer in enumerate(config.exits)
             ]
-            sums[:-1] += sums.new_tensor(self.head.backward(full, students))
+            # the position behind each; of the very last one there is none, and no loss on the text asks for it
+            following = (where + 1).clamp(max=picked.tokens.size - 1)
+            labels = torch.from_numpy(picked.tokens).long().to(self.device).flatten()[following]
+            sums[:-1] += sums.new_tensor(self.head.backward(full, students, labels))
         self.processes.sum([sums])
         *kls, counted = sums.tolist()
         counted = max(counted, 1.0)

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from balcony_edge.errors import InputError
+from balcony_export.balcony import Kind
+from balcony_export.distill_loss import LossKind
 from balcony_export.distill_schedule import OptimizerKind, ScheduleKind
 
 
@@ -34,7 +36,9 @@ class TrainConfig:
     decay_share: float = 0.4
     clip: float = 1.0
     average: float = 0.99  # of the exponential moving average of the weights
-    start: str = "last layer"  # or which balconies the run went on from
+    start: str = "last layer"  # or "random", or which balconies the run went on from
+    module: Kind = "decoder"
+    loss: LossKind = "kl"
     seed: int = 0
     evaluate_every: int = 100
     checkpoint_minutes: float = 3.0

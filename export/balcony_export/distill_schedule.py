@@ -77,8 +77,10 @@ def make_optimizers(
         groups = [{"params": matrices, "lr": rate}, {"params": vectors, "lr": vector_rate}]
         optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
     else:
-        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers = [muon, torch.optim.AdamW(vectors, lr=vector_rate, **adamw)]
+        optimizers = [torch.optim.AdamW(vectors, lr=vector_rate, **adamw)]
+        if matrices:  # an exit that is a norm alone has none
+            muon = torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            optimizers.insert(0, muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

@@ -160,6 +160,7 @@ def export_bundle(
                     "exit_layer": e,
                     "kind": "balcony" if e in balconies else "full",
                     "trained": trained or e not in balconies,
+                    "module": balconies[e].kind if e in balconies else "decoder",
                 }
                 for e in traced.layers
             ],

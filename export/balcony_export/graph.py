@@ -114,6 +114,22 @@ class _BalconyTrace(_Trace):
         return self.norm(hidden), key, value
 
 
+class _StatelessTrace(_Trace):
+    """An exit that attends to nothing: an MLP, or the norm alone."""
+
+    def __init__(self, model: PreTrainedModel, parts: Parts, context_length: int, balcony: Balcony) -> None:
+        super().__init__(model, parts, context_length)
+        self.layer: Any = balcony.layer
+        self.norm = balcony.norm
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.layer is not None:
+            rows = self._rows(torch.zeros(hidden.shape[0], dtype=torch.int64), hidden.shape[1], 1)
+            hidden = self._call(self.layer, hidden, rows, None)
+        normed: torch.Tensor = self.norm(hidden)
+        return normed
+
+
 def _export(
     module: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...], inputs: list[str], outputs: list[str]
 ) -> ir.Model:
@@ -168,8 +184,18 @@ def trace_backbone(model: PreTrainedModel, parts: Parts, exit_layers: Sequence[i
 
 
 def trace_balcony(model: PreTrainedModel, parts: Parts, balcony: Balcony, context_length: int) -> ir.Model:
-    """Trace one balcony: ``rows``, ``queries``, ``start``, past → ``hidden``, present."""
-    dtype, width = parts.embed.weight.dtype, _kv_width(balcony.layer)
+    """Trace one balcony: ``rows``, ``queries``, ``start``, past → ``hidden``, present.
+
+    One that attends to nothing: ``hidden`` → ``normed``.
+    """
+    dtype = parts.embed.weight.dtype
+    if not balcony.keeps_rows:
+        example = torch.zeros(_BATCH, _QUERIES, parts.embed.embedding_dim, dtype=dtype)
+        shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("queries")}
+        with tracing(model, [balcony]):
+            module = _StatelessTrace(model, parts, context_length, balcony)
+            return _export(module, (example,), (shape,), ["hidden"], ["normed"])
+    width = _kv_width(balcony.layer)
     batch, rows, queries, capacity = (torch.export.Dim(name) for name in ("batch", "rows", "queries", "capacity"))
     hidden = torch.zeros(_BATCH, _ROWS, parts.embed.embedding_dim, dtype=dtype)
     past = torch.zeros(_BATCH, _CAPACITY, width, dtype=dtype)

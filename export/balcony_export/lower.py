@@ -31,10 +31,11 @@ def lower_all(graphs: Mapping[str, ir.Model], spec: ModelSpec) -> dict[str, ir.M
     stages = [name for name in graphs if name.startswith("stage_")]
     lowered = {name: lower_stage(graphs[name], spec, graphs["norm"] if name == stages[-1] else None) for name in stages}
     for name, traced in graphs.items():
-        if name.startswith("balcony_"):
+        if name.startswith("balcony_") and any(value.name == "rows" for value in traced.graph.inputs):
             lowered[name] = lower_balcony(traced, spec)
             lowered[f"{name}_keys"] = lower_keys(traced, spec)
-    return lowered | {name: graphs[name].clone() for name in ("norm", "lm_head")}
+    # graphs without attention are what they are
+    return lowered | {name: graphs[name].clone() for name in graphs if name not in ("backbone", *lowered)}
 
 
 def lower_stage(stage: ir.Model, spec: ModelSpec, norm: ir.Model | None = None) -> ir.Model:

@@ -125,6 +125,9 @@ class Sequence:
         self._tokens = np.zeros((batch_size, max_length), np.int64)
         self._stage_cursor = [0] * len(self._layers)
         self._balcony_cursor = [0] * (len(self._layers) - 1)
+        # exits whose balcony has a KV cache; the full depth's norm and a balcony without attention take rows as they come
+        cached = engine.manifest.cached_exits
+        self._cached = tuple(layer in cached for layer in self._layers)
 
     @property
     def tokens(self) -> IntArray:
@@ -138,8 +141,9 @@ class Sequence:
 
     @property
     def balcony_rows(self) -> tuple[int, ...]:
-        """Rows that each exit's balcony has not consumed yet; 0 for the full depth, which has none."""
-        return (*(self.length - cursor for cursor in self._balcony_cursor), 0)
+        """Rows that each exit's balcony has not consumed yet; 0 where there is none with a cache."""
+        pairs = zip((*self._balcony_cursor, 0), self._cached, strict=True)
+        return tuple(self.length - cursor if cached else 0 for cursor, cached in pairs)
 
     def advance(self, exit_layer: int, new_tokens: IntArray | AbstractSequence[int], num_logits: int = 1) -> FloatArray:
         """Append tokens and return the logits of the last rows at an exit.
@@ -214,8 +218,7 @@ class Sequence:
     def _stepping(self, exit_layer: int) -> int | None:
         """Index of an exit whose graphs have taken all rows, so that one more can take the short way; else None."""
         index, row = self._index(exit_layer), self.length
-        balcony = index < len(self._balcony_cursor)
-        behind = self._stage_cursor[index] < row or (balcony and self._balcony_cursor[index] < row)
+        behind = self._stage_cursor[index] < row or (self._cached[index] and self._balcony_cursor[index] < row)
         return None if behind or row >= self.max_length else index
 
     def _stepped(self, index: int, ids: IntArray) -> None:
@@ -227,11 +230,11 @@ class Sequence:
         self.length = row + 1
 
     def rows_due(self, new: int) -> tuple[list[int], list[int]]:
-        """Rows that each stage and each balcony would run if it were used with ``new`` more rows; the norm keeps none."""
+        """Rows that each stage and each balcony would run if it were used with ``new`` more rows; 1 where none are kept."""
         total = self.length + new
-        return [total - cursor for cursor in self._stage_cursor], [
-            total - cursor for cursor in self._balcony_cursor
-        ] + [1]
+        pairs = zip((*self._balcony_cursor, 0), self._cached, strict=True)
+        balconies = [total - cursor if cached else 1 for cursor, cached in pairs]
+        return [total - cursor for cursor in self._stage_cursor], balconies
 
     @property
     def rows_run(self) -> int:
@@ -256,7 +259,7 @@ class Sequence:
     def run_balcony(self, exit_layer: int, max_rows: int) -> int:
         """Work off at most ``max_rows`` pending rows of a balcony, as far as its stage has come; returns the rows run."""
         index = self._index(exit_layer)
-        if index == len(self._balcony_cursor):
+        if not self._cached[index]:
             return 0
         begin = self._balcony_cursor[index]
         end = min(self._stage_cursor[index], begin + max_rows)
@@ -295,7 +298,7 @@ class Sequence:
         self._balcony_cursor = [min(cursor, length) for cursor in self._balcony_cursor]
 
     def _run_exit(self, index: int, num_logits: int) -> None:
-        if index == len(self._layers) - 1:
+        if not self._cached[index]:
             self.state.run_exit(index, self.length - num_logits, self.length, num_logits)
             return
         # whole passes first, so that the last one holds the rows that are asked for

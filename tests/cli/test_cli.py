@@ -253,6 +253,37 @@ def test_build(exported: Path, tmp_path: Path) -> None:
     refused("norm.engine: 0 bytes", "run", bundle, "the fox", "--device", "cpu", "--engines", "rtx-fp16")
 
 
+def test_extract(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = invoke_here("extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "small", "--json")
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout)["layers"] == 4
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["num_hidden_layers"] == 4
+    done = invoke_here("export", tmp_path / "small", "--exits", "2", "-o", tmp_path / "b", "--exit-module", "none")
+    assert done.returncode == 0 and "untrained" not in done.stderr, done
+    refused("exit layer 5: a model of 5 layers", "extract", tiny_checkpoint, "--exit", "5", "-o", tmp_path / "x")
+    refused("exists already", "extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "small")
+    common = ("export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "x", "--exit-module", "mlp")
+    refused("--exit-module with --balconies", *common, "--balconies", tmp_path)
+
+
+def test_training_with_the_backbone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"the quick brown fox {i} jumps over the dog " * 9}) + "\n" for i in range(60))
+    )
+    common = ("train", tiny_checkpoint, "--exits", "2,3", "--data", text, "-o", tmp_path / "out", "--seq-len", "32")
+    options = ("--held-out-rows", "2", "--rate", "1e-3")
+    done = invoke_here(*common, *options, "--steps", "3", "--objective", "sorted", "--json")
+    assert done.returncode == 0, done
+    document = json.loads(done.stdout)
+    assert document["exits"]["5"]["kl"] == 0 and document["exits"]["2"]["cross_entropy"] > 0
+    export = ("export", document["model"], "--exits", "2,3", "--balconies", document["balconies"], "-o", tmp_path / "b")
+    assert invoke_here(*export).returncode == 0
+    refused("give its length with --steps", *common, "--unfreeze")
+    refused("give one of them", *common, "--steps", "3", "--unfreeze", "--from-scratch")
+    refused("model: exists already", *common, "--steps", "3", "--unfreeze")
+
+
 def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     data = bytearray((broken / "weights.bin").read_bytes())

@@ -122,7 +122,7 @@ class DeviceState:
         self._scratch = [allocate((batch_size, min(MAX_ROWS, max_length), width), dtype) for _ in range(3)]
         self._asked: Region | None = None
         names = [f"stage_{i}" for i in range(len(manifest.exit_layers))]
-        names += [f"balcony_{e}" for e in manifest.exit_layers[:-1]]
+        names += [f"balcony_{e}" for e in manifest.cached_exits]
         in_place = backend.executor.in_place
         self._caches = {name: _Cache(engines, name, self._device, batch_size, in_place) for name in names}
         self._programs: dict[tuple[int, ...], Callable[[], None]] = {}
@@ -181,7 +181,7 @@ class DeviceState:
         name = self._backend.manifest.exit_graph(self._layers[boundary])
         out = self._scratch[2].part(0, (self._batch, count, self._width))
         queries = self._rows_of(boundary, stop - count, stop, 0)
-        if name == "norm":
+        if name not in self._caches:
             self._run(name, {"hidden": queries, "normed": out})
         else:
             self._stand_at(start)
@@ -229,10 +229,10 @@ class DeviceState:
             tensors = {"ids": self._ids, "hidden_0": self._row[0]}
         elif name == "lm_head":
             tensors = {"hidden": self._hidden, "logits": self._logits, "argmax": self._best}
-        elif name == "norm":
+        elif not name.startswith("stage_"):
             tensors = {"hidden": row, "normed": self._hidden}
-        elif name.startswith("balcony_"):
-            tensors = {"rows": row, "queries": row, "hidden": self._hidden}
+            if name in self._caches:
+                tensors = {"rows": row, "queries": row, "hidden": self._hidden}
         else:
             stage = int(name.removeprefix("stage_"))
             tensors = {f"hidden_{self._layers[i]}": self._row[i] for i in (stage, stage + 1)}

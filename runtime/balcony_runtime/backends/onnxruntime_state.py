@@ -152,7 +152,9 @@ class OnnxRuntimeState:
         self._where = {"start": _value(self._start), "last": _value(self._last), "total": _value(self._total)}
         make = _WholeCache if manifest.cpu else _PrefixCache
         self._caches: dict[str, _Cache] = {}
-        for name in [f"stage_{i}" for i in range(len(layers))] + [manifest.exit_graph(e) for e in layers[:-1]]:
+        for name in [f"stage_{i}" for i in range(len(layers))] + [
+            manifest.exit_graph(e) for e in manifest.cached_exits
+        ]:
             self._caches[name] = make(self._specs[name], batch_size, max_length)
             if f"{name}_keys" in self._specs:
                 self._caches[f"{name}_keys"] = self._caches[name]
@@ -281,11 +283,12 @@ class OnnxRuntimeState:
                 outputs = {f"hidden_{self._layers[stage + 1]}": self._row_values[stage + 1], "normed": self._hidden}
             elif name == "lm_head":
                 inputs, outputs = {"hidden": self._hidden}, {"logits": _value(self._logits)}
-            elif name == "norm":
-                inputs, outputs = {"hidden": self._row_values[-1]}, {"normed": self._hidden}
             else:
-                row = self._row_values[self._layers.index(int(name.removeprefix("balcony_")))]
-                inputs, outputs = {"rows": row, "queries": row}, {"hidden": self._hidden}
+                row = self._row_values[-1]
+                if name != "norm":
+                    row = self._row_values[self._layers.index(int(name.removeprefix("balcony_")))]
+                inputs = {"rows": row, "queries": row, "hidden": row}
+                outputs = {"hidden": self._hidden, "normed": self._hidden}
             self._bound[name] = self._bind(name, inputs, outputs)
         return self._bound[name]
 

@@ -1,0 +1,41 @@
+"""``balcony-edge extract``: one exit as an ordinary Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def extract(
+    model: Annotated[
+        str, typer.Argument(help="The base model: Hugging Face directory, GGUF file, hub name, or 'demo'.")
+    ],
+    exit_layer: Annotated[int, typer.Option("--exit", help="Exit layer to extract.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    balconies: Annotated[
+        Path | None, typer.Option(help="Trained balconies; without them a copy of the last layer.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Write the sub-model of an exit: its layers, the balcony as the last one, norm and head. Every engine runs it."""
+    from balcony_edge.cli.console import stdout
+    from balcony_export.balcony import init_balconies, load_balconies, parse_exits
+    from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.export import refuse_existing
+    from balcony_export.extract import extract as write
+
+    refuse_existing(output)
+    loaded = load_model(model)
+    exits = parse_exits(str(exit_layer), loaded.config.num_hidden_layers)
+    found = init_balconies(loaded, exits) if balconies is None else load_balconies(balconies, loaded, exits)
+    small = write(loaded, load_tokenizer(model), found, exit_layer, output)
+    parameters = sum(p.numel() for p in small.parameters())
+    facts = {"checkpoint": str(output), "layers": small.config.num_hidden_layers, "parameters": parameters}
+    if as_json:
+        print(json.dumps(facts))  # noqa: T201 - programs read this
+        return
+    size = f"{facts['layers']} layers, {parameters / 1e6:.1f} M parameters"
+    stdout.print(f"[bold]{output}[/]: {size}, equal to exit {exit_layer}")

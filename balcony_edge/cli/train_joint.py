@@ -1,0 +1,74 @@
+"""``balcony-edge train`` with ``--unfreeze``, ``--objective sorted`` or ``--from-scratch``: the backbone learns, too."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from balcony_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from balcony_export.joint import Objective
+
+
+def objective_of(objective: str, unfreeze: bool, from_scratch: bool) -> Objective | None:
+    """Which joint objective the options name; None: the paper's, with a frozen backbone.
+
+    Raises:
+        InputError: they name two.
+    """
+    named: list[Objective] = []
+    named += ["sorted"] if objective == "sorted" else []
+    named += ["unfrozen"] if unfreeze else []
+    named += ["scratch"] if from_scratch else []
+    if len(named) > 1:
+        raise InputError(
+            "--unfreeze, --objective sorted and --from-scratch: each is a training of its own: give one of them"
+        )
+    return named[0] if named else None
+
+
+def train_jointly(
+    model: str,
+    exits: str,
+    recipe: dict[str, Any],
+    data: list[Path],
+    output: Path,
+    seq_len: int,
+    held_out_rows: int,
+    as_json: bool,
+) -> None:
+    """Train, write ``output/model`` and the balconies for it, and show every exit on held-out rows."""
+    from rich.table import Table
+
+    from balcony_edge.cli.console import progress_bar, stdout
+    from balcony_export.balcony import parse_exits
+    from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.distill_data import build_corpus
+    from balcony_export.export import refuse_existing
+    from balcony_export.joint import BASE, JointConfig, JointTrainer
+
+    if output.exists():
+        refuse_existing(output / BASE)
+    loaded, tokenizer = load_model(model, attn_implementation="sdpa"), load_tokenizer(model)
+    config = JointConfig(exits=parse_exits(exits, loaded.config.num_hidden_layers), **recipe)
+    config.check()
+    corpus = build_corpus(data, tokenizer, seq_len=seq_len, seed=config.seed, held_out_rows=held_out_rows)
+    trainer = JointTrainer(loaded, corpus, config)
+    with progress_bar() as progress:
+        trainer.run(
+            lambda step, loss, left_s: progress(f"loss {loss:.3f}, {left_s / 60:.0f} min left", step / config.steps)
+        )
+    scores = trainer.evaluate()
+    output.mkdir(parents=True, exist_ok=True)
+    trainer.save(output, tokenizer)
+    if as_json:
+        found = {str(e): asdict(score) for e, score in scores.items()}
+        print(json.dumps({"model": str(output / BASE), "balconies": str(output), "exits": found}))  # noqa: T201 - for programs
+        return
+    table = Table("exit", "cross-entropy", "KL to its full depth", "agreement", title=f"{output}, on held-out rows")
+    for exit_layer, score in scores.items():
+        table.add_row(str(exit_layer), f"{score.cross_entropy:.3f}", f"{score.kl:.3f}", f"{score.agreement:.1%}")
+    stdout.print(table)

@@ -1,0 +1,193 @@
+"""The paper's ablations and Table 4 over a small model that is trained here, an hour or less on two cores.
+
+    python -m benchmarks.ablations --data TEXT.jsonl [--steps 600] [--plot docs/ablations.png]
+
+A Llama of eight layers (3.6M parameters, a vocabulary of 2,048 made from the text) is trained on the text. Then, on as many
+rows each: balconies as the paper trains them; from random weights; MLP alone, attention alone, the norm alone; with the text as
+teacher (``ce``) and the paper's mix (``kl+ce``); with the backbone unfrozen; sorted fine-tuning. From scratch, with the base
+model's own budget (Table 4): balconies with the averaged loss, and the sorted objective. Every exit is scored on the same
+held-out rows: cross-entropy on the text (nats a token), KL and top-1 agreement to the variant's own full depth.
+
+The last line is JSON: ``steps``, ``parameters``, ``variants`` (name → exit → ``cross_entropy``, ``kl``, ``agreement``),
+``seconds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel
+
+from balcony_export.balcony import Balcony
+from balcony_export.distill import Trainer
+from balcony_export.distill_config import TrainConfig
+from balcony_export.distill_data import Corpus, build_corpus
+from balcony_export.joint import ExitScore, JointConfig, JointTrainer
+
+EXITS = (3, 4, 5)
+SEQ_LEN, ROWS = 128, 8
+SIZES: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+#: Variant → what differs from the paper's balconies.
+FROZEN: dict[str, dict[str, Any]] = {
+    "balcony (decoder, from the last layer, KL, frozen)": {},
+    "random initialisation": {"start": "random"},
+    "MLP alone": {"module": "mlp"},
+    "attention alone": {"module": "attention"},
+    "norm alone (early exit)": {"module": "none"},
+    "cross-entropy": {"loss": "ce"},
+    "KL + cross-entropy": {"loss": "kl+ce"},
+}
+
+Scores = dict[int, ExitScore]
+
+
+def make_tokenizer(data: Path) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE of the text's own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZES["vocab_size"],
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((json.loads(line)["text"] for line in data.open(encoding="utf-8")), trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
+
+
+def joint(
+    model: PreTrainedModel, corpus: Corpus, objective: Any, steps: int, balconies: dict[int, Balcony] | None = None
+) -> JointTrainer:
+    """A trainer of backbone and exits; with ``steps`` 0 one that only scores."""
+    module: Any = "none" if objective == "sorted" else "decoder"
+    config = JointConfig(EXITS, objective, module, max(steps, 1), ROWS, rate=2e-3)
+    trainer = JointTrainer(model, corpus, config, balconies)
+    if steps:
+        trainer.run()
+    return trainer
+
+
+def distilled(base: PreTrainedModel, corpus: Corpus, steps: int, **changes: Any) -> Scores:
+    """Balconies on the frozen base model: the paper's optimizer at a rate that suits so small a model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {
+            "optimizer": "adamw",
+            "rate": 2e-3,
+            "vector_rate": 2e-3,
+            "average": 0.0,
+            "schedule": "cosine",
+            **changes,
+        }
+        config = TrainConfig(
+            exits=EXITS, steps=steps, seq_len=SEQ_LEN, batch_rows=ROWS, micro_rows=ROWS, positions=0,
+            warmup_steps=max(steps // 20, 1), evaluate_every=steps, **options,
+        )  # fmt: skip
+        trainer = Trainer(copy.deepcopy(base), corpus, config, Path(scratch), dtype=torch.float32, compiled=False)
+        trainer.run()
+        return joint(trainer.model, corpus, "unfrozen", 0, trainer.balconies).evaluate()
+
+
+def variants(base: PreTrainedModel, corpus: Corpus, steps: int) -> dict[str, Callable[[], Scores]]:
+    """Variant → how its scores come about; ``steps`` is what the base model had, the others get half of it."""
+    half = max(steps // 2, 1)
+    runs: dict[str, Callable[[], Scores]] = {
+        name: lambda changes=changes: distilled(base, corpus, half, **changes)  # type: ignore[misc]
+        for name, changes in FROZEN.items()
+    }
+    runs["unfrozen backbone"] = lambda: joint(copy.deepcopy(base), corpus, "unfrozen", half).evaluate()
+    runs["sorted fine-tuning"] = lambda: joint(copy.deepcopy(base), corpus, "sorted", half).evaluate()
+    runs["from scratch: balconies"] = lambda: joint(copy.deepcopy(base), corpus, "scratch", steps).evaluate()
+
+    def sorted_from_scratch() -> Scores:
+        torch.manual_seed(0)
+        model = copy.deepcopy(base)
+        model.apply(model._init_weights)
+        return joint(model, corpus, "sorted", steps).evaluate()
+
+    runs["from scratch: sorted"] = sorted_from_scratch
+    return runs
+
+
+def plot(found: dict[str, Scores], output: Path) -> None:
+    """Cross-entropy of every exit and the full depth, a line for each variant."""
+    import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - likewise
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    depths = list(next(iter(found.values())))
+    for index, (name, scores) in enumerate(found.items()):
+        style = "-" if index == 0 else ("--" if index < len(FROZEN) else ":")
+        values = [scores[depth].cross_entropy for depth in depths]
+        axes.plot(depths, values, style, marker="o", linewidth=2.5 if index == 0 else 1.3, label=name)
+    axes.set_xlabel("exit layer (the last is the full depth)")
+    axes.set_ylabel("held-out cross-entropy, nats a token")
+    axes.set_xticks(depths)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(output, dpi=110)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="JSON Lines with a text each")
+    parser.add_argument("--steps", type=int, default=600, help="of the base model; variants get half")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    begin = time.monotonic()
+    tokenizer = make_tokenizer(options.data)
+    corpus = build_corpus([options.data], tokenizer, seq_len=SEQ_LEN, seed=0, held_out_rows=48)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES)
+    config._attn_implementation = "sdpa"
+    base = transformers.LlamaForCausalLM(config)
+    depth = SIZES["num_hidden_layers"]
+    # the base model: the averaged loss over one sub-model, which is the model itself
+    alone = JointTrainer(base, corpus, JointConfig((), "scratch", "none", options.steps, ROWS, rate=2e-3))
+    alone.run()
+    found: dict[str, Scores] = {}
+    print(f"base model: cross-entropy {alone.evaluate()[depth].cross_entropy:.3f}", flush=True)
+    for name, run in variants(base, corpus, options.steps).items():
+        found[name] = run()
+        cells = "  ".join(f"{e}: {s.cross_entropy:.3f} ({s.agreement:.0%})" for e, s in found[name].items())
+        print(f"{name:<52} {cells}", flush=True)
+    if options.plot is not None:
+        plot(found, options.plot)
+    document = {
+        "benchmark": "ablations",
+        "steps": options.steps,
+        "parameters": sum(p.numel() for p in base.parameters()),
+        "base_cross_entropy": alone.evaluate()[depth].cross_entropy,
+        "variants": {name: {str(e): asdict(score) for e, score in scores.items()} for name, scores in found.items()},
+        "seconds": round(time.monotonic() - begin),
+    }
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

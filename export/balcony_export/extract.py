@@ -1,0 +1,101 @@
+"""The sub-model of one exit as an ordinary Hugging Face checkpoint: its backbone layers, then the balcony as the last layer.
+
+Owns the configuration of the smaller model and the names of its weights. With a balcony that is a decoder layer the result is a
+plain model of e + 1 layers, which every engine runs that runs the base model: the way out for who serves one fixed depth.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from balcony_edge.errors import InputError, VerificationError
+from balcony_export.architecture import parts_of
+from balcony_export.balcony import Balcony
+from balcony_export.export import refuse_existing
+from balcony_export.verify import TOLERANCE, Reference
+
+#: Fields of a configuration with an entry per layer.
+_PER_LAYER = ("layer_types", "no_rope_layers")
+
+
+def submodel(model: PreTrainedModel, balcony: Balcony | None, exit_layer: int) -> PreTrainedModel:
+    """A model of the same class that computes what the exit computes.
+
+    Args:
+        model: the base model; it is not changed.
+        balcony: of the exit; None: early exit, the final norm straight on the hidden state.
+        exit_layer: backbone layers to keep.
+
+    Raises:
+        InputError: the exit has a module that is no decoder layer, so no plain model computes it.
+    """
+    if balcony is not None and balcony.kind not in ("decoder", "none"):
+        raise InputError(
+            f"exit {exit_layer}: its module is '{balcony.kind}': only 'decoder' and 'none' are layers of a plain model"
+        )
+    parts = parts_of(model)
+    layers: list[Any] = list(parts.layers[:exit_layer])
+    if balcony is not None and balcony.layer is not None:
+        layers.append(balcony.layer)
+    config = copy.deepcopy(model.config)
+    for field in _PER_LAYER:
+        if entries := getattr(config, field, None):
+            # a balcony attends as the last layer does, of which it began as a copy
+            setattr(config, field, [*entries[:exit_layer], *entries[-1:] * (len(layers) - exit_layer)])
+    config.num_hidden_layers = len(layers)
+    small: PreTrainedModel = type(model)(config).to(next(model.parameters()).dtype).eval()  # type: ignore[arg-type]
+    target = parts_of(small)
+    for new, old in (
+        *zip(target.layers, layers, strict=True),
+        (target.embed, parts.embed),
+        (target.norm, parts.norm if balcony is None else balcony.norm),
+        *(() if parts.head.weight is parts.embed.weight else ((target.head, parts.head),)),
+    ):
+        new.load_state_dict(old.state_dict())
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small
+
+
+def extract(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    balconies: dict[int, Balcony],
+    exit_layer: int,
+    output: Path,
+) -> PreTrainedModel:
+    """Write the sub-model of an exit into a directory, after comparing it with the exit.
+
+    Args:
+        model: the base model.
+        tokenizer: its tokenizer, which is written, too.
+        balconies: exit layer → balcony.
+        exit_layer: one of them.
+        output: directory to make.
+
+    Raises:
+        InputError: no such exit, the directory exists, or the exit is no plain model.
+        VerificationError: the logits of the sub-model are not the exit's.
+    """
+    refuse_existing(output)
+    if exit_layer not in balconies:
+        have = ", ".join(map(str, sorted(balconies)))
+        raise InputError(f"--exit {exit_layer}: there are balconies at {have}: give one of those")
+    small = submodel(model, balconies[exit_layer], exit_layer)
+    ids = list(range(3, min(67, model.config.vocab_size)))
+    want = Reference(model, balconies).logits(ids)[exit_layer]
+    with torch.no_grad():
+        got = small(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+    difference = float(abs(got - want).max() / abs(want).max())
+    if not difference <= TOLERANCE["float32"]:
+        raise VerificationError(
+            f"exit {exit_layer}: the extracted model's logits are {difference:.1e} of the largest away from the exit's: "
+            "nothing was written; report the model's architecture"
+        )
+    small.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return small

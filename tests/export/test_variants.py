@@ -1,0 +1,246 @@
+"""Exit modules, losses and extraction: each variant trains, exports, verifies, generates, and leaves as a plain checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import CheckpointError, InputError, TrainingError
+from balcony_export.balcony import KINDS, Balcony, init_balconies, load_balconies, save_balconies
+from balcony_export.checkpoint import load_model
+from balcony_export.distill import Trainer
+from balcony_export.distill_config import TrainConfig
+from balcony_export.distill_data import Corpus, Rows
+from balcony_export.distill_loss import LOSS_WEIGHTS, HeadLoss
+from balcony_export.export import export_bundle
+from balcony_export.extract import extract, submodel
+from balcony_export.joint import BASE, OBJECTIVES, JointConfig, JointTrainer
+from balcony_export.quantize import Scheme
+from balcony_export.tensorrt import write_graphs
+from balcony_export.tensorrt_graphs import Format
+from balcony_export.verify import Reference, verify
+from balcony_runtime.engine import Engine
+
+IDS = [(11 * i * i + 5 * i + 2) % 320 for i in range(30)]
+PROMPTS = ("the quick brown fox jumps", "over the lazy dog and the balcony")
+
+
+def corpus() -> Corpus:
+    random = np.random.default_rng(3)
+    rows = [
+        Rows(random.integers(1, 320, (count, 32)).astype(np.int32), np.full(count, 32, np.int32)) for count in (8, 2)
+    ]
+    return Corpus(rows[0], rows[1], {}, "a digest")
+
+
+def trained(model: Any, output: Path, **options: Any) -> dict[int, Balcony]:
+    """Balconies of a short run."""
+    config = TrainConfig(
+        exits=(2, 3),
+        steps=6,
+        seq_len=32,
+        positions=0,
+        rate=5e-3,
+        vector_rate=5e-3,
+        warmup_steps=1,
+        evaluate_every=6,
+        **options,
+    )
+    trainer = Trainer(copy.deepcopy(model), corpus(), config, output, dtype=torch.float32, compiled=False)
+    before = {name: value.clone() for name, value in trainer.balconies[2].state_dict().items()}
+    trainer.run()
+    after = trainer.balconies[2].state_dict()
+    assert any(not torch.equal(value, after[name]) for name, value in before.items()), "nothing was trained"
+    return load_balconies(output, model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_exit_module_trains_exports_verifies_and_generates(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path, kind: Any
+) -> None:
+    model, tokenizer = make_tiny("qwen3"), make_tokenizer()
+    balconies = trained(model, tmp_path / "balconies", module=kind, optimizer="adamw")
+    assert {balcony.kind for balcony in balconies.values()} == {kind}
+    assert json.loads((tmp_path / "balconies" / "balconies.json").read_text())["module"] == kind
+    path = tmp_path / "bundle"
+    manifest = export_bundle(model, tokenizer, balconies, path, name="tiny", trained=True)
+    assert [exit_.module for exit_ in manifest.exits] == [kind, kind, "decoder"]
+    checks = verify(path, model, tokenizer, balconies, PROMPTS)
+    assert len(checks) == 15 and all(check.passed and check.agreement == 1.0 for check in checks), checks
+    cached = kind in ("decoder", "attention")
+    assert manifest.cached_exits == ((2, 3) if cached else ())
+    with Engine.open(path) as engine:
+        sequence = engine.new_sequence(max_length=64)
+        sequence.advance(5, IDS[:20])
+        assert sequence.balcony_rows == ((20, 20, 0) if cached else (0, 0, 0))
+        for exit_layer, token in zip((2, 3, 2, 5, 2), IDS[20:25], strict=True):
+            got = sequence.step(exit_layer, np.array([token]))[0].copy()
+            scratch = engine.new_sequence(max_length=64).advance(exit_layer, sequence.tokens)[0, 0]
+            assert np.abs(got - scratch).max() <= 1e-4 * np.abs(scratch).max()
+        assert sequence.catch_up() >= 0 and not any((*sequence.stage_rows, *sequence.balcony_rows))
+    with balcony_edge.load(path, budget=Budget(tpot_ms=1000)) as llm:
+        assert len(llm.generate("the fox", max_new_tokens=5, ignore_eos=True).tokens) == 5
+        llm.budget = Budget(exit_layer=2)
+        assert llm.generate("the fox", max_new_tokens=5, ignore_eos=True).tokens_per_exit == {2: 5}
+    write_graphs(Bundle.open(path), "set", "rtx", Format("fp32", "fused", 64))
+    with Engine.of(Bundle.open(path), device="cpu", engines="set") as engine:
+        expected = Reference(model, balconies).logits(IDS)
+        for exit_layer in engine.exit_layers:
+            got = engine.new_sequence(max_length=64).advance(exit_layer, IDS, num_logits=len(IDS))[0]
+            assert np.abs(got - expected[exit_layer]).max() <= 1e-4 * np.abs(expected[exit_layer]).max()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "none"])
+def test_exit_modules_without_a_cache_are_quantized_too(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path, kind: Any
+) -> None:
+    model, tokenizer = make_tiny("llama"), make_tokenizer()
+    balconies = init_balconies(model, (2, 3), kind)
+    rows = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
+    path, scheme = tmp_path / "bundle", Scheme(accuracy_level=1)
+    export_bundle(model, tokenizer, balconies, path, name="q", trained=True, precision=scheme, calibration=rows)
+    assert all(check.passed for check in verify(path, model, tokenizer, balconies, PROMPTS))
+
+
+def test_a_random_start_is_another_and_as_large(make_tiny: Any) -> None:
+    model = make_tiny("llama")
+    last, drawn = (init_balconies(model, (2,), random=random)[2].layer.mlp.up_proj.weight for random in (False, True))
+    assert torch.equal(last, model.model.layers[-1].mlp.up_proj.weight) and not torch.equal(last, drawn)
+    assert 0.5 < float(drawn.detach().std()) / model.config.initializer_range < 2
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl+ce"])
+def test_the_text_as_teacher(make_tiny: Any, tmp_path: Path, loss: Any) -> None:
+    """Value and slope of the loss against PyTorch's own, and a run that trains by it."""
+    torch.manual_seed(1)
+    full, student = torch.randn(2, 150, 16)
+    weight, labels = torch.randn(40, 16), torch.randint(0, 40, (150,))
+    head = HeadLoss(weight, torch.float32, compiled=False, kind=loss)
+    student.requires_grad_(True)
+    (got,) = head.backward(full, [student], labels)
+    again = student.detach().clone().requires_grad_(True)
+    targets, logits = torch.log_softmax(full @ weight.T, -1), again @ weight.T
+    kl = torch.nn.functional.kl_div(torch.log_softmax(logits, -1), targets, reduction="sum", log_target=True)
+    kl_weight, ce_weight = LOSS_WEIGHTS[loss]
+    wanted = kl_weight * kl + ce_weight * torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    wanted.backward()
+    assert got == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert student.grad is not None and again.grad is not None
+    torch.testing.assert_close(student.grad, again.grad, rtol=1e-4, atol=1e-4)
+    trained(make_tiny("llama"), tmp_path, loss=loss, optimizer="adamw")
+
+
+def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None:
+    model = make_tiny("llama")
+    save_balconies(tmp_path, init_balconies(model, (2,), "mlp"), model)
+    assert load_balconies(tmp_path, model)[2].kind == "mlp"
+    with pytest.raises(CheckpointError, match="holds balconies of kind 'mlp', not 'decoder'"):
+        save_balconies(tmp_path, init_balconies(model, (3,)), model)
+    index = tmp_path / "balconies.json"
+    index.write_text(index.read_text().replace('"mlp"', '"lstm"'))
+    with pytest.raises(
+        CheckpointError, match=r"module 'lstm': this version reads format 1 and decoder, attention, mlp, none"
+    ):
+        load_balconies(tmp_path, model)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_with_the_backbone(make_tiny: Any, make_tokenizer: Any, tmp_path: Path, objective: Any) -> None:
+    """Each baseline learns, and its checkpoint exports, verifies and generates like any other."""
+    model, tokenizer = make_tiny("llama"), make_tokenizer()
+    before = copy.deepcopy(model.state_dict())
+    module: Any = "none" if objective == "sorted" else "decoder"
+    config = JointConfig((2, 3), objective, module, steps=12, batch_rows=4, rate=3e-3)
+    trainer = JointTrainer(model, corpus(), config)
+    start = trainer.evaluate()
+    losses = trainer.run()
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    after = trainer.evaluate()
+    assert after.keys() == {2, 3, 5} and after[5].kl == 0 and after[5].agreement == 1.0
+    if objective == "unfrozen":
+        assert after[3].kl < start[3].kl
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert "model.layers.0.mlp.up_proj.weight" in changed, "the backbone learns, too"
+    trainer.save(tmp_path / "run", tokenizer)
+    loaded = load_model(str(tmp_path / "run" / BASE))
+    balconies = load_balconies(tmp_path / "run", loaded)
+    assert {balcony.kind for balcony in balconies.values()} == {module}
+    export_bundle(loaded, tokenizer, balconies, tmp_path / "bundle", name="tiny", trained=True)
+    checks = verify(tmp_path / "bundle", loaded, tokenizer, balconies, PROMPTS)
+    assert all(check.passed for check in checks)
+    with balcony_edge.load(tmp_path / "bundle", budget=Budget(exit_layer=3)) as llm:
+        assert len(llm.generate("the fox", max_new_tokens=3, ignore_eos=True).tokens) == 3
+
+
+def test_joint_recipes_that_make_no_sense(make_tiny: Any) -> None:
+    with pytest.raises(InputError, match="--objective sorted: its exits have no module"):
+        JointConfig((2,), "sorted").check()
+    with pytest.raises(InputError, match="must be positive numbers"):
+        JointConfig((2,), "scratch", rate=0.0).check()
+    with pytest.raises(TrainingError, match=r"the loss is nan: lower --rate"):
+        model = make_tiny("llama")
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+        JointTrainer(model, corpus(), JointConfig((2,), "unfrozen", steps=1)).run()
+
+
+ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_extracted_exit_is_a_plain_model_with_equal_logits(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path, architecture: str
+) -> None:
+    model, tokenizer = make_tiny(architecture), make_tokenizer()
+    balconies = init_balconies(model, (2, 3))
+    generator = torch.Generator().manual_seed(7)
+    for balcony in balconies.values():
+        for parameter in balcony.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    extract(model, tokenizer, balconies, 3, tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert type(loaded) is type(model) and loaded.config.num_hidden_layers == 4
+    with torch.no_grad():
+        got = loaded(torch.tensor([IDS])).logits[0].numpy()
+    want = Reference(model, balconies).logits(IDS)[3]
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("the fox").input_ids
+        == tokenizer("the fox").input_ids
+    )
+
+
+def test_extraction_writes_what_the_bundles_exit_writes(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    tiny = export_tiny("llama")
+    extract(tiny.model, tiny.tokenizer, tiny.balconies, 2, tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with balcony_edge.load(tiny.path, budget=Budget(exit_layer=2)) as llm:
+        for start in range(20):
+            prompt = [(start * 7 + 3 * i) % 319 + 1 for i in range(5 + start)]
+            with torch.no_grad():
+                out = loaded.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+            reply = llm.generate(prompt, max_new_tokens=12, ignore_eos=True)
+            assert [token.id for token in reply.tokens] == out[0, len(prompt) :].tolist(), start
+
+
+def test_what_cannot_be_extracted(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    model, tokenizer = make_tiny("llama"), make_tokenizer()
+    with pytest.raises(InputError, match="--exit 4: there are balconies at 2, 3"):
+        extract(model, tokenizer, init_balconies(model, (2, 3)), 4, tmp_path / "out")
+    with pytest.raises(InputError, match="its module is 'mlp': only 'decoder' and 'none'"):
+        extract(model, tokenizer, init_balconies(model, (2,), "mlp"), 2, tmp_path / "out")
+    with pytest.raises(InputError, match="exists already"):
+        extract(model, tokenizer, init_balconies(model, (2,)), 2, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    early = init_balconies(model, (2,), "none")
+    assert submodel(model, early[2], 2).config.num_hidden_layers == 2
