@@ -65,6 +65,7 @@ _ALLOWED = {
     "battery_floor_percent": ("must be above 0 and below 100", "give percent, e.g. 20"),
     "memory_mb": (_POSITIVE, "give megabytes of this process's own memory"),
     "speculate": ("must be true or false", "give true to let a shallow exit draft what the full depth checks"),
+    "confident": ("must be true or false", "give true to let sure tokens exit early, after `balcony-edge calibrate`"),
     "lossless": (
         "must be true or false",
         "give true for the full model's own tokens only, drafted where that is faster",
@@ -113,6 +114,10 @@ class Budget(BaseModel):
     says that this is faster: the same tokens (the same distribution where they are drawn), in bursts."""
     lossless: Annotated[bool, Field(strict=True)] = False
     """Only tokens of the full depth, with ``speculate``."""
+
+    confident: Annotated[bool, Field(strict=True)] = False
+    """Whether a token may be a shallow exit's where its balcony is sure enough, by the thresholds of `balcony-edge calibrate`,
+    and measurement says that this is faster: other tokens than the full depth's, as rarely as was promised there."""
 
     pacing: Annotated[bool, Field(strict=True)] = True
     """Whether tokens may be made to wait; without it only depth is there to hold ceilings."""
@@ -221,6 +226,11 @@ class Budget(BaseModel):
     def speculates(self) -> bool:
         """Whether drafting is allowed: then costs are needed, too."""
         return self.speculate or self.lossless
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether anything is weighed against what exits cost."""
+        return self.has_target or self.speculates or self.confident
 
     @property
     def needs_sensors(self) -> bool:

@@ -22,6 +22,7 @@ from balcony_edge.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     WEIGHTS,
+    ConfidenceSpec,
     EngineSet,
     FileSpec,
     GraphSpec,
@@ -307,6 +308,17 @@ def record_engines(directory: Path, name: str, engines: EngineSet) -> Manifest:
     """
     manifest = _read_manifest(directory)
     updated = manifest.model_copy(update={"engines": {**manifest.engines, name: engines}})
+    _write(directory, updated.model_dump(mode="json"))
+    return updated
+
+
+def record_confidence(directory: Path, found: ConfidenceSpec) -> Manifest:
+    """Put the thresholds of confidence exits into ``bundle.json``; the fingerprint stays as it is.
+
+    Raises:
+        BundleError: no bundle, or a directory that cannot be written.
+    """
+    updated = _read_manifest(directory).model_copy(update={"confidence": found})
     _write(directory, updated.model_dump(mode="json"))
     return updated
 

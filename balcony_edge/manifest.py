@@ -240,6 +240,34 @@ class Quantization(_Frozen):
     calibration_tokens: int = Field(ge=0)
 
 
+ConfidenceMeasure = Literal["top1", "margin", "entropy"]
+
+
+class ThresholdSpec(_Frozen):
+    """Of one exit: least confidence of a token that exits there; on the text that tested it, the share of tokens that did, and
+    the share of all tokens that did with another token than the full depth's."""
+
+    threshold: float = Field(ge=0, le=1)
+    exit_share: float = Field(ge=0, le=1)
+    disagreement: float = Field(ge=0, le=1)
+
+
+class ConfidenceSpec(_Frozen):
+    """What `balcony-edge calibrate` found: with probability ``confidence``, at most ``max_disagreement`` of all tokens exit
+    early with another token than the full depth's, on text like ``text`` (a name), of which ``tokens`` were seen.
+
+    ``measure`` is how confidence is measured (:func:`balcony_runtime.thresholds.measured`). An exit is missing where no
+    threshold kept the promise.
+    """
+
+    measure: ConfidenceMeasure
+    max_disagreement: float = Field(gt=0, lt=1)
+    confidence: float = Field(gt=0, lt=1)
+    text: Line
+    tokens: Count
+    thresholds: dict[int, ThresholdSpec] = {}
+
+
 class EngineSpec(_Frozen):
     """One TensorRT engine.
 
@@ -289,6 +317,7 @@ class Manifest(_Frozen):
     fingerprint: str
     tools: dict[Line, Line]
     engines: dict[FileName, EngineSet] = {}
+    confidence: ConfidenceSpec | None = None
 
     @property
     def agreement(self) -> dict[int, float | None]:

@@ -6,7 +6,8 @@ Greedy replies of ``TOKENS`` tokens to the first texts of a file, in interleaved
 policy tokens a second (median over rounds of the whole), the ratio to plain within a round, and the share of tokens that are
 the full depth's own: each prefix of the reply is asked at the full depth afterwards. ``speculative, auto`` is what a user gets:
 rounds only where the runtime expects them to pay. ``speculative, forced`` shows what rounds cost here: its prices are replaced
-by ones under which they always pay.
+by ones under which they always pay. A bundle with thresholds (`balcony-edge calibrate`) adds ``confident`` in the same two
+ways. ``--plot FILE`` draws tokens a second against agreement.
 
 The last line on stdout is one JSON object: ``policies`` (name → ``tokens_per_s``, ``of_plain``, ``agreement``,
 ``speculated``: share of tokens from rounds, ``kept``: drafts kept of those made) and ``bars``: speculation left on auto is at
@@ -86,6 +87,9 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
         "speculative, auto": (Budget(lossless=True), costs),
         "speculative, forced": (Budget(lossless=True), free),
     }
+    if llm.engine.manifest.confidence is not None:
+        policies["confident, auto"] = (Budget(confident=True), costs)
+        policies["confident, forced"] = (Budget(confident=True), free)
     samples = interleave(
         {name: partial(_run, llm, budget, prices, prompts) for name, (budget, prices) in policies.items()}, rounds
     )
@@ -107,12 +111,35 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
     return found
 
 
+def plot(policies: dict[str, Any], output: Path) -> None:
+    """Agreement with the full depth against tokens a second: what each policy buys, and for what."""
+    import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - likewise
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name, row in policies.items():
+        kind = name.split()[0].rstrip(",")
+        marker = {"plain": "*", "exit": "o", "budgeted": "s", "speculative": "^", "confident": "D"}[kind]
+        axes.plot(row["tokens_per_s"], row["agreement"], marker, markersize=9)
+        axes.annotate(
+            name, (row["tokens_per_s"], row["agreement"]), textcoords="offset points", xytext=(7, 4), fontsize=8
+        )
+    axes.set_xlabel("tokens a second")
+    axes.set_ylabel("share of tokens that are the full depth's")
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.2, y=0.1)
+    figure.savefig(output, dpi=110)
+
+
 def main() -> int:
     """Parse the command line, run, print."""
     parser = argparse.ArgumentParser(description="Policies side by side; docs in the module's docstring.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=Path, required=True, help='JSON Lines with "instruction" or "text"')
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     neighbours = Neighbours()
     with LLM.open(arguments.bundle) as llm:
@@ -124,6 +151,8 @@ def main() -> int:
     if exact:
         lossless = [policies[f"speculative, {kind}"]["same_as_plain"] for kind in ("auto", "forced")]
         bars["lossless replies are the plain ones"] = min(lossless) == 1.0
+    if arguments.plot is not None:
+        plot(policies, arguments.plot)
     document = {
         "benchmark": "policies",
         "bundle": str(arguments.bundle),

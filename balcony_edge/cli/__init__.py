@@ -13,6 +13,7 @@ import typer
 
 from balcony_edge.cli import budget
 from balcony_edge.cli.build import build
+from balcony_edge.cli.calibrate import calibrate
 from balcony_edge.cli.compare import compare
 from balcony_edge.cli.doctor import doctor
 from balcony_edge.cli.eval import evaluate
@@ -34,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (export, build, extract, verify, inspect, run, train, doctor, profile, plan, compare, simulate):
+for verb in (export, build, extract, verify, inspect, run, train, doctor, profile, plan, compare, simulate, calibrate):
     app.command()(verb)
 app.add_typer(budget.app, name="budget")
 app.command("eval")(evaluate)  # its name is a builtin of Python

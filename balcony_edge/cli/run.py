@@ -26,8 +26,11 @@ def run(
     exit_layer: Annotated[int | None, typer.Option("--exit", help="Always this exit.")] = None,
     budget: Annotated[Path | None, typer.Option(help="Target file (profiles/*.toml).")] = None,
     policy: Annotated[
-        Literal["plain", "speculative"] | None,
-        typer.Option(help="speculative: a shallow exit drafts full-depth tokens where that is measured to be faster."),
+        Literal["plain", "speculative", "confident"] | None,
+        typer.Option(
+            help="Where it is measured to be faster: speculative: a shallow exit drafts full-depth tokens; confident: sure "
+            "tokens exit early, by the thresholds of `balcony-edge calibrate`."
+        ),
     ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Device profile; without it, a target measures what exits cost at load.")
@@ -97,12 +100,17 @@ def run(
             plain = None if as_json else styles
             interrupted = show_live(stream, styles, llm.readings) if live else show_stream(stream, plain)
         reply = stream.reply
+        quality = {str(e): seen._asdict() for e, seen in llm.quality.items()} if asked.confident else None
         if as_json:
-            document = {**summary(reply), "text": reply.text, "tokens": [token.to_dict() for token in reply.tokens]}
-            print(json.dumps(document))  # noqa: T201 - programs read this
+            tokens = [token.to_dict() for token in reply.tokens]
+            print(json.dumps({**summary(reply), "quality": quality, "text": reply.text, "tokens": tokens}))  # noqa: T201 - for programs
         else:
             stdout.print()
             show_summary(reply, styles)
+            for layer, seen in (quality or {}).items():
+                if seen["checked"]:
+                    opinion = f"disagreed with {seen['disagreed']} of {seen['checked']} tokens that it was asked about"
+                    stdout.print(f"exit {layer}: the full depth {opinion}")
     if interrupted:
         raise typer.Exit(130)
 
@@ -125,7 +133,9 @@ def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None, po
     if path is not None and (tpot_ms is not None or exit_layer is not None):
         raise BudgetError("--budget with --tpot-ms or --exit: two budgets; give the file or the options")
     asked = Budget(tpot_ms=tpot_ms, exit_layer=exit_layer) if path is None else load_budget(path)
-    return asked if policy is None else asked.model_copy(update={"speculate": policy == "speculative"})
+    if policy is None:
+        return asked
+    return asked.model_copy(update={"speculate": policy == "speculative", "confident": policy == "confident"})
 
 
 def summary(reply: Reply) -> dict[str, Any]:

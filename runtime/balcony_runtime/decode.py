@@ -19,9 +19,11 @@ from balcony_edge.controller import Controller, ControllerState
 from balcony_edge.costs import CostModel, UnitCost
 from balcony_edge.decision import CatchUp, Decision, Measurement, Observation
 from balcony_edge.errors import InfeasibleError
+from balcony_edge.manifest import ConfidenceSpec
 from balcony_edge.telemetry import Reading
 from balcony_edge.trace import TraceWriter
 from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.confident import Confident, Trial, run_trial
 from balcony_runtime.engine import Sequence
 from balcony_runtime.sampling import Sampler
 from balcony_runtime.speculate import Round, Speculator, run_round
@@ -57,10 +59,13 @@ class Learned:
     Replies that run at once share it: each starts from what was left last, and all of them are our own load.
     """
 
-    def __init__(self, exits: tuple[int, ...], agreement: Mapping[int, float | None]) -> None:
+    def __init__(
+        self, exits: tuple[int, ...], agreement: Mapping[int, float | None], confidence: ConfidenceSpec | None = None
+    ) -> None:
         self.state = ControllerState.initial()
         self.busy_ns = 0
         self.speculator = Speculator(exits, agreement)
+        self.confident = Confident(exits, confidence)
 
 
 class Surroundings(NamedTuple):
@@ -102,7 +107,7 @@ def steps(
     """
     ask, trace, learned = around.budget_and_costs, around.trace, around.learned or Learned(exits, {})
     state, decision = learned.state.for_next_reply(), None  # type: ControllerState, Decision | None
-    last: Measurement | None = None
+    last, seen = None, None  # type: Measurement | None, Observation | None
     unmeasured = _unmeasured(exits)
     controller, priced = Controller(unmeasured), None
     if trace is not None:
@@ -112,7 +117,7 @@ def steps(
         if trace is not None and seen is not None:
             trace.write(priced or unmeasured, seen, decided, latency_ms, sequence.stage_rows[-1])
 
-    seen: Observation | None = None
+    early: dict[int, int] = {}
     ids, made, started_s, emitted_ns = prompt[:, -1], 0, time.monotonic(), 0
     picks_inside = sequence.picks_inside and sampler.greedy and not around.keep_logits
     while True:
@@ -148,33 +153,59 @@ def steps(
             continue
         if decision.catch_up is not None:
             _catch_up(sequence, decision.catch_up, exits)
-        exit_layer = decision.exit_layer
-        ids, logits = _advanced(sequence, exit_layer, ids if made else prompt, sampler, bool(made) and picks_inside)
+        trial = _trial(sequence, budget, priced, decision, learned) if made else None
+        step = _Next(sequence, ids if made else prompt, sampler, decision, bool(made) and picks_inside)
+        ids, logits, given = step.advanced() if trial is None else step.tried(trial, learned.confident, early)
         done_ns = time.perf_counter_ns()
         # prefill is priced by other numbers than decoding: it says nothing about the slowdown of the next step
-        priced_step = made and decision.price_ms
-        last = Measurement(exit_layer, decision.price_ms, (done_ns - begin) / 1e6) if priced_step else None
-        if made and priced is not None and budget.speculates and exit_layer == exits[-1]:
-            expected_ms = decision.price_ms or priced.steady_ms(exit_layer, sequence.length - 1)
-            learned.speculator.learn_plain(expected_ms, (done_ns - begin) / 1e6)
+        last = None
+        if made and decision.price_ms and trial is None:
+            last = Measurement(decision.exit_layer, decision.price_ms, (done_ns - begin) / 1e6)
+        if made and budget.speculates:
+            _learn_plain(learned, priced, decision, sequence, (done_ns - begin) / 1e6)
         learned.busy_ns += done_ns - begin
         if decision.period_ms:  # after the step, so that what it took too long is taken from the wait
             learned.busy_ns += _wait(sequence, decision, emitted_ns + int(decision.period_ms * 1e6), around.sleep)
             done_ns = time.perf_counter_ns()
         latency_ns, emitted_ns = done_ns - begin, done_ns
         made += 1
-        record(decision, latency_ns / 1e6)
-        yield Step(ids, logits, decision, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due)
+        record(given, latency_ns / 1e6)
+        yield Step(ids, logits, given, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due)
 
 
-def _advanced(
-    sequence: Sequence, exit_layer: int, new: IntArray, sampler: Sampler, picks_inside: bool
-) -> tuple[IntArray, FloatArray | None]:
-    """The next tokens (B,) behind a prompt (B, n) or behind one token of each member (B,), and their logits."""
-    if picks_inside:
-        return sequence.step_best(exit_layer, new), None
-    logits = sequence.step(exit_layer, new) if new.ndim == 1 else sequence.advance(exit_layer, new)[:, -1]
-    return sampler.pick(logits), logits
+def _learn_plain(
+    learned: Learned, costs: CostModel | None, decision: Decision, sequence: Sequence, measured_ms: float
+) -> None:
+    """Tell the speculator what a plain full-depth step took."""
+    if costs is not None and decision.exit_layer == costs.exits[-1]:
+        expected_ms = decision.price_ms or costs.steady_ms(decision.exit_layer, sequence.length - 1)
+        learned.speculator.learn_plain(expected_ms, measured_ms)
+
+
+class _Next(NamedTuple):
+    """The next token of each member: what it follows (a prompt (B, n) or one token of each (B,)), and how it is made."""
+
+    sequence: Sequence
+    new: IntArray
+    sampler: Sampler
+    decision: Decision
+    picks_inside: bool
+
+    def advanced(self) -> tuple[IntArray, FloatArray | None, Decision]:
+        """At the exit that was decided: tokens (B,), logits, the decision."""
+        sequence, exit_layer, new = self.sequence, self.decision.exit_layer, self.new
+        if self.picks_inside:
+            return sequence.step_best(exit_layer, new), None, self.decision
+        logits = sequence.step(exit_layer, new) if new.ndim == 1 else sequence.advance(exit_layer, new)[:, -1]
+        return self.sampler.pick(logits), logits, self.decision
+
+    def tried(
+        self, trial: Trial, policy: Confident, early: dict[int, int]
+    ) -> tuple[IntArray, FloatArray | None, Decision]:
+        """Where a balcony may be sure enough: the same, with the decision as it came out."""
+        ids, logits, exit_layer, sure = run_trial(self.sequence, self.new, self.sampler, trial, policy, early)
+        words = (f"{sure:.2f} sure at {trial.exit_layer}, asked {trial.threshold:.2f}", *self.decision.words)
+        return ids, logits, self.decision._replace(exit_layer=exit_layer, words=words)
 
 
 def _speculated(
@@ -214,12 +245,34 @@ def _round(
         return None
     if decision.exit_layer != costs.exits[-1]:
         return None
-    slowdown = decision.predicted_ms / decision.price_ms if decision.price_ms else 1.0
-    most_ms = math.inf if budget.tpot_ms is None else budget.tpot_ms / slowdown  # a round is one gap
+    most_ms = _slack_ms(budget, decision)  # a round is one gap
     planned = learned.speculator.plan(costs, sequence.length, sequence.max_length - sequence.length, most_ms)
     if planned is not None and (lag := kept[costs.exits.index(planned.exit_layer)]):
         sequence.run_balcony(planned.exit_layer, lag)  # what a stretch of plain steps left it
     return planned
+
+
+def _trial(
+    sequence: Sequence, budget: Budget, costs: CostModel | None, decision: Decision, learned: Learned
+) -> Trial | None:
+    """Where a full-depth token is worth trying to exit early; None where nowhere is, or a pace or a deadline asks for more."""
+    if (
+        not budget.confident
+        or costs is None
+        or sequence.batch_size > 1
+        or decision.period_ms
+        or budget.deadline_s is not None
+    ):
+        return None
+    if decision.exit_layer != costs.exits[-1]:
+        return None
+    return learned.confident.plan(costs, sequence.length, _slack_ms(budget, decision))
+
+
+def _slack_ms(budget: Budget, decision: Decision) -> float:
+    """What one gap may cost at slowdown 1."""
+    slowdown = decision.predicted_ms / decision.price_ms if decision.price_ms else 1.0
+    return math.inf if budget.tpot_ms is None else budget.tpot_ms / slowdown
 
 
 def _wait(sequence: Sequence, decision: Decision, until: int, sleep: Callable[[float], object]) -> int:

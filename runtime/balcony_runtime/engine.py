@@ -130,6 +130,11 @@ class Sequence:
         self._cached = tuple(layer in cached for layer in self._layers)
 
     @property
+    def exits(self) -> tuple[int, ...]:
+        """The engine's exits, ascending."""
+        return self._layers
+
+    @property
     def tokens(self) -> IntArray:
         """Tokens so far, (B, length); a view."""
         return self._tokens[:, : self.length]

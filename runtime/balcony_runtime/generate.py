@@ -27,6 +27,7 @@ from balcony_edge.trace import TraceWriter
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.calibrate import calibrate
 from balcony_runtime.chat import Chat
+from balcony_runtime.confident import Telemetry
 from balcony_runtime.decode import Learned, Step, Surroundings, steps
 from balcony_runtime.engine import Engine, EngineOptions
 from balcony_runtime.engine import Sequence as TokenSequence
@@ -71,7 +72,7 @@ class LLM:
         self._sensors: Sensors | None = None
         self._sensors_lock = threading.Lock()
         self._agreement = engine.manifest.agreement
-        self._learned = Learned(engine.exit_layers, self._agreement)
+        self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
         self.budget = budget
 
     @classmethod
@@ -110,7 +111,11 @@ class LLM:
     @budget.setter
     def budget(self, budget: Budget) -> None:
         resolved = budget.for_bundle(self._agreement)
-        if budget.has_target or budget.speculates:
+        if budget.confident and self.engine.manifest.confidence is None:
+            raise BudgetError(
+                "confident = true: this bundle has no thresholds: measure them with `balcony-edge calibrate BUNDLE --text TEXT`"
+            )
+        if budget.needs_costs:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
         if budget.needs_sensors:
             self.readings()
@@ -132,6 +137,11 @@ class LLM:
             steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
             _log.info("measured what a token costs: %s", steady)
         return self._costs
+
+    @property
+    def quality(self) -> dict[int, Telemetry]:
+        """Exit → of how many of its tokens the full depth was asked while it caught up, and with how many it disagreed."""
+        return dict(self._learned.confident.telemetry)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

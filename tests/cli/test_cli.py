@@ -284,6 +284,31 @@ def test_training_with_the_backbone(tiny_checkpoint: Path, tmp_path: Path) -> No
     refused("model: exists already", *common, "--steps", "3", "--unfreeze")
 
 
+def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
+    bundle, text = Path(shutil.copytree(exported, tmp_path / "b")), tmp_path / "text.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"the quick brown fox {i} jumps over dog {i * i}"}) + "\n" for i in range(80))
+    )
+    refused("this bundle has no thresholds", "run", bundle, "the fox", "--policy", "confident")
+    done = invoke_here("calibrate", bundle, "--text", text, "--max-disagreement", "30%", "--json")
+    assert done.returncode == 0, done
+    found = json.loads(done.stdout)
+    assert (
+        found["max_disagreement"] == 0.3
+        and found["tokens"] >= 400
+        and found["measure"] in ("top1", "margin", "entropy")
+    )
+    assert json.loads((bundle / "bundle.json").read_text())["confidence"] == found
+    done = invoke_here("calibrate", bundle, "--text", text, "--max-disagreement", "0.3", "--tokens", "600")
+    assert done.returncode == 0 and "promised: at most 30.0% of tokens" in " ".join(done.stdout.split()), done
+    done = invoke_here("run", bundle, "the fox", "-n", "9", "--policy", "confident", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["quality"].keys() == {"2", "3"}, done
+    refused("--max-disagreement 0: must be above 0", "calibrate", bundle, "--text", text, "--max-disagreement", "0")
+    refused("400 or more", "calibrate", bundle, "--text", text, "--tokens", "50")
+    (tmp_path / "bad.jsonl").write_text('{"words": 1}')
+    refused('bad.jsonl:1: has no "text"', "calibrate", bundle, "--text", tmp_path / "bad.jsonl")
+
+
 def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     data = bytearray((broken / "weights.bin").read_bytes())

@@ -1,0 +1,100 @@
+"""``balcony-edge calibrate``: thresholds of confidence exits, with a promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from balcony_runtime.text import TextCodec
+
+
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
+    text: Annotated[Path, typer.Option(help='Text like that of the replies: JSON Lines with "text", or .txt.')],
+    max_disagreement: Annotated[
+        str, typer.Option(help="Most tokens that may exit early with another token than the full depth's: 2% or 0.02.")
+    ] = "2%",
+    confidence: Annotated[str, typer.Option(help="Probability that the promise holds.")] = "95%",
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to calibrate on.")] = 20_000,
+    document_tokens: Annotated[int, typer.Option(min=8, help="Most tokens of one document.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Measure how sure each balcony must be, and write the thresholds into the bundle's manifest (not its fingerprint)."""
+    from rich.table import Table
+
+    from balcony_edge.bundle import Bundle, record_confidence
+    from balcony_edge.cli.console import progress_bar, stdout
+    from balcony_runtime.engine import Engine
+    from balcony_runtime.text import TextCodec
+    from balcony_runtime.thresholds import calibrate_confidence
+
+    shares = [
+        _share(name, value) for name, value in (("--max-disagreement", max_disagreement), ("--confidence", confidence))
+    ]
+    opened = Bundle.open(bundle)
+    documents = _documents(text, TextCodec(opened), tokens, document_tokens)
+    with progress_bar() as progress, Engine.of(opened) as engine:
+        found = calibrate_confidence(
+            engine,
+            documents,
+            text=text.name,
+            max_disagreement=shares[0],
+            confidence=shares[1],
+            progress=lambda done: progress("comparing exits", done),
+        )
+    record_confidence(bundle, found)
+    if as_json:
+        print(json.dumps(found.model_dump(mode="json")))  # noqa: T201 - programs read this
+        return
+    promise = f"at most {found.max_disagreement:.1%} of tokens, with {found.confidence:.0%} confidence"
+    table = Table("exit", f"least {found.measure}", "tokens that exit there", "other than the full depth's")
+    for exit_layer in opened.manifest.exit_layers[:-1]:
+        spec = found.thresholds.get(exit_layer)
+        cells = ("none keeps it", "", "") if spec is None else (
+            f"{spec.threshold:.4f}", f"{spec.exit_share:.1%}", f"{spec.disagreement:.2%}"
+        )  # fmt: skip
+        table.add_row(str(exit_layer), *cells)
+    stdout.print(f"{found.tokens} tokens of {text}; promised: {promise}")
+    stdout.print(table)
+
+
+def _share(name: str, text: str) -> float:
+    from balcony_edge.errors import InputError
+
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise InputError(f"{name} {text}: must be above 0 and below 1: write 2 % as 2% or 0.02")
+    return share
+
+
+def _documents(path: Path, codec: TextCodec, most: int, longest: int) -> list[list[int]]:
+    from balcony_edge.errors import InputError
+    from balcony_export.text_files import json_lines, read_text
+
+    forms = 'JSON Lines with "text", or .txt'
+    content = read_text(path, forms)
+    texts = [content]
+    if path.suffix == ".jsonl":
+        texts = []
+        for where, value in json_lines(path, content, forms):
+            if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+                raise InputError(f'{where}: has no "text": give {forms}')
+            texts.append(value["text"])
+    documents: list[list[int]] = []
+    left = most
+    for one in texts:
+        ids = codec.encode(one, chat=False) if one.strip() else []
+        for start in range(0, len(ids), longest):
+            part = ids[start : start + min(longest, left)]
+            left -= len(part)
+            documents += [part] if part else []
+            if left <= 0:
+                return documents
+    return documents

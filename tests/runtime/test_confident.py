@@ -1,0 +1,203 @@
+"""Confidence exits: measures, the tested promise, the choice, the checks online, and replies on a real engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.bundle import Bundle, record_confidence
+from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.errors import BudgetError, InputError
+from balcony_edge.manifest import ConfidenceSpec, ThresholdSpec
+from balcony_runtime.confident import CHECK_EVERY, MOST_CHECKED, PROBE_TOKENS, Confident
+from balcony_runtime.engine import Engine
+from balcony_runtime.thresholds import binomial_tail, calibrate_confidence, last_accepted, measured
+
+EXITS = (2, 3, 5)
+#: A tiny random model is never surer than that half of the time.
+THRESHOLD = 0.12
+COSTS = CostModel(
+    exits=EXITS,
+    stages=(UnitCost(1.0, 0.05), UnitCost(2.0, 0.1), UnitCost(5.0, 0.2)),
+    balconies=(UnitCost(0.3, 0.01), UnitCost(0.3, 0.01), UnitCost(0.01)),
+    head=UnitCost(0.5, 0.1),
+)
+
+
+def spec(threshold: float = 0.5, share: float = 0.9, **changes: Any) -> ConfidenceSpec:
+    one = ThresholdSpec(threshold=threshold, exit_share=share, disagreement=0.01)
+    options: dict[str, Any] = {"thresholds": {2: one}, **changes}
+    return ConfidenceSpec(measure="top1", max_disagreement=0.02, confidence=0.95, text="t", tokens=1000, **options)
+
+
+def test_measures_by_hand() -> None:
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3]], np.float32)) + 5
+    np.testing.assert_allclose(measured(logits, "top1"), [0.7, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(measured(logits, "margin"), [0.5, 0.0], atol=1e-6)
+    entropy = -(0.7 * np.log(0.7) + 0.2 * np.log(0.2) + 0.1 * np.log(0.1)) / np.log(3)
+    np.testing.assert_allclose(measured(logits, "entropy"), [1 - entropy, 0.0], atol=1e-6)
+
+
+def test_the_binomial_tail_by_hand() -> None:
+    assert binomial_tail(-1, 5, 0.3) == 0 and binomial_tail(5, 5, 0.3) == 1
+    assert binomial_tail(0, 5, 0.3) == pytest.approx(0.7**5)
+    assert binomial_tail(1, 5, 0.3) == pytest.approx(0.7**5 + 5 * 0.3 * 0.7**4)
+    assert binomial_tail(100, 10_000, 0.01) == pytest.approx(0.5266, abs=1e-3)
+
+
+def test_the_last_accepted_keeps_its_promise() -> None:
+    """Over 300 draws of calibration text the true risk of the chosen threshold is above the promise in at most 5 % and some."""
+    random, broken, shares = np.random.default_rng(5), 0, []
+    candidates = np.linspace(1, 0, 101)
+    for _ in range(300):
+        sure = random.random(1500)
+        agrees = random.random(1500) < 0.8 + 0.2 * sure  # disagreement at confidence c: 0.2 (1 - c)
+        threshold = last_accepted(sure, agrees, candidates, 0.02, 0.95)
+        assert threshold is not None
+        true_risk = 0.1 * (1 - threshold) ** 2  # of all tokens: exit and disagree
+        broken += true_risk > 0.02
+        shares.append(1 - threshold)
+    assert broken <= 300 * 0.05 + 3 * (300 * 0.05 * 0.95) ** 0.5
+    assert np.mean(shares) > 0.3, "and it is not kept by never exiting"
+
+
+def test_no_threshold_where_none_keeps_it() -> None:
+    sure = np.linspace(0, 1, 500)
+    assert last_accepted(sure, np.zeros(500, bool), [0.99, 0.9, 0.5], 0.001, 0.95) is None
+    policy = Confident(EXITS, spec(thresholds={}))
+    assert policy.plan(COSTS, 10, np.inf) is None
+
+
+def test_trying_follows_from_prices() -> None:
+    paying = Confident(EXITS, spec(share=0.9))
+    found = paying.plan(COSTS, 0, np.inf)
+    # plain 9.01... ms; a trial 1.8 ms, and in one of ten cases the deep stages over ten rows and the head
+    assert found is not None and (found.exit_layer, found.threshold) == (2, 0.5) and found.speedup > 2.5
+    assert paying.plan(COSTS, 0, most_ms=5.0) is None, "an unsure token would take longer than the gap allows"
+    losing = Confident(EXITS, spec(share=0.05))
+    assert [losing.plan(COSTS, 0, np.inf) for _ in range(PROBE_TOKENS - 1)] == [None] * (PROBE_TOKENS - 1)
+    probe = losing.plan(COSTS, 0, np.inf)
+    assert probe is not None and probe.speedup < 1.03
+    assert losing.plan(COSTS, 0, np.inf) is None
+    for _ in range(300):
+        losing.learn(2, True)
+    assert losing.plan(COSTS, 0, np.inf) is not None, "what was learned counts"
+
+
+def test_a_promise_that_slips_raises_the_threshold() -> None:
+    kept, slipping = Confident(EXITS, spec(share=0.5)), Confident(EXITS, spec(share=0.5))
+    for index in range(400):
+        kept.check(2, agreed=index % 100 != 0)  # 1 %: the promise allows 4 % of those that exit
+        slipping.check(2, agreed=index % 5 != 0)  # 20 %
+    assert kept.thresholds[2] == 0.5 and kept.telemetry[2] == (400, 4)
+    assert slipping.thresholds[2] > 0.9 and slipping.telemetry[2] == (400, 80)
+
+
+def test_checks_are_rationed() -> None:
+    policy = Confident(EXITS, spec())
+
+    def after_a_trial(waiting: int) -> int:
+        policy.learn(2, True)
+        return policy.due(waiting)
+
+    asked = [after_a_trial(10) for _ in range(3 * CHECK_EVERY)]
+    assert sum(count > 0 for count in asked) == 3 and max(asked) == MOST_CHECKED
+    assert [after_a_trial(0) for _ in range(CHECK_EVERY)] == [0] * CHECK_EVERY and policy.due(2) == 2
+
+
+@pytest.fixture
+def calibrated(export_tiny: Callable[[str], Any], tmp_path: Path) -> Path:
+    """A tiny bundle whose tokens exit early at 2 where the largest probability is THRESHOLD or more."""
+    path = Path(shutil.copytree(export_tiny("llama").path, tmp_path / "bundle"))
+    record_confidence(path, spec(threshold=THRESHOLD, share=0.99))
+    return path
+
+
+def test_replies_are_the_exits_own_tokens(calibrated: Path) -> None:
+    """Every token is the likeliest of the exit that it names, and unsure ones are the full depth's."""
+    with balcony_edge.load(calibrated) as llm:
+        llm._costs = COSTS
+        llm.budget = Budget(confident=True)
+        tokens = list(llm.stream("the quick brown fox", max_new_tokens=120, ignore_eos=True))
+        exits = {token.exit_layer for token in tokens}
+        assert exits == {2, 5}, "both happen"
+        prompt = llm.encode("the quick brown fox")
+        ids = [*prompt, *(token.id for token in tokens)]
+        checked = tried = 0
+        for place, token in enumerate(tokens):
+            before = ids[: len(prompt) + place]
+            sequence = llm.engine.new_sequence()
+            logits = sequence.advance(token.exit_layer, before)[0, 0]
+            best = np.sort(logits)
+            assert token.id == int(logits.argmax()) or best[-1] - best[-2] < 1e-3
+            if found := re.search(r"([\d.]+) sure at 2, asked ([\d.]+)", token.reason):
+                sure = float(measured(sequence.advance(2, [])[0], "top1")[0])
+                said, asked_for = map(float, found.groups())
+                assert abs(said - sure) < 0.006 and (token.exit_layer == 2) == (sure >= asked_for - 0.006)
+                tried += 1
+            checked += 1
+        assert checked == 120 and tried > 60
+        early = [token for token in tokens if token.exit_layer == 2]
+        assert all("sure at 2, asked" in token.reason for token in early)
+        asked = llm.quality[2].checked
+        assert 0 < asked <= 120 / CHECK_EVERY * MOST_CHECKED + MOST_CHECKED
+        # the telemetry is the full depth's opinion of exactly such tokens
+        assert 0 <= llm.quality[2].disagreed <= asked
+
+
+def test_telemetry_counts_what_the_full_depth_would_have_said(
+    calibrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every early token checked, disagreements are those that a pass from scratch finds."""
+    monkeypatch.setattr("balcony_runtime.confident.CHECK_EVERY", 1)
+    monkeypatch.setattr("balcony_runtime.confident.MOST_CHECKED", 1000)
+    monkeypatch.setattr("balcony_runtime.confident.RAISE", 0.0)
+    with balcony_edge.load(calibrated) as llm:
+        llm._costs = COSTS
+        llm.budget = Budget(confident=True)
+        prompt = llm.encode("the dog and the fox")
+        tokens = list(llm.stream(prompt, max_new_tokens=100, ignore_eos=True))
+        ids = [*prompt, *(token.id for token in tokens)]
+        last_full = max(index for index, token in enumerate(tokens) if token.exit_layer == 5)
+        judged = [i for i, token in enumerate(tokens[:last_full]) if token.exit_layer == 2]
+        sequence = llm.engine.new_sequence()
+        said = sequence.advance(5, ids, num_logits=len(tokens) + 1)[0].argmax(-1)
+        wrong = sum(int(said[index]) != tokens[index].id for index in judged)
+        assert llm.quality[2] == (len(judged), wrong) and judged
+
+
+def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:
+    random = np.random.default_rng(8)
+    documents = [random.integers(1, 320, 60).tolist() for _ in range(30)]
+    with Engine.open(export_tiny("llama").path) as engine:
+        found = calibrate_confidence(engine, documents, text="random", max_disagreement=0.2, confidence=0.9)
+        assert found.tokens == 1800 and set(found.thresholds) <= {2, 3}
+        for threshold in found.thresholds.values():
+            assert threshold.disagreement <= 0.2 and 0 < threshold.exit_share <= 1
+        with pytest.raises(InputError, match="300 tokens to calibrate on: give 400 or more"):
+            calibrate_confidence(engine, documents[:5], text="x", max_disagreement=0.2, confidence=0.9)
+        with pytest.raises(InputError, match="max_disagreement = 2"):
+            calibrate_confidence(engine, documents, text="x", max_disagreement=2, confidence=0.9)
+
+
+def test_a_bundle_without_thresholds_says_so(tiny: Any) -> None:
+    with pytest.raises(BudgetError, match="this bundle has no thresholds: measure them with `balcony-edge calibrate"):
+        balcony_edge.load(tiny.path, budget=Budget(confident=True))
+    with balcony_edge.load(tiny.path) as llm:
+        assert llm.quality == {2: (0, 0), 3: (0, 0)}
+
+
+def test_thresholds_are_outside_the_fingerprint(calibrated: Path, tiny: Any) -> None:
+    assert Bundle.open(calibrated).manifest.fingerprint == Bundle.open(tiny.path).manifest.fingerprint
+    assert (
+        json.loads((calibrated / "bundle.json").read_text())["confidence"]["thresholds"]["2"]["threshold"] == THRESHOLD
+    )
