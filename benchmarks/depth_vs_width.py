@@ -1,0 +1,259 @@
+"""Figure 2 of the paper on our runtime: what a model gains in speed when it is cut in depth and when it is cut in width; and
+figure 4's plane on the demo model: what each way of making it smaller costs in quality.
+
+    python -m benchmarks.depth_vs_width [--rounds 5] [--text TEXT.jsonl --balconies DIR] [--plot FILE]
+
+Speed: random models of the demo model's shape, exported in float32 as bundles of the full depth alone, decode after 32 tokens
+in interleaved rounds. Depth takes layers away; width takes the MLP's inner size down to the hidden size, then heads (what
+Flextron and MatFormer nest). Parameters are those that a token reads, the LM head included.
+
+Quality (with ``--text``): KL and top-1 agreement to the full model on held-out documents, for the shipped balconies' exits, for
+early exit (the first layers, then the final norm), for dropping a run of layers in the middle, for merging them into the layer
+before (LaCo: Yang et al., 2024) and for keeping the MLP's most active neurons. Nothing is trained but the balconies.
+
+The last line is JSON: ``speed`` (cut → parameters, ``tokens_per_s``, ``speedup``), ``quality`` (method → parameters, ``kl``,
+``agreement``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from balcony_export.balcony import load_balconies
+from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.export import export_bundle
+from balcony_export.extract import submodel
+from balcony_export.text_files import json_lines, read_text
+from balcony_runtime.engine import Engine
+from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
+
+TOKENS, PROMPT = 96, 32
+#: Cut → what differs from the demo model's configuration.
+CUTS: dict[str, dict[str, int]] = {
+    "full": {},
+    **{f"depth {layers}": {"num_hidden_layers": layers} for layers in (25, 21, 18, 15, 10)},
+    **{f"width: MLP {size}": {"intermediate_size": size} for size in (1152, 768, 576)},
+    **{f"width: MLP 576, {heads} heads": {"intermediate_size": 576, "num_attention_heads": heads} for heads in (6, 3)},
+}
+#: Documents and tokens of each that quality is measured on.
+DOCUMENTS, DOCUMENT_TOKENS = 24, 128
+
+
+def export_cut(changes: dict[str, int], directory: Path) -> Path:
+    """A random model of a cut shape as a bundle."""
+    config = copy.deepcopy(load_model(demo_model_path()).config)
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    for key, value in changes.items():
+        setattr(config, key, value)
+    if "num_hidden_layers" in changes and getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: changes["num_hidden_layers"]]
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    path = directory / "-".join(f"{key}{value}" for key, value in changes.items() or [("full", 0)])
+    export_bundle(model, load_tokenizer(demo_model_path()), {}, path, name="cut", trained=False, context_length=256)
+    return path
+
+
+def decode_seconds(engine: Engine) -> float:
+    """Seconds a token at full depth."""
+    sequence = engine.new_sequence(max_length=PROMPT + TOKENS)
+    full = engine.exit_layers[-1]
+    ids = sequence.advance(full, np.arange(1, PROMPT + 1))[:, -1].argmax(-1)
+    begin = time.perf_counter()
+    for _ in range(TOKENS):
+        ids = sequence.step_best(full, ids)
+    return (time.perf_counter() - begin) / TOKENS
+
+
+def measure_speed(rounds: int) -> dict[str, Any]:
+    """Cut → parameters read by a token, tokens a second, speed-up within a round."""
+    with tempfile.TemporaryDirectory() as scratch:
+        engines = {name: Engine.open(export_cut(changes, Path(scratch))) for name, changes in CUTS.items()}
+        samples = interleave({name: partial(decode_seconds, engine) for name, engine in engines.items()}, rounds)
+        found = {}
+        for name, engine in engines.items():
+            graphs = engine.manifest.path_graphs(engine.exit_layers[-1])
+            found[name] = {
+                "parameters": sum(engine.manifest.runnable[graph].parameters for graph in graphs),
+                "tokens_per_s": round(1 / median(samples[name]), 1),
+                "speedup": round(ratio(samples["full"], samples[name]), 3),
+            }
+            engine.close()
+        return found
+
+
+def dropped(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """Without ``count`` layers in the middle: the last ones before the last four, which change the state least."""
+    small = copy.deepcopy(model)
+    layers: Any = small.get_decoder().layers
+    last = len(layers) - 4
+    keep = [index for index in range(len(layers)) if not last - count <= index < last]
+    return _with_layers(small, [layers[index] for index in keep])
+
+
+def merged(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """The same layers merged into the one before them: its weights plus what each of them differs from it by (LaCo)."""
+    small = copy.deepcopy(model)
+    layers: Any = small.get_decoder().layers
+    last = len(layers) - 4
+    into, run = layers[last - count - 1], layers[last - count : last]
+    with torch.no_grad():
+        base = {name: value.clone() for name, value in into.named_parameters()}
+        for layer in run:
+            for name, value in layer.named_parameters():
+                into.get_parameter(name).add_(value - base[name])
+    keep = [index for index in range(len(layers)) if not last - count <= index < last]
+    return _with_layers(small, [layers[index] for index in keep])
+
+
+def _with_layers(model: PreTrainedModel, layers: list[Any]) -> PreTrainedModel:
+    decoder: Any = model.get_decoder()
+    decoder.layers = nn.ModuleList(layers)
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(layers)
+    return model
+
+
+def sliced(model: PreTrainedModel, size: int, documents: list[list[int]]) -> PreTrainedModel:
+    """Every MLP with its ``size`` neurons of largest mean activation on the documents."""
+    small = copy.deepcopy(model)
+    decoder: Any = small.get_decoder()
+    activity = [torch.zeros(small.config.intermediate_size) for _ in decoder.layers]
+
+    def watch(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            activity[index] += arguments[0].detach().abs().sum(dim=(0, 1))
+
+        return hook
+
+    handles = [layer.mlp.down_proj.register_forward_pre_hook(watch(i)) for i, layer in enumerate(decoder.layers)]
+    with torch.no_grad():
+        for document in documents:
+            small(torch.tensor([document]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for layer, seen in zip(decoder.layers, activity, strict=True):
+        kept = seen.topk(size).indices.sort().values
+        for name in ("gate_proj", "up_proj"):
+            getattr(layer.mlp, name).weight = nn.Parameter(getattr(layer.mlp, name).weight.detach()[kept])
+        layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.detach()[:, kept])
+    return small
+
+
+@torch.no_grad()
+def quality(model: PreTrainedModel, small: PreTrainedModel, documents: list[list[int]]) -> dict[str, Any]:
+    """Parameters that a token reads, KL and agreement to the full model."""
+    kl, agreed, count = 0.0, 0, 0
+    for document in documents:
+        tokens = torch.tensor([document])
+        want, got = (torch.log_softmax(one(tokens, use_cache=False).logits[0].float(), -1) for one in (model, small))
+        kl += float((want.exp() * (want - got)).sum())
+        agreed += int((want.argmax(-1) == got.argmax(-1)).sum())
+        count += len(document)
+    return {
+        "parameters": sum(p.numel() for p in small.parameters()),
+        "kl": round(kl / count, 4),
+        "agreement": round(agreed / count, 4),
+    }
+
+
+def measure_quality(text: Path, directory: Path) -> dict[str, Any]:
+    """Method → what it costs; documents of the first half choose neurons, those of the second half judge."""
+    model, tokenizer = load_model(demo_model_path()), load_tokenizer(demo_model_path())
+    lines = json_lines(text, read_text(text, "JSON Lines"), "JSON Lines")
+    rows = [
+        tokenizer(value["text"]).input_ids[:DOCUMENT_TOKENS]
+        for _, (_, value) in zip(range(2 * DOCUMENTS), lines, strict=False)
+    ]
+    chosen, judged = rows[:DOCUMENTS], rows[DOCUMENTS:]
+    balconies = load_balconies(directory, model)
+    depth = model.config.num_hidden_layers
+    small: dict[str, Callable[[], PreTrainedModel]] = {"full": lambda: model}
+    for exit_layer, balcony in balconies.items():
+        count = depth - exit_layer - 1  # layers that the exit spares
+        small[f"balcony {exit_layer}"] = partial(submodel, model, balcony, exit_layer)
+        small[f"early exit {exit_layer + 1}"] = partial(submodel, model, None, exit_layer + 1)
+        small[f"drop {count} layers"] = partial(dropped, model, count)
+        small[f"merge {count} layers"] = partial(merged, model, count)
+    for size in (1152, 768, 576):
+        small[f"MLP {size}"] = partial(sliced, model, size, chosen)
+    found = {}
+    for name, make in small.items():
+        found[name] = quality(model, make(), judged)
+        print(f"{name:<20} {found[name]}", flush=True)
+    return found
+
+
+def plot(speed: dict[str, Any], planes: dict[str, Any], output: Path) -> None:
+    """Both figures side by side."""
+    import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - likewise
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for kind, marker in (("depth", "o"), ("width", "s")):
+        rows = [speed["full"], *(row for name, row in speed.items() if name.startswith(kind))]
+        left.plot(
+            [row["parameters"] / 1e6 for row in rows],
+            [row["speedup"] for row in rows],
+            f"-{marker}",
+            label=f"cut in {kind}",
+        )
+    left.set_xlabel("parameters that a token reads, millions")
+    left.set_ylabel("speed-up of decoding")
+    left.legend()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, row in planes.items():
+        groups.setdefault(name.split()[0], []).append(row)
+    for kind, rows in groups.items():
+        rows.sort(key=lambda row: row["parameters"])
+        right.plot([row["parameters"] / 1e6 for row in rows], [row["agreement"] for row in rows], "-o", label=kind)
+    right.set_xlabel("parameters, millions")
+    right.set_ylabel("same next token as the full model")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(output, dpi=110)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--text", type=Path, help="JSON Lines with a text each, which the balconies were not trained on"
+    )
+    parser.add_argument("--balconies", type=Path, default=Path("balconies/smollm2-135m-instruct"))
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    neighbours = Neighbours()
+    planes = measure_quality(options.text, options.balconies) if options.text is not None else {}
+    speed = measure_speed(options.rounds)
+    if options.plot is not None:
+        plot(speed, planes, options.plot)
+    for name, row in speed.items():
+        print(
+            f"{name:<24} {row['parameters'] / 1e6:6.1f} M  {row['tokens_per_s']:7.1f} tokens/s  {row['speedup']:.2f}×"
+        )
+    document = {"benchmark": "depth_vs_width", "cpu": cpu_name(), "rounds": options.rounds, **neighbours.report()}
+    print(json.dumps({**document, "speed": speed, "quality": planes}))
+
+
+if __name__ == "__main__":
+    main()
