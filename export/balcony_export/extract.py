@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from balcony_edge.errors import InputError, VerificationError
 from balcony_export.architecture import parts_of
 from balcony_export.balcony import Balcony
+from balcony_export.checkpoint import save_checkpoint
 from balcony_export.export import refuse_existing
 from balcony_export.verify import TOLERANCE, Reference
 
@@ -96,6 +97,5 @@ def extract(
             f"exit {exit_layer}: the extracted model's logits are {difference:.1e} of the largest away from the exit's: "
             "nothing was written; report the model's architecture"
         )
-    small.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_checkpoint(small, tokenizer, output)
     return small

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError, TrainingError
 from balcony_export.balcony import Balcony, Kind, init_balconies, save_balconies
+from balcony_export.checkpoint import save_checkpoint
 from balcony_export.distill_data import Corpus, Rows
 from balcony_export.distill_states import Backbone
 
@@ -163,8 +164,7 @@ class JointTrainer:
 
     def save(self, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write ``output/model`` (a Hugging Face checkpoint) and the balconies for it into ``output``."""
-        self.model.save_pretrained(output / BASE)
-        tokenizer.save_pretrained(output / BASE)
+        save_checkpoint(self.model, tokenizer, output / BASE)
         recipe = json.loads(json.dumps(asdict(self.config)))
         save_balconies(output, self.balconies, self.model, {"recipe": recipe, "steps": self.step})
 

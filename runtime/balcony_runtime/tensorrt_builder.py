@@ -166,7 +166,7 @@ class Builder:
                     f"{path}: {role} {name} is {found.get(name)} to {self.name}, the manifest says {wanted.get(name)}: "
                     "write the graphs again"
                 )
-        self._networks = parser  # the network points into it
+        self._parser = parser  # the network points into it
         return network
 
     def _described(self, tensor: Any) -> tuple[str, tuple[int, ...]]:

@@ -70,12 +70,18 @@ def test_laptop_with_watts_by_a_counter(sysfs_tree: Callable[[str], Path]) -> No
 
 def test_engines_are_those_of_this_environment() -> None:
     report = diagnose()
-    ort, *tensorrt = report["engines"]
+    ort, cuda, *tensorrt = report["engines"]
     import onnxruntime
 
     assert ort["packages"] == {"onnxruntime": onnxruntime.__version__}
     assert ort["used"] == "CPUExecutionProvider" and ort["providers"] == onnxruntime.get_available_providers()
     assert [engine["engine"] for engine in tensorrt] == ["tensorrt", "tensorrt_rtx"]
+    assert (
+        cuda["engine"] == "cuda"
+        and cuda["packages"].keys() == {"cuda-python"}
+        and "--device auto takes" in cuda["note"]
+    )
+    assert tensorrt[1]["packages"] and "balcony-edge build" in tensorrt[1]["note"]
 
 
 def test_a_missing_engine_names_its_cure() -> None:

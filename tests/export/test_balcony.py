@@ -171,7 +171,7 @@ def _escape(path: Path) -> None:
         (_poison, r"balcony 3: norm\.weight holds values that are not finite"),
         (_reshape, r"norm\.weight is \(8,\), the base model wants \(32,\)"),
         (_edit("format_version", 9), "format 9"),
-        (_edit("module", "mlp"), "module 'mlp'"),
+        (_edit("module", "lstm"), "module 'lstm'"),
         (_edit("exits", []), "is damaged"),
         (_escape, "is damaged"),
         (lambda path: (path / "balconies.json").unlink(), r"holds no balconies\.json"),

@@ -6,6 +6,7 @@ Runtime say what it should be. Backends that need a GPU are marked ``gpu``: `mak
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from balcony_export.tensorrt import write_graphs
 from balcony_export.tensorrt_graphs import Format
 from balcony_runtime import engine as engine_module
 from balcony_runtime.engine import Engine, Sequence
+from balcony_runtime.tensorrt_builder import Builder, build_engines
 
 EXITS = (2, 3, 5)
 #: DESIGN 3: the largest difference for float32, as a share of the largest logit.
@@ -92,6 +94,13 @@ def check_cursors(sequence: Sequence) -> None:
         assert rows >= pending[index], "a balcony never is ahead of its stage"
 
 
+def on_tensorrt(bundle: Bundle) -> Engine:
+    """Engines in float32, built for the GPU that is there."""
+    graphs = [name for name in bundle.manifest.engines["rtx-fp32"].graphs if name != "backbone"]
+    build_engines(bundle, "rtx-fp32", Builder("rtx"), graphs, lambda *_: None)
+    return Engine.of(Bundle.open(bundle.path), device="tensorrt", engines="rtx-fp32")
+
+
 #: Backend → how an engine over a bundle is opened.
 BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
     "lowered": Engine.of,
@@ -99,7 +108,7 @@ BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
     "device-fused": lambda bundle: Engine.of(bundle, device="cpu", engines="rtx-fp32"),
     "device-plain": lambda bundle: Engine.of(bundle, device="cpu", engines="tensorrt-fp32-plain"),
     "cuda-fused": lambda bundle: Engine.of(bundle, device="cuda", engines="rtx-fp32"),
-    "tensorrt": lambda bundle: Engine.of(bundle, device="tensorrt", engines="rtx-fp32"),
+    "tensorrt": on_tensorrt,
 }
 ON_GPU = ("cuda-fused", "tensorrt")
 CASES = [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in BACKENDS]
@@ -245,3 +254,32 @@ def test_sequences_do_not_disturb_one_another(subject: Engine, tiny_engine: Engi
         if sequence.length < 30:
             got = sequence.advance(exit_layer, tokens[which][sequence.length : sequence.length + 1])
             assert_equal(got, from_scratch(tiny_engine, exit_layer, sequence.tokens, 1))
+
+
+def test_device_memory_goes_back_with_the_sequence(with_engine_sets: Callable[[str], Bundle]) -> None:
+    with BACKENDS["device-fused"](with_engine_sets("llama")) as engine:
+        device: Any = engine.backend.device  # type: ignore[attr-defined]
+        sequence = engine.new_sequence(max_length=64)
+        sequence.advance(5, [1, 2, 3])
+        held = sum(array.nbytes for array in device._arrays.values())
+        assert held >= sequence.state.memory_bytes > 0
+        del sequence
+        gc.collect()
+        assert device._arrays == {}
+        left = engine.new_sequence(max_length=64)
+    del left  # after the backend: there is nothing to give back any more
+
+
+def test_a_greedy_step_names_the_likeliest_token(subject: Engine) -> None:
+    """`step_best` is `step` and its largest logit, whichever side picks."""
+    one, two = subject.new_sequence(max_length=48), subject.new_sequence(max_length=48)
+    for sequence in (one, two):
+        sequence.advance(5, list(range(1, 9)))
+        sequence.catch_up()
+    ids = np.array([17])
+    for index in range(24):
+        exit_layer = EXITS[index % 3]
+        logits = one.step(exit_layer, ids)
+        ids = two.step_best(exit_layer, ids)
+        assert ids.tolist() == logits.argmax(-1).tolist()
+    assert one.tokens.tolist() == two.tokens.tolist()

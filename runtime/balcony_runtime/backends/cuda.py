@@ -5,6 +5,7 @@ Owns every call of the CUDA runtime. No torch: what a device needs is malloc, me
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,17 @@ def compute_capability() -> str:
     return f"{major}{minor}"
 
 
+class _Captured:
+    """A captured graph; it goes with the object, and CUDA keeps what runs of it until it is through."""
+
+    def __init__(self, executable: Any, stream: int) -> None:
+        self._executable, self._stream = executable, stream
+        weakref.finalize(self, cudart.cudaGraphExecDestroy, executable)
+
+    def __call__(self) -> None:
+        check(cudart.cudaGraphLaunch(self._executable, self._stream))
+
+
 class CudaDevice:
     """The first GPU; implements :class:`.device.Device`.
 
@@ -77,7 +89,6 @@ class CudaDevice:
         #: The one stream that all work is put on.
         self.stream = int(stream)
         self._regions: set[int] = set()
-        self._graphs: list[Any] = []
         # page-locked, so that a step's few bytes are copied without a copy before
         self._pinned_bytes = 1 << 16
         self._pinned = int(check(cudart.cudaMallocHost(self._pinned_bytes)))
@@ -90,8 +101,9 @@ class CudaDevice:
         return Region(pointer, shape, dtype)
 
     def free(self, region: Region) -> None:
-        self._regions.discard(region.pointer)
-        check(cudart.cudaFreeAsync(region.pointer, self.stream))
+        if region.pointer in self._regions:
+            self._regions.remove(region.pointer)
+            check(cudart.cudaFreeAsync(region.pointer, self.stream))
 
     def upload(self, region: Region, array: npt.NDArray[Any]) -> None:
         array = np.ascontiguousarray(array, region.dtype)
@@ -133,8 +145,7 @@ class CudaDevice:
             graph = check(cudart.cudaStreamEndCapture(self.stream))
         executable = check(cudart.cudaGraphInstantiate(graph, 0))
         check(cudart.cudaGraphDestroy(graph))
-        self._graphs.append(executable)
-        return lambda: check(cudart.cudaGraphLaunch(executable, self.stream))
+        return _Captured(executable, self.stream)
 
     def synchronize(self) -> None:
         """Wait for all work on the stream."""
@@ -142,11 +153,9 @@ class CudaDevice:
 
     def close(self) -> None:
         self.synchronize()
-        for graph in self._graphs:
-            check(cudart.cudaGraphExecDestroy(graph))
         for pointer in self._regions:
             check(cudart.cudaFreeAsync(pointer, self.stream))
         self.synchronize()
         check(cudart.cudaFreeHost(self._pinned))
         check(cudart.cudaStreamDestroy(self.stream))
-        self._graphs, self._regions = [], set()
+        self._regions = set()

@@ -10,7 +10,8 @@ output ``argmax`` int64 (B, Q) of ``lm_head``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -126,6 +127,11 @@ class DeviceState:
         in_place = backend.executor.in_place
         self._caches = {name: _Cache(engines, name, self._device, batch_size, in_place) for name in names}
         self._programs: dict[tuple[int, ...], Callable[[], None]] = {}
+        loose = [self._hidden, self._logits, self._best, self._ids, self._start]
+        cached = [region for cache in self._caches.values() for region in cache.regions]
+        # a device's memory is not Python's: it goes back with the state, or with the backend before it
+        regions = [*self._rows, *self._row, *self._scratch, *loose, *cached]
+        weakref.finalize(self, _give_back, self._device, regions)
 
     @property
     def memory_bytes(self) -> int:
@@ -133,14 +139,6 @@ class DeviceState:
         return sum(region.nbytes for region in (*self._rows, *self._scratch)) + sum(
             region.nbytes for cache in self._caches.values() for region in cache.regions
         )
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._programs.clear()
-        loose = [self._hidden, self._logits, self._best, self._ids, self._start]
-        cached = [region for cache in self._caches.values() for region in cache.regions]
-        for region in (*self._rows, *self._row, *self._scratch, *loose, *cached):
-            self._device.free(region)
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """One row through all graphs on the way to an exit."""
@@ -281,3 +279,8 @@ class DeviceState:
         array = self._device.download(region)  # waits for the device
         self.busy_ns += time.perf_counter_ns() - begin
         return array
+
+
+def _give_back(device: Device, regions: Sequence[Region]) -> None:
+    for region in regions:
+        device.free(region)
