@@ -309,6 +309,25 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     refused('bad.jsonl:1: has no "text"', "calibrate", bundle, "--text", tmp_path / "bad.jsonl")
 
 
+def test_under_optimums_command_line(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`optimum-cli export balcony`, found by optimum itself in its namespace for commands of others."""
+    from optimum.commands.optimum_cli import main as optimum
+
+    common = ["optimum-cli", "export", "balcony", str(tiny_checkpoint), str(tmp_path / "b"), "--exits"]
+    monkeypatch.setattr(sys, "argv", [*common, "2,3"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimum()
+    assert json.loads(invoke_here("inspect", tmp_path / "b", "--json").stdout)["exits"][0]["exit_layer"] == 2
+    monkeypatch.setattr(sys, "argv", [*common, "2"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        optimum()
+    assert stop.value.code == 1 and capsys.readouterr().err.startswith("balcony-edge: ")
+
+
 def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     data = bytearray((broken / "weights.bin").read_bytes())

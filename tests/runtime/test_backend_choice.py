@@ -1,0 +1,133 @@
+"""Which engine `auto` takes and why, and which engines a GPU refuses: as far as a machine without one can tell."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import balcony_edge
+from balcony_edge.bundle import Bundle
+from balcony_edge.errors import BundleError, DeviceError, InputError
+from balcony_edge.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
+from balcony_export.tensorrt import write_graphs
+from balcony_export.tensorrt_graphs import Format
+from balcony_runtime.backends import cuda, tensorrt
+from balcony_runtime.backends.choose import choose
+from balcony_runtime.backends.cuda import check
+from balcony_runtime.backends.device import HostDevice, Region
+
+GRAPH = GraphSpec(
+    file="norm.onnx", inputs=(TensorSpec(name="hidden", dtype="float16", shape=("batch", "queries", 8)),),
+    outputs=(), parameters=8, weight_bytes=16,
+)  # fmt: skip
+
+
+def engine_set(**changes: Any) -> EngineSet:
+    options: dict[str, Any] = {
+        "target": "rtx",
+        "precision": "fp16",
+        "operators": "fused",
+        "context_length": 64,
+        "batch_size": 1,
+        "graphs": {"norm": GRAPH},
+        "engines": {"norm": EngineSpec(file="norm.engine", layers=3)},
+        "builder": "tensorrt_rtx 1.7",
+        "compute_capabilities": ("86", "89"),
+        "files": {},
+    }
+    return EngineSet(**{**options, **changes})
+
+
+def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
+    refuse, here = tensorrt._refuse_misfits, Path("b/tensorrt/rtx-fp16")
+    refuse(here, engine_set(), "tensorrt_rtx 1.7", "89")
+    refuse(here, engine_set(compute_capabilities=()), "tensorrt_rtx 1.7", "120")
+    for engines, version, capability, message in (
+        (engine_set(engines={}), "tensorrt_rtx 1.7", "89", "holds graphs but no engines: build them"),
+        (engine_set(), "tensorrt_rtx 1.8", "89", "built by tensorrt_rtx 1.7, here is tensorrt_rtx 1.8: build again"),
+        (
+            engine_set(),
+            "tensorrt_rtx 1.7",
+            "87",
+            r"built for compute capability 86, 89, this GPU has 87: build with --sm 87",
+        ),
+    ):
+        with pytest.raises(BundleError, match=message):
+            refuse(here, engines, version, capability)
+
+
+def test_a_pass_takes_the_first_profile_that_holds_it() -> None:
+    class Engine:
+        num_optimization_profiles = 3
+
+    def profile(rows: int) -> int:
+        return tensorrt._profile_for("hidden", {"hidden": Region(0, (1, rows, 8), "float16")}, Engine())
+
+    assert [profile(rows) for rows in (1, 8, 9, 64, 65, 512)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Bundle.open(tiny.path).manifest
+    assert choose(manifest)[:2] == ("cpu", None) and "no graphs for GPUs" in choose(manifest).reason
+    built = manifest.model_copy(update={"engines": {"rtx-fp16": engine_set()}})
+    try:
+        cuda.compute_capability()
+    except DeviceError as error:
+        assert choose(built) == ("cpu", None, str(error))
+    for capability, wanted, reason in (
+        ("89", ("tensorrt", "rtx-fp16"), "engines for this GPU"),
+        ("87", ("cpu", None), "no engines for compute capability 87, and ONNX Runtime has no CUDA here"),
+    ):
+        monkeypatch.setattr(cuda, "compute_capability", lambda capability=capability: capability)
+        choice = choose(built)
+        assert choice[:2] == wanted and reason in choice.reason
+
+
+def test_engine_sets_are_named_where_there_are_several(tiny: Any, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny.path, tmp_path / "b"))
+    with pytest.raises(BundleError, match="has no engine set for cuda: make one with `balcony-edge build`"):
+        balcony_edge.load(path, device="cuda")
+    for name in ("one", "two"):
+        write_graphs(Bundle.open(path), name, "rtx", Format("fp16", "fused", 64))
+    with pytest.raises(BundleError, match="has engine sets one, two: name one with --engines"):
+        balcony_edge.load(path, device="cuda")
+    with pytest.raises(InputError, match="packed weights are for the CPU"):
+        balcony_edge.load(path, device="cpu", engines="one", packed=tmp_path / "packed")
+    with balcony_edge.load(path, device="cpu", engines="two") as llm:
+        reply = llm.generate("the fox", max_new_tokens=4, ignore_eos=True)
+        assert len(reply.tokens) == 4 and llm.engine.backend.max_length == 64
+        scored = llm.generate("the fox", max_new_tokens=4, ignore_eos=True, logprobs=1)
+        assert [token.id for token in scored.tokens] == [token.id for token in reply.tokens]
+        assert all(token.logprob is not None for token in scored.tokens)
+
+
+def test_cuda_errors_are_one_line_with_a_cure() -> None:
+    errors = cuda.cudart.cudaError_t
+    assert check((errors.cudaSuccess, 7)) == 7 and check((errors.cudaSuccess, 1, 2)) == (1, 2)
+    for code, cure in (
+        (errors.cudaErrorMemoryAllocation, "out of memory .*: ask for a shorter context"),
+        (errors.cudaErrorNoDevice, "no CUDA-capable device .*: install NVIDIA's driver"),
+        (errors.cudaErrorLaunchFailure, "nvidia-smi"),
+    ):
+        with pytest.raises(DeviceError, match=cure) as caught:
+            check((code, None))
+        assert "\n" not in str(caught.value)
+
+
+def test_host_memory_behaves_as_a_device_does() -> None:
+    device = HostDevice()
+    region = device.allocate((2, 3, 4), "float32")
+    assert device.download(region).sum() == 0
+    device.upload(region, np.arange(24).reshape(2, 3, 4))
+    part = region.part(4, (2, 4))
+    np.testing.assert_array_equal(device.download(part), np.arange(4, 12).reshape(2, 4))
+    column = device.allocate((2, 1, 4), "float32")
+    device.copy(column.pointer, 16, region.pointer + 32, 48, 16, 2)  # the last row of each member
+    np.testing.assert_array_equal(device.download(column)[:, 0], [[8, 9, 10, 11], [20, 21, 22, 23]])
+    device.free(region)
+    device.free(region)
+    device.close()
