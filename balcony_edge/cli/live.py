@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -18,6 +18,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from balcony_edge.telemetry import Reading
+    from balcony_runtime.confident import Telemetry
     from balcony_runtime.reply import Token, TokenStream
 
 #: Decisions shown, and tokens that the mean is taken over.
@@ -26,11 +27,16 @@ LAST_DECISIONS, MEAN_TOKENS = 5, 16
 REPLY_LINES = 8
 
 
-def show_live(stream: TokenStream, styles: dict[int, str], readings: Callable[[], tuple[Reading, ...]]) -> bool:
+def show_live(
+    stream: TokenStream,
+    styles: dict[int, str],
+    readings: Callable[[], tuple[Reading, ...]],
+    quality: Callable[[], Mapping[int, Telemetry]] = dict,
+) -> bool:
     """Draw until the stream ends; True when Ctrl-C ended it."""
     from balcony_edge.cli.console import stdout
 
-    view = LiveView(styles, readings)
+    view = LiveView(styles, readings, quality)
     try:
         with Live(view, console=stdout, refresh_per_second=8, vertical_overflow="crop"):
             for token in stream:
@@ -47,8 +53,13 @@ class LiveView:
     Tokens are added by one thread and drawn by another.
     """
 
-    def __init__(self, styles: dict[int, str], readings: Callable[[], tuple[Reading, ...]]) -> None:
-        self._styles, self._readings = styles, readings
+    def __init__(
+        self,
+        styles: dict[int, str],
+        readings: Callable[[], tuple[Reading, ...]],
+        quality: Callable[[], Mapping[int, Telemetry]] = dict,
+    ) -> None:
+        self._styles, self._readings, self._quality = styles, readings, quality
         self._lock = threading.Lock()
         self._text = Text()
         self._tokens: deque[Token] = deque(maxlen=MEAN_TOKENS)
@@ -96,5 +107,7 @@ class LiveView:
         degrees = [reading.celsius for reading in readings if reading.celsius is not None]
         cells += [watts] if watts else []
         cells += [f"{max(degrees):.0f} °C"] if degrees else []
+        checked = {e: seen for e, seen in self._quality().items() if seen.checked}
+        cells += [f"{seen.disagreed} of {seen.checked} checked at {e} differ" for e, seen in checked.items()]
         facts.add_row(*cells)
         return facts

@@ -98,7 +98,9 @@ def run(
             ids = llm.encode(prompt, chat=False if raw else None)
             stream = llm.stream(ids, logprobs=logprobs, trace=writer, **options)
             plain = None if as_json else styles
-            interrupted = show_live(stream, styles, llm.readings) if live else show_stream(stream, plain)
+            interrupted = (
+                show_live(stream, styles, llm.readings, lambda: llm.quality) if live else show_stream(stream, plain)
+            )
         reply = stream.reply
         quality = {str(e): seen._asdict() for e, seen in llm.quality.items()} if asked.confident else None
         if as_json:

@@ -169,7 +169,8 @@ def steps(
             done_ns = time.perf_counter_ns()
         latency_ns, emitted_ns = done_ns - begin, done_ns
         made += 1
-        record(given, latency_ns / 1e6)
+        # a replay decides again: what it must come to is the decision, whatever a balcony was sure of
+        record(given._replace(exit_layer=decision.exit_layer), latency_ns / 1e6)
         yield Step(ids, logits, given, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due)
 
 

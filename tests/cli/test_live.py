@@ -13,12 +13,14 @@ from balcony_edge.budget import Budget
 from balcony_edge.cli.console import depth_styles
 from balcony_edge.cli.live import LiveView, show_live
 from balcony_edge.telemetry import Reading
+from balcony_runtime.confident import Telemetry
 
 
 def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
     readings = (Reading("b", "board", 0.0, watts=6.5, celsius=51.0), Reading("c", "cpu", 0.0, celsius=60.0))
     with balcony_edge.load(tiny.path, budget=Budget(tpot_ms=500, max_pace_tps=100)) as llm:
-        view, tokens = LiveView(depth_styles(llm.exit_layers), lambda: readings), []
+        quality = {2: Telemetry(40, 3), 3: Telemetry(0, 0)}
+        view, tokens = LiveView(depth_styles(llm.exit_layers), lambda: readings, lambda: quality), []
         for token in llm.stream("the fox", max_new_tokens=12, ignore_eos=True):
             view.add(token)
             tokens.append(token)
@@ -33,7 +35,14 @@ def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
         "paced to 100.0 a second",
     ):
         assert part in shown
-    for part in ("6.5 W board", "60 °C", "0 rows pending", "last decisions", tokens[-1].reason[:40]):
+    for part in (
+        "6.5 W board",
+        "60 °C",
+        "0 rows pending",
+        "3 of 40 checked at 2 differ",
+        "last decisions",
+        tokens[-1].reason[:40],
+    ):
         assert part in shown
 
 

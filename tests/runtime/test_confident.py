@@ -18,6 +18,7 @@ from balcony_edge.bundle import Bundle, record_confidence
 from balcony_edge.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError, InputError
 from balcony_edge.manifest import ConfidenceSpec, ThresholdSpec
+from balcony_edge.trace import TraceWriter, read_trace, replay
 from balcony_runtime.confident import CHECK_EVERY, MOST_CHECKED, PROBE_TOKENS, Confident
 from balcony_runtime.engine import Engine
 from balcony_runtime.thresholds import binomial_tail, calibrate_confidence, last_accepted, measured
@@ -201,3 +202,17 @@ def test_thresholds_are_outside_the_fingerprint(calibrated: Path, tiny: Any) -> 
     assert (
         json.loads((calibrated / "bundle.json").read_text())["confidence"]["thresholds"]["2"]["threshold"] == THRESHOLD
     )
+
+
+def test_a_trace_of_early_exits_replays(calibrated: Path, tmp_path: Path) -> None:
+    with balcony_edge.load(calibrated) as llm:
+        llm._costs = COSTS
+        llm.budget = Budget(confident=True)
+        with TraceWriter(tmp_path / "run.jsonl") as trace:
+            exits = [token.exit_layer for token in llm.stream("a fox", max_new_tokens=60, ignore_eos=True, trace=trace)]
+    assert set(exits) == {2, 5}
+    trace_read = read_trace(tmp_path / "run.jsonl")
+    assert len(trace_read.tokens) == 60 and any("sure at 2" in token.line["reason"] for token in trace_read.tokens)
+    assert [again.exit_layer for again in replay(trace_read)] == [
+        token.line["exit_layer"] for token in trace_read.tokens
+    ]
