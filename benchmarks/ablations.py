@@ -157,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="JSON Lines with a text each")
     parser.add_argument("--steps", type=int, default=600, help="of the base model; variants get half")
+    parser.add_argument("--only", nargs="+", help="variants to run")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     begin = time.monotonic()
@@ -173,6 +174,8 @@ def main() -> None:
     found: dict[str, Scores] = {}
     print(f"base model: cross-entropy {alone.evaluate()[depth].cross_entropy:.3f}", flush=True)
     for name, run in variants(base, corpus, options.steps).items():
+        if options.only and name not in options.only:
+            continue
         found[name] = run()
         cells = "  ".join(f"{e}: {s.cross_entropy:.3f} ({s.agreement:.0%})" for e, s in found[name].items())
         print(f"{name:<52} {cells}", flush=True)

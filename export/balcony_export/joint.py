@@ -1,13 +1,16 @@
 """Training with the backbone: what the paper compares frozen balconies with.
 
-Owns the loop in which backbone and exits learn together, for three baselines: ``unfrozen`` (the paper's distillation without
-the freezing, section 4.3), ``sorted`` (SortedLLaMA: no modules at the exits, the mean cross-entropy of all sub-models) and
-``scratch`` (the same mean with balconies, from random weights; Table 4). The result is a base model of its own, as a Hugging
-Face checkpoint, and balconies for it. Small models and short runs: weights and optimizer in float32, no resume.
+Owns the loop in which backbone and exits learn together, for three baselines. ``unfrozen``: the paper's distillation without
+the freezing (section 4.3); the teacher is the model as it was, and the full depth learns from it like any exit, since with its
+own moving full depth as the teacher all of them come to agree on nothing. ``sorted``: SortedLLaMA's, no modules at the exits,
+the mean cross-entropy of all sub-models. ``scratch``: the same mean with balconies, from random weights (Table 4). The result
+is a base model of its own, as a Hugging Face checkpoint, and balconies for it. Small models and short runs: weights and
+optimizer in float32, no resume.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -96,6 +99,7 @@ class JointTrainer:
         for parameter in parameters:
             parameter.requires_grad_(True)
         self._parameters = parameters
+        self._teacher = copy.deepcopy(model).requires_grad_(False) if config.objective == "unfrozen" else None
         self._optimizer = torch.optim.AdamW(parameters, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.step = 0
 
@@ -120,13 +124,13 @@ class JointTrainer:
         """One optimizer step; returns the loss: a mean over positions, and over sub-models but for ``unfrozen`` (a sum)."""
         tokens, mask = self._batch(self.corpus.train, self._rows_of(self.step))
         logits = self._logits(tokens)
-        if self.config.objective == "unfrozen":
-            teacher = torch.log_softmax(logits[-1].detach(), -1)[mask]
-            loss = sum(
-                (functional.kl_div(torch.log_softmax(one, -1)[mask], teacher, log_target=True, reduction="batchmean")
-                 for one in logits[:-1]),
-                torch.zeros(()),
-            )  # fmt: skip
+        if self._teacher is not None:
+            with torch.no_grad():
+                teacher = torch.log_softmax(self._teacher(tokens, use_cache=False).logits.float(), -1)[mask]
+            each = [torch.log_softmax(one, -1)[mask] for one in logits]
+            loss = torch.stack(
+                [functional.kl_div(one, teacher, log_target=True, reduction="batchmean") for one in each]
+            ).sum()
         else:
             labels = tokens[:, 1:][mask[:, :-1]]
             each = [functional.cross_entropy(one[:, :-1][mask[:, :-1]], labels) for one in logits]
