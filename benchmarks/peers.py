@@ -31,9 +31,11 @@ The last line on stdout is one JSON object; the table goes to stderr. Exit code 
                prompt of 512 and its reply, imports included; private_mb: its pages that no other process shares;
                added_mb: what a second process with the model has again, above its imports (dirty pages)
                idle_cpu: CPU seconds a second between requests
+    exits[]    name; bytes: what the full depth reads / what the exit reads; decode_32, decode_512: the exit's speed / the full
+               depth's, median of the rounds' ratios; decode_32_of_bytes, decode_512_of_bytes: of what bytes predict
     ratios[]   ours, peer: names of cases, ours at full depth; decode_32, decode_512, prefill_512: our speed / the peer's,
                the median of the rounds' ratios; kl_difference: our KL less the peer's; weights: our bytes / the peer's
-    bars       name → value, limit, holds: what an int4 bundle must show at full depth
+    bars       name → value, limit, holds: what every exit must show, and an int4 bundle at full depth
 """
 
 from __future__ import annotations
@@ -189,6 +191,27 @@ def measure(subjects: dict[str, Subject], cases: dict[str, Case], text: Text, *,
     return rows
 
 
+def exit_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every exit of a bundle against its full depth, beside what the bytes that they read predict."""
+    found: list[dict[str, Any]] = []
+    full: dict[str, Any] = {}
+    for row in (row for row in rows if row["bundle"] is not None):
+        if full.get("bundle") != row["bundle"]:
+            full = row  # a bundle's first case is its full depth
+            continue
+        predicted = full["weights_mb"] / row["weights_mb"]
+        speedups = {f"decode_{n}": ratio(full["_ms"][f"decode_{n}"], row["_ms"][f"decode_{n}"]) for n in CONTEXTS}
+        found.append(
+            {
+                "name": row["name"],
+                "bytes": round(predicted, 3),
+                **{figure: round(value, 3) for figure, value in speedups.items()},
+                **{f"{figure}_of_bytes": round(value / predicted, 3) for figure, value in speedups.items()},
+            }
+        )
+    return found
+
+
 def ratios(rows: list[dict[str, Any]], full_depths: set[str]) -> list[dict[str, Any]]:
     """Every case of ``full_depths`` against every peer; takes the rounds' times out of ``rows``."""
     times = {row["name"]: row.pop("_ms") for row in rows}
@@ -209,8 +232,10 @@ def ratios(rows: list[dict[str, Any]], full_depths: set[str]) -> list[dict[str, 
     return found
 
 
-def bars(rows: list[dict[str, Any]], found: list[dict[str, Any]], int4: set[str]) -> dict[str, dict[str, Any]]:
-    """What the cases must show that are named in ``int4``, where the peer was measured."""
+def bars(
+    rows: list[dict[str, Any]], found: list[dict[str, Any]], exits: list[dict[str, Any]], int4: set[str]
+) -> dict[str, dict[str, Any]]:
+    """What every exit must show, and the cases that are named in ``int4`` where the peer was measured."""
     bars: dict[str, dict[str, Any]] = {}
 
     def bar(name: str, value: float, limit: float, *, at_least: bool) -> None:
@@ -229,6 +254,9 @@ def bars(rows: list[dict[str, Any]], found: list[dict[str, Any]], int4: set[str]
             bar(f"{pair}: weights", row["weights"], 1, at_least=False)
     for row in (row for row in rows if row["name"] in int4):
         bar(f"{row['name']}: load_s", row["load_s"], 0.5, at_least=False)
+    for row in exits:
+        for figure in (f"decode_{context}_of_bytes" for context in CONTEXTS):
+            bar(f"{row['name']}: {figure}", row[figure], 0.9, at_least=True)
     return bars
 
 
@@ -241,9 +269,9 @@ def show(document: dict[str, Any]) -> str:
         "",
         *aligned([columns, *([_short(row[key]) for key in columns] for row in document["cases"])]),
     ]
-    if document["ratios"]:
-        heads = list(document["ratios"][0])
-        lines += ["", "ours / peer", *aligned([heads, *([_short(v) for v in r.values()] for r in document["ratios"])])]
+    for title, table in (("exit / full depth", document["exits"]), ("ours / peer", document["ratios"])):
+        if table:
+            lines += ["", title, *aligned([list(table[0]), *([_short(v) for v in row.values()] for row in table)])]
     results = [
         [name, _short(bar["value"]), bar["limit"], "holds" if bar["holds"] else "MISSED"]
         for name, bar in document["bars"].items()
@@ -319,6 +347,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, case in cases.items()
         if case.bundle is not None and case.variant == depths[case.bundle].exit_layers[-1]
     }
+    exits = exit_speedups(rows)
     found = ratios(rows, set(full))
     return {
         "benchmark": "peers",
@@ -331,8 +360,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "text": arguments.text.name,
         "score_rows": WINDOWS[quick] * WINDOW_ROWS,
         "cases": rows,
+        "exits": exits,
         "ratios": found,
-        "bars": bars(rows, found, {name for name, manifest in full.items() if manifest.precision == "int4"}),
+        "bars": bars(rows, found, exits, {name for name, manifest in full.items() if manifest.precision == "int4"}),
     }
 
 

@@ -40,6 +40,12 @@ class Handler(BaseHTTPRequestHandler):
         length = min(int(self.headers.get("Content-Length", 0)), MAX_PROMPT_BYTES)
         prompt = self.rfile.read(length).decode("utf-8", errors="replace")
         try:
+            self._answer(prompt)
+        except (BrokenPipeError, ConnectionResetError):
+            self.log_message("the reader left")
+
+    def _answer(self, prompt: str) -> None:
+        try:
             stream = self.server.llm.stream(prompt, max_new_tokens=self.server.tokens)
         except balcony_edge.BalconyError as error:
             self.send_error(400, str(error))
@@ -47,13 +53,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.end_headers()
-        try:
-            with stream:  # closed, and its memory freed, when the reader goes away
-                for token in stream:
-                    self.wfile.write(token.text.encode())
-                    self.wfile.flush()
-        except (BrokenPipeError, ConnectionResetError):
-            self.log_message("the reader left after %d tokens", len(stream.reply.tokens))
+        with stream:  # closed, and its memory freed, when the reader goes away
+            for token in stream:
+                self.wfile.write(token.text.encode())
+                self.wfile.flush()
 
 
 def main() -> None:

@@ -74,9 +74,11 @@ def test_a_worker_that_ends_is_an_error(tmp_path: Path) -> None:
         worker("balcony", tmp_path / "nothing")
 
 
-def row(name: str, bundle: str | None, kl: float, decode_ms: list[float], prefill_ms: list[float]) -> dict[str, Any]:
+def row(
+    name: str, bundle: str | None, kl: float, decode_ms: list[float], prefill_ms: list[float], megabytes: float = 90.0
+) -> dict[str, Any]:
     times = {"decode_32": decode_ms, "decode_512": decode_ms, "prefill_512": prefill_ms}
-    return {"name": name, "bundle": bundle, "kl": kl, "weights_mb": 90.0, "load_s": 0.6, "_ms": times}
+    return {"name": name, "bundle": bundle, "kl": kl, "weights_mb": megabytes, "load_s": 0.6, "_ms": times}
 
 
 def test_ratios_are_taken_within_a_round_and_judged_by_their_bars() -> None:
@@ -94,7 +96,7 @@ def test_ratios_are_taken_within_a_round_and_judged_by_their_bars() -> None:
     ]
     assert found[0]["kl_difference"] == pytest.approx(-0.05)
     assert all("_ms" not in r for r in rows)
-    bars = peers.bars(rows, found, {"ours"})
+    bars = peers.bars(rows, found, [], {"ours"})
     assert {name.removeprefix("ours / "): bar["holds"] for name, bar in bars.items()} == {
         "llama.cpp Q4_0: decode_32": False,
         "llama.cpp Q4_0: decode_512": False,
@@ -105,7 +107,28 @@ def test_ratios_are_taken_within_a_round_and_judged_by_their_bars() -> None:
         "ONNX Runtime GenAI int4: prefill_512": True,
         "ours: load_s": False,
     }
-    assert peers.bars(rows, found, set()) == {}
+    assert peers.bars(rows, found, [], set()) == {}
+
+
+def test_an_exit_is_judged_by_the_bytes_that_it_reads() -> None:
+    times = [100.0, 100.0, 100.0]
+    rows = [
+        row("ours", "b", 0.25, [5.0, 50.0, 5.0], times, 90.0),
+        row("ours, exit 2", "b", 1.5, [2.5, 25.0, 2.0], times, 45.0),
+        row("ours, exit 1", "b", 2.5, [2.5, 25.0, 2.5], times, 30.0),
+        row("other", "c", 0.25, [5.0, 5.0, 5.0], times, 80.0),
+        row("a peer", None, 0.3, [4.0, 40.0, 4.0], times),
+    ]
+    exits = peers.exit_speedups(rows)
+    assert [(e["name"], e["bytes"], e["decode_32"], e["decode_512_of_bytes"]) for e in exits] == [
+        ("ours, exit 2", 2.0, 2.0, 1.0),
+        ("ours, exit 1", 3.0, 2.0, 0.667),
+    ]
+    bars = peers.bars(rows, [], exits, set())
+    assert {name: bar["holds"] for name, bar in bars.items() if name.endswith("decode_32_of_bytes")} == {
+        "ours, exit 2: decode_32_of_bytes": True,
+        "ours, exit 1: decode_32_of_bytes": False,
+    }
 
 
 def test_prompts_differ_and_windows_do_not_overlap_them(

@@ -154,6 +154,13 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
         assert max(check.max_difference for check in checks) < 0.05
     else:
         assert exact <= phases and (scheme.accuracy_level == 1 or "decode, level 4" in phases)
+    with Engine.open(path) as apart, Engine.open(path, packed=tmp_path / "packed") as joined:
+        sequences = apart.new_sequence(max_length=32), joined.new_sequence(max_length=32)
+        for sequence in sequences:
+            sequence.advance(apart.exit_layers[-1], [5, 4, 3])
+        for index in range(20):
+            layer, ids = apart.exit_layers[index // 4 % len(apart.exit_layers)], np.array([index])
+            assert np.array_equal(*(sequence.step(layer, ids) for sequence in sequences))
     # the token table gives what its blocks say
     table = TokenTable(Bundle.open(path))
     wanted = source.model.get_input_embeddings().weight.detach().numpy() * manifest.embedding.scale

@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 #: One action of a schedule: what to do, and two numbers that each action reads in its own way.
 actions = st.lists(
     st.tuples(
-        st.sampled_from(["advance", "advance", "advance", "stage", "balcony", "idle", "rollback", "again"]),
+        st.sampled_from(["advance", "advance", "step", "step", "stage", "balcony", "idle", "rollback", "again"]),
         st.integers(0, 2),
         st.integers(1, 12),
     ),
@@ -70,6 +70,11 @@ def play(engine: Engine, sequence: Sequence, schedule: list[tuple[str, int, int]
             rows = min(1 + which, sequence.length + fitting)
             got = sequence.advance(exit_layer, new, num_logits=rows)
             assert_equal(got, from_scratch(engine, exit_layer, sequence.tokens, rows))
+        elif action == "step":
+            for _ in range(min(count, sequence.max_length - sequence.length)):
+                ids = random.integers(0, engine.manifest.model.vocab_size, sequence.batch_size)
+                got = sequence.step(exit_layer, ids)
+                assert_equal(got, from_scratch(engine, exit_layer, sequence.tokens, 1)[:, 0])
         elif action == "again" and sequence.length:
             rows = min(count, sequence.length)
             got = sequence.advance(exit_layer, [], num_logits=rows)
@@ -105,6 +110,8 @@ def on_tensorrt(bundle: Bundle) -> Engine:
 BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
     "lowered": Engine.of,
     "portable": lambda bundle: Engine.of(bundle.portable()),
+    "packed": lambda bundle: Engine.of(bundle, packed=bundle.path.with_suffix(".packed")),
+    "packed-portable": lambda bundle: Engine.of(bundle.portable(), packed=bundle.path.with_suffix(".portable")),
     "device-fused": lambda bundle: Engine.of(bundle, device="cpu", engines="rtx-fp32"),
     "device-plain": lambda bundle: Engine.of(bundle, device="cpu", engines="tensorrt-fp32-plain"),
     "cuda-fused": lambda bundle: Engine.of(bundle, device="cuda", engines="rtx-fp32"),

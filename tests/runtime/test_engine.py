@@ -117,6 +117,10 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
         (home,) = packed.iterdir()
         made = {file.name: file.stat().st_mtime_ns for file in home.iterdir()}
         assert {"cpu_stage_0.onnx", "cpu_lm_head.onnx"} <= made.keys() and any(n.endswith(".weights") for n in made)
+        size = sum(file.stat().st_size for file in home.glob("path_*"))
+        assert size < 0.5 * sum(
+            file.stat().st_size for file in home.iterdir()
+        )  # joined graphs have no weights of their own
         with Engine.open(path, packed=packed) as second:
             for exit_layer in plain.exit_layers:
                 logits = [
@@ -124,6 +128,12 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
                     for engine in (plain, first, second)
                 ]
                 assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
+        # a decode step through the joined graph, over exits that come and go
+        apart, joined = plain.new_sequence(batch_size=2), first.new_sequence(batch_size=2)
+        assert np.array_equal(apart.advance(5, [[1, 2, 3]] * 2), joined.advance(5, [[1, 2, 3]] * 2))
+        for index in range(40):
+            exit_layer, ids = plain.exit_layers[index // 3 % 3], np.array([index, 300 - index])
+            assert np.array_equal(apart.step(exit_layer, ids), joined.step(exit_layer, ids))
         assert {file.name: file.stat().st_mtime_ns for file in home.iterdir()} == made
     with Engine.open(export_tiny("llama").path, packed=packed):
         assert len(list(packed.iterdir())) == 2  # another bundle, another name

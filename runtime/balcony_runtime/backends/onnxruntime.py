@@ -56,6 +56,7 @@ def open_session(
     threads: int | None = None,
     profile_prefix: Path | None = None,
     pack_to: Path | None = None,
+    optimize: bool = True,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     entries: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
@@ -64,8 +65,8 @@ def open_session(
     ONNX Runtime then wants every later session of the process on that pool (``use_per_session_threads = False``), those
     of the host application included: docs/embedding.md. Where the host made a pool before, that one is used; where a
     pool cannot be made any more, the session gets one of its own that does not spin. ``pack_to`` also writes the graph there
-    with its weights packed, in a file beside it. ``providers`` are ONNX Runtime's, in order of preference, ``entries`` its
-    session configuration.
+    with its weights packed, in a file beside it. Without ``optimize`` its nodes run as they are. ``providers`` are ONNX
+    Runtime's, in order of preference, ``entries`` its session configuration.
 
     Raises:
         BundleError: the file is no graph that ONNX Runtime can run.
@@ -79,6 +80,8 @@ def open_session(
                 ort.set_global_thread_pool_sizes(count, 1)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
@@ -163,6 +166,8 @@ class OnnxRuntimeBackend:
         self.picks_inside = False  # logits are in main memory as it is
         self._profile_prefix = profile_prefix
         self.sessions: dict[str, ort.InferenceSession] = {}
+        #: Exit → its decode step as one graph; with packed weights only, which it shares with the other sessions.
+        self.paths: dict[int, ort.InferenceSession] = {}
         shared: Mapping[str, Path] = {}
         if packed is not None:
             shared = packed_graphs(bundle, packed, lambda source, target: _pack(source, target, threads))
@@ -174,6 +179,8 @@ class OnnxRuntimeBackend:
             session = open_session(path, threads=threads, profile_prefix=prefix)
             _check_io(path, spec, session)
             self.sessions[name] = session
+        for layer in bundle.manifest.exit_layers if shared else ():
+            self.paths[layer] = open_session(shared[f"path_{layer}"], threads=threads, optimize=False)
         _trim_heap()
         self._table = TokenTable(bundle)
         self.dtype = self._table.dtype
@@ -192,6 +199,7 @@ class OnnxRuntimeBackend:
             if self._profile_prefix is not None:
                 session.end_profiling()
         self.sessions.clear()
+        self.paths.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -265,8 +265,26 @@ class OnnxRuntimeState:
         names = self._manifest.path_graphs(self._layers[exit_index + 1])
         for name in names:
             self._reserve(name, row + 1)
-        good_for = min(self._caches[name].capacity for name in names if name in self._caches)
+        caches = [self._caches[name] for name in names if name in self._caches]
+        good_for = min(cache.capacity for cache in caches)
+        if (path := self._backend.paths.get(self._layers[exit_index + 1])) is not None:
+            return good_for, [(path.run_with_iobinding, self._path_binding(path, caches))]
         return good_for, [(self._backend.sessions[name].run_with_iobinding, self._one_row(name)) for name in names]
+
+    def _path_binding(self, session: ort.InferenceSession, caches: list[_Cache]) -> Any:
+        """The binding of a whole decode step: from the token's row to the logits, every boundary on the way written."""
+        values = {f"hidden_{layer}": value for layer, value in zip(self._layers, self._row_values, strict=True)}
+        values |= {**self._where, "logits": _value(self._logits)}
+        binding = session.io_binding()
+        for port in session.get_inputs():
+            if port.name in values:
+                binding.bind_ortvalue_input(port.name, values[port.name])
+        for port in session.get_outputs():
+            if port.name in values:
+                binding.bind_ortvalue_output(port.name, values[port.name])
+        for cache in caches:
+            cache.bind(binding)
+        return binding
 
     def _reserve(self, name: str, rows: int) -> None:
         """Make room in a graph's cache; where that moves its bindings, those that were made are dropped."""

@@ -5,6 +5,9 @@ process. It can also write the packed form beside an optimized graph and map it 
 copy in the page cache, whoever uses it. Packing depends on the processor and on ONNX Runtime's version, so it is done on the
 device, at the first load, and kept under a name that says what it is for. What it costs: a file as large as the weights, and
 pages of 4 kB where a process's own memory may lie in pages of 2 MB (docs/LOG.md).
+
+Weights that are mapped can be mapped again for nothing: so each exit also gets the graphs of its decode step joined into one,
+over the same packed files, and a token is one run of ONNX Runtime instead of one run a graph.
 """
 
 from __future__ import annotations
@@ -20,10 +23,14 @@ import onnxruntime as ort
 from balcony_edge.bundle import Bundle
 from balcony_edge.device import this_device
 from balcony_edge.errors import InputError
+from balcony_edge.manifest import Manifest
+from balcony_runtime.backends.joined_graph import Part, join
 
 
 def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], None]) -> Mapping[str, Path]:
-    """Name → path of the packed form of each graph that the runtime loads; made first where it is not there.
+    """Name → path of the packed form of each graph that the runtime loads, and ``path_E`` of each exit's decode step.
+
+    They are made first where they are not there.
 
     Args:
         bundle: what to pack.
@@ -37,12 +44,15 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
     facts = (bundle.manifest.fingerprint, ort.__version__, device.cpu, device.architecture)
     home = directory / hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     graphs = {name: spec.file for name, spec in bundle.manifest.runnable.items() if name != "backbone"}
+    paths = {f"path_{layer}": f"path_{layer}.onnx" for layer in bundle.manifest.exit_layers}
     if not home.is_dir():
         part = directory / f".{home.name}.partial-{os.getpid()}"
         try:
             part.mkdir(parents=True)
             for file in graphs.values():
                 pack(bundle.file(file), part / file)
+            for layer in bundle.manifest.exit_layers:
+                (part / paths[f"path_{layer}"]).write_bytes(_joined(bundle.manifest, layer, part))
             part.rename(home)
         except OSError as error:
             if not home.is_dir():  # another process may have been first
@@ -51,4 +61,18 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
                 ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    return {name: home / file for name, file in graphs.items()}
+    return {name: home / file for name, file in (graphs | paths).items()}
+
+
+def _joined(manifest: Manifest, exit_layer: int, home: Path) -> bytes:
+    """The graphs of one token at an exit, one behind the other."""
+    parts, state = [], f"hidden_{exit_layer}"
+    for name in manifest.path_graphs(exit_layer):
+        spec = manifest.runnable[name]
+        passed = {}
+        if not name.startswith("stage_"):
+            passed = {tensor.name: state for tensor in spec.inputs if tensor.name in ("rows", "queries", "hidden")}
+        if ends := [tensor.name for tensor in spec.outputs if tensor.name in ("hidden", "normed")]:
+            (state,) = ends
+        parts.append(Part((home / spec.file).read_bytes(), name, passed))
+    return join(parts, keep=("hidden_", "present_", "logits"))

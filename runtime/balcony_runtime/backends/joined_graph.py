@@ -1,0 +1,130 @@
+"""Several ONNX graphs joined into one, on a device that has no ONNX library.
+
+A session's run costs some 100 µs beside its kernels where every pass sweeps the weights through the caches, and a decode
+step runs up to six of them. Joined, it is one run. The files are joined as what they are, protobuf messages (onnx.proto3 of
+ONNX 1.20): a graph's nodes, initializers and value infos are carried over with their names made unique, its inputs and
+outputs meet by name. Weights are not touched: external data stay where the parts have them, packed forms too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+#: Field numbers of onnx.proto3.
+_MODEL_GRAPH = 7
+_GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE_INFO = 1, 2, 5, 11, 12, 13
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME = 1, 2, 3
+_TENSOR_NAME, _VALUE_NAME = 8, 1
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+class Part(NamedTuple):
+    """One graph on the way: its serialized model, a prefix for its inner names, and its inputs' other names in the whole."""
+
+    model: bytes
+    name: str
+    passed: Mapping[str, str]
+
+
+def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
+    """The parts, one behind the other, as one serialized model.
+
+    Inputs and outputs of a part keep their names (or take those of ``passed``) and meet across parts; an input that no part
+    before makes becomes an input of the whole. What stands outside of the graphs is the first part's.
+
+    Args:
+        parts: in the order of execution; in files of one directory, which the whole must be put into.
+        keep: what the outputs kept begin with.
+    """
+    body, head, produced, asked = bytearray(), b"", set(), set()  # type: bytearray, bytes, set[str], set[str]
+    kept = tuple(keep)
+    for part in parts:
+        outside = [(number, kind, value) for number, kind, value in _fields(part.model) if number != _MODEL_GRAPH]
+        head = head or b"".join(_field(*field) for field in outside)
+        fields = list(_fields(next(value for number, _, value in _fields(part.model) if number == _MODEL_GRAPH)))
+        ports = {_name(v, _VALUE_NAME) for number, _, v in fields if number in (_GRAPH_INPUT, _GRAPH_OUTPUT)}
+
+        def renamed(name: str, part: Part = part, ports: set[str] = ports) -> str:
+            return part.passed.get(name, name) if name in ports or not name else f"{part.name}.{name}"
+
+        made = set()
+        for number, kind, value in fields:
+            if number == _GRAPH_NODE:
+                names = {_NODE_INPUT: renamed, _NODE_OUTPUT: renamed, _NODE_NAME: lambda n, p=part: f"{p.name}.{n}"}
+                body += _field(number, kind, _with_names(value, names))
+            elif number == _GRAPH_INITIALIZER:
+                body += _field(number, kind, _with_names(value, {_TENSOR_NAME: renamed}))
+            elif number in (_GRAPH_VALUE_INFO, _GRAPH_INPUT, _GRAPH_OUTPUT):
+                name = renamed(_name(value, _VALUE_NAME))
+                new = number == _GRAPH_VALUE_INFO
+                if number == _GRAPH_INPUT and name not in produced | asked:
+                    asked.add(name)
+                    new = True
+                elif number == _GRAPH_OUTPUT:
+                    made.add(name)
+                    new = name.startswith(kept)
+                if new:
+                    body += _field(number, kind, _with_names(value, {_VALUE_NAME: renamed}))
+        produced |= made
+    body += _field(_GRAPH_NAME, _BYTES, b"joined")
+    return head + _field(_MODEL_GRAPH, _BYTES, bytes(body))
+
+
+def _with_names(message: bytes, renames: Mapping[int, Callable[[str], str]]) -> bytes:
+    """A message with the text fields of some numbers renamed."""
+    result = bytearray()
+    for number, kind, value in _fields(message):
+        if number in renames:
+            value = renames[number](value.decode()).encode()  # noqa: PLW2901
+        result += _field(number, kind, value)
+    return bytes(result)
+
+
+def _name(message: bytes, number: int) -> str:
+    return next(value.decode() for found, _, value in _fields(message) if found == number)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """``(number, wire type, value)`` of each field; a varint stays as it is written."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        number, kind, begin = key >> 3, key & 7, at
+        if kind == _VARINT:
+            _, at = _varint(message, at)
+        elif kind == _BYTES:
+            size, begin = _varint(message, at)
+            at = begin + size
+        elif kind in (_FIXED64, _FIXED32):
+            at += 8 if kind == _FIXED64 else 4
+        else:
+            raise ValueError(f"wire type {kind}")
+        if at > len(message):
+            raise ValueError("a field ends behind its message")
+        yield number, kind, message[begin:at]
+
+
+def _field(number: int, kind: int, value: bytes) -> bytes:
+    size = _as_varint(len(value)) if kind == _BYTES else b""
+    return _as_varint(number << 3 | kind) + size + value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+
+
+def _as_varint(value: int) -> bytes:
+    result = bytearray()
+    while value > 127:
+        result.append(value & 127 | 128)
+        value >>= 7
+    result.append(value)
+    return bytes(result)
