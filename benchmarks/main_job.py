@@ -15,11 +15,11 @@ Stop everything else; a run whose ``others_cpu_share`` is above some percent sho
 
 The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:
 
-    benchmark, model, precision, fingerprint, onnxruntime, cpu, threads, quick, others_cpu_share, load_1m, seconds
+    benchmark, model, precision, fingerprint, onnxruntime, cpu, threads, packed, quick, others_cpu_share, load_1m, seconds
     decode[]       exit_layer, context, ms; speedup over the full depth, predicted by bytes, achieved = speedup / predicted
-    chain[]        context; chain_ms: full depth through the stages; whole_ms: the same operators as one graph
-                   (benchmarks/whole_graph.py); ratio = whole / chain; ort_ratio: the same of the time inside ONNX Runtime;
-                   logits_difference of the two
+    chain[]        context; chain_ms: full depth through the stages (with --packed: joined); whole_ms: the same operators as
+                   one graph (benchmarks/whole_graph.py); ratio = whole / chain; ort_ratio: the same of the time inside
+                   ONNX Runtime; logits_difference of the two
     switch_up[]    from_exit, pending; advance_ms: the full-depth step that runs the pending rows and its own;
                    switch_ms = advance_ms less what its token needs whatever is pending (stages that do not lag, norm,
                    head); prefill_ms: the pending rows (one fewer than switch_ms holds) through the missing stages by
@@ -56,7 +56,9 @@ ITEMS = ("decode", "switch", "memory", "overhead")
 ROUNDS = {"decode": (11, 3), "switch": (5, 2), "memory": (2, 1), "overhead": (5, 2)}
 
 
-def run(path: Path, items: tuple[str, ...], *, quick: bool, full_depth: Path | None) -> dict[str, Any]:
+def run(
+    path: Path, items: tuple[str, ...], *, quick: bool, full_depth: Path | None, packed: Path | None
+) -> dict[str, Any]:
     """Measure ``items`` of the bundle at ``path``; returns the document of the JSON line, without its bars."""
     rounds = {item: counts[quick] for item, counts in ROUNDS.items()}
     bundle = Bundle.open(path)
@@ -66,7 +68,7 @@ def run(path: Path, items: tuple[str, ...], *, quick: bool, full_depth: Path | N
         other = memory.open_full_depth(bundle, full_depth or path.with_name(f"{path.name}-full"))
         found["memory"] = memory.measure(bundle, other, rounds["memory"])
     if set(items) - {"memory"}:
-        llm, backend = overhead.open_recording(bundle)
+        llm, backend = overhead.open_recording(bundle, packed)
         with llm:
             if "decode" in items:
                 with tempfile.TemporaryDirectory(dir=path.parent) as directory:  # beside the bundle: hard links
@@ -86,6 +88,7 @@ def run(path: Path, items: tuple[str, ...], *, quick: bool, full_depth: Path | N
         "onnxruntime": ort.__version__,
         "cpu": cpu_name(),
         "threads": default_threads(),
+        "packed": packed is not None,
         "quick": quick,
         **neighbours.report(),
         "seconds": round(time.perf_counter() - begin, 1),
@@ -154,8 +157,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not for figures")
     parser.add_argument("--only", type=_items, default=ITEMS, help=f"some of {','.join(ITEMS)} [default: all]")
     parser.add_argument("--full-depth", type=Path, help="bundle with the full depth only [default: BUNDLE-full]")
+    parser.add_argument("--packed", type=Path, help="run with packed weights, kept in this directory")
     arguments = parser.parse_args()
-    document = run(arguments.bundle, arguments.only, quick=arguments.quick, full_depth=arguments.full_depth)
+    document = run(
+        arguments.bundle,
+        arguments.only,
+        quick=arguments.quick,
+        full_depth=arguments.full_depth,
+        packed=arguments.packed,
+    )
     document["bars"] = bars(document)
     print(show(document), file=sys.stderr)
     print(json.dumps(document, ensure_ascii=False))

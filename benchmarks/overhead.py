@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any, Self
@@ -70,9 +71,9 @@ class RecordingBackend:
         self.close()
 
 
-def open_recording(bundle: Bundle) -> tuple[LLM, RecordingBackend]:
+def open_recording(bundle: Bundle, packed: Path | None) -> tuple[LLM, RecordingBackend]:
     """The public API over a backend whose states can be read."""
-    backend = RecordingBackend(OnnxRuntimeBackend(bundle))
+    backend = RecordingBackend(OnnxRuntimeBackend(bundle, packed=packed))
     return LLM(Engine(backend), TextCodec(bundle), Budget()), backend
 
 

@@ -20,7 +20,7 @@ processes before, on a warm disk. Quality comes after: rows of windows of ``--te
 
 The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:
 
-    benchmark, cpu, threads, huge_pages, rounds, others_cpu_share, load_1m, seconds, text, score_rows
+    benchmark, cpu, threads, huge_pages, packed, rounds, others_cpu_share, load_1m, seconds, text, score_rows
     cases[]    name; bundle and exit_layer of ours, null for a peer; version of the engine; config: what the figures depend
                on (precision, block_size, head: what the LM head is stored as, activations of the products, spinning, ...)
                weights_mb: of ours what a token at the exit reads, of a GGUF file its tensors, of others their files of weights
@@ -121,7 +121,7 @@ def read_text(path: Path, bundle: Bundle, prompts: int, windows: int) -> Text:
 
 
 def subjects_of(
-    bundles: list[Bundle], models: list[install.PeerModel], threads: int, *, huge_pages: bool
+    bundles: list[Bundle], models: list[install.PeerModel], threads: int, *, huge_pages: bool, packed: Path | None
 ) -> tuple[dict[str, Subject], dict[str, Case]]:
     """What is loaded, and the cases in the order of the table."""
     subjects: dict[str, Subject] = {}
@@ -129,7 +129,7 @@ def subjects_of(
     worker = partial(Worker, threads=threads, huge_pages=huge_pages)
     for bundle in bundles:
         manifest, name = bundle.manifest, bundle.path.resolve().name
-        options: dict[str, Any] = {"precision": manifest.precision}
+        options: dict[str, Any] = {"precision": manifest.precision, "packed": packed and str(packed.resolve())}
         if manifest.quantization is not None:
             options |= manifest.quantization.model_dump()
         full = manifest.exit_layers[-1]
@@ -254,6 +254,8 @@ def bars(
             bar(f"{pair}: weights", row["weights"], 1, at_least=False)
     for row in (row for row in rows if row["name"] in int4):
         bar(f"{row['name']}: load_s", row["load_s"], 0.5, at_least=False)
+        if row["config"]["packed"]:
+            bar(f"{row['name']}: added_mb", row["added_mb"], 50, at_least=False)
     for row in exits:
         for figure in (f"decode_{context}_of_bytes" for context in CONTEXTS):
             bar(f"{row['name']}: {figure}", row[figure], 0.9, at_least=True)
@@ -339,7 +341,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError("two bundles have the same directory name, which the results go by: rename one")
     text = read_text(arguments.text, bundles[0], ROUNDS[quick] + 1, WINDOWS[quick])
     begin, neighbours = time.perf_counter(), Neighbours()
-    subjects, cases = subjects_of(bundles, models, arguments.threads, huge_pages=arguments.huge_pages)
+    subjects, cases = subjects_of(
+        bundles, models, arguments.threads, huge_pages=arguments.huge_pages, packed=arguments.packed
+    )
     rows = measure(subjects, cases, text, quick=quick)
     depths = {bundle.path.resolve().name: bundle.manifest for bundle in bundles}
     full = {
@@ -354,6 +358,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "cpu": cpu_name(),
         "threads": arguments.threads,
         "huge_pages": arguments.huge_pages,
+        "packed": arguments.packed is not None,
         "rounds": ROUNDS[quick],
         **neighbours.report(),
         "seconds": round(time.perf_counter() - begin, 1),
@@ -377,6 +382,7 @@ def main() -> int:
     parser.add_argument("--peers", type=_selected, default=list(install.PEER_MODELS), help=",".join(install.WORKERS))
     parser.add_argument("--threads", type=int, default=default_threads(), help="of every engine [default: the CPUs]")
     parser.add_argument("--huge-pages", action="store_true", help="transparent huge pages for every engine's heap")
+    parser.add_argument("--packed", type=Path, help="ours with packed weights, kept in this directory")
     parser.add_argument("--plot", type=Path, help="write tokens a second against KL as a PNG (needs [plot])")
     parser.add_argument("--quick", action="store_true", help="one round: to see that it runs, not for figures")
     arguments = parser.parse_args()

@@ -74,12 +74,23 @@ def _agreement(llm: LLM, prompts: list[list[int]], replies: list[list[int]]) -> 
     return hits / total
 
 
+def always_paying(costs: CostModel) -> CostModel:
+    """Prices under which a shallow step is free and a deep one is not, so that rounds and trials are always worth running."""
+    return replace(costs, stages=(UnitCost(1e-3), *(UnitCost(1e3) for _ in costs.exits[1:])))
+
+
+def read_prompts(llm: LLM, path: Path, count: int) -> list[list[int]]:
+    """Tokens of the first texts of a file, each cut to a few hundred letters."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+    return [llm.encode(str(record.get("instruction") or record.get("text"))[:400]) for record in records]
+
+
 def measure(llm: LLM, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
     """Everything but the bars."""
     costs = calibrate(llm.engine)
     exits, full = llm.exit_layers, llm.exit_layers[-1]
     deep_ms, below_ms = (costs.steady_ms(exit_layer, 128) for exit_layer in (full, exits[-2]))
-    free = replace(costs, stages=(UnitCost(1e-3), *(UnitCost(1e3) for _ in exits[1:])))
+    free = always_paying(costs)
     policies: dict[str, tuple[Budget, CostModel]] = {
         "plain": (Budget(), costs),
         **{f"exit {exit_layer}": (Budget(exit_layer=exit_layer), costs) for exit_layer in exits[:-1]},
@@ -143,8 +154,7 @@ def main() -> int:
     arguments = parser.parse_args()
     neighbours = Neighbours()
     with LLM.open(arguments.bundle) as llm:
-        records = [json.loads(line) for line in arguments.prompts.read_text(encoding="utf-8").splitlines()[:PROMPTS]]
-        prompts = [llm.encode(str(record.get("instruction") or record.get("text"))[:400]) for record in records]
+        prompts = read_prompts(llm, arguments.prompts, PROMPTS)
         policies = measure(llm, prompts, arguments.rounds)
         exact = llm.engine.manifest.quantization is None or llm.engine.manifest.quantization.accuracy_level == 1
     bars = {"speculative, auto >= 0.97 of plain": policies["speculative, auto"]["of_plain"] >= 0.97}

@@ -78,7 +78,10 @@ def row(
     name: str, bundle: str | None, kl: float, decode_ms: list[float], prefill_ms: list[float], megabytes: float = 90.0
 ) -> dict[str, Any]:
     times = {"decode_32": decode_ms, "decode_512": decode_ms, "prefill_512": prefill_ms}
-    return {"name": name, "bundle": bundle, "kl": kl, "weights_mb": megabytes, "load_s": 0.6, "_ms": times}
+    return {
+        "name": name, "bundle": bundle, "kl": kl, "weights_mb": megabytes, "load_s": 0.6, "added_mb": 20.0,
+        "config": {"packed": "here"}, "_ms": times,
+    }  # fmt: skip
 
 
 def test_ratios_are_taken_within_a_round_and_judged_by_their_bars() -> None:
@@ -106,6 +109,7 @@ def test_ratios_are_taken_within_a_round_and_judged_by_their_bars() -> None:
         "ONNX Runtime GenAI int4: decode_512": True,
         "ONNX Runtime GenAI int4: prefill_512": True,
         "ours: load_s": False,
+        "ours: added_mb": True,
     }
     assert peers.bars(rows, found, [], set()) == {}
 

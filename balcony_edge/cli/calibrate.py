@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from balcony_edge.bundle import Bundle
     from balcony_runtime.text import TextCodec
 
 
 def calibrate(
     bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
-    text: Annotated[Path, typer.Option(help='Text like that of the replies: JSON Lines with "text", or .txt.')],
+    text: Annotated[
+        Path | None, typer.Option(help='Text like that of the replies: JSON Lines with "text", or .txt.')
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Instead of --text: what the bundle's thresholds do on text that they have not seen."),
+    ] = None,
     max_disagreement: Annotated[
         str, typer.Option(help="Most tokens that may exit early with another token than the full depth's: 2% or 0.02.")
     ] = "2%",
@@ -28,14 +35,21 @@ def calibrate(
 
     from balcony_edge.bundle import Bundle, record_confidence
     from balcony_edge.cli.console import progress_bar, stdout
+    from balcony_edge.errors import InputError
     from balcony_runtime.engine import Engine
     from balcony_runtime.text import TextCodec
     from balcony_runtime.thresholds import calibrate_confidence
 
+    if (text is None) == (check is None):
+        raise InputError("give --text to calibrate, or --check to see what the thresholds do on other text")
     shares = [
         _share(name, value) for name, value in (("--max-disagreement", max_disagreement), ("--confidence", confidence))
     ]
     opened = Bundle.open(bundle)
+    if check is not None:
+        _check(opened, check, tokens, document_tokens, as_json=as_json)
+        return
+    assert text is not None
     documents = _documents(text, TextCodec(opened), tokens, document_tokens)
     with progress_bar() as progress, Engine.of(opened) as engine:
         found = calibrate_confidence(
@@ -59,6 +73,38 @@ def calibrate(
         )  # fmt: skip
         table.add_row(str(exit_layer), *cells)
     stdout.print(f"{found.tokens} tokens of {text}; promised: {promise}")
+    stdout.print(table)
+
+
+def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_json: bool) -> None:
+    """Print what the bundle's thresholds do on a text, beside what they promise."""
+    from rich.table import Table
+
+    from balcony_edge.cli.console import progress_bar, stdout
+    from balcony_edge.errors import InputError
+    from balcony_runtime.engine import Engine
+    from balcony_runtime.text import TextCodec
+    from balcony_runtime.thresholds import held_out
+
+    spec = bundle.manifest.confidence
+    if spec is None:
+        raise InputError(f"{bundle.path}: has no thresholds to check: calibrate it with --text first")
+    documents = _documents(text, TextCodec(bundle), tokens, document_tokens)
+    with progress_bar() as progress, Engine.of(bundle) as engine:
+        count, found = held_out(engine, documents, spec, lambda done: progress("comparing exits", done))
+    if as_json:
+        exits = {e: {**held._asdict(), "kept": held.disagreement <= spec.max_disagreement} for e, held in found.items()}
+        print(json.dumps({"text": text.name, "tokens": count, "promised": spec.max_disagreement, "exits": exits}))  # noqa: T201 - programs read this
+        return
+    table = Table(
+        "exit", "tokens that exit there", "other than the full depth's", "promised on text like the calibration's"
+    )
+    for exit_layer, held in found.items():
+        promise = f"{spec.max_disagreement:.1%}, " + (
+            "kept" if held.disagreement <= spec.max_disagreement else "not kept"
+        )
+        table.add_row(str(exit_layer), f"{held.exit_share:.1%}", f"{held.disagreement:.2%}", promise)
+    stdout.print(f"{count} tokens of {text}; thresholds from {spec.text}")
     stdout.print(table)
 
 

@@ -20,7 +20,7 @@ class BalconyEdge(Stepper):
 
     def __init__(self, model: Path, threads: int, options: dict[str, Any]) -> None:
         bundle = Bundle.open(model, verify_hashes=False)  # no peer reads its file twice
-        self._engine = Engine.of(bundle, threads=threads)
+        self._engine = Engine.of(bundle, threads=threads, packed=options.get("packed"))
         self._max_length = min(MAX_LENGTH, bundle.manifest.model.context_length)
         self._sequence: Sequence | None = None
         self._exit_layer = self._engine.exit_layers[-1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -151,6 +151,41 @@ def calibrate_confidence(
         tokens=count,
         thresholds=thresholds,
     )
+
+
+class Held(NamedTuple):
+    """What a threshold does on a text, as shares of all its tokens: how many exit early, and how many do so wrongly."""
+
+    exit_share: float
+    disagreement: float
+
+
+def held_out(
+    engine: Engine,
+    documents: Sequence[Sequence[int]],
+    spec: ConfidenceSpec,
+    progress: Callable[[float], None] = lambda done: None,
+) -> tuple[int, dict[int, Held]]:
+    """What thresholds do on text that they were not learned from: its tokens, and exit → shares of them.
+
+    Args:
+        engine: of the bundle.
+        documents: tokens of text.
+        spec: measure and thresholds.
+        progress: told which share of the text was seen.
+
+    Raises:
+        InputError: too little text.
+    """
+    sure, agrees = _seen(engine, documents, progress)
+    count = len(next(iter(agrees.values())))
+    if count < MIN_TOKENS:
+        raise InputError(f"{count} tokens to check on: give {MIN_TOKENS} or more, thousands are better")
+    found = {}
+    for exit_layer, known in spec.thresholds.items():
+        early = sure[spec.measure][exit_layer] >= known.threshold
+        found[exit_layer] = Held(float(early.mean()), float((early & ~agrees[exit_layer]).mean()))
+    return count, found
 
 
 def _largest_share(sure: npt.NDArray[np.float64], agrees: npt.NDArray[np.bool_], most: float) -> float:

@@ -290,6 +290,7 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
         "".join(json.dumps({"text": f"the quick brown fox {i} jumps over dog {i * i}"}) + "\n" for i in range(80))
     )
     refused("this bundle has no thresholds", "run", bundle, "the fox", "--policy", "confident")
+    refused("has no thresholds to check", "calibrate", bundle, "--check", text)
     done = invoke_here("calibrate", bundle, "--text", text, "--max-disagreement", "30%", "--json")
     assert done.returncode == 0, done
     found = json.loads(done.stdout)
@@ -301,6 +302,15 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     assert json.loads((bundle / "bundle.json").read_text())["confidence"] == found
     done = invoke_here("calibrate", bundle, "--text", text, "--max-disagreement", "0.3", "--tokens", "600")
     assert done.returncode == 0 and "promised: at most 30.0% of tokens" in " ".join(done.stdout.split()), done
+    other = tmp_path / "other.txt"
+    other.write_text("over the lazy dog and the balcony " * 60)
+    done = invoke_here("calibrate", bundle, "--check", other, "--json")
+    checked = json.loads(done.stdout)
+    assert checked["text"] == "other.txt" and checked["tokens"] >= 400 and checked["promised"] == 0.3
+    assert all(0 <= held["disagreement"] <= held["exit_share"] <= 1 for held in checked["exits"].values())
+    done = invoke_here("calibrate", bundle, "--check", other)
+    assert done.returncode == 0 and "thresholds from text.jsonl" in " ".join(done.stdout.split()), done
+    refused("give --text to calibrate, or --check", "calibrate", bundle)
     done = invoke_here("run", bundle, "the fox", "-n", "9", "--policy", "confident", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["quality"].keys() == {"2", "3"}, done
     refused("--max-disagreement 0: must be above 0", "calibrate", bundle, "--text", text, "--max-disagreement", "0")

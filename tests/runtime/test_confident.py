@@ -21,7 +21,7 @@ from balcony_edge.manifest import ConfidenceSpec, ThresholdSpec
 from balcony_edge.trace import TraceWriter, read_trace, replay
 from balcony_runtime.confident import CHECK_EVERY, MOST_CHECKED, PROBE_TOKENS, Confident
 from balcony_runtime.engine import Engine
-from balcony_runtime.thresholds import binomial_tail, calibrate_confidence, last_accepted, measured
+from balcony_runtime.thresholds import binomial_tail, calibrate_confidence, held_out, last_accepted, measured
 
 EXITS = (2, 3, 5)
 #: A tiny random model is never surer than that half of the time.
@@ -184,6 +184,23 @@ def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:
         assert found.tokens == 1800 and set(found.thresholds) <= {2, 3}
         for threshold in found.thresholds.values():
             assert threshold.disagreement <= 0.2 and 0 < threshold.exit_share <= 1
+        # on other text: counted token by token
+        others = [random.integers(1, 320, 50).tolist() for _ in range(8)]
+        count, held = held_out(engine, others, found)
+        assert count == 400 and held.keys() == found.thresholds.keys()
+        for exit_layer, threshold in found.thresholds.items():
+            early = wrong = 0
+            for ids in others:
+                sequence = engine.new_sequence()
+                said = sequence.advance(5, ids, num_logits=50)[0].argmax(-1)
+                logits = sequence.advance(exit_layer, [], num_logits=50)[0]
+                exits_early = measured(logits, found.measure) >= threshold.threshold
+                early += int(exits_early.sum())
+                wrong += int((exits_early & (logits.argmax(-1) != said)).sum())
+            assert held[exit_layer].exit_share == pytest.approx(early / 400, abs=0.006)
+            assert held[exit_layer].disagreement == pytest.approx(wrong / 400, abs=0.006)
+        with pytest.raises(InputError, match="400 or more"):
+            held_out(engine, others[:2], found)
         with pytest.raises(InputError, match="300 tokens to calibrate on: give 400 or more"):
             calibrate_confidence(engine, documents[:5], text="x", max_disagreement=0.2, confidence=0.9)
         with pytest.raises(InputError, match="max_disagreement = 2"):
