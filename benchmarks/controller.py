@@ -92,7 +92,7 @@ def driven(load: str, seed: int, tokens: int, choose: Callable[[float | None], i
 
 
 def oracle(load: str, seed: int, tokens: int) -> list[tuple[int, float]]:
-    """Steady prices, no backlog, the present load known; the noise is not."""
+    """``(exit, gap ms)`` of every token after the first: steady prices, no backlog, the load known; the noise is not."""
     load_at, chance = parse_load(load), random.Random(seed)
     now_s, out = 0.0, []
     for context in range(64, 64 + tokens):
@@ -104,7 +104,7 @@ def oracle(load: str, seed: int, tokens: int) -> list[tuple[int, float]]:
         gap_ms = prices[exit_layer] * factor * (1 + chance.gauss(0, DEVICE.noise))
         now_s += gap_ms / 1000
         out.append((exit_layer, gap_ms))
-    return out[SETTLING:]
+    return out
 
 
 def threshold() -> Callable[[float | None], int]:
@@ -133,7 +133,7 @@ def compare(tokens: int, seeds: int) -> list[dict[str, Any]]:
         for seed in range(seeds):
             policies = {
                 "controller": controlled(load, seed, tokens),
-                "oracle": oracle(load, seed, tokens),
+                "oracle": oracle(load, seed, tokens)[SETTLING:],
                 "threshold": driven(load, seed, tokens, threshold()),
                 **{f"static {e}": driven(load, seed, tokens, lambda _, e=e: e) for e in COSTS.exits},  # type: ignore[misc]
             }
@@ -270,6 +270,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer seeds and tokens: to see that it runs")
     parser.add_argument("--budgets", type=int, default=10_000, help="random budgets over random traces")
     parser.add_argument("--real", type=Path, metavar="BUNDLE", help="also under competing processes")
+    parser.add_argument("--plot", type=Path, help="write a picture of three runs (needs [plot])")
     arguments = parser.parse_args()
     begin = time.perf_counter()
     found: dict[str, Any] = {
@@ -296,6 +297,10 @@ def main() -> int:
     for name, holds in found["bars"].items():
         print(f"  {'holds ' if holds else 'MISSED'}  {name}", file=sys.stderr)
     print(json.dumps(found, ensure_ascii=False))
+    if arguments.plot is not None:
+        from benchmarks.controller_plot import plot  # noqa: PLC0415 - matplotlib is an extra
+
+        plot(arguments.plot)
     return 0 if all(found["bars"].values()) else 1
 
 

@@ -22,6 +22,7 @@ from balcony_edge.cli.extract import extract
 from balcony_edge.cli.inspect import inspect
 from balcony_edge.cli.plan import plan
 from balcony_edge.cli.profile import profile
+from balcony_edge.cli.replay import replay
 from balcony_edge.cli.run import run
 from balcony_edge.cli.simulate import simulate
 from balcony_edge.cli.train import train
@@ -35,7 +36,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (export, build, extract, verify, inspect, run, train, doctor, profile, plan, compare, simulate, calibrate):
+for verb in (
+    export, build, extract, verify, inspect, run, train, doctor, profile, plan, compare, simulate, replay, calibrate
+):  # fmt: skip
     app.command()(verb)
 app.add_typer(budget.app, name="budget")
 app.command("eval")(evaluate)  # its name is a builtin of Python

@@ -24,7 +24,7 @@ HELP = """\
 A line that ends in \\ goes on in the next one."""
 
 
-def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict[str, Any]) -> None:
+def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict[str, Any], *, live: bool) -> None:
     """Read and answer until the end of input.
 
     Args:
@@ -32,13 +32,14 @@ def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict
         styles: exit layer → style of its tokens.
         system: system message, if any.
         options: those of :meth:`LLM.stream`.
+        live: show each reply in the live view.
     """
     from balcony_edge.cli.console import stdout
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history of input(), where the platform has it
 
-    conversation = _Conversation(llm, styles, system, options)
+    conversation = _Conversation(llm, styles, system, options, live=live)
     legend = ", ".join(f"[{style}]{layer}[/]" for layer, style in styles.items())
     stdout.print(f"Exits by colour: {legend}. /help lists the commands.")
     while True:
@@ -62,8 +63,10 @@ def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict
 class _Conversation:
     """What the commands act on."""
 
-    def __init__(self, llm: LLM, styles: dict[int, str], system: str | None, options: dict[str, Any]) -> None:
-        self.llm, self.styles, self.options = llm, styles, options
+    def __init__(
+        self, llm: LLM, styles: dict[int, str], system: str | None, options: dict[str, Any], *, live: bool
+    ) -> None:
+        self.llm, self.styles, self.options, self.live = llm, styles, options, live
         self.chat = llm.chat(system=system)
         self.last: Reply | None = None
 
@@ -89,10 +92,14 @@ class _Conversation:
 
     def _answer(self, line: str) -> None:
         from balcony_edge.cli.console import stdout
+        from balcony_edge.cli.live import show_live
         from balcony_edge.cli.run import show_stream
 
         stream = self.chat.send(line, **self.options)
-        stopped = show_stream(stream, self.styles)
+        if self.live:
+            stopped = show_live(stream, self.styles, self.llm.readings, lambda: self.llm.quality)
+        else:
+            stopped = show_stream(stream, self.styles)
         stdout.print(" [dim](stopped)[/]" if stopped else "")
         self.last = stream.reply
 

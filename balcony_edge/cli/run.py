@@ -86,9 +86,10 @@ def run(
     with balcony_edge.load(bundle, budget=asked, profile=profile, **where) as llm:
         styles = depth_styles(llm.exit_layers)
         if prompt is None:
-            if as_json or raw or live or trace is not None:
-                raise InputError("--json, --raw, --live or --trace without a prompt: a chat has none; give a prompt")
-            converse(llm, styles, system, options)
+            if as_json or raw:
+                raise InputError("--json or --raw without a prompt: a chat has neither; give a prompt")
+            with nullcontext() if trace is None else TraceWriter(trace) as writer:
+                converse(llm, styles, system, options | {"trace": writer}, live=live)
             return
         if system is not None:
             raise InputError("--system with a prompt: it belongs to a chat; leave the prompt out, or --system")

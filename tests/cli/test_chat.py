@@ -17,6 +17,7 @@ import pytest
 
 from balcony_edge.cli.chat import parse_command
 from balcony_edge.errors import BudgetError
+from balcony_edge.trace import read_trace, replay
 
 PROGRAM = "from balcony_edge.cli import main; main()"
 
@@ -43,6 +44,16 @@ def test_budgets_are_checked_and_the_chat_goes_on(tiny: Any) -> None:
     text = " ".join(done.stdout.split())
     assert "tpot_ms = nan: must be a finite number above 0" in text and "tpot_ms: must be key=value" in text
     assert "exit_layer = 4, but this bundle has exits 2, 3, 5" in text
+
+
+def test_a_chat_is_recorded_and_shown_live(tiny: Any, tmp_path: Path) -> None:
+    trace = tmp_path / "chat.jsonl"
+    done = chat(tiny.path, "the fox\nthe dog\n", "--trace", str(trace), "--live", "--tpot-ms", "900")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("last decisions") >= 2, done.stdout
+    recorded = read_trace(trace)
+    assert [token.seen.made_tokens for token in recorded.tokens] == [*range(6), *range(6)]
+    assert [decision.exit_layer for decision in replay(recorded)] == [5] * 12
 
 
 def test_a_chat_takes_no_json(tiny: Any) -> None:

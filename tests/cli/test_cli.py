@@ -284,6 +284,28 @@ def test_training_with_the_backbone(tiny_checkpoint: Path, tmp_path: Path) -> No
     refused("model: exists already", *common, "--steps", "3", "--unfreeze")
 
 
+def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "core" / "golden.jsonl"
+    done = invoke_here("replay", golden, "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["tokens"] == sum(found["exits"].values()) == 120, done
+    assert found["differences"] == []
+    changed = tmp_path / "changed.jsonl"
+    lines = golden.read_text().splitlines()
+    last = json.loads(lines[-1])
+    lines[-1] = json.dumps({**last, "exit_layer": 999, "reason": "because it was so"})
+    changed.write_text("\n".join(lines) + "\n")
+    done = invoke_here("replay", changed, "--json")
+    assert done.returncode == 1
+    (difference,) = json.loads(done.stdout)["differences"]
+    assert difference["token"] == 119 and difference["recorded"]["reason"] == "because it was so"
+    assert difference["again"]["exit_layer"] == last["exit_layer"]
+    done = invoke_here("replay", changed)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 1 and "1 decided otherwise now" in text and "because it was" in text, text
+    refused("not readable as a trace", "replay", tmp_path / "absent.jsonl")
+
+
 def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     bundle, text = Path(shutil.copytree(exported, tmp_path / "b")), tmp_path / "text.jsonl"
     text.write_text(

@@ -52,6 +52,17 @@ def test_replay_gives_the_same_decisions(tmp_path: Path, budget: Budget, load: s
         assert len({decision.exit_layer for decision in again}) > 1 or any(d.period_ms for d in again)
 
 
+def test_the_golden_trace_is_decided_as_it_was_recorded() -> None:
+    """A change of the controller that changes its decisions shows here. Where it is meant, record the file again:
+    ``record(Path("tests/core/golden.jsonl"), Budget(tpot_ms=24, probability=0.95), "square:high=1.6,period_s=1", 120)``.
+    """
+    golden = read_trace(Path(__file__).with_name("golden.jsonl"))
+    again = list(replay(golden))
+    assert [decision.exit_layer for decision in again] == [token.line["exit_layer"] for token in golden.tokens]
+    assert [decision.reason for decision in again] == [token.line["reason"] for token in golden.tokens]
+    assert len(again) == 120 and len({decision.exit_layer for decision in again}) >= 3
+
+
 def test_another_budget_decides_otherwise_on_the_same_trace(tmp_path: Path) -> None:
     record(tmp_path / "run.jsonl", Budget(tpot_ms=24), "square:high=1.6,period_s=2")
     trace = read_trace(tmp_path / "run.jsonl")

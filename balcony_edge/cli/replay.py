@@ -1,0 +1,63 @@
+"""``balcony-edge replay``: a recorded run through the controller again."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+#: Differences that are shown to people.
+MOST_SHOWN = 10
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(help="File that `run --trace` or `simulate --record` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Decide a recorded run again: the same trace gives the same decisions; exit code 1 where it does not.
+
+    It tells what changed in the controller since the run was recorded, and shows a run without the device.
+    """
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+    from balcony_edge.trace import read_trace
+    from balcony_edge.trace import replay as decide_again
+
+    recorded = read_trace(trace)
+    differences: list[dict[str, Any]] = []
+    exits: Counter[int] = Counter()
+    for number, (token, decision) in enumerate(zip(recorded.tokens, decide_again(recorded), strict=True)):
+        exits[token.line["exit_layer"]] += 1
+        then, now = (
+            (token.line["exit_layer"], token.line["period_ms"], token.line["infeasible"]),
+            (decision.exit_layer, decision.period_ms, decision.infeasible),
+        )
+        if then != now:
+            differences.append(
+                {
+                    "token": number,
+                    "now_s": token.seen.now_s,
+                    "recorded": {"exit_layer": then[0], "period_ms": then[1], "reason": token.line["reason"]},
+                    "again": {"exit_layer": now[0], "period_ms": now[1], "reason": decision.reason},
+                }
+            )
+    if as_json:
+        facts = {"tokens": len(recorded.tokens), "exits": {str(e): n for e, n in sorted(exits.items())}}
+        print(json.dumps({**facts, "differences": differences}))  # noqa: T201 - programs read this
+    else:
+        shares = ", ".join(f"{count} at exit {layer}" for layer, count in sorted(exits.items(), reverse=True))
+        stdout.print(f"{len(recorded.tokens)} tokens: {shares}; {len(differences)} decided otherwise now")
+        if differences:
+            table = Table("token", "recorded", "why", "now", "why")
+            for found in differences[:MOST_SHOWN]:
+                then, now = found["recorded"], found["again"]
+                table.add_row(
+                    str(found["token"]), str(then["exit_layer"]), then["reason"], str(now["exit_layer"]), now["reason"]
+                )
+            stdout.print(table)
+    if differences:
+        raise typer.Exit(1)
