@@ -6,12 +6,14 @@ Greedy replies of ``TOKENS`` tokens to the first texts of a file, in interleaved
 policy tokens a second (median over rounds of the whole), the ratio to plain within a round, and the share of tokens that are
 the full depth's own: each prefix of the reply is asked at the full depth afterwards. ``speculative, auto`` is what a user gets:
 rounds only where the runtime expects them to pay. ``speculative, forced`` shows what rounds cost here: its prices are replaced
-by ones under which they always pay. A bundle with thresholds (`balcony-edge calibrate`) adds ``confident`` in the same two
-ways. ``--plot FILE`` draws tokens a second against agreement.
+by ones under which they always pay. ``--calibrate TEXT`` learns thresholds of confidence exits on a text and adds ``confident``
+in the same two ways, forced once for each of ``PROMISES``: the curve of agreement against speed beside the fixed exits'.
+``--plot FILE`` draws tokens a second against agreement.
 
 The last line on stdout is one JSON object: ``policies`` (name → ``tokens_per_s``, ``of_plain``, ``agreement``,
-``speculated``: share of tokens from rounds, ``kept``: drafts kept of those made) and ``bars``: speculation left on auto is at
-least 0.97 of plain, and lossless replies are the plain ones. Exit code 1 if a bar is missed.
+``speculated``: share of tokens from rounds, ``kept``: drafts kept of those made, ``early``: share of tokens that exited early)
+and ``bars``: what is left on auto is at least 0.97 of plain, and lossless replies are the plain ones. Exit code 1 if one is
+missed.
 """
 
 from __future__ import annotations
@@ -31,11 +33,17 @@ import numpy as np
 
 from balcony_edge.budget import Budget
 from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.manifest import ConfidenceSpec
 from balcony_runtime.calibrate import calibrate
+from balcony_runtime.confident import Confident
 from balcony_runtime.generate import LLM
+from balcony_runtime.thresholds import calibrate_confidence
 from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
 
 TOKENS, PROMPTS, ROUNDS = 96, 6, 5
+#: Shares of tokens that may exit early with another token than the full depth's.
+PROMISES = (0.02, 0.05, 0.1, 0.2)
+CALIBRATION_TOKENS = 6000
 
 
 class Run(NamedTuple):
@@ -46,21 +54,31 @@ class Run(NamedTuple):
     drafted: int
     made: int
     kept: int
+    early: int
 
 
-def _run(llm: LLM, budget: Budget, costs: CostModel, prompts: list[list[int]]) -> Run:
-    llm._costs = costs
-    llm.budget = budget
-    replies, drafted, made, kept = [], 0, 0, 0
+class Policy(NamedTuple):
+    """A budget, the prices that it is decided with, and thresholds where it exits early."""
+
+    budget: Budget
+    costs: CostModel
+    thresholds: ConfidenceSpec | None = None
+
+
+def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
+    llm._costs, llm._budget, llm._resolved = policy.costs, policy.budget, policy.budget
+    llm._learned.confident = Confident(llm.exit_layers, policy.thresholds)
+    replies, drafted, made, kept, early = [], 0, 0, 0, 0
     begin = time.perf_counter()
     for prompt in prompts:
         tokens = list(llm.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True))
         replies.append([token.id for token in tokens])
         drafted += sum(token.decision.drafted > 0 for token in tokens)
+        early += sum(token.exit_layer < llm.exit_layers[-1] for token in tokens)
         for token in tokens:
             if token.latency_ms and (found := re.search(r"drafted (\d+) at \d+, kept (\d+)", token.reason)):
                 made, kept = made + int(found[1]), kept + int(found[2])
-    return Run(time.perf_counter() - begin, replies, drafted, made, kept)
+    return Run(time.perf_counter() - begin, replies, drafted, made, kept, early)
 
 
 def _agreement(llm: LLM, prompts: list[list[int]], replies: list[list[int]]) -> float:
@@ -85,25 +103,36 @@ def read_prompts(llm: LLM, path: Path, count: int) -> list[list[int]]:
     return [llm.encode(str(record.get("instruction") or record.get("text"))[:400]) for record in records]
 
 
-def measure(llm: LLM, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
+def learned_thresholds(llm: LLM, path: Path) -> dict[float, ConfidenceSpec]:
+    """Promise → thresholds learned on the beginning of a text."""
+    texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    documents: list[list[int]] = []
+    while texts and sum(map(len, documents)) < CALIBRATION_TOKENS:
+        documents.append(llm.encode(texts.pop(0), chat=False)[:128])
+    return {
+        promise: calibrate_confidence(llm.engine, documents, text=path.name, max_disagreement=promise, confidence=0.95)
+        for promise in PROMISES
+    }
+
+
+def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[float, ConfidenceSpec]) -> dict[str, Any]:
     """Everything but the bars."""
     costs = calibrate(llm.engine)
     exits, full = llm.exit_layers, llm.exit_layers[-1]
     deep_ms, below_ms = (costs.steady_ms(exit_layer, 128) for exit_layer in (full, exits[-2]))
     free = always_paying(costs)
-    policies: dict[str, tuple[Budget, CostModel]] = {
-        "plain": (Budget(), costs),
-        **{f"exit {exit_layer}": (Budget(exit_layer=exit_layer), costs) for exit_layer in exits[:-1]},
-        "budgeted": (Budget(tpot_ms=(deep_ms + below_ms) / 2, probability=0.5), costs),
-        "speculative, auto": (Budget(lossless=True), costs),
-        "speculative, forced": (Budget(lossless=True), free),
+    policies = {
+        "plain": Policy(Budget(), costs),
+        **{f"exit {exit_layer}": Policy(Budget(exit_layer=exit_layer), costs) for exit_layer in exits[:-1]},
+        "budgeted": Policy(Budget(tpot_ms=(deep_ms + below_ms) / 2, probability=0.5), costs),
+        "speculative, auto": Policy(Budget(lossless=True), costs),
+        "speculative, forced": Policy(Budget(lossless=True), free),
     }
-    if llm.engine.manifest.confidence is not None:
-        policies["confident, auto"] = (Budget(confident=True), costs)
-        policies["confident, forced"] = (Budget(confident=True), free)
-    samples = interleave(
-        {name: partial(_run, llm, budget, prices, prompts) for name, (budget, prices) in policies.items()}, rounds
-    )
+    for promise, spec in thresholds.items():
+        policies[f"confident {promise:.0%}, forced"] = Policy(Budget(confident=True), free, spec)
+    if thresholds:
+        policies["confident, auto"] = Policy(Budget(confident=True), costs, next(iter(thresholds.values())))
+    samples = interleave({name: partial(_run, llm, policy, prompts) for name, policy in policies.items()}, rounds)
     plain = samples["plain"]
     found = {}
     for name, runs in samples.items():
@@ -117,6 +146,7 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
                                for a, b in zip(x, y, strict=True)])), 4,
             ),
             "speculated": round(last.drafted / (len(prompts) * TOKENS), 3),
+            "early": round(last.early / (len(prompts) * TOKENS), 3),
             "kept": round(last.kept / last.made, 3) if last.made else None,
         }  # fmt: skip
     return found
@@ -150,14 +180,20 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=Path, required=True, help='JSON Lines with "instruction" or "text"')
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--calibrate", type=Path, help='JSON Lines with "text", for confidence exits')
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     neighbours = Neighbours()
     with LLM.open(arguments.bundle) as llm:
         prompts = read_prompts(llm, arguments.prompts, PROMPTS)
-        policies = measure(llm, prompts, arguments.rounds)
+        thresholds = learned_thresholds(llm, arguments.calibrate) if arguments.calibrate else {}
+        policies = measure(llm, prompts, arguments.rounds, thresholds)
         exact = llm.engine.manifest.quantization is None or llm.engine.manifest.quantization.accuracy_level == 1
-    bars = {"speculative, auto >= 0.97 of plain": policies["speculative, auto"]["of_plain"] >= 0.97}
+    bars = {
+        f"{name} >= 0.97 of plain": row["of_plain"] >= 0.97
+        for name, row in policies.items()
+        if name in ("speculative, auto", "confident, auto")
+    }
     if exact:
         lossless = [policies[f"speculative, {kind}"]["same_as_plain"] for kind in ("auto", "forced")]
         bars["lossless replies are the plain ones"] = min(lossless) == 1.0

@@ -131,3 +131,57 @@ def test_host_memory_behaves_as_a_device_does() -> None:
     device.free(region)
     device.free(region)
     device.close()
+
+
+class CompiledKernels:
+    """What of TensorRT-RTX's cache there is without a GPU: bytes in, bytes out."""
+
+    def __init__(self) -> None:
+        self.blob = b""
+
+    def deserialize(self, blob: bytes) -> None:
+        self.blob = blob
+
+    def serialize(self) -> bytes:
+        return self.blob
+
+
+class OneEngine:
+    """Gives configurations as an engine does, and keeps the last."""
+
+    def create_runtime_config(self) -> OneEngine:
+        return self
+
+    def set_execution_context_allocation_strategy(self, strategy: object) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> CompiledKernels:
+        return CompiledKernels()
+
+    def set_runtime_cache(self, cache: CompiledKernels) -> None:
+        self.cache = cache
+
+
+def test_compiled_kernels_are_kept_beside_the_engines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, first, second = tmp_path / "kernels-89.cache", OneEngine(), OneEngine()
+    kernels = tensorrt._KernelCache(path)
+    kernels.save()
+    assert not path.exists()  # nothing was compiled
+    kernels.config_for(first, "managed by us")
+    kernels.config_for(second, "managed by us")
+    assert first.cache is second.cache and first.strategy == "managed by us"
+    kernels.save()
+    assert not path.exists()  # still nothing
+    first.cache.blob = b"compiled"
+    kernels.save()
+    assert path.read_bytes() == b"compiled" and list(tmp_path.iterdir()) == [path]
+
+    again = tensorrt._KernelCache(path)
+    again.config_for(first, None)
+    assert first.cache.blob == b"compiled"
+    first.cache.blob = b"more"
+    blocked = tensorrt._KernelCache(tmp_path / "absent" / "kernels.cache")
+    blocked.config_for(first, None)
+    first.cache.blob = b"more"
+    blocked.save()
+    assert "compiled kernels are not kept (No such file or directory)" in caplog.text

@@ -6,6 +6,9 @@ one built it. Execution needs an NVIDIA GPU and was written without one at hand:
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from balcony_runtime.backends.cuda import CudaDevice
 from balcony_runtime.backends.device import Region
 from balcony_runtime.backends.device_state import DeviceBackend
 from balcony_runtime.tensorrt_builder import MODULES, PASSES, import_tensorrt
+
+_log = logging.getLogger(__name__)
 
 
 class TensorRTExecutor:
@@ -49,6 +54,7 @@ class TensorRTExecutor:
         sizes = [e.get_device_memory_size_for_profile_v2(p) for e in self._engines.values() for p in _profiles_of(e)]
         self._arena = device.allocate((max(sizes, default=1),), "int8")
         self._contexts: dict[tuple[str, int], Any] = {}
+        self._kernels = _KernelCache(directory / f"kernels-{device.capability}.cache")
 
     def prepare(self, graph: str, tensors: Mapping[str, Region]) -> Callable[[], None]:
         engine = self._engines[graph]
@@ -67,13 +73,16 @@ class TensorRTExecutor:
 
     def close(self) -> None:
         self._contexts.clear()
+        self._kernels.save()
         self._engines.clear()
 
     def _context(self, graph: str, profile: int) -> Any:
         if (graph, profile) not in self._contexts:
             engine = self._engines[graph]
             strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            context = engine.create_execution_context(strategy)
+            compiled_here = hasattr(self._trt, "IRuntimeCache")  # TensorRT-RTX
+            how = self._kernels.config_for(engine, strategy) if compiled_here else strategy
+            context = engine.create_execution_context(how)
             if context is None:
                 raise DeviceError(f"{graph}: the GPU has no memory for its context: ask for a shorter context")
             context.set_device_memory(self._arena.pointer, self._arena.nbytes)
@@ -81,6 +90,42 @@ class TensorRTExecutor:
                 raise DeviceError(f"{graph}: has no optimization profile {profile}: build it again")
             self._contexts[graph, profile] = context
         return self._contexts[graph, profile]
+
+
+class _KernelCache:
+    """Kernels that TensorRT-RTX compiled for this GPU, kept beside the engines so that the next process finds them.
+
+    Args:
+        path: its file. One of another GPU, driver or version is refused by TensorRT-RTX and made anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._cache = path, None  # type: Path, Any
+        self._before = b""
+
+    def config_for(self, engine: Any, strategy: Any) -> Any:
+        """How a context of an engine is made: with the cache, which all of them share."""
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            with contextlib.suppress(OSError):  # there is none yet
+                self._before = self._path.read_bytes()
+                self._cache.deserialize(self._before)
+        config.set_runtime_cache(self._cache)
+        return config
+
+    def save(self) -> None:
+        """Write what was compiled; a directory that cannot be written costs the next start its compilation, no more."""
+        if self._cache is None or (now := bytes(self._cache.serialize())) == self._before:
+            return
+        part = self._path.with_suffix(f".partial-{os.getpid()}")
+        try:
+            part.write_bytes(now)
+            part.replace(self._path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            _log.warning("%s: compiled kernels are not kept (%s)", self._path, error.strerror)
 
 
 def open_backend(bundle: Bundle, engines: str, *, capture: bool = True, verify_hashes: bool = True) -> DeviceBackend:
