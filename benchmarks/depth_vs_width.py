@@ -9,7 +9,8 @@ Flextron and MatFormer nest). Parameters are those that a token reads, the LM he
 
 Quality (with ``--text``): KL and top-1 agreement to the full model on held-out documents, for the shipped balconies' exits, for
 early exit (the first layers, then the final norm), for dropping a run of layers in the middle, for merging them into the layer
-before (LaCo: Yang et al., 2024) and for keeping the MLP's most active neurons. Nothing is trained but the balconies.
+before (LaCo: Yang et al., 2024) and for keeping the MLP's most active neurons. Nothing is trained but the balconies; with
+``--tune-steps`` all of them (a fresh balcony too) are shown before and after the same few documents of distillation.
 
 The last line is JSON: ``speed`` (cut → parameters, ``tokens_per_s``, ``speedup``), ``quality`` (method → parameters, ``kl``,
 ``agreement``).
@@ -34,7 +35,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from balcony_export.balcony import load_balconies
+from balcony_export.balcony import init_balconies, load_balconies
 from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.export import export_bundle
 from balcony_export.extract import submodel
@@ -52,6 +53,8 @@ CUTS: dict[str, dict[str, int]] = {
 }
 #: Documents and tokens of each that quality is measured on.
 DOCUMENTS, DOCUMENT_TOKENS = 24, 128
+#: What is tuned: the sub-models of this size, or the MLP of this one, which has as many parameters; at this rate.
+TUNE_EXIT, TUNE_MLP, TUNE_RATE = 17, 576, 2e-4
 
 
 def export_cut(changes: dict[str, int], directory: Path) -> Path:
@@ -172,8 +175,52 @@ def quality(model: PreTrainedModel, small: PreTrainedModel, documents: list[list
     }
 
 
-def measure_quality(text: Path, directory: Path) -> dict[str, Any]:
-    """Method → what it costs; documents of the first half choose neurons, those of the second half judge."""
+def tuned(model: PreTrainedModel, small: PreTrainedModel, rows: list[list[int]], steps: int) -> PreTrainedModel:
+    """The small model after some steps of distillation from the full one, a document each; what is frozen stays so."""
+    parameters = [p for p in small.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=TUNE_RATE, weight_decay=0.0)
+    small.train()
+    for step in range(steps):
+        tokens = torch.tensor([rows[step % len(rows)]])
+        with torch.no_grad():
+            want = torch.log_softmax(model(tokens, use_cache=False).logits[0].float(), -1)
+        got = torch.log_softmax(small(tokens, use_cache=False).logits[0].float(), -1)
+        loss = (want.exp() * (want - got)).sum(-1)[1:].mean()  # the first position is a sink, no text
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = TUNE_RATE * min(1.0, (step + 1) / 5) * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    small.eval()
+    return small
+
+
+def before_tuning(
+    model: PreTrainedModel, exit_layer: int, chosen: list[list[int]]
+) -> dict[str, Callable[[], PreTrainedModel]]:
+    """Methods at one size, as they are before anything was trained; of the balcony only the balcony can learn."""
+    depth = model.config.num_hidden_layers
+
+    def balcony() -> PreTrainedModel:
+        small = submodel(model, init_balconies(model, (exit_layer,))[exit_layer], exit_layer).requires_grad_(False)
+        decoder: Any = small.get_decoder()
+        decoder.layers[-1].requires_grad_(True)
+        decoder.norm.requires_grad_(True)
+        return small
+
+    count = depth - exit_layer - 1
+    return {
+        "balcony": balcony,
+        "early exit": partial(submodel, model, None, exit_layer + 1),
+        "drop": partial(dropped, model, count),
+        "merge": partial(merged, model, count),
+        "MLP": partial(sliced, model, TUNE_MLP, chosen),
+    }
+
+
+def measure_quality(text: Path, directory: Path, tune_steps: int) -> dict[str, Any]:
+    """Method → what it costs; documents of the first half choose neurons and tune, those of the second half judge."""
     model, tokenizer = load_model(demo_model_path()), load_tokenizer(demo_model_path())
     lines = json_lines(text, read_text(text, "JSON Lines"), "JSON Lines")
     rows = [
@@ -196,6 +243,11 @@ def measure_quality(text: Path, directory: Path) -> dict[str, Any]:
     for name, make in small.items():
         found[name] = quality(model, make(), judged)
         print(f"{name:<20} {found[name]}", flush=True)
+    for name, make in before_tuning(model, TUNE_EXIT, chosen).items() if tune_steps else ():
+        for label, steps in (("untrained", 0), (f"{tune_steps} steps", tune_steps)):
+            start = make()
+            found[f"{name}, {label}"] = quality(model, tuned(model, start, chosen, steps) if steps else start, judged)
+            print(f"{name}, {label:<20} {found[f'{name}, {label}']}", flush=True)
     return found
 
 
@@ -220,6 +272,8 @@ def plot(speed: dict[str, Any], planes: dict[str, Any], output: Path) -> None:
     left.legend()
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, row in planes.items():
+        if "," in name:
+            continue
         groups.setdefault(name.split()[0], []).append(row)
     for kind, rows in groups.items():
         rows.sort(key=lambda row: row["parameters"])
@@ -240,10 +294,13 @@ def main() -> None:
         "--text", type=Path, help="JSON Lines with a text each, which the balconies were not trained on"
     )
     parser.add_argument("--balconies", type=Path, default=Path("balconies/smollm2-135m-instruct"))
+    parser.add_argument(
+        "--tune-steps", type=int, default=0, help="also each method after so many documents of training"
+    )
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     neighbours = Neighbours()
-    planes = measure_quality(options.text, options.balconies) if options.text is not None else {}
+    planes = measure_quality(options.text, options.balconies, options.tune_steps) if options.text is not None else {}
     speed = measure_speed(options.rounds)
     if options.plot is not None:
         plot(speed, planes, options.plot)
