@@ -71,7 +71,7 @@ def play(engine: Engine, sequence: Sequence, schedule: list[tuple[str, int, int]
             got = sequence.advance(exit_layer, new, num_logits=rows)
             assert_equal(got, from_scratch(engine, exit_layer, sequence.tokens, rows))
         elif action == "step":
-            for _ in range(min(count, sequence.max_length - sequence.length)):
+            for _ in range(min(count, 3, sequence.max_length - sequence.length)):
                 ids = random.integers(0, engine.manifest.model.vocab_size, sequence.batch_size)
                 got = sequence.step(exit_layer, ids)
                 assert_equal(got, from_scratch(engine, exit_layer, sequence.tokens, 1)[:, 0])
@@ -119,6 +119,13 @@ BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
 }
 ON_GPU = ("cuda-fused", "tensorrt")
 CASES = [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in BACKENDS]
+#: Joining graphs looks at names only: two architectures will do there, and test_quantize.py has more.
+PAIRS = [
+    pytest.param(architecture, name, marks=pytest.mark.gpu if name in ON_GPU else ())
+    for architecture in ("llama", "qwen3", "gemma2", "gemma3", "smollm3")
+    for name in BACKENDS
+    if not name.startswith("packed") or architecture in ("llama", "gemma3")
+]
 
 
 @pytest.fixture(scope="session")
@@ -148,15 +155,15 @@ def subject(request: pytest.FixtureRequest, with_engine_sets: Callable[[str], Bu
         yield engine
 
 
-@pytest.mark.parametrize("backend", CASES)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3", "smollm3"])
+@pytest.mark.parametrize(("architecture", "backend"), PAIRS)
 def test_any_schedule_equals_a_pass_from_scratch(
     with_engine_sets: Callable[[str], Bundle], architecture: str, backend: str
 ) -> None:
     bundle = with_engine_sets(architecture)
     with Engine.of(bundle.portable()) as reference, BACKENDS[backend](bundle) as engine:
+        examples = 25 if architecture == "llama" else 12
 
-        @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+        @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
         @given(actions, st.integers(1, 40), st.integers(0, 2**31))
         def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int) -> None:
             sequence = engine.new_sequence(max_length=128)
