@@ -247,7 +247,7 @@ def measure_quality(text: Path, directory: Path, tune_steps: int) -> dict[str, A
         for label, steps in (("untrained", 0), (f"{tune_steps} steps", tune_steps)):
             start = make()
             found[f"{name}, {label}"] = quality(model, tuned(model, start, chosen, steps) if steps else start, judged)
-            print(f"{name}, {label:<20} {found[f'{name}, {label}']}", flush=True)
+            print(f"{name + ', ' + label:<20} {found[f'{name}, {label}']}", flush=True)
     return found
 
 
