@@ -2,7 +2,7 @@
 
     python -m benchmarks.ablations --data TEXT.jsonl [--steps 600] [--plot docs/ablations.png]
 
-A Llama of eight layers (3.6M parameters, a vocabulary of 2,048 made from the text) is trained on the text. Then, on as many
+A Llama of eight layers (3.5M parameters, a vocabulary of 2,048 made from the text) is trained on the text. Then, on as many
 rows each: balconies as the paper trains them; from random weights; MLP alone, attention alone, the norm alone; with the text as
 teacher (``ce``) and the paper's mix (``kl+ce``); with the backbone unfrozen; sorted fine-tuning. From scratch, with the base
 model's own budget (Table 4): balconies with the averaged loss, and the sorted objective. Every exit is scored on the same
