@@ -133,14 +133,16 @@ def _documents(path: Path, codec: TextCodec, most: int, longest: int) -> list[li
             if not isinstance(value, dict) or not isinstance(value.get("text"), str):
                 raise InputError(f'{where}: has no "text": give {forms}')
             texts.append(value["text"])
+    # a part of every text, then another of every text: a few long ones are not what replies are like
+    parts = []
+    for number, one in enumerate(texts):
+        ids = codec.encode(one, chat=False) if one.strip() else []
+        parts += [(start, number, ids[start : start + longest]) for start in range(0, min(len(ids), most), longest)]
     documents: list[list[int]] = []
     left = most
-    for one in texts:
-        ids = codec.encode(one, chat=False) if one.strip() else []
-        for start in range(0, len(ids), longest):
-            part = ids[start : start + min(longest, left)]
-            left -= len(part)
-            documents += [part] if part else []
-            if left <= 0:
-                return documents
+    for _, _, ids in sorted(parts, key=lambda part: part[:2]):
+        if left <= 0:
+            break
+        documents.append(ids[:left])
+        left -= len(documents[-1])
     return documents
