@@ -15,7 +15,7 @@ from balcony_edge.simulate import SimulatedToken, simulate
 from benchmarks.controller import COSTS, DEVICE, TARGET_MS, oracle
 
 SQUARE = "square:high=1.7,period_s=6"
-BUSY_W, LIMIT_C = 5.0, 55.0
+POWER_W, LIMIT_C = 5.0, 55.0
 
 
 def plot(path: Path) -> None:
@@ -26,13 +26,13 @@ def plot(path: Path) -> None:
     _gaps(upper[0], run[1:])  # the first gap is the prefill's
     _exits(lower[0], run)
     load = "square:high=1.5,period_s=20"
-    budget = Budget(power_w=BUSY_W, min_pace_tps=20)
+    budget = Budget(power_w=POWER_W, min_pace_tps=20)
     run = simulate(COSTS, Plant(COSTS, DEVICE, parse_load(load)), budget, tokens=10**6, seconds=60)
     times = [token.time_s for token in run]
     upper[1].plot(times, _mean_watts(run), color="C0", label="watts, mean of 5 s")
-    upper[1].axhline(BUSY_W, color="0.3", linestyle="--", label="budget")
+    upper[1].axhline(POWER_W, color="0.3", linestyle="--", label="budget")
     upper[1].set_ylim(bottom=0)
-    upper[1].set_title(f"power_w = {BUSY_W:g}, load {load}", fontsize=9)
+    upper[1].set_title(f"power_w = {POWER_W:g}, load {load}", fontsize=9)
     budget = Budget(temperature_c=LIMIT_C, min_pace_tps=20)
     run = simulate(COSTS, Plant(COSTS, Device(tau_s=40), parse_load("idle")), budget, tokens=10**6, seconds=300)
     times = [token.time_s for token in run]

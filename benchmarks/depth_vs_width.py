@@ -22,14 +22,12 @@ import argparse
 import copy
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -41,9 +39,10 @@ from balcony_export.export import export_bundle
 from balcony_export.extract import submodel
 from balcony_export.text_files import json_lines, read_text
 from balcony_runtime.engine import Engine
+from benchmarks.gpu import tokens_per_second
 from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
 
-TOKENS, PROMPT = 96, 32
+TOKENS = 96
 #: Cut → what differs from the demo model's configuration.
 CUTS: dict[str, dict[str, int]] = {
     "full": {},
@@ -71,29 +70,22 @@ def export_cut(changes: dict[str, int], directory: Path) -> Path:
     return path
 
 
-def decode_seconds(engine: Engine) -> float:
-    """Seconds a token at full depth."""
-    sequence = engine.new_sequence(max_length=PROMPT + TOKENS)
-    full = engine.exit_layers[-1]
-    ids = sequence.advance(full, np.arange(1, PROMPT + 1))[:, -1].argmax(-1)
-    begin = time.perf_counter()
-    for _ in range(TOKENS):
-        ids = sequence.step_best(full, ids)
-    return (time.perf_counter() - begin) / TOKENS
-
-
 def measure_speed(rounds: int) -> dict[str, Any]:
     """Cut → parameters read by a token, tokens a second, speed-up within a round."""
     with tempfile.TemporaryDirectory() as scratch:
         engines = {name: Engine.open(export_cut(changes, Path(scratch))) for name, changes in CUTS.items()}
-        samples = interleave({name: partial(decode_seconds, engine) for name, engine in engines.items()}, rounds)
+        runs = {
+            name: partial(tokens_per_second, engine, engine.exit_layers[-1], 1, TOKENS)
+            for name, engine in engines.items()
+        }
+        samples = interleave(runs, rounds)
         found = {}
         for name, engine in engines.items():
             graphs = engine.manifest.path_graphs(engine.exit_layers[-1])
             found[name] = {
                 "parameters": sum(engine.manifest.runnable[graph].parameters for graph in graphs),
-                "tokens_per_s": round(1 / median(samples[name]), 1),
-                "speedup": round(ratio(samples["full"], samples[name]), 3),
+                "tokens_per_s": round(median(samples[name]), 1),
+                "speedup": round(ratio(samples[name], samples["full"]), 3),
             }
             engine.close()
         return found

@@ -54,16 +54,14 @@ def measure(llm: LLM, prompts: list[list[int]]) -> dict[str, Any]:
     """Everything but the bars."""
     full = llm.exit_layers[-1]
     llm._costs = always_paying(calibrate(llm.engine))
-    equal = compared = diverged = flips = speculated = 0
+    equal = compared = flips = speculated = 0
     for turn, prompt in enumerate(prompts):
         llm.budget = Budget()
         plain = [token.id for token in llm.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True)]
         reply, rounds = spoilt_and_speculated(llm, prompt, turn)
         speculated += rounds
-        same = [a == b for a, b in zip(plain, reply, strict=True)]
-        equal += all(same)
-        diverged += not all(same)
-        compared += same.index(False) + 1 if not all(same) else len(same)
+        equal += plain == reply
+        compared += next((place for place, (a, b) in enumerate(zip(plain, reply, strict=True), 1) if a != b), TOKENS)
         sequence = llm.engine.new_sequence(max_length=len(prompt) + TOKENS)
         logits = sequence.advance(full, [*prompt, *plain[:-1]], num_logits=TOKENS)[0]
         flips += int((logits.argmax(-1) != np.array(plain)).sum())
@@ -74,7 +72,7 @@ def measure(llm: LLM, prompts: list[list[int]]) -> dict[str, Any]:
         "replies": len(prompts),
         "equal": equal,
         "compared": compared,
-        "divergence_rate": diverged / compared,
+        "divergence_rate": (len(prompts) - equal) / compared,
         "flip_rate": flips / total,
         "flip_se": (max(flips, 1) / total * (1 - flips / total) / total) ** 0.5,
         "speculated": round(speculated / total, 3),

@@ -38,7 +38,7 @@ from balcony_edge.manifest import ConfidenceSpec
 from balcony_runtime.calibrate import calibrate
 from balcony_runtime.confident import Confident
 from balcony_runtime.generate import LLM
-from balcony_runtime.thresholds import calibrate_confidence
+from balcony_runtime.thresholds import compare_exits, learn
 from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
 
 TOKENS, PROMPTS, ROUNDS = 96, 6, 5
@@ -110,10 +110,8 @@ def learned_thresholds(llm: LLM, path: Path) -> dict[float, ConfidenceSpec]:
     documents: list[list[int]] = []
     while texts and sum(map(len, documents)) < CALIBRATION_TOKENS:
         documents.append(llm.encode(texts.pop(0), chat=False)[:128])
-    return {
-        promise: calibrate_confidence(llm.engine, documents, text=path.name, max_disagreement=promise, confidence=0.95)
-        for promise in PROMISES
-    }
+    compared = compare_exits(llm.engine, documents)
+    return {promise: learn(compared, path.name, promise, 0.95) for promise in PROMISES}
 
 
 def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[float, ConfidenceSpec]) -> dict[str, Any]:

@@ -22,12 +22,9 @@ from balcony_edge.manifest import ConfidenceMeasure, ConfidenceSpec
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.engine import Sequence
 from balcony_runtime.sampling import Sampler
+from balcony_runtime.speculate import PROBE_TOKENS, WORTH
 from balcony_runtime.thresholds import binomial_tail, measured
 
-#: How many times as fast as plain tokens trying must be expected to be: prices are some percent off.
-WORTH = 1.03
-#: Tokens after which a trial is made although it is not expected to pay.
-PROBE_TOKENS = 512
 #: Weight of the calibration's share of early exits, in tokens, and of the past at every further token.
 PRIOR_TOKENS, MEMORY = 64.0, 0.995
 #: Most early tokens that one full-depth pass is asked about, and tokens between two such questions: the price stays below 1 %.

@@ -242,9 +242,7 @@ def _round(
 ) -> Round | None:
     """The round that is worth running in the place of this full-depth step; None where it is none, paced, or has a backlog."""
     rows, kept = sequence.stage_rows, sequence.balcony_rows
-    if costs is None or sequence.batch_size > 1 or any(rows) or decision.period_ms or budget.deadline_s is not None:
-        return None
-    if decision.exit_layer != costs.exits[-1]:
+    if costs is None or any(rows) or not _free_full_step(sequence, budget, costs, decision):
         return None
     most_ms = _slack_ms(budget, decision)  # a round is one gap
     planned = learned.speculator.plan(costs, sequence.length, sequence.max_length - sequence.length, most_ms)
@@ -257,17 +255,15 @@ def _trial(
     sequence: Sequence, budget: Budget, costs: CostModel | None, decision: Decision, learned: Learned
 ) -> Trial | None:
     """Where a full-depth token is worth trying to exit early; None where nowhere is, or a pace or a deadline asks for more."""
-    if (
-        not budget.confident
-        or costs is None
-        or sequence.batch_size > 1
-        or decision.period_ms
-        or budget.deadline_s is not None
-    ):
-        return None
-    if decision.exit_layer != costs.exits[-1]:
+    if not budget.confident or costs is None or not _free_full_step(sequence, budget, costs, decision):
         return None
     return learned.confident.plan(costs, sequence.length, _slack_ms(budget, decision))
+
+
+def _free_full_step(sequence: Sequence, budget: Budget, costs: CostModel, decision: Decision) -> bool:
+    """Whether a step is one sequence's at the full depth, with neither a pace nor a deadline that asks for more."""
+    alone = sequence.batch_size == 1 and decision.exit_layer == costs.exits[-1]
+    return alone and not decision.period_ms and budget.deadline_s is None
 
 
 def _slack_ms(budget: Budget, decision: Decision) -> float:

@@ -30,6 +30,18 @@ _CHUNK = 64
 MIN_TOKENS = 400
 
 
+class Compared(NamedTuple):
+    """Exits over the same tokens.
+
+    Attributes:
+        sure: measure → exit → confidence of every token.
+        agrees: exit → whether its likeliest token is the full depth's.
+    """
+
+    sure: dict[ConfidenceMeasure, dict[int, npt.NDArray[np.float64]]]
+    agrees: dict[int, npt.NDArray[np.bool_]]
+
+
 def measured(logits: FloatArray, measure: ConfidenceMeasure) -> npt.NDArray[np.float64]:
     """How sure logits (n, V) are, each from 0 to 1.
 
@@ -114,26 +126,29 @@ def calibrate_confidence(
     Raises:
         InputError: shares out of range, or too little text.
     """
-    for name, share in (("max_disagreement", max_disagreement), ("confidence", confidence)):
-        if not 0 < share < 1:
-            raise InputError(f"{name} = {share}: must be above 0 and below 1: write 2 % as 0.02")
-    sure, agrees = _seen(engine, documents, progress)
+    _refuse_bad_shares(max_disagreement, confidence)
+    return learn(compare_exits(engine, documents, progress), text, max_disagreement, confidence)
+
+
+def learn(compared: Compared, text: str, max_disagreement: float, confidence: float) -> ConfidenceSpec:
+    """:func:`calibrate_confidence` from exits that were compared already: several promises need one look at the text."""
+    _refuse_bad_shares(max_disagreement, confidence)
+    sure, agrees = compared
     count = len(next(iter(agrees.values())))
     if count < MIN_TOKENS:
         raise InputError(f"{text}: {count} tokens to calibrate on: give {MIN_TOKENS} or more, thousands are better")
-    # halves of every document, so that both have the same kinds of text
+    # the caller gives documents of every kind of text in turn, so that both halves have all of them
     tuning = np.zeros(count, bool)
     tuning[: count // 2] = True
     levels = np.linspace(1, 0, CANDIDATES + 1)
     shares: dict[ConfidenceMeasure, float] = {}
     for measure in MEASURES:
         shares[measure] = sum(
-            _largest_share(sure[measure][e][tuning], agrees[e][tuning], max_disagreement)
-            for e in engine.exit_layers[:-1]
+            _largest_share(sure[measure][e][tuning], agrees[e][tuning], max_disagreement) for e in agrees
         )
     measure = max(MEASURES, key=lambda name: shares[name])
     thresholds = {}
-    for exit_layer in engine.exit_layers[:-1]:
+    for exit_layer in agrees:
         candidates = np.quantile(sure[measure][exit_layer][tuning], levels).tolist()
         held, fits = sure[measure][exit_layer][~tuning], agrees[exit_layer][~tuning]
         threshold = last_accepted(held, fits, candidates, max_disagreement, confidence)
@@ -151,6 +166,12 @@ def calibrate_confidence(
         tokens=count,
         thresholds=thresholds,
     )
+
+
+def _refuse_bad_shares(max_disagreement: float, confidence: float) -> None:
+    for name, share in (("max_disagreement", max_disagreement), ("confidence", confidence)):
+        if not 0 < share < 1:
+            raise InputError(f"{name} = {share}: must be above 0 and below 1: write 2 % as 0.02")
 
 
 class Held(NamedTuple):
@@ -177,7 +198,7 @@ def held_out(
     Raises:
         InputError: too little text.
     """
-    sure, agrees = _seen(engine, documents, progress)
+    sure, agrees = compare_exits(engine, documents, progress)
     count = len(next(iter(agrees.values())))
     if count < MIN_TOKENS:
         raise InputError(f"{count} tokens to check on: give {MIN_TOKENS} or more, thousands are better")
@@ -195,10 +216,10 @@ def _largest_share(sure: npt.NDArray[np.float64], agrees: npt.NDArray[np.bool_],
     return float((wrong <= most).sum() / len(sure))
 
 
-def _seen(
-    engine: Engine, documents: Sequence[Sequence[int]], progress: Callable[[float], None]
-) -> tuple[dict[ConfidenceMeasure, dict[int, npt.NDArray[np.float64]]], dict[int, npt.NDArray[np.bool_]]]:
-    """Measure → exit → confidence of every token, and exit → whether it agrees with the full depth."""
+def compare_exits(
+    engine: Engine, documents: Sequence[Sequence[int]], progress: Callable[[float], None] = lambda done: None
+) -> Compared:
+    """Run every exit over documents of tokens; ``progress`` is told which share was seen."""
     exits = engine.exit_layers
     sure: dict[ConfidenceMeasure, dict[int, list[npt.NDArray[np.float64]]]] = {
         measure: {e: [] for e in exits[:-1]} for measure in MEASURES
@@ -217,4 +238,4 @@ def _seen(
                     sure[measure][exit_layer].append(measured(logits, measure))
         progress((number + 1) / len(documents))
     joined = {m: {e: np.concatenate(parts) for e, parts in by_exit.items() if parts} for m, by_exit in sure.items()}
-    return joined, {e: np.concatenate(parts) if parts else np.zeros(0, bool) for e, parts in agrees.items()}
+    return Compared(joined, {e: np.concatenate(parts) if parts else np.zeros(0, bool) for e, parts in agrees.items()})

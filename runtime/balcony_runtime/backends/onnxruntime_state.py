@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -275,13 +276,7 @@ class OnnxRuntimeState:
         """The binding of a whole decode step: from the token's row to the logits, every boundary on the way written."""
         values = {f"hidden_{layer}": value for layer, value in zip(self._layers, self._row_values, strict=True)}
         values |= {**self._where, "logits": _value(self._logits)}
-        binding = session.io_binding()
-        for port in session.get_inputs():
-            if port.name in values:
-                binding.bind_ortvalue_input(port.name, values[port.name])
-        for port in session.get_outputs():
-            if port.name in values:
-                binding.bind_ortvalue_output(port.name, values[port.name])
+        binding = _bound(session, session.get_inputs(), session.get_outputs(), values, values)
         for cache in caches:
             cache.bind(binding)
         return binding
@@ -325,13 +320,8 @@ class OnnxRuntimeState:
 
     def _bind(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any], member: int | None = None) -> Any:
         """Bind what the graph has of ``inputs``, ``outputs`` and of where the pass stands, and its cache."""
-        spec, binding = self._specs[name], self._backend.sessions[name].io_binding()
-        for tensor in spec.inputs:
-            if (value := inputs.get(tensor.name) or self._where.get(tensor.name)) is not None:
-                binding.bind_ortvalue_input(tensor.name, value)
-        for tensor in spec.outputs:
-            if tensor.name in outputs:
-                binding.bind_ortvalue_output(tensor.name, outputs[tensor.name])
+        spec = self._specs[name]
+        binding = _bound(self._backend.sessions[name], spec.inputs, spec.outputs, {**self._where, **inputs}, outputs)
         if name in self._caches:
             self._caches[name].bind(binding, member)
         return binding
@@ -343,6 +333,24 @@ class OnnxRuntimeState:
         except RuntimeError as error:
             raise _failed(self._specs[name].file, error) from error
         self.busy_ns += time.perf_counter_ns() - begin
+
+
+def _bound(
+    session: ort.InferenceSession,
+    asked: Iterable[Any],
+    given: Iterable[Any],
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+) -> Any:
+    """A binding of those of a graph's ports (``asked``, ``given``: anything with a name) that there are values for."""
+    binding = session.io_binding()
+    for port in asked:
+        if port.name in inputs:
+            binding.bind_ortvalue_input(port.name, inputs[port.name])
+    for port in given:
+        if port.name in outputs:
+            binding.bind_ortvalue_output(port.name, outputs[port.name])
+    return binding
 
 
 def _failed(what: str, error: RuntimeError) -> BundleError:
