@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched from a hub
 
 import copy
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +110,30 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT_TEMPLATE
     )
+
+
+@pytest.fixture
+def interruptible() -> Iterator[Callable[..., subprocess.Popen[Any]]]:
+    """``Popen`` for processes that get a Ctrl-C; whatever a test leaves running is killed.
+
+    They run without coverage: its tracer holds a lock now and then, and an interrupt raised there leaves every thread
+    of the process waiting for it for ever.
+    """
+    started: list[subprocess.Popen[Any]] = []
+
+    def start(command: list[str], *, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:
+        untraced = {name: value for name, value in (env or os.environ).items() if "COVERAGE" not in name}
+        # a test run in the background ignores SIGINT, and its children would inherit that
+        process: subprocess.Popen[Any] = subprocess.Popen(
+            command, env=untraced, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

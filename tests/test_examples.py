@@ -17,21 +17,23 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def start(name: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    environment = {**os.environ, "MPLBACKEND": "Agg"}
-    # a test run in the background ignores SIGINT, and its children would inherit that
-    listens = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    return subprocess.Popen(command, text=True, env=environment, **pipes, **listens)
+def command(name: str, *arguments: str | Path) -> list[str]:
+    return [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
 
 
 def run(name: str, *arguments: str | Path, typed: str = "") -> str:
-    with start(name, *arguments) as process:
-        out, err = process.communicate(typed, timeout=120)
-    assert process.returncode == 0, err
-    assert err == ""
-    return out
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    done = subprocess.run(
+        command(name, *arguments),
+        input=typed,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
 
 
 def test_stream(tiny: Any) -> None:
@@ -40,10 +42,9 @@ def test_stream(tiny: Any) -> None:
 
 
 def test_an_example_shows_one_line_for_what_is_refused(tmp_path: Path) -> None:
-    with start("stream.py", tmp_path) as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and out == ""
-    assert err.startswith("stream.py: ") and err.count("\n") == 1 and "is no bundle" in err
+    done = subprocess.run(command("stream.py", tmp_path), capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("stream.py: ") and done.stderr.count("\n") == 1 and "is no bundle" in done.stderr
 
 
 def test_chat_catches_up_while_it_waits(tiny: Any) -> None:
@@ -60,18 +61,18 @@ def test_two_replies_in_one_event_loop(tiny: Any) -> None:
     assert len(re.findall(r"\(\d+ tokens, ended by", run("async_stream.py", tiny.path, "--seconds", "0"))) == 2
 
 
-def test_a_server_answers_refuses_and_ends(tiny: Any) -> None:
-    with start("embed_in_server.py", tiny.path, "--port", "0", "--tokens", "8") as process:
-        assert process.stdout is not None
-        url = process.stdout.readline().split()[0]
-        with urllib.request.urlopen(urllib.request.Request(url, b"the fox"), timeout=60) as answer:
-            assert answer.status == 200 and answer.read().decode()
-        with pytest.raises(urllib.error.HTTPError, match="the prompt is empty") as refused:
-            urllib.request.urlopen(urllib.request.Request(url, b" "), timeout=60)
-        assert refused.value.code == 400
-        refused.value.close()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+def test_a_server_answers_refuses_and_ends(tiny: Any, interruptible: Any) -> None:
+    arguments = command("embed_in_server.py", tiny.path, "--port", "0", "--tokens", "8")
+    process = interruptible(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = process.stdout.readline().split()[0]
+    with urllib.request.urlopen(urllib.request.Request(url, b"the fox"), timeout=60) as answer:
+        assert answer.status == 200 and answer.read().decode()
+    with pytest.raises(urllib.error.HTTPError, match="the prompt is empty") as refused:
+        urllib.request.urlopen(urllib.request.Request(url, b" "), timeout=60)
+    assert refused.value.code == 400
+    refused.value.close()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "waiting for replies under way" in out and "Traceback" not in err
 

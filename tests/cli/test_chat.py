@@ -69,7 +69,7 @@ def test_parsing_of_budget_words() -> None:
         parse_command("tpot=3")
 
 
-def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any) -> None:
+def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any, interruptible: Any) -> None:
     """A real terminal: a reply is interrupted, the next message is answered, Ctrl-D ends."""
     program = (
         "import time; from balcony_runtime import engine\n"
@@ -79,14 +79,13 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any) -> None:
     )
     master, worker = pty.openpty()
     command = [sys.executable, "-c", program, "run", str(tiny.path), "-n", "60", "--temperature", "3", "--seed", "1"]
-    process = subprocess.Popen(
+    process = interruptible(
         command,
         stdin=worker,
         stdout=worker,
         stderr=worker,
         env={**os.environ, "TERM": "dumb"},
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run may ignore it
     )
     os.close(worker)
     output = b""

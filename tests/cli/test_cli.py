@@ -19,8 +19,6 @@ import pytest
 
 from balcony_edge.cli import main
 
-#: A test run in the background ignores SIGINT, and its children would inherit that.
-LISTENS = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
 
 
@@ -371,9 +369,9 @@ def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:
     refused("is no bundle", "run", tmp_path, "hi")
 
 
-def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, interruptible: Any) -> None:
     command = [*COMMAND, "export", str(tiny_checkpoint), "--exits", "2", "-o", str(tmp_path / "b")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **LISTENS)
+    process = interruptible(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".b.partial-*")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -385,7 +383,7 @@ def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_in_generation_ends_the_reply(exported: Path) -> None:
+def test_ctrl_c_in_generation_ends_the_reply(exported: Path, interruptible: Any) -> None:
     command = [*COMMAND, "run", str(exported), "the fox", "-n", "230", "--json", "--temperature", "3", "--seed", "1"]
     # slow every token down in the child, so that the signal arrives while it generates
     command[4] = (
@@ -395,7 +393,7 @@ def test_ctrl_c_in_generation_ends_the_reply(exported: Path) -> None:
         "engine.Sequence.step = slow\n"
         "from balcony_edge.cli import main; main()"
     )
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **LISTENS)
+    process = interruptible(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for _ in range(5):
         process.stderr.readline()

@@ -19,8 +19,6 @@ import pytest
 
 from balcony_edge.profile import Power, Profile, QualityFigure
 
-#: A test run in the background ignores SIGINT, and its children would inherit that.
-LISTENS = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
 GRID = ("--quick", "-p", "16", "-n", "5", "-d", "0,40", "--pending", "2", "-r", "3", "--threads", "1")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -113,15 +111,15 @@ def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tiny: Any, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_writes_what_is_measured(tiny: Any, tmp_path: Path) -> None:
+def test_ctrl_c_writes_what_is_measured(tiny: Any, tmp_path: Path, interruptible: Any) -> None:
     path = tmp_path / "p.json"
     arguments = ["profile", str(tiny.path), "-o", str(path), *GRID[:-4], "--threads", "1", "--sustain", "200s"]
-    # starting and all rounds take some two seconds, more on a busy machine; the rest is the sustained load
-    for wait_s in (5, 20, 80):
-        with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True, **LISTENS) as process:
-            time.sleep(wait_s)
-            process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=120)
+    # starting and all rounds take some five seconds, more on a busy machine; the rest is the sustained load
+    for wait_s in (8, 24, 80):
+        process = interruptible([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
         if process.returncode != 1 or "nothing to keep" not in stderr:
             break
     assert process.returncode == 130, stderr
