@@ -49,7 +49,10 @@ def export(
         int | None, typer.Option(help="Most tokens of a sequence (default: the model's, at most 8192).")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What to call the model (default: from MODEL).")] = None,
-    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the bundle with the model.")] = True,
+    check: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare the bundle with the model; without, it takes less memory."),
+    ] = True,
     tensorrt: Annotated[
         Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"] | None,
         typer.Option(
@@ -84,7 +87,8 @@ def export(
         raise InputError(f"--calibration with --precision {precision}: only int8 and int4 are rounded: leave it out")
     with progress_bar() as progress:
         progress("loading the model", 0.0)
-        loaded = load_model(model)
+        # what runs the model takes float32; what only writes it takes the checkpoint's own type, half the memory
+        loaded = load_model(model, keep_dtype=not (check or calibration or evaluate))
         tokenizer = load_tokenizer(model)
         layers = parse_exits(exits, loaded.config.num_hidden_layers)
         rows = calibration_rows(calibration, tokenizer) if calibration else []

@@ -31,13 +31,18 @@ _READ_ERRORS = (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeErr
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager"
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    keep_dtype: bool = False,
+    attn_implementation: str = "eager",
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
     Args:
         source: a directory, a ``.gguf`` file, a hub name, or ``demo`` for :func:`demo_model_path`.
         dtype: of the weights; GGUF weights are dequantized to it.
+        keep_dtype: take the checkpoint's own type instead, where it has one (GGUF has none).
         attn_implementation: transformers' name of the attention function.
 
     Raises:
@@ -47,7 +52,7 @@ def load_model(
     with _explained(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
-            dtype=dtype,
+            dtype="auto" if keep_dtype and not options else dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=False,
             use_safetensors=True,

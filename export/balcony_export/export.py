@@ -28,13 +28,14 @@ from balcony_edge.bundle import Bundle, write_manifest
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_edge.manifest import MANIFEST, WEIGHTS, Manifest, ModelSpec
 from balcony_export import graph, head, lower, passes
-from balcony_export.architecture import Parts, describe, embedding_scale, parts_of
+from balcony_export.architecture import describe, embedding_scale, parts_of
 from balcony_export.balcony import Balcony
 from balcony_export.gptq import second_moments
 from balcony_export.ir_tools import graph_spec
 from balcony_export.kv_quantize import cache_scales, quantize_caches
 from balcony_export.quantize import Blocks, Quantizer, Scheme, quantize_graph
 from balcony_export.weights import WeightFile
+from balcony_export.widen import held, stand_ins, widen
 
 #: Told what is being done and which share of the work is done (0 to 1).
 Progress = Callable[[str, float], None]
@@ -59,10 +60,23 @@ def trace(
     balconies: dict[int, Balcony],
     *,
     name: str,
+    dtype: torch.dtype = torch.float32,
     context_length: int | None = None,
     progress: Progress = _silent,
 ) -> Traced:
-    """Trace a model and its balconies and cut it at the exits; arguments and errors as for :func:`export_bundle`."""
+    """Trace a model and its balconies and cut it at the exits; arguments and errors as for :func:`export_bundle`.
+
+    ``dtype`` is the graphs', whatever type the model is held in.
+    """
+    with stand_ins((model, *balconies.values()), dtype) as weights:
+        traced = _trace(model, balconies, name, context_length, progress)
+        widen((*traced.graphs.values(), *traced.lowered.values()), weights, dtype)
+    return traced
+
+
+def _trace(
+    model: PreTrainedModel, balconies: dict[int, Balcony], name: str, context_length: int | None, progress: Progress
+) -> Traced:
     parts = parts_of(model)
     spec = describe(model, name, context_length)
     layers = (*sorted(balconies), spec.num_layers)
@@ -102,7 +116,7 @@ def export_bundle(
     """Write the bundle of ``model`` with one exit per balcony and the full depth.
 
     Args:
-        model: the base model; converted to ``precision`` in place.
+        model: the base model, held in any float type; converted in place only to float16, or to float32 for ``calibration``.
         tokenizer: its tokenizer.
         balconies: exit layer → balcony, for exits below the full depth.
         output: the directory to make; it must not exist.
@@ -122,9 +136,9 @@ def export_bundle(
     """
     scheme = precision if isinstance(precision, Scheme) else None
     dtype = torch.float16 if precision == "float16" else torch.float32
-    model.to(dtype)  # type: ignore[arg-type]
-    for balcony in balconies.values():
-        balcony.to(dtype)
+    if dtype == torch.float16 or calibration:
+        for module in (model, *balconies.values()):
+            module.to(dtype)
     _refuse_not_finite(model, balconies)
     parts = parts_of(model)
     spec = describe(model, name, context_length)
@@ -134,17 +148,19 @@ def export_bundle(
             "which quantized bundles use, takes multiples of 16: export with fp32"
         )
     with fresh_directory(output) as directory:
-        traced = traced or trace(model, balconies, name=name, context_length=context_length, progress=progress)
+        traced = traced or trace(
+            model, balconies, name=name, dtype=dtype, context_length=context_length, progress=progress
+        )
         # quantizing and writing change a graph's weights; those that were traced stay as they are
         graphs = {key: model_.clone() for key, model_ in traced.graphs.items()} if scheme is None else {}
         lowered = {key: model_.clone() for key, model_ in traced.lowered.items()}
-        blocks = None
-        if scheme is not None:
-            progress("quantizing", 0.7)
-            blocks = _quantize_all(lowered, scheme, model, balconies, calibration)
-        progress("writing weights", 0.75)
         with WeightFile(directory) as weights:
-            table = _write_table(weights, parts, blocks)
+            blocks = None
+            if scheme is not None:
+                progress("quantizing", 0.7)
+                blocks = _quantize_all(lowered, weights, scheme, model, balconies, calibration)
+            progress("writing weights", 0.75)
+            table = _write_table(weights, held(parts.embed.weight, dtype), blocks)
             for one in (*graphs.values(), *lowered.values()):
                 weights.externalize(one)
         for prefix, traced_set in (("", graphs), ("cpu_", lowered)):
@@ -191,8 +207,10 @@ def export_bundle(
 def _refuse_not_finite(model: PreTrainedModel, balconies: dict[int, Balcony]) -> None:
     for prefix, module in (("", model), *((f"balcony_{e}.", balcony) for e, balcony in balconies.items())):
         for name, parameter in module.named_parameters():
-            # a sum is finite iff all of its parts are (of finite float32 weights it does not overflow in float64)
-            if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
+            # a sum is finite iff all of its parts are (of finite float32 weights it does not overflow in float64); the
+            # parts keep the copies in float64 that it makes small
+            parts = parameter.detach().flatten().split(1 << 22)
+            if not all(torch.isfinite(part.sum(dtype=torch.float64)) for part in parts):
                 raise CheckpointError(
                     f"weight {prefix}{name}: holds NaN or infinity: use a checkpoint whose weights are finite"
                 )
@@ -200,18 +218,25 @@ def _refuse_not_finite(model: PreTrainedModel, balconies: dict[int, Balcony]) ->
 
 def _quantize_all(
     lowered: dict[str, ir.Model],
+    weights: WeightFile,
     scheme: Scheme,
     model: PreTrainedModel,
     balconies: dict[int, Balcony],
     calibration: Sequence[Sequence[int]],
 ) -> Blocks:
-    """Quantize every lowered graph; returns the token table's blocks."""
+    """Quantize every lowered graph and write its blocks, graph by graph; returns the token table's blocks."""
     quantizer = Quantizer(scheme, second_moments(model, balconies, calibration) if calibration else {})
-    for traced in lowered.values():
-        quantize_graph(traced, quantizer)
     parts = parts_of(model)
     tied = parts.head.weight is parts.embed.weight
-    return quantizer.table("lm_head.weight" if tied else "embed_tokens.weight", parts.embed.weight.detach().numpy())
+    name = "lm_head.weight" if tied else "embed_tokens.weight"
+    waiting = list(lowered.values())
+    while waiting:
+        traced = waiting.pop(0)
+        quantize_graph(traced, quantizer)
+        weights.externalize(traced)
+        wanted = {weight for other in waiting for weight in other.graph.initializers} | {name}
+        quantizer.done = {key: blocks for key, blocks in quantizer.done.items() if key in wanted}
+    return quantizer.table(name, held(parts.embed.weight, torch.float32))
 
 
 def _quantize_caches(
@@ -226,10 +251,10 @@ def _quantize_caches(
         document["cpu"][key] = graph_spec(f"cpu_{key}", lowered[key])
 
 
-def _write_table(weights: WeightFile, parts: Parts, blocks: Blocks | None) -> dict[str, Any]:
+def _write_table(weights: WeightFile, table: ir.TensorProtocol, blocks: Blocks | None) -> dict[str, Any]:
     """Write the token table; returns its place for the manifest."""
     if blocks is None:
-        return {"file": WEIGHTS, "offset": weights.offset_of(ir.tensor(parts.embed.weight.detach()))}
+        return {"file": WEIGHTS, "offset": weights.offset_of(table)}
     zeros = None if blocks.zeros is None else weights.offset_of(ir.tensor(blocks.zeros))
     return {
         "file": WEIGHTS,

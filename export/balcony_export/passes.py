@@ -101,6 +101,11 @@ def cut(model: ir.Model, name: str, inputs: Sequence[str], outputs: Sequence[str
     graph.name = name
     part = ir.Model(graph, ir_version=model.ir_version)
     common.RemoveUnusedNodesPass()(part)
+    # extracting collects the weights in a set: in the order of their use two exports are equal to the byte
+    used = [value for node in graph for value in node.inputs if value is not None and value.name in graph.initializers]
+    graph.initializers.clear()
+    for value in dict.fromkeys(used):
+        graph.register_initializer(value)
     return part
 
 

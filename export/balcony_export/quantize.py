@@ -7,7 +7,7 @@ weight is quantized once however many graphs use it; the token table shares the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from balcony_edge.errors import InputError
 from balcony_export.gptq import compensated
 from balcony_export.ir_tools import constant
 from balcony_export.lower import MICROSOFT
+from balcony_export.widen import pieces
 from balcony_runtime.token_table import unpacked
 
 #: Shares of the full range that a block's scale is tried at, for the least squared error.
@@ -98,17 +99,17 @@ class Quantizer:
 
     def layer(self, name: str, weight: npt.NDArray[np.float32]) -> Blocks:
         """A layer's weight  # (K, N)"""
-        return self._quantized(name, weight.T, self.scheme.bits)
+        return self._quantized(name, [weight.T], self.scheme.bits)
 
-    def table(self, name: str, weight: npt.NDArray[np.float32]) -> Blocks:
+    def table(self, name: str, weight: ir.TensorProtocol) -> Blocks:
         """The LM head's weight or the token table  # (V, D)"""
-        return self._quantized(name, weight, self.scheme.head_bits)
+        return self._quantized(name, pieces(weight), self.scheme.head_bits)
 
-    def _quantized(self, name: str, rows: npt.NDArray[np.float32], bits: int) -> Blocks:
+    def _quantized(self, name: str, rows: Iterable[npt.NDArray[np.generic]], bits: int) -> Blocks:
         if name not in self.done:
-            weight = torch.tensor(rows, dtype=torch.float32)  # (N, K)
             moment = self.moments.get(name)
-            self.done[name] = quantize(weight, bits, self.scheme, moment)
+            parts = [quantize(torch.tensor(part), bits, self.scheme, moment) for part in rows]  # (N, K)
+            self.done[name] = Blocks.stacked(parts)
         return self.done[name]
 
 
@@ -275,10 +276,9 @@ def _quantize_head(model: ir.Model, node: ir.Node, quantizer: Quantizer) -> None
     source, table = node.inputs[0], node.inputs[1]
     assert source is not None and table is not None and table.const_value is not None
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    array = table.const_value.numpy()
-    blocks = quantizer.table("lm_head.weight", array)
+    blocks = quantizer.table("lm_head.weight", table.const_value)
     level = quantizer.scheme.accuracy_level
-    new = _matmul_nbits(model, source, "lm_head.weight", blocks, array.shape[1], level, bias)
+    new = _matmul_nbits(model, source, "lm_head.weight", blocks, int(table.const_value.shape[1]), level, bias)  # type: ignore[arg-type]
     model.graph.insert_before(node, new)
     ir.convenience.replace_all_uses_with(node.outputs[0], new.outputs[0])
     model.graph.remove(node, safe=True)

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 
 from balcony_edge.manifest import WEIGHTS
+from balcony_export.widen import pieces
 
 #: Alignment of a tensor: a cache line, and what vector loads of every engine ask at most.
 ALIGNMENT = 64
@@ -40,12 +42,15 @@ class WeightFile:
 
     def offset_of(self, tensor: ir.TensorProtocol) -> int:
         """Byte offset of ``tensor``, which is written where no equal one was before."""
-        data = tensor.tobytes()
-        key = hashlib.sha256(data).digest()
+        digest = hashlib.sha256()
+        for piece in pieces(tensor):
+            digest.update(np.ascontiguousarray(piece).data)
+        key = digest.digest()
         if key not in self._offsets:
             self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
             self._offsets[key] = self._file.tell()
-            self._file.write(data)
+            for piece in pieces(tensor):
+                self._file.write(np.ascontiguousarray(piece).data)
         return self._offsets[key]
 
     def externalize(self, model: ir.Model) -> None:
@@ -60,7 +65,7 @@ class WeightFile:
                 offset=self.offset_of(tensor),
                 length=tensor.nbytes,
                 dtype=tensor.dtype,
-                shape=ir.Shape(tensor.numpy().shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=value.name or "",
                 base_dir=str(self._directory),
             )

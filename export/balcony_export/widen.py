@@ -1,0 +1,112 @@
+"""Trace and write a model in a wider type than it is held in, so that an export needs little more than the checkpoint.
+
+A bfloat16 model that is widened first takes three times its size. Tracing reads no matrix: while it runs, each is replaced
+by reserved memory of the wide type, which takes no room as long as nobody touches it. Afterwards what views such memory
+becomes a :class:`Widened`, which converts the matrix it stands for a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from balcony_edge.errors import CheckpointError
+
+#: Rows are taken by so many bytes at a time.
+PIECE_BYTES = 1 << 25
+#: Tensors of so many values are converted as they are: the tracer merges small ones whose values are equal.
+SMALL = 1 << 14
+_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
+
+
+class Widened(ir.LazyTensor):
+    """A matrix that reads as ``dtype`` and is held as it was."""
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, name: str | None = None) -> None:
+        super().__init__(
+            lambda: ir.tensor(weight.to(dtype)), dtype=_DTYPES[dtype], shape=ir.Shape(weight.shape), name=name
+        )
+        self._weight, self._wide = weight, dtype
+
+    def rows(self, first: int, last: int) -> npt.NDArray[np.generic]:
+        """Some rows, converted."""
+        found: npt.NDArray[np.generic] = self._weight[first:last].to(self._wide).numpy()
+        return found
+
+
+def held(weight: torch.Tensor, dtype: torch.dtype) -> ir.TensorProtocol:
+    """A weight as a tensor of ``dtype``, without a copy."""
+    return ir.tensor(weight.detach()) if weight.dtype == dtype else Widened(weight.detach(), dtype)
+
+
+def pieces(tensor: ir.TensorProtocol) -> Iterator[npt.NDArray[np.generic]]:
+    """The rows of a tensor, ``PIECE_BYTES`` at a time, so that a large one is never held whole in a second form."""
+    count = int(tensor.shape[0])  # type: ignore[arg-type]
+    step = max(1, PIECE_BYTES * count // max(1, tensor.nbytes))
+    for first in range(0, count, step):
+        if isinstance(tensor, Widened):
+            yield tensor.rows(first, first + step)
+        else:
+            yield tensor.numpy()[first : first + step]
+
+
+@contextmanager
+def stand_ins(roots: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[Mapping[int, torch.Tensor]]:
+    """Within: parameters of another type than ``dtype`` are of it: small ones converted, matrices reserved memory only.
+
+    Yields:
+        address of the reserved memory → the matrix that it stands for.
+    """
+    made: dict[int, nn.Parameter] = {}
+    found: dict[int, torch.Tensor] = {}
+    originals = []
+    for module in (module for root in roots for module in root.modules()):
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.dtype == dtype:
+                continue
+            originals.append((module, name, parameter))
+            if id(parameter) not in made:
+                weight = parameter.detach()
+                large = weight.dim() >= 2 and weight.numel() > SMALL
+                wide = torch.empty(weight.shape, dtype=dtype) if large else weight.to(dtype)
+                if large:
+                    found[wide.data_ptr()] = weight
+                made[id(parameter)] = nn.Parameter(wide, requires_grad=False)
+    try:
+        for module, name, parameter in originals:
+            module._parameters[name] = made[id(parameter)]
+        yield found
+    finally:
+        for module, name, parameter in originals:
+            module._parameters[name] = parameter
+
+
+def widen(models: Iterable[ir.Model], weights: Mapping[int, torch.Tensor], dtype: torch.dtype) -> None:
+    """Replace what views a stand-in's memory, transposed or not, by the matrix that it stands for.
+
+    Raises:
+        CheckpointError: a matrix was computed from stand-ins while tracing: its values are not known.
+    """
+    for value in [value for model in models for value in model.graph.initializers.values()]:
+        tensor = value.const_value
+        if not weights or tensor is None or tensor.dtype != _DTYPES[dtype]:
+            continue
+        if len(tensor.shape) < 2 or tensor.size <= SMALL:
+            continue
+        array = tensor.numpy()
+        weight = weights.get(array.ctypes.data)
+        if weight is not None:
+            same = array.flags.c_contiguous and array.shape == tuple(weight.shape)
+            value.const_value = Widened(weight if same else weight.T, dtype, value.name)
+            assert value.const_value.shape == tensor.shape
+        elif not (value.name or "").startswith("rope_"):
+            raise CheckpointError(
+                f"weight {value.name}: tracing computes it from others, which a {next(iter(weights.values())).dtype} "
+                "checkpoint is not widened for: load it in float32"
+            )

@@ -1,0 +1,72 @@
+"""A bfloat16 model exports to the very bytes of the same model in float32, without being held in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from balcony_edge.errors import CheckpointError
+from balcony_edge.manifest import MANIFEST
+from balcony_export import widen
+from balcony_export.balcony import init_balconies
+from balcony_export.export import export_bundle
+from balcony_export.quantize import parse_precision
+
+
+def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str, bytes]:
+    balconies = init_balconies(model, (2,))
+    export_bundle(model, tokenizer, balconies, path, name="x", trained=False, precision=parse_precision(precision))
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision"), [("llama", "fp32"), ("gemma3", "fp32"), ("qwen2", "int4,asym"), ("llama", "int8")]
+)
+def test_the_bytes_are_those_of_the_widened_model(
+    architecture: str, precision: str, make_tiny: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    narrow, wide = make_tiny(architecture), make_tiny(architecture)
+    for model, dtype in ((narrow, torch.bfloat16), (wide, torch.float32)):
+        for parameter in model.parameters():  # and not the buffers: a checkpoint has none
+            parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+    wanted = exported(wide, make_tokenizer(), tmp_path / "wide", precision)
+    before = {name: (id(weight), weight.clone()) for name, weight in narrow.named_parameters()}
+    monkeypatch.setattr(widen, "PIECE_BYTES", 1000)  # every weight in several pieces
+    monkeypatch.setattr(widen, "SMALL", 1024)  # what the tracer merges by value
+    assert exported(narrow, make_tokenizer(), tmp_path / "narrow", precision) == wanted
+    assert MANIFEST in wanted
+    after = dict(narrow.named_parameters())
+    assert after.keys() == before.keys()  # the model is as it was
+    for name, (identity, weight) in before.items():
+        assert id(after[name]) == identity and after[name].dtype == torch.bfloat16 and torch.equal(after[name], weight)
+
+
+def test_a_transposed_view_is_found_by_its_address(monkeypatch: Any) -> None:
+    monkeypatch.setattr(widen, "SMALL", 8)
+    linear = torch.nn.Linear(6, 6, dtype=torch.bfloat16)  # square: the shape does not tell
+    with widen.stand_ins([linear], torch.float32) as weights:
+        array = linear.weight.detach().numpy()
+        values = [ir.Value(name=name, const_value=ir.tensor(view)) for name, view in (("a", array), ("b", array.T))]
+        model = ir.Model(ir.Graph([], [], nodes=[], initializers=values, name="g"), ir_version=11)
+        widen.widen([model], weights, torch.float32)
+    exact = linear.weight.detach().float().numpy()
+    for value, wanted in zip(values, (exact, exact.T), strict=True):
+        tensor = value.const_value
+        assert isinstance(tensor, widen.Widened)
+        assert np.array_equal(tensor.numpy(), wanted)
+        assert np.array_equal(np.concatenate(list(widen.pieces(tensor))), wanted)
+
+
+def test_a_matrix_that_tracing_computes_is_refused(monkeypatch: Any) -> None:
+    monkeypatch.setattr(widen, "SMALL", 8)
+    linear = torch.nn.Linear(6, 4, dtype=torch.bfloat16)
+    with widen.stand_ins([linear], torch.float32) as weights:
+        value = ir.Value(name="layers.0.sum", const_value=ir.tensor(linear.weight.detach().numpy() + 1))
+        model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], name="g"), ir_version=11)
+        with pytest.raises(CheckpointError, match=r"weight layers\.0\.sum: tracing computes it .* load it in float32"):
+            widen.widen([model], weights, torch.float32)
