@@ -6,8 +6,8 @@ that nobody else uses, and the controller multiplies them by the slowdown that i
 
 A step at an exit runs every stage up to it, the exit's balcony (at the full depth: the final norm) and the LM head.
 Stages that were skipped before have pending rows, and so has a balcony that was not used for a while; they run in the
-same pass as the new row (DESIGN 3). So the price of switching is no separate number: it is the price of a step with
-more rows.
+same pass as the new row (DESIGN 3). So the price of switching is that of a step with more rows, and a constant: the caches
+hold another exit's weights, and passes of several rows are bound when they run.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ class CostModel:
         balconies: what follows at exit ``i``; the last entry is the final norm of the full depth.
         head: the LM head, one row a step.
         overhead_ms: everything that is no graph: the decision, sampling, text.
+        switch_ms: what a step with more rows than its own pays on top of them.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -167,6 +168,7 @@ class CostModel:
     balconies: tuple[UnitCost, ...]
     head: UnitCost
     overhead_ms: float = 0.0
+    switch_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.exits or list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
@@ -187,10 +189,12 @@ class CostModel:
             context_length: rows before the new one.
         """
         shared_ms = self.overhead_ms + self.head.pass_ms(1, context_length)
-        prices_ms = []
+        prices_ms, bound = [], True
         for stage, balcony, rows, kept_rows in zip(self.stages, self.balconies, stage_rows, balcony_rows, strict=True):
+            bound = bound and rows == 1
             shared_ms += stage.pass_ms(rows, context_length)
-            prices_ms.append(shared_ms + balcony.pass_ms(kept_rows, context_length, query_rows=1))
+            price_ms = shared_ms + balcony.pass_ms(kept_rows, context_length, query_rows=1)
+            prices_ms.append(price_ms if bound and kept_rows == 1 else price_ms + self.switch_ms)
         return prices_ms
 
     def step_ms(

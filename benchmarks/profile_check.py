@@ -1,15 +1,16 @@
 """Whether profiles can be believed: predictions of what they never saw, two in a row, and the same loop timed outside.
 
-    python -m benchmarks.profile_check BUNDLE [--quick]
+    python -m benchmarks.profile_check BUNDLE [--quick] [--keep DIR]
 
 Owns three figures and their bars, on one JSON line (exit code 1 if one is missed):
 
     held_out     50 steps at exits, contexts and pending rows that no grid point has, drawn with a fixed seed: the profile's
-                 price against the step's median. Median error <= 5 %, 95th percentile <= 15 %.
+                 price against the step's median. Median error <= 5 %, 95th percentile <= 15 %. What a full-depth token takes
+                 in the same rounds, over what it took in the profile (`drift`), is the machine's and taken out of each.
     two_in_a_row each in a process of its own, as a user makes them: the share of entries whose difference is within both
-                 intervals, sqrt(u1² + u2²). At least 95 %.
+                 intervals, sqrt(u1² + u2²), after what all of them differ by (`drift`) is taken out. At least 95 %.
     outside      full-depth decode by a stopwatch around `next(stream)` in rounds that alternate with the profiler's own
-                 blocks: the ratio of the medians. 0.97 to 1.03.
+                 blocks, on a sequence of the same length: the ratio of the medians. 0.97 to 1.03.
 
 A neighbour that takes CPU time shows in all three; `others_cpu_share` says how much there was.
 """
@@ -30,10 +31,9 @@ from typing import Any
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.costs import CostModel
 from balcony_edge.profile import Profile
 from balcony_runtime.generate import LLM
-from balcony_runtime.profiler.cells import WARM_TOKENS, Bench, Key, prompt
+from balcony_runtime.profiler.cells import WARM_TOKENS, Bench, Key, prompt, switched
 from balcony_runtime.profiler.grid import Grid
 from balcony_runtime.profiler.timing import quantile
 from benchmarks.rounds import Neighbours
@@ -47,11 +47,12 @@ def main() -> int:
     """Run all three."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the two profiles there")
     parser.add_argument("--quick", action="store_true", help="quick profiles and ten combinations, to see that it runs")
     arguments = parser.parse_args()
     neighbours = Neighbours()
     with tempfile.TemporaryDirectory() as directory:
-        paths = [Path(directory) / f"{name}.json" for name in "ab"]
+        paths = [(arguments.keep or Path(directory)) / f"{name}.json" for name in "ab"]
         for path in paths:
             verb = ["profile", str(arguments.bundle), "-o", str(path), *(["--quick"] if arguments.quick else [])]
             program = "from balcony_edge.cli import main; main()"
@@ -59,7 +60,7 @@ def main() -> int:
         first, second = (Profile.load(path) for path in paths)
     with balcony_edge.load(arguments.bundle) as llm:
         result: dict[str, Any] = {
-            "held_out": held_out(llm, first.costs, 10 if arguments.quick else COMBINATIONS),
+            "held_out": held_out(llm, second, 10 if arguments.quick else COMBINATIONS),
             "two_in_a_row": two_in_a_row(first, second),
             "outside": outside(llm),
             **neighbours.report(),
@@ -68,37 +69,36 @@ def main() -> int:
     return 0 if all(part["met"] for part in result.values() if isinstance(part, dict)) else 1
 
 
-def held_out(llm: LLM, costs: CostModel, count: int) -> dict[str, Any]:
-    """Steps with a backlog behind them, priced beforehand."""
+def held_out(llm: LLM, profile: Profile, count: int) -> dict[str, Any]:
+    """Steps with a backlog behind them, priced beforehand; the machine's own drift since the profile is taken out."""
     generator = random.Random(20261125)
-    exits = costs.exits
+    costs, exits = profile.costs, profile.costs.exits
     longest = min(LONGEST, llm.engine.manifest.model.context_length - MOST_PENDING - 2)
     combinations = [
         (generator.randrange(len(exits)), generator.randrange(1, longest), int(MOST_PENDING ** generator.random()))
         for _ in range(count)
     ]
-    vocabulary = llm.engine.manifest.model.vocab_size
-    shares = []
+    reference = min(profile.select("decode", exits[-1]), key=lambda entry: abs(entry.context - OUTSIDE_CONTEXT))
+    bench = Bench(llm, Grid.make(llm.engine.manifest.model.context_length, quick=True, depths=(reference.context,)))
+    key = Key("decode", exits[-1], context=reference.context)
+    shares, drifts = [], []
     for index, context, pending in combinations:
-        tokens = prompt(context + pending + 1, vocabulary)
-        sequence = llm.engine.new_sequence(max_length=len(tokens) + 1)
+        tokens = prompt(context + pending, llm.engine.manifest.model.vocab_size)
+        sequence = llm.engine.new_sequence(max_length=len(tokens) + 2)
         sequence.advance(exits[-1], tokens[:context])
         sequence.catch_up()
-        samples = []
+        # the rows wait at the next shallower exit; at the shallowest, in its balcony
+        before = exits[index - 1] if index else exits[-1]
+        errors, now = [], []
         for number in range(ROUNDS + 1):
-            # the rows wait at the next shallower exit; at the shallowest, in its balcony
-            before = exits[index - 1] if index else exits[-1]
-            sequence.advance(before, tokens[context : context + pending])
-            stage_rows, balcony_rows = sequence.rows_due(1)
-            price_ms = costs.step_ms(exits[index], stage_rows, balcony_rows, context + pending)
-            llm.budget = Budget(exit_layer=exits[index])
-            stream = llm.stream(tokens, max_new_tokens=1, ignore_eos=True, sequence=sequence)
+            bench.decode(exits[-1], reference.context)  # the first tokens after a pass of many rows are slower
+            now += bench.decode(exits[-1], reference.context)[key]
+            found = switched(llm, sequence, before, exits[index], tokens, pending)
+            price_ms = costs.step_ms(exits[index], found.stage_rows, found.balcony_rows, found.position)
             if number:
-                samples.append(next(stream).latency_ms)
-            else:
-                next(stream)
-            sequence.rollback(context)
-        shares.append(price_ms / median(samples) - 1)
+                errors.append(price_ms / found.latency_ms)
+        drifts.append(median(now) / reference.timing.p50_ms)
+        shares.append(median(errors) * drifts[-1] - 1)
     sizes = [abs(share) for share in shares]
     middle, high = median(sizes), quantile(sizes, 0.95)
     worst = max(range(count), key=sizes.__getitem__)
@@ -107,6 +107,7 @@ def held_out(llm: LLM, costs: CostModel, count: int) -> dict[str, Any]:
         "median_error": round(middle, 4),
         "p95_error": round(high, 4),
         "bias": round(median(shares), 4),
+        "drift": round(median(drifts), 4),
         "worst": {"exit_layer": exits[combinations[worst][0]], "context": combinations[worst][1],
                   "pending": combinations[worst][2], "error": round(shares[worst], 4)},
         "met": middle <= 0.05 and high <= 0.15,
@@ -114,17 +115,23 @@ def held_out(llm: LLM, costs: CostModel, count: int) -> dict[str, Any]:
 
 
 def two_in_a_row(first: Profile, second: Profile) -> dict[str, Any]:
-    """Share of the entries that agree within their intervals."""
+    """Share of the entries that agree within their intervals, what all differ by (the machine's drift) taken out."""
     other = {entry.key: entry.timing for entry in second.entries}
-    pairs = [(entry.timing, other[entry.key]) for entry in first.entries if entry.key in other]
-    agree = [abs(a.p50_ms - b.p50_ms) <= math.hypot(a.uncertainty_ms, b.uncertainty_ms) for a, b in pairs]
-    share = sum(agree) / len(agree)
-    ratios = [abs(math.log(b.p50_ms / a.p50_ms)) for a, b in pairs if a.p50_ms and b.p50_ms]
-    widths = [a.uncertainty_ms / a.p50_ms for a, _ in pairs if a.p50_ms]
+    pairs = [(entry.timing, other[entry.key]) for entry in first.entries if entry.key in other and entry.timing.p50_ms]
+    drift = median(b.p50_ms / a.p50_ms for a, b in pairs)
+
+    def share_of(scale: float) -> float:
+        agree = [abs(scale * a.p50_ms - b.p50_ms) <= math.hypot(a.uncertainty_ms, b.uncertainty_ms) for a, b in pairs]
+        return sum(agree) / len(agree)
+
+    share = share_of(drift)
+    widths = [a.uncertainty_ms / a.p50_ms for a, _ in pairs]
     return {
         "entries": len(pairs),
+        "drift": round(drift, 4),
         "agree": round(share, 3),
-        "median_difference": round(median(ratios), 4),
+        "agree_with_drift": round(share_of(1.0), 3),
+        "median_difference": round(median(abs(b.p50_ms / a.p50_ms / drift - 1) for a, b in pairs), 4),
         "median_uncertainty": round(median(widths), 4),
         "met": share >= 0.95,
     }
@@ -136,17 +143,20 @@ def outside(llm: LLM) -> dict[str, Any]:
     grid = Grid.make(llm.engine.manifest.model.context_length, quick=True, depths=(context,))
     bench = Bench(llm, grid)
     tokens = prompt(context + 1, llm.engine.manifest.model.vocab_size)
+    sequence = llm.engine.new_sequence(max_length=context + grid.tokens + 1)
+    sequence.advance(full, tokens[:context])
     inside: list[float] = []
     by_stopwatch: list[float] = []
     for number in range(2 * ROUNDS + 1):
         own = bench.decode(full, context)[Key("decode", full, context=context)]
         llm.budget = Budget(exit_layer=full)
-        stream = llm.stream(tokens, max_new_tokens=grid.tokens, ignore_eos=True)
+        stream = llm.stream(tokens, max_new_tokens=grid.tokens, ignore_eos=True, sequence=sequence)
         gaps = []
         for _ in range(grid.tokens):
             begin_ns = time.perf_counter_ns()
             next(stream)
             gaps.append((time.perf_counter_ns() - begin_ns) / 1e6)
+        sequence.rollback(context)
         if number:
             inside += own
             by_stopwatch += gaps[WARM_TOKENS:]

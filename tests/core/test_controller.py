@@ -61,6 +61,15 @@ def test_first_token_takes_the_deepest_exit_that_fits(room_ms: float, exit_layer
     assert decision.price_ms == decision.predicted_ms == SMALL.steady_ms(exit_layer, 0)
 
 
+def test_a_step_with_a_backlog_is_priced_as_the_model_prices_it() -> None:
+    costs = replace(SMALL, switch_ms=0.75)
+    for rows, kept in (((1, 3, 3), STEADY), (STEADY, (5, 2, 1)), (STEADY, STEADY)):
+        for exit_layer in SMALL.exits:
+            seen = Observation(Budget(tpot_ms=1e3, min_exit=exit_layer, max_exit=exit_layer), 0, rows, kept)
+            decision = Controller(costs).decide(settled(exit_layer), seen)[1]
+            assert decision.price_ms == pytest.approx(costs.step_ms(exit_layer, rows, kept, 0))
+
+
 def test_probability_is_that_of_the_filter() -> None:
     decision = decide(settled(8, mean=math.log(2)), Budget(tpot_ms=20.8))
     # 10 ms at slowdown 2 against 20.8 ms: ln(1.04) / 0.02 = 1.961 deviations.

@@ -30,6 +30,7 @@ DEMO = CostModel(
     balconies=(layers(1), layers(1), layers(1), UnitCost(0.05)),
     head=UnitCost(3.0),
     overhead_ms=0.15,
+    switch_ms=0.25,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -37,6 +38,15 @@ def test_step_runs_the_stages_up_to_the_exit_then_its_balcony_and_the_head() -> 
         COSTS.step_ms(4, (1, 11), (5, 1), 700),
         COSTS.step_ms(8, (1, 11), (5, 1), 700),
     ]
+
+
+def test_a_step_with_a_backlog_pays_for_the_switch() -> None:
+    costs = replace(COSTS, switch_ms=0.5)
+    assert costs.steady_ms(8, 100) == COSTS.steady_ms(8, 100)
+    # whatever has more rows than the new one, up to the exit: pending rows of the deeper stage say nothing about exit 4
+    assert costs.steps_ms((1, 11), (1, 1), 0) == [COSTS.steady_ms(4, 0), COSTS.step_ms(8, (1, 11), (1, 1), 0) + 0.5]
+    assert costs.step_ms(4, (1, 1), (11, 1), 0) == COSTS.step_ms(4, (1, 1), (11, 1), 0) + 0.5
+    assert costs.prefill_ms(8, 30) == COSTS.prefill_ms(8, 30) + 0.5
 
 
 @pytest.mark.parametrize(("available_ms", "rows"), [(1.9, 0), (2.0, 1), (2.49, 1), (2.5, 2), (4.0, 5), (1e9, 7)])
@@ -77,6 +87,8 @@ def test_costs_are_finite_and_not_negative(bad: float) -> None:
         UnitCost(1.0, bad)
     with pytest.raises(ValueError, match="overhead_ms"):
         CostModel((4,), (STAGE,), (STAGE,), STAGE, bad)
+    with pytest.raises(ValueError, match="switch_ms"):
+        CostModel((4,), (STAGE,), (STAGE,), STAGE, switch_ms=bad)
 
 
 @pytest.mark.parametrize("exits", [(), (0,), (8, 4), (4, 4)])

@@ -35,6 +35,7 @@ DEMO = CostModel(
     balconies=(layers(1), layers(1), layers(1), UnitCost(0.05)),
     head=UnitCost(3.0),
     overhead_ms=0.15,
+    switch_ms=0.25,
 )
 #: 8 W while a step runs, 2 W else; 6 K/W, so 73 °C and 37 °C.
 BOARD = Device()

@@ -59,6 +59,41 @@ def prompt(length: int, vocab_size: int) -> list[int]:
     return [(100 + 7 * i % 1000) % vocab_size for i in range(length)]
 
 
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A token at another exit than the ones before it: what was due for it, the row it stood at, and how long it took."""
+
+    stage_rows: tuple[int, ...]
+    balcony_rows: tuple[int, ...]
+    position: int
+    latency_ms: float
+
+
+def switched(llm: LLM, sequence: Sequence, before: int, after: int, tokens: list[int], pending: int) -> Switch:
+    """Let ``pending`` rows past the end of ``sequence`` run at one exit, make one token at the other, and roll back.
+
+    The last of the rows are made by the stream that then switches, as a reply's are: its step is bound by then.
+
+    Args:
+        tokens: those of the sequence and ``pending`` more.
+    """
+    context = sequence.length
+    bulk = pending - min(pending, WARM_TOKENS)
+    if bulk:
+        sequence.advance(before, tokens[context : context + bulk])
+    llm.budget = Budget(exit_layer=before)
+    prompt = tokens[: context + bulk + 1]
+    stream = llm.stream(prompt, max_new_tokens=pending - bulk + 1, ignore_eos=True, sequence=sequence)
+    for _ in range(pending - bulk):
+        next(stream)
+    stage_rows, balcony_rows = sequence.rows_due(1)
+    position = sequence.length
+    llm.budget = Budget(exit_layer=after)
+    latency_ms = next(stream).latency_ms
+    sequence.rollback(context)
+    return Switch(tuple(stage_rows), tuple(balcony_rows), position, latency_ms)
+
+
 class Bench:
     """The sequences that measuring goes on, and the cells over them."""
 
@@ -144,14 +179,9 @@ class Bench:
         context = min(max(min(self.grid.depths), SWITCH_CONTEXT), max(self.grid.depths))
         context = min(context, self.llm.engine.manifest.model.context_length - pending - 2)
         sequence = self._sequence("switch", context, room=max(self.grid.pending) + 2)
-        self.llm.budget = Budget(exit_layer=after)
-        tokens = self._tokens_to(context + pending + 1)
-        sequence.advance(before, tokens[context : context + pending])
-        stream = self.llm.stream(tokens, max_new_tokens=1, ignore_eos=True, sequence=sequence)
-        latency_ms = next(stream).latency_ms
-        sequence.rollback(context)
+        found = switched(self.llm, sequence, before, after, self._tokens_to(context + pending), pending)
         kind: Kind = "switch_up" if after > before else "switch_down"
-        return {Key(kind, after, before, rows=pending + 1, context=context + pending): [latency_ms]}
+        return {Key(kind, after, before, rows=pending + 1, context=found.position): [found.latency_ms]}
 
     def _sweep(self, rows: int, end: int) -> Blocks:
         """One pass through every graph, in the order of a step; the last of ``rows`` is the sequence's last."""

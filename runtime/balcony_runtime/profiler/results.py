@@ -78,7 +78,18 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...]) -> tuple[CostModel, list[R
         head=unit("lm_head", full, "LM head"),
         overhead_ms=median(overhead) if overhead else 0.0,
     )
-    return _anchored(costs, typical), residuals
+    anchored = _anchored(costs, typical)
+    return replace(anchored, switch_ms=_switch_ms(anchored, typical)), residuals
+
+
+def _switch_ms(costs: CostModel, typical: Mapping[Key, float]) -> float:
+    """What switches were measured to take beyond their rows."""
+    beyond = [
+        ms - (predicted_ms(costs, key) or 0.0)
+        for key, ms in typical.items()
+        if key.kind in ("switch_up", "switch_down")
+    ]
+    return max(median(beyond), 0.0) if beyond else 0.0
 
 
 def _anchored(costs: CostModel, typical: Mapping[Key, float]) -> CostModel:
