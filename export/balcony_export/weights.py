@@ -7,11 +7,11 @@ content, so that a tied table, a shared rope table or a weight that two graphs u
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import numpy as np
 import onnx_ir as ir
 
 from balcony_edge.manifest import WEIGHTS
@@ -43,14 +43,14 @@ class WeightFile:
     def offset_of(self, tensor: ir.TensorProtocol) -> int:
         """Byte offset of ``tensor``, which is written where no equal one was before."""
         digest = hashlib.sha256()
-        for piece in pieces(tensor):
-            digest.update(np.ascontiguousarray(piece).data)
+        for data in _bytes(tensor):
+            digest.update(data)
         key = digest.digest()
         if key not in self._offsets:
             self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
             self._offsets[key] = self._file.tell()
-            for piece in pieces(tensor):
-                self._file.write(np.ascontiguousarray(piece).data)
+            for data in _bytes(tensor):
+                self._file.write(data)
         return self._offsets[key]
 
     def externalize(self, model: ir.Model) -> None:
@@ -69,3 +69,12 @@ class WeightFile:
                 name=value.name or "",
                 base_dir=str(self._directory),
             )
+
+
+def _bytes(tensor: ir.TensorProtocol) -> Iterator[bytes]:
+    """What is stored of a tensor, a part at a time; values of less than a byte are packed, so those come whole."""
+    if tensor.dtype.bitwidth < 8:
+        yield tensor.tobytes()
+        return
+    for piece in pieces(tensor):
+        yield piece.tobytes()
