@@ -30,9 +30,10 @@ def plot(document: dict[str, Any], path: Path) -> None:
         for case in cases:
             text = f"exit {case['exit_layer']}" if case is not cases[0] else "full depth"
             _name(axes, case, text, color, to_the_left=True)
-    for case in (case for case in document["cases"] if case["bundle"] is None):
+    peers = sorted((case for case in document["cases"] if case["bundle"] is None), key=lambda case: case["kl"])
+    for number, case in enumerate(peers):
         axes.plot(case["kl"], case["decode_32_tps"], "D", color="0.35")
-        _name(axes, case, case["name"], "0.25")
+        _name(axes, case, case["name"], "0.25", up=6 if number % 2 else -6)  # neighbours' names do not meet
     axes.set_xscale("symlog", linthresh=LINEAR_KL)
     axes.set_xlim(-LINEAR_KL / 10, 10 * max(case["kl"] for case in document["cases"]))  # room for names on the right
     axes.set_ylim(bottom=0)
@@ -44,11 +45,11 @@ def plot(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _name(axes: Any, case: dict[str, Any], text: str, color: Any, *, to_the_left: bool = False) -> None:
+def _name(axes: Any, case: dict[str, Any], text: str, color: Any, *, to_the_left: bool = False, up: int = 0) -> None:
     axes.annotate(
         text,
         (case["kl"], case["decode_32_tps"]),
-        xytext=(-7 if to_the_left else 7, 0),
+        xytext=(-7 if to_the_left else 7, up),
         textcoords="offset points",
         horizontalalignment="right" if to_the_left else "left",
         verticalalignment="center",

@@ -60,7 +60,7 @@ def open_session(
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     entries: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
-    """A session on the process's shared thread pool, which the first call makes.
+    """A session on the process's shared thread pool and memory arena, which the first call makes.
 
     ONNX Runtime then wants every later session of the process on that pool (``use_per_session_threads = False``), those
     of the host application included: docs/embedding.md. Where the host made a pool before, that one is used; where a
@@ -78,6 +78,10 @@ def open_session(
             _pool_asked = True
             with contextlib.suppress(RuntimeError):  # the host made one
                 ort.set_global_thread_pool_sizes(count, 1)
+            ort.create_and_register_allocator(
+                ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
+                ort.OrtArenaCfg(0, -1, -1, -1),  # as a session's own: no limit, and the defaults
+            )
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if not optimize:
@@ -94,6 +98,8 @@ def open_session(
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
     options.use_per_session_threads = False
+    # graphs run one after the other: one arena holds the activations of whichever runs, where each would keep its own
+    options.add_session_config_entry("session.use_env_allocators", "1")
     try:
         try:
             return _quiet_session(path, options, providers)
