@@ -75,6 +75,25 @@ class Blocks:
         return dense
 
     @classmethod
+    def gathered(cls, count: int, parts: Iterable[Blocks]) -> Blocks:
+        """One matrix of ``count`` rows whose parts come one after the other; only one of them is held beside it."""
+        whole, done = None, 0  # type: Blocks | None, int
+        for part in parts:
+            if whole is None:
+                packed, scales = (
+                    np.empty((count, *array.shape[1:]), array.dtype) for array in (part.packed, part.scales)
+                )
+                zeros = None if part.zeros is None else np.empty((count, *part.zeros.shape[1:]), np.uint8)
+                whole = cls(packed, scales, zeros, part.bits, part.block_size)
+            rows = slice(done, done + len(part.packed))
+            whole.packed[rows], whole.scales[rows] = part.packed, part.scales
+            if whole.zeros is not None and part.zeros is not None:
+                whole.zeros[rows] = part.zeros
+            done = rows.stop
+        assert whole is not None and done == count
+        return whole
+
+    @classmethod
     def stacked(cls, parts: Sequence[Blocks]) -> Blocks:
         """Several matrices over the same inputs, one below the other."""
         if len(parts) == 1:
@@ -99,17 +118,17 @@ class Quantizer:
 
     def layer(self, name: str, weight: npt.NDArray[np.float32]) -> Blocks:
         """A layer's weight  # (K, N)"""
-        return self._quantized(name, [weight.T], self.scheme.bits)
+        return self._quantized(name, ir.tensor(weight.T), self.scheme.bits)
 
     def table(self, name: str, weight: ir.TensorProtocol) -> Blocks:
         """The LM head's weight or the token table  # (V, D)"""
-        return self._quantized(name, pieces(weight), self.scheme.head_bits)
+        return self._quantized(name, weight, self.scheme.head_bits)
 
-    def _quantized(self, name: str, rows: Iterable[npt.NDArray[np.generic]], bits: int) -> Blocks:
+    def _quantized(self, name: str, weight: ir.TensorProtocol, bits: int) -> Blocks:
         if name not in self.done:
             moment = self.moments.get(name)
-            parts = [quantize(torch.tensor(part), bits, self.scheme, moment) for part in rows]  # (N, K)
-            self.done[name] = Blocks.stacked(parts)
+            parts = (quantize(torch.tensor(rows), bits, self.scheme, moment) for rows in pieces(weight))  # (N, K)
+            self.done[name] = Blocks.gathered(int(weight.shape[0]), parts)  # type: ignore[arg-type]
         return self.done[name]
 
 
