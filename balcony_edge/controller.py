@@ -372,18 +372,13 @@ class Controller:
     def _prices(self, seen: Observation) -> tuple[list[float], list[float]]:
         """Prices per exit of the next step as it is, and without a backlog (those of a context a little shorter)."""
         context, steady = seen.context_length, self._steady_at(seen.context_length)
-        shared_ms, now_ms, switch_ms = steady.shared_ms, [], 0.0
+        costs, shared_ms, now_ms, bound = self._costs, steady.shared_ms, [], True
         for index, (rows, kept) in enumerate(zip(seen.stage_rows, seen.balcony_rows, strict=True)):
-            if rows == 1:
-                shared_ms += steady.stages_ms[index]
-            else:
-                shared_ms += self._costs.stages[index].pass_ms(rows, context)
-                switch_ms = self._costs.switch_ms
-            if kept == 1:
-                now_ms.append(shared_ms + switch_ms + steady.balconies_ms[index])
-            else:
-                kept_ms = self._costs.balconies[index].pass_ms(kept, context, 1)
-                now_ms.append(shared_ms + self._costs.switch_ms + kept_ms)
+            bound = bound and rows == 1
+            shared_ms += steady.stages_ms[index] if rows == 1 else costs.stages[index].pass_ms(rows, context)
+            balcony_ms = steady.balconies_ms[index] if kept == 1 else costs.balconies[index].pass_ms(kept, context, 1)
+            price_ms = shared_ms + balcony_ms
+            now_ms.append(price_ms if bound and kept == 1 else price_ms + costs.switch_ms)
         return now_ms, steady.exits_ms
 
     def _learn(self, state: ControllerState, last: Measurement | None) -> tuple[Slowdown, tuple[object, ...]]:

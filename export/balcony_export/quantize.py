@@ -76,7 +76,7 @@ class Blocks:
 
     @classmethod
     def gathered(cls, count: int, parts: Iterable[Blocks]) -> Blocks:
-        """One matrix of ``count`` rows whose parts come one after the other; only one of them is held beside it."""
+        """One matrix of ``count`` rows, its parts one below the other; where they are made one by one, only one is held."""
         whole, done = None, 0  # type: Blocks | None, int
         for part in parts:
             if whole is None:
@@ -92,20 +92,6 @@ class Blocks:
             done = rows.stop
         assert whole is not None and done == count
         return whole
-
-    @classmethod
-    def stacked(cls, parts: Sequence[Blocks]) -> Blocks:
-        """Several matrices over the same inputs, one below the other."""
-        if len(parts) == 1:
-            return parts[0]
-        zeros = [part.zeros for part in parts if part.zeros is not None]
-        return cls(
-            np.concatenate([part.packed for part in parts]),
-            np.concatenate([part.scales for part in parts]),
-            np.concatenate(zeros) if zeros else None,
-            parts[0].bits,
-            parts[0].block_size,
-        )
 
 
 @dataclass
@@ -255,7 +241,8 @@ def _product(
     weights = [node.inputs[1] for node in nodes]
     names = [str(weight.name) for weight in weights if weight is not None]
     arrays = [weight.const_value.numpy() for weight in weights if weight is not None and weight.const_value is not None]
-    blocks = Blocks.stacked([quantizer.layer(name, array) for name, array in zip(names, arrays, strict=True)])
+    parts = (quantizer.layer(name, array) for name, array in zip(names, arrays, strict=True))
+    blocks = Blocks.gathered(sum(array.shape[1] for array in arrays), parts)
     name = "+".join(names)
     bias = None
     if any(biases):
