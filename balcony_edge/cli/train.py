@@ -60,6 +60,9 @@ def train(
         int | None, typer.Option(help="Rows per pass (default: all of them): accumulates gradients.")
     ] = None,
     positions: Annotated[int, typer.Option(help="Positions of a row that the loss samples; 0: all.")] = 128,
+    reuse: Annotated[
+        int, typer.Option(help="Steps that learn from one pass of the backbone, at other positions each.")
+    ] = 1,
     average: Annotated[float, typer.Option(help="Memory of the averaged weights.")] = 0.99,
     precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the passes; weights train in fp32.")] = "bf16",
     cache_gb: Annotated[float, typer.Option(help="Keep states of the backbone on disk for later epochs.")] = 0.0,
@@ -110,6 +113,7 @@ def train(
         batch_rows=batch_rows,
         micro_rows=micro_rows or batch_rows,
         positions=positions,
+        reuse=reuse,
         optimizer=optimizer,
         rate=rate,
         vector_rate=rate / 2 if vector_rate is None else vector_rate,

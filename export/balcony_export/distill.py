@@ -28,7 +28,7 @@ from balcony_edge.errors import InputError, TrainingError
 from balcony_export.balcony import Balcony, fingerprint, init_balconies, save_balconies, write_file
 from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, save_checkpoint
 from balcony_export.distill_config import TrainConfig
-from balcony_export.distill_data import Corpus, Rows
+from balcony_export.distill_data import Corpus, Order, Rows
 from balcony_export.distill_loss import HeadLoss
 from balcony_export.distill_parallel import Processes
 from balcony_export.distill_schedule import Schedule, make_optimizers, set_rate
@@ -110,6 +110,8 @@ class Trainer:
             )
             self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
         self.schedule = Schedule(config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share)
+        self.order = Order(len(corpus.train.tokens), config.batch_rows, config.reuse, config.seed)
+        self._states: dict[int, torch.Tensor] = {}  # place in the order -> states  # (exits + 1, T, D)
         self.step = 0
         self.wall_s = 0.0  # spent training, over all sessions of the run
         self.best: dict[int, float] = {}
@@ -130,20 +132,23 @@ class Trainer:
         self.work.mkdir(parents=True, exist_ok=True)
         return StateCache(self.work / "states.bin", rows, shape, self.dtype, key)
 
-    def rows_of(self, step: int) -> npt.NDArray[np.int64]:
-        """Row indices of a step: whole epochs in a seeded order."""
-        count, size = len(self.corpus.train.tokens), self.config.batch_rows
-        picked = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, index = divmod(position, count)
-            # epoch 0 keeps the corpus's own order, which is shuffled already
-            order = (
-                np.arange(count) if epoch == 0 else np.random.default_rng([self.config.seed, epoch]).permutation(count)
-            )
-            picked.append(order[index])
-        return np.asarray(picked, dtype=np.int64)
+    def states_of(self, places: npt.NDArray[np.int64]) -> torch.Tensor:
+        """States of the rows at these places of the order  # (exits + 1, B, T, D)
 
-    def states_of(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        The backbone passes ``micro_rows`` neighbours at a time, so that a resumed run makes the states that the killed
+        one had; they are kept for as long as their window lasts.
+        """
+        window = places[0] // self.order.window
+        self._states = {place: kept for place, kept in self._states.items() if place // self.order.window == window}
+        for place in places.tolist():
+            if place not in self._states:
+                first = place - place % self.config.micro_rows
+                rows = np.asarray([self.order.row(first + index) for index in range(self.config.micro_rows)])
+                for index, states in enumerate(self._pass(rows).unbind(1)):
+                    self._states[first + index] = states
+        return torch.stack([self._states[place] for place in places.tolist()], dim=1)
+
+    def _pass(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """States of training rows, from the cache or through the backbone  # (exits + 1, B, T, D)"""
         if self.cache is not None and (cached := self.cache.get(rows)) is not None:
             return cached.to(self.device)
@@ -179,14 +184,14 @@ class Trainer:
     def train_step(self) -> dict[int, float]:
         """One optimizer step of every exit; returns KL per exit."""
         config = self.config
-        rows = self.rows_of(self.step)
-        chunks = np.split(rows, config.batch_rows // config.micro_rows)
+        chunks = np.split(self.order.places(self.step), config.batch_rows // config.micro_rows)
         sums = torch.zeros(
             len(config.exits) + 1, dtype=torch.float64, device=self.device
         )  # KL per exit, then positions
         for number in self.processes.share(len(chunks)):
             states = self.states_of(chunks[number])
-            picked = Rows(self.corpus.train.tokens[chunks[number]], self.corpus.train.lengths[chunks[number]])
+            rows = [self.order.row(place) for place in chunks[number].tolist()]
+            picked = Rows(self.corpus.train.tokens[rows], self.corpus.train.lengths[rows])
             where = self.positions_of(picked, states, [config.seed, self.step, number])
             sums[-1] += len(where)
             full = states[-1].flatten(0, 1)[where]

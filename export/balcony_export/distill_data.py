@@ -49,6 +49,43 @@ class Corpus:
     digest: str  # of the rows: a resumed run must see the same
 
 
+class Order:
+    """Which rows a step learns from: whole epochs in a seeded order, each row ``reuse`` times within a window of steps.
+
+    A run is a stream of rows. Each window of it is passed ``reuse`` times, in another order each time, so that what is
+    costly to make of a row can be kept until its window is over.
+
+    Args:
+        count: rows of the corpus.
+        batch_rows: rows per step.
+        reuse: times that a row is learned from before the stream goes on.
+        seed: of the epochs after the first (the corpus is shuffled already) and of the passes after the first.
+    """
+
+    WINDOW_STEPS = 64
+
+    def __init__(self, count: int, batch_rows: int, reuse: int, seed: int) -> None:
+        self.count, self.batch_rows, self.reuse, self.seed = count, batch_rows, reuse, seed
+        self.window = batch_rows * (self.WINDOW_STEPS if reuse > 1 else 1)  # rows
+
+    def places(self, step: int) -> npt.NDArray[np.int64]:
+        """Places in the stream of the rows of a step, all of one window  # (B,)"""
+        window, index = divmod(step * self.batch_rows, self.window * self.reuse)
+        again, index = divmod(index, self.window)
+        order = np.arange(self.window)
+        if again:
+            order = np.random.default_rng([self.seed, window, again]).permutation(self.window)
+        picked: npt.NDArray[np.int64] = window * self.window + order[index : index + self.batch_rows]
+        return picked
+
+    def row(self, place: int) -> int:
+        """Index in the corpus of the row at a place of the stream."""
+        epoch, index = divmod(place, self.count)
+        if epoch == 0:
+            return index
+        return int(np.random.default_rng([self.seed, epoch]).permutation(self.count)[index])
+
+
 def build_corpus(
     files: Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,

@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 
 from balcony_edge.errors import InputError, TrainingError
 from balcony_export.balcony import load_balconies
-from balcony_export.distill import METRICS, Trainer
+from balcony_export.distill import METRICS, Progress, Trainer
 from balcony_export.distill_config import TrainConfig
-from balcony_export.distill_data import Corpus, Rows, build_corpus, pack
+from balcony_export.distill_data import Corpus, Order, Rows, build_corpus, pack
 from balcony_export.distill_loss import CHUNK, HeadLoss
 from balcony_export.distill_report import Cost, plot_curves, pretraining_tokens
 from balcony_export.distill_schedule import Schedule
@@ -242,6 +242,46 @@ def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: 
     cached.run()
     assert losses_of(plain) == losses_of(cached)
     assert passes <= steps // 2 + 1 + 2  # the first epoch, and the held-out rows
+
+
+def test_every_row_of_a_window_is_learned_from_as_often_as_asked() -> None:
+    order = Order(count=300, batch_rows=2, reuse=3, seed=0)
+    window = 2 * Order.WINDOW_STEPS
+    places = np.stack([order.places(step) for step in range(2 * 3 * Order.WINDOW_STEPS)])  # two windows
+    for first in (0, 1):
+        part = places[first * 3 * Order.WINDOW_STEPS :][: 3 * Order.WINDOW_STEPS]
+        assert np.bincount(part.ravel(), minlength=2 * window)[first * window :][:window].tolist() == [3] * window
+        passes = part.reshape(3, -1).tolist()
+        assert passes[0] == list(range(first * window, (first + 1) * window))
+        assert passes[1] != passes[0] != passes[2] != passes[1]
+    assert [order.row(place) for place in range(300)] == list(range(300))
+    assert sorted(order.row(place) for place in range(300, 600)) == list(range(300))
+    plain = Order(count=300, batch_rows=2, reuse=1, seed=0)
+    assert [plain.places(step).tolist() for step in (0, 1, 150)] == [[0, 1], [2, 3], [300, 301]]
+
+
+def test_a_reused_pass_is_made_once_and_a_resumed_run_makes_the_same_states(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Order, "WINDOW_STEPS", 5)
+    options: dict[str, Any] = {"steps": 25, "reuse": 3, "evaluate_every": 100}
+    whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole", **options)
+    passes, states = [], whole.backbone.states
+    monkeypatch.setattr(whole.backbone, "states", lambda tokens: passes.append(len(tokens)) or states(tokens))
+    whole.run()
+    assert passes[:10] == [2] * 10  # 15 steps learn from the first five passes, the last ten from the next five
+    assert len(passes) == 10 + 2  # and two of the held-out rows
+    first = trainer_of(make_tiny("llama"), corpus, tmp_path / "parts", **options)
+    first.work.mkdir(parents=True)
+    while first.step < 8:  # in the second pass over a window
+        first._log(Progress(first.step, 25, first.train_step(), None, 0.0, 0.0))
+    first.checkpoint()
+    second = trainer_of(make_tiny("llama"), corpus, tmp_path / "parts", **options)
+    assert second.resume()
+    second.run()
+    assert losses_of(second)[8:] == losses_of(whole)[8:]
+    for name, value in second.balconies[2].state_dict().items():
+        assert torch.equal(value, whole.balconies[2].state_dict()[name])
 
 
 _CHILD = """
