@@ -279,15 +279,28 @@ def _matmul_nbits(
 
 
 def _quantize_head(model: ir.Model, node: ir.Node, quantizer: Quantizer) -> None:
-    source, table = node.inputs[0], node.inputs[1]
-    assert source is not None and table is not None and table.const_value is not None
+    flat, table = node.inputs[0], node.inputs[1]
+    assert flat is not None and table is not None and table.const_value is not None
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     blocks = quantizer.table("lm_head.weight", table.const_value)
     level = quantizer.scheme.accuracy_level
-    new = _matmul_nbits(model, source, "lm_head.weight", blocks, int(table.const_value.shape[1]), level, bias)  # type: ignore[arg-type]
+    # Gemm takes two axes; without the reshapes around it no logits are copied
+    before, (after,) = flat.producer(), node.outputs[0].consumers()
+    assert before is not None and before.op_type == after.op_type == "Reshape" and before.inputs[0] is not None
+    new = _matmul_nbits(
+        model,
+        before.inputs[0],
+        "lm_head.weight",
+        blocks,
+        int(table.const_value.shape[1]),
+        level,
+        bias,  # type: ignore[arg-type]
+    )
+    old, out = after.outputs[0], new.outputs[0]
+    out.name, out.type, out.shape = old.name, old.type, old.shape
     model.graph.insert_before(node, new)
-    ir.convenience.replace_all_uses_with(node.outputs[0], new.outputs[0])
-    model.graph.remove(node, safe=True)
+    ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+    model.graph.remove([after, node], safe=True)
     model.graph.opset_imports[MICROSOFT] = 1
 
 

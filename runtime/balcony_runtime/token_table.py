@@ -21,9 +21,9 @@ class TokenTable:
         spec = bundle.manifest.embedding
         path = bundle.file(spec.file)
 
-        def mapped(offset: int, dtype: Any, width: int) -> npt.NDArray[Any]:
+        def mapped(offset: int, dtype: Any, *row: int) -> npt.NDArray[Any]:
             # as a plain array: indexing a memmap object costs 10 µs more
-            return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=(spec.shape[0], width)))
+            return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=(spec.shape[0], *row)))
 
         self.dtype: np.dtype[Any] = np.dtype(spec.dtype)
         self._scale = self.dtype.type(spec.scale)
@@ -34,7 +34,7 @@ class TokenTable:
         bits, size = spec.blocks.bits, spec.blocks.block_size
         count = -(-self._width // size)
         self._table = mapped(spec.offset, np.uint8, count * size * bits // 8)
-        self._scales = mapped(spec.blocks.scales_offset, np.float32, count)
+        self._scales = mapped(spec.blocks.scales_offset, np.float32, count, 1)
         self._middle = np.float32(1 << (bits - 1))
         self._values = unpacked(np.arange(256, dtype=np.uint8)[:, None], bits) - self._middle  # (256, values a byte)
         zeros = spec.blocks.zero_points_offset
@@ -47,14 +47,15 @@ class TokenTable:
 
     def _dequantized(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         assert self._blocks is not None
-        # a decode step asks for one row with cold caches: few calls, whatever they compute
-        values = self._values[self._table[tokens]]  # a byte holds one value or two
-        scales = self._scales[tokens]  # (..., blocks)
-        blocks = values.reshape(*scales.shape, self._blocks.block_size)
+        # a decode step asks for one row with cold caches: few calls, whatever they compute, and views for arrays
+        at: Any = tokens.item() if tokens.size == 1 else tokens
+        values = self._values.take(self._table[at], axis=0)  # a byte holds one value or two
+        scales = self._scales[at]  # (..., blocks, 1)
+        blocks = values.reshape(*scales.shape[:-1], self._blocks.block_size)
         if self._zeros is not None:
             bits = self._blocks.bits
-            blocks = blocks - (unpacked(self._zeros[tokens], bits)[..., : scales.shape[-1], None] - self._middle)
-        rows: npt.NDArray[np.float32] = blocks * scales[..., None]
+            blocks = blocks - (unpacked(self._zeros[at], bits)[..., : scales.shape[-2], None] - self._middle)
+        rows: npt.NDArray[np.float32] = blocks * scales
         return rows.reshape(*tokens.shape, -1)[..., : self._width]
 
 
