@@ -122,14 +122,27 @@ def export(
             export_within(budget, judge, loaded, tokenizer, modules, output, report=stderr.print, **options)
         else:
             export_bundle(loaded, tokenizer, modules, output, precision=scheme, **options)
+    _warn(trained, scheme)
+    if tensorrt is not None:
+        _build_engines(output, tensorrt)
+    _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
+
+
+def _warn(trained: bool, scheme: object) -> None:
+    """Say what the bundle will not do well."""
+    from balcony_edge.cli.console import stderr
+    from balcony_export.quantize import Scheme
+
     if not trained:
         stderr.print(
             "[yellow]The balconies are untrained copies of the last layer: the exits below the full depth babble. "
             "Train them with `balcony-edge train` and export with --balconies.[/]"
         )
-    if tensorrt is not None:
-        _build_engines(output, tensorrt)
-    _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
+    if isinstance(scheme, Scheme) and scheme.unpacks:
+        stderr.print(
+            f"[yellow]{scheme}: at level 1 ONNX Runtime unpacks 8-bit weights at every token (15 times slower on the demo "
+            "model): take int4 with head=4, or level=4.[/]"
+        )
 
 
 def _build_engines(output: Path, precision: EnginePrecision) -> None:

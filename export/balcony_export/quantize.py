@@ -49,6 +49,11 @@ class Scheme:
     accuracy_level: Literal[1, 4] = 4
     kv_bits: Literal[8, 32] = 32
 
+    @property
+    def unpacks(self) -> bool:
+        """Whether ONNX Runtime makes float32 of 8-bit weights again at every token: it has no kernel that leaves them."""
+        return self.accuracy_level == 1 and 8 in (self.bits, self.head_bits)
+
     def __str__(self) -> str:
         kind = "sym" if self.symmetric else "asym"
         kv = "" if self.kv_bits == 32 else f",kv={self.kv_bits}"
@@ -287,15 +292,8 @@ def _quantize_head(model: ir.Model, node: ir.Node, quantizer: Quantizer) -> None
     # Gemm takes two axes; without the reshapes around it no logits are copied
     before, (after,) = flat.producer(), node.outputs[0].consumers()
     assert before is not None and before.op_type == after.op_type == "Reshape" and before.inputs[0] is not None
-    new = _matmul_nbits(
-        model,
-        before.inputs[0],
-        "lm_head.weight",
-        blocks,
-        int(table.const_value.shape[1]),
-        level,
-        bias,  # type: ignore[arg-type]
-    )
+    inputs = int(table.const_value.shape[1])  # type: ignore[arg-type]
+    new = _matmul_nbits(model, before.inputs[0], "lm_head.weight", blocks, inputs, level, bias)
     old, out = after.outputs[0], new.outputs[0]
     out.name, out.type, out.shape = old.name, old.type, old.shape
     model.graph.insert_before(node, new)

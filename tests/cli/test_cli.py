@@ -105,7 +105,11 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert manifest["quantization"]["kv_bits"] == 32 and manifest["quantization"]["method"] == "gptq"
     assert manifest["exits"][0]["quality"]["text"]["text.jsonl"]["kl"]["value"] > 0.01
     assert manifest["exits"][2]["quality"]["text"]["text.jsonl"]["kl"]["value"] < 0.05
+    assert "unpacks" not in done.stderr
     assert invoke("run", bundle, "the fox", "-n", "5", "--json").returncode == 0
+    shutil.rmtree(bundle)
+    done = invoke(*common, "--precision", "int4,level=1", "--no-verify")
+    assert done.returncode == 0 and "unpacks 8-bit weights" in done.stderr
     shutil.rmtree(bundle)
     refused("--precision int4,block=7: 'block=7' is not known", *common, "--precision", "int4,block=7")
     refused("only int8 and int4 are rounded", *common, "--calibration", text)
