@@ -41,22 +41,23 @@ class TokenTable:
         self._zeros = None if zeros is None else mapped(zeros, np.uint8, -(-count * bits // 8))
 
     def __getitem__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Rows of any shape of tokens, one axis of D more."""
-        rows = self._table[tokens] if self._blocks is None else self._dequantized(tokens)
-        return rows if self._scale == 1 else rows * self._scale
-
-    def _dequantized(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        assert self._blocks is not None
+        """Rows of any shape of tokens, one axis of D more; those of one token may be the file's own bytes."""
         # a decode step asks for one row with cold caches: few calls, whatever they compute, and views for arrays
         at: Any = tokens.item() if tokens.size == 1 else tokens
+        rows = self._table[at] if self._blocks is None else self._dequantized(at)
+        scaled = rows if self._scale == 1 else rows * self._scale
+        return scaled.reshape(*tokens.shape, self._width)
+
+    def _dequantized(self, at: Any) -> npt.NDArray[np.float32]:
+        assert self._blocks is not None
         values = self._values.take(self._table[at], axis=0)  # a byte holds one value or two
         scales = self._scales[at]  # (..., blocks, 1)
         blocks = values.reshape(*scales.shape[:-1], self._blocks.block_size)
         if self._zeros is not None:
             bits = self._blocks.bits
             blocks = blocks - (unpacked(self._zeros[at], bits)[..., : scales.shape[-2], None] - self._middle)
-        rows: npt.NDArray[np.float32] = blocks * scales
-        return rows.reshape(*tokens.shape, -1)[..., : self._width]
+        rows: npt.NDArray[np.float32] = (blocks * scales).reshape(*scales.shape[:-2], -1)
+        return rows[..., : self._width]
 
 
 def unpacked(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.float32]:
