@@ -150,33 +150,40 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
 
 
 def _skip_norms(model: ir.Model) -> None:
-    """Fuse ``Add`` and the norm behind it within a layer; the sum stays to be had."""
+    """Fuse ``Add`` and the norm behind it; the sum stays to be had.
+
+    At the start of a stage the sum was made in the stage before. There the fused operator adds nothing, hidden - hidden: a
+    norm by itself rounds otherwise, and the full model would depend on where the exits are.
+    """
     for node in list(model.graph):
         if node.op_type != "RMSNormalization":
             continue
-        scale = node.inputs[1]
-        add = _optional_producer(node.inputs[0], "Add")
-        # a layer's first norm stays apart: fused it would round otherwise than at the start of a stage, and the full
-        # model would depend on where the exits are
-        if add is None or (scale is not None and str(scale.name).endswith("input_layernorm.weight")):
-            continue
-        if any(value is None or value.const_value is not None for value in add.inputs):
-            continue
-        old_sum, old_normed = add.outputs[0], node.outputs[0]
-        normed = ir.Value(name=old_normed.name, type=old_normed.type, shape=old_normed.shape)
-        total = ir.Value(name=old_sum.name, type=old_sum.type, shape=old_sum.shape)
-        fused = ir.Node(
-            MICROSOFT,
-            "SkipSimplifiedLayerNormalization",
-            [*add.inputs, scale],
-            [ir.AttrFloat32("epsilon", node.attributes["epsilon"].as_float())],
-            outputs=[normed, ir.Value(name=""), ir.Value(name=""), total],
-        )
-        # the sum's other readers come after the norm in a decoder layer, or they are outputs
-        model.graph.insert_after(add, fused)
-        ir.convenience.replace_all_uses_with(old_normed, normed, replace_graph_outputs=True)
-        ir.convenience.replace_all_uses_with(old_sum, total, replace_graph_outputs=True)
-        model.graph.remove([node, add], safe=True)
+        source, scale = node.inputs[0], node.inputs[1]
+        assert source is not None
+        add = _optional_producer(source, "Add")
+        if add is None and source.is_graph_input() and str(source.name).startswith("hidden_"):
+            nothing = ir.Node("", "Sub", [source, source])
+            model.graph.insert_before(node, nothing)
+            _fuse_norm(model, node, node, [source, nothing.outputs[0], scale], None)
+        elif add is not None and all(value is not None and value.const_value is None for value in add.inputs):
+            # the sum's other readers come after the norm in a decoder layer, or they are outputs
+            _fuse_norm(model, node, add, [*add.inputs, scale], add.outputs[0])
+            model.graph.remove(add, safe=True)
+
+
+def _fuse_norm(
+    model: ir.Model, norm: ir.Node, place: ir.Node, inputs: list[ir.Value | None], old_sum: ir.Value | None
+) -> None:
+    """Put one operator behind ``place`` that gives what ``norm`` gives, and ``old_sum`` where there is one."""
+    replaced = [norm.outputs[0]] if old_sum is None else [norm.outputs[0], old_sum]
+    fresh = [ir.Value(name=old.name, type=old.type, shape=old.shape) for old in replaced]
+    outputs = fresh if old_sum is None else [fresh[0], ir.Value(name=""), ir.Value(name=""), fresh[1]]
+    epsilon = ir.AttrFloat32("epsilon", norm.attributes["epsilon"].as_float())
+    fused = ir.Node(MICROSOFT, "SkipSimplifiedLayerNormalization", inputs, [epsilon], outputs=outputs)
+    model.graph.insert_after(place, fused)
+    for old, new in zip(replaced, fresh, strict=True):
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    model.graph.remove(norm, safe=True)
 
 
 def _scatter_by_head(model: ir.Model, node: ir.Node, spec: ModelSpec) -> None:
