@@ -56,6 +56,7 @@ COSTS = CostModel(
     balconies=(_layers(1), _layers(1), _layers(1), UnitCost(0.05)),
     head=UnitCost(3.0),
     overhead_ms=0.15,
+    switch_ms=0.5,
 )
 #: Full depth takes 0.8 of it on an idle device, the shallowest exit 0.9 at twice the load.
 TARGET_MS = 27.0

@@ -68,8 +68,9 @@ def export(
     from balcony_export.balcony import init_balconies, load_balconies, parse_exits
     from balcony_export.checkpoint import load_model, load_tokenizer
     from balcony_export.choose import Judge, export_within, judged, parse_budget
-    from balcony_export.export import export_bundle, refuse_existing
+    from balcony_export.export import export_bundle
     from balcony_export.gptq import calibration_rows
+    from balcony_export.output import refuse_existing
     from balcony_export.quantize import Scheme, parse_precision
     from balcony_export.verify import Check, require
     from balcony_export.verify import verify as run_checks
@@ -78,8 +79,10 @@ def export(
     scheme = parse_precision(precision)
     if exit_module is not None and balconies is not None:
         raise InputError("--exit-module with --balconies: the balconies say what they are: leave it out")
-    if tensorrt is not None and isinstance(scheme, Scheme):
-        raise InputError(f"--tensorrt with --precision {precision}: engines come from fp32 or fp16: give one of those")
+    if tensorrt is not None and (isinstance(scheme, Scheme) or quality_budget is not None):
+        raise InputError(
+            "--tensorrt with --quality-budget or an int precision: engines come from fp32 or fp16: name one"
+        )
     budget = None if quality_budget is None else parse_budget(quality_budget)
     if budget is not None and (precision != "fp32" or not evaluate):
         raise InputError("--quality-budget: takes the place of --precision and needs --evaluate TEXT: give it so")

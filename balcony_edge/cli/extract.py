@@ -24,8 +24,8 @@ def extract(
     from balcony_edge.cli.console import stdout
     from balcony_export.balcony import init_balconies, load_balconies, parse_exits
     from balcony_export.checkpoint import load_model, load_tokenizer
-    from balcony_export.export import refuse_existing
     from balcony_export.extract import extract as write
+    from balcony_export.output import refuse_existing
 
     refuse_existing(output)
     loaded = load_model(model)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from balcony_edge.cli.train_joint import objective_of, train_jointly
+from balcony_edge.cli.train_joint import objective_of, refuse_for_frozen, train_jointly
 
 if TYPE_CHECKING:
     from balcony_export.distill import Progress, Trainer
 
 
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF file, hub name, or 'demo'.")],
     exits: Annotated[str, typer.Option(help="Exit layers (14,17,20) or depth factors (0.5x,0.6x,0.7x).")],
     data: Annotated[
@@ -24,8 +25,8 @@ def train(
         typer.Option(help='JSON Lines with "text", "messages" or "instruction"; .txt; or a directory. Repeatable.'),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the balconies; others in it stay.")],
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens, instead of --steps.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens, instead of --steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End after this time, instead of --steps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output.")] = False,
     start: Annotated[
@@ -47,15 +48,17 @@ def train(
         bool, typer.Option("--from-scratch", help="Backbone and balconies from random weights, on the text alone.")
     ] = False,
     optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Of the matrices; norms: AdamW.")] = "muon",
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-3,
+    rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate (default: 6e-3, where the backbone learns 1e-3).")
+    ] = None,
     vector_rate: Annotated[float | None, typer.Option(help="Of the norms (default: half of --rate).")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     schedule: Annotated[Literal["trapezoidal", "cosine"], typer.Option(help="Decay of the rate.")] = "trapezoidal",
     warmup_steps: Annotated[int, typer.Option(help="Steps of rising rate.")] = 50,
     decay_share: Annotated[float, typer.Option(help="Share of the steps with falling rate (trapezoidal).")] = 0.4,
     clip: Annotated[float, typer.Option(help="Largest gradient norm of a balcony.")] = 1.0,
-    seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
-    batch_rows: Annotated[int, typer.Option(help="Rows per step.")] = 2,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 2,
     micro_rows: Annotated[
         int | None, typer.Option(help="Rows per pass (default: all of them): accumulates gradients.")
     ] = None,
@@ -66,14 +69,14 @@ def train(
     average: Annotated[float, typer.Option(help="Memory of the averaged weights.")] = 0.99,
     precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the passes; weights train in fp32.")] = "bf16",
     cache_gb: Annotated[float, typer.Option(help="Keep states of the backbone on disk for later epochs.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the order of rows and the positions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of rows and the positions.")] = 0,
     evaluate_every: Annotated[int, typer.Option(help="Steps between held-out evaluations.")] = 200,
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 5.0,
-    held_out_rows: Annotated[int, typer.Option(help="Rows of documents kept out of training.")] = 24,
+    held_out_rows: Annotated[int, typer.Option(min=1, help="Rows of documents kept out of training.")] = 24,
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the loss (default: where a C++ compiler is).")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     pretraining_tokens: Annotated[int | None, typer.Option(help="Of the base model, for the table of costs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -96,17 +99,24 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     if (joint := objective_of(objective, unfreeze, from_scratch)) is not None:
+        refuse_for_frozen(context, joint)
         if steps is None:
             raise InputError(f"training of kind '{joint}': give its length with --steps or --tokens")
-        recipe: dict[str, Any] = {"steps": steps, "batch_rows": batch_rows, "rate": rate, "clip": clip, "seed": seed}
+        recipe: dict[str, Any] = {"steps": steps, "batch_rows": batch_rows, "clip": clip, "seed": seed}
         recipe |= {"objective": joint, "module": "none" if joint == "sorted" else exit_module}
+        recipe |= {} if rate is None else {"rate": rate}
         train_jointly(model, exits, recipe, data, output, seq_len, held_out_rows, as_json)
         return
+    if steps is None and minutes is None:
+        raise InputError("how long to train: give --tokens, --steps or --minutes")
     loaded = load_model(model, attn_implementation="sdpa")
     processes = Processes()
     loaded.to(processes.device)  # type: ignore[arg-type]
+    layers = parse_exits(exits, loaded.config.num_hidden_layers)
+    rate = TrainConfig.rate if rate is None else rate
+    begun = None if start is None else load_balconies(start, loaded, layers)
     config = TrainConfig(
-        exits=parse_exits(exits, loaded.config.num_hidden_layers),
+        exits=layers,
         steps=steps,
         minutes=minutes,
         seq_len=seq_len,
@@ -124,7 +134,7 @@ def train(
         clip=clip,
         average=average,
         start=_start(init, None if start is None else index_digest(start)),
-        module=exit_module,
+        module=exit_module if begun is None else begun[layers[0]].kind,
         loss=loss,
         seed=seed,
         evaluate_every=evaluate_every,
@@ -134,7 +144,6 @@ def train(
     config.check()
     corpus = build_corpus(data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    begun = None if start is None else load_balconies(start, loaded, config.exits)
     trainer = Trainer(loaded, corpus, config, output, start=begun, dtype=dtype, compiled=compiled)
     if resume:
         if not trainer.resume():
@@ -188,7 +197,7 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, as_json: boo
     from balcony_export.distill import METRICS
     from balcony_export.distill_report import Cost, plot_curves, pretraining_tokens, read_metrics
 
-    results = trainer.results
+    results = trainer.best
     name = "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name
     parameters = sum(p.numel() for p in next(iter(trainer.balconies.values())).parameters())
     cost = Cost(len(results), parameters, trainer.tokens, pretraining_tokens(name, given_tokens))

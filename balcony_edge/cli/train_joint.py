@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +32,38 @@ def objective_of(objective: str, unfreeze: bool, from_scratch: bool) -> Objectiv
     return named[0] if named else None
 
 
+#: Options that a joint training has no use for.
+_FROZEN_ONLY = (
+    *(
+        "start",
+        "loss",
+        "init",
+        "resume",
+        "minutes",
+        "optimizer",
+        "vector_rate",
+        "weight_decay",
+        "schedule",
+        "warmup_steps",
+    ),
+    *("decay_share", "micro_rows", "positions", "reuse", "average", "precision", "cache_gb", "evaluate_every"),
+    *("checkpoint_minutes", "compiled", "pretraining_tokens"),
+)
+
+
+def refuse_for_frozen(context: typer.Context, objective: Objective) -> None:
+    """Refuse options of the command line that only distillation with a frozen backbone knows.
+
+    Raises:
+        InputError: one was given.
+    """
+    for name in (*_FROZEN_ONLY, *(("exit_module",) if objective == "sorted" else ())):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            raise InputError(f"{option}: has no meaning in a training of kind '{objective}': leave it out")
+
+
 def train_jointly(
     model: str,
     exits: str,
@@ -44,12 +78,14 @@ def train_jointly(
     from rich.table import Table
 
     from balcony_edge.cli.console import progress_bar, stdout
-    from balcony_export.balcony import parse_exits
+    from balcony_export.balcony import INDEX, parse_exits
     from balcony_export.checkpoint import load_model, load_tokenizer
     from balcony_export.distill_data import build_corpus
-    from balcony_export.export import refuse_existing
     from balcony_export.joint import BASE, JointConfig, JointTrainer
+    from balcony_export.output import refuse_existing
 
+    if (output / INDEX).exists():
+        raise InputError(f"{output}: holds balconies of another model: name another directory")
     if output.exists():
         refuse_existing(output / BASE)
     loaded, tokenizer = load_model(model, attn_implementation="sdpa"), load_tokenizer(model)
@@ -62,7 +98,6 @@ def train_jointly(
             lambda step, loss, left_s: progress(f"loss {loss:.3f}, {left_s / 60:.0f} min left", step / config.steps)
         )
     scores = trainer.evaluate()
-    output.mkdir(parents=True, exist_ok=True)
     trainer.save(output, tokenizer)
     if as_json:
         found = {str(e): asdict(score) for e, score in scores.items()}

@@ -26,11 +26,12 @@ def verify(
     from balcony_export.verify import require
     from balcony_export.verify import verify as run_checks
 
-    layers = Bundle.open(bundle).manifest.exit_layers[:-1]
+    manifest = Bundle.open(bundle).manifest
+    layers, kind = manifest.exit_layers[:-1], manifest.exits[0].module
     with progress_bar() as progress:
         progress("loading the model", 0.1)
         model = load_model(against)
-        modules = init_balconies(model, layers) if balconies is None else load_balconies(balconies, model, layers)
+        modules = init_balconies(model, layers, kind) if balconies is None else load_balconies(balconies, model, layers)
         progress("comparing", 0.4)
         checks = run_checks(bundle, model, load_tokenizer(against), modules)
     if as_json:

@@ -178,6 +178,29 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def check_directory(path: Path, described: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """Make the directory of balconies for a base model (its :func:`fingerprint`); returns the entries of those that lie there.
+
+    Raises:
+        InputError: it cannot be made.
+        CheckpointError: it holds balconies for another base model or of another kind.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror}): name another directory") from error
+    if not (path / INDEX).is_file():
+        return {}
+    index = _read_index(path)
+    _check_base(path, index, described)
+    if index["module"] != kind:
+        raise CheckpointError(
+            f"{path}: holds balconies of kind '{index['module']}', not '{kind}': name another directory"
+        )
+    exits: dict[str, Any] = index["exits"]
+    return exits
+
+
 def save_balconies(
     directory: str | Path, balconies: dict[int, Balcony], base: PreTrainedModel, training: dict[str, Any] | None = None
 ) -> None:
@@ -190,21 +213,12 @@ def save_balconies(
         training: facts of the training of these exits, kept with each of them; None for untrained ones.
 
     Raises:
-        CheckpointError: the directory holds balconies for another base model or of another kind, or a value is not finite.
+        InputError, CheckpointError: as :func:`check_directory`, or a value is not finite.
     """
     path = Path(directory)
     (kind,) = {balcony.kind for balcony in balconies.values()}
-    path.mkdir(parents=True, exist_ok=True)
     described = fingerprint(base)
-    exits: dict[str, Any] = {}
-    if (path / INDEX).is_file():
-        index = _read_index(path)
-        _check_base(path, index, described)
-        if index["module"] != kind:
-            raise CheckpointError(
-                f"{path}: holds balconies of kind '{index['module']}', not '{kind}': name another directory"
-            )
-        exits = index["exits"]
+    exits = check_directory(path, described, kind)
     written: dict[str, bytes] = {}
     for exit_layer, balcony in balconies.items():
         tensors = {name: value.detach().to(STORED_DTYPE).cpu() for name, value in balcony.state_dict().items()}

@@ -7,6 +7,7 @@ text. The measuring is :mod:`.evaluate`, the writing :mod:`.export`. Results go 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +24,7 @@ from balcony_export.evaluate import Document, evaluate_text, read_documents
 from balcony_export.evaluate_report import build_report
 from balcony_export.evaluate_scorer import BundleScorer, TorchScorer
 from balcony_export.export import Progress, export_bundle, trace
+from balcony_export.lower import can_lower
 from balcony_export.quantize import Scheme
 
 #: Fastest first: decoding is as fast as its bytes are few (docs/quantization.md has the figures).
@@ -62,6 +64,8 @@ def judged(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> dict[st
     """
     found: dict[str, list[Document]] = {}
     for path in files:
+        if path.name in found:
+            raise InputError(f"--evaluate {path}: another text of that name was given: rename one, results go by names")
         left, kept = JUDGED_TOKENS, []
         for document in read_documents(path, tokenizer):
             tokens = document.tokens[:left]
@@ -138,7 +142,10 @@ def export_within(
         if check is not None:
             check(directory)
 
+    lowers, left = can_lower(traced.spec), math.inf
     for precision in CANDIDATES:
+        if isinstance(precision, Scheme) and not lowers:
+            continue
         try:
             return export_bundle(
                 model,
@@ -152,8 +159,9 @@ def export_within(
                 **options | ({"calibration": ()} if precision == "float32" else {}),
             )
         except _TooFarError as error:
-            report(f"{precision}: KL {error.kl:.4f}, above {kl:g}")
-    raise AssertionError("float32 is as far as rounding from the float model")
+            left = error.kl
+            report(f"{precision}: KL {left:.4f}, above {kl:g}")
+    raise InputError(f"--quality-budget kl={kl:g}: float32 itself is {left:.1e} away by rounding: allow more")
 
 
 class _TooFarError(Exception):

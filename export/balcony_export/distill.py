@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError
-from balcony_export.balcony import Balcony, fingerprint, init_balconies, save_balconies, write_file
+from balcony_export.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies, write_file
 from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, save_checkpoint
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Corpus, Order, Rows
@@ -92,6 +92,7 @@ class Trainer:
         self.work = work or output / "run"
         self.base_facts = fingerprint(model)
         self.balconies = start or init_balconies(model, config.exits, config.module, random=config.start == "random")
+        check_directory(output, self.base_facts, next(iter(self.balconies.values())).kind)  # not after the training
         self.device = next(model.parameters()).device
         self.dtype = dtype
         self.backbone = Backbone(model, config.exits, dtype)
@@ -114,9 +115,8 @@ class Trainer:
         self._states: dict[int, torch.Tensor] = {}  # place in the order -> states  # (exits + 1, T, D)
         self.step = 0
         self.wall_s = 0.0  # spent training, over all sessions of the run
-        self.best: dict[int, float] = {}
+        self.best: dict[int, tuple[float, float]] = {}  # of what was written: exit -> held-out KL, agreement
         self.cache = self._open_cache()
-        self.results: dict[int, tuple[float, float]] = {}  # of the last checkpoint: exit -> held-out KL, agreement
         self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     # -- data
@@ -290,6 +290,8 @@ class Trainer:
         state = read_state(self.work)
         if state is None:
             return False
+        # what a run began from is in its weights by now
+        self.config = replace(self.config, start=state["recipe"]["start"])
         recipe = self.config.recipe()
         differing = [key for key in recipe if recipe[key] != state["recipe"].get(key)]
         differing += ["base model"] if state["base"] != self.base_facts else []
@@ -301,10 +303,10 @@ class Trainer:
             )
         load_tensors(self.work, self.balconies, self.averages, self.optimizers)
         self.step, self.wall_s = state["step"], state["wall_s"]
-        self.best = {int(key): value for key, value in state["best"].items()}
+        self.best = {int(key): (kl, hits) for key, (kl, hits) in state["best"].items()}
         planned = Schedule(**state["schedule"])
-        if self.config.steps is not None and self.config.steps != planned.total:
-            planned.replan(self.step, self.config.steps)
+        if self.config.steps != planned.total:
+            planned.replan(self.step, self.config.steps or 10**9)  # with a deadline it is planned anew while it runs
         self.schedule = planned
         metrics = self.work / METRICS
         if metrics.is_file():
@@ -314,7 +316,11 @@ class Trainer:
         return True
 
     def checkpoint(self) -> dict[int, tuple[float, float]]:
-        """Write the run's state, and the balconies: for each exit the averaged or the current weights, the better."""
+        """Write the run's state, and the balconies that are better than those written before: averaged or current weights.
+
+        Returns:
+            Exit → held-out KL and agreement of the better of the two.
+        """
         raw, averaged = self.evaluate(), self.evaluate(averaged=True)
         state = {
             "step": self.step,
@@ -325,22 +331,21 @@ class Trainer:
             "base": self.base_facts,
             "corpus": self.corpus.digest,
         }
-        shipped: dict[int, tuple[float, float]] = {}
+        found: dict[int, tuple[float, float]] = {}
         for exit_layer, balcony in self.balconies.items() if self.processes.writes else ():
             use_average = averaged[exit_layer][0] < raw[exit_layer][0]
-            shipped[exit_layer] = (averaged if use_average else raw)[exit_layer]
-            if shipped[exit_layer][0] > self.best.get(exit_layer, math.inf):
+            found[exit_layer] = (averaged if use_average else raw)[exit_layer]
+            if exit_layer in self.best and found[exit_layer][0] > self.best[exit_layer][0]:
                 continue
-            self.best[exit_layer] = shipped[exit_layer][0]
+            self.best[exit_layer] = found[exit_layer]
             kept = {name: value.clone() for name, value in balcony.state_dict().items()}
             if use_average:
                 balcony.load_state_dict(self.averages[exit_layer])
-            save_balconies(self.output, {exit_layer: balcony}, self.model, self.facts(shipped[exit_layer]))
+            save_balconies(self.output, {exit_layer: balcony}, self.model, self.facts(found[exit_layer]))
             balcony.load_state_dict(kept)
         if self.processes.writes:
             save_checkpoint(self.work, self.balconies, self.averages, self.optimizers, state | {"best": self.best})
-        self.results = shipped
-        return shipped
+        return found
 
     def facts(self, held_out: tuple[float, float]) -> dict[str, Any]:
         """What balconies.json keeps of the training."""
@@ -389,6 +394,10 @@ class Trainer:
                     report(progress)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise _out_of_memory(self) from error
+        except OSError as error:
+            raise TrainingError(
+                f"{self.work}: writing failed ({error.strerror}): the last checkpoint is kept: free space and go on from it"
+            ) from error
         except RuntimeError as error:
             if "alloc" not in str(error) and "memory" not in str(error):
                 raise

@@ -65,8 +65,17 @@ class TrainConfig:
             raise InputError(f"minutes = {self.minutes}: must be more than 0")
         if self.batch_rows % self.micro_rows:
             raise InputError(f"{self.batch_rows} rows a step in passes of {self.micro_rows}: must divide")
-        if not self.rate > 0 or not math.isfinite(self.rate):
-            raise InputError(f"rate = {self.rate}: must be a positive number")
-        for name, low, high in (("positions", 0, 10**9), ("average", 0.0, 0.99999), ("decay_share", 0.0, 1.0)):
+        for name in ("rate", "vector_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} = {getattr(self, name)}: must be a positive number")
+        for name, low, high in (
+            ("positions", 0, 10**9),
+            ("average", 0.0, 0.99999),
+            ("decay_share", 0.0, 1.0),
+            ("weight_decay", 0.0, 1e3),
+            ("warmup_steps", 0, 10**9),
+            ("cache_gb", 0.0, 1e6),
+            ("seed", 0, 2**63 - 1),
+        ):
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"{name} = {getattr(self, name)}: must be {low} to {high}")

@@ -101,10 +101,12 @@ def build_corpus(
         tokenizer: the base model's; its chat template renders instruction data.
         seq_len: tokens per row.
         seed: of the order of the rows.
-        held_out_rows: about how many rows of documents to keep out of training; which ones depends on their text alone.
+        held_out_rows: about how many rows of documents to keep out of training, 1 at least; which ones depends on their text
+            alone.
 
     Raises:
-        InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two tokens.
+        InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two
+            tokens, or too few to hold one out.
     """
     if not files:
         raise InputError(f"--data: no file was given: give {_FORMS}")
@@ -130,6 +132,11 @@ def build_corpus(
     while held < len(order) - 1 and taken < target:
         taken += len(documents[order[held]])
         held += 1
+    if not held:
+        raise InputError(
+            f"--data: {len(order)} document(s) and {total} tokens: none can be held out: give more, or split it into documents "
+            "(one JSON line each)"
+        )
     generator = np.random.default_rng(seed)
     train = pack([documents[index] for index in order[held:]], seq_len, generator)
     held_out = pack([documents[index] for index in order[:held]], seq_len, generator).take(held_out_rows)

@@ -44,9 +44,11 @@ class Schedule:
         return warm * self.decay_from * max(0.0, (self.total - step) / max(1, self.total - start))
 
     def replan(self, step: int, total: int) -> None:
-        """Let the run end after ``total`` steps; ``step`` is the next one."""
+        """Let the run end after ``total`` steps; ``step`` is the next one. One that had ended begins at the full rate again."""
         total = max(total, step + 1)
-        if self.kind == "trapezoidal" and step > self._start():
+        if step >= self.total:
+            self.decay_from, self.decay_start = 1.0, -1
+        elif self.kind == "trapezoidal" and step > self._start():
             self.decay_from, self.decay_start = self.factor(step), step
         elif self.kind == "trapezoidal" and step >= math.ceil(total * (1 - self.decay_share)):
             self.decay_start = step

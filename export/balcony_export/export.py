@@ -9,15 +9,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -26,13 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle import Bundle, write_manifest
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_edge.manifest import MANIFEST, WEIGHTS, Manifest, ModelSpec
+from balcony_edge.manifest import WEIGHTS, Manifest, ModelSpec
 from balcony_export import graph, head, lower, passes
 from balcony_export.architecture import describe, embedding_scale, parts_of
 from balcony_export.balcony import Balcony
 from balcony_export.gptq import second_moments
 from balcony_export.ir_tools import graph_spec
 from balcony_export.kv_quantize import cache_scales, quantize_caches
+from balcony_export.output import fresh_directory
 from balcony_export.quantize import Blocks, Quantizer, Scheme, quantize_graph
 from balcony_export.weights import WeightFile
 from balcony_export.widen import held, stand_ins, widen
@@ -305,79 +300,3 @@ def _write_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def _tool_versions() -> dict[str, str]:
     tools = ("balcony-edge", "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime")
     return {tool: importlib.metadata.version(tool) for tool in tools}
-
-
-def refuse_existing(output: Path) -> None:
-    """Refuse an output that exists or has no directory to lie in; cheap, so that it comes before the work.
-
-    Raises:
-        InputError: one line.
-    """
-    if output.exists() or output.is_symlink():
-        raise InputError(f"{output}: exists already: name a directory that does not, or remove it first")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"{output}: there is no directory {output.absolute().parent}: make it first")
-
-
-@contextmanager
-def fresh_directory(output: Path) -> Iterator[Path]:
-    """A directory of a temporary name beside ``output``, renamed to it at the end and removed when anything fails.
-
-    Leftovers of an export into the same name that was killed are removed first.
-    """
-    refuse_existing(output)
-    parent = output.absolute().parent
-    prefix = f".{output.name}.partial-"
-    for leftover in parent.glob(f"{prefix}*"):
-        if not _alive(leftover.name.removeprefix(prefix)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    directory = parent / f"{prefix}{os.getpid()}"
-    try:
-        directory.mkdir()
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}): name another place") from error
-    try:
-        with _heeding_interrupts():
-            yield directory
-        if not (directory / MANIFEST).is_file():
-            raise AssertionError("an export without a manifest must not take its final name")
-        directory.rename(output)
-    except OSError as error:
-        raise InputError(f"{output}: writing failed ({error.strerror}): free space or name another place") from error
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def _heeding_interrupts() -> Iterator[None]:
-    """Ctrl-C as ever, and once more at the end: an exception that a finalizer raises is dropped, and tracing runs many."""
-    interrupted = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.default_int_handler(number, frame)
-
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupted:
-        raise KeyboardInterrupt
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    return True

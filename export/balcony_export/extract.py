@@ -17,7 +17,7 @@ from balcony_edge.errors import InputError, VerificationError
 from balcony_export.architecture import parts_of
 from balcony_export.balcony import Balcony
 from balcony_export.checkpoint import save_checkpoint
-from balcony_export.export import refuse_existing
+from balcony_export.output import fresh_directory, refuse_existing
 from balcony_export.verify import TOLERANCE, Reference
 
 #: Fields of a configuration with an entry per layer.
@@ -97,5 +97,6 @@ def extract(
             f"exit {exit_layer}: the extracted model's logits are {difference:.1e} of the largest away from the exit's: "
             "nothing was written; report the model's architecture"
         )
-    save_checkpoint(small, tokenizer, output)
+    with fresh_directory(output) as directory:
+        save_checkpoint(small, tokenizer, directory)
     return small

@@ -30,6 +30,7 @@ from balcony_export.balcony import Balcony, Kind, init_balconies, save_balconies
 from balcony_export.checkpoint import save_checkpoint
 from balcony_export.distill_data import Corpus, Rows
 from balcony_export.distill_states import Backbone
+from balcony_export.output import fresh_directory
 
 #: How backbone and exits learn together.
 Objective = Literal["unfrozen", "sorted", "scratch"]
@@ -168,7 +169,9 @@ class JointTrainer:
 
     def save(self, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write ``output/model`` (a Hugging Face checkpoint) and the balconies for it into ``output``."""
-        save_checkpoint(self.model, tokenizer, output / BASE)
+        output.mkdir(parents=True, exist_ok=True)
+        with fresh_directory(output / BASE) as directory:
+            save_checkpoint(self.model, tokenizer, directory)
         recipe = json.loads(json.dumps(asdict(self.config)))
         save_balconies(output, self.balconies, self.model, {"recipe": recipe, "steps": self.step})
 

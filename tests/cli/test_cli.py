@@ -114,6 +114,10 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     refused("--precision int4,block=7: 'block=7' is not known", *common, "--precision", "int4,block=7")
     refused("only int8 and int4 are rounded", *common, "--calibration", text)
     refused("takes the place of --precision and needs --evaluate", *common, "--quality-budget", "kl=0.1")
+    refused("another text of that name", *common, "--evaluate", text, "--evaluate", text)
+    refused(
+        "engines come from fp32 or fp16", *common, "--evaluate", text, "--quality-budget", "kl=1", "--tensorrt", "fp16"
+    )
     refused("--quality-budget kl=x: must be kl= and nats", *common, "--quality-budget", "kl=x", "--evaluate", text)
     assert not bundle.exists()
 
@@ -262,6 +266,8 @@ def test_extract(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "small" / "config.json").read_text())["num_hidden_layers"] == 4
     done = invoke_here("export", tmp_path / "small", "--exits", "2", "-o", tmp_path / "b", "--exit-module", "none")
     assert done.returncode == 0 and "untrained" not in done.stderr, done
+    done = invoke_here("verify", tmp_path / "b", "--against", tmp_path / "small")
+    assert done.returncode == 0, done
     refused("exit layer 5: a model of 5 layers", "extract", tiny_checkpoint, "--exit", "5", "-o", tmp_path / "x")
     refused("exists already", "extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "small")
     common = ("export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "x", "--exit-module", "mlp")
@@ -283,7 +289,10 @@ def test_training_with_the_backbone(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert invoke_here(*export).returncode == 0
     refused("give its length with --steps", *common, "--unfreeze")
     refused("give one of them", *common, "--steps", "3", "--unfreeze", "--from-scratch")
-    refused("model: exists already", *common, "--steps", "3", "--unfreeze")
+    refused("holds balconies of another model", *common, "--steps", "3", "--unfreeze")
+    refused("--loss: has no meaning in a training of kind 'scratch'", *common, "--from-scratch", "--loss", "ce")
+    refused("--exit-module: has no meaning", *common, "--objective", "sorted", "--exit-module", "mlp")
+    refused("how long to train: give --tokens", *common)
 
 
 def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:

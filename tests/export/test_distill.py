@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from balcony_edge.errors import InputError, TrainingError
+from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.balcony import load_balconies
 from balcony_export.distill import METRICS, Progress, Trainer
 from balcony_export.distill_config import TrainConfig
@@ -178,15 +178,15 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(
     start = trainer.evaluate()
     trainer.run()
     for exit_layer in (2, 3):
-        assert trainer.results[exit_layer][0] < 0.75 * start[exit_layer][0]
-        assert trainer.results[exit_layer][1] > start[exit_layer][1]
+        assert trainer.best[exit_layer][0] < 0.75 * start[exit_layer][0]
+        assert trainer.best[exit_layer][1] > start[exit_layer][1]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     loaded = load_balconies(tmp_path, model)
     facts = json.loads((tmp_path / "balconies.json").read_text())["exits"]["2"]["training"]
     assert facts["tokens"] == 60 * 2 * SEQ_LEN
-    assert facts["held_out_kl"] == pytest.approx(trainer.best[2], abs=1e-4)
+    assert facts["held_out_kl"] == pytest.approx(trainer.best[2][0], abs=1e-4)
     trainer.balconies[2].load_state_dict(loaded[2].state_dict())
-    assert trainer.evaluate()[2][0] == pytest.approx(trainer.best[2], rel=0.05)  # stored in bfloat16
+    assert trainer.evaluate()[2][0] == pytest.approx(trainer.best[2][0], rel=0.05)  # stored in bfloat16
     lines = [json.loads(line) for line in (trainer.work / METRICS).read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(60))
     assert [line["step"] for line in lines if "held_out_kl" in line] == list(range(5, 60, 6))
@@ -476,6 +476,8 @@ def test_schedules_have_their_shapes() -> None:
     early.replan(80, 100)  # the end comes near: the decay begins now
     assert [early.factor(step) for step in (80, 90, 99)] == pytest.approx([1, 0.5, 0.05])
     assert Schedule(**trapezoid.state()) == trapezoid
+    trapezoid.replan(110, 210)  # it had ended: the full rate again, and a decay at the new end
+    assert [trapezoid.factor(step) for step in (110, 125, 126, 209)] == pytest.approx([1, 1, 1, 1 / 84])
 
 
 @pytest.mark.parametrize(
@@ -488,6 +490,11 @@ def test_schedules_have_their_shapes() -> None:
         ({"minutes": math.nan}, "must be more than 0"),
         ({"steps": 1, "batch_rows": 3, "micro_rows": 2}, "must divide"),
         ({"steps": 1, "rate": math.nan}, "rate = nan"),
+        ({"steps": 1, "clip": 0.0}, "clip = 0"),
+        ({"steps": 1, "vector_rate": -1.0}, "vector_rate = -1"),
+        ({"steps": 1, "warmup_steps": -10}, "warmup_steps = -10"),
+        ({"steps": 1, "cache_gb": math.nan}, "cache_gb = nan"),
+        ({"steps": 1, "seed": -1}, "seed = -1"),
         ({"steps": 1, "positions": -1}, "positions = -1"),
         ({"steps": 1, "average": 1.0}, "average = 1.0"),
         ({"steps": 1, "decay_share": 1.5}, "decay_share = 1.5"),
@@ -545,6 +552,7 @@ def test_corpus_holds_documents_out_and_follows_from_its_seed(
         ("list.jsonl", b"[1, 2]\n", r"list\.jsonl:1: has neither text nor an instruction"),
         ("short.jsonl", b'{"text": "the fox jumps"}\n{"text": "a"}\n', r"short\.jsonl:2: holds 1 tokens"),
         ("nothing.jsonl", b'{"text": ""}\n', r"nothing\.jsonl:1: holds 0 tokens"),
+        ("one.txt", b"the quick brown fox jumps", r"1 document\(s\) and \d+ tokens: none can be held out"),
         ("absent.jsonl", None, "cannot be read"),
         (".", None, r"holds no \.jsonl or \.txt files"),
     ],
@@ -596,5 +604,34 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     again = CliRunner().invoke(app, [*command, "--tokens", "240"])
     assert isinstance(again.exception, TrainingError)
     assert "go on with --resume" in str(again.exception)
+    before = (out / "run" / "checkpoint.safetensors").read_bytes()
     result = CliRunner().invoke(app, [*command, "--steps", "7", "--resume"], catch_exceptions=False)
     assert json.loads(result.stdout)["steps"] == 7
+    assert (out / "run" / "checkpoint.safetensors").read_bytes() != before
+    result = CliRunner().invoke(app, [*command, "--minutes", "0.02", "--resume"], catch_exceptions=False)
+    assert json.loads(result.stdout)["steps"] > 7
+    # from balconies in the very directory that it writes to, whose index its first checkpoint changes
+    (out / "run").rename(tmp_path / "old-run")
+    begun = CliRunner().invoke(app, [*command, "--steps", "2", "--start", str(out)], catch_exceptions=False)
+    assert json.loads(begun.stdout)["steps"] == 2
+    further = [*command, "--steps", "4", "--start", str(out), "--resume"]
+    assert json.loads(CliRunner().invoke(app, further, catch_exceptions=False).stdout)["steps"] == 4
+
+
+def test_an_output_that_cannot_hold_the_balconies_is_refused_before_the_training(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer_of(make_tiny("llama"), corpus, tmp_path / "out", steps=1).run()
+    with pytest.raises(CheckpointError, match="holds balconies of kind 'decoder', not 'mlp'"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path / "out", module="mlp")
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(InputError, match="cannot be made"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path / "file")
+
+
+def test_a_disk_that_fills_up_is_one_line(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
+    trainer.work.mkdir(parents=True)
+    (trainer.work / METRICS).symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"writing failed .No space left on device.: the last checkpoint is kept"):
+        trainer.run()

@@ -19,7 +19,8 @@ from balcony_edge.errors import BalconyError, CheckpointError, InputError, Unsup
 from balcony_edge.manifest import MANIFEST
 from balcony_export.architecture import describe, parts_of
 from balcony_export.balcony import init_balconies
-from balcony_export.export import export_bundle, fresh_directory
+from balcony_export.export import export_bundle
+from balcony_export.output import fresh_directory
 from balcony_export.verify import Check, require
 
 
@@ -143,7 +144,7 @@ def test_an_interrupt_that_a_finalizer_swallowed_counts(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_export_go_and_a_running_one_stays(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from balcony_export.export import fresh_directory\n"
+        "import os, signal, sys; from pathlib import Path; from balcony_export.output import fresh_directory\n"
         "with fresh_directory(Path(sys.argv[1])) as directory:\n"
         "    (directory / 'weights.bin').write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -159,19 +160,9 @@ def test_leftovers_of_a_killed_export_go_and_a_running_one_stays(tmp_path: Path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root")
-def test_a_full_disk_is_one_line(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("this sandbox does not let root mount a tmpfs")
-    try:
-        model = make_tiny("llama")
-        with pytest.raises(BalconyError, match=r"writing failed .*No space left") as caught:
-            export_bundle(model, make_tokenizer(), init_balconies(model, (2,)), disk / "out", name="x", trained=False)
-        assert "\n" not in str(caught.value)
-        assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+def test_a_full_disk_is_one_line(make_tiny: Any, make_tokenizer: Any, small_disk: Path) -> None:
+    model = make_tiny("llama")
+    with pytest.raises(BalconyError, match=r"writing failed .*No space left") as caught:
+        export_bundle(model, make_tokenizer(), init_balconies(model, (2,)), small_disk / "out", name="x", trained=False)
+    assert "\n" not in str(caught.value)
+    assert list(small_disk.iterdir()) == []

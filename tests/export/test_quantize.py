@@ -329,6 +329,11 @@ def test_the_quality_budget_takes_the_fastest_that_is_good_enough(tiny: Any, tmp
         wanted = CANDIDATES[first]
         assert manifest.precision == (wanted if isinstance(wanted, str) else f"int{wanted.bits}")
         assert manifest.exits[-1].quality is not None
+    with pytest.raises(InputError, match=r"--quality-budget kl=1e-12: float32 itself is .* away by rounding"):
+        export_within(
+            1e-12, judge, copy.deepcopy(tiny.model), tiny.tokenizer, copy.deepcopy(tiny.balconies), tmp_path / "none",
+            name="q", trained=True, report=said.append, progress=lambda *_: None, traced=tiny.traced,
+        )  # fmt: skip
     with pytest.raises(InputError, match=r"--quality-budget kl=0: must be kl= and nats above 0"):
         parse_budget("kl=0")
     with pytest.raises(InputError, match=r"--quality-budget 3: must be kl="):

@@ -233,6 +233,13 @@ def test_extraction_writes_what_the_bundles_exit_writes(export_tiny: Callable[[s
             assert [token.id for token in reply.tokens] == out[0, len(prompt) :].tolist(), start
 
 
+def test_a_full_disk_leaves_no_half_checkpoint(make_tiny: Any, make_tokenizer: Any, small_disk: Path) -> None:
+    model = make_tiny("llama")
+    with pytest.raises(InputError, match=r"out: writing failed .*No space left on device"):
+        extract(model, make_tokenizer(), init_balconies(model, (2,)), 2, small_disk / "out")
+    assert list(small_disk.iterdir()) == []
+
+
 def test_what_cannot_be_extracted(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     model, tokenizer = make_tiny("llama"), make_tokenizer()
     with pytest.raises(InputError, match="--exit 4: there are balconies at 2, 3"):
@@ -241,6 +248,5 @@ def test_what_cannot_be_extracted(make_tiny: Any, make_tokenizer: Any, tmp_path:
         extract(model, tokenizer, init_balconies(model, (2,), "mlp"), 2, tmp_path / "out")
     with pytest.raises(InputError, match="exists already"):
         extract(model, tokenizer, init_balconies(model, (2,)), 2, tmp_path)
-    assert list(tmp_path.iterdir()) == []
     early = init_balconies(model, (2,), "none")
     assert submodel(model, early[2], 2).config.num_hidden_layers == 2

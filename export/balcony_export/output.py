@@ -1,0 +1,95 @@
+"""Directories that appear whole or not at all.
+
+Owns the temporary name beside the target, what happens to it when writing fails or is interrupted, and the leftovers of
+writers that were killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from safetensors import SafetensorError
+
+from balcony_edge.errors import InputError
+
+
+def refuse_existing(output: Path) -> None:
+    """Refuse an output that exists or has no directory to lie in; cheap, so that it comes before the work.
+
+    Raises:
+        InputError: one line.
+    """
+    if output.exists() or output.is_symlink():
+        raise InputError(f"{output}: exists already: name a directory that does not, or remove it first")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"{output}: there is no directory {output.absolute().parent}: make it first")
+
+
+@contextmanager
+def fresh_directory(output: Path) -> Iterator[Path]:
+    """A directory of a temporary name beside ``output``, renamed to it at the end and removed when anything fails.
+
+    Leftovers of a writer of the same name that was killed are removed first.
+    """
+    refuse_existing(output)
+    parent = output.absolute().parent
+    prefix = f".{output.name}.partial-"
+    for leftover in parent.glob(f"{prefix}*"):
+        if not _alive(leftover.name.removeprefix(prefix)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    directory = parent / f"{prefix}{os.getpid()}"
+    try:
+        directory.mkdir()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}): name another place") from error
+    try:
+        with _heeding_interrupts():
+            yield directory
+        directory.rename(output)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{output}: writing failed ({reason}): free space or name another place") from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _heeding_interrupts() -> Iterator[None]:
+    """Ctrl-C as ever, and once more at the end: an exception that a finalizer raises is dropped, and tracing runs many."""
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.default_int_handler(number, frame)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    return True
