@@ -172,6 +172,9 @@ class Budget(BaseModel):
         if self.min_exit is not None and self.max_exit is not None and self.min_exit > self.max_exit:
             cure = "min_exit must not be above max_exit; lower the one or raise the other"
             raise _contradiction(self, "min_exit", "max_exit", cure)
+        if self.confident and (self.lossless or self.exit_layer is not None):
+            cure = "an early exit is another one; give one of the two"
+            raise _contradiction(self, "confident", "lossless" if self.lossless else "exit_layer", cure)
         for key in ("exit_layer", "max_exit"):
             if self.lossless and getattr(self, key) is not None:
                 raise _contradiction(self, "lossless", key, "only the full depth is lossless; give one of the two")

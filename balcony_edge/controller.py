@@ -24,7 +24,7 @@ Without a target for the gap a step still costs at most ``SPIKE`` steady steps o
 allows: where a ceiling is lifted, the backlog goes in chunks, too.
 
 A deadline is held by mixing an exit and the next shallower one over the tokens that remain, deep first: that order needs no
-catch-up (DESIGN 3), and what it leaves no reserve for is left by the exits further down and by a margin for what the rest
+catch-up, and what it leaves no reserve for is left by the exits further down and by a margin for what the rest
 may take longer than expected. Exit i fits when, after its step, the rest would be done in time one exit shallower.
 
 For one state and observation a looser target with all other keys the same never gives a shallower exit: every set above

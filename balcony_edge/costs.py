@@ -6,7 +6,7 @@ that nobody else uses, and the controller multiplies them by the slowdown that i
 
 A step at an exit runs every stage up to it, the exit's balcony (at the full depth: the final norm) and the LM head.
 Stages that were skipped before have pending rows, and so has a balcony that was not used for a while; they run in the
-same pass as the new row (DESIGN 3). So the price of switching is that of a step with more rows, and a constant: the caches
+same pass as the new row. So the price of switching is that of a step with more rows, and a constant: the caches
 hold another exit's weights, and passes of several rows are bound when they run.
 """
 
@@ -60,7 +60,7 @@ class UnitCost:
 
     Attributes:
         first_row_ms: a pass of one row, attention aside; reading the weights is in here.
-        marginal_row_ms: every further row of the same pass (DESIGN 9: about 4 % of the first in fp32, 18 % in int4).
+        marginal_row_ms: every further row of the same pass (about 4 % of the first in fp32, 18 % in int4).
         context_ms_per_1k: attention of one query row over 1,000 rows of context.
         marginal_context_ms_per_1k: the same of every further query row; the keys are read once for all of them. None: as
             the first.

@@ -29,12 +29,12 @@ class Observation(NamedTuple):
 
     Attributes:
         budget: what holds for this token.
-        context_length: rows before the new ones.
+        context_length: rows before the last new one.
         stage_rows, balcony_rows: rows due at each stage and balcony, the new ones included.
         last: the step before; None where it says nothing about the next (none, a prefill, no prices).
         made_tokens: tokens of this reply that are out; 0 before the prefill.
         started_s, now_s: when the reply was asked for, and now, on one clock.
-        busy_s: how much of the time since then was spent in steps and on backlog.
+        busy_s: time that all replies so far have spent in steps and on backlog.
         readings: the latest of every sensor.
     """
 

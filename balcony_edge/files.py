@@ -1,4 +1,4 @@
-"""Writing a file so that a reader sees the old or the new one, never a part."""
+"""Writing a file so that a reader sees the old or the new one, never a part; and whether a writer still runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ import os
 from pathlib import Path
 
 from balcony_edge.errors import BalconyError
+
+
+def process_runs(pid: str) -> bool:
+    """Whether there is a process of this number; a text that is no number names none."""
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    return True
 
 
 def write_atomically(path: Path, content: bytes, error_class: type[BalconyError], cure: str) -> None:

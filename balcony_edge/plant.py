@@ -164,19 +164,20 @@ class Plant:
         return unit.pass_ms(rows, self.length, 1 if balcony else None)
 
     def _work_off(self, until_s: float) -> None:
-        """Portions of backlog, shallowest stage first, as long as there is time for a whole one."""
+        """Portions of backlog, shallowest stage first and balconies last, as long as there is time for a whole one."""
         while self.now_s < until_s:
-            for stage in range(1, len(self._stages)):
-                if rows := min(self._stages[stage - 1] - self._stages[stage], IDLE_ROWS):
-                    seconds = self._slowed(self._run(stage, rows)) / 1000
-                    if self.now_s + seconds > until_s:
-                        self._stages[stage] -= rows
-                        self.rows_run -= rows
-                        return
-                    self._pass(seconds, busy=True)
-                    break
-            else:
+            waiting = [(i, self._stages[i - 1] - self._stages[i], False) for i in range(1, len(self._stages))]
+            waiting += [(i, self._stages[i] - done, True) for i, done in enumerate(self._balconies)]
+            portion = next(((i, min(rows, IDLE_ROWS), balcony) for i, rows, balcony in waiting if rows), None)
+            if portion is None:
                 return
+            index, rows, balcony = portion
+            seconds = self._slowed(self._run(index, rows, balcony=balcony)) / 1000
+            if self.now_s + seconds > until_s:
+                (self._balconies if balcony else self._stages)[index] -= rows
+                self.rows_run -= 0 if balcony else rows
+                return
+            self._pass(seconds, busy=True)
 
     def _slowed(self, price_ms: float) -> float:
         factor = self._load(self.now_s) * (self.device.throttle_factor if self.throttled else 1.0)

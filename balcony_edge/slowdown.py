@@ -30,9 +30,9 @@ SURPRISE = 2.5
 DRIFT_DECAY = 0.8
 #: A drift beyond this is a change of load: 3.3 of its deviations 1 / sqrt(1 - DRIFT_DECAY²), once in 1,000 tokens at rest.
 DRIFT_LIMIT = 5.5
-#: What a profile may get wrong between two exits: additive costs miss cache effects (DESIGN 9), 8 % at first sight.
+#: What a profile may get wrong between two exits: additive costs miss cache effects, 8 % at first sight.
 EXIT_VARIANCE = 0.08**2
-#: The same between steps with and without catch-up: the marginal row is what varies most (DESIGN 3: 4 % to 18 %).
+#: The same between steps with and without catch-up: the marginal row is what varies most (4 % to 18 % of the first).
 CATCH_UP_VARIANCE = 0.25**2
 #: Share of its offset that an unused exit forgets in ``DECAY_TOKENS``: after some 250 tokens it is tried again.
 OFFSET_DECAY, DECAY_TOKENS = 1 / 16, 16

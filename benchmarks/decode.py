@@ -25,7 +25,7 @@ CONTEXTS = (64, 512)
 WARM_STEPS, STEPS = 2, 8
 #: The steps feed one fixed token (any will do: cost does not depend on it), but pay for the argmax as greedy does.
 TOKEN = 17
-#: Largest difference between the logits of chain and whole graph, as a share of the largest logit (DESIGN 3).
+#: Largest difference between the logits of chain and whole graph, as a share of the largest logit.
 TOLERANCE = 1e-4
 
 

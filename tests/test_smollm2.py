@@ -93,7 +93,7 @@ def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM) -> None
 
 
 def test_switching_is_exact(llm: LLM) -> None:
-    """Random exits, chunks and rollbacks against passes from scratch, with the meaning of equal of DESIGN 3."""
+    """Random exits, chunks and rollbacks against passes from scratch, with what «equal» means for float32."""
     random = np.random.default_rng(30)
     for _ in range(4):
         sequence = llm.engine.new_sequence(max_length=256)
@@ -116,7 +116,7 @@ def test_switching_is_exact(llm: LLM) -> None:
 
 def test_bytes_read_are_those_of_the_checkpoint(demo: Any) -> None:
     manifest = balcony_edge.bundle.Bundle.open(demo.path, verify_hashes=False).manifest
-    layer, head = 3_540_096, 28_311_552  # parameters of a decoder layer and of the tied table (DESIGN 9)
+    layer, head = 3_540_096, 28_311_552  # parameters of a decoder layer and of the tied table
     for exit_layer in EXITS:
         assert manifest.bytes_per_token(exit_layer) == 4 * ((exit_layer + 1) * layer + 576 + head)
     assert manifest.bytes_per_token(30) == 4 * (30 * layer + 576 + head)

@@ -138,7 +138,8 @@ def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None, po
     asked = Budget(tpot_ms=tpot_ms, exit_layer=exit_layer) if path is None else load_budget(path)
     if policy is None:
         return asked
-    return asked.model_copy(update={"speculate": policy == "speculative", "confident": policy == "confident"})
+    chosen = {"speculate": policy == "speculative", "confident": policy == "confident"}
+    return Budget.model_validate(asked.model_dump(exclude_defaults=True) | chosen)
 
 
 def summary(reply: Reply) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def second_moments(
     """``weight name → mean of x xᵀ`` over the inputs of each linear layer, named as in the traced graphs  # (K, K)
 
     No row of inputs counts for more than its typical size would have it: activations of the first position are thousands of
-    times larger than others in some layers (DESIGN 7). But that position is the attention sink, which nearly every token
+    times larger than others in some layers. But that position is the attention sink, which nearly every token
     attends to: left out, or counted as one row of 512, its keys and values are rounded freely (errors of 88 % of a value) and
     the model is worse off than with nearest rounding. It counts as ``SINK_ROWS`` rows.
     """

@@ -18,6 +18,7 @@ from types import FrameType
 from safetensors import SafetensorError
 
 from balcony_edge.errors import InputError
+from balcony_edge.files import process_runs
 
 
 def refuse_existing(output: Path) -> None:
@@ -42,7 +43,7 @@ def fresh_directory(output: Path) -> Iterator[Path]:
     parent = output.absolute().parent
     prefix = f".{output.name}.partial-"
     for leftover in parent.glob(f"{prefix}*"):
-        if not _alive(leftover.name.removeprefix(prefix)):
+        if not process_runs(leftover.name.removeprefix(prefix)):
             shutil.rmtree(leftover, ignore_errors=True)
     directory = parent / f"{prefix}{os.getpid()}"
     try:
@@ -83,13 +84,3 @@ def _heeding_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupted:
         raise KeyboardInterrupt
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    return True

@@ -1,7 +1,7 @@
 """Compare a bundle with the model that it was made from: logits of every exit, prefill and decode, and backbone.onnx.
 
-Owns the bounds of DESIGN 3 and the prompts. The reference is PyTorch running transformers' own modules; the subject is
-the runtime that a device runs, so a verified bundle is verified end to end.
+Owns what «equal» means (ARCHITECTURE.md) and the prompts. The reference is PyTorch running transformers' own modules; the
+subject is the runtime that a device runs, so a verified bundle is verified end to end.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from balcony_runtime.engine import Engine
 from balcony_runtime.text import TextCodec
 from balcony_runtime.token_table import TokenTable
 
-#: Largest difference of a logit as a share of the largest logit. float32: DESIGN 3. float16: ten units in the last
-#: place of a hidden state; a graph that is wrong is off by tens of percent. Quantized bundles are compared as float32 with
-#: the very weights that they hold, products of float activations (accuracy level 1).
+#: Largest difference of a logit as a share of the largest logit. float32: some hundred units in the last place. float16: ten
+#: units in the last place of a hidden state; a graph that is wrong is off by tens of percent. Quantized bundles are compared
+#: as float32 with the very weights that they hold, products of float activations (accuracy level 1).
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-4, "int4": 1e-4}
-#: At accuracy level 4 products round their inputs to 8 bits, and rounding amplifies whatever comes before it (DESIGN 3):
+#: At accuracy level 4 products round their inputs to 8 bits, and rounding amplifies whatever comes before it:
 #: there logits are compared as distributions. Mean KL from the exact form, nats a row: 0.01 on the demo model, up to 0.3 on
 #: tiny random ones, and a graph that is wrong is off by nats.
 ROUNDED_KL = 0.5

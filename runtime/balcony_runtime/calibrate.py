@@ -32,7 +32,7 @@ def calibrate(engine: Engine) -> CostModel:
     """
     manifest = engine.manifest
     layers = manifest.exit_layers
-    context = min(manifest.model.context_length, 1024)
+    context = min(engine.max_length, 1024)
     many = min(MANY_ROWS, context)
     # attention pays for the bound capacity, which only grows: a state for the short passes, another for the deep ones
     short, long = engine.backend.new_state(1, many), engine.backend.new_state(1, context)

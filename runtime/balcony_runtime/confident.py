@@ -12,7 +12,7 @@ fast as plain full-depth tokens, with the share of tokens that exit there learne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from balcony_edge.costs import CostModel
 from balcony_edge.manifest import ConfidenceMeasure, ConfidenceSpec
 from balcony_runtime.backends.base import FloatArray, IntArray
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import Sequence as TokenSequence
 from balcony_runtime.sampling import Sampler
 from balcony_runtime.speculate import PROBE_TOKENS, WORTH
 from balcony_runtime.thresholds import binomial_tail, measured
@@ -75,12 +75,16 @@ class Confident:
         assert self.spec is not None
         return self.spec.measure
 
-    def plan(self, costs: CostModel, context_length: int, most_ms: float) -> Trial | None:
+    def plan(
+        self, costs: CostModel, context_length: int, balcony_rows: Sequence[int], allowed: Sequence[int], most_ms: float
+    ) -> Trial | None:
         """Where the next token is worth trying, or None: a plain token is as fast.
 
         Args:
             costs: prices.
             context_length: rows before the new one.
+            balcony_rows: rows that each balcony has not seen, without the new one.
+            allowed: exits that the budget allows.
             most_ms: what an unsure token may cost, at slowdown 1.
         """
         self._since_trial += 1
@@ -88,6 +92,8 @@ class Confident:
         plain_ms = costs.steady_ms(full, context_length)
         best: Trial | None = None
         for exit_layer, threshold in self._thresholds.items():
+            if exit_layer not in allowed:
+                continue
             exited, tried = self._counts[exit_layer]
             share, index = exited / tried, self._exits.index(exit_layer)
             rows = 1 + round(share / max(1 - share, 0.05))  # early tokens wait for the next unsure one
@@ -95,7 +101,8 @@ class Confident:
             shallow_ms = costs.steady_ms(exit_layer, context_length)
             deep_ms = costs.step_ms(full, stage_rows, (1,) * count, context_length)
             speedup = plain_ms / (shallow_ms + (1 - share) * deep_ms)
-            if shallow_ms + deep_ms <= most_ms and (best is None or speedup > best.speedup):
+            behind_ms = costs.balconies[index].pass_ms(balcony_rows[index], context_length, 1)
+            if shallow_ms + behind_ms + deep_ms <= most_ms and (best is None or speedup > best.speedup):
                 best = Trial(exit_layer, threshold, speedup)
         if best is None or (best.speedup < WORTH and self._since_trial < PROBE_TOKENS):
             return None
@@ -135,7 +142,7 @@ def _counted(seen: Telemetry, agreed: bool) -> Telemetry:
 
 
 def run_trial(
-    sequence: Sequence, ids: IntArray, sampler: Sampler, trial: Trial, policy: Confident, early: dict[int, int]
+    sequence: TokenSequence, ids: IntArray, sampler: Sampler, trial: Trial, policy: Confident, early: dict[int, int]
 ) -> tuple[IntArray, FloatArray, int, float]:
     """One token: at the trial's exit where the balcony is sure, else at the full depth.
 

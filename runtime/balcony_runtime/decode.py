@@ -121,7 +121,7 @@ def steps(
     ids, made, started_s, emitted_ns = prompt[:, -1], 0, time.monotonic(), 0
     picks_inside = sequence.picks_inside and sampler.greedy and not around.keep_logits
     while True:
-        begin = time.perf_counter_ns()
+        begin, run_before = time.perf_counter_ns(), sequence.rows_run
         budget, costs = ask()
         if costs is not None and costs is not priced:
             controller, priced, decision = Controller(costs), costs, None
@@ -142,8 +142,6 @@ def steps(
             learned.state = state
             if decision.infeasible and budget.on_infeasible == "error":
                 raise InfeasibleError(f"{decision.reason}: raise the target or allow less depth")
-        # what a step runs beyond these rows is backlog
-        due = sequence.rows_run + (exits.index(decision.exit_layer) + 1) * (1 if made else prompt.shape[1])
         planned = _round(sequence, budget, priced, decision, learned) if made and budget.speculates else None
         if planned is not None:
             ids, count, emitted_ns = yield from _speculated(
@@ -168,6 +166,8 @@ def steps(
             learned.busy_ns += _wait(sequence, decision, emitted_ns + int(decision.period_ms * 1e6), around.sleep)
             done_ns = time.perf_counter_ns()
         latency_ns, emitted_ns = done_ns - begin, done_ns
+        # what was run beyond the new rows is backlog
+        due = run_before + (exits.index(given.exit_layer) + 1) * (1 if made else prompt.shape[1])
         made += 1
         # a replay decides again: what it must come to is the decision, whatever a balcony was sure of
         record(given._replace(exit_layer=decision.exit_layer), latency_ns / 1e6)
@@ -222,10 +222,13 @@ def _speculated(
     record: Callable[[Decision, float], None],
 ) -> Generator[Step, None, tuple[IntArray, int, int]]:
     """A round in the place of a full-depth step; returns its last token, how many there were, and when they were out."""
+    caught_up_ns = time.perf_counter_ns()
+    sequence.run_balcony(planned.exit_layer, sequence.length)  # what a stretch of plain steps left it
+    caught_up_ns = time.perf_counter_ns() - caught_up_ns
     outcome = run_round(sequence, ids, sampler, exits, planned)
     done_ns = time.perf_counter_ns()
     latency_ms = (done_ns - begin_ns) / 1e6
-    learned.speculator.learn(planned, outcome.kept, latency_ms)
+    learned.speculator.learn(planned, outcome.kept, latency_ms - caught_up_ns / 1e6)
     learned.busy_ns += done_ns - begin_ns
     words = (f"drafted {planned.drafts} at {planned.exit_layer}, kept {outcome.kept}", *decision.words)
     checked = decision._replace(words=words, drafted=planned.drafts)
@@ -241,14 +244,11 @@ def _round(
     sequence: Sequence, budget: Budget, costs: CostModel | None, decision: Decision, learned: Learned
 ) -> Round | None:
     """The round that is worth running in the place of this full-depth step; None where it is none, paced, or has a backlog."""
-    rows, kept = sequence.stage_rows, sequence.balcony_rows
-    if costs is None or any(rows) or not _free_full_step(sequence, budget, costs, decision):
+    if costs is None or any(sequence.stage_rows) or not _free_full_step(sequence, budget, costs, decision):
         return None
     most_ms = _slack_ms(budget, decision)  # a round is one gap
-    planned = learned.speculator.plan(costs, sequence.length, sequence.max_length - sequence.length, most_ms)
-    if planned is not None and (lag := kept[costs.exits.index(planned.exit_layer)]):
-        sequence.run_balcony(planned.exit_layer, lag)  # what a stretch of plain steps left it
-    return planned
+    room = sequence.max_length - sequence.length
+    return learned.speculator.plan(costs, sequence.length, sequence.balcony_rows, room, most_ms)
 
 
 def _trial(
@@ -257,7 +257,8 @@ def _trial(
     """Where a full-depth token is worth trying to exit early; None where nowhere is, or a pace or a deadline asks for more."""
     if not budget.confident or costs is None or not _free_full_step(sequence, budget, costs, decision):
         return None
-    return learned.confident.plan(costs, sequence.length, _slack_ms(budget, decision))
+    allowed = budget.allowed_exits(costs.exits)
+    return learned.confident.plan(costs, sequence.length, sequence.balcony_rows, allowed, _slack_ms(budget, decision))
 
 
 def _free_full_step(sequence: Sequence, budget: Budget, costs: CostModel, decision: Decision) -> bool:

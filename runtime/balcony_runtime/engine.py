@@ -63,7 +63,7 @@ class Engine:
         return cls(
             open_backend(
                 bundle,
-                options.get("device", "cpu"),
+                options.get("device", "auto"),
                 options.get("engines"),
                 threads=options.get("threads"),
                 packed=None if packed is None else Path(packed),
@@ -75,15 +75,19 @@ class Engine:
         """Exits in ascending order; the last is the full depth."""
         return self.manifest.exit_layers
 
+    @property
+    def max_length(self) -> int:
+        """Most rows of a sequence: the bundle's context, or less where engines were built for less."""
+        return min(self.manifest.model.context_length, self.backend.max_length)
+
     def new_sequence(self, *, batch_size: int = 1, max_length: int | None = None) -> Sequence:
         """An empty sequence.
 
         Args:
             batch_size: sequences of equal length that advance together.
-            max_length: most tokens it may hold; by default the bundle's context length.
+            max_length: most tokens it may hold; by default :attr:`max_length`.
         """
-        context = self.manifest.model.context_length
-        context = min(context, self.backend.max_length)
+        context = self.max_length
         length = context if max_length is None else max_length
         if not 1 <= length <= context:
             raise ContextLengthError(f"max_length = {length}: this bundle takes 1 to {context}: give one of those")
@@ -182,8 +186,12 @@ class Sequence:
             self.length = total
         for stage in range(index + 1):
             self.run_stage(stage, self.length)
-        self._run_exit(index, num_logits)
-        return self.state.logits(num_logits)
+        logits = []
+        for first in range(self.length - num_logits, self.length, MAX_PASS_ROWS):
+            stop = min(first + MAX_PASS_ROWS, self.length)
+            self._run_exit(index, first, stop)
+            logits.append(self.state.logits(stop - first))
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
 
     def step(self, exit_layer: int, ids: IntArray) -> FloatArray:
         """The decode step: :meth:`advance` by one token of each member without its checks and without a copy.
@@ -229,10 +237,12 @@ class Sequence:
     def _stepped(self, index: int, ids: IntArray) -> None:
         row = self.length
         self._tokens[:, row] = ids
+        self.length = (
+            row + 1
+        )  # before the cursors: an interrupt between them leaves rows to do, not rows that seem done
         self._stage_cursor[: index + 1] = [row + 1] * (index + 1)
         if index < len(self._balcony_cursor):
             self._balcony_cursor[index] = row + 1
-        self.length = row + 1
 
     def rows_due(self, new: int) -> tuple[list[int], list[int]]:
         """Rows that each stage and each balcony would run if it were used with ``new`` more rows; 1 where none are kept."""
@@ -298,21 +308,21 @@ class Sequence:
         length = operator.index(length)
         if not 0 <= length <= self.length:
             raise InputError(f"rollback to {length}: the sequence has {self.length} rows: give 0 to {self.length}")
-        self.length = length
         self._stage_cursor = [min(cursor, length) for cursor in self._stage_cursor]
         self._balcony_cursor = [min(cursor, length) for cursor in self._balcony_cursor]
+        self.length = length  # last, for the same reason as after a step
 
-    def _run_exit(self, index: int, num_logits: int) -> None:
+    def _run_exit(self, index: int, first: int, stop: int) -> None:
+        """Ask an exit about the rows from ``first`` to ``stop``, at most one pass of them."""
         if not self._cached[index]:
-            self.state.run_exit(index, self.length - num_logits, self.length, num_logits)
+            self.state.run_exit(index, first, stop, stop - first)
             return
-        # whole passes first, so that the last one holds the rows that are asked for
-        first = self.length - num_logits
-        while first - self._balcony_cursor[index] > MAX_PASS_ROWS:
-            self.run_balcony(self._layers[index], MAX_PASS_ROWS)
+        # passes over rows that nobody asks about first, so that those that are asked about fit into the last one
+        while (begin := self._balcony_cursor[index]) < first and stop - begin > MAX_PASS_ROWS:
+            self.run_balcony(self._layers[index], min(MAX_PASS_ROWS, first - begin))
         # rows that the balcony has seen already are fed again where they are asked about: it writes the same keys
-        self.state.run_exit(index, min(self._balcony_cursor[index], first), self.length, num_logits)
-        self._balcony_cursor[index] = self.length
+        self.state.run_exit(index, min(begin, first), stop, stop - first)
+        self._balcony_cursor[index] = max(begin, stop)
 
     def _index(self, exit_layer: int) -> int:
         try:
@@ -330,10 +340,16 @@ class Sequence:
         tokens = np.atleast_2d(tokens).astype(np.int64)
         if tokens.ndim != 2 or tokens.shape[0] != self.batch_size:
             raise InputError(f"tokens of shape {tokens.shape}: must be ({self.batch_size}, n): one row per sequence")
-        vocabulary = self._engine.manifest.model.vocab_size
-        if tokens.min() < 0 or tokens.max() >= vocabulary:
-            bad = int(tokens[(tokens < 0) | (tokens >= vocabulary)][0])
-            raise InputError(
-                f"token {bad}: the vocabulary has 0 to {vocabulary - 1}: tokenize with the bundle's tokenizer"
-            )
+        refuse_foreign(tokens, self._engine.manifest.model.vocab_size)
         return tokens
+
+
+def refuse_foreign(tokens: IntArray, vocabulary: int) -> None:
+    """Refuse tokens, one or more, of which one is outside of the vocabulary.
+
+    Raises:
+        InputError: it names the first.
+    """
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        bad = int(tokens[(tokens < 0) | (tokens >= vocabulary)][0])
+        raise InputError(f"token {bad}: the vocabulary has 0 to {vocabulary - 1}: tokenize with the bundle's tokenizer")

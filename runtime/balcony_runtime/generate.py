@@ -29,7 +29,7 @@ from balcony_runtime.calibrate import calibrate
 from balcony_runtime.chat import Chat
 from balcony_runtime.confident import Telemetry
 from balcony_runtime.decode import Learned, Step, Surroundings, steps
-from balcony_runtime.engine import Engine, EngineOptions
+from balcony_runtime.engine import Engine, EngineOptions, refuse_foreign
 from balcony_runtime.engine import Sequence as TokenSequence
 from balcony_runtime.reply import FinishReason, Reply, Token, TokenStream
 from balcony_runtime.sampling import Sampler, SamplingParams, log_probabilities
@@ -184,7 +184,7 @@ class LLM:
             InfeasibleError: nothing meets the target and the budget asks for an error then.
         """
         ids = self._prompt_ids(prompt, chat)
-        limit = self._new_tokens(len(ids), max_new_tokens)
+        limit = self._new_tokens(len(ids), max_new_tokens, sequence)
         if logprobs is not None and logprobs < 0:
             raise InputError(f"logprobs = {logprobs}: must be 0 (the token's own) or more")
         if trace is not None:
@@ -284,17 +284,22 @@ class LLM:
 
     def _prompt_ids(self, prompt: Prompt, chat: bool | None) -> list[int]:
         if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], int | np.integer):
-            return [int(token) for token in prompt]  # type: ignore[arg-type]
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            refuse_foreign(np.array(ids), self.engine.manifest.model.vocab_size)
+            return ids
         return self._codec.encode(prompt, chat=chat)  # type: ignore[arg-type]
 
-    def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        context = self.engine.manifest.model.context_length
+    def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None = None) -> int:
+        context = self.engine.max_length if sequence is None else sequence.max_length
         if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
         if prompt_tokens >= context:
+            whose, cure = "bundle", "export with a larger --context-length"
+            if context < self.engine.max_length:
+                whose, cure = "sequence", "give it a larger max_length"
             raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens and this bundle's context holds {context}: shorten the prompt, "
-                "or export with a larger --context-length"
+                f"the prompt has {prompt_tokens} tokens and this {whose}'s context holds {context}: "
+                f"shorten the prompt, or {cure}"
             )
         room = context - prompt_tokens
         return room if max_new_tokens is None else min(max_new_tokens, room)

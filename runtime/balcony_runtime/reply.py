@@ -125,7 +125,16 @@ class TokenStream(Iterator[Token]):
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         """Iterate without blocking the event loop: each step runs in a worker thread."""
-        while (token := await asyncio.to_thread(next, self, None)) is not None:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, self, None))
+            try:
+                token = await asyncio.shield(step)
+            except asyncio.CancelledError:
+                self.cancel()
+                await asyncio.wait([step])  # its thread is inside of the step, and nobody may close what it uses
+                raise
+            if token is None:
+                return
             yield token
 
     @property

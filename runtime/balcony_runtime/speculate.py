@@ -15,6 +15,7 @@ is not, one is tried every `PROBE_TOKENS` tokens, so that what was learned does 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Lengths
 from typing import NamedTuple
 
 import numpy as np
@@ -80,18 +81,22 @@ class Speculator:
         kept, judged = self._counts[exit_layer]
         return kept / judged
 
-    def plan(self, costs: CostModel, context_length: int, room: int, most_ms: float) -> Round | None:
+    def plan(
+        self, costs: CostModel, context_length: int, balcony_rows: Lengths[int], room: int, most_ms: float
+    ) -> Round | None:
         """The round that is worth running now, or None: a plain step is as fast.
 
         Args:
             costs: prices.
             context_length: rows before the new ones.
+            balcony_rows: rows that each balcony has not seen, without the new ones.
             room: rows that the sequence can still take; a round of g drafts takes g + 1.
             most_ms: what a round may cost, at slowdown 1.
         """
         plain_ms = costs.steady_ms(self._exits[-1], context_length) * self._plain_ratio
         found: Round | None = None
-        for exit_layer in self._exits[:-1]:
+        for index, exit_layer in enumerate(self._exits[:-1]):
+            behind_ms = costs.balconies[index].pass_ms(balcony_rows[index], context_length, 1)
             acceptance = self.acceptance(exit_layer)
             draft_ms = costs.steady_ms(exit_layer, context_length)
             expected = 1.0
@@ -99,7 +104,7 @@ class Speculator:
                 expected += acceptance**drafts
                 price_ms = drafts * draft_ms + self._check_ms(costs, exit_layer, drafts, context_length)
                 speedup = plain_ms * expected / (price_ms * self._round_ratio)
-                if price_ms <= most_ms and (found is None or speedup > found.speedup):
+                if behind_ms + price_ms <= most_ms and (found is None or speedup > found.speedup):
                     found = Round(exit_layer, drafts, price_ms, speedup)
         if found is None or (found.speedup < WORTH and self._since_probe < PROBE_TOKENS):
             return None
@@ -111,7 +116,7 @@ class Speculator:
         self._plain_ratio += RATIO_RATE * (measured_ms / predicted_ms - self._plain_ratio)
 
     def learn(self, planned: Round, kept: int, measured_ms: float) -> None:
-        """After a round."""
+        """After a round, which took so long without what the draft's balcony was behind."""
         self._since_probe = 0
         before, judged = self._counts[planned.exit_layer]
         tried = min(kept + 1, planned.drafts)  # those after the first that was refused were never judged

@@ -148,10 +148,11 @@ def learn(compared: Compared, text: str, max_disagreement: float, confidence: fl
         )
     measure = max(MEASURES, key=lambda name: shares[name])
     thresholds = {}
+    each = 1 - (1 - confidence) / len(agrees)  # so that all of them hold at once (Bonferroni): any exit may be used
     for exit_layer in agrees:
         candidates = np.quantile(sure[measure][exit_layer][tuning], levels).tolist()
         held, fits = sure[measure][exit_layer][~tuning], agrees[exit_layer][~tuning]
-        threshold = last_accepted(held, fits, candidates, max_disagreement, confidence)
+        threshold = last_accepted(held, fits, candidates, max_disagreement, each)
         if threshold is not None:
             early = held >= threshold
             wrong = float((early & ~fits).mean())

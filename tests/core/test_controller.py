@@ -219,7 +219,7 @@ def test_prediction_or_exit_that_cannot_be_is_ignored(last: Measurement) -> None
     assert decide(settled(8), Budget(tpot_ms=12), last=last).reason.endswith("ignored")
 
 
-# --- A plant: the rows and cursors of DESIGN 3, true costs, a load trace and noise. -------------------------------
+# --- A plant: the rows and cursors of lazy stages, true costs, a load trace and noise. ----------------------------
 
 
 def layers(count: int) -> UnitCost:

@@ -223,6 +223,14 @@ def test_sensors_that_are_lost_leave_latency_and_it_is_said() -> None:
 # --- Pace, deadline, first token. ---------------------------------------------------------------------------------
 
 
+def test_idle_time_is_for_the_balconies_backlog_too() -> None:
+    plant = Plant(DEMO, BOARD, parse_load("idle"), prompt_tokens=40)
+    for _ in range(4):
+        plant.step(30, period_ms=400.0, idle_ms=350.0)
+    # behind by what came with the next token, as on a device
+    assert plant.rows_due()[1] == [1, 1, 1, 1]
+
+
 def test_pace_is_an_upper_bound_and_its_waits_go_to_the_backlog() -> None:
     plant = Plant(DEMO, BOARD, parse_load("step:high=2.2,at_s=0.2"))
     shallow = simulate(DEMO, plant, Budget(tpot_ms=30), tokens=40)

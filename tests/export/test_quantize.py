@@ -218,7 +218,7 @@ def test_schedules_at_accuracy_level_1_are_exact(export_tiny: Callable[[str], An
 def test_schedules_at_accuracy_level_4_are_as_far_apart_as_one_row_and_many(
     export_tiny: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """DESIGN 3: the row count of a pass changes the last bits, and rounding to int8 amplifies them."""
+    """The row count of a pass changes the last bits, and rounding to int8 amplifies them."""
     path = exported(export_tiny("llama"), tmp_path / "bundle", Scheme())
     random = np.random.default_rng(2)
     with Engine.open(path) as engine:

@@ -103,6 +103,22 @@ def test_closing_a_stream_ends_it(llm: LLM) -> None:
         next(stream)
 
 
+def test_a_cancelled_task_gets_its_cancellation_and_the_stream_ends(llm: LLM) -> None:
+    """The step that a thread is in at that moment is awaited: whoever closes the stream finds nobody inside of it."""
+    llm.budget = Budget(max_pace_tps=2)
+    seen: list[int] = []
+
+    async def main() -> None:
+        with llm.stream("the fox", ignore_eos=True) as stream:
+            async with asyncio.timeout(0.2):  # in the wait for the second token
+                async for token in stream:
+                    seen.append(token.id)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(main())
+    assert len(seen) == 1
+
+
 def test_async_iteration_gives_the_same_tokens(llm: LLM) -> None:
     async def collect(prompt: str) -> list[int]:
         return [token.id async for token in llm.stream(prompt, max_new_tokens=10, ignore_eos=True)]

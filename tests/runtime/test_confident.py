@@ -21,7 +21,17 @@ from balcony_edge.manifest import ConfidenceSpec, ThresholdSpec
 from balcony_edge.trace import TraceWriter, read_trace, replay
 from balcony_runtime.confident import CHECK_EVERY, MOST_CHECKED, PROBE_TOKENS, Confident
 from balcony_runtime.engine import Engine
-from balcony_runtime.thresholds import binomial_tail, calibrate_confidence, held_out, last_accepted, measured
+from balcony_runtime.thresholds import (
+    CANDIDATES,
+    MEASURES,
+    Compared,
+    binomial_tail,
+    calibrate_confidence,
+    held_out,
+    last_accepted,
+    learn,
+    measured,
+)
 
 EXITS = (2, 3, 5)
 #: A tiny random model is never surer than that half of the time.
@@ -32,6 +42,10 @@ COSTS = CostModel(
     balconies=(UnitCost(0.3, 0.01), UnitCost(0.3, 0.01), UnitCost(0.01)),
     head=UnitCost(0.5, 0.1),
 )
+
+
+#: No balcony is behind.
+NONE = (0, 0, 0)
 
 
 def spec(threshold: float = 0.5, share: float = 0.9, **changes: Any) -> ConfidenceSpec:
@@ -71,27 +85,72 @@ def test_the_last_accepted_keeps_its_promise() -> None:
     assert np.mean(shares) > 0.3, "and it is not kept by never exiting"
 
 
+def test_the_promise_holds_for_all_exits_at_once() -> None:
+    random = np.random.default_rng(5)
+    sure = {e: random.random(4000) for e in (2, 3)}
+    agrees = {e: random.random(4000) < 0.8 + 0.2 * sure[e] for e in (2, 3)}
+    found = learn(Compared(dict.fromkeys(MEASURES, sure), agrees), "t", 0.02, 0.95)
+    assert found.thresholds.keys() == {2, 3}
+    for exit_layer, threshold in found.thresholds.items():
+        levels = np.quantile(sure[exit_layer][:2000], np.linspace(1, 0, CANDIDATES + 1)).tolist()
+        held, fits = sure[exit_layer][2000:], agrees[exit_layer][2000:]
+        assert threshold.threshold == last_accepted(held, fits, levels, 0.02, 0.975)
+        alone = last_accepted(held, fits, levels, 0.02, 0.95)
+        assert alone is not None and threshold.threshold >= alone
+
+
 def test_no_threshold_where_none_keeps_it() -> None:
     sure = np.linspace(0, 1, 500)
     assert last_accepted(sure, np.zeros(500, bool), [0.99, 0.9, 0.5], 0.001, 0.95) is None
     policy = Confident(EXITS, spec(thresholds={}))
-    assert policy.plan(COSTS, 10, np.inf) is None
+    assert policy.plan(COSTS, 10, NONE, EXITS, np.inf) is None
 
 
 def test_trying_follows_from_prices() -> None:
     paying = Confident(EXITS, spec(share=0.9))
-    found = paying.plan(COSTS, 0, np.inf)
+    found = paying.plan(COSTS, 0, NONE, EXITS, np.inf)
     # plain 9.01... ms; a trial 1.8 ms, and in one of ten cases the deep stages over ten rows and the head
     assert found is not None and (found.exit_layer, found.threshold) == (2, 0.5) and found.speedup > 2.5
-    assert paying.plan(COSTS, 0, most_ms=5.0) is None, "an unsure token would take longer than the gap allows"
+    assert paying.plan(COSTS, 0, NONE, EXITS, most_ms=5.0) is None, (
+        "an unsure token would take longer than the gap allows"
+    )
     losing = Confident(EXITS, spec(share=0.05))
-    assert [losing.plan(COSTS, 0, np.inf) for _ in range(PROBE_TOKENS - 1)] == [None] * (PROBE_TOKENS - 1)
-    probe = losing.plan(COSTS, 0, np.inf)
+    assert [losing.plan(COSTS, 0, NONE, EXITS, np.inf) for _ in range(PROBE_TOKENS - 1)] == [None] * (PROBE_TOKENS - 1)
+    probe = losing.plan(COSTS, 0, NONE, EXITS, np.inf)
     assert probe is not None and probe.speedup < 1.03
-    assert losing.plan(COSTS, 0, np.inf) is None
+    assert losing.plan(COSTS, 0, NONE, EXITS, np.inf) is None
     for _ in range(300):
         losing.learn(2, True)
-    assert losing.plan(COSTS, 0, np.inf) is not None, "what was learned counts"
+    assert losing.plan(COSTS, 0, NONE, EXITS, np.inf) is not None, "what was learned counts"
+
+
+def test_a_trial_keeps_the_budgets_bounds_and_pays_for_a_balcony_that_is_behind() -> None:
+    policy = Confident(EXITS, spec(share=0.9))
+    assert policy.plan(COSTS, 600, NONE, (3, 5), np.inf) is None
+    assert policy.plan(COSTS, 600, NONE, EXITS, 40.0) is not None
+    # 500 rows of the balcony are 0.3 + 499 x 0.01 ms
+    assert policy.plan(COSTS, 600, (500, 0, 0), EXITS, 40.0) is not None
+    found = policy.plan(COSTS, 600, NONE, EXITS, np.inf)
+    assert found is not None
+    rows = 1 + round(0.9 / 0.1)
+    unsure_ms = COSTS.steady_ms(2, 600) + COSTS.step_ms(5, (0, rows, rows), (1, 1, 1), 600)
+    assert policy.plan(COSTS, 600, (500, 0, 0), EXITS, unsure_ms + 5.2) is None
+    assert policy.plan(COSTS, 600, (500, 0, 0), EXITS, unsure_ms + 5.4) is not None
+    for keys in ({"lossless": True}, {"exit_layer": 5}):
+        with pytest.raises(BudgetError, match=r"confident = True with .*: an early exit is another one"):
+            Budget(confident=True, **keys)  # type: ignore[arg-type]
+
+
+def test_bounds_of_depth_hold_for_early_exits(calibrated: Path) -> None:
+    with balcony_edge.load(calibrated) as llm:
+        llm._costs = COSTS
+        llm.budget = Budget(confident=True, min_exit=3)
+        assert {t.exit_layer for t in llm.stream("the quick brown fox", max_new_tokens=60, ignore_eos=True)} == {5}
+        llm.budget = Budget(confident=True)
+        tokens = list(llm.stream("the quick brown fox", max_new_tokens=60, ignore_eos=True))
+        # an unsure token takes in the rows that early ones left, and none ever counts less than nothing
+        assert min(token.caught_up_rows for token in tokens) == 0 < max(token.caught_up_rows for token in tokens)
+        assert len({token.exit_layer for token in tokens}) == 2
 
 
 def test_a_promise_that_slips_raises_the_threshold() -> None:

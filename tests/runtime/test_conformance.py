@@ -27,7 +27,7 @@ from balcony_runtime.engine import Engine, Sequence
 from balcony_runtime.tensorrt_builder import Builder, build_engines
 
 EXITS = (2, 3, 5)
-#: DESIGN 3: the largest difference for float32, as a share of the largest logit.
+#: The largest difference for float32, as a share of the largest logit.
 TOLERANCE = 1e-4
 
 #: One action of a schedule: what to do, and two numbers that each action reads in its own way.
@@ -48,7 +48,7 @@ def from_scratch(engine: Engine, exit_layer: int, tokens: npt.NDArray[np.int64],
 
 
 def assert_equal(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> None:
-    """The meaning of equal of DESIGN 3: close, and the same argmax unless the two best are closer than twice that."""
+    """What «equal» means: close, and the same argmax unless the two best are closer than twice that."""
     bound = TOLERANCE * np.abs(want).max()
     assert np.abs(got - want).max() <= bound
     best = np.sort(want, axis=-1)

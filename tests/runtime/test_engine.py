@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,58 @@ def test_memory_is_bounded_and_reported(tiny: Any, graphs: str, bucket: int) -> 
         rows = 200 if bucket == 1 else 256
         balcony = 101 if bucket == 1 else 128
         assert sequence.state.memory_bytes - before == (5 * rows + balcony) * 2 * 32 * 4
+        decoded = engine.new_sequence(max_length=200)
+        for token in range(50):
+            decoded.step(5, np.array([token]))
+        rows = 50 if bucket == 1 else 128
+        assert decoded.state.memory_bytes - before == 5 * rows * 2 * 32 * 4
+
+
+def test_no_pass_takes_more_rows_than_allowed(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balcony_runtime.engine.MAX_PASS_ROWS", 16)
+    with Engine.open(tiny.path) as engine:
+        whole = {e: engine.new_sequence().advance(e, list(range(49)), num_logits=40)[0] for e in engine.exit_layers}
+        passes: list[int] = []
+        for exit_layer in engine.exit_layers:
+            sequence = engine.new_sequence()
+            for name in ("run_stage", "run_exit"):
+                run = getattr(sequence.state, name)
+
+                def counted(index: int, start: int, stop: int, *more: int, run: Any = run) -> None:
+                    passes.append(stop - start)
+                    run(index, start, stop, *more)
+
+                monkeypatch.setattr(sequence.state, name, counted)
+            logits = sequence.advance(exit_layer, list(range(49)), num_logits=40)[0]
+            assert max(passes) == 16 and logits.shape == (40, whole[exit_layer].shape[1])
+            for count in (1, 17, 33):  # prompts of one row more than some whole passes
+                sequence.rollback(0)
+                last = sequence.advance(exit_layer, list(range(count)))[0, 0]
+                assert np.abs(last - whole[exit_layer][count - 10]).max() <= 1e-5 * np.abs(last).max() or count < 10
+            assert max(passes) == 16
+
+
+def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_rows_to_do(tiny: Any) -> None:
+    class Interrupting(list[int]):
+        def __iter__(self) -> Any:
+            raise KeyboardInterrupt
+
+        def __setitem__(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+    with Engine.open(tiny.path) as engine:
+        for act in ("rollback", "step"):
+            sequence = engine.new_sequence()
+            sequence.advance(5, [1, 2, 3, 4])
+            cursors = sequence._stage_cursor
+            sequence._stage_cursor = Interrupting(cursors)
+            with pytest.raises(KeyboardInterrupt):
+                sequence.rollback(2) if act == "rollback" else sequence.step(5, np.array([5]))
+            sequence._stage_cursor = cursors
+            assert sequence.length == (4 if act == "rollback" else 5)
+            got = sequence.advance(5, [6])[0, 0]
+            want = engine.new_sequence().advance(5, sequence.tokens)[0, 0]
+            np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_tables_that_differ_from_the_models_sizes_are_refused(bundle_copy: Any) -> None:
@@ -135,6 +189,11 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
             exit_layer, ids = plain.exit_layers[index // 3 % 3], np.array([index, 300 - index])
             assert np.array_equal(apart.step(exit_layer, ids), joined.step(exit_layer, ids))
         assert {file.name: file.stat().st_mtime_ns for file in home.iterdir()} == made
+    shutil.rmtree(home)
+    for pid in (os.getpid(), 2**22 + 1):  # left by killed processes, one of which had our number
+        (packed / f".{home.name}.partial-{pid}").mkdir()
+    with Engine.open(path, packed=packed):
+        assert {file.name for file in home.iterdir()} == made.keys() and list(packed.iterdir()) == [home]
     with Engine.open(export_tiny("llama").path, packed=packed):
         assert len(list(packed.iterdir())) == 2  # another bundle, another name
     blocked = tmp_path / "file"

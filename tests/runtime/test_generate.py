@@ -160,8 +160,19 @@ def test_prompts_that_do_not_fit(llm: LLM) -> None:
             llm.stream([1], max_new_tokens=count)
     with pytest.raises(InputError, match="token 99999"):
         list(llm.stream([99999]))
+    penalty = SamplingParams(repetition_penalty=1.1)
+    for token in (99999, -1):
+        with pytest.raises(InputError, match=f"token {token}: the vocabulary has 0 to"):
+            llm.stream([1, token], sampling=penalty)
     with pytest.raises(InputError, match="the prompt is empty"):
         llm.stream("")
+    short = llm.engine.new_sequence(max_length=8)
+    tokens = list(llm.stream([1, 2, 3], sequence=short, ignore_eos=True))
+    assert len(tokens) == 5 and tokens[-1].finish_reason == "length"
+    with pytest.raises(
+        ContextLengthError, match=r"this sequence's context holds 8: shorten the prompt, or give it a larger"
+    ):
+        llm.stream([1] * 8, sequence=short)
 
 
 def test_budgets_that_fit_no_exit_are_refused(llm: LLM, tiny: Any) -> None:

@@ -21,6 +21,10 @@ from balcony_runtime.speculate import PROBE_TOKENS, Round, Speculator, run_round
 EXITS = (2, 3, 5)
 
 
+#: No balcony is behind.
+NONE = (0, 0, 0)
+
+
 def costs(shallow_ms: float = 1.0, deep_ms: float = 50.0) -> CostModel:
     """Drafting at exit 2 costs next to nothing beside the deeper stages; further rows are nearly free."""
     units = (UnitCost(shallow_ms, 0.01), UnitCost(deep_ms, 0.01), UnitCost(deep_ms, 0.01))
@@ -143,31 +147,35 @@ def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any, monkeypatch: pyte
         assert not any(token.decision.drafted for token in tokens)
     speculator = Speculator(EXITS, {2: 0.3, 3: None, 5: 1.0})
     assert speculator.acceptance(2) == pytest.approx(0.3) and speculator.acceptance(3) == pytest.approx(0.5)
-    assert speculator.plan(expensive, 50, 100, float("inf")) is None
+    assert speculator.plan(expensive, 50, NONE, 100, float("inf")) is None
     for _ in range(PROBE_TOKENS):
         speculator.learn_plain(10.0, 10.0)
-    probe = speculator.plan(expensive, 50, 100, float("inf"))
+    probe = speculator.plan(expensive, 50, NONE, 100, float("inf"))
     assert probe is not None and probe.speedup < 1
     speculator.learn(probe, 0, probe.price_ms)
-    assert speculator.plan(expensive, 50, 100, float("inf")) is None
+    assert speculator.plan(expensive, 50, NONE, 100, float("inf")) is None
     assert speculator.acceptance(probe.exit_layer) < 0.5
 
 
 def test_the_choice_follows_acceptance_and_measured_times() -> None:
     speculator = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
-    good = speculator.plan(costs(), 50, 100, float("inf"))
+    good = speculator.plan(costs(), 50, NONE, 100, float("inf"))
     assert good is not None and good.exit_layer == 2 and good.drafts == 8 and good.speedup > 4
-    assert speculator.plan(costs(), 50, 4, float("inf")).drafts == 3  # type: ignore[union-attr] - no room for more
-    assert speculator.plan(costs(), 50, 100, 90.0) is None  # the whole round must fit a gap
+    assert speculator.plan(costs(), 50, NONE, 4, float("inf")).drafts == 3  # type: ignore[union-attr] - no room for more
+    assert speculator.plan(costs(), 50, NONE, 100, 90.0) is None  # the whole round must fit a gap
+    # a balcony that is 30 rows behind is run first: in the same gap
+    behind_ms = costs().balconies[0].pass_ms(30, 50, 1)
+    assert speculator.plan(costs(), 50, (30, 30, 0), 100, good.price_ms + 0.9 * behind_ms) != good
+    assert speculator.plan(costs(), 50, (30, 30, 0), 100, good.price_ms + 1.1 * behind_ms) == good
     for _ in range(60):
         speculator.learn(good, 0, good.price_ms)  # nothing is ever kept
     assert speculator.acceptance(2) < 0.05
-    other = speculator.plan(costs(), 50, 100, float("inf"))
+    other = speculator.plan(costs(), 50, NONE, 100, float("inf"))
     assert other is None or other.exit_layer != 2 or other.drafts < 3
     slow = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
     for _ in range(60):
         slow.learn(good, 8, 10 * good.price_ms)  # rounds take ten times what they are priced at
-    assert slow.plan(costs(), 50, 100, float("inf")) is None
+    assert slow.plan(costs(), 50, NONE, 100, float("inf")) is None
 
 
 def test_under_a_latency_target_a_round_must_fit_the_gap(llm: LLM) -> None:

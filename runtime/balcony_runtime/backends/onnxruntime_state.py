@@ -160,18 +160,28 @@ class OnnxRuntimeState:
             if f"{name}_keys" in self._specs:
                 self._caches[f"{name}_keys"] = self._caches[name]
         self._bound: dict[str, Any] = {}  # graph → binding of its one-row pass
+        self._decoded: dict[int, int] = {}  # exit → rows that its decode steps have reached
         self._programs: dict[int, tuple[int, list[tuple[Any, Any]]]] = {}  # exit → rows it is good for, what to run
         self._queries: npt.NDArray[Any] | None = None
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of row buffers and of KV caches, as far as rows have been reserved."""
+        self._reserve_decoded()
         caches = {id(cache): cache.nbytes for cache in self._caches.values()}
         return self._rows.nbytes + sum(caches.values())
 
     def largest_cached(self) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
         """Graph → input → largest size of each channel of its cache, over members and rows  # (KV heads, head size)"""
+        self._reserve_decoded()
         return {name: cache.largest() for name, cache in self._caches.items()}
+
+    def _reserve_decoded(self) -> None:
+        """Count the rows of decode steps, which reserve none: their arrays are bound whole."""
+        for exit_index, rows in self._decoded.items():
+            for name in self._manifest.path_graphs(self._layers[exit_index + 1]):
+                if name in self._caches:
+                    self._caches[name].reserve(rows)
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """One row through all graphs on the way to an exit."""
@@ -187,6 +197,7 @@ class OnnxRuntimeState:
                 self.busy_ns += time.perf_counter_ns() - begin
         except RuntimeError as error:
             raise _failed("a decode step", error) from error
+        self._decoded[exit_index] = row + 1
         used = exit_index + 2
         self._rows[:used, :, row] = self._row[:used, :, 0]
         return self._logits[:, 0]

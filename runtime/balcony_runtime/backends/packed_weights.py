@@ -23,6 +23,7 @@ import onnxruntime as ort
 from balcony_edge.bundle import Bundle
 from balcony_edge.device import this_device
 from balcony_edge.errors import InputError
+from balcony_edge.files import process_runs
 from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.joined_graph import Part, join
 
@@ -46,7 +47,11 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
     graphs = {name: spec.file for name, spec in bundle.manifest.runnable.items() if name != "backbone"}
     paths = {f"path_{layer}": f"path_{layer}.onnx" for layer in bundle.manifest.exit_layers}
     if not home.is_dir():
-        part = directory / f".{home.name}.partial-{os.getpid()}"
+        prefix = f".{home.name}.partial-"
+        part = directory / f"{prefix}{os.getpid()}"
+        for leftover in directory.glob(f"{prefix}*"):  # of a process that was killed; our number may have been its
+            if leftover == part or not process_runs(leftover.name.removeprefix(prefix)):
+                shutil.rmtree(leftover, ignore_errors=True)
         try:
             part.mkdir(parents=True)
             for file in graphs.values():

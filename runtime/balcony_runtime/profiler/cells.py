@@ -177,7 +177,7 @@ class Bench:
     def _switch(self, before: int, after: int, pending: int) -> Blocks:
         """``pending`` tokens at one exit, then one at the other: deeper stages or the balcony take in what waits."""
         context = min(max(min(self.grid.depths), SWITCH_CONTEXT), max(self.grid.depths))
-        context = min(context, self.llm.engine.manifest.model.context_length - pending - 2)
+        context = min(context, self.llm.engine.max_length - pending - 2)
         sequence = self._sequence("switch", context, room=max(self.grid.pending) + 2)
         found = switched(self.llm, sequence, before, after, self._tokens_to(context + pending), pending)
         kind: Kind = "switch_up" if after > before else "switch_down"
@@ -215,8 +215,7 @@ class Bench:
         """A sequence of so many rows that every stage and balcony has seen."""
         key = (use, length)
         if key not in self._filled:
-            limit = self.llm.engine.manifest.model.context_length
-            sequence = self.llm.engine.new_sequence(max_length=min(length + room, limit))
+            sequence = self.llm.engine.new_sequence(max_length=min(length + room, self.llm.engine.max_length))
             if length:
                 sequence.advance(self.exits[-1], self._tokens_to(length))
                 sequence.catch_up()

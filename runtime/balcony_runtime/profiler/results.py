@@ -96,7 +96,7 @@ def _anchored(costs: CostModel, typical: Mapping[Key, float]) -> CostModel:
     """With first rows such that steady steps cost what decoding at each exit was measured to cost.
 
     Passes are measured in a sweep through all graphs, but a step at a shallow exit reads fewer weights, and where these stay
-    in the last-level cache every layer on the way is faster (DESIGN 9: 0.16 against 0.11 ms a layer in int4). So what a
+    in the last-level cache every layer on the way is faster (0.16 against 0.11 ms a layer in int4). So what a
     deeper stage adds is more than its own pass: the layers before it, too, then come from memory. As what is *added* it is
     its price here.
     """
