@@ -271,21 +271,16 @@ def _check_file(path: Path, spec: FileSpec, verify_hashes: bool) -> None:
         )
 
 
-def write_manifest(
-    directory: Path, document: dict[str, Any], *, progress: Callable[[str], None] | None = None
-) -> Manifest:
+def write_manifest(directory: Path, document: dict[str, Any]) -> Manifest:
     """Hash the files of ``directory``, complete ``document`` with files and fingerprint, and write ``bundle.json``.
 
     Args:
         directory: the bundle under construction; every file in it becomes part of the bundle.
         document: all keys of :class:`Manifest` but ``schema_version``, ``files`` and ``fingerprint``.
-        progress: called with each file's name before it is hashed.
     """
     files = {}
     for path in sorted(directory.iterdir()):
         if path.name != MANIFEST:
-            if progress is not None:
-                progress(path.name)
             files[path.name] = file_spec(path).model_dump()
     draft = {"schema_version": SCHEMA_VERSION, **document, "files": files, "fingerprint": ""}
     dumped = Manifest.model_validate(draft).model_dump(mode="json")

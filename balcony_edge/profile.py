@@ -221,7 +221,8 @@ def least_agreement(exits: tuple[int, ...], quality: tuple[QualityFigure, ...]) 
     found: dict[int, float | None] = dict.fromkeys(exits)
     for figure in quality:
         if figure.metric == "agreement" and figure.exit_layer in found:
-            found[figure.exit_layer] = min(figure.value, found[figure.exit_layer] or figure.value)
+            least = found[figure.exit_layer]
+            found[figure.exit_layer] = figure.value if least is None else min(figure.value, least)
     return found
 
 

@@ -113,6 +113,7 @@ def train(
     processes = Processes()
     loaded.to(processes.device)  # type: ignore[arg-type]
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
+    _refuse_trained(output, layers, start)
     rate = TrainConfig.rate if rate is None else rate
     begun = None if start is None else load_balconies(start, loaded, layers)
     config = TrainConfig(
@@ -157,6 +158,17 @@ def train(
     with _progress_bar(trainer) as report:
         trainer.run(report)
     _finish(trainer, model, pretraining_tokens, as_json)
+
+
+def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:
+    """Refuse to write over balconies that another run left there, unless it is from them that this one starts."""
+    from balcony_edge.errors import TrainingError
+
+    there = [layer for layer in layers if (output / f"balcony_{layer}.safetensors").exists()]
+    if there and not (output / "run").exists() and (start is None or not start.samefile(output)):
+        raise TrainingError(
+            f"{output}: holds balcony {there[0]} already: name another directory, remove it, or go on from it with --start"
+        )
 
 
 def _start(init: str, digest: str | None) -> str:

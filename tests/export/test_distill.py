@@ -614,6 +614,10 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     (out / "run").rename(tmp_path / "old-run")
     begun = CliRunner().invoke(app, [*command, "--steps", "2", "--start", str(out)], catch_exceptions=False)
     assert json.loads(begun.stdout)["steps"] == 2
+    (out / "run").rename(tmp_path / "run")
+    again = CliRunner().invoke(app, [*command, "--steps", "2"])
+    assert isinstance(again.exception, TrainingError) and "holds balcony 2 already" in str(again.exception)
+    (tmp_path / "run").rename(out / "run")
     further = [*command, "--steps", "4", "--start", str(out), "--resume"]
     assert json.loads(CliRunner().invoke(app, further, catch_exceptions=False).stdout)["steps"] == 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
@@ -25,7 +25,11 @@ class BalconyExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opti
         parser.add_argument("--precision", default="fp32", help="fp32, fp16, int8 or int4 [default: fp32]")
         parser.add_argument("--calibration", type=Path, action="append", help="text to round by; repeatable")
         parser.add_argument("--context-length", type=int, help="most tokens of a sequence")
-        parser.add_argument("--tensorrt", help="also build TensorRT-RTX engines of this precision")
+        from balcony_edge.manifest import EnginePrecision  # noqa: PLC0415 - optimum imports this file at every start
+
+        parser.add_argument(
+            "--tensorrt", choices=get_args(EnginePrecision), help="also build TensorRT-RTX engines of this precision"
+        )
 
     def run(self) -> None:
         """Export; a problem is one line on stderr and exit code 1."""
