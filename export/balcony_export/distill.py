@@ -143,7 +143,7 @@ class Trainer:
         for place in places.tolist():
             if place not in self._states:
                 first = place - place % self.config.micro_rows
-                rows = np.asarray([self.order.row(first + index) for index in range(self.config.micro_rows)])
+                rows = np.asarray([self.order.row(first + i) for i in range(self.config.micro_rows)], dtype=np.int64)
                 for index, states in enumerate(self._pass(rows).unbind(1)):
                     self._states[first + index] = states
         return torch.stack([self._states[place] for place in places.tolist()], dim=1)

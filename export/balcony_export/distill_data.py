@@ -101,8 +101,7 @@ def build_corpus(
         tokenizer: the base model's; its chat template renders instruction data.
         seq_len: tokens per row.
         seed: of the order of the rows.
-        held_out_rows: about how many rows of documents to keep out of training, 1 at least; which ones depends on their text
-            alone.
+        held_out_rows: about how many rows of documents to keep out of training; which ones depends on their text alone.
 
     Raises:
         InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two
@@ -132,7 +131,7 @@ def build_corpus(
     while held < len(order) - 1 and taken < target:
         taken += len(documents[order[held]])
         held += 1
-    if not held:
+    if held_out_rows and not held:
         raise InputError(
             f"--data: {len(order)} document(s) and {total} tokens: none can be held out: give more, or split it into documents "
             "(one JSON line each)"
