@@ -22,7 +22,7 @@ from balcony_edge.manifest import ConfidenceMeasure, ConfidenceSpec
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.engine import Sequence as TokenSequence
 from balcony_runtime.sampling import Sampler
-from balcony_runtime.speculate import PROBE_TOKENS, WORTH
+from balcony_runtime.speculate import PLAN_TOKENS, PROBE_TOKENS, WORTH
 from balcony_runtime.thresholds import binomial_tail, measured
 
 #: Weight of the calibration's share of early exits, in tokens, and of the past at every further token.
@@ -62,7 +62,7 @@ class Confident:
         #: Exit → what the full depth thought of its tokens since its threshold was raised last, and ever.
         self._recent = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self.telemetry = dict.fromkeys(exits[:-1], Telemetry(0, 0))
-        self._since_trial = self._since_check = 0
+        self._since_trial = self._since_check = self._plan_at = 0
 
     @property
     def thresholds(self) -> Mapping[int, float]:
@@ -88,6 +88,8 @@ class Confident:
             most_ms: what an unsure token may cost, at slowdown 1.
         """
         self._since_trial += 1
+        if self._since_trial < min(self._plan_at, PROBE_TOKENS):
+            return None
         full, count = self._exits[-1], len(self._exits)
         plain_ms = costs.steady_ms(full, context_length)
         best: Trial | None = None
@@ -105,6 +107,7 @@ class Confident:
             if shallow_ms + behind_ms + deep_ms <= most_ms and (best is None or speedup > best.speedup):
                 best = Trial(exit_layer, threshold, speedup)
         if best is None or (best.speedup < WORTH and self._since_trial < PROBE_TOKENS):
+            self._plan_at = self._since_trial + PLAN_TOKENS
             return None
         self._since_trial = 0
         return best
@@ -112,6 +115,7 @@ class Confident:
     def learn(self, exit_layer: int, exited: bool) -> None:
         """After a trial."""
         self._since_check += 1
+        self._plan_at = 0
         before, tried = self._counts[exit_layer]
         self._counts[exit_layer] = (MEMORY * before + exited, MEMORY * tried + 1)
 

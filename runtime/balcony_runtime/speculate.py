@@ -31,6 +31,8 @@ MOST_DRAFTS = 8
 WORTH = 1.03
 #: Tokens after which a round is tried although it is not expected to pay: costs less than 0.5 % where it does not.
 PROBE_TOKENS = 512
+#: Tokens after which a choice that came to nothing is made again: it takes half a millisecond with cold caches.
+PLAN_TOKENS = 16
 #: Weight of the bundle's agreement in the acceptance, in drafts, and of the past at every further round.
 PRIOR_DRAFTS, MEMORY = 8.0, 0.97
 #: Acceptance of an exit that was never evaluated.
@@ -74,7 +76,7 @@ class Speculator:
             for exit_layer in exits[:-1]
         }
         self._round_ratio = self._plain_ratio = 1.0
-        self._since_probe = 0
+        self._since_probe = self._plan_at = 0
 
     def acceptance(self, exit_layer: int) -> float:
         """Learned probability that a draft of an exit is kept."""
@@ -93,6 +95,8 @@ class Speculator:
             room: rows that the sequence can still take; a round of g drafts takes g + 1.
             most_ms: what a round may cost, at slowdown 1.
         """
+        if self._since_probe < min(self._plan_at, PROBE_TOKENS):
+            return None
         plain_ms = costs.steady_ms(self._exits[-1], context_length) * self._plain_ratio
         found: Round | None = None
         for index, exit_layer in enumerate(self._exits[:-1]):
@@ -107,6 +111,7 @@ class Speculator:
                 if behind_ms + price_ms <= most_ms and (found is None or speedup > found.speedup):
                     found = Round(exit_layer, drafts, price_ms, speedup)
         if found is None or (found.speedup < WORTH and self._since_probe < PROBE_TOKENS):
+            self._plan_at = self._since_probe + PLAN_TOKENS
             return None
         return found
 
@@ -117,7 +122,7 @@ class Speculator:
 
     def learn(self, planned: Round, kept: int, measured_ms: float) -> None:
         """After a round, which took so long without what the draft's balcony was behind."""
-        self._since_probe = 0
+        self._since_probe = self._plan_at = 0
         before, judged = self._counts[planned.exit_layer]
         tried = min(kept + 1, planned.drafts)  # those after the first that was refused were never judged
         self._counts[planned.exit_layer] = (MEMORY * before + kept, MEMORY * judged + tried)

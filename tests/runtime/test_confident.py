@@ -125,8 +125,8 @@ def test_trying_follows_from_prices() -> None:
 
 
 def test_a_trial_keeps_the_budgets_bounds_and_pays_for_a_balcony_that_is_behind() -> None:
+    assert Confident(EXITS, spec(share=0.9)).plan(COSTS, 600, NONE, (3, 5), np.inf) is None
     policy = Confident(EXITS, spec(share=0.9))
-    assert policy.plan(COSTS, 600, NONE, (3, 5), np.inf) is None
     assert policy.plan(COSTS, 600, NONE, EXITS, 40.0) is not None
     # 500 rows of the balcony are 0.3 + 499 x 0.01 ms
     assert policy.plan(COSTS, 600, (500, 0, 0), EXITS, 40.0) is not None
@@ -134,8 +134,8 @@ def test_a_trial_keeps_the_budgets_bounds_and_pays_for_a_balcony_that_is_behind(
     assert found is not None
     rows = 1 + round(0.9 / 0.1)
     unsure_ms = COSTS.steady_ms(2, 600) + COSTS.step_ms(5, (0, rows, rows), (1, 1, 1), 600)
-    assert policy.plan(COSTS, 600, (500, 0, 0), EXITS, unsure_ms + 5.2) is None
     assert policy.plan(COSTS, 600, (500, 0, 0), EXITS, unsure_ms + 5.4) is not None
+    assert policy.plan(COSTS, 600, (500, 0, 0), EXITS, unsure_ms + 5.2) is None
     for keys in ({"lossless": True}, {"exit_layer": 5}):
         with pytest.raises(BudgetError, match=r"confident = True with .*: an early exit is another one"):
             Budget(confident=True, **keys)  # type: ignore[arg-type]

@@ -165,8 +165,10 @@ def test_the_choice_follows_acceptance_and_measured_times() -> None:
     assert speculator.plan(costs(), 50, NONE, 100, 90.0) is None  # the whole round must fit a gap
     # a balcony that is 30 rows behind is run first: in the same gap
     behind_ms = costs().balconies[0].pass_ms(30, 50, 1)
-    assert speculator.plan(costs(), 50, (30, 30, 0), 100, good.price_ms + 0.9 * behind_ms) != good
-    assert speculator.plan(costs(), 50, (30, 30, 0), 100, good.price_ms + 1.1 * behind_ms) == good
+    for share in (0.9, 1.1):
+        fresh = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
+        planned = fresh.plan(costs(), 50, (30, 30, 0), 100, good.price_ms + share * behind_ms)
+        assert (planned == good) == (share > 1)
     for _ in range(60):
         speculator.learn(good, 0, good.price_ms)  # nothing is ever kept
     assert speculator.acceptance(2) < 0.05
