@@ -1,15 +1,27 @@
-"""Writing a file so that a reader sees the old or the new one, never a part; and whether a writer still runs."""
+"""Writing a file or a directory so that a reader sees the old or the new one, never a part."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 from balcony_edge.errors import BalconyError
 
 
-def process_runs(pid: str) -> bool:
+def partial_directory(target: Path) -> Path:
+    """The name beside ``target`` under which this process makes it; what killed writers left of it is removed."""
+    prefix = f".{target.name}.partial-"
+    mine = target.with_name(f"{prefix}{os.getpid()}")
+    for leftover in target.parent.glob(f"{prefix}*"):
+        # our own number was that of a writer that was killed: in a container numbers come again
+        if leftover == mine or not _runs(leftover.name.removeprefix(prefix)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return mine
+
+
+def _runs(pid: str) -> bool:
     """Whether there is a process of this number; a text that is no number names none."""
     try:
         os.kill(int(pid), 0)

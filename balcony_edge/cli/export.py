@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from balcony_edge.manifest import EnginePrecision, Manifest
+    from balcony_export.quantize import Scheme
 
 
 def export(
@@ -131,17 +132,16 @@ def export(
     _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
 
 
-def _warn(trained: bool, scheme: object) -> None:
+def _warn(trained: bool, scheme: Literal["float32", "float16"] | Scheme) -> None:
     """Say what the bundle will not do well."""
     from balcony_edge.cli.console import stderr
-    from balcony_export.quantize import Scheme
 
     if not trained:
         stderr.print(
             "[yellow]The balconies are untrained copies of the last layer: the exits below the full depth babble. "
             "Train them with `balcony-edge train` and export with --balconies.[/]"
         )
-    if isinstance(scheme, Scheme) and scheme.unpacks:
+    if not isinstance(scheme, str) and scheme.unpacks:
         stderr.print(
             f"[yellow]{scheme}: at level 1 ONNX Runtime unpacks 8-bit weights at every token (15 times slower on the demo "
             "model): take int4 with head=4, or level=4.[/]"

@@ -142,10 +142,8 @@ def export_within(
         if check is not None:
             check(directory)
 
-    lowers, left = can_lower(traced.spec), math.inf
-    for precision in CANDIDATES:
-        if isinstance(precision, Scheme) and not lowers:
-            continue
+    left = math.inf
+    for precision in CANDIDATES if can_lower(traced.spec) else CANDIDATES[-1:]:
         try:
             return export_bundle(
                 model,

@@ -143,7 +143,7 @@ class Trainer:
         for place in places.tolist():
             if place not in self._states:
                 first = place - place % self.config.micro_rows
-                rows = np.asarray([self.order.row(first + i) for i in range(self.config.micro_rows)], dtype=np.int64)
+                rows = self.order.rows(np.arange(first, first + self.config.micro_rows))
                 for index, states in enumerate(self._pass(rows).unbind(1)):
                     self._states[first + index] = states
         return torch.stack([self._states[place] for place in places.tolist()], dim=1)
@@ -190,7 +190,7 @@ class Trainer:
         )  # KL per exit, then positions
         for number in self.processes.share(len(chunks)):
             states = self.states_of(chunks[number])
-            rows = [self.order.row(place) for place in chunks[number].tolist()]
+            rows = self.order.rows(chunks[number])
             picked = Rows(self.corpus.train.tokens[rows], self.corpus.train.lengths[rows])
             where = self.positions_of(picked, states, [config.seed, self.step, number])
             sums[-1] += len(where)

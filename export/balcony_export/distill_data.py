@@ -78,12 +78,13 @@ class Order:
         picked: npt.NDArray[np.int64] = window * self.window + order[index : index + self.batch_rows]
         return picked
 
-    def row(self, place: int) -> int:
-        """Index in the corpus of the row at a place of the stream."""
-        epoch, index = divmod(place, self.count)
-        if epoch == 0:
-            return index
-        return int(np.random.default_rng([self.seed, epoch]).permutation(self.count)[index])
+    def rows(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Indices in the corpus of the rows at places of the stream  # (B,)"""
+        epochs, rows = np.divmod(places, self.count)
+        for epoch in set(epochs.tolist()) - {0}:
+            here = epochs == epoch
+            rows[here] = np.random.default_rng([self.seed, epoch]).permutation(self.count)[rows[here]]
+        return rows
 
 
 def build_corpus(

@@ -1,12 +1,11 @@
 """Directories that appear whole or not at all.
 
-Owns the temporary name beside the target, what happens to it when writing fails or is interrupted, and the leftovers of
-writers that were killed.
+Owns what happens to a directory under construction when writing fails or is interrupted, and the refusal of a target that
+cannot be made.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import threading
@@ -18,7 +17,7 @@ from types import FrameType
 from safetensors import SafetensorError
 
 from balcony_edge.errors import InputError
-from balcony_edge.files import process_runs
+from balcony_edge.files import partial_directory
 
 
 def refuse_existing(output: Path) -> None:
@@ -40,12 +39,7 @@ def fresh_directory(output: Path) -> Iterator[Path]:
     Leftovers of a writer of the same name that was killed are removed first.
     """
     refuse_existing(output)
-    parent = output.absolute().parent
-    prefix = f".{output.name}.partial-"
-    for leftover in parent.glob(f"{prefix}*"):
-        if not process_runs(leftover.name.removeprefix(prefix)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    directory = parent / f"{prefix}{os.getpid()}"
+    directory = partial_directory(output.absolute())
     try:
         directory.mkdir()
     except OSError as error:

@@ -12,7 +12,7 @@ fast as plain full-depth tokens, with the share of tokens that exit there learne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from balcony_edge.costs import CostModel
 from balcony_edge.manifest import ConfidenceMeasure, ConfidenceSpec
 from balcony_runtime.backends.base import FloatArray, IntArray
-from balcony_runtime.engine import Sequence as TokenSequence
+from balcony_runtime.engine import Sequence
 from balcony_runtime.sampling import Sampler
 from balcony_runtime.speculate import PLAN_TOKENS, PROBE_TOKENS, WORTH
 from balcony_runtime.thresholds import binomial_tail, measured
@@ -76,7 +76,12 @@ class Confident:
         return self.spec.measure
 
     def plan(
-        self, costs: CostModel, context_length: int, balcony_rows: Sequence[int], allowed: Sequence[int], most_ms: float
+        self,
+        costs: CostModel,
+        context_length: int,
+        balcony_rows: tuple[int, ...],
+        allowed: tuple[int, ...],
+        most_ms: float,
     ) -> Trial | None:
         """Where the next token is worth trying, or None: a plain token is as fast.
 
@@ -146,7 +151,7 @@ def _counted(seen: Telemetry, agreed: bool) -> Telemetry:
 
 
 def run_trial(
-    sequence: TokenSequence, ids: IntArray, sampler: Sampler, trial: Trial, policy: Confident, early: dict[int, int]
+    sequence: Sequence, ids: IntArray, sampler: Sampler, trial: Trial, policy: Confident, early: dict[int, int]
 ) -> tuple[IntArray, FloatArray, int, float]:
     """One token: at the trial's exit where the balcony is sure, else at the full depth.
 

@@ -222,13 +222,13 @@ def _speculated(
     record: Callable[[Decision, float], None],
 ) -> Generator[Step, None, tuple[IntArray, int, int]]:
     """A round in the place of a full-depth step; returns its last token, how many there were, and when they were out."""
-    caught_up_ns = time.perf_counter_ns()
+    behind_ns = time.perf_counter_ns()
     sequence.run_balcony(planned.exit_layer, sequence.length)  # what a stretch of plain steps left it
-    caught_up_ns = time.perf_counter_ns() - caught_up_ns
+    round_ns = time.perf_counter_ns()
     outcome = run_round(sequence, ids, sampler, exits, planned)
     done_ns = time.perf_counter_ns()
     latency_ms = (done_ns - begin_ns) / 1e6
-    learned.speculator.learn(planned, outcome.kept, latency_ms - caught_up_ns / 1e6)
+    learned.speculator.learn(planned, outcome.kept, latency_ms - (round_ns - behind_ns) / 1e6)
     learned.busy_ns += done_ns - begin_ns
     words = (f"drafted {planned.drafts} at {planned.exit_layer}, kept {outcome.kept}", *decision.words)
     checked = decision._replace(words=words, drafted=planned.drafts)

@@ -15,7 +15,6 @@ is not, one is tried every `PROBE_TOKENS` tokens, so that what was learned does 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as Lengths
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +83,7 @@ class Speculator:
         return kept / judged
 
     def plan(
-        self, costs: CostModel, context_length: int, balcony_rows: Lengths[int], room: int, most_ms: float
+        self, costs: CostModel, context_length: int, balcony_rows: tuple[int, ...], room: int, most_ms: float
     ) -> Round | None:
         """The round that is worth running now, or None: a plain step is as fast.
 

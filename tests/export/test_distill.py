@@ -254,8 +254,10 @@ def test_every_row_of_a_window_is_learned_from_as_often_as_asked() -> None:
         passes = part.reshape(3, -1).tolist()
         assert passes[0] == list(range(first * window, (first + 1) * window))
         assert passes[1] != passes[0] != passes[2] != passes[1]
-    assert [order.row(place) for place in range(300)] == list(range(300))
-    assert sorted(order.row(place) for place in range(300, 600)) == list(range(300))
+    assert order.rows(np.arange(300)).tolist() == list(range(300))
+    second = order.rows(np.arange(300, 600)).tolist()
+    assert second != list(range(300)) and sorted(second) == list(range(300))
+    assert order.rows(np.array([299, 300, 599])).tolist() == [299, second[0], second[-1]]
     plain = Order(count=300, batch_rows=2, reuse=1, seed=0)
     assert [plain.places(step).tolist() for step in (0, 1, 150)] == [[0, 1], [2, 3], [300, 301]]
 

@@ -13,7 +13,6 @@ over the same packed files, and a token is one run of ONNX Runtime instead of on
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ import onnxruntime as ort
 from balcony_edge.bundle import Bundle
 from balcony_edge.device import this_device
 from balcony_edge.errors import InputError
-from balcony_edge.files import process_runs
+from balcony_edge.files import partial_directory
 from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.joined_graph import Part, join
 
@@ -47,11 +46,7 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
     graphs = {name: spec.file for name, spec in bundle.manifest.runnable.items() if name != "backbone"}
     paths = {f"path_{layer}": f"path_{layer}.onnx" for layer in bundle.manifest.exit_layers}
     if not home.is_dir():
-        prefix = f".{home.name}.partial-"
-        part = directory / f"{prefix}{os.getpid()}"
-        for leftover in directory.glob(f"{prefix}*"):  # of a process that was killed; our number may have been its
-            if leftover == part or not process_runs(leftover.name.removeprefix(prefix)):
-                shutil.rmtree(leftover, ignore_errors=True)
+        part = partial_directory(home)
         try:
             part.mkdir(parents=True)
             for file in graphs.values():
