@@ -1,0 +1,159 @@
+"""The parts of distillation by themselves: the loss against its definition, data, the order of rows, schedules, recipes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from balcony_edge.errors import InputError
+from balcony_export.distill_config import TrainConfig
+from balcony_export.distill_data import Order, build_corpus, pack
+from balcony_export.distill_loss import CHUNK, HeadLoss
+from balcony_export.distill_report import Cost, pretraining_tokens
+from balcony_export.distill_schedule import Schedule
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("count", [5, CHUNK, 2 * CHUNK + 7])
+def test_loss_and_gradient_are_those_of_the_definition(softcap: float | None, count: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(50, 16, generator=generator)
+    full, student = torch.randn(2, count, 16, generator=generator)
+    head = HeadLoss(weight, torch.float32, softcap, compiled=False)
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        out = x @ weight.T
+        return out if softcap is None else softcap * torch.tanh(out / softcap)
+
+    reference = (3 * student).requires_grad_(True)
+    wanted = nn.functional.kl_div(
+        logits(reference).log_softmax(-1), logits(full).log_softmax(-1), log_target=True, reduction="sum"
+    )
+    wanted.backward()
+    given = student.clone().requires_grad_(True)
+    other = full.clone().requires_grad_(True)  # an exit that is the full model: no loss and no gradient
+    loss, nothing = head.backward(full, [3 * given, other])
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-5, abs=1e-4)
+    assert nothing == pytest.approx(0.0, abs=1e-4)
+    assert reference.grad is not None
+    assert given.grad is not None
+    torch.testing.assert_close(given.grad, 3 * reference.grad, rtol=1e-4, atol=1e-5)
+    assert other.grad is not None
+    torch.testing.assert_close(other.grad, torch.zeros_like(other), rtol=0, atol=1e-5)
+    assert head.agreement(full, student) == int((logits(full).argmax(-1) == logits(student).argmax(-1)).sum())
+    assert head.agreement(full, full) == count
+
+
+def test_packing_loses_and_doubles_nothing() -> None:
+    documents = [
+        np.arange(start, start + size, dtype=np.int32) for start, size in ((0, 30), (100, 5), (200, 17), (300, 2))
+    ]
+    rows = pack(documents, 16, np.random.default_rng(0))
+    kept = np.concatenate([row[:length] for row, length in zip(rows.tokens, rows.lengths, strict=True)])
+    # the one-token tail of the document of 17 predicts nothing and is dropped
+    assert sorted(kept) == sorted([*range(30), *range(100, 105), *range(200, 216), 300, 301])
+    assert rows.num_tokens == len(kept)
+    assert len(rows.tokens) == 4
+    assert all(row[0] in (0, 16, 100, 200, 300) for row in rows.tokens)  # a row begins where a document or piece begins
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", b"", "is empty"),
+        ("blank.txt", b" \n\n", "is empty"),
+        ("latin.txt", "café".encode("latin-1"), r"is not UTF-8 \(byte 3\)"),
+        ("broken.jsonl", b'{"text": "the fox"}\n{"text"\n', r"broken\.jsonl:2: is not JSON"),
+        ("form.jsonl", b'{"title": "the fox"}\n', r"form\.jsonl:1: has neither text nor an instruction"),
+        ("list.jsonl", b"[1, 2]\n", r"list\.jsonl:1: has neither text nor an instruction"),
+        ("short.jsonl", b'{"text": "the fox jumps"}\n{"text": "a"}\n', r"short\.jsonl:2: holds 1 tokens"),
+        ("nothing.jsonl", b'{"text": ""}\n', r"nothing\.jsonl:1: holds 0 tokens"),
+        ("one.txt", b"the quick brown fox jumps", r"1 document\(s\) and \d+ tokens: none can be held out"),
+        ("absent.jsonl", None, "cannot be read"),
+        (".", None, r"holds no \.jsonl or \.txt files"),
+    ],
+)
+def test_data_that_cannot_be_used_is_named(
+    name: str, content: bytes | None, words: str, tmp_path: Path, make_tokenizer: Callable[[], Any]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        build_corpus([tmp_path / name], make_tokenizer(), seq_len=16)
+
+
+def test_every_row_of_a_window_is_learned_from_as_often_as_asked() -> None:
+    order = Order(count=300, batch_rows=2, reuse=3, seed=0)
+    window = 2 * Order.WINDOW_STEPS
+    places = np.stack([order.places(step) for step in range(2 * 3 * Order.WINDOW_STEPS)])  # two windows
+    for first in (0, 1):
+        part = places[first * 3 * Order.WINDOW_STEPS :][: 3 * Order.WINDOW_STEPS]
+        assert np.bincount(part.ravel(), minlength=2 * window)[first * window :][:window].tolist() == [3] * window
+        passes = part.reshape(3, -1).tolist()
+        assert passes[0] == list(range(first * window, (first + 1) * window))
+        assert passes[1] != passes[0] != passes[2] != passes[1]
+    assert order.rows(np.arange(300)).tolist() == list(range(300))
+    second = order.rows(np.arange(300, 600)).tolist()
+    assert second != list(range(300)) and sorted(second) == list(range(300))
+    assert order.rows(np.array([299, 300, 599])).tolist() == [299, second[0], second[-1]]
+    plain = Order(count=300, batch_rows=2, reuse=1, seed=0)
+    assert [plain.places(step).tolist() for step in (0, 1, 150)] == [[0, 1], [2, 3], [300, 301]]
+
+
+def test_schedules_have_their_shapes() -> None:
+    trapezoid = Schedule("trapezoidal", 10, 100, 0.4)
+    assert [trapezoid.factor(step) for step in (0, 4, 9, 59, 60, 80, 99)] == pytest.approx(
+        [0.1, 0.5, 1, 1, 1, 0.5, 0.025]
+    )
+    cosine = Schedule("cosine", 0, 100, 0.4)
+    assert [cosine.factor(step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+    trapezoid.replan(70, 110)  # in the decay, at 0.75: go on from there to the new end
+    assert [trapezoid.factor(step) for step in (70, 90, 110)] == pytest.approx([0.75, 0.375, 0])
+    early = Schedule("trapezoidal", 0, 1000, 0.5)
+    early.replan(80, 100)  # the end comes near: the decay begins now
+    assert [early.factor(step) for step in (80, 90, 99)] == pytest.approx([1, 0.5, 0.05])
+    assert Schedule(**trapezoid.state()) == trapezoid
+    trapezoid.replan(110, 210)  # it had ended: the full rate again, and a decay at the new end
+    assert [trapezoid.factor(step) for step in (110, 125, 126, 209)] == pytest.approx([1, 1, 1, 1 / 84])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "a run needs one end"),
+        ({"steps": 1, "minutes": 1.0}, "a run needs one end"),
+        ({"minutes": 1.0, "schedule": "cosine"}, "use trapezoidal"),
+        ({"steps": 0}, "steps = 0: must be 1 or more"),
+        ({"minutes": math.nan}, "must be more than 0"),
+        ({"steps": 1, "batch_rows": 3, "micro_rows": 2}, "must divide"),
+        ({"steps": 1, "rate": math.nan}, "rate = nan"),
+        ({"steps": 1, "clip": 0.0}, "clip = 0"),
+        ({"steps": 1, "vector_rate": -1.0}, "vector_rate = -1"),
+        ({"steps": 1, "warmup_steps": -10}, "warmup_steps = -10"),
+        ({"steps": 1, "cache_gb": math.nan}, "cache_gb = nan"),
+        ({"steps": 1, "seed": -1}, "seed = -1"),
+        ({"steps": 1, "positions": -1}, "positions = -1"),
+        ({"steps": 1, "average": 1.0}, "average = 1.0"),
+        ({"steps": 1, "decay_share": 1.5}, "decay_share = 1.5"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        TrainConfig(exits=(2,), **options).check()
+
+
+def test_table_2_counts_the_run() -> None:
+    cost = Cost(3, 3_540_672, 5_000_000, pretraining_tokens("SmolLM2-135M-Instruct", None))
+    assert dict(cost.lines()) == {
+        "Number of tunable parameters": "3 × 3.54M = 10.62M",
+        "Training cost in tokens": "5.00M",
+        "Percentage of pretraining tokens": "0.00025 %",
+    }
+    assert Cost(1, 1, 1, pretraining_tokens("other", None)).share is None
