@@ -9,14 +9,16 @@ float32 is exact here only if it has the same weights: the demo's model is a Q4_
 weights, llama.cpp's Q4_1 as shipped loses nothing but what rounding activations costs, and what a fresh quantization is to
 be compared with is Q4_0.
 
-How it is measured: every engine is a process of its own (benchmarks/peer_workers) that stays up and answers one request
-at a time, so that a round runs every case once, every other round backwards (:mod:`benchmarks.rounds`: first round thrown
-away, medians, ratios within a round). Before each request the others get time to fall asleep, and each reports the CPU
-that it burnt idle. Prompts are token ids of ``--text``, others in every round, so that no prefix cache helps; replies are
-greedy and no end token ends them. A step's time is taken where the engine's user receives its token: around our
-``Sequence.step``, llama.cpp's ``llama_decode`` and transformers' forward pass, each with numpy's argmax, in ONNX Runtime
-GenAI around ``generate_next_token``, in OpenVINO GenAI between calls of the streamer. Memory and load time come from fresh
-processes before, on a warm disk. Quality comes after: rows of windows of ``--text`` taken by decode steps, as in a reply.
+How it is measured: every engine is a process of its own (benchmarks/peer_workers) that answers one request at a time. A
+process keeps the speed that it starts with: where its memory came to lie makes pairs of equal engines differ by up to a
+tenth. So every round starts all of them anew, runs every case once to warm up and once to count, every other round
+backwards; medians over the rounds, ratios within a round (:mod:`benchmarks.rounds`). Before each request the others get
+time to fall asleep, and each reports the CPU that it burnt idle. Prompts are token ids of ``--text``, others in every
+round, so that no prefix cache helps; replies are greedy and no end token ends them. A step's time is taken where the
+engine's user receives its token: around our ``Sequence.step``, llama.cpp's ``llama_decode`` and transformers' forward
+pass, each with numpy's argmax, in ONNX Runtime GenAI around ``generate_next_token``, in OpenVINO GenAI between calls of
+the streamer. Memory and load time are each process's before its round, on a warm disk. Quality comes after the last:
+rows of windows of ``--text`` taken by decode steps, as in a reply.
 
 The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:
 
@@ -29,7 +31,8 @@ The last line on stdout is one JSON object; the table goes to stderr. Exit code 
                agreement: share of rows with the same best token
                load_s: the model, ready to go on after a first token (imports not counted); peak_rss_mb: VmHWM after a
                prompt of 512 and its reply, imports included; private_mb: its pages that no other process shares;
-               added_mb: what a second process with the model has again, above its imports (dirty pages)
+               loaded_mb, added_mb: what a second process with the model has again, above its imports (dirty pages),
+               after loading and after that reply
                idle_cpu: CPU seconds a second between requests
     exits[]    name; bytes: what the full depth reads / what the exit reads; decode_32, decode_512: the exit's speed / the full
                depth's, median of the rounds' ratios; decode_32_of_bytes, decode_512_of_bytes: of what bytes predict
@@ -70,8 +73,8 @@ WINDOW_PREFIX, WINDOW_ROWS = 32, 256
 REFERENCE = "transformers fp32"
 #: Pools that spin after a request sleep by then: measured, ggml's burns 90 ms of CPU, ONNX Runtime's 30, OpenVINO's 2.
 SETTLE_S = 0.5
-#: Rounds of load and memory, rounds of speed, windows of quality: (full, quick).
-LOADS, ROUNDS, WINDOWS = (3, 1), (7, 1), (8, 1)
+#: Rounds, and windows of quality: (full, quick).
+ROUNDS, WINDOWS = (9, 1), (8, 1)
 
 
 class Subject(NamedTuple):
@@ -152,42 +155,55 @@ def subjects_of(
 
 def measure(subjects: dict[str, Subject], cases: dict[str, Case], text: Text, *, quick: bool) -> list[dict[str, Any]]:
     """All cases, without what their ratios need; see :func:`ratios` for those."""
-    first = text.prompts[0]
-    fresh = interleave({name: partial(_fresh, subject, first) for name, subject in subjects.items()}, LOADS[quick])
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(subject.start()) for name, subject in subjects.items()}
-        runs: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {}
-        for name, case in cases.items():
-            for context in CONTEXTS:
-                prompts = cycle([prompt[:context] for prompt in text.prompts])
-                runs[name, context] = partial(_reply, workers[case.subject], case.variant, prompts)
-        samples = interleave(runs, ROUNDS[quick])
-        quality = _quality(workers, cases, text.windows)
-        rows = []
-        for name, case in cases.items():
-            worker = workers[case.subject]
-            step_ms = {context: [sample["step_ms"] for sample in samples[name, context]] for context in CONTEXTS}
-            prefill_ms = [sample["prefill_ms"] for sample in samples[name, max(CONTEXTS)]]
-            rows.append(
-                {
-                    "name": name,
-                    "bundle": case.bundle,
-                    "exit_layer": case.variant,
-                    "version": worker.version,
-                    "config": worker.config,
-                    "weights_mb": round(case.weight_bytes / 1e6, 1),
-                    **{f"decode_{context}_tps": round(1e3 / median(step_ms[context]), 1) for context in CONTEXTS},
-                    f"prefill_{max(CONTEXTS)}_tps": round(1e3 * max(CONTEXTS) / median(prefill_ms), 1),
-                    **quality[name],
-                    **{
-                        figure: round(median(sample[figure] for sample in fresh[case.subject]), digits)
-                        for figure, digits in (("load_s", 3), ("peak_rss_mb", 1), ("private_mb", 1), ("added_mb", 1))
-                    },
-                    "idle_cpu": round(worker.idle_cpu, 3),
-                    "_ms": {f"decode_{context}": step_ms[context] for context in CONTEXTS}
-                    | {f"prefill_{max(CONTEXTS)}": prefill_ms},
-                }
-            )
+    prompts = {
+        (name, context): cycle([prompt[:context] for prompt in text.prompts]) for name in cases for context in CONTEXTS
+    }
+    samples: dict[tuple[str, int], list[dict[str, Any]]] = {key: [] for key in prompts}
+    fresh: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
+    for number in range(ROUNDS[quick]):
+        with ExitStack() as stack:
+            workers = {name: stack.enter_context(subject.start()) for name, subject in subjects.items()}
+            for name, subject in subjects.items():
+                fresh[name].append(_fresh(workers[name], subject, text.prompts[0]))
+            runs: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
+                key: partial(_reply, workers[cases[key[0]].subject], cases[key[0]].variant, prompts[key])
+                for key in list(prompts)[:: -1 if number % 2 else 1]
+            }
+            for key, found in interleave(runs, 1).items():
+                samples[key] += found
+            if number == ROUNDS[quick] - 1:
+                quality = _quality(workers, cases, text.windows)
+    rows = []
+    for name, case in cases.items():
+        worker = workers[case.subject]
+        step_ms = {context: [sample["step_ms"] for sample in samples[name, context]] for context in CONTEXTS}
+        prefill_ms = [sample["prefill_ms"] for sample in samples[name, max(CONTEXTS)]]
+        rows.append(
+            {
+                "name": name,
+                "bundle": case.bundle,
+                "exit_layer": case.variant,
+                "version": worker.version,
+                "config": worker.config,
+                "weights_mb": round(case.weight_bytes / 1e6, 1),
+                **{f"decode_{context}_tps": round(1e3 / median(step_ms[context]), 1) for context in CONTEXTS},
+                f"prefill_{max(CONTEXTS)}_tps": round(1e3 * max(CONTEXTS) / median(prefill_ms), 1),
+                **quality[name],
+                **{
+                    figure: round(median(sample[figure] for sample in fresh[case.subject]), digits)
+                    for figure, digits in (
+                        ("load_s", 3),
+                        ("loaded_mb", 1),
+                        ("added_mb", 1),
+                        ("peak_rss_mb", 1),
+                        ("private_mb", 1),
+                    )
+                },
+                "idle_cpu": round(worker.idle_cpu, 3),
+                "_ms": {f"decode_{context}": step_ms[context] for context in CONTEXTS}
+                | {f"prefill_{max(CONTEXTS)}": prefill_ms},
+            }
+        )
     return rows
 
 
@@ -255,7 +271,7 @@ def bars(
     for row in (row for row in rows if row["name"] in int4):
         bar(f"{row['name']}: load_s", row["load_s"], 0.5, at_least=False)
         if row["config"]["packed"]:
-            bar(f"{row['name']}: added_mb", row["added_mb"], 50, at_least=False)
+            bar(f"{row['name']}: loaded_mb", row["loaded_mb"], 50, at_least=False)
     for row in exits:
         for figure in (f"decode_{context}_of_bytes" for context in CONTEXTS):
             bar(f"{row['name']}: {figure}", row[figure], 0.9, at_least=True)
@@ -281,11 +297,11 @@ def show(document: dict[str, Any]) -> str:
     return "\n".join([*lines, *(["", "bars", *aligned(results)] if results else []), ""])
 
 
-def _fresh(subject: Subject, prompt: list[int]) -> dict[str, float]:
-    """Load time and memory of a process of its own."""
-    with subject.start() as worker:
-        worker.ask(do="generate", variant=next(reversed(subject.variants)), prompt=prompt, steps=STEPS)
-        return {"load_s": worker.load_s, **worker.ask(do="memory")}
+def _fresh(worker: Worker, subject: Subject, prompt: list[int]) -> dict[str, float]:
+    """Load time and memory of a process that has done nothing yet."""
+    loaded_mb = worker.ask(do="memory")["added_mb"]
+    worker.ask(do="generate", variant=next(reversed(subject.variants)), prompt=prompt, steps=STEPS)
+    return {"load_s": worker.load_s, "loaded_mb": loaded_mb, **worker.ask(do="memory")}
 
 
 def _reply(worker: Worker, variant: int | None, prompts: Iterator[list[int]]) -> dict[str, Any]:

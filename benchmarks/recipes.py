@@ -85,8 +85,8 @@ def _next_norm(trainer: Trainer) -> None:
 class _SeesSinks(Trainer):
     """The loss sees the massive activations too."""
 
-    def positions_of(self, rows: Rows, states: torch.Tensor, seed: list[int]) -> torch.Tensor:
-        return super().positions_of(rows, torch.ones_like(states), seed)
+    def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
+        return super().positions_of(rows, torch.ones_like(states), seeds, again)
 
 
 @dataclass(frozen=True)

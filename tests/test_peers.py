@@ -79,7 +79,7 @@ def row(
 ) -> dict[str, Any]:
     times = {"decode_32": decode_ms, "decode_512": decode_ms, "prefill_512": prefill_ms}
     return {
-        "name": name, "bundle": bundle, "kl": kl, "weights_mb": megabytes, "load_s": 0.6, "added_mb": 20.0,
+        "name": name, "bundle": bundle, "kl": kl, "weights_mb": megabytes, "load_s": 0.6, "loaded_mb": 20.0,
         "config": {"packed": "here"}, "_ms": times,
     }  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_ratios_are_taken_within_a_round_and_judged_by_their_bars() -> None:
         "ONNX Runtime GenAI int4: decode_512": True,
         "ONNX Runtime GenAI int4: prefill_512": True,
         "ours: load_s": False,
-        "ours: added_mb": True,
+        "ours: loaded_mb": True,
     }
     assert peers.bars(rows, found, [], set()) == {}
 

@@ -66,6 +66,12 @@ def train(
     reuse: Annotated[
         int, typer.Option(help="Steps that learn from one pass of the backbone, at other positions each.")
     ] = 1,
+    window_steps: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Steps whose states stay in memory for --reuse: the more, the later a row comes again."
+        ),
+    ] = 64,
     average: Annotated[float, typer.Option(help="Memory of the averaged weights.")] = 0.99,
     precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the passes; weights train in fp32.")] = "bf16",
     cache_gb: Annotated[float, typer.Option(help="Keep states of the backbone on disk for later epochs.")] = 0.0,
@@ -125,6 +131,7 @@ def train(
         micro_rows=micro_rows or batch_rows,
         positions=positions,
         reuse=reuse,
+        window_steps=window_steps,
         optimizer=optimizer,
         rate=rate,
         vector_rate=rate / 2 if vector_rate is None else vector_rate,

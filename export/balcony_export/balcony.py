@@ -114,6 +114,40 @@ class Balcony(nn.Module):
         normed: torch.Tensor = self.norm(out)  # (B, T, D)
         return normed
 
+    def rows(self, hidden: torch.Tensor, where: torch.Tensor, **layer_arguments: Any) -> torch.Tensor:
+        """What :meth:`forward` gives at some positions, without the MLP of the others: it looks at one position at a time.
+
+        Args:
+            hidden: backbone state after ``exit_layer`` layers  # (B, T, D)
+            where: flat indices of the positions  # (n,)
+            layer_arguments: what the base model hands to its last layer (mask, positions, rotary tables).
+
+        Returns:
+            Normed hidden states  # (n, D)
+        """
+        rows, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
+
+        def gather(_mlp: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+            return args[0].flatten(0, 1)[where]
+
+        def scatter(_mlp: nn.Module, _args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+            return out.new_zeros(rows, width).index_copy(0, where, out).view(hidden.shape)
+
+        out, handles = hidden, []
+        try:
+            if self.layer is not None:
+                handles = [
+                    self.layer.mlp.register_forward_pre_hook(gather),
+                    self.layer.mlp.register_forward_hook(scatter),
+                ]
+                out = self.layer(hidden, **layer_arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+        out = out[0] if isinstance(out, tuple) else out
+        normed: torch.Tensor = self.norm(out.flatten(0, 1)[where])  # (n, D)
+        return normed
+
 
 def parse_exits(text: str, num_layers: int) -> tuple[int, ...]:
     """Exit layers from ``"14,17,20"`` or the paper's ``"0.5x,0.6x,0.7x"``.

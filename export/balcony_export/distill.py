@@ -111,7 +111,7 @@ class Trainer:
             )
             self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
         self.schedule = Schedule(config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share)
-        self.order = Order(len(corpus.train.tokens), config.batch_rows, config.reuse, config.seed)
+        self.order = Order(len(corpus.train.tokens), config.batch_rows, config.reuse, config.window_steps, config.seed)
         self._states: dict[int, torch.Tensor] = {}  # place in the order -> states  # (exits + 1, T, D)
         self.step = 0
         self.wall_s = 0.0  # spent training, over all sessions of the run
@@ -157,8 +157,12 @@ class Trainer:
             self.cache.put(rows, states)
         return states
 
-    def positions_of(self, rows: Rows, states: torch.Tensor, seed: list[int]) -> torch.Tensor:
-        """Flat indices of the positions that the loss sees: no padding, no massive activation, sampled  # (n,)"""
+    def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
+        """Flat indices of the positions that the loss sees: no padding, no massive activation, sampled  # (n,)
+
+        Each row's seed gives an order of its positions, of which a pass takes the next ones: a row that is learned from
+        ``again`` shows other positions, until it has shown all.
+        """
         valid = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
         rms = states[0].float().square().mean(-1).sqrt().cpu()  # (B, T)
         valid &= rms < MASSIVE * rms.median(dim=1, keepdim=True).values
@@ -167,8 +171,10 @@ class Trainer:
             valid &= torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None] - 1
         if not self.config.positions:
             return valid.flatten().nonzero()[:, 0].to(self.device)
-        noise = torch.from_numpy(np.random.default_rng(seed).random(valid.shape)).masked_fill(~valid, 2.0)
-        picked = noise.argsort(dim=1)[:, : self.config.positions]  # (B, P)
+        draws = np.stack([np.random.default_rng(seed).random(self.config.seq_len) for seed in seeds])
+        order = torch.from_numpy(draws).masked_fill(~valid, 2.0).argsort(dim=1)  # (B, T): those that count come first
+        turn = again * self.config.positions + torch.arange(self.config.positions)[None]  # (1, P)
+        picked = order.gather(1, turn % valid.sum(dim=1, keepdim=True).clamp(min=1))  # (B, P)
         kept = torch.zeros_like(valid).scatter_(1, picked, True) & valid
         return kept.flatten().nonzero()[:, 0].to(self.device)
 
@@ -177,9 +183,7 @@ class Trainer:
     def exit_rows(self, balcony: Balcony, states: torch.Tensor, index: int, where: torch.Tensor) -> torch.Tensor:
         """Normed states of an exit at flat positions  # (n, D)"""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = balcony(states[index], **self.layer_arguments)
-        picked: torch.Tensor = out.flatten(0, 1)[where]
-        return picked
+            return balcony.rows(states[index], where, **self.layer_arguments)
 
     def train_step(self) -> dict[int, float]:
         """One optimizer step of every exit; returns KL per exit."""
@@ -192,7 +196,8 @@ class Trainer:
             states = self.states_of(chunks[number])
             rows = self.order.rows(chunks[number])
             picked = Rows(self.corpus.train.tokens[rows], self.corpus.train.lengths[rows])
-            where = self.positions_of(picked, states, [config.seed, self.step, number])
+            seeds = [[config.seed, place] for place in chunks[number].tolist()]
+            where = self.positions_of(picked, states, seeds, self.order.turn(self.step))
             sums[-1] += len(where)
             full = states[-1].flatten(0, 1)[where]
             students = [
@@ -233,7 +238,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, averaged: bool = False) -> dict[int, tuple[float, float]]:
-        """``exit layer -> (KL, top-1 agreement)`` on the held-out rows, at every position that counts."""
+        """``exit layer -> (KL, top-1 agreement)`` on the held-out rows, at as many positions of each as in training."""
         totals = {e: [0.0, 0] for e in self.config.exits}
         count = 0
         swapped = self._swap_averages() if averaged else None
@@ -262,7 +267,9 @@ class Trainer:
             for start in range(0, len(rows.tokens), size):
                 part = Rows(rows.tokens[start : start + size], rows.lengths[start : start + size])
                 states = self.backbone.states(torch.from_numpy(part.tokens).long().to(self.device))
-                self._held_out.append((states, self.positions_of(part, states, [start])))
+                self._held_out.append(
+                    (states, self.positions_of(part, states, [[start + row] for row in range(len(part.tokens))]))
+                )
         return self._held_out
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ class TrainConfig:
     micro_rows: int = 2  # rows per pass: accumulation where it is smaller
     positions: int = 128  # sampled per row for the loss, anew each time; 0: all
     reuse: int = 1  # steps that learn from one pass of the backbone
+    window_steps: int = 64  # steps whose states are kept (2.4 MB a row in the demo model) for rows to come again
     optimizer: OptimizerKind = "muon"
     rate: float = 6e-3
     vector_rate: float = 3e-3  # of the norms
@@ -56,7 +57,7 @@ class TrainConfig:
             raise InputError("give either --steps (or --tokens) or --minutes: a run needs one end")
         if self.minutes is not None and self.schedule == "cosine":
             raise InputError("--minutes with --schedule cosine: a cosine needs its length beforehand: use trapezoidal")
-        for name in ("seq_len", "batch_rows", "micro_rows", "reuse", "evaluate_every"):
+        for name in ("seq_len", "batch_rows", "micro_rows", "reuse", "window_steps", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: must be 1 or more")
         if self.steps is not None and self.steps < 1:

@@ -59,14 +59,13 @@ class Order:
         count: rows of the corpus.
         batch_rows: rows per step.
         reuse: times that a row is learned from before the stream goes on.
+        window_steps: steps of a window's one pass, where rows are used again.
         seed: of the epochs after the first (the corpus is shuffled already) and of the passes after the first.
     """
 
-    WINDOW_STEPS = 64
-
-    def __init__(self, count: int, batch_rows: int, reuse: int, seed: int) -> None:
+    def __init__(self, count: int, batch_rows: int, reuse: int, window_steps: int, seed: int) -> None:
         self.count, self.batch_rows, self.reuse, self.seed = count, batch_rows, reuse, seed
-        self.window = batch_rows * (self.WINDOW_STEPS if reuse > 1 else 1)  # rows
+        self.window = batch_rows * (window_steps if reuse > 1 else 1)  # rows
 
     def places(self, step: int) -> npt.NDArray[np.int64]:
         """Places in the stream of the rows of a step, all of one window  # (B,)"""
@@ -77,6 +76,10 @@ class Order:
             order = np.random.default_rng([self.seed, window, again]).permutation(self.window)
         picked: npt.NDArray[np.int64] = window * self.window + order[index : index + self.batch_rows]
         return picked
+
+    def turn(self, step: int) -> int:
+        """How often the rows of a step have been learned from before."""
+        return step * self.batch_rows // self.window % self.reuse
 
     def rows(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Indices in the corpus of the rows at places of the stream  # (B,)"""

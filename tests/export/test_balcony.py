@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_export.balcony import fingerprint, init_balconies, load_balconies, parse_exits, save_balconies
+from balcony_export.balcony import KINDS, Kind, fingerprint, init_balconies, load_balconies, parse_exits, save_balconies
 from balcony_export.checkpoint import load_model
+from balcony_export.distill_states import Backbone
 
 
 @pytest.mark.parametrize(
@@ -205,3 +206,27 @@ def test_values_that_are_not_finite_are_never_written(model: Any, saved: Path) -
     with pytest.raises(CheckpointError, match="not finite"):
         save_balconies(saved, balconies, model)
     assert (saved / "balcony_2.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_rows_at_positions_are_those_of_the_whole_pass(name: str, kind: Kind, make_tiny: Callable[..., Any]) -> None:
+    model = make_tiny(name)
+    balcony = init_balconies(model, (2,), kind)[2].requires_grad_(True)
+    hidden = torch.randn(2, 8, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    arguments = Backbone(model, (2,), torch.float32).layer_arguments(8)
+    where = torch.tensor([1, 7, 11])
+    slopes = []
+    whole, picked = balcony(hidden, **arguments).flatten(0, 1)[where], balcony.rows(hidden, where, **arguments)
+    torch.testing.assert_close(picked, whole, rtol=1e-5, atol=1e-6)
+    for out in (whole, picked):
+        balcony.zero_grad()
+        out.square().sum().backward()
+        slopes.append(
+            {name: value.grad.clone() for name, value in balcony.named_parameters() if value.grad is not None}
+        )
+    assert slopes[0].keys() == slopes[1].keys()
+    for key, slope in slopes[0].items():
+        torch.testing.assert_close(slopes[1][key], slope, rtol=1e-4, atol=1e-5)
+    # no hook stays behind
+    torch.testing.assert_close(balcony(hidden, **arguments).flatten(0, 1)[where], whole, rtol=0, atol=0)

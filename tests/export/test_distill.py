@@ -23,7 +23,7 @@ from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.balcony import load_balconies
 from balcony_export.distill import METRICS, Progress, Trainer
 from balcony_export.distill_config import TrainConfig
-from balcony_export.distill_data import Corpus, Order, Rows, build_corpus
+from balcony_export.distill_data import Corpus, Rows, build_corpus
 from balcony_export.distill_report import plot_curves
 
 SEQ_LEN = 24
@@ -101,7 +101,7 @@ def test_loss_is_a_token_mean_that_no_padding_enters(make_tiny: Callable[..., An
     full = out.logits.log_softmax(-1)
     kl = (full.exp() * (full - student)).sum(-1)
     states = trainer.backbone.states(torch.from_numpy(tokens).long())
-    where = trainer.positions_of(rows, states, [0])
+    where = trainer.positions_of(rows, states, [[0], [1]])
     assert where.tolist() == [*range(1, SEQ_LEN), *range(SEQ_LEN + 1, SEQ_LEN + 7)]
     assert seen[0][2] == pytest.approx(float(kl.detach().flatten()[where].mean()), rel=1e-5)
 
@@ -110,23 +110,31 @@ def test_massive_activations_are_no_targets(make_tiny: Callable[..., Any], corpu
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, positions=0)
     rows = corpus.held_out
     states = trainer.backbone.states(torch.from_numpy(rows.tokens).long())
-    before = trainer.positions_of(rows, states, [0]).tolist()
+    seeds = [[row] for row in range(len(rows.tokens))]
+    before = trainer.positions_of(rows, states, seeds).tolist()
     states[0, 0, 5, 3] = 25_856.0
-    after = trainer.positions_of(rows, states, [0]).tolist()
+    after = trainer.positions_of(rows, states, seeds).tolist()
     assert sorted(set(before) - set(after)) == [5]
     assert 0 not in before
 
 
-def test_sampled_positions_are_distinct_and_follow_from_the_step(
+def test_sampled_positions_are_distinct_and_follow_from_the_row(
     make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
 ) -> None:
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, positions=4)
-    states = trainer.backbone.states(torch.from_numpy(corpus.held_out.tokens).long())
-    first = trainer.positions_of(corpus.held_out, states, [0, 1, 0]).tolist()
-    assert first == trainer.positions_of(corpus.held_out, states, [0, 1, 0]).tolist()
-    assert first != trainer.positions_of(corpus.held_out, states, [0, 2, 0]).tolist()
+    rows = corpus.held_out
+    states = trainer.backbone.states(torch.from_numpy(rows.tokens).long())
+    seeds = [[0, place] for place in range(len(rows.tokens))]
+    first = trainer.positions_of(rows, states, seeds).tolist()
+    assert first == trainer.positions_of(rows, states, seeds).tolist()
+    assert first != trainer.positions_of(rows, states, [[1, place] for _, place in seeds]).tolist()
     per_row = np.bincount(np.array(first) // SEQ_LEN, minlength=len(corpus.held_out.tokens))
-    assert per_row.tolist() == [min(4, length - 1) for length in corpus.held_out.lengths]
+    assert per_row.tolist() == [min(4, length - 1) for length in rows.lengths]
+    # a full row shows all of its positions before one comes again, whatever its length is divided by
+    seen = np.concatenate([trainer.positions_of(rows, states, seeds, again).numpy() for again in range(6)])
+    full = int(np.flatnonzero(rows.lengths == SEQ_LEN)[0])
+    counts = np.bincount(seen[seen // SEQ_LEN == full] % SEQ_LEN, minlength=SEQ_LEN)
+    assert counts[0] == 0 and set(counts[1:].tolist()) == {1, 2} and counts.sum() == 6 * 4
 
 
 # -- the loop
@@ -210,8 +218,7 @@ def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: 
 def test_a_reused_pass_is_made_once_and_a_resumed_run_makes_the_same_states(
     make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Order, "WINDOW_STEPS", 5)
-    options: dict[str, Any] = {"steps": 25, "reuse": 3, "evaluate_every": 100}
+    options: dict[str, Any] = {"steps": 25, "reuse": 3, "window_steps": 5, "evaluate_every": 100}
     whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole", **options)
     passes, states = [], whole.backbone.states
     monkeypatch.setattr(whole.backbone, "states", lambda tokens: passes.append(len(tokens)) or states(tokens))

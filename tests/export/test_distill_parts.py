@@ -90,11 +90,13 @@ def test_data_that_cannot_be_used_is_named(
 
 
 def test_every_row_of_a_window_is_learned_from_as_often_as_asked() -> None:
-    order = Order(count=300, batch_rows=2, reuse=3, seed=0)
-    window = 2 * Order.WINDOW_STEPS
-    places = np.stack([order.places(step) for step in range(2 * 3 * Order.WINDOW_STEPS)])  # two windows
+    steps = 40
+    order = Order(count=300, batch_rows=2, reuse=3, window_steps=steps, seed=0)
+    window = 2 * steps
+    places = np.stack([order.places(step) for step in range(2 * 3 * steps)])  # two windows
+    assert [order.turn(step) for step in range(2 * 3 * steps)] == 2 * [turn for turn in range(3) for _ in range(steps)]
     for first in (0, 1):
-        part = places[first * 3 * Order.WINDOW_STEPS :][: 3 * Order.WINDOW_STEPS]
+        part = places[first * 3 * steps :][: 3 * steps]
         assert np.bincount(part.ravel(), minlength=2 * window)[first * window :][:window].tolist() == [3] * window
         passes = part.reshape(3, -1).tolist()
         assert passes[0] == list(range(first * window, (first + 1) * window))
@@ -103,7 +105,8 @@ def test_every_row_of_a_window_is_learned_from_as_often_as_asked() -> None:
     second = order.rows(np.arange(300, 600)).tolist()
     assert second != list(range(300)) and sorted(second) == list(range(300))
     assert order.rows(np.array([299, 300, 599])).tolist() == [299, second[0], second[-1]]
-    plain = Order(count=300, batch_rows=2, reuse=1, seed=0)
+    plain = Order(count=300, batch_rows=2, reuse=1, window_steps=steps, seed=0)
+    assert plain.turn(150) == 0
     assert [plain.places(step).tolist() for step in (0, 1, 150)] == [[0, 1], [2, 3], [300, 301]]
 
 
