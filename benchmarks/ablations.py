@@ -105,7 +105,7 @@ def distilled(base: PreTrainedModel, corpus: Corpus, steps: int, **changes: Any)
             exits=EXITS, steps=steps, seq_len=SEQ_LEN, batch_rows=ROWS, micro_rows=ROWS, positions=0,
             warmup_steps=max(steps // 20, 1), evaluate_every=steps, **options,
         )  # fmt: skip
-        trainer = Trainer(copy.deepcopy(base), corpus, config, Path(scratch), dtype=torch.float32, compiled=False)
+        trainer = Trainer(copy.deepcopy(base), corpus, config, Path(scratch), compiled=False)
         trainer.run()
         return joint(trainer.model, corpus, "unfrozen", 0, trainer.balconies).evaluate()
 

@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched from a hub
 
 import copy
+import json
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -253,3 +255,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSON Lines to distil on: 60 short texts and 10 instructions."""
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "balcony"]
+    generator = np.random.default_rng(3)
+    records: list[dict[str, Any]] = [
+        {"text": " ".join(generator.choice(words, size=int(generator.integers(4, 40))))} for _ in range(60)
+    ]
+    records += [{"instruction": "name the dog", "context": "", "response": f"lazy {n} fox"} for n in range(10)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path

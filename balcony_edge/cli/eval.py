@@ -49,7 +49,7 @@ def evaluate(
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_edge.errors import InputError
     from balcony_edge.manifest import MANIFEST
-    from balcony_export.evaluate_report import write_report
+    from balcony_export.evaluate_report import check_output, write_report
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
     if not text and not names:
@@ -57,6 +57,8 @@ def evaluate(
     duplicates = [path.name for path in text or [] if sum(path.name == other.name for other in text or []) > 1]
     if duplicates:
         raise InputError(f"--text: two files are called {duplicates[0]}: results are kept by name: rename one")
+    if output is not None:
+        check_output(output)
     is_bundle = (Path(subject) / MANIFEST).is_file()
     if is_bundle and balconies is not None:
         raise InputError(f"{subject} is a bundle, which holds its balconies: leave --balconies out")

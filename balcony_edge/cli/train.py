@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from balcony_edge.cli.train_joint import objective_of, refuse_for_frozen, train_jointly
+from balcony_edge.cli.train_joint import objective_of, refuse_for_frozen, refuse_given, train_jointly
 
 if TYPE_CHECKING:
+    from balcony_export.balcony import Kind
     from balcony_export.distill import Progress, Trainer
 
 
@@ -91,7 +92,7 @@ def train(
 
     from balcony_edge.cli.console import stderr
     from balcony_edge.errors import InputError, TrainingError
-    from balcony_export.balcony import index_digest, load_balconies, parse_exits
+    from balcony_export.balcony import load_balconies, parse_exits
     from balcony_export.checkpoint import load_model, load_tokenizer
     from balcony_export.distill import Trainer
     from balcony_export.distill_config import TrainConfig
@@ -121,7 +122,8 @@ def train(
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
     _refuse_trained(output, layers, start)
     rate = TrainConfig.rate if rate is None else rate
-    begun = None if start is None else load_balconies(start, loaded, layers)
+    begun = None if start is None or resume else load_balconies(start, loaded, layers)  # a checkpoint has the weights
+    begins_as, kind = _start(context, init, exit_module, start)
     config = TrainConfig(
         exits=layers,
         steps=steps,
@@ -141,8 +143,9 @@ def train(
         decay_share=decay_share,
         clip=clip,
         average=average,
-        start=_start(init, None if start is None else index_digest(start)),
-        module=exit_module if begun is None else begun[layers[0]].kind,
+        precision=precision,
+        start=begins_as,
+        module=kind,
         loss=loss,
         seed=seed,
         evaluate_every=evaluate_every,
@@ -151,8 +154,7 @@ def train(
     )
     config.check()
     corpus = build_corpus(data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    trainer = Trainer(loaded, corpus, config, output, start=begun, dtype=dtype, compiled=compiled)
+    trainer = Trainer(loaded, corpus, config, output, start=begun, compiled=compiled)
     if resume:
         if not trainer.resume():
             raise TrainingError(f"{trainer.work}: holds no checkpoint: train without --resume first")
@@ -172,17 +174,21 @@ def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -
     from balcony_edge.errors import TrainingError
 
     there = [layer for layer in layers if (output / f"balcony_{layer}.safetensors").exists()]
-    if there and not (output / "run").exists() and (start is None or not start.samefile(output)):
+    if there and not (output / "run").exists() and (start is None or start.resolve() != output.resolve()):
         raise TrainingError(
             f"{output}: holds balcony {there[0]} already: name another directory, remove it, or go on from it with --start"
         )
 
 
-def _start(init: str, digest: str | None) -> str:
-    """What the balconies begin as, for the record of the run."""
-    if digest is not None:
-        return f"balconies {digest[:16]}"
-    return "last layer" if init == "last" else "random"
+def _start(context: typer.Context, init: str, kind: Kind, start: Path | None) -> tuple[str, Kind]:
+    """What the balconies begin as, for the record of the run, and their kind."""
+    from balcony_export.balcony import identity
+
+    if start is None:
+        return "last layer" if init == "last" else "random", kind
+    refuse_given(context, ("init", "exit_module"), "what --start names has its own")
+    digest, kind = identity(start)
+    return f"balconies {digest[:16]}", kind
 
 
 @contextmanager
@@ -200,7 +206,7 @@ def _progress_bar(trainer: Trainer) -> Iterator[Callable[[Progress], None]]:
         def report(progress: Progress) -> None:
             losses = "  ".join(f"{e}: {value:.3f}" for e, value in progress.loss.items())
             left = f"{progress.tokens_per_s:.0f} tok/s, {progress.eta_s / 60:.0f} min left"
-            bar.update(task, completed=progress.step, total=progress.total, description=f"KL {losses}", rate=left)
+            bar.update(task, completed=progress.step, total=progress.total, description=f"loss {losses}", rate=left)
             if progress.held_out:
                 held_out = "  ".join(f"{e}: {value:.3f}" for e, value in progress.held_out.items())
                 bar.console.print(f"step {progress.step}: held-out KL {held_out}")
@@ -222,7 +228,7 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, as_json: boo
     cost = Cost(len(results), parameters, trainer.tokens, pretraining_tokens(name, given_tokens))
     plot = trainer.output / "curve.png"
     try:
-        plot_curves(read_metrics(trainer.work / METRICS), plot, f"Balconies of {name}")
+        plot_curves(read_metrics(trainer.work / METRICS), plot, f"Balconies of {name}", trainer.config.loss)
     except MissingDependencyError as error:
         stderr.print(f"[yellow]no plot: {error}[/]")
     if as_json:

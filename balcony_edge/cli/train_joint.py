@@ -46,11 +46,21 @@ def refuse_for_frozen(context: typer.Context, objective: Objective) -> None:
     Raises:
         InputError: one was given.
     """
-    for name in (*_FROZEN_ONLY, *(("exit_module",) if objective == "sorted" else ())):
+    names = (*_FROZEN_ONLY, *(("exit_module",) if objective == "sorted" else ()))
+    refuse_given(context, names, f"has no meaning in a training of kind '{objective}'")
+
+
+def refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse options that were given on the command line.
+
+    Raises:
+        InputError: one was.
+    """
+    for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
-            raise InputError(f"{option}: has no meaning in a training of kind '{objective}': leave it out")
+            raise InputError(f"{option}: {why}: leave it out")
 
 
 def train_jointly(

@@ -27,6 +27,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -177,18 +178,20 @@ def parse_exits(text: str, num_layers: int) -> tuple[int, ...]:
 
 
 def init_balconies(
-    model: PreTrainedModel, exit_layers: tuple[int, ...], kind: Kind = "decoder", *, random: bool = False
+    model: PreTrainedModel, exit_layers: tuple[int, ...], kind: Kind = "decoder", *, random: int | None = None
 ) -> dict[int, Balcony]:
     """Untrained balconies: deep copies of the last decoder layer and the final norm (paper, section 3).
 
     The copy keeps its ``layer_idx``, so that attention type, window and rotary table are those of the last layer. With
-    ``random`` its weights are drawn as the base model's were before its training.
+    ``random`` its weights are drawn as the base model's were before its training, each exit's from this seed and its layer.
     """
     last, norm = _last_layer_and_norm(model)
     made = {e: Balcony(e, copy.deepcopy(last), copy.deepcopy(norm), kind).eval() for e in exit_layers}
-    if random:
-        for balcony in made.values():
-            balcony.apply(model._init_weights)
+    if random is not None:
+        for exit_layer, balcony in made.items():
+            with torch.random.fork_rng():
+                torch.manual_seed(int(np.random.SeedSequence([random, exit_layer]).generate_state(1)[0]))
+                balcony.apply(model._init_weights)
     return made
 
 
@@ -304,10 +307,10 @@ def load_balconies(
     return balconies
 
 
-def index_digest(directory: Path) -> str:
-    """SHA-256 of the index of a directory of balconies: names them, since the index holds the hash of each file."""
-    _read_index(directory)
-    return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest()
+def identity(directory: Path) -> tuple[str, Kind]:
+    """SHA-256 of the index of a directory of balconies, which holds the hash of each file and so names them; their kind."""
+    kind: Kind = _read_index(directory)["module"]
+    return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest(), kind
 
 
 def write_file(path: Path, content: bytes) -> None:

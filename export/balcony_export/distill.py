@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,16 +53,24 @@ class Progress:
     eta_s: float
 
 
+class Judged(NamedTuple):
+    """An exit on the held-out rows."""
+
+    kl: float
+    agreement: float
+    averaged: bool  # whether it is the averaged weights that are worth this
+
+
 class Trainer:
     """One run. ``run()`` trains to the end; what it writes lies in ``output``.
 
     Args:
-        model: the base model, attention implementation ``sdpa`` or ``eager``; frozen, and converted to ``dtype``.
+        model: the base model, attention implementation ``sdpa`` or ``eager``; frozen, and converted to the
+            recipe's precision.
         corpus: rows to train on and held-out rows.
         config: the recipe.
         output: directory for balconies, checkpoint and metrics.
         start: balconies of all exits to go on from; by default copies of the last layer.
-        dtype: of the backbone's pass and of autocast; torch.float32 switches autocast off.
         compiled: see :class:`HeadLoss`.
         clock: monotonic seconds.
     """
@@ -76,7 +84,6 @@ class Trainer:
         *,
         start: dict[int, Balcony] | None = None,
         work: Path | None = None,
-        dtype: torch.dtype = torch.bfloat16,
         compiled: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -88,13 +95,20 @@ class Trainer:
                 f"{self.processes.count} processes with {passes} passes a step: the passes (rows a step / rows a pass) "
                 "must divide among the processes, and --minutes is for one process"
             )
+        if self.processes.count > 1 and config.cache_gb:
+            raise InputError(
+                f"{self.processes.count} processes with --cache-gb: one file of states cannot serve them: leave it out"
+            )
         self.config, self.corpus, self.output, self.clock = config, corpus, output, clock
         self.work = work or output / "run"
         self.base_facts = fingerprint(model)
-        self.balconies = start or init_balconies(model, config.exits, config.module, random=config.start == "random")
+        self.balconies = start or init_balconies(
+            model, config.exits, config.module, random=config.seed if config.start == "random" else None
+        )
+        self.goes_on = start is not None
         check_directory(output, self.base_facts, next(iter(self.balconies.values())).kind)  # not after the training
         self.device = next(model.parameters()).device
-        self.dtype = dtype
+        self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.backbone = Backbone(model, config.exits, dtype)
         # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
         self.layer_arguments = self.backbone.layer_arguments(config.seq_len)
@@ -216,8 +230,8 @@ class Trainer:
         for exit_layer, balcony in self.balconies.items():
             if not math.isfinite(losses[exit_layer]):
                 raise TrainingError(
-                    f"step {self.step}: the loss of exit {exit_layer} is {losses[exit_layer]}: the last checkpoint in "
-                    f"{self.work} is kept: lower --rate and start again from it"
+                    f"step {self.step}: the loss of exit {exit_layer} is {losses[exit_layer]}: {self._kept()}: begin again in "
+                    "another directory with a lower --rate" + (f", --start {self.output}" if self.best else "")
                 )
             gradients = [p.grad for p in balcony.parameters() if p.grad is not None]
             self.processes.sum(gradients)
@@ -249,15 +263,18 @@ class Trainer:
                 self.exit_rows(self.balconies[exit_layer], states, index, where)
                 for index, exit_layer in enumerate(self.config.exits)
             ]
-            for exit_layer, student, (kl, _) in zip(
-                self.config.exits, students, self.head.kl(full, students, need_grad=False), strict=True
-            ):
+            for exit_layer, (kl, same) in zip(self.config.exits, self.head.compare(full, students), strict=True):
                 totals[exit_layer][0] += float(kl.sum())
-                totals[exit_layer][1] += self.head.agreement(full, student)
+                totals[exit_layer][1] += int(same.sum())
         if swapped is not None:
             self._swap_averages()
         count = max(count, 1)
         return {e: (kl / count, hits / count) for e, (kl, hits) in totals.items()}
+
+    def judged(self) -> dict[int, Judged]:
+        """Every exit on the held-out rows: its averaged or its current weights, whichever are better."""
+        raw, averaged = self.evaluate(), self.evaluate(averaged=True)
+        return {e: min(Judged(*raw[e], False), Judged(*averaged[e], True), key=lambda one: one.kl) for e in raw}
 
     def _held_out_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """``(states, positions)`` of the held-out rows by passes; kept, 2.4 MB a row for the demo model."""
@@ -322,13 +339,13 @@ class Trainer:
             write_file(metrics, "".join(f"{line}\n" for line in kept).encode())
         return True
 
-    def checkpoint(self) -> dict[int, tuple[float, float]]:
-        """Write the run's state, and the balconies that are better than those written before: averaged or current weights.
-
-        Returns:
-            Exit → held-out KL and agreement of the better of the two.
-        """
-        raw, averaged = self.evaluate(), self.evaluate(averaged=True)
+    def checkpoint(self) -> dict[int, Judged]:
+        """Write the run's state, and the balconies that are better than those written before; returns what they are worth."""
+        found = self.judged()
+        for exit_layer, (kl, agreement, averaged) in found.items() if self.processes.writes else ():
+            if exit_layer not in self.best or kl <= self.best[exit_layer][0]:
+                self.best[exit_layer] = (kl, agreement)
+                self._write(exit_layer, averaged=averaged)
         state = {
             "step": self.step,
             "wall_s": self.wall_s,
@@ -338,21 +355,27 @@ class Trainer:
             "base": self.base_facts,
             "corpus": self.corpus.digest,
         }
-        found: dict[int, tuple[float, float]] = {}
-        for exit_layer, balcony in self.balconies.items() if self.processes.writes else ():
-            use_average = averaged[exit_layer][0] < raw[exit_layer][0]
-            found[exit_layer] = (averaged if use_average else raw)[exit_layer]
-            if exit_layer in self.best and found[exit_layer][0] > self.best[exit_layer][0]:
-                continue
-            self.best[exit_layer] = found[exit_layer]
-            kept = {name: value.clone() for name, value in balcony.state_dict().items()}
-            if use_average:
-                balcony.load_state_dict(self.averages[exit_layer])
-            save_balconies(self.output, {exit_layer: balcony}, self.model, self.facts(found[exit_layer]))
-            balcony.load_state_dict(kept)
         if self.processes.writes:
-            save_checkpoint(self.work, self.balconies, self.averages, self.optimizers, state | {"best": self.best})
+            save_checkpoint(self.work, self.balconies, self.averages, self.optimizers, state)
         return found
+
+    def _write(self, exit_layer: int, *, averaged: bool) -> None:
+        balcony = self.balconies[exit_layer]
+        kept = {name: value.clone() for name, value in balcony.state_dict().items()}
+        if averaged:
+            balcony.load_state_dict(self.averages[exit_layer])
+        save_balconies(self.output, {exit_layer: balcony}, self.model, self.facts(self.best[exit_layer]))
+        balcony.load_state_dict(kept)
+
+    def _begin(self) -> None:
+        """What was there before the first step: nothing that a run without a checkpoint left, and what it goes on from."""
+        (self.work / METRICS).unlink(missing_ok=True)
+        if not self.goes_on:
+            return
+        for exit_layer, (kl, agreement) in self.evaluate().items():
+            self.best[exit_layer] = (kl, agreement)
+            if self.processes.writes and not (self.output / f"balcony_{exit_layer}.safetensors").exists():
+                self._write(exit_layer, averaged=False)
 
     def facts(self, held_out: tuple[float, float]) -> dict[str, Any]:
         """What balconies.json keeps of the training."""
@@ -361,7 +384,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "corpus_tokens": self.corpus.train.num_tokens,
-            "epochs": round(self.tokens / max(1, self.corpus.train.num_tokens), 3),
+            "epochs": round(self.tokens / self.config.reuse / max(1, self.corpus.train.num_tokens), 3),
             "held_out_kl": round(held_out[0], 4),
             "held_out_agreement": round(held_out[1], 4),
             "data": self.corpus.sources,
@@ -379,6 +402,8 @@ class Trainer:
         first, before = self.step, self.wall_s
         window: list[tuple[float, int]] = [(started, self.step)]
         try:
+            if not self.step:
+                self._begin()
             while self.step < self.schedule.total and (deadline is None or self.clock() < deadline):
                 loss = self.train_step()
                 now = self.clock()
@@ -386,37 +411,47 @@ class Trainer:
                 window = [*window[-200:], (now, self.step)]
                 per_step_s = (now - window[0][0]) / max(1, self.step - window[0][1])
                 held_out = None
-                if self.step % self.config.evaluate_every == 0:
-                    held_out = {e: kl for e, (kl, _) in self.evaluate().items()}
                 if now - last_checkpoint >= 60 * self.config.checkpoint_minutes:
-                    held_out = {e: kl for e, (kl, _) in self.checkpoint().items()}
+                    held_out = {e: one.kl for e, one in self.checkpoint().items()}
                     last_checkpoint = self.clock()
+                elif self.step % self.config.evaluate_every == 0:
+                    held_out = {e: one.kl for e, one in self.judged().items()}
                 if deadline is not None and (self.step - first) % 20 == 0:
                     self.schedule.replan(self.step, self.step + int((deadline - self.clock()) / per_step_s))
                 total = self.schedule.total
                 tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s
-                progress = Progress(self.step, total, loss, held_out, tokens_per_s, (total - self.step) * per_step_s)
+                left_s = (total - self.step) * per_step_s if deadline is None else deadline - self.clock()
+                progress = Progress(self.step, total, loss, held_out, tokens_per_s, left_s)
                 if self.processes.writes:
                     self._log(progress)
                     report(progress)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise _out_of_memory(self) from error
+            self.checkpoint()
         except OSError as error:
             raise TrainingError(
-                f"{self.work}: writing failed ({error.strerror}): the last checkpoint is kept: free space and go on from it"
+                f"{self.work}: writing failed ({error.strerror or error}): {self._kept()}: free space and go on with --resume"
             ) from error
-        except RuntimeError as error:
-            if "alloc" not in str(error) and "memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not _is_memory(error):
                 raise
-            raise _out_of_memory(self) from error
-        self.checkpoint()
+            raise self._out_of_memory() from error
+
+    def _kept(self) -> str:
+        return "the last checkpoint is kept" if self.has_checkpoint() else "there was no checkpoint yet"
+
+    def _out_of_memory(self) -> TrainingError:
+        config = self.config
+        again = "another run may take a smaller --seq-len" + (" or --window-steps" if config.reuse > 1 else "")
+        return TrainingError(
+            f"step {self.step}: out of memory at {config.micro_rows} rows of {config.seq_len} tokens a pass: {self._kept()}: "
+            f"lower --micro-rows and go on with --resume; {again}"
+        )
 
     def _log(self, progress: Progress) -> None:
         line: dict[str, Any] = {
             "step": progress.step - 1,
             "tokens": self.tokens,
             "factor": round(self.schedule.factor(progress.step - 1), 6),
-            "kl": {str(e): round(value, 6) for e, value in progress.loss.items()},
+            "loss": {str(e): round(value, 6) for e, value in progress.loss.items()},
             "tokens_per_s": round(progress.tokens_per_s, 1),
             "wall_s": round(self.wall_s, 2),
         }
@@ -433,9 +468,7 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _out_of_memory(trainer: Trainer) -> TrainingError:
-    config = trainer.config
-    return TrainingError(
-        f"step {trainer.step}: out of memory at {config.micro_rows} rows of {config.seq_len} tokens a pass: the last "
-        f"checkpoint in {trainer.work} is kept: lower --micro-rows, then --seq-len, and go on from it"
-    )
+def _is_memory(error: BaseException) -> bool:
+    """Whether there was no memory: the CPU's allocator raises a plain RuntimeError."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in str(error).lower() for part in words)

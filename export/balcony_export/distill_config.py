@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from balcony_edge.errors import InputError
 from balcony_export.balcony import Kind
 from balcony_export.distill_loss import LossKind
 from balcony_export.distill_schedule import OptimizerKind, ScheduleKind
+
+Precision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class TrainConfig:
     decay_share: float = 0.4
     clip: float = 1.0
     average: float = 0.99  # of the exponential moving average of the weights
+    precision: Precision = "bf16"  # of the passes; weights train in float32
     start: str = "last layer"  # or "random", or which balconies the run went on from
     module: Kind = "decoder"
     loss: LossKind = "kl"
@@ -48,7 +51,7 @@ class TrainConfig:
 
     def recipe(self) -> dict[str, Any]:
         """What a resumed run must share with the one that it goes on with: all but its length and its upkeep."""
-        upkeep = ("steps", "minutes", "evaluate_every", "checkpoint_minutes", "cache_gb")
+        upkeep = ("steps", "minutes", "micro_rows", "evaluate_every", "checkpoint_minutes", "cache_gb")
         return {key: value for key, value in json.loads(json.dumps(asdict(self))).items() if key not in upkeep}
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError
@@ -127,7 +128,8 @@ def build_corpus(
         if len(documents) == count:
             raise InputError(f"{path}: holds no documents: give {_FORMS}")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        sources[path.name] = {"documents": len(documents) - count, "tokens": tokens, "sha256": digest}
+        name = path.name if path.name not in sources else str(path)
+        sources[name] = {"documents": len(documents) - count, "tokens": tokens, "sha256": digest}
     order = sorted(range(len(documents)), key=lambda index: (keys[index], index))
     total = sum(len(document) for document in documents)
     target = min(held_out_rows * seq_len, total // 10)
@@ -230,7 +232,12 @@ def _render(where: str, record: Any, tokenizer: PreTrainedTokenizerBase) -> tupl
     if not tokenizer.chat_template:
         # a base model has no template: the words alone are what it can be distilled on
         return "\n\n".join(message["content"] for message in messages), True
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:  # of its own accord: roles that it does not know, or in another order
+        raise InputError(
+            f"{where}: the model's chat template refuses it ({error}): change its roles, or give it as text"
+        ) from error
     assert isinstance(rendered, str)
     return rendered, False
 

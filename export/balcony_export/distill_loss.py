@@ -9,7 +9,9 @@ gradient of the KL with respect to an exit's logits is softmax(exit) - softmax(f
 from __future__ import annotations
 
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -36,6 +38,11 @@ def _kl_kernel(full: torch.Tensor, student: torch.Tensor) -> tuple[torch.Tensor,
     return kl, (student_log.exp() - p).to(student.dtype)
 
 
+def _can_compile() -> bool:
+    """Whether there is what ``torch.compile`` needs on a CPU: a C++ compiler and Python's headers."""
+    return shutil.which("g++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
 class HeadLoss:
     """KL through a frozen LM head.
 
@@ -45,7 +52,7 @@ class HeadLoss:
         softcap: the model's ``final_logit_softcapping``, or None.
         kind: what :meth:`backward` propagates.
         compiled: fuse the softmax passes with ``torch.compile`` (8 times as fast on a CPU, 46 against 392 µs a
-            position); None: where a C++ compiler is found.
+            position); None: where a C++ compiler and Python's headers are.
     """
 
     def __init__(
@@ -61,7 +68,7 @@ class HeadLoss:
         self.dtype = dtype
         self.softcap = softcap
         if compiled is None:
-            compiled = weight.is_cuda or shutil.which("g++") is not None
+            compiled = weight.is_cuda or _can_compile()
         self.kernel: _Kernel = torch.compile(_kl_kernel, dynamic=False) if compiled else _kl_kernel
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -69,35 +76,48 @@ class HeadLoss:
         logits = hidden.to(self.dtype) @ self.weight.T
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def kl(
-        self, full: torch.Tensor, students: Sequence[torch.Tensor], *, need_grad: bool
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each exit, ``(KL per position, gradient of their sum)``; the gradient is empty without need.
+    def kl(self, full: torch.Tensor, students: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each exit, ``(KL per position, gradient of their sum)``  # (n,), (n, D)
 
         Args:
             full: normed hidden states of the full model  # (n, D)
             students: those of each exit  # (n, D)
         """
+        return self._divided(full, students, self._gradient)
+
+    def compare(self, full: torch.Tensor, students: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each exit, ``(KL per position, whether both have the same most probable token)``  # (n,), (n,)"""
+        return self._divided(full, students, lambda targets, logits, _slope: targets.argmax(-1) == logits.argmax(-1))
+
+    def _gradient(self, _targets: torch.Tensor, logits: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        if self.softcap is not None:
+            slope = slope * (1 - (logits / self.softcap) ** 2)
+        return slope @ self.weight
+
+    def _divided(
+        self,
+        full: torch.Tensor,
+        students: Sequence[torch.Tensor],
+        also: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """KL chunk by chunk, and what ``also`` makes of both logits and the slope of the KL in the student's."""
         kls: list[list[torch.Tensor]] = [[] for _ in students]
-        grads: list[list[torch.Tensor]] = [[] for _ in students]
+        others: list[list[torch.Tensor]] = [[] for _ in students]
         total = full.shape[0]
         for start in range(0, total, CHUNK):
             count = min(CHUNK, total - start)
             # one shape only, or every length would be compiled anew
             padding = (0, 0, 0, CHUNK - count if total > CHUNK else 0)
             targets = self.logits(nn.functional.pad(full[start : start + count], padding))
-            for student, kl_parts, grad_parts in zip(students, kls, grads, strict=True):
+            for student, kl_parts, other_parts in zip(students, kls, others, strict=True):
                 logits = self.logits(nn.functional.pad(student[start : start + count], padding))
-                kl, grad = self.kernel(targets, logits)
+                kl, slope = self.kernel(targets, logits)
                 kl_parts.append(kl[:count])
-                if need_grad:
-                    if self.softcap is not None:
-                        grad = grad * (1 - (logits / self.softcap) ** 2)
-                    grad_parts.append((grad @ self.weight)[:count])
+                other_parts.append(also(targets, logits, slope)[:count])
         empty = full.new_zeros(0)
         return [
-            (torch.cat(parts) if parts else empty, torch.cat(slopes) if slopes else empty)
-            for parts, slopes in zip(kls, grads, strict=True)
+            (torch.cat(parts) if parts else empty, torch.cat(other) if other else empty)
+            for parts, other in zip(kls, others, strict=True)
         ]
 
     def cross_entropy(self, student: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +148,7 @@ class HeadLoss:
         totals = [0.0] * len(students)
         grads: list[torch.Tensor | float] = [0.0] * len(students)
         if kl_weight:
-            for index, (kl, grad) in enumerate(self.kl(full, detached, need_grad=True)):
+            for index, (kl, grad) in enumerate(self.kl(full, detached)):
                 totals[index] += kl_weight * float(kl.sum())
                 grads[index] = kl_weight * grad
         if ce_weight:
@@ -142,12 +162,3 @@ class HeadLoss:
                 assert isinstance(gradient, torch.Tensor)
                 student.backward(gradient.to(student.dtype))
         return totals
-
-    def agreement(self, full: torch.Tensor, student: torch.Tensor) -> int:
-        """Number of positions at which both have the same most probable token."""
-        hits = 0
-        for start in range(0, full.shape[0], CHUNK):
-            stop = start + CHUNK
-            same = self.logits(full[start:stop]).argmax(-1) == self.logits(student[start:stop]).argmax(-1)
-            hits += int(same.sum())
-        return hits

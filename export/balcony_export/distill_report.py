@@ -66,8 +66,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_curves(metrics: Sequence[dict[str, Any]], output: Path, title: str) -> None:
-    """Draw KL over tokens, one line per exit (smoothed) with its held-out points, as a PNG.
+def plot_curves(metrics: Sequence[dict[str, Any]], output: Path, title: str, loss: str = "kl") -> None:
+    """Draw the loss over tokens, one line per exit (smoothed) with its held-out KL as points, as a PNG.
+
+    Args:
+        metrics: lines of a run's metrics.jsonl.
+        output: the picture's path.
+        title: above it.
+        loss: what the run learned from (see ``TrainConfig``).
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -80,16 +86,17 @@ def plot_curves(metrics: Sequence[dict[str, Any]], output: Path, title: str) -> 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for index, exit_layer in enumerate(metrics[0]["kl"] if metrics else ()):
+    for index, exit_layer in enumerate(metrics[0]["loss"] if metrics else ()):
         millions = [line["tokens"] / 1e6 for line in metrics]
-        axes.plot(millions, _smooth([line["kl"][exit_layer] for line in metrics]), color=f"C{index}", linewidth=1.2)
+        axes.plot(millions, _smooth([line["loss"][exit_layer] for line in metrics]), color=f"C{index}", linewidth=1.2)
         held_out = [
             (line["tokens"] / 1e6, line["held_out_kl"][exit_layer]) for line in metrics if "held_out_kl" in line
         ]
         label = f"exit {exit_layer}"
         axes.plot(*(zip(*held_out, strict=True) if held_out else ([], [])), "o", ms=4, color=f"C{index}", label=label)
     axes.set_xlabel("tokens (millions)")
-    axes.set_ylabel("KL(full ‖ exit), nats: line training, dots held out")
+    lines = "line training" if loss == "kl" else f"line training loss ({loss})"
+    axes.set_ylabel(f"KL(full ‖ exit), nats: {lines}, dots held out")
     axes.set_yscale("log")
     axes.set_title(title)
     axes.grid(alpha=0.3, which="both")

@@ -6,6 +6,8 @@ disk that spares the pass when a row comes round again. The backbone is frozen, 
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from balcony_edge.errors import TrainingError
 
 
 class Backbone:
@@ -107,10 +111,11 @@ class StateCache:
         if not known:
             for file in (key_file, path, filled_file):
                 file.unlink(missing_ok=True)
-        mode: Any = "r+" if known else "w+"
+            _reserve(path, capacity * dtype.itemsize * math.prod(shape))
+            _reserve(filled_file, capacity)
         integer: Any = np.int16 if dtype.itemsize == 2 else np.int32
-        self.values: npt.NDArray[Any] = np.memmap(path, dtype=integer, mode=mode, shape=(capacity, *shape))
-        self.filled: npt.NDArray[np.uint8] = np.memmap(filled_file, dtype=np.uint8, mode=mode, shape=(capacity,))
+        self.values: npt.NDArray[Any] = np.memmap(path, dtype=integer, mode="r+", shape=(capacity, *shape))
+        self.filled: npt.NDArray[np.uint8] = np.memmap(filled_file, dtype=np.uint8, mode="r+", shape=(capacity,))
         if not known:
             key_file.write_text(full_key)
 
@@ -126,3 +131,18 @@ class StateCache:
             if row < self.capacity:
                 self.values[row] = values[index]
                 self.filled[row] = 1  # after its values: a killed run leaves no row that is marked and half written
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of zeros whose room on the disk is taken: writing to a mapped file that finds none kills the process."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS
+                file.truncate(size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{path}: no room for {size / 1e9:.1f} GB ({error.strerror}): lower --cache-gb or free space"
+        ) from error

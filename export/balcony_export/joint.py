@@ -88,7 +88,9 @@ class JointTrainer:
             torch.manual_seed(config.seed)
             model.apply(model._init_weights)
         kind: Kind = "none" if config.objective == "sorted" else config.module
-        self.balconies = balconies or init_balconies(model, config.exits, kind, random=config.objective == "scratch")
+        self.balconies = balconies or init_balconies(
+            model, config.exits, kind, random=config.seed if config.objective == "scratch" else None
+        )
         self._backbone = Backbone(model, config.exits, torch.float32)
         self._arguments = self._backbone.layer_arguments(corpus.train.tokens.shape[1])
         parameters: list[torch.nn.Parameter] = list(model.parameters())

@@ -35,12 +35,14 @@ def json_lines(path: Path, content: str, forms: str) -> Iterator[tuple[str, Any]
     """``(where it stands, value)`` of each line that is not blank.
 
     Raises:
-        InputError: a line is not JSON.
+        InputError: a line is not JSON, or holds what no text does.
     """
     for number, line in enumerate(content.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a string
         if not line.strip():
             continue
         try:
-            yield f"{path}:{number}", json.loads(line)
+            value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is JSON and no text
         except ValueError as error:
             raise InputError(f"{path}:{number}: is not JSON ({error}): give {forms}") from error
+        yield f"{path}:{number}", value

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
-from balcony_export.balcony import load_balconies
+from balcony_export.balcony import Balcony, load_balconies
 from balcony_export.distill import METRICS, Progress, Trainer
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Corpus, Rows, build_corpus
@@ -39,31 +38,26 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "balcony"]
-    generator = np.random.default_rng(3)
-    records: list[dict[str, Any]] = [
-        {"text": " ".join(generator.choice(words, size=int(generator.integers(4, 40))))} for _ in range(60)
-    ]
-    records += [{"instruction": "name the dog", "context": "", "response": f"lazy {n} fox"} for n in range(10)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def corpus(text_file: Path, make_tokenizer: Callable[[], Any]) -> Corpus:
     return build_corpus([text_file], make_tokenizer(), seq_len=SEQ_LEN, held_out_rows=4)
 
 
-def trainer_of(model: Any, corpus: Corpus, output: Path, **options: Any) -> Trainer:
+def trainer_of(
+    model: Any,
+    corpus: Corpus,
+    output: Path,
+    start: dict[int, Balcony] | None = None,
+    work: Path | None = None,
+    **options: Any,
+) -> Trainer:
     values: dict[str, Any] = {"exits": (2, 3), "steps": 12, "seq_len": SEQ_LEN, "positions": 8, "warmup_steps": 2}
-    values |= {"rate": 3e-3, "vector_rate": 1e-3, "evaluate_every": 6, "checkpoint_minutes": 60.0} | options
-    return Trainer(model, corpus, TrainConfig(**values), output, dtype=torch.float32, compiled=False)
+    values |= {"rate": 3e-3, "vector_rate": 1e-3, "evaluate_every": 6, "checkpoint_minutes": 60.0, "precision": "fp32"}
+    values |= options
+    return Trainer(model, corpus, TrainConfig(**values), output, start=start, work=work, compiled=False)
 
 
 def losses_of(trainer: Trainer) -> list[dict[str, float]]:
-    return [json.loads(line)["kl"] for line in (trainer.work / METRICS).read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (trainer.work / METRICS).read_text().splitlines()]
 
 
 # -- the loss
@@ -298,7 +292,7 @@ def test_two_processes_make_the_run_of_one(
         for child in children:
             child.kill()
             child.wait()
-    shared = [json.loads(line)["kl"] for line in (tmp_path / "shared/run" / METRICS).read_text().splitlines()]
+    shared = [json.loads(line)["loss"] for line in (tmp_path / "shared/run" / METRICS).read_text().splitlines()]
     assert len(list((tmp_path / "shared").glob("process * of 2"))) == 2
     assert len(shared) == 5
     for one, two in zip(losses_of(alone), shared, strict=True):
@@ -368,26 +362,80 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=6)
     trainer.resume()
     trainer.balconies[3].norm.weight.data[0] = math.nan
-    with pytest.raises(TrainingError, match=r"step 2: the loss of exit 3 is nan.*lower --rate"):
+    with pytest.raises(
+        TrainingError, match=r"step 2: the loss of exit 3 is nan.*checkpoint is kept.*lower --rate, --start"
+    ):
         trainer.run()
     assert before == {
         file.name: file.read_bytes() for file in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("run/*.safetensors"))
     }
 
 
+def test_balconies_that_a_run_began_from_are_only_replaced_by_better_ones(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    first = trainer_of(make_tiny("llama"), corpus, tmp_path / "first", steps=40)
+    first.run()
+    files = [f"balcony_{exit_layer}.safetensors" for exit_layer in (2, 3)]
+    before = [(tmp_path / "first" / file).read_bytes() for file in files]
+    # a rate that spoils them: what they were stays, in the directory that they lay in and in another one
+    for place in ("first", "second"):
+        model = make_tiny("llama")
+        begun = load_balconies(tmp_path / "first", model)
+        spoilt = trainer_of(model, corpus, tmp_path / place, begun, rate=3.0, work=tmp_path / f"{place}-run")
+        spoilt.run()
+        assert [(tmp_path / place / file).read_bytes() for file in files] == before
+        assert spoilt.best[2] == pytest.approx(first.best[2], rel=0.01)
+        assert spoilt.evaluate()[2][0] > 1.2 * spoilt.best[2][0]
+
+
+def test_a_run_that_left_no_checkpoint_leaves_no_curve(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    killed = trainer_of(make_tiny("llama"), corpus, tmp_path)
+    killed.work.mkdir()
+    killed._log(Progress(1, 12, killed.train_step(), None, 0.0, 0.0))
+    again = trainer_of(make_tiny("llama"), corpus, tmp_path)
+    again.run()
+    assert [json.loads(line)["step"] for line in (again.work / METRICS).read_text().splitlines()] == list(range(12))
+
+
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")]
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_out_of_memory_says_what_to_lower(
     error: Exception, make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2)
+    trainer.run()
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
+    trainer.resume()
 
     def fail(rows: Any) -> torch.Tensor:
         raise error
 
     monkeypatch.setattr(trainer, "states_of", fail)
-    with pytest.raises(TrainingError, match=r"out of memory at 2 rows of 24 tokens a pass.*lower --micro-rows"):
+    with pytest.raises(
+        TrainingError, match=r"out of memory at 2 rows of 24 tokens.*checkpoint is kept.*lower --micro-rows"
+    ):
+        trainer.run()
+    # and so it can be done
+    smaller = trainer_of(make_tiny("llama"), corpus, tmp_path, micro_rows=1)
+    assert smaller.resume() and smaller.step == 2
+    smaller.run()
+    assert smaller.step == 12
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
+
+    def fail(rows: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(trainer, "states_of", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
         trainer.run()
 
 
@@ -414,75 +462,6 @@ def test_a_run_with_a_deadline_ends_at_it_with_a_rate_of_zero(
     assert 0.3 < decaying < 0.5  # the decay's share, 0.4
 
 
-# -- data
-
-
-def test_corpus_holds_documents_out_and_follows_from_its_seed(
-    text_file: Path, corpus: Corpus, make_tokenizer: Callable[[], Any]
-) -> None:
-    tokenizer = make_tokenizer()
-    again = build_corpus([text_file], tokenizer, seq_len=SEQ_LEN, held_out_rows=4)
-    other = build_corpus([text_file], tokenizer, seq_len=SEQ_LEN, held_out_rows=4, seed=1)
-    assert again.digest == corpus.digest
-    assert build_corpus([text_file.parent], tokenizer, seq_len=SEQ_LEN, held_out_rows=4).digest == corpus.digest
-    assert other.digest != corpus.digest
-    assert other.train.num_tokens == corpus.train.num_tokens
-    assert 0 < corpus.held_out.num_tokens <= 4 * SEQ_LEN
-    assert corpus.sources["text.jsonl"]["documents"] == 70
-    texts = [
-        tokenizer.decode(row[:length]) for row, length in zip(corpus.train.tokens, corpus.train.lengths, strict=True)
-    ]
-    assert any("<user>name the dog\n<assistant>lazy" in text for text in texts), "instructions go through the template"
-    held = tokenizer.decode(corpus.held_out.tokens[0][: corpus.held_out.lengths[0]])
-    assert held not in texts
-
-
-# -- command line
-
-
-def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
-    from balcony_edge.cli import app  # as a user: everything behind the verb
-
-    out = tmp_path / "balconies"
-    command = [
-        "train",
-        str(tiny_checkpoint),
-        "--exits",
-        "2,3",
-        "--data",
-        str(text_file),
-        "-o",
-        str(out),
-        "--no-compile",
-    ]
-    command += ["--seq-len", "24", "--positions", "8", "--held-out-rows", "4", "--json"]
-    result = CliRunner().invoke(app, [*command, "--tokens", "240"], catch_exceptions=False)
-    document = json.loads(result.stdout)
-    assert document["steps"] == 5
-    assert document["tokens"] == 240
-    assert set(document["exits"]) == {"2", "3"}
-    assert (out / "curve.png").is_file()
-    again = CliRunner().invoke(app, [*command, "--tokens", "240"])
-    assert isinstance(again.exception, TrainingError)
-    assert "go on with --resume" in str(again.exception)
-    before = (out / "run" / "checkpoint.safetensors").read_bytes()
-    result = CliRunner().invoke(app, [*command, "--steps", "7", "--resume"], catch_exceptions=False)
-    assert json.loads(result.stdout)["steps"] == 7
-    assert (out / "run" / "checkpoint.safetensors").read_bytes() != before
-    result = CliRunner().invoke(app, [*command, "--minutes", "0.02", "--resume"], catch_exceptions=False)
-    assert json.loads(result.stdout)["steps"] > 7
-    # from balconies in the very directory that it writes to, whose index its first checkpoint changes
-    (out / "run").rename(tmp_path / "old-run")
-    begun = CliRunner().invoke(app, [*command, "--steps", "2", "--start", str(out)], catch_exceptions=False)
-    assert json.loads(begun.stdout)["steps"] == 2
-    (out / "run").rename(tmp_path / "run")
-    again = CliRunner().invoke(app, [*command, "--steps", "2"])
-    assert isinstance(again.exception, TrainingError) and "holds balcony 2 already" in str(again.exception)
-    (tmp_path / "run").rename(out / "run")
-    further = [*command, "--steps", "4", "--start", str(out), "--resume"]
-    assert json.loads(CliRunner().invoke(app, further, catch_exceptions=False).stdout)["steps"] == 4
-
-
 def test_an_output_that_cannot_hold_the_balconies_is_refused_before_the_training(
     make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -494,9 +473,12 @@ def test_an_output_that_cannot_hold_the_balconies_is_refused_before_the_training
         trainer_of(make_tiny("llama"), corpus, tmp_path / "file")
 
 
-def test_a_disk_that_fills_up_is_one_line(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
-    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
-    trainer.work.mkdir(parents=True)
-    (trainer.work / METRICS).symlink_to("/dev/full")
-    with pytest.raises(TrainingError, match=r"writing failed .No space left on device.: the last checkpoint is kept"):
+def test_a_disk_that_fills_up_is_one_line(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, small_disk: Path
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, steps=2000)
+    with pytest.raises(TrainingError, match=r"writing failed .No space left on device.: there was no checkpoint yet"):
         trainer.run()
+    assert 0 < trainer.step < 2000
+    with pytest.raises(TrainingError, match=r"states\.bin: no room for .* lower --cache-gb"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, cache_gb=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
-from balcony_edge.errors import InputError
+from balcony_edge.errors import InputError, TrainingError
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Order, build_corpus, pack
 from balcony_export.distill_loss import CHUNK, HeadLoss
@@ -47,8 +49,13 @@ def test_loss_and_gradient_are_those_of_the_definition(softcap: float | None, co
     torch.testing.assert_close(given.grad, 3 * reference.grad, rtol=1e-4, atol=1e-5)
     assert other.grad is not None
     torch.testing.assert_close(other.grad, torch.zeros_like(other), rtol=0, atol=1e-5)
-    assert head.agreement(full, student) == int((logits(full).argmax(-1) == logits(student).argmax(-1)).sum())
-    assert head.agreement(full, full) == count
+    (kl, same), (_, itself) = head.compare(full, [student, full])
+    assert float(kl.sum()) == pytest.approx(
+        float(nn.functional.kl_div(logits(student).log_softmax(-1), logits(full).softmax(-1), reduction="sum")),
+        rel=1e-4,
+    )
+    assert same.tolist() == (logits(full).argmax(-1) == logits(student).argmax(-1)).tolist()
+    assert int(itself.sum()) == count
 
 
 def test_packing_loses_and_doubles_nothing() -> None:
@@ -78,6 +85,12 @@ def test_packing_loses_and_doubles_nothing() -> None:
         ("one.txt", b"the quick brown fox jumps", r"1 document\(s\) and \d+ tokens: none can be held out"),
         ("absent.jsonl", None, "cannot be read"),
         (".", None, r"holds no \.jsonl or \.txt files"),
+        ("text.jsonl", b'{"text": "half a pair \\ud800"}\n', r"text\.jsonl:1: is not JSON .*surrogates not allowed"),
+        (
+            "text.jsonl",
+            b'{"messages": [{"role": "narrator", "content": "once"}]}\n',
+            r"text\.jsonl:1: the model's chat template refuses it .no such role.: change its roles",
+        ),
     ],
 )
 def test_data_that_cannot_be_used_is_named(
@@ -85,8 +98,13 @@ def test_data_that_cannot_be_used_is_named(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'narrator' %}{{ raise_exception('no such role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
     with pytest.raises(InputError, match=words):
-        build_corpus([tmp_path / name], make_tokenizer(), seq_len=16)
+        build_corpus([tmp_path / name], tokenizer, seq_len=16)
 
 
 def test_every_row_of_a_window_is_learned_from_as_often_as_asked() -> None:
@@ -160,3 +178,73 @@ def test_table_2_counts_the_run() -> None:
         "Percentage of pretraining tokens": "0.00025 %",
     }
     assert Cost(1, 1, 1, pretraining_tokens("other", None)).share is None
+
+
+# -- data
+
+
+def test_corpus_holds_documents_out_and_follows_from_its_seed(
+    text_file: Path, make_tokenizer: Callable[[], Any]
+) -> None:
+    tokenizer, seq_len = make_tokenizer(), 24
+    corpus = build_corpus([text_file], tokenizer, seq_len=seq_len, held_out_rows=4)
+    again = build_corpus([text_file], tokenizer, seq_len=seq_len, held_out_rows=4)
+    other = build_corpus([text_file], tokenizer, seq_len=seq_len, held_out_rows=4, seed=1)
+    assert again.digest == corpus.digest
+    assert build_corpus([text_file.parent], tokenizer, seq_len=seq_len, held_out_rows=4).digest == corpus.digest
+    assert other.digest != corpus.digest
+    assert other.train.num_tokens == corpus.train.num_tokens
+    assert 0 < corpus.held_out.num_tokens <= 4 * seq_len
+    assert corpus.sources["text.jsonl"]["documents"] == 70
+    texts = [
+        tokenizer.decode(row[:length]) for row, length in zip(corpus.train.tokens, corpus.train.lengths, strict=True)
+    ]
+    assert any("<user>name the dog\n<assistant>lazy" in text for text in texts), "instructions go through the template"
+    held = tokenizer.decode(corpus.held_out.tokens[0][: corpus.held_out.lengths[0]])
+    assert held not in texts
+
+
+# -- command line
+
+
+def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    from balcony_edge.cli import app  # as a user: everything behind the verb
+
+    out = tmp_path / "balconies"
+    command = [
+        "train",
+        str(tiny_checkpoint),
+        "--exits",
+        "2,3",
+        "--data",
+        str(text_file),
+        "-o",
+        str(out),
+        "--no-compile",
+    ]
+    command += ["--seq-len", "24", "--positions", "8", "--held-out-rows", "4", "--json"]
+    result = CliRunner().invoke(app, [*command, "--tokens", "240"], catch_exceptions=False)
+    document = json.loads(result.stdout)
+    assert document["steps"] == 5
+    assert document["tokens"] == 240
+    assert set(document["exits"]) == {"2", "3"}
+    assert (out / "curve.png").is_file()
+    again = CliRunner().invoke(app, [*command, "--tokens", "240"])
+    assert isinstance(again.exception, TrainingError)
+    assert "go on with --resume" in str(again.exception)
+    before = (out / "run" / "checkpoint.safetensors").read_bytes()
+    result = CliRunner().invoke(app, [*command, "--steps", "7", "--resume"], catch_exceptions=False)
+    assert json.loads(result.stdout)["steps"] == 7
+    assert (out / "run" / "checkpoint.safetensors").read_bytes() != before
+    result = CliRunner().invoke(app, [*command, "--minutes", "0.02", "--resume"], catch_exceptions=False)
+    assert json.loads(result.stdout)["steps"] > 7
+    # from balconies in the very directory that it writes to, whose index its first checkpoint changes
+    (out / "run").rename(tmp_path / "old-run")
+    begun = CliRunner().invoke(app, [*command, "--steps", "2", "--start", str(out)], catch_exceptions=False)
+    assert json.loads(begun.stdout)["steps"] == 2
+    (out / "run").rename(tmp_path / "run")
+    again = CliRunner().invoke(app, [*command, "--steps", "2"])
+    assert isinstance(again.exception, TrainingError) and "holds balcony 2 already" in str(again.exception)
+    (tmp_path / "run").rename(out / "run")
+    further = [*command, "--steps", "4", "--start", str(out), "--resume"]
+    assert json.loads(CliRunner().invoke(app, further, catch_exceptions=False).stdout)["steps"] == 4
