@@ -105,7 +105,11 @@ class Slowdown(NamedTuple):
             ratio_variance,
             noise_rate,
         ) = self
-        ratio_mean, ratio_variance = _average(ratio_mean, ratio_variance, math.exp(log_ratio))
+        # mean and variance of the ratio itself, exponentially weighted (West 1979)
+        surplus = math.exp(log_ratio) - ratio_mean
+        step = RATIO_RATE * surplus
+        ratio_mean += step
+        ratio_variance = (1 - RATIO_RATE) * (ratio_variance + step * surplus)
         offset_variance = offset_variances[index]
         innovation = log_ratio - mean - offsets[index]
         prior = variance + process_variance
@@ -185,9 +189,3 @@ class Slowdown(NamedTuple):
 
 def _resting_variances(count: int) -> tuple[float, ...]:
     return (*(EXIT_VARIANCE,) * (count - 1), CATCH_UP_VARIANCE)
-
-
-def _average(mean: float, variance: float, ratio: float) -> tuple[float, float]:
-    """Mean and variance after one more sample (exponentially weighted, West 1979)."""
-    step = RATIO_RATE * (ratio - mean)
-    return mean + step, (1 - RATIO_RATE) * (variance + step * (ratio - mean))

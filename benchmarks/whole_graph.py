@@ -101,7 +101,7 @@ class WholeGraph:
 
     def step(self, token: int) -> FloatArray:
         """Logits (1, 1, V) after one more token, at the same row each time; the next call writes over them."""
-        self._row[:] = self._table[np.array([[token]])]
+        self._table.write_row(token, self._row[0, 0])
         begin = time.perf_counter_ns()
         self._session.run_with_iobinding(self._decode)
         self.ort_ns += time.perf_counter_ns() - begin

@@ -105,62 +105,37 @@ def steps(
         InfeasibleError: nothing meets the targets and the budget asks for an error then.
         ContextLengthError: the sequence is full.
     """
-    ask, trace, learned = around.budget_and_costs, around.trace, around.learned or Learned(exits, {})
-    state, decision = learned.state.for_next_reply(), None  # type: ControllerState, Decision | None
-    last, seen = None, None  # type: Measurement | None, Observation | None
-    unmeasured = _unmeasured(exits)
-    controller, priced = Controller(unmeasured), None
-    if trace is not None:
-        trace.begin(state)
-
-    def record(decided: Decision, latency_ms: float) -> None:
-        if trace is not None and seen is not None:
-            trace.write(priced or unmeasured, seen, decided, latency_ms, sequence.stage_rows[-1])
-
-    early: dict[int, int] = {}
-    ids, made, started_s, emitted_ns = prompt[:, -1], 0, time.monotonic(), 0
+    learned = around.learned or Learned(exits, {})
+    deciding = _Deciding(sequence, prompt.shape[1], exits, around, learned)
     picks_inside = sequence.picks_inside and sampler.greedy and not around.keep_logits
+    early: dict[int, int] = {}
+    last: Measurement | None = None
+    ids, made, emitted_ns = prompt[:, -1], 0, 0
     while True:
         begin, run_before = time.perf_counter_ns(), sequence.rows_run
-        budget, costs = ask()
-        if costs is not None and costs is not priced:
-            controller, priced, decision = Controller(costs), costs, None
-        # without a target there is one decision: as long as that holds there is nothing to observe
-        if decision is None or trace is not None or controller.settled(budget) is not decision:
-            seen = Observation(
-                budget,
-                sequence.length if made else sequence.length + prompt.shape[1] - 1,
-                *sequence.rows_due(1 if made else prompt.shape[1]),
-                last,
-                made,
-                started_s,
-                time.monotonic(),
-                learned.busy_ns / 1e9,
-                around.readings() if trace is not None or budget.needs_sensors else (),
-            )
-            state, decision = controller.decide(state, seen)
-            learned.state = state
-            if decision.infeasible and budget.on_infeasible == "error":
-                raise InfeasibleError(f"{decision.reason}: raise the target or allow less depth")
-        planned = _round(sequence, budget, priced, decision, learned) if made and budget.speculates else None
+        decision = deciding.decide(made, last)
+        budget, priced, policies = deciding.budget, deciding.priced, made and deciding.policies
+        planned = _round(sequence, budget, priced, decision, learned) if policies else None
         if planned is not None:
             ids, count, emitted_ns = yield from _speculated(
-                planned, sequence, ids, sampler, exits, decision, begin, budget.tpot_ms, learned, record
+                planned, sequence, ids, sampler, exits, decision, begin, budget.tpot_ms, learned, deciding.record
             )
             made, last = made + count, None
             continue
         if decision.catch_up is not None:
             _catch_up(sequence, decision.catch_up, exits)
-        trial = _trial(sequence, budget, priced, decision, learned) if made else None
-        step = _Next(sequence, ids if made else prompt, sampler, decision, bool(made) and picks_inside)
-        ids, logits, given = step.advanced() if trial is None else step.tried(trial, learned.confident, early)
+        trial = _trial(sequence, budget, priced, decision, learned) if policies else None
+        if trial is None:
+            ids, logits = _advanced(sequence, ids if made else prompt, sampler, decision.exit_layer, picks_inside)
+            given = decision
+        else:
+            ids, logits, given = _tried(sequence, ids, sampler, decision, trial, learned.confident, early)
         done_ns = time.perf_counter_ns()
+        measured = made and decision.price_ms and trial is None
         # prefill is priced by other numbers than decoding: it says nothing about the slowdown of the next step
-        last = None
-        if made and decision.price_ms and trial is None:
-            last = Measurement(decision.exit_layer, decision.price_ms, (done_ns - begin) / 1e6)
-        if made and budget.speculates:
-            _learn_plain(learned, priced, decision, sequence, (done_ns - begin) / 1e6)
+        last = Measurement(decision.exit_layer, decision.price_ms, (done_ns - begin) / 1e6) if measured else None
+        if policies:
+            _learn_plain(learned, budget, priced, decision, sequence, (done_ns - begin) / 1e6)
         learned.busy_ns += done_ns - begin
         if decision.period_ms:  # after the step, so that what it took too long is taken from the wait
             learned.busy_ns += _wait(sequence, decision, emitted_ns + int(decision.period_ms * 1e6), around.sleep)
@@ -169,44 +144,132 @@ def steps(
         # what was run beyond the new rows is backlog
         due = run_before + (exits.index(given.exit_layer) + 1) * (1 if made else prompt.shape[1])
         made += 1
-        # a replay decides again: what it must come to is the decision, whatever a balcony was sure of
-        record(given._replace(exit_layer=decision.exit_layer), latency_ns / 1e6)
+        if around.trace is not None:
+            # a replay decides again: what it must come to is the decision, whatever a balcony was sure of
+            deciding.record(given._replace(exit_layer=decision.exit_layer), latency_ns / 1e6)
         yield Step(ids, logits, given, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due)
 
 
+class _Deciding:
+    """The controller beside one decode loop: what it is asked, what it said last, and the trace of both.
+
+    Attributes:
+        budget: that the last decision was made for.
+        priced: the costs that it weighed; None where nothing was.
+        policies: whether that budget drafts tokens or lets sure ones exit.
+    """
+
+    def __init__(
+        self, sequence: Sequence, prompt_rows: int, exits: tuple[int, ...], around: Surroundings, learned: Learned
+    ) -> None:
+        self._sequence, self._prompt_rows, self._around, self._learned = sequence, prompt_rows, around, learned
+        self._unmeasured = _unmeasured(exits)
+        self._controller = Controller(self._unmeasured)
+        self._state, self._decision = learned.state.for_next_reply(), None  # type: ControllerState, Decision | None
+        self._seen: Observation | None = None
+        self._started_s = time.monotonic()
+        self.budget, self.priced = Budget(), None  # type: Budget, CostModel | None
+        self.policies = self._senses = False
+        self._only: Decision | None = None  # the one that there is without a target
+        if around.trace is not None:
+            around.trace.begin(self._state)
+
+    def decide(self, made: int, last: Measurement | None) -> Decision:
+        """The next token's.
+
+        Args:
+            made: tokens so far.
+            last: what the step before took, where that says something.
+
+        Raises:
+            InfeasibleError: nothing meets the targets and the budget asks for an error then.
+        """
+        budget, costs = self._around.budget_and_costs()
+        if budget is not self.budget:  # what follows from it costs as much as a decision
+            self.budget, self._senses = budget, budget.needs_sensors
+            self.policies = budget.speculates or budget.confident
+            self._only = self._controller.settled(budget)
+        if costs is not None and costs is not self.priced:
+            self._controller, self.priced, self._decision = Controller(costs), costs, None
+            self._only = self._controller.settled(budget)
+        decision, sequence = self._decision, self._sequence
+        if decision is not None and self._around.trace is None:
+            if decision is self._only:  # as long as that holds there is nothing to observe
+                return decision
+            if made and sequence.up_to_date(decision.exit_layer):
+                stayed = self._controller.stays(budget, self._state, sequence.length, last)
+                if stayed is not None:
+                    self._state, self._decision = stayed
+                    self._learned.state = stayed[0]
+                    return stayed[1]
+        return self._weighed(budget, made, last)
+
+    def _weighed(self, budget: Budget, made: int, last: Measurement | None) -> Decision:
+        rows, sequence, around = 1 if made else self._prompt_rows, self._sequence, self._around
+        self._seen = Observation(
+            budget,
+            sequence.length + rows - 1,
+            *sequence.rows_due(rows),
+            last,
+            made,
+            self._started_s,
+            time.monotonic(),
+            self._learned.busy_ns / 1e9,
+            around.readings() if around.trace is not None or self._senses else (),
+        )
+        self._state, self._decision = self._controller.decide(self._state, self._seen)
+        self._learned.state = self._state
+        if self._decision.infeasible and budget.on_infeasible == "error":
+            raise InfeasibleError(f"{self._decision.reason}: raise the target or allow less depth")
+        return self._decision
+
+    def record(self, decided: Decision, latency_ms: float) -> None:
+        """A line of the trace, where there is one."""
+        trace = self._around.trace
+        if trace is not None and self._seen is not None:
+            trace.write(self.priced or self._unmeasured, self._seen, decided, latency_ms, self._sequence.pending_rows)
+
+
+def _advanced(
+    sequence: Sequence, new: IntArray, sampler: Sampler, exit_layer: int, picks_inside: bool
+) -> tuple[IntArray, FloatArray | None]:
+    """Tokens (B,) and logits at an exit after a prompt (B, n) or one token of each (B,)."""
+    if new.ndim == 2:
+        logits = sequence.advance(exit_layer, new)[:, -1]
+    elif picks_inside:
+        return sequence.step_best(exit_layer, new), None
+    else:
+        logits = sequence.step(exit_layer, new)
+    return sampler.pick(logits), logits
+
+
 def _learn_plain(
-    learned: Learned, costs: CostModel | None, decision: Decision, sequence: Sequence, measured_ms: float
+    learned: Learned,
+    budget: Budget,
+    costs: CostModel | None,
+    decision: Decision,
+    sequence: Sequence,
+    measured_ms: float,
 ) -> None:
     """Tell the speculator what a plain full-depth step took."""
-    if costs is not None and decision.exit_layer == costs.exits[-1]:
+    if budget.speculates and costs is not None and decision.exit_layer == costs.exits[-1]:
         expected_ms = decision.price_ms or costs.steady_ms(decision.exit_layer, sequence.length - 1)
         learned.speculator.learn_plain(expected_ms, measured_ms)
 
 
-class _Next(NamedTuple):
-    """The next token of each member: what it follows (a prompt (B, n) or one token of each (B,)), and how it is made."""
-
-    sequence: Sequence
-    new: IntArray
-    sampler: Sampler
-    decision: Decision
-    picks_inside: bool
-
-    def advanced(self) -> tuple[IntArray, FloatArray | None, Decision]:
-        """At the exit that was decided: tokens (B,), logits, the decision."""
-        sequence, exit_layer, new = self.sequence, self.decision.exit_layer, self.new
-        if self.picks_inside:
-            return sequence.step_best(exit_layer, new), None, self.decision
-        logits = sequence.step(exit_layer, new) if new.ndim == 1 else sequence.advance(exit_layer, new)[:, -1]
-        return self.sampler.pick(logits), logits, self.decision
-
-    def tried(
-        self, trial: Trial, policy: Confident, early: dict[int, int]
-    ) -> tuple[IntArray, FloatArray | None, Decision]:
-        """Where a balcony may be sure enough: the same, with the decision as it came out."""
-        ids, logits, exit_layer, sure = run_trial(self.sequence, self.new, self.sampler, trial, policy, early)
-        words = (f"{sure:.2f} sure at {trial.exit_layer}, asked {trial.threshold:.2f}", *self.decision.words)
-        return ids, logits, self.decision._replace(exit_layer=exit_layer, words=words)
+def _tried(
+    sequence: Sequence,
+    ids: IntArray,
+    sampler: Sampler,
+    decision: Decision,
+    trial: Trial,
+    policy: Confident,
+    early: dict[int, int],
+) -> tuple[IntArray, FloatArray, Decision]:
+    """A token where a balcony may be sure enough: ids, logits, and the decision as it came out."""
+    ids, logits, exit_layer, sure = run_trial(sequence, ids, sampler, trial, policy, early)
+    words = (f"{sure:.2f} sure at {trial.exit_layer}, asked {trial.threshold:.2f}", *decision.words)
+    return ids, logits, decision._replace(exit_layer=exit_layer, words=words)
 
 
 def _speculated(
@@ -244,7 +307,12 @@ def _round(
     sequence: Sequence, budget: Budget, costs: CostModel | None, decision: Decision, learned: Learned
 ) -> Round | None:
     """The round that is worth running in the place of this full-depth step; None where it is none, paced, or has a backlog."""
-    if costs is None or any(sequence.stage_rows) or not _free_full_step(sequence, budget, costs, decision):
+    if (
+        not budget.speculates
+        or costs is None
+        or any(sequence.stage_rows)
+        or not _free_full_step(sequence, budget, costs, decision)
+    ):
         return None
     most_ms = _slack_ms(budget, decision)  # a round is one gap
     room = sequence.max_length - sequence.length

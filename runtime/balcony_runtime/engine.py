@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -127,7 +128,11 @@ class Sequence:
         self.length = 0
         self.state = engine.backend.new_state(batch_size, max_length)
         self._tokens = np.zeros((batch_size, max_length), np.int64)
+        self._indices = {layer: index for index, layer in enumerate(self._layers)}
         self._stage_cursor = [0] * len(self._layers)
+        self.rows_run = (
+            0  # by all stages together, those that were rolled back included: its growth tells what a step cost
+        )
         self._balcony_cursor = [0] * (len(self._layers) - 1)
         # exits whose balcony has a KV cache; the full depth's norm and a balcony without attention take rows as they come
         cached = engine.manifest.cached_exits
@@ -206,43 +211,43 @@ class Sequence:
         Raises:
             ContextLengthError: the sequence is full.
         """
-        index = self._stepping(exit_layer)
-        if index is None:
+        if not self.up_to_date(exit_layer):
             return self.advance(exit_layer, ids[:, None])[:, 0]
-        logits = self.state.decode(index, ids, self.length)
-        self._stepped(index, ids)
+        logits: FloatArray = self._stepped(self.state.decode, exit_layer, ids)
         return logits
 
     def step_best(self, exit_layer: int, ids: IntArray) -> IntArray:
         """:meth:`step`, of which only the most likely token of each member is wanted, (B,): a GPU then sends no logits."""
-        index = self._stepping(exit_layer)
-        if index is None:
+        if not self.up_to_date(exit_layer):
             best: IntArray = self.advance(exit_layer, ids[:, None])[:, 0].argmax(-1)
-            return best
-        found = self.state.decode_best(index, ids, self.length)
-        self._stepped(index, ids)
-        return found
+        else:
+            best = self._stepped(self.state.decode_best, exit_layer, ids)
+        return best
 
     @property
     def picks_inside(self) -> bool:
         """Whether :meth:`step_best` is cheaper than :meth:`step`."""
         return self._engine.backend.picks_inside
 
-    def _stepping(self, exit_layer: int) -> int | None:
-        """Index of an exit whose graphs have taken all rows, so that one more can take the short way; else None."""
-        index, row = self._index(exit_layer), self.length
-        behind = self._stage_cursor[index] < row or (self._cached[index] and self._balcony_cursor[index] < row)
-        return None if behind or row >= self.max_length else index
+    def up_to_date(self, exit_layer: int) -> bool:
+        """Whether all graphs of an exit have taken all rows and there is room for one more, which can take the short way."""
+        index, row = self._indices.get(exit_layer), self.length
+        if index is None or self._stage_cursor[index] < row or row >= self.max_length:
+            return False
+        return not self._cached[index] or self._balcony_cursor[index] == row
 
-    def _stepped(self, index: int, ids: IntArray) -> None:
-        row = self.length
+    def _stepped(self, decode: Callable[[int, IntArray, int], Any], exit_layer: int, ids: IntArray) -> Any:
+        """The short way of an exit that is up to date."""
+        index, row = self._indices[exit_layer], self.length
+        found = decode(index, ids, row)
         self._tokens[:, row] = ids
-        self.length = (
-            row + 1
-        )  # before the cursors: an interrupt between them leaves rows to do, not rows that seem done
-        self._stage_cursor[: index + 1] = [row + 1] * (index + 1)
+        # before the cursors: an interrupt between them leaves rows to do, not rows that seem done
+        self.length = row = row + 1
+        self._stage_cursor[: index + 1] = [row] * (index + 1)
         if index < len(self._balcony_cursor):
-            self._balcony_cursor[index] = row + 1
+            self._balcony_cursor[index] = row
+        self.rows_run += index + 1
+        return found
 
     def rows_due(self, new: int) -> tuple[list[int], list[int]]:
         """Rows that each stage and each balcony would run if it were used with ``new`` more rows; 1 where none are kept."""
@@ -252,9 +257,9 @@ class Sequence:
         return [total - cursor for cursor in self._stage_cursor], balconies
 
     @property
-    def rows_run(self) -> int:
-        """Rows that the stages have consumed, summed over them: its growth tells what a step cost."""
-        return sum(self._stage_cursor)
+    def pending_rows(self) -> int:
+        """Rows that the deepest stage has not consumed yet."""
+        return self.length - self._stage_cursor[-1]
 
     def run_stage(self, stage: int, max_rows: int) -> int:
         """Work off at most ``max_rows`` pending rows of a stage, as far as the stage before it has come.
@@ -269,6 +274,7 @@ class Sequence:
             stop = min(start + MAX_PASS_ROWS, end)
             self.state.run_stage(stage, start, stop)
             self._stage_cursor[stage] = stop
+            self.rows_run += stop - start
         return max(end - begin, 0)
 
     def run_balcony(self, exit_layer: int, max_rows: int) -> int:
@@ -325,14 +331,17 @@ class Sequence:
         self._balcony_cursor[index] = max(begin, stop)
 
     def _index(self, exit_layer: int) -> int:
-        try:
-            return self._layers.index(exit_layer)
-        except ValueError:
+        index = self._indices.get(exit_layer)
+        if index is None:
             exits = ", ".join(str(layer) for layer in self._layers)
-            raise InputError(f"exit_layer = {exit_layer}: this bundle has exits {exits}: pick one of them") from None
+            raise InputError(f"exit_layer = {exit_layer}: this bundle has exits {exits}: pick one of them")
+        return index
 
     def _checked(self, new_tokens: IntArray | AbstractSequence[int]) -> IntArray:
-        tokens = np.asarray(new_tokens)
+        try:
+            tokens = np.asarray(new_tokens)
+        except ValueError as error:  # rows of several lengths
+            raise InputError(f"tokens: {error}: give (n,) or ({self.batch_size}, n)") from error
         if tokens.size == 0:
             return np.zeros((self.batch_size, 0), np.int64)
         if tokens.dtype.kind not in "iu":

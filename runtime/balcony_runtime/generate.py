@@ -284,7 +284,12 @@ class LLM:
 
     def _prompt_ids(self, prompt: Prompt, chat: bool | None) -> list[int]:
         if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], int | np.integer):
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            try:
+                ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"prompt: token ids and something else ({error}): give integers, a text, or messages"
+                ) from error
             refuse_foreign(np.array(ids), self.engine.manifest.model.vocab_size)
             return ids
         return self._codec.encode(prompt, chat=chat)  # type: ignore[arg-type]
@@ -344,7 +349,7 @@ class LLM:
                 decision.predicted_ms if step.target_ms is not None else None,
                 step.target_ms,
                 step.caught_up_rows,
-                sequence.stage_rows[-1],
+                sequence.pending_rows,
                 decision,
                 log_p,
                 best,

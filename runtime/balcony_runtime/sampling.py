@@ -96,6 +96,8 @@ class Sampler:
             self._seen[self._members[:, None], prompt] = True
         if params.presence_penalty:
             self._made = np.zeros((prompt.shape[0], vocab_size), bool)
+        #: Whether it takes the largest of the logits as they are.
+        self.greedy = params.temperature == 0 and self._seen is None and self._made is None and not params.logit_bias
         for token in params.logit_bias:
             if not 0 <= token < vocab_size:
                 raise InputError(f"logit_bias for token {token}: the vocabulary has 0 to {vocab_size - 1}")
@@ -106,13 +108,13 @@ class Sampler:
         Raises:
             InputError: logits that are not numbers; the model or its precision is at fault.
         """
+        if self.greedy and len(logits) == 1:  # the common case, in as few calls as it takes
+            best = logits.argmax()
+            if not math.isfinite(logits.item(best)):
+                raise _not_finite()
+            return np.array([best], np.int64)
         adjusted = self._adjust(logits)
         if self._params.temperature == 0:
-            if len(adjusted) == 1:  # the common case, in as few calls as it takes
-                best = int(adjusted.argmax())
-                if not math.isfinite(adjusted.item(best)):
-                    raise _not_finite()
-                return self._recorded(np.array([best], np.int64))
             ids: IntArray = adjusted.argmax(axis=-1)
             # the largest of logits with a NaN among them is that NaN
             if not all(math.isfinite(row[best]) for row, best in zip(adjusted, ids, strict=True)):
@@ -120,13 +122,6 @@ class Sampler:
         else:
             ids = np.array([self._draw(row) for row in adjusted], np.int64)
         return self._recorded(ids)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether it takes the largest of the logits as they are."""
-        return (
-            self._params.temperature == 0 and self._seen is None and self._made is None and not self._params.logit_bias
-        )
 
     def fork(self) -> Sampler:
         """A sampler with the same memory of tokens, and from then on one of its own; random numbers come from one stream."""

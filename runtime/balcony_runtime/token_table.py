@@ -28,6 +28,7 @@ class TokenTable:
         self.dtype: np.dtype[Any] = np.dtype(spec.dtype)
         self._scale = self.dtype.type(spec.scale)
         self._width, self._blocks = spec.shape[1], spec.blocks
+        self._in_place = spec.scale == 1  # whether a row needs no more than one multiplication
         if spec.blocks is None:
             self._table = mapped(spec.offset, self.dtype, self._width)
             return
@@ -38,17 +39,27 @@ class TokenTable:
         self._middle = np.float32(1 << (bits - 1))
         self._values = unpacked(np.arange(256, dtype=np.uint8)[:, None], bits) - self._middle  # (256, values a byte)
         zeros = spec.blocks.zero_points_offset
+        self._in_place = self._in_place and zeros is None and self._width % size == 0
         self._zeros = None if zeros is None else mapped(zeros, np.uint8, -(-count * bits // 8))
 
     def __getitem__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Rows of any shape of tokens, one axis of D more; those of one token may be the file's own bytes."""
-        # a decode step asks for one row with cold caches: few calls, whatever they compute, and views for arrays
-        at: Any = tokens.item() if tokens.size == 1 else tokens
-        rows = self._table[at] if self._blocks is None else self._dequantized(at)
+        """Rows of any shape of tokens, one axis of D more."""
+        rows = self._table[tokens] if self._blocks is None else self._dequantized(tokens)
         scaled = rows if self._scale == 1 else rows * self._scale
         return scaled.reshape(*tokens.shape, self._width)
 
-    def _dequantized(self, at: Any) -> npt.NDArray[np.float32]:
+    def write_row(self, token: int, row: npt.NDArray[Any]) -> None:
+        """One row into an array of its own, (D,): a decode step asks with cold caches, so in few calls."""
+        if not self._in_place:
+            row[:] = self[np.array(token)]
+        elif self._blocks is None:
+            row[:] = self._table[token]
+        else:
+            scales = self._scales[token]  # (blocks, 1)
+            values = self._values.take(self._table[token], axis=0).reshape(len(scales), -1)
+            np.multiply(values, scales, row.reshape(len(scales), -1))
+
+    def _dequantized(self, at: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         assert self._blocks is not None
         values = self._values.take(self._table[at], axis=0)  # a byte holds one value or two
         scales = self._scales[at]  # (..., blocks, 1)

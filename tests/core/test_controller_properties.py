@@ -106,6 +106,39 @@ def test_any_state_and_observation_give_a_sound_decision() -> None:
     assert chunks >= 20
 
 
+class _Weighing(Controller):
+    """Without the short way."""
+
+    def stays(self, *_: Any) -> None:
+        return None
+
+
+def test_the_short_way_says_what_weighing_says() -> None:
+    rng, controller, weighing, stayed = random.Random(5), Controller(DEMO), _Weighing(DEMO), 0
+    for _ in range(4000):
+        state, seen = a_state(rng), an_observation(rng)
+        at = DEMO.exits.index(seen.budget.allowed_exits(DEMO.exits)[-1])
+        state = state._replace(exit_layer=DEMO.exits[at])
+        rows = [1] * (at + 1) + seen.stage_rows[at + 1 :]
+        seen = seen._replace(
+            stage_rows=rows, balcony_rows=(*(1,) * (at + 1), *seen.balcony_rows[at + 1 :]), made_tokens=3
+        )
+        short = controller.stays(seen.budget, state, seen.context_length, seen.last)
+        if short is None:
+            continue
+        stayed += 1
+        after, decision = weighing.decide(state, seen)
+        assert controller.decide(state, seen) == short
+        assert short[0] == after
+        exact = ("exit_layer", "infeasible", "catch_up", "period_ms", "idle_ms", "reason")
+        assert [getattr(short[1], name) for name in exact] == [getattr(decision, name) for name in exact]
+        numbers = ("price_ms", "predicted_ms", "probability")
+        assert [getattr(short[1], name) for name in numbers] == pytest.approx(
+            [getattr(decision, name) for name in numbers]
+        )
+    assert stayed > 500
+
+
 def a_whole_budget(rng: random.Random) -> Budget:
     """Any keys that do not contradict one another."""
     options: dict[str, Any] = {

@@ -17,12 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy.typing as npt
-
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BundleError, MissingDependencyError
 from balcony_edge.manifest import GraphSpec, Manifest
-from balcony_runtime.backends.base import IntArray
 
 try:
     import onnxruntime as ort
@@ -188,12 +185,8 @@ class OnnxRuntimeBackend:
         for layer in bundle.manifest.exit_layers if shared else ():
             self.paths[layer] = open_session(shared[f"path_{layer}"], threads=threads, optimize=False)
         _trim_heap()
-        self._table = TokenTable(bundle)
-        self.dtype = self._table.dtype
-
-    def embedded(self, tokens: IntArray) -> npt.NDArray[Any]:
-        """Rows of the token table, scaled as the model does: any shape of tokens, one axis of D more."""
-        return self._table[tokens]
+        self.table = TokenTable(bundle)
+        self.dtype = self.table.dtype
 
     def new_state(self, batch_size: int, max_length: int) -> OnnxRuntimeState:
         """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`."""

@@ -11,7 +11,8 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from struct import Struct
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 #: KV capacity is bound in steps of so many rows: what ``Attention`` pays for is at most this much more than what is live.
 BUCKET = 128
+_clock_ns = time.perf_counter_ns
 
 
 class _Cache(ABC):
@@ -124,6 +126,24 @@ class _WholeCache(_Cache):
         return flat.reshape(self.batch_size, heads, self.max_capacity, head_dim)
 
 
+class _Program(NamedTuple):
+    """A decode step at one exit.
+
+    Attributes:
+        good_for: rows up to which its bindings hold.
+        runs: what to call with what, graph by graph.
+        first: where the token's row goes, (D,).
+        made: the rows at all boundaries on the way, (boundaries, B, D).
+        logits: what it ends in, (B, V).
+    """
+
+    good_for: int
+    runs: list[tuple[Any, Any]]
+    first: npt.NDArray[Any]
+    made: npt.NDArray[Any]
+    logits: FloatArray
+
+
 class OnnxRuntimeState:
     """One sequence's rows and caches in main memory; implements :class:`balcony_runtime.backends.base.State`.
 
@@ -147,10 +167,13 @@ class OnnxRuntimeState:
         self._row_values = [_value(row) for row in self._row]
         self._hidden = _value(np.zeros((batch_size, 1, dim), dtype))
         self._logits = np.zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
-        # where a pass stands, as its graph wants to be told
-        self._start, self._last = np.zeros(batch_size, np.int64), np.zeros(batch_size, np.int32)
-        self._total = np.zeros((), np.int32)
-        self._where = {"start": _value(self._start), "last": _value(self._last), "total": _value(self._total)}
+        # where a pass stands, as its graph wants to be told: start and last of each member, and the total, in one buffer
+        self._place = Struct(f"={batch_size}q{batch_size + 1}i")
+        self._standing = bytearray(self._place.size)
+        start = np.frombuffer(self._standing, np.int64, batch_size)
+        self._last = np.frombuffer(self._standing, np.int32, batch_size, start.nbytes)
+        total = np.frombuffer(self._standing, np.int32, 1, start.nbytes + self._last.nbytes).reshape(())
+        self._where = {"start": _value(start), "last": _value(self._last), "total": _value(total)}
         make = _WholeCache if manifest.cpu else _PrefixCache
         self._caches: dict[str, _Cache] = {}
         for name in [f"stage_{i}" for i in range(len(layers))] + [
@@ -161,7 +184,7 @@ class OnnxRuntimeState:
                 self._caches[f"{name}_keys"] = self._caches[name]
         self._bound: dict[str, Any] = {}  # graph → binding of its one-row pass
         self._decoded: dict[int, int] = {}  # exit → rows that its decode steps have reached
-        self._programs: dict[int, tuple[int, list[tuple[Any, Any]]]] = {}  # exit → rows it is good for, what to run
+        self._programs: dict[int, _Program] = {}  # exit → its decode step
         self._queries: npt.NDArray[Any] | None = None
 
     @property
@@ -185,22 +208,26 @@ class OnnxRuntimeState:
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """One row through all graphs on the way to an exit."""
-        good_for, program = self._programs.get(exit_index, (0, []))
-        if row >= good_for:
-            good_for, program = self._programs[exit_index] = self._program(exit_index, row)
-        self._row[0, :, 0] = self._backend.embedded(ids)
+        program = self._programs.get(exit_index)
+        if program is None or row >= program.good_for:
+            program = self._programs[exit_index] = self._program(exit_index, row)
+        if len(ids) == 1:
+            self._backend.table.write_row(ids.item(), program.first)
+        else:
+            self._row[0, :, 0] = self._backend.table[ids]
         self._stand_at(row, row + 1)
+        busy_ns = 0
         try:
-            for run, binding in program:
-                begin = time.perf_counter_ns()
+            for run, binding in program.runs:
+                begin = _clock_ns()
                 run(binding)
-                self.busy_ns += time.perf_counter_ns() - begin
+                busy_ns += _clock_ns() - begin
         except RuntimeError as error:
             raise _failed("a decode step", error) from error
+        self.busy_ns += busy_ns
         self._decoded[exit_index] = row + 1
-        used = exit_index + 2
-        self._rows[:used, :, row] = self._row[:used, :, 0]
-        return self._logits[:, 0]
+        self._rows[: exit_index + 2, :, row] = program.made
+        return program.logits
 
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
         """One row through all graphs on the way to an exit, and the likeliest token behind it."""
@@ -209,7 +236,7 @@ class OnnxRuntimeState:
 
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write token embeddings to boundary 0."""
-        self._rows[0, :, start : start + tokens.shape[1]] = self._backend.embedded(tokens)  # (B, n, D)
+        self._rows[0, :, start : start + tokens.shape[1]] = self._backend.table[tokens]  # (B, n, D)
 
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Take rows of boundary ``stage`` to boundary ``stage + 1``."""
@@ -268,20 +295,21 @@ class OnnxRuntimeState:
 
     def _stand_at(self, start: int, stop: int) -> None:
         """Tell the graphs which rows the next pass takes."""
-        self._start.fill(start)
-        self._last.fill(stop - 1)
-        self._total.fill(stop)
+        batch = self._batch
+        self._place.pack_into(self._standing, 0, *(start,) * batch, *(stop - 1,) * batch, stop)
 
-    def _program(self, exit_index: int, row: int) -> tuple[int, list[tuple[Any, Any]]]:
-        """``(rows that it is good for, (run, binding) of each graph)`` of the decode step at an exit."""
+    def _program(self, exit_index: int, row: int) -> _Program:
+        """The decode step at an exit, bound."""
         names = self._manifest.path_graphs(self._layers[exit_index + 1])
         for name in names:
             self._reserve(name, row + 1)
         caches = [self._caches[name] for name in names if name in self._caches]
         good_for = min(cache.capacity for cache in caches)
         if (path := self._backend.paths.get(self._layers[exit_index + 1])) is not None:
-            return good_for, [(path.run_with_iobinding, self._path_binding(path, caches))]
-        return good_for, [(self._backend.sessions[name].run_with_iobinding, self._one_row(name)) for name in names]
+            runs = [(path.run_with_iobinding, self._path_binding(path, caches))]
+        else:
+            runs = [(self._backend.sessions[name].run_with_iobinding, self._one_row(name)) for name in names]
+        return _Program(good_for, runs, self._row[0, 0, 0], self._row[: exit_index + 2, :, 0], self._logits[:, 0])
 
     def _path_binding(self, session: ort.InferenceSession, caches: list[_Cache]) -> Any:
         """The binding of a whole decode step: from the token's row to the logits, every boundary on the way written."""
@@ -319,7 +347,7 @@ class OnnxRuntimeState:
     def _run_rows(self, name: str, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]) -> None:
         """One pass over arrays that are bound for it alone, each (B, rows, width)."""
         fused = any(tensor.name == "last" for tensor in self._specs[name].inputs)
-        if not fused or self._batch == 1 or int(self._total) == next(iter(inputs.values())).shape[1]:
+        if not fused or self._batch == 1 or int(self._last[0]) + 1 == next(iter(inputs.values())).shape[1]:
             values, results = ({key: _value(array) for key, array in part.items()} for part in (inputs, outputs))
             self._run(name, self._bind(name, values, results))
             return
