@@ -29,7 +29,6 @@ from torch import nn
 from balcony_export.balcony import Balcony
 from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.distill import Trainer
-from balcony_export.distill_checkpoint import CHECKPOINT
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Corpus, Rows, build_corpus
 from balcony_export.text_files import json_lines, read_text
@@ -52,16 +51,6 @@ def layer_of(balcony: Balcony) -> nn.Module:
     """Its decoder layer."""
     assert balcony.layer is not None
     return balcony.layer  # type: ignore[no-any-return]
-
-
-def _random_layer(trainer: Trainer) -> None:
-    generator = torch.Generator().manual_seed(trainer.config.seed)
-    for balcony in trainer.balconies.values():
-        for parameter in layer_of(balcony).parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter.data, std=0.02, generator=generator)
-            else:
-                parameter.data.fill_(1.0)
 
 
 def _silent_layer(trainer: Trainer) -> None:
@@ -127,7 +116,7 @@ TRIALS: dict[str, Trial] = {
     "4 rows of 256 a step": Trial({"seq_len": 256, "batch_rows": 4, "micro_rows": 4, "positions": 64}),
     "1 row of 1,024 a step": Trial({"seq_len": 1024, "batch_rows": 1, "micro_rows": 1, "positions": 256}),
     "4 steps a pass": Trial({"reuse": 4}),
-    "random layer": Trial(start=_random_layer),
+    "random layer and norm": Trial({"start": "random"}),
     "silent layer (output projections zero)": Trial(start=_silent_layer),
     "next layer": Trial(start=_next_layer),
     "norm of the next layer": Trial(start=_next_norm),
@@ -226,7 +215,6 @@ class Bench:
         kept = self.work / "results.jsonl"
         seq_len = trial.config.get("seq_len", SEQ_LEN)
         work = self.work / f"{trial.data}-{seq_len}"  # the states of the rows are shared there
-        (work / CHECKPOINT).unlink(missing_ok=True)
         trainer = self._trainer(trial, work)
         key = json.dumps([name, self.tokens, asdict(trainer.config), trainer.corpus.digest])
         if kept.is_file():

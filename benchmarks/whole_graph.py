@@ -10,12 +10,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from balcony_edge.bundle import Bundle
@@ -23,54 +21,19 @@ from balcony_edge.manifest import WEIGHTS
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.onnxruntime_state import BUCKET
+from balcony_runtime.backends.packed_weights import joined_step
 from balcony_runtime.token_table import TokenTable
 
 
 def write_whole_graph(bundle: Bundle, directory: Path) -> Path:
     """Write the graph into ``directory``, with the bundle's weights beside it as a hard link (a copy where that fails)."""
-    manifest = bundle.manifest
-    names = manifest.path_graphs(manifest.model.num_layers)
-    parts = [onnx.load(str(bundle.file(manifest.runnable[n].file)), load_external_data=False) for n in names]
-    whole = parts[0]
-    graph = whole.graph
-    inputs = {value.name for value in graph.input}
-    for part in parts[1:]:
-        # what a part takes from the one before it; its inner names are not unique among parts
-        passed = {"hidden": "normed" if "normed" in _names(graph.output) else f"hidden_{manifest.model.num_layers}"}
-        shared = _names(part.graph.input) | _names(part.graph.output)
-
-        def renamed(
-            name: str, shared: set[str] = shared, owner: str = part.graph.name, passed: dict[str, str] = passed
-        ) -> str:
-            return passed.get(name, name) if name in shared or not name else f"{owner}.{name}"
-
-        for node in part.graph.node:
-            node.name = f"{part.graph.name}.{node.name}"
-            node.input[:] = [renamed(name) for name in node.input]
-            node.output[:] = [renamed(name) for name in node.output]
-        for tensor in part.graph.initializer:
-            tensor.name = renamed(tensor.name)
-        graph.node.extend(part.graph.node)
-        graph.initializer.extend(part.graph.initializer)
-        produced = _names(graph.output)
-        new = [v for v in part.graph.input if renamed(v.name) not in produced and v.name not in inputs]
-        graph.input.extend(new)
-        inputs |= _names(new)
-        graph.output.extend(part.graph.output)
-    kept = [value for value in graph.output if value.name.startswith(("present_", "logits"))]
-    del graph.output[:]
-    graph.output.extend(kept)
-    path = directory / "whole.onnx"
-    onnx.save(whole, str(path))
+    manifest, path = bundle.manifest, directory / "whole.onnx"
+    path.write_bytes(joined_step(manifest, manifest.model.num_layers, bundle.path, keep=("present_", "logits")))
     try:
         os.link(bundle.file(WEIGHTS), directory / WEIGHTS)
     except OSError:
         shutil.copyfile(bundle.file(WEIGHTS), directory / WEIGHTS)
     return path
-
-
-def _names(values: Iterable[onnx.ValueInfoProto]) -> set[str]:
-    return {value.name for value in values}
 
 
 class WholeGraph:

@@ -19,7 +19,7 @@ from balcony_runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("balconies/*.md"), *ROOT.glob("benchmarks/*.md")]
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("balconies/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -80,3 +80,25 @@ def test_the_format_page_names_every_key() -> None:
 
     assert MANIFEST in text
     assert not [key for key in sorted(keys(Manifest.model_json_schema())) if not re.search(rf"\b{key}\b", text)]
+
+
+def test_the_readmes_tree_has_every_file_and_no_other() -> None:
+    tree = next(
+        code for _, code in FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "conftest.py" in code
+    )
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        name = (line.split() or [""])[0]
+        if line.startswith("  "):
+            listed.add(folder + name)
+        elif name.endswith("/"):
+            folder = name
+        else:
+            listed.add(name)
+    there = {
+        str(path.relative_to(ROOT))
+        for top in ("balcony_edge", "export", "runtime", "examples", "benchmarks", "tests")
+        for path in (ROOT / top).rglob("*.py")
+        if path.stat().st_size
+    }
+    assert sorted(there ^ {name for name in listed if name.endswith(".py")}) == []

@@ -1,6 +1,6 @@
 """The recipe of a training run, as one frozen record.
 
-Owns names, defaults and the cross-field rules. Defaults come from the trials in docs/LOG.md.
+Owns names, defaults and the cross-field rules. docs/LOG.md has the trials behind the defaults.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Several processes on one training run, as ``accelerate launch`` starts them.
 
 Owns the sharing only: each process takes its part of a step's passes, gradients and losses are summed, process 0 writes.
-A balcony is small (3.5M parameters for the demo model) and the backbone is frozen, so nothing else need be wrapped or
-sharded; a backbone that fits no single device is accelerate's own matter.
+A balcony is small (3.5M parameters for the demo model) and the backbone is frozen, so nothing is wrapped or sharded: every
+process holds the whole model.
 """
 
 from __future__ import annotations

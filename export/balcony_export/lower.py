@@ -1,7 +1,7 @@
 """Lower traced graphs for ONNX Runtime on CPUs: fewer, larger operators, and a KV cache that is read as far as it is live.
 
 Owns the rewrite of a stage or a balcony from standard operators to ONNX Runtime's own: ``GroupQueryAttention`` (rotary
-embedding, q/k norms, window and cache update inside; it pays for the live rows only, where ``Attention`` pays for the
+embedding, window and cache update inside; it pays for the live rows only, where ``Attention`` pays for the
 whole capacity that it is given) and ``SkipSimplifiedLayerNormalization`` (a residual sum and the norm behind it). The
 I/O tables of the lowered set stand in :mod:`balcony_edge.manifest`. Weights stay the very tensors of the portable set, so
 both sets of a bundle share them; :mod:`.quantize` replaces them.

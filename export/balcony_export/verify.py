@@ -287,7 +287,7 @@ def _decode(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[
     sequence = engine.new_sequence(max_length=len(ids))
     first = max(len(ids) - DECODE_TOKENS, 1)
     rows = [sequence.advance(exit_layer, ids[:first])[0]]
-    rows += [sequence.advance(exit_layer, [token])[0] for token in ids[first:]]
+    rows += [sequence.step(exit_layer, np.array([token])).copy() for token in ids[first:]]
     decoded: npt.NDArray[np.float32] = np.concatenate(rows)
     return decoded
 

@@ -133,10 +133,7 @@ ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
 def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     architecture: str, precision: str, export_tiny: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    try:
-        source = export_tiny(architecture)
-    except KeyError:
-        pytest.skip(f"no tiny model {architecture}")
+    source = export_tiny(architecture)
     scheme = parse_precision(precision)
     assert isinstance(scheme, Scheme)
     path = exported(

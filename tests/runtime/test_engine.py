@@ -194,6 +194,9 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
         (packed / f".{home.name}.partial-{pid}").mkdir()
     with Engine.open(path, packed=packed):
         assert {file.name for file in home.iterdir()} == made.keys() and list(packed.iterdir()) == [home]
+    next(home.glob("*.weights")).unlink()
+    with pytest.raises(BundleError, match=f"{home.name}: the packed weights are damaged: remove it"):
+        Engine.open(path, packed=packed)
     with Engine.open(export_tiny("llama").path, packed=packed):
         assert len(list(packed.iterdir())) == 2  # another bundle, another name
     blocked = tmp_path / "file"

@@ -179,11 +179,12 @@ class OnnxRuntimeBackend:
                 continue
             path = shared.get(name) or bundle.file(spec.file)
             prefix = None if profile_prefix is None else profile_prefix / name
-            session = open_session(path, threads=threads, profile_prefix=prefix)
+            session = _open(path, path.parent if shared else None, threads=threads, profile_prefix=prefix)
             _check_io(path, spec, session)
             self.sessions[name] = session
         for layer in bundle.manifest.exit_layers if shared else ():
-            self.paths[layer] = open_session(shared[f"path_{layer}"], threads=threads, optimize=False)
+            path = shared[f"path_{layer}"]
+            self.paths[layer] = _open(path, path.parent, threads=threads, optimize=False)
         _trim_heap()
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
@@ -207,6 +208,16 @@ class OnnxRuntimeBackend:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open(path: Path, packed: Path | None, **options: Any) -> ort.InferenceSession:
+    """A session on a graph of the bundle, or of a directory of packed weights."""
+    try:
+        return open_session(path, **options)
+    except BundleError as error:
+        if packed is None:
+            raise
+        raise BundleError(f"{packed}: the packed weights are damaged: remove it, and they are made again") from error
 
 
 def _trim_heap() -> None:

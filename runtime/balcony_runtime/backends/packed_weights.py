@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import onnxruntime as ort
@@ -40,8 +40,8 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
     Raises:
         InputError: the directory cannot be written, or the disk is full.
     """
-    device = this_device()
-    facts = (bundle.manifest.fingerprint, ort.__version__, device.cpu, device.architecture)
+    device, lowered = this_device(), "lowered" if bundle.manifest.cpu else "portable"
+    facts = (bundle.manifest.fingerprint, lowered, ort.__version__, device.cpu, device.architecture, _cpu_features())
     home = directory / hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     graphs = {name: spec.file for name, spec in bundle.manifest.runnable.items() if name != "backbone"}
     paths = {f"path_{layer}": f"path_{layer}.onnx" for layer in bundle.manifest.exit_layers}
@@ -52,7 +52,7 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
             for file in graphs.values():
                 pack(bundle.file(file), part / file)
             for layer in bundle.manifest.exit_layers:
-                (part / paths[f"path_{layer}"]).write_bytes(_joined(bundle.manifest, layer, part))
+                (part / paths[f"path_{layer}"]).write_bytes(joined_step(bundle.manifest, layer, part))
             part.rename(home)
         except OSError as error:
             if not home.is_dir():  # another process may have been first
@@ -64,8 +64,19 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
     return {name: home / file for name, file in (graphs | paths).items()}
 
 
-def _joined(manifest: Manifest, exit_layer: int, home: Path) -> bytes:
-    """The graphs of one token at an exit, one behind the other."""
+def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The instruction sets of the processor: a virtual machine's name may be the same for several generations."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def joined_step(
+    manifest: Manifest, exit_layer: int, home: Path, keep: Iterable[str] = ("hidden_", "present_", "logits")
+) -> bytes:
+    """The graphs of one token at an exit, which lie in ``home``, one behind the other; see :func:`.joined_graph.join`."""
     parts, state = [], f"hidden_{exit_layer}"
     for name in manifest.path_graphs(exit_layer):
         spec = manifest.runnable[name]
@@ -75,4 +86,4 @@ def _joined(manifest: Manifest, exit_layer: int, home: Path) -> bytes:
         if ends := [tensor.name for tensor in spec.outputs if tensor.name in ("hidden", "normed")]:
             (state,) = ends
         parts.append(Part((home / spec.file).read_bytes(), name, passed))
-    return join(parts, keep=("hidden_", "present_", "logits"))
+    return join(parts, keep)
