@@ -48,7 +48,7 @@ import onnxruntime as ort
 from balcony_edge.bundle import Bundle
 from balcony_runtime.backends.onnxruntime import default_threads
 from benchmarks import decode, memory, overhead, switching
-from benchmarks.rounds import Neighbours, aligned, cpu_name
+from benchmarks.rounds import Neighbours, aligned, bar, cpu_name
 from benchmarks.whole_graph import open_whole_graph
 
 ITEMS = ("decode", "switch", "memory", "overhead")
@@ -100,26 +100,18 @@ def bars(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The worst case of each item against what they must show."""
     bars: dict[str, dict[str, Any]] = {}
 
-    def bar(name: str, value: float, limit: float, *, at_least: bool = False) -> None:
-        holds = value >= limit if at_least else value <= limit
-        bars[name] = {"value": value, "limit": f"{'>=' if at_least else '<='} {limit:g}", "holds": holds}
-
     if "decode" in found:
         full = max(row["exit_layer"] for row in found["decode"])  # 1 by definition
-        bar(
-            "speed-up / predicted",
-            min(row["achieved"] for row in found["decode"] if row["exit_layer"] != full),
-            0.9,
-            at_least=True,
-        )
-        bar("whole / chain", min(row["ratio"] for row in found["chain"]), 0.98, at_least=True)
+        achieved = min(row["achieved"] for row in found["decode"] if row["exit_layer"] != full)
+        bars["speed-up / predicted"] = bar(achieved, 0.9, at_least=True)
+        bars["whole / chain"] = bar(min(row["ratio"] for row in found["chain"]), 0.98, at_least=True)
     if "switch_up" in found:
-        bar("switch up / prefill", max(row["ratio"] for row in found["switch_up"]), 1.3)
-        bar("switch down, full tokens", max(row["extra_full_tokens"] for row in found["switch_down"]), 1.0)
+        bars["switch up / prefill"] = bar(max(row["ratio"] for row in found["switch_up"]), 1.3)
+        bars["switch down, full tokens"] = bar(max(row["extra_full_tokens"] for row in found["switch_down"]), 1.0)
     if "memory" in found:
-        bar("memory, all exits / full", found["memory"]["ratio"], 1.2)
+        bars["memory, all exits / full"] = bar(found["memory"]["ratio"], 1.2)
     if "overhead" in found:
-        bar("Python a step, median µs", max(row["median_us"] for row in found["overhead"]), 150.0)
+        bars["Python a step, median µs"] = bar(max(row["median_us"] for row in found["overhead"]), 150.0)
     return bars
 
 

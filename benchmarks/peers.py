@@ -63,7 +63,7 @@ from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.backends.onnxruntime import default_threads
 from benchmarks.peer_workers import install
 from benchmarks.peer_workers.process import Worker
-from benchmarks.rounds import Neighbours, aligned, cpu_name, interleave, ratio
+from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, interleave, ratio
 
 CONTEXTS = (32, 512)
 #: Steps of a reply: the first two bring this engine's weights into the caches, the median of the others counts.
@@ -254,27 +254,23 @@ def bars(
     """What every exit must show, and the cases that are named in ``int4`` where the peer was measured."""
     bars: dict[str, dict[str, Any]] = {}
 
-    def bar(name: str, value: float, limit: float, *, at_least: bool) -> None:
-        holds = value >= limit if at_least else value <= limit
-        bars[name] = {"value": value, "limit": f"{'>=' if at_least else '<='} {limit:g}", "holds": holds}
-
     for row in (row for row in found if row["ours"] in int4):
         pair = f"{row['ours']} / {row['peer']}"
         if row["peer"] == "ONNX Runtime GenAI int4":
             for figure in ("decode_32", "decode_512", "prefill_512"):
-                bar(f"{pair}: {figure}", row[figure], 1, at_least=True)
+                bars[f"{pair}: {figure}"] = bar(row[figure], 1, at_least=True)
         elif row["peer"] == "llama.cpp Q4_0":
             for figure in ("decode_32", "decode_512"):
-                bar(f"{pair}: {figure}", row[figure], 1, at_least=True)
-            bar(f"{pair}: kl_difference", row["kl_difference"], 0, at_least=False)
-            bar(f"{pair}: weights", row["weights"], 1, at_least=False)
+                bars[f"{pair}: {figure}"] = bar(row[figure], 1, at_least=True)
+            bars[f"{pair}: kl_difference"] = bar(row["kl_difference"], 0)
+            bars[f"{pair}: weights"] = bar(row["weights"], 1)
     for row in (row for row in rows if row["name"] in int4):
-        bar(f"{row['name']}: load_s", row["load_s"], 0.5, at_least=False)
+        bars[f"{row['name']}: load_s"] = bar(row["load_s"], 0.5)
         if row["config"]["packed"]:
-            bar(f"{row['name']}: loaded_mb", row["loaded_mb"], 50, at_least=False)
+            bars[f"{row['name']}: loaded_mb"] = bar(row["loaded_mb"], 50)
     for row in exits:
         for figure in (f"decode_{context}_of_bytes" for context in CONTEXTS):
-            bar(f"{row['name']}: {figure}", row[figure], 0.9, at_least=True)
+            bars[f"{row['name']}: {figure}"] = bar(row[figure], 0.9, at_least=True)
     return bars
 
 

@@ -41,6 +41,12 @@ def p95(values: Sequence[float]) -> float:
     return sorted(values)[min(int(0.95 * len(values)), len(values) - 1)]
 
 
+def bar(value: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:
+    """What a figure must show, and whether it does: ``value``, ``limit``, ``holds``."""
+    holds = value >= limit if at_least else value <= limit
+    return {"value": value, "limit": f"{'>=' if at_least else '<='} {limit:g}", "holds": holds}
+
+
 class Neighbours:
     """What else the CPUs did meanwhile: a run with more than a few percent of it deserves to be repeated."""
 

@@ -1,9 +1,9 @@
 """Text evaluation: perplexity, KL to the full model and top-1 agreement of every exit, with standard errors.
 
 Owns how text becomes documents and windows, and the statistics. Every token but a document's first is predicted exactly
-once, from at least one token before it: windows overlap by one token, whose second copy is context only. Means are over tokens; standard errors are those of a ratio of sums over clusters, since the tokens of one
-document are alike. A file that is one document is clustered by its windows. It does not know tasks
-(:mod:`.evaluate_tasks`).
+once, from at least one token before it: windows overlap by one token, whose second copy is context only. Means are over
+tokens; standard errors are those of a ratio of sums over clusters, since the tokens of one document are alike. A file that
+is one document is clustered by its windows. It does not know tasks (:mod:`.evaluate_tasks`).
 """
 
 from __future__ import annotations

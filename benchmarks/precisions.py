@@ -1,0 +1,175 @@
+"""What each precision costs and keeps: quality of every exit beside bytes and speed.
+
+    python -m benchmarks.precisions --balconies balconies/smollm2-135m-instruct --evaluate wiki.valid.raw \
+        --calibration wikipedia_sample.jsonl [--only "int4,block=64,head=4" ...] [--work DIR]
+
+The physics. A decode step reads every weight once, so bytes decide speed as long as the kernels keep up with the memory;
+level 1 and zero points are where they may not. What rounding costs is measured on the same tokens for all.
+
+How it is measured: the demo model exported at each precision (kept in ``--work`` for the next run), quality by the judge of
+``export --evaluate`` (the first 8,192 tokens of the text), then decode steps after a short prompt in interleaved rounds
+(:mod:`benchmarks.rounds`), all bundles loaded in one process. ``gptq`` behind a precision: rounded with ``--calibration``.
+
+The last line is JSON: ``benchmark``, ``text``, ``others_cpu_share``, and ``precisions``: name → ``weights_mb`` (read per token
+at full depth), ``decode_tps`` (exit → tokens a second), ``speed`` (full depth, against float32 within the rounds), and ``kl``,
+``kl_se``, ``agreement``, ``perplexity`` (exit → value).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from balcony_edge.bundle import Bundle
+from balcony_edge.manifest import Manifest
+from balcony_export.balcony import load_balconies
+from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.choose import Judge, judged
+from balcony_export.export import export_bundle, trace
+from balcony_export.gptq import calibration_rows
+from balcony_export.quantize import parse_precision
+from balcony_runtime.engine import Engine
+from benchmarks.rounds import Neighbours, aligned, interleave, ratio
+
+PRECISIONS = (
+    "fp32",
+    "int8,block=64",
+    "int8,block=32,asym",
+    "int4,block=32",
+    "int4,block=32,asym",
+    "int4,block=64",
+    "int4,block=32,head=4",
+    "int4,block=64,head=4",
+    "int4,block=64,head=4,asym",
+    "int4,block=64,head=4,level=1",
+    "int4,block=64,head=4,kv=8 gptq",
+    "int4,block=128,head=4",
+    "int4,block=64,head=4 gptq",
+    "int4,block=32 gptq",
+)
+CONTEXT, STEPS, ROUNDS = 32, 18, 5
+
+
+def export_all(names: list[str], options: argparse.Namespace) -> dict[str, Bundle]:
+    """A bundle of each precision, its quality in its manifest."""
+    bundles: dict[str, Bundle] = {}
+    missing = [name for name in names if not _place(options.work, name).is_dir()]
+    if missing:
+        model, tokenizer = load_model(demo_model_path()), load_tokenizer(demo_model_path())
+        balconies = load_balconies(options.balconies, model)
+        judge = Judge(model, tokenizer, judged([options.evaluate], tokenizer), name="demo")
+        rows = calibration_rows([options.calibration], tokenizer)
+        traced = trace(model, balconies, name="demo", context_length=2048)
+        for name in missing:
+            words, _, method = name.partition(" ")
+            export_bundle(
+                model, tokenizer, balconies, _place(options.work, name), name="demo", trained=True,
+                precision=parse_precision(words), calibration=rows if method else (), context_length=2048, traced=traced,
+                check=partial(_judge, judge),
+            )  # fmt: skip
+            print(f"{name}: exported and judged", file=sys.stderr, flush=True)
+    for name in names:
+        bundles[name] = Bundle.open(_place(options.work, name), verify_hashes=False)
+    return bundles
+
+
+def _judge(judge: Judge, directory: Path) -> None:
+    judge.measure(directory)
+
+
+def _place(work: Path, name: str) -> Path:
+    return work / re.sub(r"\W+", "-", name)
+
+
+def decode_ms(bundles: dict[str, Bundle]) -> dict[tuple[str, int], list[float]]:
+    """``(precision, exit) → milliseconds a decode step``, one value a round."""
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(Engine.of(bundle)) for name, bundle in bundles.items()}
+        return interleave(
+            {
+                (name, exit_layer): partial(_reply_ms, engine, exit_layer)
+                for name, engine in engines.items()
+                for exit_layer in engine.exit_layers
+            },
+            ROUNDS,
+        )
+
+
+def _reply_ms(engine: Engine, exit_layer: int) -> float:
+    sequence, steps = engine.new_sequence(max_length=CONTEXT + STEPS), []
+    token = sequence.advance(exit_layer, np.arange(1, CONTEXT + 1))[:, -1].argmax(-1)
+    for _ in range(STEPS):
+        begin = time.perf_counter()
+        token = sequence.step(exit_layer, token).argmax(-1)
+        steps.append(1e3 * (time.perf_counter() - begin))
+    return median(steps[2:])
+
+
+def row_of(manifest: Manifest, text: str, times: dict[int, list[float]], float32_ms: list[float]) -> dict[str, Any]:
+    """What one precision came to."""
+    full, qualities = manifest.exit_layers[-1], {}
+    for exit_ in manifest.exits:
+        assert exit_.quality is not None
+        qualities[str(exit_.exit_layer)] = exit_.quality.text[text]
+    return {
+        "weights_mb": round(manifest.bytes_per_token(full) / 1e6, 1),
+        "decode_tps": {str(e): round(1e3 / median(samples), 1) for e, samples in times.items()},
+        "speed": round(ratio(float32_ms, times[full]), 2),
+        "kl": {e: round(q.kl.value, 4) for e, q in qualities.items()},
+        "kl_se": {e: round(q.kl.stderr or 0.0, 4) for e, q in qualities.items()},
+        "agreement": {e: round(q.agreement.value, 4) for e, q in qualities.items()},
+        "perplexity": {e: round(q.perplexity.value, 2) for e, q in qualities.items()},
+    }
+
+
+def main() -> None:
+    """Export what is missing, measure, print."""
+    parser = argparse.ArgumentParser(description="Precisions side by side; docs in the module's docstring.")
+    parser.add_argument("--balconies", type=Path, required=True)
+    parser.add_argument("--evaluate", type=Path, required=True, help="text that judges (WikiText-2 valid)")
+    parser.add_argument("--calibration", type=Path, required=True, help="text that GPTQ rounds by")
+    parser.add_argument("--only", nargs="+", choices=PRECISIONS[1:], default=list(PRECISIONS[1:]), metavar="PRECISION")
+    parser.add_argument("--work", type=Path, default=Path(".cache/precisions"), help="where bundles are kept")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    names = ["fp32", *options.only]
+    bundles, neighbours = export_all(names, options), Neighbours()
+    found = decode_ms(bundles)
+    rows = {}
+    for name, bundle in bundles.items():
+        times = {e: found[name, e] for e in bundle.manifest.exit_layers}
+        full = bundle.manifest.exit_layers[-1]
+        rows[name] = row_of(bundle.manifest, options.evaluate.name, times, found["fp32", full])
+    header = [
+        "precision",
+        "MB a token",
+        "tokens/s",
+        "× float32",
+        "KL by exit",
+        "agreement by exit",
+        "perplexity by exit",
+    ]
+    table = [
+        [
+            name, row["weights_mb"], next(reversed(row["decode_tps"].values())), row["speed"],
+            *(" / ".join(f"{value:.4g}" for value in row[key].values()) for key in ("kl", "agreement", "perplexity")),
+        ]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    print("\n".join(aligned([header, *table])), file=sys.stderr)
+    document = {"benchmark": "precisions", "text": options.evaluate.name, **neighbours.report(), "precisions": rows}
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
