@@ -183,6 +183,7 @@ class OnnxRuntimeState:
             if f"{name}_keys" in self._specs:
                 self._caches[f"{name}_keys"] = self._caches[name]
         self._bound: dict[str, Any] = {}  # graph → binding of its one-row pass
+        self._bound_rows: dict[str, Any] = {}  # graph → binding of its pass of several rows, over other rows each time
         self._decoded: dict[int, int] = {}  # exit → rows that its decode steps have reached
         self._programs: dict[int, _Program] = {}  # exit → its decode step
         self._queries: npt.NDArray[Any] | None = None
@@ -249,10 +250,12 @@ class OnnxRuntimeState:
             self._rows[stage + 1, :, start] = self._row[stage + 1, :, 0]
             return
         rows = np.ascontiguousarray(self._rows[stage, :, start:stop])
-        out = np.empty_like(rows)
+        there = self._rows[stage + 1, :, start:stop]
+        out = there if self._batch == 1 else np.empty_like(rows)  # the rows of several members do not lie together
         outputs = {f"hidden_{self._layers[stage + 1]}": out, "normed": np.empty_like(rows)}
         self._run_rows(name, {f"hidden_{self._layers[stage]}": rows}, outputs)
-        self._rows[stage + 1, :, start:stop] = out
+        if out is not there:
+            there[:] = out
 
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
@@ -324,6 +327,7 @@ class OnnxRuntimeState:
         """Make room in a graph's cache; where that moves its bindings, those that were made are dropped."""
         if name in self._caches and self._caches[name].reserve(rows):
             self._bound.pop(name, None)
+            self._bound_rows.clear()
             self._programs.clear()
 
     def _one_row(self, name: str) -> Any:
@@ -349,7 +353,12 @@ class OnnxRuntimeState:
         fused = any(tensor.name == "last" for tensor in self._specs[name].inputs)
         if not fused or self._batch == 1 or int(self._last[0]) + 1 == next(iter(inputs.values())).shape[1]:
             values, results = ({key: _value(array) for key, array in part.items()} for part in (inputs, outputs))
-            self._run(name, self._bind(name, values, results))
+            binding = self._bound_rows.get(name)
+            if binding is None:
+                binding = self._bound_rows[name] = self._bind(name, values, results)
+            else:  # the cache is bound already, which is most of the work
+                _bind_ports(binding, self._specs[name].inputs, self._specs[name].outputs, values, results)
+            self._run(name, binding)
             return
         # GroupQueryAttention takes several new rows behind others for one sequence at a time only
         for member in range(self._batch):
@@ -383,13 +392,19 @@ def _bound(
 ) -> Any:
     """A binding of those of a graph's ports (``asked``, ``given``: anything with a name) that there are values for."""
     binding = session.io_binding()
+    _bind_ports(binding, asked, given, inputs, outputs)
+    return binding
+
+
+def _bind_ports(
+    binding: Any, asked: Iterable[Any], given: Iterable[Any], inputs: dict[str, Any], outputs: dict[str, Any]
+) -> None:
     for port in asked:
         if port.name in inputs:
             binding.bind_ortvalue_input(port.name, inputs[port.name])
     for port in given:
         if port.name in outputs:
             binding.bind_ortvalue_output(port.name, outputs[port.name])
-    return binding
 
 
 def _failed(what: str, error: RuntimeError) -> BundleError:
