@@ -16,8 +16,10 @@ import torch
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import MissingDependencyError
-from balcony_export.balcony import init_balconies
+from balcony_export.balcony import init_balconies, load_balconies
 from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.distill_loss import HeadLoss
+from balcony_export.distill_states import Backbone
 from balcony_export.export import export_bundle
 from balcony_export.verify import verify
 from balcony_runtime.generate import LLM
@@ -104,14 +106,38 @@ def test_switching_is_exact(llm: LLM) -> None:
                 sequence.rollback(max(sequence.length - int(random.integers(8)), 1))
             elif kind == 1:
                 sequence.run_stage(int(random.integers(4)), int(random.integers(1, 9)))
-            exit_layer = int(random.choice(llm.exit_layers))
-            got = sequence.advance(exit_layer, random.integers(0, 49152, int(random.integers(1, 4))))
+            elif kind == 2:
+                sequence.catch_up(int(random.integers(1, 20)))
+            elif kind == 3:
+                sequence.run_balcony(int(random.choice(EXITS)), int(random.integers(1, 9)))
+            exit_layer, new = int(random.choice(llm.exit_layers)), random.integers(0, 49152, int(random.integers(1, 4)))
+            got = sequence.step(exit_layer, new)[:, None].copy() if len(new) == 1 else sequence.advance(exit_layer, new)
             scratch = llm.engine.new_sequence(max_length=256)
             want = scratch.advance(exit_layer, sequence.tokens)
             bound = 1e-4 * np.abs(want).max()
             assert np.abs(got - want).max() <= bound
             best = np.sort(want[0, 0])
             assert got.argmax() == want.argmax() or best[-1] - best[-2] <= 2 * bound
+
+
+def test_the_shipped_balconies_are_this_models_and_predict_what_it_predicts(demo: Any) -> None:
+    shipped = load_balconies(Path(__file__).parents[1] / "balconies/smollm2-135m-instruct", demo.model)
+    assert tuple(shipped) == EXITS
+    backbone = Backbone(demo.model, EXITS, torch.float32)
+    head = HeadLoss(demo.model.get_output_embeddings().weight, torch.float32, compiled=False)
+    totals, count = dict.fromkeys(EXITS, 0.0), 0
+    with torch.no_grad():
+        for prompt in PROMPTS[:8]:
+            ids = torch.tensor(
+                [demo.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], return_dict=False)]
+            )
+            states, where = backbone.states(ids), torch.arange(4, ids.shape[1])  # behind the sinks
+            arguments, count = backbone.layer_arguments(ids.shape[1]), count + len(where)
+            rows = [shipped[e].rows(states[i], where, **arguments) for i, e in enumerate(EXITS)]
+            for e, (kl, _) in zip(EXITS, head.compare(states[-1][0, where], rows), strict=True):
+                totals[e] += float(kl.sum())
+    kl = {e: total / count for e, total in totals.items()}
+    assert 0.1 < kl[20] < kl[17] < kl[14] < 2.0, kl  # untrained: 17
 
 
 def test_bytes_read_are_those_of_the_checkpoint(demo: Any) -> None:
