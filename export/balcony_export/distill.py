@@ -384,7 +384,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "corpus_tokens": self.corpus.train.num_tokens,
-            "epochs": round(self.tokens / self.config.reuse / max(1, self.corpus.train.num_tokens), 3),
+            "epochs": round(self.order.seen(self.step) * self.config.seq_len / max(1, self.corpus.train.num_tokens), 3),
             "held_out_kl": round(held_out[0], 4),
             "held_out_agreement": round(held_out[1], 4),
             "data": self.corpus.sources,

@@ -82,6 +82,11 @@ class Order:
         """How often the rows of a step have been learned from before."""
         return step * self.batch_rows // self.window % self.reuse
 
+    def seen(self, steps: int) -> int:
+        """Different places in the stream that the first steps learned from."""
+        windows, rest = divmod(steps * self.batch_rows, self.window * self.reuse)
+        return windows * self.window + min(rest, self.window)
+
     def rows(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Indices in the corpus of the rows at places of the stream  # (B,)"""
         epochs, rows = np.divmod(places, self.count)

@@ -81,6 +81,7 @@ def plot_curves(metrics: Sequence[dict[str, Any]], output: Path, title: str, los
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # an extra
         from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.ticker import StrMethodFormatter  # noqa: PLC0415
     except ImportError as error:
         raise MissingDependencyError("the plot needs matplotlib: pip install 'balcony-edge[plot]'") from error
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -98,6 +99,8 @@ def plot_curves(metrics: Sequence[dict[str, Any]], output: Path, title: str, los
     lines = "line training" if loss == "kl" else f"line training loss ({loss})"
     axes.set_ylabel(f"KL(full ‖ exit), nats: {lines}, dots held out")
     axes.set_yscale("log")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(StrMethodFormatter("{x:g}"))
     axes.set_title(title)
     axes.grid(alpha=0.3, which="both")
     if metrics:

@@ -123,6 +123,7 @@ def test_every_row_of_a_window_is_learned_from_as_often_as_asked() -> None:
     second = order.rows(np.arange(300, 600)).tolist()
     assert second != list(range(300)) and sorted(second) == list(range(300))
     assert order.rows(np.array([299, 300, 599])).tolist() == [299, second[0], second[-1]]
+    assert [order.seen(step) for step in (0, 10, 40, 120, 130)] == [0, 20, 80, 80, 100]
     plain = Order(count=300, batch_rows=2, reuse=1, window_steps=steps, seed=0)
     assert plain.turn(150) == 0
     assert [plain.places(step).tolist() for step in (0, 1, 150)] == [[0, 1], [2, 3], [300, 301]]
