@@ -24,7 +24,8 @@ The last line on stdout is one JSON object; the table goes to stderr. Exit code 
                    switch_ms = advance_ms less what its token needs whatever is pending (stages that do not lag, norm,
                    head); prefill_ms: the pending rows (one fewer than switch_ms holds) through the missing stages by
                    State.run_stage; ratio = switch_ms / prefill_ms; advance_ratio = advance_ms / prefill_ms; extra_ms =
-                   advance_ms less a full-depth step without backlog
+                   advance_ms less a full-depth step without backlog; extra_ratio = extra_ms / prefill_ms, the bar's: what a
+                   switch costs is what its step takes beyond one without a switch
     switch_down[]  to_exit; switch_ms: the first step there after 512 tokens at full depth; steady_ms: a later one;
                    extra_ms, and extra_full_tokens: the same in full-depth tokens (full_depth_ms)
     memory         all_exits, full_depth: peak_rss_mb, peak_pss_mb, private_mb of a process each (benchmarks/memory.py);
@@ -106,7 +107,7 @@ def bars(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
         bars["speed-up / predicted"] = bar(achieved, 0.9, at_least=True)
         bars["whole / chain"] = bar(min(row["ratio"] for row in found["chain"]), 0.98, at_least=True)
     if "switch_up" in found:
-        bars["switch up / prefill"] = bar(max(row["ratio"] for row in found["switch_up"]), 1.3)
+        bars["switch up, extra / prefill"] = bar(max(row["extra_ratio"] for row in found["switch_up"]), 1.3)
         bars["switch down, full tokens"] = bar(max(row["extra_full_tokens"] for row in found["switch_down"]), 1.0)
     if "memory" in found:
         bars["memory, all exits / full"] = bar(found["memory"]["ratio"], 1.2)

@@ -97,6 +97,7 @@ def _up_row(exit_layer: int, pending: int, samples: list[_Up]) -> dict[str, Any]
         "ratio": round(ratio(switch_ms, prefill_ms), 3),
         "advance_ratio": round(ratio((sample.advance_ms for sample in samples), prefill_ms), 3),
         "extra_ms": _median(sample.advance_ms - sample.steady_ms for sample in samples),
+        "extra_ratio": round(ratio((sample.advance_ms - sample.steady_ms for sample in samples), prefill_ms), 3),
     }
 
 
