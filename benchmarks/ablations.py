@@ -99,6 +99,7 @@ def distilled(base: PreTrainedModel, corpus: Corpus, steps: int, **changes: Any)
             "vector_rate": 2e-3,
             "average": 0.0,
             "schedule": "cosine",
+            "precision": "fp32",
             **changes,
         }
         config = TrainConfig(

@@ -55,9 +55,10 @@ def trained(model: Any, output: Path, **options: Any) -> dict[int, Balcony]:
         vector_rate=5e-3,
         warmup_steps=1,
         evaluate_every=6,
+        precision="fp32",
         **options,
     )
-    trainer = Trainer(copy.deepcopy(model), corpus(), config, output, dtype=torch.float32, compiled=False)
+    trainer = Trainer(copy.deepcopy(model), corpus(), config, output, compiled=False)
     before = {name: value.clone() for name, value in trainer.balconies[2].state_dict().items()}
     trainer.run()
     after = trainer.balconies[2].state_dict()
@@ -113,10 +114,17 @@ def test_exit_modules_without_a_cache_are_quantized_too(
     assert all(check.passed for check in verify(path, model, tokenizer, balconies, PROMPTS))
 
 
-def test_a_random_start_is_another_and_as_large(make_tiny: Any) -> None:
+def test_a_random_start_is_another_and_as_large_and_follows_from_seed_and_exit(make_tiny: Any) -> None:
     model = make_tiny("llama")
-    last, drawn = (init_balconies(model, (2,), random=random)[2].layer.mlp.up_proj.weight for random in (False, True))
+
+    def weight(exit_layer: int, seed: int | None, *others: int) -> torch.Tensor:
+        return init_balconies(model, (exit_layer, *others), random=seed)[exit_layer].layer.mlp.up_proj.weight
+
+    last, drawn = weight(2, None), weight(2, 0)
     assert torch.equal(last, model.model.layers[-1].mlp.up_proj.weight) and not torch.equal(last, drawn)
+    torch.manual_seed(7)  # whatever the process drew before, and whichever exits are drawn beside it
+    assert torch.equal(drawn, weight(2, 0, 3))
+    assert not torch.equal(drawn, weight(2, 1)) and not torch.equal(drawn, weight(3, 0))
     assert 0.5 < float(drawn.detach().std()) / model.config.initializer_range < 2
 
 
