@@ -49,9 +49,7 @@ def measure(engine: Engine, bundle: Bundle, session: ort.InferenceSession, round
     differences = {}
     for context in CONTEXTS:
         for exit_layer in layers:
-            sequence = engine.new_sequence(max_length=context + WARM_STEPS + STEPS)
-            sequence.advance(exit_layer, prompt(context))
-            cases[exit_layer, context] = partial(_block, sequence, exit_layer)
+            cases[exit_layer, context] = block(engine, exit_layer, context)
         whole = WholeGraph(bundle, session, prompt(context))
         differences[context] = _difference(engine, whole, context)
         cases[0, context] = partial(_whole_block, whole)
@@ -84,6 +82,13 @@ def measure(engine: Engine, bundle: Bundle, session: ort.InferenceSession, round
             }
         )
     return {"decode": decode, "chain": chain}
+
+
+def block(engine: Engine, exit_layer: int, context: int) -> Callable[[], Step]:
+    """A case for :func:`.rounds.interleave`: decode steps at an exit behind a prompt, the same ones each time."""
+    sequence = engine.new_sequence(max_length=context + WARM_STEPS + STEPS)
+    sequence.advance(exit_layer, prompt(context))
+    return partial(_block, sequence, exit_layer)
 
 
 def _block(sequence: Sequence, exit_layer: int) -> Step:

@@ -20,17 +20,13 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.rounds import interleave
 
-if TYPE_CHECKING:
-    from balcony_runtime.engine import Engine
-
-CONTEXT, STEPS, ROUNDS = 64, 16, 3
+CONTEXT, ROUNDS = 64, 3
 EXPORT = "from balcony_edge.cli import main; main()"
 #: Shape → transformers' configuration class, and what it takes; Hugging Face's own config.json of each.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,27 +68,16 @@ def write_checkpoint(shape: str, path: Path) -> None:
 def decode(bundle: Path) -> dict[str, Any]:
     """Load time, milliseconds a token of every exit, and the process's peak."""
     from balcony_runtime.engine import Engine  # noqa: PLC0415 - timed without the parent's imports
+    from benchmarks.decode import block  # noqa: PLC0415 - likewise
 
     begin = time.perf_counter()
     with Engine.open(bundle, verify_hashes=False) as engine:
         load_s = time.perf_counter() - begin
         found = interleave(
-            {exit_layer: partial(_step_ms, engine, exit_layer) for exit_layer in engine.exit_layers}, ROUNDS
+            {exit_layer: block(engine, exit_layer, CONTEXT) for exit_layer in engine.exit_layers}, ROUNDS
         )
-    times = {str(exit_layer): round(median(samples), 2) for exit_layer, samples in found.items()}
+    times = {str(e): round(median(step.wall_ms for step in steps), 2) for e, steps in found.items()}
     return {"load_s": round(load_s, 2), "decode_ms": times, "peak_gb": _peak_gb()}
-
-
-def _step_ms(engine: Engine, exit_layer: int) -> float:
-    """Median of the decode steps of a reply."""
-    sequence = engine.new_sequence(max_length=CONTEXT + STEPS)
-    ids = sequence.advance(exit_layer, range(1, CONTEXT + 1))[:, -1].argmax(-1)
-    steps = []
-    for _ in range(STEPS):
-        begin = time.perf_counter()
-        ids = sequence.step_best(exit_layer, ids)
-        steps.append(1e3 * (time.perf_counter() - begin))
-    return median(steps[2:])
 
 
 def _peak_gb() -> float:

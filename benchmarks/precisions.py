@@ -21,14 +21,11 @@ import argparse
 import json
 import re
 import sys
-import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import numpy as np
 
 from balcony_edge.bundle import Bundle
 from balcony_edge.manifest import Manifest
@@ -39,6 +36,7 @@ from balcony_export.export import export_bundle, trace
 from balcony_export.gptq import calibration_rows
 from balcony_export.quantize import parse_precision
 from balcony_runtime.engine import Engine
+from benchmarks.decode import block
 from benchmarks.rounds import Neighbours, aligned, interleave, ratio
 
 PRECISIONS = (
@@ -57,7 +55,7 @@ PRECISIONS = (
     "int4,block=64,head=4 gptq",
     "int4,block=32 gptq",
 )
-CONTEXT, STEPS, ROUNDS = 32, 18, 5
+CONTEXT, ROUNDS = 32, 5
 
 
 def export_all(names: list[str], options: argparse.Namespace) -> dict[str, Bundle]:
@@ -95,24 +93,8 @@ def decode_ms(bundles: dict[str, Bundle]) -> dict[tuple[str, int], list[float]]:
     """``(precision, exit) → milliseconds a decode step``, one value a round."""
     with ExitStack() as stack:
         engines = {name: stack.enter_context(Engine.of(bundle)) for name, bundle in bundles.items()}
-        return interleave(
-            {
-                (name, exit_layer): partial(_reply_ms, engine, exit_layer)
-                for name, engine in engines.items()
-                for exit_layer in engine.exit_layers
-            },
-            ROUNDS,
-        )
-
-
-def _reply_ms(engine: Engine, exit_layer: int) -> float:
-    sequence, steps = engine.new_sequence(max_length=CONTEXT + STEPS), []
-    token = sequence.advance(exit_layer, np.arange(1, CONTEXT + 1))[:, -1].argmax(-1)
-    for _ in range(STEPS):
-        begin = time.perf_counter()
-        token = sequence.step(exit_layer, token).argmax(-1)
-        steps.append(1e3 * (time.perf_counter() - begin))
-    return median(steps[2:])
+        cases = {(name, e): block(engine, e, CONTEXT) for name, engine in engines.items() for e in engine.exit_layers}
+        return {key: [step.wall_ms for step in steps] for key, steps in interleave(cases, ROUNDS).items()}
 
 
 def row_of(manifest: Manifest, text: str, times: dict[int, list[float]], float32_ms: list[float]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ TRIALS: dict[str, Trial] = {
     "8 rows of 128 a step": Trial({"seq_len": 128, "batch_rows": 8, "micro_rows": 8, "positions": 64}),
     "4 rows of 256 a step": Trial({"seq_len": 256, "batch_rows": 4, "micro_rows": 4, "positions": 128}),
     "1 row of 1,024 a step": Trial({"seq_len": 1024, "batch_rows": 1, "micro_rows": 1, "positions": 512}),
-    "4 steps a pass": Trial({"reuse": 4}),
+    "4 steps a pass": Trial({"reuse": 4, "positions": 128}),
     "random layer and norm": Trial({"start": "random"}),
     "silent layer (output projections zero)": Trial(start=_silent_layer),
     "next layer": Trial(start=_next_layer),

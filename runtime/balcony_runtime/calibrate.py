@@ -79,7 +79,8 @@ def _switch_ms(engine: Engine, costs: CostModel) -> float:
     """What a switch to the full depth costs beyond its rows, within a stream."""
     shallow, full = costs.exits[0], costs.exits[-1]
     rounds = min(REPEATS + 1, (engine.max_length - 1) // (SHALLOW_STEPS + 1))
-    sequence, token, extra_ms = engine.new_sequence(), np.zeros(1, np.int64), []
+    sequence = engine.new_sequence(max_length=1 + rounds * (SHALLOW_STEPS + 1))
+    token, extra_ms = np.zeros(1, np.int64), []
     sequence.advance(full, token)
     for _ in range(rounds if shallow < full else 0):
         for _ in range(SHALLOW_STEPS):
