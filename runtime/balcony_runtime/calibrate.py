@@ -1,14 +1,12 @@
 """A short measurement of what each graph costs on this device, for when there is no profile.
 
-Owns the few passes that it takes (about two dozen decode steps) and how they become a cost model. Medians of interleaved
+Owns the few passes that it takes (about a dozen decode steps) and how they become a cost model. Medians of interleaved
 repetitions: a neighbour's burst hits all graphs alike.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -22,8 +20,6 @@ from balcony_runtime.engine import Engine
 REPEATS = 5
 #: Rows of the many-row pass: enough to see the marginal row, few enough to stay cheap.
 MANY_ROWS = 9
-#: Steps at the shallowest exit before each switch.
-SHALLOW_STEPS = 2
 #: Python's share of a step: decision, sampling, text, bindings (benchmarks/overhead.py measures 0.1 to 0.2 ms).
 OVERHEAD_MS = 0.15
 
@@ -65,27 +61,10 @@ def calibrate(engine: Engine) -> CostModel:
             context_ms_per_1k=max(deep - one, 0.0) * 1000 / context,
         )
 
-    costs = CostModel(
+    return CostModel(
         exits=layers,
         stages=tuple(unit("stage", i) for i in range(len(layers))),
         balconies=tuple(unit("exit", i) for i in range(len(layers))),
         head=UnitCost(first_row_ms=typical["head", 0, "one"]),
         overhead_ms=OVERHEAD_MS,
     )
-    return replace(costs, switch_ms=_switch_ms(engine, costs))
-
-
-def _switch_ms(engine: Engine, costs: CostModel) -> float:
-    """What a switch to the full depth costs beyond its rows, within a stream."""
-    shallow, full = costs.exits[0], costs.exits[-1]
-    rounds = min(REPEATS + 1, (engine.max_length - 1) // (SHALLOW_STEPS + 1))
-    sequence = engine.new_sequence(max_length=1 + rounds * (SHALLOW_STEPS + 1))
-    token, extra_ms = np.zeros(1, np.int64), []
-    sequence.advance(full, token)
-    for _ in range(rounds if shallow < full else 0):
-        for _ in range(SHALLOW_STEPS):
-            sequence.step(shallow, token)
-        rows, context, begin = sequence.rows_due(1), sequence.length, time.perf_counter()
-        sequence.step(full, token)
-        extra_ms.append((time.perf_counter() - begin) * 1e3 - costs.step_ms(full, *rows, context))
-    return max(median(extra_ms[1:] or [0.0]), 0.0)
