@@ -274,9 +274,10 @@ def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any, monkeypatch: pytes
         return (Reading("board", "board", time.monotonic(), watts=9.0, celsius=80.0),)
 
     with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain._codec, Budget(), readings=hot) as llm:
-        llm.budget = Budget(temperature_c=70, min_pace_tps=30)
-        tokens = list(llm.stream([1, 2, 3], max_new_tokens=40, ignore_eos=True))
-        assert "limited by temperature_c" in tokens[-1].reason and tokens[-1].decision.period_ms > 30
+        llm.budget = Budget(temperature_c=70, min_pace_tps=300)
+        tokens = list(llm.stream([1, 2, 3], max_new_tokens=80, ignore_eos=True))
+        assert "limited by temperature_c" in tokens[-1].reason
+        assert tokens[-1].decision.period_ms == pytest.approx(1000 / 300)  # too hot for any pace: the least one is held
         llm.budget = Budget(power_w=5, power_rail="gpu")
         time.sleep(2 * TICK_S)  # the slow loop looks again
         reasons = {token.reason for token in llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import psutil
 
@@ -25,7 +26,7 @@ class System:
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._cpus = psutil.cpu_count() or 1
-        self._last: tuple[float, float, float, float] | None = None
+        self._last: tuple[float, float, tuple[float, ...]] | None = None
         self._private_s = -math.inf
         self._private_bytes = 0
 
@@ -34,14 +35,13 @@ class System:
 
     def read(self, now_s: float) -> Sample:
         readings = []
-        busy_s, all_s = _cpu_seconds()
-        own_s = sum(self._process.cpu_times()[:2])
-        last, self._last = self._last, (now_s, busy_s, all_s, own_s)
-        if last is not None and all_s > last[2] and now_s > last[0]:
-            utilization = (busy_s - last[1]) / (all_s - last[2])
+        own_s, cpu_s = sum(self._process.cpu_times()[:2]), _cpu_seconds()
+        last, self._last = self._last, (now_s, own_s, cpu_s)
+        if last is not None and now_s > last[0]:
             # two clocks with ticks of 10 ms: a single-threaded process on one CPU reads up to a tick above 1
-            own = min(1.0, (own_s - last[3]) / ((now_s - last[0]) * self._cpus))
-            readings.append(Reading("psutil:cpu", "cpu", now_s, utilization=utilization, own_utilization=own))
+            own = min(1.0, (own_s - last[1]) / ((now_s - last[0]) * self._cpus))
+            busy = busy_share(last[2], cpu_s)
+            readings.append(Reading("psutil:cpu", "cpu", now_s, utilization=busy, own_utilization=own))
         memory = psutil.virtual_memory()
         used, total = memory.total - memory.available, memory.total
         readings.append(Reading("psutil:memory", "memory", now_s, memory_bytes=used, memory_total_bytes=total))
@@ -54,8 +54,20 @@ class System:
         """Nothing is held open."""
 
 
-def _cpu_seconds() -> tuple[float, float]:
-    """Busy and all CPU seconds since boot. Guests are counted in user time already; waiting for a disk is idle."""
-    times = psutil.cpu_times()
-    everything = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
-    return everything - times.idle - getattr(times, "iowait", 0.0), everything
+def busy_share(before: Sequence[float], after: Sequence[float]) -> float | None:
+    """Busy share of the time between two looks, 0 to 1; None when the clocks did not move.
+
+    Args:
+        before: seconds since boot, those of idle CPUs first and the others after it, any number of kinds.
+        after: the same, later. The kernel takes back seconds of a kind at times, those of idle CPUs too (proc(5) on
+            iowait); such a kind counts as one that stood still, or the share would leave its range.
+    """
+    passed = [max(0.0, late - early) for early, late in zip(before, after, strict=True)]
+    return sum(passed[1:]) / sum(passed) if any(passed) else None
+
+
+def _cpu_seconds() -> tuple[float, ...]:
+    """Seconds since boot by kind, idle first. Guests are counted in user time already; waiting for a disk is idle."""
+    times = psutil.cpu_times()._asdict()
+    idle = (times.pop("idle"), times.pop("iowait", 0.0))
+    return sum(idle), *(seconds for kind, seconds in times.items() if kind not in ("guest", "guest_nice"))

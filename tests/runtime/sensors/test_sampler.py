@@ -16,7 +16,7 @@ from balcony_edge.telemetry import Reading
 from balcony_runtime.sensors import Absence, Recorded, Sample, Sensors, SourceHealth, device_sources
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.jetson import Jetson
-from balcony_runtime.sensors.system import System
+from balcony_runtime.sensors.system import System, busy_share
 from balcony_runtime.sensors.thermal import Thermal
 
 Tree = Callable[[str], Path]
@@ -163,6 +163,20 @@ def test_old_readings_are_not_shown_and_order_is_that_of_the_sources() -> None:
 def test_rates_out_of_range(rate_hz: float, stale_s: float, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Sensors([], rate_hz=rate_hz, stale_s=stale_s)
+
+
+@pytest.mark.parametrize(
+    ("after", "share"),
+    [
+        ((10.5, 5.5), 0.5),
+        ((10.3, 5.2), 0.4),
+        ((9.9, 5.4), 1.0),  # the kernel took idle seconds back, as it does on a machine under full load
+        ((10.2, 4.9), 0.0),
+        ((10.0, 5.0), None),
+    ],
+)
+def test_a_share_of_cpus_stays_a_share(after: tuple[float, ...], share: float | None) -> None:
+    assert busy_share((10.0, 5.0), after) == pytest.approx(share)
 
 
 def test_this_machine_by_a_second_opinion(tmp_path: Path) -> None:
