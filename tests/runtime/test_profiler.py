@@ -72,13 +72,13 @@ def test_a_grid_fits_the_context(asked: dict[str, Any], words: str) -> None:
 
 
 def test_the_fit_finds_the_prices_that_made_the_passes() -> None:
-    true = UnitCost(20.0, 1.5, 6.0, 2.0, 128, 512, (Bend(4, 0.8, 1.0), Bend(32, 0.5, 0.25)))
-    points = [(rows, end) for end in (16, 130, 512, 1024, 2048) for rows in (1, 2, 4, 32, 128, 512) if rows <= end]
+    true = UnitCost(20.0, 1.5, 6.0, 2.0, 128, 256, (Bend(4, 0.8, 1.0), Bend(32, 0.5, 0.25)))
+    points = [(rows, end) for end in (16, 130, 512, 1024, 2048) for rows in (1, 2, 4, 32, 128, 256) if rows <= end]
     fitted = fit_unit([Pass(rows, rows, end, true.pass_ms(rows, end - 1)) for rows, end in points])
     assert fitted.key_bucket == 128
     for rows, context in ((1, 700), (3, 90), (20, 1500), (300, 1999), (700, 1200)):
         assert fitted.pass_ms(rows, context) == pytest.approx(true.pass_ms(rows, context), rel=1e-6)
-    live = UnitCost(3.0, 0.25, 4.0, 4.0, 1, 512)
+    live = UnitCost(3.0, 0.25, 4.0, 4.0, 1, 256)
     fitted = fit_unit([Pass(rows, 1, end, live.pass_ms(rows, end - 1, 1)) for rows, end in points])
     assert fitted.key_bucket == 1 and fitted.context_ms_per_1k == pytest.approx(4.0, rel=1e-6)
     assert fitted.pass_ms(50, 600, 1) == pytest.approx(live.pass_ms(50, 600, 1), rel=1e-6)
@@ -86,7 +86,7 @@ def test_the_fit_finds_the_prices_that_made_the_passes() -> None:
 
 def test_the_fit_of_noisy_passes_has_no_negative_price_and_says_how_far_off_it_is() -> None:
     generator = random.Random(1)
-    true = UnitCost(20.0, 0.01, 0.05, 0.001, 1, 512)
+    true = UnitCost(20.0, 0.01, 0.05, 0.001, 1, 256)
     passes = [
         Pass(rows, rows, end, true.pass_ms(rows, end - 1) * generator.gauss(1, 0.05))
         for end in (16, 64, 256)

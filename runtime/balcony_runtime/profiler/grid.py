@@ -12,7 +12,7 @@ from balcony_runtime.engine import MAX_PASS_ROWS
 MAX_VALUES = 1000
 _ITEM = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 #: Row counts between which a pass is taken to be linear: doubling, since small passes read weights and large ones multiply.
-PASS_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+PASS_ROWS = tuple(2**n for n in range(MAX_PASS_ROWS.bit_length()))
 QUICK_PASS_ROWS = (1, 2, 8, 32, 128)
 #: Passes are also measured at the end of so short a sequence: attention over next to nothing.
 SHORT_END = 16
@@ -72,9 +72,7 @@ class Grid:
             tokens=block,
             depths=depths or (default(128, 1024) if quick else default(0, 128, 512, 1024, 2048)),
             pending=pending or (default(16) if quick else default(1, 16, 128)),
-            pass_rows=tuple(
-                rows for rows in (QUICK_PASS_ROWS if quick else PASS_ROWS) if rows <= min(context_length, MAX_PASS_ROWS)
-            ),
+            pass_rows=tuple(rows for rows in (QUICK_PASS_ROWS if quick else PASS_ROWS) if rows <= context_length),
             rounds=rounds or (9 if quick else 12),
             seconds=30.0 if quick else 600.0,
             power_s=1.5 if quick else 5.0,
