@@ -63,7 +63,7 @@ def train(
     micro_rows: Annotated[
         int | None, typer.Option(help="Rows per pass (default: all of them): accumulates gradients.")
     ] = None,
-    positions: Annotated[int, typer.Option(help="Positions of a row that the loss samples; 0: all.")] = 256,
+    positions: Annotated[int, typer.Option(help="Positions of a row that the loss samples; 0: all.")] = 0,
     reuse: Annotated[
         int, typer.Option(help="Steps that learn from one pass of the backbone, at other positions each.")
     ] = 1,
