@@ -100,6 +100,7 @@ class _Plan(NamedTuple):
     log_tpot: float
     governed: bool
     gap_only: bool  # whether tpot_ms is all that is asked for
+    stayed: tuple[object, ...]  # why the deepest exit is kept, in words
     decision: Decision | None  # the only one that there is, where nothing asks for anything
 
 
@@ -174,7 +175,7 @@ class Controller:
             state.governor,
             state.switched_s,
         )
-        words = (Stayed(budget, probability), *words)
+        words = plan.stayed + words
         return after, Decision(exits[chosen], predicted_ms, price_ms, probability, False, None, 0.0, 0.0, words)
 
     def _planned(self, budget: Budget) -> _Plan:
@@ -196,6 +197,7 @@ class Controller:
             math.log(tpot_ms),
             governed,
             budget.tpot_ms is not None and not others,
+            (Stayed(budget),),
             decision,
         )
 
@@ -244,7 +246,7 @@ class Controller:
             step_ms = steady_ms[chosen] * math.exp(slowdown.mean + offset)
             words = (f"infeasible: {_asked(seen)}: {which} exit predicted {step_ms:.1f} ms", *words)
         else:
-            words = (Because(outlook, exits, chosen, current, seen, predicted_ms, probability), *words)
+            words = (Because(outlook, exits, chosen, current, seen), *words)
         period_ms, idle_ms = self._pace(plan, governor, seen, predicted_ms)
         if plan.governed:
             words = (*words, *device_words(governor, plan.budget, period_ms))

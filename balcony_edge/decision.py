@@ -91,7 +91,7 @@ class Decision(NamedTuple):
     @property
     def reason(self) -> str:
         """One line of plain words."""
-        return "; ".join(part.text() if isinstance(part, Because | Stayed) else str(part) for part in self.words)
+        return "; ".join(part.text(self) if isinstance(part, Because | Stayed) else str(part) for part in self.words)
 
 
 class Outlook(NamedTuple):
@@ -137,10 +137,9 @@ class Stayed(NamedTuple):
     """The deepest exit that is allowed fits as before."""
 
     budget: Budget
-    probability: float
 
-    def text(self) -> str:
-        return f"deepest exit within {' and '.join(_targets(self.budget, 1))} (p={self.probability:.2f})"
+    def text(self, decision: Decision) -> str:
+        return f"deepest exit within {' and '.join(_targets(self.budget, 1))} (p={decision.probability:.2f})"
 
 
 class Because(NamedTuple):
@@ -151,13 +150,11 @@ class Because(NamedTuple):
     chosen: int
     current: int | None
     seen: Observation
-    predicted_ms: float
-    probability: float
 
-    def text(self) -> str:
-        outlook, budget, odds = self.outlook, self.seen.budget, f"(p={self.probability:.2f})"
+    def text(self, decision: Decision) -> str:
+        outlook, budget, odds = self.outlook, self.seen.budget, f"(p={decision.probability:.2f})"
         if not outlook.fits(self.chosen):
-            return f"no exit fits yet: predicted {self.predicted_ms:.1f} ms {odds}"
+            return f"no exit fits yet: predicted {decision.predicted_ms:.1f} ms {odds}"
         within = " and ".join(_targets(budget, self.seen.made_tokens))
         within = f"within {within}" if within else "within its ceilings" if budget.needs_sensors else "without a target"
         for index in range(outlook.highest, self.chosen, -1):
