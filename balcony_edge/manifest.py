@@ -227,11 +227,13 @@ class Quantization(_Frozen):
     """How weights became integers: in blocks along the inputs, by nearest values or by GPTQ on calibration text.
 
     ``accuracy_level`` 4 rounds activations to int8 in the products too, 1 leaves them in float32. ``kv_bits`` 8 keeps keys and
-    values as int8, each channel with a scale of its own from calibration text.
+    values as int8, each channel with a scale of its own from calibration text. ``down_block_size`` is that of the MLPs' down
+    projections where it differs.
     """
 
     bits: Literal[4, 8]
     block_size: Literal[32, 64, 128]
+    down_block_size: Literal[32, 64, 128, 256] | None = None
     symmetric: bool
     head_bits: Literal[4, 8]
     accuracy_level: Literal[1, 4]

@@ -20,7 +20,7 @@ from balcony_edge.bundle import Bundle
 from balcony_edge.manifest import WEIGHTS
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.backends.onnxruntime import open_session
-from balcony_runtime.backends.onnxruntime_state import BUCKET
+from balcony_runtime.backends.onnxruntime_state import BUCKET, bound_run
 from balcony_runtime.backends.packed_weights import joined_step
 from balcony_runtime.token_table import TokenTable
 
@@ -60,13 +60,13 @@ class WholeGraph:
         self._stand_at(0, len(tokens))
         self._session.run_with_iobinding(self._bind(rows, logits))
         self._stand_at(len(tokens), len(tokens) + 1)
-        self._decode = self._bind(self._row, self._logits)
+        self._decode = bound_run(self._session, self._bind(self._row, self._logits))
 
     def step(self, token: int) -> FloatArray:
         """Logits (1, 1, V) after one more token, at the same row each time; the next call writes over them."""
-        self._table.write_row(token, self._row[0, 0])
+        self._row[0, 0] = self._table.row(token)
         begin = time.perf_counter_ns()
-        self._session.run_with_iobinding(self._decode)
+        self._decode()
         self.ort_ns += time.perf_counter_ns() - begin
         return self._logits
 

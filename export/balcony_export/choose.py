@@ -29,9 +29,9 @@ from balcony_export.quantize import Scheme
 
 #: Fastest first: decoding is as fast as its bytes are few (docs/quantization.md has the figures).
 CANDIDATES: tuple[Scheme | Literal["float32"], ...] = (
-    Scheme(bits=4, block_size=128, head_bits=4),
+    Scheme(bits=4, block_size=64, down_block_size=256, head_bits=4),
     Scheme(bits=4, block_size=64, head_bits=4),
-    Scheme(bits=4, block_size=64, head_bits=8),
+    Scheme(bits=4, block_size=32, head_bits=4),
     Scheme(bits=4, block_size=32, head_bits=8),
     Scheme(bits=8, block_size=64, head_bits=8),
     "float32",

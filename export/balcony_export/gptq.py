@@ -20,7 +20,7 @@ from balcony_export.distill_data import build_corpus
 
 #: Share of the mean second moment that is added to each: keeps channels that hardly ever fire from being rounded freely.
 DAMPING = 0.01
-#: Columns whose errors are handed on together; every block size divides it.
+#: Columns whose errors are handed on together.
 BATCH = 128
 #: Rows that the first position of a text counts for: from 50 to 200 make no difference (docs/LOG.md).
 SINK_ROWS = 100
@@ -111,47 +111,49 @@ def second_moments(
 def compensated(
     weight: torch.Tensor,
     moment: torch.Tensor,
-    block_size: int,
-    grid_of: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    grids: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     levels: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round column by column, each column's error made good by those that are still to come.
 
+    Columns with the largest inputs come first, while there are most others to make their errors good; the grids are those
+    of the weights as they were, so that blocks stay where they are (GPTQ's "act-order" with "static groups").
+
     Args:
         weight: (N, K), float32.
         moment: of the inputs  # (K, K)
-        block_size: columns that share a grid; K is a multiple of it.
-        grid_of: scale and zero point of a block  # (N, block) -> (N, 1), (N, 1)
-        levels: number of values of the grid.
+        grids: scales and zero points of the blocks, (N, K / block) each, given the weight of each column's error  # (K,)
+        levels: number of values of a grid.
 
     Returns:
-        Values 0 .. levels - 1 (N, K); scales and zero points (N, K / block_size).
+        Values 0 .. levels - 1 (N, K); scales and zero points (N, K / block).
     """
-    left = weight.clone()
     moment = moment.clone()
-    silent = (
-        moment.diagonal() == 0
-    )  # padding, and channels that never fired: they say nothing about the scale of the others
-    typical = moment.diagonal()[~silent].mean() if not silent.all() else torch.tensor(1.0)
-    moment.diagonal()[silent] = typical
-    moment.diagonal().add_(DAMPING * typical)
+    sizes = moment.diagonal()
+    silent = sizes == 0  # padding, and channels that never fired: they say nothing about the scale of the others
+    typical = sizes[~silent].mean() if not silent.all() else torch.tensor(1.0)
+    sizes[silent] = typical
+    scales, zeros = grids(sizes)
+    order = sizes.argsort(descending=True)
+    sizes.add_(DAMPING * typical)
+    left, moment = weight[:, order], moment[order][:, order]
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
-    values = torch.empty_like(weight)
-    scales, zeros = [], []
+    block_of = order // (weight.shape[1] // scales.shape[1])
+    scale_of, zero_of = scales[:, block_of], zeros[:, block_of]  # (N, K): of each column, in order
+    rounded = torch.empty_like(weight)
     columns = weight.shape[1]
     for begin in range(0, columns, BATCH):
         end = min(begin + BATCH, columns)
         errors = torch.empty(len(weight), end - begin)
         for column in range(begin, end):
-            if column % block_size == 0:
-                scale, zero = grid_of(left[:, column : column + block_size])
-                scales.append(scale)
-                zeros.append(zero)
-            w = left[:, column : column + 1]
+            this = slice(column, column + 1)
+            w, scale, zero = left[:, this], scale_of[:, this], zero_of[:, this]
             q = (torch.round(w / scale) + zero).clamp_(0, levels - 1)
-            values[:, column : column + 1] = q
+            rounded[:, this] = q
             error = (w - (q - zero) * scale) / inverse[column, column]
             left[:, column:end] -= error * inverse[column, column:end]
             errors[:, column - begin : column - begin + 1] = error
         left[:, end:] -= errors @ inverse[begin:end, end:]
-    return values, torch.cat(scales, 1), torch.cat(zeros, 1)
+    values = torch.empty_like(rounded)
+    values[:, order] = rounded
+    return values, scales, zeros

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,8 +26,9 @@ from balcony_export.lower import MICROSOFT
 from balcony_export.widen import pieces
 from balcony_runtime.token_table import unpacked
 
-#: Shares of the full range that a block's scale is tried at, for the least squared error.
-SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
+#: Shares of the full range that a block's scale is tried at, for the least squared error. Measured (docs/LOG.md): below 0.8
+#: where blocks are long and errors weighed, above 1 where the value of largest size need not be met.
+SHRINKS = (1.0, 1.1, 1.05, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 0.66, 0.62)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Scheme:
     Attributes:
         bits: of the layers' weights.
         block_size: inputs that share a scale.
+        down_block_size: the same for the MLPs' down projections, whose inputs are the widest; None: ``block_size``.
         symmetric: zero point in the middle of the range; otherwise one integer per block.
         head_bits: of the LM head and the token table.
         accuracy_level: 4: activations are rounded to int8 too, the fast one; 1: they stay float32.
@@ -44,6 +47,7 @@ class Scheme:
 
     bits: Literal[4, 8] = 4
     block_size: Literal[32, 64, 128] = 32
+    down_block_size: Literal[32, 64, 128, 256] | None = None
     symmetric: bool = True
     head_bits: Literal[4, 8] = 8
     accuracy_level: Literal[1, 4] = 4
@@ -57,7 +61,12 @@ class Scheme:
     def __str__(self) -> str:
         kind = "sym" if self.symmetric else "asym"
         kv = "" if self.kv_bits == 32 else f",kv={self.kv_bits}"
-        return f"int{self.bits},block={self.block_size},{kind},head={self.head_bits},level={self.accuracy_level}{kv}"
+        block = f"block={self.block_size}" + ("" if self.down_block_size is None else f",down={self.down_block_size}")
+        return f"int{self.bits},{block},{kind},head={self.head_bits},level={self.accuracy_level}{kv}"
+
+    def block_size_of(self, name: str) -> int:
+        """Inputs that share a scale in a weight of this name."""
+        return self.down_block_size or self.block_size if "down_proj" in name else self.block_size
 
 
 @dataclass(frozen=True)
@@ -117,44 +126,59 @@ class Quantizer:
 
     def _quantized(self, name: str, weight: ir.TensorProtocol, bits: int) -> Blocks:
         if name not in self.done:
-            moment = self.moments.get(name)
-            parts = (quantize(torch.tensor(rows), bits, self.scheme, moment) for rows in pieces(weight))  # (N, K)
+            how = partial(
+                quantize,
+                bits=bits,
+                size=self.scheme.block_size_of(name),
+                symmetric=self.scheme.symmetric,
+                moment=self.moments.get(name),
+            )
+            parts = (how(torch.tensor(rows)) for rows in pieces(weight))  # (N, K)
             self.done[name] = Blocks.gathered(int(weight.shape[0]), parts)  # type: ignore[arg-type]
         return self.done[name]
 
 
-def quantize(weight: torch.Tensor, bits: int, scheme: Scheme, moment: torch.Tensor | None = None) -> Blocks:
-    """Quantize (N, K) in blocks along K: by GPTQ with the inputs' ``moment`` (K, K), to the nearest values without."""
-    size, levels = scheme.block_size, 1 << bits
-    inputs = weight.shape[1]
-    padding = -inputs % size
+def quantize(
+    weight: torch.Tensor, bits: int, size: int, *, symmetric: bool, moment: torch.Tensor | None = None
+) -> Blocks:
+    """Quantize (N, K) in blocks of ``size`` along K: by GPTQ with the inputs' ``moment`` (K, K), or to the nearest values."""
+    levels = 1 << bits
+    padding = -weight.shape[1] % size
     padded = torch.nn.functional.pad(weight, (0, padding))
+    blocks = padded.reshape(len(weight), -1, size)
 
-    def grid(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _grid(block, levels, scheme.symmetric)
+    def grids(importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = None if importance is None else importance.reshape(-1, size)  # (blocks, size)
+        scales, zeros = _grid(blocks, levels, symmetric, weights)
+        return scales[..., 0], zeros[..., 0]
 
     if moment is not None:
         moment = torch.nn.functional.pad(moment, (0, padding, 0, padding))
-        values, scales, zeros = compensated(padded, moment, size, grid, levels)
+        values, scales, zeros = compensated(padded, moment, grids, levels)
     else:
-        blocks = padded.reshape(-1, size)
-        scale, zero = grid(blocks)
-        values = (torch.round(blocks / scale) + zero).clamp_(0, levels - 1).reshape(padded.shape)
-        scales, zeros = (part.reshape(len(weight), -1) for part in (scale, zero))
+        scales, zeros = grids(None)
+        values = (
+            (torch.round(blocks / scales[..., None]) + zeros[..., None]).clamp_(0, levels - 1).reshape(padded.shape)
+        )
     packed = _packed(values.to(torch.uint8).numpy(), bits).reshape(len(weight), padded.shape[1] // size, -1)
     return Blocks(
         packed,
         scales.numpy().astype(np.float32),
-        None if scheme.symmetric else _packed(zeros.to(torch.uint8).numpy(), bits),
+        None if symmetric else _packed(zeros.to(torch.uint8).numpy(), bits),
         bits,
         size,
     )
 
 
-def _grid(block: torch.Tensor, levels: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of least squared error for each row of values  # (R, size) -> (R, 1), (R, 1)"""
+def _grid(
+    block: torch.Tensor, levels: int, symmetric: bool, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each row of values: of ``SHRINKS`` what has the least squared error, weighed by ``importance``.
+
+    (..., size) -> (..., 1), (..., 1)
+    """
     middle = levels // 2
-    low, high = block.amin(1, keepdim=True), block.amax(1, keepdim=True)
+    low, high = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
     if symmetric:
         # the value of largest size sits at the end of the range that has one step more; its sign chooses the end
         largest = torch.where(high.abs() > low.abs(), high, low)
@@ -170,7 +194,8 @@ def _grid(block: torch.Tensor, levels: int, symmetric: bool) -> tuple[torch.Tens
         if not symmetric:
             zero = torch.round(-low / scale).clamp_(0, levels - 1)
         rounded = (torch.round(block / scale) + zero).clamp_(0, levels - 1)
-        error = ((rounded - zero) * scale - block).square().sum(1, keepdim=True)
+        errors = ((rounded - zero) * scale - block).square()
+        error = (errors if importance is None else errors * importance).sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         scale_best, zero_best = torch.where(better, scale, scale_best), torch.where(better, zero, zero_best)
@@ -367,7 +392,8 @@ def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:
         return "float32" if text == "fp32" else "float16"
     first, *rest = text.split(",")
     allowed = (
-        "fp32, fp16, or int4 or int8 and any of block=32|64|128, sym, asym, head=4|8, level=1|4, kv=8|32, by commas"
+        "fp32, fp16, or int4 or int8 and any of block=32|64|128, down=32|64|128|256, sym, asym, head=4|8, level=1|4, "
+        "kv=8|32, by commas"
     )
     if first not in ("int4", "int8"):
         raise InputError(f"--precision {text}: '{first}' is not known: give {allowed}")
@@ -377,6 +403,7 @@ def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:
         "sym": {"symmetric": True},
         "asym": {"symmetric": False},
         **{f"block={size}": {"block_size": size} for size in (32, 64, 128)},
+        **{f"down={size}": {"down_block_size": size} for size in (32, 64, 128, 256)},
         **{f"head={bits}": {"head_bits": bits} for bits in (4, 8)},
         **{f"level={level}": {"accuracy_level": level} for level in (1, 4)},
         **{f"kv={bits}": {"kv_bits": bits} for bits in (8, 32)},

@@ -80,7 +80,7 @@ def _int4(
     """Integers (N, K) from -8 to 7 and scales (N, K / block), to the nearest on the grid of least squared error."""
     import torch  # noqa: PLC0415 - the device builds engines of graphs that are there without it
 
-    from balcony_export.quantize import Scheme, quantize  # noqa: PLC0415 - likewise
+    from balcony_export.quantize import quantize  # noqa: PLC0415 - likewise
     from balcony_runtime.token_table import unpacked  # noqa: PLC0415 - likewise
 
     if rows.shape[1] % block_size:
@@ -88,6 +88,6 @@ def _int4(
             f"{name}: {rows.shape[1]} inputs are no multiple of --block {block_size}: TensorRT takes whole blocks; "
             "give another block size or precision"
         )
-    blocks = quantize(torch.from_numpy(np.ascontiguousarray(rows)), 4, Scheme(4, block_size))  # type: ignore[arg-type]
+    blocks = quantize(torch.from_numpy(np.ascontiguousarray(rows)), 4, block_size, symmetric=True)
     values = unpacked(blocks.packed, 4).reshape(rows.shape).astype(np.int8) - 8
     return values, blocks.scales

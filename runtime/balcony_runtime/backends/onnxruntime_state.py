@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -131,14 +132,14 @@ class _Program(NamedTuple):
 
     Attributes:
         good_for: rows up to which its bindings hold.
-        runs: what to call with what, graph by graph.
+        runs: what to call, graph by graph.
         first: where the token's row goes, (D,).
         made: the rows at all boundaries on the way, (boundaries, B, D).
         logits: what it ends in, (B, V).
     """
 
     good_for: int
-    runs: list[tuple[Any, Any]]
+    runs: list[Callable[[], object]]
     first: npt.NDArray[Any]
     made: npt.NDArray[Any]
     logits: FloatArray
@@ -213,15 +214,15 @@ class OnnxRuntimeState:
         if program is None or row >= program.good_for:
             program = self._programs[exit_index] = self._program(exit_index, row)
         if len(ids) == 1:
-            self._backend.table.write_row(ids.item(), program.first)
+            program.first[:] = self._backend.table.row(ids.item())
         else:
             self._row[0, :, 0] = self._backend.table[ids]
         self._stand_at(row, row + 1)
         busy_ns = 0
         try:
-            for run, binding in program.runs:
+            for run in program.runs:
                 begin = _clock_ns()
-                run(binding)
+                run()
                 busy_ns += _clock_ns() - begin
         except RuntimeError as error:
             raise _failed("a decode step", error) from error
@@ -309,9 +310,9 @@ class OnnxRuntimeState:
         caches = [self._caches[name] for name in names if name in self._caches]
         good_for = min(cache.capacity for cache in caches)
         if (path := self._backend.paths.get(self._layers[exit_index + 1])) is not None:
-            runs = [(path.run_with_iobinding, self._path_binding(path, caches))]
+            runs = [bound_run(path, self._path_binding(path, caches))]
         else:
-            runs = [(self._backend.sessions[name].run_with_iobinding, self._one_row(name)) for name in names]
+            runs = [bound_run(self._backend.sessions[name], self._one_row(name)) for name in names]
         return _Program(good_for, runs, self._row[0, 0, 0], self._row[: exit_index + 2, :, 0], self._logits[:, 0])
 
     def _path_binding(self, session: ort.InferenceSession, caches: list[_Cache]) -> Any:
@@ -381,6 +382,15 @@ class OnnxRuntimeState:
         except RuntimeError as error:
             raise _failed(self._specs[name].file, error) from error
         self.busy_ns += time.perf_counter_ns() - begin
+
+
+def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], object]:
+    """A run of ONNX Runtime's own session object.
+
+    ``InferenceSession.run_with_iobinding`` is a function in Python around it that sees to WebGPU's graphs: with cold caches it
+    takes 20 to 40 µs of a decode step (docs/LOG.md).
+    """
+    return partial(session._sess.run_with_iobinding, binding._iobinding, None)
 
 
 def _bound(
