@@ -29,6 +29,7 @@ from balcony_edge.bundle import Bundle, fingerprint
 from balcony_edge.errors import BalconyError, BundleError, CheckpointError
 from balcony_edge.manifest import MANIFEST
 from balcony_export.balcony import INDEX, init_balconies, load_balconies, save_balconies
+from balcony_export.balcony import fingerprint as base_of
 from balcony_export.export import export_bundle
 from balcony_runtime.engine import Engine, Sequence
 
@@ -116,7 +117,7 @@ def test_damaged_balconies_load_equal_or_are_refused(
 ) -> None:
     """300 cases each; with ``forger`` the hash in the index is made to fit, so that the tensors' own checks are reached."""
     model = make_tiny("llama", num_hidden_layers=3)
-    save_balconies(tmp_path, init_balconies(model, (1, 2)), model)
+    save_balconies(tmp_path, init_balconies(model, (1, 2)), base_of(model))
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     saved = {e: balcony.state_dict() for e, balcony in load_balconies(tmp_path, model).items()}
     outcomes: Counter[str] = Counter()
@@ -169,7 +170,7 @@ INDEX_VALUES = (
 
 def test_any_value_in_the_index_of_balconies(make_tiny: Callable[..., Any], tmp_path: Path) -> None:
     model = make_tiny("llama", num_hidden_layers=3)
-    save_balconies(tmp_path, init_balconies(model, (1, 2)), model)
+    save_balconies(tmp_path, init_balconies(model, (1, 2)), base_of(model))
     whole = (tmp_path / INDEX).read_text()
     places: list[tuple[str, ...]] = [(), ("base",), ("exits",), ("exits", "1")]
     for place in places:
@@ -248,7 +249,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(make_tiny: Any, make_tok
             export_bundle(model, make_tokenizer(), init_balconies(model, (2,)), place / "out", name="x", trained=False)
         assert len(str(caught.value).splitlines()) == 1
         with pytest.raises(CheckpointError, match=r"cannot be written \((Read-only|Permission)") as caught:
-            save_balconies(place, init_balconies(model, (2,)), model)
+            save_balconies(place, init_balconies(model, (2,)), base_of(model))
         assert list(place.iterdir()) == []
     finally:
         if os.geteuid() == 0:

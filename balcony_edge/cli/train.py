@@ -97,7 +97,6 @@ def train(
     from balcony_export.distill import Trainer
     from balcony_export.distill_config import TrainConfig
     from balcony_export.distill_data import build_corpus
-    from balcony_export.distill_parallel import Processes
 
     if tokens is not None:
         if steps is not None:
@@ -117,8 +116,6 @@ def train(
     if steps is None and minutes is None:
         raise InputError("how long to train: give --tokens, --steps or --minutes")
     loaded = load_model(model, attn_implementation="sdpa")
-    processes = Processes()
-    loaded.to(processes.device)  # type: ignore[arg-type]
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
     _refuse_trained(output, layers, start)
     rate = TrainConfig.rate if rate is None else rate
@@ -161,7 +158,7 @@ def train(
         stderr.print(f"going on from step {trainer.step}")
     elif trainer.has_checkpoint():
         raise TrainingError(f"{trainer.work}: holds a checkpoint: go on with --resume, or remove the directory")
-    if not processes.writes:
+    if not trainer.processes.writes:
         trainer.run()
         return
     with _progress_bar(trainer) as report:

@@ -239,14 +239,14 @@ def check_directory(path: Path, described: dict[str, Any], kind: Kind) -> dict[s
 
 
 def save_balconies(
-    directory: str | Path, balconies: dict[int, Balcony], base: PreTrainedModel, training: dict[str, Any] | None = None
+    directory: str | Path, balconies: dict[int, Balcony], base: dict[str, Any], training: dict[str, Any] | None = None
 ) -> None:
     """Write balconies into ``directory``, beside those of other exits that lie there already.
 
     Args:
         directory: made when it is not there.
         balconies: exit layer → balcony.
-        base: the model that they belong to.
+        base: :func:`fingerprint` of the model that they belong to.
         training: facts of the training of these exits, kept with each of them; None for untrained ones.
 
     Raises:
@@ -254,8 +254,7 @@ def save_balconies(
     """
     path = Path(directory)
     (kind,) = {balcony.kind for balcony in balconies.values()}
-    described = fingerprint(base)
-    exits = check_directory(path, described, kind)
+    exits = check_directory(path, base, kind)
     written: dict[str, bytes] = {}
     for exit_layer, balcony in balconies.items():
         tensors = {name: value.detach().to(STORED_DTYPE).cpu() for name, value in balcony.state_dict().items()}
@@ -268,7 +267,7 @@ def save_balconies(
         "format_version": FORMAT_VERSION,
         "module": kind,
         "dtype": "bfloat16",
-        "base": described,
+        "base": base,
         "exits": dict(sorted(exits.items(), key=lambda item: int(item[0]))),
     }
     for file, content in written.items():

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]  # accelerate ships no types
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError
@@ -65,8 +66,8 @@ class Trainer:
     """One run. ``run()`` trains to the end; what it writes lies in ``output``.
 
     Args:
-        model: the base model, attention implementation ``sdpa`` or ``eager``; frozen, and converted to the
-            recipe's precision.
+        model: the base model on the CPU, attention implementation ``sdpa`` or ``eager``; frozen, converted to the recipe's
+            precision, and put on the device of the process.
         corpus: rows to train on and held-out rows.
         config: the recipe.
         output: directory for balconies, checkpoint and metrics.
@@ -107,19 +108,20 @@ class Trainer:
         )
         self.goes_on = start is not None
         check_directory(output, self.base_facts, next(iter(self.balconies.values())).kind)  # not after the training
-        self.device = next(model.parameters()).device
+        self.device = self.processes.device
         self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.backbone = Backbone(model, config.exits, dtype)
         # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
-        self.layer_arguments = self.backbone.layer_arguments(config.seq_len)
+        self.layer_arguments = send_to_device(self.backbone.layer_arguments(config.seq_len), self.device)
         model.to(dtype)  # type: ignore[arg-type]
+        self.processes.place(model, self.backbone.decoder.layers)
         self.model = model
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = HeadLoss(model.get_output_embeddings().weight, dtype, softcap, compiled, config.loss)
         self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
         self.averages: dict[int, dict[str, torch.Tensor]] = {}
         for exit_layer, balcony in self.balconies.items():
-            balcony.float().train().requires_grad_(True)
+            balcony.to(self.device).float().train().requires_grad_(True)
             self.optimizers[exit_layer] = make_optimizers(
                 balcony.parameters(), config.optimizer, config.rate, config.vector_rate, config.weight_decay
             )
@@ -364,7 +366,7 @@ class Trainer:
         kept = {name: value.clone() for name, value in balcony.state_dict().items()}
         if averaged:
             balcony.load_state_dict(self.averages[exit_layer])
-        save_balconies(self.output, {exit_layer: balcony}, self.model, self.facts(self.best[exit_layer]))
+        save_balconies(self.output, {exit_layer: balcony}, self.base_facts, self.facts(self.best[exit_layer]))
         balcony.load_state_dict(kept)
 
     def _begin(self) -> None:
@@ -402,6 +404,7 @@ class Trainer:
         first, before = self.step, self.wall_s
         window: list[tuple[float, int]] = [(started, self.step)]
         try:
+            self._held_out_states()  # by all processes at once, as a sharded backbone wants it
             if not self.step:
                 self._begin()
             while self.step < self.schedule.total and (deadline is None or self.clock() < deadline):

@@ -1,17 +1,21 @@
 """Several processes on one training run, as ``accelerate launch`` starts them.
 
 Owns the sharing only: each process takes its part of a step's passes, gradients and losses are summed, process 0 writes.
-A balcony is small (3.5M parameters for the demo model) and the backbone is frozen, so nothing is wrapped or sharded: every
-process holds the whole model.
+A balcony is small (3.5M parameters for the demo model), so every process holds all of them. The frozen backbone lies whole on
+every device, or, with ``accelerate launch --use_fsdp``, in equal parts: a layer's weights are gathered for its pass (FSDP2).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]  # accelerate ships no types
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 
 
 class Processes:
@@ -23,11 +27,24 @@ class Processes:
         self.index: int = state.process_index
         self.count: int = state.num_processes
         self.device: torch.device = state.device
+        #: Whether the backbone's layers are spread over the processes.
+        self.sharded = self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
     @property
     def writes(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.index == 0
+
+    def place(self, model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
+        """Put a frozen model on this process's device, its layers in parts where they are to be sharded.
+
+        A sharded model's passes are made by all processes together.
+        """
+        if self.sharded:
+            mesh = init_device_mesh(self.device.type, (self.count,))
+            for layer in layers:
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        model.to(self.device)  # type: ignore[arg-type]
 
     def share(self, passes: int) -> range:
         """The passes of a step that this process makes; ``passes`` is a multiple of the number of processes."""

@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError, TrainingError
-from balcony_export.balcony import Balcony, Kind, init_balconies, save_balconies
+from balcony_export.balcony import Balcony, Kind, fingerprint, init_balconies, save_balconies
 from balcony_export.checkpoint import save_checkpoint
 from balcony_export.distill_data import Corpus, Rows
 from balcony_export.distill_states import Backbone
@@ -175,7 +175,7 @@ class JointTrainer:
         with fresh_directory(output / BASE) as directory:
             save_checkpoint(self.model, tokenizer, directory)
         recipe = json.loads(json.dumps(asdict(self.config)))
-        save_balconies(output, self.balconies, self.model, {"recipe": recipe, "steps": self.step})
+        save_balconies(output, self.balconies, fingerprint(self.model), {"recipe": recipe, "steps": self.step})
 
     def _logits(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Of each exit and of the full depth  # each (B, T, V)"""

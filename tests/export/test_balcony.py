@@ -64,7 +64,7 @@ def saved(model: Any, tmp_path: Path) -> Path:
     for exit_layer, balcony in balconies.items():
         for parameter in balcony.parameters():
             parameter.data += exit_layer
-    save_balconies(tmp_path / "balconies", balconies, model, {"step": 7})
+    save_balconies(tmp_path / "balconies", balconies, fingerprint(model), {"step": 7})
     return tmp_path / "balconies"
 
 
@@ -97,7 +97,7 @@ def test_what_is_saved_is_loaded(model: Any, saved: Path) -> None:
 def test_adding_exits_leaves_the_others_bit_equal(model: Any, saved: Path) -> None:
     before = {name: (saved / name).read_bytes() for name in ("balcony_2.safetensors", "balcony_3.safetensors")}
     entries = json.loads((saved / "balconies.json").read_text())["exits"]
-    save_balconies(saved, init_balconies(model, (1,)), model)
+    save_balconies(saved, init_balconies(model, (1,)), fingerprint(model))
     after = json.loads((saved / "balconies.json").read_text())["exits"]
     assert {name: (saved / name).read_bytes() for name in before} == before
     assert {key: after[key] for key in entries} == entries
@@ -195,7 +195,7 @@ def test_another_base_model_is_refused_on_both_ways(make_tiny: Callable[..., Any
     with pytest.raises(CheckpointError, match=r"belong to another base model \(model_type is qwen3, they want llama\)"):
         load_balconies(saved, other)
     with pytest.raises(CheckpointError, match="belong to another base model"):
-        save_balconies(saved, init_balconies(other, (1,)), other)
+        save_balconies(saved, init_balconies(other, (1,)), fingerprint(other))
     assert not (saved / "balcony_1.safetensors").exists()
 
 
@@ -204,7 +204,7 @@ def test_values_that_are_not_finite_are_never_written(model: Any, saved: Path) -
     balconies = init_balconies(model, (2,))
     balconies[2].norm.weight.data[0] = float("inf")
     with pytest.raises(CheckpointError, match="not finite"):
-        save_balconies(saved, balconies, model)
+        save_balconies(saved, balconies, fingerprint(model))
     assert (saved / "balcony_2.safetensors").read_bytes() == before
 
 

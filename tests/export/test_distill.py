@@ -252,7 +252,8 @@ _SHARED = (
     + """
 trainer = trainer_of(tiny_model("llama"), corpus, output, steps=5, micro_rows=1)
 trainer.run()
-(output / f"process {trainer.processes.index} of {trainer.processes.count}").touch()
+held = [getattr(p, "_local_tensor", p).numel() / p.numel() for p in trainer.backbone.decoder.layers.parameters()]
+(output / f"process {trainer.processes.index} of {trainer.processes.count}").write_text(f"{min(held)} to {max(held)}")
 """
 )
 
@@ -268,8 +269,9 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("sharded", "held"), [("false", "1.0 to 1.0"), ("true", "0.5 to 0.5")])
 def test_two_processes_make_the_run_of_one(
-    make_tiny: Callable[..., Any], corpus: Corpus, text_file: Path, tmp_path: Path
+    sharded: str, held: str, make_tiny: Callable[..., Any], corpus: Corpus, text_file: Path, tmp_path: Path
 ) -> None:
     alone = trainer_of(make_tiny("llama"), corpus, tmp_path / "alone", steps=5, micro_rows=1)
     alone.run()
@@ -278,7 +280,7 @@ def test_two_processes_make_the_run_of_one(
         port = str(free.getsockname()[1])
     # what `accelerate launch` sets for each of several GPUs; on CPUs alone it would start one process
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    world |= {"GLOO_SOCKET_IFNAME": "lo"}
+    world |= {"GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_FSDP": sharded}  # the latter from its --use_fsdp
     children = [
         subprocess.Popen(
             _script(_SHARED, text_file, tmp_path / "shared"),
@@ -293,7 +295,7 @@ def test_two_processes_make_the_run_of_one(
             child.kill()
             child.wait()
     shared = [json.loads(line)["loss"] for line in (tmp_path / "shared/run" / METRICS).read_text().splitlines()]
-    assert len(list((tmp_path / "shared").glob("process * of 2"))) == 2
+    assert [path.read_text() for path in (tmp_path / "shared").glob("process * of 2")] == [held, held]
     assert len(shared) == 5
     for one, two in zip(losses_of(alone), shared, strict=True):
         assert two == pytest.approx(one, rel=1e-4)

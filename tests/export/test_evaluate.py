@@ -24,7 +24,7 @@ from lm_eval.api.instance import Instance
 from balcony_edge.bundle import Bundle, record_quality
 from balcony_edge.errors import BalconyError, BundleError, InputError, VerificationError
 from balcony_edge.manifest import Estimate, Quality, TaskQuality, TextQuality
-from balcony_export.balcony import save_balconies
+from balcony_export.balcony import fingerprint, save_balconies
 from balcony_export.evaluate import Document, evaluate_text, ratio, read_documents
 from balcony_export.evaluate_lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate_report import as_document, build_report, grids, markdown
@@ -516,7 +516,7 @@ def test_command_on_a_bundle(command: Any, bundle_copy: Path, data: Path, tmp_pa
 
 
 def test_command_on_a_model(command: Any, tiny: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    save_balconies(tmp_path / "balconies", tiny.balconies, tiny.model)
+    save_balconies(tmp_path / "balconies", tiny.balconies, fingerprint(tiny.model))
     text = bad(tmp_path, "some.txt", TEXTS[1].encode())
     code, out, _ = command("eval", tiny_checkpoint, "--balconies", tmp_path / "balconies", "--text", text, "--json")
     document = json.loads(out)

@@ -17,7 +17,7 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
-from balcony_export.balcony import KINDS, Balcony, init_balconies, load_balconies, save_balconies
+from balcony_export.balcony import KINDS, Balcony, fingerprint, init_balconies, load_balconies, save_balconies
 from balcony_export.checkpoint import load_model
 from balcony_export.distill import Trainer
 from balcony_export.distill_config import TrainConfig
@@ -151,10 +151,10 @@ def test_the_text_as_teacher(make_tiny: Any, tmp_path: Path, loss: Any) -> None:
 
 def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None:
     model = make_tiny("llama")
-    save_balconies(tmp_path, init_balconies(model, (2,), "mlp"), model)
+    save_balconies(tmp_path, init_balconies(model, (2,), "mlp"), fingerprint(model))
     assert load_balconies(tmp_path, model)[2].kind == "mlp"
     with pytest.raises(CheckpointError, match="holds balconies of kind 'mlp', not 'decoder'"):
-        save_balconies(tmp_path, init_balconies(model, (3,)), model)
+        save_balconies(tmp_path, init_balconies(model, (3,)), fingerprint(model))
     index = tmp_path / "balconies.json"
     index.write_text(index.read_text().replace('"mlp"', '"lstm"'))
     with pytest.raises(
