@@ -53,6 +53,8 @@ PRECISIONS = (
     "int4,block=64,head=4,kv=8 gptq",
     "int4,block=128,head=4",
     "int4,block=64,head=4 gptq",
+    "int4,block=64,down=256,head=4 gptq",
+    "int4,block=32,head=4 gptq",
     "int4,block=32 gptq",
 )
 CONTEXT, ROUNDS = 32, 5

@@ -80,9 +80,10 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
         InputError: the two do not fit, or the integers are of a kind that TensorRT's kernels do not take.
     """
     scheme, manifest = quantized.manifest.quantization, bundle.manifest
-    if scheme is None or scheme.bits != 4 or not scheme.symmetric or scheme.head_bits != 4:
+    fits = scheme is not None and scheme.bits == scheme.head_bits == 4 and scheme.symmetric
+    if scheme is None or not fits or scheme.down_block_size is not None:
         raise InputError(
-            f"--rounded-as {quantized.path}: must be of int4,sym,head=4: export one with "
+            f"--rounded-as {quantized.path}: must be of int4,sym,head=4 with blocks of one size: export one with "
             "--precision int4,block=64,head=4 --calibration TEXT"
         )
     if (quantized.manifest.model, quantized.manifest.exit_layers) != (manifest.model, manifest.exit_layers):

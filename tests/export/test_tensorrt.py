@@ -216,6 +216,11 @@ def test_integers_of_a_quantized_bundle_are_taken_over(export_tiny: Callable[[st
     assert error["nearest"] < error["gptq"] < 0.3  # GPTQ rounds further away, for the outputs' sake
     with pytest.raises(InputError, match="must be of int4,sym,head=4"):
         rounding_of(bundle, bundle)
+    form = quantized.manifest.quantization
+    assert form is not None
+    mixed = quantized.manifest.model_copy(update={"quantization": form.model_copy(update={"down_block_size": 64})})
+    with pytest.raises(InputError, match="with blocks of one size"):
+        rounding_of(Bundle(quantized.path, mixed), bundle)
     with pytest.raises(InputError, match="is of another model"):
         rounding_of(quantized, Bundle.open(export_tiny("llama").path))
 
