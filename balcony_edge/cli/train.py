@@ -115,6 +115,7 @@ def train(
         return
     if steps is None and minutes is None:
         raise InputError("how long to train: give --tokens, --steps or --minutes")
+    # before the processes meet in Trainer: behind that, transformers would leave all but the first without weights under FSDP
     loaded = load_model(model, attn_implementation="sdpa")
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
     _refuse_trained(output, layers, start)

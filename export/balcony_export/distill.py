@@ -96,6 +96,11 @@ class Trainer:
                 f"{self.processes.count} processes with {passes} passes a step: the passes (rows a step / rows a pass) "
                 "must divide among the processes, and --minutes is for one process"
             )
+        if self.processes.sharded and config.reuse > 1:
+            raise InputError(
+                f"--reuse {config.reuse} with a sharded backbone: its passes are made by all processes together, and rows that "
+                "come again need other passes on each: leave one of the two out"
+            )
         if self.processes.count > 1 and config.cache_gb:
             raise InputError(
                 f"{self.processes.count} processes with --cache-gb: one file of states cannot serve them: leave it out"
@@ -109,12 +114,16 @@ class Trainer:
         self.goes_on = start is not None
         check_directory(output, self.base_facts, next(iter(self.balconies.values())).kind)  # not after the training
         self.device = self.processes.device
+        if not self.processes.sharded:
+            model.to(self.device)  # type: ignore[arg-type]
         self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.backbone = Backbone(model, config.exits, dtype)
         # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
         self.layer_arguments = send_to_device(self.backbone.layer_arguments(config.seq_len), self.device)
         model.to(dtype)  # type: ignore[arg-type]
-        self.processes.place(model, self.backbone.decoder.layers)
+        if self.processes.sharded:
+            self.processes.shard(self.backbone.decoder, self.backbone.decoder.layers)
+            model.to(self.device)  # type: ignore[arg-type]
         self.model = model
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = HeadLoss(model.get_output_embeddings().weight, dtype, softcap, compiled, config.loss)
@@ -404,7 +413,8 @@ class Trainer:
         first, before = self.step, self.wall_s
         window: list[tuple[float, int]] = [(started, self.step)]
         try:
-            self._held_out_states()  # by all processes at once, as a sharded backbone wants it
+            if self.processes.sharded:
+                self._held_out_states()  # by all at once: the clocks that say when to evaluate differ
             if not self.step:
                 self._begin()
             while self.step < self.schedule.total and (deadline is None or self.clock() < deadline):

@@ -13,9 +13,6 @@ from collections.abc import Iterable
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]  # accelerate ships no types
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import PreTrainedModel
 
 
 class Processes:
@@ -35,16 +32,18 @@ class Processes:
         """Whether this process writes files and shows progress."""
         return self.index == 0
 
-    def place(self, model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
-        """Put a frozen model on this process's device, its layers in parts where they are to be sharded.
+    def shard(self, decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
+        """Spread the weights of a frozen decoder's layers over the processes, which then make its passes together."""
+        from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - half a second that few need
+        from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - likewise
 
-        A sharded model's passes are made by all processes together.
-        """
-        if self.sharded:
-            mesh = init_device_mesh(self.device.type, (self.count,))
-            for layer in layers:
-                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        model.to(self.device)  # type: ignore[arg-type]
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        own = set(decoder.parameters())
+        for layer in layers:
+            own -= set(layer.parameters())
+            fully_shard(layer, mesh=mesh)
+        # the decoder as their common root: they share its streams, and the next layer is gathered during a pass
+        fully_shard(decoder, mesh=mesh, ignored_params=own)
 
     def share(self, passes: int) -> range:
         """The passes of a step that this process makes; ``passes`` is a multiple of the number of processes."""

@@ -154,6 +154,4 @@ def compensated(
             left[:, column:end] -= error * inverse[column, column:end]
             errors[:, column - begin : column - begin + 1] = error
         left[:, end:] -= errors @ inverse[begin:end, end:]
-    values = torch.empty_like(rounded)
-    values[:, order] = rounded
-    return values, scales, zeros
+    return rounded[:, order.argsort()], scales, zeros

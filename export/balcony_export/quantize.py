@@ -66,7 +66,7 @@ class Scheme:
 
     def block_size_of(self, name: str) -> int:
         """Inputs that share a scale in a weight of this name."""
-        return self.down_block_size or self.block_size if "down_proj" in name else self.block_size
+        return (self.down_block_size or self.block_size) if "down_proj" in name else self.block_size
 
 
 @dataclass(frozen=True)
@@ -147,31 +147,28 @@ def quantize(
     padded = torch.nn.functional.pad(weight, (0, padding))
     blocks = padded.reshape(len(weight), -1, size)
 
-    def grids(importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        weights = None if importance is None else importance.reshape(-1, size)  # (blocks, size)
-        scales, zeros = _grid(blocks, levels, symmetric, weights)
+    def grids(importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scales, zeros = _grid(blocks, levels, symmetric, importance.reshape(-1, size))
         return scales[..., 0], zeros[..., 0]
 
     if moment is not None:
         moment = torch.nn.functional.pad(moment, (0, padding, 0, padding))
         values, scales, zeros = compensated(padded, moment, grids, levels)
     else:
-        scales, zeros = grids(None)
-        values = (
-            (torch.round(blocks / scales[..., None]) + zeros[..., None]).clamp_(0, levels - 1).reshape(padded.shape)
-        )
+        scales, zeros = _grid(blocks, levels, symmetric)  # (N, blocks, 1)
+        values = (torch.round(blocks / scales) + zeros).clamp_(0, levels - 1).reshape(padded.shape)
     packed = _packed(values.to(torch.uint8).numpy(), bits).reshape(len(weight), padded.shape[1] // size, -1)
     return Blocks(
         packed,
-        scales.numpy().astype(np.float32),
-        None if symmetric else _packed(zeros.to(torch.uint8).numpy(), bits),
+        scales.reshape(len(weight), -1).numpy().astype(np.float32),
+        None if symmetric else _packed(zeros.reshape(len(weight), -1).to(torch.uint8).numpy(), bits),
         bits,
         size,
     )
 
 
 def _grid(
-    block: torch.Tensor, levels: int, symmetric: bool, importance: torch.Tensor | None
+    block: torch.Tensor, levels: int, symmetric: bool, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of each row of values: of ``SHRINKS`` what has the least squared error, weighed by ``importance``.
 
@@ -187,19 +184,17 @@ def _grid(
         low, high = low.clamp(max=0), high.clamp(min=0)
         full = (high - low) / (levels - 1)
     full = torch.where(full == 0, torch.ones_like(full), full)
-    best = torch.full_like(full, torch.inf)
-    scale_best, zero_best = full, torch.full_like(full, middle)
+    if not symmetric:
+        zero = torch.round(-low / full).clamp_(0, levels - 1)
+    best, scale_best = torch.full_like(full, torch.inf), full
     for shrink in SHRINKS:
         scale = full * shrink
-        if not symmetric:
-            zero = torch.round(-low / scale).clamp_(0, levels - 1)
         rounded = (torch.round(block / scale) + zero).clamp_(0, levels - 1)
         errors = ((rounded - zero) * scale - block).square()
         error = (errors if importance is None else errors * importance).sum(-1, keepdim=True)
         better = error < best
-        best = torch.where(better, error, best)
-        scale_best, zero_best = torch.where(better, scale, scale_best), torch.where(better, zero, zero_best)
-    return scale_best, zero_best
+        best, scale_best = torch.where(better, error, best), torch.where(better, scale, scale_best)
+    return scale_best, zero
 
 
 def _packed(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:

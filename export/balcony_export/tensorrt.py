@@ -81,7 +81,7 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
     """
     scheme, manifest = quantized.manifest.quantization, bundle.manifest
     fits = scheme is not None and scheme.bits == scheme.head_bits == 4 and scheme.symmetric
-    if scheme is None or not fits or scheme.down_block_size is not None:
+    if scheme is None or not fits or scheme.down_block_size not in (None, scheme.block_size):
         raise InputError(
             f"--rounded-as {quantized.path}: must be of int4,sym,head=4 with blocks of one size: export one with "
             "--precision int4,block=64,head=4 --calibration TEXT"

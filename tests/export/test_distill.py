@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,6 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import (  # type: ignore[import-untyped]
+    _validate_launch_command,
+    launch_command_parser,
+)
 
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.balcony import Balcony, load_balconies
@@ -235,7 +241,7 @@ def test_a_reused_pass_is_made_once_and_a_resumed_run_makes_the_same_states(
 _CHILD = """
 import sys, torch
 from pathlib import Path
-from test_distill import trainer_of, build_corpus
+from test_distill import InputError, trainer_of, build_corpus
 from conftest import tiny_model, tiny_tokenizer
 torch.set_num_threads(1)
 corpus = build_corpus([Path(sys.argv[-2])], tiny_tokenizer(), seq_len=24, held_out_rows=4)
@@ -251,6 +257,11 @@ _SHARED = (
     _CHILD
     + """
 trainer = trainer_of(tiny_model("llama"), corpus, output, steps=5, micro_rows=1)
+try:
+    trainer_of(tiny_model("llama"), corpus, output / "again", steps=5, micro_rows=1, reuse=2)
+    assert not trainer.processes.sharded
+except InputError as error:
+    assert trainer.processes.sharded and "--reuse 2 with a sharded backbone" in str(error)
 trainer.run()
 held = [getattr(p, "_local_tensor", p).numel() / p.numel() for p in trainer.backbone.decoder.layers.parameters()]
 (output / f"process {trainer.processes.index} of {trainer.processes.count}").write_text(f"{min(held)} to {max(held)}")
@@ -299,6 +310,16 @@ def test_two_processes_make_the_run_of_one(
     assert len(shared) == 5
     for one, two in zip(losses_of(alone), shared, strict=True):
         assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_the_commands_for_several_devices_are_ones_that_accelerate_takes() -> None:
+    text = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^ +accelerate launch (.+)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command, flag in zip(commands, ("multi_gpu", "use_fsdp"), strict=True):
+        given = launch_command_parser().parse_args(shlex.split(command))
+        checked, *_ = _validate_launch_command(given)
+        assert getattr(checked, flag) and checked.num_processes == 4
 
 
 def test_a_killed_run_goes_on_with_the_same_curve(

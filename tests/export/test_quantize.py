@@ -26,6 +26,7 @@ from balcony_export.gptq import calibration_rows, compensated, second_moments
 from balcony_export.lower import MICROSOFT
 from balcony_export.quantize import Quantizer, Scheme, parse_precision
 from balcony_export.verify import verify
+from balcony_runtime import token_table
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.engine import Engine
 from balcony_runtime.token_table import TokenTable
@@ -149,8 +150,13 @@ ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
     ],
 )
 def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
-    architecture: str, precision: str, export_tiny: Callable[[str], Any], tmp_path: Path
+    architecture: str,
+    precision: str,
+    export_tiny: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(token_table, "RECENT_ROWS", 50)
     source = export_tiny(architecture)
     scheme = parse_precision(precision)
     assert isinstance(scheme, Scheme)
