@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 #: KV capacity is bound in steps of so many rows: what ``Attention`` pays for is at most this much more than what is live.
 BUCKET = 128
 _clock_ns = time.perf_counter_ns
+#: Of the runs of a decode step: made once, and no call at the end that waits for devices (docs/LOG.md: 35 µs a step).
+_RUN_OPTIONS = ort.RunOptions()
+_RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
 
 class _Cache(ABC):
@@ -390,7 +393,7 @@ def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], objec
     ``InferenceSession.run_with_iobinding`` is a function in Python around it that sees to WebGPU's graphs: with cold caches it
     takes 20 to 40 µs of a decode step (docs/LOG.md).
     """
-    return partial(session._sess.run_with_iobinding, binding._iobinding, None)
+    return partial(session._sess.run_with_iobinding, binding._iobinding, _RUN_OPTIONS)
 
 
 def _bound(
