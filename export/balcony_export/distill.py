@@ -122,8 +122,7 @@ class Trainer:
         self.layer_arguments = send_to_device(self.backbone.layer_arguments(config.seq_len), self.device)
         model.to(dtype)  # type: ignore[arg-type]
         if self.processes.sharded:
-            self.processes.shard(self.backbone.decoder, self.backbone.decoder.layers)
-            model.to(self.device)  # type: ignore[arg-type]
+            self.processes.shard(model, self.backbone.decoder)
         self.model = model
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head = HeadLoss(model.get_output_embeddings().weight, dtype, softcap, compiled, config.loss)

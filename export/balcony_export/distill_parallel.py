@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]  # accelerate ships no types
@@ -32,18 +33,19 @@ class Processes:
         """Whether this process writes files and shows progress."""
         return self.index == 0
 
-    def shard(self, decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
-        """Spread the weights of a frozen decoder's layers over the processes, which then make its passes together."""
+    def shard(self, model: nn.Module, decoder: Any) -> None:
+        """Put a frozen model on the devices, its decoder's layers in parts: the processes then make its passes together."""
         from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - half a second that few need
         from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - likewise
 
         mesh = init_device_mesh(self.device.type, (self.count,))
         own = set(decoder.parameters())
-        for layer in layers:
+        for layer in decoder.layers:
             own -= set(layer.parameters())
             fully_shard(layer, mesh=mesh)
         # the decoder as their common root: they share its streams, and the next layer is gathered during a pass
         fully_shard(decoder, mesh=mesh, ignored_params=own)
+        model.to(self.device)
 
     def share(self, passes: int) -> range:
         """The passes of a step that this process makes; ``passes`` is a multiple of the number of processes."""

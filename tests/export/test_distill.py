@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -19,10 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.commands.launch import (  # type: ignore[import-untyped]
-    _validate_launch_command,
-    launch_command_parser,
-)
 
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.balcony import Balcony, load_balconies
@@ -310,16 +304,6 @@ def test_two_processes_make_the_run_of_one(
     assert len(shared) == 5
     for one, two in zip(losses_of(alone), shared, strict=True):
         assert two == pytest.approx(one, rel=1e-4)
-
-
-def test_the_commands_for_several_devices_are_ones_that_accelerate_takes() -> None:
-    text = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^ +accelerate launch (.+)$", text, re.MULTILINE)
-    assert len(commands) == 2
-    for command, flag in zip(commands, ("multi_gpu", "use_fsdp"), strict=True):
-        given = launch_command_parser().parse_args(shlex.split(command))
-        checked, *_ = _validate_launch_command(given)
-        assert getattr(checked, flag) and checked.num_processes == 4
 
 
 def test_a_killed_run_goes_on_with_the_same_curve(

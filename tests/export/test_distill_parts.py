@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import (  # type: ignore[import-untyped]
+    _validate_launch_command,
+    launch_command_parser,
+)
 from torch import nn
 from typer.testing import CliRunner
 
@@ -249,3 +255,13 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     (tmp_path / "run").rename(out / "run")
     further = [*command, "--steps", "4", "--start", str(out), "--resume"]
     assert json.loads(CliRunner().invoke(app, further, catch_exceptions=False).stdout)["steps"] == 4
+
+
+def test_the_commands_for_several_devices_are_ones_that_accelerate_takes() -> None:
+    text = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^ +accelerate launch (.+)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command, flag in zip(commands, ("multi_gpu", "use_fsdp"), strict=True):
+        given = launch_command_parser().parse_args(shlex.split(command))
+        checked, *_ = _validate_launch_command(given)
+        assert getattr(checked, flag) and checked.num_processes == 4

@@ -188,6 +188,8 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     found = table[np.arange(len(wanted))]
     for token in (5, 3, 5, *range(len(wanted))):  # more of them than are kept, some again
         assert np.array_equal(table.row(token), found[token])
+    steps = 1 if manifest.quantization.method == "nearest" else 6  # columns that come late take the errors of many
+    assert np.abs(found - wanted).max() <= steps * np.abs(wanted).max() / (6 if scheme.head_bits == 4 else 100)
     share = np.abs(found - wanted).mean() / np.abs(wanted).mean()
     assert share <= (0.12 if scheme.head_bits == 4 else 0.01)
 

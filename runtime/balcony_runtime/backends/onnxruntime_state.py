@@ -381,7 +381,7 @@ class OnnxRuntimeState:
     def _run(self, name: str, binding: Any) -> None:
         begin = time.perf_counter_ns()
         try:
-            self._backend.sessions[name].run_with_iobinding(binding)
+            bound_run(self._backend.sessions[name], binding)()
         except RuntimeError as error:
             raise _failed(self._specs[name].file, error) from error
         self.busy_ns += time.perf_counter_ns() - begin
