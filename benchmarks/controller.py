@@ -49,7 +49,7 @@ def _layers(count: int) -> UnitCost:
     return UnitCost(0.6 * count, 0.024 * count, 0.03 * count)
 
 
-#: The demo model in float32 on two cores of a server CPU (README): 12, 14, 16 and 21 ms.
+#: The demo model in float32 on two cores of a server CPU, on an early and slow day: 12, 14, 16 and 21 ms.
 COSTS = CostModel(
     exits=(14, 17, 20, 30),
     stages=(_layers(14), _layers(3), _layers(3), _layers(10)),
@@ -61,6 +61,8 @@ COSTS = CostModel(
 #: Full depth takes 0.8 of it on an idle device, the shallowest exit 0.9 at twice the load.
 TARGET_MS = 27.0
 DEVICE = Device(noise=0.03)
+#: Seconds that watts take to come down from full power; windows of them are counted from then on.
+SETTLING_S = 8
 #: Tokens that are made before the counting begins.
 SETTLING = 100
 #: Depths closer than this, in layers, are a tie.
@@ -167,7 +169,7 @@ def ceilings() -> dict[str, Any]:
     def windows(run: list[SimulatedToken]) -> list[float]:
         values = []
         for begin in range(len(run)):
-            if run[begin].time_s < 8:
+            if run[begin].time_s < SETTLING_S:
                 continue
             joules = seconds = 0.0
             for token in run[begin + 1 :]:
@@ -188,7 +190,7 @@ def ceilings() -> dict[str, Any]:
         run = simulate(COSTS, plant, Budget(power_w=watts, min_pace_tps=least_tps), tokens=10**6, seconds=60)
         shares = [value / watts for value in windows(run)]
         changes = [b.time_s for a, b in itertools.pairwise(run) if a.decision.exit_layer != b.decision.exit_layer]
-        closest = min((b - a for a, b in itertools.pairwise(changes) if a > 8), default=None)
+        closest = min((b - a for a, b in itertools.pairwise(changes) if a > SETTLING_S), default=None)
         row = {"power_w": watts, "min_pace_tps": least_tps, "load": load, "least": round(min(shares), 3)}
         found["power"].append({**row, "most": round(max(shares), 3), "switches_apart_s": closest})
     hot = []

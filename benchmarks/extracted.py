@@ -21,6 +21,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import transformers
 
 from balcony_edge.budget import Budget
 from balcony_export.balcony import load_balconies
@@ -126,7 +127,7 @@ def main() -> None:
                     repetition_penalty=1.0,
                 )  # fmt: skip
             theirs.append(out[0, len(prompt) :].tolist())
-        found["transformers"] = (torch.__version__, theirs)
+        found["transformers"] = (f"{transformers.__version__} on PyTorch {torch.__version__}", theirs)
         write_gguf(small, demo_model_path(), home / "small.gguf")
         found["llama.cpp"] = peer_replies("llama-cpp", "llama_cpp", home / "small.gguf", prompts, options.tokens)
         builder = [python_of("onnxruntime-genai"), "-m", "onnxruntime_genai.models.builder"]

@@ -16,7 +16,8 @@ INTRODUCTION = """\
 *Written by `python docs/generate_cli.py` from the verbs' own `--help`; a test fails when it is stale.*
 
 A problem is one line on stderr and exit code 1; a usage error is 2 and Ctrl-C 130. With `--json` a verb writes one JSON
-document to stdout and nothing else there. Environment variables change nothing but the looks (`NO_COLOR`, `COLUMNS`).
+document to stdout and nothing else there. Environment variables change nothing but the looks (`NO_COLOR`, `COLUMNS`),
+except those that `accelerate launch` sets for `train`.
 """
 
 

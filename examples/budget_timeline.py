@@ -70,9 +70,8 @@ def plot(reply: Reply, llm: LLM, output: Path) -> None:
     for exit_layer in llm.exit_layers:
         points = [(i, t.latency_ms) for i, t in zip(index, tokens, strict=True) if t.exit_layer == exit_layer]
         label = f"exit {exit_layer}" + (" (full depth)" if exit_layer == llm.exit_layers[-1] else "")
-        top.scatter(
-            *zip(*points, strict=True) if points else ([], []), s=16, color=colours.get(exit_layer, "grey"), label=label
-        )
+        if points:
+            top.scatter(*zip(*points, strict=True), s=16, color=colours.get(exit_layer, "grey"), label=label)
     caught = [(i, t.latency_ms) for i, t in zip(index, tokens, strict=True) if t.caught_up_rows]
     top.scatter(
         *zip(*caught, strict=True) if caught else ([], []),

@@ -250,7 +250,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("this sandbox does not let root mount a tmpfs")
+        pytest.skip("this machine does not let root mount a tmpfs")
     try:
         yield disk
     finally:

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from balcony_edge.budget import Budget
+
 app = typer.Typer(help="Target files: their schema, and whether one is right.", no_args_is_help=True)
+
+
+def asked_budget(file: Path | None, tpot_ms: float | None) -> Budget:
+    """The budget of verbs that try one: a target file, or the time between two tokens alone.
+
+    Raises:
+        BudgetError: both or neither, or a budget that cannot be.
+    """
+    from balcony_edge.budget import Budget, load_budget
+    from balcony_edge.errors import BudgetError
+
+    if (file is None) == (tpot_ms is None):
+        raise BudgetError("give a budget to try: --budget FILE or --tpot-ms, one of the two")
+    return Budget(tpot_ms=tpot_ms) if file is None else load_budget(file)
 
 
 @app.command()

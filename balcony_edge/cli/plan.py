@@ -24,17 +24,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Say per exit whether each target is met, with what probability, and what the controller would do."""
-    from balcony_edge.budget import Budget, load_budget
     from balcony_edge.bundle import Bundle
+    from balcony_edge.cli.budget import asked_budget
     from balcony_edge.cli.console import stderr
-    from balcony_edge.errors import BudgetError, ContextLengthError
+    from balcony_edge.errors import ContextLengthError
     from balcony_edge.plan import REPLY_TOKENS, make_plan
     from balcony_edge.profile import Profile
 
-    if (budget is None) == (tpot_ms is None):
-        raise BudgetError("give a budget to plan for: --budget FILE or --tpot-ms, one of the two")
-    asked = Budget(tpot_ms=tpot_ms) if budget is None else load_budget(budget)
-    measured = Profile.load(profile)
+    asked, measured = asked_budget(budget, tpot_ms), Profile.load(profile)
     total = prompt_tokens + (asked.expected_tokens or REPLY_TOKENS)
     if total > measured.bundle.context_length:
         raise ContextLengthError(

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def simulate(
     profile: Annotated[Path, typer.Option(help="Device profile that `balcony-edge profile` wrote.")],
-    budget: Annotated[Path, typer.Option(help="Target file (profiles/*.toml).")],
+    budget: Annotated[Path | None, typer.Option(help="Target file (profiles/*.toml).")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(help="Target instead: milliseconds between two tokens.")] = None,
     trace: Annotated[
         str,
         typer.Option(
@@ -48,13 +49,13 @@ def simulate(
     from contextlib import nullcontext
 
     from balcony_edge import simulate as simulation
-    from balcony_edge.budget import load_budget
+    from balcony_edge.cli.budget import asked_budget
     from balcony_edge.errors import BudgetError
     from balcony_edge.plant import Plant
     from balcony_edge.profile import Profile
     from balcony_edge.trace import TraceWriter
 
-    asked, measured = load_budget(budget), Profile.load(profile)
+    asked, measured = asked_budget(budget, tpot_ms), Profile.load(profile)
     costs = measured.costs
     try:
         resolved = asked.for_bundle(measured.agreement())

@@ -111,6 +111,7 @@ def test_simulate_under_a_generated_load_and_under_its_own_record(tmp_path: Path
     assert loaded["intervals"][-1]["slowdown"] == pytest.approx(1.4, rel=0.1)
     again = json.loads(invoke(*common, "--trace", record))
     assert again["mean_exit"] == pytest.approx(loaded["mean_exit"], abs=0.5)
+    assert json.loads(invoke(*common[:3], "--tpot-ms", "13", *common[5:])) == idle
     assert "what bound" in invoke(*common[:-1], "--explain")
     assert "late_tokens: " in invoke(*common[:-1])
 
@@ -127,6 +128,9 @@ def test_simulate_refuses(tmp_path: Path) -> None:
     budget = tmp_path / "b.toml"
     budget.write_text("")
     common = ["simulate", "--profile", "p.json", "--budget", budget]
+    refused("--budget FILE or --tpot-ms, one of the two", *common, "--tpot-ms", "13")
+    refused("--budget FILE or --tpot-ms, one of the two", *common[:3])
+    refused("tpot_ms = -1", *common[:3], "--tpot-ms", "-1")
     refused("load 'wave': must be one of idle, constant, step", *common, "--trace", "wave")
     refused("--device mass=3: must be one of idle_w, busy_w", *common, "--device", "mass=3")
     for word, allowed in (
