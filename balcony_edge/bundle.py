@@ -29,6 +29,7 @@ from balcony_edge.manifest import (
     Manifest,
     Quality,
     TensorSpec,
+    TextQuality,
 )
 
 
@@ -326,12 +327,13 @@ def file_spec(path: Path) -> FileSpec:
 def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest:
     """Add evaluation results to ``bundle.json``; what was measured before on other texts and tasks stays.
 
-    The fingerprint stays as it is: it covers graphs and weights, and those are not touched.
+    Exits are compared with each other, so those that were not measured now lose what they have on other rows of the same
+    texts and tasks. The fingerprint stays as it is: it covers graphs and weights, and those are not touched.
 
     Args:
         directory: the bundle.
-        measured: exit layer → results. Where the reference is another than before, earlier texts are dropped: numbers
-            against two references must not stand side by side.
+        measured: exit layer → results on the same texts and tasks, one exit at least. Where the reference is another than
+            before, earlier texts are dropped: numbers against two references must not stand side by side.
 
     Raises:
         BundleError: no bundle, an exit that it lacks, or a directory that cannot be written.
@@ -342,10 +344,11 @@ def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest
             f"{directory}: has no exit {min(unknown)}: it has {', '.join(map(str, manifest.exit_layers))}: "
             "evaluate those"
         )
+    latest = next(iter(measured.values()))
+    kept = {exit_.exit_layer: exit_.quality and _comparable(exit_.quality, latest) for exit_ in manifest.exits}
+    now = {layer: _merged(kept[layer], quality) for layer, quality in measured.items()}
     exits = tuple(
-        exit_.model_copy(update={"quality": _merged(exit_.quality, measured[exit_.exit_layer])})
-        if exit_.exit_layer in measured
-        else exit_
+        exit_.model_copy(update={"quality": now.get(exit_.exit_layer, kept[exit_.exit_layer])})
         for exit_ in manifest.exits
     )
     updated = manifest.model_copy(update={"exits": exits})
@@ -353,15 +356,36 @@ def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest
     return updated
 
 
+def _comparable(old: Quality, new: Quality) -> Quality:
+    """What of an exit's earlier results may stand beside new ones of another exit, or of its own."""
+    text = old.text if old.reference == new.reference or not new.text else {}
+    text = {
+        name: one for name, one in text.items() if name not in new.text or _text_rows(one) == _text_rows(new.text[name])
+    }
+    tasks = {
+        name: one
+        for name, one in old.tasks.items()
+        if name not in new.tasks or one.examples == new.tasks[name].examples
+    }
+    summary = old.summary if old.summary is not None and tasks.keys() >= set(old.summary.tasks) else None
+    return Quality(reference=old.reference, text=text, tasks=tasks, summary=summary)
+
+
+def _text_rows(text: TextQuality) -> tuple[int, int, int]:
+    return text.documents, text.tokens, text.window
+
+
 def _merged(old: Quality | None, new: Quality) -> Quality:
     if old is None:
         return new
-    text = {**old.text, **new.text} if old.reference == new.reference or not new.text else new.text
+    # an average over more tasks stays, unless one of them was measured again
+    known = () if old.summary is None else old.summary.tasks
+    stays = len(known) > len(new.summary.tasks if new.summary else ()) and not new.tasks.keys() & set(known)
     return Quality(
         reference=new.reference if new.text else old.reference,
-        text=text,
+        text={**old.text, **new.text},
         tasks={**old.tasks, **new.tasks},
-        summary=new.summary or old.summary,
+        summary=old.summary if stays else new.summary,
     )
 
 

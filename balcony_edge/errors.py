@@ -74,3 +74,11 @@ class DeviceError(BalconyError):
 
 class MissingDependencyError(BalconyError):
     """A package or a device that this action needs is not there; the message names the cure."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory: PyTorch's allocators raise errors of the runtime, the CPU's a plain one."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in words)

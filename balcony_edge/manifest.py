@@ -146,10 +146,14 @@ class Estimate(_Frozen):
 
 
 class TextQuality(_Frozen):
-    """An exit on a text file, per predicted token; ``kl`` (nats) and ``agreement`` are against the reference."""
+    """An exit on a text file, per predicted token; ``kl`` (nats) and ``agreement`` are against the reference.
+
+    ``window`` is the number of tokens of a pass: perplexities of different windows do not compare.
+    """
 
     documents: int = Field(gt=0)
     tokens: int = Field(gt=0)
+    window: int = Field(gt=1)
     perplexity: Estimate
     kl: Estimate
     agreement: Estimate

@@ -14,6 +14,7 @@ The last line is JSON: ``tokens``, ``rows_held_out``, ``trials`` (name → ``kl`
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import time
@@ -171,7 +172,7 @@ class Bench:
     def __init__(self, data: Path, work: Path, tokens: int) -> None:
         self.data, self.work, self.tokens = data, work, tokens
         self.tokenizer = load_tokenizer(demo_model_path())
-        self.model = load_model(demo_model_path(), dtype=torch.bfloat16, attn_implementation="sdpa")
+        self.model = load_model(demo_model_path(), attn_implementation="sdpa")
         self.corpora: dict[tuple[str, int], Corpus] = {}
         self.judge = self._trainer(Trial(), work / "judge")
 
@@ -209,7 +210,8 @@ class Bench:
             steps=steps, warmup_steps=steps // 10, evaluate_every=10**9, checkpoint_minutes=10**9, cache_gb=1.2, **given
         )
         corpus = self.corpus(trial.data, config.seq_len)
-        return trial.trainer(self.model, corpus, config, work / "balconies", work=work)
+        # each converts a model of its own: rotary tables are made in float32, before that
+        return trial.trainer(copy.deepcopy(self.model), corpus, config, work / "balconies", work=work)
 
     def run(self, name: str) -> dict[str, Any]:
         """Train, then judge: the averaged or the last weights, the better, as a checkpoint does."""

@@ -27,7 +27,7 @@ from balcony_edge.cli.run import run
 from balcony_edge.cli.simulate import simulate
 from balcony_edge.cli.train import train
 from balcony_edge.cli.verify import verify
-from balcony_edge.errors import BalconyError
+from balcony_edge.errors import BalconyError, is_out_of_memory
 
 app = typer.Typer(
     name="balcony-edge",
@@ -64,6 +64,12 @@ def reported(action: Callable[[], object]) -> None:
             raise
         cure = "this verb needs a workstation: pip install 'balcony-edge[export]'"
         print(f"balcony-edge: {error.name} is not installed: {cure}", file=sys.stderr)  # noqa: T201 - likewise
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        cure = "free some, or take less at once (train: --micro-rows, --seq-len; eval: --window; export: --no-verify)"
+        print(f"balcony-edge: out of memory: {cure}", file=sys.stderr)  # noqa: T201 - likewise
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:  # typer's code for Ctrl-C

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from balcony_edge.cli.train_joint import objective_of, refuse_for_frozen, refuse_given, train_jointly
+from balcony_edge.cli.train_joint import (
+    load_trainable,
+    objective_of,
+    refuse_for_frozen,
+    refuse_given,
+    train_jointly,
+)
 
 if TYPE_CHECKING:
     from balcony_export.balcony import Kind
@@ -93,7 +99,7 @@ def train(
     from balcony_edge.cli.console import stderr
     from balcony_edge.errors import InputError, TrainingError
     from balcony_export.balcony import load_balconies, parse_exits
-    from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.checkpoint import load_tokenizer
     from balcony_export.distill import Trainer
     from balcony_export.distill_config import TrainConfig
     from balcony_export.distill_data import build_corpus
@@ -116,7 +122,7 @@ def train(
     if steps is None and minutes is None:
         raise InputError("how long to train: give --tokens, --steps or --minutes")
     # before the processes meet in Trainer: behind that, transformers would leave all but the first without weights under FSDP
-    loaded = load_model(model, attn_implementation="sdpa")
+    loaded = load_trainable(model, seq_len)
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
     _refuse_trained(output, layers, start)
     rate = TrainConfig.rate if rate is None else rate
@@ -170,9 +176,10 @@ def train(
 def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:
     """Refuse to write over balconies that another run left there, unless it is from them that this one starts."""
     from balcony_edge.errors import TrainingError
+    from balcony_export.distill import run_directory
 
     there = [layer for layer in layers if (output / f"balcony_{layer}.safetensors").exists()]
-    if there and not (output / "run").exists() and (start is None or start.resolve() != output.resolve()):
+    if there and not run_directory(output, layers).exists() and (start is None or start.resolve() != output.resolve()):
         raise TrainingError(
             f"{output}: holds balcony {there[0]} already: name another directory, remove it, or go on from it with --start"
         )
@@ -224,7 +231,7 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, as_json: boo
     name = "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name
     parameters = sum(p.numel() for p in next(iter(trainer.balconies.values())).parameters())
     cost = Cost(len(results), parameters, trainer.tokens, pretraining_tokens(name, given_tokens))
-    plot = trainer.output / "curve.png"
+    plot = trainer.work / "curve.png"
     try:
         plot_curves(read_metrics(trainer.work / METRICS), plot, f"Balconies of {name}", trainer.config.loss)
     except MissingDependencyError as error:

@@ -12,6 +12,8 @@ import typer
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from balcony_export.joint import Objective
 
 
@@ -63,6 +65,24 @@ def refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> No
             raise InputError(f"{option}: {why}: leave it out")
 
 
+def load_trainable(source: str, seq_len: int) -> PreTrainedModel:
+    """Load a model whose exits can be trained, with the attention that transformers takes for it.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: it cannot be read, or export could not represent it.
+        InputError: rows longer than its context.
+    """
+    from balcony_export.architecture import parts_of
+    from balcony_export.checkpoint import load_model
+
+    model = load_model(source, attn_implementation=None)
+    parts_of(model)
+    longest = int(model.config.max_position_embeddings)
+    if seq_len > longest:
+        raise InputError(f"--seq-len {seq_len}: this model's context holds {longest} tokens: give no more")
+    return model
+
+
 def train_jointly(
     model: str,
     exits: str,
@@ -78,7 +98,7 @@ def train_jointly(
 
     from balcony_edge.cli.console import progress_bar, stdout
     from balcony_export.balcony import INDEX, parse_exits
-    from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.checkpoint import load_tokenizer
     from balcony_export.distill_data import build_corpus
     from balcony_export.joint import BASE, JointConfig, JointTrainer
     from balcony_export.output import refuse_existing
@@ -87,7 +107,7 @@ def train_jointly(
         raise InputError(f"{output}: holds balconies of another model: name another directory")
     if output.exists():
         refuse_existing(output / BASE)
-    loaded, tokenizer = load_model(model, attn_implementation="sdpa"), load_tokenizer(model)
+    loaded, tokenizer = load_trainable(model, seq_len), load_tokenizer(model)
     config = JointConfig(exits=parse_exits(exits, loaded.config.num_hidden_layers), **recipe)
     config.check()
     corpus = build_corpus(data, tokenizer, seq_len=seq_len, seed=config.seed, held_out_rows=held_out_rows)

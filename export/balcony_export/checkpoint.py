@@ -35,7 +35,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     keep_dtype: bool = False,
-    attn_implementation: str = "eager",
+    attn_implementation: str | None = "eager",
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
@@ -43,7 +43,7 @@ def load_model(
         source: a directory, a ``.gguf`` file, a hub name, or ``demo`` for :func:`demo_model_path`.
         dtype: of the weights; GGUF weights are dequantized to it.
         keep_dtype: take the checkpoint's own type instead, where it has one (GGUF has none).
-        attn_implementation: transformers' name of the attention function.
+        attn_implementation: transformers' name of the attention function; None: what transformers takes for the model.
 
     Raises:
         CheckpointError: one line that says what is wrong with ``source``.

@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]  # accelerate ships no types
 from transformers import PreTrainedModel
 
-from balcony_edge.errors import InputError, TrainingError
+from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
 from balcony_export.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies, write_file
 from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, save_checkpoint
 from balcony_export.distill_config import TrainConfig
@@ -52,6 +52,11 @@ class Progress:
     held_out: dict[int, float] | None
     tokens_per_s: float
     eta_s: float
+
+
+def run_directory(output: Path, exits: tuple[int, ...]) -> Path:
+    """Where a run keeps checkpoint and metrics: runs for other exits lie beside it."""
+    return output / "run" / "-".join(map(str, exits))
 
 
 class Judged(NamedTuple):
@@ -106,7 +111,7 @@ class Trainer:
                 f"{self.processes.count} processes with --cache-gb: one file of states cannot serve them: leave it out"
             )
         self.config, self.corpus, self.output, self.clock = config, corpus, output, clock
-        self.work = work or output / "run"
+        self.work = work or run_directory(output, config.exits)
         self.base_facts = fingerprint(model)
         self.balconies = start or init_balconies(
             model, config.exits, config.module, random=config.seed if config.start == "random" else None
@@ -182,14 +187,15 @@ class Trainer:
         return states
 
     def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
-        """Flat indices of the positions that the loss sees: no padding, no massive activation, sampled  # (n,)
+        """Flat indices of the positions that the loss sees: no padding, no massive activation at any exit, sampled  # (n,)
 
         Each row's seed gives an order of its positions, of which a pass takes the next ones: a row that is learned from
         ``again`` shows other positions, until it has shown all.
         """
         valid = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
-        rms = states[0].float().square().mean(-1).sqrt().cpu()  # (B, T)
-        valid &= rms < MASSIVE * rms.median(dim=1, keepdim=True).values
+        rms = states[:-1].float().square().mean(-1).sqrt().cpu()  # (exits, B, T)
+        usual = rms.masked_fill(~valid, math.nan).nanmedian(dim=2, keepdim=True).values  # (exits, B, 1)
+        valid &= (rms < MASSIVE * usual).all(dim=0)
         valid[:, 0] = False  # the sink, massive or not
         if self.config.loss != "kl":  # the text says nothing about the token behind the last one
             valid &= torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None] - 1
@@ -238,12 +244,8 @@ class Trainer:
         losses = {exit_layer: kl / counted for exit_layer, kl in zip(config.exits, kls, strict=True)}
         factor = self.schedule.factor(self.step)
         for exit_layer, balcony in self.balconies.items():
-            if not math.isfinite(losses[exit_layer]):
-                raise TrainingError(
-                    f"step {self.step}: the loss of exit {exit_layer} is {losses[exit_layer]}: {self._kept()}: begin again in "
-                    "another directory with a lower --rate" + (f", --start {self.output}" if self.best else "")
-                )
-            gradients = [p.grad for p in balcony.parameters() if p.grad is not None]
+            self._require_finite(exit_layer, losses[exit_layer])
+            gradients = self.processes.gradients(balcony)
             self.processes.sum(gradients)
             for gradient in gradients:
                 gradient.div_(counted)
@@ -278,12 +280,17 @@ class Trainer:
                 totals[exit_layer][1] += int(same.sum())
         if swapped is not None:
             self._swap_averages()
-        count = max(count, 1)
         return {e: (kl / count, hits / count) for e, (kl, hits) in totals.items()}
 
     def judged(self) -> dict[int, Judged]:
-        """Every exit on the held-out rows: its averaged or its current weights, whichever are better."""
+        """Every exit on the held-out rows: its averaged or its current weights, whichever are better.
+
+        Raises:
+            TrainingError: an exit whose current weights give no number: the last step went too far.
+        """
         raw, averaged = self.evaluate(), self.evaluate(averaged=True)
+        for exit_layer, (kl, _) in raw.items():
+            self._require_finite(exit_layer, kl)
         return {e: min(Judged(*raw[e], False), Judged(*averaged[e], True), key=lambda one: one.kl) for e in raw}
 
     def _held_out_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -297,6 +304,8 @@ class Trainer:
                 self._held_out.append(
                     (states, self.positions_of(part, states, [[start + row] for row in range(len(part.tokens))]))
                 )
+            if not any(len(where) for _, where in self._held_out):
+                raise InputError("the held-out rows have no position that the loss looks at: raise --held-out-rows")
         return self._held_out
 
     @torch.no_grad()
@@ -339,6 +348,8 @@ class Trainer:
         self.step, self.wall_s = state["step"], state["wall_s"]
         self.best = {int(key): (kl, hits) for key, (kl, hits) in state["best"].items()}
         planned = Schedule(**state["schedule"])
+        if self.config.steps is not None and self.config.steps <= self.step and self.config.steps != planned.total:
+            raise InputError(f"--steps {self.config.steps}: {self.step} steps are done already: give more")
         if self.config.steps != planned.total:
             planned.replan(self.step, self.config.steps or 10**9)  # with a deadline it is planned anew while it runs
         self.schedule = planned
@@ -421,6 +432,8 @@ class Trainer:
                 now = self.clock()
                 self.wall_s = before + now - started
                 window = [*window[-200:], (now, self.step)]
+                if self.step == first + 2:
+                    window = window[1:]  # the first step compiles the loss
                 per_step_s = (now - window[0][0]) / max(1, self.step - window[0][1])
                 held_out = None
                 if now - last_checkpoint >= 60 * self.config.checkpoint_minutes:
@@ -428,7 +441,7 @@ class Trainer:
                     last_checkpoint = self.clock()
                 elif self.step % self.config.evaluate_every == 0:
                     held_out = {e: one.kl for e, one in self.judged().items()}
-                if deadline is not None and (self.step - first) % 20 == 0:
+                if deadline is not None and (self.step - first in (2, 5, 10) or (self.step - first) % 20 == 0):
                     self.schedule.replan(self.step, self.step + int((deadline - self.clock()) / per_step_s))
                 total = self.schedule.total
                 tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s
@@ -443,9 +456,16 @@ class Trainer:
                 f"{self.work}: writing failed ({error.strerror or error}): {self._kept()}: free space and go on with --resume"
             ) from error
         except (MemoryError, RuntimeError) as error:
-            if not _is_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise self._out_of_memory() from error
+
+    def _require_finite(self, exit_layer: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {self.step}: the loss of exit {exit_layer} is {loss}: {self._kept()}: begin again in "
+                "another directory with a lower --rate" + (f", --start {self.output}" if self.best else "")
+            )
 
     def _kept(self) -> str:
         return "the last checkpoint is kept" if self.has_checkpoint() else "there was no checkpoint yet"
@@ -478,9 +498,3 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _is_memory(error: BaseException) -> bool:
-    """Whether there was no memory: the CPU's allocator raises a plain RuntimeError."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in str(error).lower() for part in words)

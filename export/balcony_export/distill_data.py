@@ -22,6 +22,7 @@ from balcony_edge.errors import InputError
 from balcony_export.text_files import json_lines, read_text
 
 _FORMS = 'JSON Lines with "text", "messages" or "instruction" and "response"/"output", or a .txt file'
+_Tokens = npt.NDArray[np.int32]
 _BATCH = 512  # documents per call of the tokenizer: bounded memory, and its threads stay busy
 
 
@@ -112,6 +113,7 @@ def build_corpus(
         seq_len: tokens per row.
         seed: of the order of the rows.
         held_out_rows: about how many rows of documents to keep out of training; which ones depends on their text alone.
+            Documents longer than that stay in training; where all are, the beginning of the shortest is kept out.
 
     Raises:
         InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two
@@ -119,7 +121,7 @@ def build_corpus(
     """
     if not files:
         raise InputError(f"--data: no file was given: give {_FORMS}")
-    documents: list[npt.NDArray[np.int32]] = []
+    documents: list[_Tokens] = []
     keys: list[str] = []
     sources: dict[str, dict[str, Any]] = {}
     for path in _expanded(files):
@@ -138,20 +140,30 @@ def build_corpus(
     order = sorted(range(len(documents)), key=lambda index: (keys[index], index))
     total = sum(len(document) for document in documents)
     target = min(held_out_rows * seq_len, total // 10)
-    held, taken = 0, 0
-    while held < len(order) - 1 and taken < target:
-        taken += len(documents[order[held]])
-        held += 1
-    if held_out_rows and not held:
-        raise InputError(
-            f"--data: {len(order)} document(s) and {total} tokens: none can be held out: give more, or split it into documents "
-            "(one JSON line each)"
-        )
+    learned, kept = _held_out([documents[index] for index in order], target)
+    if held_out_rows and not kept:
+        raise InputError(f"--data: {len(order)} document(s) and {total} tokens: none can be held out: give more text")
     generator = np.random.default_rng(seed)
-    train = pack([documents[index] for index in order[held:]], seq_len, generator)
-    held_out = pack([documents[index] for index in order[:held]], seq_len, generator).take(held_out_rows)
+    train, held_out = pack(learned, seq_len, generator), pack(kept, seq_len, generator).take(held_out_rows)
     digest = hashlib.sha256(train.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest()
     return Corpus(train, held_out, sources, digest)
+
+
+def _held_out(documents: list[_Tokens], target: int) -> tuple[list[_Tokens], list[_Tokens]]:
+    """``(documents to learn from, documents kept out)``: the first ones that are no longer than ``target`` tokens, until
+    they have as many together; where all are longer, the beginning of the shortest.
+    """
+    learned: list[_Tokens] = []
+    kept: list[_Tokens] = []
+    taken = 0
+    for document in documents:
+        fits = taken < target and len(document) <= target
+        (kept if fits else learned).append(document)
+        taken += len(document) if fits else 0
+    if not kept and target >= 2:
+        shortest = min(range(len(learned)), key=lambda index: len(learned[index]))
+        kept, learned[shortest] = [learned[shortest][:target]], learned[shortest][target:]
+    return learned, kept
 
 
 def pack(documents: Sequence[npt.NDArray[np.int32]], seq_len: int, generator: np.random.Generator) -> Rows:

@@ -51,6 +51,13 @@ class Processes:
         """The passes of a step that this process makes; ``passes`` is a multiple of the number of processes."""
         return range(self.index, passes, self.count)
 
+    def gradients(self, module: nn.Module) -> list[torch.Tensor]:
+        """Gradients of a module's parameters; a process that had none has zeros, or the others would wait for its part."""
+        for parameter in module.parameters() if self.count > 1 else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
     @torch.no_grad()
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""

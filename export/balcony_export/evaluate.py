@@ -123,7 +123,7 @@ def evaluate_text(
             raise VerificationError(
                 f"{scorer.name}: exit {exit_layer} gives logits that are not finite: train its balcony again"
             )
-    return {e: _quality(list(found.values()), len(documents)) for e, found in sums.items()}
+    return {e: _quality(list(found.values()), len(documents), size) for e, found in sums.items()}
 
 
 def ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
@@ -171,13 +171,14 @@ def _add(
         into.kl += float((probabilities * (full_log - log)).sum(dtype=torch.float64))
 
 
-def _quality(clusters: Sequence[_Sums], documents: int) -> TextQuality:
+def _quality(clusters: Sequence[_Sums], documents: int, window: int) -> TextQuality:
     nll = ratio([(c.nll, c.tokens) for c in clusters])
     perplexity = math.exp(min(nll.value, 700.0))  # e^700 is the end of a float: an exit that babbles stays a number
     stderr = None if nll.stderr is None else perplexity * nll.stderr  # d exp(x) = exp(x) dx
     return TextQuality(
         documents=documents,
         tokens=sum(c.tokens for c in clusters),
+        window=window,
         perplexity=Estimate(value=perplexity, stderr=stderr),
         kl=ratio([(c.kl, c.tokens) for c in clusters]),
         agreement=ratio([(c.hits, c.tokens) for c in clusters]),

@@ -113,7 +113,8 @@ def grids(report: Report) -> list[Grid]:
         tables.append(Grid(f"Tasks, {report.model}", header, tuple(_task_row(exit_, names) for exit_ in ordered)))
     for name, whole in full.quality.text.items():
         header = ("exit", "depth", "# params", "perplexity", "KL to the full model", "top-1 agreement")
-        title = f"{name}: {whole.documents} documents, {whole.tokens} tokens, against {report.reference}"
+        rows_of = f"{whole.documents} documents, {whole.tokens} tokens in windows of {whole.window}"
+        title = f"{name}: {rows_of}, against {report.reference}"
         rows = tuple((*_lead(exit_), *_text_cells(exit_.quality.text[name])) for exit_ in ordered)
         tables.append(Grid(title, header, rows))
     return tables

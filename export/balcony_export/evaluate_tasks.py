@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-import json
 import logging
 import math
 import tempfile
@@ -26,10 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import yaml
+from jinja2 import Environment, meta
 
 from balcony_edge.errors import InputError, MissingDependencyError
 from balcony_edge.manifest import Estimate, TaskQuality, TaskSummary
 from balcony_export.evaluate_scorer import Scorer
+from balcony_export.text_files import json_lines, read_text
 
 try:
     import datasets
@@ -49,22 +50,25 @@ _NORMALIZED = ("arc_challenge", "hellaswag", "hellaswag_10shot", "openbookqa")
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What one exit scored: a quality per task; per example, the score by the table's metric and the model's answers."""
+    """What one exit scored: a quality per task; per example, the model's answers and, where the table's metric is a mean
+    over examples, the scores (of a perplexity the log-likelihoods).
+    """
 
     qualities: dict[str, TaskQuality]
     scores: dict[str, npt.NDArray[np.float64]]
     answers: dict[str, list[list[Any]]] = field(default_factory=dict)
 
     def summary(self, full: TaskRun) -> TaskSummary | None:
-        """Average over the tasks, drop and retention against the full depth; None where a task's metric is no accuracy.
+        """Average over the tasks whose metric is an accuracy, drop and retention against the full depth; None without any.
 
         Standard errors come from pairs: the average's from the examples of each task, the drop's from differences, the
         retention's r = average / full average from the residuals exit - r × full (delta method).
         """
-        tasks = [task for task, quality in self.qualities.items() if not quality.metric.endswith("perplexity")]
+        pairs = {task: (scores, full.scores[task]) for task, scores in self.scores.items() if task in full.scores}
+        tasks = [task for task, pair in pairs.items() if all(((s >= 0) & (s <= 1)).all() for s in pair)]
         if not tasks:
             return None
-        ours, theirs = [self.scores[task] for task in tasks], [full.scores[task] for task in tasks]
+        ours, theirs = [pairs[task][0] for task in tasks], [pairs[task][1] for task in tasks]
         average, base = (float(np.mean([scores.mean() for scores in group])) for group in (ours, theirs))
         share = average / base if base else 0.0
         drop = _error([a - b for a, b in zip(ours, theirs, strict=True)])
@@ -169,11 +173,43 @@ def _spec(task: str, data: Path | None, cache: Path) -> str | dict[str, Any]:
     if data is None or not path.is_file():
         return task
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    files = {split: str(_data_file(data, name)) for split, name in config.pop("data_files").items()}
-    config["dataset_kwargs"] = {"data_files": files, "cache_dir": str(cache)}
+    files = {split: _data_file(data, name) for split, name in config.pop("data_files").items()}
+    config["dataset_kwargs"] = {
+        "data_files": {split: str(file) for split, file in files.items()},
+        "cache_dir": str(cache),
+    }
+    if config["dataset_path"] == "json":
+        wanted = _fields(*(config.get(key) for key in ("doc_to_text", "doc_to_choice", "doc_to_target")))
+        for file in files.values():
+            _records(file, wanted - {"shots"})
     if (shots := config.pop("shots", None)) is not None:
         config["process_docs"] = _with_shots(_data_file(data, shots["file"]), shots)
     return config
+
+
+def _fields(*templates: Any) -> set[str]:
+    """Fields of an example that a task's entries ask for: a template's variables, or a field by its bare name."""
+    environment, found = Environment(), set()
+    for template in templates:
+        if isinstance(template, str):
+            found |= meta.find_undeclared_variables(environment.parse(template)) if "{{" in template else {template}
+    return found
+
+
+def _records(path: Path, fields: set[str]) -> list[dict[str, Any]]:
+    """The records of a JSON Lines file.
+
+    Raises:
+        InputError: no UTF-8, no JSON, no line, or a line that lacks a field.
+    """
+    form = f"JSON Lines with {', '.join(sorted(fields))}"
+    records = []
+    for where, record in json_lines(path, read_text(path, form), form):
+        if not isinstance(record, dict) or not fields <= record.keys():
+            absent = sorted(fields - record.keys() if isinstance(record, dict) else fields)
+            raise InputError(f"{where}: has no {absent[0]}: give {form}")
+        records.append(record)
+    return records
 
 
 def _data_file(data: Path, name: str) -> Path:
@@ -185,16 +221,24 @@ def _data_file(data: Path, name: str) -> Path:
 
 def _with_shots(path: Path, shots: Mapping[str, Any]) -> Callable[[Any], Any]:
     """A function that puts the field ``shots`` into each example of a data set."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     by, count, template = shots.get("by"), int(shots["count"]), str(shots["text"])
+    rows = _records(path, _fields(template) | ({by} if by else set()))
     pools: dict[Any, list[tuple[dict[str, Any], str]]] = {}
     for row in rows:
         pool = pools.setdefault(row[by] if by else None, [])
         if len(pool) <= count:  # one more than is shown: an example is never its own shot
             pool.append((row, apply_template(template, row)))
+    for name, pool in pools.items():
+        if len(pool) < count:
+            raise InputError(
+                f"{path}: holds {len(pool)} rows{f' of {name}' if by else ''}: {count} are shown: give more"
+            )
 
     def add(example: dict[str, Any]) -> dict[str, str]:
-        pool = pools.get(example[by] if by else None, [])
+        key = example[by] if by else None
+        if key not in pools:
+            raise InputError(f"{path}: holds no rows of {key}")
+        pool = pools[key]
         shown = [text for row, text in pool if any(example.get(key) != value for key, value in row.items())]
         return {"shots": "".join(shown[:count])}
 
@@ -245,14 +289,16 @@ def _run(tasks: Mapping[str, Sequence[str]], results: Any) -> TaskRun:
     for task, leaves in tasks.items():
         rows = [row for leaf in leaves for row in samples[leaf] if row["filter"] == samples[leaf][0]["filter"]]
         first = _aggregated(results["results"][leaves[0]])
-        names = [name for name in first if all(name in row for row in rows)]
-        if not names:
-            raise InputError(f"--tasks: '{task}' gives no score per example that all its parts share: name its parts")
-        metric = _primary(task, names)
-        columns = {name: np.array([_scalar(row[name]) for row in rows], np.float64) for name in names}
         whole = first if len(leaves) == 1 else {}
-        metrics = {name: _estimate(name, column, whole.get(name)) for name, column in columns.items()}
-        scores[task] = columns[metric]
+        columns = {name: column for name in first if (column := _column(name, rows, whole.get(name))) is not None}
+        # a group has no aggregate of its own, and parts' aggregates of a metric that is no mean cannot be put together
+        metrics = {name: Estimate(value=value) for name, value in whole.items()}
+        metrics |= {name: _estimate(name, column) for name, column in columns.items()}
+        if not metrics:
+            raise InputError(f"--tasks: '{task}' gives no score per example that all its parts share: name its parts")
+        metric = _primary(task, list(columns) or list(metrics))
+        if metric in columns:
+            scores[task] = columns[metric]
         answers[task] = [list(row["filtered_resps"]) for row in rows]
         qualities[task] = TaskQuality(metric=metric, examples=len(rows), metrics=metrics)
     return TaskRun(qualities, scores, answers)
@@ -268,22 +314,29 @@ def _aggregated(row: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _estimate(metric: str, column: npt.NDArray[np.float64], aggregated: float | None) -> Estimate:
-    """A metric over examples; its error where it is their mean, or the exponential of their mean log-likelihood."""
+def _column(metric: str, rows: Sequence[Mapping[str, Any]], aggregated: float | None) -> npt.NDArray[np.float64] | None:
+    """Per example what the metric is the mean of (of a perplexity: is exp(-mean) of); None where it is no such thing.
+
+    The harness gives pairs of gold and prediction for metrics of the whole (``mcc``, ``f1``), texts for ``bleu``, and
+    a log-likelihood beside a count of words for perplexities by the word: none of them is a score of one example.
+    """
+    values = [row.get(metric) for row in rows]
+    if not all(isinstance(value, int | float | np.number | np.bool_) for value in values):
+        return None
+    column = np.array(values, np.float64)
+    whole = _estimate(metric, column).value
+    return column if aggregated is None or math.isclose(aggregated, whole, rel_tol=1e-9, abs_tol=1e-12) else None
+
+
+def _estimate(metric: str, column: npt.NDArray[np.float64]) -> Estimate:
+    """A metric over examples with its standard error: their mean, or exp(-mean) of their log-likelihoods."""
     mean = float(column.mean())
     error = float(column.std(ddof=1) / math.sqrt(len(column))) if len(column) > 1 else None
-    if aggregated is None or math.isclose(aggregated, mean, rel_tol=1e-9, abs_tol=1e-12):
-        return Estimate(value=mean, stderr=error)
-    if metric == "perplexity" and math.isclose(aggregated, math.exp(-mean), rel_tol=1e-9):
-        return Estimate(value=aggregated, stderr=None if error is None else aggregated * error)
-    return Estimate(value=aggregated)
+    if metric == "perplexity":
+        return Estimate(value=math.exp(-mean), stderr=None if error is None else math.exp(-mean) * error)
+    return Estimate(value=mean, stderr=error)
 
 
 def _primary(task: str, metrics: Sequence[str]) -> str:
     order = ("acc_norm", *_METRICS) if task in _NORMALIZED else _METRICS
     return next((name for name in order if name in metrics), metrics[0])
-
-
-def _scalar(value: Any) -> float:
-    """An example's score; perplexities come as a tuple whose first entry is the log-likelihood."""
-    return float(value[0]) if isinstance(value, list | tuple) else float(value)

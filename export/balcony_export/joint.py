@@ -153,7 +153,11 @@ class JointTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[int, ExitScore]:
-        """Every exit and the full depth on the held-out rows."""
+        """Every exit and the full depth on the held-out rows.
+
+        Raises:
+            TrainingError: one of them gives no number: the last step went too far.
+        """
         depth = len(self._backbone.decoder.layers)
         sums = {e: [0.0, 0.0, 0.0] for e in (*self.config.exits, depth)}
         count = 0
@@ -167,6 +171,9 @@ class JointTrainer:
                 found[0] += float(functional.nll_loss(logs, labels, reduction="sum"))
                 found[1] += float((logits[-1].exp() * (logits[-1] - logs)).sum())
                 found[2] += int((logs.argmax(-1) == logits[-1].argmax(-1)).sum())
+        for exit_layer, values in sums.items():
+            if not all(map(math.isfinite, values)):
+                raise TrainingError(f"exit {exit_layer} gives no number any more: lower --rate and start again")
         return {e: ExitScore(*(value / count for value in values)) for e, values in sums.items()}
 
     def save(self, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:

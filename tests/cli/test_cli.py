@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from balcony_edge.cli import main
+from balcony_edge.cli import main, reported
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
 
@@ -416,6 +418,16 @@ def test_ctrl_c_in_generation_ends_the_reply(exported: Path, interruptible: Any)
     assert "Traceback" not in err
     document = json.loads(out)
     assert 1 <= document["new_tokens"] < 200 and document["finish_reason"] == "cancelled"
+
+
+@pytest.mark.parametrize("allocate", [bytearray, torch.empty])
+def test_memory_that_is_not_there_is_one_line(allocate: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        reported(lambda: allocate(2**60))
+    assert stop.value.code == 1
+    assert re.fullmatch("balcony-edge: out of memory: .* --window; .*\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="shape"):  # a bug keeps its traceback
+        reported(lambda: torch.zeros(2, 3) + torch.zeros(5, 7).view(3))
 
 
 def test_help_of_every_verb() -> None:

@@ -106,10 +106,17 @@ def test_massive_activations_are_no_targets(make_tiny: Callable[..., Any], corpu
     states = trainer.backbone.states(torch.from_numpy(rows.tokens).long())
     seeds = [[row] for row in range(len(rows.tokens))]
     before = trainer.positions_of(rows, states, seeds).tolist()
-    states[0, 0, 5, 3] = 25_856.0
-    after = trainer.positions_of(rows, states, seeds).tolist()
-    assert sorted(set(before) - set(after)) == [5]
+    for exit_ in (0, 1):  # at any exit: the deeper one alone may have it
+        marked = states.clone()
+        marked[exit_, 0, 5, 3] = 25_856.0
+        after = trainer.positions_of(rows, marked, seeds).tolist()
+        assert sorted(set(before) - set(after)) == [5]
     assert 0 not in before
+    # padding says nothing about what is usual: here most of a row is padding of small states
+    short = Rows(rows.tokens[:1], np.array([8], dtype=np.int32))
+    quiet = states[:, :1].clone()
+    quiet[:, :, 8:] *= 1e-3
+    assert trainer.positions_of(short, quiet, [[0]]).tolist() == list(range(1, 8))
 
 
 def test_sampled_positions_are_distinct_and_follow_from_the_row(
@@ -299,7 +306,7 @@ def test_two_processes_make_the_run_of_one(
         for child in children:
             child.kill()
             child.wait()
-    shared = [json.loads(line)["loss"] for line in (tmp_path / "shared/run" / METRICS).read_text().splitlines()]
+    shared = [json.loads(line)["loss"] for line in (tmp_path / "shared/run/2-3" / METRICS).read_text().splitlines()]
     assert [path.read_text() for path in (tmp_path / "shared").glob("process * of 2")] == [held, held]
     assert len(shared) == 5
     for one, two in zip(losses_of(alone), shared, strict=True):
@@ -310,7 +317,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(
     make_tiny: Callable[..., Any], corpus: Corpus, text_file: Path, tmp_path: Path
 ) -> None:
     child = subprocess.Popen(_script(_KILLED, text_file, tmp_path), env=_environment())
-    metrics = tmp_path / "run" / METRICS
+    metrics = tmp_path / "run/2-3" / METRICS
     deadline = time.monotonic() + 120
     while child.poll() is None and time.monotonic() < deadline:
         if (
@@ -353,7 +360,10 @@ def test_a_resumed_run_must_be_the_same_run(make_tiny: Callable[..., Any], corpu
     assert longer.resume()
     longer.run()
     assert longer.step == 4
-    (tmp_path / "run/checkpoint.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match="--steps 3: 4 steps are done already"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path, steps=3).resume()
+    assert trainer_of(make_tiny("llama"), corpus, tmp_path, steps=4).resume()  # a run that had ended
+    (longer.work / "checkpoint.safetensors").write_bytes(b"cut")
     with pytest.raises(TrainingError, match=r"checkpoint\.safetensors: is damaged"):
         longer.resume()
 
@@ -362,9 +372,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
 ) -> None:
     trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2).run()
-    before = {
-        file.name: file.read_bytes() for file in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("run/*.safetensors"))
-    }
+    before = {file.name: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
     assert len(before) == 3
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=6)
     trainer.resume()
@@ -373,9 +381,27 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
         TrainingError, match=r"step 2: the loss of exit 3 is nan.*checkpoint is kept.*lower --rate, --start"
     ):
         trainer.run()
-    assert before == {
-        file.name: file.read_bytes() for file in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("run/*.safetensors"))
-    }
+    with pytest.raises(TrainingError, match="step 2: the loss of exit 3 is nan"):
+        trainer.checkpoint()  # as after a step that went too far when a checkpoint was due
+    assert before == {file.name: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+
+
+def test_a_last_step_that_goes_too_far_writes_nothing(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=1, rate=1e30)
+    with pytest.raises(TrainingError, match=r"step 1: the loss of exit 2 is nan: there was no checkpoint yet"):
+        trainer.run()
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "balconies.json").exists()
+
+
+def test_held_out_rows_that_show_nothing_are_refused(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    rows = corpus.held_out
+    empty = Corpus(corpus.train, Rows(rows.tokens, np.ones_like(rows.lengths)), {}, "")
+    with pytest.raises(InputError, match="have no position that the loss looks at"):
+        trainer_of(make_tiny("llama"), empty, tmp_path, steps=1).run()
 
 
 def test_balconies_that_a_run_began_from_are_only_replaced_by_better_ones(
@@ -400,7 +426,7 @@ def test_a_run_that_left_no_checkpoint_leaves_no_curve(
     make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
 ) -> None:
     killed = trainer_of(make_tiny("llama"), corpus, tmp_path)
-    killed.work.mkdir()
+    killed.work.mkdir(parents=True)
     killed._log(Progress(1, 12, killed.train_step(), None, 0.0, 0.0))
     again = trainer_of(make_tiny("llama"), corpus, tmp_path)
     again.run()
@@ -467,6 +493,25 @@ def test_a_run_with_a_deadline_ends_at_it_with_a_rate_of_zero(
     assert factors[-1] < 0.05
     decaying = sum(factor < 1.0 for factor in factors[2:]) / len(factors)
     assert 0.3 < decaying < 0.5  # the decay's share, 0.4
+
+
+def test_a_deadline_is_not_planned_by_the_first_step_which_compiles(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"steps": None, "minutes": 3.0, "exits": (2,), "checkpoint_minutes": 10**6}
+    trainer = trainer_of(make_tiny("llama", num_hidden_layers=3), corpus, tmp_path, **options)
+    now, step = 0.0, trainer.train_step
+
+    def slow() -> dict[int, float]:
+        nonlocal now
+        now += 1.0 if trainer.step else 60.0
+        return step()
+
+    trainer.clock = lambda: now
+    monkeypatch.setattr(trainer, "train_step", slow)
+    trainer.run()
+    assert (trainer.step, now) == (121, 180.0)
+    assert trainer.schedule.factor(trainer.step - 1) < 0.05
 
 
 def test_an_output_that_cannot_hold_the_balconies_is_refused_before_the_training(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.commands.launch import (  # type: ignore[import-untyped]
-    _validate_launch_command,
-    launch_command_parser,
-)
 from torch import nn
-from typer.testing import CliRunner
 
-from balcony_edge.errors import InputError, TrainingError
+from balcony_edge.errors import InputError
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Order, build_corpus, pack
 from balcony_export.distill_loss import CHUNK, HeadLoss
+from balcony_export.distill_parallel import Processes
 from balcony_export.distill_report import Cost, pretraining_tokens
 from balcony_export.distill_schedule import Schedule
 
@@ -211,57 +204,26 @@ def test_corpus_holds_documents_out_and_follows_from_its_seed(
     assert held not in texts
 
 
-# -- command line
+@pytest.mark.parametrize("sizes", [(900, 40), (40, 900), (900, 60, 50), (900,)])
+def test_no_long_document_is_kept_out_whole(
+    sizes: tuple[int, ...], make_tokenizer: Callable[[], Any], tmp_path: Path
+) -> None:
+    tokenizer, words = (
+        make_tokenizer(),
+        ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "the", "balcony"],
+    )
+    files = [tmp_path / f"{index}.txt" for index in range(len(sizes))]
+    for index, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        file.write_text(" ".join(words[(index + n) % len(words)] for n in range(size)))
+    corpus = build_corpus(files, tokenizer, seq_len=24, held_out_rows=2)
+    total = sum(source["tokens"] for source in corpus.sources.values())
+    assert 24 < corpus.held_out.num_tokens <= 48  # two rows were asked for; every document is longer
+    assert corpus.train.num_tokens + corpus.held_out.num_tokens >= total - len(sizes)  # tails of one token go
 
 
-def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
-    from balcony_edge.cli import app  # as a user: everything behind the verb
-
-    out = tmp_path / "balconies"
-    command = [
-        "train",
-        str(tiny_checkpoint),
-        "--exits",
-        "2,3",
-        "--data",
-        str(text_file),
-        "-o",
-        str(out),
-        "--no-compile",
-    ]
-    command += ["--seq-len", "24", "--positions", "8", "--held-out-rows", "4", "--json"]
-    result = CliRunner().invoke(app, [*command, "--tokens", "240"], catch_exceptions=False)
-    document = json.loads(result.stdout)
-    assert document["steps"] == 5
-    assert document["tokens"] == 240
-    assert set(document["exits"]) == {"2", "3"}
-    assert (out / "curve.png").is_file()
-    again = CliRunner().invoke(app, [*command, "--tokens", "240"])
-    assert isinstance(again.exception, TrainingError)
-    assert "go on with --resume" in str(again.exception)
-    before = (out / "run" / "checkpoint.safetensors").read_bytes()
-    result = CliRunner().invoke(app, [*command, "--steps", "7", "--resume"], catch_exceptions=False)
-    assert json.loads(result.stdout)["steps"] == 7
-    assert (out / "run" / "checkpoint.safetensors").read_bytes() != before
-    result = CliRunner().invoke(app, [*command, "--minutes", "0.02", "--resume"], catch_exceptions=False)
-    assert json.loads(result.stdout)["steps"] > 7
-    # from balconies in the very directory that it writes to, whose index its first checkpoint changes
-    (out / "run").rename(tmp_path / "old-run")
-    begun = CliRunner().invoke(app, [*command, "--steps", "2", "--start", str(out)], catch_exceptions=False)
-    assert json.loads(begun.stdout)["steps"] == 2
-    (out / "run").rename(tmp_path / "run")
-    again = CliRunner().invoke(app, [*command, "--steps", "2"])
-    assert isinstance(again.exception, TrainingError) and "holds balcony 2 already" in str(again.exception)
-    (tmp_path / "run").rename(out / "run")
-    further = [*command, "--steps", "4", "--start", str(out), "--resume"]
-    assert json.loads(CliRunner().invoke(app, further, catch_exceptions=False).stdout)["steps"] == 4
-
-
-def test_the_commands_for_several_devices_are_ones_that_accelerate_takes() -> None:
-    text = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^ +accelerate launch (.+)$", text, re.MULTILINE)
-    assert len(commands) == 2
-    for command, flag in zip(commands, ("multi_gpu", "use_fsdp"), strict=True):
-        given = launch_command_parser().parse_args(shlex.split(command))
-        checked, *_ = _validate_launch_command(given)
-        assert getattr(checked, flag) and checked.num_processes == 4
+def test_a_process_without_positions_gives_zeros_where_others_wait_for_it() -> None:
+    one, several = nn.Linear(3, 2), Processes()
+    assert several.gradients(one) == []
+    several.count = 2
+    assert [gradient.abs().sum().item() for gradient in several.gradients(one)] == [0.0, 0.0]
+    assert one.weight.grad is not None and several.gradients(one)[0] is one.weight.grad

@@ -1,0 +1,181 @@
+"""The statistics of evaluation by hand, what the manifest keeps of them, and data files that are wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'")
+
+from balcony_edge.bundle import record_quality
+from balcony_edge.errors import BundleError, InputError
+from balcony_edge.manifest import Estimate, Quality, TaskQuality, TaskSummary, TextQuality
+from balcony_export.evaluate import ratio
+from balcony_export.evaluate_tasks import TaskRun, _run, _spec
+
+ONE = Estimate(value=1.0)
+
+
+def test_standard_error_of_a_ratio() -> None:
+    values = [1.0, 3.0, 2.0, 6.0]
+    found = ratio([(5 * v, 5) for v in values])  # clusters of equal size: the plain standard error of their means
+    assert found.value == 3.0 and found.stderr == pytest.approx(np.std(values, ddof=1) / 2)
+    assert ratio([(3.0, 4)]) == Estimate(value=0.75)
+    # of unequal size: 1.5 per token, residuals 0.5, -3 and 2.5, and 3 / 2 of their squares over 10 tokens
+    unequal = ratio([(2.0, 1), (3.0, 4), (10.0, 5)])
+    assert unequal.value == pytest.approx(1.5)
+    assert unequal.stderr == pytest.approx(math.sqrt(1.5 * 15.5) / 10)
+
+
+def test_summary_pairs_examples() -> None:
+    def run(*scores: list[float]) -> TaskRun:
+        names = [f"t{i}" for i in range(len(scores))]
+        quality = TaskQuality(metric="acc", examples=4, metrics={})
+        return TaskRun(dict.fromkeys(names, quality), {n: np.array(s) for n, s in zip(names, scores, strict=True)})
+
+    full, exit_ = run([1, 1, 0, 1], [1, 0, 0, 1]), run([1, 0, 0, 1], [1, 0, 0, 1])
+    summary = exit_.summary(full)
+    assert summary is not None and summary.retention is not None
+    assert (summary.average.value, summary.drop.value) == (50.0, -12.5)
+    assert summary.retention.value == pytest.approx(80.0)
+    # residuals exit - 0.8 full: (0.2, -0.8, 0, 0.2) and (0.2, 0, 0, 0.2), variances of their means 0.17 / 3 and 0.01 / 3
+    assert summary.retention.stderr == pytest.approx(100 * math.sqrt(0.18 / 3) / 2 / 0.625)
+    # one of two tasks differs in one of four pairs: (0, -1, 0, 0) has standard error 0.25, the other 0
+    assert summary.drop.stderr == pytest.approx(100 * 0.25 / 2)
+    same = full.summary(full)
+    assert same is not None and same.retention == Estimate(value=100.0, stderr=0.0) and same.drop.stderr == 0.0
+    nothing = run([0, 0, 0, 0])
+    assert (summary := nothing.summary(nothing)) is not None and summary.retention is None
+
+
+def harness(task: str, metric: str, whole: float, values: list[Any]) -> dict[str, Any]:
+    """Results in the harness's form: one metric of one task."""
+    rows = [{"filter": "none", metric: value, "filtered_resps": ["x"]} for value in values]
+    return {"results": {task: {f"{metric},none": whole, "alias": task}}, "samples": {task: rows}}
+
+
+def test_a_metric_of_the_whole_is_no_score_of_its_examples() -> None:
+    # Matthews' correlation: the harness gives pairs of gold and prediction, here all wrong
+    run = _run({"cola": ["cola"]}, harness("cola", "mcc", -1.0, [(1, 0), (0, 1), (1, 0)]))
+    assert run.qualities["cola"] == TaskQuality(metric="mcc", examples=3, metrics={"mcc": Estimate(value=-1.0)})
+    assert run.scores == {} and run.summary(run) is None
+    texts = _run({"wmt": ["wmt"]}, harness("wmt", "bleu", 12.5, [("a", "b"), ("c", "c")]))
+    assert texts.qualities["wmt"].metrics == {"bleu": Estimate(value=12.5)} and texts.scores == {}
+    with pytest.raises(InputError, match="'glue' gives no score per example"):
+        _run({"glue": ["cola"] * 2}, harness("cola", "mcc", -1.0, [(1, 0), (0, 1)]))
+
+
+def test_accuracies_and_perplexities_are_scored_by_example() -> None:
+    run = _run({"t": ["t"]}, harness("t", "acc", 0.75, [1.0, 1.0, 0.0, 1.0]))
+    assert run.scores["t"].tolist() == [1, 1, 0, 1]
+    assert run.qualities["t"].metrics["acc"] == Estimate(value=0.75, stderr=0.25)
+    logs = [-1.0, -3.0]
+    for leaves in (["p"], ["p", "p"]):  # a group has no aggregate: its parts' examples are put together
+        run = _run({"p": leaves}, harness("p", "perplexity", math.exp(2.0), logs))
+        found = run.qualities["p"].metrics["perplexity"]
+        assert found.value == pytest.approx(math.exp(2.0)) and found.stderr is not None
+        assert run.summary(run) is None  # no accuracy
+    assert found.stderr == pytest.approx(math.exp(2.0) * math.sqrt(4 / 3) / 2)
+    # points of 100 are no share: an average over them and accuracies would say nothing
+    run = _run({"f": ["f"]}, harness("f", "f1", 50.0, [0.0, 100.0]))
+    assert run.qualities["f"].metrics["f1"].value == 50.0 and run.summary(run) is None
+
+
+# ---- the manifest
+
+
+def test_recording_adds_and_never_mixes_references(bundle_copy: Path) -> None:
+    def text(name: str, reference: str) -> Quality:
+        one = Estimate(value=1.0)
+        found = TextQuality(documents=1, tokens=9, window=8, perplexity=one, kl=one, agreement=one)
+        return Quality(reference=reference, text={name: found})
+
+    task = TaskQuality(metric="acc", examples=3, metrics={"acc": Estimate(value=0.5, stderr=0.1)})
+    record_quality(bundle_copy, {2: text("a", "x")})
+    record_quality(bundle_copy, {2: Quality(reference="x", tasks={"t": task})})
+    manifest = record_quality(bundle_copy, {2: text("b", "x")})
+    quality = manifest.exits[0].quality
+    assert quality is not None and set(quality.text) == {"a", "b"} and set(quality.tasks) == {"t"}
+    assert manifest.exits[1].quality is None
+    quality = record_quality(bundle_copy, {2: text("c", "y")}).exits[0].quality
+    assert (
+        quality is not None and set(quality.text) == {"c"} and quality.reference == "y" and set(quality.tasks) == {"t"}
+    )
+    with pytest.raises(BundleError, match="has no exit 4: it has 2, 3, 5"):
+        record_quality(bundle_copy, {4: text("a", "x")})
+
+
+def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> None:
+    def quality(tokens: int, window: int, examples: int, *tasks: str) -> Quality:
+        text = TextQuality(documents=1, tokens=tokens, window=window, perplexity=ONE, kl=ONE, agreement=ONE)
+        task = TaskQuality(metric="acc", examples=examples, metrics={"acc": ONE})
+        summary = TaskSummary(tasks=tasks, average=ONE, drop=ONE, retention=None)
+        return Quality(reference="x", text={"a": text}, tasks=dict.fromkeys(tasks, task), summary=summary)
+
+    def recorded(*layers: int, of: Quality) -> list[Quality | None]:
+        return [exit_.quality for exit_ in record_quality(bundle_copy, dict.fromkeys(layers, of)).exits]
+
+    whole = quality(9, 8, 30, "s", "t", "u")
+    recorded(2, 3, 5, of=whole)
+    assert recorded(2, 5, of=whole) == [whole] * 3  # the same rows again
+    other_window = quality(9, 4, 30, "s")
+    two, three, five = recorded(2, 5, of=other_window)
+    assert two == five and two is not None and two.text == other_window.text
+    assert three is not None and three.text == {} and three.tasks == whole.tasks  # the same examples of the task
+    fewer = quality(9, 4, 7, "s")
+    two, three, five = recorded(2, 5, of=fewer)
+    assert two is not None and three is not None and two.tasks["s"].examples == 7 and two.tasks["t"].examples == 30
+    assert set(three.tasks) == {"t", "u"} and three.summary is None and two.summary == fewer.summary
+    # an average over several tasks outlives one over another task, until one of its own is measured again
+    recorded(2, 3, 5, of=whole)
+    two, *_ = recorded(2, 3, 5, of=quality(9, 8, 30, "v"))
+    assert two is not None and two.summary == whole.summary and set(two.tasks) == {"s", "t", "u", "v"}
+    again = quality(9, 8, 30, "t")
+    two, *_ = recorded(2, 3, 5, of=again)
+    assert two is not None and two.summary == again.summary
+
+
+# ---- data files
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "content", "words"),
+    [
+        ("arc_easy", "arc_easy/test.jsonl", b"{\n", r"test\.jsonl:1: is not JSON"),
+        ("arc_easy", "arc_easy/test.jsonl", b"", r"test\.jsonl: is empty"),
+        (
+            "arc_easy",
+            "arc_easy/test.jsonl",
+            b'{"question": "why", "choices": ["a", "b"]}\n',
+            r"test\.jsonl:1: has no gold",
+        ),
+        ("lambada_openai", "lambada_openai/lambada_test.jsonl", b'{"text": "a b"}\n{"txt": 1}\n', r":2: has no text"),
+        ("mmlu", "mmlu/dev_5shot.jsonl", b"{", r"dev_5shot\.jsonl:1: is not JSON"),
+        ("mmlu", "mmlu/dev_5shot.jsonl", b"\xff\xfe", r"dev_5shot\.jsonl: is not UTF-8"),
+        (
+            "mmlu",
+            "mmlu/dev_5shot.jsonl",
+            b'{"question": "q", "choices": "abcd", "answer": "A"}\n',
+            r":1: has no subject",
+        ),
+        (
+            "mmlu",
+            "mmlu/dev_5shot.jsonl",
+            b'{"subject": "law", "question": "q", "choices": "abcd", "answer": "A"}\n' * 4,
+            r"holds 4 rows of law: 5 are shown",
+        ),
+    ],
+)
+def test_data_files_that_are_wrong(task: str, file: str, content: bytes, words: str, tmp_path: Path) -> None:
+    good = {"subject": "law", "question": "q", "choices": ["a", "b", "c", "d"], "answer": "A"}
+    for name, lines in (("mmlu/test_dev50.jsonl", [good]), (file, [])):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        _spec(task, tmp_path, tmp_path / "cache")
