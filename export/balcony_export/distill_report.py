@@ -94,17 +94,18 @@ def plot_curves(metrics: Sequence[dict[str, Any]], output: Path, title: str, los
             (line["tokens"] / 1e6, line["held_out_kl"][exit_layer]) for line in metrics if "held_out_kl" in line
         ]
         label = f"exit {exit_layer}"
-        axes.plot(*(zip(*held_out, strict=True) if held_out else ([], [])), "o", ms=4, color=f"C{index}", label=label)
+        points = zip(*held_out, strict=True) if held_out else ([], [])
+        axes.plot(*points, "o--", ms=5, mfc="white", lw=0.8, color=f"C{index}", label=label)
     axes.set_xlabel("tokens (millions)")
     lines = "line training" if loss == "kl" else f"line training loss ({loss})"
-    axes.set_ylabel(f"KL(full ‖ exit), nats: {lines}, dots held out")
+    axes.set_ylabel(f"KL(full ‖ exit), nats: {lines}, circles held out")
     axes.set_yscale("log")
     for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         set_formatter(StrMethodFormatter("{x:g}"))
     axes.set_title(title)
     axes.grid(alpha=0.3, which="both")
     if metrics:
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=len(metrics[0]["loss"]))
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
 
