@@ -26,9 +26,12 @@ class Chat:
         self._llm, self.sequence = llm, sequence
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[Message] = list(self._system)
+        self._speaking: TokenStream | None = None
 
     def send(self, text: str, **options: Any) -> TokenStream:
         """Say something and stream the reply, which joins the history as far as it was consumed.
+
+        A reply that was not consumed to its end ends here.
 
         Args:
             text: the user's message.
@@ -38,20 +41,37 @@ class Chat:
             InputError: an empty message; otherwise as :meth:`LLM.stream`. The history is then as before.
         """
         self._llm.encode(text)  # refuses an empty text
+        self._silence()
         user: Message = {"role": "user", "content": text}
         stream = self._llm.stream([*self.messages, user], sequence=self.sequence, **options)
-        return TokenStream(self._recorded(user, stream), stream.reply.prompt_tokens, stream.cancelled)
+        self._speaking = TokenStream(self._recorded(user, stream), stream.reply.prompt_tokens, stream.cancelled)
+        return self._speaking
 
     def _recorded(self, user: Message, stream: TokenStream) -> Iterator[Token]:
+        last = None
         try:
-            yield from stream
+            for token in stream:
+                if token.finish_reason is not None:
+                    last = token  # recorded before it is given out: whoever has it may never ask for another one
+                    break
+                yield token
         finally:
+            stream.close()
             if stream.reply.tokens:
                 self.messages += [user, {"role": "assistant", "content": stream.reply.text}]
+        if last is not None:
+            yield last
 
     def reset(self) -> None:
         """Forget the conversation but for the system message."""
+        self._silence()
         self.messages = list(self._system)
+
+    def _silence(self) -> None:
+        """End the reply that is still open: its turn joins the history, and its sequence is free for another."""
+        if self._speaking is not None:
+            self._speaking.close()
+            self._speaking = None
 
     @contextmanager
     def catching_up(self) -> Iterator[None]:

@@ -75,7 +75,7 @@ class Surroundings(NamedTuple):
         budget_and_costs: asked before every step, so that a new budget takes effect at the next token. Costs may be None
             as long as the budget has no target.
         readings: the latest of every sensor; asked where the budget needs them, or where there is a trace.
-        sleep: waits so many seconds, or less when the stream is cancelled.
+        sleep: waits so many seconds, or less when the stream is cancelled; true when it was.
         trace: where the run is recorded.
         learned: what is known of the device from replies before.
         keep_logits: whether steps carry the logits.
@@ -346,7 +346,7 @@ def _wait(sequence: Sequence, decision: Decision, until: int, sleep: Callable[[f
     begin = worked = time.perf_counter_ns()
     work_until = min(until, begin + int(decision.idle_ms * 1e6))
     portion_ns = int(decision.predicted_ms * 1e6)  # a portion is taken for a step until one was timed
-    while worked + portion_ns <= work_until and sequence.catch_up(IDLE_ROWS):
+    while worked + portion_ns <= work_until and not sleep(0) and sequence.catch_up(IDLE_ROWS):
         before, worked = worked, time.perf_counter_ns()
         portion_ns = worked - before
     if until > worked:

@@ -19,6 +19,9 @@ import numpy.typing as npt
 from balcony_edge.errors import InputError
 from balcony_runtime.backends.base import FloatArray, IntArray
 
+#: Far beyond every logit, and far below what float32 holds.
+LARGEST_BIAS = 1e6
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -61,9 +64,9 @@ class SamplingParams:
             value = getattr(self, name)
             if not in_range or (value is not None and not math.isfinite(value)):
                 raise InputError(f"{name} = {value}: must be finite and {allowed}")
-        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
+        if not all(abs(bias) < LARGEST_BIAS for bias in self.logit_bias.values()):
             raise InputError(
-                f"logit_bias = {dict(self.logit_bias)}: every bias must be finite; use -100 to ban a token"
+                f"logit_bias = {dict(self.logit_bias)}: every bias must be between ±{LARGEST_BIAS:g}; use -100 to ban a token"
             )
 
 
@@ -197,8 +200,9 @@ def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, np
     kept = min(params.top_k or count, count)
     ids = np.argpartition(logits, count - kept)[count - kept :] if kept < count else np.arange(count)
     ids = ids[np.argsort(-logits[ids], kind="stable")]
-    scaled = logits[ids].astype(np.float64) / params.temperature
-    probabilities = np.exp(scaled - scaled[0])
+    below = logits[ids].astype(np.float64) - logits[ids[0]]
+    with np.errstate(over="ignore"):  # a temperature close to 0 leaves the likeliest token alone
+        probabilities = np.exp(below / params.temperature)
     probabilities /= probabilities.sum()
     if params.top_p < 1:
         # the token that crosses p stays, so at least one does

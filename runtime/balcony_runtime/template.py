@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -35,7 +37,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        environment = _Environment(trim_blocks=True, lstrip_blocks=True)
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         tree = environment.parse(source)
         for loop in tree.find_all(nodes.For):
             call = nodes.Call(nodes.Name(_TICK, "load"), [], [], None, None)
@@ -70,6 +72,16 @@ class ChatTemplate:
         except Exception as error:  # a template is a stranger's program: whatever it raises is its refusal
             raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
         return "".join(pieces)
+
+
+class _Generation(Extension):
+    """``{% generation %}…{% endgeneration %}`` marks the assistant's words for training: here, what is inside."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Environment(ImmutableSandboxedEnvironment):

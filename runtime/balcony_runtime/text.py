@@ -28,6 +28,9 @@ class TextCodec:
         path = bundle.file("tokenizer.json")
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            # what a training left in the file: transformers switches it off at every call, too
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
         self._template: ChatTemplate | None = None
@@ -59,11 +62,11 @@ class TextCodec:
             if not prompt.strip():
                 raise InputError("the prompt is empty: give a text")
             if chat is False or (chat is None and not self.has_chat_template):
-                return list(self._tokenizer.encode(prompt).ids)
+                return _some(self._tokenizer.encode(prompt).ids)
             prompt = [{"role": "user", "content": prompt}]
         if not prompt:
             raise InputError("no messages were given: give at least one, e.g. {'role': 'user', 'content': '...'}")
-        return list(self._tokenizer.encode(self._render(prompt), add_special_tokens=False).ids)
+        return _some(self._tokenizer.encode(self._render(prompt), add_special_tokens=False).ids)
 
     def _render(self, messages: Sequence[Message]) -> str:
         if self._template is None:
@@ -86,26 +89,46 @@ class TextCodec:
         return TextStream(self._tokenizer)
 
 
+def _some(ids: Sequence[int]) -> list[int]:
+    """The tokens, of which there must be one."""
+    if not ids:
+        raise InputError("the prompt is empty: the tokenizer makes no token of it: give a text")
+    return list(ids)
+
+
 class TextStream:
     """Incremental detokenization: gives out text only when its characters are complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._written = 0
+        self._last: list[int] = []  # tokens of the text that was given out last
+        self._open: list[int] = []  # tokens since then
 
     def push(self, token: int) -> str:
         """Text that this token completes; empty while a character is unfinished."""
-        self._tokens.append(token)
-        text = self._stream.step(self._tokenizer, token) or ""
-        self._written += len(text)
+        self._open.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token) or ""
+        except Exception as error:  # the library raises a plain one
+            if "Invalid prefix" not in str(error):
+                raise
+            # with byte fallback a byte that was given out turns into an unknown character when an unfinished one follows
+            text = self._behind()
+            self._stream = DecodeStream(skip_special_tokens=True)
+            self._stream.step(self._tokenizer, token)
+        if text:
+            self._last, self._open = self._open, []
         return text
 
     def flush(self) -> str:
         """What is left at the end, where the last character never was completed."""
-        whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
-        return whole[self._written :]
+        return self._behind() if self._open else ""
+
+    def _behind(self) -> str:
+        """Text of the tokens since the last that was given out, which decides whether they begin with a space."""
+        before = str(self._tokenizer.decode(self._last, skip_special_tokens=True))
+        return str(self._tokenizer.decode([*self._last, *self._open], skip_special_tokens=True))[len(before) :]
 
 
 class StopStrings:

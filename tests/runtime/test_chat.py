@@ -95,6 +95,23 @@ def test_cancelling_ends_before_the_next_token_and_keeps_what_was_said(llm: LLM)
     assert chat.messages[-1] == {"role": "assistant", "content": stream.reply.text}
 
 
+def test_a_reply_that_is_left_joins_the_history_before_the_next_turn(llm: LLM) -> None:
+    chat = llm.chat()
+    left = chat.send("the fox", max_new_tokens=100, ignore_eos=True)
+    said = [next(left).text for _ in range(3)]
+    turn = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "".join(said)}]
+    stream = chat.send("why", max_new_tokens=3, ignore_eos=True)
+    assert chat.messages == turn and next(left, None) is None
+    want = llm.generate([*turn, {"role": "user", "content": "why"}], max_new_tokens=3, ignore_eos=True)
+    made = [next(stream) for _ in range(3)]  # the last one says that it is: nobody asks for a fourth
+    assert [token.id for token in made] == [token.id for token in want.tokens]
+    assert made[-1].finish_reason == "length" and stream.reply.finish_reason == "length"
+    assert chat.messages[2:] == [{"role": "user", "content": "why"}, {"role": "assistant", "content": want.text}]
+    chat.send("and now", max_new_tokens=100, ignore_eos=True).__next__()
+    chat.reset()
+    assert chat.messages == []
+
+
 def test_closing_a_stream_ends_it(llm: LLM) -> None:
     with llm.stream("the fox", max_new_tokens=100, ignore_eos=True) as stream:
         next(stream)

@@ -16,6 +16,7 @@ import torch
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.decision import Decision
 from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError
 from balcony_edge.governor import TICK_S
 from balcony_edge.telemetry import Reading
@@ -264,6 +265,18 @@ def test_a_paced_stream_is_cancelled_in_the_middle_of_a_wait(llm: LLM, monkeypat
     rest = list(stream)
     assert time.perf_counter() - begin < 10
     assert len(rest) <= 1 and stream.reply.finish_reason == "cancelled"
+
+
+def test_a_cancelled_wait_is_not_spent_on_backlog(llm: LLM) -> None:
+    llm.budget = Budget(exit_layer=2)
+    sequence = llm.engine.new_sequence()
+    sequence.advance(2, [list(range(1, 200))])
+    cancelled = threading.Event()
+    cancelled.set()
+    decision = Decision(2, 1.0, 1.0, 1.0, False, None, 5000.0, 5000.0, ())
+    begin, waiting = time.perf_counter_ns(), sequence.pending_rows
+    assert waiting > 100 and decode_module._wait(sequence, decision, begin + 5 * 10**9, cancelled.wait) < 10**9
+    assert sequence.pending_rows == waiting and time.perf_counter_ns() - begin < 10**9
 
 
 def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

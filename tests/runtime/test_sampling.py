@@ -21,6 +21,8 @@ def test_temperature_alone_is_the_softmax() -> None:
     ids, probabilities = candidates(LOGITS, SamplingParams(temperature=1.0))
     assert ids[:2].tolist() == [1, 3]
     np.testing.assert_allclose(probabilities, [0.5, 0.25, 0.1, 0.1, 0.05], rtol=1e-6)
+    ids_of_the_coldest, coldest = candidates(LOGITS, SamplingParams(temperature=1e-308))
+    assert ids_of_the_coldest[0] == ids[0] and coldest.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
     _, sharp = candidates(LOGITS, SamplingParams(temperature=0.5))
     np.testing.assert_allclose(sharp[0], 0.25 / (0.25 + 0.0625 + 0.01 + 0.01 + 0.0025), rtol=1e-6)
 
@@ -64,6 +66,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
         ({"presence_penalty": float("inf")}, "presence_penalty = inf"),
         ({"logit_bias": {1: float("nan")}}, "logit_bias = "),
+        ({"logit_bias": {1: -1e39}}, "every bias must be between ±1e\\+06"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, float], pattern: str) -> None:

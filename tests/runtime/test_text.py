@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.manifest import MANIFEST, Manifest
-from balcony_runtime.text import StopStrings, TextCodec
+from balcony_runtime.text import StopStrings, TextCodec, TextStream
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,51 @@ def test_empty_prompts_are_refused(codec: TextCodec, prompt: Any) -> None:
         codec.encode(prompt)
 
 
+def test_a_prompt_that_becomes_no_token_is_refused(bundle_copy: Path) -> None:
+    file = bundle_copy / "tokenizer.json"
+    tokenizer = Tokenizer.from_str(file.read_text())
+    tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    file.write_text(tokenizer.to_str())
+    with pytest.raises(InputError, match="the prompt is empty: the tokenizer makes no token of it"):
+        TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy))).encode("\u200b", chat=False)
+
+
 @pytest.mark.parametrize("messages", [[{"role": "user"}], ["text"], [{"content": "x"}], [7.5]])
 def test_messages_that_are_none_are_refused(codec: TextCodec, messages: Any) -> None:
     with pytest.raises(InputError, match="must be a mapping with 'role' and 'content'"):
         codec.encode(messages)
+
+
+def test_what_a_training_left_in_the_tokenizer_changes_no_prompt(bundle_copy: Path, codec: TextCodec) -> None:
+    file = bundle_copy / "tokenizer.json"
+    tokenizer = Tokenizer.from_str(file.read_text())
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    file.write_text(tokenizer.to_str())
+    changed = TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
+    for text in ("the quick brown fox jumps over the lazy dog", "a"):
+        assert changed.encode(text) == codec.encode(text)
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama 2, Mistral and Gemma write text: pieces with their space, and single bytes for what has none."""
+    pieces = ["<unk>", "▁text", "▁the", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"))
+    steps = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(list(steps))
+    return tokenizer
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([1, 2, *(3 + byte for byte in b"\na\xe2\x82\xac\xf0\x9f\x98\x80")]), max_size=14))
+def test_bytes_that_never_become_a_character_end_no_stream(tokens: list[int]) -> None:
+    tokenizer = byte_fallback()
+    stream = TextStream(tokenizer)
+    streamed = "".join([*(stream.push(token) for token in tokens), stream.flush()])
+    whole = tokenizer.decode(tokens)
+    # a byte that was given out may be an unknown character of the whole: what was said cannot be taken back
+    assert re.findall(" ?text| ?the", streamed) == re.findall(" ?text| ?the", whole)
+    assert len(streamed.encode()) <= len(whole.encode())
 
 
 @settings(max_examples=1000, deadline=None, derandomize=True)
@@ -118,6 +161,19 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
             write_template(bundle_copy, template).encode(message)
     with pytest.raises(BundleError, match=r"chat_template\.jinja: not readable"):
         write_template(bundle_copy, "{% for %}")
+    # tags that transformers has: SmolLM3's template marks the assistant's words, others leave loops
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}"
+        "{% generation %}!{{ m.role }}{% endgeneration %}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}"
+    )
+    written = write_template(bundle_copy, template)
+    said = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "a"), ("user", "b"))]
+    assert written.decode(written.encode(said)) == "a!user"
+    with pytest.raises(InputError, match="took longer than 2 s"):
+        write_template(
+            bundle_copy,
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% continue %}{% endfor %}{% endfor %}",
+        ).encode(message)
 
 
 def test_a_bundle_without_a_template_wants_text(bundle_copy: Path) -> None:
