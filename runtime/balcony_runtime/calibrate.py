@@ -49,6 +49,7 @@ def calibrate(engine: Engine) -> CostModel:
         for key, (state, run) in passes.items():
             before = state.busy_ns
             run()
+            state.wait()  # a GPU has only been told so far
             if repeat:
                 samples[key].append((state.busy_ns - before) / 1e6)
     typical = {key: median(values) for key, values in samples.items()}

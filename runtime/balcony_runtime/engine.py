@@ -56,11 +56,11 @@ class Engine:
             DeviceError: the device is not there.
             MissingDependencyError: the engine is not installed.
         """
-        return cls.of(Bundle.open(path, verify_hashes=verify_hashes), **options)
+        return cls.of(Bundle.open(path, verify_hashes=verify_hashes), verify_hashes=verify_hashes, **options)
 
     @classmethod
-    def of(cls, bundle: Bundle, **options: Unpack[EngineOptions]) -> Engine:
-        """The same for a bundle that is open already."""
+    def of(cls, bundle: Bundle, *, verify_hashes: bool = True, **options: Unpack[EngineOptions]) -> Engine:
+        """The same for a bundle that is open already; ``verify_hashes`` is about engine sets."""
         packed = options.get("packed")
         return cls(
             open_backend(
@@ -69,6 +69,7 @@ class Engine:
                 options.get("engines"),
                 threads=options.get("threads"),
                 packed=None if packed is None else Path(packed),
+                verify_hashes=verify_hashes,
             )
         )
 

@@ -97,11 +97,15 @@ class LLM:
                 raise BudgetError(f"{os.fspath(budget)}: {error}") from None
             raise
         codec = TextCodec(bundle)
-        engine = Engine.of(bundle, **options)
-        costs = None if profile is None else _profiled(profile, engine)
-        seconds = time.perf_counter() - begin
-        _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
-        return cls(engine, codec, asked, costs=costs)
+        engine = Engine.of(bundle, verify_hashes=verify_hashes, **options)
+        try:
+            costs = None if profile is None else _profiled(profile, engine)
+            seconds = time.perf_counter() - begin
+            _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
+            return cls(engine, codec, asked, costs=costs)
+        except BaseException:
+            engine.close()  # an accelerator's memory is not Python's
+            raise
 
     @property
     def budget(self) -> Budget:

@@ -114,14 +114,14 @@ class Sampler:
         if self.greedy and len(logits) == 1:  # the common case, in as few calls as it takes
             best = logits.argmax()
             if not math.isfinite(logits.item(best)):
-                raise _not_finite()
+                raise not_finite()
             return np.array([best], np.int64)
         adjusted = self._adjust(logits)
         if self._params.temperature == 0:
             ids: IntArray = adjusted.argmax(axis=-1)
             # the largest of logits with a NaN among them is that NaN
             if not all(math.isfinite(row[best]) for row, best in zip(adjusted, ids, strict=True)):
-                raise _not_finite()
+                raise not_finite()
         else:
             ids = np.array([self._draw(row) for row in adjusted], np.int64)
         return self._recorded(ids)
@@ -195,7 +195,7 @@ def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, np
         InputError: logits that are not numbers.
     """
     if not np.isfinite(logits).all():
-        raise _not_finite()
+        raise not_finite()
     count = len(logits)
     kept = min(params.top_k or count, count)
     ids = np.argpartition(logits, count - kept)[count - kept :] if kept < count else np.arange(count)
@@ -235,5 +235,5 @@ def log_probabilities(logits: FloatArray, token: int, top: int) -> tuple[float, 
     return float(logs[token]), tuple((int(id_), float(logs[id_])) for id_ in best)
 
 
-def _not_finite() -> InputError:
+def not_finite() -> InputError:
     return InputError("the logits hold NaN or infinity: run `balcony-edge verify` on this bundle")

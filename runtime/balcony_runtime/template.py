@@ -77,7 +77,7 @@ class ChatTemplate:
 class _Generation(Extension):
     """``{% generation %}…{% endgeneration %}`` marks the assistant's words for training: here, what is inside."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - jinja2 has it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from balcony_edge.bundle import Bundle
-from balcony_edge.errors import ContextLengthError, InputError
+from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_export.tensorrt import write_graphs
 from balcony_export.tensorrt_graphs import Format
 from balcony_runtime import engine as engine_module
@@ -273,15 +275,66 @@ def test_sequences_do_not_disturb_one_another(subject: Engine, tiny_engine: Engi
 def test_device_memory_goes_back_with_the_sequence(with_engine_sets: Callable[[str], Bundle]) -> None:
     with BACKENDS["device-fused"](with_engine_sets("llama")) as engine:
         device: Any = engine.backend.device  # type: ignore[attr-defined]
+
+        def held() -> int:
+            return sum(array.nbytes for array in device._arrays.values())
+
+        sequence = engine.new_sequence(max_length=64)
+        fresh = held()
+        sequence.advance(5, [1, 2, 3])
+        assert held() >= sequence.state.memory_bytes > 0
+        del sequence
+        gc.collect()  # in any thread: the memory goes back with the next one that is asked for
+        left = engine.new_sequence(max_length=64)
+        assert held() == fresh
+        # and so does what a state took that found no room for the rest
+        del left
+        allocate, taken = device.allocate, []
+
+        def full(shape: Any, dtype: Any) -> Any:
+            if len(taken) == 10:
+                raise DeviceError("out of memory")
+            taken.append(shape)
+            return allocate(shape, dtype)
+
+        device.allocate = full
+        with pytest.raises(DeviceError, match="out of memory"):
+            engine.new_sequence(max_length=64)
+        device.allocate = allocate
+        gc.collect()
+        left = engine.new_sequence(max_length=64)
+        assert len(taken) == 10 and held() == fresh
+    del left  # after the backend: there is nothing to give back any more
+
+
+def test_an_engine_that_picks_tokens_says_where_there_are_none(with_engine_sets: Callable[[str], Bundle]) -> None:
+    with BACKENDS["device-fused"](with_engine_sets("llama")) as engine:
         sequence = engine.new_sequence(max_length=64)
         sequence.advance(5, [1, 2, 3])
-        held = sum(array.nbytes for array in device._arrays.values())
-        assert held >= sequence.state.memory_bytes > 0
-        del sequence
-        gc.collect()
-        assert device._arrays == {}
-        left = engine.new_sequence(max_length=64)
-    del left  # after the backend: there is nothing to give back any more
+        state: Any = sequence.state
+        for cache in state._caches.values():
+            for region in cache.sides[cache.side]:
+                state._device.upload(region, np.full(region.shape, np.nan, region.dtype))
+        with pytest.raises(InputError, match="the logits hold NaN or infinity"):
+            sequence.step_best(5, np.array([4]))
+
+
+def test_sequences_in_several_threads_do_not_meet(subject: Engine, tiny_engine: Engine) -> None:
+    prompts = [[7 + index, 3, 5, 11] for index in range(3)]
+
+    def written(engine: Engine, prompt: list[int]) -> list[int]:
+        sequence = engine.new_sequence(max_length=48)
+        ids = sequence.advance(5, prompt)[:, -1].argmax(-1)
+        made = []
+        for index in range(12):
+            made.append(int(ids[0]))
+            ids = sequence.step(EXITS[index % 3], ids).argmax(-1)
+        sequence.state.wait()
+        return made
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(partial(written, subject), prompts))
+    assert found == [written(tiny_engine, prompt) for prompt in prompts]
 
 
 def test_a_greedy_step_names_the_likeliest_token(subject: Engine) -> None:

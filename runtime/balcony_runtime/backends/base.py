@@ -59,6 +59,10 @@ class State(Protocol):
         """
         ...
 
+    def wait(self) -> None:
+        """Wait until the device has made all passes so far: before and behind what is timed alone."""
+        ...
+
     def logits(self, num_queries: int) -> FloatArray:
         """Logits (B, num_queries, V) of what :meth:`run_exit` left, as an array that the caller owns."""
         ...

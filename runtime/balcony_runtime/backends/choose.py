@@ -50,6 +50,7 @@ def open_backend(
     *,
     threads: int | None = None,
     packed: Path | None = None,
+    verify_hashes: bool = True,
 ) -> Backend:
     """Open the engine of a device.
 
@@ -60,6 +61,7 @@ def open_backend(
             for CPUs, to check without a GPU what a GPU will be given.
         threads: as for :class:`.onnxruntime.OnnxRuntimeBackend`.
         packed: likewise.
+        verify_hashes: hash the files of an engine set (those of the bundle itself are hashed when it is opened).
 
     Raises:
         BundleError: the bundle has no such set, or it does not fit.
@@ -81,10 +83,10 @@ def open_backend(
     if device == "tensorrt":
         from balcony_runtime.backends import tensorrt  # noqa: PLC0415 - likewise
 
-        return tensorrt.open_backend(bundle, engines)
+        return tensorrt.open_backend(bundle, engines, verify_hashes=verify_hashes)
     from balcony_runtime.backends import onnxruntime_device  # noqa: PLC0415 - likewise
 
-    return onnxruntime_device.open_backend(bundle, engines, device)
+    return onnxruntime_device.open_backend(bundle, engines, device, verify_hashes=verify_hashes)
 
 
 def _only(bundle: Bundle, device: DeviceName) -> str:

@@ -70,6 +70,10 @@ class Device(Protocol):
         """The launches as one; they are run once or twice for it, over the regions that they are bound to."""
         ...
 
+    def synchronize(self) -> None:
+        """Wait for all work so far."""
+        ...
+
     def close(self) -> None:
         """Give everything back."""
         ...
@@ -130,6 +134,9 @@ class HostDevice:
                 launch()
 
         return all_of_them
+
+    def synchronize(self) -> None:
+        pass
 
     def close(self) -> None:
         self._arrays.clear()

@@ -9,18 +9,22 @@ output ``argmax`` int64 (B, Q) of ``lm_head``.
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import numpy as np
 
 from balcony_edge.errors import InputError
-from balcony_edge.manifest import EngineSet, Manifest
+from balcony_edge.manifest import DType, EngineSet, Manifest
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.backends.device import ITEM_BYTES, Device, Executor, Region
+from balcony_runtime.sampling import not_finite
 
 #: Most rows of one pass: the end of the largest optimization profile.
 MAX_ROWS = 512
@@ -38,6 +42,10 @@ class DeviceBackend:
         self.threads = 1
         self.max_length = engines.context_length
         self.picks_inside = True
+        #: One queue of work, contexts that all sequences share: whoever is at it is so alone.
+        self.lock = threading.RLock()
+        #: Memory of states that are gone. A state may be collected in any thread and in the middle of a capture.
+        self.returned: deque[Region] = deque()
 
     def new_state(self, batch_size: int, max_length: int) -> DeviceState:
         """Memory for one sequence.
@@ -51,7 +59,10 @@ class DeviceBackend:
                 f"batch_size = {batch_size}: these engines were built for {self.executor.batch_size}: "
                 f"build others with --batch {batch_size}"
             )
-        return DeviceState(self, batch_size, max_length)
+        with self.lock:
+            while self.returned:
+                self.device.free(self.returned.popleft())
+            return DeviceState(self, batch_size, max_length)
 
     def close(self) -> None:
         """Free engines and memory."""
@@ -70,13 +81,15 @@ class DeviceBackend:
 class _Cache:
     """KV tensors of one graph: one region each where the graph writes in place, otherwise two that take turns."""
 
-    def __init__(self, engines: EngineSet, graph: str, device: Device, batch_size: int, in_place: bool) -> None:
+    def __init__(
+        self, engines: EngineSet, graph: str, allocate: Callable[..., Region], batch_size: int, in_place: bool
+    ) -> None:
         pasts = [tensor for tensor in engines.graphs[graph].inputs if tensor.name.startswith("past_")]
         self._names = [tensor.name for tensor in pasts]
         shapes = [(batch_size, *(dim for dim in tensor.shape if isinstance(dim, int))) for tensor in pasts]
 
         def regions() -> list[Region]:
-            return [device.allocate(shape, tensor.dtype) for shape, tensor in zip(shapes, pasts, strict=True)]
+            return [allocate(shape, tensor.dtype) for shape, tensor in zip(shapes, pasts, strict=True)]
 
         first = regions()
         self.sides = [first, first if in_place else regions()]
@@ -98,6 +111,21 @@ class _Cache:
         return list({region.pointer: region for side in self.sides for region in side}.values())
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(method: Callable[Concatenate[DeviceState, P], R]) -> Callable[Concatenate[DeviceState, P], R]:
+    """While it runs no other sequence uses the device."""
+
+    @functools.wraps(method)
+    def locked(state: DeviceState, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with state._backend.lock:
+            return method(state, *args, **kwargs)
+
+    return locked
+
+
 class DeviceState:
     """One sequence's rows and caches on a device; implements :class:`balcony_runtime.backends.base.State`."""
 
@@ -108,7 +136,15 @@ class DeviceState:
         self._width = manifest.model.hidden_size
         self.busy_ns = 0
         dtype = engines.graphs["embed"].outputs[0].dtype
-        allocate = self._device.allocate
+        # a device's memory is not Python's: it goes back with the state, or with the backend before it; also what a state took
+        # that found no room for the rest
+        regions: list[Region] = []
+        weakref.finalize(self, backend.returned.extend, regions)
+
+        def allocate(shape: tuple[int, ...], dtype: DType) -> Region:
+            regions.append(self._device.allocate(shape, dtype))
+            return regions[-1]
+
         width, vocabulary = self._width, manifest.model.vocab_size
         # a member's rows lie together: of one member any range of rows is dense
         self._rows = [allocate((batch_size, max_length, width), dtype) for _ in self._layers]
@@ -125,13 +161,8 @@ class DeviceState:
         names = [f"stage_{i}" for i in range(len(manifest.exit_layers))]
         names += [f"balcony_{e}" for e in manifest.cached_exits]
         in_place = backend.executor.in_place
-        self._caches = {name: _Cache(engines, name, self._device, batch_size, in_place) for name in names}
+        self._caches = {name: _Cache(engines, name, allocate, batch_size, in_place) for name in names}
         self._programs: dict[tuple[int, ...], Callable[[], None]] = {}
-        loose = [self._hidden, self._logits, self._best, self._ids, self._start]
-        cached = [region for cache in self._caches.values() for region in cache.regions]
-        # a device's memory is not Python's: it goes back with the state, or with the backend before it
-        regions = [*self._rows, *self._row, *self._scratch, *loose, *cached]
-        weakref.finalize(self, _give_back, self._device, regions)
 
     @property
     def memory_bytes(self) -> int:
@@ -140,18 +171,29 @@ class DeviceState:
             region.nbytes for cache in self._caches.values() for region in cache.regions
         )
 
+    @_alone
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """One row through all graphs on the way to an exit."""
         self._step(exit_index, ids, row)
         logits: FloatArray = self._downloaded(self._logits)[:, 0]
         return logits
 
+    @_alone
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
-        """The same, but what comes back is the most likely token of each member, (B,)."""
+        """The same, but what comes back is the most likely token of each member, (B,).
+
+        Raises:
+            InputError: its logit is not a number.
+        """
         self._step(exit_index, ids, row)
         best: IntArray = self._downloaded(self._best)[:, 0]
+        vocabulary = self._logits.shape[2]
+        for member, token in enumerate(best.tolist()):
+            if not np.isfinite(self._downloaded(self._logits.part(member * vocabulary + token, (1,)))[0]):
+                raise not_finite()
         return best
 
+    @_alone
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write token embeddings to boundary 0."""
         for first in range(0, tokens.shape[1], MAX_ROWS):
@@ -163,6 +205,7 @@ class DeviceState:
             self._store(0, rows, start + first)
             self._device.free(ids)
 
+    @_alone
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Take rows of boundary ``stage`` to boundary ``stage + 1``."""
         name = f"stage_{stage}"
@@ -173,6 +216,7 @@ class DeviceState:
         self._run(name, {names[0]: source, names[1]: target})
         self._store(stage + 1, target, start)
 
+    @_alone
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
         boundary, count = exit_index + 1, max(num_queries, 1)
@@ -187,6 +231,14 @@ class DeviceState:
             self._run(name, {"rows": rows, "queries": queries, "hidden": out})
         self._asked = out
 
+    @_alone
+    def wait(self) -> None:
+        """Wait for all passes so far."""
+        begin = time.perf_counter_ns()
+        self._device.synchronize()
+        self.busy_ns += time.perf_counter_ns() - begin
+
+    @_alone
     def logits(self, num_queries: int) -> FloatArray:
         """Run the head over what :meth:`run_exit` left."""
         assert self._asked is not None
@@ -279,8 +331,3 @@ class DeviceState:
         array = self._device.download(region)  # waits for the device
         self.busy_ns += time.perf_counter_ns() - begin
         return array
-
-
-def _give_back(device: Device, regions: Sequence[Region]) -> None:
-    for region in regions:
-        device.free(region)

@@ -88,5 +88,9 @@ def open_backend(bundle: Bundle, engines: str, provider: str, *, verify_hashes: 
         device = cuda = CudaDevice(capture=False)  # a session's own allocations cannot be captured
         options = {"device_id": "0", "user_compute_stream": str(cuda.stream)}
     files = {name: spec.file for name, spec in chosen.graphs.items() if name != "backbone"}
-    executor = OnnxRuntimeExecutor(directory, files, provider, options)
+    try:
+        executor = OnnxRuntimeExecutor(directory, files, provider, options)
+    except BaseException:
+        device.close()
+        raise
     return DeviceBackend(bundle.manifest, chosen, device, executor, f"ONNX Runtime, {PROVIDERS[provider][0]}")

@@ -291,6 +291,9 @@ class OnnxRuntimeState:
         self._run_rows(name, inputs, {"normed" if full else "hidden": out})
         self._queries = out
 
+    def wait(self) -> None:
+        """Nothing: a pass here ends when its call does."""
+
     def logits(self, num_queries: int) -> FloatArray:
         """Run the head over what :meth:`run_exit` left."""
         if self._queries is None:

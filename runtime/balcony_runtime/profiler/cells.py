@@ -192,6 +192,7 @@ class Bench:
         def timed(key: Key, call: Callable[[], object]) -> None:
             busy_ns, begin_ns = state.busy_ns, time.perf_counter_ns()
             call()
+            state.wait()  # a GPU has only been told so far
             # one row runs bound in advance, and a decode step does not pay for this call's own Python; more rows are
             # copied and bound when they run
             spent_ns = state.busy_ns - busy_ns if rows == 1 else time.perf_counter_ns() - begin_ns
