@@ -134,8 +134,10 @@ def _line(text: str) -> str:
 
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
-    if not directory.exists():
-        raise BundleError(f"{directory}: there is no such directory: name a bundle that `balcony-edge export` wrote")
+    if not os.path.exists(directory):  # noqa: PTH110 - a name that is too long for a file is no file, either
+        raise BundleError(
+            f"{_line(str(directory))}: there is no such directory: name a bundle that `balcony-edge export` wrote"
+        )
     if not path.is_file():
         raise BundleError(
             f"{directory}: no {MANIFEST} in it, so this is no bundle: make one with `balcony-edge export`"
@@ -266,7 +268,15 @@ def _check_file(path: Path, spec: FileSpec, verify_hashes: bool) -> None:
     size = path.stat().st_size
     if size != spec.bytes:
         raise BundleError(f"{path}: {size} bytes, but the manifest says {spec.bytes}: copy the bundle again")
-    if verify_hashes and (found := sha256_file(path)) != spec.sha256:
+    if not verify_hashes:
+        return
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise BundleError(
+            f"{path}: not readable ({error.strerror}): look at its rights, or copy the bundle again"
+        ) from error
+    if found != spec.sha256:
         raise BundleError(
             f"{path}: SHA-256 {found[:12]}… differs from the manifest's {spec.sha256[:12]}…: copy the bundle again"
         )

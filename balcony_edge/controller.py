@@ -218,13 +218,7 @@ class Controller:
         deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
         outlook = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest)
         held = current if current is not None and plan.lowest <= current <= highest else None
-        # only a gap has a closest exit; the time for the rest, or for the prompt, is least at the shallowest
-        otherwise: Literal["shallowest", "closest", "deepest"] = "shallowest"
-        if budget.on_infeasible == "best_effort" and not _deadline_runs(seen) and seen.made_tokens > 0:
-            otherwise = "closest"
-        elif budget.tpot_ms is None and not _deadline_runs(seen) and seen.made_tokens > 0:
-            otherwise = "deepest"  # a ceiling has taken depth away, and every balcony lags behind alike
-        chosen = outlook.choose(held, otherwise)
+        chosen = outlook.choose(held, _otherwise(seen))
         fits = now_ms[chosen] <= outlook.room_ms[chosen]
         luck = 1.0
         if slowdown.variance > KNOWN_VARIANCE:
@@ -296,16 +290,17 @@ class Controller:
                     math.inf if price <= room else room for price, room in zip([*steady_ms, 0.0], room_ms, strict=True)
                 ]
         elapsed_ms = (seen.now_s - seen.started_s) * 1000
+        limits_ms = [math.inf] * len(room_ms)
         if first and budget.ttft_ms is not None:
             left_ms = max(budget.ttft_ms - elapsed_ms, 0.0) * math.exp(-slowdown.mean - plan.quantile * deviation)
-            room_ms = [
-                min(room, left_ms * math.exp(-offset)) for room, offset in zip(room_ms, slowdown.offsets, strict=True)
-            ]
+            limits_ms = [left_ms * math.exp(-offset) for offset in slowdown.offsets]
         if budget.deadline_s is not None and _deadline_runs(seen):
             rooms_ms, enters = self._deadline(plan, seen, slowdown, budget.deadline_s * 1000 - elapsed_ms)
-            room_ms = [min(room, limit) for room, limit in zip(room_ms, rooms_ms, strict=True)]
+            limits_ms = [min(limit, room) for limit, room in zip(limits_ms, rooms_ms, strict=True)]
             may_enter = [both and enter for both, enter in zip(may_enter, enters, strict=True)]
-        return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise)
+        room_ms = [min(room, limit) for room, limit in zip(room_ms, limits_ms, strict=True)]
+        first_ms = limits_ms if first else None
+        return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise, first_ms)
 
     def _deadline(
         self, plan: _Plan, seen: Observation, slowdown: Slowdown, left_ms: float
@@ -313,7 +308,7 @@ class Controller:
         """Room per exit index, the catch-up's last, and whether there is time to stay for a dwell, from the time left.
 
         With m the mean slowdown, bursts included, the rest of n tokens at exit i takes n × steady_i × m, and with the asked
-        probability no more than a margin that grows with the root of n.
+        probability no more than a margin that grows with the root of n. No gap is shorter than the pace allows.
         """
         remaining = max((plan.budget.expected_tokens or 0) - seen.made_tokens, 1)
         middle = seen.context_length + remaining // 2
@@ -324,8 +319,10 @@ class Controller:
         )
         rooms_ms, enters = [], []
         dwell = min(plan.budget.dwell_tokens, remaining)
-        for index, price_ms in enumerate(steady_ms):
-            below_ms = steady_ms[max(index - 1, plan.lowest)]
+        paced_ms = 1000 / (plan.budget.max_pace_tps or math.inf) / mean
+        gaps_ms = [max(price_ms, paced_ms) for price_ms in steady_ms]
+        for index, price_ms in enumerate(gaps_ms):
+            below_ms = gaps_ms[max(index - 1, plan.lowest)]
             room_ms = (left_ms - margin_ms) / mean - (remaining - 1) * below_ms
             rooms_ms.append(max(room_ms, 0.0))
             enters.append(room_ms - below_ms >= dwell * (price_ms - below_ms))
@@ -349,6 +346,7 @@ class Controller:
                 plan.lowest,
                 plan.highest,
                 _needed_tps(plan.budget, seen),
+                seen.made_tokens == 0,
             ),
         )
 
@@ -363,7 +361,11 @@ class Controller:
             slowest_tps = least_pace_tps(budget, _needed_tps(budget, seen) / (1 - PACE_MARGIN))
             period_ms = min(predicted_ms / share, 1000 / slowest_tps)
         if budget.max_pace_tps is not None:
-            period_ms = max(period_ms, 1000 / budget.max_pace_tps)
+            slow_ms = 1000 / budget.max_pace_tps
+            if budget.deadline_s is not None and _deadline_runs(seen):  # no wait is worth a deadline
+                left_ms = max(1000 * (budget.deadline_s - (seen.now_s - seen.started_s)), 0.0)
+                slow_ms = min(slow_ms, left_ms / max((budget.expected_tokens or 0) - seen.made_tokens, 1))
+            period_ms = max(period_ms, slow_ms)
         return period_ms, max(share * period_ms - predicted_ms, 0.0)
 
     def _steady_prices(self, context: int) -> _Steady:
@@ -461,6 +463,15 @@ def _probability(limit_ms: float, price_ms: float, deviation: float) -> float:
     if limit_ms <= 0:
         return 0.0
     return 0.5 * math.erfc((math.log(price_ms) - math.log(limit_ms)) / deviation / math.sqrt(2))
+
+
+def _otherwise(seen: Observation) -> Literal["shallowest", "closest", "deepest"]:
+    """What is taken where nothing fits."""
+    if _deadline_runs(seen) or seen.made_tokens == 0:
+        return "shallowest"  # the time for the rest, or for the prompt, is least there
+    if seen.budget.tpot_ms is None:
+        return "deepest"  # a ceiling has taken depth away, and every balcony lags behind alike
+    return "closest" if seen.budget.on_infeasible == "best_effort" else "shallowest"
 
 
 def _deadline_runs(seen: Observation) -> bool:

@@ -20,6 +20,8 @@ from pydantic import ConfigDict
 
 #: An hour: no pass of a model that is worth running takes longer, and sums and products of such prices stay numbers.
 MAX_MS = 3.6e6
+#: Rows beyond which no sequence goes.
+MAX_ROWS = 1 << 31
 
 
 def _check_prices(prices: Any) -> None:
@@ -48,8 +50,8 @@ class Bend:
 
     def __post_init__(self) -> None:
         _check_prices(self)
-        if self.rows < 2:
-            raise ValueError(f"rows = {self.rows}: prices bend after two rows or more")
+        if not 2 <= self.rows <= MAX_ROWS:
+            raise ValueError(f"rows = {self.rows}: prices bend after 2 to {MAX_ROWS} rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,8 @@ class UnitCost:
     def __post_init__(self) -> None:
         _check_prices(self)
         for name in ("key_bucket", "pass_rows"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} = {value}: must be at least 1, or None")
+            if (value := getattr(self, name)) is not None and not 1 <= value <= MAX_ROWS:
+                raise ValueError(f"{name} = {str(value)[:20]}: must be 1 to {MAX_ROWS}, or None")
         rows = [bend.rows for bend in self.bends]
         if rows != sorted(set(rows)):
             raise ValueError(f"bends after {rows} rows: must ascend")

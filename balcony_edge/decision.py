@@ -98,7 +98,8 @@ class Outlook(NamedTuple):
     """What one decision weighs: prices and room per exit index; allowed are the indices ``lowest`` to ``highest``.
 
     The last entry of ``room_ms`` is that of a step with catch-up. ``may_enter`` says of each exit whether it leaves free
-    what going there takes.
+    what going there takes. ``first_ms`` is the room that the first token itself has, all rows of the prompt included; None
+    behind it, and where nothing asks for it.
     """
 
     now_ms: list[float]
@@ -108,12 +109,15 @@ class Outlook(NamedTuple):
     lowest: int
     highest: int
     may_rise: bool
+    first_ms: list[float] | None = None
 
     def fits(self, index: int) -> bool:
         return self.now_ms[index] <= self.room_ms[index]
 
     def holds(self, index: int, luck: float = 1.0) -> bool:
-        """Whether it would fit but for its backlog, with ``luck`` times the room."""
+        """Whether it would fit but for its backlog, with ``luck`` times the room. The prompt's rows are no backlog."""
+        if self.first_ms is not None and self.now_ms[index] > self.first_ms[index] * luck:
+            return False
         return self.steady_ms[index] <= self.room_ms[index] * luck
 
     def choose(self, current: int | None, otherwise: Literal["shallowest", "closest", "deepest"]) -> int:

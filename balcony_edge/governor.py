@@ -27,6 +27,8 @@ from balcony_edge.telemetry import Reading, Scope
 TICK_S, CEILING_DWELL_S = 0.1, 1.0
 #: A reading older than this is no reading: three ticks of a sensor that answers once a second.
 STALE_S = 3.0
+#: Seconds without a tick before a reply after which it starts on another device, as it were: cooled down, and others gone.
+PAUSE_S = 2.0
 #: Readings are averaged over so long before the filter sees them: a sample of watts falls into a step or between two.
 AVERAGE_S = 0.5
 #: Pace below which a stream is taken for hung, where the budget names none.
@@ -58,7 +60,8 @@ class _Counter(NamedTuple):
         if before is None or before.sources != self.sources:
             return None
         seconds, joules = self.time_s - before.time_s, self.joules - before.joules
-        return joules / seconds if seconds > 0 and joules >= 0 else None
+        mean_w = joules / seconds if seconds > 0 else math.nan
+        return mean_w if 0 <= mean_w < 1e5 else None
 
 
 class Load(NamedTuple):
@@ -178,6 +181,7 @@ class Demand(NamedTuple):
         step_s: expected seconds of a step at each exit, as the device is now.
         lowest, highest: indices of the exits that the budget allows.
         pace_tps: tokens a second that latency targets need; 0 without any.
+        begins: whether a reply begins.
     """
 
     budget: Budget
@@ -188,6 +192,7 @@ class Demand(NamedTuple):
     lowest: int
     highest: int
     pace_tps: float
+    begins: bool = False
 
 
 class _Sample(NamedTuple):
@@ -207,6 +212,9 @@ def least_pace_tps(budget: Budget, pace_tps: float) -> float:
 def govern(before: Governor, demand: Demand) -> Governor:
     """One tick."""
     budget, now_s = demand.budget, demand.now_s
+    rested = demand.begins and now_s - before.ticked_s > PAUSE_S
+    if rested:
+        before = _rested(before)
     lost: list[str] = []
     shares: dict[str, float] = {}
     before = _power(before, demand, shares, lost)
@@ -226,7 +234,7 @@ def govern(before: Governor, demand: Demand) -> Governor:
     cap, caps = _depth(demand, before.power, shares, lost)
     share = min([1.0, *shares.values()])
     # up by a tenth of a second's worth at a time, down at once: a reading that is too low must not let a burst through
-    share = max(min(share, before.share + 0.1), LEAST_SHARE)
+    share = max(share if rested else min(share, before.share + 0.1), LEAST_SHARE)
     binding = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
     return _settle(
         before._replace(
@@ -241,6 +249,16 @@ def govern(before: Governor, demand: Demand) -> Governor:
         cap,
         list(dict.fromkeys([*binding, *caps])),
     )
+
+
+def _rested(governor: Governor) -> Governor:
+    """After a pause between replies: what was learned of the device stays, what was under way is over."""
+
+    def restarted(load: Load | None) -> Load | None:
+        return load and load._replace(since_s=-math.inf, total=0.0, own=None, samples=0)
+
+    power, cpu, gpu = restarted(governor.power), restarted(governor.cpu), restarted(governor.gpu)
+    return governor._replace(power=power, cpu=cpu, gpu=gpu, short_s=math.inf, infeasible=())
 
 
 def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str]) -> Governor:

@@ -84,9 +84,13 @@ def _bursts(high: float, mean_s: float, every_s: float, seed: int) -> Load:
 
 
 def recorded(times_s: Sequence[float], slowdowns: Sequence[float]) -> Load:
-    """The slowdowns of a recorded run, each until the next; before the first the first, after the last the last."""
+    """The slowdowns of a recorded run, each until the next; before the first the first, after the last the last.
+
+    They are kept within what a generated load may be: a device that stands still ends no simulation.
+    """
+    least, most = RANGES["high"]
 
     def load(time_s: float) -> float:
-        return slowdowns[max(bisect.bisect_right(times_s, time_s) - 1, 0)]
+        return min(max(slowdowns[max(bisect.bisect_right(times_s, time_s) - 1, 0)], least), most)
 
     return load

@@ -141,8 +141,8 @@ class EmbeddingSpec(_Frozen):
 class Estimate(_Frozen):
     """A measured mean and its standard error; None where one document or example alone was measured."""
 
-    value: float
-    stderr: float | None = None
+    value: float = Field(allow_inf_nan=False)
+    stderr: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 class TextQuality(_Frozen):

@@ -44,7 +44,9 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class ExitPlan:
-    """One exit at the planned context: steady decoding, its first token, energy and quality where measured."""
+    """One exit at the planned context: steady decoding, its first token, energy (the budget's pace included) and quality
+    where measured.
+    """
 
     exit_layer: int
     allowed: bool
@@ -151,7 +153,7 @@ class _Planner:
             ttft_ms=costs.prefill_ms(exit_layer, self.prompt_tokens),
             tokens_per_s=1000 / tpot_ms,
             watts=profile.busy_w(exit_layer, rail),
-            joules_per_token=profile.joules_per_token(exit_layer, rail),
+            joules_per_token=self._joules(exit_layer, tpot_ms),
             agreement=self._agreement(exit_layer),
             checks=tuple(self._checks(exit_layer, tpot_ms)),
         )
@@ -208,9 +210,9 @@ class _Planner:
         expectations: dict[str, tuple[Callable[[], float | None], bool]] = {
             "tpot_ms": (lambda: tpot_ms, True),
             "ttft_ms": (lambda: first_ms, True),
-            "deadline_s": (lambda: (first_ms + (self.tokens - 1) * tpot_ms) / 1000, True),
+            "deadline_s": (lambda: (first_ms + (self.tokens - 1) * self._gap_ms(tpot_ms)) / 1000, True),
             "power_w": (lambda: profile.busy_w(layer, rail), False),
-            "energy_j_per_token": (lambda: profile.joules_per_token(layer, rail), False),
+            "energy_j_per_token": (lambda: self._joules(layer, tpot_ms), False),
             "memory_mb": (
                 lambda: None if memory.loaded_bytes is None else (memory.loaded_bytes + held_bytes) / 1e6,
                 False,
@@ -234,6 +236,19 @@ class _Planner:
                 met = None  # an unpaced loop draws this; waits between tokens may bring it down
             checks.append(Check(target, asked, expected, probability, met))
         return checks
+
+    def _gap_ms(self, tpot_ms: float) -> float:
+        """From one token to the next, waiting for the pace included."""
+        return max(tpot_ms, 1000 / (self.budget.max_pace_tps or math.inf))
+
+    def _joules(self, exit_layer: int, tpot_ms: float) -> float | None:
+        """From one token to the next: what the device takes while it waits counts, too."""
+        rail = self.budget.power_rail
+        step_j, wait_s = self.profile.joules_per_token(exit_layer, rail), (self._gap_ms(tpot_ms) - tpot_ms) / 1000
+        if step_j is None or not wait_s:
+            return step_j
+        power = self.profile.powered(rail)
+        return None if power is None else step_j + power[0] * wait_s
 
     def _odds(self, limit: float, expected: float) -> float:
         return NormalDist().cdf((math.log(limit) - math.log(expected)) / self.deviation)

@@ -133,11 +133,11 @@ class Power(_Frozen):
 class Moment(_Frozen):
     """One stretch of a sustained run: when it began, its median step, and what the device said."""
 
-    at_s: Annotated[float, Field(ge=0)]
+    at_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     p50_ms: Millis
-    celsius: float | None = None
-    cpu_mhz: float | None = None
-    watts: float | None = None
+    celsius: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    cpu_mhz: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    watts: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 class Sustained(_Frozen):
@@ -212,8 +212,8 @@ class QualityFigure(_Frozen):
     exit_layer: Layer
     metric: Metric
     on: str
-    value: float
-    stderr: float | None = None
+    value: Annotated[float, Field(allow_inf_nan=False)]
+    stderr: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 def least_agreement(exits: tuple[int, ...], quality: tuple[QualityFigure, ...]) -> dict[int, float | None]:

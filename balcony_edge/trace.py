@@ -8,6 +8,7 @@ controller's ``state``, too. Readings stand only in lines where they changed. A 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,8 +27,10 @@ from balcony_edge.telemetry import Reading
 
 VERSION = 1
 _COSTS = pydantic.TypeAdapter(CostModel)
-_STATE = pydantic.TypeAdapter(ControllerState)
-_Count = Annotated[int, pydantic.Field(ge=0)]
+#: A state knows "never" and "not yet" as numbers that JSON lacks: they stand there as words.
+_STATE = pydantic.TypeAdapter(ControllerState, config=pydantic.ConfigDict(ser_json_inf_nan="strings"))
+_Count = Annotated[int, pydantic.Field(ge=0, le=1 << 31)]
+_Millis = Annotated[float, pydantic.Field(ge=0, le=1e12)]
 
 
 class TraceToken(NamedTuple):
@@ -104,7 +107,7 @@ class TraceWriter:
             "last": seen.last,
         }
         if self._start is not None:
-            line["state"], self._start = _STATE.dump_python(self._start), None
+            line["state"], self._start = json.loads(_STATE.dump_json(self._start)), None
         if seen.readings != self._readings:
             self._readings = seen.readings
             line["readings"] = [reading.to_dict() for reading in seen.readings]
@@ -112,7 +115,7 @@ class TraceWriter:
 
     def _line(self, document: dict[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(document) + "\n")
+            self._file.write(json.dumps(document, allow_nan=False) + "\n")
         except OSError as error:
             raise self._full(error) from error
 
@@ -170,7 +173,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
             else:
                 if "readings" in line:
                     readings = tuple(Reading.from_dict(reading) for reading in line["readings"])
-                start = _STATE.validate_python(line["state"]) if "state" in line else None
+                start = _state(line["state"]) if "state" in line else None
                 tokens.append(TraceToken(_observation(line, costs, budget, readings), line, start))
                 priced.append(costs)
         except BalconyError as error:
@@ -188,9 +191,15 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
 
 
 class _Line(pydantic.BaseModel):
-    """What an observation is made from, in a line of a trace."""
+    """What an observation is made from, in a line of a trace, and what is shown of the decision."""
 
     model_config = pydantic.ConfigDict(allow_inf_nan=False)
+
+    exit_layer: _Count
+    latency_ms: _Millis
+    period_ms: _Millis
+    infeasible: bool
+    reason: str
 
     now_s: float
     started_s: float
@@ -218,6 +227,20 @@ def _observation(line: dict[str, Any], costs: CostModel, budget: Budget, reading
         seen.busy_s,
         readings,
     )
+
+
+def _state(document: Any) -> ControllerState:
+    """A reply's first state; ValueError where the controller never left such a one."""
+    state = _STATE.validate_python(document)
+    slowdown = state.slowdown
+    variances = (slowdown.variance, slowdown.noise_variance, *slowdown.offset_variances)
+    if not all(0 <= variance < math.inf for variance in variances):
+        raise ValueError("state.slowdown: a variance is no number of 0 or more")
+    if not all(map(math.isfinite, (slowdown.mean, *slowdown.offsets))):
+        raise ValueError("state.slowdown: a mean is not finite")
+    if len(slowdown.offsets) != len(slowdown.offset_variances):
+        raise ValueError("state.slowdown: offsets and offset_variances differ in length")
+    return state
 
 
 def _first(error: Exception) -> str:

@@ -131,11 +131,14 @@ def parse_command(text: str) -> Budget:
         key, equals, value = word.partition("=")
         if not equals:
             raise BudgetError(f"{word}: must be key=value, e.g. tpot_ms=15; leave the spaces around '=' out")
-        keys[key] = _number(value)
+        keys[key] = _value(value)
     return Budget.model_validate(keys)
 
 
-def _number(text: str) -> int | float | str:
+def _value(text: str) -> bool | int | float | str:
+    """As in a target file, where words need their quotes."""
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)

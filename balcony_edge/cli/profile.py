@@ -29,7 +29,7 @@ def profile(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small grid in less than a minute.")] = False,
     prompts: Annotated[
-        str | None, typer.Option("--prompts", "-p", help="Prompt lengths: 32,512 or 0-2048+512 or 1-64*2.")
+        str | None, typer.Option("--prompts", "-p", help="Prompt lengths: 32,512 or 512-2048+512 or 1-64*2.")
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", "-n", help="Tokens of a decode block.")] = None,
     depths: Annotated[str | None, typer.Option("--depths", "-d", help="Tokens before a decode block.")] = None,

@@ -138,6 +138,8 @@ def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None, po
     asked = Budget(tpot_ms=tpot_ms, exit_layer=exit_layer) if path is None else load_budget(path)
     if policy is None:
         return asked
+    if policy == "plain" and asked.lossless:
+        raise BudgetError(f"{path}: lossless = true drafts tokens, and --policy plain does not: leave one of them out")
     chosen = {"speculate": policy == "speculative", "confident": policy == "confident"}
     return Budget.model_validate(asked.model_dump(exclude_defaults=True) | chosen)
 

@@ -20,6 +20,7 @@ from balcony_edge.controller import Controller, ControllerState
 from balcony_edge.costs import CostModel, UnitCost
 from balcony_edge.decision import CatchUp, Decision, Measurement, Observation
 from balcony_edge.errors import BudgetError
+from balcony_edge.governor import Governor
 from balcony_edge.slowdown import Slowdown
 
 # Steady prices 5, 7 and 10 ms: 1 ms of head, stages of 3, 2 and 3.5 ms, balconies of 1 ms, a norm of 0.5 ms.
@@ -203,6 +204,32 @@ def test_infeasible_is_said_and_takes_the_shallowest_allowed() -> None:
     assert (decision.exit_layer, decision.infeasible) == (4, True)
     assert decision.reason == "infeasible: tpot_ms = 3: shallowest exit predicted 5.0 ms"
     assert decide(settled(8), Budget(tpot_ms=3, min_exit=6, on_infeasible="error")).exit_layer == 6
+
+
+@pytest.mark.parametrize(
+    ("budget", "infeasible"),
+    [
+        (Budget(ttft_ms=100), True),  # the prompt takes 755 ms at the shallowest exit, though a step takes 5
+        (Budget(ttft_ms=100, tpot_ms=50), True),
+        (Budget(ttft_ms=790), False),
+        (Budget(ttft_ms=790, tpot_ms=3), True),
+        (Budget(deadline_s=0.7, expected_tokens=5), True),
+        (Budget(deadline_s=1.0, expected_tokens=5), False),
+    ],
+)
+def test_a_prompt_that_no_exit_can_take_in_time_is_infeasible(budget: Budget, infeasible: bool) -> None:
+    seen = Observation(budget, 2000, (2001,) * 3, (2001,) * 3, None, made_tokens=0)
+    decision = Controller(SMALL).decide(settled(None), seen)[1]
+    assert (decision.exit_layer, decision.infeasible) == (4, infeasible)
+    assert decision.reason.startswith("infeasible: " if infeasible else "deepest exit within ")
+
+
+@pytest.mark.parametrize("on_infeasible", ["shallowest", "best_effort"])
+def test_a_ceiling_that_takes_depth_takes_no_more_than_that(on_infeasible: str) -> None:
+    budget = Budget(power_w=5, on_infeasible=on_infeasible)  # type: ignore[arg-type]
+    state = settled(8)._replace(governor=Governor(ticked_s=0.0, ceiling=1))
+    decision = decide(state, budget, STEADY, (501, 501, 1))
+    assert decision.exit_layer == 6 and decision.price_ms > 2 * 10  # the balconies lag behind alike
 
 
 @pytest.mark.parametrize("measured_ms", [0.0, -1.0, math.nan, math.inf, -math.inf])

@@ -157,7 +157,7 @@ def test_prefill_is_a_step_with_all_rows_at_once() -> None:
 def test_what_bends_must_ascend() -> None:
     with pytest.raises(ValueError, match="must ascend"):
         UnitCost(1.0, bends=(Bend(8, 1.0), Bend(4, 1.0)))
-    with pytest.raises(ValueError, match="after two rows or more"):
+    with pytest.raises(ValueError, match="rows = 1: prices bend after 2 to"):
         Bend(1, 1.0)
     with pytest.raises(ValueError, match="key_bucket = 0"):
         UnitCost(1.0, key_bucket=0)

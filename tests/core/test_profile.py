@@ -111,6 +111,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         ({"costs": {"exits": [4]}}, "costs.stages: "),
         ({"exits": [4, 9]}, "costs are for exits (4, 9), but the bundle has (4, 8)"),
         ({"first_row_ms": -2.0}, "first_row_ms = -2.0: a cost is 0 to 3.6e+06 ms"),
+        ({"head": {"key_bucket": 10**400}}, "key_bucket = 10000000000000000000: must be 1 to 2147483648"),
+        ({"quality": [{"exit_layer": 4, "metric": "agreement", "on": "a", "value": math.nan}]}, "quality.0.value: "),
         ({"entry": 7}, "exit 7 was measured, but the bundle has (4, 8)"),
     ],
 )
@@ -118,8 +120,8 @@ def test_a_damaged_file_is_one_line(change: dict[str, Any], words: str, tmp_path
     document = make_profile().document()
     if "exits" in change:
         document["costs"]["exits"] = change["exits"]
-    elif "first_row_ms" in change:
-        document["costs"]["head"] |= change
+    elif "first_row_ms" in change or "head" in change:
+        document["costs"]["head"] |= change.get("head", change)
     elif "entry" in change:
         document["entries"][0]["exit_layer"] = change["entry"]
     else:
@@ -225,6 +227,14 @@ def test_plan_never_makes_up_what_was_not_measured() -> None:
     )
     plan = make_plan(make_profile(power=power), Budget(energy_j_per_token=0.2), prompt_tokens=64)
     assert [exit_.met for exit_ in plan.exits] == [True, False]
+    # between two tokens the device takes what it takes idle: 2 W over the rest of a gap of 100 ms
+    paced = make_plan(make_profile(power=power), Budget(max_pace_tps=10, energy_j_per_token=0.35), prompt_tokens=64)
+    shallow_ms = COSTS.steady_ms(4, 128)
+    assert paced.exits[0].joules_per_token == pytest.approx(0.17 + 2 * (0.1 - shallow_ms / 1000))
+    assert [exit_.met for exit_ in paced.exits] == [True, False]
+    slow = make_plan(make_profile(), Budget(max_pace_tps=10, deadline_s=4.5, expected_tokens=40), prompt_tokens=64)
+    (check,) = slow.exits[0].checks
+    assert check.expected == pytest.approx((COSTS.prefill_ms(4, 64) + 39 * 100) / 1000) and check.met
     with pytest.raises(BudgetError, match="has exits 4, 8"):
         make_plan(make_profile(), Budget(exit_layer=5))
 
@@ -242,11 +252,16 @@ def test_compare_tells_chance_from_difference() -> None:
     assert (same.entry.exit_layer, same.significant) == (4, False)
     assert faster.ratio == 0.5 and faster.significant and faster.p_value < 1e-6
     assert faster.ratio_uncertainty == pytest.approx(0.5 * math.hypot(0.1 / 26, 0.1 / 13))
-    # the 5 % level is where the difference is as large as the interval of the ratio
-    just = make_profile(
-        entries=(entry("decode", 4, 16.8 * math.exp(math.hypot(0.1 / 16.8, 0.1 / 17.0) * 1.01), context=128),)
-    )
-    assert compare_profiles(first, just)[0].p_value == pytest.approx(0.05, abs=0.01)
+    # the 5 % level is where the interval that is shown ends at 1
+    for wide in (0.1, 5.0):
+        relative = math.hypot(0.1 / 16.8, wide / 24.0)
+        for much, significant in ((0.99, False), (1.01, True)):
+            other = entry(
+                "decode", 4, 16.8 / (1 - relative * much), wide * 16.8 / (1 - relative * much) / 24.0, context=128
+            )
+            (found,) = compare_profiles(first, make_profile(entries=(other,)))
+            assert found.p_value == pytest.approx(0.05, abs=0.01) and found.significant is significant
+            assert (found.ratio - found.ratio_uncertainty > 1) is significant
     with pytest.raises(ProfileError, match="nothing in common"):
         compare_profiles(first, make_profile(entries=(entry("decode", 4, 1.0, context=1),)))
 

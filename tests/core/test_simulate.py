@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from balcony_edge.controller import Controller, ControllerState
 from balcony_edge.costs import CostModel, UnitCost
 from balcony_edge.decision import Measurement, Observation
 from balcony_edge.errors import InfeasibleError, InputError
+from balcony_edge.governor import Demand, Governor, Load, govern
 from balcony_edge.loads import parse_load, recorded
 from balcony_edge.plant import Device, Plant
 from balcony_edge.simulate import SimulatedToken, explain, simulate, summary
@@ -74,6 +76,36 @@ def switch_times(tokens: list[SimulatedToken], after_s: float = 0.0) -> list[flo
 
 def exits(tokens: list[SimulatedToken]) -> set[int]:
     return {token.decision.exit_layer for token in tokens}
+
+
+def test_a_deadline_counts_the_waits_of_the_pace() -> None:
+    budget = Budget(deadline_s=2, expected_tokens=40, max_pace_tps=25)
+    tokens = run(budget, tokens=40, prompt_tokens=620)
+    # at full depth the prompt takes 0.49 s, and 39 gaps of 40 ms take 1.56
+    assert tokens[-1].time_s <= 2.0 and tokens[0].decision.exit_layer < 30
+    assert all(token.latency_ms >= 39 for token in tokens[1:30])
+    tight = run(Budget(deadline_s=1.7, expected_tokens=40, max_pace_tps=25), tokens=40, prompt_tokens=620)
+    assert tight[-1].time_s <= 1.7  # even the shallowest prompt leaves too little to wait as long before every token
+
+
+def test_a_reply_after_a_pause_starts_on_a_device_that_rested() -> None:
+    busy = Load(5.0, base=0.4, gain=0.6, since_s=10.0, busy_s=9.0, total=50.0, samples=8)
+    tired = Governor(ticked_s=10.0, share=0.01, short_s=2.0, infeasible=("latency",), power=busy, ceiling=0)
+    cool = (Reading("plant:soc", "board", 3600.0, celsius=25.0),)
+    budget = Budget(temperature_c=60, tpot_ms=30)
+    demand = Demand(budget, 3600.0, 9.0, cool, (0.012, 0.014, 0.016, 0.021), 0, 3, 33.0, begins=True)
+    rested = govern(tired, demand)
+    assert rested.share == 1.0 and rested.infeasible == () and rested.ceiling == 3
+    assert rested.power is not None and (rested.power.base, rested.power.samples) == (0.4, 0)
+    # within a reply a share comes back a tenth at a time, and so it does where the next reply follows at once
+    for now_s, begins in ((3600.0, False), (10.5, True)):
+        soon = govern(tired, demand._replace(now_s=now_s, begins=begins, readings=(cool[0],)))
+        assert soon.share == pytest.approx(0.11) and soon.infeasible == ("latency",)
+
+
+def test_a_recorded_load_stays_within_what_a_load_may_be() -> None:
+    load = recorded([0.0, 1.0], [math.inf, 1e-300])
+    assert (load(0.5), load(1.5)) == (1e3, 1e-3)
 
 
 # --- Power, degrees, utilization: by pace, and by depth where pace may not fall further. --------------------------

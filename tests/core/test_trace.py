@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from balcony_edge.budget import Budget
+from balcony_edge.controller import ControllerState
 from balcony_edge.costs import CostModel, UnitCost
 from balcony_edge.decision import Decision
 from balcony_edge.errors import InputError
 from balcony_edge.loads import parse_load
 from balcony_edge.plant import Device, Plant
 from balcony_edge.simulate import simulate
+from balcony_edge.slowdown import Slowdown
 from balcony_edge.trace import TraceWriter, read_trace, replay
 
 COSTS = CostModel(
@@ -73,7 +75,12 @@ def test_another_budget_decides_otherwise_on_the_same_trace(tmp_path: Path) -> N
 
 def test_a_line_a_token_with_readings_where_they_changed(tmp_path: Path) -> None:
     record(tmp_path / "run.jsonl", Budget(power_w=5), "idle", tokens=50)
-    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+
+    def never(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (tmp_path / "run.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=never) for line in text.splitlines()]
     assert lines[0]["trace"] == 1 and lines[1] == {"budget": {"power_w": 5.0}}
     tokens = lines[2:]
     assert len(tokens) == 50
@@ -91,6 +98,15 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path.write_text(whole[:-40])  # killed while it wrote
     assert len(read_trace(path).tokens) == 19
     lines = whole.splitlines()
+    start = json.loads(lines[2])["state"]
+    at = ControllerState._fields.index("slowdown")
+
+    def changed(field: str, value: object) -> list[object]:
+        """The state with another value in its filter."""
+        slowdown = list(start[at])
+        slowdown[Slowdown._fields.index(field)] = value
+        return [*start[:at], slowdown, *start[at + 1 :]]
+
     cases = {
         "\n".join([*lines[:5], "{", *lines[5:]]): "line 6 is no line of a trace",
         "\n".join(lines[2:]): "has no header",
@@ -104,6 +120,12 @@ def test_damage_is_named(tmp_path: Path) -> None:
         ("now_s", None, "now_s: Input should be a valid number"),
         ("stage_rows", [1], "rows of 1 stages for 3 exits"),
         ("context_length", -1, "context_length: Input should be greater than or equal to 0"),
+        ("context_length", 10**400, "context_length: "),
+        ("exit_layer", None, "exit_layer: Input should be a valid integer"),
+        ("period_ms", 1e300, "period_ms: "),
+        ("state", changed("variance", -1), "a variance is no number of 0 or more"),
+        ("state", changed("mean", "NaN"), "a mean is not finite"),
+        ("state", changed("offsets", [0, 0]), "offsets and offset_variances differ"),
     ):
         broken = json.dumps(json.loads(lines[4]) | {key: value})
         cases["\n".join([*lines[:4], broken, *lines[5:]])] = rf"line 5 is no line of a trace \(.*{message}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Iterator
 from statistics import median
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_edge.costs import Bend, UnitCost
 from balcony_edge.errors import ContextLengthError, InputError, ProfileError
+from balcony_edge.governor import _watts
 from balcony_edge.telemetry import Reading
 from balcony_runtime.generate import LLM
 from balcony_runtime.profiler.cells import Bench, Key
@@ -238,10 +240,35 @@ class Counter(NoPower):
         )
 
 
+class TwoSockets(NoPower):
+    """Two packages by one source, a second opinion on the first, and a board beside an outlet."""
+
+    def read(self, now_s: float) -> Sample:
+        watts = {"rapl:package-0": 60.0, "rapl:package-1": 55.0, "hwmon:package-0": 61.0}
+        boards = {"ina238:VIN": 140.0, "ina238:VDD": 20.0}
+        return Sample(
+            (
+                *(Reading(source, "cpu", now_s, watts=value) for source, value in watts.items()),
+                *(Reading(source, "board", now_s, watts=value) for source, value in boards.items()),
+            )
+        )
+
+
+def test_parts_of_a_rail_add_up_as_they_do_for_the_controller() -> None:
+    with Sensors([TwoSockets()], rate_hz=10) as sensors:
+        rails = measured_rails(sensors)
+        assert rails == {"board": ("ina238:VIN",), "cpu": ("rapl:package-0", "rapl:package-1")}
+        found = Meter(sensors, rails).run(0.3)
+        assert found == {"board": pytest.approx(140.0, rel=1e-3), "cpu": pytest.approx(115.0, rel=1e-3)}
+        for rail, watts in found.items():
+            sample = _watts(sensors.latest(), rail, time.monotonic())
+            assert sample is not None and sample.value == pytest.approx(watts, rel=1e-3)
+
+
 def test_power_is_the_slope_of_the_energy_counter() -> None:
     with Sensors([Counter()], rate_hz=10) as sensors:
         rails = measured_rails(sensors)
-        assert rails == {"cpu": "rapl:package-0"}
+        assert rails == {"cpu": ("rapl:package-0",)}
         watch = Watch(sensors)
         assert Meter(sensors, rails).run(0.5) == {"cpu": pytest.approx(20.0, rel=1e-6)}
         watch.look()

@@ -116,13 +116,17 @@ def peak_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
-def measured_rails(sensors: Sensors) -> dict[Rail, str]:
-    """Rail → the most trusted source that measures its power; sensors come in the order of trust."""
-    found: dict[Rail, str] = {}
-    for reading in sensors.latest():
-        for rail in get_args(Rail):
-            if reading.scope == rail and (reading.watts is not None or reading.joules is not None):
-                found.setdefault(rail, reading.source)
+def measured_rails(sensors: Sensors) -> dict[Rail, tuple[str, ...]]:
+    """Rail → the sources whose power adds up to its own, as the controller adds it up: of the most trusted kind all parts
+    (CPU packages, GPUs), of a whole board the first alone. Sensors come in the order of trust.
+    """
+    found: dict[Rail, tuple[str, ...]] = {}
+    for rail in get_args(Rail):
+        readings = [r for r in sensors.latest() if r.scope == rail and (r.watts is not None or r.joules is not None)]
+        kinds = [reading.source.partition(":")[0] for reading in readings]
+        parts = tuple(r.source for r, kind in zip(readings, kinds, strict=True) if kind == kinds[0])
+        if parts:
+            found[rail] = parts[:1] if rail == "board" else parts
     return found
 
 
@@ -138,22 +142,22 @@ def why_no_power(sensors: Sensors) -> str:
 class Meter:
     """Average power of some rails while something runs: by the energy counter where there is one."""
 
-    def __init__(self, sensors: Sensors, rails: dict[Rail, str]) -> None:
+    def __init__(self, sensors: Sensors, rails: dict[Rail, tuple[str, ...]]) -> None:
         self._sensors, self._rails = sensors, rails
         self._seen: dict[str, list[Reading]] = {}
 
     def run(self, seconds: float, work: Callable[[], object] = lambda: time.sleep(0.1)) -> dict[Rail, float]:
         """Repeat ``work`` for so long; watts of every rail that gave two readings meanwhile."""
-        self._seen = {source: [] for source in self._rails.values()}
+        self._seen = {source: [] for sources in self._rails.values() for source in sources}
         begin_s = time.monotonic()
         while time.monotonic() - begin_s < seconds or min(map(len, self._seen.values()), default=2) < 2:
             work()
             self._look(begin_s)
             if time.monotonic() - begin_s > 4 * seconds + 5:  # a sensor that stopped answering
                 break
-        return {
-            rail: watts for rail, source in self._rails.items() if (watts := _watts(self._seen[source])) is not None
-        }
+        found = {rail: [_watts(self._seen[source]) for source in sources] for rail, sources in self._rails.items()}
+        known = {rail: [watts for watts in parts if watts is not None] for rail, parts in found.items()}
+        return {rail: sum(parts) for rail, parts in known.items() if len(parts) == len(found[rail])}
 
     def _look(self, begin_s: float) -> None:
         for reading in self._sensors.latest():
@@ -176,7 +180,7 @@ def power_at(
     exit_layer: int,
     busy_w: dict[Rail, float],
     idle_w: dict[Rail, float],
-    rails: dict[Rail, str],
+    rails: dict[Rail, tuple[str, ...]],
     seconds: float,
     tokens: int,
 ) -> tuple[Power, ...]:
@@ -185,7 +189,7 @@ def power_at(
         Power(
             exit_layer=exit_layer,
             rail=rail,
-            source=rails[rail],
+            source=" + ".join(rails[rail]),
             busy_w=watts,
             idle_w=idle_w.get(rail),
             joules_per_token=watts * seconds / tokens,

@@ -158,7 +158,7 @@ def _tight(found: list[list[float]]) -> bool:
     return chance_ms(found) <= max(TIGHT * typical, 0.01)
 
 
-def _power(bench: Bench, meter: Meter, rails: dict[Rail, str], seconds: float) -> tuple[Power, ...]:
+def _power(bench: Bench, meter: Meter, rails: dict[Rail, tuple[str, ...]], seconds: float) -> tuple[Power, ...]:
     idle_w = meter.run(seconds)
     depth = min(bench.grid.depths)
     found: list[Power] = []

@@ -48,6 +48,10 @@ class Plausibility:
         #: The last of them, in words; empty when there was none.
         self.last_dropped = ""
 
+    def counts(self, source: str) -> bool:
+        """Whether a source has an energy counter of its own, be it that it said nothing this time."""
+        return source in self._counters
+
     def clean(self, reading: Reading) -> Reading | None:
         """The reading without what cannot be, and with its energy counter growing only; None when nothing is left."""
         changes: dict[str, float | None] = {}

@@ -195,7 +195,7 @@ class _Channel:
 
         Whoever looks less often than a source is read would otherwise see moments: those between two steps, say.
         """
-        if reading.watts is None or reading.joules is not None:
+        if reading.watts is None or reading.joules is not None or self._plausibility.counts(reading.source):
             return reading
         before = self._summed.get(reading.source)
         joules = 0.0  # after a pause in which anything may have happened the sum begins again

@@ -143,6 +143,37 @@ def test_a_source_that_raises_is_absent_with_what_it_raised() -> None:
     assert source.closed
 
 
+class Forgetful:
+    """A GPU of 10 W whose energy query fails now and then."""
+
+    name = "forgetful"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def discover(self) -> None:
+        pass
+
+    def read(self, now_s: float) -> Sample:
+        self.asked += 1
+        joules = None if self.asked % 4 == 3 else 500_000 + 10 * now_s
+        return Sample((Reading("nvml:0", "gpu", now_s, watts=10.0, joules=joules),))
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_counter_that_fails_for_a_moment_is_not_replaced_by_a_sum() -> None:
+    source, seen = Forgetful(), []
+    with Sensors([source], rate_hz=10) as sensors:
+        while source.asked < 12:
+            seen.append(shown(sensors)["nvml:0"].joules)
+            time.sleep(0.002)
+    counted = [joules for joules in seen if joules is not None]
+    assert None in seen and min(counted) >= 500_000
+    assert counted == sorted(counted)
+
+
 def test_old_readings_are_not_shown_and_order_is_that_of_the_sources() -> None:
     now_s = [100.0]
     recorded = Recorded([Reading("b", "cpu", 0.0, watts=1.0), Reading("a", "gpu", 0.0, watts=2.0)])
