@@ -342,7 +342,7 @@ def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest
 
     Args:
         directory: the bundle.
-        measured: exit layer → results on the same texts and tasks, one exit at least. Where the reference is another than
+        measured: exit layer → results on the same texts and tasks. Where the reference is another than
             before, earlier texts are dropped: numbers against two references must not stand side by side.
 
     Raises:
@@ -354,16 +354,25 @@ def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest
             f"{directory}: has no exit {min(unknown)}: it has {', '.join(map(str, manifest.exit_layers))}: "
             "evaluate those"
         )
-    latest = next(iter(measured.values()))
-    kept = {exit_.exit_layer: exit_.quality and _comparable(exit_.quality, latest) for exit_ in manifest.exits}
-    now = {layer: _merged(kept[layer], quality) for layer, quality in measured.items()}
-    exits = tuple(
-        exit_.model_copy(update={"quality": now.get(exit_.exit_layer, kept[exit_.exit_layer])})
-        for exit_ in manifest.exits
-    )
-    updated = manifest.model_copy(update={"exits": exits})
+    found = {exit_.exit_layer: exit_.quality for exit_ in manifest.exits}
+    for latest in list(measured.values())[:1]:
+        found = {layer: quality and _comparable(quality, latest) for layer, quality in found.items()}
+    found |= {layer: _merged(found[layer], quality) for layer, quality in measured.items()}
+    averaged = {_averaged(found[layer]) for layer in measured}  # averages over different tasks do not compare, either
+    exits = []
+    for exit_ in manifest.exits:
+        quality = found[exit_.exit_layer]
+        if quality is not None and averaged and _averaged(quality) not in averaged:
+            quality = quality.model_copy(update={"summary": None})
+        exits.append(exit_.model_copy(update={"quality": quality}))
+    updated = manifest.model_copy(update={"exits": tuple(exits)})
     _write(directory, updated.model_dump(mode="json"))
     return updated
+
+
+def _averaged(quality: Quality | None) -> tuple[str, ...]:
+    """Tasks of its average."""
+    return () if quality is None or quality.summary is None else quality.summary.tasks
 
 
 def _comparable(old: Quality, new: Quality) -> Quality:
@@ -389,8 +398,8 @@ def _merged(old: Quality | None, new: Quality) -> Quality:
     if old is None:
         return new
     # an average over more tasks stays, unless one of them was measured again
-    known = () if old.summary is None else old.summary.tasks
-    stays = len(known) > len(new.summary.tasks if new.summary else ()) and not new.tasks.keys() & set(known)
+    known = _averaged(old)
+    stays = len(known) > len(_averaged(new)) and not new.tasks.keys() & set(known)
     return Quality(
         reference=new.reference if new.text else old.reference,
         text={**old.text, **new.text},

@@ -66,6 +66,7 @@ def _compared(first: Entry, second: Entry) -> Comparison:
     one, two = first.timing, second.timing
     ratio = two.p50_ms / one.p50_ms
     relative = math.hypot(one.uncertainty_ms / one.p50_ms, two.uncertainty_ms / two.p50_ms)
-    distance = abs(1 - 1 / ratio) * _HALF_WIDTH / relative if relative else math.inf  # of 1 from the interval shown
+    # on the logarithm: whichever profile comes first, the answer is the same
+    distance = abs(math.log(ratio)) * _HALF_WIDTH / relative if relative else math.inf
     p_value = 2 * (1 - NormalDist().cdf(distance)) if ratio != 1 else 1.0
     return Comparison(first, one.p50_ms, two.p50_ms, ratio, ratio * relative, p_value)

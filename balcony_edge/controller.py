@@ -308,7 +308,8 @@ class Controller:
         """Room per exit index, the catch-up's last, and whether there is time to stay for a dwell, from the time left.
 
         With m the mean slowdown, bursts included, the rest of n tokens at exit i takes n × steady_i × m, and with the asked
-        probability no more than a margin that grows with the root of n. No gap is shorter than the pace allows.
+        probability no more than a margin that grows with the root of n. The prompt leaves time for the pace that is asked for;
+        later the waits for it are cut where the time runs out.
         """
         remaining = max((plan.budget.expected_tokens or 0) - seen.made_tokens, 1)
         middle = seen.context_length + remaining // 2
@@ -319,7 +320,7 @@ class Controller:
         )
         rooms_ms, enters = [], []
         dwell = min(plan.budget.dwell_tokens, remaining)
-        paced_ms = 1000 / (plan.budget.max_pace_tps or math.inf) / mean
+        paced_ms = 0.0 if seen.made_tokens else 1000 / (plan.budget.max_pace_tps or math.inf) / mean
         gaps_ms = [max(price_ms, paced_ms) for price_ms in steady_ms]
         for index, price_ms in enumerate(gaps_ms):
             below_ms = gaps_ms[max(index - 1, plan.lowest)]
@@ -364,7 +365,8 @@ class Controller:
             slow_ms = 1000 / budget.max_pace_tps
             if budget.deadline_s is not None and _deadline_runs(seen):  # no wait is worth a deadline
                 left_ms = max(1000 * (budget.deadline_s - (seen.now_s - seen.started_s)), 0.0)
-                slow_ms = min(slow_ms, left_ms / max((budget.expected_tokens or 0) - seen.made_tokens, 1))
+                remaining = max((budget.expected_tokens or 0) - seen.made_tokens, 1)
+                slow_ms = min(slow_ms, (1 - PACE_MARGIN) * left_ms / remaining)
             period_ms = max(period_ms, slow_ms)
         return period_ms, max(share * period_ms - predicted_ms, 0.0)
 

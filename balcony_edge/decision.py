@@ -98,8 +98,8 @@ class Outlook(NamedTuple):
     """What one decision weighs: prices and room per exit index; allowed are the indices ``lowest`` to ``highest``.
 
     The last entry of ``room_ms`` is that of a step with catch-up. ``may_enter`` says of each exit whether it leaves free
-    what going there takes. ``first_ms`` is the room that the first token itself has, all rows of the prompt included; None
-    behind it, and where nothing asks for it.
+    what going there takes. ``first_ms`` is the room that the first token itself has, all rows of the prompt included (infinite
+    where nothing asks for it); None behind the first.
     """
 
     now_ms: list[float]

@@ -77,7 +77,7 @@ class MissingDependencyError(BalconyError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory: PyTorch's allocators raise errors of the runtime, the CPU's a plain one."""
+    """Whether there was no memory. PyTorch's CPU allocator raises a plain RuntimeError, CUDA's a subclass of it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory")

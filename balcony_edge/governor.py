@@ -27,7 +27,7 @@ from balcony_edge.telemetry import Reading, Scope
 TICK_S, CEILING_DWELL_S = 0.1, 1.0
 #: A reading older than this is no reading: three ticks of a sensor that answers once a second.
 STALE_S = 3.0
-#: Seconds without a tick before a reply after which it starts on another device, as it were: cooled down, and others gone.
+#: A pause between replies after which ramps and half-filled averages begin anew: four of those averages.
 PAUSE_S = 2.0
 #: Readings are averaged over so long before the filter sees them: a sample of watts falls into a step or between two.
 AVERAGE_S = 0.5

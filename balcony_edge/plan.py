@@ -210,7 +210,7 @@ class _Planner:
         expectations: dict[str, tuple[Callable[[], float | None], bool]] = {
             "tpot_ms": (lambda: tpot_ms, True),
             "ttft_ms": (lambda: first_ms, True),
-            "deadline_s": (lambda: (first_ms + (self.tokens - 1) * self._gap_ms(tpot_ms)) / 1000, True),
+            "deadline_s": (lambda: (first_ms + (self.tokens - 1) * tpot_ms) / 1000, True),
             "power_w": (lambda: profile.busy_w(layer, rail), False),
             "energy_j_per_token": (lambda: self._joules(layer, tpot_ms), False),
             "memory_mb": (
@@ -237,14 +237,11 @@ class _Planner:
             checks.append(Check(target, asked, expected, probability, met))
         return checks
 
-    def _gap_ms(self, tpot_ms: float) -> float:
-        """From one token to the next, waiting for the pace included."""
-        return max(tpot_ms, 1000 / (self.budget.max_pace_tps or math.inf))
-
     def _joules(self, exit_layer: int, tpot_ms: float) -> float | None:
-        """From one token to the next: what the device takes while it waits counts, too."""
+        """From one token to the next: what the device takes while it waits for the pace counts, too."""
         rail = self.budget.power_rail
-        step_j, wait_s = self.profile.joules_per_token(exit_layer, rail), (self._gap_ms(tpot_ms) - tpot_ms) / 1000
+        wait_s = max(1 / (self.budget.max_pace_tps or math.inf) - tpot_ms / 1000, 0.0)
+        step_j = self.profile.joules_per_token(exit_layer, rail)
         if step_j is None or not wait_s:
             return step_j
         power = self.profile.powered(rail)

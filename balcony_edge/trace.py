@@ -23,6 +23,7 @@ from balcony_edge.controller import Controller, ControllerState
 from balcony_edge.costs import CostModel
 from balcony_edge.decision import Decision, Measurement, Observation
 from balcony_edge.errors import BalconyError, InputError
+from balcony_edge.slowdown import LOG_SLOWDOWN_LIMIT
 from balcony_edge.telemetry import Reading
 
 VERSION = 1
@@ -233,11 +234,12 @@ def _state(document: Any) -> ControllerState:
     """A reply's first state; ValueError where the controller never left such a one."""
     state = _STATE.validate_python(document)
     slowdown = state.slowdown
-    variances = (slowdown.variance, slowdown.noise_variance, *slowdown.offset_variances)
-    if not all(0 <= variance < math.inf for variance in variances):
-        raise ValueError("state.slowdown: a variance is no number of 0 or more")
-    if not all(map(math.isfinite, (slowdown.mean, *slowdown.offsets))):
-        raise ValueError("state.slowdown: a mean is not finite")
+    variances = (slowdown.variance, slowdown.process_variance, slowdown.ratio_variance, *slowdown.offset_variances)
+    if not all(0 <= variance < math.inf for variance in variances) or not 0 < slowdown.noise_variance < math.inf:
+        raise ValueError("state.slowdown: a variance below 0, or no noise")
+    means = (slowdown.mean, *slowdown.offsets, math.log(slowdown.ratio_mean) if slowdown.ratio_mean > 0 else math.nan)
+    if not all(abs(mean) <= 2 * LOG_SLOWDOWN_LIMIT for mean in means):
+        raise ValueError("state.slowdown: a mean out of reach")
     if len(slowdown.offsets) != len(slowdown.offset_variances):
         raise ValueError("state.slowdown: offsets and offset_variances differ in length")
     return state

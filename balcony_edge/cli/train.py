@@ -176,7 +176,7 @@ def train(
 def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:
     """Refuse to write over balconies that another run left there, unless it is from them that this one starts."""
     from balcony_edge.errors import TrainingError
-    from balcony_export.distill import run_directory
+    from balcony_export.distill_checkpoint import run_directory
 
     there = [layer for layer in layers if (output / f"balcony_{layer}.safetensors").exists()]
     if there and not run_directory(output, layers).exists() and (start is None or start.resolve() != output.resolve()):

@@ -6,7 +6,8 @@ token mean over positions that are no padding), clipping, averaging, held-out ev
 :mod:`.distill_schedule`, the run's files :mod:`.distill_checkpoint`, tables and plots :mod:`.distill_report`.
 
 Everything random follows from seed and step, and every exit has its own optimizer and its own clipping. So a resumed
-run repeats what the killed one would have done, and an exit trained alone is the one that is trained beside others.
+run repeats what the killed one would have done, and an exit trained alone is the one that is trained beside others,
+unless a position carries a massive activation at one of them only: none of them learns from it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
 from balcony_export.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies, write_file
-from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, save_checkpoint
+from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, run_directory, save_checkpoint
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Corpus, Order, Rows
 from balcony_export.distill_loss import HeadLoss
@@ -52,11 +53,6 @@ class Progress:
     held_out: dict[int, float] | None
     tokens_per_s: float
     eta_s: float
-
-
-def run_directory(output: Path, exits: tuple[int, ...]) -> Path:
-    """Where a run keeps checkpoint and metrics: runs for other exits lie beside it."""
-    return output / "run" / "-".join(map(str, exits))
 
 
 class Judged(NamedTuple):
@@ -193,9 +189,9 @@ class Trainer:
         ``again`` shows other positions, until it has shown all.
         """
         valid = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
-        rms = states[:-1].float().square().mean(-1).sqrt().cpu()  # (exits, B, T)
-        usual = rms.masked_fill(~valid, math.nan).nanmedian(dim=2, keepdim=True).values  # (exits, B, 1)
-        valid &= (rms < MASSIVE * usual).all(dim=0)
+        sizes = torch.linalg.vector_norm(states[:-1], dim=-1, dtype=torch.float32).cpu()  # (exits, B, T)
+        usual = sizes.masked_fill(~valid, math.nan).nanmedian(dim=2, keepdim=True).values  # (exits, B, 1)
+        valid &= (sizes < MASSIVE * usual).all(dim=0)
         valid[:, 0] = False  # the sink, massive or not
         if self.config.loss != "kl":  # the text says nothing about the token behind the last one
             valid &= torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None] - 1
@@ -297,15 +293,16 @@ class Trainer:
         """``(states, positions)`` of the held-out rows by passes; kept, 2.4 MB a row for the demo model."""
         if self._held_out is None:
             rows, size = self.corpus.held_out, self.config.micro_rows
-            self._held_out = []
+            held_out = []
             for start in range(0, len(rows.tokens), size):
                 part = Rows(rows.tokens[start : start + size], rows.lengths[start : start + size])
                 states = self.backbone.states(torch.from_numpy(part.tokens).long().to(self.device))
-                self._held_out.append(
+                held_out.append(
                     (states, self.positions_of(part, states, [[start + row] for row in range(len(part.tokens))]))
                 )
-            if not any(len(where) for _, where in self._held_out):
-                raise InputError("the held-out rows have no position that the loss looks at: raise --held-out-rows")
+            if not any(len(where) for _, where in held_out):
+                raise InputError("the held-out rows have no position that the loss looks at: give more text")
+            self._held_out = held_out
         return self._held_out
 
     @torch.no_grad()
@@ -349,7 +346,9 @@ class Trainer:
         self.best = {int(key): (kl, hits) for key, (kl, hits) in state["best"].items()}
         planned = Schedule(**state["schedule"])
         if self.config.steps is not None and self.config.steps <= self.step and self.config.steps != planned.total:
-            raise InputError(f"--steps {self.config.steps}: {self.step} steps are done already: give more")
+            raise InputError(
+                f"{self.config.steps} steps (--steps or --tokens): {self.step} are done already: give more"
+            )
         if self.config.steps != planned.total:
             planned.replan(self.step, self.config.steps or 10**9)  # with a deadline it is planned anew while it runs
         self.schedule = planned
@@ -423,11 +422,11 @@ class Trainer:
         first, before = self.step, self.wall_s
         window: list[tuple[float, int]] = [(started, self.step)]
         try:
-            if self.processes.sharded:
-                self._held_out_states()  # by all at once: the clocks that say when to evaluate differ
+            # now: what cannot be judged is refused, and of several processes no clock says when
+            self._held_out_states()
             if not self.step:
                 self._begin()
-            while self.step < self.schedule.total and (deadline is None or self.clock() < deadline):
+            while self.step < self.schedule.total if deadline is None else self.clock() < deadline:
                 loss = self.train_step()
                 now = self.clock()
                 self.wall_s = before + now - started
@@ -441,7 +440,7 @@ class Trainer:
                     last_checkpoint = self.clock()
                 elif self.step % self.config.evaluate_every == 0:
                     held_out = {e: one.kl for e, one in self.judged().items()}
-                if deadline is not None and (self.step - first in (2, 5, 10) or (self.step - first) % 20 == 0):
+                if deadline is not None and (self.step - first in (5, 10) or (self.step - first) % 20 == 0):
                     self.schedule.replan(self.step, self.step + int((deadline - self.clock()) / per_step_s))
                 total = self.schedule.total
                 tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s

@@ -21,6 +21,11 @@ from balcony_export.balcony import Balcony, write_file
 CHECKPOINT = "checkpoint.safetensors"
 
 
+def run_directory(output: Path, exits: tuple[int, ...]) -> Path:
+    """Where a run keeps checkpoint and metrics: runs for other exits lie beside it."""
+    return output / "run" / "-".join(map(str, exits))
+
+
 def save_checkpoint(
     directory: Path,
     balconies: dict[int, Balcony],

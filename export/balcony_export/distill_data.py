@@ -112,7 +112,7 @@ def build_corpus(
         tokenizer: the base model's; its chat template renders instruction data.
         seq_len: tokens per row.
         seed: of the order of the rows.
-        held_out_rows: about how many rows of documents to keep out of training; which ones depends on their text alone.
+        held_out_rows: about how many rows of documents to keep out of training; the first by a hash of their text.
             Documents longer than that stay in training; where all are, the beginning of the shortest is kept out.
 
     Raises:

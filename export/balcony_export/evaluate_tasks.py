@@ -237,7 +237,7 @@ def _with_shots(path: Path, shots: Mapping[str, Any]) -> Callable[[Any], Any]:
     def add(example: dict[str, Any]) -> dict[str, str]:
         key = example[by] if by else None
         if key not in pools:
-            raise InputError(f"{path}: holds no rows of {key}")
+            raise InputError(f"{path}: holds no rows of {key}: give {count} of every {by}")
         pool = pools[key]
         shown = [text for row, text in pool if any(example.get(key) != value for key, value in row.items())]
         return {"shots": "".join(shown[:count])}

@@ -38,7 +38,8 @@ class Chat:
             options: those of :meth:`LLM.stream`.
 
         Raises:
-            InputError: an empty message; otherwise as :meth:`LLM.stream`. The history is then as before.
+            InputError: an empty message; otherwise as :meth:`LLM.stream`. The history is then as before, but for a
+                reply that was left.
         """
         self._llm.encode(text)  # refuses an empty text
         self._silence()

@@ -102,8 +102,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._last: list[int] = []  # tokens of the text that was given out last
-        self._open: list[int] = []  # tokens since then
+        self._open: list[int] = []  # tokens since text was given out
 
     def push(self, token: int) -> str:
         """Text that this token completes; empty while a character is unfinished."""
@@ -113,22 +112,17 @@ class TextStream:
         except Exception as error:  # the library raises a plain one
             if "Invalid prefix" not in str(error):
                 raise
-            # with byte fallback a byte that was given out turns into an unknown character when an unfinished one follows
-            text = self._behind()
+            # with byte fallback bytes that were given out as a character turn into unknown ones when an unfinished one follows
+            text = self.flush()
             self._stream = DecodeStream(skip_special_tokens=True)
             self._stream.step(self._tokenizer, token)
         if text:
-            self._last, self._open = self._open, []
+            self._open = []
         return text
 
     def flush(self) -> str:
         """What is left at the end, where the last character never was completed."""
-        return self._behind() if self._open else ""
-
-    def _behind(self) -> str:
-        """Text of the tokens since the last that was given out, which decides whether they begin with a space."""
-        before = str(self._tokenizer.decode(self._last, skip_special_tokens=True))
-        return str(self._tokenizer.decode([*self._last, *self._open], skip_special_tokens=True))[len(before) :]
+        return str(self._tokenizer.decode(self._open, skip_special_tokens=True)) if self._open else ""
 
 
 class StopStrings:

@@ -232,9 +232,6 @@ def test_plan_never_makes_up_what_was_not_measured() -> None:
     shallow_ms = COSTS.steady_ms(4, 128)
     assert paced.exits[0].joules_per_token == pytest.approx(0.17 + 2 * (0.1 - shallow_ms / 1000))
     assert [exit_.met for exit_ in paced.exits] == [True, False]
-    slow = make_plan(make_profile(), Budget(max_pace_tps=10, deadline_s=4.5, expected_tokens=40), prompt_tokens=64)
-    (check,) = slow.exits[0].checks
-    assert check.expected == pytest.approx((COSTS.prefill_ms(4, 64) + 39 * 100) / 1000) and check.met
     with pytest.raises(BudgetError, match="has exits 4, 8"):
         make_plan(make_profile(), Budget(exit_layer=5))
 
@@ -252,16 +249,14 @@ def test_compare_tells_chance_from_difference() -> None:
     assert (same.entry.exit_layer, same.significant) == (4, False)
     assert faster.ratio == 0.5 and faster.significant and faster.p_value < 1e-6
     assert faster.ratio_uncertainty == pytest.approx(0.5 * math.hypot(0.1 / 26, 0.1 / 13))
-    # the 5 % level is where the interval that is shown ends at 1
-    for wide in (0.1, 5.0):
-        relative = math.hypot(0.1 / 16.8, wide / 24.0)
-        for much, significant in ((0.99, False), (1.01, True)):
-            other = entry(
-                "decode", 4, 16.8 / (1 - relative * much), wide * 16.8 / (1 - relative * much) / 24.0, context=128
-            )
-            (found,) = compare_profiles(first, make_profile(entries=(other,)))
-            assert found.p_value == pytest.approx(0.05, abs=0.01) and found.significant is significant
-            assert (found.ratio - found.ratio_uncertainty > 1) is significant
+    # the 5 % level is where the difference is as large as the interval of the ratio
+    just = make_profile(
+        entries=(entry("decode", 4, 16.8 * math.exp(math.hypot(0.1 / 16.8, 0.1 / 17.0) * 1.01), context=128),)
+    )
+    assert compare_profiles(first, just)[0].p_value == pytest.approx(0.05, abs=0.01)
+    wide = [make_profile(entries=(entry("decode", 4, p50, u, context=128),)) for p50, u in ((10.0, 1.5), (12.5, 2.0))]
+    there, back = compare_profiles(*wide)[0], compare_profiles(*reversed(wide))[0]
+    assert there.p_value == pytest.approx(back.p_value) and there.ratio == pytest.approx(1 / back.ratio)
     with pytest.raises(ProfileError, match="nothing in common"):
         compare_profiles(first, make_profile(entries=(entry("decode", 4, 1.0, context=1),)))
 

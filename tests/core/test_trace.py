@@ -123,8 +123,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
         ("context_length", 10**400, "context_length: "),
         ("exit_layer", None, "exit_layer: Input should be a valid integer"),
         ("period_ms", 1e300, "period_ms: "),
-        ("state", changed("variance", -1), "a variance is no number of 0 or more"),
-        ("state", changed("mean", "NaN"), "a mean is not finite"),
+        ("state", changed("variance", -1), "a variance below 0, or no noise"),
+        ("state", changed("noise_variance", 0), "a variance below 0, or no noise"),
+        ("state", changed("ratio_variance", -1), "a variance below 0, or no noise"),
+        *(("state", changed("mean", mean), "a mean out of reach") for mean in ("NaN", 1000, -1000)),
+        ("state", changed("ratio_mean", 0), "a mean out of reach"),
         ("state", changed("offsets", [0, 0]), "offsets and offset_variances differ"),
     ):
         broken = json.dumps(json.loads(lines[4]) | {key: value})

@@ -1,4 +1,7 @@
-"""Distillation as a run: what a step sees, the loop's promises, a run that is killed, the command."""
+"""Distillation as a run: what a step sees, the loop's promises, a run that is killed, ends that go wrong.
+
+One tiny corpus and one way to make a trainer serve all of it, so one file holds it.
+"""
 
 from __future__ import annotations
 
@@ -360,7 +363,7 @@ def test_a_resumed_run_must_be_the_same_run(make_tiny: Callable[..., Any], corpu
     assert longer.resume()
     longer.run()
     assert longer.step == 4
-    with pytest.raises(InputError, match="--steps 3: 4 steps are done already"):
+    with pytest.raises(InputError, match=r"3 steps \(--steps or --tokens\): 4 are done already"):
         trainer_of(make_tiny("llama"), corpus, tmp_path, steps=3).resume()
     assert trainer_of(make_tiny("llama"), corpus, tmp_path, steps=4).resume()  # a run that had ended
     (longer.work / "checkpoint.safetensors").write_bytes(b"cut")

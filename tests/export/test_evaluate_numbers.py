@@ -122,11 +122,12 @@ def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> 
 
     whole = quality(9, 8, 30, "s", "t", "u")
     recorded(2, 3, 5, of=whole)
-    assert recorded(2, 5, of=whole) == [whole] * 3  # the same rows again
+    assert recorded(2, 5, of=whole) == [whole] * 3 == recorded(of=whole)  # the same rows again, and nothing at all
     other_window = quality(9, 4, 30, "s")
     two, three, five = recorded(2, 5, of=other_window)
     assert two == five and two is not None and two.text == other_window.text
     assert three is not None and three.text == {} and three.tasks == whole.tasks  # the same examples of the task
+    assert three.summary is None  # an average over other tasks than the others have now
     fewer = quality(9, 4, 7, "s")
     two, three, five = recorded(2, 5, of=fewer)
     assert two is not None and three is not None and two.tasks["s"].examples == 7 and two.tasks["t"].examples == 30

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -317,6 +318,18 @@ def test_an_engine_that_picks_tokens_says_where_there_are_none(with_engine_sets:
                 state._device.upload(region, np.full(region.shape, np.nan, region.dtype))
         with pytest.raises(InputError, match="the logits hold NaN or infinity"):
             sequence.step_best(5, np.array([4]))
+
+
+def test_a_device_is_used_by_one_sequence_at_a_time(with_engine_sets: Callable[[str], Bundle]) -> None:
+    with BACKENDS["device-fused"](with_engine_sets("llama")) as engine, ThreadPoolExecutor(1) as pool:
+        sequence, backend = engine.new_sequence(max_length=64), engine.backend
+        sequence.advance(5, [1, 2, 3])
+        prepare, begun = backend.executor.prepare, threading.Event()  # type: ignore[attr-defined]
+        backend.executor.prepare = lambda *given: (begun.set(), prepare(*given))[1]  # type: ignore[attr-defined]
+        with backend.lock:  # type: ignore[attr-defined]
+            step = pool.submit(sequence.step, 5, np.array([4]))
+            assert not begun.wait(0.3)
+        assert step.result(60).shape[0] == 1 and begun.is_set()
 
 
 def test_sequences_in_several_threads_do_not_meet(subject: Engine, tiny_engine: Engine) -> None:

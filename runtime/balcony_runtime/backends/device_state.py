@@ -9,12 +9,13 @@ output ``argmax`` int64 (B, Q) of ``lm_head``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -60,9 +61,17 @@ class DeviceBackend:
                 f"build others with --batch {batch_size}"
             )
         with self.lock:
-            while self.returned:
-                self.device.free(self.returned.popleft())
             return DeviceState(self, batch_size, max_length)
+
+    def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
+        """A region of zeros; what states that are gone held is free before.
+
+        Raises:
+            DeviceError: there is not enough memory.
+        """
+        while self.returned:
+            self.device.free(self.returned.popleft())
+        return self.device.allocate(shape, dtype)
 
     def close(self) -> None:
         """Free engines and memory."""
@@ -142,7 +151,7 @@ class DeviceState:
         weakref.finalize(self, backend.returned.extend, regions)
 
         def allocate(shape: tuple[int, ...], dtype: DType) -> Region:
-            regions.append(self._device.allocate(shape, dtype))
+            regions.append(backend.allocate(shape, dtype))
             return regions[-1]
 
         width, vocabulary = self._width, manifest.model.vocab_size
@@ -198,12 +207,11 @@ class DeviceState:
         """Write token embeddings to boundary 0."""
         for first in range(0, tokens.shape[1], MAX_ROWS):
             part = tokens[:, first : first + MAX_ROWS]
-            ids = self._device.allocate(part.shape, "int64")
-            self._device.upload(ids, part)
             rows = self._rows_of(0, start + first, start + first + part.shape[1], 0, fill=False)
-            self._run("embed", {"ids": ids, "hidden_0": rows})
+            with self._for_a_pass(part.shape, "int64") as ids:
+                self._device.upload(ids, part)
+                self._run("embed", {"ids": ids, "hidden_0": rows})
             self._store(0, rows, start + first)
-            self._device.free(ids)
 
     @_alone
     def run_stage(self, stage: int, start: int, stop: int) -> None:
@@ -243,13 +251,19 @@ class DeviceState:
         """Run the head over what :meth:`run_exit` left."""
         assert self._asked is not None
         vocabulary = self._backend.manifest.model.vocab_size
-        logits = self._device.allocate((self._batch, num_queries, vocabulary), "float32")
-        best = self._device.allocate((self._batch, num_queries), "int64")
-        self._run("lm_head", {"hidden": self._asked, "logits": logits, "argmax": best})
-        found: FloatArray = self._downloaded(logits)
-        self._device.free(logits)
-        self._device.free(best)
+        asked = (self._batch, num_queries)
+        with self._for_a_pass((*asked, vocabulary), "float32") as logits, self._for_a_pass(asked, "int64") as best:
+            self._run("lm_head", {"hidden": self._asked, "logits": logits, "argmax": best})
+            found: FloatArray = self._downloaded(logits)
         return found
+
+    @contextlib.contextmanager
+    def _for_a_pass(self, shape: tuple[int, ...], dtype: DType) -> Iterator[Region]:
+        region = self._backend.allocate(shape, dtype)
+        try:
+            yield region
+        finally:
+            self._device.free(region)
 
     def _step(self, exit_index: int, ids: IntArray, row: int) -> None:
         path = self._path(exit_index)
