@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,29 @@ def record_engines(directory: Path, name: str, engines: EngineSet) -> Manifest:
     updated = manifest.model_copy(update={"engines": {**manifest.engines, name: engines}})
     _write(directory, updated.model_dump(mode="json"))
     return updated
+
+
+def rename_engines(directory: Path, name: str, new: str) -> None:
+    """Let a set take another name, and the place of the set that had it."""
+    manifest, old = _read_manifest(directory), engine_directory(directory, new)
+    aside = old.with_name(f".{new}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        old.rename(aside)
+    engine_directory(directory, name).rename(old)
+    engines = {key: value for key, value in manifest.engines.items() if key != name}
+    updated = manifest.model_copy(update={"engines": {**engines, new: manifest.engines[name]}})
+    _write(directory, updated.model_dump(mode="json"))
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def drop_engines(directory: Path, name: str) -> None:
+    """Take a set out of ``bundle.json``, and its files away."""
+    manifest = _read_manifest(directory)
+    if name in manifest.engines:
+        engines = {key: value for key, value in manifest.engines.items() if key != name}
+        _write(directory, manifest.model_copy(update={"engines": engines}).model_dump(mode="json"))
+    shutil.rmtree(engine_directory(directory, name), ignore_errors=True)
 
 
 def record_confidence(directory: Path, found: ConfidenceSpec) -> Manifest:

@@ -232,7 +232,7 @@ class Quantization(_Frozen):
 
     ``accuracy_level`` 4 rounds activations to int8 in the products too, 1 leaves them in float32. ``kv_bits`` 8 keeps keys and
     values as int8, each channel with a scale of its own from calibration text. ``down_block_size`` is that of the MLPs' down
-    projections where it differs.
+    projections where it differs; ``positive`` says that all scales are above 0.
     """
 
     bits: Literal[4, 8]
@@ -242,6 +242,7 @@ class Quantization(_Frozen):
     head_bits: Literal[4, 8]
     accuracy_level: Literal[1, 4]
     kv_bits: Literal[8, 32]
+    positive: bool = False
     method: Literal["nearest", "gptq"]
     calibration_tokens: int = Field(ge=0)
 

@@ -82,7 +82,7 @@ def decode(bundle: Path) -> dict[str, Any]:
 
 def _peak_gb() -> float:
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return round(int(status.split("VmHWM:")[1].split()[0]) / 1e6, 2)
+    return round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9, 2)
 
 
 def _in_a_process(*arguments: str) -> float:
@@ -96,7 +96,7 @@ def _in_a_process(*arguments: str) -> float:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, arguments)
-    return round(usage.ru_maxrss / 1e6, 2)
+    return round(usage.ru_maxrss * 1024 / 1e9, 2)
 
 
 def measure(shape: str, precision: str, directory: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from balcony_edge.bundle import Bundle
 from balcony_edge.device import this_device
-from balcony_edge.errors import BundleError
+from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.choose import open_backend
 from balcony_runtime.engine import Engine
@@ -62,11 +62,13 @@ def export_shape(shape: str, output: Path) -> None:
 
 def tokens_per_second(engine: Engine, exit_layer: int, batch: int, tokens: int) -> float:
     """Greedy decoding at one exit after a prompt."""
-    sequence = engine.new_sequence(batch_size=batch, max_length=min(PROMPT_TOKENS + tokens, engine.backend.max_length))
+    sequence = engine.new_sequence(
+        batch_size=batch, max_length=PROMPT_TOKENS + tokens
+    )  # refused where engines hold less
     prompt = np.random.default_rng(0).integers(0, engine.manifest.model.vocab_size, (batch, PROMPT_TOKENS))
     ids = sequence.advance(exit_layer, prompt)[:, -1].argmax(-1)
     ids = sequence.step_best(exit_layer, ids)  # captures the step
-    count = sequence.max_length - sequence.length
+    count = sequence.max_length - sequence.length  # all but the two that came first
     begin = time.perf_counter()
     for _ in range(count):
         ids = sequence.step_best(exit_layer, ids)
@@ -85,6 +87,8 @@ def opened(bundle: Bundle, device: str, engines: str | None, graphs: bool) -> Ba
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The JSON document."""
     bundle = Bundle.open(options.bundle)
+    if options.device != "tensorrt" and "off" in options.graphs:
+        raise InputError(f"--graphs off with --device {options.device}: TensorRT alone captures steps: leave it out")
     runs: list[dict[str, Any]] = []
     name = ""
     for graphs in options.graphs:

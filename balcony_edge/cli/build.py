@@ -55,8 +55,14 @@ def build(
 
     if block not in (32, 64, 128):
         raise InputError(f"--block {block}: give 32, 64 or 128")
+    if rounded_as is not None and block != 64:
+        raise InputError("--block with --rounded-as: the bundle that is named has blocks of its own: leave it out")
     if (rounded_as is not None or block != 64) and precision != "int4":
         raise InputError(f"--precision {precision}: --block and --rounded-as are for int4: leave them out")
+    if graphs_only and (sm or whole or timing_cache is not None):
+        raise InputError("--graphs-only: --sm, --whole and --timing-cache are about engines: leave them out")
+    if timing_cache is not None and target == "rtx":
+        raise InputError("--timing-cache: TensorRT-RTX times no kernels while it builds: leave it out")
     capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
     wanted = {"context_length": context_length, "batch_size": batch_size, "block_size": block}
     builder_options = None if graphs_only else {"compute_capabilities": capabilities, "timing_cache": timing_cache}
@@ -80,8 +86,11 @@ def build_into(
     whole: bool,
     builder_options: dict[str, Any] | None,
 ) -> str:
-    """Write graphs where they are missing and build them (not without ``builder_options``); returns the set's name."""
-    from balcony_edge.bundle import Bundle
+    """Write graphs where they are missing and build them (not without ``builder_options``); returns the set's name.
+
+    A set that was there stays as it is until the one that takes its place is whole.
+    """
+    from balcony_edge.bundle import Bundle, drop_engines, rename_engines
     from balcony_edge.cli.console import native_stderr_dropped, progress_bar
 
     name = f"{target}-{precision}" + ("-plain" if operators == "plain" else "")
@@ -92,15 +101,24 @@ def build_into(
             from balcony_runtime.tensorrt_builder import Builder
 
             builder = Builder(target, batch_size=wanted["batch_size"], **builder_options)
-        if rounded_as is not None or not _has_graphs(bundle, name, wanted, precision):
-            progress("writing graphs", 0.0)
-            _write_graphs(bundle, name, target, precision, operators, wanted, rounded_as)
-            bundle = Bundle.open(path, verify_hashes=False)
-        if builder is not None:
-            from balcony_runtime.tensorrt_builder import build_engines
+        working = name
+        try:
+            if rounded_as is not None or not _has_graphs(bundle, name, wanted, precision):
+                working = f"{name}.new" if name in bundle.manifest.engines else name
+                progress("writing graphs", 0.0)
+                _write_graphs(bundle, working, target, precision, operators, wanted, rounded_as)
+                bundle = Bundle.open(path, verify_hashes=False)
+            if builder is not None:
+                from balcony_runtime.tensorrt_builder import build_engines
 
-            graphs = [key for key in bundle.manifest.engines[name].graphs if whole or key != "backbone"]
-            build_engines(bundle, name, builder, graphs, lambda what, done: progress(what, 0.3 + 0.7 * done))
+                graphs = [key for key in bundle.manifest.engines[working].graphs if whole or key != "backbone"]
+                build_engines(bundle, working, builder, graphs, lambda what, done: progress(what, 0.3 + 0.7 * done))
+        except BaseException:
+            if working != name:
+                drop_engines(path, working)
+            raise
+        if working != name:
+            rename_engines(path, working, name)
     return name
 
 

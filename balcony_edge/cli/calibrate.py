@@ -10,7 +10,6 @@ import typer
 
 if TYPE_CHECKING:
     from balcony_edge.bundle import Bundle
-    from balcony_runtime.text import TextCodec
 
 
 def calibrate(
@@ -37,7 +36,6 @@ def calibrate(
     from balcony_edge.cli.console import progress_bar, stdout
     from balcony_edge.errors import InputError
     from balcony_runtime.engine import Engine
-    from balcony_runtime.text import TextCodec
     from balcony_runtime.thresholds import calibrate_confidence
 
     if (text is None) == (check is None):
@@ -50,7 +48,7 @@ def calibrate(
         _check(opened, check, tokens, document_tokens, as_json=as_json)
         return
     assert text is not None
-    documents = _documents(text, TextCodec(opened), tokens, document_tokens)
+    documents = _documents(text, opened, tokens, document_tokens)
     with progress_bar() as progress, Engine.of(opened) as engine:
         found = calibrate_confidence(
             engine,
@@ -83,13 +81,12 @@ def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_
     from balcony_edge.cli.console import progress_bar, stdout
     from balcony_edge.errors import InputError
     from balcony_runtime.engine import Engine
-    from balcony_runtime.text import TextCodec
     from balcony_runtime.thresholds import held_out
 
     spec = bundle.manifest.confidence
     if spec is None:
         raise InputError(f"{bundle.path}: has no thresholds to check: calibrate it with --text first")
-    documents = _documents(text, TextCodec(bundle), tokens, document_tokens)
+    documents = _documents(text, bundle, tokens, document_tokens)
     with progress_bar() as progress, Engine.of(bundle) as engine:
         count, found = held_out(engine, documents, spec, lambda done: progress("comparing exits", done))
     if as_json:
@@ -120,9 +117,10 @@ def _share(name: str, text: str) -> float:
     return share
 
 
-def _documents(path: Path, codec: TextCodec, most: int, longest: int) -> list[list[int]]:
+def _documents(path: Path, bundle: Bundle, most: int, longest: int) -> list[list[int]]:
     from balcony_edge.errors import InputError
     from balcony_export.text_files import json_lines, read_text
+    from balcony_runtime.text import TextCodec
 
     forms = 'JSON Lines with "text", or .txt'
     content = read_text(path, forms)
@@ -134,10 +132,13 @@ def _documents(path: Path, codec: TextCodec, most: int, longest: int) -> list[li
                 raise InputError(f'{where}: has no "text": give {forms}')
             texts.append(value["text"])
     # a part of every text, then another of every text: a few long ones are not what replies are like
-    parts = []
+    codec, parts = TextCodec(bundle), []
     for number, one in enumerate(texts):
-        ids = codec.encode(one, chat=False) if one.strip() else []
-        parts += [(start, number, ids[start : start + longest]) for start in range(0, min(len(ids), most), longest)]
+        ids = codec.encode(one, chat=False)[:most] if one.strip() else []
+        # every part begins as a text does: a model that expects its start token is lost without it
+        begin = ids[: ids[:1] == [bundle.manifest.model.bos_token_id]]
+        ids, step = ids[len(begin) :], longest - len(begin)
+        parts += [(start, number, begin + ids[start : start + step]) for start in range(0, len(ids), step)]
     documents: list[list[int]] = []
     left = most
     for _, _, ids in sorted(parts, key=lambda part: part[:2]):

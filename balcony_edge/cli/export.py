@@ -87,8 +87,8 @@ def export(
     budget = None if quality_budget is None else parse_budget(quality_budget)
     if budget is not None and (precision != "fp32" or not evaluate):
         raise InputError("--quality-budget: takes the place of --precision and needs --evaluate TEXT: give it so")
-    if calibration and not isinstance(scheme, Scheme) and budget is None:
-        raise InputError(f"--calibration with --precision {precision}: only int8 and int4 are rounded: leave it out")
+    if budget is None:
+        _refuse_calibration(scheme, precision, calibration)
     with progress_bar() as progress:
         progress("loading the model", 0.0)
         # what runs the model takes float32; what only writes it takes the checkpoint's own type, half the memory
@@ -130,6 +130,19 @@ def export(
     if tensorrt is not None:
         _build_engines(output, tensorrt)
     _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
+
+
+def _refuse_calibration(scheme: str | Scheme, precision: str, calibration: list[Path] | None) -> None:
+    """Refuse text where nothing is rounded, and none where caches are."""
+    from balcony_edge.errors import InputError
+
+    if isinstance(scheme, str):
+        if calibration:
+            raise InputError(
+                f"--calibration with --precision {precision}: only int8 and int4 are rounded: leave it out"
+            )
+    elif scheme.kv_bits == 8 and not calibration:
+        raise InputError("--precision kv=8: needs --calibration: its text says how large keys and values are")
 
 
 def _warn(trained: bool, scheme: Literal["float32", "float16"] | Scheme) -> None:

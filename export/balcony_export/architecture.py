@@ -96,6 +96,16 @@ def embedding_scale(parts: Parts, dtype: torch.dtype) -> float:
     return 1.0 if scale is None else float(torch.tensor(scale).to(dtype))
 
 
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a module's weights in place, and its buffers not: rotary frequencies are float32 whatever the weights are.
+
+    ``module.to(float16)`` rounds those, too: 0.05 % of a frequency are half a turn at position 8,192. transformers, asked for a
+    type while it loads, leaves them.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def describe(model: PreTrainedModel, name: str, context_length: int | None = None) -> ModelSpec:
     """The manifest's description of the base model.
 

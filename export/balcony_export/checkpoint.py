@@ -96,15 +96,21 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a model and its tokenizer as a Hugging Face directory that other engines read, too.
 
-    transformers 5 writes ``rope_parameters`` only; transformers 4, and what is built on it, reads ``rope_theta`` and silently
-    takes 10,000 where that is missing. So the frequency is written under both names.
+    transformers 5 writes ``rope_parameters`` only; transformers 4, and what is built on it, reads ``rope_theta`` and
+    ``rope_scaling``, and silently takes 10,000 and none where they are missing. So both are written under their old names, too.
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if (theta := (config.get("rope_parameters") or {}).get("rope_theta")) is not None:
-        path.write_text(json.dumps({**config, "rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
+    rope = config.get("rope_parameters") or {}
+    if isinstance(local := rope.get("sliding_attention"), dict):  # Gemma 3: one rope for each kind of attention
+        config["rope_local_base_freq"], rope = local.get("rope_theta"), rope.get("full_attention") or {}
+    if (theta := rope.get("rope_theta")) is not None:
+        config["rope_theta"] = theta
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def demo_model_path() -> Path:
@@ -156,6 +162,11 @@ def _check_directory(path: Path) -> None:
         raise CheckpointError(f"{config}: cannot be read as JSON ({error}): download the checkpoint again") from error
     if not isinstance(document, dict) or "model_type" not in document:
         raise CheckpointError(f"{config}: names no model_type: give {_ALLOWED}")
+    if quantized := document.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        raise CheckpointError(
+            f"{path}: its weights are quantized already ({method}): give the checkpoint that they were made from"
+        )
     shards = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -211,6 +222,12 @@ def _check_gguf(path: Path) -> None:
         raise CheckpointError(f"{path}: is cut short or damaged: download it again") from error
     if end == 0 or path.stat().st_size < end:
         raise CheckpointError(f"{path}: is cut short: download it again")
+    scaling = [str(field.contents()) for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
+    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors) or {*scaling} - {"none"}:
+        raise CheckpointError(
+            f"{path}: scales its rotary frequencies, which transformers drops from a GGUF file without a word: give the "
+            "model's safetensors"
+        )
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -27,6 +27,7 @@ from accelerate.utils import send_to_device  # type: ignore[import-untyped]  # a
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
+from balcony_export.architecture import cast_weights
 from balcony_export.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies, write_file
 from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, run_directory, save_checkpoint
 from balcony_export.distill_config import TrainConfig
@@ -121,7 +122,7 @@ class Trainer:
         self.backbone = Backbone(model, config.exits, dtype)
         # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
         self.layer_arguments = send_to_device(self.backbone.layer_arguments(config.seq_len), self.device)
-        model.to(dtype)  # type: ignore[arg-type]
+        cast_weights(model, dtype)
         if self.processes.sharded:
             self.processes.shard(model, self.backbone.decoder)
         self.model = model
@@ -153,7 +154,7 @@ class Trainer:
         )
         if rows < 1:
             return None
-        key = json.dumps([self.base_facts, list(self.config.exits), self.corpus.digest])
+        key = json.dumps([2, self.base_facts, list(self.config.exits), self.corpus.digest])  # 2: float32 frequencies
         self.work.mkdir(parents=True, exist_ok=True)
         return StateCache(self.work / "states.bin", rows, shape, self.dtype, key)
 

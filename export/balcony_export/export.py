@@ -22,7 +22,7 @@ from balcony_edge.bundle import Bundle, write_manifest
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_edge.manifest import WEIGHTS, Manifest, ModelSpec
 from balcony_export import graph, head, lower, passes
-from balcony_export.architecture import describe, embedding_scale, parts_of
+from balcony_export.architecture import cast_weights, describe, embedding_scale, parts_of
 from balcony_export.balcony import Balcony
 from balcony_export.gptq import second_moments
 from balcony_export.ir_tools import graph_spec
@@ -133,7 +133,7 @@ def export_bundle(
     dtype = torch.float16 if precision == "float16" else torch.float32
     if dtype == torch.float16 or calibration:
         for module in (model, *balconies.values()):
-            module.to(dtype)
+            cast_weights(module, dtype)
     _refuse_not_finite(model, balconies)
     parts = parts_of(model)
     spec = describe(model, name, context_length)
@@ -288,7 +288,14 @@ def _write_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if backend is None:
         raise CheckpointError("the tokenizer has no tokenizers backend: export needs a fast tokenizer (tokenizer.json)")
     backend.save(str(directory / "tokenizer.json"))
-    if isinstance(template := getattr(tokenizer, "chat_template", None), str):
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several by name, of which one is for chats
+        if "default" not in template:
+            raise CheckpointError(
+                f"the tokenizer has chat templates {', '.join(template)} and none called 'default': keep one of them"
+            )
+        template = template["default"]
+    if isinstance(template, str):
         special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
         (directory / "special_tokens.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")

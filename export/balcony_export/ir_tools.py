@@ -9,6 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+#: The least scale that a half-precision number holds with all its digits; TensorRT takes none that is not above 0.
+SMALLEST_SCALE = 2.0**-14
+#: How far weights that were rounded may be from the model's, as a share of their size: 4 bits round to 0.1 of it.
+FAR_WEIGHTS = 0.3
+
 
 def constant(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
     """An initializer of that name and value; one that is there already is taken."""

@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_export.gptq import compensated
-from balcony_export.ir_tools import constant
+from balcony_export.ir_tools import SMALLEST_SCALE, constant
 from balcony_export.lower import MICROSOFT
 from balcony_export.widen import pieces
 from balcony_runtime.token_table import unpacked
@@ -43,6 +43,8 @@ class Scheme:
         head_bits: of the LM head and the token table.
         accuracy_level: 4: activations are rounded to int8 too, the fast one; 1: they stay float32.
         kv_bits: of the KV cache; 32: float32.
+        positive: scales above 0, as TensorRT wants them; otherwise a scale's sign chooses the end of the range that has one
+            step more.
     """
 
     bits: Literal[4, 8] = 4
@@ -52,6 +54,7 @@ class Scheme:
     head_bits: Literal[4, 8] = 8
     accuracy_level: Literal[1, 4] = 4
     kv_bits: Literal[8, 32] = 32
+    positive: bool = False
 
     @property
     def unpacks(self) -> bool:
@@ -62,7 +65,9 @@ class Scheme:
         kind = "sym" if self.symmetric else "asym"
         kv = "" if self.kv_bits == 32 else f",kv={self.kv_bits}"
         block = f"block={self.block_size}" + ("" if self.down_block_size is None else f",down={self.down_block_size}")
-        return f"int{self.bits},{block},{kind},head={self.head_bits},level={self.accuracy_level}{kv}"
+        return f"int{self.bits},{block},{kind},head={self.head_bits},level={self.accuracy_level}{kv}" + (
+            ",positive" if self.positive else ""
+        )
 
     def block_size_of(self, name: str) -> int:
         """Inputs that share a scale in a weight of this name."""
@@ -131,6 +136,7 @@ class Quantizer:
                 bits=bits,
                 size=self.scheme.block_size_of(name),
                 symmetric=self.scheme.symmetric,
+                positive=self.scheme.positive,
                 moment=self.moments.get(name),
             )
             parts = (how(torch.tensor(rows)) for rows in pieces(weight))  # (N, K)
@@ -139,7 +145,13 @@ class Quantizer:
 
 
 def quantize(
-    weight: torch.Tensor, bits: int, size: int, *, symmetric: bool, moment: torch.Tensor | None = None
+    weight: torch.Tensor,
+    bits: int,
+    size: int,
+    *,
+    symmetric: bool,
+    moment: torch.Tensor | None = None,
+    positive: bool = False,
 ) -> Blocks:
     """Quantize (N, K) in blocks of ``size`` along K: by GPTQ with the inputs' ``moment`` (K, K), or to the nearest values."""
     levels = 1 << bits
@@ -148,14 +160,14 @@ def quantize(
     blocks = padded.reshape(len(weight), -1, size)
 
     def grids(importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scales, zeros = _grid(blocks, levels, symmetric, importance.reshape(-1, size))
+        scales, zeros = _grid(blocks, levels, symmetric, importance.reshape(-1, size), positive)
         return scales[..., 0], zeros[..., 0]
 
     if moment is not None:
         moment = torch.nn.functional.pad(moment, (0, padding, 0, padding))
         values, scales, zeros = compensated(padded, moment, grids, levels)
     else:
-        scales, zeros = _grid(blocks, levels, symmetric)  # (N, blocks, 1)
+        scales, zeros = _grid(blocks, levels, symmetric, positive=positive)  # (N, blocks, 1)
         values = (torch.round(blocks / scales) + zeros).clamp_(0, levels - 1).reshape(padded.shape)
     packed = _packed(values.to(torch.uint8).numpy(), bits).reshape(len(weight), padded.shape[1] // size, -1)
     return Blocks(
@@ -168,7 +180,11 @@ def quantize(
 
 
 def _grid(
-    block: torch.Tensor, levels: int, symmetric: bool, importance: torch.Tensor | None = None
+    block: torch.Tensor,
+    levels: int,
+    symmetric: bool,
+    importance: torch.Tensor | None = None,
+    positive: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of each row of values: of ``SHRINKS`` what has the least squared error, weighed by ``importance``.
 
@@ -180,6 +196,9 @@ def _grid(
         # the value of largest size sits at the end of the range that has one step more; its sign chooses the end
         largest = torch.where(high.abs() > low.abs(), high, low)
         full, zero = largest / -middle, torch.full_like(largest, middle)
+        if positive:
+            # a block that is next to nothing becomes nothing: half precision must hold its scale
+            full = (largest.abs() / (middle - 1)).clamp(min=SMALLEST_SCALE)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
         full = (high - low) / (levels - 1)
@@ -387,16 +406,18 @@ def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:
         return "float32" if text == "fp32" else "float16"
     first, *rest = text.split(",")
     allowed = (
-        "fp32, fp16, or int4 or int8 and any of block=32|64|128, down=32|64|128|256, sym, asym, head=4|8, level=1|4, "
-        "kv=8|32, by commas"
+        "fp32, fp16, or int4 or int8 and any of block=32|64|128, down=32|64|128|256, sym, asym, positive, head=4|8, "
+        "level=1|4, kv=8|32, by commas"
     )
     if first not in ("int4", "int8"):
         raise InputError(f"--precision {text}: '{first}' is not known: give {allowed}")
-    if {"sym", "asym"} <= set(rest):
-        raise InputError(f"--precision {text}: sym and asym exclude each other: give one of the two")
+    for others in ("sym", "positive"):
+        if {"asym", others} <= set(rest):
+            raise InputError(f"--precision {text}: {others} and asym exclude each other: give one of the two")
     flags: dict[str, dict[str, Any]] = {
         "sym": {"symmetric": True},
         "asym": {"symmetric": False},
+        "positive": {"positive": True},
         **{f"block={size}": {"block_size": size} for size in (32, 64, 128)},
         **{f"down={size}": {"down_block_size": size} for size in (32, 64, 128, 256)},
         **{f"head={bits}": {"head_bits": bits} for bits in (4, 8)},

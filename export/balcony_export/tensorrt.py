@@ -6,18 +6,24 @@ Owns the directory and its entry in the manifest. What the graphs are is :mod:`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from balcony_edge.bundle import Bundle, engine_directory, file_spec, record_engines
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.manifest import EngineSet, Manifest
-from balcony_export.ir_tools import graph_spec
+from balcony_export.ir_tools import FAR_WEIGHTS, graph_spec
 from balcony_export.tensorrt_graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt_quantize import Rounding
 from balcony_export.weights import WeightFile
 from balcony_runtime.tensorrt_builder import Target
 from balcony_runtime.token_table import unpacked
+
+_EXPORT_ONE = "export one with --precision int4,positive,block=64,head=4 --calibration TEXT"
 
 
 def write_graphs(
@@ -62,7 +68,7 @@ def write_graphs(
         operators=form.operators,
         context_length=form.capacity,
         batch_size=batch_size,
-        block_size=form.block_size if form.precision == "int4" else None,
+        block_size=(rounding or form).block_size if form.precision == "int4" else None,  # type: ignore[arg-type]
         graphs={key: graph_spec(key, graph) for key, graph in graphs.items()},  # type: ignore[misc]
         files=files,
     )
@@ -73,7 +79,7 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
     """The integers of a quantized bundle, such as GPTQ made them: both engines of a model then compute with the same.
 
     Args:
-        quantized: symmetric int4, head included.
+        quantized: symmetric int4 with scales above 0, head included.
         bundle: the float bundle of the same model, exits and balconies.
 
     Raises:
@@ -83,36 +89,56 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
     fits = scheme is not None and scheme.bits == scheme.head_bits == 4 and scheme.symmetric
     if scheme is None or not fits or scheme.down_block_size not in (None, scheme.block_size):
         raise InputError(
-            f"--rounded-as {quantized.path}: must be of int4,sym,head=4 with blocks of one size: export one with "
-            "--precision int4,block=64,head=4 --calibration TEXT"
+            f"--rounded-as {quantized.path}: must be of int4,sym,head=4 with blocks of one size: {_EXPORT_ONE}"
         )
     if (quantized.manifest.model, quantized.manifest.exit_layers) != (manifest.model, manifest.exit_layers):
         raise InputError(f"--rounded-as {quantized.path}: is of another model or has other exits than {bundle.path}")
-    outputs = _outputs(bundle)
+    weights = _weights(bundle)
     rounding = Rounding(scheme.block_size)
     for spec in quantized.manifest.cpu.values():
         for node in ir.load(quantized.file(spec.file)).graph:
             if node.op_type != "MatMulNBits":
                 continue
             packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])  # type: ignore[union-attr]
-            values = unpacked(packed, 4).reshape(len(packed), -1).astype(np.int8) - 8
+            if not (scales > 0).all():
+                raise InputError(
+                    f"--rounded-as {quantized.path}: has scales below 0, and TensorRT takes none: {_EXPORT_ONE}"
+                )
+            inputs = node.attributes["K"].as_int()
+            if inputs % scheme.block_size:
+                raise InputError(
+                    f"--rounded-as {quantized.path}: {inputs} inputs are no multiple of its blocks of {scheme.block_size}, and "
+                    f"TensorRT takes whole ones: {_EXPORT_ONE}"
+                )
+            values = unpacked(packed, 4).reshape(len(packed), -1).astype(np.int8)[:, :inputs] - 8
             first = 0
             for part in str(node.inputs[1].name).removesuffix(".blocks").split("+"):  # type: ignore[union-attr]
                 # a tied head's weight has the token table's name
-                name = part if part in outputs else "embed_tokens.weight"
-                rows = slice(first, first + outputs[name])
-                rounding.given[name] = (values[rows, : node.attributes["K"].as_int()], scales[rows])
+                name = part if part in weights else "embed_tokens.weight"
+                weight = weights[name]()
+                rows = slice(first, first + len(weight))
+                stored = values[rows] * np.repeat(scales[rows], scheme.block_size, axis=1)
+                if not np.linalg.norm(stored - weight) <= FAR_WEIGHTS * np.linalg.norm(weight):
+                    raise InputError(
+                        f"--rounded-as {quantized.path}: {name} is far from that of {bundle.path}: give a bundle of the same "
+                        "model and balconies"
+                    )
+                rounding.given[name] = (values[rows], scales[rows])
                 first = rows.stop
     return rounding
 
 
-def _outputs(bundle: Bundle) -> dict[str, int]:
-    """Weight → number of its outputs, of every weight that is multiplied with."""
-    found: dict[str, int] = {}
+def _weights(bundle: Bundle) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
+    """Name → what reads it (N, K), of every weight that is multiplied with."""
+    found: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
     for spec in bundle.portable().manifest.graphs.values():
         for node in ir.load(bundle.file(spec.file)).graph:
             weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
             if weight is not None and weight.const_value is not None:
-                shape = weight.const_value.shape
-                found[str(weight.name)] = int(shape[0 if node.op_type == "Gemm" else 1])  # type: ignore[arg-type]
+                found[str(weight.name)] = partial(_rows, weight.const_value, node.op_type == "Gemm")
     return found
+
+
+def _rows(weight: ir.TensorProtocol, rows_first: bool) -> npt.NDArray[np.float32]:
+    array = weight.numpy().astype(np.float32)
+    return array if rows_first else array.T

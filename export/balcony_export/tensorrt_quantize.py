@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from balcony_edge.errors import InputError
 from balcony_edge.manifest import EnginePrecision
-from balcony_export.ir_tools import constant
+from balcony_export.ir_tools import SMALLEST_SCALE, constant
 
 
 @dataclass
@@ -68,7 +68,7 @@ def _quantized(
         return values.astype(ml_dtypes.int4), scales, {"axis": inputs, "block_size": rounding.block_size}
     largest = np.abs(array).max(axis=inputs, keepdims=True)
     top, kind = (127.0, np.dtype(np.int8)) if precision == "int8" else (448.0, np.dtype(ml_dtypes.float8_e4m3fn))
-    scale = np.where(largest == 0, 1, largest / top).astype(np.float32)
+    scale = np.maximum(largest / top, SMALLEST_SCALE).astype(np.float32)  # also of a row of zeros
     scaled = array / scale
     values = (np.rint(scaled) if precision == "int8" else scaled).astype(kind)
     return values, scale.reshape(-1), {"axis": 1 - inputs}
@@ -77,7 +77,7 @@ def _quantized(
 def _int4(
     name: str, rows: npt.NDArray[np.float32], block_size: int
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Integers (N, K) from -8 to 7 and scales (N, K / block), to the nearest on the grid of least squared error."""
+    """Integers (N, K) and scales above 0 (N, K / block), to the nearest on the grid of least squared error."""
     import torch  # noqa: PLC0415 - the device builds engines of graphs that are there without it
 
     from balcony_export.quantize import quantize  # noqa: PLC0415 - likewise
@@ -88,6 +88,6 @@ def _int4(
             f"{name}: {rows.shape[1]} inputs are no multiple of --block {block_size}: TensorRT takes whole blocks; "
             "give another block size or precision"
         )
-    blocks = quantize(torch.from_numpy(np.ascontiguousarray(rows)), 4, block_size, symmetric=True)
+    blocks = quantize(torch.from_numpy(np.ascontiguousarray(rows)), 4, block_size, symmetric=True, positive=True)
     values = unpacked(blocks.packed, 4).reshape(rows.shape).astype(np.int8) - 8
     return values, blocks.scales

@@ -7,6 +7,7 @@ subject is the runtime that a device runs, so a verified bundle is verified end 
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
 import tempfile
@@ -23,8 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import VerificationError
-from balcony_export.architecture import Parts, parts_of
+from balcony_export.architecture import Parts, cast_weights, parts_of
 from balcony_export.balcony import Balcony
+from balcony_export.ir_tools import FAR_WEIGHTS
 from balcony_export.quantize import stored_weights
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.engine import Engine
@@ -156,9 +158,8 @@ def verify(
             "name the model and the balconies that it was exported from"
         )
     dtype = torch.float16 if manifest.precision == "float16" else torch.float32
-    model.to(dtype)  # type: ignore[arg-type]
-    for balcony in balconies.values():
-        balcony.to(dtype)
+    for module in (model, *balconies.values()):
+        cast_weights(module, dtype)
     if manifest.quantization is not None:
         model, balconies = _with_stored_weights(bundle, model, balconies)
     limit = min(manifest.model.context_length, 256)
@@ -238,13 +239,29 @@ def _with_stored_weights(
         root, path = (roots[first], rest) if first in roots else (model.get_decoder(), f"{first}.{rest}")
         return root.get_submodule(path).weight.data  # type: ignore[no-any-return]
 
+    def take(name: str, weight: torch.Tensor, stored: torch.Tensor) -> None:
+        far = (
+            float((stored - weight).norm() / weight.norm().clamp(min=1e-30))
+            if stored.shape == weight.shape
+            else math.inf
+        )
+        if not far <= FAR_WEIGHTS:
+            raise VerificationError(
+                f"{bundle.path}: {name} is {far:.2g} of its size away from the model's: name the model and the balconies that "
+                "it was exported from, or export it again"
+            )
+        weight.copy_(stored)
+
     for names, stored in stored_weights(bundle).items():
         weights = [weight_of(name) for name in names.split("+")]
-        for weight, part in zip(weights, torch.from_numpy(stored).split([len(w) for w in weights]), strict=True):
-            weight.copy_(part)
+        for name, weight, part in zip(
+            names.split("+"), weights, torch.from_numpy(stored).split([len(w) for w in weights]), strict=True
+        ):
+            take(name, weight, part)
     table = TokenTable(bundle)
     scale = bundle.manifest.embedding.scale
-    parts.embed.weight.data.copy_(torch.from_numpy(table[np.arange(len(parts.embed.weight))] / scale))
+    rows = torch.from_numpy(table[np.arange(len(parts.embed.weight))] / scale)
+    take("embed_tokens.weight", parts.embed.weight.data, rows)
     return model, balconies
 
 

@@ -18,8 +18,15 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
+from balcony_edge.bundle import Bundle
 from balcony_edge.cli import main, reported
+from balcony_edge.cli.calibrate import _documents
+from balcony_edge.errors import EngineBuildError
+from balcony_edge.manifest import MANIFEST, Manifest
+from balcony_runtime import tensorrt_builder
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
 
@@ -115,6 +122,7 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.rmtree(bundle)
     refused("--precision int4,block=7: 'block=7' is not known", *common, "--precision", "int4,block=7")
     refused("only int8 and int4 are rounded", *common, "--calibration", text)
+    refused("kv=8: needs --calibration", *common, "--precision", "int4,kv=8")
     refused("takes the place of --precision and needs --evaluate", *common, "--quality-budget", "kl=0.1")
     refused("another text of that name", *common, "--evaluate", text, "--evaluate", text)
     refused(
@@ -238,7 +246,7 @@ def test_models_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert not output.exists() and not list(tmp_path.glob(".*partial*"))
 
 
-def test_build(exported: Path, tmp_path: Path) -> None:
+def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Path(shutil.copytree(exported, tmp_path / "b"))
     common = ("build", bundle, "--context-length", "64")
     done = invoke(*common, "--sm", "86,89", "--json")
@@ -251,6 +259,27 @@ def test_build(exported: Path, tmp_path: Path) -> None:
     done = invoke_here("inspect", bundle)
     assert done.returncode == 0 and "tensorrt/rtx-fp16" in done.stdout and "tensorrt/tensorrt-fp16-plain" in done.stdout
     assert "compute capability 86, 89" in " ".join(done.stdout.split())
+    # what takes the place of a set is built beside it: one that fails leaves the set as it was
+    files = {path: path.read_bytes() for path in (bundle / "tensorrt/rtx-fp16").iterdir()}
+    engines = Bundle.open(bundle).manifest.engines
+
+    def fails(*_: Any) -> None:
+        raise EngineBuildError("stage_1.onnx: no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt_builder, "build_engines", fails)
+        refused("stage_1.onnx: no", "build", bundle, "--context-length", "48", "--sm", "86")
+    assert {path: path.read_bytes() for path in (bundle / "tensorrt/rtx-fp16").iterdir()} == files
+    assert Bundle.open(bundle).manifest.engines == engines
+    assert invoke_here("build", bundle, "--context-length", "48", "--sm", "86").returncode == 0
+    changed = Bundle.open(bundle).manifest.engines
+    assert changed.keys() == engines.keys() and changed["rtx-fp16"].context_length == 48
+    assert sorted(path.name for path in (bundle / "tensorrt").iterdir()) == sorted(changed)
+    assert invoke_here(*common, "--sm", "86,89").returncode == 0
+    for option in (("--sm", "86"), ("--whole",), ("--timing-cache", tmp_path / "t")):
+        refused("--graphs-only: --sm, --whole and --timing-cache", *common, "--graphs-only", *option)
+    refused("--timing-cache: TensorRT-RTX times no kernels", *common, "--timing-cache", tmp_path / "t")
+    refused("--block with --rounded-as", *common, "--precision", "int4", "--block", "32", "--rounded-as", bundle)
     refused("no multiple of --block 64", *common, "--precision", "int4")
     refused("--block 7: give 32, 64 or 128", *common, "--precision", "int4", "--block", "7")
     refused("--block and --rounded-as are for int4", *common, "--block", "128")
@@ -422,6 +451,21 @@ def test_ctrl_c_in_generation_ends_the_reply(exported: Path, interruptible: Any)
     assert "Traceback" not in err
     document = json.loads(out)
     assert 1 <= document["new_tokens"] < 200 and document["finish_reason"] == "cancelled"
+
+
+def test_every_part_of_a_text_begins_as_a_text_does(bundle_copy: Path, tmp_path: Path) -> None:
+    file = bundle_copy / "tokenizer.json"
+    tokenizer = Tokenizer.from_str(file.read_text())
+    tokenizer.post_processor = TemplateProcessing("<end> $A", special_tokens=[("<end>", 0)])
+    file.write_text(tokenizer.to_str())
+    manifest = Manifest.model_validate_json((bundle_copy / MANIFEST).read_text())
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog " * 9)
+    for bos, starts in ((0, True), (None, False)):
+        model = manifest.model.model_copy(update={"bos_token_id": bos})
+        bundle = Bundle(bundle_copy, manifest.model_copy(update={"model": model}))
+        parts = _documents(tmp_path / "t.txt", bundle, 60, 16)
+        assert len(parts) > 3 and max(map(len, parts)) == 16 and sum(map(len, parts)) <= 60
+        assert all(part[0] == 0 for part in parts) is starts and all(0 not in part[1:] for part in parts)
 
 
 @pytest.mark.parametrize("allocate", [bytearray, torch.empty])

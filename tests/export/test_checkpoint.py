@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -85,6 +87,13 @@ def _unknown_type(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
 
 
+def _quantized_before(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+
+
 def _missing_shard(model: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -99,6 +108,10 @@ def _missing_shard(model: Path) -> None:
         (_break_config, r"config\.json: cannot be read as JSON"),
         (_nameless_config, r"config\.json: names no model_type"),
         (_unknown_type, "cannot be loaded .*no_such_model"),
+        (
+            _quantized_before,
+            r"its weights are quantized already \(gptq\): give the checkpoint that they were made from",
+        ),
         (_missing_shard, r"model-00001-of-00002\.safetensors is missing"),
     ],
 )
@@ -151,6 +164,25 @@ def test_truncated_gguf_is_named(demo: Path, tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(file.read(40_000_000))
     with pytest.raises(CheckpointError, match=r"cut\.gguf: is cut short"):
         load_model(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "yarn", "none"])
+def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Path) -> None:
+    """transformers reads neither the tensor of Llama 3's factors nor the type of a scaling: the model would come out wrong."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    name = "rope_freqs.weight" if scaling == "tensor" else "output_norm.weight"
+    writer.add_tensor(name, np.ones(8, np.float32))
+    if scaling != "tensor":
+        writer.add_string("llama.rope.scaling.type", scaling)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if scaling == "none":
+        checkpoint._check_gguf(tmp_path / "m.gguf")
+        return
+    with pytest.raises(CheckpointError, match=r"m\.gguf: scales its rotary frequencies"):
+        load_model(tmp_path / "m.gguf")
 
 
 def test_gguf_tokenizer_splits_digits_and_keeps_its_template(demo: Path) -> None:

@@ -19,7 +19,7 @@ from balcony_edge.errors import BalconyError, CheckpointError, InputError, Unsup
 from balcony_edge.manifest import MANIFEST
 from balcony_export.architecture import describe, parts_of
 from balcony_export.balcony import init_balconies
-from balcony_export.export import export_bundle
+from balcony_export.export import _write_tokenizer, export_bundle
 from balcony_export.output import fresh_directory
 from balcony_export.verify import Check, require
 
@@ -72,6 +72,16 @@ def test_weights_that_are_not_finite_leave_nothing(make_tiny: Any, make_tokenize
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight: holds NaN or infinity"):
         export_bundle(model, make_tokenizer(), {}, tmp_path / "out", name="x", trained=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_chat_templates_the_default_is_taken(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    model, tokenizer = make_tiny("llama"), make_tokenizer()
+    tokenizer.chat_template = {"tool_use": "tools", "default": "{{ messages[0].content }}"}
+    _write_tokenizer(model, tokenizer, tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    tokenizer.chat_template = {"tool_use": "tools"}
+    with pytest.raises(CheckpointError, match="has chat templates tool_use and none called 'default'"):
+        _write_tokenizer(model, tokenizer, tmp_path)
 
 
 def test_a_failed_check_leaves_nothing(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:

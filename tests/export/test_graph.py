@@ -105,6 +105,10 @@ def test_half_precision_stays_within_its_bound(tmp_path: Path, make_tiny: Any, m
     output = tmp_path / "half"
     manifest = export_bundle(model, tokenizer, balconies, output, name="half", trained=False, precision="float16")
     assert manifest.precision == "float16" and manifest.embedding.dtype == "float16"
+    # weights are rounded, frequencies are not: at position 8,192 they would be half a turn away
+    frequencies = model.model.rotary_emb.inv_freq
+    assert model.lm_head.weight.dtype == torch.float16 and frequencies.dtype == torch.float32
+    assert not torch.equal(frequencies, frequencies.half().float())
     assert all(check.passed for check in verify(output, model, tokenizer, balconies, PROMPTS))
 
 

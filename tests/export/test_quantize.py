@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from balcony_edge.bundle import Bundle
-from balcony_edge.errors import BundleError, CheckpointError, InputError
+from balcony_edge.errors import BundleError, CheckpointError, InputError, VerificationError
 from balcony_export import quantize
 from balcony_export.choose import CANDIDATES, Judge, export_within, parse_budget
 from balcony_export.evaluate import Document
@@ -146,6 +146,7 @@ ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
         ("qwen3", "int8,block=128"),
         ("gemma3", "int4,head=4,level=1"),
         ("smollm3", "int4,asym"),
+        ("qwen2", "int4,positive,head=4"),
         ("llama", "int8,level=1,kv=8"),
     ],
 )
@@ -168,6 +169,12 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     assert manifest.quantization.method == ("gptq" if "asym" in precision or "kv" in precision else "nearest")
     checks = verify(path, copy.deepcopy(source.model), source.tokenizer, copy.deepcopy(source.balconies))
     assert [check for check in checks if not check.passed] == []
+    other = copy.deepcopy(source.model)
+    other.model.layers[1].mlp.up_proj.weight.data.neg_()
+    with pytest.raises(
+        VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight is 2 of its size away from the model's"
+    ):
+        verify(path, other, source.tokenizer, copy.deepcopy(source.balconies))
     phases = {check.phase for check in checks}
     exact = {"prefill", "decode"} if scheme.accuracy_level == 1 else {"prefill, level 1", "decode, level 1"}
     if scheme.kv_bits == 8:
@@ -192,6 +199,18 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     assert np.abs(found - wanted).max() <= steps * np.abs(wanted).max() / (6 if scheme.head_bits == 4 else 100)
     share = np.abs(found - wanted).mean() / np.abs(wanted).mean()
     assert share <= (0.12 if scheme.head_bits == 4 else 0.01)
+
+
+@pytest.mark.parametrize("moment", [None, torch.eye(64)])
+def test_scales_above_zero_cost_a_level_and_no_more(moment: torch.Tensor | None) -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
+    weight[7] *= 1e-6  # next to nothing: half precision could not hold its scale
+    how = {"bits": 4, "size": 32, "symmetric": True, "moment": moment}
+    signed, positive = quantize.quantize(weight, **how), quantize.quantize(weight, **how, positive=True)  # type: ignore[arg-type]
+    assert (signed.scales < 0).any() and (positive.scales >= 2.0**-14 * 0.6).all()
+    near, far = (np.abs(blocks.dequantized(64) - weight.numpy()).mean() for blocks in (signed, positive))
+    assert near < far < 1.2 * near
+    assert not positive.dequantized(64)[7].any()
 
 
 def test_down_projections_may_have_blocks_of_their_own(tiny: Any, tmp_path: Path) -> None:
@@ -296,6 +315,7 @@ def test_schedules_of_rounding_precisions_are_as_far_apart_as_one_row_and_many(
         ("int5", "'int5' is not known"),
         ("int4,block=48", "'block=48' is not known"),
         ("int4,sym,asym", "sym and asym exclude each other"),
+        ("int4,asym,positive", "positive and asym exclude each other"),
         ("", "'' is not known"),
     ],
 )

@@ -20,6 +20,7 @@ import torch
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BundleError, EngineBuildError, InputError, MissingDependencyError
 from balcony_edge.manifest import GraphSpec
+from balcony_export import tensorrt as tensorrt_module
 from balcony_export.export import export_bundle
 from balcony_export.ir_tools import graph_spec
 from balcony_export.quantize import Scheme
@@ -193,10 +194,12 @@ def test_plain_graphs_hold_no_operator_newer_than_opset_21(tiny: Any) -> None:
         onnx.checker.check_model(ir.to_proto(graph))
 
 
-def test_integers_of_a_quantized_bundle_are_taken_over(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+def test_integers_of_a_quantized_bundle_are_taken_over(
+    export_tiny: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = export_tiny("qwen3")
     rows = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
-    scheme = Scheme(4, 32, symmetric=True, head_bits=4)
+    scheme = Scheme(4, 32, symmetric=True, head_bits=4, positive=True)
     models = [copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies)]
     export_bundle(
         models[0], tiny.tokenizer, models[1], tmp_path / "int4",
@@ -212,6 +215,7 @@ def test_integers_of_a_quantized_bundle_are_taken_over(export_tiny: Callable[[st
     for name, rounding in (("gptq", taken), ("nearest", nearest)):
         values, scales = rounding.given["layers.1.mlp.up_proj.weight"]
         assert values.shape == weight.shape and values.min() >= -8 and values.max() <= 7
+        assert (scales > 0).all()  # TensorRT takes no others
         error[name] = np.abs(values * np.repeat(scales, 32, 1) - weight).mean() / np.abs(weight).mean()
     assert error["nearest"] < error["gptq"] < 0.3  # GPTQ rounds further away, for the outputs' sake
     with pytest.raises(InputError, match="must be of int4,sym,head=4"):
@@ -223,6 +227,21 @@ def test_integers_of_a_quantized_bundle_are_taken_over(export_tiny: Callable[[st
         rounding_of(Bundle(quantized.path, mixed), bundle)
     with pytest.raises(InputError, match="is of another model"):
         rounding_of(quantized, Bundle.open(export_tiny("llama").path))
+    entry = write_graphs(
+        Bundle.open(shutil.copytree(tiny.path, tmp_path / "b")), "x", "rtx", Format("int4", capacity=64), rounding=taken
+    )
+    assert entry.engines["x"].block_size == 32  # of the integers, whatever the format would have taken
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt_module, "FAR_WEIGHTS", 0.01)
+        with pytest.raises(InputError, match=r"is far from that of .*: give a bundle of the same model and balconies"):
+            rounding_of(quantized, bundle)
+    models = [copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies)]
+    export_bundle(
+        models[0], tiny.tokenizer, models[1], tmp_path / "signed",
+        name="tiny-qwen3", trained=True, precision=Scheme(4, 32, head_bits=4), traced=tiny.traced,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"has scales below 0, and TensorRT takes none: export one with .*positive"):
+        rounding_of(Bundle.open(tmp_path / "signed"), bundle)
 
 
 def test_what_cannot_be_built_is_one_line(tiny_copy: Callable[[str], Bundle], tmp_path: Path) -> None:

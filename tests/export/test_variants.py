@@ -223,6 +223,11 @@ def test_an_extracted_exit_is_a_plain_model_with_equal_logits(
     extract(model, tokenizer, balconies, 3, tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     assert type(loaded) is type(model) and loaded.config.num_hidden_layers == 4
+    written, rope = json.loads((tmp_path / "out/config.json").read_text()), loaded.config.rope_parameters
+    if architecture == "gemma3":  # what transformers 4 reads, for each kind of attention
+        local, rope = rope["sliding_attention"], rope["full_attention"]
+        assert written["rope_local_base_freq"] == local["rope_theta"]
+    assert written["rope_theta"] == rope["rope_theta"] and "rope_scaling" not in written
     with torch.no_grad():
         got = loaded(torch.tensor([IDS])).logits[0].numpy()
     want = Reference(model, balconies).logits(IDS)[3]
@@ -231,6 +236,23 @@ def test_an_extracted_exit_is_a_plain_model_with_equal_logits(
         transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("the fox").input_ids
         == tokenizer("the fox").input_ids
     )
+
+
+def test_an_extracted_exit_keeps_its_rope_scaling_under_both_names(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    model = make_tiny("llama", rope_parameters={"rope_theta": 5e5, **scaling})
+    balconies = init_balconies(model, (2,))
+    extract(model, make_tokenizer(), balconies, 2, tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert (written["rope_theta"], written["rope_scaling"]) == (5e5, scaling)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert loaded.config.rope_parameters == model.config.rope_parameters
+    with torch.no_grad():
+        got = loaded(torch.tensor([IDS])).logits[0].numpy()
+    assert np.abs(got - Reference(model, balconies).logits(IDS)[2]).max() <= 1e-5 * np.abs(got).max()
 
 
 def test_extraction_writes_what_the_bundles_exit_writes(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
