@@ -320,13 +320,20 @@ def record_engines(directory: Path, name: str, engines: EngineSet) -> Manifest:
 
 
 def rename_engines(directory: Path, name: str, new: str) -> None:
-    """Let a set take another name, and the place of the set that had it."""
+    """Let a set take another name, and the place of the set that had it.
+
+    Raises:
+        BundleError: no bundle, or a directory that cannot be written.
+    """
     manifest, old = _read_manifest(directory), engine_directory(directory, new)
     aside = old.with_name(f".{new}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    if old.exists():
-        old.rename(aside)
-    engine_directory(directory, name).rename(old)
+    try:
+        if old.exists():
+            old.rename(aside)
+        engine_directory(directory, name).rename(old)
+    except OSError as error:
+        raise BundleError(f"{old}: cannot be replaced ({error.strerror}): make it writable") from error
     engines = {key: value for key, value in manifest.engines.items() if key != name}
     updated = manifest.model_copy(update={"engines": {**engines, new: manifest.engines[name]}})
     _write(directory, updated.model_dump(mode="json"))
@@ -379,7 +386,8 @@ def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest
             "evaluate those"
         )
     found = {exit_.exit_layer: exit_.quality for exit_ in manifest.exits}
-    for latest in list(measured.values())[:1]:
+    if measured:
+        latest = next(iter(measured.values()))
         found = {layer: quality and _comparable(quality, latest) for layer, quality in found.items()}
     found |= {layer: _merged(found[layer], quality) for layer, quality in measured.items()}
     averaged = {_averaged(found[layer]) for layer in measured}  # averages over different tasks do not compare, either

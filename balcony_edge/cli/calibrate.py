@@ -136,7 +136,7 @@ def _documents(path: Path, bundle: Bundle, most: int, longest: int) -> list[list
     for number, one in enumerate(texts):
         ids = codec.encode(one, chat=False)[:most] if one.strip() else []
         # every part begins as a text does: a model that expects its start token is lost without it
-        begin = ids[: ids[:1] == [bundle.manifest.model.bos_token_id]]
+        begin = ids[:1] if ids[:1] == [bundle.manifest.model.bos_token_id] else []
         ids, step = ids[len(begin) :], longest - len(begin)
         parts += [(start, number, begin + ids[start : start + step]) for start in range(0, len(ids), step)]
     documents: list[list[int]] = []
