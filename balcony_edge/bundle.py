@@ -314,9 +314,7 @@ def record_engines(directory: Path, name: str, engines: EngineSet) -> Manifest:
         BundleError: no bundle, or a directory that cannot be written.
     """
     manifest = _read_manifest(directory)
-    updated = manifest.model_copy(update={"engines": {**manifest.engines, name: engines}})
-    _write(directory, updated.model_dump(mode="json"))
-    return updated
+    return _with_engines(directory, manifest, {**manifest.engines, name: engines})
 
 
 def rename_engines(directory: Path, name: str, new: str) -> None:
@@ -334,9 +332,9 @@ def rename_engines(directory: Path, name: str, new: str) -> None:
         engine_directory(directory, name).rename(old)
     except OSError as error:
         raise BundleError(f"{old}: cannot be replaced ({error.strerror}): make it writable") from error
-    engines = {key: value for key, value in manifest.engines.items() if key != name}
-    updated = manifest.model_copy(update={"engines": {**engines, new: manifest.engines[name]}})
-    _write(directory, updated.model_dump(mode="json"))
+    engines = dict(manifest.engines)
+    engines[new] = engines.pop(name)
+    _with_engines(directory, manifest, engines)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -344,9 +342,14 @@ def drop_engines(directory: Path, name: str) -> None:
     """Take a set out of ``bundle.json``, and its files away."""
     manifest = _read_manifest(directory)
     if name in manifest.engines:
-        engines = {key: value for key, value in manifest.engines.items() if key != name}
-        _write(directory, manifest.model_copy(update={"engines": engines}).model_dump(mode="json"))
+        _with_engines(directory, manifest, {key: value for key, value in manifest.engines.items() if key != name})
     shutil.rmtree(engine_directory(directory, name), ignore_errors=True)
+
+
+def _with_engines(directory: Path, manifest: Manifest, engines: dict[str, EngineSet]) -> Manifest:
+    updated = manifest.model_copy(update={"engines": engines})
+    _write(directory, updated.model_dump(mode="json"))
+    return updated
 
 
 def record_confidence(directory: Path, found: ConfidenceSpec) -> Manifest:

@@ -289,29 +289,28 @@ class Controller:
                 room_ms = [
                     math.inf if price <= room else room for price, room in zip([*steady_ms, 0.0], room_ms, strict=True)
                 ]
-        elapsed_ms = (seen.now_s - seen.started_s) * 1000
-        limits_ms = [math.inf] * len(room_ms)
+        limits_ms: list[float] | None = [math.inf] * len(room_ms) if first else None  # of the token itself
         if first and budget.ttft_ms is not None:
-            left_ms = max(budget.ttft_ms - elapsed_ms, 0.0) * math.exp(-slowdown.mean - plan.quantile * deviation)
+            left_ms = max(budget.ttft_ms - (seen.now_s - seen.started_s) * 1000, 0.0)
+            left_ms *= math.exp(-slowdown.mean - plan.quantile * deviation)
             limits_ms = [left_ms * math.exp(-offset) for offset in slowdown.offsets]
-        if budget.deadline_s is not None and _deadline_runs(seen):
-            rooms_ms, enters = self._deadline(plan, seen, slowdown, budget.deadline_s * 1000 - elapsed_ms)
-            limits_ms = [min(limit, room) for limit, room in zip(limits_ms, rooms_ms, strict=True)]
+        if seen.deadline_runs:
+            rooms_ms, enters = self._deadline(plan, seen, slowdown)
+            limits_ms = rooms_ms if limits_ms is None else list(map(min, limits_ms, rooms_ms))
             may_enter = [both and enter for both, enter in zip(may_enter, enters, strict=True)]
-        room_ms = [min(room, limit) for room, limit in zip(room_ms, limits_ms, strict=True)]
+        if limits_ms is not None:
+            room_ms = list(map(min, room_ms, limits_ms))
         first_ms = limits_ms if first else None
         return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise, first_ms)
 
-    def _deadline(
-        self, plan: _Plan, seen: Observation, slowdown: Slowdown, left_ms: float
-    ) -> tuple[list[float], list[bool]]:
+    def _deadline(self, plan: _Plan, seen: Observation, slowdown: Slowdown) -> tuple[list[float], list[bool]]:
         """Room per exit index, the catch-up's last, and whether there is time to stay for a dwell, from the time left.
 
         With m the mean slowdown, bursts included, the rest of n tokens at exit i takes n × steady_i × m, and with the asked
         probability no more than a margin that grows with the root of n. The prompt leaves time for the pace that is asked for;
         later the waits for it are cut where the time runs out.
         """
-        remaining = max((plan.budget.expected_tokens or 0) - seen.made_tokens, 1)
+        left_ms, remaining = 1000 * seen.left_s, seen.remaining
         middle = seen.context_length + remaining // 2
         steady_ms = self._costs.steps_ms(self._ones, self._ones, middle)
         mean = max(slowdown.ratio_mean, 1e-6)
@@ -363,10 +362,8 @@ class Controller:
             period_ms = min(predicted_ms / share, 1000 / slowest_tps)
         if budget.max_pace_tps is not None:
             slow_ms = 1000 / budget.max_pace_tps
-            if budget.deadline_s is not None and _deadline_runs(seen):  # no wait is worth a deadline
-                left_ms = max(1000 * (budget.deadline_s - (seen.now_s - seen.started_s)), 0.0)
-                remaining = max((budget.expected_tokens or 0) - seen.made_tokens, 1)
-                slow_ms = min(slow_ms, (1 - PACE_MARGIN) * left_ms / remaining)
+            if seen.deadline_runs:  # no wait is worth a deadline
+                slow_ms = min(slow_ms, (1 - PACE_MARGIN) * 1000 * max(seen.left_s, 0.0) / seen.remaining)
             period_ms = max(period_ms, slow_ms)
         return period_ms, max(share * period_ms - predicted_ms, 0.0)
 
@@ -469,33 +466,22 @@ def _probability(limit_ms: float, price_ms: float, deviation: float) -> float:
 
 def _otherwise(seen: Observation) -> Literal["shallowest", "closest", "deepest"]:
     """What is taken where nothing fits."""
-    if _deadline_runs(seen) or seen.made_tokens == 0:
+    if seen.deadline_runs or seen.made_tokens == 0:
         return "shallowest"  # the time for the rest, or for the prompt, is least there
     if seen.budget.tpot_ms is None:
         return "deepest"  # a ceiling has taken depth away, and every balcony lags behind alike
     return "closest" if seen.budget.on_infeasible == "best_effort" else "shallowest"
 
 
-def _deadline_runs(seen: Observation) -> bool:
-    """Whether there is a deadline that this token counts for: those after the expected ones are free."""
-    budget = seen.budget
-    return budget.deadline_s is not None and seen.made_tokens < (budget.expected_tokens or 0)
-
-
 def _needed_tps(budget: Budget, seen: Observation) -> float:
     """Tokens a second that the latency targets need; 0 without one."""
     needed = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
-    if budget.deadline_s is not None and budget.expected_tokens is not None:
-        left_s = budget.deadline_s - (seen.now_s - seen.started_s)
-        remaining = budget.expected_tokens - seen.made_tokens
-        if remaining > 0:
-            needed = max(needed, remaining / max(left_s, 1e-3))
-    return needed
+    return max(needed, seen.remaining / max(seen.left_s, 1e-3)) if seen.deadline_runs else needed
 
 
 def _asked(seen: Observation) -> str:
     """The latency targets that hold for a token, as the keys of a target file."""
     budget, keys = seen.budget, ["tpot_ms"]
-    keys += ["deadline_s"] if _deadline_runs(seen) else []
+    keys += ["deadline_s"] if seen.deadline_runs else []
     keys += ["ttft_ms"] if seen.made_tokens == 0 else []
     return ", ".join(f"{key} = {value:g}" for key in keys if (value := getattr(budget, key)) is not None)

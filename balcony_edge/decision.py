@@ -49,6 +49,21 @@ class Observation(NamedTuple):
     busy_s: float = 0.0
     readings: tuple[Reading, ...] = ()
 
+    @property
+    def deadline_runs(self) -> bool:
+        """Whether there is a deadline that this token counts for: those after the expected ones are free."""
+        return self.budget.deadline_s is not None and self.made_tokens < (self.budget.expected_tokens or 0)
+
+    @property
+    def left_s(self) -> float:
+        """Until the deadline; below 0 behind it."""
+        return (self.budget.deadline_s or 0.0) - (self.now_s - self.started_s)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the deadline still waits for."""
+        return max((self.budget.expected_tokens or 0) - self.made_tokens, 1)
+
 
 class CatchUp(NamedTuple):
     """Pending rows to run through one stage in the gap of this token, before the step: their input is there already.

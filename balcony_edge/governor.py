@@ -21,12 +21,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.telemetry import Reading, Scope
+from balcony_edge.telemetry import Reading, Scope, adding_up
 
 #: Least seconds between two ticks of the loop, and between two changes of the deepest exit allowed.
 TICK_S, CEILING_DWELL_S = 0.1, 1.0
 #: A reading older than this is no reading: three ticks of a sensor that answers once a second.
 STALE_S = 3.0
+#: No device that this is for draws so many watts: a broken sensor or counter.
+MOST_W = 1e5
 #: A pause between replies after which ramps and half-filled averages begin anew: four of those averages.
 PAUSE_S = 2.0
 #: Readings are averaged over so long before the filter sees them: a sample of watts falls into a step or between two.
@@ -61,7 +63,7 @@ class _Counter(NamedTuple):
             return None
         seconds, joules = self.time_s - before.time_s, self.joules - before.joules
         mean_w = joules / seconds if seconds > 0 else math.nan
-        return mean_w if 0 <= mean_w < 1e5 else None
+        return mean_w if 0 <= mean_w < MOST_W else None
 
 
 class Load(NamedTuple):
@@ -409,18 +411,18 @@ def _utilization(readings: Sequence[Reading], scope: Scope, now_s: float) -> _Sa
 
 
 def _watts(readings: Sequence[Reading], rail: Scope, now_s: float) -> _Sample | None:
-    """Power of a rail. Parts of one source add up (CPU packages, GPUs); of two sources the first is trusted more, and of a
-    whole board there is one figure.
-    """
+    """Power of a rail."""
     found = [
         reading
         for reading in readings
-        if reading.scope == rail and reading.watts is not None and 0 <= reading.watts < 1e5 and _fresh(reading, now_s)
+        if reading.scope == rail
+        and reading.watts is not None
+        and 0 <= reading.watts < MOST_W
+        and _fresh(reading, now_s)
     ]
+    found = adding_up(found, rail)
     if not found:
         return None
-    source = found[0].source.partition(":")[0]
-    found = found[:1] if rail == "board" else [r for r in found if r.source.partition(":")[0] == source]
     watts = sum(reading.watts or 0.0 for reading in found)
     joules = [reading.joules for reading in found if reading.joules is not None and math.isfinite(reading.joules)]
     counter = None

@@ -89,8 +89,9 @@ def recorded(times_s: Sequence[float], slowdowns: Sequence[float]) -> Load:
     They are kept within what a generated load may be: a device that stands still ends no simulation.
     """
     least, most = RANGES["high"]
+    kept = [min(max(slowdown, least), most) for slowdown in slowdowns]
 
     def load(time_s: float) -> float:
-        return min(max(slowdowns[max(bisect.bisect_right(times_s, time_s) - 1, 0)], least), most)
+        return kept[max(bisect.bisect_right(times_s, time_s) - 1, 0)]
 
     return load

@@ -58,6 +58,8 @@ EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=120)]
 
 
+#: A number that was measured.
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 #: A dimension. The bound is far above every model and keeps a forged manifest from asking for all memory.
 Size = Annotated[int, Field(gt=0, le=2**22)]
 
@@ -141,8 +143,8 @@ class EmbeddingSpec(_Frozen):
 class Estimate(_Frozen):
     """A measured mean and its standard error; None where one document or example alone was measured."""
 
-    value: float = Field(allow_inf_nan=False)
-    stderr: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    value: Finite
+    stderr: Finite | None = None
 
 
 class TextQuality(_Frozen):

@@ -19,6 +19,7 @@ from balcony_edge.costs import Bend, CostModel, UnitCost
 from balcony_edge.device import Device
 from balcony_edge.errors import ProfileError
 from balcony_edge.files import write_atomically
+from balcony_edge.manifest import Finite
 
 __all__ = ["Bend", "CostModel", "Entry", "Profile", "Timing", "UnitCost"]
 
@@ -135,9 +136,9 @@ class Moment(_Frozen):
 
     at_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     p50_ms: Millis
-    celsius: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    cpu_mhz: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    watts: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    celsius: Finite | None = None
+    cpu_mhz: Finite | None = None
+    watts: Finite | None = None
 
 
 class Sustained(_Frozen):
@@ -212,8 +213,8 @@ class QualityFigure(_Frozen):
     exit_layer: Layer
     metric: Metric
     on: str
-    value: Annotated[float, Field(allow_inf_nan=False)]
-    stderr: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    value: Finite
+    stderr: Finite | None = None
 
 
 def least_agreement(exits: tuple[int, ...], quality: tuple[QualityFigure, ...]) -> dict[int, float | None]:

@@ -6,6 +6,7 @@ measure is None, never 0: a controller that cannot see a quantity says so instea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -78,3 +79,11 @@ class Reading:
 
 
 _READING = TypeAdapter(Reading)
+
+
+def adding_up(readings: Sequence[Reading], scope: Scope) -> list[Reading]:
+    """Of the readings about one scope, in the order of trust, those whose power adds up to its own: all parts that the first
+    source knows (CPU packages, GPUs), and of a whole board, of which there is one figure, the first alone.
+    """
+    parts = [r for r in readings if r.source.partition(":")[0] == readings[0].source.partition(":")[0]]
+    return parts[:1] if scope == "board" else parts

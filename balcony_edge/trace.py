@@ -20,7 +20,7 @@ import pydantic
 
 from balcony_edge.budget import Budget
 from balcony_edge.controller import Controller, ControllerState
-from balcony_edge.costs import CostModel
+from balcony_edge.costs import MAX_ROWS, CostModel
 from balcony_edge.decision import Decision, Measurement, Observation
 from balcony_edge.errors import BalconyError, InputError
 from balcony_edge.slowdown import LOG_SLOWDOWN_LIMIT
@@ -30,7 +30,7 @@ VERSION = 1
 _COSTS = pydantic.TypeAdapter(CostModel)
 #: A state knows "never" and "not yet" as numbers that JSON lacks: they stand there as words.
 _STATE = pydantic.TypeAdapter(ControllerState, config=pydantic.ConfigDict(ser_json_inf_nan="strings"))
-_Count = Annotated[int, pydantic.Field(ge=0, le=1 << 31)]
+_Count = Annotated[int, pydantic.Field(ge=0, le=MAX_ROWS)]
 _Millis = Annotated[float, pydantic.Field(ge=0, le=1e12)]
 
 

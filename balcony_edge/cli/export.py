@@ -135,14 +135,15 @@ def export(
 def _refuse_calibration(scheme: str | Scheme, precision: str, calibration: list[Path] | None) -> None:
     """Refuse text where nothing is rounded, and none where caches are."""
     from balcony_edge.errors import InputError
+    from balcony_export.kv_quantize import require_text
 
     if isinstance(scheme, str):
         if calibration:
             raise InputError(
                 f"--calibration with --precision {precision}: only int8 and int4 are rounded: leave it out"
             )
-    elif scheme.kv_bits == 8 and not calibration:
-        raise InputError("--precision kv=8: needs --calibration: its text says how large keys and values are")
+    elif scheme.kv_bits == 8:
+        require_text(calibration)
 
 
 def _warn(trained: bool, scheme: Literal["float32", "float16"] | Scheme) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,13 @@ import onnx_ir as ir
 SMALLEST_SCALE = 2.0**-14
 #: How far weights that were rounded may be from the model's, as a share of their size: 4 bits round to 0.1 of it.
 FAR_WEIGHTS = 0.3
+
+
+def distance(stored: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> float:
+    """How far a weight as it is stored is from what it was, as a share of its size; infinite where the shapes differ."""
+    if stored.shape != weight.shape:
+        return math.inf
+    return float(np.linalg.norm(stored - weight)) / max(float(np.linalg.norm(weight)), 1e-30)
 
 
 def constant(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:

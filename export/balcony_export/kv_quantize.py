@@ -24,14 +24,23 @@ HEADROOM, LEAST = 1.1, 1e-6
 Scales = Mapping[str, Mapping[str, npt.NDArray[np.float32]]]
 
 
+def require_text(given: Sequence[object] | None) -> None:
+    """Refuse an int8 cache without text to calibrate it on.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not given:
+        raise InputError("--precision kv=8: needs --calibration: its text says how large keys and values are")
+
+
 def cache_scales(bundle: Bundle, rows: Sequence[Sequence[int]]) -> Scales:
     """Scales of every cache, from the bundle's own passes over ``rows`` of tokens.
 
     Raises:
         InputError: there are no rows.
     """
-    if not rows:
-        raise InputError("--precision kv=8: needs --calibration: its text says how large keys and values are")
+    require_text(rows)
     largest: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
     backend = OnnxRuntimeBackend(bundle)
     with Engine(backend) as engine:

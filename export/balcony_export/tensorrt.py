@@ -16,7 +16,7 @@ import onnx_ir as ir
 from balcony_edge.bundle import Bundle, engine_directory, file_spec, record_engines
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.manifest import EngineSet, Manifest
-from balcony_export.ir_tools import FAR_WEIGHTS, graph_spec
+from balcony_export.ir_tools import FAR_WEIGHTS, distance, graph_spec
 from balcony_export.tensorrt_graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt_quantize import Rounding
 from balcony_export.weights import WeightFile
@@ -118,7 +118,7 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
                 weight = weights[name]()
                 rows = slice(first, first + len(weight))
                 stored = values[rows] * np.repeat(scales[rows], scheme.block_size, axis=1)
-                if not np.linalg.norm(stored - weight) <= FAR_WEIGHTS * np.linalg.norm(weight):
+                if not distance(stored, weight) <= FAR_WEIGHTS:
                     raise InputError(
                         f"--rounded-as {quantized.path}: {name} is far from that of {bundle.path}: give a bundle of the same "
                         "model and balconies"

@@ -7,7 +7,6 @@ subject is the runtime that a device runs, so a verified bundle is verified end 
 from __future__ import annotations
 
 import copy
-import math
 import os
 import shutil
 import tempfile
@@ -26,7 +25,7 @@ from balcony_edge.bundle import Bundle
 from balcony_edge.errors import VerificationError
 from balcony_export.architecture import Parts, cast_weights, parts_of
 from balcony_export.balcony import Balcony
-from balcony_export.ir_tools import FAR_WEIGHTS
+from balcony_export.ir_tools import FAR_WEIGHTS, distance
 from balcony_export.quantize import stored_weights
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.engine import Engine
@@ -239,29 +238,25 @@ def _with_stored_weights(
         root, path = (roots[first], rest) if first in roots else (model.get_decoder(), f"{first}.{rest}")
         return root.get_submodule(path).weight.data  # type: ignore[no-any-return]
 
-    def take(name: str, weight: torch.Tensor, stored: torch.Tensor) -> None:
-        far = (
-            float((stored - weight).norm() / weight.norm().clamp(min=1e-30))
-            if stored.shape == weight.shape
-            else math.inf
-        )
+    def take(name: str, weight: torch.Tensor, stored: npt.NDArray[np.float32]) -> None:
+        far = distance(stored, weight.numpy())
         if not far <= FAR_WEIGHTS:
             raise VerificationError(
                 f"{bundle.path}: {name} is {far:.2g} of its size away from the model's: name the model and the balconies that "
                 "it was exported from, or export it again"
             )
-        weight.copy_(stored)
+        weight.copy_(torch.from_numpy(stored))
 
     for names, stored in stored_weights(bundle).items():
-        weights = [weight_of(name) for name in names.split("+")]
-        for name, weight, part in zip(
-            names.split("+"), weights, torch.from_numpy(stored).split([len(w) for w in weights]), strict=True
-        ):
-            take(name, weight, part)
+        first = 0
+        for name in names.split("+"):
+            weight = weight_of(name)
+            take(name, weight, stored[first : first + len(weight)])
+            first += len(weight)
     table = TokenTable(bundle)
     scale = bundle.manifest.embedding.scale
-    rows = torch.from_numpy(table[np.arange(len(parts.embed.weight))] / scale)
-    take("embed_tokens.weight", parts.embed.weight.data, rows)
+    rows = table[np.arange(len(parts.embed.weight))] / np.float32(scale)
+    take("embed_tokens.weight", parts.embed.weight.data, rows.astype(np.float32, copy=False))
     return model, balconies
 
 

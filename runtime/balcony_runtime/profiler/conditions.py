@@ -17,7 +17,7 @@ from typing import get_args
 import psutil
 
 from balcony_edge.profile import Conditions, Power, Rail
-from balcony_edge.telemetry import Reading
+from balcony_edge.telemetry import Reading, adding_up
 from balcony_runtime.sensors import Sensors
 
 #: Sources that never measure power: what they lack is no reason.
@@ -117,17 +117,10 @@ def peak_bytes() -> int | None:
 
 
 def measured_rails(sensors: Sensors) -> dict[Rail, tuple[str, ...]]:
-    """Rail → the sources whose power adds up to its own, as the controller adds it up: of the most trusted kind all parts
-    (CPU packages, GPUs), of a whole board the first alone. Sensors come in the order of trust.
-    """
-    found: dict[Rail, tuple[str, ...]] = {}
-    for rail in get_args(Rail):
-        readings = [r for r in sensors.latest() if r.scope == rail and (r.watts is not None or r.joules is not None)]
-        kinds = [reading.source.partition(":")[0] for reading in readings]
-        parts = tuple(r.source for r, kind in zip(readings, kinds, strict=True) if kind == kinds[0])
-        if parts:
-            found[rail] = parts[:1] if rail == "board" else parts
-    return found
+    """Rail → the sources whose power adds up to its own, as it does for the controller."""
+    powered = [r for r in sensors.latest() if r.watts is not None or r.joules is not None]
+    found = {rail: adding_up([r for r in powered if r.scope == rail], rail) for rail in get_args(Rail)}
+    return {rail: tuple(part.source for part in parts) for rail, parts in found.items() if parts}
 
 
 def why_no_power(sensors: Sensors) -> str:
