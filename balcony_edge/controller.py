@@ -14,9 +14,10 @@ exit *fits* when its next step, pending rows included, costs no more than the ro
     else   the shallowest allowed exit (``best_effort``: the one whose gap comes closest, backlog included);
            ``infeasible`` if no allowed exit's steady price is within its room either
 
-An exit that would hold the target but for its backlog gets chunks of catch-up beside the steps at a shallower exit, as
-large as the room left. A target that was raised by more than the hysteresis since the last decision does not wait for
-the dwell.
+An exit that would hold the target but for its backlog gets chunks of catch-up next to the steps at a shallower exit
+(:mod:`.catching_up`); the step that enters it may be late where the asked probability has left a late token over
+(``Recovery.credit``). A target that was raised by more than the hysteresis since the last decision does not wait
+for the dwell. The hysteresis shrinks with the uncertainty of the slowdown.
 
 The first token. ``ttft_ms`` holds the price of the prompt's rows at an exit; ``tpot_ms`` that of the steps after them.
 
@@ -27,8 +28,9 @@ A deadline is held by mixing an exit and the next shallower one over the tokens 
 catch-up, and what it leaves no reserve for is left by the exits further down and by a margin for what the rest
 may take longer than expected. Exit i fits when, after its step, the rest would be done in time one exit shallower.
 
-For one state and observation a looser target with all other keys the same never gives a shallower exit: every set above
-only grows with it. Without a target the deepest allowed exit is taken at once, with whatever it has pending.
+For one state and observation a looser target with all other keys the same never gives a shallower exit, or it catches up
+from there to a deeper one: every set above only grows with it. Without a target the deepest allowed exit is taken at
+once, with whatever it has pending.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 from balcony_edge.budget import Budget
+from balcony_edge.catching_up import Recovery, Way, way_back
 from balcony_edge.costs import CostModel
-from balcony_edge.decision import Because, CatchUp, Decision, Measurement, Observation, Outlook, Stayed, device_words
+from balcony_edge.decision import Because, Decision, Measurement, Observation, Outlook, Stayed, device_words
 from balcony_edge.governor import CEILING_DWELL_S, PACE_MARGIN, TICK_S, Demand, Governor, govern, least_pace_tps
 from balcony_edge.slowdown import NOISE_FLOOR, Slowdown
 
@@ -54,6 +57,9 @@ NEVER = 10**9
 SPIKE = 2.0
 #: Variance of the slowdown above which it counts as unknown: then only what no luck could change is called infeasible.
 KNOWN_VARIANCE = 0.05**2
+#: Deviation of the slowdown from which on the whole hysteresis is kept free, and the least share of it that is: a settled
+#: filter is at 0.012 (noise of 2 %), and 1.10 of the full depth's own time would leave 5 % free at none.
+UNSURE, LEAST_HYSTERESIS = 0.02, 0.4
 #: Rows of context after which steady prices are computed again: attention over 16 keys is microseconds.
 CONTEXT_STEP = 16
 
@@ -69,6 +75,7 @@ class ControllerState(NamedTuple):
         slowdown: the filter.
         governor: the slow loop.
         switched_s: when it changed the exit last.
+        recovery: of the way back to deeper exits.
     """
 
     exit_layer: int | None
@@ -78,6 +85,7 @@ class ControllerState(NamedTuple):
     slowdown: Slowdown
     governor: Governor = Governor()
     switched_s: float = -math.inf
+    recovery: Recovery = Recovery()
 
     @classmethod
     def initial(cls) -> ControllerState:
@@ -86,7 +94,9 @@ class ControllerState(NamedTuple):
 
     def for_next_reply(self) -> ControllerState:
         """What the next reply starts from: nothing chosen, but what was learned of the device."""
-        return ControllerState.initial()._replace(slowdown=self.slowdown.rested(), governor=self.governor)
+        fresh = ControllerState.initial()
+        recovery = self.recovery._replace(goal=None)
+        return fresh._replace(slowdown=self.slowdown.rested(), governor=self.governor, recovery=recovery)
 
 
 class _Plan(NamedTuple):
@@ -174,6 +184,7 @@ class Controller:
             slowdown,
             state.governor,
             state.switched_s,
+            state.recovery.counted(last, plan.tpot_ms, budget.probability, state.tokens_since_switch).towards(None),
         )
         words = plan.stayed + words
         return after, Decision(exits[chosen], predicted_ms, price_ms, probability, False, None, 0.0, 0.0, words)
@@ -224,17 +235,21 @@ class Controller:
         if slowdown.variance > KNOWN_VARIANCE:
             luck = math.exp(plan.quantile * max(deviation - math.sqrt(NOISE_FLOOR), 0.0))
         infeasible = not fits and not any(outlook.holds(index, luck) for index in range(plan.lowest, highest + 1))
-        price_ms, catch_up, goal = now_ms[chosen], None, chosen
+        at_the_deepest = state.tokens_since_switch if current == plan.highest else 0
+        recovery = state.recovery.counted(seen.last, plan.tpot_ms, budget.probability, at_the_deepest)
+        way = None
         if chosen < highest and seen.made_tokens:
-            catch_up, goal, chunk_ms = self._catch_up(chosen, outlook, seen)
-            price_ms += chunk_ms
+            credit = plan.tpot_ms < math.inf and recovery.credit >= 1
+            present = None if recovery.goal is None else current
+            way = way_back(self._costs, outlook, seen, chosen, present, credit, may_sprint=not recovery.wait)
+        chosen, goal, sprint, catch_up, chunk_ms = way or Way(chosen, chosen)
+        price_ms = now_ms[chosen] + chunk_ms
         offset = slowdown.offsets[chosen if catch_up is None else -1]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)
         limit_ms = outlook.room_ms[chosen if catch_up is None else -1] * math.exp(plan.quantile * deviation)
         probability = _probability(limit_ms, price_ms, deviation)
-        if catch_up is not None:
-            part = f"balcony {exits[goal]}" if catch_up.balcony else f"stage {catch_up.stage}"
-            words = (f"{exits[goal]} fits, catching up {catch_up.rows} rows of {part}", *words)
+        if way is not None:
+            words = (way.words(exits), *words)
         elif infeasible:
             which = "shallowest" if chosen == plan.lowest else "closest"
             step_ms = steady_ms[chosen] * math.exp(slowdown.mean + offset)
@@ -254,6 +269,7 @@ class Controller:
             slowdown,
             governor,
             state.switched_s if stays else seen.now_s,
+            recovery.towards(exits[goal] if sprint else None),
         )
         return after, Decision(
             exits[chosen], predicted_ms, price_ms, probability, infeasible, catch_up, period_ms, idle_ms, words
@@ -271,7 +287,7 @@ class Controller:
         highest: int,
     ) -> Outlook:
         budget, first = plan.budget, seen.made_tokens == 0
-        free = 1 - budget.hysteresis
+        free = 1 - budget.hysteresis * min(max(math.sqrt(slowdown.variance) / UNSURE, LEAST_HYSTERESIS), 1.0)
         may_rise = state.tokens_since_switch >= budget.dwell_tokens
         if plan.governed and budget.tpot_ms is None:  # what the slow loop gave shall not be taken twice a second
             may_rise = may_rise and seen.now_s - state.switched_s >= CEILING_DWELL_S
@@ -284,7 +300,7 @@ class Controller:
             log_room = plan.log_tpot - slowdown.mean - plan.quantile * deviation
             room_ms = [math.exp(log_room - offset) for offset in slowdown.offsets]
             may_enter = [price <= room * free for price, room in zip(steady_ms, room_ms, strict=False)]
-            may_rise = may_rise or budget.tpot_ms * free > state.tpot_ms
+            may_rise = may_rise or budget.tpot_ms * (1 - budget.hysteresis) > state.tpot_ms
             if first:  # the prompt's rows are due at any exit: what the steps after it cost is what counts
                 room_ms = [
                     math.inf if price <= room else room for price, room in zip([*steady_ms, 0.0], room_ms, strict=True)
@@ -408,46 +424,6 @@ class Controller:
         log_ratio = math.log(last.measured_ms) - math.log(last.predicted_ms)
         noise_scale = SWITCH_NOISE if state.tokens_since_switch == 1 else 1.0
         return slowdown.update(-1 if state.catching_up else index, log_ratio, noise_scale), ()
-
-    def _catch_up(self, chosen: int, outlook: Outlook, observation: Observation) -> tuple[CatchUp | None, int, float]:
-        """The largest useful chunk toward the deepest exit that would hold the target but for its backlog.
-
-        Consumers on the way to it are served shallowest first. Every token adds one row to each of the m missing ones,
-        so a consumer is left alone until it has more than m rows, and a chunk that cannot take more than m gains
-        nothing. For the same reason an exit is a goal only if it could be entered with m rows pending at each.
-
-        Returns:
-            The chunk, the exit index that it leads to, and its price; (None, chosen, 0) if nothing moves.
-        """
-        costs, context = self._costs, observation.context_length
-        stage_rows, balcony_rows = observation.stage_rows, observation.balcony_rows
-        slack_ms = min(outlook.room_ms[chosen], outlook.room_ms[-1]) - outlook.now_ms[chosen]
-        for goal in range(outlook.highest, chosen, -1):
-            if not outlook.may_enter[goal]:
-                continue
-            if outlook.fits(goal):  # only the dwell is in the way
-                break
-            # (index, is a balcony, rows whose input is there): a stage's input is what the stage before it has run.
-            consumers = [(i, False, stage_rows[i] - stage_rows[i - 1]) for i in range(chosen + 1, goal + 1)]
-            if balcony_rows[goal] > stage_rows[goal]:
-                consumers.append((goal, True, balcony_rows[goal] - stage_rows[goal]))
-            least = len(consumers)
-            entry_ms = outlook.steady_ms[goal]
-            for order, (i, is_balcony, _) in enumerate(consumers, start=1):
-                unit = costs.balconies[i] if is_balcony else costs.stages[i]
-                queries = 1 if is_balcony else None
-                entry_ms += unit.pass_ms(1 + order * least, context, queries) - unit.pass_ms(1, context, queries)
-            if entry_ms > outlook.room_ms[goal]:
-                continue
-            for i, is_balcony, ready in consumers:
-                if ready > least:
-                    unit = costs.balconies[i] if is_balcony else costs.stages[i]
-                    queries = 1 if is_balcony else None
-                    rows = unit.rows_within(slack_ms, ready, context, queries)
-                    if rows > least:
-                        return CatchUp(i, rows, is_balcony), goal, unit.pass_ms(rows, context, queries)
-                    break
-        return None, chosen, 0.0
 
 
 @lru_cache(maxsize=64)

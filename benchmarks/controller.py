@@ -14,8 +14,8 @@ have learned. ``dominated_by`` names whom is better in one of misses and depth a
 closer than two standard errors of a share of misses is a tie. (On a constant load the best static exit is the best that
 there is, and nobody can tell beforehand which it is: there a tie is all that can be had.)
 
-Then power, temperature, deadlines, what a decision costs, and random budgets over random traces
-(tests/core/test_controller_properties.py).
+Then the way back to the full depth after a load that has passed; power, temperature, deadlines, what a decision
+costs, and random budgets over random traces (tests/core/test_controller_properties.py).
 
 With ``--real BUNDLE`` the bundle runs under competing processes: :mod:`benchmarks.contention`. Stop everything else then.
 
@@ -32,16 +32,18 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from balcony_edge.budget import Budget
 from balcony_edge.controller import Controller, ControllerState
-from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.costs import Bend, CostModel, UnitCost
 from balcony_edge.decision import Measurement, Observation
 from balcony_edge.loads import parse_load
 from balcony_edge.plant import Device, Plant
+from balcony_edge.profile import Profile
 from balcony_edge.simulate import SimulatedToken, simulate
 
 
@@ -61,6 +63,7 @@ COSTS = CostModel(
 #: Full depth takes 0.8 of it on an idle device, the shallowest exit 0.9 at twice the load.
 TARGET_MS = 27.0
 DEVICE = Device(noise=0.03)
+PROFILE = Path(__file__).parents[1] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
 #: Seconds that watts take to come down from full power; windows of them are counted from then on.
 SETTLING_S = 8
 #: Tokens that are made before the counting begins.
@@ -163,6 +166,51 @@ def compare(tokens: int, seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def way_back(seeds: int) -> list[dict[str, Any]]:
+    """Targets a little above the full depth's own time, with the int4 profile that is shipped: a further row costs a fourth of
+    the first there. Tokens from the end of a load of 1.7 (or from the start) until all later tokens are the full depth's,
+    and how many of 3,000 were late.
+    """
+    costs = at_context(Profile.load(PROFILE).costs, 500)
+    full_ms, rows = costs.steady_ms(costs.exits[-1], 0), []
+    for loaded_s, of_full in itertools.product((0.0, 2.0), (1.1, 1.12, 1.15, 1.2, 1.25)):
+        back, late = [], []
+        for seed in range(seeds):
+            plant = Plant(costs, Device(), _passing(loaded_s), seed=seed)
+            budget = Budget(tpot_ms=of_full * full_ms)
+            run = simulate(costs, plant, budget, tokens=3000 + int(loaded_s * 200))
+            idle = [token for token in run[1:] if token.time_s > loaded_s + 0.05][:3000]
+            shallow = [place for place, token in enumerate(idle) if token.decision.exit_layer < costs.exits[-1]]
+            back.append(shallow[-1] + 1 if shallow else 0)
+            late.append(sum(token.latency_ms > of_full * full_ms for token in idle))
+        rows.append({"loaded_s": loaded_s, "of_full": of_full, "back_tokens": max(back), "late": max(late)})
+    return rows
+
+
+def _passing(end_s: float) -> Callable[[float], float]:
+    return lambda now_s: 1.7 if now_s < end_s else 1.0
+
+
+def at_context(costs: CostModel, context: int) -> CostModel:
+    """The same prices for a context that does not grow."""
+
+    def fixed(unit: UnitCost, queries: int | None) -> UnitCost:
+        more = 0.0 if queries else context / 1000
+        further = unit.context_ms_per_1k if unit.marginal_context_ms_per_1k is None else unit.marginal_context_ms_per_1k
+        bends = tuple(
+            Bend(bend.rows, bend.marginal_row_ms + more * bend.marginal_context_ms_per_1k) for bend in unit.bends
+        )
+        first_ms = unit.first_row_ms + unit.context_ms_per_1k * context / 1000
+        return UnitCost(first_ms, unit.marginal_row_ms + more * further, pass_rows=unit.pass_rows, bends=bends)
+
+    return replace(
+        costs,
+        stages=tuple(fixed(unit, None) for unit in costs.stages),
+        balconies=tuple(fixed(unit, 1) for unit in costs.balconies),
+        head=fixed(costs.head, None),
+    )
+
+
 def ceilings() -> dict[str, Any]:
     """Power and temperature, held by depth and pace."""
 
@@ -253,6 +301,8 @@ def bars(found: dict[str, Any]) -> dict[str, bool]:
     held = {
         "depth >= 95 % of the oracle's": min(row["of_oracle"] for row in found["policies"]) >= 0.95,
         "dominated by no static exit and no threshold": not any(row["dominated_by"] for row in found["policies"]),
+        "full depth again within 400 tokens after a load": max(r["back_tokens"] for r in found["way_back"]) <= 400,
+        "<= 1 % late on the way": max(row["late"] for row in found["way_back"]) <= 30,
         "power within 5 % in every 5 s window": all(r["least"] >= 0.95 and r["most"] <= 1.05 for r in found["power"]),
         "one exit change a second at most": all((r["switches_apart_s"] or 9) >= 1 for r in found["power"]),
         "overshoot <= 1 °C": all(row["most_c"] <= row["temperature_c"] + 1 for row in found["temperature"]),
@@ -279,6 +329,7 @@ def main() -> int:
     found: dict[str, Any] = {
         "benchmark": "controller",
         "quick": arguments.quick,
+        "way_back": way_back(2 if arguments.quick else 5),
         "policies": compare(400 if arguments.quick else 1000, 2 if arguments.quick else 5),
         **ceilings(),
         "deadline": deadlines(20 if arguments.quick else 100),

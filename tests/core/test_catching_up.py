@@ -1,0 +1,155 @@
+"""The way back to a deeper exit: sprints, chunks, and the one token that may be late."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from balcony_edge.budget import Budget
+from balcony_edge.catching_up import CREDIT_SHARE, FIRST_WAIT, HELD, Recovery
+from balcony_edge.controller import Controller, ControllerState
+from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.decision import CatchUp, Measurement, Observation
+from balcony_edge.plant import Device, Plant
+from balcony_edge.profile import Profile
+from balcony_edge.simulate import SimulatedToken, simulate
+from balcony_edge.slowdown import Slowdown
+
+PROFILE = Path(__file__).parents[2] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
+# Steady prices 10, 14 and 21 ms; a further row costs a fourth of the first, as in int4.
+STEEP = CostModel(
+    exits=(4, 6, 8),
+    stages=(UnitCost(6.0, 1.5), UnitCost(4.0, 1.0), UnitCost(8.0, 2.0)),
+    balconies=(UnitCost(1.0, 0.01), UnitCost(1.0, 0.01), UnitCost(0.0)),
+    head=UnitCost(3.0),
+    switch_ms=0.5,
+)
+#: Room of a step under the filter below, as a share of the target: exp(-z(0.9) × 0.02).
+MARGIN = math.exp(-1.2815515655446004 * 0.02)
+TARGET = Budget(tpot_ms=23 / MARGIN)
+FRESH = Recovery()
+
+
+def at(exit_layer: int, recovery: Recovery = FRESH, tokens: int = 100) -> ControllerState:
+    """A state whose filter is sure."""
+    slowdown = Slowdown(variance=0.0, noise_variance=0.02**2)
+    state = ControllerState(exit_layer, tokens, catching_up=False, tpot_ms=TARGET.tpot_ms or 0.0, slowdown=slowdown)
+    return state._replace(recovery=recovery)
+
+
+def seen(
+    stages: tuple[int, ...], balconies: tuple[int, ...], budget: Budget = TARGET, context: int = 500
+) -> Observation:
+    return Observation(budget, context, stages, balconies)
+
+
+def idle_after(loaded_s: float, of_full: float, tokens: int, probability: float = 0.9) -> list[SimulatedToken]:
+    """Tokens of the shipped int4 profile at a fixed context after a load of 1.7 has passed."""
+    costs = Profile.load(PROFILE).costs
+    full_ms = costs.steady_ms(costs.exits[-1], 64)
+    costs = replace(
+        costs,
+        stages=tuple(replace(unit, context_ms_per_1k=0.0, marginal_context_ms_per_1k=0.0) for unit in costs.stages),
+    )
+    plant = Plant(costs, Device(), lambda now_s: 1.7 if now_s < loaded_s else 1.0, seed=3)
+    run = simulate(costs, plant, Budget(tpot_ms=of_full * full_ms, probability=probability), tokens=tokens)
+    return [token for token in run[1:] if token.time_s > loaded_s + 0.05]
+
+
+@pytest.mark.parametrize("loaded_s", [0.0, 1.0])
+@pytest.mark.parametrize("of_full", [1.1, 1.15, 1.18, 1.25])
+def test_a_target_just_above_the_full_depth_comes_back_to_it(loaded_s: float, of_full: float) -> None:
+    """Without sprints and a late entry all of these stay at exit 20 for as long as one looks."""
+    tokens = idle_after(loaded_s, of_full, 900)
+    assert {token.decision.exit_layer for token in tokens[400:]} == {30}
+    late = [token.latency_ms / of_full for token in tokens if token.latency_ms > of_full * 5.52]
+    assert len(late) <= 9 and max(late, default=0.0) <= 2.2 * 5.52
+
+
+def test_a_sprint_goes_where_the_slack_takes_two_rows() -> None:
+    # 23 - 14 = 9 ms at exit 6 take one row of stage 2 (8 ms) for each that is added; 23 - 10 = 13 ms at exit 4 take three.
+    state, decision = Controller(STEEP).decide(at(6), seen((1, 1, 61), (1, 1, 1)))
+    assert (decision.exit_layer, decision.catch_up) == (4, CatchUp(2, 3))
+    assert decision.reason == "8 fits, catching up 3 rows of stage 2 at 4: deeper exits leave no time for it"
+    assert (state.recovery.goal, state.recovery.wait) == (8, FIRST_WAIT)
+    # it goes on, also after the dwell, and though another could not begin
+    again, decision = Controller(STEEP).decide(state._replace(tokens_since_switch=9), seen((1, 2, 59), (1, 61, 1)))
+    assert (decision.exit_layer, again.recovery.goal) == (4, 8)
+    assert again.recovery.wait == FIRST_WAIT - 1
+
+
+@pytest.mark.parametrize(
+    ("recovery", "budget", "context", "exit_layer"),
+    [
+        (Recovery(), TARGET, 500, 4),
+        (Recovery(wait=1), TARGET, 500, 4),  # this token is what was waited for
+        (Recovery(wait=2), TARGET, 500, 6),
+        (Recovery(credit=0.5), TARGET, 500, 6),  # it could not be ended by a late token
+        (Recovery(), TARGET.model_copy(update={"min_exit": 6}), 500, 6),
+        (
+            Recovery(),
+            TARGET.model_copy(update={"tpot_ms": 21.3}),
+            500,
+            6,
+        ),  # the full depth is not within its hysteresis
+    ],
+)
+def test_when_a_sprint_begins(recovery: Recovery, budget: Budget, context: int, exit_layer: int) -> None:
+    decision = Controller(STEEP).decide(at(6, recovery), seen((1, 1, 61), (1, 1, 1), budget, context))[1]
+    assert decision.exit_layer == exit_layer
+
+
+def test_a_sprint_must_pay_within_the_length_of_the_sequence() -> None:
+    # 3,000 rows at three a token, of which one is new, take 1,700 tokens at exit 4; 500 rows of context do not promise them.
+    for context, exit_layer in ((500, 6), (9000, 4)):
+        decision = Controller(STEEP).decide(at(6), seen((1, 1, 3001), (1, 1, 1), context=context))[1]
+        assert decision.exit_layer == exit_layer
+
+
+def test_a_balcony_that_lags_behind_is_served_before_the_sprint() -> None:
+    # 1 + 2,000 rows × 0.01 ms of exit 4's balcony are no step within 23 ms: 9 ms at exit 6 take 801 of them.
+    state, decision = Controller(STEEP).decide(at(6), seen((1, 1, 61), (2001, 1, 1)))
+    assert (decision.exit_layer, decision.catch_up) == (6, CatchUp(0, 801, balcony=True))
+    assert decision.reason == "8 fits, catching up 801 rows of balcony 4"
+    assert state.recovery.goal is None
+
+
+def test_the_last_rows_may_make_one_token_late() -> None:
+    # 21 + 0.5 ms and one row of 2 ms do not fit into 23: by credit, or not at all
+    rows = seen((1, 1, 2), (1, 1, 1))
+    state, decision = Controller(STEEP).decide(at(6), rows)
+    assert (decision.exit_layer, decision.price_ms, decision.catch_up) == (8, 23.5, None)
+    assert decision.reason == "up to 8 with its last pending rows: one token may be late"
+    assert decision.probability < 0.6
+    assert Controller(STEEP).decide(at(6, Recovery(credit=0.9)), rows)[1].exit_layer == 6
+    assert Controller(STEEP).decide(at(6, tokens=2), rows)[1].exit_layer == 6  # the dwell holds for it as well
+    late = Measurement(8, decision.price_ms, 24.0)
+    after, decision = Controller(STEEP).decide(state, seen((1, 1, 1), (2, 2, 1))._replace(last=late))
+    assert decision.exit_layer == 8
+    assert after.recovery.credit == pytest.approx(CREDIT_SHARE * 0.1)
+
+
+def test_credit_grows_by_what_the_probability_leaves_and_a_late_token_takes_one() -> None:
+    on_time, late = Measurement(8, 20.0, 22.0), Measurement(8, 20.0, 24.0)
+    recovery = Recovery(credit=0.0).counted(on_time, 23.0, 0.9, held=0)
+    assert recovery.credit == pytest.approx(0.05)
+    assert recovery.counted(late, 23.0, 0.9, held=0).credit == pytest.approx(0.05 + 0.05 - 1)
+    assert Recovery(credit=-0.9).counted(late, 23.0, 0.99, held=0).credit == -1.0
+    assert Recovery().counted(on_time, 23.0, 0.9, held=0) == Recovery()  # one at most
+    assert Recovery(credit=0.3).counted(late, math.inf, 0.9, held=0).credit == 0.3  # nothing is late without a target
+
+
+def test_each_sprint_waits_twice_as_long_until_the_deepest_exit_is_held() -> None:
+    recovery, waits = Recovery(), []
+    for _ in range(7):
+        recovery = recovery.towards(8)
+        waits.append(recovery.wait)
+        assert recovery.towards(8) is recovery  # it goes on
+        recovery = recovery.towards(None)
+    assert waits == [FIRST_WAIT << doublings for doublings in (0, 1, 2, 3, 4, 4, 4)]
+    counted = recovery.counted(None, 23.0, 0.9, held=HELD - 1)
+    assert (counted.wait, counted.sprints) == (waits[-1] - 1, recovery.sprints)
+    assert recovery.counted(None, 23.0, 0.9, held=HELD).towards(8).wait == FIRST_WAIT
