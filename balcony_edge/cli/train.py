@@ -70,6 +70,14 @@ def train(
         int | None, typer.Option(help="Rows per pass (default: all of them): accumulates gradients.")
     ] = None,
     positions: Annotated[int, typer.Option(help="Positions of a row that the loss samples; 0: all.")] = 0,
+    vocabulary: Annotated[
+        int,
+        typer.Option(help="Tokens of the vocabulary that a step compares, half of them drawn anew each step; 0: all."),
+    ] = 8192,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE=SHARE", help="Share of a file's documents to use, 0 to 1. Repeatable."),
+    ] = None,
     reuse: Annotated[
         int, typer.Option(help="Steps that learn from one pass of the backbone, at other positions each.")
     ] = 1,
@@ -98,7 +106,7 @@ def train(
 
     from balcony_edge.cli.console import stderr
     from balcony_edge.errors import InputError, TrainingError
-    from balcony_export.balcony import load_balconies, parse_exits
+    from balcony_export.balcony import load_balconies, parse_exits, rows_seen
     from balcony_export.checkpoint import load_tokenizer
     from balcony_export.distill import Trainer
     from balcony_export.distill_config import TrainConfig
@@ -136,6 +144,7 @@ def train(
         batch_rows=batch_rows,
         micro_rows=micro_rows or batch_rows,
         positions=positions,
+        vocabulary=vocabulary,
         reuse=reuse,
         window_steps=window_steps,
         optimizer=optimizer,
@@ -157,8 +166,16 @@ def train(
         cache_gb=cache_gb,
     )
     config.check()
-    corpus = build_corpus(data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows)
-    trainer = Trainer(loaded, corpus, config, output, start=begun, compiled=compiled)
+    shares = _shares(mix or [])
+    corpus = build_corpus(
+        data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows, mix=shares
+    )
+    first_row = 0 if start is None else rows_seen(start, layers, corpus.digest)
+    if first_row:
+        stderr.print(
+            f"{start} has learned from {first_row:,} of the {len(corpus.train.tokens):,} rows: going on after them"
+        )
+    trainer = Trainer(loaded, corpus, config, output, start=begun, first_row=first_row, compiled=compiled)
     if resume:
         if not trainer.resume():
             raise TrainingError(f"{trainer.work}: holds no checkpoint: train without --resume first")
@@ -171,6 +188,24 @@ def train(
     with _progress_bar(trainer) as report:
         trainer.run(report)
     _finish(trainer, model, pretraining_tokens, as_json)
+
+
+def _shares(given: list[str]) -> dict[str, float]:
+    """``--mix`` as numbers by file name."""
+    from balcony_edge.errors import InputError
+
+    shares: dict[str, float] = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        try:
+            shares[name] = float(number)
+        except ValueError:
+            shares[name] = -1.0
+        if not name or not 0 < shares[name] <= 1:
+            raise InputError(
+                f"--mix {text}: expected FILE=SHARE with a share above 0 and up to 1, as wikipedia.jsonl=0.5"
+            )
+    return shares
 
 
 def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:

@@ -37,8 +37,8 @@ def objective_of(objective: str, unfreeze: bool, from_scratch: bool) -> Objectiv
 #: Options that a joint training has no use for.
 _FROZEN_ONLY = (
     "start", "loss", "init", "resume", "minutes", "optimizer", "vector_rate", "weight_decay", "schedule", "warmup_steps",
-    "decay_share", "micro_rows", "positions", "reuse", "window_steps", "average", "precision", "cache_gb", "evaluate_every",
-    "checkpoint_minutes", "compiled", "pretraining_tokens",
+    "decay_share", "micro_rows", "positions", "vocabulary", "mix", "reuse", "window_steps", "average", "precision",
+    "cache_gb", "evaluate_every", "checkpoint_minutes", "compiled", "pretraining_tokens",
 )  # fmt: skip
 
 

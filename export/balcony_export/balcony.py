@@ -312,6 +312,13 @@ def identity(directory: Path) -> tuple[str, Kind]:
     return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest(), kind
 
 
+def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int:
+    """Rows of a corpus, named by its digest, that balconies have learned from: the most of any of these exits."""
+    entries = _read_index(directory)["exits"]
+    facts = [(entries.get(str(e)) or {}).get("training") or {} for e in exits]
+    return max((int(one["rows"]) for one in facts if one.get("corpus") == corpus), default=0)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write one file of balconies or of a training run, whole or not at all."""
     write_atomically(path, content, CheckpointError, "free space or name another place")

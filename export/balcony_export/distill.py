@@ -29,10 +29,11 @@ from transformers import PreTrainedModel
 from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
 from balcony_export.architecture import cast_weights
 from balcony_export.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies, write_file
+from balcony_export.distill_attention import can_compile, use_block_attention
 from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, run_directory, save_checkpoint
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Corpus, Order, Rows
-from balcony_export.distill_loss import HeadLoss
+from balcony_export.distill_loss import HeadLoss, VocabularySample
 from balcony_export.distill_parallel import Processes
 from balcony_export.distill_schedule import Schedule, make_optimizers, set_rate
 from balcony_export.distill_states import Backbone, StateCache
@@ -42,6 +43,8 @@ METRICS = "metrics.jsonl"
 #: model: 25,856 in one channel of the first position, sometimes of the second; root mean square 1,005 beside 6 to 9).
 #: It is an attention sink: the balcony attends to it, but is not asked to predict from it.
 MASSIVE = 20.0
+#: Rows on which the full model's likeliest tokens are ranked: 8,192 positions of 512-token rows rank the first 4,096 well.
+_RANKING_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Trainer:
         config: the recipe.
         output: directory for balconies, checkpoint and metrics.
         start: balconies of all exits to go on from; by default copies of the last layer.
+        first_row: rows of the corpus that ``start`` has learned from: this run begins after them.
+        work: where checkpoint and metrics lie; by default in ``output``, by exits.
         compiled: see :class:`HeadLoss`.
         clock: monotonic seconds.
     """
@@ -86,6 +91,7 @@ class Trainer:
         output: Path,
         *,
         start: dict[int, Balcony] | None = None,
+        first_row: int = 0,
         work: Path | None = None,
         compiled: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -118,6 +124,8 @@ class Trainer:
         self.device = self.processes.device
         if not self.processes.sharded:
             model.to(self.device)  # type: ignore[arg-type]
+        if self.device.type == "cpu" and (can_compile() if compiled is None else compiled):
+            use_block_attention(model, *self.balconies.values())
         self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.backbone = Backbone(model, config.exits, dtype)
         # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
@@ -137,15 +145,29 @@ class Trainer:
             )
             self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
         self.schedule = Schedule(config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share)
-        self.order = Order(len(corpus.train.tokens), config.batch_rows, config.reuse, config.window_steps, config.seed)
+        self.order = self._order(first_row)
         self._states: dict[int, torch.Tensor] = {}  # place in the order -> states  # (exits + 1, T, D)
         self.step = 0
         self.wall_s = 0.0  # spent training, over all sessions of the run
         self.best: dict[int, tuple[float, float]] = {}  # of what was written: exit -> held-out KL, agreement
         self.cache = self._open_cache()
         self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.sample = self._vocabulary_sample()
 
     # -- data
+
+    def _order(self, first_row: int) -> Order:
+        config, rows = self.config, len(self.corpus.train.tokens)
+        return Order(rows, config.batch_rows, config.reuse, config.window_steps, config.seed, first_row)
+
+    def _vocabulary_sample(self) -> VocabularySample | None:
+        """How the vocabulary of a step is drawn, ranked on the first rows of the corpus; None where it is compared whole."""
+        if not 0 < self.config.vocabulary < len(self.head.weight) or self.config.loss == "ce":
+            return None
+        rows = self.corpus.train.take(_RANKING_ROWS)
+        states = self.backbone.states(torch.from_numpy(rows.tokens).long().to(self.device))[-1]  # (B, T, D)
+        seen = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
+        return VocabularySample(self.config.vocabulary, self.head.ranking(states[seen.to(states.device)]))
 
     def _open_cache(self) -> StateCache | None:
         shape = (len(self.config.exits) + 1, self.config.seq_len, self.model.config.hidden_size)
@@ -233,8 +255,12 @@ class Trainer:
             ]
             # the position behind each; of the very last one there is none, and no loss on the text asks for it
             following = (where + 1).clamp(max=picked.tokens.size - 1)
-            labels = torch.from_numpy(picked.tokens).long().to(self.device).flatten()[following]
-            sums[:-1] += sums.new_tensor(self.head.backward(full, students, labels))
+            tokens = torch.from_numpy(picked.tokens).long().to(self.device).flatten()
+            labels = tokens[following]
+            part = None
+            if self.sample is not None:
+                part = self.sample.draw(self.head.weight, tokens, [config.seed, self.step, number])
+            sums[:-1] += sums.new_tensor(self.head.backward(full, students, labels, part))
         self.processes.sum([sums])
         *kls, counted = sums.tolist()
         counted = max(counted, 1.0)
@@ -344,6 +370,7 @@ class Trainer:
             )
         load_tensors(self.work, self.balconies, self.averages, self.optimizers)
         self.step, self.wall_s = state["step"], state["wall_s"]
+        self.order = self._order(state["first_row"])
         self.best = {int(key): (kl, hits) for key, (kl, hits) in state["best"].items()}
         planned = Schedule(**state["schedule"])
         if self.config.steps is not None and self.config.steps <= self.step and self.config.steps != planned.total:
@@ -375,6 +402,7 @@ class Trainer:
             "recipe": self.config.recipe(),
             "base": self.base_facts,
             "corpus": self.corpus.digest,
+            "first_row": self.order.first,
         }
         if self.processes.writes:
             save_checkpoint(self.work, self.balconies, self.averages, self.optimizers, state)
@@ -409,6 +437,8 @@ class Trainer:
             "held_out_kl": round(held_out[0], 4),
             "held_out_agreement": round(held_out[1], 4),
             "data": self.corpus.sources,
+            "corpus": self.corpus.digest,
+            "rows": self.order.first + self.order.seen(self.step),  # of the corpus: the next run begins after them
         }
 
     def run(self, report: Callable[[Progress], None] = lambda progress: None) -> None:

@@ -29,6 +29,7 @@ class TrainConfig:
     batch_rows: int = 2  # rows per optimizer step: at equal tokens 2 beat 4 (KL 6.6 against 7.4 at 0.15M tokens)
     micro_rows: int = 2  # rows per pass: accumulation where it is smaller
     positions: int = 0  # sampled per row for the loss; 0: all, at equal tokens 4 % below 256 in KL and 11 % below 128
+    vocabulary: int = 8192  # tokens of the vocabulary that a step compares (`VocabularySample`); 0: all
     reuse: int = 1  # steps that learn from one pass of the backbone
     window_steps: int = 64  # steps whose states are kept (2.4 MB a row in the demo model) for rows to come again
     optimizer: OptimizerKind = "muon"
@@ -74,6 +75,7 @@ class TrainConfig:
                 raise InputError(f"{name} = {getattr(self, name)}: must be a positive number")
         for name, low, high in (
             ("positions", 0, 10**9),
+            ("vocabulary", 0, 10**9),
             ("average", 0.0, 0.99999),
             ("decay_share", 0.0, 1.0),
             ("weight_decay", 0.0, 1e3),

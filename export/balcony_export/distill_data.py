@@ -8,10 +8,11 @@ share a row, best fit, and attention runs on across them as in the base models' 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,10 +64,11 @@ class Order:
         reuse: times that a row is learned from before the stream goes on.
         window_steps: steps of a window's one pass, where rows are used again.
         seed: of the epochs after the first (the corpus is shuffled already) and of the passes after the first.
+        first: rows of the corpus that earlier runs have learned from: the stream begins after them.
     """
 
-    def __init__(self, count: int, batch_rows: int, reuse: int, window_steps: int, seed: int) -> None:
-        self.count, self.batch_rows, self.reuse, self.seed = count, batch_rows, reuse, seed
+    def __init__(self, count: int, batch_rows: int, reuse: int, window_steps: int, seed: int, first: int = 0) -> None:
+        self.count, self.batch_rows, self.reuse, self.seed, self.first = count, batch_rows, reuse, seed, first
         self.window = batch_rows * (window_steps if reuse > 1 else 1)  # rows
 
     def places(self, step: int) -> npt.NDArray[np.int64]:
@@ -90,7 +92,7 @@ class Order:
 
     def rows(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Indices in the corpus of the rows at places of the stream  # (B,)"""
-        epochs, rows = np.divmod(places, self.count)
+        epochs, rows = np.divmod(places + self.first, self.count)
         for epoch in set(epochs.tolist()) - {0}:
             here = epochs == epoch
             rows[here] = np.random.default_rng([self.seed, epoch]).permutation(self.count)[rows[here]]
@@ -104,6 +106,7 @@ def build_corpus(
     seq_len: int,
     seed: int = 0,
     held_out_rows: int = 64,
+    mix: Mapping[str, float] | None = None,
 ) -> Corpus:
     """Read, tokenize and pack.
 
@@ -112,57 +115,90 @@ def build_corpus(
         tokenizer: the base model's; its chat template renders instruction data.
         seq_len: tokens per row.
         seed: of the order of the rows.
-        held_out_rows: about how many rows of documents to keep out of training; the first by a hash of their text.
-            Documents longer than that stay in training; where all are, the beginning of the shortest is kept out.
+        held_out_rows: about how many rows of documents to keep out of training, of every file in proportion to its
+            tokens; the first by a hash of their text.
+        mix: file name → share of its documents to use, above 0 and up to 1; the first by a hash of their text. All of a
+            file that is not named.
 
     Raises:
         InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two
-            tokens, or too few to hold one out.
+            tokens, or too few to hold one out; a share that names no file.
     """
     if not files:
         raise InputError(f"--data: no file was given: give {_FORMS}")
-    documents: list[_Tokens] = []
-    keys: list[str] = []
-    sources: dict[str, dict[str, Any]] = {}
-    for path in _expanded(files):
-        count, tokens = len(documents), 0
+    read = _read(_expanded(files), tokenizer, mix or {})
+    documents = [one for _, given in read.values() for one in given]
+    total = sum(len(document.tokens) for document in documents)
+    learned: list[_Document] = []
+    kept: list[_Tokens] = []
+    for _, given in read.values():
+        tokens = sum(len(document.tokens) for document in given)
+        held_of_file = _held_out(given, min(held_out_rows * seq_len * tokens // total, tokens // 10))
+        learned += held_of_file[0]
+        kept += held_of_file[1]
+    if held_out_rows and not kept:
+        raise InputError(
+            f"--data: {len(documents)} document(s) and {total} tokens: none can be held out: give more text"
+        )
+    learned.sort(key=lambda document: document.key)
+    generator = np.random.default_rng(seed)
+    train = pack([document.tokens for document in learned], seq_len, generator)
+    held_out = pack(kept, seq_len, generator).take(held_out_rows)
+    digest = hashlib.sha256(train.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest()
+    return Corpus(train, held_out, {name: facts for name, (facts, _) in read.items()}, digest)
+
+
+class _Document(NamedTuple):
+    key: str  # SHA-256 of its text: an order that neither file names nor places in a file change
+    tokens: _Tokens
+
+
+def _read(
+    paths: Iterator[Path], tokenizer: PreTrainedTokenizerBase, mix: Mapping[str, float]
+) -> dict[str, tuple[dict[str, Any], list[_Document]]]:
+    """``file name -> (facts for the record, its documents in the order of their keys)``"""
+    read: dict[str, tuple[dict[str, Any], list[_Document]]] = {}
+    used: set[str] = set()
+    for path in paths:
+        documents = []
         for where, text, ids in _tokenized(path, tokenizer):
             if len(ids) < 2:
                 raise InputError(f"{where}: holds {len(ids)} tokens, a document needs two at least: remove it")
-            documents.append(np.asarray(ids, dtype=np.int32))
-            keys.append(hashlib.sha256(text.encode()).hexdigest())
-            tokens += len(ids)
-        if len(documents) == count:
+            documents.append(_Document(hashlib.sha256(text.encode()).hexdigest(), np.asarray(ids, dtype=np.int32)))
+        if not documents:
             raise InputError(f"{path}: holds no documents: give {_FORMS}")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        name = path.name if path.name not in sources else str(path)
-        sources[name] = {"documents": len(documents) - count, "tokens": tokens, "sha256": digest}
-    order = sorted(range(len(documents)), key=lambda index: (keys[index], index))
-    total = sum(len(document) for document in documents)
-    target = min(held_out_rows * seq_len, total // 10)
-    learned, kept = _held_out([documents[index] for index in order], target)
-    if held_out_rows and not kept:
-        raise InputError(f"--data: {len(order)} document(s) and {total} tokens: none can be held out: give more text")
-    generator = np.random.default_rng(seed)
-    train, held_out = pack(learned, seq_len, generator), pack(kept, seq_len, generator).take(held_out_rows)
-    digest = hashlib.sha256(train.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest()
-    return Corpus(train, held_out, sources, digest)
+        documents.sort(key=lambda document: document.key)
+        facts: dict[str, Any] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        if path.name in mix:
+            used.add(path.name)
+            facts["share"] = mix[path.name]
+            documents = documents[: math.ceil(mix[path.name] * len(documents))]
+        facts |= {"documents": len(documents), "tokens": sum(len(document.tokens) for document in documents)}
+        read[path.name if path.name not in read else str(path)] = facts, documents
+    if absent := sorted(mix.keys() - used):
+        raise InputError(f"--mix {absent[0]}: --data has no such file: it has {', '.join(read)}")
+    return read
 
 
-def _held_out(documents: list[_Tokens], target: int) -> tuple[list[_Tokens], list[_Tokens]]:
-    """``(documents to learn from, documents kept out)``: the first ones that are no longer than ``target`` tokens, until
-    they have as many together; where all are longer, the beginning of the shortest.
+def _held_out(documents: list[_Document], target: int) -> tuple[list[_Document], list[_Tokens]]:
+    """``(documents to learn from, tokens kept out)`` of one file: its first documents, until ``target`` tokens are kept.
+
+    A document is kept out whole, even where only its beginning is judged, unless it is longer than ``target`` and than a
+    hundredth of the file; where all are, the beginning of the shortest is kept out and the rest is learned from.
     """
-    learned: list[_Tokens] = []
+    longest = max(target, sum(len(document.tokens) for document in documents) // 100)
+    learned: list[_Document] = []
     kept: list[_Tokens] = []
-    taken = 0
     for document in documents:
-        fits = taken < target and len(document) <= target
-        (kept if fits else learned).append(document)
-        taken += len(document) if fits else 0
+        room = target - sum(map(len, kept))
+        if room >= 2 and len(document.tokens) <= longest:
+            kept.append(document.tokens[:room])
+        else:
+            learned.append(document)
     if not kept and target >= 2:
-        shortest = min(range(len(learned)), key=lambda index: len(learned[index]))
-        kept, learned[shortest] = [learned[shortest][:target]], learned[shortest][target:]
+        shortest = min(range(len(learned)), key=lambda index: len(learned[index].tokens))
+        key, tokens = learned[shortest]
+        kept, learned[shortest] = [tokens[:target]], _Document(key, tokens[target:])
     return learned, kept
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from torch import nn
 
 from balcony_edge.errors import InputError
+from balcony_export.balcony import fingerprint, init_balconies, rows_seen, save_balconies
+from balcony_export.distill_attention import NAME, block_attention, use_block_attention
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Order, build_corpus, pack
-from balcony_export.distill_loss import CHUNK, HeadLoss
+from balcony_export.distill_loss import CHUNK, HeadLoss, VocabularySample
 from balcony_export.distill_parallel import Processes
 from balcony_export.distill_report import Cost, pretraining_tokens
 from balcony_export.distill_schedule import Schedule
@@ -55,6 +58,126 @@ def test_loss_and_gradient_are_those_of_the_definition(softcap: float | None, co
     )
     assert same.tolist() == (logits(full).argmax(-1) == logits(student).argmax(-1)).tolist()
     assert int(itself.sum()) == count
+
+
+def test_a_part_of_the_vocabulary_holds_the_text_the_likeliest_and_others_that_represent_the_rest() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, text = torch.randn(100, 16, generator=generator), torch.tensor([7, 7, 91, 3])
+    sample = VocabularySample(20, torch.arange(99, -1, -1))  # 99 is the likeliest
+    part = sample.draw(weight, text, [0, 1, 0])
+    rows = [int((weight == row).all(dim=1).nonzero()) for row in part.weight]
+    assert {3, 7, 91} <= set(rows[:10]) and set(rows[:10]) - {3, 7, 91} == set(range(93, 100))
+    assert len(set(rows)) == 20 and not set(rows[10:]) & set(rows[:10])
+    assert part.offset[:10].tolist() == [0.0] * 10
+    assert part.offset[10:].tolist() == pytest.approx([math.log(90 / 10)] * 10)
+    again, other = (sample.draw(weight, text, [0, step, 0]) for step in (1, 2))
+    assert torch.equal(again.weight, part.weight) and not torch.equal(other.weight, part.weight)
+    crowded = VocabularySample(4, torch.arange(100)).draw(weight, torch.arange(50), [0, 0, 0])
+    assert len(crowded.offset) == 51  # the text is never left out, nor the rest
+    assert float(crowded.offset[-1]) == pytest.approx(math.log(50))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_sampled_loss_is_on_average_the_exact_one(softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = 0.5 * torch.randn(400, 16, generator=generator)
+    full, student = torch.randn(2, 64, 16, generator=generator)
+    head = HeadLoss(weight, torch.float32, softcap, compiled=False)
+    ranking = head.ranking(full)
+    assert int(ranking[0]) == int(head.logits(full).softmax(-1).mean(0).argmax())
+    sample = VocabularySample(200, ranking)
+    ((exact, exact_slope),) = head.kl(full, [student])
+    found = [head.kl(full, [student], sample.draw(weight, torch.tensor([0]), [seed]))[0] for seed in range(60)]
+    assert float(torch.stack([kl.mean() for kl, _ in found]).mean()) == pytest.approx(float(exact.mean()), rel=0.02)
+    slope = torch.stack([slope for _, slope in found]).mean(0)
+    assert float((slope - exact_slope).norm() / exact_slope.norm()) < 0.06
+    one = found[0][1]
+    assert float((one - exact_slope).norm() / exact_slope.norm()) > 0.1  # a single part is not exact
+
+
+#: Loading the compiler warns of what it uses itself.
+loads_the_compiler = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+
+
+@loads_the_compiler
+@pytest.mark.parametrize("rows", [2, 33])
+def test_attention_in_blocks_is_attention(rows: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(2, 6, rows, 8, generator=generator).transpose(1, 2).contiguous().transpose(1, 2)
+    key, value = torch.randn(2, 2, 2, rows, 8, generator=generator)
+    slope = torch.randn(2, rows, 6, 8, generator=generator)
+    found, wanted = [], []
+    for into in (found, wanted):
+        given = [one.clone().requires_grad_(True) for one in (query, key, value)]
+        if into is found:
+            out, _ = block_attention(nn.Module(), *given, None, scaling=0.3)
+        else:
+            out = nn.functional.scaled_dot_product_attention(*given, is_causal=True, scale=0.3, enable_gqa=True)
+            out = out.transpose(1, 2)
+        out.backward(slope)
+        into += [out.detach(), *(one.grad for one in given)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@loads_the_compiler
+def test_attention_in_blocks_is_for_models_that_use_the_fused_kernel(make_tiny: Callable[..., Any]) -> None:
+    tokens = torch.arange(40)[None] % 16
+    fused, window, eager = make_tiny("llama"), make_tiny("gemma3"), make_tiny("gemma2")
+    for model in (fused, window):
+        model.set_attn_implementation("sdpa")
+    before = [model(tokens).logits for model in (fused, window, eager)]
+    for model in (fused, window, eager):
+        use_block_attention(model)
+    assert fused.config._attn_implementation == window.config._attn_implementation == NAME
+    assert eager.config._attn_implementation == "eager"
+    for model, wanted in zip((fused, window, eager), before, strict=True):
+        torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_share_of_a_file_is_used_and_documents_of_every_file_are_held_out(
+    tmp_path: Path, make_tokenizer: Callable[[], Any]
+) -> None:
+    words = ["the quick brown fox", "jumps over the lazy dog", "fox and dog", "the lazy fox jumps"]
+    for name, count in (("a.jsonl", 40), ("b.jsonl", 120)):
+        lines = [
+            json.dumps({"text": f"{words[i % 4]} {words[i // 4 % 4]} {words[i // 16 % 4]} {i} {name}"})
+            for i in range(count)
+        ]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    tokenizer = make_tokenizer()
+    whole = build_corpus([tmp_path], tokenizer, seq_len=32, held_out_rows=4)
+    part = build_corpus([tmp_path], tokenizer, seq_len=32, held_out_rows=4, mix={"b.jsonl": 0.25})
+    assert part.sources["a.jsonl"] == whole.sources["a.jsonl"]
+    assert (part.sources["b.jsonl"]["documents"], part.sources["b.jsonl"]["share"]) == (30, 0.25)
+    assert part.digest != whole.digest
+    for corpus in (whole, part):  # what is held out of each file is its share of the tokens, and is not learned from
+        tokens = {name: facts["tokens"] for name, facts in corpus.sources.items()}
+        assert corpus.train.num_tokens + corpus.held_out.num_tokens <= sum(tokens.values())
+        learned = {
+            row[:length].tobytes() for row, length in zip(corpus.train.tokens, corpus.train.lengths, strict=True)
+        }
+        held = [
+            row[:length].tobytes() for row, length in zip(corpus.held_out.tokens, corpus.held_out.lengths, strict=True)
+        ]
+        assert held and not learned & set(held)
+    with pytest.raises(InputError, match=r"--mix c\.jsonl: --data has no such file: it has a\.jsonl, b\.jsonl"):
+        build_corpus([tmp_path], tokenizer, seq_len=32, mix={"c.jsonl": 0.5})
+
+
+def test_a_run_begins_after_the_rows_that_its_start_has_seen(tmp_path: Path, make_tiny: Callable[..., Any]) -> None:
+    order = Order(count=10, batch_rows=2, reuse=1, window_steps=1, seed=0, first=7)
+    assert order.rows(order.places(0)).tolist() == [7, 8]
+    assert order.rows(order.places(1)).tolist()[0] == 9
+    assert order.rows(order.places(1)).tolist()[1] == Order(10, 2, 1, 1, seed=0).rows(np.array([10]))[0]
+    model = make_tiny("llama")
+    for exit_layer, rows in ((1, 40), (2, 60)):
+        save_balconies(
+            tmp_path, init_balconies(model, (exit_layer,)), fingerprint(model), {"corpus": "one", "rows": rows}
+        )
+    assert rows_seen(tmp_path, (1, 2), "one") == 60
+    assert rows_seen(tmp_path, (1,), "one") == 40
+    assert rows_seen(tmp_path, (1, 2), "another") == 0
 
 
 def test_packing_loses_and_doubles_nothing() -> None:
@@ -156,6 +279,7 @@ def test_schedules_have_their_shapes() -> None:
         ({"steps": 1, "batch_rows": 3, "micro_rows": 2}, "must divide"),
         ({"steps": 1, "rate": math.nan}, "rate = nan"),
         ({"steps": 1, "clip": 0.0}, "clip = 0"),
+        ({"steps": 1, "vocabulary": -1}, "vocabulary = -1"),
         ({"steps": 1, "vector_rate": -1.0}, "vector_rate = -1"),
         ({"steps": 1, "warmup_steps": -10}, "warmup_steps = -10"),
         ({"steps": 1, "cache_gb": math.nan}, "cache_gb = nan"),
