@@ -32,7 +32,7 @@ _HELD_BY_DEPTH_ALONE = (
 #: Targets for which the controller must know what a step costs, and those for which it must see the device.
 _TIMES = ("tpot_ms", "ttft_ms", "deadline_s", "max_pace_tps")
 _CEILINGS = (
-    *("power_w", "energy_j_per_token", "temperature_c", "gpu_utilization", "cpu_utilization"),
+    *("power_w", "energy_j_per_token", "temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization"),
     *("battery_floor_percent", "memory_mb"),
 )
 _POSITIVE = "must be a finite number above 0"
@@ -60,6 +60,10 @@ _ALLOWED = {
     "power_window_s": ("must be at least 1 and at most 600", "give the seconds that power_w is averaged over, e.g. 5"),
     "energy_j_per_token": (_POSITIVE, "give joules, e.g. 0.5"),
     "temperature_c": ("must be at least 30 and at most 125", "give degrees Celsius, e.g. 75"),
+    "critical_temperature_c": (
+        "must be at least 30 and at most 125",
+        "give degrees Celsius above temperature_c, e.g. 90",
+    ),
     "gpu_utilization": (_SHARE, "write 80 % as 0.8"),
     "cpu_utilization": (_SHARE, "write 80 % as 0.8"),
     "battery_floor_percent": ("must be above 0 and below 100", "give percent, e.g. 20"),
@@ -136,6 +140,8 @@ class Budget(BaseModel):
     """Ceiling of the energy of ``power_rail`` from one token to the next; held by depth."""
     temperature_c: Annotated[float, Field(strict=True, ge=30, le=125, allow_inf_nan=False)] | None = None
     """Ceiling of the hottest sensor."""
+    critical_temperature_c: Annotated[float, Field(strict=True, ge=30, le=125, allow_inf_nan=False)] | None = None
+    """Temperature of the hottest sensor at which a reply stops with an error, whatever ``on_infeasible`` says."""
     gpu_utilization: Share | None = None
     """Ceiling of the GPU's busy share, 0 to 1, all users included: what others leave of it is ours."""
     cpu_utilization: Share | None = None
@@ -178,6 +184,10 @@ class Budget(BaseModel):
         for key in ("exit_layer", "max_exit"):
             if self.lossless and getattr(self, key) is not None:
                 raise _contradiction(self, "lossless", key, "only the full depth is lossless; give one of the two")
+        ceiling_c, critical_c = self.temperature_c, self.critical_temperature_c
+        if ceiling_c is not None and critical_c is not None and ceiling_c >= critical_c:
+            cure = "the critical temperature must be above the ceiling; lower the one or raise the other"
+            raise _contradiction(self, "temperature_c", "critical_temperature_c", cure)
         self._check_times()
         self._check_pace()
         if self.power_w is None:

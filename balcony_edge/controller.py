@@ -43,7 +43,16 @@ from typing import Literal, NamedTuple
 from balcony_edge.budget import Budget
 from balcony_edge.catching_up import Recovery, Way, way_back
 from balcony_edge.costs import CostModel
-from balcony_edge.decision import Because, Decision, Measurement, Observation, Outlook, Stayed, device_words
+from balcony_edge.decision import (
+    Because,
+    Decision,
+    Measurement,
+    Observation,
+    Outlook,
+    Stayed,
+    device_words,
+    expected_words,
+)
 from balcony_edge.governor import CEILING_DWELL_S, PACE_MARGIN, TICK_S, Demand, Governor, govern, least_pace_tps
 from balcony_edge.slowdown import NOISE_FLOOR, Slowdown
 
@@ -252,8 +261,9 @@ class Controller:
             words = (way.words(exits), *words)
         elif infeasible:
             which = "shallowest" if chosen == plan.lowest else "closest"
-            step_ms = steady_ms[chosen] * math.exp(slowdown.mean + offset)
-            words = (f"infeasible: {_asked(seen)}: {which} exit predicted {step_ms:.1f} ms", *words)
+            factor = math.exp(slowdown.mean + offset)
+            expected = expected_words(seen, now_ms[chosen] * factor, steady_ms[chosen] * factor)
+            words = (f"infeasible: {expected} at the {which} exit", *words)
         else:
             words = (Because(outlook, exits, chosen, current, seen), *words)
         period_ms, idle_ms = self._pace(plan, governor, seen, predicted_ms)
@@ -272,7 +282,16 @@ class Controller:
             recovery.towards(exits[goal] if sprint else None),
         )
         return after, Decision(
-            exits[chosen], predicted_ms, price_ms, probability, infeasible, catch_up, period_ms, idle_ms, words
+            exits[chosen],
+            predicted_ms,
+            price_ms,
+            probability,
+            infeasible,
+            catch_up,
+            period_ms,
+            idle_ms,
+            words,
+            stops=plan.governed and governor.critical_c is not None,
         )
 
     def _outlook(
@@ -453,11 +472,3 @@ def _needed_tps(budget: Budget, seen: Observation) -> float:
     """Tokens a second that the latency targets need; 0 without one."""
     needed = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
     return max(needed, seen.remaining / max(seen.left_s, 1e-3)) if seen.deadline_runs else needed
-
-
-def _asked(seen: Observation) -> str:
-    """The latency targets that hold for a token, as the keys of a target file."""
-    budget, keys = seen.budget, ["tpot_ms"]
-    keys += ["deadline_s"] if seen.deadline_runs else []
-    keys += ["ttft_ms"] if seen.made_tokens == 0 else []
-    return ", ".join(f"{key} = {value:g}" for key in keys if (value := getattr(budget, key)) is not None)

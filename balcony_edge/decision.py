@@ -90,6 +90,7 @@ class Decision(NamedTuple):
         idle_ms: of the wait within that gap, so much may be spent on the backlog.
         words: the reason in parts; put together when it is read.
         drafted: of a token that was drafted and checked with others: how many drafts its round had. 0 otherwise.
+        stops: whether the reply must end here, whatever ``on_infeasible`` says: the device is critically hot.
     """
 
     exit_layer: int
@@ -102,6 +103,11 @@ class Decision(NamedTuple):
     idle_ms: float
     words: tuple[object, ...]
     drafted: int = 0
+    stops: bool = False
+
+    def ends(self, budget: Budget) -> bool:
+        """Whether the reply ends with an error instead of this token."""
+        return self.stops or (self.infeasible and budget.on_infeasible == "error")
 
     @property
     def reason(self) -> str:
@@ -199,9 +205,37 @@ def _targets(budget: Budget, made_tokens: int) -> list[str]:
     return targets
 
 
+def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
+    """Each latency target that holds for a token, as a key of a budget file, with what is expected of it at an exit.
+
+    Args:
+        seen: what the decision is made from.
+        now_ms: the next step there, the prompt's rows included at the first token.
+        steady_ms: a step after it.
+    """
+    budget, words = seen.budget, []
+    if budget.tpot_ms is not None:
+        words.append((steady_ms > budget.tpot_ms, f"tpot_ms = {budget.tpot_ms:g}: a step takes {steady_ms:.1f} ms"))
+    if seen.deadline_runs and budget.deadline_s is not None:
+        paced_ms = max(steady_ms, 1000 / budget.max_pace_tps if budget.max_pace_tps else 0.0)
+        all_s = budget.deadline_s - seen.left_s + (now_ms + (seen.remaining - 1) * paced_ms) / 1000
+        takes = f"{budget.expected_tokens} tokens take {all_s:.3g} s"
+        words.append((all_s > budget.deadline_s, f"deadline_s = {budget.deadline_s:g}: {takes}"))
+    if seen.made_tokens == 0 and budget.ttft_ms is not None:
+        first_ms = now_ms + 1000 * (seen.now_s - seen.started_s)
+        words.append(
+            (first_ms > budget.ttft_ms, f"ttft_ms = {budget.ttft_ms:g}: the first token takes {first_ms:.1f} ms")
+        )
+    missed = [text for out_of_reach, text in words if out_of_reach]
+    return " and ".join(missed or [text for _, text in words])
+
+
 def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[object, ...]:
     """What the slow loop has to say about a token."""
     words = []
+    if governor.critical_c is not None:
+        limit = f"critical_temperature_c = {budget.critical_temperature_c:g}"
+        words.append(f"{limit}: the hottest sensor is at {governor.critical_c:.0f} °C")
     if governor.infeasible:
         words.append(f"infeasible: {', '.join(governor.infeasible)} out of reach")
     if governor.binding:

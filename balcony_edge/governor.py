@@ -5,11 +5,11 @@ exit. So what is governed is our **busy share**, the part of the time in which a
 cost of a step) and, where the pace would fall below what is asked of it, depth. This module owns that arithmetic. It does
 not know what a step costs (it is told) nor which exit a token takes (it says the deepest that may be taken).
 
-Watts and utilization are taken as affine in the busy share: ``value = base + gain × share``, where base is everybody else
-and the idle device. A Kalman filter learns both from readings and from the share that really was; so what others do is told
-apart from what we do, and there is no integrator that could wind up while another limit holds the share: the filter is fed
-with what was done, not with what was asked. Where a sensor gives our own part it is used as such. Degrees answer too slowly
-for that; a PI controller holds them, whose integral stands still while its output is not what limits the share.
+Watts and utilization are taken as affine in the busy share (:mod:`.response`), and learned from readings and from the
+share that really was; so what others do is told apart from what we do, and there is no integrator that could wind up
+while another limit holds the share: the filter is fed with what was done, not with what was asked. Degrees answer too
+slowly for that; a PI controller holds them, whose integral stands still while its output is not what limits the
+share.
 
 A quantity that is asked for and not seen (absent, older than three seconds, or nonsense) is not held, and that is said.
 """
@@ -21,26 +21,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
+from balcony_edge.response import MOST_W, Counter, Load, Sample
 from balcony_edge.telemetry import Reading, Scope, adding_up
 
 #: Least seconds between two ticks of the loop, and between two changes of the deepest exit allowed.
 TICK_S, CEILING_DWELL_S = 0.1, 1.0
 #: A reading older than this is no reading: three ticks of a sensor that answers once a second.
 STALE_S = 3.0
-#: No device that this is for draws so many watts: a broken sensor or counter.
-MOST_W = 1e5
 #: A pause between replies after which ramps and half-filled averages begin anew: four of those averages.
 PAUSE_S = 2.0
-#: Readings are averaged over so long before the filter sees them: a sample of watts falls into a step or between two.
-AVERAGE_S = 0.5
 #: Pace below which a stream is taken for hung, where the budget names none.
 LEAST_PACE_TPS = 1.0
 #: Least busy share that is ever asked for: a hundredth, so that a pace follows from it.
 LEAST_SHARE = 0.01
 #: A latency target is kept under pacing with so much of it free for jitter.
 PACE_MARGIN = 0.05
-#: Noise of an averaged reading, and what base and gain may gain in half a second, in units of the ceiling.
-READING_VARIANCE, BASE_VARIANCE, GAIN_VARIANCE = 0.02**2, 0.02**2, 0.005**2
 #: PI controller: full share 5 °C below the set point when the integral is empty, which fills in 30 s; the set point is
 #: half a degree below the ceiling.
 DEGREES_PER_SHARE, INTEGRAL_S, DEGREES_FREE = 5.0, 30.0, 0.5
@@ -50,93 +45,6 @@ CHARGE_RAMP, MEMORY_RAMP = 0.10, 0.05
 SETTLING_S = 5.0
 
 
-class _Counter(NamedTuple):
-    """Energy counters of the parts of a rail, summed, and when they were read."""
-
-    joules: float
-    time_s: float
-    sources: tuple[str, ...]
-
-    def mean_w(self, before: _Counter | None) -> float | None:
-        """Average power since an earlier reading, over the counters' own times; None where the two do not compare."""
-        if before is None or before.sources != self.sources:
-            return None
-        seconds, joules = self.time_s - before.time_s, self.joules - before.joules
-        mean_w = joules / seconds if seconds > 0 else math.nan
-        return mean_w if 0 <= mean_w < MOST_W else None
-
-
-class Load(NamedTuple):
-    """One quantity as affine in our busy share, in units of ``scale``, and the readings since the last update.
-
-    Attributes:
-        scale: what 1 means; the ceiling when the filter was made.
-        base, gain: what others take, and what we add at full share.
-        base_variance, covariance, gain_variance: of the two.
-        since_s, busy_s: when the average at hand began, and our busy seconds then.
-        counter: the energy counters then; None where there is none.
-        total, own, samples: sums of the samples since then, of our own part of them, and their number.
-    """
-
-    scale: float
-    base: float = 0.5
-    gain: float = 0.5
-    base_variance: float = 1.0
-    covariance: float = 0.0
-    gain_variance: float = 1.0
-    since_s: float = -math.inf
-    busy_s: float = 0.0
-    counter: _Counter | None = None
-    total: float = 0.0
-    own: float | None = None
-    samples: int = 0
-
-    def see(self, sample: _Sample, now_s: float, busy_s: float) -> Load:
-        """With one more reading; updates the filter when half a second is full."""
-        if not math.isfinite(self.since_s):
-            return self._replace(since_s=now_s, busy_s=busy_s, counter=sample.counter)
-        total, samples = self.total + sample.value, self.samples + 1
-        own = None if sample.own is None else (self.own or 0.0) + sample.own
-        span_s = now_s - self.since_s
-        if span_s < AVERAGE_S:
-            return self._replace(total=total, own=own, samples=samples)
-        value = total / samples
-        if sample.counter is not None and (counted_w := sample.counter.mean_w(self.counter)) is not None:
-            value = counted_w  # samples only hit or miss a step
-        share = min(max((busy_s - self.busy_s) / span_s, 0.0), 1.0)
-        after = self._replace(
-            base_variance=self.base_variance + BASE_VARIANCE, gain_variance=self.gain_variance + GAIN_VARIANCE
-        )
-        if own is None:
-            after = after._observe(1.0, share, value / self.scale)
-        else:
-            after = after._observe(1.0, 0.0, max(value - own / samples, 0.0) / self.scale)
-            after = after._observe(0.0, share, own / samples / self.scale)
-        return after._replace(since_s=now_s, busy_s=busy_s, counter=sample.counter, total=0.0, own=None, samples=0)
-
-    def _observe(self, per_base: float, per_gain: float, value: float) -> Load:
-        """A Kalman update with ``value = per_base × base + per_gain × gain + noise``."""
-        to_base = self.base_variance * per_base + self.covariance * per_gain
-        to_gain = self.covariance * per_base + self.gain_variance * per_gain
-        total = per_base * to_base + per_gain * to_gain + READING_VARIANCE
-        innovation = value - per_base * self.base - per_gain * self.gain
-        return self._replace(
-            base=max(self.base + to_base / total * innovation, 0.0),
-            gain=max(self.gain + to_gain / total * innovation, 0.0),
-            base_variance=self.base_variance - to_base * to_base / total,
-            covariance=self.covariance - to_base * to_gain / total,
-            gain_variance=self.gain_variance - to_gain * to_gain / total,
-        )
-
-    def share_within(self, limit: float) -> float:
-        """Busy share that leads to ``limit``; negative where others alone exceed it."""
-        return (limit / self.scale - self.base) / max(self.gain, 0.02)
-
-    def at(self, share: float) -> float:
-        """The quantity at a busy share."""
-        return self.scale * (self.base + self.gain * share)
-
-
 class Governor(NamedTuple):
     """State and result of the slow loop.
 
@@ -144,7 +52,6 @@ class Governor(NamedTuple):
         ticked_s: when it ran last.
         power, cpu, gpu: what was learned of each; None before the first reading.
         rail: whose power it is.
-        counter: its energy counters at the last tick.
         average_w: average power over the budget's window.
         integral: of the temperature controller, as a busy share.
         share: busy share that is allowed, 0 to 1.
@@ -154,6 +61,7 @@ class Governor(NamedTuple):
         binding: keys of the budget that limit share or depth.
         lost: keys that are not held, because nothing measures them at the moment.
         infeasible: what cannot be met, for how long it had to be; empty where all is.
+        critical_c: degrees of the hottest sensor where they reach the critical temperature, else None.
     """
 
     ticked_s: float = -math.inf
@@ -161,7 +69,6 @@ class Governor(NamedTuple):
     cpu: Load | None = None
     gpu: Load | None = None
     rail: str = ""
-    counter: _Counter | None = None
     average_w: float = math.nan
     integral: float = 0.0
     share: float = 1.0
@@ -171,6 +78,7 @@ class Governor(NamedTuple):
     binding: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     infeasible: tuple[str, ...] = ()
+    critical_c: float | None = None
 
 
 class Demand(NamedTuple):
@@ -195,12 +103,6 @@ class Demand(NamedTuple):
     highest: int
     pace_tps: float
     begins: bool = False
-
-
-class _Sample(NamedTuple):
-    value: float
-    own: float | None = None
-    counter: _Counter | None = None
 
 
 def least_pace_tps(budget: Budget, pace_tps: float) -> float:
@@ -232,11 +134,11 @@ def govern(before: Governor, demand: Demand) -> Governor:
         load = (loads[scope] or Load(limit)).see(sample, now_s, demand.busy_s)
         loads[scope] = load
         shares[f"{scope}_utilization"] = load.share_within(limit * (1 - PACE_MARGIN / 2))
-    integral = _temperature(before, demand, shares, lost)
+    integral, critical = _temperature(before, demand, shares, lost)
     cap, caps = _depth(demand, before.power, shares, lost)
-    share = min([1.0, *shares.values()])
+    share = wanted = min([1.0, *shares.values()])
     # up by a tenth of a second's worth at a time, down at once: a reading that is too low must not let a burst through
-    share = max(share if rested else min(share, before.share + 0.1), LEAST_SHARE)
+    share = max(share if rested else min(max(share, before.share / 2), before.share + 0.1), LEAST_SHARE)
     binding = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
     return _settle(
         before._replace(
@@ -246,10 +148,12 @@ def govern(before: Governor, demand: Demand) -> Governor:
             integral=integral,
             share=share,
             lost=tuple(lost),
+            critical_c=critical,
         ),
         demand,
         cap,
         list(dict.fromkeys([*binding, *caps])),
+        hopeless=wanted <= 0,
     )
 
 
@@ -257,14 +161,17 @@ def _rested(governor: Governor) -> Governor:
     """After a pause between replies: what was learned of the device stays, what was under way is over."""
 
     def restarted(load: Load | None) -> Load | None:
-        return load and load._replace(since_s=-math.inf, total=0.0, own=None, samples=0)
+        return load and load.restarted()
 
     power, cpu, gpu = restarted(governor.power), restarted(governor.cpu), restarted(governor.gpu)
     return governor._replace(power=power, cpu=cpu, gpu=gpu, short_s=math.inf, infeasible=())
 
 
-def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str]) -> Governor:
-    """Depth from the share and the caps, with a dwell; and whether something is out of reach."""
+def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], hopeless: bool) -> Governor:
+    """Depth from the share and the caps, with a dwell; and whether something is out of reach.
+
+    ``hopeless``: a ceiling would not be held without us either.
+    """
     budget, now_s, step_s = demand.budget, demand.now_s, demand.step_s
     least_tps = LEAST_PACE_TPS if budget.min_pace_tps is None else budget.min_pace_tps
     needed_tps = max(demand.pace_tps / (1 - PACE_MARGIN), least_tps) if budget.pacing else math.inf
@@ -281,6 +188,7 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str]) ->
         governor = governor._replace(ceiling=wanted, changed_s=changed_s)
     floor_tps = least_pace_tps(budget, demand.pace_tps)
     short = share < 1 and (not budget.pacing or share < floor_tps * step_s[demand.lowest])
+    short = short or (hopeless and share <= LEAST_SHARE)
     late = share < 1 and share < demand.pace_tps * step_s[demand.lowest]
     out = list(binding) if short else ["latency"] if late else []
     at_once = [
@@ -304,11 +212,11 @@ def _power(before: Governor, demand: Demand, shares: dict[str, float], lost: lis
         return before
     load = before.power if before.rail == budget.power_rail else None
     load = (load or Load(budget.power_w or max(sample.value, 1e-3))).see(sample, now_s, demand.busy_s)
-    after = before._replace(power=load, rail=budget.power_rail, counter=sample.counter)
+    after = before._replace(power=load, rail=budget.power_rail)
     if budget.power_w is None:
         return after
-    watts = sample.value if sample.counter is None else sample.counter.mean_w(before.counter)
-    average_w = watts = sample.value if watts is None else watts
+    # what we draw now, as the filter has it: the gauge may be seconds late
+    average_w = watts = load.at(load.share(before.ticked_s, now_s))
     if math.isfinite(before.average_w) and math.isfinite(before.ticked_s):
         kept = math.exp(-max(now_s - before.ticked_s, 0.0) / budget.power_window_s)
         average_w = kept * before.average_w + (1 - kept) * watts
@@ -319,20 +227,27 @@ def _power(before: Governor, demand: Demand, shares: dict[str, float], lost: lis
     return after._replace(average_w=average_w)
 
 
-def _temperature(before: Governor, demand: Demand, shares: dict[str, float], lost: list[str]) -> float:
-    """Adds the share that the degrees allow; returns the integral."""
-    limit_c = demand.budget.temperature_c
-    if limit_c is None:
-        return before.integral
+def _temperature(
+    before: Governor, demand: Demand, shares: dict[str, float], lost: list[str]
+) -> tuple[float, float | None]:
+    """Adds the share that the degrees allow; returns the integral, and the degrees where they are critical."""
+    limit_c, critical_c = demand.budget.temperature_c, demand.budget.critical_temperature_c
+    if limit_c is None and critical_c is None:
+        return before.integral, None
     degrees = [
         reading.celsius
         for reading in demand.readings
         if reading.celsius is not None and -60 <= reading.celsius <= 200 and _fresh(reading, demand.now_s)
     ]
     if not degrees:
-        lost.append("temperature_c")
-        return before.integral
-    error = (limit_c - DEGREES_FREE - max(degrees)) / DEGREES_PER_SHARE
+        asked = (("temperature_c", limit_c), ("critical_temperature_c", critical_c))
+        lost += [key for key, value in asked if value is not None]
+        return before.integral, None
+    hottest_c = max(degrees)
+    critical = hottest_c if critical_c is not None and hottest_c >= critical_c else None
+    if limit_c is None:
+        return before.integral, critical
+    error = (limit_c - DEGREES_FREE - hottest_c) / DEGREES_PER_SHARE
     integral = before.integral
     span_s = demand.now_s - before.ticked_s
     output = error + integral
@@ -340,7 +255,7 @@ def _temperature(before: Governor, demand: Demand, shares: dict[str, float], los
     if math.isfinite(span_s) and (error < 0 or (output < 1 and "temperature_c" in before.binding)):
         integral = min(max(integral + error * min(span_s, 1.0) / INTEGRAL_S, 0.0), 1.0)
     shares["temperature_c"] = error + integral
-    return integral
+    return integral, critical
 
 
 def _depth(demand: Demand, power: Load | None, shares: dict[str, float], lost: list[str]) -> tuple[int, list[str]]:
@@ -402,15 +317,15 @@ def _newest(readings: Sequence[Reading], scope: Scope, field: str, now_s: float,
     return None
 
 
-def _utilization(readings: Sequence[Reading], scope: Scope, now_s: float) -> _Sample | None:
+def _utilization(readings: Sequence[Reading], scope: Scope, now_s: float) -> Sample | None:
     reading = _newest(readings, scope, "utilization", now_s, 1.0)
     if reading is None or reading.utilization is None:
         return None
     own = reading.own_utilization
-    return _Sample(reading.utilization, own if own is not None and 0 <= own <= 1 else None)
+    return Sample(reading.utilization, own if own is not None and 0 <= own <= 1 else None)
 
 
-def _watts(readings: Sequence[Reading], rail: Scope, now_s: float) -> _Sample | None:
+def _watts(readings: Sequence[Reading], rail: Scope, now_s: float) -> Sample | None:
     """Power of a rail."""
     found = [
         reading
@@ -427,5 +342,5 @@ def _watts(readings: Sequence[Reading], rail: Scope, now_s: float) -> _Sample | 
     joules = [reading.joules for reading in found if reading.joules is not None and math.isfinite(reading.joules)]
     counter = None
     if len(joules) == len(found):
-        counter = _Counter(sum(joules), max(r.time_s for r in found), tuple(r.source for r in found))
-    return _Sample(watts, counter=counter)
+        counter = Counter(sum(joules), max(r.time_s for r in found), tuple(r.source for r in found))
+    return Sample(watts, counter=counter)

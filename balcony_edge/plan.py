@@ -20,7 +20,10 @@ from balcony_edge.simulate import simulate
 #: Tokens of the simulated reply where the budget does not say how long one is.
 REPLY_TOKENS = 128
 #: Targets that a profile can speak about; the others depend on the room, on other processes or on the battery.
-_UNKNOWN = ("temperature_c", "gpu_utilization", "cpu_utilization", "battery_floor_percent")
+_UNKNOWN = (
+    *("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization"),
+    "battery_floor_percent",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +184,7 @@ class _Planner:
         return found
 
     def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float]]:
-        """Shares of exits, the last reason, and the gaps, of a reply on a device as the profile describes it."""
+        """Shares of exits, the reason of the last token, and the gaps, of a reply on a device as the profile describes it."""
         profile = self.profile
         power = profile.powered(budget.power_rail)
         known = {"on_infeasible": "shallowest"} if budget.on_infeasible == "error" else {}
@@ -193,13 +196,13 @@ class _Planner:
             device = replace(device, idle_w=power[0], busy_w=power[1], rail=budget.power_rail)
         measurable = budget.model_copy(update={**unknown, "memory_mb": None, **known})
         plant = Plant(profile.costs, device, lambda _: 1.0, prompt_tokens=self.prompt_tokens)
-        tokens = simulate(profile.costs, plant, measurable, tokens=self.tokens + 1)
+        tokens = simulate(profile.costs, plant, measurable, tokens=max(self.tokens, 2))
         later = tokens[1:]
         counts = dict.fromkeys(profile.costs.exits, 0)
         for token in later:
             counts[token.decision.exit_layer] += 1
         shares = {layer: count / len(later) for layer, count in counts.items() if count}
-        return shares, later[-1].decision.reason, [token.latency_ms for token in later]
+        return shares, tokens[self.tokens - 1].decision.reason, [token.latency_ms for token in later]
 
     def _checks(self, exit_layer: int, tpot_ms: float) -> list[Check]:
         profile, budget, costs = self.profile, self.budget, self.profile.costs

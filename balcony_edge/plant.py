@@ -10,6 +10,7 @@ runs; heat follows one resistance and one time constant, ``dT/dt = (ambient + R 
 
 from __future__ import annotations
 
+import bisect
 import math
 import random
 from collections.abc import Callable
@@ -41,6 +42,9 @@ class Device:
         own_known: whether the sensors tell our own share of utilization.
         base_memory_bytes, row_bytes: of the process, and what every row through a stage adds.
         noise: standard deviation of log(step / expected).
+        gauge_delay_s, gauge_average_s, gauge_period_s: of the power gauge: how old what it shows is, over how long it averages,
+            and how often it shows another value (each time that it is read, 10 times a second, with less than 0.1). NVML
+            averages over a second; battery gauges change every 1 to 10 s.
     """
 
     idle_w: float = 2.0
@@ -59,6 +63,9 @@ class Device:
     base_memory_bytes: int = 200_000_000
     row_bytes: int = 12_000
     noise: float = 0.02
+    gauge_delay_s: float = 0.0
+    gauge_average_s: float = 0.0
+    gauge_period_s: float = 0.0
 
 
 #: What each number of :class:`Device` may be, least and most.
@@ -78,6 +85,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "base_memory_bytes": (0, 2**50),
     "row_bytes": (0, 2**40),
     "noise": (0, 2),
+    "gauge_delay_s": (0, 60),
+    "gauge_average_s": (0, 60),
+    "gauge_period_s": (0, 60),
 }
 
 
@@ -111,6 +121,8 @@ class Plant:
         self.joules, self.celsius = 0.0, device.ambient_c + device.kelvin_per_watt * device.idle_w
         self.charge, self.throttled, self.rows_run = device.charge, False, 0
         self._sampled_s, self._sampled_j, self._sampled_busy_s = 0.0, 0.0, 0.0
+        self._past: list[tuple[float, float]] = [(0.0, 0.0)]  # (time, joules) of every sample so far
+        self._shown_s, self._shown_w, self._summed_j = -math.inf, device.idle_w, 0.0
         self.readings = self._sample(device.idle_w, 0.0)
 
     def rows_due(self) -> tuple[list[int], list[int]]:
@@ -209,6 +221,7 @@ class Plant:
     def _sample(self, watts: float, share: float) -> tuple[Reading, ...]:
         """What the sensors say of the last ``SAMPLE_S``."""
         device, now_s = self.device, self.now_s
+        watts, joules = self._gauge(watts)
         own = device.step_utilization * share
         readings = [
             Reading(
@@ -216,7 +229,7 @@ class Plant:
                 device.rail,
                 now_s,
                 watts=watts,
-                joules=self.joules,
+                joules=joules,
                 celsius=self.celsius,
                 throttled=self.throttled,
             ),
@@ -238,3 +251,29 @@ class Plant:
         if device.battery_j:
             readings.append(Reading("plant:battery", "battery", now_s, charge=self.charge, charging=False))
         return tuple(readings)
+
+    def _gauge(self, watts: float) -> tuple[float, float]:
+        """What the power gauge shows, and the joules: a counter's, or the sum of what a slow gauge showed, as the sampler
+        makes it.
+        """
+        device, now_s, before_w = self.device, self.now_s, self._shown_w
+        if not (device.gauge_delay_s or device.gauge_average_s or device.gauge_period_s):
+            return watts, self.joules
+        self._past.append((now_s, self.joules))
+        if now_s >= self._shown_s + device.gauge_period_s - 1e-9:
+            end_s = now_s - device.gauge_delay_s
+            begin_s = end_s - max(device.gauge_average_s, SAMPLE_S)
+            self._shown_s = now_s
+            self._shown_w = (self._joules_at(end_s) - self._joules_at(begin_s)) / (end_s - begin_s)
+        self._summed_j += (before_w + self._shown_w) / 2 * SAMPLE_S
+        return self._shown_w, self._summed_j
+
+    def _joules_at(self, time_s: float) -> float:
+        """Between samples on a line; before the start the device was idle."""
+        if time_s <= 0:
+            return time_s * self.device.idle_w
+        place = bisect.bisect_right(self._past, (time_s, math.inf))
+        if place == len(self._past):
+            return self._past[-1][1]
+        (begin_s, begin_j), (end_s, end_j) = self._past[place - 1 : place + 1]
+        return begin_j + (end_j - begin_j) * (time_s - begin_s) / (end_s - begin_s)

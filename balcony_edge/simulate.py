@@ -62,7 +62,7 @@ def simulate(
         context = plant.length + (rows[0][0] - 1 if not out else 0)
         seen = Observation(budget, context, *rows, last, len(out), 0.0, begin_s, plant.busy_s, plant.readings)
         state, decision = controller.decide(state, seen)
-        if decision.infeasible and budget.on_infeasible == "error":
+        if decision.ends(budget):
             raise InfeasibleError(f"after {len(out)} tokens, {begin_s:.1f} s: {decision.reason}")
         latency_ms, step_ms = plant.step(
             decision.exit_layer, decision.catch_up, period_ms=decision.period_ms, idle_ms=decision.idle_ms

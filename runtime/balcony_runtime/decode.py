@@ -219,7 +219,7 @@ class _Deciding:
         )
         self._state, self._decision = self._controller.decide(self._state, self._seen)
         self._learned.state = self._state
-        if self._decision.infeasible and budget.on_infeasible == "error":
+        if self._decision.ends(budget):
             raise InfeasibleError(f"{self._decision.reason}: raise the target or allow less depth")
         return self._decision
 

@@ -202,26 +202,31 @@ def test_backlog_of_every_balcony_is_paid_once_and_is_not_infeasible() -> None:
 def test_infeasible_is_said_and_takes_the_shallowest_allowed() -> None:
     decision = decide(settled(8), Budget(tpot_ms=3))
     assert (decision.exit_layer, decision.infeasible) == (4, True)
-    assert decision.reason == "infeasible: tpot_ms = 3: shallowest exit predicted 5.0 ms"
+    assert decision.reason == "infeasible: tpot_ms = 3: a step takes 5.0 ms at the shallowest exit"
     assert decide(settled(8), Budget(tpot_ms=3, min_exit=6, on_infeasible="error")).exit_layer == 6
 
 
 @pytest.mark.parametrize(
     ("budget", "infeasible"),
-    [
-        (Budget(ttft_ms=100), True),  # the prompt takes 755 ms at the shallowest exit, though a step takes 5
-        (Budget(ttft_ms=100, tpot_ms=50), True),
-        (Budget(ttft_ms=790), False),
-        (Budget(ttft_ms=790, tpot_ms=3), True),
-        (Budget(deadline_s=0.7, expected_tokens=5), True),
-        (Budget(deadline_s=1.0, expected_tokens=5), False),
+    [  # the prompt takes 755 ms at the shallowest exit, though a step takes 5
+        (Budget(ttft_ms=100), "ttft_ms = 100: the first token takes 755.0 ms"),
+        (Budget(ttft_ms=100, tpot_ms=50), "ttft_ms = 100: the first token takes 755.0 ms"),
+        (Budget(ttft_ms=790), ""),
+        (Budget(ttft_ms=790, tpot_ms=3), "tpot_ms = 3: a step takes 5.0 ms"),
+        (
+            Budget(ttft_ms=100, tpot_ms=3),
+            "tpot_ms = 3: a step takes 5.0 ms and ttft_ms = 100: the first token takes 755.0 ms",
+        ),
+        (Budget(deadline_s=0.7, expected_tokens=5), "deadline_s = 0.7: 5 tokens take 0.775 s"),
+        (Budget(deadline_s=1.0, expected_tokens=5), ""),
     ],
 )
-def test_a_prompt_that_no_exit_can_take_in_time_is_infeasible(budget: Budget, infeasible: bool) -> None:
+def test_a_prompt_that_no_exit_can_take_in_time_is_infeasible(budget: Budget, infeasible: str) -> None:
     seen = Observation(budget, 2000, (2001,) * 3, (2001,) * 3, None, made_tokens=0)
     decision = Controller(SMALL).decide(settled(None), seen)[1]
-    assert (decision.exit_layer, decision.infeasible) == (4, infeasible)
-    assert decision.reason.startswith("infeasible: " if infeasible else "deepest exit within ")
+    assert (decision.exit_layer, decision.infeasible) == (4, bool(infeasible))
+    wanted = f"infeasible: {infeasible} at the shallowest exit" if infeasible else "deepest exit within "
+    assert decision.reason.startswith(wanted)
 
 
 @pytest.mark.parametrize("on_infeasible", ["shallowest", "best_effort"])

@@ -16,9 +16,10 @@ from balcony_edge.controller import Controller, ControllerState
 from balcony_edge.costs import CostModel, UnitCost
 from balcony_edge.decision import Measurement, Observation
 from balcony_edge.errors import InfeasibleError, InputError
-from balcony_edge.governor import Demand, Governor, Load, govern
+from balcony_edge.governor import Demand, Governor, govern
 from balcony_edge.loads import parse_load, recorded
 from balcony_edge.plant import Device, Plant
+from balcony_edge.response import GAUGES, Fit, Load
 from balcony_edge.simulate import SimulatedToken, explain, simulate, summary
 from balcony_edge.telemetry import Reading
 
@@ -92,14 +93,14 @@ def test_a_deadline_counts_the_waits_of_the_pace() -> None:
 
 
 def test_a_reply_after_a_pause_starts_on_a_device_that_rested() -> None:
-    busy = Load(5.0, base=0.4, gain=0.6, since_s=10.0, busy_s=9.0, total=50.0, samples=8)
+    busy = Load(5.0, fits=(Fit(base=0.4, gain=0.6),) * len(GAUGES), since_s=10.0, total=50.0, samples=8)
     tired = Governor(ticked_s=10.0, share=0.01, short_s=2.0, infeasible=("latency",), power=busy, ceiling=0)
     cool = (Reading("plant:soc", "board", 3600.0, celsius=25.0),)
     budget = Budget(temperature_c=60, tpot_ms=30)
     demand = Demand(budget, 3600.0, 9.0, cool, (0.012, 0.014, 0.016, 0.021), 0, 3, 33.0, begins=True)
     rested = govern(tired, demand)
     assert rested.share == 1.0 and rested.infeasible == () and rested.ceiling == 3
-    assert rested.power is not None and (rested.power.base, rested.power.samples) == (0.4, 0)
+    assert rested.power is not None and (rested.power.fits[0].base, rested.power.samples) == (0.4, 0)
     # within a reply a share comes back a tenth at a time, and so it does where the next reply follows at once
     for now_s, begins in ((3600.0, False), (10.5, True)):
         soon = govern(tired, demand._replace(now_s=now_s, begins=begins, readings=(cool[0],)))
@@ -140,8 +141,9 @@ def test_power_of_others_is_told_apart() -> None:
     tokens = run(Budget(power_w=5), replace(BOARD, idle_w=3.5))
     windows = windows_w(tokens, after_s=8)
     assert min(windows) >= 0.95 * 5 and max(windows) <= 1.05 * 5
-    # (5 - 3.5) / 6 of the time in steps of 21.3 ms and more
-    assert len(tokens) / tokens[-1].time_s == pytest.approx(0.25 / 0.0217, rel=0.08)
+    # (5 - 3.5) / 6 of the time in steps of 21.3 ms and more, once that is learned
+    later = [token for token in tokens if token.time_s > 8]
+    assert len(later) / (tokens[-1].time_s - 8) == pytest.approx(0.25 / 0.0217, rel=0.05)
 
 
 def test_without_pacing_unreachable_power_is_infeasible_and_said() -> None:
@@ -291,7 +293,7 @@ def test_first_token_is_held_by_the_depth_of_the_prefill(ttft_ms: float, exit_la
 def test_first_token_out_of_reach_is_infeasible() -> None:
     decision = run(Budget(ttft_ms=10), tokens=1)[0].decision
     assert decision.infeasible and decision.exit_layer == 14
-    assert decision.reason.startswith("infeasible: ttft_ms = 10: shallowest exit predicted ")
+    assert decision.reason.startswith("infeasible: ttft_ms = 10: the first token takes ")
 
 
 def test_deadline_mixes_two_exits_deep_first() -> None:
@@ -437,7 +439,7 @@ def test_a_target_that_can_be_met_is_not_called_infeasible_before_anything_was_m
 
 
 def test_a_target_below_every_price_is_infeasible_at_once() -> None:
-    with pytest.raises(InfeasibleError, match=r"after 0 tokens.* exit predicted 12\.\d ms"):
+    with pytest.raises(InfeasibleError, match=r"after 0 tokens.*: a step takes 12\.\d ms at the shallowest exit"):
         run(Budget(tpot_ms=11, on_infeasible="error"), tokens=10)
 
 
