@@ -60,6 +60,9 @@ from balcony_edge.slowdown import NOISE_FLOOR, Slowdown
 SWITCH_NOISE = 4.0
 #: Bursts come in runs: the sum over n tokens varies as if so many of them were always hit together.
 BURST_TOKENS = 16
+#: What the rest of a reply with a deadline may take longer than it looks, per deviation of the asked probability: a load that
+#: has not begun yet. 8 % at a probability of 0.9, 14 % at 0.99; a step of 1.4 in mid-reply is met then where it can be.
+UNSEEN_LOAD = 0.06
 #: Tokens since the last switch where there was none; more than any dwell in use.
 NEVER = 10**9
 #: Most that a step may cost where no gap is asked for, in full steps of the deepest exit at hand: the rest goes in chunks.
@@ -239,11 +242,13 @@ class Controller:
         outlook = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest)
         held = current if current is not None and plan.lowest <= current <= highest else None
         chosen = outlook.choose(held, _otherwise(seen))
-        fits = now_ms[chosen] <= outlook.room_ms[chosen]
-        luck = 1.0
-        if slowdown.variance > KNOWN_VARIANCE:
-            luck = math.exp(plan.quantile * max(deviation - math.sqrt(NOISE_FLOOR), 0.0))
-        infeasible = not fits and not any(outlook.holds(index, luck) for index in range(plan.lowest, highest + 1))
+        infeasible = False
+        if now_ms[chosen] > outlook.room_ms[chosen]:
+            at_best = outlook
+            if seen.deadline_runs:  # a load that has not begun makes nothing infeasible
+                looked = plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest
+                at_best = self._outlook(*looked, unseen=0.0)
+            infeasible = not self._within_reach(at_best, plan, slowdown, deviation)
         at_the_deepest = state.tokens_since_switch if current == plan.highest else 0
         recovery = state.recovery.counted(seen.last, plan.tpot_ms, budget.probability, at_the_deepest)
         way = None
@@ -294,6 +299,13 @@ class Controller:
             stops=plan.governed and governor.critical_c is not None,
         )
 
+    def _within_reach(self, outlook: Outlook, plan: _Plan, slowdown: Slowdown, deviation: float) -> bool:
+        """Whether some exit would hold the targets but for its backlog, with luck as long as the slowdown is not known."""
+        luck = 1.0
+        if slowdown.variance > KNOWN_VARIANCE:
+            luck = math.exp(plan.quantile * max(deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        return any(outlook.holds(index, luck) for index in range(plan.lowest, outlook.highest + 1))
+
     def _outlook(
         self,
         plan: _Plan,
@@ -304,6 +316,7 @@ class Controller:
         now_ms: list[float],
         steady_ms: list[float],
         highest: int,
+        unseen: float = UNSEEN_LOAD,
     ) -> Outlook:
         budget, first = plan.budget, seen.made_tokens == 0
         free = 1 - budget.hysteresis * min(max(math.sqrt(slowdown.variance) / UNSURE, LEAST_HYSTERESIS), 1.0)
@@ -330,7 +343,7 @@ class Controller:
             left_ms *= math.exp(-slowdown.mean - plan.quantile * deviation)
             limits_ms = [left_ms * math.exp(-offset) for offset in slowdown.offsets]
         if seen.deadline_runs:
-            rooms_ms, enters = self._deadline(plan, seen, slowdown)
+            rooms_ms, enters = self._deadline(plan, seen, slowdown, unseen)
             limits_ms = rooms_ms if limits_ms is None else list(map(min, limits_ms, rooms_ms))
             may_enter = [both and enter for both, enter in zip(may_enter, enters, strict=True)]
         if limits_ms is not None:
@@ -338,20 +351,22 @@ class Controller:
         first_ms = limits_ms if first else None
         return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise, first_ms)
 
-    def _deadline(self, plan: _Plan, seen: Observation, slowdown: Slowdown) -> tuple[list[float], list[bool]]:
+    def _deadline(
+        self, plan: _Plan, seen: Observation, slowdown: Slowdown, unseen: float
+    ) -> tuple[list[float], list[bool]]:
         """Room per exit index, the catch-up's last, and whether there is time to stay for a dwell, from the time left.
 
-        With m the mean slowdown, bursts included, the rest of n tokens at exit i takes n × steady_i × m, and with the asked
-        probability no more than a margin that grows with the root of n. The prompt leaves time for the pace that is asked for;
-        later the waits for it are cut where the time runs out.
+        With m the mean slowdown, bursts included, the rest of n tokens at exit i takes n × steady_i × m, and with the
+        asked probability no more than a margin that grows with the root of n, and ``unseen`` of it for a load that has
+        not begun. m is the mean of the last 60 steps, or what the filter makes of the last few where that is more. The
+        prompt leaves time for the pace that is asked for; later the waits for it are cut where the time runs out.
         """
         left_ms, remaining = 1000 * seen.left_s, seen.remaining
         middle = seen.context_length + remaining // 2
         steady_ms = self._costs.steps_ms(self._ones, self._ones, middle)
-        mean = max(slowdown.ratio_mean, 1e-6)
-        margin_ms = (
-            plan.quantile * math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) * steady_ms[plan.lowest]
-        )
+        mean = max(slowdown.ratio_mean, slowdown.factor, 1e-6)
+        spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + unseen * remaining
+        margin_ms = plan.quantile * spread * steady_ms[plan.lowest]
         rooms_ms, enters = [], []
         dwell = min(plan.budget.dwell_tokens, remaining)
         paced_ms = 0.0 if seen.made_tokens else 1000 / (plan.budget.max_pace_tps or math.inf) / mean

@@ -301,7 +301,7 @@ def test_deadline_mixes_two_exits_deep_first() -> None:
     assert tokens[-1].time_s <= 2.0
     assert tokens[-1].time_s >= 1.9  # the time is used
     assert exits(tokens) == {20, 30}
-    assert len(switch_times(tokens)) <= 4
+    assert len(switch_times(tokens)) <= 6  # what was kept for a load that has not begun is spent as the reply ends
     half = [sum(t.decision.exit_layer for t in part) for part in (tokens[:50], tokens[50:])]
     assert half[0] > half[1]
 
@@ -317,6 +317,20 @@ def test_deadline_is_met_under_bursts() -> None:
     budget = Budget(deadline_s=deadline_s, expected_tokens=100, probability=0.99)
     assert sum(end_s <= deadline_s for end_s in ends_s(budget)) >= 29  # benchmarks/controller.py: 100 runs
     assert exits(run(budget, tokens=100)) - {14}  # not by staying shallow
+
+
+@pytest.mark.parametrize(("probability", "high"), [(0.9, 1.2), (0.99, 1.4)])
+@pytest.mark.parametrize("at_share", [0.3, 0.5, 0.7])
+def test_deadline_is_met_where_a_load_begins_in_mid_reply(probability: float, high: float, at_share: float) -> None:
+    """The mean of 60 tokens alone takes half the reply to notice, and what was spent on depth before is gone."""
+    shallow_s = (DEMO.prefill_ms(14, 64) + 99 * DEMO.steady_ms(14, 114)) / 1000
+    deadline_s = 1.15 * shallow_s * (at_share + (1 - at_share) * high)
+    asked = Budget(deadline_s=deadline_s, expected_tokens=100, probability=probability)
+    for seed in range(5):
+        plant = Plant(DEMO, Device(noise=0.03), parse_load(f"step:high={high},at_s={deadline_s * at_share}"), seed=seed)
+        tokens = simulate(DEMO, plant, asked, tokens=100)
+        assert tokens[-1].time_s <= deadline_s
+        assert {token.decision.exit_layer for token in tokens} != {14}  # depth is spent where there is time
 
 
 def test_deadline_out_of_reach_is_infeasible_and_shallow() -> None:
