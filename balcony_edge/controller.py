@@ -242,13 +242,10 @@ class Controller:
         outlook = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest)
         held = current if current is not None and plan.lowest <= current <= highest else None
         chosen = outlook.choose(held, _otherwise(seen))
-        infeasible = False
-        if now_ms[chosen] > outlook.room_ms[chosen]:
-            at_best = outlook
-            if seen.deadline_runs:  # a load that has not begun makes nothing infeasible
-                looked = plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest
-                at_best = self._outlook(*looked, unseen=0.0)
-            infeasible = not self._within_reach(at_best, plan, slowdown, deviation)
+        best = outlook
+        if seen.deadline_runs and not outlook.fits(chosen):  # a load that has not begun makes nothing infeasible
+            best = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest, unseen=0.0)
+        infeasible = not outlook.fits(chosen) and not self._within_reach(best, plan, slowdown, deviation)
         at_the_deepest = state.tokens_since_switch if current == plan.highest else 0
         recovery = state.recovery.counted(seen.last, plan.tpot_ms, budget.probability, at_the_deepest)
         way = None
