@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +194,8 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
             assert np.array_equal(apart.step(exit_layer, ids), joined.step(exit_layer, ids))
         assert {file.name: file.stat().st_mtime_ns for file in home.iterdir()} == made
     shutil.rmtree(home)
-    for pid in (os.getpid(), 2**22 + 1):  # left by killed processes, one of which had our number
-        (packed / f".{home.name}.partial-{pid}").mkdir()
+    for leftover in (os.getpid(), "0a1b2c3d"):  # of killed writers
+        (packed / f".{home.name}.partial-{leftover}").mkdir()
     with Engine.open(path, packed=packed):
         assert {file.name for file in home.iterdir()} == made.keys() and list(packed.iterdir()) == [home]
     next(home.glob("*.weights")).unlink()
@@ -203,3 +207,34 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
     blocked.write_text("")
     with pytest.raises(InputError, match="packed weights cannot be written"):
         Engine.open(path, packed=blocked / "packed")
+
+
+def test_threads_and_processes_that_pack_at_once_all_get_the_weights(tiny: Any, tmp_path: Path) -> None:
+    with Engine.open(tiny.path) as engine:
+        want = engine.new_sequence(max_length=8).advance(5, [3, 1, 4])
+    program = (
+        "import sys; from balcony_runtime.engine import Engine\n"
+        "with Engine.open(sys.argv[1], packed=sys.argv[2]) as engine:\n"
+        "    engine.new_sequence(max_length=8).advance(5, [3, 1, 4])\n"
+    )
+    for run in range(20):
+        packed = tmp_path / str(run)
+        others = range(2 * (run == 0))
+        processes = [subprocess.Popen([sys.executable, "-c", program, str(tiny.path), str(packed)]) for _ in others]
+        together = threading.Barrier(8)
+
+        def load(_: int, packed: Path = packed, together: threading.Barrier = together) -> bool:
+            together.wait()
+            with Engine.open(tiny.path, packed=packed, verify_hashes=False) as engine:
+                return np.array_equal(engine.new_sequence(max_length=8).advance(5, [3, 1, 4]), want)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(load, range(8))) == [True] * 8
+        assert [process.wait(120) for process in processes] == [0 for _ in others]
+        assert len(list(packed.iterdir())) == 1
+
+
+def test_a_disk_that_is_full_of_packed_weights_is_one_line_and_left_empty(tiny: Any, small_disk: Path) -> None:
+    with pytest.raises(InputError, match=r"packed weights cannot be written .*: free space or name another place"):
+        Engine.open(tiny.path, packed=small_disk / "packed")
+    assert list((small_disk / "packed").iterdir()) == []

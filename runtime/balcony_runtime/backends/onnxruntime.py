@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib.metadata
 import os
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -227,7 +229,18 @@ def _trim_heap() -> None:
 
 
 def _pack(source: Path, target: Path, threads: int | None) -> None:
-    open_session(source, threads=threads, pack_to=target)
+    """Write the packed form of a graph.
+
+    Raises:
+        BundleError: the graph cannot be loaded.
+        OSError: it can, but its packed form cannot be written. ONNX Runtime says neither which of the two nor why.
+    """
+    try:
+        open_session(source, threads=threads, pack_to=target)
+    except BundleError as error:
+        open_session(source, threads=threads)
+        free_mb = shutil.disk_usage(target.parent).free // 10**6
+        raise OSError(errno.EIO, f"ONNX Runtime failed with {free_mb} MB free on the disk") from error
 
 
 def _first_line(error: Exception) -> str:
