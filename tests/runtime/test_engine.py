@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,28 +23,105 @@ import pytest
 from balcony_edge.bundle import Bundle, fingerprint, sha256_file
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.manifest import MANIFEST
-from balcony_runtime.engine import Engine
+from balcony_runtime.engine import Engine, Sequence
 
 
-@pytest.mark.parametrize(("graphs", "bucket"), [("lowered", 1), ("portable", 128)])
-def test_memory_is_bounded_and_reported(tiny: Any, graphs: str, bucket: int) -> None:
+def resident_bytes(arrays: list[Any]) -> int:
+    """What the kernel says of the mappings that arrays lie in."""
+    places = [array.ctypes.data for array in arrays]
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = any(int(bounds[1], 16) <= place < int(bounds[2], 16) for place in places)
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def arrays_of(sequence: Sequence) -> list[Any]:
+    state: Any = sequence.state
+    return [state._rows, state._logits, *(array for cache in state._caches.values() for array in cache.held.arrays)]
+
+
+@pytest.mark.parametrize("graphs", ["lowered", "portable"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_memory_is_taken_as_rows_come_and_reported_as_it_is(tiny: Any, graphs: str, batch: int) -> None:
     bundle = Bundle.open(tiny.path)
     with Engine.of(bundle if graphs == "lowered" else bundle.portable()) as engine:
-        sequence = engine.new_sequence(max_length=200)
-        before = sequence.state.memory_bytes
-        assert before == 4 * 200 * 32 * 4  # four boundaries of 32 floats
-        sequence.advance(5, [1])
-        assert sequence.state.memory_bytes - before == 5 * 2 * bucket * 32 * 4  # keys and values of five layers
-        sequence.advance(2, list(range(100)))
-        sequence.advance(5, list(range(99)))
-        rows = 200 if bucket == 1 else 256
-        balcony = 101 if bucket == 1 else 128
-        assert sequence.state.memory_bytes - before == (5 * rows + balcony) * 2 * 32 * 4
-        decoded = engine.new_sequence(max_length=200)
-        for token in range(50):
-            decoded.step(5, np.array([token]))
-        rows = 50 if bucket == 1 else 128
-        assert decoded.state.memory_bytes - before == 5 * rows * 2 * 32 * 4
+        gc.collect()  # mappings next to each other are one to the kernel
+        sequence = engine.new_sequence(batch_size=batch, max_length=256)
+        logits = sequence.state._logits.nbytes  # type: ignore[attr-defined]
+        assert resident_bytes(arrays_of(sequence)) == 0 and sequence.state.memory_bytes == logits
+
+        def reported() -> int:
+            # the array of logits is counted whole; what ends in a page takes all of it
+            assert abs(resident_bytes(arrays_of(sequence)) - sequence.state.memory_bytes) <= mmap.PAGESIZE
+            return int(sequence.state.memory_bytes) - logits
+
+        sequence.advance(5, [[1]] * batch)
+        segments = 2 * 2 if graphs == "lowered" else 2  # keys and values, of each head where the graphs have them apart
+        assert reported() == batch * (4 + 5 * segments) * mmap.PAGESIZE  # four boundaries, five layers, one row: a page
+        deep = arrays_of(sequence)[0][2:].copy()
+        sequence.advance(2, [list(range(100))] * batch)
+        shallow = reported()
+        assert np.array_equal(arrays_of(sequence)[0][2:], deep)
+        sequence.advance(5, [])
+        assert reported() > 1.3 * shallow
+        for token in range(150):
+            sequence.step(5, np.array([token] * batch))
+        everything = 4 * 251 * 32 * 4 + (5 * 251 + 101) * 2 * 32 * 4
+        assert batch * everything <= reported() <= 1.25 * batch * everything  # 25 %: rows of 128 bytes, pages of 4 kB
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_interrupt_at_any_point_of_a_growing_cache_leaves_the_logits_right(
+    tiny: Any, tiny_engine: Engine, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at every instruction of growing, and at every line around it; then the sequence goes on as if nothing was."""
+    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_state.BUCKET", 8)
+    tokens = np.random.default_rng(3).integers(0, 320, (batch, 20))
+    want = {e: tiny_engine.new_sequence(batch_size=batch).advance(e, tokens)[:, 0] for e in (2, 5)}
+    growing = {"grow", "_reserve", "_bucketed", "zeros", "touched_bytes"}
+
+    class Interrupts:
+        def __init__(self, at: int) -> None:
+            self.left = at
+
+        def __call__(self, frame: Any, event: str, _: object) -> Any:
+            if "balcony_runtime/backends" not in frame.f_code.co_filename:
+                return None
+            frame.f_trace_opcodes = inside = frame.f_code.co_name in growing
+            if event == ("opcode" if inside else "line"):
+                self.left -= 1
+                if self.left == 0:
+                    raise KeyboardInterrupt
+            return self
+
+    with Engine.of(Bundle.open(tiny.path).portable()) as engine:
+        point = interrupted = 0
+        while point == interrupted * batch:
+            point += batch  # of a batch every third, which takes seconds as it is
+            sequence = engine.new_sequence(batch_size=batch)
+            sequence.advance(5, tokens[:, :6])
+            sequence.step(5, tokens[:, 6])
+            sequence.step(2, tokens[:, 7])
+            before = sys.gettrace()
+            sys.settrace(Interrupts(point))
+            try:
+                sequence.step(5, tokens[:, 8])
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                sys.settrace(before)
+            if point % 2:  # what was bound to the smaller cache must not come back either
+                sequence.rollback(5)
+            for exit_layer, stop in ((2, 10), (5, 19)):
+                sequence.advance(exit_layer, tokens[:, sequence.length : stop])
+            for exit_layer in (2, 5):
+                sequence.rollback(19)
+                logits = sequence.step(exit_layer, tokens[:, 19])
+                assert np.abs(logits - want[exit_layer]).max() <= 1e-4 * np.abs(want[exit_layer]).max(), point
+        assert interrupted > 250
 
 
 def test_no_pass_takes_more_rows_than_allowed(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
