@@ -318,3 +318,27 @@ def test_a_disk_that_is_full_of_packed_weights_is_one_line_and_left_empty(tiny: 
     with pytest.raises(InputError, match=r"packed weights cannot be written .*: free space or name another place"):
         Engine.open(tiny.path, packed=small_disk / "packed")
     assert list((small_disk / "packed").iterdir()) == []
+
+
+def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) -> None:
+    from balcony_runtime.backends.onnxruntime_state import bound_run
+
+    class Elsewhere:
+        """A session of a version that keeps its own object under another name."""
+
+        def __init__(self, session: Any) -> None:
+            self.run_with_iobinding = session.run_with_iobinding
+
+    with Engine.open(tiny.path) as engine:
+        sequence, want = engine.new_sequence(max_length=8), engine.new_sequence(max_length=8)
+        for token in (1, 2):
+            expected = want.step(5, np.array([token]))
+        sequence.advance(5, [1])
+        state: Any = sequence.state
+        sequence.step(5, np.array([2]))
+        names = engine.manifest.path_graphs(5)
+        runs = [bound_run(Elsewhere(engine.backend.sessions[n]), state._one_row(n)) for n in names]  # type: ignore[attr-defined]
+        state._programs[2] = state._programs[2]._replace(runs=runs)
+        sequence.rollback(1)
+        state._logits[:] = 0
+        assert np.array_equal(sequence.step(5, np.array([2])), expected)

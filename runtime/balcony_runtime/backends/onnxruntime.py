@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import importlib.metadata
 import os
 import shutil
 import threading
@@ -20,21 +19,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from balcony_edge.bundle import Bundle
-from balcony_edge.errors import BundleError, MissingDependencyError
+from balcony_edge.errors import BundleError
 from balcony_edge.manifest import GraphSpec, Manifest
+from balcony_runtime.backends.installed import checked_onnxruntime
 
-try:
+if checked_onnxruntime():  # refuses one that cannot run bundles, before the modules below import it
     import onnxruntime as ort
-except ImportError as error:
-    raise MissingDependencyError(
-        "ONNX Runtime is not installed: pip install 'balcony-edge[cpu]' (or '[gpu]', never both: they overwrite each other)"
-    ) from error
-
-if _both := [d for d in ("onnxruntime", "onnxruntime-gpu") if any(importlib.metadata.distributions(name=d))][1:]:
-    raise MissingDependencyError(
-        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-        "pip uninstall onnxruntime onnxruntime-gpu, then install 'balcony-edge[cpu]' or 'balcony-edge[gpu]'"
-    )
 
 from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
 from balcony_runtime.backends.packed_weights import packed_graphs

@@ -391,12 +391,16 @@ class OnnxRuntimeState:
 
 
 def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], object]:
-    """A run of ONNX Runtime's own session object.
+    """A run of ONNX Runtime's own session object, or the public call where a version keeps it elsewhere.
 
     ``InferenceSession.run_with_iobinding`` is a function in Python around it that sees to WebGPU's graphs: with cold caches it
     takes 20 to 40 µs of a decode step (docs/LOG.md).
     """
-    return partial(session._sess.run_with_iobinding, binding._iobinding, _RUN_OPTIONS)
+    run = getattr(getattr(session, "_sess", None), "run_with_iobinding", None)
+    inner = getattr(binding, "_iobinding", None)
+    if run is None or inner is None:
+        return partial(session.run_with_iobinding, binding, _RUN_OPTIONS)
+    return partial(run, inner, _RUN_OPTIONS)
 
 
 def _bound(
