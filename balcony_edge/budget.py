@@ -93,6 +93,11 @@ class Budget(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, title="Balcony Edge target file"
     )
 
+    def __setattr__(self, name: str, value: object) -> None:
+        raise BudgetError(
+            f"{name} = {_shown(value)}: a budget does not change: set a new one, e.g. llm.budget = Budget(tpot_ms=12)"
+        )
+
     tpot_ms: Positive | None = None
     """Target for the gap between two tokens of a stream (time per output token), where the user receives them."""
     ttft_ms: Positive | None = None

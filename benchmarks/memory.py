@@ -7,25 +7,39 @@ exit. Counted is everything the process holds, interpreter and libraries include
     peak_rss_mb      VmHWM: the kernel's own high-water mark of resident memory; mapped files count
     peak_pss_mb      proportional set size, the highest of samples every 10 ms: a page that n processes map counts 1/n
     private_mb       pages that only this process has, at the end
+
+``python -m benchmarks.memory BUNDLE --idle`` asks what conversations cost that wait: 1, 8 and 64 of them, each after one turn,
+and how long the first token of a short prompt takes with the context's whole length against one of 20 tokens. Each of the
+kernel's three settings for large pages is measured in a process of its own; setting them needs root.
+
+    used_mb          tokens in use × bytes of their keys, values and rows at the boundaries
+    taken_mb         growth of the process's private memory
+    reported_mb      what the sequences say: ``memory_bytes``
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from balcony_edge.bundle import Bundle
+from benchmarks.rounds import aligned, bar, interleave, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS = 64
+#: Of a sentence of some 22 tokens: a turn of some 220.
+IDLE_REPEATS = 9
 FIGURES = ("peak_rss_mb", "peak_pss_mb", "private_mb")
 
 
@@ -80,6 +94,96 @@ def _export_full_depth(path: Path, bundle: Bundle) -> None:
     )
 
 
+def idle(path: Path) -> dict[str, Any]:
+    """Setting of large pages → figures of a process under it, with both bars. Prints the table."""
+    before = _setting()
+    report: dict[str, Any] = {}
+    try:
+        for setting in ("always", "madvise", "never"):
+            if not _set(setting):
+                continue
+            command = [sys.executable, "-m", "benchmarks.memory", str(path.resolve()), "--idle-here"]
+            report[setting] = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
+    finally:
+        _set(before)
+    rows: list[Any] = [
+        ("large pages", "chats", "tokens", "used MB", "taken MB", "reported MB", "taken/used", "ttft ratio")
+    ]
+    for setting, found in report.items():
+        for one in found["chats"]:
+            figures = (one["used_mb"], one["taken_mb"], one["reported_mb"], one["ratio"], found["first_token_ratio"])
+            rows.append((setting, one["chats"], one["tokens"], *figures))
+    print("\n".join(aligned(rows)), file=sys.stderr)
+    last = [found["chats"][-1]["ratio"] for found in report.values()]
+    ratios = [found["first_token_ratio"] for found in report.values()]
+    return {**report, "bars": {"64 chats": bar(max(last), 1.1), "first token": bar(max(ratios), 1.1)}}
+
+
+_LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def _setting() -> str:
+    return _LARGE_PAGES.read_text(encoding="ascii").partition("[")[2].partition("]")[0]
+
+
+def _set(setting: str) -> bool:
+    """Whether the kernel has that setting now."""
+    with suppress(OSError):
+        _LARGE_PAGES.write_text(setting, encoding="ascii")
+    return _setting() == setting
+
+
+def _idle_here(path: Path) -> dict[str, Any]:
+    import balcony_edge  # noqa: PLC0415 - the child measures what loading this costs, too
+
+    text = "The balcony looks over the river, and in the evening the lamps along the quay are lit one after the other. "
+    with balcony_edge.load(path, verify_hashes=False) as llm:
+        model = llm.engine.manifest.model
+        row_bytes = model.hidden_size * (1 + len(llm.exit_layers)) + 2 * model.num_layers * model.kv_width
+        chats: list[Any] = []
+        report: dict[str, Any] = {"chats": []}
+
+        def speak() -> Any:
+            chat = llm.chat()
+            for _ in chat.send(text * IDLE_REPEATS, max_new_tokens=8, ignore_eos=True):
+                pass
+            return chat
+
+        speak()  # what is made once
+        gc.collect()
+        before = _private_mb()
+        for count in (1, 8, 64):
+            chats += [speak() for _ in range(count - len(chats))]
+            gc.collect()
+            tokens = sum(chat.sequence.length for chat in chats)
+            used_mb, taken_mb = tokens * row_bytes * 4 / 1e6, _private_mb() - before
+            reported_mb = sum(chat.sequence.state.memory_bytes for chat in chats) / 1e6
+            figures = {
+                "used_mb": used_mb,
+                "taken_mb": taken_mb,
+                "reported_mb": reported_mb,
+                "ratio": taken_mb / used_mb,
+            }
+            rounded = {name: round(value, 3) for name, value in figures.items()}
+            report["chats"].append({"chats": count, "tokens": tokens, **rounded})
+
+        def first_token_ms(limit: int | None) -> float:
+            begin = time.perf_counter()
+            with llm.stream("hi", max_new_tokens=limit) as stream:
+                next(stream)
+            return (time.perf_counter() - begin) * 1e3
+
+        samples = interleave({limit: partial(first_token_ms, limit) for limit in (None, 20)}, 20)
+        report["first_token_ms"] = {str(limit): round(median(found), 2) for limit, found in samples.items()}
+        report["first_token_ratio"] = round(ratio(samples[None], samples[20]), 3)
+    return report
+
+
+def _private_mb() -> float:
+    now = _rollup()
+    return (now["Private_Clean"] + now["Private_Dirty"]) / 1e3
+
+
 def _run(path: Path) -> dict[str, float]:
     from balcony_runtime.engine import Engine  # noqa: PLC0415 - the child measures what loading this costs, too
 
@@ -92,7 +196,7 @@ def _run(path: Path) -> dict[str, float]:
     return {
         "peak_rss_mb": _kb("/proc/self/status")["VmHWM"] / 1e3,
         "peak_pss_mb": max(*peak, now["Pss"]) / 1e3,
-        "private_mb": (now["Private_Clean"] + now["Private_Dirty"]) / 1e3,
+        "private_mb": _private_mb(),
     }
 
 
@@ -131,4 +235,10 @@ def _kb(path: str) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Memory of one process with one bundle, as a JSON line.")
     parser.add_argument("bundle", type=Path)
-    print(json.dumps(_run(parser.parse_args().bundle)))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--idle", action="store_true", help="of conversations that wait, under each setting of large pages"
+    )
+    which.add_argument("--idle-here", action="store_true", help="the same under the present setting alone")
+    options = parser.parse_args()
+    print(json.dumps((idle if options.idle else _idle_here if options.idle_here else _run)(options.bundle)))

@@ -60,20 +60,17 @@ def engine_facts() -> list[dict[str, Any]]:
 
 
 def _onnxruntime() -> dict[str, Any]:
-    from importlib.metadata import distributions
+    from balcony_runtime.backends.installed import OLDEST, checked_onnxruntime, installed_packages
 
-    found = {name: dist.version for name in ("onnxruntime", "onnxruntime-gpu") for dist in distributions(name=name)}
-    facts: dict[str, Any] = {"engine": "onnxruntime", "packages": found, "providers": [], "used": None}
-    if len(found) > 1:
-        return {**facts, "note": "both packages overwrite each other: pip uninstall both, then install one"}
+    facts: dict[str, Any] = {"engine": "onnxruntime", "packages": installed_packages(), "providers": [], "used": None}
     try:
-        import onnxruntime
-    except ImportError as error:
-        why = f"cannot be imported ({error})" if found else "not installed"
-        return {**facts, "note": f"{why}: pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"}
-    providers = onnxruntime.get_available_providers()
-    note = "bundles run on the CPU; engine sets on a GPU with --device cuda or nv"
-    return {**facts, "providers": providers, "used": "CPUExecutionProvider", "note": note}
+        module = checked_onnxruntime()
+    except BalconyError as error:
+        return {**facts, "note": str(error)}
+    note = (
+        f"{module.__version__} (needs {OLDEST}): bundles run on the CPU; engine sets on a GPU with --device cuda or nv"
+    )
+    return {**facts, "providers": module.get_available_providers(), "used": "CPUExecutionProvider", "note": note}
 
 
 def _cuda() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from balcony_edge.errors import InputError
+from balcony_edge.files import write_atomically
 from balcony_edge.manifest import Estimate, Quality, TaskQuality, TextQuality
 from balcony_export.evaluate_scorer import Scorer
 
@@ -179,12 +180,10 @@ def write_report(report: Report, directory: Path) -> None:
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            temporary = directory / f".{name}.partial"
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(directory / name)
     except OSError as error:
         raise InputError(f"--output {directory}: cannot be written ({error.strerror}): name another place") from error
+    for name, content in contents.items():
+        write_atomically(directory / name, content.encode(), InputError, "name another place with --output")
 
 
 def _lead(exit_: ExitReport) -> tuple[str, str, str]:

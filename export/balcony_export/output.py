@@ -6,7 +6,6 @@ cannot be made.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -34,25 +33,19 @@ def refuse_existing(output: Path) -> None:
 
 @contextmanager
 def fresh_directory(output: Path) -> Iterator[Path]:
-    """A directory of a temporary name beside ``output``, renamed to it at the end and removed when anything fails.
+    """A directory of a temporary name next to ``output``, renamed to it at the end and removed when anything fails.
 
     Leftovers of a writer of the same name that was killed are removed first.
     """
     refuse_existing(output)
-    directory = partial_directory(output.absolute())
     try:
-        directory.mkdir()
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}): name another place") from error
-    try:
-        with _heeding_interrupts():
-            yield directory
-        directory.rename(output)
+        with partial_directory(output.absolute()) as directory:
+            with _heeding_interrupts():
+                yield directory
+            directory.rename(output)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{output}: writing failed ({reason}): free space or name another place") from error
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        raise InputError(f"{output}: cannot be written ({reason}): free space or name another place") from error
 
 
 @contextmanager

@@ -29,7 +29,11 @@ def calibrate(engine: Engine) -> CostModel:
 
     Returns:
         Prices for a device that is as busy as it is during the measurement.
+
+    Raises:
+        InputError: the engine was closed.
     """
+    engine.refuse_closed()
     manifest = engine.manifest
     layers = manifest.exit_layers
     context = min(engine.max_length, 1024)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.decode import IDLE_ROWS
 from balcony_runtime.engine import Sequence
 from balcony_runtime.reply import Token, TokenStream
@@ -24,14 +25,17 @@ class Chat:
 
     def __init__(self, llm: LLM, sequence: Sequence, system: str | None) -> None:
         self._llm, self.sequence = llm, sequence
+        if system is not None:
+            _refuse_other_than_text("system", system)
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[Message] = list(self._system)
         self._speaking: TokenStream | None = None
+        self._waiting_is_over = threading.Event()  # of the present :meth:`catching_up`
 
     def send(self, text: str, **options: Any) -> TokenStream:
         """Say something and stream the reply, which joins the history as far as it was consumed.
 
-        A reply that was not consumed to its end ends here.
+        A reply that was not consumed to its end ends here, and so does :meth:`catching_up`.
 
         Args:
             text: the user's message.
@@ -41,6 +45,7 @@ class Chat:
             InputError: an empty message; otherwise as :meth:`LLM.stream`. The history is then as before, but for a
                 reply that was left.
         """
+        _refuse_other_than_text("message", text)
         self._llm.encode(text)  # refuses an empty text
         self._silence()
         user: Message = {"role": "user", "content": text}
@@ -69,19 +74,21 @@ class Chat:
         self.messages = list(self._system)
 
     def _silence(self) -> None:
-        """End the reply that is still open: its turn joins the history, and its sequence is free for another."""
+        """End what is still open: a reply joins the history, catching up stops after the portion at hand."""
+        self._waiting_is_over.set()
         if self._speaking is not None:
             self._speaking.close()
             self._speaking = None
 
     @contextmanager
     def catching_up(self) -> Iterator[None]:
-        """Within, a thread works off the backlog; on leaving it ends after the portion at hand. For waiting on a user."""
-        stop = threading.Event()
+        """Within, a thread works off the backlog until the next :meth:`send` or the end. For waiting on a user."""
+        stop = self._waiting_is_over = threading.Event()
 
         def work() -> None:
-            while not stop.is_set() and self.sequence.catch_up(IDLE_ROWS):
-                pass
+            with suppress(BalconyError):  # a closed bundle, no memory: the reply that needs these rows will say so
+                while not stop.is_set() and self.sequence.catch_up(IDLE_ROWS):
+                    pass
 
         worker = threading.Thread(target=work, name="balcony-catch-up", daemon=True)
         worker.start()
@@ -90,3 +97,8 @@ class Chat:
         finally:
             stop.set()
             worker.join()
+
+
+def _refuse_other_than_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name} of type {type(value).__name__}: give a text")

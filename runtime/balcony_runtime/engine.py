@@ -8,13 +8,15 @@ those are the generation loop, the controller and the backend.
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
+import threading
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 
@@ -27,6 +29,8 @@ from balcony_runtime.backends.choose import DeviceName, open_backend
 #: Most rows that one pass takes: what a layer works on then stays in the second-level cache, and the arena stays small.
 #: Measured (docs/LOG.md): passes of 512 rows are 3 to 6 % slower in int4 and take 33 MB more, of 128 slower in float32.
 MAX_PASS_ROWS = 256
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class EngineOptions(TypedDict, total=False):
@@ -44,6 +48,7 @@ class Engine:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.manifest: Manifest = backend.manifest
+        self._closed = False
 
     @classmethod
     def open(
@@ -90,12 +95,12 @@ class Engine:
             batch_size: sequences of equal length that advance together.
             max_length: most tokens it may hold; by default :attr:`max_length`.
         """
+        self.refuse_closed()
         context = self.max_length
-        length = context if max_length is None else max_length
+        length = context if max_length is None else whole("max_length", max_length)
         if not 1 <= length <= context:
             raise ContextLengthError(f"max_length = {length}: this bundle takes 1 to {context}: give one of those")
-        if batch_size < 1:
-            raise InputError(f"batch_size = {batch_size}: must be at least 1")
+        batch_size = whole("batch_size", batch_size, 1)
         try:
             return Sequence(self, batch_size, length)
         except MemoryError as error:
@@ -104,8 +109,14 @@ class Engine:
             ) from error
 
     def close(self) -> None:
-        """Free the weights; sequences of a closed engine must not be used."""
+        """Free the weights; sequences of a closed engine refuse to work."""
+        self._closed = True
         self.backend.close()
+
+    def refuse_closed(self) -> None:
+        """Raise InputError after :meth:`close`."""
+        if self._closed:
+            raise InputError("this bundle was closed: load it again")
 
     def __enter__(self) -> Self:
         return self
@@ -116,20 +127,33 @@ class Engine:
         self.close()
 
 
+def _exclusive(method: Callable[Concatenate[Sequence, _P], _R]) -> Callable[Concatenate[Sequence, _P], _R]:
+    """A method of a sequence that one thread at a time runs, on an engine that is open."""
+
+    @functools.wraps(method)
+    def call(self: Sequence, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self._lock:
+            self._engine.refuse_closed()
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class Sequence:
     """Tokens of one sequence (or of a batch of equal length) with their caches, row buffers and cursors.
 
     After any schedule of exits, chunk sizes and rollbacks, the logits at an exit equal those of a pass from scratch over
     the same tokens at that exit. A step that is interrupted leaves the sequence valid: a cursor moves after its rows did.
+    Threads take turns: one that works off backlog may meet one that decodes (:meth:`.chat.Chat.catching_up`).
     """
 
     def __init__(self, engine: Engine, batch_size: int, max_length: int) -> None:
-        self._engine = engine
+        self._engine, self._lock = engine, threading.RLock()
         self._layers = engine.exit_layers
         self.batch_size, self.max_length = batch_size, max_length
         self.length = 0
         self.state = engine.backend.new_state(batch_size, max_length)
-        self._tokens = np.zeros((batch_size, max_length), np.int64)
+        self._tokens = np.empty((batch_size, max_length), np.int64)  # takes memory as tokens come
         self._indices = {layer: index for index, layer in enumerate(self._layers)}
         self._stage_cursor = [0] * len(self._layers)
         self.rows_run = (
@@ -161,6 +185,7 @@ class Sequence:
         pairs = zip((*self._balcony_cursor, 0), self._cached, strict=True)
         return tuple(self.length - cursor if cached else 0 for cursor, cached in pairs)
 
+    @_exclusive
     def advance(self, exit_layer: int, new_tokens: IntArray | AbstractSequence[int], num_logits: int = 1) -> FloatArray:
         """Append tokens and return the logits of the last rows at an exit.
 
@@ -181,7 +206,7 @@ class Sequence:
         index = self._index(exit_layer)
         tokens = self._checked(new_tokens)
         total = self.length + tokens.shape[1]
-        if not 1 <= num_logits <= total:
+        if not 1 <= whole("num_logits", num_logits) <= total:
             raise InputError(f"num_logits = {num_logits}: the sequence has {total} rows: ask for 1 to {total}")
         if total > self.max_length:
             raise ContextLengthError(
@@ -200,6 +225,7 @@ class Sequence:
             logits.append(self.state.logits(stop - first))
         return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
 
+    @_exclusive
     def step(self, exit_layer: int, ids: IntArray) -> FloatArray:
         """The decode step: :meth:`advance` by one token of each member without its checks and without a copy.
 
@@ -218,6 +244,7 @@ class Sequence:
         logits: FloatArray = self._stepped(self.state.decode, exit_layer, ids)
         return logits
 
+    @_exclusive
     def step_best(self, exit_layer: int, ids: IntArray) -> IntArray:
         """:meth:`step`, of which only the most likely token of each member is wanted, (B,): a GPU then sends no logits."""
         if not self.up_to_date(exit_layer):
@@ -263,12 +290,19 @@ class Sequence:
         """Rows that the deepest stage has not consumed yet."""
         return self.length - self._stage_cursor[-1]
 
+    @_exclusive
     def run_stage(self, stage: int, max_rows: int) -> int:
         """Work off at most ``max_rows`` pending rows of a stage, as far as the stage before it has come.
 
         Returns:
             The rows that were run.
+
+        Raises:
+            InputError: there is no such stage.
         """
+        stage, max_rows = whole("stage", stage, 0), whole("max_rows", max_rows, 0)
+        if stage >= len(self._layers):
+            raise InputError(f"stage = {stage}: this bundle has stages 0 to {len(self._layers) - 1}: give one of those")
         source = self.length if stage == 0 else self._stage_cursor[stage - 1]
         begin = self._stage_cursor[stage]
         end = min(source, begin + max_rows)
@@ -279,19 +313,21 @@ class Sequence:
             self.rows_run += stop - start
         return max(end - begin, 0)
 
+    @_exclusive
     def run_balcony(self, exit_layer: int, max_rows: int) -> int:
         """Work off at most ``max_rows`` pending rows of a balcony, as far as its stage has come; returns the rows run."""
         index = self._index(exit_layer)
         if not self._cached[index]:
             return 0
         begin = self._balcony_cursor[index]
-        end = min(self._stage_cursor[index], begin + max_rows)
+        end = min(self._stage_cursor[index], begin + whole("max_rows", max_rows, 0))
         for start in range(begin, end, MAX_PASS_ROWS):
             stop = min(start + MAX_PASS_ROWS, end)
             self.state.run_exit(index, start, stop, 0)
             self._balcony_cursor[index] = stop
         return max(end - begin, 0)
 
+    @_exclusive
     def catch_up(self, max_rows: int | None = None) -> int:
         """Work off backlog while there is time for it: all stages from the shallowest on, then the balconies.
 
@@ -303,7 +339,7 @@ class Sequence:
         Returns:
             The rows that were run; 0 when there is no backlog.
         """
-        left = sum(self.stage_rows) + sum(self.balcony_rows) if max_rows is None else max_rows
+        left = sum(self.stage_rows) + sum(self.balcony_rows) if max_rows is None else whole("max_rows", max_rows, 0)
         before = left
         for stage in range(len(self._layers)):
             left -= self.run_stage(stage, left)
@@ -311,9 +347,10 @@ class Sequence:
             left -= self.run_balcony(exit_layer, left)
         return before - left
 
+    @_exclusive
     def rollback(self, length: int) -> None:
         """Forget all rows from ``length`` on. Exact: what the caches hold past a cursor is never seen again."""
-        length = operator.index(length)
+        length = whole("length", length)
         if not 0 <= length <= self.length:
             raise InputError(f"rollback to {length}: the sequence has {self.length} rows: give 0 to {self.length}")
         self._stage_cursor = [min(cursor, length) for cursor in self._stage_cursor]
@@ -333,10 +370,10 @@ class Sequence:
         self._balcony_cursor[index] = max(begin, stop)
 
     def _index(self, exit_layer: int) -> int:
-        index = self._indices.get(exit_layer)
+        index = self._indices.get(exit_layer) if isinstance(exit_layer, int | np.integer) else None
         if index is None:
             exits = ", ".join(str(layer) for layer in self._layers)
-            raise InputError(f"exit_layer = {exit_layer}: this bundle has exits {exits}: pick one of them")
+            raise InputError(f"exit_layer = {exit_layer!r}: this bundle has exits {exits}: pick one of them")
         return index
 
     def _checked(self, new_tokens: IntArray | AbstractSequence[int]) -> IntArray:
@@ -353,6 +390,21 @@ class Sequence:
             raise InputError(f"tokens of shape {tokens.shape}: must be ({self.batch_size}, n): one row per sequence")
         refuse_foreign(tokens, self._engine.manifest.model.vocab_size)
         return tokens
+
+
+def whole(name: str, value: int, least: int | None = None) -> int:
+    """A whole number of at least ``least``.
+
+    Raises:
+        InputError: it is another kind of thing, or less; the message begins with ``name``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} = {value!r}: must be a whole number") from None
+    if least is not None and number < least:
+        raise InputError(f"{name} = {number}: must be at least {least}")
+    return number
 
 
 def refuse_foreign(tokens: IntArray, vocabulary: int) -> None:

@@ -29,7 +29,7 @@ from balcony_runtime.calibrate import calibrate
 from balcony_runtime.chat import Chat
 from balcony_runtime.confident import Telemetry
 from balcony_runtime.decode import Learned, Step, Surroundings, steps
-from balcony_runtime.engine import Engine, EngineOptions, refuse_foreign
+from balcony_runtime.engine import Engine, EngineOptions, refuse_foreign, whole
 from balcony_runtime.engine import Sequence as TokenSequence
 from balcony_runtime.reply import FinishReason, Reply, Token, TokenStream
 from balcony_runtime.sampling import Sampler, SamplingParams, log_probabilities
@@ -109,11 +109,12 @@ class LLM:
 
     @property
     def budget(self) -> Budget:
-        """What replies may cost."""
+        """What replies may cost; set it to a budget, the path of a target file, or None for full depth."""
         return self._budget
 
     @budget.setter
-    def budget(self, budget: Budget) -> None:
+    def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
+        budget = parse_budget(value)
         resolved = budget.for_bundle(self._agreement)
         if budget.confident and self.engine.manifest.confidence is None:
             raise BudgetError(
@@ -189,14 +190,14 @@ class LLM:
         """
         ids = self._prompt_ids(prompt, chat)
         limit = self._new_tokens(len(ids), max_new_tokens, sequence)
-        if logprobs is not None and logprobs < 0:
-            raise InputError(f"logprobs = {logprobs}: must be 0 (the token's own) or more")
+        if logprobs is not None:
+            whole("logprobs", logprobs, 0)
         if trace is not None:
             self.readings()  # starts the sensors now, not in the first step
         if sequence is None:
             sequence = self.engine.new_sequence(max_length=len(ids) + limit)
         model = self.engine.manifest.model
-        sampler = Sampler(sampling or SamplingParams(), np.array([ids], np.int64), model.vocab_size)
+        sampler = Sampler(_params(sampling), np.array([ids], np.int64), model.vocab_size)
         ends = frozenset() if ignore_eos else frozenset(model.eos_token_ids)
         cancelled = threading.Event()
         tokens = self._tokens(sequence, ids, sampler, limit, StopStrings(stop), logprobs, ends, cancelled, trace)
@@ -240,6 +241,8 @@ class LLM:
         Raises:
             InputError: prompts that differ in length; otherwise as :meth:`stream`.
         """
+        if isinstance(prompts, str):
+            raise InputError("prompts: one text: give a list of prompts, or use generate()")
         batch = [self._prompt_ids(prompt, chat) for prompt in prompts]
         lengths = {len(ids) for ids in batch}
         if len(lengths) != 1:
@@ -249,7 +252,7 @@ class LLM:
         limit = self._new_tokens(lengths.pop(), max_new_tokens)
         sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + limit)
         rows = np.array(batch, np.int64)
-        sampler = Sampler(sampling or SamplingParams(), rows, self.engine.manifest.model.vocab_size)
+        sampler = Sampler(_params(sampling), rows, self.engine.manifest.model.vocab_size)
         replies: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
         ends = frozenset(self.engine.manifest.model.eos_token_ids)
@@ -287,7 +290,8 @@ class LLM:
         self.close()
 
     def _prompt_ids(self, prompt: Prompt, chat: bool | None) -> list[int]:
-        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], int | np.integer):
+        ids_given = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes | bytearray)
+        if ids_given and len(prompt) and isinstance(prompt[0], int | np.integer):
             try:
                 ids = [int(token) for token in prompt]  # type: ignore[arg-type]
             except (TypeError, ValueError) as error:
@@ -300,8 +304,8 @@ class LLM:
 
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None = None) -> int:
         context = self.engine.max_length if sequence is None else sequence.max_length
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise InputError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+        if max_new_tokens is not None:
+            whole("max_new_tokens", max_new_tokens, 1)
         if prompt_tokens >= context:
             whose, cure = "bundle", "export with a larger --context-length"
             if context < self.engine.max_length:
@@ -377,6 +381,12 @@ class LLM:
 
         around = Surroundings(budget_and_costs, self.readings, cancelled.wait, trace, self._learned, keep_logits)
         return steps(sequence, prompt, sampler, self.exit_layers, around)
+
+
+def _params(sampling: SamplingParams | None) -> SamplingParams:
+    if sampling is not None and not isinstance(sampling, SamplingParams):
+        raise InputError(f"sampling = {sampling!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
+    return sampling or SamplingParams()
 
 
 def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:

@@ -111,17 +111,19 @@ class TokenStream(Iterator[Token]):
         self._source, self._prompt_tokens, self.cancelled = tokens, prompt_tokens, cancelled
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
+        self._step = threading.RLock()  # held by whoever is inside of the source
 
     def __next__(self) -> Token:
-        try:
-            token = next(self._source)
-        except StopIteration:
-            if self._finish_reason is None:
-                self._finish_reason = "cancelled"
-            raise
-        self._tokens.append(token)
-        self._finish_reason = token.finish_reason
-        return token
+        with self._step:
+            try:
+                token = next(self._source)
+            except StopIteration:
+                if self._finish_reason is None:
+                    self._finish_reason = "cancelled"
+                raise
+            self._tokens.append(token)
+            self._finish_reason = token.finish_reason
+            return token
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         """Iterate without blocking the event loop: each step runs in a worker thread."""
@@ -131,7 +133,7 @@ class TokenStream(Iterator[Token]):
                 token = await asyncio.shield(step)
             except asyncio.CancelledError:
                 self.cancel()
-                await asyncio.wait([step])  # its thread is inside of the step, and nobody may close what it uses
+                await asyncio.wait([step])  # without blocking the loop; a second cancellation leaves it to close()
                 raise
             if token is None:
                 return
@@ -148,12 +150,13 @@ class TokenStream(Iterator[Token]):
         self.cancelled.set()
 
     def close(self) -> None:
-        """End the stream now and free its sequence."""
+        """End the stream and free its sequence, after the step that another thread may be in."""
         self.cancel()
-        if self._finish_reason is None:
-            self._finish_reason = "cancelled"
-        if (close := getattr(self._source, "close", None)) is not None:
-            close()
+        with self._step:
+            if self._finish_reason is None:
+                self._finish_reason = "cancelled"
+            if (close := getattr(self._source, "close", None)) is not None:
+                close()
 
     def __enter__(self) -> Self:
         return self

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,8 @@ import numpy.typing as npt
 from balcony_edge.errors import InputError
 from balcony_runtime.backends.base import FloatArray, IntArray
 
-#: Far beyond every logit, and far below what float32 holds.
-LARGEST_BIAS = 1e6
+#: Of a bias or penalty: far beyond every logit, and so far below what float32 holds that no sum or product overflows.
+LARGEST = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +52,30 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (keep all) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (keep all)"),
-            "min_p": (0 <= self.min_p < 1, "at least 0 (keep all) and below 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is none"),
-            "presence_penalty": (True, "a number; 0 is none"),
-            "seed": (self.seed is None or self.seed >= 0, "0 or more, or none"),
+        checks: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+            "temperature": (Real, lambda value: value >= 0, "a finite number, 0 (greedy) or more"),
+            "top_k": (Integral, lambda value: value >= 0, "a whole number, 0 (keep all) or more"),
+            "top_p": (Real, lambda value: 0 < value <= 1, "a number above 0 and at most 1 (keep all)"),
+            "min_p": (Real, lambda value: 0 <= value < 1, "a number, at least 0 (keep all) and below 1"),
+            "repetition_penalty": (
+                Real,
+                lambda value: 1 / LARGEST <= value <= LARGEST,
+                f"a number from {1 / LARGEST:g} to {LARGEST:g}; 1 is none",
+            ),
+            "presence_penalty": (Real, lambda value: abs(value) <= LARGEST, f"a number within ±{LARGEST:g}; 0 is none"),
+            "seed": (Integral | None, lambda value: value is None or value >= 0, "a whole number, 0 or more, or None"),
         }
-        for name, (in_range, allowed) in checks.items():
-            value = getattr(self, name)
-            if not in_range or (value is not None and not math.isfinite(value)):
-                raise InputError(f"{name} = {value}: must be finite and {allowed}")
-        if not all(abs(bias) < LARGEST_BIAS for bias in self.logit_bias.values()):
-            raise InputError(
-                f"logit_bias = {dict(self.logit_bias)}: every bias must be between ±{LARGEST_BIAS:g}; use -100 to ban a token"
-            )
+        for name, (kind, in_range, allowed) in checks.items():
+            value: Any = getattr(self, name)
+            if not isinstance(value, kind) or (value is not None and not math.isfinite(value)) or not in_range(value):
+                raise InputError(f"{name} = {value!r}: must be {allowed}")
+        biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
+        for token, bias in biases:
+            if not isinstance(token, Integral) or not isinstance(bias, Real) or not abs(bias) < LARGEST:
+                raise InputError(
+                    f"logit_bias = {self.logit_bias!r}: must give token ids a bias between ±{LARGEST:g} each; "
+                    "use -100 to ban a token"
+                )
 
 
 class Proposal(NamedTuple):

@@ -7,7 +7,7 @@ The tokenizers library does the work; this module owns what the bundle's files m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -64,6 +64,8 @@ class TextCodec:
             if chat is False or (chat is None and not self.has_chat_template):
                 return _some(self._tokenizer.encode(prompt).ids)
             prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
+            raise InputError(f"prompt of type {type(prompt).__name__}: give a text, messages or token ids")
         if not prompt:
             raise InputError("no messages were given: give at least one, e.g. {'role': 'user', 'content': '...'}")
         return _some(self._tokenizer.encode(self._render(prompt), add_special_tokens=False).ids)
@@ -136,7 +138,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if isinstance(stops, str) or any(not isinstance(stop, str) or not stop for stop in stops):
+        listed = isinstance(stops, Iterable) and not isinstance(stops, str)
+        if not listed or any(not isinstance(stop, str) or not stop for stop in stops):
             raise InputError(f"stop = {stops!r}: must be a list of strings that are not empty")
         self._stops = tuple(stops)
         self._held = ""

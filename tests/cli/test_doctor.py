@@ -74,6 +74,7 @@ def test_engines_are_those_of_this_environment() -> None:
     import onnxruntime
 
     assert ort["packages"] == {"onnxruntime": onnxruntime.__version__}
+    assert ort["note"].startswith(f"{onnxruntime.__version__} (needs 1.25): bundles run on the CPU")
     assert ort["used"] == "CPUExecutionProvider" and ort["providers"] == onnxruntime.get_available_providers()
     assert [engine["engine"] for engine in tensorrt] == ["tensorrt", "tensorrt_rtx"]
     assert (

@@ -15,10 +15,12 @@ from balcony_edge.errors import BundleError, DeviceError, InputError
 from balcony_edge.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
 from balcony_export.tensorrt import write_graphs
 from balcony_export.tensorrt_graphs import Format
-from balcony_runtime.backends import cuda, tensorrt
+from balcony_runtime.backends import cuda, onnxruntime_device, tensorrt
 from balcony_runtime.backends.choose import choose
 from balcony_runtime.backends.cuda import check
 from balcony_runtime.backends.device import HostDevice, Region
+from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.backends.onnxruntime_device import PROVIDERS, OnnxRuntimeExecutor
 
 GRAPH = GraphSpec(
     file="norm.onnx", inputs=(TensorSpec(name="hidden", dtype="float16", shape=("batch", "queries", 8)),),
@@ -105,6 +107,23 @@ def test_engine_sets_are_named_where_there_are_several(tiny: Any, tmp_path: Path
         assert all(token.logprob is not None for token in scored.tokens)
 
 
+def test_a_build_without_the_provider_is_refused_and_not_run_on_the_cpu(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(tiny.path, tmp_path / "b"))
+    write_graphs(Bundle.open(path), "one", "rtx", Format("fp16", "fused", 64))
+    directory = path / "tensorrt" / "one"
+    with pytest.raises(
+        DeviceError, match=r"--device nv: this build of ONNX Runtime has no NvTensorRTRTX.*balcony-edge\[gpu\]"
+    ):
+        OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "nv", {})
+    # a provider that is listed and does not start: ONNX Runtime takes the CPU, with a warning
+    monkeypatch.setitem(PROVIDERS, "nv", ("AzureExecutionProvider", "cpu"))
+    monkeypatch.setattr(onnxruntime_device, "open_session", lambda path, **_: open_session(path))
+    with pytest.raises(DeviceError, match="norm: ONNX Runtime could not start AzureExecutionProvider"):
+        OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "nv", {})
+
+
 def test_cuda_errors_are_one_line_with_a_cure() -> None:
     errors = cuda.cudart.cudaError_t
     assert check((errors.cudaSuccess, 7)) == 7 and check((errors.cudaSuccess, 1, 2)) == (1, 2)
@@ -184,4 +203,4 @@ def test_compiled_kernels_are_kept_beside_the_engines(tmp_path: Path, caplog: py
     blocked.config_for(first, None)
     first.cache.blob = b"more"
     blocked.save()
-    assert "compiled kernels are not kept (No such file or directory)" in caplog.text
+    assert "cannot be written (No such file or directory): make it writable to keep compiled kernels" in caplog.text

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +47,39 @@ def test_a_missing_engine_names_its_cure(tiny: Any) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(tiny.path)], capture_output=True, text=True, check=True)
     assert "pip install 'balcony-edge[cpu]'" in done.stdout and done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("__version__ = '1.24.4'; InferenceSession = RunOptions = None",
+         "onnxruntime 1.24.4 is too old: bundles need 1.25 or newer: pip install --upgrade 'onnxruntime>=1.25'"),
+        ("raise ImportError('libonnxruntime.so: no such file')",
+         "ONNX Runtime is damaged (libonnxruntime.so: no such file): pip uninstall onnxruntime onnxruntime-gpu, then "
+         "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"),
+        ("# what an uninstallation left",
+         "ONNX Runtime is damaged (it has no __version__): pip uninstall onnxruntime onnxruntime-gpu, then "
+         "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"),
+    ],
+)  # fmt: skip
+def test_an_engine_that_cannot_run_bundles_names_its_cure(
+    tiny: Any, tmp_path: Path, package: str, message: str
+) -> None:
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text(package)
+    load = (
+        "import balcony_edge, sys\n"
+        "try:\n    balcony_edge.load(sys.argv[1])\n"
+        "except balcony_edge.BalconyError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", load, str(tiny.path)], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout == f"{message}\n"
+    doctor = [sys.executable, "-c", "from balcony_edge.cli import main; main()", "doctor", "--json"]
+    done = subprocess.run(doctor, capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(done.stdout)["engines"][0]["note"] == message
 
 
 def test_two_engines_that_overwrite_each_other_are_refused(tiny: Any, tmp_path: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -74,6 +76,37 @@ def test_waiting_works_off_the_backlog(llm: LLM) -> None:
     assert chat.sequence.stage_rows == (0, 0, 0) and chat.sequence.balcony_rows == (0, 0, 0)
 
 
+def test_a_message_in_the_middle_of_catching_up_gets_the_same_reply(llm: LLM) -> None:
+    """Eight users at once, each of whom speaks while a thread works off the backlog of the reply before."""
+    texts = ("the quick brown fox jumps over the lazy dog " * 3, "why", "and the lazy dog jumps over it")
+
+    def converse(user: int, waits: bool) -> list[str]:
+        chat = llm.chat()
+        for text in texts:
+            with chat.catching_up() if waits else nullcontext():
+                finish(chat.send(f"{text} {user}", max_new_tokens=6, ignore_eos=True))
+        return [message["content"] for message in chat.messages]
+
+    llm.budget = Budget(exit_layer=2)
+    want = [converse(user, False) for user in range(8)]
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(converse, range(8), [True] * 8)) == want
+
+
+def test_a_message_ends_the_catching_up(llm: LLM) -> None:
+    chat = llm.chat()
+    llm.budget = Budget(exit_layer=2)
+    finish(chat.send("the fox", max_new_tokens=100, ignore_eos=True))
+    with chat.catching_up():
+        (worker,) = (thread for thread in threading.enumerate() if thread.name == "balcony-catch-up")
+        chat.send("why", max_new_tokens=1, ignore_eos=True)
+        worker.join(5)
+        assert not worker.is_alive() and any(chat.sequence.stage_rows)
+    with chat.catching_up():
+        llm.close()  # under the thread, which ends without a word
+
+
 def test_messages_that_cannot_be_leave_the_history(llm: LLM, bundle_copy: Any) -> None:
     chat = llm.chat()
     for text, options in (("  ", {}), ("hi", {"max_new_tokens": 0}), ("fox " * 400, {})):
@@ -133,6 +166,39 @@ def test_a_cancelled_task_gets_its_cancellation_and_the_stream_ends(llm: LLM) ->
 
     with pytest.raises(TimeoutError):
         asyncio.run(main())
+    assert len(seen) == 1
+
+
+def test_a_task_that_is_cancelled_twice_ends_the_same(llm: LLM) -> None:
+    llm.budget = Budget(max_pace_tps=2)
+    seen: list[int] = []
+
+    async def read(stream: Any) -> None:
+        with stream:
+            async for token in stream:
+                seen.append(token.id)
+
+    async def main() -> None:
+        stream = llm.stream("the fox", ignore_eos=True)
+        source, inside = stream._source, threading.Event()
+
+        def slow() -> Iterator[Any]:  # a step that a cancellation cannot end
+            yield next(source)
+            inside.set()
+            time.sleep(0.3)
+            yield next(source)
+
+        stream._source = slow()
+        task = asyncio.create_task(read(stream))
+        await asyncio.to_thread(inside.wait, 5)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.02)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert stream.reply.finish_reason == "cancelled" and next(stream, None) is None
+
+    asyncio.run(main())
     assert len(seen) == 1
 
 

@@ -253,12 +253,57 @@ def test_bad_input_leaves_the_sequence_as_it_was(subject: Engine) -> None:
         (lambda: sequence.advance(5, [1] * 6), ContextLengthError, r"9 tokens: this sequence holds 8"),
         (lambda: sequence.rollback(4), InputError, r"rollback to 4"),
         (lambda: sequence.rollback(-1), InputError, r"rollback to -1"),
+        (lambda: sequence.rollback(1.0), InputError, r"length = 1.0: must be a whole number"),
+        (lambda: sequence.run_stage(99, 1), InputError, r"stage = 99: this bundle has stages 0 to 2"),
+        (lambda: sequence.run_stage(-1, 1), InputError, r"stage = -1: must be at least 0"),
+        (lambda: sequence.run_stage(0, 1.5), InputError, r"max_rows = 1.5: must be a whole number"),
+        (lambda: sequence.run_balcony(2, -1), InputError, r"max_rows = -1: must be at least 0"),
+        (lambda: sequence.catch_up(2.0), InputError, r"max_rows = 2.0"),
+        (lambda: sequence.advance([5], []), InputError, r"exit_layer = \[5\]: this bundle has exits 2, 3, 5"),
+        (lambda: sequence.advance(5, [], num_logits=1.0), InputError, r"num_logits = 1.0: must be a whole number"),
+        (lambda: subject.new_sequence(max_length=9.0), InputError, r"max_length = 9.0: must be a whole number"),
+        (lambda: subject.new_sequence(batch_size="2"), InputError, r"batch_size = '2': must be a whole number"),
         (lambda: subject.new_sequence(max_length=257), ContextLengthError, r"takes 1 to 256"),
         (lambda: subject.new_sequence(batch_size=0), InputError, r"batch_size = 0"),
     ):
         with pytest.raises(error, match=pattern):
             call()
         assert sequence.length == 3 and sequence.stage_rows == (0, 0, 0)
+
+
+def test_a_step_on_a_full_sequence_is_refused_and_changes_nothing(subject: Engine, tiny_engine: Engine) -> None:
+    sequence = subject.new_sequence(max_length=4)
+    sequence.advance(5, [1, 2, 3])
+    for exit_layer in (5, 2):  # up to date, and with a backlog
+        sequence.rollback(3)
+        sequence.step(exit_layer, np.array([4]))
+        for step in (sequence.step, sequence.step_best):
+            with pytest.raises(ContextLengthError, match="5 tokens: this sequence holds 4"):
+                step(exit_layer, np.array([5]))
+        assert sequence.length == 4 and sequence.tokens.tolist() == [[1, 2, 3, 4]]
+        assert_equal(sequence.advance(exit_layer, []), from_scratch(tiny_engine, exit_layer, sequence.tokens, 1))
+
+
+def test_a_closed_engine_is_one_line(with_engine_sets: Callable[[str], Bundle]) -> None:
+    for backend in ("lowered", "portable", "packed", "device-fused"):
+        engine = BACKENDS[backend](with_engine_sets("llama"))
+        sequence = engine.new_sequence(max_length=16)
+        sequence.advance(2, [1, 2, 3])
+        sequence.step(2, np.array([4]))
+        engine.close()
+        engine.close()
+        for call in (
+            lambda s=sequence: s.advance(2, [4]),
+            lambda s=sequence: s.step(2, np.array([4])),
+            lambda s=sequence: s.step_best(2, np.array([4])),
+            lambda s=sequence: s.run_stage(1, 1),
+            lambda s=sequence: s.run_balcony(3, 1),
+            lambda s=sequence: s.catch_up(),
+            lambda s=sequence: s.rollback(0),
+            engine.new_sequence,
+        ):
+            with pytest.raises(InputError, match="this bundle was closed: load it again"):
+                call()
 
 
 def test_sequences_do_not_disturb_one_another(subject: Engine, tiny_engine: Engine) -> None:

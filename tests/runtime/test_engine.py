@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import mmap
 import os
+import re
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +21,108 @@ import onnx
 import pytest
 
 from balcony_edge.bundle import Bundle, fingerprint, sha256_file
+from balcony_edge.device import available_cpus
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.manifest import MANIFEST
-from balcony_runtime.engine import Engine
+from balcony_runtime.engine import Engine, Sequence
 
 
-@pytest.mark.parametrize(("graphs", "bucket"), [("lowered", 1), ("portable", 128)])
-def test_memory_is_bounded_and_reported(tiny: Any, graphs: str, bucket: int) -> None:
+def resident_bytes(arrays: list[Any]) -> int:
+    """What the kernel says of the mappings that arrays lie in."""
+    places = [array.ctypes.data for array in arrays]
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = any(int(bounds[1], 16) <= place < int(bounds[2], 16) for place in places)
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def arrays_of(sequence: Sequence) -> list[Any]:
+    state: Any = sequence.state
+    return [state._rows, state._logits, *(array for cache in state._caches.values() for array in cache.held.arrays)]
+
+
+@pytest.mark.parametrize("graphs", ["lowered", "portable"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_memory_is_taken_as_rows_come_and_reported_as_it_is(tiny: Any, graphs: str, batch: int) -> None:
     bundle = Bundle.open(tiny.path)
     with Engine.of(bundle if graphs == "lowered" else bundle.portable()) as engine:
-        sequence = engine.new_sequence(max_length=200)
-        before = sequence.state.memory_bytes
-        assert before == 4 * 200 * 32 * 4  # four boundaries of 32 floats
-        sequence.advance(5, [1])
-        assert sequence.state.memory_bytes - before == 5 * 2 * bucket * 32 * 4  # keys and values of five layers
-        sequence.advance(2, list(range(100)))
-        sequence.advance(5, list(range(99)))
-        rows = 200 if bucket == 1 else 256
-        balcony = 101 if bucket == 1 else 128
-        assert sequence.state.memory_bytes - before == (5 * rows + balcony) * 2 * 32 * 4
-        decoded = engine.new_sequence(max_length=200)
-        for token in range(50):
-            decoded.step(5, np.array([token]))
-        rows = 50 if bucket == 1 else 128
-        assert decoded.state.memory_bytes - before == 5 * rows * 2 * 32 * 4
+        gc.collect()  # mappings next to each other are one to the kernel
+        sequence = engine.new_sequence(batch_size=batch, max_length=256)
+        logits = sequence.state._logits.nbytes  # type: ignore[attr-defined]
+        assert resident_bytes(arrays_of(sequence)) == 0 and sequence.state.memory_bytes == logits
+
+        def reported() -> int:
+            # the array of logits is counted whole; what ends in a page takes all of it
+            assert abs(resident_bytes(arrays_of(sequence)) - sequence.state.memory_bytes) <= mmap.PAGESIZE
+            return int(sequence.state.memory_bytes) - logits
+
+        sequence.advance(5, [[1]] * batch)
+        segments = 2 * 2 if graphs == "lowered" else 2  # keys and values, of each head where the graphs have them apart
+        assert reported() == batch * (4 + 5 * segments) * mmap.PAGESIZE  # four boundaries, five layers, one row: a page
+        deep = arrays_of(sequence)[0][2:].copy()
+        sequence.advance(2, [list(range(100))] * batch)
+        shallow = reported()
+        assert np.array_equal(arrays_of(sequence)[0][2:], deep)
+        sequence.advance(5, [])
+        assert reported() > 1.3 * shallow
+        for token in range(150):
+            sequence.step(5, np.array([token] * batch))
+        everything = 4 * 251 * 32 * 4 + (5 * 251 + 101) * 2 * 32 * 4
+        assert batch * everything <= reported() <= 1.25 * batch * everything  # 25 %: rows of 128 bytes, pages of 4 kB
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_interrupt_at_any_point_of_a_growing_cache_leaves_the_logits_right(
+    tiny: Any, tiny_engine: Engine, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at every instruction of growing, and at every line around it; then the sequence goes on as if nothing was."""
+    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_state.BUCKET", 8)
+    tokens = np.random.default_rng(3).integers(0, 320, (batch, 20))
+    want = {e: tiny_engine.new_sequence(batch_size=batch).advance(e, tokens)[:, 0] for e in (2, 5)}
+    growing = {"grow", "_reserve", "_bucketed", "zeros", "touched_bytes"}
+
+    class Interrupts:
+        def __init__(self, at: int) -> None:
+            self.left = at
+
+        def __call__(self, frame: Any, event: str, _: object) -> Any:
+            if "balcony_runtime/backends" not in frame.f_code.co_filename:
+                return None
+            frame.f_trace_opcodes = inside = frame.f_code.co_name in growing
+            if event == ("opcode" if inside else "line"):
+                self.left -= 1
+                if self.left == 0:
+                    raise KeyboardInterrupt
+            return self
+
+    with Engine.of(Bundle.open(tiny.path).portable()) as engine:
+        point = interrupted = 0
+        while point == interrupted * batch:
+            point += batch  # of a batch every third, which takes seconds as it is
+            sequence = engine.new_sequence(batch_size=batch)
+            sequence.advance(5, tokens[:, :6])
+            sequence.step(5, tokens[:, 6])
+            sequence.step(2, tokens[:, 7])
+            before = sys.gettrace()
+            sys.settrace(Interrupts(point))
+            try:
+                sequence.step(5, tokens[:, 8])
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                sys.settrace(before)
+            if point % 2:  # what was bound to the smaller cache must not come back either
+                sequence.rollback(5)
+            for exit_layer, stop in ((2, 10), (5, 19)):
+                sequence.advance(exit_layer, tokens[:, sequence.length : stop])
+            for exit_layer in (2, 5):
+                sequence.rollback(19)
+                logits = sequence.step(exit_layer, tokens[:, 19])
+                assert np.abs(logits - want[exit_layer]).max() <= 1e-4 * np.abs(want[exit_layer]).max(), point
+        assert interrupted > 250
 
 
 def test_no_pass_takes_more_rows_than_allowed(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +147,66 @@ def test_no_pass_takes_more_rows_than_allowed(tiny: Any, monkeypatch: pytest.Mon
                 last = sequence.advance(exit_layer, list(range(count)))[0, 0]
                 assert np.abs(last - whole[exit_layer][count - 10]).max() <= 1e-5 * np.abs(last).max() or count < 10
             assert max(passes) == 16
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "passes"),
+    [
+        (16, 1, [(0, 16, 1)]),
+        (17, 1, [(0, 16, 0), (16, 17, 1)]),
+        (17, 17, [(0, 16, 16), (16, 17, 1)]),
+        (20, 8, [(0, 12, 0), (12, 20, 8)]),
+        (49, 40, [(0, 9, 0), (9, 25, 16), (25, 41, 16), (41, 49, 8)]),
+    ],
+)
+def test_a_balconys_backlog_ends_where_what_is_asked_begins(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, rows: int, asked: int, passes: list[tuple[int, int, int]]
+) -> None:
+    """``(start, stop, queries)`` of each pass of at most 16 rows: none twice, none left out, no more passes than it takes."""
+    monkeypatch.setattr("balcony_runtime.engine.MAX_PASS_ROWS", 16)
+    with Engine.open(tiny.path) as engine:
+        sequence = engine.new_sequence()
+        run, seen = sequence.state.run_exit, []
+        monkeypatch.setattr(
+            sequence.state, "run_exit", lambda index, *place: (seen.append(place), run(index, *place))[1]
+        )
+        sequence.advance(3, list(range(rows)), num_logits=asked)
+        assert seen == passes
+
+
+def test_backlog_is_worked_off_as_far_as_the_stage_before_has_come(tiny: Any) -> None:
+    with Engine.open(tiny.path) as engine:
+        sequence = engine.new_sequence()
+        sequence.advance(2, list(range(20)))
+        assert sequence.run_balcony(3, 99) == sequence.run_stage(2, 99) == 0
+        assert sequence.run_stage(1, 7) == 7 and sequence.run_balcony(3, 99) == 7 and sequence.run_balcony(3, 99) == 0
+        got = sequence.advance(3, [])
+        want = engine.new_sequence().advance(3, list(range(20)))
+        assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("exit_layer", [2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decode_steps_follow_a_cache_that_has_grown(
+    tiny: Any, tiny_engine: Engine, batch: int, exit_layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step was bound to before must not be what later rows are written to."""
+    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_state.BUCKET", 8)
+    tokens = np.random.default_rng(8).integers(0, 320, (batch, 40))
+    with Engine.of(Bundle.open(tiny.path).portable()) as engine:
+        sequence = engine.new_sequence(batch_size=batch)
+        sequence.advance(exit_layer, tokens[:, :4])
+        for row in (4, 5):
+            assert sequence.up_to_date(exit_layer)
+            sequence.step(exit_layer, tokens[:, row])
+        sequence.advance(5, tokens[:, 6:30])  # to 32 rows, by passes of several
+        sequence.rollback(6)
+        assert sequence.up_to_date(exit_layer)
+        sequence.step(exit_layer, tokens[:, 30])
+        for asked in (2, 3, 5):
+            got = sequence.advance(asked, tokens[:, 31:32])
+            want = tiny_engine.new_sequence(batch_size=batch).advance(asked, sequence.tokens)
+            assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
 def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_rows_to_do(tiny: Any) -> None:
@@ -190,8 +335,8 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
             assert np.array_equal(apart.step(exit_layer, ids), joined.step(exit_layer, ids))
         assert {file.name: file.stat().st_mtime_ns for file in home.iterdir()} == made
     shutil.rmtree(home)
-    for pid in (os.getpid(), 2**22 + 1):  # left by killed processes, one of which had our number
-        (packed / f".{home.name}.partial-{pid}").mkdir()
+    for leftover in (os.getpid(), "0a1b2c3d"):  # of killed writers
+        (packed / f".{home.name}.partial-{leftover}").mkdir()
     with Engine.open(path, packed=packed):
         assert {file.name for file in home.iterdir()} == made.keys() and list(packed.iterdir()) == [home]
     next(home.glob("*.weights")).unlink()
@@ -203,3 +348,74 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
     blocked.write_text("")
     with pytest.raises(InputError, match="packed weights cannot be written"):
         Engine.open(path, packed=blocked / "packed")
+
+
+def test_threads_and_processes_that_pack_at_once_all_get_the_weights(tiny: Any, tmp_path: Path) -> None:
+    with Engine.open(tiny.path) as engine:
+        want = engine.new_sequence(max_length=8).advance(5, [3, 1, 4])
+    program = (
+        "import sys; from balcony_runtime.engine import Engine\n"
+        "with Engine.open(sys.argv[1], packed=sys.argv[2]) as engine:\n"
+        "    engine.new_sequence(max_length=8).advance(5, [3, 1, 4])\n"
+    )
+    for run in range(20):
+        packed = tmp_path / str(run)
+        others = range(2 * (run == 0))
+        processes = [subprocess.Popen([sys.executable, "-c", program, str(tiny.path), str(packed)]) for _ in others]
+        together = threading.Barrier(8)
+
+        def load(_: int, packed: Path = packed, together: threading.Barrier = together) -> bool:
+            together.wait()
+            with Engine.open(tiny.path, packed=packed, verify_hashes=False) as engine:
+                return np.array_equal(engine.new_sequence(max_length=8).advance(5, [3, 1, 4]), want)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(load, range(8))) == [True] * 8
+        assert [process.wait(120) for process in processes] == [0 for _ in others]
+        assert len(list(packed.iterdir())) == 1
+
+
+def test_a_disk_that_is_full_of_packed_weights_is_one_line_and_left_empty(tiny: Any, small_disk: Path) -> None:
+    with pytest.raises(InputError, match=r"packed weights cannot be written .*: free space or name another place"):
+        Engine.open(tiny.path, packed=small_disk / "packed")
+    assert list((small_disk / "packed").iterdir()) == []
+
+
+def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) -> None:
+    from balcony_runtime.backends.onnxruntime_state import bound_run
+
+    class Elsewhere:
+        """A session of a version that keeps its own object under another name."""
+
+        def __init__(self, session: Any) -> None:
+            self.run_with_iobinding = session.run_with_iobinding
+
+    with Engine.open(tiny.path) as engine:
+        sequence, want = engine.new_sequence(max_length=8), engine.new_sequence(max_length=8)
+        for token in (1, 2):
+            expected = want.step(5, np.array([token]))
+        sequence.advance(5, [1])
+        state: Any = sequence.state
+        sequence.step(5, np.array([2]))
+        names = engine.manifest.path_graphs(5)
+        runs = [bound_run(Elsewhere(engine.backend.sessions[n]), state._one_row(n)) for n in names]  # type: ignore[attr-defined]
+        state._programs[2] = state._programs[2]._replace(runs=runs)
+        sequence.rollback(1)
+        state._logits[:] = 0
+        assert np.array_equal(sequence.step(5, np.array([2])), expected)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 5000, 1.5, "2"])
+def test_threads_that_cannot_work_are_refused(tiny: Any, threads: Any) -> None:
+    with pytest.raises(
+        InputError, match=rf"threads = {threads!r}: this process may use \d+ CPUs: give a whole number from 1"
+    ):
+        Engine.open(tiny.path, threads=threads)
+
+
+def test_more_threads_than_cpus_are_warned_of(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    cpus = available_cpus()
+    with Engine.open(tiny.path, threads=cpus) as engine:
+        assert engine.backend.threads == cpus and caplog.text == ""
+    with Engine.open(tiny.path, threads=cpus + 1):
+        assert f"threads = {cpus + 1}, but this process may use {cpus} CPUs: fewer threads are faster" in caplog.text

@@ -322,3 +322,62 @@ def test_least_agreement_needs_an_evaluated_bundle(llm: LLM) -> None:
     ):
         llm.budget = Budget(min_agreement=0.5)
     assert llm.budget == Budget()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "pattern"),
+    [
+        (lambda llm: llm.generate(b"hi"), InputError, "prompt of type bytes: give a text, messages or token ids"),
+        (lambda llm: llm.generate(bytearray(b"hi")), InputError, "prompt of type bytearray"),
+        (lambda llm: llm.generate(None), InputError, "prompt of type NoneType"),
+        (lambda llm: llm.generate(5), InputError, "prompt of type int"),
+        (lambda llm: llm.encode(None), InputError, "prompt of type NoneType"),
+        (lambda llm: llm.generate_batch("ab", max_new_tokens=2), InputError, "prompts: one text: give a list"),
+        (lambda llm: llm.stream("hi", sampling={"top_k": 1}), InputError, "sampling = .*: must be SamplingParams"),
+        (lambda llm: llm.stream("hi", max_new_tokens=2.5), InputError, "max_new_tokens = 2.5: must be a whole number"),
+        (lambda llm: llm.stream("hi", max_new_tokens="2"), InputError, "max_new_tokens = '2': must be a whole number"),
+        (lambda llm: llm.generate_batch([[1]], max_new_tokens=2.5), InputError, "max_new_tokens = 2.5"),
+        (lambda llm: llm.stream("hi", logprobs=1.5), InputError, "logprobs = 1.5: must be a whole number"),
+        (lambda llm: llm.stream("hi", stop=None), InputError, "stop = None: must be a list of strings"),
+        (lambda llm: llm.chat(system=5), InputError, "system of type int: give a text"),
+        (lambda llm: llm.chat().send(5), InputError, "message of type int: give a text"),
+        (lambda llm: setattr(llm, "budget", "nowhere.toml"), BudgetError, "nowhere.toml: there is no such file"),
+        (lambda llm: setattr(llm, "budget", {"tpot_ms": 5}), BudgetError, "budget = .*: must be a Budget, the path of"),
+        (
+            lambda llm: setattr(llm.budget, "tpot_ms", 4),
+            BudgetError,
+            "tpot_ms = 4: a budget does not change: set a new",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_one_line(tiny: Any, call: Any, error: type[Exception], pattern: str) -> None:
+    with balcony_edge.load(tiny.path) as llm, pytest.raises(error, match=pattern) as caught:
+        call(llm)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_may_be_set_as_it_is_loaded(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "shallow.toml").write_text("exit_layer = 2\n")
+    with balcony_edge.load(tiny.path) as llm:
+        llm.budget = tmp_path / "shallow.toml"
+        assert llm.budget == Budget(exit_layer=2)
+        llm.budget = None
+        assert llm.budget == Budget()
+
+
+def test_a_closed_bundle_is_one_line(tiny: Any) -> None:
+    llm = balcony_edge.load(tiny.path)
+    left = llm.stream("the fox", max_new_tokens=9, ignore_eos=True)
+    next(left)
+    chat = llm.chat()
+    llm.close()
+    for call in (
+        lambda: next(left),
+        lambda: next(chat.send("hi")),
+        lambda: llm.generate("hi"),
+        llm.chat,
+        lambda: llm.costs,
+        lambda: setattr(llm, "budget", Budget(tpot_ms=5)),
+    ):
+        with pytest.raises(InputError, match="this bundle was closed: load it again"):
+            call()

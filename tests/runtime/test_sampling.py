@@ -66,7 +66,18 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
         ({"presence_penalty": float("inf")}, "presence_penalty = inf"),
         ({"logit_bias": {1: float("nan")}}, "logit_bias = "),
-        ({"logit_bias": {1: -1e39}}, "every bias must be between ±1e\\+06"),
+        ({"logit_bias": {"a": 1.0}}, r"logit_bias = .'a': 1.0.: must give token ids a bias"),
+        ({"logit_bias": {1: "a"}}, "logit_bias = .*: must give token ids a bias"),
+        ({"logit_bias": {1.5: 1.0}}, "logit_bias = .*: must give token ids a bias"),
+        ({"logit_bias": [1]}, r"logit_bias = \[1\]: must give token ids a bias"),
+        ({"seed": 1.5}, r"seed = 1.5: must be a whole number"),
+        ({"top_k": 1.5}, r"top_k = 1.5: must be a whole number"),
+        ({"temperature": "hot"}, r"temperature = 'hot': must be a finite number"),
+        ({"temperature": None}, r"temperature = None: must be a finite number"),
+        ({"repetition_penalty": 1e308}, r"repetition_penalty = 1e\+308: must be a number from 1e-06 to 1e\+06"),
+        ({"repetition_penalty": 1e-308}, r"repetition_penalty = 1e-308"),
+        ({"presence_penalty": -1e308}, r"presence_penalty = -1e\+308: must be a number within ±1e\+06"),
+        ({"logit_bias": {1: -1e39}}, r"between ±1e\+06 each; use -100"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, float], pattern: str) -> None:
@@ -81,6 +92,16 @@ def test_logits_that_are_no_numbers_are_refused(temperature: float, bad: float) 
     logits[0, 2] = bad
     with pytest.raises(InputError, match="NaN or infinity"):
         Sampler(SamplingParams(temperature=temperature), PROMPT, 5).pick(logits)
+
+
+def test_ties_are_kept_by_min_p_and_ended_by_top_p() -> None:
+    equal = np.zeros(4, np.float32)  # 0.25 each, exactly
+    assert candidates(equal, SamplingParams(temperature=1.0, top_p=0.5))[0].tolist() == [0, 1]
+    halved = np.array([1.0, 0.0], np.float32)
+    _, (likely, less) = candidates(halved, SamplingParams(temperature=1.0))
+    share = next(s for s in (less / likely, np.nextafter(less / likely, 0)) if s * likely == less)
+    assert candidates(halved, SamplingParams(temperature=1.0, min_p=share))[0].tolist() == [0, 1]
+    assert candidates(halved, SamplingParams(temperature=1.0, min_p=np.nextafter(share, 1)))[0].tolist() == [0]
 
 
 def test_min_p_keeps_what_is_likely_enough() -> None:

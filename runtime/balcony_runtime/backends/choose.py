@@ -9,6 +9,7 @@ from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BalconyError, BundleError, InputError
 from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.base import Backend
+from balcony_runtime.backends.installed import checked_onnxruntime
 
 #: ``cpu``: ONNX Runtime on the CPU; ``cuda``, ``nv``: ONNX Runtime on an NVIDIA GPU by that provider; ``tensorrt``: engines.
 DeviceName = Literal["auto", "cpu", "cuda", "nv", "tensorrt"]
@@ -35,10 +36,8 @@ def choose(manifest: Manifest) -> Choice:
     for name, engines in manifest.engines.items():
         if engines.engines and (not engines.compute_capabilities or capability in engines.compute_capabilities):
             return Choice("tensorrt", name, f"it has engines for this GPU (compute capability {capability})")
-    import onnxruntime  # noqa: PLC0415 - an extra
-
     name = next(iter(manifest.engines))
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if "CUDAExecutionProvider" in checked_onnxruntime().get_available_providers():
         return Choice("cuda", name, f"no engines for compute capability {capability}; ONNX Runtime has CUDA")
     return Choice("cpu", None, f"no engines for compute capability {capability}, and ONNX Runtime has no CUDA here")
 

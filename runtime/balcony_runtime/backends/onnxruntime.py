@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
-import os
+import errno
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,21 +18,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from balcony_edge.bundle import Bundle
-from balcony_edge.errors import BundleError, MissingDependencyError
+from balcony_edge.device import available_cpus, checked_threads
+from balcony_edge.errors import BundleError
 from balcony_edge.manifest import GraphSpec, Manifest
+from balcony_runtime.backends.installed import checked_onnxruntime
 
-try:
+if checked_onnxruntime():  # refuses one that cannot run bundles, before the modules below import it
     import onnxruntime as ort
-except ImportError as error:
-    raise MissingDependencyError(
-        "ONNX Runtime is not installed: pip install 'balcony-edge[cpu]' (or '[gpu]', never both: they overwrite each other)"
-    ) from error
-
-if _both := [d for d in ("onnxruntime", "onnxruntime-gpu") if any(importlib.metadata.distributions(name=d))][1:]:
-    raise MissingDependencyError(
-        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-        "pip uninstall onnxruntime onnxruntime-gpu, then install 'balcony-edge[cpu]' or 'balcony-edge[gpu]'"
-    )
 
 from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
 from balcony_runtime.backends.packed_weights import packed_graphs
@@ -40,11 +32,6 @@ from balcony_runtime.token_table import TokenTable
 
 _pool_lock = threading.Lock()
 _pool_asked = False
-
-
-def default_threads() -> int:
-    """Number of CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_session(
@@ -69,7 +56,7 @@ def open_session(
         BundleError: the file is no graph that ONNX Runtime can run.
     """
     global _pool_asked  # noqa: PLW0603 - the pool is the process's, not an object's: it is asked for once
-    count = threads or default_threads()
+    count = threads or available_cpus()
     with _pool_lock:
         if not _pool_asked:
             _pool_asked = True
@@ -162,9 +149,10 @@ class OnnxRuntimeBackend:
 
         Raises:
             BundleError: a graph cannot be loaded or differs from the manifest.
+            InputError: more threads than can work.
         """
         self.manifest: Manifest = bundle.manifest
-        self.threads = threads or default_threads()
+        self.threads = threads = checked_threads(threads)
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory as it is
         self._profile_prefix = profile_prefix
@@ -227,7 +215,18 @@ def _trim_heap() -> None:
 
 
 def _pack(source: Path, target: Path, threads: int | None) -> None:
-    open_session(source, threads=threads, pack_to=target)
+    """Write the packed form of a graph.
+
+    Raises:
+        BundleError: the graph cannot be loaded.
+        OSError: it can, but its packed form cannot be written. ONNX Runtime says neither which of the two nor why.
+    """
+    try:
+        open_session(source, threads=threads, pack_to=target)
+    except BundleError as error:
+        open_session(source, threads=threads)
+        free_mb = shutil.disk_usage(target.parent).free // 10**6
+        raise OSError(errno.EIO, f"ONNX Runtime failed with {free_mb} MB free on the disk") from error
 
 
 def _first_line(error: Exception) -> str:

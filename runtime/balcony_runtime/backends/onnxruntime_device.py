@@ -15,6 +15,7 @@ from balcony_edge.bundle import Bundle
 from balcony_edge.errors import DeviceError
 from balcony_runtime.backends.device import Device, HostDevice, Region
 from balcony_runtime.backends.device_state import DeviceBackend
+from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.onnxruntime import open_session
 
 #: Name → the providers of ONNX Runtime that it means, in order of preference, and the kind of memory that they bind.
@@ -35,12 +36,20 @@ class OnnxRuntimeExecutor:
 
     def __init__(self, directory: Path, files: Mapping[str, str], provider: str, options: dict[str, Any]) -> None:
         name, self._memory = PROVIDERS[provider]
+        if name not in checked_onnxruntime().get_available_providers():
+            raise DeviceError(
+                f"--device {provider}: this build of ONNX Runtime has no {name}: "
+                "pip uninstall onnxruntime, then install 'balcony-edge[gpu]'; or run with --device cpu"
+            )
         providers = [(name, options)] if options else [name]
         # on the CPU it is the files that are to be checked: fused with its DequantizeLinear a product would round its inputs
         entries = {"session.disable_quant_qdq": "1"} if provider == "cpu" else None
         self._sessions = {
             graph: open_session(directory / file, providers=providers, entries=entries) for graph, file in files.items()
         }
+        if strays := [graph for graph, session in self._sessions.items() if session.get_providers()[0] != name]:
+            # ONNX Runtime goes on with the CPU, with a warning, where a library of the provider's is missing
+            raise DeviceError(f"{strays[0]}: ONNX Runtime could not start {name}: see `balcony-edge doctor`")
 
     def prepare(self, graph: str, tensors: Mapping[str, Region]) -> Callable[[], None]:
         session = self._sessions[graph]

@@ -1,15 +1,13 @@
 """One sequence's memory for ONNX Runtime: row buffers, KV caches, and the bindings of graphs to them.
 
-Owns the arrays and how they are bound. Standard ``Attention`` pays for the whole key length that it is given, so its
-caches are bound as prefixes of bucketed length; the lowered set's ``GroupQueryAttention`` reads live rows only, so its
-caches are bound whole, once. Sessions and weights are :mod:`.onnxruntime`'s.
+Owns how arrays are bound. Standard ``Attention`` pays for the whole key length that it is given, so its caches are bound as
+prefixes of bucketed length; the lowered set's ``GroupQueryAttention`` reads live rows only, so its caches are bound whole,
+once. Sessions and weights are :mod:`.onnxruntime`'s, allocation is :mod:`.host_memory`'s.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from struct import Struct
@@ -22,6 +20,7 @@ import onnxruntime as ort
 from balcony_edge.errors import BundleError
 from balcony_edge.manifest import GraphSpec
 from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.backends.host_memory import touched_bytes, zeros
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -34,100 +33,95 @@ _RUN_OPTIONS = ort.RunOptions()
 _RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
 
-class _Cache(ABC):
+class _Held(NamedTuple):
+    """What a cache is made of: room for so many rows, the tensors, and the same for bindings."""
+
+    capacity: int
+    arrays: list[npt.NDArray[Any]]
+    values: list[Any]
+
+
+class _Cache:
     """KV tensors of one graph, or of a balcony's two graphs."""
+
+    #: Of the tensors: along which rows lie.
+    rows_axis: int
 
     def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
         pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_")]
         self.names = [tensor.name for tensor in pasts]
+        self.dtypes = [tensor.dtype for tensor in pasts]
         self.batch_size = batch_size
         self.sizes = [dim for dim in pasts[0].shape if isinstance(dim, int)]
-        self.width = math.prod(self.sizes)
-        self.max_capacity = -(-max_length // BUCKET) * BUCKET
-        self.rows = 0  # reserved
-        # zeros that the system hands out as they are touched
-        self.flat = [np.zeros(batch_size * self.max_capacity * self.width, tensor.dtype) for tensor in pasts]
-        self.values: list[Any] = []
+        self.max_capacity = _bucketed(max_length)
+        self.rows = 0  # reached so far
+        self.held = _Held(0, [], [])
 
-    @abstractmethod
-    def reserve(self, rows: int) -> bool:
-        """Make room for ``rows`` rows; True when that changed what is bound."""
+    def grow(self, rows: int) -> None:
+        """Make room for ``rows`` rows, more than there is room for; what was bound before must be bound again.
 
-    @property
-    @abstractmethod
-    def capacity(self) -> int:
-        """Rows for which the present bindings are good."""
+        ``held`` changes as a whole and last: after an interrupt it is the old one.
+        """
+        raise NotImplementedError  # only caches that are bound as prefixes grow
+
+    def touched_bytes(self) -> int:
+        """Memory that the rows so far take."""
+        return sum(touched_bytes(array, self.rows_axis, self.rows) for array in self.held.arrays)
 
     def bind(self, binding: Any, member: int | None = None) -> None:
         """Bind the tensors of all members of a batch, or of one."""
-        for name, value in zip(self.names, self.values if member is None else self.of_member(member), strict=True):
+        values = self.held.values
+        if member is not None:
+            values = [_value(array[member : member + 1]) for array in self.held.arrays]
+        for name, value in zip(self.names, values, strict=True):
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(name.replace("past_", "present_", 1), value)
-
-    def of_member(self, member: int) -> list[Any]:
-        """The tensors of one member of the batch."""
-        raise NotImplementedError  # only caches that are bound whole are asked
 
     def largest(self) -> dict[str, npt.NDArray[np.float32]]:
         """Input → largest size of each channel."""
         raise NotImplementedError  # only caches by head are asked
 
-    @property
-    def nbytes(self) -> int:
-        return len(self.flat) * self.batch_size * self.rows * self.width * self.flat[0].itemsize
-
 
 class _PrefixCache(_Cache):
-    """(B, S, F): for one sequence growing binds a longer prefix and moves nothing; a batch's members move apart."""
+    """(B, S, F): for one sequence growing binds a longer prefix and moves nothing; a batch's members are copied."""
 
-    @property
-    def capacity(self) -> int:
-        return self.rows
+    rows_axis = 1
 
-    def reserve(self, rows: int) -> bool:
-        if rows <= self.rows:
-            return False
-        capacity = min(-(-rows // BUCKET) * BUCKET, self.max_capacity)
-        self.values = []
-        for flat in self.flat:
-            new, old = self._view(flat, capacity), self._view(flat, self.rows)
-            for member in range(self.batch_size - 1, 0, -1):
-                new[member, : self.rows] = old[member].copy()
-                new[member, self.rows :] = 0
-            self.values.append(_value(new))
-        self.rows = capacity
-        return True
+    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
+        super().__init__(graph, batch_size, max_length)
+        self._whole = [zeros((1, self.max_capacity, *self.sizes), dtype) for dtype in self.dtypes if batch_size == 1]
 
-    def _view(self, flat: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
-        return flat[: self.batch_size * capacity * self.width].reshape(self.batch_size, capacity, self.width)
+    def grow(self, rows: int) -> None:
+        capacity, old = min(_bucketed(rows), self.max_capacity), self.held
+        arrays = [whole[:, :capacity] for whole in self._whole]
+        if not arrays:
+            arrays = [zeros((self.batch_size, capacity, *self.sizes), dtype) for dtype in self.dtypes]
+            for new, array in zip(arrays, old.arrays, strict=False):  # no old ones at first
+                new[:, : old.capacity] = array
+            self.rows = max(self.rows, old.capacity)
+        self.held = _Held(capacity, arrays, [_value(array) for array in arrays])
 
 
 class _WholeCache(_Cache):
     """(B, H, S, d): bound whole, once; pages that no row has reached take no memory."""
 
-    @property
-    def capacity(self) -> int:
-        return self.max_capacity
+    rows_axis = 2
 
-    def reserve(self, rows: int) -> bool:
-        self.rows = max(self.rows, rows)
-        if self.values:
-            return False
-        self.values = [_value(self._tensor(flat)) for flat in self.flat]
-        return True
-
-    def of_member(self, member: int) -> list[Any]:
-        return [_value(self._tensor(flat)[member : member + 1]) for flat in self.flat]
+    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
+        super().__init__(graph, batch_size, max_length)
+        heads, head_dim = self.sizes
+        arrays = [zeros((batch_size, heads, self.max_capacity, head_dim), dtype) for dtype in self.dtypes]
+        self.held = _Held(self.max_capacity, arrays, [_value(array) for array in arrays])
 
     def largest(self) -> dict[str, npt.NDArray[np.float32]]:
         return {
-            name: np.abs(self._tensor(flat)[:, :, : self.rows]).max(axis=(0, 2)).astype(np.float32)
-            for name, flat in zip(self.names, self.flat, strict=True)
+            name: np.abs(array[:, :, : self.rows]).max(axis=(0, 2)).astype(np.float32)
+            for name, array in zip(self.names, self.held.arrays, strict=True)
         }
 
-    def _tensor(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        heads, head_dim = self.sizes
-        return flat.reshape(self.batch_size, heads, self.max_capacity, head_dim)
+
+def _bucketed(rows: int) -> int:
+    return -(-rows // BUCKET) * BUCKET
 
 
 class _Program(NamedTuple):
@@ -166,11 +160,11 @@ class OnnxRuntimeState:
         layers = manifest.exit_layers
         self._layers = (0, *layers)  # of each boundary
         boundaries = len(self._layers)
-        self._rows = np.zeros((boundaries, batch_size, max_length, dim), dtype)
+        self._rows = zeros((boundaries, batch_size, _bucketed(max_length), dim), dtype)
         self._row = np.zeros((boundaries, batch_size, 1, dim), dtype)  # the one row of a bound pass, at each boundary
         self._row_values = [_value(row) for row in self._row]
         self._hidden = _value(np.zeros((batch_size, 1, dim), dtype))
-        self._logits = np.zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
+        self._logits = zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
         # where a pass stands, as its graph wants to be told: start and last of each member, and the total, in one buffer
         self._place = Struct(f"={batch_size}q{batch_size + 1}i")
         self._standing = bytearray(self._place.size)
@@ -194,10 +188,13 @@ class OnnxRuntimeState:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of row buffers and of KV caches, as far as rows have been reserved."""
+        """Bytes of the logits' array, and of row buffers and KV caches as far as rows have reached them."""
         self._reserve_decoded()
-        caches = {id(cache): cache.nbytes for cache in self._caches.values()}
-        return self._rows.nbytes + sum(caches.values())
+        caches = {id(cache): cache.touched_bytes() for cache in self._caches.values()}
+        # a stage writes the boundary after it, and stage 0 takes all rows that boundary 0 has
+        reached = [self._caches[f"stage_{max(boundary - 1, 0)}"].rows for boundary in range(len(self._layers))]
+        rows = sum(touched_bytes(part, 1, count) for part, count in zip(self._rows, reached, strict=True))
+        return self._logits.nbytes + rows + sum(caches.values())
 
     def largest_cached(self) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
         """Graph → input → largest size of each channel of its cache, over members and rows  # (KV heads, head size)"""
@@ -208,8 +205,7 @@ class OnnxRuntimeState:
         """Count the rows of decode steps, which reserve none: their arrays are bound whole."""
         for exit_index, rows in self._decoded.items():
             for name in self._manifest.path_graphs(self._layers[exit_index + 1]):
-                if name in self._caches:
-                    self._caches[name].reserve(rows)
+                self._reserve(name, rows)
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """One row through all graphs on the way to an exit."""
@@ -314,7 +310,7 @@ class OnnxRuntimeState:
         for name in names:
             self._reserve(name, row + 1)
         caches = [self._caches[name] for name in names if name in self._caches]
-        good_for = min(cache.capacity for cache in caches)
+        good_for = min(cache.held.capacity for cache in caches)
         if (path := self._backend.paths.get(self._layers[exit_index + 1])) is not None:
             runs = [bound_run(path, self._path_binding(path, caches))]
         else:
@@ -331,11 +327,16 @@ class OnnxRuntimeState:
         return binding
 
     def _reserve(self, name: str, rows: int) -> None:
-        """Make room in a graph's cache; where that moves its bindings, those that were made are dropped."""
-        if name in self._caches and self._caches[name].reserve(rows):
-            self._bound.pop(name, None)
+        """Make room in a graph's cache. What is bound to the smaller one is dropped first: an interrupt may come between."""
+        cache = self._caches.get(name)
+        if cache is None:
+            return
+        if rows > cache.held.capacity:
+            self._bound.clear()
             self._bound_rows.clear()
             self._programs.clear()
+            cache.grow(rows)
+        cache.rows = max(cache.rows, rows)
 
     def _one_row(self, name: str) -> Any:
         """The binding of a graph's one-row pass."""
@@ -391,12 +392,16 @@ class OnnxRuntimeState:
 
 
 def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], object]:
-    """A run of ONNX Runtime's own session object.
+    """A run of ONNX Runtime's own session object, or the public call where a version keeps it elsewhere.
 
     ``InferenceSession.run_with_iobinding`` is a function in Python around it that sees to WebGPU's graphs: with cold caches it
     takes 20 to 40 µs of a decode step (docs/LOG.md).
     """
-    return partial(session._sess.run_with_iobinding, binding._iobinding, _RUN_OPTIONS)
+    run = getattr(getattr(session, "_sess", None), "run_with_iobinding", None)
+    inner = getattr(binding, "_iobinding", None)
+    if run is None or inner is None:
+        return partial(session.run_with_iobinding, binding, _RUN_OPTIONS)
+    return partial(run, inner, _RUN_OPTIONS)
 
 
 def _bound(

@@ -13,7 +13,6 @@ over the same packed files, and a token is one run of ONNX Runtime instead of on
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import onnxruntime as ort
 from balcony_edge.bundle import Bundle
 from balcony_edge.device import this_device
 from balcony_edge.errors import InputError
-from balcony_edge.files import partial_directory
+from balcony_edge.files import locked, partial_directory
 from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.joined_graph import Part, join
 
@@ -35,7 +34,7 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
     Args:
         bundle: what to pack.
         directory: where packed weights are kept, one directory a bundle, processor and version.
-        pack: makes the packed form (second argument) of a graph's file (first one).
+        pack: makes the packed form (second argument) of a graph's file (first one); OSError where it cannot be written.
 
     Raises:
         InputError: the directory cannot be written, or the disk is full.
@@ -46,21 +45,20 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
     graphs = {name: spec.file for name, spec in bundle.manifest.runnable.items() if name != "backbone"}
     paths = {f"path_{layer}": f"path_{layer}.onnx" for layer in bundle.manifest.exit_layers}
     if not home.is_dir():
-        part = partial_directory(home)
         try:
-            part.mkdir(parents=True)
-            for file in graphs.values():
-                pack(bundle.file(file), part / file)
-            for layer in bundle.manifest.exit_layers:
-                (part / paths[f"path_{layer}"]).write_bytes(joined_step(bundle.manifest, layer, part))
-            part.rename(home)
+            directory.mkdir(parents=True, exist_ok=True)
+            with locked(directory), partial_directory(home) as part:  # whoever comes second waits, and finds them
+                if not home.is_dir():
+                    for file in graphs.values():
+                        pack(bundle.file(file), part / file)
+                    for layer in bundle.manifest.exit_layers:
+                        (part / paths[f"path_{layer}"]).write_bytes(joined_step(bundle.manifest, layer, part))
+                    part.rename(home)
         except OSError as error:
-            if not home.is_dir():  # another process may have been first
+            if not home.is_dir():  # without locks another process may have been first
                 raise InputError(
                     f"{directory}: packed weights cannot be written ({error.strerror}): free space or name another place"
                 ) from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return {name: home / file for name, file in (graphs | paths).items()}
 
 

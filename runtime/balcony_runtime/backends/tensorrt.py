@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BundleError, DeviceError
+from balcony_edge.files import write_atomically
 from balcony_edge.manifest import EngineSet
 from balcony_runtime.backends.cuda import CudaDevice
 from balcony_runtime.backends.device import Region
@@ -119,13 +119,10 @@ class _KernelCache:
         """Write what was compiled; a directory that cannot be written costs the next start its compilation, no more."""
         if self._cache is None or (now := bytes(self._cache.serialize())) == self._before:
             return
-        part = self._path.with_suffix(f".partial-{os.getpid()}")
         try:
-            part.write_bytes(now)
-            part.replace(self._path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            _log.warning("%s: compiled kernels are not kept (%s)", self._path, error.strerror)
+            write_atomically(self._path, now, BundleError, "make it writable to keep compiled kernels")
+        except BundleError as error:
+            _log.warning("%s", error)
 
 
 def open_backend(bundle: Bundle, engines: str, *, capture: bool = True, verify_hashes: bool = True) -> DeviceBackend:

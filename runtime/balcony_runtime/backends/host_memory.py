@@ -1,0 +1,45 @@
+"""Main memory that is taken page by page, as rows reach it.
+
+Owns how the arrays of a sequence are allocated. They are as long as the context, of which most replies use little, so they
+must cost neither memory nor time before something is written. An allocator's zeros promise neither: NumPy asks for pages of
+2 MB where the system offers them (one touched row then takes 2 MB for each head of each layer), and memory that was used
+before is cleared by hand. So each array is a mapping of its own, of small pages, which the system clears when they are touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+#: Windows knows no flags, and takes memory on the first touch without them.
+_OPTIONS: dict[str, Any] = {}
+if hasattr(mmap, "MAP_ANONYMOUS"):
+    _OPTIONS["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+
+
+def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array of zeros, on a page boundary, whose pages take memory when they are first written.
+
+    Raises:
+        MemoryError: there is no room in the address space.
+    """
+    count, kind = math.prod(shape), np.dtype(dtype)
+    try:
+        region = mmap.mmap(-1, max(count * kind.itemsize, 1), **_OPTIONS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"{count * kind.itemsize} bytes") from error
+    with contextlib.suppress(AttributeError, OSError):  # a system without large pages
+        region.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(region, kind, count).reshape(shape)
+
+
+def touched_bytes(array: npt.NDArray[Any], axis: int, rows: int) -> int:
+    """Bytes of the pages that the first ``rows`` along an axis lie in, of an array of :func:`zeros`."""
+    lead, row_bytes = math.prod(array.shape[:axis]), array.strides[axis]
+    pages = -(-rows * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    return min(lead * pages, -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)

@@ -1,0 +1,48 @@
+"""Writing whole or not at all: writers at once, writers that were killed, disks that refuse."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from balcony_edge.errors import InputError
+from balcony_edge.files import partial_directory, write_atomically
+
+
+def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path: Path) -> None:
+    contents = [bytes([65 + number]) * 50_000 for number in range(8)]
+
+    def write(content: bytes) -> None:
+        for _ in range(5):
+            write_atomically(tmp_path / "file", content, InputError, "free space")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, contents))
+    assert (tmp_path / "file").read_bytes() in contents and list(tmp_path.iterdir()) == [tmp_path / "file"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
+
+
+def test_what_a_killed_writer_left_goes_and_what_another_is_at_stays(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from balcony_edge.files import partial_directory\n"
+        "with partial_directory(Path(sys.argv[1])):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path / "x[1]")], check=False).returncode == -9
+    (killed,) = tmp_path.iterdir()
+    with partial_directory(tmp_path / "x[1]") as first, partial_directory(tmp_path / "x[1]") as second:
+        assert set(tmp_path.iterdir()) == {first, second} and killed not in (first, second)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_write_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere/file: cannot be written \(No such file or directory\): make it"):
+        write_atomically(tmp_path / "nowhere" / "file", b"", InputError, "make it")
