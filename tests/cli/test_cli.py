@@ -143,7 +143,7 @@ def test_a_run_is_recorded_and_shares_packed_weights(exported: Path, tmp_path: P
     assert [line["exit_layer"] for line in lines[2:]] == [3] * len(tokens)
     assert len(list(packed.iterdir())) == 1
     done = invoke("run", exported, "the fox", "-n", "6", "--live", env={**os.environ, "COLUMNS": "120"})
-    assert done.returncode == 0 and "last decisions" in done.stdout, done
+    assert done.returncode == 0 and "last decisions" in done.stderr, done
     done = invoke("run", exported, "the fox", "-n", "3", "--trace", "/dev/full")  # it had begun to write
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done
     assert "/dev/full: writing failed (No space left on device): free space" in done.stderr
@@ -164,7 +164,9 @@ def test_inspect(exported: Path) -> None:
 def test_run(exported: Path) -> None:
     done = invoke("run", exported, "the fox", "-n", "12", "--exit", "3")
     assert done.returncode == 0, done.stderr
-    assert "tokens after" in done.stdout and "ms a token" in done.stdout
+    assert "tokens after" in done.stderr and "ms a token" in done.stderr
+    text = json.loads(invoke("run", exported, "the fox", "-n", "12", "--exit", "3", "--json").stdout)["text"]
+    assert done.stdout == f"{text}\n"  # the reply and nothing else
     options = ("--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", "3")
     done = invoke("run", exported, "the fox", "-n", "12", "--tpot-ms", "1000", "--json", *options)
     document = json.loads(done.stdout)

@@ -1,0 +1,5 @@
+"""``python -m balcony_edge``: the command line where its script is not on the path."""
+
+from balcony_edge.cli import main
+
+main()
