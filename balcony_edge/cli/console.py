@@ -7,10 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from balcony_edge.profile import Profile
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -31,6 +35,12 @@ def write_text(text: str, style: str = "") -> None:
     else:
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def say_doubts(path: Path, profile: Profile) -> None:
+    """Say on stderr why a profile's numbers may be off: neighbours that were busy, intervals that are wide."""
+    for doubt in profile.doubts:
+        stderr.print(f"{path}: {doubt}", style="yellow", markup=False, soft_wrap=True)
 
 
 def counted(count: int, noun: str) -> str:

@@ -398,8 +398,9 @@ def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:
             f"{os.fspath(path)}: is for exits {', '.join(map(str, profile.costs.exits))}, but this bundle has "
             f"{', '.join(map(str, manifest.exit_layers))}: measure with `balcony-edge profile`"
         )
-    for mismatch in profile.mismatches(this_device(), manifest.fingerprint, engine.backend.threads):
-        _log.warning("%s: %s: its prices may not hold here", os.fspath(path), mismatch)
+    mismatches = profile.mismatches(this_device(), manifest.fingerprint, engine.backend.threads)
+    for doubt in (*profile.doubts, *mismatches):
+        _log.warning("%s: %s: its prices may not hold here", os.fspath(path), doubt)
     return profile.costs
 
 
