@@ -91,7 +91,9 @@ def plot(reply: Reply, llm: LLM, output: Path) -> None:
     )
     top.step(index, [t.target_ms or 0 for t in tokens], where="mid", color="black", linewidth=1, label="target")
     # logarithmic, so that a token that took five times as long is on the picture and the others can be told apart
-    top.set(ylabel="ms a token", yscale="log", title=f"One reply, three budgets: {len(late)} of {len(tokens)} tokens late")
+    top.set(
+        ylabel="ms a token", yscale="log", title=f"One reply, three budgets: {len(late)} of {len(tokens)} tokens late"
+    )
     top.yaxis.set_major_formatter("{x:g}")
     top.yaxis.set_minor_formatter("{x:g}")
     top.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.32))

@@ -96,7 +96,14 @@ def test_verify_passes_and_fails(
     tiny.tokenizer.save_pretrained(tmp_path / "other")
     done = invoke("verify", exported, "--against", tmp_path / "other")
     assert done.returncode == 1 and "FAIL" in done.stdout
-    assert "of the largest logit, allowed are 1e-04" in done.stderr
+    assert "of the largest logit, allowed are 1e-04: it was made from tiny-llama: compare it with that" in done.stderr
+    wide = make_tiny("llama", hidden_size=48)
+    wide.save_pretrained(tmp_path / "wide")
+    tiny.tokenizer.save_pretrained(tmp_path / "wide")
+    refused(
+        f"{exported}: is of tiny-llama, hidden_size 32, and the model that was given has 48: name tiny-llama",
+        *("verify", exported, "--against", tmp_path / "wide"),
+    )
 
 
 def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:

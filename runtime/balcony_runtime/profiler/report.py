@@ -28,7 +28,8 @@ p { margin: 0 0 .75rem; color: var(--soft) }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; margin: 1rem 0 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } .facts th, .facts td { white-space: normal; text-align: left; vertical-align: top }
+th:first-child, td:first-child { text-align: left }
+.facts th, .facts td { white-space: normal; text-align: left; vertical-align: top }
 .facts td { overflow-wrap: anywhere }
 .doubt { color: #bf4b00; font-weight: 600 }
 code { overflow-wrap: anywhere }
