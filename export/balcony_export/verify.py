@@ -213,8 +213,8 @@ def _same_ids(bundle: Bundle, codec: TextCodec, tokenizer: PreTrainedTokenizerBa
     ids: list[int] = list(tokenizer(text).input_ids)
     if codec.encode(text, chat=False) != ids:
         raise VerificationError(
-            f"{bundle.path}: is of {bundle.manifest.model.name}, and its tokenizer gives other tokens than the given model's for "
-            f"{text[:30]!r}: name that model, or export it again"
+            f"{bundle.path}: is of {bundle.manifest.model.name}, and its tokenizer gives other tokens than the given model's "
+            f"for {text[:30]!r}: name that model, or export it again"
         )
     return ids
 

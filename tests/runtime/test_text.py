@@ -59,6 +59,73 @@ def test_messages_that_are_none_are_refused(codec: TextCodec, messages: Any) -> 
         codec.encode(messages)
 
 
+def test_a_content_of_parts_is_their_text(codec: TextCodec) -> None:
+    """A template would write the list as Python writes it, brackets and quotes included."""
+    parts = [{"type": "text", "text": "the fox"}, {"type": "text", "text": "the dog"}]
+    told = codec.encode([{"role": "user", "content": "the fox\nthe dog"}])
+    assert codec.encode([{"role": "user", "content": parts}]) == told
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        ([{"type": "image", "url": "x"}], "a list may hold {'type': 'text', 'text': '...'} alone"),
+        ([{"type": "text"}], "a list may hold"),
+        (["the fox"], "a list may hold"),
+        (None, "message content = None: must be a text or a list of text parts"),
+        (7, "message content = 7: must be a text"),
+        ("a\udcff", "not valid UTF-8 at character 2"),
+    ],
+)
+def test_contents_that_are_no_text_are_refused(codec: TextCodec, content: Any, pattern: str) -> None:
+    with pytest.raises(InputError, match=re.escape(pattern)):
+        codec.encode([{"role": "user", "content": content}])
+
+
+def test_text_that_is_not_unicode_is_refused(codec: TextCodec) -> None:
+    for chat in (None, False):
+        with pytest.raises(InputError, match="the prompt is not valid UTF-8 at character 5: give it as UTF-8"):
+            codec.encode("the \udcff", chat=chat)
+
+
+@pytest.mark.parametrize("text", ["a<end>b", "<end>", "the <end> fox <end><end>", "no token of control"])
+def test_control_tokens_in_a_prompt_can_be_plain_text(codec: TextCodec, tiny: Any, text: str) -> None:
+    """By default as in transformers; without, the ids spell the name, and the template's own tokens stay."""
+    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
+    assert codec.encode(text, chat=False).count(end) == text.count("<end>")
+    assert codec.encode(text).count(end) == text.count("<end>")
+    tokenizer = Tokenizer.from_str(tiny.tokenizer.backend_tokenizer.to_str())
+    for chat, whole in ((False, text), (None, f"<user>{text}\n<assistant>")):
+        ids = codec.encode(text, chat=chat, control_tokens=False)
+        assert end not in ids and tokenizer.decode(ids, skip_special_tokens=False) == whole
+        if "<end>" not in text:
+            assert ids == codec.encode(text, chat=chat)
+
+
+def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> None:
+    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
+    written = write_template(bundle_copy, "{% for m in messages %}{{ m.content | trim }}<end>{% endfor %}")
+    assert written.encode(" a<end>b ", control_tokens=False).count(end) == 1
+    assert written.encode(" a<end>b ").count(end) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        ("[1]", "must be a table of names such as bos_token and texts"),
+        ('{"messages": "x"}', "must be a table"),
+        ('{"bos_token": 1}', "must be a table"),
+        ("[" * 100_000, "not readable as JSON"),
+        ("{", "not readable as JSON"),
+    ],
+    ids=["list", "messages", "number", "deep", "cut"],
+)
+def test_a_forged_table_of_special_tokens_is_named(bundle_copy: Path, content: str, pattern: str) -> None:
+    (bundle_copy / "special_tokens.json").write_text(content)
+    with pytest.raises(BundleError, match=rf"special_tokens\.json: {pattern}"):
+        TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
+
+
 def test_what_a_training_left_in_the_tokenizer_changes_no_prompt(bundle_copy: Path, codec: TextCodec) -> None:
     file = bundle_copy / "tokenizer.json"
     tokenizer = Tokenizer.from_str(file.read_text())
