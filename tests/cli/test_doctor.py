@@ -97,7 +97,8 @@ def test_a_missing_engine_names_its_cure() -> None:
 def test_a_sensor_that_hangs_is_shown_and_not_waited_for(tmp_path: Path) -> None:
     zone = tmp_path / "class/thermal/thermal_zone0"
     zone.mkdir(parents=True)
-    os.mkfifo(zone / "type")
+    for name in ("type", "temp"):
+        os.mkfifo(zone / name)
     done = invoke("--sysfs", tmp_path)
     assert done.returncode == 0 and "does not answer" in done.stdout and "psutil:memory" in done.stdout
 
