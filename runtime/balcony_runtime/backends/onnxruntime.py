@@ -34,6 +34,7 @@ if _both := [d for d in ("onnxruntime", "onnxruntime-gpu") if any(importlib.meta
         "pip uninstall onnxruntime onnxruntime-gpu, then install 'balcony-edge[cpu]' or 'balcony-edge[gpu]'"
     )
 
+from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
 from balcony_runtime.backends.packed_weights import packed_graphs
 from balcony_runtime.token_table import TokenTable
@@ -177,6 +178,7 @@ class OnnxRuntimeBackend:
         for name, spec in bundle.manifest.runnable.items():
             if name == "backbone":  # the stages hold its layers
                 continue
+            check_graph(bundle.file(spec.file), bundle.manifest.files)
             path = shared.get(name) or bundle.file(spec.file)
             prefix = None if profile_prefix is None else profile_prefix / name
             session = _open(path, path.parent if shared else None, threads=threads, profile_prefix=prefix)
