@@ -7,22 +7,37 @@
         print(token.text, end="", flush=True)  # token.exit_layer, token.latency_ms, token.reason
     llm.budget = balcony_edge.Budget(tpot_ms=12)  # takes effect at the next token
 
-Importing this package loads no engine; :func:`load` does.
+Importing this package loads nothing else: a name brings its module in at its first use, and :func:`load` an engine.
 """
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from balcony_edge.budget import Budget, load_budget
 from balcony_edge.errors import BalconyError
 
 if TYPE_CHECKING:
+    import os
+
+    from balcony_edge.budget import Budget, load_budget
     from balcony_runtime.backends.choose import DeviceName
     from balcony_runtime.generate import LLM
 
 __all__ = ["BalconyError", "Budget", "load", "load_budget"]
+#: Name → the module that has it. Budgets are types of pydantic, which takes 0.1 s to import.
+_LAZY = {"Budget": "balcony_edge.budget", "load_budget": "balcony_edge.budget"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'balcony_edge' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load(

@@ -144,6 +144,8 @@ def _read_manifest(directory: Path) -> Manifest:
         raise BundleError(
             f"{_line(str(directory))}: there is no such directory: name a bundle that `balcony-edge export` wrote"
         )
+    if directory.name == MANIFEST and directory.is_file():
+        raise BundleError(f"{directory}: is a file of a bundle: give the bundle's directory, {directory.parent}")
     if not path.is_file():
         raise BundleError(
             f"{directory}: no {MANIFEST} in it, so this is no bundle: make one with `balcony-edge export`"

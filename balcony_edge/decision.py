@@ -164,7 +164,7 @@ class Stayed(NamedTuple):
     budget: Budget
 
     def text(self, decision: Decision) -> str:
-        return f"deepest exit within {' and '.join(_targets(self.budget, 1))} (p={decision.probability:.2f})"
+        return f"deepest exit {_within(self.budget, 1, decision)} (p={decision.probability:.2f})"
 
 
 class Because(NamedTuple):
@@ -180,8 +180,7 @@ class Because(NamedTuple):
         outlook, budget, odds = self.outlook, self.seen.budget, f"(p={decision.probability:.2f})"
         if not outlook.fits(self.chosen):
             return f"no exit fits yet: predicted {decision.predicted_ms:.1f} ms {odds}"
-        within = " and ".join(_targets(budget, self.seen.made_tokens))
-        within = f"within {within}" if within else "within its ceilings" if budget.needs_sensors else "without a target"
+        within = _within(budget, self.seen.made_tokens, decision)
         for index in range(outlook.highest, self.chosen, -1):
             if outlook.holds(index):
                 if not outlook.may_enter[index]:
@@ -195,14 +194,21 @@ class Because(NamedTuple):
         return f"{way}deepest exit {within} {odds}"
 
 
-def _targets(budget: Budget, made_tokens: int) -> list[str]:
-    """The latency targets of a token in words."""
-    targets = [f"{budget.tpot_ms:g} ms"] if budget.tpot_ms is not None else []
+def _within(budget: Budget, made_tokens: int, decision: Decision) -> str:
+    """What a token is held to, in words; ``tpot_ms`` is not among it where a ceiling makes the token wait for longer."""
+    kept = budget.tpot_ms is not None and not _waits_longer(budget, decision.period_ms)
+    targets = [f"{budget.tpot_ms:g} ms"] if kept else []
     if budget.ttft_ms is not None and made_tokens == 0:
         targets.append(f"a first token after {budget.ttft_ms:g} ms")
     if budget.deadline_s is not None and made_tokens < (budget.expected_tokens or 0):
         targets.append(f"{budget.expected_tokens} tokens in {budget.deadline_s:g} s")
-    return targets
+    if targets:
+        return f"within {' and '.join(targets)}"
+    return "within its ceilings" if budget.needs_sensors else "without a target"
+
+
+def _waits_longer(budget: Budget, period_ms: float) -> bool:
+    return budget.tpot_ms is not None and period_ms > budget.tpot_ms
 
 
 def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
@@ -240,6 +246,8 @@ def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[
         words.append(f"infeasible: {', '.join(governor.infeasible)} out of reach")
     if governor.binding:
         pace = f", paced to {1000 / period_ms:.1f} tokens a second" if period_ms else ""
+        if _waits_longer(budget, period_ms):
+            pace += f", which gives up tpot_ms = {budget.tpot_ms:g}"
         words.append(f"limited by {', '.join(governor.binding)}{pace}")
     if governor.lost:
         words.append(f"no reading for {', '.join(governor.lost)}: latency only")

@@ -61,16 +61,34 @@ def partial_directory(target: Path) -> Iterator[Path]:
         _unlock(lock)
 
 
-def write_atomically(path: Path, content: bytes, error_class: type[BalconyError], cure: str) -> None:
-    """Write under a unique name next to ``path``, flush it to the disk and rename it.
+def require_writable(directory: Path, given: str, error_class: type[BalconyError], cure: str) -> None:
+    """Refuse a directory that cannot be written, or made; cheap, so that it comes before the work whose result goes there.
 
     Args:
-        path: what to write or replace.
+        directory: where to write; directories that are missing on the way to it are made when it is written.
+        given: how the message calls it.
+        error_class: raised where it cannot be written; its message ends in ``cure``.
+        cure: what to do then.
+    """
+    place = directory.absolute()
+    nearest = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise error_class(f"{given}: cannot be written ({nearest} is not a directory): {cure}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise error_class(f"{given}: cannot be written ({nearest} is read-only): {cure}")
+
+
+def write_atomically(path: Path, content: bytes, error_class: type[BalconyError], cure: str) -> None:
+    """Write under a temporary name next to ``path``, flush it to the disk and rename it.
+
+    Args:
+        path: what to write or replace; directories that are missing on the way to it are made.
         content: all of it.
         error_class: raised where the disk refuses; its message ends in ``cure``.
         cure: what to do then.
     """
     try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with partial_directory(path.absolute()) as part:
             temporary = part / path.name
             with temporary.open("wb") as file:

@@ -326,6 +326,11 @@ class Profile(_Frozen):
             found.append(f"it was measured with {self.engine.threads} threads, not {threads}")
         return (*found, *self.device.differences(device))
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why its numbers may be off on its own device, too, one phrase each: everything that uses it says so."""
+        return tuple(f"while it was measured: {note}" for note in self.conditions.notes)
+
     def select(self, kind: Kind, exit_layer: int | None = None) -> tuple[Entry, ...]:
         """Entries of one kind, of one exit if given, in the order of the file."""
         return tuple(

@@ -64,11 +64,10 @@ class TraceWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
-            raise InputError(
-                f"{os.fspath(path)}: not writable ({error.strerror}): name a file in a directory that exists"
-            ) from error
+            raise InputError(f"{os.fspath(path)}: not writable ({error.strerror}): name another place") from error
         self._name = os.fspath(path)
         self._costs: CostModel | None = None
         self._start: ControllerState | None = None

@@ -141,14 +141,24 @@ def plot(found: dict[str, Scores], output: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     depths = list(next(iter(found.values())))
+    # a colour and a marker of its own for each line; smaller markers come later, so that equal lines show both
+    colors = mpl.color_sequences["tab20"]
     for index, (name, scores) in enumerate(found.items()):
         style = "-" if index == 0 else ("--" if index < len(FROZEN) else ":")
-        values = [scores[depth].cross_entropy for depth in depths]
-        axes.plot(depths, values, style, marker="o", linewidth=2.5 if index == 0 else 1.3, label=name)
+        axes.plot(
+            depths,
+            [scores[depth].cross_entropy for depth in depths],
+            style,
+            color=colors[(2 * index + 2 * index // len(colors)) % len(colors)],
+            marker="osD^vPX*<>p"[index % 11],
+            markersize=11 - 0.6 * index,
+            linewidth=2.5 if index == 0 else 1.3,
+            label=name,
+        )
     axes.set_xlabel("exit layer (the last is the full depth)")
     axes.set_ylabel("held-out cross-entropy, nats a token")
     axes.set_xticks(depths)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")  # over the lines it would hide some
     axes.grid(alpha=0.3)
     figure.savefig(output, dpi=110)
 

@@ -19,7 +19,6 @@ missed.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 import sys
@@ -158,6 +157,8 @@ def plot(policies: dict[str, Any], output: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415 - likewise
 
+    from benchmarks.labels import name_points  # noqa: PLC0415 - likewise
+
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for names in (
         ["plain", *reversed([n for n in policies if n.startswith("exit")])],
@@ -165,20 +166,15 @@ def plot(policies: dict[str, Any], output: Path) -> None:
     ):
         rows = [policies[name] for name in names]
         axes.plot([row["tokens_per_s"] for row in rows], [row["agreement"] for row in rows], ":", color="0.6", zorder=0)
-    above, left = iter((16, 28)), itertools.cycle((4, -10))  # what stays off lies where plain does
     for name, row in policies.items():
         kind = name.split()[0].rstrip(",")
         marker = {"plain": "*", "exit": "o", "budgeted": "s", "speculative": "^", "confident": "D"}[kind]
         axes.plot(row["tokens_per_s"], row["agreement"], marker, markersize=9)
-        place = (row["tokens_per_s"], row["agreement"])
-        beside, side = ((7, next(above)), "left") if name.endswith("auto") else ((7, 4), "left")
-        if "%" in name:
-            beside, side = (-8, next(left)), "right"
-        axes.annotate(name, place, textcoords="offset points", xytext=beside, fontsize=8, ha=side)
     axes.set_xlabel("tokens a second")
     axes.set_ylabel("share of tokens that are the full depth's")
     axes.grid(alpha=0.3)
     axes.margins(x=0.2, y=0.1)
+    name_points(axes, [(row["tokens_per_s"], row["agreement"]) for row in policies.values()], list(policies))
     figure.savefig(output, dpi=110)
 
 

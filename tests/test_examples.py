@@ -82,7 +82,9 @@ def test_the_budget_timeline(tiny: Any, tmp_path: Path) -> None:
     picture = tmp_path / "pictures" / "timeline.png"
     out = run("budget_timeline.py", tiny.path, "--tokens", "30", "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert out.count("target ") == 3 and "exits in order: " in out
+    # a sampled reply may end before the budget has changed twice
+    assert 1 <= out.count("target ") <= 3 and "exits in order: " in out
+    assert re.search(r"\d+ of \d+ tokens late", out)
 
 
 def test_every_example_is_tested() -> None:

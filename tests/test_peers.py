@@ -195,3 +195,26 @@ def test_usage_errors(
     with pytest.raises(SystemExit, match="2"):
         peers.main()
     assert message in capsys.readouterr().err
+
+
+def test_names_of_points_that_are_close_do_not_meet() -> None:
+    """In a corner, next to each other, and one on another: no name over a name, a point, or the edge."""
+    figure_module = pytest.importorskip("matplotlib.figure", reason="pictures are an extra: pip install '.[plot]'")
+    from matplotlib import text as text_module
+
+    from benchmarks.labels import name_points
+
+    figure = figure_module.Figure(figsize=(6, 4))
+    axes = figure.add_subplot()
+    points = [(0.0, 0.0), (0.01, 0.0), (0.02, 0.01), (1.0, 1.0), (0.5, 0.5), (0.5, 0.5)]
+    axes.plot(*zip(*points, strict=True), "o")
+    name_points(axes, points, [f"a rather long name {number}" for number in range(len(points))])
+    figure.draw_without_rendering()
+    # of the text alone: an annotation's own extent includes the line that leads to its point
+    boxes = [text_module.Text.get_window_extent(text) for text in axes.texts]
+    middles = axes.transData.transform(points)
+    assert len(boxes) == len(points)
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+        assert not any(box.contains(*middle) for middle in middles)
+        assert axes.get_window_extent().containsx(box.x0) and axes.get_window_extent().containsx(box.x1)

@@ -58,13 +58,26 @@ def check(
             exits = budget.for_bundle(manifest.agreement).allowed_exits(manifest.exit_layers)
         except BudgetError as error:
             raise BudgetError(f"{file}: {error}") from None
-    asked = budget.model_dump(exclude_defaults=True)
+    asked = budget.model_dump(exclude_unset=True)  # what the file sets, even to its default
     if as_json:
         print(json.dumps({"budget": asked, "exits": exits}))  # noqa: T201 - for programs
         return
     for key, value in asked.items():
         stdout.print(f"{key} = {json.dumps(value)}", markup=False)
-    if not asked:
-        stdout.print("asks for nothing: full depth")
+    stdout.print(_meaning(budget), soft_wrap=True)
     if exits is not None:
         stdout.print(f"leaves exits {', '.join(map(str, exits))}")
+
+
+def _meaning(budget: Budget) -> str:
+    """What a budget asks for, in a sentence."""
+    if budget.exit_layer is not None:
+        return f"asks for exit {budget.exit_layer} at every token"
+    if budget.lossless:
+        return "asks for the full model's own tokens, drafted at a shallow exit where that is faster"
+    if budget.has_target:
+        return "asks for the deepest exit that meets every target and ceiling"
+    depth = "full depth" if budget.max_exit is None else "the deepest exit that its bounds leave"
+    drafted = ", drafted at a shallow exit where that is faster" if budget.speculate else ""
+    early = ", or a shallow exit that is sure enough" if budget.confident else ""
+    return f"asks for {depth} at every token{drafted}{early}; no target and no ceiling"

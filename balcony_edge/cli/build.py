@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-#: Rows of the caches, where nobody says.
+#: Rows of the caches by default, where the bundle's context is longer.
 CONTEXT_LENGTH = 2048
 
 if TYPE_CHECKING:
@@ -31,7 +31,12 @@ def build(
     operators: Annotated[
         Literal["fused", "plain"], typer.Option(help="plain: for TensorRT before 10.15, such as JetPack 6's 10.3.")
     ] = "fused",
-    context_length: Annotated[int, typer.Option(help="Rows of the KV caches; attention pays for all of them.")] = 2048,
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of the KV caches; attention pays for all of them (default: the bundle's context, at most 2048)."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Members of every pass.")] = 1,
     block: Annotated[int, typer.Option(help="int4: inputs that share a scale: 32, 64 or 128.")] = 64,
     rounded_as: Annotated[
@@ -64,7 +69,8 @@ def build(
     if timing_cache is not None and target == "rtx":
         raise InputError("--timing-cache: TensorRT-RTX times no kernels while it builds: leave it out")
     capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
-    wanted = {"context_length": context_length, "batch_size": batch_size, "block_size": block}
+    rows = default_context(bundle) if context_length is None else context_length
+    wanted = {"context_length": rows, "batch_size": batch_size, "block_size": block}
     builder_options = None if graphs_only else {"compute_capabilities": capabilities, "timing_cache": timing_cache}
     name = build_into(bundle, target, precision, operators, wanted, rounded_as, whole, builder_options)
     engines = Bundle.open(bundle, verify_hashes=False).manifest.engines[name]
@@ -74,6 +80,13 @@ def build(
         print(json.dumps(document))  # noqa: T201 - for programs
         return
     show_engines(name, engines)
+
+
+def default_context(bundle: Path) -> int:
+    """Rows of the caches where no number is given: those of the bundle's context, bounded."""
+    from balcony_edge.bundle import Bundle
+
+    return min(CONTEXT_LENGTH, Bundle.open(bundle, verify_hashes=False).manifest.model.context_length)
 
 
 def build_into(

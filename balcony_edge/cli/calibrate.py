@@ -34,7 +34,8 @@ def calibrate(
 
     from balcony_edge.bundle import Bundle, record_confidence
     from balcony_edge.cli.console import progress_bar, stdout
-    from balcony_edge.errors import InputError
+    from balcony_edge.errors import BundleError, InputError
+    from balcony_edge.files import require_writable
     from balcony_runtime.engine import Engine
     from balcony_runtime.thresholds import calibrate_confidence
 
@@ -47,6 +48,7 @@ def calibrate(
     if check is not None:
         _check(opened, check, tokens, document_tokens, as_json=as_json)
         return
+    require_writable(bundle, str(bundle), BundleError, "make it writable: the thresholds go into its manifest")
     assert text is not None
     documents = _documents(text, opened, tokens, document_tokens)
     with progress_bar() as progress, Engine.of(opened) as engine:

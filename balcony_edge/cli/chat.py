@@ -10,7 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from balcony_edge.budget import Budget
-from balcony_edge.errors import BalconyError, BudgetError, InputError
+from balcony_edge.errors import BalconyError, BudgetError, ContextLengthError, InputError
 
 if TYPE_CHECKING:
     from balcony_runtime.generate import LLM
@@ -21,7 +21,10 @@ HELP = """\
 /exit 17      always this exit            /stats   what the last reply cost
 /reset        forget the conversation     /help    this list
 /quit         end, as Ctrl-D does         Ctrl-C   stops a reply
-A line that ends in \\ goes on in the next one."""
+A line that ends in \\ goes on in the next one. A message that begins with / is written with two: //etc/hosts."""
+_FULL = "The context is full: /reset starts a new conversation; a shorter message may still fit"
+#: Commands that take no words.
+_ALONE = ("/help", "/reset", "/stats", "/quit")
 
 
 def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict[str, Any], *, live: bool) -> None:
@@ -39,7 +42,7 @@ def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history of input(), where the platform has it
 
-    conversation = _Conversation(llm, styles, system, options, live=live)
+    conversation = Conversation(llm, styles, system, options, live=live)
     legend = ", ".join(f"[{style}]{layer}[/]" for layer, style in styles.items())
     stdout.print(f"Exits by colour: {legend}. /help lists the commands.")
     while True:
@@ -52,15 +55,16 @@ def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict
         except KeyboardInterrupt:
             stdout.print("\n(Ctrl-D or /quit ends the chat)")
             continue
-        if line.strip() == "/quit":
-            return
         try:
-            conversation.handle(line)
+            if not conversation.handle(line):
+                return
+        except ContextLengthError as error:
+            stdout.print(f"{_FULL}. ({error})", style="red", markup=False, soft_wrap=True)
         except BalconyError as error:
-            stdout.print(str(error), style="red", markup=False)
+            stdout.print(str(error), style="red", markup=False, soft_wrap=True)
 
 
-class _Conversation:
+class Conversation:
     """What the commands act on."""
 
     def __init__(
@@ -70,25 +74,49 @@ class _Conversation:
         self.chat = llm.chat(system=system)
         self.last: Reply | None = None
 
-    def handle(self, line: str) -> None:
-        """Answer a message or carry out a command."""
+    def handle(self, line: str) -> bool:
+        """Answer a message or carry out a command; False when the chat is over."""
         from balcony_edge.cli.console import stdout
 
         command, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        if not command:
+            return True
+        if not command.startswith("/") or command.startswith("//"):
+            self._answer(line.lstrip()[1:] if command.startswith("//") else line)
+            return True
+        if command in _ALONE and rest:
+            raise InputError(f"{command} {rest}: {command} takes nothing after it: leave it out")
+        if command == "/quit":
+            return False
         if command == "/help":
             stdout.print(HELP, markup=False)
         elif command == "/reset":
             self.chat.reset()
+            stdout.print("The conversation is forgotten.")
         elif command == "/stats":
             self._show_stats()
         elif command == "/exit":
-            self.llm.budget = parse_command(f"exit_layer={rest.strip()}")
+            if not rest:
+                exits = ", ".join(map(str, self.llm.exit_layers))
+                raise InputError(
+                    f"/exit: give one of the exits {exits}, e.g. /exit {self.llm.exit_layers[0]}; /quit ends"
+                )
+            self._set_budget(parse_command(f"exit_layer={rest}"))
         elif command == "/budget":
-            self.llm.budget = parse_command(rest)
-        elif command.startswith("/"):
-            raise InputError(f"{command}: no such command: /help lists them")
-        elif command:
-            self._answer(line)
+            self._set_budget(parse_command(rest))
+        else:
+            raise InputError(
+                f"{command}: no such command: /help lists them; a message that begins with / is written with //"
+            )
+        return True
+
+    def _set_budget(self, budget: Budget) -> None:
+        from balcony_edge.cli.console import stdout
+
+        self.llm.budget = budget
+        asked = ", ".join(f"{key} = {value}" for key, value in budget.model_dump(exclude_unset=True).items())
+        stdout.print(f"From the next reply: {asked or 'full depth, no target'}.", markup=False)
 
     def _answer(self, line: str) -> None:
         from balcony_edge.cli.console import stdout
@@ -97,18 +125,26 @@ class _Conversation:
 
         stream = self.chat.send(line, **self.options)
         if self.live:
-            stopped = show_live(stream, self.styles, self.llm.readings, lambda: self.llm.quality)
+            stopped = show_live(
+                stream, self.styles, self.llm.readings, lambda: self.llm.quality, lambda: self.llm.budget
+            )
         else:
             stopped = show_stream(stream, self.styles)
         stdout.print(" [dim](stopped)[/]" if stopped else "")
         self.last = stream.reply
+        if self.last.finish_reason == "length":
+            # the last token is not a row yet
+            full = self.chat.sequence.length + 1 >= self.chat.sequence.max_length
+            limit = f"Cut off after {len(self.last.tokens)} tokens: give --max-new-tokens for longer replies"
+            stdout.print(f"({_FULL if full else limit}.)", style="dim", markup=False, soft_wrap=True)
 
     def _show_stats(self) -> None:
+        from balcony_edge.cli.console import stdout
         from balcony_edge.cli.run import show_summary
 
         if self.last is None:
             raise InputError("/stats: there is no reply yet: say something first")
-        show_summary(self.last, self.styles)
+        show_summary(self.last, self.styles, stdout)
 
 
 def read_message() -> str:

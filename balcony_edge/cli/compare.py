@@ -25,11 +25,14 @@ def compare(
     ] = None,
 ) -> None:
     """Compare two devices, bundles or versions: ratios, and whether they are more than chance."""
+    from balcony_edge.cli.console import say_doubts
     from balcony_edge.compare import compare_profiles
     from balcony_edge.profile import Profile
     from balcony_edge.tables import entry_row, render_rows
 
     one, two = Profile.load(first), Profile.load(second)
+    for path, profile in ((first, one), (second, two)):
+        say_doubts(path, profile)
     found = compare_profiles(one, two)
     if output is not None:
         rows = [

@@ -7,9 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from balcony_edge.profile import Profile
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -23,11 +28,35 @@ def depth_styles(exit_layers: tuple[int, ...]) -> dict[int, str]:
     return {**dict(zip(shallow, DEPTH_STYLES * len(shallow), strict=False)), exit_layers[-1]: "default"}
 
 
+def write_text(text: str, style: str = "") -> None:
+    """Write a part of a reply to stdout as it is: coloured on a terminal, and unchanged in a file or a pipe."""
+    if stdout.is_terminal:
+        stdout.print(Text(text, style), end="", soft_wrap=True)
+    else:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def say_doubts(path: Path, profile: Profile) -> None:
+    """Say on stderr why a profile's numbers may be off: neighbours that were busy, intervals that are wide."""
+    for doubt in profile.doubts:
+        stderr.print(f"{path}: {doubt}", style="yellow", markup=False, soft_wrap=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 switch``, ``2 switches``."""
+    plural = f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
+    return f"{count} {noun if count == 1 else plural}"
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on stderr; yields a function that takes the present step and the share of work done (0 to 1)."""
+    """A progress bar on stderr; yields a function that takes the present step and the share of work done (0 to 1).
+
+    Where stderr is not a terminal there is no bar: rich would write an empty line in its place.
+    """
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("", total=1.0)
 
         def report(step: str, done: float) -> None:

@@ -118,29 +118,36 @@ def _show(
     mode = f", power mode {escape(device['power_mode'])}" if device["power_mode"] else ""
     inside = ", in a container" if device["container"] else ""
     stdout.print(f"{escape(device['system'])} {device['architecture']}{inside}{mode}, Python {device['python']}")
-    table = Table("engine", "packages", "providers", "note")
+    # lines and not a table from here: a table cuts a long word, and a cure is there to be copied
     for engine in engines:
         packages = ", ".join(f"{name} {version}" for name, version in engine["packages"].items())
         marked = (f"[green]{p}[/]" if p == engine["used"] else p for p in engine["providers"])
-        table.add_row(
-            engine["engine"], escape(packages) or "[yellow]none[/]", "\n".join(marked), escape(engine["note"])
+        providers = f": {', '.join(marked)}" if engine["providers"] else ""
+        stdout.print(
+            f"[bold]{engine['engine']}[/] ({escape(packages) or '[yellow]none[/]'}){providers}", soft_wrap=True
         )
-    stdout.print(table)
+        stdout.print(f"    {engine['note']}", markup=False, soft_wrap=True)
     table = Table("sensor", "about", "now")
     for values in readings:
         table.add_row(escape(values["source"]), values["scope"], describe(values))
     stdout.print(table)
-    table = Table("missing", "why", "what to do")
+    for part, why, cure in _missing(health):
+        stdout.print(f"[yellow]{escape(part)}[/]: {escape(why)}", soft_wrap=True)
+        if cure:
+            stdout.print(f"    {cure}", markup=False, soft_wrap=True)
+
+
+def _missing(health: tuple[SourceHealth, ...]) -> list[tuple[str, str, str]]:
+    """``(part, why it is silent, what to do)`` of everything that gives no value."""
+    rows = []
     for source in health:
         if source.state in ("hung", "starting"):
-            table.add_row(source.source, "[red]it does not answer[/]", "look at dmesg for errors of its driver or bus")
-        for missing in source.absences:
-            table.add_row(escape(missing.part), escape(missing.reason), escape(missing.cure))
+            rows.append((source.source, "it does not answer", "look at dmesg for errors of its driver or bus"))
+        rows += [(missing.part, missing.reason, missing.cure) for missing in source.absences]
         if source.dropped:
             why = f"{source.dropped} values that cannot be were dropped, the last: {source.last_dropped}"
-            table.add_row(source.source, escape(why), "")
-    if table.row_count:
-        stdout.print(table)
+            rows.append((source.source, why, ""))
+    return rows
 
 
 def describe(values: dict[str, Any]) -> str:

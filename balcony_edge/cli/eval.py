@@ -45,11 +45,12 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL to the full model, agreement and task accuracy of every exit, with standard errors."""
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm: lm-evaluation-harness's bars would tear ours
-    from balcony_edge.bundle import record_quality
+    from balcony_edge.bundle import Bundle, record_quality
     from balcony_edge.cli.console import progress_bar, stderr
-    from balcony_edge.errors import InputError
+    from balcony_edge.errors import BundleError, InputError
+    from balcony_edge.files import require_writable
     from balcony_edge.manifest import MANIFEST
-    from balcony_export.evaluate_report import check_output, write_report
+    from balcony_export.evaluate_report import write_report
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
     if not text and not names:
@@ -58,8 +59,12 @@ def evaluate(
     if duplicates:
         raise InputError(f"--text: two files are called {duplicates[0]}: results are kept by name: rename one")
     if output is not None:
-        check_output(output)
+        require_writable(output, f"--output {output}", InputError, "name another place")
+    if Path(subject).name == MANIFEST:
+        Bundle.open(subject)  # says what to give instead
     is_bundle = (Path(subject) / MANIFEST).is_file()
+    if is_bundle and record:
+        require_writable(Path(subject), subject, BundleError, "make it writable, or give --no-record")
     if is_bundle and balconies is not None:
         raise InputError(f"{subject} is a bundle, which holds its balconies: leave --balconies out")
     if not is_bundle and model is not None:
@@ -70,11 +75,11 @@ def evaluate(
         if not is_bundle and exits is not None and balconies is None:
             stderr.print("[yellow]The exits are untrained copies of the last layer: give --balconies.[/]")
         report = _measure(scorer, model, text or [], names, data, limit, window, threads, progress)
+    _show(report, as_json)  # first: what was measured is seen even where it cannot be kept
     if output is not None:
         write_report(report, output)
     if is_bundle and record:
         record_quality(Path(subject), report.qualities)
-    _show(report, as_json)
 
 
 def _open_bundle(subject: str, exits: str | None, threads: int | None) -> BundleScorer:

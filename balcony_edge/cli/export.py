@@ -163,11 +163,9 @@ def _warn(trained: bool, scheme: Literal["float32", "float16"] | Scheme) -> None
 
 
 def _build_engines(output: Path, precision: EnginePrecision) -> None:
-    from balcony_edge.bundle import Bundle
-    from balcony_edge.cli.build import CONTEXT_LENGTH, build_into
+    from balcony_edge.cli.build import build_into, default_context
 
-    context = Bundle.open(output, verify_hashes=False).manifest.model.context_length
-    wanted = {"context_length": min(CONTEXT_LENGTH, context), "batch_size": 1, "block_size": 64}
+    wanted = {"context_length": default_context(output), "batch_size": 1, "block_size": 64}
     build_into(output, "rtx", precision, "fused", wanted, None, False, {})
 
 

@@ -13,23 +13,30 @@ def extract(
     model: Annotated[
         str, typer.Argument(help="The base model: Hugging Face directory, GGUF file, hub name, or 'demo'.")
     ],
-    exit_layer: Annotated[int, typer.Option("--exit", help="Exit layer to extract.")],
+    exit_: Annotated[str, typer.Option("--exit", help="Exit to extract: a layer (14) or a depth factor (0.5x).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
     balconies: Annotated[
         Path | None, typer.Option(help="Trained balconies; without them a copy of the last layer.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Write the sub-model of an exit: its layers, the balcony as the last one, norm and head. Every engine runs it."""
+    """Write the sub-model of an exit: its layers, the balcony as the last one, norm and head. Every engine runs it.
+
+    Weights keep the checkpoint's own type; those of a GGUF file become float32.
+    """
     from balcony_edge.cli.console import stdout
+    from balcony_edge.errors import InputError
     from balcony_export.balcony import init_balconies, load_balconies, parse_exits
     from balcony_export.checkpoint import load_model, load_tokenizer
     from balcony_export.extract import extract as write
     from balcony_export.output import refuse_existing
 
     refuse_existing(output)
-    loaded = load_model(model)
-    exits = parse_exits(str(exit_layer), loaded.config.num_hidden_layers)
+    loaded = load_model(model, keep_dtype=True)
+    exits = parse_exits(exit_, loaded.config.num_hidden_layers, "--exit")
+    if len(exits) != 1:
+        raise InputError(f"--exit {exit_}: extract writes one exit: name one, and run it again for the others")
+    (exit_layer,) = exits
     found = init_balconies(loaded, exits) if balconies is None else load_balconies(balconies, loaded, exits)
     small = write(loaded, load_tokenizer(model), found, exit_layer, output)
     parameters = sum(p.numel() for p in small.parameters())

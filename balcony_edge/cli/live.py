@@ -1,6 +1,8 @@
-"""The live view of ``balcony-edge run --live``: the reply as it is written, and beside it what the controller does.
+"""The live view of ``balcony-edge run --live``: the reply on the normal screen, and below it what the controller does.
 
-Owns the display and nothing else: it shows tokens that somebody makes and readings that somebody takes.
+Owns the display and nothing else: it shows tokens that somebody makes and readings that somebody takes. A line of the reply is
+printed as soon as it is full, and so stays in the terminal's scrollback; the status area below it holds the unfinished line,
+the facts and the latest decisions, as many as the terminal has room for.
 """
 
 from __future__ import annotations
@@ -12,19 +14,20 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
-from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
+from balcony_edge.telemetry import adding_up
+
 if TYPE_CHECKING:
+    from balcony_edge.budget import Budget
     from balcony_edge.telemetry import Reading
     from balcony_runtime.confident import Telemetry
     from balcony_runtime.reply import Token, TokenStream
 
-#: Decisions shown, and tokens that the mean is taken over.
+#: Decisions shown at most, and tokens that the mean is taken over.
 LAST_DECISIONS, MEAN_TOKENS = 5, 16
-#: Lines of the reply that stay in view: with facts and decisions they fill a terminal of 24.
-REPLY_LINES = 8
+#: Between two facts on a line.
+SEPARATOR = " · "
 
 
 def show_live(
@@ -32,23 +35,36 @@ def show_live(
     styles: dict[int, str],
     readings: Callable[[], tuple[Reading, ...]],
     quality: Callable[[], Mapping[int, Telemetry]] = dict,
+    budget: Callable[[], Budget] | None = None,
 ) -> bool:
-    """Draw until the stream ends; True when Ctrl-C ended it."""
-    from balcony_edge.cli.console import stdout
+    """Draw until the stream ends; True when Ctrl-C ended it.
 
-    view = LiveView(styles, readings, quality)
-    try:
-        with Live(view, console=stdout, refresh_per_second=8, vertical_overflow="crop"):
+    Where stdout is not a terminal it gets the text alone, and the status area goes to stderr.
+    """
+    from balcony_edge.cli.console import stderr, stdout, write_text
+
+    view = LiveView(styles, readings, quality, budget)
+    on_screen, stopped = stdout.is_terminal, False
+    with Live(view, console=stdout if on_screen else stderr, refresh_per_second=8) as live:
+        try:
             for token in stream:
-                view.add(token)
-    except KeyboardInterrupt:
-        stream.close()
-        return True
-    return False
+                if not on_screen:
+                    write_text(token.text)
+                for line in view.add(token, live.console.width):
+                    if on_screen:
+                        live.console.print(line)
+        except KeyboardInterrupt:
+            stream.close()
+            stopped = True
+        if (rest := view.finish()) and on_screen:
+            live.console.print(rest)
+    if not live.console.is_terminal:
+        live.console.line()  # rich leaves the last line of a file open
+    return stopped
 
 
 class LiveView:
-    """What is on the display: the text by exit, the last tokens and decisions, and the sensors at every redraw.
+    """What is in the status area: the line that is being written, the facts, and the latest decisions.
 
     Tokens are added by one thread and drawn by another.
     """
@@ -58,56 +74,129 @@ class LiveView:
         styles: dict[int, str],
         readings: Callable[[], tuple[Reading, ...]],
         quality: Callable[[], Mapping[int, Telemetry]] = dict,
+        budget: Callable[[], Budget] | None = None,
     ) -> None:
-        self._styles, self._readings, self._quality = styles, readings, quality
+        self._styles, self._readings, self._quality, self._budget = styles, readings, quality, budget
         self._lock = threading.Lock()
-        self._text = Text()
+        self._line = Text()
         self._tokens: deque[Token] = deque(maxlen=MEAN_TOKENS)
         self._decisions: deque[tuple[int, int, str]] = deque(maxlen=LAST_DECISIONS)
         self._count = 0
 
-    def add(self, token: Token) -> None:
-        """One more token; a decision is new where exit or reason differ from the last one's."""
+    def add(self, token: Token, width: int) -> list[Text]:
+        """One more token; returns the lines of the reply that are full with it, ``width`` columns at most.
+
+        A decision is new where exit or reason differ from the last one's.
+        """
         with self._lock:
             self._count += 1
-            self._text.append(token.text, style=self._styles[token.exit_layer])
+            self._line.append(token.text, style=self._styles[token.exit_layer])
             if self._count > 1:  # the first one's time is the prompt's
                 self._tokens.append(token)
             if not self._decisions or self._decisions[-1][1:] != (token.exit_layer, token.reason):
                 self._decisions.append((self._count, token.exit_layer, token.reason))
+            if self._line.cell_len <= width and "\n" not in self._line.plain:
+                return []
+            lines: list[Text] = []
+            for paragraph in self._line.split("\n", allow_blank=True):
+                lines += paragraph.wrap(_PLAIN, width) or [Text()]
+            if self._line.plain.endswith(" ") and not lines[-1].plain.endswith(" "):
+                lines[-1].append(" ")  # wrapping drops a space that has no room; the next word needs it
+            *full, self._line = lines
+            return full
+
+    def finish(self) -> Text:
+        """The reply has ended: returns its last line, which leaves the status area."""
+        with self._lock:
+            rest, self._line = self._line, Text()
+            return rest
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
-            yield self._drawn(console, options.max_width)
+            yield self._drawn(options.max_width, console.size.height)
 
-    def _drawn(self, console: Console, width: int) -> Group:
-        lines = list(self._text.wrap(console, max(width - 4, 20)))[-REPLY_LINES:]
-        decisions = Table("token", "exit", "reason", title="last decisions", title_justify="left", expand=True)
-        for count, exit_layer, reason in self._decisions:
-            decisions.add_row(str(count), Text(str(exit_layer), self._styles[exit_layer]), reason)
-        return Group(self._facts(self._readings()), Panel(Text("\n").join(lines)), decisions)
+    def _drawn(self, width: int, height: int) -> Group:
+        lines = list(self._line.wrap(_PLAIN, width))[-1:]  # one line even where the terminal became narrower
+        lines += self._facts(width)[: max(height - 3, 1)]
+        room = height - 1 - len(lines)
+        if self._decisions and room > 1:
+            lines.append(Text("last decisions, newest last", style="dim"))
+            for count, exit_layer, reason in list(self._decisions)[-(room - 1) :]:
+                lines.append(
+                    Text.assemble(f"{count:>6} ", (f"exit {exit_layer}", self._styles[exit_layer]), f" {reason}")
+                )
+        for line in lines:
+            line.truncate(width, overflow="ellipsis")
+        return Group(*lines)
 
-    def _facts(self, readings: tuple[Reading, ...]) -> Table:
-        facts = Table.grid(padding=(0, 3))
-        cells = [f"{self._count} tokens"]
+    def _facts(self, width: int) -> list[Text]:
+        """The facts, as many on a line as there is room for; none is broken in two."""
+        lines: list[str] = []
+        for fact in [*self._progress(), *self._seen(self._readings()), *self._checked()]:
+            if lines and len(lines[-1]) + len(SEPARATOR) + len(fact) <= width:
+                lines[-1] += SEPARATOR + fact
+            else:
+                lines.append(fact)
+        return [Text(line, style="bold") for line in lines]
+
+    def _progress(self) -> list[str]:
+        facts = [f"{self._count} token{'s' * (self._count != 1)}"]
         if self._tokens:
             last = self._tokens[-1]
             mean_ms = sum(token.latency_ms for token in self._tokens) / len(self._tokens)
-            cells.append(f"exit {last.exit_layer}")
+            facts.append(f"exit {last.exit_layer}")
             target = "" if last.target_ms is None else f" of {last.target_ms:g}"
-            cells.append(f"{mean_ms:.1f} ms{target} a token")
+            facts.append(f"{mean_ms:.1f} ms{target} a token")
             if last.decision.price_ms:
-                cells.append(f"slowdown {last.decision.predicted_ms / last.decision.price_ms:.2f}")
+                facts.append(f"slowdown {last.decision.predicted_ms / last.decision.price_ms:.2f}")
             if last.decision.period_ms:
-                cells.append(f"paced to {1000 / last.decision.period_ms:.1f} a second")
-            cells.append(f"{last.pending_rows} rows pending")
-        watts = next(
-            (f"{reading.watts:.1f} W {reading.scope}" for reading in readings if reading.watts is not None), None
-        )
-        degrees = [reading.celsius for reading in readings if reading.celsius is not None]
-        cells += [watts] if watts else []
-        cells += [f"{max(degrees):.0f} °C"] if degrees else []
-        checked = {e: seen for e, seen in self._quality().items() if seen.checked}
-        cells += [f"{seen.disagreed} of {seen.checked} checked at {e} differ" for e, seen in checked.items()]
-        facts.add_row(*cells)
+                facts.append(f"paced to {1000 / last.decision.period_ms:.1f} a second")
+            facts.append(f"{last.pending_rows} rows pending")
         return facts
+
+    def _seen(self, readings: tuple[Reading, ...]) -> list[str]:
+        """What sensors say: everything that the budget has a ceiling for, and watts and degrees where they are known."""
+        budget = None if self._budget is None else self._budget()
+        asked = {} if budget is None else budget.model_dump(exclude_none=True)
+
+        def ceiling(key: str, unit: str) -> str:
+            return f" of {asked[key]:g} {unit}" if key in asked else f" {unit}"
+
+        facts = []
+        rail = asked.get("power_rail", "board") if "power_w" in asked or "energy_j_per_token" in asked else None
+        powered = [reading for reading in readings if reading.watts is not None]
+        powered = [r for r in powered if r.scope == (rail or powered[0].scope)]
+        if powered:
+            watts = sum(reading.watts or 0.0 for reading in adding_up(powered, powered[0].scope))
+            facts.append(f"{watts:.1f}{ceiling('power_w', 'W')} {powered[0].scope}")
+            if "energy_j_per_token" in asked and self._tokens:
+                mean_s = sum(token.latency_ms for token in self._tokens) / len(self._tokens) / 1000
+                facts.append(f"{watts * mean_s:.2f}{ceiling('energy_j_per_token', 'J')} a token")
+        elif rail is not None:
+            facts.append(f"no reading of {rail} power")
+        degrees = [reading.celsius for reading in readings if reading.celsius is not None]
+        if degrees:
+            facts.append(f"{max(degrees):.0f}{ceiling('temperature_c', '°C')}")
+        elif "temperature_c" in asked:
+            facts.append("no reading of temperature")
+        for key, scope, field, scale, limit, name in _CEILINGS:
+            if key in asked:
+                values = [getattr(r, field) for r in readings if r.scope == scope and getattr(r, field) is not None]
+                found = f"{name} {values[0] * scale:.0f} {limit(asked[key])}" if values else f"no reading of {name}"
+                facts.append(found)
+        return facts
+
+    def _checked(self) -> list[str]:
+        checked = {e: seen for e, seen in self._quality().items() if seen.checked}
+        return [f"{seen.disagreed} of {seen.checked} checked at {e} differ" for e, seen in checked.items()]
+
+
+#: Wrapping asks a console for tab size and the like only.
+_PLAIN = Console(width=80)
+#: Other ceilings of a budget: its key, then the scope, field and factor of what is read, the words for the limit, and a name.
+_CEILINGS: tuple[tuple[str, str, str, float, Callable[[float], str], str], ...] = (
+    ("cpu_utilization", "cpu", "utilization", 100, lambda share: f"of {share * 100:g} %", "CPU"),
+    ("gpu_utilization", "gpu", "utilization", 100, lambda share: f"of {share * 100:g} %", "GPU"),
+    ("battery_floor_percent", "battery", "charge", 100, lambda floor: f"%, floor {floor:g} %", "battery"),
+    ("memory_mb", "process", "memory_bytes", 1e-6, lambda limit: f"of {limit:g} MB", "memory"),
+)

@@ -26,7 +26,7 @@ def plan(
     """Say per exit whether each target is met, with what probability, and what the controller would do."""
     from balcony_edge.bundle import Bundle
     from balcony_edge.cli.budget import asked_budget
-    from balcony_edge.cli.console import stderr
+    from balcony_edge.cli.console import say_doubts, stderr
     from balcony_edge.errors import ContextLengthError
     from balcony_edge.plan import REPLY_TOKENS, make_plan
     from balcony_edge.profile import Profile
@@ -38,6 +38,7 @@ def plan(
             f"--prompt-tokens {prompt_tokens}: with the reply {total} tokens, and the context holds "
             f"{measured.bundle.context_length}: give a shorter prompt"
         )
+    say_doubts(profile, measured)
     quality = None
     if bundle is not None:
         from balcony_runtime.profiler.results import quality_figures

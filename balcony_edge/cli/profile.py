@@ -97,10 +97,11 @@ def _target(value: str) -> tuple[Format, Path | None]:
 
 def _check_place(path: Path) -> None:
     """Before minutes of measuring, not after."""
-    import os
+    from balcony_edge.files import require_writable
 
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: cannot be written there: name a file in a directory that exists and is writable")
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory: name a file in it")
+    require_writable(path.parent, str(path), InputError, "name a file in a place that is writable")
 
 
 def _seconds(text: str) -> float:

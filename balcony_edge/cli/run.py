@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -14,13 +15,26 @@ from balcony_edge.budget import Budget, load_budget
 from balcony_edge.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from balcony_runtime.reply import Reply, TokenStream
+    from balcony_runtime.sampling import SamplingParams
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
     prompt: Annotated[
-        str | None, typer.Argument(help="What to answer or, with --raw, to continue; without it: a chat.")
+        str | None,
+        typer.Argument(
+            help="What to answer or, with --raw, to continue. Without it: standard input where that is a file or a pipe, "
+            "and a chat on a terminal."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", "-f", help="Read the prompt from a file without its final newline; - is standard input."
+        ),
     ] = None,
     tpot_ms: Annotated[float | None, typer.Option(help="Target: milliseconds between two tokens.")] = None,
     exit_layer: Annotated[int | None, typer.Option("--exit", help="Always this exit.")] = None,
@@ -53,7 +67,7 @@ def run(
     logprobs: Annotated[
         int | None, typer.Option(min=0, help="With --json: the likeliest tokens at each place.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
     device: Annotated[
@@ -63,10 +77,13 @@ def run(
     engines: Annotated[str | None, typer.Option(help="Engine set, where the bundle has several.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Generate one reply, or chat; every token is coloured by the exit that it took."""
+    """Generate one reply, or chat; every token is coloured by the exit that it took.
+
+    The reply alone goes to stdout; what it cost goes to stderr.
+    """
     import balcony_edge
     from balcony_edge.cli.chat import converse
-    from balcony_edge.cli.console import depth_styles, stdout
+    from balcony_edge.cli.console import depth_styles, stderr, stdout, write_text
     from balcony_edge.cli.live import show_live
     from balcony_edge.trace import TraceWriter
     from balcony_runtime.sampling import SamplingParams
@@ -80,27 +97,29 @@ def run(
         presence_penalty=presence_penalty,
         seed=seed,
     )
+    _refuse_idle(sampling, logprobs, as_json=as_json, live=live)
+    text = _prompt(prompt, file)
+    if text is None and (as_json or raw):
+        raise InputError("--json or --raw without a prompt: a chat has neither; give a prompt")
+    if raw and system is not None:
+        raise InputError("--system with --raw: a text to continue has no system message; leave one of them out")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
     asked = _budget(tpot_ms, exit_layer, budget, policy)
     where: dict[str, Any] = {"threads": threads, "packed": packed, "device": device, "engines": engines}
     with balcony_edge.load(bundle, budget=asked, profile=profile, **where) as llm:
         styles = depth_styles(llm.exit_layers)
-        if prompt is None:
-            if as_json or raw:
-                raise InputError("--json or --raw without a prompt: a chat has neither; give a prompt")
-            with nullcontext() if trace is None else TraceWriter(trace) as writer:
-                converse(llm, styles, system, options | {"trace": writer}, live=live)
-            return
-        if system is not None:
-            raise InputError("--system with a prompt: it belongs to a chat; leave the prompt out, or --system")
-        if as_json and live:
-            raise InputError("--live with --json: a program reads no display; give one of the two")
         with nullcontext() if trace is None else TraceWriter(trace) as writer:
-            ids = llm.encode(prompt, chat=False if raw else None)
+            if text is None:
+                converse(llm, styles, system, options | {"trace": writer}, live=live)
+                return
+            asked_for: Any = text if system is None else [{"role": "system", "content": system}, _user(text)]
+            ids = llm.encode(asked_for, chat=False if raw else None)
             stream = llm.stream(ids, logprobs=logprobs, trace=writer, **options)
             plain = None if as_json else styles
             interrupted = (
-                show_live(stream, styles, llm.readings, lambda: llm.quality) if live else show_stream(stream, plain)
+                show_live(stream, styles, llm.readings, lambda: llm.quality, lambda: llm.budget)
+                if live
+                else show_stream(stream, plain)
             )
         reply = stream.reply
         quality = {str(e): seen._asdict() for e, seen in llm.quality.items()} if asked.confident else None
@@ -108,28 +127,67 @@ def run(
             tokens = [token.to_dict() for token in reply.tokens]
             print(json.dumps({**summary(reply), "quality": quality, "text": reply.text, "tokens": tokens}))  # noqa: T201 - for programs
         else:
-            stdout.print()
-            show_summary(reply, styles)
+            if not (live and stdout.is_terminal):  # where the reply's last line is still open
+                write_text("\n")
+            show_summary(reply, styles, stderr)
             for layer, seen in (quality or {}).items():
                 if seen["checked"]:
                     opinion = f"disagreed with {seen['disagreed']} of {seen['checked']} tokens that it was asked about"
-                    stdout.print(f"exit {layer}: the full depth {opinion}")
+                    stderr.print(f"exit {layer}: the full depth {opinion}")
     if interrupted:
         raise typer.Exit(130)
 
 
 def show_stream(stream: TokenStream, styles: dict[int, str] | None) -> bool:
     """Print tokens as they come, coloured by exit (not at all without ``styles``); True when Ctrl-C ended it."""
-    from balcony_edge.cli.console import stdout
+    from balcony_edge.cli.console import write_text
 
     try:
         for token in stream:
             if styles is not None:
-                stdout.print(token.text, style=styles[token.exit_layer], end="", markup=False, soft_wrap=True)
+                write_text(token.text, styles[token.exit_layer])
     except KeyboardInterrupt:
         stream.close()
         return True
     return False
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str | None:
+    """The prompt, from wherever it is given; None for a chat."""
+    if prompt is not None and file is not None:
+        raise InputError("--file with a prompt: two prompts; give one of them")
+    if prompt is not None:
+        return prompt
+    if file is None and sys.stdin is not None and sys.stdin.isatty():
+        return None
+    try:
+        content = sys.stdin.buffer.read() if file is None or file == Path("-") else file.read_bytes()
+    except OSError as error:
+        raise InputError(f"--file {file}: not readable ({error.strerror}): name a text file, or - for stdin") from error
+    try:
+        return content.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        where = "standard input" if file is None else f"--file {file}"
+        raise InputError(f"{where}: is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from error
+
+
+def _refuse_idle(sampling: SamplingParams, logprobs: int | None, *, as_json: bool, live: bool) -> None:
+    """Refuse options that would have no effect."""
+    if as_json and live:
+        raise InputError("--live with --json: a program reads no display; give one of the two")
+    if logprobs is not None and not as_json:
+        raise InputError("--logprobs without --json: only the document shows them; add --json, or leave it out")
+    given = {"--top-k": sampling.top_k != 0, "--top-p": sampling.top_p != 1, "--min-p": sampling.min_p != 0}
+    for option, changed in given.items():
+        if changed and sampling.temperature == 0:
+            raise InputError(
+                f"{option} with --temperature 0: greedy decoding takes the likeliest token; give a --temperature above 0, "
+                f"or leave {option} out"
+            )
 
 
 def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None, policy: str | None) -> Budget:
@@ -140,6 +198,9 @@ def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None, po
         return asked
     if policy == "plain" and asked.lossless:
         raise BudgetError(f"{path}: lossless = true drafts tokens, and --policy plain does not: leave one of them out")
+    if policy == "speculative" and asked.exit_layer is not None:
+        given = "--exit" if path is None else f"{path}: exit_layer"
+        raise BudgetError(f"{given} with --policy speculative: a fixed exit drafts nothing; leave one of them out")
     chosen = {"speculate": policy == "speculative", "confident": policy == "confident"}
     return Budget.model_validate(asked.model_dump(exclude_defaults=True) | chosen)
 
@@ -166,10 +227,11 @@ def summary(reply: Reply) -> dict[str, Any]:
     }
 
 
-def show_summary(reply: Reply, styles: dict[int, str]) -> None:
+def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None:
+    """What a reply cost, for people."""
     from rich.table import Table
 
-    from balcony_edge.cli.console import stdout
+    from balcony_edge.cli.console import counted
 
     facts = summary(reply)
     if not reply.tokens:
@@ -179,11 +241,14 @@ def show_summary(reply: Reply, styles: dict[int, str]) -> None:
         times = [token.latency_ms for token in reply.tokens[1:] if token.exit_layer == layer]
         mean = f"{sum(times) / len(times):.1f}" if times else ""
         table.add_row(str(layer), str(count), f"{count / len(reply.tokens):.0%}", mean, style=styles[layer])
-    stdout.print(table)
-    parts = [f"{facts['new_tokens']} tokens after {facts['prompt_tokens']}", f"first after {facts['ttft_ms']:.0f} ms"]
+    console.print(table)
+    parts = [
+        f"{counted(facts['new_tokens'], 'token')} after {facts['prompt_tokens']}",
+        f"first after {facts['ttft_ms']:.0f} ms",
+    ]
     if reply.mean_tpot_ms is not None:
         parts.append(f"then {reply.mean_tpot_ms:.1f} ms a token ({1000 / reply.mean_tpot_ms:.0f} tokens a second)")
-    parts.append(f"{facts['exit_switches']} switches, {facts['caught_up_rows']} rows caught up")
+    parts.append(f"{counted(facts['exit_switches'], 'switch')}, {counted(facts['caught_up_rows'], 'row')} caught up")
     if facts["late_tokens"] is not None:
         parts.append(f"{facts['late_tokens']} of {facts['tokens_with_target']} late")
-    stdout.print(", ".join(parts))
+    console.print(", ".join(parts))

@@ -50,12 +50,14 @@ def simulate(
 
     from balcony_edge import simulate as simulation
     from balcony_edge.cli.budget import asked_budget
+    from balcony_edge.cli.console import say_doubts
     from balcony_edge.errors import BudgetError
     from balcony_edge.plant import Plant
     from balcony_edge.profile import Profile
     from balcony_edge.trace import TraceWriter
 
     asked, measured = asked_budget(budget, tpot_ms), Profile.load(profile)
+    say_doubts(profile, measured)
     costs = measured.costs
     try:
         resolved = asked.for_bundle(measured.agreement())

@@ -183,12 +183,13 @@ def train(
         stderr.print(f"going on from step {trainer.step}")
     elif trainer.has_checkpoint():
         raise TrainingError(f"{trainer.work}: holds a checkpoint: go on with --resume, or remove the directory")
+    before = {} if trainer.step else {e: kl for e, (kl, _) in trainer.evaluate().items()}
     if not trainer.processes.writes:
         trainer.run()
         return
     with _progress_bar(trainer) as report:
         trainer.run(report)
-    _finish(trainer, model, pretraining_tokens, as_json)
+    _finish(trainer, model, pretraining_tokens, before, as_json)
 
 
 def _shares(given: list[str]) -> dict[str, float]:
@@ -241,7 +242,7 @@ def _progress_bar(trainer: Trainer) -> Iterator[Callable[[Progress], None]]:
     from balcony_edge.cli.console import stderr
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
-    with Bar(*columns, console=stderr, transient=True) as bar:
+    with Bar(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task("first step", total=None, rate="")
 
         def report(progress: Progress) -> None:
@@ -255,7 +256,7 @@ def _progress_bar(trainer: Trainer) -> Iterator[Callable[[Progress], None]]:
         yield report
 
 
-def _finish(trainer: Trainer, model: str, given_tokens: int | None, as_json: bool) -> None:
+def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict[int, float], as_json: bool) -> None:
     from rich.table import Table
 
     from balcony_edge.cli.console import stderr, stdout
@@ -268,8 +269,9 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, as_json: boo
     parameters = sum(p.numel() for p in next(iter(trainer.balconies.values())).parameters())
     cost = Cost(len(results), parameters, trainer.tokens, pretraining_tokens(name, given_tokens))
     plot = trainer.work / "curve.png"
+    metrics, after = read_metrics(trainer.work / METRICS), {e: kl for e, (kl, _) in results.items()}
     try:
-        plot_curves(read_metrics(trainer.work / METRICS), plot, f"Balconies of {name}", trainer.config.loss)
+        plot_curves(metrics, plot, f"Balconies of {name}", trainer.config.loss, before=before, after=after)
     except MissingDependencyError as error:
         stderr.print(f"[yellow]no plot: {error}[/]")
     if as_json:
@@ -279,13 +281,18 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, as_json: boo
             "tokens": cost.tokens,
             "tunable_parameters": cost.exits * cost.parameters_per_balcony,
             "pretraining_share": cost.share,
-            "exits": {str(e): {"held_out_kl": kl, "held_out_agreement": hits} for e, (kl, hits) in results.items()},
+            "exits": {
+                str(e): {"held_out_kl_before": before.get(e), "held_out_kl": kl, "held_out_agreement": hits}
+                for e, (kl, hits) in results.items()
+            },
         }
         stdout.print_json(json.dumps(document))
         return
-    table = Table("exit", "held-out KL", "top-1 agreement", title=f"{trainer.output}")
+    table = Table("exit", "held-out KL before", "after", "change", "top-1 agreement", title=f"{trainer.output}")
     for exit_layer, (kl, hits) in results.items():
-        table.add_row(str(exit_layer), f"{kl:.3f}", f"{100 * hits:.1f} %")
+        was = before.get(exit_layer)  # None in a resumed run
+        start = ("", "") if was is None else (f"{was:.3f}", f"{kl / was - 1:+.1%}")
+        table.add_row(str(exit_layer), start[0], f"{kl:.3f}", start[1], f"{100 * hits:.1f} %")
     stdout.print(table)
     costs = Table("cost", "this run", title="Training cost (the paper's Table 2)")
     for row in cost.lines():

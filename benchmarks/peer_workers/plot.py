@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from benchmarks.labels import name_points
+
 #: KL below which the axis is linear: float32 engines differ from one another by less.
 LINEAR_KL = 1e-3
 
@@ -18,6 +20,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     bundles = dict.fromkeys(case["bundle"] for case in document["cases"] if case["bundle"] is not None)
     colors = dict(zip(bundles, mpl.color_sequences["tab10"], strict=False))
+    named: list[tuple[dict[str, Any], str, Any]] = []
     for bundle, color in colors.items():
         cases = sorted((c for c in document["cases"] if c["bundle"] == bundle), key=lambda case: -case["exit_layer"])
         axes.plot(
@@ -27,13 +30,10 @@ def plot(document: dict[str, Any], path: Path) -> None:
             color=color,
             label=f"Balcony Edge {bundle}",
         )
-        for case in cases:
-            text = f"exit {case['exit_layer']}" if case is not cases[0] else "full depth"
-            _name(axes, case, text, color, to_the_left=True)
-    peers = sorted((case for case in document["cases"] if case["bundle"] is None), key=lambda case: case["kl"])
-    for number, case in enumerate(peers):
+        named += [(case, "full depth" if case is cases[0] else f"exit {case['exit_layer']}", color) for case in cases]
+    for case in (case for case in document["cases"] if case["bundle"] is None):
         axes.plot(case["kl"], case["decode_32_tps"], "D", color="0.35")
-        _name(axes, case, case["name"], "0.25", up=6 if number % 2 else -6)  # neighbours' names do not meet
+        named.append((case, case["name"], "0.25"))
     axes.set_xscale("symlog", linthresh=LINEAR_KL)
     axes.set_xlim(-LINEAR_KL / 10, 10 * max(case["kl"] for case in document["cases"]))  # room for names on the right
     axes.set_ylim(bottom=0)
@@ -42,17 +42,6 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes.set_title(f"SmolLM2-135M-Instruct, {document['threads']} threads, {document['cpu']}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
+    points = [(case["kl"], case["decode_32_tps"]) for case, _, _ in named]
+    name_points(axes, points, [name for _, name, _ in named], [color for _, _, color in named])
     figure.savefig(path, dpi=120)
-
-
-def _name(axes: Any, case: dict[str, Any], text: str, color: Any, *, to_the_left: bool = False, up: int = 0) -> None:
-    axes.annotate(
-        text,
-        (case["kl"], case["decode_32_tps"]),
-        xytext=(-7 if to_the_left else 7, up),
-        textcoords="offset points",
-        horizontalalignment="right" if to_the_left else "left",
-        verticalalignment="center",
-        fontsize=8,
-        color=color,
-    )

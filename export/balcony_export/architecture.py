@@ -63,6 +63,8 @@ def _refuse_unsupported(config: Any) -> None:
         raise refuse("its layers share keys and values across exits")
     if any(hasattr(config, key) for key in ("mamba_d_state", "state_size", "ssm_state_size", "linear_num_key_heads")):
         raise refuse("state-space layers are not supported yet")
+    if hasattr(config, "conv_L_cache"):
+        raise refuse("short-convolution layers are not supported yet")
     if kind not in SUPPORTED:
         raise refuse("this architecture is not covered by parity tests")
     if getattr(config, "use_bidirectional_attention", None):

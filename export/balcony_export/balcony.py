@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_edge.files import write_atomically
+from balcony_export.architecture import parts_of
 
 FORMAT_VERSION = 1
 INDEX = "balconies.json"
@@ -150,7 +151,7 @@ class Balcony(nn.Module):
         return normed
 
 
-def parse_exits(text: str, num_layers: int) -> tuple[int, ...]:
+def parse_exits(text: str, num_layers: int, option: str = "--exits") -> tuple[int, ...]:
     """Exit layers from ``"14,17,20"`` or the paper's ``"0.5x,0.6x,0.7x"``.
 
     A factor f means the exit whose backbone and balcony together hold f of the layers: (e + 1) / N = f, rounded.
@@ -166,13 +167,13 @@ def parse_exits(text: str, num_layers: int) -> tuple[int, ...]:
         elif re.fullmatch(r"(\d+\.?\d*|\.\d+)x", part):
             exit_layer = round(float(part[:-1]) * num_layers) - 1
         else:
-            raise InputError(f"--exits {text}: '{part}' is no exit: {allowed}, separated by commas")
+            raise InputError(f"{option} {text}: '{part}' is no exit: {allowed}, separated by commas")
         if not 1 <= exit_layer <= num_layers - 1:
-            raise InputError(f"--exits {text}: '{part}' is exit layer {exit_layer}: {allowed}")
+            raise InputError(f"{option} {text}: '{part}' is exit layer {exit_layer}: {allowed}")
         if exit_layer in exits:
-            raise InputError(f"--exits {text}: exit layer {exit_layer} is named twice: name each exit once")
+            raise InputError(f"{option} {text}: exit layer {exit_layer} is named twice: name each exit once")
         if exits and exit_layer < exits[-1]:
-            raise InputError(f"--exits {text}: {exit_layer} comes after {exits[-1]}: write exits in ascending order")
+            raise InputError(f"{option} {text}: {exit_layer} comes after {exits[-1]}: write exits in ascending order")
         exits.append(exit_layer)
     return tuple(exits)
 
@@ -325,8 +326,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def _last_layer_and_norm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    base: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    return base.layers[-1], base.norm
+    parts = parts_of(model)
+    return parts.layers[-1], parts.norm
 
 
 def _canonical(value: Any) -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import logging
 import re
 import struct
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -150,8 +153,22 @@ def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
         )
         raise CheckpointError(f"{source}: {found}")
     if _HUB_NAME.match(str(source)):
+        _ask_hub(str(source))
         return str(source), {}
     raise CheckpointError(f"{source}: does not exist: give {_ALLOWED}")
+
+
+def _ask_hub(name: str) -> None:
+    """Refuse a model that is neither cached nor given by the hub. Asks once: transformers asks six times, over 23 seconds."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        model_info(name, timeout=10)
+    except Exception as error:  # the hub's own errors, and those of the HTTP library below it
+        detail = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{name}: no such path, and the hub did not give it: give {_ALLOWED} that can be reached ({detail})"
+        ) from error
 
 
 def _check_directory(path: Path) -> None:
@@ -247,19 +264,18 @@ def _is_smollm(path: Path) -> bool:
 def _explained(source: str | Path) -> Iterator[None]:
     """Turn what the readers raise into one line, and keep their progress bars and notes off the terminal."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)  # below that it logs a line for each retry
     transformers_logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own bar heeds no setting
             yield
     except _READ_ERRORS as error:
         detail = " ".join(str(error).split())[:200]
-        if _HUB_NAME.match(str(source)) and not Path(source).exists():
-            raise CheckpointError(
-                f"{source}: no such path, and the hub did not give it: give {_ALLOWED} that can be reached ({detail})"
-            ) from error
         raise CheckpointError(f"{source}: cannot be loaded ({detail}): give {_ALLOWED}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -6,7 +6,7 @@ Owns words and axes only; it reads the metrics that :mod:`.distill` wrote.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_curves(metrics: Sequence[dict[str, Any]], output: Path, title: str, loss: str = "kl") -> None:
+def plot_curves(
+    metrics: Sequence[dict[str, Any]],
+    output: Path,
+    title: str,
+    loss: str = "kl",
+    *,
+    before: Mapping[int, float] | None = None,
+    after: Mapping[int, float] | None = None,
+) -> None:
     """Draw the loss over tokens, one line per exit (smoothed) with its held-out KL as points, as a PNG.
+
+    With ``before`` and ``after`` the picture of a run that is too short for points in between shows whether training helped.
 
     Args:
         metrics: lines of a run's metrics.jsonl.
         output: the picture's path.
         title: above it.
         loss: what the run learned from (see ``TrainConfig``).
+        before: exit layer → held-out KL before the first step, nats.
+        after: the same of the balconies that were written.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -93,6 +105,10 @@ def plot_curves(metrics: Sequence[dict[str, Any]], output: Path, title: str, los
         held_out = [
             (line["tokens"] / 1e6, line["held_out_kl"][exit_layer]) for line in metrics if "held_out_kl" in line
         ]
+        if before is not None and (first := before.get(int(exit_layer))) is not None:
+            held_out.insert(0, (0.0, first))
+        if after is not None and (last := after.get(int(exit_layer))) is not None:
+            held_out.append((millions[-1], last))
         label = f"exit {exit_layer}"
         points = zip(*held_out, strict=True) if held_out else ([], [])
         axes.plot(*points, "o--", ms=5, mfc="white", lw=0.8, color=f"C{index}", label=label)

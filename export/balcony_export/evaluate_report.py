@@ -7,7 +7,6 @@ against the full depth stands in brackets, and every mean has its standard error
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,19 +152,6 @@ def as_document(report: Report) -> dict[str, Any]:
         ],
         "paper_llm_1b_retention": {str(share): kept for share, kept in PAPER_LLM_1B.items()},
     }
-
-
-def check_output(directory: Path) -> None:
-    """Refuse a directory that cannot be made, before the work whose report goes there.
-
-    Raises:
-        InputError: a file stands in its place or on the way to it.
-    """
-    nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(
-            f"--output {directory}: cannot be written ({nearest} is no directory of ours): name another place"
-        )
 
 
 def write_report(report: Report, directory: Path) -> None:

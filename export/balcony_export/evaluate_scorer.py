@@ -8,7 +8,6 @@ ever whole. What is done with them (perplexity, log-likelihoods) is :mod:`.evalu
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from balcony_export.architecture import parts_of
 from balcony_export.balcony import Balcony
 from balcony_runtime.engine import Engine
 from balcony_runtime.engine import Sequence as TokenSequence
+from balcony_runtime.text import special_tokens
 
 #: Rows of logits per block: 25 MB an exit for a vocabulary of 49,152.
 CHUNK = 128
@@ -281,9 +281,7 @@ def bundle_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises a plain Exception for any damage
         raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
-    special: dict[str, Any] = {}
-    if bundle.has_file("special_tokens.json"):
-        special = json.loads(bundle.file("special_tokens.json").read_text(encoding="utf-8"))
+    special: dict[str, Any] = special_tokens(bundle) if bundle.has_file("special_tokens.json") else {}
     model = bundle.manifest.model
     if model.eos_token_ids:
         special.setdefault("eos_token", backend.id_to_token(model.eos_token_ids[0]))

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError, VerificationError
-from balcony_export.architecture import parts_of
+from balcony_export.architecture import cast_weights, parts_of
 from balcony_export.balcony import Balcony
 from balcony_export.checkpoint import save_checkpoint
 from balcony_export.output import fresh_directory, refuse_existing
@@ -49,7 +49,8 @@ def submodel(model: PreTrainedModel, balcony: Balcony | None, exit_layer: int) -
             # a balcony attends as the last layer does, of which it began as a copy
             setattr(config, field, [*entries[:exit_layer], *entries[-1:] * (len(layers) - exit_layer)])
     config.num_hidden_layers = len(layers)
-    small: PreTrainedModel = type(model)(config).to(next(model.parameters()).dtype).eval()  # type: ignore[arg-type]
+    small: PreTrainedModel = type(model)(config).eval()
+    cast_weights(small, next(model.parameters()).dtype)
     target = parts_of(small)
     for new, old in (
         *zip(target.layers, layers, strict=True),

@@ -16,19 +16,18 @@ from types import FrameType
 from safetensors import SafetensorError
 
 from balcony_edge.errors import InputError
-from balcony_edge.files import partial_directory
+from balcony_edge.files import partial_directory, require_writable
 
 
 def refuse_existing(output: Path) -> None:
-    """Refuse an output that exists or has no directory to lie in; cheap, so that it comes before the work.
+    """Refuse an output that exists or cannot be made; cheap, so that it comes before the work.
 
     Raises:
         InputError: one line.
     """
     if output.exists() or output.is_symlink():
         raise InputError(f"{output}: exists already: name a directory that does not, or remove it first")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"{output}: there is no directory {output.absolute().parent}: make it first")
+    require_writable(output.absolute().parent, str(output), InputError, "name another place")
 
 
 @contextmanager
@@ -39,6 +38,7 @@ def fresh_directory(output: Path) -> Iterator[Path]:
     """
     refuse_existing(output)
     try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with partial_directory(output.absolute()) as directory:
             with _heeding_interrupts():
                 yield directory

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle import Bundle
 from balcony_edge.errors import VerificationError
-from balcony_export.architecture import Parts, cast_weights, parts_of
+from balcony_export.architecture import Parts, cast_weights, describe, parts_of
 from balcony_export.balcony import Balcony
 from balcony_export.ir_tools import FAR_WEIGHTS, distance
 from balcony_export.quantize import stored_weights
@@ -156,6 +156,7 @@ def verify(
             f"{directory}: has exits {manifest.exit_layers}, compared with balconies at {sorted(balconies)}: "
             "name the model and the balconies that it was exported from"
         )
+    _same_model(bundle, model)
     dtype = torch.float16 if manifest.precision == "float16" else torch.float32
     for module in (model, *balconies.values()):
         cast_weights(module, dtype)
@@ -195,12 +196,25 @@ def verify(
     return checks
 
 
+def _same_model(bundle: Bundle, model: PreTrainedModel) -> None:
+    """Refuse a model of other sizes than the bundle's."""
+    have, given = bundle.manifest.model, describe(model, "")
+    sizes = ("architecture", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "vocab_size")
+    for size in sizes:
+        if getattr(have, size) != getattr(given, size):
+            raise VerificationError(
+                f"{bundle.path}: is of {have.name}, {size} {getattr(have, size)}, and the model that was given has "
+                f"{getattr(given, size)}: name {have.name} with --against"
+            )
+
+
 def _same_ids(bundle: Bundle, codec: TextCodec, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text, which the bundle's tokenizer must give, too."""
     ids: list[int] = list(tokenizer(text).input_ids)
     if codec.encode(text, chat=False) != ids:
         raise VerificationError(
-            f"{bundle.path}: its tokenizer gives other tokens than the model's for {text[:30]!r}: export it again"
+            f"{bundle.path}: is of {bundle.manifest.model.name}, and its tokenizer gives other tokens than the given model's "
+            f"for {text[:30]!r}: name that model, or export it again"
         )
     return ids
 
@@ -270,9 +284,11 @@ def require(checks: Sequence[Check], directory: Path) -> None:
     if failed:
         worst = failed[0]
         what, unit = ("largest logit difference", " of the largest logit") if worst.exact else ("mean KL", " nats")
+        name = Bundle.open(directory, verify_hashes=False).manifest.model.name
         raise VerificationError(
             f"{directory}: exit {worst.exit_layer}, {worst.phase}: the {what} is {worst.max_difference:.1e}{unit}, "
-            f"allowed are {worst.tolerance:.0e}: do not use this bundle; report the model's architecture"
+            f"allowed are {worst.tolerance:.0e}: it was made from {name}: compare it with that model and its balconies; if you "
+            "did, do not use this bundle, and report the model's architecture"
         )
 
 

@@ -153,9 +153,11 @@ class LLM:
         """Exits in ascending order; the last is the full depth."""
         return self.engine.exit_layers
 
-    def encode(self, prompt: str | Sequence[Message], *, chat: bool | None = None) -> list[int]:
+    def encode(
+        self, prompt: str | Sequence[Message], *, chat: bool | None = None, control_tokens: bool = True
+    ) -> list[int]:
         """Tokens of a prompt, as :meth:`stream` would see them."""
-        return self._codec.encode(prompt, chat=chat)
+        return self._codec.encode(prompt, chat=chat, control_tokens=control_tokens)
 
     def stream(
         self,
@@ -166,6 +168,7 @@ class LLM:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         chat: bool | None = None,
+        control_tokens: bool = True,
         ignore_eos: bool = False,
         sequence: TokenSequence | None = None,
         trace: TraceWriter | None = None,
@@ -179,6 +182,8 @@ class LLM:
             stop: strings that end the reply; they are not part of its text.
             logprobs: give each token its log-probability and those of this many most likely tokens.
             chat: put a text into the chat template; by default where the bundle has one.
+            control_tokens: whether the name of a control token in the prompt (such as ``<|im_end|>``) is that token, as in
+                transformers; False takes it as plain text.
             ignore_eos: go on after the end-of-sequence token; for measurements.
             sequence: one to continue: rows that its tokens share with the prompt are kept, the others rolled back.
             trace: where to record what the controller saw and decided, a line a token.
@@ -188,7 +193,7 @@ class LLM:
             ContextLengthError: the prompt does not fit the context.
             InfeasibleError: nothing meets the target and the budget asks for an error then.
         """
-        ids = self._prompt_ids(prompt, chat)
+        ids = self._prompt_ids(prompt, chat, control_tokens)
         limit = self._new_tokens(len(ids), max_new_tokens, sequence)
         if logprobs is not None:
             whole("logprobs", logprobs, 0)
@@ -212,6 +217,7 @@ class LLM:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         chat: bool | None = None,
+        control_tokens: bool = True,
         ignore_eos: bool = False,
     ) -> Reply:
         """Generate a whole reply; arguments and errors as for :meth:`stream`."""
@@ -222,6 +228,7 @@ class LLM:
             stop=stop,
             logprobs=logprobs,
             chat=chat,
+            control_tokens=control_tokens,
             ignore_eos=ignore_eos,
         )
         for _ in stream:
@@ -289,7 +296,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _prompt_ids(self, prompt: Prompt, chat: bool | None) -> list[int]:
+    def _prompt_ids(self, prompt: Prompt, chat: bool | None, control_tokens: bool = True) -> list[int]:
         ids_given = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes | bytearray)
         if ids_given and len(prompt) and isinstance(prompt[0], int | np.integer):
             try:
@@ -300,7 +307,7 @@ class LLM:
                 ) from error
             refuse_foreign(np.array(ids), self.engine.manifest.model.vocab_size)
             return ids
-        return self._codec.encode(prompt, chat=chat)  # type: ignore[arg-type]
+        return self._codec.encode(prompt, chat=chat, control_tokens=control_tokens)  # type: ignore[arg-type]
 
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None = None) -> int:
         context = self.engine.max_length if sequence is None else sequence.max_length
@@ -401,8 +408,9 @@ def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:
             f"{os.fspath(path)}: is for exits {', '.join(map(str, profile.costs.exits))}, but this bundle has "
             f"{', '.join(map(str, manifest.exit_layers))}: measure with `balcony-edge profile`"
         )
-    for mismatch in profile.mismatches(this_device(), manifest.fingerprint, engine.backend.threads):
-        _log.warning("%s: %s: its prices may not hold here", os.fspath(path), mismatch)
+    mismatches = profile.mismatches(this_device(), manifest.fingerprint, engine.backend.threads)
+    for doubt in (*profile.doubts, *mismatches):
+        _log.warning("%s: %s: its prices may not hold here", os.fspath(path), doubt)
     return profile.costs
 
 

@@ -1,8 +1,8 @@
-"""From logits to the next token: penalties and bias, then temperature, top-k, top-p and min-p, with a seed.
+"""From logits to the next token: bias and penalties, then temperature, top-k, top-p and min-p, with a seed.
 
-Owns the order, which is that of transformers' processors and warpers: repetition penalty, presence penalty, bias,
-temperature, top-k, top-p on what is left, min-p on what is left. Log-probabilities are the model's own, taken before all of
-it. It knows nothing of exits.
+Owns the order, which is that of transformers' processors and warpers: bias, repetition penalty, presence penalty (which
+transformers does not have), temperature, top-k, top-p on what is left, min-p on what is left. Log-probabilities are the
+model's own, taken before all of it. It knows nothing of exits.
 """
 
 from __future__ import annotations
@@ -176,6 +176,8 @@ class Sampler:
         if self._seen is None and self._made is None and not params.logit_bias:
             return logits
         adjusted = logits.copy()
+        for token, bias in params.logit_bias.items():
+            adjusted[:, token] += bias
         if self._seen is not None:
             penalized = np.where(
                 adjusted > 0, adjusted / params.repetition_penalty, adjusted * params.repetition_penalty
@@ -183,8 +185,6 @@ class Sampler:
             adjusted = np.where(self._seen, penalized, adjusted)
         if self._made is not None:
             adjusted -= params.presence_penalty * self._made
-        for token, bias in params.logit_bias.items():
-            adjusted[:, token] += bias
         return adjusted.astype(np.float32, copy=False)
 
     def _draw(self, logits: FloatArray) -> int:

@@ -1,14 +1,20 @@
 """Chat templates: programs that come with a model, rendered in a sandbox with bounds on time and size.
 
 Owns the environment: jinja2's immutable sandbox (no attribute that leads to Python, no change of what it is given), a clock
-that every loop looks at, and a bound on what operators and the whole text may grow to.
+that every loop and macro looks at, and a meter of everything that a template makes. A template is a stranger's program, and
+jinja2 bounds neither its time nor its memory: doubling a text thirty times takes a gigabyte and no time. So only those filters
+and methods are there whose results are bounded before they are made, or no longer than what they are given.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -18,12 +24,84 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 #: A template takes well under a millisecond; one that takes this long loops.
 MAX_SECONDS = 2.0
 #: Characters of a rendered conversation: far beyond every context, far below what hurts.
 MAX_CHARACTERS = 4_000_000
-_TICK = "_balcony_tick"
+#: Characters of all values together that one rendering makes, whether it keeps them or not; so also of one.
+MAX_MADE = 16 * MAX_CHARACTERS
+#: What an element of a list counts in characters: its pointer and a small object.
+ELEMENT = 16
+#: Bits of a whole number.
+MAX_BITS = 10_000
+
+#: Filters whose results are no longer than what they are given, but for some characters each; the others are below.
+_FILTERS = (
+    *(
+        "abs",
+        "attr",
+        "capitalize",
+        "count",
+        "d",
+        "default",
+        "dictsort",
+        "e",
+        "escape",
+        "first",
+        "float",
+        "groupby",
+        "int",
+    ),
+    *(
+        "items",
+        "last",
+        "length",
+        "list",
+        "lower",
+        "map",
+        "max",
+        "min",
+        "reject",
+        "rejectattr",
+        "reverse",
+        "safe",
+        "select",
+    ),
+    *("selectattr", "sort", "string", "title", "trim", "unique", "upper", "wordcount"),
+)
+#: Methods of texts that templates use; those of lists and mappings are the sandbox's matter.
+_TEXT_METHODS = {
+    *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdecimal", "isdigit"),
+    *("islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix"),
+    *(
+        "removesuffix",
+        "replace",
+        "rfind",
+        "rindex",
+        "rpartition",
+        "rsplit",
+        "rstrip",
+        "split",
+        "splitlines",
+        "startswith",
+    ),
+    *("strip", "swapcase", "title", "upper"),
+}
+_SCALARS = (str, int, float, type(None), jinja2.Undefined)
+_CONTAINERS = (list, tuple, dict)
+
+
+@dataclass
+class _Limits:
+    """What one rendering may still take."""
+
+    deadline_s: float
+    made: int = 0
+
+
+_LIMITS: ContextVar[_Limits | None] = ContextVar("balcony_template_limits", default=None)
 
 
 class ChatTemplate:
@@ -33,17 +111,24 @@ class ChatTemplate:
         source: the template's text.
 
     Raises:
-        jinja2.TemplateError: it is no template.
+        jinja2.TemplateError: it is not a template.
     """
 
     def __init__(self, source: str) -> None:
-        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-        tree = environment.parse(source)
-        for loop in tree.find_all(nodes.For):
-            call = nodes.Call(nodes.Name(_TICK, "load"), [], [], None, None)
-            loop.body.insert(0, nodes.ExprStmt(call))
-        code = environment.compile(tree)
-        self._environment = environment
+        environment = _Environment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,  # folding would compute constants here, without a meter
+            finalize=_writable,
+            extensions=[loopcontrols, _Generation],
+        )
+        try:
+            tree = _Metered().visit(environment.parse(source))
+            code = environment.compile(tree)
+        except jinja2.TemplateError:
+            raise
+        except Exception as error:  # nested too deep for the parser or for Python's compiler
+            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
         self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
 
     def render(self, variables: Mapping[str, Any]) -> str:
@@ -52,17 +137,12 @@ class ChatTemplate:
         Raises:
             jinja2.TemplateError: the template refuses, breaks a bound or leaves the sandbox.
         """
-        deadline = time.monotonic() + MAX_SECONDS
-
-        def tick() -> None:
-            if time.monotonic() > deadline:
-                raise jinja2.TemplateRuntimeError(f"rendering took longer than {MAX_SECONDS:g} s")
-
         pieces: list[str] = []
         size = 0
+        token = _LIMITS.set(_Limits(time.monotonic() + MAX_SECONDS))
         try:
-            for piece in self._template.generate({**variables, _TICK: tick}):
-                tick()
+            for piece in self._template.generate(dict(variables)):
+                _tick()
                 size += len(piece)
                 if size > MAX_CHARACTERS:
                     raise jinja2.TemplateRuntimeError(f"the text is longer than {MAX_CHARACTERS:,} characters")
@@ -71,6 +151,8 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a stranger's program: whatever it raises is its refusal
             raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+        finally:
+            _LIMITS.reset(token)
         return "".join(pieces)
 
 
@@ -84,30 +166,217 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with what transformers' templates expect, and bounds on operators that grow."""
+class _Metered(NodeTransformer):
+    """Lets loops and macros look at the clock, and whatever a template makes pass the meter.
 
-    intercepted_binops = frozenset({"*", "**"})
+    The calls are of attributes of the environment, which a template cannot name and so cannot replace.
+    """
+
+    def generic_visit(self, node: Any, *args: Any, **options: Any) -> Any:
+        """A node after its children."""
+        node = super().generic_visit(node, *args, **options)
+        if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock):
+            node.body.insert(0, nodes.ExprStmt(_call("tick", [])))
+        elif isinstance(node, nodes.Concat):
+            return _call("joined", node.nodes)
+        elif isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
+            return _call("made", [node])
+        return node
+
+
+def _call(name: str, arguments: list[Any]) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox with what transformers' templates expect, and bounds on everything that grows."""
+
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
-        self.filters["tojson"] = _to_json
+        self.globals = {name: self.globals[name] for name in ("range", "dict", "cycler", "joiner", "namespace")}
+        self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        own: dict[str, Callable[..., Any]] = {
+            "tojson": _to_json, "join": _join, "replace": _replace, "indent": _indent, "format": _percent
+        }  # fmt: skip
+        self.filters = {
+            name: _measured(filter_) for name, filter_ in (self.filters | own).items() if name in (*_FILTERS, *own)
+        }
+        self.tick, self.joined, self.made = _tick, _joined, _made
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """What a macro or a block has written."""
+        return _joined(*pieces)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """``*`` and ``**`` within bounds."""
-        sized = left if isinstance(left, Sequence) else right if isinstance(right, Sequence) else None
-        if operator == "*" and sized is not None:
-            count = right if sized is left else left
-            if isinstance(count, int) and len(sized) * count > MAX_CHARACTERS:
+        """Operators whose results can be larger than what they are given, within bounds."""
+        texts = (str, bytes, *_CONTAINERS)
+        if operator == "*" and (isinstance(left, texts) or isinstance(right, texts)):
+            sized, count = (left, right) if isinstance(left, texts) else (right, left)
+            if isinstance(count, int) and _size(sized) * count > MAX_CHARACTERS:
                 raise jinja2.TemplateRuntimeError(f"a repetition is longer than {MAX_CHARACTERS:,} characters")
-        if operator == "**" and isinstance(right, int) and abs(right) > 1000:
-            raise jinja2.TemplateRuntimeError(f"a power of {right} is not computed")
-        return super().call_binop(context, operator, left, right)
+        elif operator == "+" and isinstance(left, texts) and isinstance(right, texts):
+            _bounded(_size(left) + _size(right))
+        elif operator == "%" and isinstance(left, str):
+            return _made(_percent(left, *(right if isinstance(right, tuple) else (right,))))
+        elif operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() + right.bit_length() if operator == "*" else left.bit_length() * abs(right)
+            if bits > MAX_BITS:
+                what = f"a power of {right}" if operator == "**" else f"a product of {bits} bits"
+                raise jinja2.TemplateRuntimeError(f"{what} is not computed")
+        return _made(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **options: Any) -> Any:  # noqa: N805 - jinja2's names
+        """Functions, macros and methods; of texts only the methods above, of numbers none."""
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, str):
+            if name not in _TEXT_METHODS:
+                raise jinja2.TemplateRuntimeError(f"the method {name} of texts is not there")
+            if name in ("join", "replace"):
+                return _made(
+                    {"join": lambda parts: _join(parts, owner), "replace": _replace_in(owner)}[name](*args, **options)
+                )
+        elif isinstance(owner, int | float | bytes):
+            raise jinja2.TemplateRuntimeError(f"the method {name} of {type(owner).__name__} is not there")
+        return _made(super().call(__context, __obj, *args, **options))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """``str.format`` with a bound on what it writes, beside the sandbox's on what it reads."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        template: str = value.__self__
+
+        def bounded(*args: Any, **options: Any) -> str:
+            _check_format(template, "{", [*args, *options.values()])
+            return wrapped(*args, **options)
+
+        return bounded
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An element, or a slice, which is a new value."""
+        found = super().getitem(obj, argument)
+        return _made(found) if isinstance(argument, slice) else found
+
+
+def _tick() -> None:
+    limits = _LIMITS.get()
+    if limits is not None and time.monotonic() > limits.deadline_s:
+        raise jinja2.TemplateRuntimeError(f"rendering took longer than {MAX_SECONDS:g} s")
+
+
+def _size(value: Any, known: dict[int, int] | None = None) -> int:
+    """Characters of a value as it would be written out: what is shared counts wherever it is."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if not isinstance(value, _CONTAINERS):
+        if not isinstance(value, _SCALARS):
+            raise jinja2.TemplateRuntimeError(
+                f"{type(value).__name__} in a list or a text: give texts, numbers and lists"
+            )
+        return ELEMENT
+    known = {} if known is None else known
+    if id(value) not in known:
+        known[id(value)] = 0  # a cycle ends here
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = ELEMENT + sum(ELEMENT + _size(part, known) for part in parts)
+    return known[id(value)]
+
+
+def _bounded(size: int) -> None:
+    if size > MAX_MADE:
+        raise jinja2.TemplateRuntimeError(f"a value is longer than {MAX_MADE:,} characters")
+
+
+def _made(value: Any) -> Any:
+    """The value, after the meter has seen it."""
+    if isinstance(value, str | bytes):
+        size = len(value)
+    elif isinstance(value, _CONTAINERS):
+        _bounded(_size(value))
+        size = ELEMENT * len(value)
+    else:
+        return value
+    limits = _LIMITS.get()
+    if limits is not None:
+        limits.made += size
+        if limits.made > MAX_MADE:
+            raise jinja2.TemplateRuntimeError(f"its values are longer than {MAX_MADE:,} characters together")
+    return value
+
+
+def _writable(value: Any) -> Any:
+    """Refuse to write what is neither a text nor a number nor a list: jinja2's own objects show all that they hold."""
+    if not isinstance(value, (*_SCALARS, *_CONTAINERS)):
+        raise jinja2.TemplateRuntimeError(f"{type(value).__name__} cannot be written: give texts, numbers and lists")
+    return value
+
+
+def _joined(*parts: Any) -> str:
+    """Texts one after the other, metered before they are one."""
+    texts = [str(_writable(part)) for part in parts]
+    _bounded(sum(map(len, texts)))
+    joined: str = _made("".join(texts))
+    return joined
+
+
+def _join(parts: Iterable[Any], between: str = "", attribute: str | None = None) -> str:
+    texts: list[str] = []
+    for part in parts:
+        texts += [between] if texts else []
+        texts.append(str(_writable(part if attribute is None else part[attribute])))
+        _bounded(sum(map(len, texts[-2:])) * len(texts))
+    return _joined(*texts)
+
+
+def _replace_in(text: str) -> Callable[..., str]:
+    return lambda old, new, count=-1: _replace(text, old, new, count)
+
+
+def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:
+    text = str(_writable(value))
+    _bounded(len(text) + text.count(old) * len(new))
+    return text.replace(old, new, -1 if count is None else count)
+
+
+def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    space = width if isinstance(width, str) else " " * min(width, 100)
+    _bounded(len(text) + (text.count("\n") + 1) * len(space))
+    head, *rest = text.split("\n")
+    lines = [f"{space}{line}" if line or blank else line for line in rest]
+    return "\n".join([f"{space}{head}" if first else head, *lines])
+
+
+def _percent(text: str, *values: Any, **named: Any) -> str:
+    _check_format(text, "%", [*values, *named.values()])
+    written: str = text % (values[0] if len(values) == 1 and isinstance(values[0], dict) else named or values)
+    return written
+
+
+def _check_format(template: str, mark: str, values: list[Any]) -> None:
+    """Refuse widths, and more than the fields could hold."""
+    if re.search(r"\d{4,}|%[^a-zA-Z%]*\*|\{[^{}]*\{", template.replace("{{", "").replace("}}", "")):
+        raise jinja2.TemplateRuntimeError("a format with a width of more than 999, or one that is given: write it out")
+    _bounded(len(template) + template.count(mark) * (1000 + _size(values)))
+
+
+def _measured(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that takes plain values and whose result passes the meter."""
+
+    @functools.wraps(filter_)  # with jinja2's marks of what else it is given
+    def measured(*args: Any, **options: Any) -> Any:
+        for value in (*args, *options.values()):
+            if isinstance(value, jinja2.runtime.Macro | jinja2.utils.Namespace | jinja2.runtime.LoopContext):
+                _writable(value)
+        return _made(filter_(*args, **options))
+
+    return measured
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
     # as transformers does: plain text for a model, not markup for a page
+    _bounded(_size(value) * (1 if indent is None else 1 + abs(int(indent))))
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 

@@ -7,6 +7,7 @@ The tokenizers library does the work; this module owns what the bundle's files m
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ from balcony_edge.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.template import ChatTemplate
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+#: Stand in a rendered conversation for one control token that a user wrote: private use, so no text has them by chance.
+_OPEN, _CLOSE = "\ue0c0", "\ue0c1"
 
 
 class TextCodec:
@@ -33,52 +36,90 @@ class TextCodec:
             self._tokenizer.no_padding()
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
+        self._literal: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
         if bundle.has_file("chat_template.jinja"):
             template = bundle.file("chat_template.jinja")
             try:
                 self._template = ChatTemplate(template.read_text(encoding="utf-8"))
-                self._special = json.loads(bundle.file("special_tokens.json").read_text(encoding="utf-8"))
             except (jinja2.TemplateError, ValueError) as error:
                 raise BundleError(f"{template}: not readable ({error}): export the bundle again") from error
+            self._special = special_tokens(bundle)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the bundle has one."""
         return self._template is not None
 
-    def encode(self, prompt: str | Sequence[Message], *, chat: bool | None = None) -> list[int]:
+    def encode(
+        self, prompt: str | Sequence[Message], *, chat: bool | None = None, control_tokens: bool = True
+    ) -> list[int]:
         """Tokens of a prompt.
 
         Args:
-            prompt: a text, or messages with ``role`` and ``content``.
+            prompt: a text, or messages with ``role`` and ``content``. A content is a text, or a list of parts
+                ``{"type": "text", "text": ...}``, which are joined with newlines.
             chat: put a text into the chat template as a user's message; by default where the bundle has a template.
+            control_tokens: whether a control token that the prompt spells out (such as ``<|im_end|>``) is that token, as in
+                transformers. False: it is plain text, so a stranger's message cannot end its turn; the template's own stay.
 
         Raises:
-            InputError: an empty prompt, messages without a template, or a template that refuses them.
+            InputError: an empty prompt, one that is not valid Unicode, messages without a template, or a template that
+                refuses them.
         """
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("the prompt is empty: give a text")
             if chat is False or (chat is None and not self.has_chat_template):
-                return _some(self._tokenizer.encode(prompt).ids)
+                tokenizer = self._tokenizer if control_tokens else self._without_control_tokens()
+                return _some(tokenizer.encode(_unicode(prompt)).ids)
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
             raise InputError(f"prompt of type {type(prompt).__name__}: give a text, messages or token ids")
         if not prompt:
             raise InputError("no messages were given: give at least one, e.g. {'role': 'user', 'content': '...'}")
-        return _some(self._tokenizer.encode(self._render(prompt), add_special_tokens=False).ids)
+        messages = [_message(message) for message in prompt]
+        if control_tokens:
+            return _some(self._tokenizer.encode(self._render(messages), add_special_tokens=False).ids)
+        return _some(self._encode_literally(messages))
+
+    def _encode_literally(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Tokens of a conversation in which only the template's control tokens are control tokens."""
+        names = sorted(
+            (token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special),
+            key=len,
+            reverse=True,
+        )
+        if not names:
+            return list(self._tokenizer.encode(self._render(messages), add_special_tokens=False).ids)
+        spelled = re.compile("|".join(map(re.escape, names)))
+        for message in messages:
+            content = re.sub(f"[{_OPEN}{_CLOSE}]", "", message["content"])
+            message["content"] = spelled.sub(lambda found: f"{_OPEN}{names.index(found[0])}{_CLOSE}", content)
+        pieces = re.split(f"{_OPEN}([0-9]+){_CLOSE}", self._render(messages))
+        ids: list[int] = []
+        for place, piece in enumerate(pieces):  # a text, then the number of a name, and so on
+            tokenizer, text = (
+                (self._without_control_tokens(), names[int(piece)]) if place % 2 else (self._tokenizer, piece)
+            )
+            ids += tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _without_control_tokens(self) -> Tokenizer:
+        """The same tokenizer, to which a control token's name is a text like any other."""
+        if self._literal is None:
+            literal = Tokenizer.from_str(self._tokenizer.to_str())
+            literal.encode_special_tokens = True
+            self._literal = literal
+        return self._literal
 
     def _render(self, messages: Sequence[Message]) -> str:
         if self._template is None:
             raise InputError("this bundle has no chat template: give the prompt as a text, with chat=False or --raw")
-        for message in messages:
-            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-                raise InputError(f"message {message!r}: must be a mapping with 'role' and 'content'")
-        variables: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": True, **self._special}
+        variables: dict[str, Any] = {**self._special, "messages": list(messages), "add_generation_prompt": True}
         try:
-            return self._template.render(variables)
+            return _unicode(self._template.render(variables))
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refuses these messages ({error})") from error
 
@@ -89,6 +130,52 @@ class TextCodec:
     def stream(self) -> TextStream:
         """A decoder that takes one token at a time."""
         return TextStream(self._tokenizer)
+
+
+def special_tokens(bundle: Bundle) -> dict[str, str]:
+    """Names of special tokens that a chat template may use, such as ``bos_token``.
+
+    Raises:
+        BundleError: the file is not a table of texts.
+    """
+    path = bundle.file("special_tokens.json")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not readable as JSON ({error}): export the bundle again") from error
+    if not isinstance(found, dict) or not all(
+        name.endswith("_token") and isinstance(token, str) for name, token in found.items()
+    ):
+        raise BundleError(f"{path}: must be a table of names such as bos_token and texts: export the bundle again")
+    return found
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """A copy of a message whose content is one text: a template writes anything else as Python writes it."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise InputError(f"message {message!r}: must be a mapping with 'role' and 'content'")
+    content = message["content"]
+    if isinstance(content, list | tuple):
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise InputError("message content: a list may hold {'type': 'text', 'text': '...'} alone: give texts")
+        content = "\n".join(parts)  # type: ignore[arg-type]
+    if not isinstance(content, str):
+        raise InputError(f"message content = {content!r}: must be a text or a list of text parts: give a text")
+    return {**message, "content": _unicode(content)}
+
+
+def _unicode(text: str) -> str:
+    """The text, if it can be written as UTF-8: the shell hands over invalid bytes as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt is not valid UTF-8 at character {error.start + 1}: give it as UTF-8, e.g. through iconv"
+        ) from None
+    return text
 
 
 def _some(ids: Sequence[int]) -> list[int]:

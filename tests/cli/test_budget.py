@@ -91,12 +91,35 @@ def test_check_refuses_with_file_key_and_cure(tmp_path: Path, tiny: Any) -> None
     path.write_text("gpu_utilization = 80\n")
     refused(f"{path}: gpu_utilization = 80: must be above 0 and at most 1; write 80 % as 0.8", "budget", "check", path)
     path.write_text("min_exit = 4\n")
-    assert invoke("budget", "check", path, "--bundle", tiny.path).splitlines() == ["min_exit = 4", "leaves exits 5"]
+    shown = invoke("budget", "check", path, "--bundle", tiny.path).splitlines()
+    assert shown == ["min_exit = 4", "asks for full depth at every token; no target and no ceiling", "leaves exits 5"]
+
     path.write_text("exit_layer = 4\n")
     refused(
         f"{path}: exit_layer = 4, but this bundle has exits 2, 3, 5", "budget", "check", path, "--bundle", tiny.path
     )
     refused("nowhere.toml: there is no such file", "budget", "check", tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("", "asks for full depth at every token; no target and no ceiling"),
+        ("max_exit = 20\n", "asks for the deepest exit that its bounds leave at every token; no target and no ceiling"),
+        ("exit_layer = 17\n", "asks for exit 17 at every token"),
+        ("lossless = true\n", "asks for the full model's own tokens, drafted at a shallow exit where that is faster"),
+        (
+            "confident = true\n",
+            "asks for full depth at every token, or a shallow exit that is sure enough; no target and no ceiling",
+        ),
+        ("tpot_ms = 40.0\nprobability = 0.9\n", "asks for the deepest exit that meets every target and ceiling"),
+    ],
+)
+def test_check_lists_what_the_file_sets_and_says_what_it_means(tmp_path: Path, text: str, meaning: str) -> None:
+    """Also what equals its default: probability is 0.9 without being set."""
+    path = tmp_path / "b.toml"
+    path.write_text(text)
+    assert invoke("budget", "check", path).splitlines() == [*text.splitlines(), meaning]
 
 
 def test_simulate_under_a_generated_load_and_under_its_own_record(tmp_path: Path) -> None:

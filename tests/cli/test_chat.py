@@ -15,16 +15,25 @@ from typing import Any
 
 import pytest
 
-from balcony_edge.cli.chat import parse_command
+import balcony_edge
+from balcony_edge.cli.chat import Conversation, parse_command
+from balcony_edge.cli.console import depth_styles
 from balcony_edge.errors import BudgetError
 from balcony_edge.trace import read_trace, replay
 
 PROGRAM = "from balcony_edge.cli import main; main()"
 
 
-def chat(bundle: Path, lines: str, *options: str) -> subprocess.CompletedProcess[str]:
+def chat(bundle: Path, lines: str | bytes, *options: str) -> subprocess.CompletedProcess[str]:
+    """A chat whose input is a terminal, where Ctrl-D ends it, and whose output is a pipe."""
+    master, worker = pty.openpty()
     command = [sys.executable, "-c", PROGRAM, "run", str(bundle), "-n", "6", *options]
-    return subprocess.run(command, input=lines, capture_output=True, text=True, check=False, timeout=120)
+    try:
+        os.write(master, (lines.encode() if isinstance(lines, str) else lines) + b"\x04")
+        return subprocess.run(command, stdin=worker, capture_output=True, text=True, check=False, timeout=120)
+    finally:
+        os.close(worker)
+        os.close(master)
 
 
 def test_commands_and_replies(tiny: Any) -> None:
@@ -34,6 +43,49 @@ def test_commands_and_replies(tiny: Any) -> None:
     for expected in ("there is no reply yet", "│ 5 │", "│ 3 │", "Ctrl-C stops a reply", "/nonsense: no such command"):
         assert expected in text, text
     assert text.count("tokens after") == 2
+
+
+ANSWERS = {
+    "/budget tpot_ms=900": "From the next reply: tpot_ms = 900.0.",
+    "/budget": "From the next reply: full depth, no target.",
+    "/exit 3": "From the next reply: exit_layer = 3.",
+    "/exit": "/exit: give one of the exits 2, 3, 5, e.g. /exit 2; /quit ends",
+    "/reset": "The conversation is forgotten.",
+    "/quit now": "/quit now: /quit takes nothing after it",
+    "/help me": "/help me: /help takes nothing after it",
+    "/etc/hosts": "/etc/hosts: no such command: /help lists them; a message that begins with / is written with //",
+}
+
+
+def test_every_command_is_answered(tiny: Any) -> None:
+    done = chat(tiny.path, "\n".join(ANSWERS) + "\n")
+    assert done.returncode == 0, done.stderr
+    for answer in ANSWERS.values():
+        assert answer in done.stdout, (answer, done.stdout)
+    assert "Cut off" not in done.stdout  # none of them was taken for a message
+
+
+def test_two_slashes_begin_a_message(tiny: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    with balcony_edge.load(tiny.path) as llm:
+        conversation = Conversation(llm, depth_styles(llm.exit_layers), None, {"max_new_tokens": 2}, live=False)
+        assert conversation.handle("//etc/hosts is what?") and not conversation.handle("/quit")
+        said += [message["content"] for message in conversation.chat.messages if message["role"] == "user"]
+    assert said == ["/etc/hosts is what?"]
+
+
+def test_a_full_context_says_what_to_do(tiny: Any) -> None:
+    lines = "the quick brown fox jumps over the lazy dog " * 5
+    done = chat(tiny.path, f"{lines}\n{lines}\n{lines}\n{lines}\n/reset\nthe fox\n", "-n", "400")
+    assert done.returncode == 0, done.stderr
+    assert "The context is full: /reset starts a new conversation" in done.stdout
+    assert "holds 256" in done.stdout and done.stdout.count("(Cut off after") == 0
+
+
+def test_invalid_utf_8_is_one_line_and_the_chat_goes_on(tiny: Any) -> None:
+    done = chat(tiny.path, b"the \xff fox\nthe fox\n/stats\n")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done
+    assert "the prompt is not valid UTF-8 at character 5" in done.stdout and "6 tokens after" in done.stdout
 
 
 def test_budgets_are_checked_and_the_chat_goes_on(tiny: Any) -> None:
@@ -50,7 +102,7 @@ def test_a_chat_is_recorded_and_shown_live(tiny: Any, tmp_path: Path) -> None:
     trace = tmp_path / "chat.jsonl"
     done = chat(tiny.path, "the fox\nthe dog\n", "--trace", str(trace), "--live", "--tpot-ms", "900")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("last decisions") >= 2, done.stdout
+    assert done.stderr.count("last decisions") >= 2, done.stderr
     recorded = read_trace(trace)
     assert [token.seen.made_tokens for token in recorded.tokens] == [*range(6), *range(6)]
     assert [decision.exit_layer for decision in replay(recorded)] == [5] * 12

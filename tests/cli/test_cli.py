@@ -96,7 +96,14 @@ def test_verify_passes_and_fails(
     tiny.tokenizer.save_pretrained(tmp_path / "other")
     done = invoke("verify", exported, "--against", tmp_path / "other")
     assert done.returncode == 1 and "FAIL" in done.stdout
-    assert "of the largest logit, allowed are 1e-04" in done.stderr
+    assert "of the largest logit, allowed are 1e-04: it was made from tiny-llama: compare it with that" in done.stderr
+    wide = make_tiny("llama", hidden_size=48)
+    wide.save_pretrained(tmp_path / "wide")
+    tiny.tokenizer.save_pretrained(tmp_path / "wide")
+    refused(
+        f"{exported}: is of tiny-llama, hidden_size 32, and the model that was given has 48: name tiny-llama",
+        *("verify", exported, "--against", tmp_path / "wide"),
+    )
 
 
 def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -143,7 +150,7 @@ def test_a_run_is_recorded_and_shares_packed_weights(exported: Path, tmp_path: P
     assert [line["exit_layer"] for line in lines[2:]] == [3] * len(tokens)
     assert len(list(packed.iterdir())) == 1
     done = invoke("run", exported, "the fox", "-n", "6", "--live", env={**os.environ, "COLUMNS": "120"})
-    assert done.returncode == 0 and "last decisions" in done.stdout, done
+    assert done.returncode == 0 and "last decisions" in done.stderr, done
     done = invoke("run", exported, "the fox", "-n", "3", "--trace", "/dev/full")  # it had begun to write
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done
     assert "/dev/full: writing failed (No space left on device): free space" in done.stderr
@@ -164,7 +171,9 @@ def test_inspect(exported: Path) -> None:
 def test_run(exported: Path) -> None:
     done = invoke("run", exported, "the fox", "-n", "12", "--exit", "3")
     assert done.returncode == 0, done.stderr
-    assert "tokens after" in done.stdout and "ms a token" in done.stdout
+    assert "tokens after" in done.stderr and "ms a token" in done.stderr
+    text = json.loads(invoke("run", exported, "the fox", "-n", "12", "--exit", "3", "--json").stdout)["text"]
+    assert done.stdout == f"{text}\n"  # the reply and nothing else
     options = ("--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", "3")
     done = invoke("run", exported, "the fox", "-n", "12", "--tpot-ms", "1000", "--json", *options)
     document = json.loads(done.stdout)
@@ -286,7 +295,7 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused("--block and --rounded-as are for int4", *common, "--block", "128")
     refused("tensorrt is not installed", *common, "--target", "tensorrt")
     refused("builds for 75, 80, 86, 89, 120, 121", *common, "--sm", "90")
-    refused("this bundle takes 1 to 256", "build", bundle, "--precision", "bf16")
+    refused("this bundle takes 1 to 256", "build", bundle, "--context-length", "257")
     refused("name one with --engines", "run", bundle, "the fox", "--device", "cuda")
     refused("CUDA driver version is insufficient", "run", bundle, "hi", "--device", "tensorrt", "--engines", "rtx-fp16")
     assert invoke_here("run", bundle, "the fox", "-n", "3", "--device", "cpu", "--engines", "rtx-fp16").returncode == 0

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 COMMAND = [sys.executable, "-W", "error", "-c", "from balcony_edge.cli import main; main()", "doctor"]
 
 
@@ -96,9 +98,22 @@ def test_a_missing_engine_names_its_cure() -> None:
 def test_a_sensor_that_hangs_is_shown_and_not_waited_for(tmp_path: Path) -> None:
     zone = tmp_path / "class/thermal/thermal_zone0"
     zone.mkdir(parents=True)
-    os.mkfifo(zone / "type")
+    for name in ("type", "temp"):
+        os.mkfifo(zone / name)
     done = invoke("--sysfs", tmp_path)
     assert done.returncode == 0 and "does not answer" in done.stdout and "psutil:memory" in done.stdout
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_no_cure_is_cut(columns: str) -> None:
+    """Every note and cure of the document is on the screen in one piece, so that it can be copied."""
+    report = diagnose()
+    shown = invoke(COLUMNS=columns).stdout
+    cures = [absence["cure"] for source in report["sensors"]["sources"] for absence in source["absences"]]
+    wanted = [engine["note"] for engine in report["engines"]] + cures
+    assert any("Docker: run with --security-opt systempaths=unconfined" in cure for cure in cures)
+    for line in wanted:
+        assert line in shown, (line, shown)
 
 
 def test_a_root_that_is_none(tmp_path: Path) -> None:

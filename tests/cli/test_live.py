@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +25,30 @@ from balcony_edge.cli.live import LiveView, show_live
 from balcony_edge.telemetry import Reading
 from balcony_runtime.confident import Telemetry
 
+PROGRAM = "from balcony_edge.cli import main; main()"
+
+
+def invoked(bundle: Path, *options: str) -> str:
+    """What ``run`` writes to a pipe."""
+    command = [sys.executable, "-c", PROGRAM, "run", str(bundle), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, errors="replace").stdout
+
+
+def on_terminal(bundle: Path, *options: str) -> str:
+    """What ``run`` writes to a terminal of 60 × 20, without colours and cursor movements."""
+    master, worker = pty.openpty()
+    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))
+    command = [sys.executable, "-c", PROGRAM, "run", str(bundle), *options]
+    with subprocess.Popen(command, stdin=worker, stdout=worker, stderr=subprocess.STDOUT) as process:
+        os.close(worker)
+        output = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(master, 65536):
+                output += part
+    os.close(master)
+    assert process.returncode == 0, output
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.decode(errors="replace"))
+
 
 def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
     readings = (Reading("b", "board", 0.0, watts=6.5, celsius=51.0), Reading("c", "cpu", 0.0, celsius=60.0))
@@ -22,7 +56,7 @@ def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
         quality = {2: Telemetry(40, 3), 3: Telemetry(0, 0)}
         view, tokens = LiveView(depth_styles(llm.exit_layers), lambda: readings, lambda: quality), []
         for token in llm.stream("the fox", max_new_tokens=12, ignore_eos=True):
-            view.add(token)
+            view.add(token, 160)
             tokens.append(token)
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(view)
@@ -33,9 +67,6 @@ def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
         "of 500 a token",
         "slowdown ",
         "paced to 100.0 a second",
-    ):
-        assert part in shown
-    for part in (
         "6.5 W board",
         "60 °C",
         "0 rows pending",
@@ -43,19 +74,91 @@ def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
         "last decisions",
         tokens[-1].reason[:40],
     ):
-        assert part in shown
+        assert part in shown, part
 
 
-def test_a_long_reply_leaves_room_for_facts_and_decisions(tiny: Any) -> None:
+#: A budget, what the sensors say, and what is shown of it.
+SENSED: list[tuple[dict[str, Any], tuple[Reading, ...], tuple[str, ...]]] = [
+    (
+        {"power_w": 7.0},
+        (Reading("b", "board", 0.0, watts=6.5), Reading("g", "gpu", 0.0, watts=2.0)),
+        ("6.5 of 7 W board",),
+    ),
+    (
+        {"power_w": 7.0, "power_rail": "gpu"},
+        (
+            Reading("b", "board", 0.0, watts=6.5),
+            Reading("n:0", "gpu", 0.0, watts=2.0),
+            Reading("n:1", "gpu", 0.0, watts=3.0),
+        ),
+        ("5.0 of 7 W gpu",),
+    ),
+    ({"temperature_c": 75.0}, (Reading("t", "cpu", 0.0, celsius=61.0),), ("61 of 75 °C",)),
+    (
+        {"cpu_utilization": 0.8, "gpu_utilization": 0.5},
+        (Reading("c", "cpu", 0.0, utilization=0.42), Reading("g", "gpu", 0.0, utilization=0.3)),
+        ("CPU 42 of 80 %", "GPU 30 of 50 %"),
+    ),
+    ({"battery_floor_percent": 20.0}, (Reading("a", "battery", 0.0, charge=0.55),), ("battery 55 %, floor 20 %",)),
+    ({"memory_mb": 400.0}, (Reading("p", "process", 0.0, memory_bytes=312_000_000),), ("memory 312 of 400 MB",)),
+    ({"energy_j_per_token": 0.5}, (Reading("b", "board", 0.0, watts=5.0),), ("5.0 W board", "of 0.5 J a token")),
+    (
+        {"power_w": 7.0, "temperature_c": 75.0, "memory_mb": 400.0},
+        (),
+        ("no reading of board power", "no reading of temperature", "no reading of memory"),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "readings", "wanted"), SENSED, ids=lambda value: ",".join(value) if isinstance(value, dict) else ""
+)
+def test_every_sensor_that_the_budget_is_about_is_shown(
+    tiny: Any, asked: dict[str, Any], readings: tuple[Reading, ...], wanted: tuple[str, ...]
+) -> None:
     with balcony_edge.load(tiny.path) as llm:
-        view = LiveView(depth_styles(llm.exit_layers), tuple)
-        for token in llm.stream("the fox", max_new_tokens=30, ignore_eos=True):
-            view.add(token._replace(text=f"word{token.id:04d} " * 12))
-    console = Console(width=80, height=24, record=True, file=io.StringIO())
+        budget = Budget(**asked)
+        view = LiveView(depth_styles(llm.exit_layers), lambda: readings, dict, lambda: budget)
+        for token in llm.stream("the fox", max_new_tokens=3, ignore_eos=True):
+            view.add(token, 120)
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(view)
-    lines = console.export_text().splitlines()
-    assert "30 tokens" in lines[0] and any("last decisions" in line for line in lines[:24]) and len(lines) <= 24
-    assert f"word{token.id:04d}" in "".join(lines)  # the end of the reply, not its beginning
+    shown = console.export_text()
+    assert all(part in shown for part in wanted), shown
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(200, 50), (80, 24), (60, 20), (40, 8), (20, 4)])
+def test_the_status_area_fits_and_the_whole_reply_is_printed(tiny: Any, columns: int, rows: int) -> None:
+    """On a terminal of any size: every line of the reply above the area, the newest decision in it, and nothing wrapped."""
+    reason = "deepest exit within 12 ms (p=0.93); 30 has a backlog for which there is no time"
+    readings = (Reading("b", "board", 0.0, watts=6.5, celsius=51.0),)
+    printed: list[str] = []
+    with balcony_edge.load(tiny.path) as llm:
+        view = LiveView(depth_styles(llm.exit_layers), lambda: readings)
+        for number, token in enumerate(llm.stream("the fox", max_new_tokens=30, ignore_eos=True)):
+            decision = token.decision._replace(words=(f"{number} {reason}",))
+            text = f"word{number:02d} and " + ("\n" if number % 7 == 0 else "")
+            printed += [line.plain for line in view.add(token._replace(text=text, decision=decision), columns)]
+    console = Console(width=columns, height=rows, record=True, file=io.StringIO())
+    console.print(view)
+    shown = console.export_text().splitlines()
+    assert len(shown) <= rows - 1 and all(len(line) <= columns for line in shown), shown
+    assert "30 tokens" in "".join(shown)
+    assert rows < 8 or f"exit {token.exit_layer} 29 deepest"[: columns - 8] in shown[-1], shown
+    printed.append(view.finish().plain)
+    assert " ".join("\n".join(printed).split()) == " ".join(f"word{number:02d} and" for number in range(30))
+    assert all(len(line.rstrip()) <= columns for line in printed)
+
+
+def test_a_reply_that_is_longer_than_the_terminal_stays_readable(tiny: Any) -> None:
+    """A real terminal of 20 rows: all lines of the reply went to its normal screen, in order."""
+    done = on_terminal(tiny.path, "the fox", "-n", "150", "--live", "--temperature", "3", "--seed", "1")
+    text = invoked(tiny.path, "the fox", "-n", "150", "--temperature", "3", "--seed", "1")
+    words = [word for word in text.split() if word.isascii() and word.isalpha() and len(word) > 3]
+    place = 0
+    for word in words:
+        place = done.find(word, place) + 1
+        assert place, word
 
 
 def test_a_live_run_ends_with_its_stream(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:

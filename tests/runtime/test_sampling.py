@@ -112,6 +112,26 @@ def test_min_p_keeps_what_is_likely_enough() -> None:
     assert ids.tolist()[:2] == [1, 3] and set(ids.tolist()) == {0, 1, 3, 4}
 
 
+def test_bias_and_penalty_come_in_the_order_of_transformers() -> None:
+    """A bias that changes a logit's sign shows the order: the penalty divides what is above 0 and multiplies the rest."""
+    import torch
+    import transformers
+
+    generator = np.random.default_rng(5)
+    bias = {1: 3.0, 2: -3.0, 4: 0.5}
+    processors = transformers.LogitsProcessorList(
+        [
+            transformers.SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()]),
+            transformers.RepetitionPenaltyLogitsProcessor(1.7),
+        ]
+    )
+    for _ in range(200):
+        logits = generator.normal(0, 2, (1, 5)).astype(np.float32)
+        sampler = Sampler(SamplingParams(repetition_penalty=1.7, logit_bias=bias), PROMPT, 5)
+        want = processors(torch.from_numpy(PROMPT), torch.from_numpy(logits)).argmax(-1)
+        assert int(sampler.pick(logits)[0]) == int(want[0])
+
+
 def test_the_repetition_penalty_is_that_of_transformers() -> None:
     import torch
     from transformers import RepetitionPenaltyLogitsProcessor

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,73 @@ def test_a_prompt_that_becomes_no_token_is_refused(bundle_copy: Path) -> None:
 def test_messages_that_are_none_are_refused(codec: TextCodec, messages: Any) -> None:
     with pytest.raises(InputError, match="must be a mapping with 'role' and 'content'"):
         codec.encode(messages)
+
+
+def test_a_content_of_parts_is_their_text(codec: TextCodec) -> None:
+    """A template would write the list as Python writes it, brackets and quotes included."""
+    parts = [{"type": "text", "text": "the fox"}, {"type": "text", "text": "the dog"}]
+    told = codec.encode([{"role": "user", "content": "the fox\nthe dog"}])
+    assert codec.encode([{"role": "user", "content": parts}]) == told
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        ([{"type": "image", "url": "x"}], "a list may hold {'type': 'text', 'text': '...'} alone"),
+        ([{"type": "text"}], "a list may hold"),
+        (["the fox"], "a list may hold"),
+        (None, "message content = None: must be a text or a list of text parts"),
+        (7, "message content = 7: must be a text"),
+        ("a\udcff", "not valid UTF-8 at character 2"),
+    ],
+)
+def test_contents_that_are_no_text_are_refused(codec: TextCodec, content: Any, pattern: str) -> None:
+    with pytest.raises(InputError, match=re.escape(pattern)):
+        codec.encode([{"role": "user", "content": content}])
+
+
+def test_text_that_is_not_unicode_is_refused(codec: TextCodec) -> None:
+    for chat in (None, False):
+        with pytest.raises(InputError, match="the prompt is not valid UTF-8 at character 5: give it as UTF-8"):
+            codec.encode("the \udcff", chat=chat)
+
+
+@pytest.mark.parametrize("text", ["a<end>b", "<end>", "the <end> fox <end><end>", "no token of control"])
+def test_control_tokens_in_a_prompt_can_be_plain_text(codec: TextCodec, tiny: Any, text: str) -> None:
+    """By default as in transformers; without, the ids spell the name, and the template's own tokens stay."""
+    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
+    assert codec.encode(text, chat=False).count(end) == text.count("<end>")
+    assert codec.encode(text).count(end) == text.count("<end>")
+    tokenizer = Tokenizer.from_str(tiny.tokenizer.backend_tokenizer.to_str())
+    for chat, whole in ((False, text), (None, f"<user>{text}\n<assistant>")):
+        ids = codec.encode(text, chat=chat, control_tokens=False)
+        assert end not in ids and tokenizer.decode(ids, skip_special_tokens=False) == whole
+        if "<end>" not in text:
+            assert ids == codec.encode(text, chat=chat)
+
+
+def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> None:
+    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
+    written = write_template(bundle_copy, "{% for m in messages %}{{ m.content | trim }}<end>{% endfor %}")
+    assert written.encode(" a<end>b ", control_tokens=False).count(end) == 1
+    assert written.encode(" a<end>b ").count(end) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        ("[1]", "must be a table of names such as bos_token and texts"),
+        ('{"messages": "x"}', "must be a table"),
+        ('{"bos_token": 1}', "must be a table"),
+        ("[" * 100_000, "not readable as JSON"),
+        ("{", "not readable as JSON"),
+    ],
+    ids=["list", "messages", "number", "deep", "cut"],
+)
+def test_a_forged_table_of_special_tokens_is_named(bundle_copy: Path, content: str, pattern: str) -> None:
+    (bundle_copy / "special_tokens.json").write_text(content)
+    with pytest.raises(BundleError, match=rf"special_tokens\.json: {pattern}"):
+        TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
 
 
 def test_what_a_training_left_in_the_tokenizer_changes_no_prompt(bundle_copy: Path, codec: TextCodec) -> None:
@@ -176,9 +246,115 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
         ).encode(message)
 
 
-def test_a_bundle_without_a_template_wants_text(bundle_copy: Path) -> None:
-    import json
+#: Programs that take gigabytes in sandboxes that bound results one by one, or not at all: doubling, widths, and sharing.
+GREEDY = {
+    "~": "{% set n = namespace(x='x' * 1000) %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "+": "{% set n = namespace(x='x' * 1000) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "+ of lists": "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "join": "{% set x = 'x' * 3000000 %}{{ ([x] * 2000) | join }}",
+    "join of a map": "{% set x = 'x' * 3000000 %}{{ range(2000) | map('replace', '1', x) | join | length }}",
+    "str.join": "{% set x = 'x' * 3000000 %}{{ ''.join([x] * 2000) }}",
+    "center": "{{ 'x' | center(2000000000) }}",
+    "str.center": "{{ 'x'.center(2000000000) }}",
+    "str.ljust": "{{ 'x'.ljust(2000000000) }}",
+    "% width": "{{ '%2000000000d' % 1 }}",
+    "% star": "{{ '%*d' % (2000000000, 1) }}",
+    "% many": "{% set x = 'x' * 3000000 %}{{ ('%(x)s' * 2000) % {'x': x} }}",
+    "format": "{{ '{:2000000000d}'.format(1) }}",
+    "nested format": "{{ '{:{}}'.format(1, 2000000000) }}",
+    "many formats": "{% set x = 'x' * 3000000 %}{{ ('{0}' * 2000).format(x) }}",
+    "the filter format": "{{ '%2000000000d' | format(1) }}",
+    "replace": "{% set x = 'x' * 3000000 %}{{ x.replace('x', x) }}",
+    "the filter replace": "{% set x = 'x' * 3000000 %}{{ x | replace('x', x) }}",
+    "indent": "{{ ('\n' * 3000000) | indent('x' * 3000000) }}",
+    "tojson": "{{ [[1] * 100000] | tojson(indent=2000000000) }}",
+    "to_bytes": "{{ (5).to_bytes(2000000000, 'big') }}",
+    "batch": "{{ [1] | batch(2000000000, 0) | list }}",
+    "lipsum": "{{ lipsum(n=100000000) }}",
+    "kept texts": "{% set n = namespace(x=[]) %}{% for i in range(3000) %}{% set n.x = n.x + ['x' * 3000000] %}{% endfor %}",
+    "shared lists": "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "shared tuples": "{% set n = namespace(x=(1,)) %}{% for i in range(40) %}{% set n.x = (n.x, n.x) %}{% endfor %}{{ n.x }}",
+    "a namespace": "{% set x = 'x' * 3000000 %}{% set n = namespace("
+    + ", ".join(f"a{i}=x" for i in range(900))
+    + ") %}{{ n }}",
+    "a block": "{% set x %}{% for i in range(99999) %}" + "x" * 100_000 + "{% endfor %}{% endset %}{{ x | length }}",
+    "numbers": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+    "powers": "{{ ((9 ** 1000) ** 1000) ** 1000 }}",
+    "slices": "{% set x = 'x' * 3000000 %}{% set n = namespace(x=[]) %}"
+    "{% for i in range(3000) %}{% set n.x = n.x + [x[1:]] %}{% endfor %}",
+    "macros without a loop": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "another clock": "{% set _balcony_tick = 1 %}{% macro tick() %}{% endmacro %}"
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+}
+_PROGRAM = """
+import json, resource, sys, time
+from balcony_runtime.template import ChatTemplate
+import jinja2
+most = {}
+for name, template in json.load(sys.stdin).items():
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    try:
+        ChatTemplate(template + "{{ messages }}").render({"messages": []})
+        outcome = "rendered"
+    except jinja2.TemplateError as error:
+        outcome = str(error)
+    most[name] = [outcome, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, time.monotonic() - begin]
+print(json.dumps(most))
+"""
 
+
+def test_templates_that_are_greedy_are_refused_before_they_take_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        input=json.dumps(GREEDY),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    for name, (outcome, megabytes, seconds) in json.loads(done.stdout).items():
+        assert outcome != "rendered" and len(outcome.splitlines()) == 1, (name, outcome)
+        assert megabytes < 700 and seconds < 20, (name, megabytes, seconds)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if 1 %}" * 5000 + "{% endif %}" * 5000,
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ " + "-" * 90_000 + "1 }}",
+    ],
+    ids=["blocks", "brackets", "signs"],
+)
+def test_templates_that_are_nested_too_deep_are_named(bundle_copy: Path, template: str) -> None:
+    with pytest.raises(BundleError, match=r"chat_template\.jinja: not readable \(RecursionError|too many"):
+        write_template(bundle_copy, template)
+
+
+def test_what_real_templates_use_is_there(bundle_copy: Path) -> None:
+    """Filters, methods and functions of the templates of the supported architectures, and of tool calls."""
+    template = (
+        "{%- set ns = namespace(found=false, text='') -%}"
+        "{%- for m in messages -%}"
+        "{%- set content = m.content | trim -%}"
+        "{%- set ns.text = ns.text + m['role'] + '|' ~ content.split('</think>')[-1].lstrip('\n') -%}"
+        "{%- if loop.last and m.role.startswith('us') and 'fox' in content -%}{%- set ns.found = true -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{{ ns.text }}|{{ ns.found }}|{{ messages | map(attribute='role') | join(',') }}|{{ messages[::-1][0].role | upper }}"
+        "|{{ messages | selectattr('role', 'equalto', 'user') | list | length }}|{{ {'a': [1, 2.5, none]} | tojson }}"
+        "|{{ '%s-%d' % ('a', 3) }}|{{ '{} {:.2f}'.format('b', 1.5) }}|{{ 'a b'.replace('a', 'c').title() }}"
+        "|{{ {'x': 1}.items() | list }}|{{ 'l1\nl2' | indent(2) }}|{{ not_there is defined }}|{{ strftime_now('%Y') | length }}"
+        "|{{ {'b': 1, 'a': 2} | dictsort }}|{{ 'x' | default('y') }}|{{ [3, 1, 2] | sort }}|{{ range(3) | list }}"
+    )
+    codec = write_template(bundle_copy, template)
+    got = codec._render([{"role": "system", "content": "be "}, {"role": "user", "content": "a<think></think>\nfox"}])
+    assert got == (
+        "system|beuser|fox|True|system,user|USER|1|{\"a\": [1, 2.5, null]}|a-3|b 1.50|C B|[('x', 1)]|l1\n  l2|False|4"
+        "|[('a', 2), ('b', 1)]|x|[1, 2, 3]|[0, 1, 2]"
+    )
+
+
+def test_a_bundle_without_a_template_wants_text(bundle_copy: Path) -> None:
     manifest = json.loads((bundle_copy / "bundle.json").read_text())
     del manifest["files"]["chat_template.jinja"]
     (bundle_copy / "bundle.json").write_text(json.dumps(manifest))

@@ -90,6 +90,11 @@ def open_backend(
 
 def _only(bundle: Bundle, device: DeviceName) -> str:
     names = list(bundle.manifest.engines)
+    if not names and not bundle.manifest.graphs:
+        raise BundleError(
+            f"{bundle.path}: precision {bundle.manifest.precision} runs on the CPU alone: run it with --device cpu, or export "
+            "the model with --precision fp16 and make engines with `balcony-edge build` (--rounded-as takes over int4 weights)"
+        )
     if not names:
         raise BundleError(f"{bundle.path}: has no engine set for {device}: make one with `balcony-edge build`")
     if len(names) > 1:

@@ -40,9 +40,13 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
     body, head, produced, asked = bytearray(), b"", set(), set()  # type: bytearray, bytes, set[str], set[str]
     kept = tuple(keep)
     for part in parts:
-        outside = [(number, kind, value) for number, kind, value in _fields(part.model) if number != _MODEL_GRAPH]
+        outside = [
+            (number, kind, value) for number, kind, value in message_fields(part.model) if number != _MODEL_GRAPH
+        ]
         head = head or b"".join(_field(*field) for field in outside)
-        fields = list(_fields(next(value for number, _, value in _fields(part.model) if number == _MODEL_GRAPH)))
+        fields = list(
+            message_fields(next(value for number, _, value in message_fields(part.model) if number == _MODEL_GRAPH))
+        )
         ports = {_name(v, _VALUE_NAME) for number, _, v in fields if number in (_GRAPH_INPUT, _GRAPH_OUTPUT)}
 
         def renamed(name: str, part: Part = part, ports: set[str] = ports) -> str:
@@ -74,7 +78,7 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
 def _with_names(message: bytes, renames: Mapping[int, Callable[[str], str]]) -> bytes:
     """A message with the text fields of some numbers renamed."""
     result = bytearray()
-    for number, kind, value in _fields(message):
+    for number, kind, value in message_fields(message):
         if number in renames:
             value = renames[number](value.decode()).encode()  # noqa: PLW2901
         result += _field(number, kind, value)
@@ -82,10 +86,10 @@ def _with_names(message: bytes, renames: Mapping[int, Callable[[str], str]]) -> 
 
 
 def _name(message: bytes, number: int) -> str:
-    return next(value.decode() for found, _, value in _fields(message) if found == number)
+    return next(value.decode() for found, _, value in message_fields(message) if found == number)
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
+def message_fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
     """``(number, wire type, value)`` of each field; a varint stays as it is written."""
     at = 0
     while at < len(message):

@@ -26,6 +26,7 @@ from balcony_runtime.backends.installed import checked_onnxruntime
 if checked_onnxruntime():  # refuses one that cannot run bundles, before the modules below import it
     import onnxruntime as ort
 
+from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
 from balcony_runtime.backends.packed_weights import packed_graphs
 from balcony_runtime.token_table import TokenTable
@@ -165,6 +166,7 @@ class OnnxRuntimeBackend:
         for name, spec in bundle.manifest.runnable.items():
             if name == "backbone":  # the stages hold its layers
                 continue
+            check_graph(bundle.file(spec.file), bundle.manifest.files)
             path = shared.get(name) or bundle.file(spec.file)
             prefix = None if profile_prefix is None else profile_prefix / name
             session = _open(path, path.parent if shared else None, threads=threads, profile_prefix=prefix)

@@ -15,6 +15,7 @@ from balcony_edge.bundle import Bundle
 from balcony_edge.errors import DeviceError
 from balcony_runtime.backends.device import Device, HostDevice, Region
 from balcony_runtime.backends.device_state import DeviceBackend
+from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.onnxruntime import open_session
 
@@ -98,6 +99,8 @@ def open_backend(bundle: Bundle, engines: str, provider: str, *, verify_hashes: 
         options = {"device_id": "0", "user_compute_stream": str(cuda.stream)}
     files = {name: spec.file for name, spec in chosen.graphs.items() if name != "backbone"}
     try:
+        for file in files.values():
+            check_graph(directory / file, chosen.files)
         executor = OnnxRuntimeExecutor(directory, files, provider, options)
     except BaseException:
         device.close()

@@ -114,7 +114,7 @@ def _quality(go: Any, profile: Profile, unit: str, costs: dict[int, float], name
 def _by_length(go: Any, profile: Profile, kind: Any) -> Chart | None:
     entries = profile.select(kind)
     lengths = {entry.context if kind == "decode" else entry.rows for entry in entries}
-    if not entries:
+    if len(lengths) < 2:  # one point is no curve: the table has it
         return None
     decode = kind == "decode"
     figure = _figure(go, "tokens of context" if decode else "tokens of prompt", "ms")
@@ -139,8 +139,7 @@ def _by_length(go: Any, profile: Profile, kind: Any) -> Chart | None:
             showlegend=False,
         )
     title = "Time between tokens by context" if decode else "Time to first token by prompt"
-    text = "Medians with their 95 % intervals; dotted: what the fitted prices predict."
-    return Chart(kind, title if len(lengths) > 1 else title.rsplit(" by ", 1)[0], text, figure)
+    return Chart(kind, title, "Medians with their 95 % intervals; dotted: what the fitted prices predict.", figure)
 
 
 def _parts(go: Any, profile: Profile) -> Chart:
@@ -168,7 +167,7 @@ def _parts(go: Any, profile: Profile) -> Chart:
 
 def _switches(go: Any, profile: Profile) -> Chart | None:
     entries = (*profile.select("switch_up"), *profile.select("switch_down"))
-    if not entries:
+    if len({entry.rows for entry in entries}) < 2:
         return None
     figure = _figure(go, "rows that waited", "ms of the step that switches")
     for index, way in enumerate(dict.fromkeys((entry.from_exit, entry.exit_layer) for entry in entries)):

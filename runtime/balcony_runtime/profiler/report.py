@@ -28,7 +28,10 @@ p { margin: 0 0 .75rem; color: var(--soft) }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; margin: 1rem 0 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } .facts td { white-space: normal; text-align: left }
+th:first-child, td:first-child { text-align: left }
+.facts th, .facts td { white-space: normal; text-align: left; vertical-align: top }
+.facts td { overflow-wrap: anywhere }
+.doubt { color: #bf4b00; font-weight: 600 }
 code { overflow-wrap: anywhere }
 """
 # Plotly draws text itself and does not know the page's colours.
@@ -66,13 +69,14 @@ def report(profile: Profile) -> str:
     figures = "".join(_figure(chart) for chart in charts(profile))
     quality = "" if profile.quality else "<section><h2>Quality</h2><p>This bundle was not evaluated.</p></section>"
     energy = "" if profile.power else _energy_reason(profile)
+    doubts = "".join(f'<p class="doubt">{html.escape(doubt[0].upper() + doubt[1:])}</p>\n' for doubt in profile.doubts)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style>
 <script>{get_plotlyjs()}</script></head><body>
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(_summary(profile))}</p>
-{quality}{energy}{figures}{_tables(profile)}{_facts(profile)}
+{doubts}{quality}{energy}{figures}{_tables(profile)}{_facts(profile)}
 <script type="application/json" id="profile">{_embedded(json.dumps(profile.document()))}</script>
 <script>{_SCRIPT}</script>
 </body></html>

@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
 from balcony_edge.device import this_device
-from balcony_edge.errors import ProfileError
 from balcony_edge.profile import EngineFacts, Memory, Moment, Power, Profile, Rail, Sustained
 from balcony_runtime.generate import LLM
 from balcony_runtime.profiler import results
@@ -65,7 +64,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
         progress: told what goes on and the share that is done (0 to 1).
 
     Raises:
-        ProfileError: interrupted before everything was measured once.
+        KeyboardInterrupt: interrupted before everything was measured once; later, what was measured is kept.
     """
     budget, loaded_bytes = llm.budget, resident_bytes()
     watch, bench = Watch(sensors), Bench(llm, options.grid)
@@ -92,7 +91,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
         llm.budget = budget
     manifest = llm.engine.manifest
     if not results.enough(blocks, manifest.exit_layers):
-        raise ProfileError("interrupted before everything was measured once: there is nothing to keep; measure again")
+        raise KeyboardInterrupt  # before everything was measured once: there is nothing to keep
     costs, residuals = results.fit_costs(blocks, manifest.exit_layers)
     entries = tuple(results.entry(key, found, costs) for key, found in blocks.items())
     tokens, state_bytes = bench.state_bytes()

@@ -16,10 +16,10 @@ from balcony_runtime.sensors.sysfs import entries, number_or_none, text_or_none
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """One battery: charge 0 to 1, capacity in any unit, W without a sign, what it is doing."""
+    """One battery: charge 0 to 1, capacity in µWh, W without a sign, what it is doing."""
 
     charge: float | None
-    capacity: float | None
+    capacity_uwh: float | None
     watts: float | None
     status: str
 
@@ -85,22 +85,25 @@ def _read(path: Path) -> _State:
         watts = abs(power) / 1e6
     elif current is not None and voltage is not None:
         watts = abs(current) * voltage / 1e12
-    charge = capacity = None
+    charge = capacity_uwh = None
     for kind in ("energy", "charge"):
         now, full = number_or_none(path / f"{kind}_now"), number_or_none(path / f"{kind}_full")
         if now is not None and full:
             # an aged battery is full above what its gauge has learned: 101 % means full
-            charge, capacity = min(now / full, 1.0) if now / full < 1.1 else now / full, float(full)
+            charge = min(now / full, 1.0) if now / full < 1.1 else now / full
+            # Ah of batteries of different voltages do not compare: the nominal voltage makes them µWh
+            nominal = number_or_none(path / "voltage_min_design") or voltage
+            capacity_uwh = float(full) if kind == "energy" else full * nominal / 1e6 if nominal else None
             break
     else:
         percent = number_or_none(path / "capacity")
         charge = None if percent is None else percent / 100
-    return _State(charge, capacity, watts, text_or_none(path / "status") or "Unknown")
+    return _State(charge, capacity_uwh, watts, text_or_none(path / "status") or "Unknown")
 
 
 def _charge(states: list[_State]) -> float | None:
     """Charge over all batteries, weighted by capacity where all of them know it."""
-    known = [(state.charge, state.capacity) for state in states if state.charge is not None]
+    known = [(state.charge, state.capacity_uwh) for state in states if state.charge is not None]
     if not known or len(known) < len(states):
         return None
     weights = [capacity if all(c for _, c in known) and capacity else 1.0 for _, capacity in known]

@@ -47,7 +47,7 @@ class Nvml:
 
     def __init__(self) -> None:
         self._open = False
-        self._gpus: tuple[Any, ...] = ()
+        self._gpus: tuple[Any, ...] = ()  # a handle each, or why there is none
         self._problem: Absence | None = None
         self._sampled_us: dict[int, int] = {}  # GPU → newest sample of any process
 
@@ -57,7 +57,7 @@ class Nvml:
         try:
             pynvml.nvmlInit()
             self._open = True
-            self._gpus = tuple(pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount()))
+            self._gpus = tuple(_handle(index) for index in range(pynvml.nvmlDeviceGetCount()))
             self._problem = None if self._gpus else Absence(self.name, "the driver runs and sees no GPU")
         except pynvml.NVMLError as error:
             self.close()
@@ -66,6 +66,9 @@ class Nvml:
     def read(self, now_s: float) -> Sample:
         readings, absences = [], [self._problem] if self._problem else []
         for index, gpu in enumerate(self._gpus):
+            if isinstance(gpu, Absence):  # one that is lost or forbidden hides no other
+                absences.append(gpu)
+                continue
             values, missing = self._ask(index, gpu)
             part = f"nvml:{index}"
             if values:
@@ -124,6 +127,14 @@ class Nvml:
                 pynvml.nvmlShutdown()
         self._open = False
         self._gpus = ()
+
+
+def _handle(index: int) -> Any:
+    """A GPU's handle, or why it cannot be opened."""
+    try:
+        return pynvml.nvmlDeviceGetHandleByIndex(index)
+    except pynvml.NVMLError as error:
+        return Absence(f"nvml:{index}", str(error), _CURES.get(error.value, ""))
 
 
 def _memory(gpu: Any) -> tuple[int, int]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from balcony_runtime.sensors.base import Absence
 
@@ -21,7 +24,10 @@ _REASONS = {
     errno.EAGAIN: "the driver has no value now; a Tegra GPU that is powered down answers so",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
+    errno.ETIMEDOUT: "it does not answer",
 }
+#: A driver that has not answered for so long hangs; it takes microseconds, or some milliseconds over a slow bus.
+PATIENCE_S = 0.3
 
 
 def read_text(path: Path) -> str:
@@ -97,3 +103,49 @@ def unique(name: str, taken: set[str]) -> str:
         result = f"{name}.{count}"
     taken.add(result)
     return result
+
+
+class Patient:
+    """Reads parts one after the other in a thread, so that one that hangs in the kernel does not take the others with it.
+
+    A part that hangs keeps its thread; it is left out until that thread comes back. So there are at most as many threads as
+    parts that hang, and where none does, one short-lived thread a pass.
+    """
+
+    def __init__(self) -> None:
+        self._stuck: dict[Any, threading.Thread] = {}
+
+    def read(self, ask: Callable[[Any], Any], parts: Sequence[Any]) -> dict[Any, Any]:
+        """Part → what ``ask`` returned for it, or the exception of :data:`ATTRIBUTE_ERRORS` that it raised."""
+        self._stuck = {part: thread for part, thread in self._stuck.items() if thread.is_alive()}
+        answers: dict[Any, Any] = {}
+        left = [part for part in parts if part not in self._stuck]
+        while left:
+            found: dict[Any, Any] = {}
+            abandoned = threading.Event()
+            thread = threading.Thread(target=_ask_all, args=(ask, left, found, abandoned), daemon=True)
+            thread.start()
+            before = -1
+            while len(found) > before and thread.is_alive():
+                before = len(found)
+                thread.join(PATIENCE_S)
+            abandoned.set()
+            answers |= {part: found[part] for part in left if part in found}
+            left = [part for part in left if part not in answers]
+            if left:
+                self._stuck[left.pop(0)] = thread
+        silent = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        return {part: answers.get(part, silent) for part in parts}
+
+
+def _ask_all(
+    ask: Callable[[Any], Any], parts: Sequence[Any], found: dict[Any, Any], abandoned: threading.Event
+) -> None:
+    for part in parts:
+        try:
+            answer = ask(part)
+        except ATTRIBUTE_ERRORS as error:
+            answer = error
+        if abandoned.is_set():
+            return
+        found[part] = answer

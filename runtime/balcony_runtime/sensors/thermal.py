@@ -1,8 +1,8 @@
 """Temperatures from the kernel's thermal zones, and those of CPU packages from hwmon.
 
-Every zone becomes one reading. hwmon adds the chips that measure a CPU package (Intel's and AMD's drivers register no zone
-of their own on many servers); single cores and other chips are left out: a temperature limit asks for the hottest part, and
-a package's sensor already is that.
+Every zone becomes one reading, and one that hangs hides no other. hwmon adds the chips that measure a CPU package (Intel's and
+AMD's drivers register no zone of their own on many servers); single cores and other chips are left out: a temperature limit
+asks for the hottest part, and a package's sensor already is that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from pathlib import Path
 
 from balcony_edge.telemetry import Reading, Scope
 from balcony_runtime.sensors.base import Absence, Sample
-from balcony_runtime.sensors.sysfs import ATTRIBUTE_ERRORS, absence, numbered, read_number, text_or_none, unique
+from balcony_runtime.sensors.sysfs import (
+    ATTRIBUTE_ERRORS,
+    Patient,
+    absence,
+    numbered,
+    read_number,
+    text_or_none,
+    unique,
+)
 
 #: hwmon chips of CPU packages → the labels of whole packages (kernel, Documentation/hwmon/{coretemp,k10temp}.rst).
 _CPU_CHIPS = {"coretemp": re.compile(r"Package id \d+"), "k10temp": re.compile("Tctl"), "zenpower": re.compile("Tdie")}
@@ -41,12 +49,15 @@ class Thermal:
     def __init__(self, sysfs: Path) -> None:
         self._root = sysfs
         self._probes: tuple[_Probe, ...] = ()
+        self._patient = Patient()
 
     def discover(self) -> None:
         taken: set[str] = set()
         probes = []
-        for zone in numbered(self._root / "class/thermal", "thermal_zone"):
-            kind = text_or_none(zone / "type") or zone.name
+        zones = numbered(self._root / "class/thermal", "thermal_zone")
+        kinds = self._patient.read(lambda zone: text_or_none(zone / "type"), zones)
+        for zone in zones:
+            kind = kinds[zone] if isinstance(kinds[zone], str) else zone.name
             probes.append(_Probe(unique(f"thermal:{kind}", taken), _scope(kind), zone / "temp"))
         for chip in numbered(self._root / "class/hwmon", "hwmon"):
             name = text_or_none(chip / "name") or ""
@@ -60,13 +71,11 @@ class Thermal:
 
     def read(self, now_s: float) -> Sample:
         readings, absences = [], []
-        for probe in self._probes:
-            try:
-                celsius = read_number(probe.path) / 1000  # m°C
-            except ATTRIBUTE_ERRORS as error:
-                absences.append(absence(probe.source, error))
+        for probe, found in self._patient.read(lambda probe: read_number(probe.path), self._probes).items():
+            if isinstance(found, ATTRIBUTE_ERRORS):
+                absences.append(absence(probe.source, found))
             else:
-                readings.append(Reading(probe.source, probe.scope, now_s, celsius=celsius))
+                readings.append(Reading(probe.source, probe.scope, now_s, celsius=found / 1000))  # m°C
         if not self._probes:
             absences.append(Absence(self.name, "the kernel lists no thermal zone, as in most virtual machines"))
         return Sample(tuple(readings), tuple(absences))

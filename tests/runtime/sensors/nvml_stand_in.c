@@ -77,6 +77,7 @@ int nvmlDeviceGetCount_v2(unsigned *count) {
 }
 
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice *device) {
+    if (value("NVML_UNOPENED", 99) == index) return GPU_IS_LOST;
     *device = (nvmlDevice)(size_t)(index + 1);
     return SUCCESS;
 }

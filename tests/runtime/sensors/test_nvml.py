@@ -66,6 +66,12 @@ def test_two_gpus_keep_their_numbers(library: Path) -> None:
     assert [(reading["source"], reading["watts"]) for reading in readings] == [("nvml:0", 61.5), ("nvml:1", 123.0)]
 
 
+def test_a_gpu_that_cannot_be_opened_hides_no_other(library: Path) -> None:
+    seen = ask(library, count=3, unopened=1)
+    assert [reading["source"] for reading in seen["readings"]] == ["nvml:0", "nvml:2"]
+    assert seen["missing"] == {"nvml:1": ["GPU is lost", ""]}
+
+
 def test_what_is_not_supported_is_absent_and_named(library: Path) -> None:
     refused = {
         "PowerUsage": ["watts"],

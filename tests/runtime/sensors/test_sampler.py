@@ -63,43 +63,63 @@ def test_a_device_is_sampled_and_nonsense_is_dropped(sysfs_tree: Tree) -> None:
 
 
 def test_a_sensor_that_hangs_ages_and_is_dropped_while_the_others_go_on(sysfs_tree: Tree, tmp_path: Path) -> None:
-    root = sysfs_tree("orin_nano")
-    zone = root / "devices/virtual/thermal/thermal_zone0/temp"
+    root = sysfs_tree("thor")
+    meter = root / "class/hwmon/hwmon2/power1_input"
     with Sensors([Jetson(root), Thermal(root)], rate_hz=10, stale_s=1.0) as sensors:
-        assert "thermal:cpu-thermal" in shown(sensors)
-        zone.unlink()
-        os.mkfifo(zone)  # opening it blocks in the kernel until somebody writes
-        eventually(lambda: health(sensors, "thermal").state == "hung")
+        assert "ina238:VIN" in shown(sensors)
+        meter.unlink()
+        os.mkfifo(meter)  # opening it blocks in the kernel until somebody writes
+        eventually(lambda: health(sensors, "jetson").state == "hung")
         began = time.perf_counter()
         readings = shown(sensors)
         assert time.perf_counter() - began < 1  # the read hangs for as long as nobody writes
-        assert not [source for source in readings if source.startswith("thermal:")]
-        samples = health(sensors, "jetson").samples
-        eventually(lambda: health(sensors, "jetson").samples >= samples + 3)
+        assert not [source for source in readings if source.startswith("ina")]
+        samples = health(sensors, "thermal").samples
+        eventually(lambda: health(sensors, "thermal").samples >= samples + 3)
+        assert health(sensors, "thermal").state == "present"
+        pipe = meter.rename(tmp_path / "pipe")
+        meter.write_text("32000000\n")
+        with pipe.open("w") as writer:  # lets the hung read go
+            writer.write("31000000\n")
+        eventually(lambda: "ina238:VIN" in shown(sensors))
+        eventually(lambda: shown(sensors)["ina238:VIN"].watts == 32.0)
         assert health(sensors, "jetson").state == "present"
+
+
+def test_a_thermal_zone_that_hangs_takes_no_other_temperature_with_it(sysfs_tree: Tree, tmp_path: Path) -> None:
+    root = sysfs_tree("orin_nano")
+    zone = root / "devices/virtual/thermal/thermal_zone0/temp"
+    with Sensors([Thermal(root)], rate_hz=10, stale_s=1.0) as sensors:
+        others = shown(sensors).keys() - {"thermal:cpu-thermal"}
+        zone.unlink()
+        os.mkfifo(zone)
+        eventually(lambda: any("does not answer" in a.reason for a in health(sensors, "thermal").absences))
+        samples = health(sensors, "thermal").samples
+        eventually(lambda: health(sensors, "thermal").samples >= samples + 3)
+        assert others and shown(sensors).keys() == others and health(sensors, "thermal").state == "present"
+        assert threading.active_count() < 10  # the hung read keeps one thread, and no further one is tried
         pipe = zone.rename(tmp_path / "pipe")
         zone.write_text("52000\n")
         with pipe.open("w") as writer:  # lets the hung read go
             writer.write("51000\n")
         eventually(lambda: "thermal:cpu-thermal" in shown(sensors))
-        eventually(lambda: shown(sensors)["thermal:cpu-thermal"].celsius == 52.0)
-        assert health(sensors, "thermal").state == "present"
+        assert shown(sensors)["thermal:cpu-thermal"].celsius == 52.0
 
 
 def test_a_sensor_that_hangs_from_the_start_delays_nothing_but_the_probe(tmp_path: Path) -> None:
-    zone = tmp_path / "class/thermal/thermal_zone0"
-    zone.mkdir(parents=True)
-    os.mkfifo(zone / "type")
-    sensors = Sensors([Thermal(tmp_path), System()], rate_hz=10)
+    supply = tmp_path / "class/power_supply/BAT0"
+    supply.mkdir(parents=True)
+    os.mkfifo(supply / "type")
+    sensors = Sensors([Battery(tmp_path), System()], rate_hz=10)
     began = time.monotonic()
     sensors.start(probe_s=0.3)
     assert 0.3 <= time.monotonic() - began < 5
     eventually(lambda: "psutil:cpu" in shown(sensors))
-    assert health(sensors, "thermal").state in ("starting", "hung") and health(sensors, "thermal").age_s is None
+    assert health(sensors, "battery").state in ("starting", "hung") and health(sensors, "battery").age_s is None
     began = time.monotonic()
     sensors.close(timeout_s=0.2)
     assert time.monotonic() - began < 5
-    with (zone / "type").open("w"):  # lets the thread go
+    with (supply / "type").open("w"):  # lets the thread go
         pass
 
 

@@ -250,6 +250,16 @@ def test_a_weak_charger_hides_the_devices_draw(tmp_path: Path) -> None:
     assert values(look(Battery(tmp_path))) == {"battery:BAT0": ("battery", 3.0, 0.5, False)}
 
 
+def test_batteries_in_watt_hours_and_ampere_hours_are_weighted_in_one_unit(tmp_path: Path) -> None:
+    """BAT0: 10 of 50 Wh; BAT1: 4 of 5 Ah at 10 V, so 40 of 50 Wh. By bare numbers BAT1 would hardly count."""
+    battery(tmp_path, "BAT0", status="Full", energy_now=10_000_000, energy_full=50_000_000)
+    battery(tmp_path, "BAT1", status="Full", charge_now=4_000_000, charge_full=5_000_000, voltage_min_design=10_000_000)
+    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", 0.5, True)
+    (tmp_path / "class/power_supply/BAT1/voltage_min_design").unlink()  # without a voltage: the plain mean
+    put(tmp_path / "class/power_supply/BAT0/energy_full", 100_000_000)
+    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", pytest.approx(0.45), True)
+
+
 def test_two_batteries_that_drain_add_up_and_one_taken_out_is_named(tmp_path: Path) -> None:
     battery(tmp_path, "BAT0", status="Discharging", power_now=3000000, charge_now=1, charge_full=4)
     battery(tmp_path, "BAT1", status="Discharging", power_now=4500000, capacity=75)

@@ -1,0 +1,71 @@
+"""What a graph's file may hold, checked before ONNX Runtime reads it: no subgraphs, no functions, no files but the listed ones.
+
+The graphs that export writes are chains of operators. A loop could run for ever inside one call that nothing can interrupt, and
+weights in a file that the manifest does not list would be neither checked nor part of the fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from balcony_edge.errors import BundleError
+from balcony_runtime.backends.joined_graph import message_fields
+
+#: Field numbers of onnx.proto3 (ONNX 1.20).
+_MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
+_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_NODE_OPERATOR, _NODE_ATTRIBUTE = 4, 5
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_TENSOR_EXTERNAL, _ENTRY_KEY, _ENTRY_VALUE = 13, 1, 2
+
+
+def check_graph(path: Path, files: Collection[str]) -> None:
+    """Refuse a graph that does more than a chain of operators over listed files.
+
+    Args:
+        path: of the graph.
+        files: names that the manifest lists; external data must lie in one of them.
+
+    Raises:
+        BundleError: one line that names what it holds.
+    """
+    try:
+        problem = next(_problems(path.read_bytes(), files), None)
+    except (OSError, ValueError, IndexError) as error:
+        raise BundleError(f"{path}: not readable as a graph ({error}): export the bundle again") from error
+    if problem is not None:
+        raise BundleError(f"{path}: {problem}: use bundles that `balcony-edge export` made, or export it again")
+
+
+def _problems(model: bytes, files: Collection[str]) -> Iterator[str]:
+    for number, _, value in message_fields(model):
+        if number == _MODEL_FUNCTION:
+            yield "holds a function, which no export writes"
+        elif number == _MODEL_GRAPH:
+            for part, _, content in message_fields(value):
+                if part == _GRAPH_NODE:
+                    yield from _of_node(content, files)
+                elif part == _GRAPH_INITIALIZER:
+                    yield from _of_tensor(content, files)
+
+
+def _of_node(node: bytes, files: Collection[str]) -> Iterator[str]:
+    parts = list(message_fields(node))
+    operator = next((value.decode(errors="replace") for number, _, value in parts if number == _NODE_OPERATOR), "")
+    for number, _, attribute in parts:
+        if number != _NODE_ATTRIBUTE:
+            continue
+        for part, _, value in message_fields(attribute):
+            if part in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
+                yield f"holds a graph inside of an operator ({operator[:40]}), which could run without end"
+            elif part in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+                yield from _of_tensor(value, files)
+
+
+def _of_tensor(tensor: bytes, files: Collection[str]) -> Iterator[str]:
+    for number, _, entry in message_fields(tensor):
+        if number == _TENSOR_EXTERNAL:
+            pair = {part: value.decode(errors="replace") for part, _, value in message_fields(entry)}
+            if pair.get(_ENTRY_KEY) == "location" and pair.get(_ENTRY_VALUE) not in files:
+                yield f"has weights in {pair.get(_ENTRY_VALUE, '')[:60]!r}, which the manifest does not list"

@@ -1,0 +1,232 @@
+"""The program around the verbs: streams and encodings, where prompts come from, and places that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+COMMAND = [sys.executable, "-W", "error", "-c", "from balcony_edge.cli import main; main()"]
+
+
+def invoke(*arguments: str | Path | bytes, **options: Any) -> subprocess.CompletedProcess[str]:
+    options = {"stdin": subprocess.DEVNULL, **options} if "input" not in options else options
+    command: list[Any] = [*COMMAND, *(part if isinstance(part, bytes) else str(part) for part in arguments)]
+    return subprocess.run(
+        command, stdout=options.pop("stdout", subprocess.PIPE), stderr=subprocess.PIPE, text=True, check=False,
+        timeout=300, errors="replace", **options,
+    )  # fmt: skip
+
+
+def refused(pattern: str, *arguments: str | Path | bytes, **options: Any) -> None:
+    """Exactly one line on stderr, nothing on stdout, exit code 1."""
+    done = invoke(*arguments, **options)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, len(lines)) == (1, "", 1) and lines[0].startswith("balcony-edge: "), done
+    assert pattern in lines[0], lines
+
+
+def test_the_version() -> None:
+    assert invoke("--version").stdout == f"balcony-edge {version('balcony-edge')}\n"
+    module = subprocess.run(
+        [sys.executable, "-m", "balcony_edge", "--version"], capture_output=True, text=True, check=True
+    )
+    assert module.stdout == f"balcony-edge {version('balcony-edge')}\n"
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "BUNDLE"), ("inspect", "BUNDLE", "--json"), ("run", "--help")])
+def test_a_full_disk_under_stdout_is_one_line(tiny: Any, arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = invoke(*(str(tiny.path) if part == "BUNDLE" else part for part in arguments), stdout=full)
+    wanted = "stdout: cannot be written (No space left on device): free space, or write to another place"
+    assert (done.returncode, done.stderr) == (1, f"balcony-edge: {wanted}\n")
+
+
+def test_a_reader_that_has_enough_is_no_error(tiny: Any) -> None:
+    command = f"{sys.executable} -m balcony_edge inspect {tiny.path} --io | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and "tiny-llama" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("arguments", [("doctor",), ("train", "--help"), ("run", "BUNDLE", "the fox", "-n", "20")])
+def test_a_stream_that_lacks_characters(tiny: Any, encoding: str, arguments: tuple[str, ...]) -> None:
+    """Boxes, ×, ° and whatever a model writes: a question mark instead of a traceback."""
+    done = invoke(
+        *(str(tiny.path) if part == "BUNDLE" else part for part in arguments),
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0 and done.stdout and "Traceback" not in done.stderr, done
+
+
+def test_prompts_from_files_and_pipes(tiny: Any, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("the quick brown fox\n")
+    wanted = invoke("run", tiny.path, "the quick brown fox", "-n", "8").stdout
+    assert invoke("run", tiny.path, "--file", file, "-n", "8").stdout == wanted
+    assert invoke("run", tiny.path, "--file", "-", "-n", "8", input="the quick brown fox\n").stdout == wanted
+    assert invoke("run", tiny.path, "-n", "8", input="the quick brown fox\n").stdout == wanted
+    document = json.loads(invoke("run", tiny.path, "-n", "8", "--json", input="the quick brown fox").stdout)
+    assert document["text"] == wanted.removesuffix("\n")
+
+
+def test_a_system_message_with_a_prompt(tiny: Any) -> None:
+    plain = json.loads(invoke("run", tiny.path, "the fox", "-n", "2", "--json").stdout)
+    led = json.loads(invoke("run", tiny.path, "the fox", "--system", "be brief", "-n", "2", "--json").stdout)
+    ids = tiny.tokenizer("<system>be brief\n", add_special_tokens=False).input_ids
+    assert led["prompt_tokens"] == plain["prompt_tokens"] + len(ids)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "arguments"),
+    [
+        ("the prompt is not valid UTF-8 at character 5", (b"the \xff fox",)),
+        ("--file nowhere.txt: not readable (No such file or directory)", ("--file", "nowhere.txt")),
+        ("--file with a prompt: two prompts", ("hi", "--file", "-")),
+        ("the prompt is empty", ()),
+        ("--system with --raw", ("hi", "--raw", "--system", "be brief")),
+        ("--logprobs without --json", ("hi", "--logprobs", "3")),
+        ("--live with --json", ("hi", "--live", "--json")),
+        ("--top-k with --temperature 0: greedy decoding", ("hi", "--top-k", "5")),
+        ("--top-p with --temperature 0: greedy decoding", ("hi", "--top-p", "0.5")),
+        ("--min-p with --temperature 0: greedy decoding", ("hi", "--min-p", "0.5")),
+        (
+            "--exit with --policy speculative: a fixed exit drafts nothing",
+            ("hi", "--exit", "2", "--policy", "speculative"),
+        ),
+    ],
+)
+def test_what_run_refuses(tiny: Any, pattern: str, arguments: tuple[str | bytes, ...]) -> None:
+    refused(pattern, "run", tiny.path, *arguments)
+
+
+def test_input_that_is_not_utf_8(tiny: Any, tmp_path: Path) -> None:
+    file = tmp_path / "latin.txt"
+    file.write_bytes("Käse".encode("latin-1"))
+    refused(f"--file {file}: is not UTF-8 at byte 1", "run", tiny.path, "--file", file)
+
+
+@pytest.mark.parametrize("verb", ["run", "inspect", "eval", "profile"])
+def test_the_manifest_in_place_of_the_bundle(tiny: Any, verb: str, text_file: Path) -> None:
+    more = {"run": ["hi"], "eval": ["--text", str(text_file)]}.get(verb, [])
+    wanted = f"{tiny.path}/bundle.json: is a file of a bundle: give the bundle's directory, {tiny.path}"
+    refused(wanted, verb, tiny.path / "bundle.json", *more)
+
+
+def test_an_error_after_a_progress_bar_begins_on_the_first_line(tiny: Any, tmp_path: Path) -> None:
+    refused("does not exist", "verify", tiny.path, "--against", tmp_path / "none")
+
+
+@pytest.fixture
+def read_only(bundle_copy: Path) -> Iterator[Path]:
+    """A bundle that nobody can write, not even root."""
+    mounts = (["--bind", str(bundle_copy), str(bundle_copy)], ["-o", "remount,ro,bind", str(bundle_copy)])
+    for arguments in mounts:
+        if subprocess.run(["mount", *arguments], check=False, capture_output=True).returncode:
+            pytest.skip("this machine does not let root mount")
+    try:
+        yield bundle_copy
+    finally:
+        subprocess.run(["umount", str(bundle_copy)], check=True)
+
+
+def test_results_that_cannot_be_kept_are_refused_before_the_work(
+    read_only: Path, text_file: Path, tmp_path: Path
+) -> None:
+    why = f"{read_only}: cannot be written ({read_only} is read-only): make it writable"
+    refused(f"{why}, or give --no-record", "eval", read_only, "--text", text_file)
+    refused(why, "calibrate", read_only, "--text", text_file)
+    refused("cannot be written", "profile", read_only, "-o", read_only / "deep" / "p.json")
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    done = invoke(
+        "eval", read_only, "--text", tmp_path / "t.txt", "--limit", "2", "--no-record", "-o", tmp_path / "a" / "b"
+    )
+    assert done.returncode == 0 and "agreement" in done.stdout.lower(), done
+    assert (tmp_path / "a" / "b" / "evaluation.json").is_file()
+
+
+def test_missing_directories_of_outputs_are_made(tiny: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "a" / "run.jsonl"
+    assert invoke("run", tiny.path, "the fox", "-n", "2", "--trace", trace).returncode == 0 and trace.is_file()
+    small = tmp_path / "b" / "c" / "small"
+    done = invoke("extract", tiny_checkpoint, "--exit", "0.6x", "-o", small, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["layers"] == 3 and (small / "config.json").is_file()
+    (tmp_path / "file").write_text("")
+    refused("is not a directory", "extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "file" / "small")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_extracted_exit_keeps_the_type_of_its_checkpoint(tiny: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    source, small = tmp_path / "source", tmp_path / "small"
+    tiny.model.save_pretrained(source, state_dict={k: v.to(dtype) for k, v in tiny.model.state_dict().items()})
+    config = json.loads((source / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    (source / "config.json").write_text(json.dumps(config))
+    tiny.tokenizer.save_pretrained(source)
+    done = invoke("extract", source, "--exit", "2", "-o", small)
+    assert done.returncode == 0, done.stderr
+    with safe_open(small / "model.safetensors", "pt") as tensors:
+        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {dtype}  # noqa: SIM118 - not a mapping
+    assert (small / "model.safetensors").stat().st_size < (source / "model.safetensors").stat().st_size
+    refused("--exit 2,3: extract writes one exit", "extract", source, "--exit", "2,3", "-o", tmp_path / "x")
+
+
+def test_architectures_without_support_are_named(make_tokenizer: Any, tmp_path: Path) -> None:
+    """LFM2 and Mamba-2 load in transformers, and their modules have other names than the supported ones."""
+    common = {"hidden_size": 32, "vocab_size": 320}
+    lfm2 = transformers.Lfm2Config(
+        **common, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        full_attn_idxs=[1, 3],
+    )  # fmt: skip
+    mamba2 = transformers.Mamba2Config(**common, num_hidden_layers=3, num_heads=8, head_dim=8, state_size=8, n_groups=1)
+    models = {
+        "short-convolution layers are not supported yet": transformers.Lfm2ForCausalLM(lfm2),
+        "state-space layers are not supported yet": transformers.Mamba2ForCausalLM(mamba2),
+    }
+    for why, model in models.items():
+        source = tmp_path / model.config.model_type
+        model.save_pretrained(source)
+        make_tokenizer().save_pretrained(source)
+        refused(
+            f"model type '{model.config.model_type}': {why}", "export", source, "--exits", "2", "-o", tmp_path / "x"
+        )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "no_proxy": "*"}
+    refused(
+        "and the hub did not give it",
+        "export",
+        "some/model",
+        "--exits",
+        "2",
+        "-o",
+        tmp_path / "x",
+        env={**os.environ, **hub},
+    )
+
+
+def test_the_context_of_engines_follows_the_bundle(tiny: Any, bundle_copy: Path) -> None:
+    """The default must not be refused: this bundle's context is 256, shorter than the default's bound."""
+    done = invoke("build", bundle_copy, "--graphs-only", "--precision", "fp32")
+    assert done.returncode == 0 and "caches of 256 rows" in done.stdout, done
+    refused(
+        "--context-length 0: this bundle takes 1 to 256", "build", bundle_copy, "--graphs-only", "--context-length", "0"
+    )
+
+
+def test_a_bundle_of_int4_is_not_sent_to_build(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    done = invoke("export", tiny_checkpoint, "--exits", "2", "-o", bundle, "--no-verify", "--precision", "int4")
+    assert done.returncode == 0, done.stderr
+    wanted = "precision int4 runs on the CPU alone: run it with --device cpu, or export the model with --precision fp16"
+    refused(wanted, "run", bundle, "hi", "--device", "cuda")

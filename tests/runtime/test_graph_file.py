@@ -1,0 +1,103 @@
+"""Forged graphs: loops, functions and weights in files that nobody lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from balcony_edge.bundle import file_spec, fingerprint
+from balcony_edge.errors import BundleError
+from balcony_edge.manifest import MANIFEST
+from balcony_runtime.backends.graph_file import check_graph
+from balcony_runtime.engine import Engine
+
+_HIDDEN = helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["batch", "rows", 32])
+_NORMED = helper.make_tensor_value_info("normed", TensorProto.FLOAT, ["batch", "rows", 32])
+
+
+def model(nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto] | None = None) -> onnx.ModelProto:
+    graph = helper.make_graph(nodes, "norm", [_HIDDEN], [_NORMED], initializers or [])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def endless() -> onnx.ModelProto:
+    """A loop over all numbers whose body does nothing."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Identity", ["state"], ["state_on"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("number", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", "rows", 32]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state_on", TensorProto.FLOAT, ["batch", "rows", 32]),
+        ],
+    )
+    times = numpy_helper.from_array(np.array(2**62, np.int64), "times")
+    go = numpy_helper.from_array(np.array(True), "go_first")
+    return model([helper.make_node("Loop", ["times", "go_first", "hidden"], ["normed"], body=body)], [times, go])
+
+
+def with_function() -> onnx.ModelProto:
+    made = model([helper.make_node("Own", ["hidden"], ["normed"], domain="own")])
+    node = helper.make_node("Identity", ["x"], ["y"])
+    made.functions.append(helper.make_function("own", "Own", ["x"], ["y"], [node], [helper.make_opsetid("", 20)]))
+    made.opset_import.append(helper.make_opsetid("own", 1))
+    return made
+
+
+def external(location: str, *, constant: bool = False) -> onnx.ModelProto:
+    tensor = numpy_helper.from_array(np.zeros(32, np.float32), "weight")
+    onnx.external_data_helper.set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    add = helper.make_node("Add", ["hidden", "weight"], ["normed"])
+    if constant:
+        return model([helper.make_node("Constant", [], ["weight"], value=tensor), add])
+    return model([add], [tensor])
+
+
+@pytest.mark.parametrize(
+    ("forged", "pattern"),
+    [
+        (endless(), r"holds a graph inside of an operator \(Loop\), which could run without end"),
+        (with_function(), "holds a function"),
+        (external("extra.bin"), "has weights in 'extra.bin', which the manifest does not list"),
+        (external("../weights.bin"), "has weights in '../weights.bin'"),
+        (external("extra.bin", constant=True), "has weights in 'extra.bin'"),
+    ],
+)
+def test_what_no_export_writes_is_named(tmp_path: Path, forged: onnx.ModelProto, pattern: str) -> None:
+    path = tmp_path / "norm.onnx"
+    path.write_bytes(forged.SerializeToString())
+    with pytest.raises(BundleError, match=rf"norm\.onnx: {pattern}.*: use bundles that"):
+        check_graph(path, ["weights.bin", "norm.onnx"])
+
+
+def test_listed_weights_pass_and_a_torn_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "norm.onnx"
+    path.write_bytes(external("weights.bin").SerializeToString())
+    check_graph(path, ["weights.bin"])
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(BundleError, match=r"norm\.onnx: not readable as a graph"):
+        check_graph(path, ["weights.bin"])
+
+
+def test_a_bundle_with_an_endless_loop_is_refused_when_it_is_opened(bundle_copy: Path) -> None:
+    """With sizes, hashes and fingerprint made consistent: it would hang in its first step."""
+    (bundle_copy / "cpu_norm.onnx").write_bytes(endless().SerializeToString())
+    document = json.loads((bundle_copy / MANIFEST).read_text())
+    document["files"]["cpu_norm.onnx"] = file_spec(bundle_copy / "cpu_norm.onnx").model_dump()
+    document["fingerprint"] = fingerprint(document)
+    (bundle_copy / MANIFEST).write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"cpu_norm\.onnx: holds a graph inside of an operator \(Loop\)"):
+        Engine.open(bundle_copy)
