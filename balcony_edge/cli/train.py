@@ -167,9 +167,8 @@ def train(
         cache_gb=cache_gb,
     )
     config.check()
-    shares = _shares(mix or [])
     corpus = build_corpus(
-        data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows, mix=shares
+        data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows, mix=_shares(mix or [])
     )
     first_row = 0 if start is None else rows_seen(start, layers, corpus.digest)
     if first_row:
