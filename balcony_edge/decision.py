@@ -91,6 +91,7 @@ class Decision(NamedTuple):
         words: the reason in parts; put together when it is read.
         drafted: of a token that was drafted and checked with others: how many drafts its round had. 0 otherwise.
         stops: whether the reply must end here, whatever ``on_infeasible`` says: the device is critically hot.
+        unseen: whether a ceiling is not held, because nothing measures it at the moment.
     """
 
     exit_layer: int
@@ -104,6 +105,7 @@ class Decision(NamedTuple):
     words: tuple[object, ...]
     drafted: int = 0
     stops: bool = False
+    unseen: bool = False
 
     def ends(self, budget: Budget) -> bool:
         """Whether the reply ends with an error instead of this token."""

@@ -21,13 +21,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.response import MOST_W, Counter, Load, Sample
-from balcony_edge.telemetry import Reading, Scope, adding_up
+from balcony_edge.observed import hottest_c, newest, utilization, watts
+from balcony_edge.response import Load
+from balcony_edge.telemetry import Reading, Scope
 
 #: Least seconds between two ticks of the loop, and between two changes of the deepest exit allowed.
 TICK_S, CEILING_DWELL_S = 0.1, 1.0
-#: A reading older than this is no reading: three ticks of a sensor that answers once a second.
-STALE_S = 3.0
 #: A pause between replies after which ramps and half-filled averages begin anew: four of those averages.
 PAUSE_S = 2.0
 #: Pace below which a stream is taken for hung, where the budget names none.
@@ -127,7 +126,7 @@ def govern(before: Governor, demand: Demand) -> Governor:
     for scope, limit in scopes:
         if limit is None:
             continue
-        sample = _utilization(demand.readings, scope, now_s)
+        sample = utilization(demand.readings, scope, now_s)
         if sample is None:
             lost.append(f"{scope}_utilization")
             continue
@@ -206,7 +205,7 @@ def _power(before: Governor, demand: Demand, shares: dict[str, float], lost: lis
     budget, now_s = demand.budget, demand.now_s
     if budget.power_w is None and budget.energy_j_per_token is None:
         return before
-    sample = _watts(demand.readings, budget.power_rail, now_s)
+    sample = watts(demand.readings, budget.power_rail, now_s)
     if sample is None:
         lost += [key for key in ("power_w", "energy_j_per_token") if getattr(budget, key) is not None]
         return before
@@ -216,10 +215,10 @@ def _power(before: Governor, demand: Demand, shares: dict[str, float], lost: lis
     if budget.power_w is None:
         return after
     # what we draw now, as the filter has it: the gauge may be seconds late
-    average_w = watts = load.at(load.share(before.ticked_s, now_s))
+    average_w = drawn_w = load.at(load.share(before.ticked_s, now_s))
     if math.isfinite(before.average_w) and math.isfinite(before.ticked_s):
         kept = math.exp(-max(now_s - before.ticked_s, 0.0) / budget.power_window_s)
-        average_w = kept * before.average_w + (1 - kept) * watts
+        average_w = kept * before.average_w + (1 - kept) * drawn_w
     # what the window's average has too much or too little is given back over the next one
     aim_w = budget.power_w * 0.99
     aim_w += min(max(0.5 * (aim_w - average_w), -0.1 * aim_w), 0.1 * aim_w)
@@ -234,20 +233,15 @@ def _temperature(
     limit_c, critical_c = demand.budget.temperature_c, demand.budget.critical_temperature_c
     if limit_c is None and critical_c is None:
         return before.integral, None
-    degrees = [
-        reading.celsius
-        for reading in demand.readings
-        if reading.celsius is not None and -60 <= reading.celsius <= 200 and _fresh(reading, demand.now_s)
-    ]
-    if not degrees:
+    degrees_c = hottest_c(demand.readings, demand.now_s)
+    if degrees_c is None:
         asked = (("temperature_c", limit_c), ("critical_temperature_c", critical_c))
         lost += [key for key, value in asked if value is not None]
         return before.integral, None
-    hottest_c = max(degrees)
-    critical = hottest_c if critical_c is not None and hottest_c >= critical_c else None
+    critical = degrees_c if critical_c is not None and degrees_c >= critical_c else None
     if limit_c is None:
         return before.integral, critical
-    error = (limit_c - DEGREES_FREE - hottest_c) / DEGREES_PER_SHARE
+    error = (limit_c - DEGREES_FREE - degrees_c) / DEGREES_PER_SHARE
     integral = before.integral
     span_s = demand.now_s - before.ticked_s
     output = error + integral
@@ -274,7 +268,7 @@ def _depth(demand: Demand, power: Load | None, shares: dict[str, float], lost: l
         cap = min(cap, index)
 
     if budget.battery_floor_percent is not None:
-        charge = _newest(demand.readings, "battery", "charge", demand.now_s, 1.0)
+        charge = newest(demand.readings, "battery", "charge", demand.now_s, 1.0)
         if charge is None:
             lost.append("battery_floor_percent")
         elif not charge.charging:
@@ -283,7 +277,7 @@ def _depth(demand: Demand, power: Load | None, shares: dict[str, float], lost: l
             if room <= 0:  # as slow as may be
                 shares["battery_floor_percent"] = LEAST_SHARE
     if budget.memory_mb is not None:
-        memory = _newest(demand.readings, "process", "memory_bytes", demand.now_s, math.inf)
+        memory = newest(demand.readings, "process", "memory_bytes", demand.now_s, math.inf)
         if memory is None:
             lost.append("memory_mb")
         else:
@@ -301,46 +295,3 @@ def _depth(demand: Demand, power: Load | None, shares: dict[str, float], lost: l
             caps.append("energy_j_per_token")
         cap = min(cap, affordable)
     return cap, caps
-
-
-def _fresh(reading: Reading, now_s: float) -> bool:
-    return now_s - reading.time_s <= STALE_S
-
-
-def _newest(readings: Sequence[Reading], scope: Scope, field: str, now_s: float, most: float) -> Reading | None:
-    """The first fresh reading of a scope whose ``field`` is there and sensible."""
-    for reading in readings:
-        if reading.scope == scope and _fresh(reading, now_s):
-            value = getattr(reading, field)
-            if value is not None and 0 <= value <= most:
-                return reading
-    return None
-
-
-def _utilization(readings: Sequence[Reading], scope: Scope, now_s: float) -> Sample | None:
-    reading = _newest(readings, scope, "utilization", now_s, 1.0)
-    if reading is None or reading.utilization is None:
-        return None
-    own = reading.own_utilization
-    return Sample(reading.utilization, own if own is not None and 0 <= own <= 1 else None)
-
-
-def _watts(readings: Sequence[Reading], rail: Scope, now_s: float) -> Sample | None:
-    """Power of a rail."""
-    found = [
-        reading
-        for reading in readings
-        if reading.scope == rail
-        and reading.watts is not None
-        and 0 <= reading.watts < MOST_W
-        and _fresh(reading, now_s)
-    ]
-    found = adding_up(found, rail)
-    if not found:
-        return None
-    watts = sum(reading.watts or 0.0 for reading in found)
-    joules = [reading.joules for reading in found if reading.joules is not None and math.isfinite(reading.joules)]
-    counter = None
-    if len(joules) == len(found):
-        counter = Counter(sum(joules), max(r.time_s for r in found), tuple(r.source for r in found))
-    return Sample(watts, counter=counter)

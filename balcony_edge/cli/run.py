@@ -224,6 +224,8 @@ def summary(reply: Reply) -> dict[str, Any]:
         "speculated_tokens": sum(token.decision.drafted > 0 for token in reply.tokens),
         "late_tokens": reply.late_tokens if targets else None,
         "tokens_with_target": targets,
+        "unseen_tokens": reply.unseen_tokens,
+        "budget": [verdict.to_dict() for verdict in reply.verdicts],
     }
 
 
@@ -251,4 +253,14 @@ def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None
     parts.append(f"{counted(facts['exit_switches'], 'switch')}, {counted(facts['caught_up_rows'], 'row')} caught up")
     if facts["late_tokens"] is not None:
         parts.append(f"{facts['late_tokens']} of {facts['tokens_with_target']} late")
+    if facts["unseen_tokens"]:
+        parts.append(f"{facts['unseen_tokens']} without a reading for a ceiling")
     console.print(", ".join(parts))
+    if reply.verdicts:
+        verdicts = Table("budget", "asked", "reached", "free", "held")
+        words = {True: "[green]yes[/]", False: "[red]no[/]", None: "[yellow]not measured[/]"}
+        for one in reply.verdicts:
+            reached = "" if one.reached is None else f"{one.reached:.4g} ({one.how})"
+            free = "" if one.margin is None else f"{one.margin:.0%}"
+            verdicts.add_row(one.key, f"{one.asked:g}", reached, free, words[one.held])
+        console.print(verdicts)

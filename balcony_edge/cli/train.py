@@ -21,6 +21,7 @@ from balcony_edge.cli.train_joint import (
 if TYPE_CHECKING:
     from balcony_export.balcony import Kind
     from balcony_export.distill import Progress, Trainer
+    from balcony_export.distill_data import Corpus
 
 
 def train(
@@ -107,7 +108,7 @@ def train(
     from balcony_edge.cli.console import stderr
     from balcony_edge.device import checked_threads
     from balcony_edge.errors import InputError, TrainingError
-    from balcony_export.balcony import load_balconies, parse_exits, rows_seen
+    from balcony_export.balcony import load_balconies, parse_exits
     from balcony_export.checkpoint import load_tokenizer
     from balcony_export.distill import Trainer
     from balcony_export.distill_config import TrainConfig
@@ -170,11 +171,7 @@ def train(
     corpus = build_corpus(
         data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows, mix=_shares(mix or [])
     )
-    first_row = 0 if start is None else rows_seen(start, layers, corpus.digest)
-    if first_row:
-        stderr.print(
-            f"{start} has learned from {first_row:,} of the {len(corpus.train.tokens):,} rows: going on after them"
-        )
+    first_row = _first_row(start, layers, corpus)
     trainer = Trainer(loaded, corpus, config, output, start=begun, first_row=first_row, compiled=compiled)
     if resume:
         if not trainer.resume():
@@ -189,6 +186,17 @@ def train(
     with _progress_bar(trainer) as report:
         trainer.run(report)
     _finish(trainer, model, pretraining_tokens, before, as_json)
+
+
+def _first_row(start: Path | None, layers: tuple[int, ...], corpus: Corpus) -> int:
+    """Rows of the corpus that the balconies to start from have learned from."""
+    from balcony_edge.cli.console import stderr
+    from balcony_export.balcony import rows_seen
+
+    seen = 0 if start is None else rows_seen(start, layers, corpus.digest)
+    if seen:
+        stderr.print(f"{start} has learned from {seen:,} of {len(corpus.train.tokens):,} rows: going on after them")
+    return seen
 
 
 def _shares(given: list[str]) -> dict[str, float]:

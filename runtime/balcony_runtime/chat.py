@@ -50,7 +50,9 @@ class Chat:
         self._silence()
         user: Message = {"role": "user", "content": text}
         stream = self._llm.stream([*self.messages, user], sequence=self.sequence, **options)
-        self._speaking = TokenStream(self._recorded(user, stream), stream.reply.prompt_tokens, stream.cancelled)
+        self._speaking = TokenStream(
+            self._recorded(user, stream), stream.reply.prompt_tokens, stream.cancelled, stream.watch
+        )
         return self._speaking
 
     def _recorded(self, user: Message, stream: TokenStream) -> Iterator[Token]:

@@ -43,6 +43,8 @@ class Step(NamedTuple):
         target_ms: the budget's ``tpot_ms`` when it decided.
         latency_ms: from the request for the token to the token, waiting for its pace included.
         caught_up_rows: backlog that was worked off in the same gap.
+        budget: that it was decided for.
+        readings: what the sensors said then; empty where the budget needs none.
     """
 
     ids: IntArray
@@ -51,6 +53,8 @@ class Step(NamedTuple):
     target_ms: float | None
     latency_ms: float
     caught_up_rows: int
+    budget: Budget
+    readings: tuple[Reading, ...] = ()
 
 
 class Learned:
@@ -118,7 +122,7 @@ def steps(
         planned = _round(sequence, budget, priced, decision, learned) if policies else None
         if planned is not None:
             ids, count, emitted_ns = yield from _speculated(
-                planned, sequence, ids, sampler, exits, decision, begin, budget.tpot_ms, learned, deciding.record
+                planned, sequence, ids, sampler, exits, decision, begin, deciding, learned
             )
             made, last = made + count, None
             continue
@@ -147,7 +151,9 @@ def steps(
         if around.trace is not None:
             # a replay decides again: what it must come to is the decision, whatever a balcony was sure of
             deciding.record(given._replace(exit_layer=decision.exit_layer), latency_ns / 1e6)
-        yield Step(ids, logits, given, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due)
+        yield Step(
+            ids, logits, given, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due, budget, deciding.readings
+        )
 
 
 class _Deciding:
@@ -157,6 +163,7 @@ class _Deciding:
         budget: that the last decision was made for.
         priced: the costs that it weighed; None where nothing was.
         policies: whether that budget drafts tokens or lets sure ones exit.
+        readings: what the sensors said when it was made; empty where nobody asks for them.
     """
 
     def __init__(
@@ -170,6 +177,7 @@ class _Deciding:
         self._started_s = time.monotonic()
         self.budget, self.priced = Budget(), None  # type: Budget, CostModel | None
         self.policies = self._senses = False
+        self.readings: tuple[Reading, ...] = ()
         self._only: Decision | None = None  # the one that there is without a target
         if around.trace is not None:
             around.trace.begin(self._state)
@@ -206,6 +214,7 @@ class _Deciding:
 
     def _weighed(self, budget: Budget, made: int, last: Measurement | None) -> Decision:
         rows, sequence, around = 1 if made else self._prompt_rows, self._sequence, self._around
+        self.readings = around.readings() if around.trace is not None or self._senses else ()
         self._seen = Observation(
             budget,
             sequence.length + rows - 1,
@@ -215,7 +224,7 @@ class _Deciding:
             self._started_s,
             time.monotonic(),
             self._learned.busy_ns / 1e9,
-            around.readings() if around.trace is not None or self._senses else (),
+            self.readings,
         )
         self._state, self._decision = self._controller.decide(self._state, self._seen)
         self._learned.state = self._state
@@ -280,9 +289,8 @@ def _speculated(
     exits: tuple[int, ...],
     decision: Decision,
     begin_ns: int,
-    target_ms: float | None,
+    deciding: _Deciding,
     learned: Learned,
-    record: Callable[[Decision, float], None],
 ) -> Generator[Step, None, tuple[IntArray, int, int]]:
     """A round in the place of a full-depth step; returns its last token, how many there were, and when they were out."""
     behind_ns = time.perf_counter_ns()
@@ -295,10 +303,11 @@ def _speculated(
     learned.busy_ns += done_ns - begin_ns
     words = (f"drafted {planned.drafts} at {planned.exit_layer}, kept {outcome.kept}", *decision.words)
     checked = decision._replace(words=words, drafted=planned.drafts)
-    record(checked, latency_ms)
+    deciding.record(checked, latency_ms)
+    budget = deciding.budget
     for token, row in zip(outcome.tokens, outcome.logits, strict=True):
         ids = np.array([token], np.int64)
-        yield Step(ids, row[None], checked, target_ms, latency_ms, 0)
+        yield Step(ids, row[None], checked, budget.tpot_ms, latency_ms, 0, budget, deciding.readings)
         latency_ms = 0.0  # the others of the round came with the first
     return ids, len(outcome.tokens), done_ns
 

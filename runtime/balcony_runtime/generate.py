@@ -20,10 +20,12 @@ from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.bundle import Bundle
 from balcony_edge.costs import CostModel
 from balcony_edge.device import this_device
-from balcony_edge.errors import BudgetError, ContextLengthError, InputError, ProfileError
+from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError, ProfileError
+from balcony_edge.observed import unseen
 from balcony_edge.profile import Profile
 from balcony_edge.telemetry import Reading
 from balcony_edge.trace import TraceWriter
+from balcony_edge.verdict import Watch
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.calibrate import calibrate
 from balcony_runtime.chat import Chat
@@ -37,6 +39,8 @@ from balcony_runtime.sensors import Sensors, device_sources
 from balcony_runtime.text import Message, StopStrings, TextCodec
 
 _log = logging.getLogger(__name__)
+#: Seconds for which a new budget waits for sensors that need two samples: energy counters, busy shares.
+FIRST_READINGS_S = 1.0
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -73,7 +77,11 @@ class LLM:
         self._sensors_lock = threading.Lock()
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
-        self.budget = budget
+        try:
+            self.budget = budget
+        except BaseException:
+            self._close_sensors()
+            raise
 
     @classmethod
     def open(
@@ -123,8 +131,23 @@ class LLM:
         if budget.needs_costs:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
         if budget.needs_sensors:
-            self.readings()
+            self._check_seen(budget)
         self._budget, self._resolved = budget, resolved
+
+    def _check_seen(self, budget: Budget) -> None:
+        """Say which ceilings nothing on this device measures, and refuse them where the budget asks for an error."""
+        until_s = time.monotonic() + FIRST_READINGS_S
+        while missing := unseen(budget, self.readings(), time.monotonic()):
+            if self._sensors is None or time.monotonic() >= until_s:
+                break
+            time.sleep(0.05)
+        if not missing:
+            return
+        asked = ", ".join(f"{key} = {getattr(budget, key):g}" for key in missing)
+        text = f"{asked}: no sensor of this device measures it (`balcony-edge doctor` says what is missing)"
+        if budget.on_infeasible == "error":
+            raise InfeasibleError(f"{text}: leave it out, or choose another on_infeasible")
+        _log.warning("%s: it is not held", text)
 
     def readings(self) -> tuple[Reading, ...]:
         """The latest of every sensor; the first call starts those of the device."""
@@ -205,8 +228,9 @@ class LLM:
         sampler = Sampler(_params(sampling), np.array([ids], np.int64), model.vocab_size)
         ends = frozenset() if ignore_eos else frozenset(model.eos_token_ids)
         cancelled = threading.Event()
-        tokens = self._tokens(sequence, ids, sampler, limit, StopStrings(stop), logprobs, ends, cancelled, trace)
-        return TokenStream(tokens, len(ids), cancelled)
+        watch = Watch()
+        tokens = self._tokens(sequence, ids, sampler, limit, StopStrings(stop), logprobs, ends, cancelled, trace, watch)
+        return TokenStream(tokens, len(ids), cancelled, watch)
 
     def generate(
         self,
@@ -284,9 +308,12 @@ class LLM:
 
     def close(self) -> None:
         """Free the engine, and stop the sensors where they were started."""
+        self._close_sensors()
+        self.engine.close()
+
+    def _close_sensors(self) -> None:
         if self._sensors is not None:
             self._sensors.close()
-        self.engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -335,6 +362,7 @@ class LLM:
         ends: frozenset[int],
         cancelled: threading.Event,
         trace: TraceWriter | None,
+        watch: Watch,
     ) -> Iterator[Token]:
         text = self._codec.stream()
         sequence.rollback(_shared_prefix(sequence, ids))
@@ -344,6 +372,7 @@ class LLM:
             if cancelled.is_set():
                 return
             step = next(loop)
+            watch.token(step.budget, time.monotonic(), step.latency_ms, step.readings, first=count == 1)
             token = int(step.ids[0])
             finish: FinishReason | None = "stop" if token in ends else "length" if count == limit else None
             piece = "" if finish == "stop" else text.push(token)

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 from balcony_edge.decision import Decision
+from balcony_edge.verdict import Verdict, Watch
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -69,12 +70,16 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A generation so far: its text, its tokens and what they cost; ``finish_reason`` is None while it goes on."""
+    """A generation so far: its text, its tokens and what they cost; ``finish_reason`` is None while it goes on.
+
+    ``verdicts`` says of each key of the budget whether it was held.
+    """
 
     text: str
     tokens: tuple[Token, ...]
     prompt_tokens: int
     finish_reason: FinishReason | None
+    verdicts: tuple[Verdict, ...] = ()
 
     @property
     def ttft_ms(self) -> float | None:
@@ -93,6 +98,11 @@ class Reply:
         return sum(gaps) / len(gaps) if gaps else None
 
     @property
+    def unseen_tokens(self) -> int:
+        """Tokens at which a ceiling of the budget was not held, because nothing measured it."""
+        return sum(token.decision.unseen for token in self.tokens)
+
+    @property
     def late_tokens(self) -> int:
         """Tokens after the first that missed the target which held for them."""
         return sum(token.late for token in self.tokens[1:])
@@ -105,10 +115,14 @@ class TokenStream(Iterator[Token]):
         tokens: where they come from; closed with the stream.
         prompt_tokens: of the prompt.
         cancelled: set by :meth:`cancel`; whoever makes the tokens ends when it is set.
+        watch: told of each token by whoever makes them; says afterwards whether the budget was held.
     """
 
-    def __init__(self, tokens: Iterator[Token], prompt_tokens: int, cancelled: threading.Event) -> None:
+    def __init__(
+        self, tokens: Iterator[Token], prompt_tokens: int, cancelled: threading.Event, watch: Watch | None = None
+    ) -> None:
         self._source, self._prompt_tokens, self.cancelled = tokens, prompt_tokens, cancelled
+        self.watch = watch or Watch()
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
         self._step = threading.RLock()  # held by whoever is inside of the source
@@ -143,7 +157,7 @@ class TokenStream(Iterator[Token]):
     def reply(self) -> Reply:
         """What was generated so far."""
         text = "".join(token.text for token in self._tokens)
-        return Reply(text, tuple(self._tokens), self._prompt_tokens, self._finish_reason)
+        return Reply(text, tuple(self._tokens), self._prompt_tokens, self._finish_reason, self.watch.verdicts())
 
     def cancel(self) -> None:
         """End the stream before its next token; from any thread."""

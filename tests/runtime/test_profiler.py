@@ -14,7 +14,6 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_edge.costs import Bend, UnitCost
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_edge.governor import _watts
 from balcony_edge.telemetry import Reading
 from balcony_runtime.generate import LLM
 from balcony_runtime.profiler.cells import Bench, Key
@@ -262,7 +261,7 @@ def test_parts_of_a_rail_add_up_as_they_do_for_the_controller() -> None:
         found = Meter(sensors, rails).run(0.3)
         assert found == {"board": pytest.approx(140.0, rel=1e-3), "cpu": pytest.approx(115.0, rel=1e-3)}
         for rail, watts in found.items():
-            sample = _watts(sensors.latest(), rail, time.monotonic())
+            sample = watts(sensors.latest(), rail, time.monotonic())
             assert sample is not None and sample.value == pytest.approx(watts, rel=1e-3)
 
 
