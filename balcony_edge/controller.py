@@ -294,7 +294,7 @@ class Controller:
             idle_ms,
             words,
             stops=plan.governed and governor.critical_c is not None,
-            unseen=plan.governed and bool(governor.lost),
+            unseen=plan.governed and bool(governor.unseen(budget)),
         )
 
     def _within_reach(self, outlook: Outlook, plan: _Plan, slowdown: Slowdown, deviation: float) -> bool:

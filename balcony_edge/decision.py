@@ -251,6 +251,6 @@ def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[
         if _waits_longer(budget, period_ms):
             pace += f", which gives up tpot_ms = {budget.tpot_ms:g}"
         words.append(f"limited by {', '.join(governor.binding)}{pace}")
-    if governor.lost:
-        words.append(f"no reading for {', '.join(governor.lost)}: latency only")
+    if lost := governor.unseen(budget):
+        words.append(f"no reading for {', '.join(lost)}: latency only")
     return tuple(words)

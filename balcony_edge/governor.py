@@ -79,6 +79,10 @@ class Governor(NamedTuple):
     infeasible: tuple[str, ...] = ()
     critical_c: float | None = None
 
+    def unseen(self, budget: Budget) -> tuple[str, ...]:
+        """Keys of a budget that are not held; the last tick may have been for another one."""
+        return tuple(key for key in self.lost if getattr(budget, key) is not None)
+
 
 class Demand(NamedTuple):
     """What the slow loop is told at a tick.

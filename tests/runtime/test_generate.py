@@ -124,7 +124,9 @@ def test_a_target_is_held_by_depth(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
         assert (token.exit_layer, token.target_ms) == (exit_layer, target)
         assert token.predicted_ms == pytest.approx(costs.steady_ms(exit_layer, 0), rel=0.2)
     llm.budget = Budget(tpot_ms=0.01, on_infeasible="error")
-    with pytest.raises(InfeasibleError, match=r"infeasible: tpot_ms = 0\.01: shallowest exit"):
+    with pytest.raises(
+        InfeasibleError, match=r"infeasible: tpot_ms = 0\.01: a step takes 2\.0 ms at the shallowest exit"
+    ):
         next(iter(llm.stream([1, 2], max_new_tokens=1)))
     llm.budget = Budget(tpot_ms=0.01)
     reply = llm.generate([1, 2], max_new_tokens=3, ignore_eos=True)
@@ -295,6 +297,46 @@ def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any, monkeypatch: pytes
         time.sleep(2 * TICK_S)  # the slow loop looks again
         reasons = {token.reason for token in llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True)}
         assert all("no reading for power_w: latency only" in reason for reason in reasons)
+
+
+def test_a_ceiling_that_nothing_measures_is_said_counted_and_refused(
+    tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warm() -> tuple[Reading, ...]:
+        return (Reading("board", "board", time.monotonic(), celsius=50.0),)
+
+    with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain._codec, Budget(), readings=warm) as llm:
+        llm.budget = Budget(power_w=5, temperature_c=70)
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "power_w = 5: no sensor of this device measures it (`balcony-edge doctor` says what is missing): it is not held"
+        ]
+        reply = llm.generate([1, 2, 3], max_new_tokens=6, ignore_eos=True)
+        assert reply.unseen_tokens == 6
+        verdicts = {verdict.key: verdict for verdict in reply.verdicts}
+        assert (verdicts["power_w"].held, verdicts["temperature_c"].held) == (None, True)
+        assert (verdicts["temperature_c"].reached, verdicts["temperature_c"].asked) == (50.0, 70)
+        before = llm.budget
+        for refused in (Budget(power_w=5, on_infeasible="error"), Budget(memory_mb=9.0, on_infeasible="error")):
+            with pytest.raises(
+                InfeasibleError, match=r"^(power_w = 5|memory_mb = 9): no sensor of this device measures it"
+            ):
+                llm.budget = refused
+        assert llm.budget is before
+        llm.budget = Budget(temperature_c=70, on_infeasible="error")
+        assert llm.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True).unseen_tokens == 0
+
+
+def test_a_reply_says_whether_its_budget_was_held(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prices(monkeypatch, step_ms=0.2)
+    llm.budget = Budget(tpot_ms=5000.0, ttft_ms=1e-3, memory_mb=1e6)
+    with llm.stream([1, 2, 3], max_new_tokens=8, ignore_eos=True) as stream:
+        gaps = [token.latency_ms for token in stream]
+        verdicts = {verdict.key: verdict for verdict in stream.reply.verdicts}
+    assert (verdicts["tpot_ms"].held, verdicts["tpot_ms"].reached) == (True, sorted(gaps[1:])[6])
+    assert (verdicts["ttft_ms"].held, verdicts["ttft_ms"].reached) == (False, gaps[0])
+    assert verdicts["memory_mb"].held and (verdicts["memory_mb"].reached or 0) > 10
+    llm.budget = Budget(critical_temperature_c=30)
+    assert llm.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True).verdicts[0].key == "critical_temperature_c"
 
 
 def test_a_recorded_run_replays(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
