@@ -1,5 +1,6 @@
 # make demo   set up, export the demo model with its balconies, verify, generate while the budget changes; writes a PNG
 # make test   set up and run every check and test: what CI runs
+# make test-deep  puts mistakes into the code and sees tests fail (half an hour)
 # make test-gpu  on a machine with an NVIDIA GPU: the tests that need one, and a report with the card's name
 # make check  the checks without the tests: lint, format, types, import contracts
 
@@ -10,7 +11,7 @@ RUNS := .venv/.runs
 DEMO := .cache/demo
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test test-gpu check format clean
+.PHONY: demo test test-deep test-gpu check format clean
 
 # what the demo needs; the checks need 850 MB more
 $(RUNS): pyproject.toml
@@ -41,6 +42,9 @@ check: $(READY)
 
 test: check
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+test-deep: $(READY)
+	$(BIN)/python tests/mutants.py
 
 test-gpu: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[tensorrt]'

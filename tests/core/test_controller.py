@@ -20,8 +20,9 @@ from balcony_edge.controller import Controller, ControllerState
 from balcony_edge.costs import CostModel, UnitCost
 from balcony_edge.decision import CatchUp, Decision, Measurement, Observation
 from balcony_edge.errors import BudgetError
-from balcony_edge.governor import Governor
+from balcony_edge.governor import CEILING_DWELL_S, Governor
 from balcony_edge.slowdown import Slowdown
+from balcony_edge.telemetry import Reading
 
 # Steady prices 5, 7 and 10 ms: 1 ms of head, stages of 3, 2 and 3.5 ms, balconies of 1 ms, a norm of 0.5 ms.
 SMALL = CostModel(
@@ -197,6 +198,40 @@ def test_backlog_of_every_balcony_is_paid_once_and_is_not_infeasible() -> None:
     decision = decide(settled(8), Budget(tpot_ms=9 / MARGIN), (1, 1, 1), (101, 101, 1))
     assert (decision.exit_layer, decision.infeasible, decision.catch_up) == (4, False, None)
     assert decision.reason == "no exit fits yet: predicted 17.5 ms (p=0.00)"
+
+
+def test_a_deadline_is_priced_at_the_contexts_that_are_still_to_come() -> None:
+    grows = replace(SMALL, stages=(UnitCost(3.0, 0.25, 10.0), *SMALL.stages[1:]))
+    slowdown = Slowdown(variance=0.0, noise_variance=0.02**2, ratio_variance=0.0)
+    state = settled(6)._replace(slowdown=slowdown)
+    # 1,000 tokens at 12 ms on average at exit 6 and 15 at exit 8, of which 10 ms a thousand rows are attention
+    budget = Budget(deadline_s=12.7, expected_tokens=1001)
+    seen = Observation(budget, 0, STEADY, STEADY, None, made_tokens=1)
+    assert Controller(grows).decide(state, seen)[1].exit_layer == 6
+    assert Controller(SMALL).decide(state, seen)[1].exit_layer == 8
+
+
+@pytest.mark.parametrize(
+    ("mean", "ratio_mean", "exit_layer"),
+    [
+        (0.0, 1.0, 8),
+        (math.log(1.4), 1.0, 6),  # a load that has just begun: the mean of 60 steps does not know it yet
+        (0.0, 1.4, 6),  # bursts, of which there is none at the moment
+    ],
+)
+def test_a_deadline_reckons_with_the_worse_of_now_and_the_mean(mean: float, ratio_mean: float, exit_layer: int) -> None:
+    slowdown = Slowdown(mean=mean, variance=0.0, noise_variance=0.02**2, ratio_mean=ratio_mean, ratio_variance=0.0)
+    state = settled(8)._replace(slowdown=slowdown)
+    seen = Observation(Budget(deadline_s=0.85, expected_tokens=101), 0, STEADY, STEADY, None, made_tokens=1)
+    assert Controller(SMALL).decide(state, seen)[1].exit_layer == exit_layer
+
+
+def test_a_ceiling_that_gave_depth_back_is_believed_after_a_second() -> None:
+    reading = (Reading("x", "board", 10.0, watts=1.0),)
+    for since_s, exit_layer in ((0.5, 4), (CEILING_DWELL_S, 8)):
+        state = settled(4)._replace(governor=Governor(ticked_s=9.95, ceiling=2), switched_s=10.0 - since_s)
+        seen = Observation(Budget(power_w=5), 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, reading)
+        assert Controller(SMALL).decide(state, seen)[1].exit_layer == exit_layer
 
 
 def test_infeasible_is_said_and_takes_the_shallowest_allowed() -> None:
