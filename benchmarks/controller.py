@@ -44,7 +44,7 @@ from balcony_edge.decision import Measurement, Observation
 from balcony_edge.loads import parse_load
 from balcony_edge.plant import Device, Plant
 from balcony_edge.profile import Profile
-from balcony_edge.simulate import SimulatedToken, simulate
+from balcony_edge.simulate import simulate
 
 
 def _layers(count: int) -> UnitCost:
@@ -66,6 +66,8 @@ DEVICE = Device(noise=0.03)
 PROFILE = Path(__file__).parents[1] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
 #: Seconds that watts take to come down from full power; windows of them are counted from then on.
 SETTLING_S = 8
+#: Gauges for which power has bars: delays and averages of up to 2 s.
+FAST_GAUGES = ("instant", "0.5 s late", "1 s late", "2 s late", "once a second", "mean of 1 s", "mean of 2 s")
 #: Tokens that are made before the counting begins.
 SETTLING = 100
 #: Depths closer than this, in layers, are a tie.
@@ -213,19 +215,7 @@ def at_context(costs: CostModel, context: int) -> CostModel:
 
 def ceilings() -> dict[str, Any]:
     """Power and temperature, held by depth and pace."""
-
-    def windows(run: list[SimulatedToken]) -> list[float]:
-        values = []
-        for begin in range(len(run)):
-            if run[begin].time_s < SETTLING_S:
-                continue
-            joules = seconds = 0.0
-            for token in run[begin + 1 :]:
-                joules, seconds = joules + token.watts * token.latency_ms / 1000, seconds + token.latency_ms / 1000
-                if seconds >= 5:
-                    values.append(joules / seconds)
-                    break
-        return values
+    from benchmarks.controller_limits import windows  # noqa: PLC0415
 
     found: dict[str, Any] = {"power": []}
     for watts, least_tps, load in (
@@ -236,7 +226,7 @@ def ceilings() -> dict[str, Any]:
     ):
         plant = Plant(COSTS, DEVICE, parse_load(load))
         run = simulate(COSTS, plant, Budget(power_w=watts, min_pace_tps=least_tps), tokens=10**6, seconds=60)
-        shares = [value / watts for value in windows(run)]
+        shares = [value / watts for value in windows(run, SETTLING_S)]
         changes = [b.time_s for a, b in itertools.pairwise(run) if a.decision.exit_layer != b.decision.exit_layer]
         closest = min((b - a for a, b in itertools.pairwise(changes) if a > SETTLING_S), default=None)
         row = {"power_w": watts, "min_pace_tps": least_tps, "load": load, "least": round(min(shares), 3)}
@@ -304,6 +294,14 @@ def bars(found: dict[str, Any]) -> dict[str, bool]:
         "full depth again within 400 tokens after a load": max(r["back_tokens"] for r in found["way_back"]) <= 400,
         "<= 1 % late on the way": max(row["late"] for row in found["way_back"]) <= 30,
         "power within 5 % in every 5 s window": all(r["least"] >= 0.95 and r["most"] <= 1.05 for r in found["power"]),
+        "the same with gauges up to 2 s late": all(
+            row["least"] >= 0.95 and row["most"] <= 1.05 for row in found["gauges"] if row["gauge"] in FAST_GAUGES
+        ),
+        "gaps within twice their mean there": max(
+            r["gap_of_mean"] for r in found["gauges"] if r["gauge"] in FAST_GAUGES
+        )
+        <= 2,
+        "what nothing holds is said within 15 s": all(r["raises"] and r["said_s"] <= 15 for r in found["out_of_reach"]),
         "one exit change a second at most": all((r["switches_apart_s"] or 9) >= 1 for r in found["power"]),
         "overshoot <= 1 °C": all(row["most_c"] <= row["temperature_c"] + 1 for row in found["temperature"]),
         "unreachable power is reported": found["without_pacing_infeasible"],
@@ -326,18 +324,21 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="write a picture of three runs (needs [plot])")
     arguments = parser.parse_args()
     begin = time.perf_counter()
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds its neighbours and the tests
+    from benchmarks.controller_limits import gauges, out_of_reach  # noqa: PLC0415
+    from tests.core.test_controller_properties import soundness  # noqa: PLC0415
+
     found: dict[str, Any] = {
         "benchmark": "controller",
         "quick": arguments.quick,
         "way_back": way_back(2 if arguments.quick else 5),
         "policies": compare(400 if arguments.quick else 1000, 2 if arguments.quick else 5),
         **ceilings(),
+        "gauges": gauges(COSTS, DEVICE),
+        "out_of_reach": out_of_reach(COSTS),
         "deadline": deadlines(20 if arguments.quick else 100),
         "decision_us": decision_cost(),
     }
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.core.test_controller_properties import soundness  # noqa: PLC0415 - the repository, not the package
-
     budgets = 200 if arguments.quick else arguments.budgets
     found["random"] = {"budgets": budgets, "decisions": soundness(Controller(COSTS), range(budgets))}
     if arguments.real is not None:

@@ -80,3 +80,11 @@ def test_mean_and_variance_of_the_ratio_remember_bursts() -> None:
         slowdown = slowdown.update(0, math.log(2.0 if token % 50 < 10 else 1.0) + rng.gauss(0, 0.02), 1.0)
     assert slowdown.ratio_mean == pytest.approx(1.2, abs=0.1)  # a fifth of the tokens at twice the time
     assert slowdown.ratio_variance == pytest.approx(0.16, rel=0.3)
+
+
+def test_a_pause_leaves_doubt_and_no_more() -> None:
+    sure = Slowdown(mean=0.3, variance=1e-6, surprise=1, drift=3.0, noise_variance=0.05**2)
+    rested = sure.rested()
+    assert (rested.variance, rested.surprise, rested.drift) == (0.05**2, 0, 0.0)
+    assert (rested.mean, rested.noise_variance) == (0.3, 0.05**2)
+    assert Slowdown(variance=0.2**2).rested().variance == 0.2**2  # what was less sure stays so
