@@ -291,8 +291,8 @@ def require(checks: Sequence[Check], directory: Path, made_from: str) -> None:
         what, unit = ("largest logit difference", " of the largest logit") if worst.exact else ("mean KL", " nats")
         raise VerificationError(
             f"{directory}: exit {worst.exit_layer}, {worst.phase}: the {what} is {worst.max_difference:.1e}{unit}, "
-            f"allowed are {worst.tolerance:.0e}: it was made from {made_from}: compare it with that model and its balconies; if you "
-            "did, do not use this bundle, and report the model's architecture"
+            f"allowed are {worst.tolerance:.0e}: it was made from {made_from}: compare it with that model and its balconies; "
+            "if you did, do not use this bundle, and report the model's architecture"
         )
 
 
