@@ -17,7 +17,7 @@ from balcony_edge.plant import Device, Plant
 from balcony_edge.simulate import SimulatedToken, simulate
 
 #: Name → what the gauge does: how old what it shows is, over how long it averages, how often it shows another value.
-GAUGES: dict[str, dict[str, float]] = {
+GAUGES: dict[str, dict[str, Any]] = {
     "instant": {},
     "0.5 s late": {"gauge_delay_s": 0.5},
     "1 s late": {"gauge_delay_s": 1.0},
@@ -69,28 +69,23 @@ def gauges(costs: CostModel, device: Device, power_w: float = 6.0) -> list[dict[
 
 
 def out_of_reach(costs: CostModel) -> list[dict[str, Any]]:
-    """Limits that nothing holds: after how many seconds they are said, with slow and with fast steps, and whether they raise."""
+    """Limits that nothing holds: after how many seconds they are said, with slow and fast steps, and whether they raise."""
     fast = replace(
         costs,
         stages=tuple(UnitCost(unit.first_row_ms / 4, unit.marginal_row_ms / 4) for unit in costs.stages),
         head=UnitCost(costs.head.first_row_ms / 4),
     )
-    rows = []
+    device, rows = Device(idle_w=2.0), []
     for name, model in (("steps of 12 ms", costs), ("steps of 3 ms", fast)):
-        for keys in ({"power_w": 1.0}, {"temperature_c": 35.0}):
-            device = Device(idle_w=2.0)
-
-            def run(
-                on_infeasible: str, budget: dict[str, Any] = keys, model: CostModel = model
-            ) -> list[SimulatedToken]:
-                asked = Budget(**budget, on_infeasible=on_infeasible)
-                return simulate(model, Plant(model, device, parse_load("idle")), asked, tokens=10**6, seconds=60)
-
-            said = next((token.time_s for token in run("shallowest") if token.decision.infeasible), None)
+        for limit in (Budget(power_w=1.0), Budget(temperature_c=35.0)):
+            run = simulate(model, Plant(model, device, parse_load("idle")), limit, tokens=10**6, seconds=60)
+            said = next((token.time_s for token in run if token.decision.infeasible), None)
+            strict = limit.model_copy(update={"on_infeasible": "error"})
             try:
-                run("error")
+                simulate(model, Plant(model, device, parse_load("idle")), strict, tokens=10**6, seconds=60)
                 raises = False
             except InfeasibleError:
                 raises = True
-            rows.append({"limit": keys, "costs": name, "said_s": said and round(said, 1), "raises": raises})
+            asked = limit.model_dump(exclude_defaults=True)
+            rows.append({"limit": asked, "costs": name, "said_s": said and round(said, 1), "raises": raises})
     return rows

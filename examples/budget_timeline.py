@@ -35,7 +35,7 @@ SAMPLING = SamplingParams(temperature=0.4, top_p=0.9, repetition_penalty=1.15, s
 
 
 def targets(llm: LLM) -> tuple[float, float]:
-    """``(generous, tight)`` in ms: the full depth fits into the first, and of all exits only the shallowest into the second."""
+    """``(generous, tight)`` in ms: the full depth has room in the first; only shallower exits have room in the second."""
     costs, exits = llm.costs, llm.exit_layers
     steady = [costs.steady_ms(exit_layer, 64) for exit_layer in exits]
     return round(steady[-1] * ROOM, 1), round(min(steady[0] * ROOM, (steady[-2] + steady[-1]) / 2), 1)

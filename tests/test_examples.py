@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import os
 import re
 import signal
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import balcony_edge
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -90,3 +94,24 @@ def test_the_budget_timeline(tiny: Any, tmp_path: Path) -> None:
 def test_every_example_is_tested() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     assert all(f'"{path.name}"' in text for path in EXAMPLES.glob("*.py"))
+
+
+def test_the_timelines_axis_hides_no_late_token(tiny: Any, tmp_path: Path) -> None:
+    """A token ten times as late as its target is on the picture, and the title counts it."""
+    plt = pytest.importorskip(
+        "matplotlib.pyplot", reason="the picture needs matplotlib: pip install 'balcony-edge[plot]'"
+    )
+    spec = importlib.util.spec_from_file_location("budget_timeline", EXAMPLES / "budget_timeline.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with balcony_edge.load(tiny.path, budget=balcony_edge.Budget(tpot_ms=500)) as llm:
+        reply = llm.generate("the fox", max_new_tokens=8, ignore_eos=True)
+        slow = tuple(
+            token._replace(latency_ms=5000.0 if index == 3 else 20.0) for index, token in enumerate(reply.tokens)
+        )
+        module.plot(dataclasses.replace(reply, tokens=slow), llm, tmp_path / "timeline.png")
+    top = plt.gcf().axes[0]
+    low, high = top.get_ylim()
+    assert low < 20 and high > 5000 and top.get_title().endswith("1 of 7 tokens late")
+    plt.close("all")

@@ -112,7 +112,7 @@ def export(
                 judge.measure(directory)
             if check:
                 checks.extend(run_checks(directory, loaded, tokenizer, modules))
-                require(checks, directory)
+                require(checks, directory, label)
 
         options: dict[str, Any] = {
             "name": label,

@@ -165,7 +165,10 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
     if file is None and sys.stdin is not None and sys.stdin.isatty():
         return None
     try:
-        content = sys.stdin.buffer.read() if file is None or file == Path("-") else file.read_bytes()
+        if file is not None and file != Path("-"):
+            content = file.read_bytes()
+        else:
+            content = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None: it is closed
     except OSError as error:
         raise InputError(f"--file {file}: not readable ({error.strerror}): name a text file, or - for stdin") from error
     try:

@@ -49,4 +49,4 @@ def verify(
             )
             table.add_row(*map(str, row), f"{check.agreement:.1%}", verdict)
         stdout.print(table)
-    require(checks, bundle)
+    require(checks, bundle, manifest.model.name)

@@ -274,8 +274,13 @@ def _with_stored_weights(
     return model, balconies
 
 
-def require(checks: Sequence[Check], directory: Path) -> None:
+def require(checks: Sequence[Check], directory: Path, made_from: str) -> None:
     """Raise unless every check passed.
+
+    Args:
+        checks: of one bundle.
+        directory: the bundle.
+        made_from: the model that the bundle names as its own.
 
     Raises:
         VerificationError: names the worst check.
@@ -284,11 +289,10 @@ def require(checks: Sequence[Check], directory: Path) -> None:
     if failed:
         worst = failed[0]
         what, unit = ("largest logit difference", " of the largest logit") if worst.exact else ("mean KL", " nats")
-        name = Bundle.open(directory, verify_hashes=False).manifest.model.name
         raise VerificationError(
             f"{directory}: exit {worst.exit_layer}, {worst.phase}: the {what} is {worst.max_difference:.1e}{unit}, "
-            f"allowed are {worst.tolerance:.0e}: it was made from {name}: compare it with that model and its balconies; if you "
-            "did, do not use this bundle, and report the model's architecture"
+            f"allowed are {worst.tolerance:.0e}: it was made from {made_from}: compare it with that model and its balconies; "
+            "if you did, do not use this bundle, and report the model's architecture"
         )
 
 

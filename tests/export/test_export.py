@@ -114,21 +114,26 @@ def test_the_full_model_is_the_same_with_and_without_balconies(tiny: Any, make_t
 
 def test_verification_is_required_of_every_check() -> None:
     good, bad = Check(2, "prefill", 1, 1e-6, 1.0, 1e-4), Check(5, "decode", 1, 0.5, 0.0, 1e-4)
-    require([good], Path("b"))
-    with pytest.raises(VerificationError, match=r"b: exit 5, decode: .* 5\.0e-01 of the largest logit"):
-        require([good, bad], Path("b"))
+    require([good], Path("b"), "a-model")
+    with pytest.raises(
+        VerificationError, match=r"b: exit 5, decode: .* 5\.0e-01 of the largest logit.* made from a-model"
+    ):
+        require([good, bad], Path("b"), "a-model")
 
 
-def test_outputs_that_exist_or_have_no_parent_are_refused(tmp_path: Path) -> None:
+def test_outputs_that_exist_or_cannot_be_made_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("keep me")
     for output, pattern in (
         (tmp_path / "file", "exists already"),
         (tmp_path, "exists already"),
-        (tmp_path / "no" / "such", "there is no directory"),
+        (tmp_path / "file" / "such", "is not a directory"),
     ):
         with pytest.raises(InputError, match=pattern), fresh_directory(output):
             pytest.fail("nothing may be written")
     assert (tmp_path / "file").read_text() == "keep me"
+    with fresh_directory(tmp_path / "no" / "such"):
+        pass  # what is missing on the way is made
+    assert (tmp_path / "no" / "such").is_dir()
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
