@@ -174,6 +174,29 @@ def test_a_balconys_backlog_ends_where_what_is_asked_begins(
         assert seen == passes
 
 
+def test_a_thread_that_catches_up_and_one_that_decodes_take_turns(tiny: Any) -> None:
+    tokens = np.random.default_rng(9).integers(0, 320, 250)
+    with Engine.open(tiny.path) as engine:
+        want = {e: engine.new_sequence().advance(e, tokens)[0, -1] for e in engine.exit_layers}
+        for _ in range(4):
+            sequence, over = engine.new_sequence(), threading.Event()
+            sequence.advance(2, tokens[:100])
+
+            def work_off(sequence: Sequence = sequence, over: threading.Event = over) -> None:
+                while not over.is_set():
+                    sequence.catch_up(5)
+
+            with ThreadPoolExecutor(1) as pool:
+                working = pool.submit(work_off)
+                for row in range(100, 250):
+                    sequence.step(2, tokens[row : row + 1])
+                over.set()
+                working.result()
+            for exit_layer in engine.exit_layers:
+                got = sequence.advance(exit_layer, [])[0, -1]
+                assert np.abs(got - want[exit_layer]).max() <= 1e-4 * np.abs(want[exit_layer]).max()
+
+
 def test_backlog_is_worked_off_as_far_as_the_stage_before_has_come(tiny: Any) -> None:
     with Engine.open(tiny.path) as engine:
         sequence = engine.new_sequence()
