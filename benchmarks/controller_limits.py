@@ -53,9 +53,9 @@ def gauges(costs: CostModel, device: Device, power_w: float = 6.0) -> list[dict[
             plant = Plant(costs, replace(device, **gauge), parse_load(load))
             run = simulate(costs, plant, Budget(power_w=power_w), tokens=10**6, seconds=90)
             shares = [
-                watts / power_w for watts in windows(run, after_s=30 if gauge.get("gauge_period_s", 0) > 1 else 15)
+                watts / power_w for watts in windows(run, after_s=30 if gauge.get("gauge_period_s", 0) > 1 else 20)
             ]
-            gaps = [token.latency_ms for token in run if token.time_s > 15]
+            gaps = [token.latency_ms for token in run if token.time_s > 20]
             rows.append(
                 {
                     "gauge": name,
