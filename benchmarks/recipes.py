@@ -102,6 +102,7 @@ TRIALS: dict[str, Trial] = {
             "schedule": "cosine",
             "batch_rows": 4,
             "micro_rows": 4,
+            "vocabulary": 0,
         }
     ),
     "paper's optimizer, 2 rows": Trial({"optimizer": "adamw", "rate": 5e-4, "vector_rate": 5e-4, "schedule": "cosine"}),
@@ -112,7 +113,10 @@ TRIALS: dict[str, Trial] = {
     "Muon 1e-2": Trial({"rate": 1e-2}),
     "Muon 3e-3": Trial({"rate": 3e-3}),
     "cosine": Trial({"schedule": "cosine"}),
+    "the whole vocabulary": Trial({"vocabulary": 0}),
+    "4,096 of the vocabulary": Trial({"vocabulary": 4096}),
     "256 positions": Trial({"positions": 256}),
+    "256 positions, the whole vocabulary": Trial({"positions": 256, "vocabulary": 0}),
     "128 positions": Trial({"positions": 128}),
     "64 positions": Trial({"positions": 64}),
     "8 rows of 128 a step": Trial({"seq_len": 128, "batch_rows": 8, "micro_rows": 8}),
