@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -13,16 +12,24 @@ from pathlib import Path
 
 from balcony_edge.errors import BalconyError
 
+try:
+    import fcntl
+except ImportError:  # Windows: names are unique there too, and what a killed writer left stays
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Wait for the lock of a file or directory and hold it; False where its file system has no locks.
+def locked(path: Path) -> Iterator[None]:
+    """Wait for the lock of a directory and hold it, where its file system has locks.
 
-    The lock belongs to the open file: the system frees it when its owner ends, and threads of one process exclude one
+    The lock belongs to the open directory: the system frees it when its owner ends, and threads of one process exclude one
     another. A process id says neither: containers that share a volume have the same ones.
     """
-    with _opened(path) as descriptor:
-        yield _lock(descriptor, fcntl.LOCK_EX)
+    lock = _lock(path, wait=True)
+    try:
+        yield
+    finally:
+        _unlock(lock)
 
 
 @contextmanager
@@ -37,14 +44,21 @@ def partial_directory(target: Path) -> Iterator[Path]:
     """
     prefix = f".{target.name}.partial-"
     for leftover in target.parent.iterdir():
-        if leftover.name.startswith(prefix):
-            _remove_unlocked(leftover)
-    part, descriptor = _owned(target.with_name(f"{prefix}{secrets.token_hex(4)}"))
+        if leftover.name.startswith(prefix) and (lock := _lock(leftover, wait=False)) is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            _unlock(lock)
+    part = target.with_name(f"{prefix}{secrets.token_hex(4)}")
+    while True:
+        part.mkdir()
+        lock = _lock(part, wait=True)
+        if part.exists():
+            break
+        _unlock(lock)  # another writer took it for a leftover before it was locked
     try:
         yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        os.close(descriptor)
+        _unlock(lock)
 
 
 def write_atomically(path: Path, content: bytes, error_class: type[BalconyError], cure: str) -> None:
@@ -68,37 +82,21 @@ def write_atomically(path: Path, content: bytes, error_class: type[BalconyError]
         raise error_class(f"{path}: cannot be written ({error.strerror}): {cure}") from error
 
 
-def _owned(part: Path) -> tuple[Path, int]:
-    """Make a directory and lock it; again where another writer took it for a leftover before it was locked."""
-    while True:
-        part.mkdir()
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(part, os.O_RDONLY)
-            _lock(descriptor, fcntl.LOCK_EX)
-            if part.exists():
-                return part, descriptor
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """The open directory with its lock; None where somebody else holds it, it is gone, or there are no locks."""
+    if fcntl is None:
+        return None
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return descriptor
+        except BaseException:
             os.close(descriptor)
+            raise
+    return None
 
 
-def _remove_unlocked(leftover: Path) -> None:
-    with contextlib.suppress(OSError), _opened(leftover) as descriptor:
-        if _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, how: int) -> bool:
-    """Whether the lock is ours; False where somebody else holds it or the file system has none."""
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError:
-        return False
-    return True
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)

@@ -16,6 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+#: Windows knows no flags, and takes memory on the first touch without them.
+_OPTIONS: dict[str, Any] = {}
+if hasattr(mmap, "MAP_ANONYMOUS"):
+    _OPTIONS["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+
 
 def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """An array of zeros, on a page boundary, whose pages take memory when they are first written.
@@ -25,8 +30,7 @@ def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """
     count, kind = math.prod(shape), np.dtype(dtype)
     try:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        region = mmap.mmap(-1, max(count * kind.itemsize, 1), flags=flags)
+        region = mmap.mmap(-1, max(count * kind.itemsize, 1), **_OPTIONS)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"{count * kind.itemsize} bytes") from error
     with contextlib.suppress(AttributeError, OSError):  # a system without large pages
