@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from balcony_edge.errors import BundleError
-from balcony_edge.files import write_atomically
+from balcony_edge.files import locked, partial_directory, write_atomically
 from balcony_edge.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -32,6 +34,9 @@ from balcony_edge.manifest import (
     TensorSpec,
     TextQuality,
 )
+
+#: Directory of the engine sets in a bundle.
+ENGINES = "tensorrt"
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
@@ -113,7 +118,7 @@ class Bundle:
         if name not in self.manifest.engines:
             known = _names(self.manifest.engines) or "none yet"
             raise BundleError(f"{self.path}: has no engines {name}, but {known}: make them with `balcony-edge build`")
-        directory = engine_directory(self.path, name)
+        directory = self.path / ENGINES / (self.manifest.engines[name].directory or name)
         for file, spec in self.manifest.engines[name].files.items():
             _check_file(directory / file, spec, verify_hashes)
         return directory
@@ -302,53 +307,50 @@ def write_manifest(directory: Path, document: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def engine_directory(bundle: Path, name: str) -> Path:
-    """Where graphs and engines for TensorRT lie."""
-    return bundle / "tensorrt" / name
-
-
-def record_engines(directory: Path, name: str, engines: EngineSet) -> Manifest:
-    """Add graphs and engines for TensorRT to ``bundle.json``; the fingerprint stays as it is.
+@contextmanager
+def new_engine_directory(bundle: Path, name: str) -> Iterator[Path]:
+    """A directory in which a set is made, to be recorded under ``name`` by :func:`record_engines`; otherwise it is removed.
 
     Raises:
-        BundleError: no bundle, or a directory that cannot be written.
+        BundleError: it cannot be made or written.
     """
-    manifest = _read_manifest(directory)
-    return _with_engines(directory, manifest, {**manifest.engines, name: engines})
-
-
-def rename_engines(directory: Path, name: str, new: str) -> None:
-    """Let a set take another name, and the place of the set that had it.
-
-    Raises:
-        BundleError: no bundle, or a directory that cannot be written.
-    """
-    manifest, old = _read_manifest(directory), engine_directory(directory, new)
-    aside = old.with_name(f".{new}.old")
-    shutil.rmtree(aside, ignore_errors=True)
+    home = bundle / ENGINES
     try:
-        if old.exists():
-            old.rename(aside)
-        engine_directory(directory, name).rename(old)
+        home.mkdir(exist_ok=True)
+        with partial_directory(home / name) as part:
+            yield part
     except OSError as error:
-        raise BundleError(f"{old}: cannot be replaced ({error.strerror}): make it writable") from error
-    engines = dict(manifest.engines)
-    engines[new] = engines.pop(name)
-    _with_engines(directory, manifest, engines)
-    shutil.rmtree(aside, ignore_errors=True)
+        raise BundleError(f"{home}: cannot be written ({error.strerror}): free space or make it writable") from error
 
 
-def drop_engines(directory: Path, name: str) -> None:
-    """Take a set out of ``bundle.json``, and its files away."""
-    manifest = _read_manifest(directory)
-    if name in manifest.engines:
-        _with_engines(directory, manifest, {key: value for key, value in manifest.engines.items() if key != name})
-    shutil.rmtree(engine_directory(directory, name), ignore_errors=True)
+def record_engines(bundle: Path, name: str, engines: EngineSet, made: Path) -> Manifest:
+    """Take a set that is whole into ``bundle.json``, in place of the one of that name; the fingerprint stays as it is.
 
+    The new set gets a directory of its own and ``bundle.json`` changes in one step, so a process that is killed leaves the
+    old set or the new one. What neither of them needs is removed.
 
-def _with_engines(directory: Path, manifest: Manifest, engines: dict[str, EngineSet]) -> Manifest:
-    updated = manifest.model_copy(update={"engines": engines})
-    _write(directory, updated.model_dump(mode="json"))
+    Args:
+        bundle: the directory.
+        name: of the set.
+        engines: what is in ``made``.
+        made: of :func:`new_engine_directory`.
+
+    Raises:
+        BundleError: no bundle, or a directory that cannot be written.
+    """
+    home = bundle / ENGINES
+    with locked(home):
+        manifest = _read_manifest(bundle)
+        place = home / name
+        while place.exists():
+            place = home / f"{name}.{secrets.token_hex(4)}"
+        made.rename(place)
+        entry = engines.model_copy(update={"directory": None if place.name == name else place.name})
+        updated = manifest.model_copy(update={"engines": {**manifest.engines, name: entry}})
+        _write(bundle, updated.model_dump(mode="json"))
+        for other in home.iterdir():
+            if other != place and (other.name == name or other.name.startswith(f"{name}.")):
+                shutil.rmtree(other, ignore_errors=True)
     return updated
 
 

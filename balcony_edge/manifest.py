@@ -291,13 +291,14 @@ class EngineSpec(_Frozen):
 
 
 class EngineSet(_Frozen):
-    """Graphs for TensorRT and the engines that were built from them, in ``tensorrt/<name>/``.
+    """Graphs for TensorRT and the engines that were built from them, in ``tensorrt/<directory>/`` (None: the set's name).
 
     ``target`` is which TensorRT: ``rtx`` (``tensorrt_rtx``) or ``tensorrt`` (the enterprise one, JetPack's). Caches have
     ``context_length`` rows whatever is live; passes have ``batch_size`` members. ``builder`` and ``compute_capabilities`` say
     what the engines run on; both are empty while there are graphs alone.
     """
 
+    directory: FileName | None = None
     target: Literal["rtx", "tensorrt"]
     precision: EnginePrecision
     operators: Literal["fused", "plain"]

@@ -90,35 +90,35 @@ def build_into(
 
     A set that was there stays as it is until the one that takes its place is whole.
     """
-    from balcony_edge.bundle import Bundle, drop_engines, rename_engines
+    from balcony_edge.bundle import Bundle, new_engine_directory, record_engines
     from balcony_edge.cli.console import native_stderr_dropped, progress_bar
 
     name = f"{target}-{precision}" + ("-plain" if operators == "plain" else "")
     bundle = Bundle.open(path)
-    with native_stderr_dropped(), progress_bar() as progress:
+    with native_stderr_dropped(), progress_bar() as progress, new_engine_directory(path, name) as directory:
         builder = None
         if builder_options is not None:
             from balcony_runtime.tensorrt_builder import Builder
 
             builder = Builder(target, batch_size=wanted["batch_size"], **builder_options)
-        working = name
-        try:
-            if rounded_as is not None or not _has_graphs(bundle, name, wanted, precision):
-                working = f"{name}.new" if name in bundle.manifest.engines else name
-                progress("writing graphs", 0.0)
-                _write_graphs(bundle, working, target, precision, operators, wanted, rounded_as)
-                bundle = Bundle.open(path, verify_hashes=False)
-            if builder is not None:
-                from balcony_runtime.tensorrt_builder import build_engines
+        if rounded_as is not None or not _has_graphs(bundle, name, wanted, precision):
+            progress("writing graphs", 0.0)
+            engines = _make_graphs(bundle, directory, target, precision, operators, wanted, rounded_as)
+        elif builder is None:
+            return name
+        else:
+            from balcony_runtime.tensorrt_builder import link_files
 
-                graphs = [key for key in bundle.manifest.engines[working].graphs if whole or key != "backbone"]
-                build_engines(bundle, working, builder, graphs, lambda what, done: progress(what, 0.3 + 0.7 * done))
-        except BaseException:
-            if working != name:
-                drop_engines(path, working)
-            raise
-        if working != name:
-            rename_engines(path, working, name)
+            engines = bundle.manifest.engines[name]
+            link_files(bundle.engine_directory(name), engines, directory)
+        if builder is not None:
+            from balcony_runtime.tensorrt_builder import make_engines
+
+            graphs = [key for key in engines.graphs if whole or key != "backbone"]
+            engines = make_engines(
+                directory, engines, builder, graphs, lambda what, done: progress(what, 0.3 + 0.7 * done)
+            )
+        record_engines(path, name, engines, directory)
     return name
 
 
@@ -133,22 +133,22 @@ def _has_graphs(bundle: Bundle, name: str, wanted: dict[str, int], precision: En
     return all(getattr(bundle.manifest.engines[name], key) == wanted[key] for key in keys)
 
 
-def _write_graphs(
+def _make_graphs(
     bundle: Bundle,
-    name: str,
+    directory: Path,
     target: Literal["rtx", "tensorrt"],
     precision: EnginePrecision,
     operators: Literal["fused", "plain"],
     wanted: dict[str, int],
     rounded_as: Path | None,
-) -> None:
+) -> EngineSet:
     from balcony_edge.bundle import Bundle as Opened
-    from balcony_export.tensorrt import rounding_of, write_graphs
+    from balcony_export.tensorrt import make_graphs, rounding_of
     from balcony_export.tensorrt_graphs import Format
 
     form = Format(precision, operators, wanted["context_length"], wanted["block_size"])  # type: ignore[arg-type]
     rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)
-    write_graphs(bundle, name, target, form, batch_size=wanted["batch_size"], rounding=rounding)
+    return make_graphs(bundle, directory, target, form, batch_size=wanted["batch_size"], rounding=rounding)
 
 
 def engine_facts(engines: EngineSet, graph: str) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from balcony_edge.bundle import Bundle, engine_directory, file_spec, record_engines
-from balcony_edge.errors import BundleError, InputError
+from balcony_edge.bundle import Bundle, file_spec, new_engine_directory, record_engines
+from balcony_edge.errors import InputError
 from balcony_edge.manifest import EngineSet, Manifest
 from balcony_export.ir_tools import FAR_WEIGHTS, distance, graph_spec
 from balcony_export.tensorrt_graphs import Format, tensorrt_graphs
@@ -29,40 +30,46 @@ _EXPORT_ONE = "export one with --precision int4,positive,block=64,head=4 --calib
 def write_graphs(
     bundle: Bundle, name: str, target: Target, form: Format, *, batch_size: int = 1, rounding: Rounding | None = None
 ) -> Manifest:
-    """Write the graphs of an engine set and their entry in ``bundle.json``; an entry of that name is replaced.
+    """Write the graphs of an engine set and record them; a set of that name is replaced. Arguments: :func:`make_graphs`."""
+    with new_engine_directory(bundle.path, name) as directory:
+        engines = make_graphs(bundle, directory, target, form, batch_size=batch_size, rounding=rounding)
+        return record_engines(bundle.path, name, engines, directory)
+
+
+def make_graphs(
+    bundle: Bundle,
+    directory: Path,
+    target: Target,
+    form: Format,
+    *,
+    batch_size: int = 1,
+    rounding: Rounding | None = None,
+) -> EngineSet:
+    """Write the graphs of an engine set into an empty directory; returns their entry for ``bundle.json``.
 
     Args:
         bundle: one with graphs in standard ONNX.
-        name: of the entry and its directory.
+        directory: of :func:`balcony_edge.bundle.new_engine_directory`.
         target: which TensorRT they are for.
         form: precision, operators and capacity.
         batch_size: members of every pass.
         rounding: how weights become integers; to the nearest by default.
 
     Raises:
-        BundleError: the bundle has no such graphs, or cannot be written.
+        BundleError: the bundle has no such graphs.
         InputError: sizes that do not fit the model.
+        OSError: the directory cannot be written.
     """
     context = bundle.manifest.model.context_length
     if not 1 <= form.capacity <= context:
         raise InputError(f"--context-length {form.capacity}: this bundle takes 1 to {context}: give one of those")
     graphs = tensorrt_graphs(bundle, form, rounding)
-    directory = engine_directory(bundle.path, name)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.iterdir():
-            old.unlink()
-        with WeightFile(directory) as weights:
-            for graph in graphs.values():
-                weights.externalize(graph)
-        for key, graph in graphs.items():
-            ir.save(graph, directory / f"{key}.onnx")
-        files = {path.name: file_spec(path) for path in sorted(directory.iterdir())}
-    except OSError as error:
-        raise BundleError(
-            f"{directory}: cannot be written ({error.strerror}): free space or make it writable"
-        ) from error
-    entry = EngineSet(
+    with WeightFile(directory) as weights:
+        for graph in graphs.values():
+            weights.externalize(graph)
+    for key, graph in graphs.items():
+        ir.save(graph, directory / f"{key}.onnx")
+    return EngineSet(
         target=target,
         precision=form.precision,
         operators=form.operators,
@@ -70,9 +77,8 @@ def write_graphs(
         batch_size=batch_size,
         block_size=(rounding or form).block_size if form.precision == "int4" else None,  # type: ignore[arg-type]
         graphs={key: graph_spec(key, graph) for key, graph in graphs.items()},  # type: ignore[misc]
-        files=files,
+        files={path.name: file_spec(path) for path in sorted(directory.iterdir())},
     )
-    return record_engines(bundle.path, name, entry)
 
 
 def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from balcony_edge.bundle import Bundle, file_spec, record_engines
-from balcony_edge.errors import BundleError, EngineBuildError, MissingDependencyError
-from balcony_edge.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec
+from balcony_edge.bundle import Bundle, file_spec, new_engine_directory, record_engines
+from balcony_edge.errors import EngineBuildError, MissingDependencyError
+from balcony_edge.manifest import EngineSet, EngineSpec, GraphSpec, Manifest, TensorSpec
 
 Target = Literal["rtx", "tensorrt"]
 MODULES: dict[Target, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -231,34 +232,53 @@ def build_engines(
         BundleError: the set's files are damaged, or its directory cannot be written.
         EngineBuildError: a graph cannot be built.
     """
-    directory, engines = bundle.engine_directory(name), bundle.manifest.engines[name]
+    engines = bundle.manifest.engines[name]
+    with new_engine_directory(bundle.path, name) as directory:
+        link_files(bundle.engine_directory(name), engines, directory)
+        return record_engines(bundle.path, name, make_engines(directory, engines, builder, graphs, progress), directory)
+
+
+def link_files(source: Path, engines: EngineSet, directory: Path) -> None:
+    """Give a directory the files of a set, without copying them where the file system can."""
+    for file in engines.files:
+        try:
+            (directory / file).hardlink_to(source / file)
+        except OSError:
+            shutil.copyfile(source / file, directory / file)
+
+
+def make_engines(
+    directory: Path,
+    engines: EngineSet,
+    builder: Builder,
+    graphs: Sequence[str],
+    progress: Callable[[str, float], None],
+) -> EngineSet:
+    """Build engines next to their graphs; returns the set with them. Other arguments: :func:`build_engines`.
+
+    Args:
+        directory: holds the set's files, and is not yet a bundle's.
+        engines: the set as it is.
+
+    Raises:
+        EngineBuildError: a graph cannot be built.
+        OSError: the directory cannot be written.
+    """
     built, furthest = dict(engines.engines), 0.0
-    written: list[tuple[Path, Path]] = []
-    try:
-        for index, graph in enumerate(graphs):
-            spec = engines.graphs[graph]
+    for index, graph in enumerate(graphs):
+        spec = engines.graphs[graph]
 
-            def share(done: float, graph: str = graph, index: int = index) -> None:
-                nonlocal furthest  # a build's phases count from 0 again
-                furthest = max(furthest, (index + done) / len(graphs))
-                progress(f"building {graph}", furthest)
+        def share(done: float, graph: str = graph, index: int = index) -> None:
+            nonlocal furthest  # a build's phases count from 0 again
+            furthest = max(furthest, (index + done) / len(graphs))
+            progress(f"building {graph}", furthest)
 
-            share(0.0)
-            engine = builder.build(directory / spec.file, spec, share)
-            final = directory / f"{graph}.engine"
-            partial = final.with_name(f".{final.name}.partial")
-            written.append((partial, final))
-            partial.write_bytes(engine.data)
-            built[graph] = EngineSpec(file=final.name, layers=engine.layers, attention=engine.attention)
-        for partial, final in written:
-            partial.replace(final)
-    except OSError as error:
-        raise BundleError(
-            f"{directory}: cannot be written ({error.strerror}): free space or make it writable"
-        ) from error
-    finally:
-        for partial, _ in written:
-            partial.unlink(missing_ok=True)
+        share(0.0)
+        engine = builder.build(directory / spec.file, spec, share)
+        file = directory / f"{graph}.engine"
+        file.unlink(missing_ok=True)  # the old one may be linked to a set that is in use
+        file.write_bytes(engine.data)
+        built[graph] = EngineSpec(file=file.name, layers=engine.layers, attention=engine.attention)
     files = {spec.file: file_spec(directory / spec.file) for spec in built.values()}
     changes = {
         "engines": built,
@@ -266,7 +286,7 @@ def build_engines(
         "compute_capabilities": builder.compute_capabilities,
         "files": {**engines.files, **files},
     }
-    return record_engines(bundle.path, name, engines.model_copy(update=changes))
+    return engines.model_copy(update=changes)
 
 
 def profiles(spec: GraphSpec, batch_size: int) -> Iterator[dict[str, tuple[tuple[int, ...], ...]]]:

@@ -267,14 +267,15 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise EngineBuildError("stage_1.onnx: no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensorrt_builder, "build_engines", fails)
+        patch.setattr(tensorrt_builder, "make_engines", fails)
         refused("stage_1.onnx: no", "build", bundle, "--context-length", "48", "--sm", "86")
     assert {path: path.read_bytes() for path in (bundle / "tensorrt/rtx-fp16").iterdir()} == files
     assert Bundle.open(bundle).manifest.engines == engines
     assert invoke_here("build", bundle, "--context-length", "48", "--sm", "86").returncode == 0
     changed = Bundle.open(bundle).manifest.engines
     assert changed.keys() == engines.keys() and changed["rtx-fp16"].context_length == 48
-    assert sorted(path.name for path in (bundle / "tensorrt").iterdir()) == sorted(changed)
+    places = [engines.directory or name for name, engines in changed.items()]
+    assert sorted(path.name for path in (bundle / "tensorrt").iterdir()) == sorted(places)
     assert invoke_here(*common, "--sm", "86,89").returncode == 0
     for option in (("--sm", "86"), ("--whole",), ("--timing-cache", tmp_path / "t")):
         refused("--graphs-only: --sm, --whole and --timing-cache", *common, "--graphs-only", *option)
@@ -290,7 +291,7 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused("CUDA driver version is insufficient", "run", bundle, "hi", "--device", "tensorrt", "--engines", "rtx-fp16")
     assert invoke_here("run", bundle, "the fox", "-n", "3", "--device", "cpu", "--engines", "rtx-fp16").returncode == 0
     assert invoke_here("run", bundle, "the fox", "-n", "3").returncode == 0  # auto: no GPU, so the CPU
-    (bundle / "tensorrt" / "rtx-fp16" / "norm.engine").write_bytes(b"")
+    (Bundle.open(bundle).engine_directory("rtx-fp16") / "norm.engine").write_bytes(b"")
     refused("norm.engine: 0 bytes", "run", bundle, "the fox", "--device", "cpu", "--engines", "rtx-fp16")
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
 import shutil
+import signal
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle import Bundle, new_engine_directory, record_engines
 from balcony_edge.errors import BundleError, EngineBuildError, InputError, MissingDependencyError
 from balcony_edge.manifest import GraphSpec
 from balcony_export import tensorrt as tensorrt_module
@@ -29,7 +34,7 @@ from balcony_export.tensorrt_graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt_quantize import Rounding
 from balcony_export.verify import Reference
 from balcony_runtime.engine import Engine
-from balcony_runtime.tensorrt_builder import PASSES, Builder, build_engines, import_tensorrt, profiles
+from balcony_runtime.tensorrt_builder import PASSES, Builder, build_engines, import_tensorrt, link_files, profiles
 
 ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3")
 IDS = [(7 * i * i + 3 * i + 1) % 320 for i in range(24)]
@@ -127,7 +132,7 @@ def test_engines_of_every_architecture_build(tiny_copy: Callable[[str], Bundle],
         for spec in engines.engines.values():
             assert (
                 engines.files[spec.file].bytes
-                == (bundle.path / "tensorrt" / f"rtx-{precision}" / spec.file).stat().st_size
+                == (bundle.engine_directory(f"rtx-{precision}") / spec.file).stat().st_size
             )
 
 
@@ -150,7 +155,7 @@ def test_every_weight_lies_in_an_engine_once(tiny_copy: Callable[[str], Bundle],
     manifest = write_graphs(bundle, "set", "rtx", Format(precision, "fused", 64, 32))
     graphs = [name for name in manifest.engines["set"].graphs if name != "backbone"]
     manifest = build_engines(Bundle(bundle.path, manifest), "set", Builder("rtx"), graphs, lambda *_: None)
-    directory = bundle.path / "tensorrt" / "set"
+    directory = Bundle(bundle.path, manifest).engine_directory("set")
     weights = stored = 0
     for name in graphs:
         engine = (directory / f"{name}.engine").read_bytes()
@@ -303,3 +308,47 @@ def test_a_failed_build_changes_nothing(tiny_copy: Callable[[str], Bundle]) -> N
         build_engines(Bundle(bundle.path, manifest), "set", Builder("rtx"), ["norm", "stage_0"], interrupted)
     assert sorted(path.name for path in (bundle.path / "tensorrt" / "set").iterdir()) == before
     assert Bundle.open(bundle.path).manifest.engines["set"].engines == {}
+
+
+def test_a_build_that_is_killed_leaves_the_old_set_or_the_new_one(tiny_copy: Callable[[str], Bundle]) -> None:
+    """SIGKILL before every change of the file system that replacing a set makes, and then a build that is let through."""
+    bundle = tiny_copy("llama")
+    write_graphs(bundle, "set", "rtx", Format(capacity=64))
+    home = bundle.path / "tensorrt"
+    changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree", "open"}
+
+    def replace(batch_size: int, killed_at: int = -1) -> None:
+        left = killed_at
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event in changes and (event != "open" or "w" in str(args[1])):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        now = Bundle.open(bundle.path)
+        sys.addaudithook(hook)
+        with new_engine_directory(bundle.path, "set") as directory:
+            entry = now.manifest.engines["set"]
+            link_files(now.engine_directory("set"), entry, directory)
+            record_engines(bundle.path, "set", entry.model_copy(update={"batch_size": batch_size}), directory)
+
+    status, batch_size, point, seen = -1, 1, 0, set()
+    while status != 0:
+        batch_size, point = batch_size + 1, point + 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the child runs Python alone, none of the threads
+            child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                replace(batch_size, point)
+                os._exit(0)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL)
+        after = Bundle.open(bundle.path)
+        after.engine_directory("set")  # every file is there and has its hash
+        seen.add(after.manifest.engines["set"].batch_size == batch_size)
+    assert point > 20 and seen == {True, False}
+    assert [path.name for path in home.iterdir()] == [after.manifest.engines["set"].directory or "set"]
