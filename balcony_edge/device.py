@@ -6,6 +6,7 @@ load, heat) is no part of it.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
@@ -14,8 +15,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from balcony_edge.errors import InputError
+
+_log = logging.getLogger(__name__)
 #: Seconds that NVML may take to say which GPUs there are.
 NVML_S = 3.0
+#: 64 threads on 2 CPUs make 2 tokens a second, 5,000 none at all.
+MOST_THREADS_PER_CPU = 4
 
 
 class Gpu(BaseModel):
@@ -88,13 +94,39 @@ def this_device(root: Path = Path("/")) -> Device:
     return Device(
         board=_text(root / "proc/device-tree/model") or _text(root / "sys/class/dmi/id/product_name"),
         cpu=_cpu_name(_text(root / "proc/cpuinfo") or ""),
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpus=available_cpus(),
         architecture=platform.machine(),
         memory_bytes=_memory_bytes(_text(root / "proc/meminfo") or ""),
         gpus=_nvidia_gpus(),
         power_mode=_text(root / "var/lib/nvpmodel/status") or _text(root / "sys/firmware/acpi/platform_profile"),
         system=f"{platform.system()} {platform.release()}",
     )
+
+
+def available_cpus() -> int:
+    """Number of CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def checked_threads(threads: int | None) -> int:
+    """How many threads an engine gets: those that were asked for, by default one for each CPU of this process.
+
+    More threads than CPUs are warned of, because they wait for one another in every pass.
+
+    Raises:
+        InputError: less than one, or so many that tokens take seconds.
+    """
+    cpus = available_cpus()
+    if threads is None:
+        return cpus
+    most = MOST_THREADS_PER_CPU * cpus
+    if not isinstance(threads, int) or not 1 <= threads <= most:
+        raise InputError(
+            f"threads = {threads!r}: this process may use {cpus} CPUs: give a whole number from 1 to {most}; {cpus} is best"
+        )
+    if threads > cpus:
+        _log.warning("threads = %d, but this process may use %d CPUs: fewer threads are faster", threads, cpus)
+    return threads
 
 
 def _text(path: Path) -> str | None:

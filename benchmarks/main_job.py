@@ -47,7 +47,7 @@ from typing import Any
 import onnxruntime as ort
 
 from balcony_edge.bundle import Bundle
-from balcony_runtime.backends.onnxruntime import default_threads
+from balcony_edge.device import available_cpus
 from benchmarks import decode, memory, overhead, switching
 from benchmarks.rounds import Neighbours, aligned, bar, cpu_name
 from benchmarks.whole_graph import open_whole_graph
@@ -88,7 +88,7 @@ def run(
         "fingerprint": manifest.fingerprint[:16],
         "onnxruntime": ort.__version__,
         "cpu": cpu_name(),
-        "threads": default_threads(),
+        "threads": available_cpus(),
         "packed": packed is not None,
         "quick": quick,
         **neighbours.report(),

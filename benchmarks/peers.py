@@ -59,8 +59,8 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from balcony_edge.bundle import Bundle
+from balcony_edge.device import available_cpus
 from balcony_edge.errors import BalconyError, InputError
-from balcony_runtime.backends.onnxruntime import default_threads
 from benchmarks.peer_workers import install
 from benchmarks.peer_workers.process import Worker
 from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, interleave, ratio
@@ -392,7 +392,7 @@ def main() -> int:
     )
     parser.add_argument("--text", type=Path, help="text whose tokens are prompts and scored rows (WikiText-2 valid)")
     parser.add_argument("--peers", type=_selected, default=list(install.PEER_MODELS), help=",".join(install.WORKERS))
-    parser.add_argument("--threads", type=int, default=default_threads(), help="of every engine [default: the CPUs]")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="of every engine [default: the CPUs]")
     parser.add_argument("--huge-pages", action="store_true", help="transparent huge pages for every engine's heap")
     parser.add_argument("--packed", type=Path, help="ours with packed weights, kept in this directory")
     parser.add_argument("--plot", type=Path, help="write tokens a second against KL as a PNG (needs [plot])")

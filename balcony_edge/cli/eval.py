@@ -90,12 +90,13 @@ def _open_bundle(subject: str, exits: str | None, threads: int | None) -> Bundle
 def _open_model(subject: str, balconies: Path | None, exits: str | None, threads: int | None) -> TorchScorer:
     import torch
 
+    from balcony_edge.device import checked_threads
     from balcony_export.balcony import init_balconies, load_balconies, parse_exits
     from balcony_export.checkpoint import load_model, load_tokenizer
     from balcony_export.evaluate_scorer import TorchScorer
 
     if threads is not None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(checked_threads(threads))
     loaded = load_model(subject)
     if torch.cuda.is_available():
         loaded.to("cuda")  # type: ignore[arg-type]

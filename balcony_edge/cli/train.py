@@ -97,6 +97,7 @@ def train(
     import torch
 
     from balcony_edge.cli.console import stderr
+    from balcony_edge.device import checked_threads
     from balcony_edge.errors import InputError, TrainingError
     from balcony_export.balcony import load_balconies, parse_exits
     from balcony_export.checkpoint import load_tokenizer
@@ -109,7 +110,7 @@ def train(
             raise InputError("--steps and --tokens: both say how long to train: give one of them")
         steps = max(1, tokens // (batch_rows * seq_len))
     if threads is not None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(checked_threads(threads))
     if (joint := objective_of(objective, unfreeze, from_scratch)) is not None:
         refuse_for_frozen(context, joint)
         if steps is None:

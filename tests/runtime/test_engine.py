@@ -21,6 +21,7 @@ import onnx
 import pytest
 
 from balcony_edge.bundle import Bundle, fingerprint, sha256_file
+from balcony_edge.device import available_cpus
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.manifest import MANIFEST
 from balcony_runtime.engine import Engine, Sequence
@@ -342,3 +343,19 @@ def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) ->
         sequence.rollback(1)
         state._logits[:] = 0
         assert np.array_equal(sequence.step(5, np.array([2])), expected)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 5000, 1.5, "2"])
+def test_threads_that_cannot_work_are_refused(tiny: Any, threads: Any) -> None:
+    with pytest.raises(
+        InputError, match=rf"threads = {threads!r}: this process may use \d+ CPUs: give a whole number from 1"
+    ):
+        Engine.open(tiny.path, threads=threads)
+
+
+def test_more_threads_than_cpus_are_warned_of(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    cpus = available_cpus()
+    with Engine.open(tiny.path, threads=cpus) as engine:
+        assert engine.backend.threads == cpus and caplog.text == ""
+    with Engine.open(tiny.path, threads=cpus + 1):
+        assert f"threads = {cpus + 1}, but this process may use {cpus} CPUs: fewer threads are faster" in caplog.text

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import os
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from balcony_edge.bundle import Bundle
+from balcony_edge.device import available_cpus, checked_threads
 from balcony_edge.errors import BundleError
 from balcony_edge.manifest import GraphSpec, Manifest
 from balcony_runtime.backends.installed import checked_onnxruntime
@@ -32,11 +32,6 @@ from balcony_runtime.token_table import TokenTable
 
 _pool_lock = threading.Lock()
 _pool_asked = False
-
-
-def default_threads() -> int:
-    """Number of CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_session(
@@ -61,7 +56,7 @@ def open_session(
         BundleError: the file is no graph that ONNX Runtime can run.
     """
     global _pool_asked  # noqa: PLW0603 - the pool is the process's, not an object's: it is asked for once
-    count = threads or default_threads()
+    count = threads or available_cpus()
     with _pool_lock:
         if not _pool_asked:
             _pool_asked = True
@@ -154,9 +149,10 @@ class OnnxRuntimeBackend:
 
         Raises:
             BundleError: a graph cannot be loaded or differs from the manifest.
+            InputError: more threads than can work.
         """
         self.manifest: Manifest = bundle.manifest
-        self.threads = threads or default_threads()
+        self.threads = threads = checked_threads(threads)
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory as it is
         self._profile_prefix = profile_prefix
