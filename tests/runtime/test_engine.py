@@ -149,6 +149,65 @@ def test_no_pass_takes_more_rows_than_allowed(tiny: Any, monkeypatch: pytest.Mon
             assert max(passes) == 16
 
 
+@pytest.mark.parametrize(
+    ("rows", "asked", "passes"),
+    [
+        (16, 1, [(0, 16, 1)]),
+        (17, 1, [(0, 16, 0), (16, 17, 1)]),
+        (17, 17, [(0, 16, 16), (16, 17, 1)]),
+        (20, 8, [(0, 12, 0), (12, 20, 8)]),
+        (49, 40, [(0, 9, 0), (9, 25, 16), (25, 41, 16), (41, 49, 8)]),
+    ],
+)
+def test_a_balconys_backlog_ends_where_what_is_asked_begins(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, rows: int, asked: int, passes: list[tuple[int, int, int]]
+) -> None:
+    """``(start, stop, queries)`` of each pass of at most 16 rows: none twice, none left out, no more passes than it takes."""
+    monkeypatch.setattr("balcony_runtime.engine.MAX_PASS_ROWS", 16)
+    with Engine.open(tiny.path) as engine:
+        sequence = engine.new_sequence()
+        run, seen = sequence.state.run_exit, []
+        monkeypatch.setattr(
+            sequence.state, "run_exit", lambda index, *place: (seen.append(place), run(index, *place))[1]
+        )
+        sequence.advance(3, list(range(rows)), num_logits=asked)
+        assert seen == passes
+
+
+def test_a_balcony_works_off_what_its_stage_has_seen_and_no_more(tiny: Any) -> None:
+    with Engine.open(tiny.path) as engine:
+        sequence = engine.new_sequence()
+        sequence.advance(2, list(range(20)))
+        assert sequence.run_balcony(3, 99) == 0
+        assert sequence.run_stage(1, 7) == 7 and sequence.run_balcony(3, 99) == 7 and sequence.run_balcony(3, 99) == 0
+        got = sequence.advance(3, [])
+        want = engine.new_sequence().advance(3, list(range(20)))
+        assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decode_steps_follow_a_cache_that_has_grown(
+    tiny: Any, tiny_engine: Engine, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step was bound to before must not be what later rows are written to."""
+    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_state.BUCKET", 8)
+    tokens = np.random.default_rng(8).integers(0, 320, (batch, 40))
+    with Engine.of(Bundle.open(tiny.path).portable()) as engine:
+        sequence = engine.new_sequence(batch_size=batch)
+        sequence.advance(5, tokens[:, :4])
+        for exit_layer in (2, 3, 5):
+            sequence.step(exit_layer, tokens[:, sequence.length])
+        sequence.advance(5, tokens[:, 7:30])  # to 32 rows, by passes of several
+        sequence.rollback(5)
+        for exit_layer in (2, 3, 5, 2):
+            sequence.step(exit_layer, tokens[:, 30 + sequence.length - 5])
+        for exit_layer in (5, 3, 2):
+            got = sequence.advance(exit_layer, [])
+            want = tiny_engine.new_sequence(batch_size=batch).advance(exit_layer, sequence.tokens)
+            assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+            sequence.advance(exit_layer, tokens[:, :2])
+
+
 def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_rows_to_do(tiny: Any) -> None:
     class Interrupting(list[int]):
         def __iter__(self) -> Any:
