@@ -43,7 +43,8 @@ def load(
         budget: what replies may cost: a budget, the path of a target file, or None for full depth without a target.
             With a target and no profile, loading measures what each exit costs on this device (about half a second).
         profile: device profile that `balcony-edge profile` wrote; one of another device or bundle is warned of.
-        threads: of the engine's shared pool; by default the CPUs of this process. The first engine of a process decides.
+        threads: of the engine's shared pool; by default the CPUs of this process, at most four times as many. The first engine
+            of a process decides.
         verify_hashes: check every file against the manifest; without it only presence and size.
         packed: a directory in which weights are kept in the form that the engine's kernels read, made at the first load;
             processes that load the same bundle with it share them in memory.
@@ -55,7 +56,7 @@ def load(
         BundleError: the bundle is missing, damaged or not what its manifest says.
         BudgetError: the budget is refused, or leaves none of the bundle's exits.
         ProfileError: the profile cannot be read, or is for other exits.
-        InputError: the directory for packed weights cannot be written.
+        InputError: the directory for packed weights cannot be written, or there are more threads than can work.
         DeviceError: the device is not there, or has not enough memory.
         MissingDependencyError: the engine is not installed.
     """

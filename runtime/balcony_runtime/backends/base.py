@@ -29,7 +29,7 @@ class State(Protocol):
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that row buffers and KV caches take at their present capacity."""
+        """Bytes of memory that row buffers, KV caches and logits take now."""
         ...
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
