@@ -185,27 +185,28 @@ def test_a_balcony_works_off_what_its_stage_has_seen_and_no_more(tiny: Any) -> N
         assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("exit_layer", [2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_decode_steps_follow_a_cache_that_has_grown(
-    tiny: Any, tiny_engine: Engine, batch: int, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, tiny_engine: Engine, batch: int, exit_layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a step was bound to before must not be what later rows are written to."""
     monkeypatch.setattr("balcony_runtime.backends.onnxruntime_state.BUCKET", 8)
     tokens = np.random.default_rng(8).integers(0, 320, (batch, 40))
     with Engine.of(Bundle.open(tiny.path).portable()) as engine:
         sequence = engine.new_sequence(batch_size=batch)
-        sequence.advance(5, tokens[:, :4])
-        for exit_layer in (2, 3, 5):
-            sequence.step(exit_layer, tokens[:, sequence.length])
-        sequence.advance(5, tokens[:, 7:30])  # to 32 rows, by passes of several
-        sequence.rollback(5)
-        for exit_layer in (2, 3, 5, 2):
-            sequence.step(exit_layer, tokens[:, 30 + sequence.length - 5])
-        for exit_layer in (5, 3, 2):
-            got = sequence.advance(exit_layer, [])
-            want = tiny_engine.new_sequence(batch_size=batch).advance(exit_layer, sequence.tokens)
+        sequence.advance(exit_layer, tokens[:, :4])
+        for row in (4, 5):
+            assert sequence.up_to_date(exit_layer)
+            sequence.step(exit_layer, tokens[:, row])
+        sequence.advance(5, tokens[:, 6:30])  # to 32 rows, by passes of several
+        sequence.rollback(6)
+        assert sequence.up_to_date(exit_layer)
+        sequence.step(exit_layer, tokens[:, 30])
+        for asked in (2, 3, 5):
+            got = sequence.advance(asked, tokens[:, 31:32])
+            want = tiny_engine.new_sequence(batch_size=batch).advance(asked, sequence.tokens)
             assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
-            sequence.advance(exit_layer, tokens[:, :2])
 
 
 def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_rows_to_do(tiny: Any) -> None:
