@@ -8,7 +8,6 @@ once. Sessions and weights are :mod:`.onnxruntime`'s, allocation is :mod:`.host_
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from struct import Struct
@@ -34,8 +33,19 @@ _RUN_OPTIONS = ort.RunOptions()
 _RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
 
-class _Cache(ABC):
+class _Held(NamedTuple):
+    """What a cache is made of: room for so many rows, the tensors, and the same for bindings."""
+
+    capacity: int
+    arrays: list[npt.NDArray[Any]]
+    values: list[Any]
+
+
+class _Cache:
     """KV tensors of one graph, or of a balcony's two graphs."""
+
+    #: Of the tensors: along which rows lie.
+    rows_axis: int
 
     def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
         pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_")]
@@ -47,16 +57,16 @@ class _Cache(ABC):
         self.rows = 0  # reached so far
         self.held = _Held(0, [], [])
 
-    @abstractmethod
     def grow(self, rows: int) -> None:
         """Make room for ``rows`` rows, more than there is room for; what was bound before must be bound again.
 
         ``held`` changes as a whole and last: after an interrupt it is the old one.
         """
+        raise NotImplementedError  # only caches that are bound as prefixes grow
 
-    @abstractmethod
     def touched_bytes(self) -> int:
         """Memory that the rows so far take."""
+        return sum(touched_bytes(array, self.rows_axis, self.rows) for array in self.held.arrays)
 
     def bind(self, binding: Any, member: int | None = None) -> None:
         """Bind the tensors of all members of a batch, or of one."""
@@ -72,16 +82,10 @@ class _Cache(ABC):
         raise NotImplementedError  # only caches by head are asked
 
 
-class _Held(NamedTuple):
-    """What a cache is made of: room for so many rows, the tensors, and the same for bindings."""
-
-    capacity: int
-    arrays: list[npt.NDArray[Any]]
-    values: list[Any]
-
-
 class _PrefixCache(_Cache):
     """(B, S, F): for one sequence growing binds a longer prefix and moves nothing; a batch's members are copied."""
+
+    rows_axis = 1
 
     def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
         super().__init__(graph, batch_size, max_length)
@@ -97,20 +101,17 @@ class _PrefixCache(_Cache):
             self.rows = max(self.rows, old.capacity)
         self.held = _Held(capacity, arrays, [_value(array) for array in arrays])
 
-    def touched_bytes(self) -> int:
-        return sum(touched_bytes(array, 1, self.rows) for array in self.held.arrays)
-
 
 class _WholeCache(_Cache):
     """(B, H, S, d): bound whole, once; pages that no row has reached take no memory."""
 
-    def grow(self, rows: int) -> None:
-        heads, head_dim = self.sizes
-        arrays = [zeros((self.batch_size, heads, self.max_capacity, head_dim), dtype) for dtype in self.dtypes]
-        self.held = _Held(self.max_capacity, arrays, [_value(array) for array in arrays])
+    rows_axis = 2
 
-    def touched_bytes(self) -> int:
-        return sum(touched_bytes(array, 2, self.rows) for array in self.held.arrays)
+    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
+        super().__init__(graph, batch_size, max_length)
+        heads, head_dim = self.sizes
+        arrays = [zeros((batch_size, heads, self.max_capacity, head_dim), dtype) for dtype in self.dtypes]
+        self.held = _Held(self.max_capacity, arrays, [_value(array) for array in arrays])
 
     def largest(self) -> dict[str, npt.NDArray[np.float32]]:
         return {
