@@ -94,10 +94,17 @@ def test_a_message_in_the_middle_of_catching_up_gets_the_same_reply(llm: LLM) ->
             assert list(pool.map(converse, range(8), [True] * 8)) == want
 
 
-def test_a_message_ends_the_catching_up(llm: LLM) -> None:
+def test_a_message_ends_the_catching_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = llm.chat()
     llm.budget = Budget(exit_layer=2)
     finish(chat.send("the fox", max_new_tokens=100, ignore_eos=True))
+    catch_up = chat.sequence.catch_up
+
+    def slow(max_rows: int) -> int:
+        time.sleep(0.02)
+        return catch_up(max_rows)
+
+    monkeypatch.setattr(chat.sequence, "catch_up", slow)
     with chat.catching_up():
         (worker,) = (thread for thread in threading.enumerate() if thread.name == "balcony-catch-up")
         chat.send("why", max_new_tokens=1, ignore_eos=True)
