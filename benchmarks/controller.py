@@ -291,7 +291,7 @@ def bars(found: dict[str, Any]) -> dict[str, bool]:
     held = {
         "depth >= 95 % of the oracle's": min(row["of_oracle"] for row in found["policies"]) >= 0.95,
         "dominated by no static exit and no threshold": not any(row["dominated_by"] for row in found["policies"]),
-        "full depth again within 400 tokens after a load": max(r["back_tokens"] for r in found["way_back"]) <= 400,
+        "full depth again within 600 tokens after a load": max(r["back_tokens"] for r in found["way_back"]) <= 600,
         "<= 1 % late on the way": max(row["late"] for row in found["way_back"]) <= 30,
         "power within 5 % in every 5 s window": all(r["least"] >= 0.95 and r["most"] <= 1.05 for r in found["power"]),
         "the same with gauges up to 2 s late": all(
