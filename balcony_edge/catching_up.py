@@ -10,16 +10,16 @@ consumer i. A row needs 1 / r_i tokens at each consumer, so the backlog shrinks 
 
     base    the exit at hand, where its slack shrinks the backlog. A shallower exit where that costs less depth in all (a
             *sprint*): a pass's first row reads the stage's weights, and in int4 a full step may leave no time for two.
-            A sprint must pay within as many tokens as the sequence has rows, or within ``HORIZON``: nobody knows how long
-            a reply becomes, and as long again as it is so far is the usual guess
+            A sprint must pay within as many tokens as the sequence has rows, or within ``HORIZON``: the length of a reply
+            is not known, and it is guessed to go on for as long as it has lasted
     chunk   of the shallowest consumer whose rows fill the slack, so that first rows are paid for as rarely as can be; a
             consumer is left alone until it has more than m rows
     entry   when all of them are left alone. The goal's step then has a few rows more than its own. Where it fits it is
             within the target; otherwise one token may take up to ``OVERDRAFT`` targets, if the credit is there
 
-A sprint lasts until its goal is entered or would no longer hold the target. After each one the next must wait, twice as
-long every time, until the deepest exit has been held for a while: where prices flatter the goal, or the target is within
-the noise of its price, exits would come and go.
+A sprint lasts until its goal is entered, would no longer hold the target, or comes no closer. After each one the next
+must wait, twice as long every time, until the deepest exit has been held for a while: where prices flatter the goal,
+or the target is within the noise of its price, exits would come and go.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OVERDRAFT = 2.0
 BUSY = 0.9
 #: A chunk of so many rows for every missing consumer drains the backlog well enough that no other base is looked at.
 DRAINS_WELL = 3
-#: Least advantage of another base, in depth lost on the way: prices of further rows are the least certain.
+#: Factor by which another base must lose less depth on the way: prices of further rows are the least certain.
 ADVANTAGE = 1.5
 #: Least tokens within which a sprint must pay.
 HORIZON = 512
@@ -49,6 +49,8 @@ PLENTY = 64
 CREDIT_SHARE = 0.5
 #: Tokens that the second sprint must wait for, and how often that may double.
 FIRST_WAIT, MOST_DOUBLINGS = 64, 4
+#: Tokens since the last switch where there was none; more than any dwell in use.
+NEVER = 10**9
 #: Tokens in a row at the deepest exit after which earlier sprints are forgotten.
 HELD = 64
 
@@ -71,7 +73,8 @@ class Recovery(NamedTuple):
 
     def counted(self, last: Measurement | None, tpot_ms: float, probability: float, held: int) -> Recovery:
         """After a token that took ``last``; ``held`` is how many there were in a row at the deepest exit."""
-        credit, wait, sprints = self.credit, max(self.wait - 1, 0), 0 if held >= HELD else self.sprints
+        credit, sprints = self.credit, 0 if HELD <= held < NEVER else self.sprints
+        wait = self.wait if self.goal is not None else max(self.wait - 1, 0)
         if last is not None and tpot_ms < math.inf:
             late = 1.0 if last.measured_ms > tpot_ms else 0.0
             credit = min(max(credit + CREDIT_SHARE * (1 - probability) - late, -1.0), 1.0)
@@ -153,60 +156,84 @@ def way_back(
         credit: whether one token may be late.
         may_sprint: whether a sprint may begin.
     """
-    sprinting = present is not None and outlook.lowest <= present <= chosen and outlook.fits(present)
-    if present is not None and sprinting:
-        return _towards(costs, outlook, seen, chosen, present, credit, may_sprint=False, sprinting=True)
-    way = _towards(costs, outlook, seen, chosen, chosen, False, may_sprint, sprinting=False)
+    if present is not None and outlook.lowest <= present <= chosen and outlook.fits(present):
+        way = _onward(costs, outlook, seen, chosen, present, credit)
+        if way is not None:
+            return way
+        may_sprint = False  # this one was given up: its load has changed
+    way = _towards(costs, outlook, seen, chosen, False, may_sprint)
     if way is None and credit:  # a late token is for what cannot be had without
-        way = _towards(costs, outlook, seen, chosen, chosen, True, may_sprint, sprinting=False)
+        way = _towards(costs, outlook, seen, chosen, True, may_sprint)
     return way
 
 
-def _towards(
-    costs: CostModel,
-    outlook: Outlook,
-    seen: Observation,
-    chosen: int,
-    preferred: int,
-    credit: bool,
-    may_sprint: bool,
-    sprinting: bool,
-) -> Way | None:
+def _onward(costs: CostModel, outlook: Outlook, seen: Observation, chosen: int, base: int, credit: bool) -> Way | None:
+    """The next token of a sprint at ``base``; None where it leads nowhere any more."""
     for goal in range(outlook.highest, chosen, -1):
-        # a sprint goes on within the hysteresis that it began above
-        if not (outlook.holds(goal) if sprinting else outlook.may_enter[goal]):
+        if not outlook.holds(goal):  # within the hysteresis that it began above
+            continue
+        if outlook.fits(goal):
+            return None
+        consumers = _consumers(seen, goal)
+        missing = _missing(consumers, base)
+        entry_ms, room_ms = _entry_ms(costs, outlook, seen, missing, goal), outlook.room_ms[goal]
+        if _worked_off(missing):
+            if credit and outlook.may_rise and outlook.now_ms[goal] <= room_ms * OVERDRAFT:
+                return Way(goal, goal)
+            continue
+        if entry_ms <= room_ms * OVERDRAFT and _tokens(costs, outlook, seen, consumers, base) < math.inf:
+            # without a chunk where a slow token left no slack
+            return _with_chunk(costs, seen, base, goal, True, _chunk(costs, outlook, seen, missing, base))
+    return None
+
+
+def _towards(
+    costs: CostModel, outlook: Outlook, seen: Observation, chosen: int, credit: bool, may_sprint: bool
+) -> Way | None:
+    """The next token on the way to the deepest goal that can be reached, with or without a late token at its end."""
+    for goal in range(outlook.highest, chosen, -1):
+        if not outlook.may_enter[goal]:
             continue
         if outlook.fits(goal):  # only the dwell is in the way
             return None
-        consumers, base = _consumers(seen, goal), preferred
-        missing = _missing(consumers, base)
-        room_ms = outlook.room_ms[goal]
-        entry_ms, late_ms = _entry_ms(costs, outlook, seen, missing, goal), room_ms * OVERDRAFT if credit else room_ms
-        # as many rows as the entry's price allows for
-        if all(consumer.pending <= order * len(missing) for order, consumer in enumerate(missing, start=1)):
+        consumers, room_ms = _consumers(seen, goal), outlook.room_ms[goal]
+        late_ms = room_ms * OVERDRAFT if credit else room_ms
+        missing = _missing(consumers, chosen)
+        entry_ms = _entry_ms(costs, outlook, seen, missing, goal)
+        if _worked_off(missing):
             if outlook.may_rise and room_ms < entry_ms and outlook.now_ms[goal] <= late_ms:
                 return Way(goal, goal)
             continue
+        chunk = _chunk(costs, outlook, seen, missing, chosen)
+        if not may_sprint or (chunk is not None and chunk.rows >= DRAINS_WELL * len(missing)):
+            if chunk is not None and entry_ms <= late_ms:
+                return _with_chunk(costs, seen, chosen, goal, False, chunk)
+            continue
+        base = _base(costs, outlook, seen, consumers, goal, chosen)
+        if base is None:
+            continue
+        missing = _missing(consumers, base)
+        if _entry_ms(costs, outlook, seen, missing, goal) > late_ms:
+            continue
+        if base < chosen and not outlook.fits(base):  # its own balcony lags behind: first that, from the exit at hand
+            behind = seen.balcony_rows[base] - seen.stage_rows[base]
+            base, missing = chosen, [_Consumer(base, True, behind, behind)]
         chunk = _chunk(costs, outlook, seen, missing, base)
-        if may_sprint and (chunk is None or chunk.rows < DRAINS_WELL * len(missing)):
-            found = _base(costs, outlook, seen, consumers, goal, chosen)
-            if found is None:
-                continue
-            if found != base:
-                base, missing = found, _missing(consumers, found)
-                if not outlook.fits(base):  # its own balcony lags behind: first that, from the exit at hand
-                    behind = seen.balcony_rows[base] - seen.stage_rows[base]
-                    base, missing = preferred, [_Consumer(base, True, behind, behind)]
-                chunk = _chunk(costs, outlook, seen, missing, base)
-                entry_ms = _entry_ms(costs, outlook, seen, missing, goal)
-        sprint = sprinting or base < chosen
-        if entry_ms <= late_ms and (sprint or chunk is not None):
-            if chunk is None:  # its first step pays for its balcony's rows, or a slow token left no slack
-                return Way(base, goal, sprint)
-            unit = (costs.balconies if chunk.balcony else costs.stages)[chunk.stage]
-            price_ms = unit.pass_ms(chunk.rows, seen.context_length, 1 if chunk.balcony else None)
-            return Way(base, goal, sprint, chunk, price_ms)
+        if chunk is not None or base < chosen:  # the first step of a sprint pays for its balcony's rows
+            return _with_chunk(costs, seen, base, goal, base < chosen, chunk)
     return None
+
+
+def _worked_off(missing: list[_Consumer]) -> bool:
+    """Whether consumers have no more rows than the price of an entry allows for."""
+    return all(consumer.pending <= order * len(missing) for order, consumer in enumerate(missing, start=1))
+
+
+def _with_chunk(costs: CostModel, seen: Observation, base: int, goal: int, sprint: bool, chunk: CatchUp | None) -> Way:
+    if chunk is None:
+        return Way(base, goal, sprint)
+    unit = (costs.balconies if chunk.balcony else costs.stages)[chunk.stage]
+    return Way(base, goal, sprint, chunk, unit.pass_ms(chunk.rows, seen.context_length, 1 if chunk.balcony else None))
 
 
 def _missing(consumers: list[_Consumer], base: int) -> list[_Consumer]:

@@ -41,7 +41,7 @@ from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.catching_up import Recovery, Way, way_back
+from balcony_edge.catching_up import NEVER, Recovery, Way, way_back
 from balcony_edge.costs import CostModel
 from balcony_edge.decision import (
     Because,
@@ -63,8 +63,6 @@ BURST_TOKENS = 16
 #: What the rest of a reply with a deadline may take longer than it looks, per deviation of the asked probability: a load that
 #: has not begun yet. 8 % at a probability of 0.9, 14 % at 0.99; a step of 1.4 in mid-reply is met then where it can be.
 UNSEEN_LOAD = 0.06
-#: Tokens since the last switch where there was none; more than any dwell in use.
-NEVER = 10**9
 #: Most that a step may cost where no gap is asked for, in full steps of the deepest exit at hand: the rest goes in chunks.
 SPIKE = 2.0
 #: Variance of the slowdown above which it counts as unknown: then only what no luck could change is called infeasible.
@@ -156,7 +154,11 @@ class Controller:
         if decision is None:
             return self._weighed(self._plan, state, observation)
         after = state._replace(
-            exit_layer=decision.exit_layer, tokens_since_switch=1, catching_up=False, tpot_ms=math.inf
+            exit_layer=decision.exit_layer,
+            tokens_since_switch=1,
+            catching_up=False,
+            tpot_ms=math.inf,
+            recovery=state.recovery.towards(None),
         )
         return after, decision
 
@@ -196,7 +198,7 @@ class Controller:
             slowdown,
             state.governor,
             state.switched_s,
-            state.recovery.counted(last, plan.tpot_ms, budget.probability, state.tokens_since_switch).towards(None),
+            state.recovery.counted(last, state.tpot_ms, budget.probability, state.tokens_since_switch).towards(None),
         )
         words = plan.stayed + words
         return after, Decision(exits[chosen], predicted_ms, price_ms, probability, False, None, 0.0, 0.0, words)
@@ -247,7 +249,7 @@ class Controller:
             best = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest, unseen=0.0)
         infeasible = not outlook.fits(chosen) and not self._within_reach(best, plan, slowdown, deviation)
         at_the_deepest = state.tokens_since_switch if current == plan.highest else 0
-        recovery = state.recovery.counted(seen.last, plan.tpot_ms, budget.probability, at_the_deepest)
+        recovery = state.recovery.counted(seen.last, state.tpot_ms, budget.probability, at_the_deepest)
         way = None
         if chosen < highest and seen.made_tokens:
             credit = plan.tpot_ms < math.inf and recovery.credit >= 1
@@ -293,7 +295,7 @@ class Controller:
             period_ms,
             idle_ms,
             words,
-            stops=plan.governed and governor.critical_c is not None,
+            stops=plan.governed and governor.critical(budget),
             unseen=plan.governed and bool(governor.unseen(budget)),
         )
 

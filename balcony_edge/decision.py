@@ -241,7 +241,7 @@ def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
 def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[object, ...]:
     """What the slow loop has to say about a token."""
     words = []
-    if governor.critical_c is not None:
+    if governor.critical(budget):
         limit = f"critical_temperature_c = {budget.critical_temperature_c:g}"
         words.append(f"{limit}: the hottest sensor is at {governor.critical_c:.0f} °C")
     if governor.infeasible:

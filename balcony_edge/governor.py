@@ -79,6 +79,11 @@ class Governor(NamedTuple):
     infeasible: tuple[str, ...] = ()
     critical_c: float | None = None
 
+    def critical(self, budget: Budget) -> bool:
+        """Whether the device is as hot as this budget calls critical."""
+        limit_c = budget.critical_temperature_c
+        return self.critical_c is not None and limit_c is not None and self.critical_c >= limit_c
+
     def unseen(self, budget: Budget) -> tuple[str, ...]:
         """Keys of a budget that are not held; the last tick may have been for another one."""
         return tuple(key for key in self.lost if getattr(budget, key) is not None)
@@ -119,9 +124,9 @@ def least_pace_tps(budget: Budget, pace_tps: float) -> float:
 def govern(before: Governor, demand: Demand) -> Governor:
     """One tick."""
     budget, now_s = demand.budget, demand.now_s
-    rested = demand.begins and now_s - before.ticked_s > PAUSE_S
-    if rested:
-        before = _rested(before)
+    rested = (demand.begins and now_s - before.ticked_s > PAUSE_S) or now_s < before.ticked_s
+    if rested:  # or another clock
+        before = _rested(before)._replace(changed_s=min(before.changed_s, now_s - CEILING_DWELL_S))
     lost: list[str] = []
     shares: dict[str, float] = {}
     before = _power(before, demand, shares, lost)
@@ -140,7 +145,7 @@ def govern(before: Governor, demand: Demand) -> Governor:
     integral, critical = _temperature(before, demand, shares, lost)
     cap, caps = _depth(demand, before.power, shares, lost)
     share = wanted = min([1.0, *shares.values()])
-    # up by a tenth of a second's worth at a time, down at once: a reading that is too low must not let a burst through
+    # up by a tenth at a time, so that a reading that is too low lets no burst through; down by half: no gap is hung
     share = max(share if rested else min(max(share, before.share / 2), before.share + 0.1), LEAST_SHARE)
     binding = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
     return _settle(

@@ -136,6 +136,8 @@ class Load(NamedTuple):
 
     def see(self, sample: Sample, now_s: float, busy_s: float) -> Load:
         """With one more reading, taken when we had been busy for ``busy_s`` in all; learns when half a second is full."""
+        if now_s < self.since_s or now_s < self.shown_s:  # another clock
+            return self.restarted()._replace(shown_s=-math.inf, past=()).see(sample, now_s, busy_s)
         after = self._remembering(now_s, busy_s)
         if sample.value != self.shown:
             held_s = now_s - self.shown_s if math.isfinite(self.shown_s) else 0.0
@@ -143,7 +145,8 @@ class Load(NamedTuple):
         if not math.isfinite(self.since_s):
             return after._replace(since_s=now_s, counter=sample.counter)
         total, samples = self.total + sample.value, self.samples + 1
-        own = None if sample.own is None else (self.own or 0.0) + sample.own
+        # of all samples or of none: a part of them would be too little
+        own = None if sample.own is None or (self.samples and self.own is None) else (self.own or 0.0) + sample.own
         if now_s - self.since_s < AVERAGE_S:
             return after._replace(total=total, own=own, samples=samples)
         ends_s, span_s, value = now_s, now_s - self.since_s, total / samples
@@ -151,11 +154,14 @@ class Load(NamedTuple):
         news = after.changes > 0 or now_s - after.shown_s >= STILL_S
         if after.changes and after.held_s >= HELD_S:
             ends_s, span_s, value = after.shown_s, INSTANT_S, after.shown
+            own, samples = sample.own, 1
         elif counted_w is not None:  # samples only hit or miss a step
             news = news or abs(counted_w - value) > 0.02 * value
             value = counted_w
         if news:
-            after = after._learned(value / self.scale, own and own / samples / self.scale, ends_s, span_s)
+            after = after._learned(
+                value / self.scale, None if own is None else own / samples / self.scale, ends_s, span_s
+            )
         return after.restarted()._replace(since_s=now_s, counter=sample.counter)
 
     def restarted(self) -> Load:
@@ -180,8 +186,6 @@ class Load(NamedTuple):
 
     def _remembering(self, now_s: float, busy_s: float) -> Load:
         past = self.past
-        if past and now_s < past[-1][0]:  # another clock: what was learned stays, what was when does not
-            past = ()
         if past and now_s - past[-1][0] < PAST_STEP_S and len(past) > 1:
             past = past[:-1] if past[-1][0] - past[-2][0] < PAST_STEP_S else past
         oldest = bisect.bisect_left(past, (now_s - PAST_S,))

@@ -23,6 +23,7 @@ from balcony_edge.controller import Controller, ControllerState
 from balcony_edge.costs import MAX_ROWS, CostModel
 from balcony_edge.decision import Decision, Measurement, Observation
 from balcony_edge.errors import BalconyError, InputError
+from balcony_edge.response import GAUGES
 from balcony_edge.slowdown import LOG_SLOWDOWN_LIMIT
 from balcony_edge.telemetry import Reading
 
@@ -241,6 +242,11 @@ def _state(document: Any) -> ControllerState:
         raise ValueError("state.slowdown: a mean out of reach")
     if len(slowdown.offsets) != len(slowdown.offset_variances):
         raise ValueError("state.slowdown: offsets and offset_variances differ in length")
+    for load in (state.governor.power, state.governor.cpu, state.governor.gpu):
+        if load is not None and not (len(load.fits) == len(GAUGES) and 0 <= load.best < len(GAUGES)):
+            raise ValueError("state.governor: a load with another number of gauges")
+    if not (abs(state.recovery.credit) <= 1 and state.recovery.wait >= 0 and state.recovery.sprints >= 0):
+        raise ValueError("state.recovery: a credit beyond one token, or less than nothing to wait for")
     return state
 
 

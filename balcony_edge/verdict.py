@@ -66,7 +66,6 @@ class Watch:
 
     def __init__(self) -> None:
         self._budget: Budget | None = None
-        self._begun_s = 0.0
         self._from_start = True
         self._gaps_ms: list[float] = []
         self._seen: list[_Seen] = []
@@ -78,15 +77,22 @@ class Watch:
 
         Args:
             budget: that it was decided for.
-            now_s: when, on the clock of the readings.
+            now_s: when the readings were taken.
             latency_ms: gap to the token before; of the first, since the reply was asked for.
             readings: the latest of every sensor; empty where the budget needs none.
             first: whether it is the first of the reply.
         """
         if budget is not self._budget:
-            self._budget, self._begun_s, self._from_start = budget, now_s - latency_ms / 1000, first
+            self._budget, self._from_start = budget, first
             self._gaps_ms, self._seen = [], []
         self._gaps_ms.append(latency_ms)
+        self.saw(now_s, readings)
+
+    def saw(self, now_s: float, readings: Sequence[Reading]) -> None:
+        """What the sensors said, also where no token follows because the device is too hot."""
+        budget = self._budget
+        if budget is None:
+            return
         if readings and (not self._seen or now_s - self._seen[-1].now_s >= KEPT_S):
             self._seen.append(_seen(budget, now_s, readings))
 
@@ -119,6 +125,8 @@ class Watch:
             at_least = key in ("min_pace_tps", "battery_floor_percent")
             margin = None if reached is None else (reached - asked if at_least else asked - reached) / asked
             held = None if margin is None else margin >= (-PACE_TOLERANCE if key in _PACES else 0)
+            if key == "critical_temperature_c" and margin is not None:
+                held = margin > 0  # at it the reply ends
             found.append(Verdict(key, asked, reached, held, margin, how if reached is not None else "not measured"))
         return tuple(found)
 

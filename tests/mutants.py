@@ -347,19 +347,26 @@ def survives(mutant: Mutant, copy: Path) -> bool:
             f"{mutant.file}: {mutant.old!r} is there {text.count(mutant.old)} times: mend the list ({mutant.what})"
         )
     file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        return passes(mutant.tests, copy)
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+def passes(tests: str, copy: Path) -> bool:
+    """Whether tests pass in the copy; one that hangs does not."""
     paths = os.pathsep.join(map(str, (copy, copy / "export", copy / "runtime")))
-    tests = [test for test in mutant.tests.split() if (copy / test).exists()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    if absent := [test for test in tests.split() if not (copy / test).exists()]:
+        raise SystemExit(f"{absent[0]}: is not there: mend the list")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
     try:
         done = subprocess.run(
             command, check=False, cwd=copy, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=600
         )
     except subprocess.TimeoutExpired:
         return False
-    finally:
-        file.write_text(text, encoding="utf-8")
     if done.returncode not in (0, 1):
-        raise SystemExit(f"{mutant.what}: pytest ended with {done.returncode}:\n{done.stdout.decode()[-2000:]}")
+        raise SystemExit(f"{tests}: pytest ended with {done.returncode}:\n{done.stdout.decode()[-2000:]}")
     return done.returncode == 0
 
 
@@ -376,6 +383,9 @@ def main() -> int:
         for name in COPIED:
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+        for tests in sorted({mutant.tests for mutant in chosen}):
+            if not passes(tests, copy):
+                raise SystemExit(f"{tests}: fail without a mistake: mend them first")
         for mutant in chosen:
             alive = survives(mutant, copy)
             survivors += [mutant.what] if alive else []

@@ -170,7 +170,8 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
         else:
             content = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None: it is closed
     except OSError as error:
-        raise InputError(f"--file {file}: not readable ({error.strerror}): name a text file, or - for stdin") from error
+        where = "standard input" if file is None else f"--file {file}"
+        raise InputError(f"{where}: not readable ({error.strerror}): name a text file, or - for stdin") from error
     try:
         return content.decode().removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -28,21 +28,25 @@ from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
 from balcony_export.architecture import cast_weights
-from balcony_export.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies, write_file
+from balcony_export.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies
 from balcony_export.distill_attention import can_compile, use_block_attention
-from balcony_export.distill_checkpoint import CHECKPOINT, load_tensors, read_state, run_directory, save_checkpoint
+from balcony_export.distill_checkpoint import (
+    CHECKPOINT,
+    load_tensors,
+    read_state,
+    run_directory,
+    save_checkpoint,
+    trim_metrics,
+)
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Corpus, Order, Rows
-from balcony_export.distill_loss import HeadLoss, VocabularySample
+from balcony_export.distill_loss import HeadLoss, Part, VocabularySample
 from balcony_export.distill_parallel import Processes
+from balcony_export.distill_positions import pick_positions
 from balcony_export.distill_schedule import Schedule, make_optimizers, set_rate
 from balcony_export.distill_states import Backbone, StateCache
 
 METRICS = "metrics.jsonl"
-#: A position whose root mean square exceeds the row's median this many times carries a massive activation (the demo
-#: model: 25,856 in one channel of the first position, sometimes of the second; root mean square 1,005 beside 6 to 9).
-#: It is an attention sink: the balcony attends to it, but is not asked to predict from it.
-MASSIVE = 20.0
 #: Rows on which the full model's likeliest tokens are ranked: 8,192 positions of 512-token rows rank the first 4,096 well.
 _RANKING_ROWS = 16
 
@@ -164,21 +168,28 @@ class Trainer:
         """How the vocabulary of a step is drawn, ranked on the first rows of the corpus; None where it is compared whole."""
         if not 0 < self.config.vocabulary < len(self.head.weight) or self.config.loss == "ce":
             return None
-        rows = self.corpus.train.take(_RANKING_ROWS)
-        states = self.backbone.states(torch.from_numpy(rows.tokens).long().to(self.device))[-1]  # (B, T, D)
-        seen = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
-        return VocabularySample(self.config.vocabulary, self.head.ranking(states[seen.to(states.device)]))
+        rows, seen = self.corpus.train.take(_RANKING_ROWS), []
+        for first in range(0, len(rows.tokens), self.config.micro_rows):
+            part = slice(first, first + self.config.micro_rows)
+            states = self.backbone.states(torch.from_numpy(rows.tokens[part]).long().to(self.device))[-1]  # (B, T, D)
+            used = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths[part])[:, None]  # (B, T)
+            seen.append(states[used.to(states.device)])
+        return VocabularySample(self.config.vocabulary, self.head.ranking(torch.cat(seen)))
+
+    def _part(self) -> Part | None:
+        """Tokens that this step compares: the same in all of its passes and processes."""
+        if self.sample is None:
+            return None
+        text = self.corpus.train.tokens[self.order.rows(self.order.places(self.step))]
+        return self.sample.draw(
+            self.head.weight, torch.from_numpy(text).long().flatten(), [self.config.seed, self.step]
+        )
 
     def _open_cache(self) -> StateCache | None:
         shape = (len(self.config.exits) + 1, self.config.seq_len, self.model.config.hidden_size)
-        rows = min(
-            int(self.config.cache_gb * 1e9 / (self.dtype.itemsize * math.prod(shape))), len(self.corpus.train.tokens)
-        )
-        if rows < 1:
-            return None
         key = json.dumps([2, self.base_facts, list(self.config.exits), self.corpus.digest])  # 2: float32 frequencies
-        self.work.mkdir(parents=True, exist_ok=True)
-        return StateCache(self.work / "states.bin", rows, shape, self.dtype, key)
+        most = len(self.corpus.train.tokens)
+        return StateCache.within(self.config.cache_gb, self.work / "states.bin", most, shape, self.dtype, key)
 
     def states_of(self, places: npt.NDArray[np.int64]) -> torch.Tensor:
         """States of the rows at these places of the order  # (exits + 1, B, T, D)
@@ -206,26 +217,8 @@ class Trainer:
         return states
 
     def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
-        """Flat indices of the positions that the loss sees: no padding, no massive activation at any exit, sampled  # (n,)
-
-        Each row's seed gives an order of its positions, of which a pass takes the next ones: a row that is learned from
-        ``again`` shows other positions, until it has shown all.
-        """
-        valid = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
-        sizes = torch.linalg.vector_norm(states[:-1], dim=-1, dtype=torch.float32).cpu()  # (exits, B, T)
-        usual = sizes.masked_fill(~valid, math.nan).nanmedian(dim=2, keepdim=True).values  # (exits, B, 1)
-        valid &= (sizes < MASSIVE * usual).all(dim=0)
-        valid[:, 0] = False  # the sink, massive or not
-        if self.config.loss != "kl":  # the text says nothing about the token behind the last one
-            valid &= torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths)[:, None] - 1
-        if not self.config.positions:
-            return valid.flatten().nonzero()[:, 0].to(self.device)
-        draws = np.stack([np.random.default_rng(seed).random(self.config.seq_len) for seed in seeds])
-        order = torch.from_numpy(draws).masked_fill(~valid, 2.0).argsort(dim=1)  # (B, T): those that count come first
-        turn = again * self.config.positions + torch.arange(self.config.positions)[None]  # (1, P)
-        picked = order.gather(1, turn % valid.sum(dim=1, keepdim=True).clamp(min=1))  # (B, P)
-        kept = torch.zeros_like(valid).scatter_(1, picked, True) & valid
-        return kept.flatten().nonzero()[:, 0].to(self.device)
+        """Flat indices of the positions that the loss sees: :func:`pick_positions`  # (n,)"""
+        return pick_positions(rows, states, seeds, again, self.config.positions, self.config.loss).to(self.device)
 
     # -- one step
 
@@ -241,6 +234,7 @@ class Trainer:
         sums = torch.zeros(
             len(config.exits) + 1, dtype=torch.float64, device=self.device
         )  # KL per exit, then positions
+        part = self._part()
         for number in self.processes.share(len(chunks)):
             states = self.states_of(chunks[number])
             rows = self.order.rows(chunks[number])
@@ -255,11 +249,7 @@ class Trainer:
             ]
             # the position behind each; of the very last one there is none, and no loss on the text asks for it
             following = (where + 1).clamp(max=picked.tokens.size - 1)
-            tokens = torch.from_numpy(picked.tokens).long().to(self.device).flatten()
-            labels = tokens[following]
-            part = None
-            if self.sample is not None:
-                part = self.sample.draw(self.head.weight, tokens, [config.seed, self.step, number])
+            labels = torch.from_numpy(picked.tokens).long().to(self.device).flatten()[following]
             sums[:-1] += sums.new_tensor(self.head.backward(full, students, labels, part))
         self.processes.sum([sums])
         *kls, counted = sums.tolist()
@@ -380,11 +370,7 @@ class Trainer:
         if self.config.steps != planned.total:
             planned.replan(self.step, self.config.steps or 10**9)  # with a deadline it is planned anew while it runs
         self.schedule = planned
-        metrics = self.work / METRICS
-        if metrics.is_file():
-            # a kill may have come after some steps past the checkpoint, or in the middle of a line
-            kept = [line for line in metrics.read_text(encoding="utf-8").split("\n") if _step_of(line) < self.step]
-            write_file(metrics, "".join(f"{line}\n" for line in kept).encode())
+        trim_metrics(self.work / METRICS, self.step)
         return True
 
     def checkpoint(self) -> dict[int, Judged]:
@@ -521,10 +507,3 @@ class Trainer:
             line["held_out_kl"] = {str(e): round(value, 6) for e, value in progress.held_out.items()}
         with (self.work / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

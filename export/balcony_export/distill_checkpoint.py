@@ -8,6 +8,7 @@ and step, so no generator state is kept.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,17 @@ def load_tensors(
             document = optimizer.state_dict()
             document["state"] = slots.get((exit_layer, index), {})
             optimizer.load_state_dict(document)
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop lines of the metrics from a step on: a kill may have come some steps past the checkpoint, or within a line."""
+    if path.is_file():
+        kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _step_of(line) < step]
+        write_file(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

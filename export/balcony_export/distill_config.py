@@ -68,6 +68,8 @@ class TrainConfig:
             raise InputError(f"steps = {self.steps}: must be 1 or more")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes = {self.minutes}: must be more than 0")
+        if self.vocabulary == 1:
+            raise InputError("vocabulary = 1: half of it is drawn: give 2 or more, or 0 for all")
         if self.batch_rows % self.micro_rows:
             raise InputError(f"{self.batch_rows} rows a step in passes of {self.micro_rows}: must divide")
         for name in ("rate", "vector_rate", "clip"):

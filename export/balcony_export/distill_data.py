@@ -130,12 +130,15 @@ def build_corpus(
     documents = [one for _, given in read.values() for one in given]
     total = sum(len(document.tokens) for document in documents)
     learned: list[_Document] = []
-    kept: list[_Tokens] = []
+    held: list[_Document] = []
     for _, given in read.values():
         tokens = sum(len(document.tokens) for document in given)
         held_of_file = _held_out(given, min(held_out_rows * seq_len * tokens // total, tokens // 10))
         learned += held_of_file[0]
-        kept += held_of_file[1]
+        held += held_of_file[1]
+    judged = {document.key for document in held}  # the same text may come twice, in one file or in two
+    learned = [document for document in learned if document.key not in judged]
+    kept = [document.tokens for document in held]
     if held_out_rows and not kept:
         raise InputError(
             f"--data: {len(documents)} document(s) and {total} tokens: none can be held out: give more text"
@@ -180,25 +183,27 @@ def _read(
     return read
 
 
-def _held_out(documents: list[_Document], target: int) -> tuple[list[_Document], list[_Tokens]]:
-    """``(documents to learn from, tokens kept out)`` of one file: its first documents, until ``target`` tokens are kept.
+def _held_out(documents: list[_Document], target: int) -> tuple[list[_Document], list[_Document]]:
+    """``(documents to learn from, what is kept out)`` of one file: its first documents, until ``target`` tokens are kept.
 
     A document is kept out whole, even where only its beginning is judged, unless it is longer than ``target`` and than a
     hundredth of the file; where all are, the beginning of the shortest is kept out and the rest is learned from.
     """
     longest = max(target, sum(len(document.tokens) for document in documents) // 100)
     learned: list[_Document] = []
-    kept: list[_Tokens] = []
+    kept: list[_Document] = []
+    room = target
     for document in documents:
-        room = target - sum(map(len, kept))
         if room >= 2 and len(document.tokens) <= longest:
-            kept.append(document.tokens[:room])
+            kept.append(document._replace(tokens=document.tokens[:room]))
+            room -= len(kept[-1].tokens)
         else:
             learned.append(document)
     if not kept and target >= 2:
         shortest = min(range(len(learned)), key=lambda index: len(learned[index].tokens))
         key, tokens = learned[shortest]
-        kept, learned[shortest] = [tokens[:target]], _Document(key, tokens[target:])
+        kept = [_Document(f"beginning of {key}", tokens[:target])]
+        learned[shortest] = _Document(key, tokens[target:])
     return learned, kept
 
 

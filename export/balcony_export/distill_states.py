@@ -119,6 +119,14 @@ class StateCache:
         if not known:
             key_file.write_text(full_key)
 
+    @classmethod
+    def within(
+        cls, gigabytes: float, path: Path, most: int, shape: tuple[int, int, int], dtype: torch.dtype, key: str
+    ) -> StateCache | None:
+        """A cache of at most ``most`` rows in so many GB; None where not one fits."""
+        capacity = min(int(gigabytes * 1e9 / (dtype.itemsize * math.prod(shape))), most)
+        return cls(path, capacity, shape, dtype, key) if capacity >= 1 else None
+
     def get(self, rows: npt.NDArray[np.int64]) -> torch.Tensor | None:
         """States of these rows, or None when one of them is not there  # (exits + 1, B, T, D)"""
         if (rows >= self.capacity).any() or not self.filled[rows].all():

@@ -45,6 +45,7 @@ class Step(NamedTuple):
         caught_up_rows: backlog that was worked off in the same gap.
         budget: that it was decided for.
         readings: what the sensors said then; empty where the budget needs none.
+        read_s: when that was.
     """
 
     ids: IntArray
@@ -54,7 +55,8 @@ class Step(NamedTuple):
     latency_ms: float
     caught_up_rows: int
     budget: Budget
-    readings: tuple[Reading, ...] = ()
+    readings: tuple[Reading, ...]
+    read_s: float
 
 
 class Learned:
@@ -152,7 +154,7 @@ def steps(
             # a replay decides again: what it must come to is the decision, whatever a balcony was sure of
             deciding.record(given._replace(exit_layer=decision.exit_layer), latency_ns / 1e6)
         yield Step(
-            ids, logits, given, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due, budget, deciding.readings
+            ids, logits, given, budget.tpot_ms, latency_ns / 1e6, sequence.rows_run - due, budget, *deciding.read
         )
 
 
@@ -163,7 +165,7 @@ class _Deciding:
         budget: that the last decision was made for.
         priced: the costs that it weighed; None where nothing was.
         policies: whether that budget drafts tokens or lets sure ones exit.
-        readings: what the sensors said when it was made; empty where nobody asks for them.
+        read: what the sensors said when it was made (empty where nothing needs them), and when that was.
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class _Deciding:
         self._started_s = time.monotonic()
         self.budget, self.priced = Budget(), None  # type: Budget, CostModel | None
         self.policies = self._senses = False
-        self.readings: tuple[Reading, ...] = ()
+        self.read: tuple[tuple[Reading, ...], float] = (), 0.0
         self._only: Decision | None = None  # the one that there is without a target
         if around.trace is not None:
             around.trace.begin(self._state)
@@ -214,7 +216,8 @@ class _Deciding:
 
     def _weighed(self, budget: Budget, made: int, last: Measurement | None) -> Decision:
         rows, sequence, around = 1 if made else self._prompt_rows, self._sequence, self._around
-        self.readings = around.readings() if around.trace is not None or self._senses else ()
+        now_s = time.monotonic()
+        self.read = around.readings() if around.trace is not None or self._senses else (), now_s
         self._seen = Observation(
             budget,
             sequence.length + rows - 1,
@@ -222,9 +225,9 @@ class _Deciding:
             last,
             made,
             self._started_s,
-            time.monotonic(),
+            now_s,
             self._learned.busy_ns / 1e9,
-            self.readings,
+            self.read[0],
         )
         self._state, self._decision = self._controller.decide(self._state, self._seen)
         self._learned.state = self._state
@@ -307,7 +310,7 @@ def _speculated(
     budget = deciding.budget
     for token, row in zip(outcome.tokens, outcome.logits, strict=True):
         ids = np.array([token], np.int64)
-        yield Step(ids, row[None], checked, budget.tpot_ms, latency_ms, 0, budget, deciding.readings)
+        yield Step(ids, row[None], checked, budget.tpot_ms, latency_ms, 0, budget, *deciding.read)
         latency_ms = 0.0  # the others of the round came with the first
     return ids, len(outcome.tokens), done_ns
 

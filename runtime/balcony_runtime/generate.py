@@ -39,7 +39,7 @@ from balcony_runtime.sensors import Sensors, device_sources
 from balcony_runtime.text import Message, StopStrings, TextCodec
 
 _log = logging.getLogger(__name__)
-#: Seconds for which a new budget waits for sensors that need two samples: energy counters, busy shares.
+#: Seconds that are waited for sensors that have just been started: energy counters and busy shares need two samples.
 FIRST_READINGS_S = 1.0
 
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -136,9 +136,9 @@ class LLM:
 
     def _check_seen(self, budget: Budget) -> None:
         """Say which ceilings nothing on this device measures, and refuse them where the budget asks for an error."""
-        until_s = time.monotonic() + FIRST_READINGS_S
+        starts, until_s = self._ask_sensors is None, time.monotonic() + FIRST_READINGS_S
         while missing := unseen(budget, self.readings(), time.monotonic()):
-            if self._sensors is None or time.monotonic() >= until_s:
+            if not starts or time.monotonic() >= until_s:
                 break
             time.sleep(0.05)
         if not missing:
@@ -371,8 +371,12 @@ class LLM:
         for count in range(1, limit + 1):
             if cancelled.is_set():
                 return
-            step = next(loop)
-            watch.token(step.budget, time.monotonic(), step.latency_ms, step.readings, first=count == 1)
+            try:
+                step = next(loop)
+            except InfeasibleError:
+                watch.saw(time.monotonic(), self.readings() if self._resolved.needs_sensors else ())
+                raise
+            watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
             token = int(step.ids[0])
             finish: FinishReason | None = "stop" if token in ends else "length" if count == limit else None
             piece = "" if finish == "stop" else text.push(token)

@@ -78,7 +78,7 @@ def test_a_sprint_goes_where_the_slack_takes_two_rows() -> None:
     # it goes on, also after the dwell, and though another could not begin
     again, decision = Controller(STEEP).decide(state._replace(tokens_since_switch=9), seen((1, 2, 59), (1, 61, 1)))
     assert (decision.exit_layer, again.recovery.goal) == (4, 8)
-    assert again.recovery.wait == FIRST_WAIT - 1
+    assert again.recovery.wait == FIRST_WAIT  # which begins when it is over
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,32 @@ def test_each_sprint_waits_twice_as_long_until_the_deepest_exit_is_held() -> Non
         assert recovery.towards(8) is recovery  # it goes on
         recovery = recovery.towards(None)
     assert waits == [FIRST_WAIT << doublings for doublings in (0, 1, 2, 3, 4, 4, 4)]
+    assert recovery.towards(8).counted(None, 23.0, 0.9, held=0).wait == FIRST_WAIT << 4  # it begins after the sprint
+    assert recovery.counted(None, 23.0, 0.9, held=10**9).sprints == recovery.sprints  # a first token has held nothing
     counted = recovery.counted(None, 23.0, 0.9, held=HELD - 1)
     assert (counted.wait, counted.sprints) == (waits[-1] - 1, recovery.sprints)
     assert recovery.counted(None, 23.0, 0.9, held=HELD).towards(8).wait == FIRST_WAIT
+
+
+def test_a_sprint_that_comes_no_closer_is_given_up() -> None:
+    """A second load, within the hysteresis, begins in mid-sprint: one row a token goes and one comes."""
+    costs = Profile.load(PROFILE).costs
+    full_ms = costs.steady_ms(30, 64)
+    costs = replace(
+        costs,
+        stages=tuple(replace(unit, context_ms_per_1k=0.0, marginal_context_ms_per_1k=0.0) for unit in costs.stages),
+    )
+    for of_full, load in ((1.06, 1.04), (1.08, 1.06), (1.1, 1.08), (1.12, 1.1)):
+        plant = Plant(
+            costs, Device(noise=0.01), lambda s, load=load: 1.35 if s < 0.5 else 1.0 if s < 0.9 else load, seed=1
+        )  # type: ignore[misc]
+        tokens = simulate(costs, plant, Budget(tpot_ms=of_full * full_ms), tokens=1200)
+        late = [token.decision.exit_layer for token in tokens[500:]]
+        assert sum(late) / len(late) >= 19, (of_full, load)
+
+
+def test_a_lowered_target_does_not_judge_the_step_before_it() -> None:
+    state = at(6)._replace(tpot_ms=40.0)
+    last = Measurement(6, 14.0, 24.0)  # late for 23.6 ms, in time for the 40 that it was made for
+    after, _ = Controller(STEEP).decide(state, seen((1, 1, 61), (1, 1, 1))._replace(last=last))
+    assert after.recovery.credit == 1.0

@@ -142,8 +142,9 @@ def test_what_is_no_profile_is_one_line(content: str, tmp_path: Path) -> None:
         Profile.load(path)
     with pytest.raises(ProfileError, match="there is no such file: make one with"):
         Profile.load(tmp_path / "missing.json")
+    (tmp_path / "file").write_text("not a directory")
     with pytest.raises(ProfileError, match="cannot be written"):
-        make_profile().save(tmp_path / "missing" / "p.json")
+        make_profile().save(tmp_path / "file" / "p.json")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
+from balcony_edge.controller import Controller, ControllerState
 from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.decision import Observation
 from balcony_edge.errors import BudgetError, InfeasibleError
+from balcony_edge.governor import Governor
 from balcony_edge.loads import parse_load
 from balcony_edge.plant import Device, Plant
 from balcony_edge.response import GAUGES, Counter, Load, Sample
 from balcony_edge.simulate import SimulatedToken, simulate
+from balcony_edge.telemetry import Reading
 
 COSTS = CostModel(
     exits=(14, 17, 20, 30),
@@ -102,7 +106,29 @@ def test_a_load_remembers_when_we_were_busy() -> None:
     assert load.share(-3.0, -1.0) == 0.0  # before what is known
     assert len(load.past) < 80
     again = load.see(Sample(1.0), 5.0, 12.0)  # another clock: nothing of what was when
-    assert again.past == ((5.0, 12.0),)
+    assert again.past == ((5.0, 12.0),) and again.since_s == 5.0
+
+
+def test_another_clock_loses_no_more_than_when_things_were() -> None:
+    load = Load(5.0)
+    for step in range(40):
+        load = load.see(Sample(3.0 + step % 2), 1000 + step / 10, 1000 + step / 20)
+    learned = load.fits
+    for step in range(40):
+        load = load.see(Sample(3.0 + step % 2), step / 10, step / 20)
+    assert load.fits != learned and load.past[-1][0] == pytest.approx(3.9)
+
+
+def test_our_part_of_a_gauge_that_holds_its_value_is_the_one_of_that_value() -> None:
+    """Others take 0.1; we take all of the rest of our busy time, which changes every two seconds."""
+    load, busy = Load(1.0), 0.0
+    for tick in range(600):
+        second = tick // 10
+        share = 0.8 if second // 2 % 2 else 0.2
+        shown = 0.8 if (second - 1) // 2 % 2 else 0.2  # of the second before
+        load = load.see(Sample(0.1 + shown + 1e-9 * second, own=shown), tick / 10, busy)
+        busy += share / 10
+    assert load.at(0.0) == pytest.approx(0.1, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -181,5 +207,13 @@ def test_a_critical_temperature_ends_the_reply() -> None:
     alone = Budget(critical_temperature_c=75)  # without a ceiling: full speed until then
     with pytest.raises(InfeasibleError, match="critical_temperature_c = 75"):
         simulate(COSTS, plant, alone, tokens=10**6, seconds=300)
+    # the last tick was for another budget: neither its limit nor its words are this one's
+    tired = Governor(ticked_s=10.0, critical_c=95.0)
+    readings = (Reading("t", "cpu", 10.0, celsius=95.0),)
+    for budget in (Budget(power_w=5), Budget(critical_temperature_c=100), Budget(tpot_ms=50, temperature_c=99)):
+        state = ControllerState.initial()._replace(governor=tired)
+        seen = Observation(budget, 64, (1,) * 4, (1,) * 4, None, 3, 0.0, 10.05, 1.0, readings)
+        decision = Controller(COSTS).decide(state, seen)[1]
+        assert not decision.stops and "critical" not in decision.reason
     with pytest.raises(BudgetError, match="must be above the ceiling; lower the one or raise the other"):
         Budget(temperature_c=80, critical_temperature_c=80)

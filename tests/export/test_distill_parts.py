@@ -72,9 +72,11 @@ def test_a_part_of_the_vocabulary_holds_the_text_the_likeliest_and_others_that_r
     assert part.offset[10:].tolist() == pytest.approx([math.log(90 / 10)] * 10)
     again, other = (sample.draw(weight, text, [0, step, 0]) for step in (1, 2))
     assert torch.equal(again.weight, part.weight) and not torch.equal(other.weight, part.weight)
-    crowded = VocabularySample(4, torch.arange(100)).draw(weight, torch.arange(50), [0, 0, 0])
-    assert len(crowded.offset) == 51  # the text is never left out, nor the rest
-    assert float(crowded.offset[-1]) == pytest.approx(math.log(50))
+    # a text with more tokens than there is room for: the likeliest of them, and half is drawn all the same
+    crowded = VocabularySample(20, torch.arange(99, -1, -1)).draw(weight, torch.arange(50), [0, 0])
+    rows = [int((weight == row).all(dim=1).nonzero()) for row in crowded.weight]
+    assert rows[:10] == list(range(49, 39, -1)) and len(set(rows)) == 20
+    assert crowded.offset[10:].tolist() == pytest.approx([math.log(90 / 10)] * 10)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -163,6 +165,20 @@ def test_a_share_of_a_file_is_used_and_documents_of_every_file_are_held_out(
         assert held and not learned & set(held)
     with pytest.raises(InputError, match=r"--mix c\.jsonl: --data has no such file: it has a\.jsonl, b\.jsonl"):
         build_corpus([tmp_path], tokenizer, seq_len=32, mix={"c.jsonl": 0.5})
+
+
+def test_a_text_that_comes_twice_is_learned_or_held_out_and_not_both(
+    tmp_path: Path, make_tokenizer: Callable[[], Any]
+) -> None:
+    lines = [json.dumps({"text": f"the quick brown fox jumps over dog {i}"}) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines + lines) + "\n")
+    (tmp_path / "b.jsonl").write_text("\n".join(lines[::2]) + "\n")
+    corpus = build_corpus([tmp_path], make_tokenizer(), seq_len=12, held_out_rows=5)
+
+    def texts(rows: Any) -> set[bytes]:
+        return {row[:length].tobytes() for row, length in zip(rows.tokens, rows.lengths, strict=True)}
+
+    assert texts(corpus.held_out) and not texts(corpus.held_out) & texts(corpus.train)
 
 
 def test_a_run_begins_after_the_rows_that_its_start_has_seen(tmp_path: Path, make_tiny: Callable[..., Any]) -> None:
@@ -280,6 +296,7 @@ def test_schedules_have_their_shapes() -> None:
         ({"steps": 1, "rate": math.nan}, "rate = nan"),
         ({"steps": 1, "clip": 0.0}, "clip = 0"),
         ({"steps": 1, "vocabulary": -1}, "vocabulary = -1"),
+        ({"steps": 1, "vocabulary": 1}, "vocabulary = 1: half of it is drawn"),
         ({"steps": 1, "vector_rate": -1.0}, "vector_rate = -1"),
         ({"steps": 1, "warmup_steps": -10}, "warmup_steps = -10"),
         ({"steps": 1, "cache_gb": math.nan}, "cache_gb = nan"),
