@@ -20,8 +20,9 @@ from balcony_edge.cli.train_joint import (
 
 if TYPE_CHECKING:
     from balcony_export.balcony import Kind
-    from balcony_export.distill import Progress, Trainer
+    from balcony_export.distill import Trainer
     from balcony_export.distill_data import Corpus
+    from balcony_export.distill_report import Progress
 
 
 def train(

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,24 +43,13 @@ from balcony_export.distill_data import Corpus, Order, Rows
 from balcony_export.distill_loss import HeadLoss, Part, VocabularySample
 from balcony_export.distill_parallel import Processes
 from balcony_export.distill_positions import pick_positions
+from balcony_export.distill_report import Progress
 from balcony_export.distill_schedule import Schedule, make_optimizers, set_rate
 from balcony_export.distill_states import Backbone, StateCache
 
 METRICS = "metrics.jsonl"
 #: Rows on which the full model's likeliest tokens are ranked: 8,192 positions of 512-token rows rank the first 4,096 well.
 _RANKING_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step reports."""
-
-    step: int
-    total: int
-    loss: dict[int, float]  # exit layer -> KL of this step
-    held_out: dict[int, float] | None
-    tokens_per_s: float
-    eta_s: float
 
 
 class Judged(NamedTuple):

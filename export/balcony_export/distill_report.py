@@ -1,4 +1,4 @@
-"""What a training run tells people: the paper's Table 2 for it, and its curves as a picture.
+"""What a training run tells people: its progress, the paper's Table 2 for it, and its curves as a picture.
 
 Owns words and axes only; it reads the metrics that :mod:`.distill` wrote.
 """
@@ -15,6 +15,18 @@ from balcony_edge.errors import InputError, MissingDependencyError
 
 #: Tokens that a base model was pretrained on, where its authors say so. SmolLM2-135M: 2T (model card).
 PRETRAINING_TOKENS = {"smollm2-135m": 2_000_000_000_000}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step reports."""
+
+    step: int
+    total: int
+    loss: dict[int, float]  # exit layer -> KL of this step
+    held_out: dict[int, float] | None
+    tokens_per_s: float
+    eta_s: float
 
 
 @dataclass(frozen=True)

@@ -362,7 +362,16 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
         (packed / f".{home.name}.partial-{leftover}").mkdir()
     with Engine.open(path, packed=packed):
         assert {file.name for file in home.iterdir()} == made.keys() and list(packed.iterdir()) == [home]
-    next(home.glob("*.weights")).unlink()
+    weights = next(home.glob("*.weights"))
+    whole = weights.read_bytes()
+    flipped = bytes([whole[0] ^ 1]) + whole[1:]
+    for content in (flipped, whole[:-1], None):  # damage that ONNX Runtime would map and multiply with
+        weights.unlink() if content is None else weights.write_bytes(content)
+        with pytest.raises(BundleError, match=f"{home.name}: the packed weights are damaged: remove it"):
+            Engine.open(path, packed=packed)
+    weights.write_bytes(flipped)
+    Engine.open(path, packed=packed, verify_hashes=False).close()
+    (home / "files.json").write_text("{}")
     with pytest.raises(BundleError, match=f"{home.name}: the packed weights are damaged: remove it"):
         Engine.open(path, packed=packed)
     with Engine.open(export_tiny("llama").path, packed=packed):

@@ -60,7 +60,7 @@ def open_backend(
             for CPUs, to check without a GPU what a GPU will be given.
         threads: as for :class:`.onnxruntime.OnnxRuntimeBackend`.
         packed: likewise.
-        verify_hashes: hash the files of an engine set (those of the bundle itself are hashed when it is opened).
+        verify_hashes: hash the files of an engine set and packed weights; those of the bundle are hashed when it is opened.
 
     Raises:
         BundleError: the bundle has no such set, or it does not fit.
@@ -75,7 +75,7 @@ def open_backend(
     if device == "cpu" and engines is None:
         from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
-        return OnnxRuntimeBackend(bundle, threads=threads, packed=packed)
+        return OnnxRuntimeBackend(bundle, threads=threads, packed=packed, verify_hashes=verify_hashes)
     if packed is not None:
         raise InputError("packed weights are for the CPU: leave them out, or run with device cpu")
     engines = engines or _only(bundle, device)

@@ -139,6 +139,7 @@ class OnnxRuntimeBackend:
         threads: int | None = None,
         profile_prefix: Path | None = None,
         packed: Path | None = None,
+        verify_hashes: bool = True,
     ) -> None:
         """Open the sessions.
 
@@ -146,6 +147,7 @@ class OnnxRuntimeBackend:
             bundle: what to load.
             threads: size of the shared pool; by default the CPUs of this process. The first engine of a process decides.
             packed: directory of packed weights, to share them with other processes; see :mod:`.packed_weights`.
+            verify_hashes: hash the packed weights (the bundle's files are hashed when it is opened).
             profile_prefix: where ONNX Runtime writes one profile per graph when the backend is closed.
 
         Raises:
@@ -162,7 +164,9 @@ class OnnxRuntimeBackend:
         self.paths: dict[int, ort.InferenceSession] = {}
         shared: Mapping[str, Path] = {}
         if packed is not None:
-            shared = packed_graphs(bundle, packed, lambda source, target: _pack(source, target, threads))
+            shared = packed_graphs(
+                bundle, packed, lambda source, target: _pack(source, target, threads), verify_hashes=verify_hashes
+            )
         for name, spec in bundle.manifest.runnable.items():
             if name == "backbone":  # the stages hold its layers
                 continue

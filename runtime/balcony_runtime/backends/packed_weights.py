@@ -13,20 +13,26 @@ over the same packed files, and a token is one run of ONNX Runtime instead of on
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import onnxruntime as ort
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle import Bundle, sha256_file
 from balcony_edge.device import this_device
-from balcony_edge.errors import InputError
+from balcony_edge.errors import BundleError, InputError
 from balcony_edge.files import locked, partial_directory
 from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.joined_graph import Part, join
 
+#: Name → size and SHA-256 of every other file of a directory of packed weights.
+FILES = "files.json"
 
-def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], None]) -> Mapping[str, Path]:
+
+def packed_graphs(
+    bundle: Bundle, directory: Path, pack: Callable[[Path, Path], None], *, verify_hashes: bool = True
+) -> Mapping[str, Path]:
     """Name → path of the packed form of each graph that the runtime loads, and ``path_E`` of each exit's decode step.
 
     They are made first where they are not there.
@@ -35,8 +41,10 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
         bundle: what to pack.
         directory: where packed weights are kept, one directory a bundle, processor and version.
         pack: makes the packed form (second argument) of a graph's file (first one); OSError where it cannot be written.
+        verify_hashes: hash what was made before; sizes are compared in any case.
 
     Raises:
+        BundleError: what was made before is damaged.
         InputError: the directory cannot be written, or the disk is full.
     """
     device, lowered = this_device(), "lowered" if bundle.manifest.cpu else "portable"
@@ -44,7 +52,9 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
     home = directory / hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     graphs = {name: spec.file for name, spec in bundle.manifest.runnable.items() if name != "backbone"}
     paths = {f"path_{layer}": f"path_{layer}.onnx" for layer in bundle.manifest.exit_layers}
-    if not home.is_dir():
+    if home.is_dir():
+        _check(home, verify_hashes)
+    else:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with locked(directory), partial_directory(home) as part:  # whoever comes second waits, and finds them
@@ -53,6 +63,8 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
                         pack(bundle.file(file), part / file)
                     for layer in bundle.manifest.exit_layers:
                         (part / paths[f"path_{layer}"]).write_bytes(joined_step(bundle.manifest, layer, part))
+                    made = {file.name: [file.stat().st_size, sha256_file(file)] for file in sorted(part.iterdir())}
+                    (part / FILES).write_text(json.dumps(made, indent=1))
                     part.rename(home)
         except OSError as error:
             if not home.is_dir():  # without locks another process may have been first
@@ -60,6 +72,20 @@ def packed_graphs(bundle: Bundle, directory: Path, pack: Callable[[Path, Path], 
                     f"{directory}: packed weights cannot be written ({error.strerror}): free space or name another place"
                 ) from error
     return {name: home / file for name, file in (graphs | paths).items()}
+
+
+def _check(home: Path, verify_hashes: bool) -> None:
+    """Refuse packed weights that are not those that were made: a copy that broke off, a disk that failed."""
+    try:
+        made: dict[str, tuple[int, str]] = json.loads((home / FILES).read_text(encoding="utf-8"))
+        intact = bool(made) and all(
+            (home / name).stat().st_size == size and (not verify_hashes or sha256_file(home / name) == digest)
+            for name, (size, digest) in made.items()
+        )
+    except (OSError, ValueError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise BundleError(f"{home}: the packed weights are damaged: remove it, and they are made again")
 
 
 def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
