@@ -433,6 +433,7 @@ class Trainer:
             if not self.step:
                 self._begin()
             while self.step < self.schedule.total if deadline is None else self.clock() < deadline:
+                factor = self.schedule.factor(self.step)  # a new plan, below, is for the steps after this one
                 loss = self.train_step()
                 now = self.clock()
                 self.wall_s = before + now - started
@@ -453,7 +454,7 @@ class Trainer:
                 left_s = (total - self.step) * per_step_s if deadline is None else deadline - self.clock()
                 progress = Progress(self.step, total, loss, held_out, tokens_per_s, left_s)
                 if self.processes.writes:
-                    self._log(progress)
+                    self._log(progress, factor)
                     report(progress)
             self.checkpoint()
         except OSError as error:
@@ -483,11 +484,11 @@ class Trainer:
             f"lower --micro-rows and go on with --resume; {again}"
         )
 
-    def _log(self, progress: Progress) -> None:
+    def _log(self, progress: Progress, factor: float) -> None:
         line: dict[str, Any] = {
             "step": progress.step - 1,
             "tokens": self.tokens,
-            "factor": round(self.schedule.factor(progress.step - 1), 6),
+            "factor": round(factor, 6),
             "loss": {str(e): round(value, 6) for e, value in progress.loss.items()},
             "tokens_per_s": round(progress.tokens_per_s, 1),
             "wall_s": round(self.wall_s, 2),
