@@ -199,8 +199,9 @@ def test_compiled_kernels_are_kept_beside_the_engines(tmp_path: Path, caplog: py
     again.config_for(first, None)
     assert first.cache.blob == b"compiled"
     first.cache.blob = b"more"
-    blocked = tensorrt._KernelCache(tmp_path / "absent" / "kernels.cache")
+    (tmp_path / "file").write_text("not a directory")
+    blocked = tensorrt._KernelCache(tmp_path / "file" / "kernels.cache")
     blocked.config_for(first, None)
     first.cache.blob = b"more"
     blocked.save()
-    assert "cannot be written (No such file or directory): make it writable to keep compiled kernels" in caplog.text
+    assert "cannot be written (File exists): make it writable to keep compiled kernels" in caplog.text

@@ -14,6 +14,7 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_edge.costs import Bend, UnitCost
 from balcony_edge.errors import ContextLengthError, InputError
+from balcony_edge.observed import watts
 from balcony_edge.telemetry import Reading
 from balcony_runtime.generate import LLM
 from balcony_runtime.profiler.cells import Bench, Key
@@ -260,9 +261,9 @@ def test_parts_of_a_rail_add_up_as_they_do_for_the_controller() -> None:
         assert rails == {"board": ("ina238:VIN",), "cpu": ("rapl:package-0", "rapl:package-1")}
         found = Meter(sensors, rails).run(0.3)
         assert found == {"board": pytest.approx(140.0, rel=1e-3), "cpu": pytest.approx(115.0, rel=1e-3)}
-        for rail, watts in found.items():
+        for rail, mean_w in found.items():
             sample = watts(sensors.latest(), rail, time.monotonic())
-            assert sample is not None and sample.value == pytest.approx(watts, rel=1e-3)
+            assert sample is not None and sample.value == pytest.approx(mean_w, rel=1e-3)
 
 
 def test_power_is_the_slope_of_the_energy_counter() -> None:
