@@ -106,6 +106,20 @@ MUTANTS = (
         "a switch is not charged", "balcony_edge/controller.py", "price_ms + costs.switch_ms)", "price_ms)", CONTROL
     ),
     Mutant(
+        "a sprint that comes no closer goes on",
+        "balcony_edge/catching_up.py",
+        "_tokens(costs, outlook, seen, consumers, base) < math.inf",
+        "True",
+        WAY,
+    ),
+    Mutant(
+        "critical heat of another budget",
+        "balcony_edge/governor.py",
+        "limit_c is not None and self.critical_c >= limit_c",
+        "True",
+        GAUGE,
+    ),
+    Mutant(
         "no doubt after a pause",
         "balcony_edge/slowdown.py",
         "max(self.variance, PAUSE_VARIANCE)",
@@ -113,7 +127,7 @@ MUTANTS = (
         f"{FILTER} {CONTROL}",
     ),
     # the way back
-    Mutant("a sprint is never begun", "balcony_edge/catching_up.py", "if may_sprint and (", "if False and (", WAY),
+    Mutant("a sprint is never begun", "balcony_edge/catching_up.py", "if not may_sprint or (", "if True or (", WAY),
     Mutant(
         "a late token without credit",
         "balcony_edge/catching_up.py",
@@ -257,7 +271,7 @@ MUTANTS = (
     Mutant(
         "another clock keeps the past",
         "balcony_edge/response.py",
-        "if past and now_s < past[-1][0]:",
+        "if now_s < self.since_s or now_s < self.shown_s:",
         "if False:",
         GAUGE,
     ),
@@ -324,7 +338,7 @@ MUTANTS = (
     Mutant(
         "a token drawn evenly represents itself",
         "export/balcony_export/distill_loss.py",
-        "offset[len(chosen) :] = torch.tensor(len(rest) / max(1, count)).log()",
+        "offset[len(chosen) :] = math.log(len(others) / count)",
         "pass",
         "tests/export/test_distill_parts.py",
     ),
