@@ -179,3 +179,12 @@ def test_a_lowered_target_does_not_judge_the_step_before_it() -> None:
     last = Measurement(6, 14.0, 24.0)  # late for 23.6 ms, in time for the 40 that it was made for
     after, _ = Controller(STEEP).decide(state, seen((1, 1, 61), (1, 1, 1))._replace(last=last))
     assert after.recovery.credit == 1.0
+
+
+def test_a_sprint_is_over_where_its_slack_takes_one_row() -> None:
+    # 18.2 - 10 = 8.2 ms at exit 4 take one row of stage 2 for each that is added
+    level = replace(STEEP, stages=(UnitCost(6.0, 1.5), UnitCost(1.0, 0.25), UnitCost(8.0, 2.0)))
+    budget = Budget(tpot_ms=18.2 / MARGIN)
+    state = at(4, Recovery(goal=8, wait=FIRST_WAIT, sprints=1))
+    after, decision = Controller(level).decide(state, seen((1, 10, 70), (1, 70, 1), budget))
+    assert (decision.exit_layer, after.recovery.goal) == (6, None)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from balcony_edge.slowdown import CATCH_UP_VARIANCE, EXIT_VARIANCE, Slowdown
+from balcony_edge.slowdown import CATCH_UP_VARIANCE, DECAY_TOKENS, EXIT_VARIANCE, NOISE_FLOOR, OFFSET_DECAY, Slowdown
 
 
 def test_filter_update_is_the_kalman_one() -> None:
@@ -88,3 +88,18 @@ def test_a_pause_leaves_doubt_and_no_more() -> None:
     assert (rested.variance, rested.surprise, rested.drift) == (0.05**2, 0, 0.0)
     assert (rested.mean, rested.noise_variance) == (0.3, 0.05**2)
     assert Slowdown(variance=0.2**2).rested().variance == 0.2**2  # what was less sure stays so
+
+
+def test_silence_does_not_make_the_filter_blind() -> None:
+    slowdown = Slowdown().for_exits(2)
+    for _ in range(500):
+        slowdown = slowdown.update(0, 0.0, 1.0)
+    assert slowdown.noise_variance == NOISE_FLOOR
+
+
+def test_what_was_learned_of_an_unused_exit_is_forgotten_bit_by_bit() -> None:
+    slowdown = Slowdown(variance=1e-6, noise_variance=0.02**2, offsets=(0.3, 0.0, 0.0), offset_variances=(1e-6,) * 3)
+    for _ in range(DECAY_TOKENS):
+        slowdown = slowdown.update(1, 0.0, 1.0)
+    assert slowdown.offsets[0] == pytest.approx(0.3 * (1 - OFFSET_DECAY))
+    assert slowdown.offset_variances[0] > 1e-6
