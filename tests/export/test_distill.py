@@ -232,7 +232,7 @@ def test_a_reused_pass_is_made_once_and_a_resumed_run_makes_the_same_states(
     first = trainer_of(make_tiny("llama"), corpus, tmp_path / "parts", **options)
     first.work.mkdir(parents=True)
     while first.step < 8:  # in the second pass over a window
-        first._log(Progress(first.step, 25, first.train_step(), None, 0.0, 0.0))
+        first._log(Progress(first.step, 25, first.train_step(), None, 0.0, 0.0), 1.0)
     first.checkpoint()
     second = trainer_of(make_tiny("llama"), corpus, tmp_path / "parts", **options)
     assert second.resume()
