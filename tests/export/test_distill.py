@@ -23,10 +23,10 @@ import torch
 
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.balcony import Balcony, load_balconies
-from balcony_export.distill import METRICS, Progress, Trainer
+from balcony_export.distill import METRICS, Trainer
 from balcony_export.distill_config import TrainConfig
 from balcony_export.distill_data import Corpus, Rows, build_corpus
-from balcony_export.distill_report import plot_curves
+from balcony_export.distill_report import Progress, plot_curves
 
 SEQ_LEN = 24
 
@@ -430,7 +430,7 @@ def test_a_run_that_left_no_checkpoint_leaves_no_curve(
 ) -> None:
     killed = trainer_of(make_tiny("llama"), corpus, tmp_path)
     killed.work.mkdir(parents=True)
-    killed._log(Progress(1, 12, killed.train_step(), None, 0.0, 0.0))
+    killed._log(Progress(1, 12, killed.train_step(), None, 0.0, 0.0), 1.0)
     again = trainer_of(make_tiny("llama"), corpus, tmp_path)
     again.run()
     assert [json.loads(line)["step"] for line in (again.work / METRICS).read_text().splitlines()] == list(range(12))
