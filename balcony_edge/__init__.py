@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from balcony_edge.budget import Budget, load_budget
     from balcony_runtime.backends.choose import DeviceName
-    from balcony_runtime.generate import LLM
+    from balcony_runtime.llm import LLM
 
 __all__ = ["BalconyError", "Budget", "load", "load_budget"]
 #: Name → the module that has it. Budgets are types of pydantic, which takes 0.1 s to import.
@@ -75,7 +75,7 @@ def load(
         DeviceError: the device is not there, or has not enough memory.
         MissingDependencyError: the engine is not installed.
     """
-    from balcony_runtime.generate import LLM  # noqa: PLC0415 - keeps `import balcony_edge` free of engines
+    from balcony_runtime.llm import LLM  # noqa: PLC0415 - keeps `import balcony_edge` free of engines
 
     return LLM.open(
         path,

@@ -29,11 +29,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel
 
-from balcony_export.balcony import Balcony
-from balcony_export.distill import Trainer
-from balcony_export.distill_config import TrainConfig
-from balcony_export.distill_data import Corpus, build_corpus
-from balcony_export.joint import ExitScore, JointConfig, JointTrainer
+from balcony_export.data.corpus import Corpus, build_corpus
+from balcony_export.model.balcony import Balcony
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.joint import ExitScore, JointConfig, JointTrainer
+from balcony_export.train.trainer import Trainer
 
 EXITS = (3, 4, 5)
 SEQ_LEN, ROWS = 128, 8

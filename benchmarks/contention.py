@@ -2,9 +2,9 @@
 
 Owns the competitor, the alignment of runs and what counts as late. The competitor is a process pinned to one of our CPUs that
 sweeps an array (it takes cycles, cache and memory bandwidth) for a share of every 20 ms; the share follows a load of
-:mod:`balcony_edge.loads` on a clock that both know. Its array and priority are chosen by trial so that the shallowest exit
-still holds the target under it: the target is full depth on an idle machine / 0.9, and the slowed shallowest exit must cost
-no more than 0.9 of the target.
+:mod:`balcony_edge.simulation.loads` on a clock that both know. Its array and priority are chosen by trial so that the
+shallowest exit still holds the target under it: the target is full depth on an idle machine / 0.9, and the slowed
+shallowest exit must cost no more than 0.9 of the target.
 
 Each load is run under the controller, at the shallowest exit alone (twice) and at full depth alone, from the same moment of
 the load on. A token is *late* where its gap exceeds the target and no token that the shallowest exit made at that moment of
@@ -33,8 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_edge.loads import Load, parse_load
-from balcony_runtime.generate import LLM
+from balcony_edge.simulation.loads import Load, parse_load
+from balcony_runtime.llm import LLM
 
 #: Name → load, whose height above 1 is the competitor's share of each slice.
 LOADS = {

@@ -38,13 +38,13 @@ from statistics import mean
 from typing import Any
 
 from balcony_edge.budget import Budget
-from balcony_edge.controller import Controller, ControllerState
-from balcony_edge.costs import Bend, CostModel, UnitCost
-from balcony_edge.decision import Measurement, Observation
-from balcony_edge.loads import parse_load
-from balcony_edge.plant import Device, Plant
-from balcony_edge.profile import Profile
-from balcony_edge.simulate import simulate
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import Measurement, Observation
+from balcony_edge.device.costs import Bend, CostModel, UnitCost
+from balcony_edge.device.profile import Profile
+from balcony_edge.simulation.loads import parse_load
+from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.simulate import simulate
 
 
 def _layers(count: int) -> UnitCost:

@@ -10,11 +10,11 @@ from statistics import fmean
 from typing import Any
 
 from balcony_edge.budget import Budget
-from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import InfeasibleError
-from balcony_edge.loads import parse_load
-from balcony_edge.plant import Device, Plant
-from balcony_edge.simulate import SimulatedToken, simulate
+from balcony_edge.simulation.loads import parse_load
+from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.simulate import SimulatedToken, simulate
 
 #: Name → what the gauge does: how old what it shows is, over how long it averages, how often it shows another value.
 GAUGES: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from balcony_edge.budget import Budget
-from balcony_edge.loads import parse_load
-from balcony_edge.plant import Device, Plant
-from balcony_edge.simulate import SimulatedToken, simulate
+from balcony_edge.simulation.loads import parse_load
+from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.simulate import SimulatedToken, simulate
 from benchmarks.controller import COSTS, DEVICE, SETTLING_S, TARGET_MS, oracle
 
 SQUARE = "square:high=1.7,period_s=6"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from balcony_runtime.engine import Engine, Sequence
 from benchmarks.rounds import interleave, ratio
 from benchmarks.whole_graph import WholeGraph

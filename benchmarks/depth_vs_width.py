@@ -33,11 +33,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from balcony_export.balcony import init_balconies, load_balconies
-from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.data.text_files import json_lines, read_text
 from balcony_export.export import export_bundle
 from balcony_export.extract import submodel
-from balcony_export.text_files import json_lines, read_text
+from balcony_export.model.balcony import init_balconies, load_balconies
+from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_runtime.engine import Engine
 from benchmarks.gpu import tokens_per_second
 from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio

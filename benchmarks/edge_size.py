@@ -54,7 +54,7 @@ def write_checkpoint(shape: str, path: Path) -> None:
     import torch  # noqa: PLC0415 - only the process that makes it needs a workstation's packages
     import transformers  # noqa: PLC0415 - likewise
 
-    from balcony_export.checkpoint import demo_model_path, load_tokenizer  # noqa: PLC0415 - likewise
+    from balcony_export.model.checkpoint import demo_model_path, load_tokenizer  # noqa: PLC0415 - likewise
 
     name, options = SHAPES[shape]
     config = getattr(transformers, name)(**options, bos_token_id=1, eos_token_id=2)

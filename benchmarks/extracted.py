@@ -24,11 +24,11 @@ import torch
 import transformers
 
 from balcony_edge.budget import Budget
-from balcony_export.balcony import load_balconies
-from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.export import export_bundle
 from balcony_export.extract import extract
-from balcony_runtime.generate import LLM
+from balcony_export.model.balcony import load_balconies
+from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_runtime.llm import LLM
 from benchmarks.peer_workers.install import ROOT, python_of
 from benchmarks.peer_workers.process import Worker
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from balcony_edge.bundle import Bundle
-from balcony_edge.device import this_device
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.device.machine import this_device
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.choose import open_backend
@@ -48,9 +48,9 @@ def export_shape(shape: str, output: Path) -> None:
     import torch  # noqa: PLC0415 - only this step needs a workstation's packages
     import transformers  # noqa: PLC0415 - likewise
 
-    from balcony_export.balcony import init_balconies, parse_exits  # noqa: PLC0415 - likewise
-    from balcony_export.checkpoint import demo_model_path, load_tokenizer  # noqa: PLC0415 - likewise
     from balcony_export.export import export_bundle  # noqa: PLC0415 - likewise
+    from balcony_export.model.balcony import init_balconies, parse_exits  # noqa: PLC0415 - likewise
+    from balcony_export.model.checkpoint import demo_model_path, load_tokenizer  # noqa: PLC0415 - likewise
 
     torch.set_default_dtype(torch.float16)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[shape])).eval()

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_runtime.calibrate import calibrate
-from balcony_runtime.generate import LLM
+from balcony_runtime.decoding.prices import calibrate
+from balcony_runtime.llm import LLM
 from benchmarks.policies import always_paying, read_prompts
 from benchmarks.rounds import cpu_name
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from benchmarks.rounds import aligned, bar, interleave, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,9 +75,9 @@ def open_full_depth(bundle: Bundle, path: Path) -> Bundle:
 
 
 def _export_full_depth(path: Path, bundle: Bundle) -> None:
-    from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer  # noqa: PLC0415 - torch is slow
     from balcony_export.export import export_bundle  # noqa: PLC0415 - likewise, and only where nothing is cached
-    from balcony_export.quantize import Scheme  # noqa: PLC0415 - likewise
+    from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer  # noqa: PLC0415 - torch is slow
+    from balcony_export.quantize.blocks import Scheme  # noqa: PLC0415 - likewise
 
     model, source, blocks = bundle.manifest.model, demo_model_path(), bundle.manifest.quantization
     scheme = None if blocks is None else Scheme(**blocks.model_dump(exclude={"method", "calibration_tokens"}))

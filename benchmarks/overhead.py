@@ -25,13 +25,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from balcony_edge.budget import Budget
-from balcony_edge.bundle import Bundle
-from balcony_edge.manifest import Manifest
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import Manifest
 from balcony_runtime.backends.base import Backend, State
 from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from balcony_runtime.calibrate import calibrate
+from balcony_runtime.decoding.prices import calibrate
 from balcony_runtime.engine import Engine
-from balcony_runtime.generate import LLM
+from balcony_runtime.llm import LLM
 from balcony_runtime.text import TextCodec
 from benchmarks.decode import prompt
 from benchmarks.rounds import interleave, p95

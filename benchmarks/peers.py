@@ -58,8 +58,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from balcony_edge.bundle import Bundle
-from balcony_edge.device import available_cpus
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.device.machine import available_cpus
 from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import install
 from benchmarks.peer_workers.process import Worker

@@ -32,12 +32,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_edge.costs import CostModel, UnitCost
-from balcony_edge.manifest import ConfidenceSpec
-from balcony_runtime.calibrate import calibrate
-from balcony_runtime.confident import Confident
-from balcony_runtime.generate import LLM
-from balcony_runtime.thresholds import compare_exits, learn
+from balcony_edge.bundle.manifest import ConfidenceSpec
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_runtime.decoding.confident import Confident
+from balcony_runtime.decoding.prices import calibrate
+from balcony_runtime.decoding.thresholds import compare_exits, learn
+from balcony_runtime.llm import LLM
 from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
 
 TOKENS, PROMPTS, ROUNDS = 96, 6, 5

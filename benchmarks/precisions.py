@@ -27,14 +27,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from balcony_edge.bundle import Bundle
-from balcony_edge.manifest import Manifest
-from balcony_export.balcony import load_balconies
-from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
-from balcony_export.choose import Judge, judged
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import Manifest
 from balcony_export.export import export_bundle, trace
-from balcony_export.gptq import calibration_rows
-from balcony_export.quantize import parse_precision
+from balcony_export.model.balcony import load_balconies
+from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.precision import Judge, judged
+from balcony_export.quantize.blocks import parse_precision
+from balcony_export.quantize.gptq import calibration_rows
 from balcony_runtime.engine import Engine
 from benchmarks.decode import block
 from benchmarks.rounds import Neighbours, aligned, interleave, ratio

@@ -31,8 +31,8 @@ from typing import Any
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.profile import Profile
-from balcony_runtime.generate import LLM
+from balcony_edge.device.profile import Profile
+from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import WARM_TOKENS, Bench, Key, prompt, switched
 from balcony_runtime.profiler.grid import Grid
 from balcony_runtime.profiler.timing import quantile

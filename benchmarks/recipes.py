@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from balcony_export.balcony import Balcony
-from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
-from balcony_export.distill import Trainer
-from balcony_export.distill_config import TrainConfig
-from balcony_export.distill_data import Corpus, Rows, build_corpus
-from balcony_export.text_files import json_lines, read_text
+from balcony_export.data.corpus import Corpus, Rows, build_corpus
+from balcony_export.data.text_files import json_lines, read_text
+from balcony_export.model.balcony import Balcony
+from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.trainer import Trainer
 
 EXITS = (14, 17, 20)
 SEQ_LEN = 512

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_runtime.generate import LLM
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
-from balcony_runtime.sampling import SamplingParams
 
 #: Tokens after which everything that grows once (arenas, caches, code paths) has grown.
 SETTLED_TOKENS = 10_000

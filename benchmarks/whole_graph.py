@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from balcony_edge.bundle import Bundle
-from balcony_edge.manifest import WEIGHTS
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import WEIGHTS
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.onnxruntime_state import BUCKET, bound_run
 from balcony_runtime.backends.packed_weights import joined_step
-from balcony_runtime.token_table import TokenTable
+from balcony_runtime.backends.token_table import TokenTable
 
 
 def write_whole_graph(bundle: Bundle, directory: Path) -> Path:

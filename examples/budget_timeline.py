@@ -21,9 +21,9 @@ from rich.console import Console
 
 import balcony_edge
 from balcony_edge.cli.console import depth_styles
-from balcony_runtime.generate import LLM
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token
-from balcony_runtime.sampling import SamplingParams
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

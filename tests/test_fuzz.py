@@ -25,12 +25,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balcony_edge.bundle import Bundle, fingerprint
+from balcony_edge.bundle.bundle import Bundle, fingerprint
+from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BalconyError, BundleError, CheckpointError
-from balcony_edge.manifest import MANIFEST
-from balcony_export.balcony import INDEX, init_balconies, load_balconies, save_balconies
-from balcony_export.balcony import fingerprint as base_of
 from balcony_export.export import export_bundle
+from balcony_export.model.balcony import INDEX, init_balconies, load_balconies, save_balconies
+from balcony_export.model.balcony import fingerprint as base_of
 from balcony_runtime.engine import Engine, Sequence
 
 FUZZ = Path(__file__).with_name("fuzz_bundle.py")

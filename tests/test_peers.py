@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError, VerificationError
 from balcony_runtime.engine import Engine
 from benchmarks import peers

@@ -16,13 +16,13 @@ import torch
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import MissingDependencyError
-from balcony_export.balcony import init_balconies, load_balconies
-from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
-from balcony_export.distill_loss import HeadLoss
-from balcony_export.distill_states import Backbone
 from balcony_export.export import export_bundle
+from balcony_export.model.balcony import init_balconies, load_balconies
+from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.train.loss import HeadLoss
+from balcony_export.train.states import Backbone
 from balcony_export.verify import verify
-from balcony_runtime.generate import LLM
+from balcony_runtime.llm import LLM
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +141,7 @@ def test_the_shipped_balconies_are_this_models_and_predict_what_it_predicts(demo
 
 
 def test_bytes_read_are_those_of_the_checkpoint(demo: Any) -> None:
-    manifest = balcony_edge.bundle.Bundle.open(demo.path, verify_hashes=False).manifest
+    manifest = balcony_edge.bundle.bundle.Bundle.open(demo.path, verify_hashes=False).manifest
     layer, head = 3_540_096, 28_311_552  # parameters of a decoder layer and of the tied table
     for exit_layer in EXITS:
         assert manifest.bytes_per_token(exit_layer) == 4 * ((exit_layer + 1) * layer + 576 + head)

@@ -46,7 +46,7 @@ def check(
 ) -> None:
     """Read a target file and say what it asks for; a wrong one is one line and exit code 1."""
     from balcony_edge.budget import load_budget
-    from balcony_edge.bundle import Bundle
+    from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.console import stdout
     from balcony_edge.errors import BudgetError
 

@@ -12,8 +12,8 @@ import typer
 CONTEXT_LENGTH = 2048
 
 if TYPE_CHECKING:
-    from balcony_edge.bundle import Bundle
-    from balcony_edge.manifest import EnginePrecision, EngineSet
+    from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.bundle.manifest import EnginePrecision, EngineSet
 
 
 def build(
@@ -55,7 +55,7 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Build one engine per stage, balcony and head into BUNDLE/tensorrt/. Graphs that are there already are taken."""
-    from balcony_edge.bundle import Bundle
+    from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.errors import InputError
 
     if block not in (32, 64, 128):
@@ -84,7 +84,7 @@ def build(
 
 def default_context(bundle: Path) -> int:
     """Rows of the caches where no number is given: those of the bundle's context, bounded."""
-    from balcony_edge.bundle import Bundle
+    from balcony_edge.bundle.bundle import Bundle
 
     return min(CONTEXT_LENGTH, Bundle.open(bundle, verify_hashes=False).manifest.model.context_length)
 
@@ -103,7 +103,7 @@ def build_into(
 
     A set that was there stays as it is until the one that takes its place is whole.
     """
-    from balcony_edge.bundle import Bundle, new_engine_directory, record_engines
+    from balcony_edge.bundle.bundle import Bundle, new_engine_directory, record_engines
     from balcony_edge.cli.console import native_stderr_dropped, progress_bar
 
     name = f"{target}-{precision}" + ("-plain" if operators == "plain" else "")
@@ -111,7 +111,7 @@ def build_into(
     with native_stderr_dropped(), progress_bar() as progress, new_engine_directory(path, name) as directory:
         builder = None
         if builder_options is not None:
-            from balcony_runtime.tensorrt_builder import Builder
+            from balcony_runtime.backends.tensorrt_builder import Builder
 
             builder = Builder(target, batch_size=wanted["batch_size"], **builder_options)
         if rounded_as is not None or not _has_graphs(bundle, name, wanted, precision):
@@ -120,12 +120,12 @@ def build_into(
         elif builder is None:
             return name
         else:
-            from balcony_runtime.tensorrt_builder import link_files
+            from balcony_runtime.backends.tensorrt_builder import link_files
 
             engines = bundle.manifest.engines[name]
             link_files(bundle.engine_directory(name), engines, directory)
         if builder is not None:
-            from balcony_runtime.tensorrt_builder import make_engines
+            from balcony_runtime.backends.tensorrt_builder import make_engines
 
             graphs = [key for key in engines.graphs if whole or key != "backbone"]
             engines = make_engines(
@@ -155,9 +155,9 @@ def _make_graphs(
     wanted: dict[str, int],
     rounded_as: Path | None,
 ) -> EngineSet:
-    from balcony_edge.bundle import Bundle as Opened
-    from balcony_export.tensorrt import make_graphs, rounding_of
-    from balcony_export.tensorrt_graphs import Format
+    from balcony_edge.bundle.bundle import Bundle as Opened
+    from balcony_export.tensorrt.engine_set import make_graphs, rounding_of
+    from balcony_export.tensorrt.graphs import Format
 
     form = Format(precision, operators, wanted["context_length"], wanted["block_size"])  # type: ignore[arg-type]
     rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from balcony_edge.bundle import Bundle
+    from balcony_edge.bundle.bundle import Bundle
 
 
 def calibrate(
@@ -32,12 +32,12 @@ def calibrate(
     """Measure how sure each balcony must be, and write the thresholds into the bundle's manifest (not its fingerprint)."""
     from rich.table import Table
 
-    from balcony_edge.bundle import Bundle, record_confidence
+    from balcony_edge.bundle.bundle import Bundle, record_confidence
     from balcony_edge.cli.console import progress_bar, stdout
     from balcony_edge.errors import BundleError, InputError
     from balcony_edge.files import require_writable
+    from balcony_runtime.decoding.thresholds import calibrate_confidence
     from balcony_runtime.engine import Engine
-    from balcony_runtime.thresholds import calibrate_confidence
 
     if (text is None) == (check is None):
         raise InputError("give --text to calibrate, or --check to see what the thresholds do on other text")
@@ -82,8 +82,8 @@ def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_
 
     from balcony_edge.cli.console import progress_bar, stdout
     from balcony_edge.errors import InputError
+    from balcony_runtime.decoding.thresholds import held_out
     from balcony_runtime.engine import Engine
-    from balcony_runtime.thresholds import held_out
 
     spec = bundle.manifest.confidence
     if spec is None:
@@ -121,7 +121,7 @@ def _share(name: str, text: str) -> float:
 
 def _documents(path: Path, bundle: Bundle, most: int, longest: int) -> list[list[int]]:
     from balcony_edge.errors import InputError
-    from balcony_export.text_files import json_lines, read_text
+    from balcony_export.data.text_files import json_lines, read_text
     from balcony_runtime.text import TextCodec
 
     forms = 'JSON Lines with "text", or .txt'

@@ -13,7 +13,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.errors import BalconyError, BudgetError, ContextLengthError, InputError
 
 if TYPE_CHECKING:
-    from balcony_runtime.generate import LLM
+    from balcony_runtime.llm import LLM
     from balcony_runtime.reply import Reply
 
 HELP = """\

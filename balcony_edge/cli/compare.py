@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from balcony_edge.tables import Format
+from balcony_edge.device.tables import Format
 
 if TYPE_CHECKING:
-    from balcony_edge.compare import Comparison
-    from balcony_edge.profile import Profile
+    from balcony_edge.device.compare import Comparison
+    from balcony_edge.device.profile import Profile
 
 
 def compare(
@@ -26,9 +26,9 @@ def compare(
 ) -> None:
     """Compare two devices, bundles or versions: ratios, and whether they are more than chance."""
     from balcony_edge.cli.console import say_doubts
-    from balcony_edge.compare import compare_profiles
-    from balcony_edge.profile import Profile
-    from balcony_edge.tables import entry_row, render_rows
+    from balcony_edge.device.compare import compare_profiles
+    from balcony_edge.device.profile import Profile
+    from balcony_edge.device.tables import entry_row, render_rows
 
     one, two = Profile.load(first), Profile.load(second)
     for path, profile in ((first, one), (second, two)):

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from balcony_edge.profile import Profile
+    from balcony_edge.device.profile import Profile
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)

@@ -29,7 +29,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show this device, its engines, and every sensor: its value, or why it is missing and what to do about it."""
-    from balcony_edge.device import this_device
+    from balcony_edge.device.machine import this_device
     from balcony_runtime.sensors import Sensors, device_sources
 
     if not sysfs.is_dir():

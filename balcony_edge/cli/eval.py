@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from balcony_export.evaluate_report import Report
-    from balcony_export.evaluate_scorer import BundleScorer, TorchScorer
+    from balcony_export.evaluate.report import Report
+    from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
 
 
 def evaluate(
@@ -45,12 +45,12 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL to the full model, agreement and task accuracy of every exit, with standard errors."""
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm: lm-evaluation-harness's bars would tear ours
-    from balcony_edge.bundle import Bundle, record_quality
+    from balcony_edge.bundle.bundle import Bundle, record_quality
+    from balcony_edge.bundle.manifest import MANIFEST
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_edge.errors import BundleError, InputError
     from balcony_edge.files import require_writable
-    from balcony_edge.manifest import MANIFEST
-    from balcony_export.evaluate_report import write_report
+    from balcony_export.evaluate.report import write_report
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
     if not text and not names:
@@ -83,9 +83,9 @@ def evaluate(
 
 
 def _open_bundle(subject: str, exits: str | None, threads: int | None) -> BundleScorer:
-    from balcony_edge.bundle import Bundle
-    from balcony_export.balcony import parse_exits
-    from balcony_export.evaluate_scorer import BundleScorer
+    from balcony_edge.bundle.bundle import Bundle
+    from balcony_export.evaluate.scorer import BundleScorer
+    from balcony_export.model.balcony import parse_exits
 
     bundle = Bundle.open(subject)
     depth = bundle.manifest.model.num_layers
@@ -95,10 +95,10 @@ def _open_bundle(subject: str, exits: str | None, threads: int | None) -> Bundle
 def _open_model(subject: str, balconies: Path | None, exits: str | None, threads: int | None) -> TorchScorer:
     import torch
 
-    from balcony_edge.device import checked_threads
-    from balcony_export.balcony import init_balconies, load_balconies, parse_exits
-    from balcony_export.checkpoint import load_model, load_tokenizer
-    from balcony_export.evaluate_scorer import TorchScorer
+    from balcony_edge.device.machine import checked_threads
+    from balcony_export.evaluate.scorer import TorchScorer
+    from balcony_export.model.balcony import init_balconies, load_balconies, parse_exits
+    from balcony_export.model.checkpoint import load_model, load_tokenizer
 
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
@@ -123,14 +123,14 @@ def _measure(
     threads: int | None,
     progress: Callable[[str, float], None],
 ) -> Report:
-    from balcony_export.evaluate import evaluate_text, read_documents
-    from balcony_export.evaluate_report import build_report
+    from balcony_export.evaluate.report import build_report
+    from balcony_export.evaluate.text import evaluate_text, read_documents
 
     with closing(scorer):
         documents = {path.name: read_documents(path, scorer.tokenizer, limit) for path in text}
         runs = {}  # tasks first: a name that is misspelt shows before the work
         if tasks:
-            from balcony_export.evaluate_tasks import evaluate_tasks
+            from balcony_export.evaluate.tasks import evaluate_tasks
 
             runs = evaluate_tasks(scorer, tasks, data=data, limit=limit, progress=progress)
         reference = None if model is None else _open_model(model, None, None, threads)
@@ -152,7 +152,7 @@ def _show(report: Report, as_json: bool) -> None:
     from rich.table import Table
 
     from balcony_edge.cli.console import stdout
-    from balcony_export.evaluate_report import as_document, grids
+    from balcony_export.evaluate.report import as_document, grids
 
     if as_json:
         print(json.dumps(as_document(report)))  # noqa: T201 - programs read this

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from balcony_edge.manifest import EnginePrecision, Manifest
-    from balcony_export.quantize import Scheme
+    from balcony_edge.bundle.manifest import EnginePrecision, Manifest
+    from balcony_export.quantize.blocks import Scheme
 
 
 def export(
@@ -63,16 +63,16 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Export a model as a bundle: one shared backbone, one exit per balcony and the full depth."""
-    from balcony_edge.bundle import Bundle
+    from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_edge.errors import InputError
-    from balcony_export.balcony import init_balconies, load_balconies, parse_exits
-    from balcony_export.checkpoint import load_model, load_tokenizer
-    from balcony_export.choose import Judge, export_within, judged, parse_budget
     from balcony_export.export import export_bundle
-    from balcony_export.gptq import calibration_rows
+    from balcony_export.model.balcony import init_balconies, load_balconies, parse_exits
+    from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.output import refuse_existing
-    from balcony_export.quantize import Scheme, parse_precision
+    from balcony_export.precision import Judge, export_within, judged, parse_budget
+    from balcony_export.quantize.blocks import Scheme, parse_precision
+    from balcony_export.quantize.gptq import calibration_rows
     from balcony_export.verify import Check, require
     from balcony_export.verify import verify as run_checks
 
@@ -135,7 +135,7 @@ def export(
 def _refuse_calibration(scheme: str | Scheme, precision: str, calibration: list[Path] | None) -> None:
     """Refuse text where nothing is rounded, and none where caches are."""
     from balcony_edge.errors import InputError
-    from balcony_export.kv_quantize import require_text
+    from balcony_export.quantize.kv_cache import require_text
 
     if isinstance(scheme, str):
         if calibration:

@@ -26,9 +26,9 @@ def extract(
     """
     from balcony_edge.cli.console import stdout
     from balcony_edge.errors import InputError
-    from balcony_export.balcony import init_balconies, load_balconies, parse_exits
-    from balcony_export.checkpoint import load_model, load_tokenizer
     from balcony_export.extract import extract as write
+    from balcony_export.model.balcony import init_balconies, load_balconies, parse_exits
+    from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.output import refuse_existing
 
     refuse_existing(output)

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.cli.build import show_engines
-from balcony_edge.manifest import Manifest
 
 
 def inspect(

@@ -16,12 +16,12 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from balcony_edge.telemetry import adding_up
+from balcony_edge.device.readings import adding_up
 
 if TYPE_CHECKING:
     from balcony_edge.budget import Budget
-    from balcony_edge.telemetry import Reading
-    from balcony_runtime.confident import Telemetry
+    from balcony_edge.device.readings import Reading
+    from balcony_runtime.decoding.confident import Telemetry
     from balcony_runtime.reply import Token, TokenStream
 
 #: Decisions shown at most, and tokens that the mean is taken over.

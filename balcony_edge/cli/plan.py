@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from balcony_edge.plan import Check, Plan
+    from balcony_edge.simulation.plan import Check, Plan
 
 
 def plan(
@@ -24,12 +24,12 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Say per exit whether each target is met, with what probability, and what the controller would do."""
-    from balcony_edge.bundle import Bundle
+    from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.budget import asked_budget
     from balcony_edge.cli.console import say_doubts, stderr
+    from balcony_edge.device.profile import Profile
     from balcony_edge.errors import ContextLengthError
-    from balcony_edge.plan import REPLY_TOKENS, make_plan
-    from balcony_edge.profile import Profile
+    from balcony_edge.simulation.plan import REPLY_TOKENS, make_plan
 
     asked, measured = asked_budget(budget, tpot_ms), Profile.load(profile)
     total = prompt_tokens + (asked.expected_tokens or REPLY_TOKENS)

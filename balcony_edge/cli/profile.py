@@ -12,8 +12,8 @@ import typer
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from balcony_edge.profile import Profile
-    from balcony_edge.tables import Format
+    from balcony_edge.device.profile import Profile
+    from balcony_edge.device.tables import Format
 
 
 def profile(
@@ -83,7 +83,7 @@ def profile(
 
 def _target(value: str) -> tuple[Format, Path | None]:
     """``(format, file)``; no file is stdout."""
-    from balcony_edge.tables import FORMATS
+    from balcony_edge.device.tables import FORMATS
 
     for form in FORMATS:
         if value == form:
@@ -117,9 +117,9 @@ def _seconds(text: str) -> float:
 
 
 def _write(measured: Profile, form: Format, path: Path | None) -> None:
+    from balcony_edge.device.tables import render
     from balcony_edge.errors import ProfileError
     from balcony_edge.files import write_atomically
-    from balcony_edge.tables import render
 
     text = render(measured, form)
     if path is None:

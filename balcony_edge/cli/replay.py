@@ -24,8 +24,8 @@ def replay(
     from rich.table import Table
 
     from balcony_edge.cli.console import stdout
-    from balcony_edge.trace import read_trace
-    from balcony_edge.trace import replay as decide_again
+    from balcony_edge.control.trace import read_trace
+    from balcony_edge.control.trace import replay as decide_again
 
     recorded = read_trace(trace)
     differences: list[dict[str, Any]] = []

@@ -17,8 +17,8 @@ from balcony_edge.errors import BudgetError, InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from balcony_runtime.decoding.sampling import SamplingParams
     from balcony_runtime.reply import Reply, TokenStream
-    from balcony_runtime.sampling import SamplingParams
 
 
 def run(
@@ -85,8 +85,8 @@ def run(
     from balcony_edge.cli.chat import converse
     from balcony_edge.cli.console import depth_styles, stderr, stdout, write_text
     from balcony_edge.cli.live import show_live
-    from balcony_edge.trace import TraceWriter
-    from balcony_runtime.sampling import SamplingParams
+    from balcony_edge.control.trace import TraceWriter
+    from balcony_runtime.decoding.sampling import SamplingParams
 
     sampling = SamplingParams(
         temperature=temperature,

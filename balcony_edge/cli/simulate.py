@@ -14,9 +14,9 @@ import typer
 
 if TYPE_CHECKING:
     from balcony_edge.budget import Budget
-    from balcony_edge.loads import Load
-    from balcony_edge.plant import Device
-    from balcony_edge.profile import Profile
+    from balcony_edge.device.profile import Profile
+    from balcony_edge.simulation.loads import Load
+    from balcony_edge.simulation.plant import Device
 
 
 def simulate(
@@ -48,13 +48,13 @@ def simulate(
     """Try a budget offline: exits, lateness, watts and degrees under a load."""
     from contextlib import nullcontext
 
-    from balcony_edge import simulate as simulation
     from balcony_edge.cli.budget import asked_budget
     from balcony_edge.cli.console import say_doubts
+    from balcony_edge.control.trace import TraceWriter
+    from balcony_edge.device.profile import Profile
     from balcony_edge.errors import BudgetError
-    from balcony_edge.plant import Plant
-    from balcony_edge.profile import Profile
-    from balcony_edge.trace import TraceWriter
+    from balcony_edge.simulation import simulate as simulation
+    from balcony_edge.simulation.plant import Plant
 
     asked, measured = asked_budget(budget, tpot_ms), Profile.load(profile)
     say_doubts(profile, measured)
@@ -80,9 +80,9 @@ def load(text: str) -> Load:
     Raises:
         InputError: neither, or a run that measured no slowdown.
     """
+    from balcony_edge.control.trace import read_trace
     from balcony_edge.errors import InputError
-    from balcony_edge.loads import parse_load, recorded
-    from balcony_edge.trace import read_trace
+    from balcony_edge.simulation.loads import parse_load, recorded
 
     if not os.path.isfile(text):  # noqa: PTH113 - a load may be longer than a file name
         return parse_load(text)
@@ -108,7 +108,7 @@ def physics(words: list[str], profile: Profile, budget: Budget) -> Device:
         InputError: another key, or a value that is none.
     """
     from balcony_edge.errors import InputError
-    from balcony_edge.plant import RANGES, Device
+    from balcony_edge.simulation.plant import RANGES, Device
 
     values: dict[str, Any] = {"rail": budget.power_rail}
     measured = profile.powered(budget.power_rail)

@@ -19,10 +19,10 @@ from balcony_edge.cli.train_joint import (
 )
 
 if TYPE_CHECKING:
-    from balcony_export.balcony import Kind
-    from balcony_export.distill import Trainer
-    from balcony_export.distill_data import Corpus
-    from balcony_export.distill_report import Progress
+    from balcony_export.data.corpus import Corpus
+    from balcony_export.model.balcony import Kind
+    from balcony_export.train.report import Progress
+    from balcony_export.train.trainer import Trainer
 
 
 def train(
@@ -107,13 +107,13 @@ def train(
     import torch
 
     from balcony_edge.cli.console import stderr
-    from balcony_edge.device import checked_threads
+    from balcony_edge.device.machine import checked_threads
     from balcony_edge.errors import InputError, TrainingError
-    from balcony_export.balcony import load_balconies, parse_exits
-    from balcony_export.checkpoint import load_tokenizer
-    from balcony_export.distill import Trainer
-    from balcony_export.distill_config import TrainConfig
-    from balcony_export.distill_data import build_corpus
+    from balcony_export.data.corpus import build_corpus
+    from balcony_export.model.balcony import load_balconies, parse_exits
+    from balcony_export.model.checkpoint import load_tokenizer
+    from balcony_export.train.config import TrainConfig
+    from balcony_export.train.trainer import Trainer
 
     if tokens is not None:
         if steps is not None:
@@ -192,7 +192,7 @@ def train(
 def _first_row(start: Path | None, layers: tuple[int, ...], corpus: Corpus) -> int:
     """Rows of the corpus that the balconies to start from have learned from."""
     from balcony_edge.cli.console import stderr
-    from balcony_export.balcony import rows_seen
+    from balcony_export.model.balcony import rows_seen
 
     seen = 0 if start is None else rows_seen(start, layers, corpus.digest)
     if seen:
@@ -221,7 +221,7 @@ def _shares(given: list[str]) -> dict[str, float]:
 def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:
     """Refuse to write over balconies that another run left there, unless it is from them that this one starts."""
     from balcony_edge.errors import TrainingError
-    from balcony_export.distill_checkpoint import run_directory
+    from balcony_export.train.run_files import run_directory
 
     there = [layer for layer in layers if (output / f"balcony_{layer}.safetensors").exists()]
     if there and not run_directory(output, layers).exists() and (start is None or start.resolve() != output.resolve()):
@@ -232,7 +232,7 @@ def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -
 
 def _start(context: typer.Context, init: str, kind: Kind, start: Path | None) -> tuple[str, Kind]:
     """What the balconies begin as, for the record of the run, and their kind."""
-    from balcony_export.balcony import identity
+    from balcony_export.model.balcony import identity
 
     if start is None:
         return "last layer" if init == "last" else "random", kind
@@ -269,8 +269,8 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
 
     from balcony_edge.cli.console import stderr, stdout
     from balcony_edge.errors import MissingDependencyError
-    from balcony_export.distill import METRICS
-    from balcony_export.distill_report import Cost, plot_curves, pretraining_tokens, read_metrics
+    from balcony_export.train.report import Cost, plot_curves, pretraining_tokens, read_metrics
+    from balcony_export.train.trainer import METRICS
 
     results = trainer.best
     name = "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name

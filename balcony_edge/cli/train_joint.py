@@ -14,7 +14,7 @@ from balcony_edge.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from balcony_export.joint import Objective
+    from balcony_export.train.joint import Objective
 
 
 def objective_of(objective: str, unfreeze: bool, from_scratch: bool) -> Objective | None:
@@ -72,8 +72,8 @@ def load_trainable(source: str, seq_len: int) -> PreTrainedModel:
         CheckpointError, UnsupportedModelError: it cannot be read, or export could not represent it.
         InputError: rows longer than its context.
     """
-    from balcony_export.architecture import parts_of
-    from balcony_export.checkpoint import load_model
+    from balcony_export.model.architecture import parts_of
+    from balcony_export.model.checkpoint import load_model
 
     model = load_model(source, attn_implementation=None)
     parts_of(model)
@@ -97,11 +97,11 @@ def train_jointly(
     from rich.table import Table
 
     from balcony_edge.cli.console import progress_bar, stdout
-    from balcony_export.balcony import INDEX, parse_exits
-    from balcony_export.checkpoint import load_tokenizer
-    from balcony_export.distill_data import build_corpus
-    from balcony_export.joint import BASE, JointConfig, JointTrainer
+    from balcony_export.data.corpus import build_corpus
+    from balcony_export.model.balcony import INDEX, parse_exits
+    from balcony_export.model.checkpoint import load_tokenizer
     from balcony_export.output import refuse_existing
+    from balcony_export.train.joint import BASE, JointConfig, JointTrainer
 
     if (output / INDEX).exists():
         raise InputError(f"{output}: holds balconies of another model: name another directory")

@@ -19,10 +19,10 @@ def verify(
     """Compare logits of every exit with PyTorch: prefill, decode, and backbone.onnx. Exits 1 when a bound is broken."""
     from rich.table import Table
 
-    from balcony_edge.bundle import Bundle
+    from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.console import progress_bar, stdout
-    from balcony_export.balcony import init_balconies, load_balconies
-    from balcony_export.checkpoint import load_model, load_tokenizer
+    from balcony_export.model.balcony import init_balconies, load_balconies
+    from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.verify import require
     from balcony_export.verify import verify as run_checks
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from balcony_runtime.engine import Engine, Sequence
 from benchmarks.peer_workers.worker import MAX_LENGTH, FloatArray, Stepper, serve
 

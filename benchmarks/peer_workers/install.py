@@ -58,7 +58,7 @@ class PeerModel:
         """Where it lies."""
         if self.path is not None:
             return self.path
-        from balcony_export.checkpoint import demo_model_path  # noqa: PLC0415 - torch is slow to import
+        from balcony_export.model.checkpoint import demo_model_path  # noqa: PLC0415 - torch is slow to import
 
         return demo_model_path()
 
@@ -170,7 +170,7 @@ def _environment(peer: str) -> None:
 
 def _checkpoint() -> None:
     """The demo's model, dequantized, as a Hugging Face directory that transformers 4 and 5 read alike."""
-    from balcony_export.checkpoint import (  # noqa: PLC0415 - torch is slow
+    from balcony_export.model.checkpoint import (  # noqa: PLC0415 - torch is slow
         demo_model_path,
         load_model,
         load_tokenizer,

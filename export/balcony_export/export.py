@@ -1,8 +1,8 @@
 """From a Hugging Face causal LM and its balconies to a bundle on disk.
 
 Owns the order of the work and that it is atomic: everything is written into a directory of a temporary name beside the
-target, which is renamed when it is complete. Tracing is :mod:`.graph`, the cutting :mod:`.passes`, the external data
-:mod:`.weights`; checking the result against the model is :mod:`.verify`.
+target, which is renamed when it is complete. Tracing, cutting and the external data are :mod:`balcony_export.graph`'s; checking
+the result against the model is :mod:`.verify`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from balcony_edge.bundle import Bundle, write_manifest
+from balcony_edge.bundle.bundle import Bundle, write_manifest
+from balcony_edge.bundle.manifest import WEIGHTS, Manifest, ModelSpec
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_edge.manifest import WEIGHTS, Manifest, ModelSpec
-from balcony_export import graph, head, lower, passes
-from balcony_export.architecture import cast_weights, describe, embedding_scale, parts_of
-from balcony_export.balcony import Balcony
-from balcony_export.gptq import second_moments
-from balcony_export.ir_tools import graph_spec
-from balcony_export.kv_quantize import cache_scales, quantize_caches
+from balcony_export.graph import head, lower, passes
+from balcony_export.graph import trace as graph
+from balcony_export.graph.ir_tools import graph_spec
+from balcony_export.graph.weights import WeightFile
+from balcony_export.graph.widen import held, stand_ins, widen
+from balcony_export.model.architecture import cast_weights, describe, embedding_scale, parts_of
+from balcony_export.model.balcony import Balcony
 from balcony_export.output import fresh_directory
-from balcony_export.quantize import Blocks, Quantizer, Scheme, quantize_graph
-from balcony_export.weights import WeightFile
-from balcony_export.widen import held, stand_ins, widen
+from balcony_export.quantize.blocks import Blocks, Quantizer, Scheme, quantize_graph
+from balcony_export.quantize.gptq import second_moments
+from balcony_export.quantize.kv_cache import cache_scales, quantize_caches
 
 #: Told what is being done and which share of the work is done (0 to 1).
 Progress = Callable[[str, float], None]

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError, VerificationError
-from balcony_export.architecture import cast_weights, parts_of
-from balcony_export.balcony import Balcony
-from balcony_export.checkpoint import save_checkpoint
+from balcony_export.model.architecture import cast_weights, parts_of
+from balcony_export.model.balcony import Balcony
+from balcony_export.model.checkpoint import save_checkpoint
 from balcony_export.output import fresh_directory, refuse_existing
 from balcony_export.verify import TOLERANCE, Reference
 

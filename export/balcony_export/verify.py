@@ -21,16 +21,16 @@ import onnx
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import VerificationError
-from balcony_export.architecture import Parts, cast_weights, describe, parts_of
-from balcony_export.balcony import Balcony
-from balcony_export.ir_tools import FAR_WEIGHTS, distance
-from balcony_export.quantize import stored_weights
+from balcony_export.graph.ir_tools import FAR_WEIGHTS, distance
+from balcony_export.model.architecture import Parts, cast_weights, describe, parts_of
+from balcony_export.model.balcony import Balcony
+from balcony_export.quantize.blocks import stored_weights
 from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.engine import Engine
 from balcony_runtime.text import TextCodec
-from balcony_runtime.token_table import TokenTable
 
 #: Largest difference of a logit as a share of the largest logit. float32: some hundred units in the last place. float16: ten
 #: units in the last place of a hidden state; a graph that is wrong is off by tens of percent. Quantized bundles are compared

@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from balcony_edge.errors import BalconyError, InputError
-from balcony_runtime.decode import IDLE_ROWS
+from balcony_runtime.decoding.loop import IDLE_ROWS
 from balcony_runtime.engine import Sequence
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.text import Message
 
 if TYPE_CHECKING:
-    from balcony_runtime.generate import LLM
+    from balcony_runtime.llm import LLM
 
 
 class Chat:

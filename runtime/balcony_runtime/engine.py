@@ -20,9 +20,9 @@ from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.base import Backend, FloatArray, IntArray
 from balcony_runtime.backends.choose import DeviceName, open_backend
 

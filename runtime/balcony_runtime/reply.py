@@ -1,7 +1,7 @@
 """What a user sees of a generation: a token, a stream of tokens, a finished reply.
 
 Owns these types and the ways in which a stream is consumed: iterated, iterated asynchronously, cancelled from any thread.
-How tokens come about is :mod:`.decode`.
+How tokens come about is :mod:`balcony_runtime.decoding.loop`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
-from balcony_edge.decision import Decision
-from balcony_edge.verdict import Verdict, Watch
+from balcony_edge.control.decision import Decision
+from balcony_edge.control.verdict import Verdict, Watch
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

@@ -15,7 +15,7 @@ import jinja2
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.template import ChatTemplate
 

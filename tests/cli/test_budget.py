@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from balcony_edge.cli import app
-from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.profile import Power, Profile, QualityFigure
 from balcony_edge.errors import BalconyError
-from balcony_edge.profile import Power, Profile, QualityFigure
 
 PROFILES = Path(__file__).parents[2] / "profiles"
 UNIT = UnitCost(3.0, 0.1, 0.2)

@@ -18,8 +18,8 @@ import pytest
 import balcony_edge
 from balcony_edge.cli.chat import Conversation, parse_command
 from balcony_edge.cli.console import depth_styles
+from balcony_edge.control.trace import read_trace, replay
 from balcony_edge.errors import BudgetError
-from balcony_edge.trace import read_trace, replay
 
 PROGRAM = "from balcony_edge.cli import main; main()"
 

@@ -21,12 +21,12 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_edge.cli import main, reported
 from balcony_edge.cli.calibrate import _documents
 from balcony_edge.errors import EngineBuildError
-from balcony_edge.manifest import MANIFEST, Manifest
-from balcony_runtime import tensorrt_builder
+from balcony_runtime.backends import tensorrt_builder
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
 

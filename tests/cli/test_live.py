@@ -22,8 +22,8 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.cli.console import depth_styles
 from balcony_edge.cli.live import LiveView, show_live
-from balcony_edge.telemetry import Reading
-from balcony_runtime.confident import Telemetry
+from balcony_edge.device.readings import Reading
+from balcony_runtime.decoding.confident import Telemetry
 
 PROGRAM = "from balcony_edge.cli import main; main()"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from balcony_edge.profile import Power, Profile, QualityFigure
+from balcony_edge.device.profile import Power, Profile, QualityFigure
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
 GRID = ("--quick", "-p", "16", "-n", "5", "-d", "0,40", "--pending", "2,5", "-r", "3", "--threads", "1")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from balcony_edge.bundle import Bundle, fingerprint
+from balcony_edge.bundle.bundle import Bundle, fingerprint
+from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BundleError
-from balcony_edge.manifest import MANIFEST
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], None], *, refresh: bool = True) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.catching_up import CREDIT_SHARE, FIRST_WAIT, HELD, Recovery
-from balcony_edge.controller import Controller, ControllerState
-from balcony_edge.costs import CostModel, UnitCost
-from balcony_edge.decision import CatchUp, Measurement, Observation
-from balcony_edge.plant import Device, Plant
-from balcony_edge.profile import Profile
-from balcony_edge.simulate import SimulatedToken, simulate
-from balcony_edge.slowdown import Slowdown
+from balcony_edge.control.catching_up import CREDIT_SHARE, FIRST_WAIT, HELD, Recovery
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import CatchUp, Measurement, Observation
+from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.profile import Profile
+from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.simulate import SimulatedToken, simulate
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
 # Steady prices 10, 14 and 21 ms; a further row costs a fourth of the first, as in int4.

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from balcony_edge.budget import Budget, load_budget
-from balcony_edge.controller import Controller, ControllerState
-from balcony_edge.costs import CostModel, UnitCost
-from balcony_edge.decision import CatchUp, Decision, Measurement, Observation
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
+from balcony_edge.control.governor import CEILING_DWELL_S, Governor
+from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError
-from balcony_edge.governor import CEILING_DWELL_S, Governor
-from balcony_edge.slowdown import Slowdown
-from balcony_edge.telemetry import Reading
 
 # Steady prices 5, 7 and 10 ms: 1 ms of head, stages of 3, 2 and 3.5 ms, balconies of 1 ms, a norm of 0.5 ms.
 SMALL = CostModel(
@@ -447,18 +445,3 @@ def test_every_shipped_file_is_held_where_it_can_be(path: Path) -> None:
 def test_same_trace_gives_the_same_decisions() -> None:
     first, second = (Plant(noise=0.1).run(Budget(tpot_ms=25), lambda t: 1 + t % 50 / 50, 120) for _ in range(2))
     assert (first.exits, first.state) == (second.exits, second.state)
-
-
-@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer (coverage, a debugger) would be measured instead")
-def test_decision_costs_at_most_50_us() -> None:
-    controller, budget = Controller(DEMO), Budget(tpot_ms=28)
-    state, last = settled(20, tokens=100), Measurement(20, 16.0, 16.1)
-    seen = Observation(budget, 500, (1, 1, 1, 400), (200, 200, 1, 1), last)
-    assert controller.decide(state, seen)[1].catch_up is not None  # the longest way through
-    batches = []
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(100):
-            controller.decide(state, seen)
-        batches.append((time.perf_counter() - start) / 100 * 1e6)
-    assert min(batches) <= 50, f"{min(batches):.1f} µs"  # the least: another process may hold the core

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balcony_edge.budget import Budget
-from balcony_edge.controller import Controller, ControllerState
-from balcony_edge.costs import CostModel, UnitCost
-from balcony_edge.decision import Measurement, Observation
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import Measurement, Observation
+from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError
-from balcony_edge.slowdown import Slowdown
-from balcony_edge.telemetry import Reading
 
 
 def layers(count: int) -> UnitCost:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balcony_edge.costs import Bend, CostModel, UnitCost
+from balcony_edge.device.costs import Bend, CostModel, UnitCost
 
 STAGE = UnitCost(first_row_ms=2.0, marginal_row_ms=0.5, context_ms_per_1k=1.0)
 COSTS = CostModel(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.decision import Decision, Stayed, device_words
-from balcony_edge.governor import Governor
+from balcony_edge.control.decision import Decision, Stayed, device_words
+from balcony_edge.control.governor import Governor
 
 BUDGET = Budget(tpot_ms=160, temperature_c=78)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.governor import (
+from balcony_edge.control.governor import (
     CEILING_DWELL_S,
     INTEGRAL_S,
     LEAST_SHARE,
@@ -17,9 +17,9 @@ from balcony_edge.governor import (
     govern,
     least_pace_tps,
 )
-from balcony_edge.observed import hottest_c, newest, unseen, utilization, watts
-from balcony_edge.response import GAUGES, Fit, Load, Sample
-from balcony_edge.telemetry import Reading
+from balcony_edge.control.observed import hottest_c, newest, unseen, utilization, watts
+from balcony_edge.control.response import GAUGES, Fit, Load, Sample
+from balcony_edge.device.readings import Reading
 
 STEPS_S = (0.012, 0.014, 0.016, 0.021)
 

@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.compare import compare_profiles
-from balcony_edge.costs import Bend, CostModel, UnitCost
-from balcony_edge.device import Device, this_device
-from balcony_edge.errors import BudgetError, ProfileError
-from balcony_edge.plan import make_plan
-from balcony_edge.profile import (
+from balcony_edge.device.compare import compare_profiles
+from balcony_edge.device.costs import Bend, CostModel, UnitCost
+from balcony_edge.device.machine import Device, this_device
+from balcony_edge.device.profile import (
     BundleFacts,
     Conditions,
     EngineFacts,
@@ -33,7 +31,9 @@ from balcony_edge.profile import (
     Residual,
     Timing,
 )
-from balcony_edge.tables import render
+from balcony_edge.device.tables import render
+from balcony_edge.errors import BudgetError, ProfileError
+from balcony_edge.simulation.plan import make_plan
 
 DEVICE = Device(board=None, cpu="Fast", cpus=2, architecture="x86_64", memory_bytes=8 * 10**9, system="Linux 6")
 STAGE = UnitCost(10.0, 1.0, 2.0, 0.5, 128, 512, (Bend(4, 0.5, 0.25),))
@@ -279,8 +279,8 @@ def test_costs_with_another_price_are_another_profile() -> None:
 
 def test_a_driver_that_hangs_does_not_hang_whoever_asks_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     forever = threading.Event()
-    monkeypatch.setattr("balcony_edge.device._ask_nvml", forever.wait)
-    monkeypatch.setattr("balcony_edge.device.NVML_S", 0.05)
+    monkeypatch.setattr("balcony_edge.device.machine._ask_nvml", forever.wait)
+    monkeypatch.setattr("balcony_edge.device.machine.NVML_S", 0.05)
     begin = time.perf_counter()
     assert this_device().gpus == ()
     assert time.perf_counter() - begin < 5

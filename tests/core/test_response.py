@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.controller import Controller, ControllerState
-from balcony_edge.costs import CostModel, UnitCost
-from balcony_edge.decision import Observation
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import Observation
+from balcony_edge.control.governor import Governor
+from balcony_edge.control.response import GAUGES, Counter, Load, Sample
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, InfeasibleError
-from balcony_edge.governor import Governor
-from balcony_edge.loads import parse_load
-from balcony_edge.plant import Device, Plant
-from balcony_edge.response import GAUGES, Counter, Load, Sample
-from balcony_edge.simulate import SimulatedToken, simulate
-from balcony_edge.telemetry import Reading
+from balcony_edge.simulation.loads import parse_load
+from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.simulate import SimulatedToken, simulate
 
 COSTS = CostModel(
     exits=(14, 17, 20, 30),

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget, load_budget
-from balcony_edge.controller import Controller, ControllerState
-from balcony_edge.costs import CostModel, UnitCost
-from balcony_edge.decision import Measurement, Observation
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import Measurement, Observation
+from balcony_edge.control.governor import Demand, Governor, govern
+from balcony_edge.control.response import GAUGES, Fit, Load
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError, InputError
-from balcony_edge.governor import Demand, Governor, govern
-from balcony_edge.loads import parse_load, recorded
-from balcony_edge.plant import Device, Plant
-from balcony_edge.response import GAUGES, Fit, Load
-from balcony_edge.simulate import SimulatedToken, explain, simulate, summary
-from balcony_edge.telemetry import Reading
+from balcony_edge.simulation.loads import parse_load, recorded
+from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.simulate import SimulatedToken, explain, simulate, summary
 
 PROFILES = Path(__file__).parents[2] / "profiles"
 

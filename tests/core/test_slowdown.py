@@ -7,7 +7,14 @@ import random
 
 import pytest
 
-from balcony_edge.slowdown import CATCH_UP_VARIANCE, DECAY_TOKENS, EXIT_VARIANCE, NOISE_FLOOR, OFFSET_DECAY, Slowdown
+from balcony_edge.control.slowdown import (
+    CATCH_UP_VARIANCE,
+    DECAY_TOKENS,
+    EXIT_VARIANCE,
+    NOISE_FLOOR,
+    OFFSET_DECAY,
+    Slowdown,
+)
 
 
 def test_filter_update_is_the_kalman_one() -> None:

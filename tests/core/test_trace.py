@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.controller import ControllerState
-from balcony_edge.costs import CostModel, UnitCost
-from balcony_edge.decision import Decision
+from balcony_edge.control.controller import ControllerState
+from balcony_edge.control.decision import Decision
+from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.control.trace import TraceWriter, read_trace, replay
+from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import InputError
-from balcony_edge.loads import parse_load
-from balcony_edge.plant import Device, Plant
-from balcony_edge.simulate import simulate
-from balcony_edge.slowdown import Slowdown
-from balcony_edge.trace import TraceWriter, read_trace, replay
+from balcony_edge.simulation.loads import parse_load
+from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.simulate import simulate
 
 COSTS = CostModel(
     (4, 6, 8),

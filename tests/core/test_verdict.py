@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.telemetry import Reading
-from balcony_edge.verdict import Verdict, Watch
+from balcony_edge.control.verdict import Verdict, Watch
+from balcony_edge.device.readings import Reading
 
 EVERYTHING = Budget(
     tpot_ms=30,

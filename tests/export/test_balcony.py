@@ -13,9 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_export.balcony import KINDS, Kind, fingerprint, init_balconies, load_balconies, parse_exits, save_balconies
-from balcony_export.checkpoint import load_model
-from balcony_export.distill_states import Backbone
+from balcony_export.model.balcony import (
+    KINDS,
+    Kind,
+    fingerprint,
+    init_balconies,
+    load_balconies,
+    parse_exits,
+    save_balconies,
+)
+from balcony_export.model.checkpoint import load_model
+from balcony_export.train.states import Backbone
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from balcony_edge.errors import CheckpointError, MissingDependencyError
-from balcony_export import checkpoint
-from balcony_export.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.model import checkpoint
+from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ import pytest
 import torch
 
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
-from balcony_export.balcony import Balcony, load_balconies
-from balcony_export.distill import METRICS, Trainer
-from balcony_export.distill_config import TrainConfig
-from balcony_export.distill_data import Corpus, Rows, build_corpus
-from balcony_export.distill_report import Progress, plot_curves
+from balcony_export.data.corpus import Corpus, Rows, build_corpus
+from balcony_export.model.balcony import Balcony, load_balconies
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.report import Progress, plot_curves
+from balcony_export.train.trainer import METRICS, Trainer
 
 SEQ_LEN = 24
 

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from balcony_edge.errors import InputError
-from balcony_export.balcony import fingerprint, init_balconies, rows_seen, save_balconies
-from balcony_export.distill_attention import NAME, block_attention, use_block_attention
-from balcony_export.distill_config import TrainConfig
-from balcony_export.distill_data import Order, build_corpus, pack
-from balcony_export.distill_loss import CHUNK, HeadLoss, VocabularySample
-from balcony_export.distill_parallel import Processes
-from balcony_export.distill_report import Cost, pretraining_tokens
-from balcony_export.distill_schedule import Schedule
+from balcony_export.data.corpus import Order, build_corpus, pack
+from balcony_export.model.balcony import fingerprint, init_balconies, rows_seen, save_balconies
+from balcony_export.train.attention import NAME, block_attention, use_block_attention
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.loss import CHUNK, HeadLoss, VocabularySample
+from balcony_export.train.parallel import Processes
+from balcony_export.train.report import Cost, pretraining_tokens
+from balcony_export.train.schedule import Schedule
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -21,15 +21,15 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip ins
 
 from lm_eval.api.instance import Instance
 
-from balcony_edge.bundle import Bundle, record_quality
+from balcony_edge.bundle.bundle import Bundle, record_quality
+from balcony_edge.bundle.manifest import Estimate
 from balcony_edge.errors import BalconyError, InputError, VerificationError
-from balcony_edge.manifest import Estimate
-from balcony_export.balcony import fingerprint, save_balconies
-from balcony_export.evaluate import Document, evaluate_text, read_documents
-from balcony_export.evaluate_lm_eval import BalconyLM, Sweep
-from balcony_export.evaluate_report import as_document, build_report, grids, markdown
-from balcony_export.evaluate_scorer import Block, BundleScorer, Request, TorchScorer
-from balcony_export.evaluate_tasks import evaluate_tasks, offline_tasks
+from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
+from balcony_export.evaluate.report import as_document, build_report, grids, markdown
+from balcony_export.evaluate.scorer import Block, BundleScorer, Request, TorchScorer
+from balcony_export.evaluate.tasks import evaluate_tasks, offline_tasks
+from balcony_export.evaluate.text import Document, evaluate_text, read_documents
+from balcony_export.model.balcony import fingerprint, save_balconies
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 TEXTS = (
@@ -127,7 +127,7 @@ def test_blocks_and_prefixes_give_the_logits_of_a_whole_pass(
     bundle_scorer: BundleScorer, torch_scorer: TorchScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shared, shorter, longer and equal prefixes in any order, with blocks smaller than the requests."""
-    monkeypatch.setattr("balcony_export.evaluate_scorer.CHUNK", 3)
+    monkeypatch.setattr("balcony_export.evaluate.scorer.CHUNK", 3)
     base = tuple(range(20, 60))
     requests = [
         Request(base, 10),
@@ -338,7 +338,7 @@ def test_every_offline_task_runs_with_its_prompts(bundle_scorer: BundleScorer, d
 
 def test_shots_come_from_their_file(bundle_scorer: BundleScorer, data: Path) -> None:
     """The context is cut to 256 tokens from the left; the texts are checked before that, in the task's examples."""
-    from balcony_export.evaluate_tasks import _load, _manager, _spec
+    from balcony_export.evaluate.tasks import _load, _manager, _spec
 
     specs = {task: _spec(task, data, data / "cache") for task in ("mmlu", "hellaswag_10shot")}
     tasks = _load(_manager(list(specs.values())), specs).harness["tasks"]

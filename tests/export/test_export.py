@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import transformers
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BalconyError, CheckpointError, InputError, UnsupportedModelError, VerificationError
-from balcony_edge.manifest import MANIFEST
-from balcony_export.architecture import describe, parts_of
-from balcony_export.balcony import init_balconies
 from balcony_export.export import _write_tokenizer, export_bundle
+from balcony_export.model.architecture import describe, parts_of
+from balcony_export.model.balcony import init_balconies
 from balcony_export.output import fresh_directory
 from balcony_export.verify import Check, require
 

@@ -12,10 +12,10 @@ import onnx
 import pytest
 import torch
 
-from balcony_edge.bundle import Bundle
-from balcony_edge.manifest import WEIGHTS
-from balcony_export.balcony import init_balconies
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import WEIGHTS
 from balcony_export.export import export_bundle
+from balcony_export.model.balcony import init_balconies
 from balcony_export.verify import Check, verify
 from balcony_runtime.engine import Engine
 

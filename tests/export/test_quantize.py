@@ -16,20 +16,20 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, CheckpointError, InputError, VerificationError
-from balcony_export import quantize
-from balcony_export.choose import CANDIDATES, Judge, export_within, parse_budget
-from balcony_export.evaluate import Document
+from balcony_export.evaluate.text import Document
 from balcony_export.export import export_bundle
-from balcony_export.gptq import calibration_rows, compensated, second_moments
-from balcony_export.lower import MICROSOFT
-from balcony_export.quantize import Quantizer, Scheme, parse_precision
+from balcony_export.graph.lower import MICROSOFT
+from balcony_export.precision import CANDIDATES, Judge, export_within, parse_budget
+from balcony_export.quantize import blocks as quantize
+from balcony_export.quantize.blocks import Quantizer, Scheme, parse_precision
+from balcony_export.quantize.gptq import calibration_rows, compensated, second_moments
 from balcony_export.verify import verify
-from balcony_runtime import token_table
+from balcony_runtime.backends import token_table
 from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.engine import Engine
-from balcony_runtime.token_table import TokenTable
 
 
 def product(blocks: quantize.Blocks, inputs: int, level: int, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -22,19 +22,26 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from balcony_edge.bundle import Bundle, new_engine_directory, record_engines
+from balcony_edge.bundle.bundle import Bundle, new_engine_directory, record_engines
+from balcony_edge.bundle.manifest import GraphSpec
 from balcony_edge.errors import BundleError, EngineBuildError, InputError, MissingDependencyError
-from balcony_edge.manifest import GraphSpec
-from balcony_export import tensorrt as tensorrt_module
 from balcony_export.export import export_bundle
-from balcony_export.ir_tools import graph_spec
-from balcony_export.quantize import Scheme
-from balcony_export.tensorrt import rounding_of, write_graphs
-from balcony_export.tensorrt_graphs import Format, tensorrt_graphs
-from balcony_export.tensorrt_quantize import Rounding
+from balcony_export.graph.ir_tools import graph_spec
+from balcony_export.quantize.blocks import Scheme
+from balcony_export.tensorrt import engine_set as tensorrt_module
+from balcony_export.tensorrt.engine_set import rounding_of, write_graphs
+from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
+from balcony_export.tensorrt.quantize import Rounding
 from balcony_export.verify import Reference
+from balcony_runtime.backends.tensorrt_builder import (
+    PASSES,
+    Builder,
+    build_engines,
+    import_tensorrt,
+    link_files,
+    profiles,
+)
 from balcony_runtime.engine import Engine
-from balcony_runtime.tensorrt_builder import PASSES, Builder, build_engines, import_tensorrt, link_files, profiles
 
 ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3")
 IDS = [(7 * i * i + 3 * i + 1) % 320 for i in range(24)]

@@ -15,20 +15,20 @@ import transformers
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
-from balcony_export.balcony import KINDS, Balcony, fingerprint, init_balconies, load_balconies, save_balconies
-from balcony_export.checkpoint import load_model
-from balcony_export.distill import Trainer
-from balcony_export.distill_config import TrainConfig
-from balcony_export.distill_data import Corpus, Rows
-from balcony_export.distill_loss import LOSS_WEIGHTS, HeadLoss
+from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import export_bundle
 from balcony_export.extract import extract, submodel
-from balcony_export.joint import BASE, OBJECTIVES, JointConfig, JointTrainer
-from balcony_export.quantize import Scheme
-from balcony_export.tensorrt import write_graphs
-from balcony_export.tensorrt_graphs import Format
+from balcony_export.model.balcony import KINDS, Balcony, fingerprint, init_balconies, load_balconies, save_balconies
+from balcony_export.model.checkpoint import load_model
+from balcony_export.quantize.blocks import Scheme
+from balcony_export.tensorrt.engine_set import write_graphs
+from balcony_export.tensorrt.graphs import Format
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.joint import BASE, OBJECTIVES, JointConfig, JointTrainer
+from balcony_export.train.loss import LOSS_WEIGHTS, HeadLoss
+from balcony_export.train.trainer import Trainer
 from balcony_export.verify import Reference, verify
 from balcony_runtime.engine import Engine
 

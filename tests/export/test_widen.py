@@ -10,12 +10,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import CheckpointError
-from balcony_edge.manifest import MANIFEST
-from balcony_export import widen
-from balcony_export.balcony import init_balconies
 from balcony_export.export import export_bundle
-from balcony_export.quantize import parse_precision
+from balcony_export.graph import widen
+from balcony_export.model.balcony import init_balconies
+from balcony_export.quantize.blocks import parse_precision
 
 
 def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str, bytes]:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import balcony_edge
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
 from balcony_edge.errors import BundleError, DeviceError, InputError
-from balcony_edge.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
-from balcony_export.tensorrt import write_graphs
-from balcony_export.tensorrt_graphs import Format
+from balcony_export.tensorrt.engine_set import write_graphs
+from balcony_export.tensorrt.graphs import Format
 from balcony_runtime.backends import cuda, onnxruntime_device, tensorrt
 from balcony_runtime.backends.choose import choose
 from balcony_runtime.backends.cuda import check

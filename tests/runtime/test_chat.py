@@ -15,9 +15,9 @@ import pytest
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import InputError
-from balcony_runtime.generate import LLM
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
-from balcony_runtime.sampling import SamplingParams
 
 
 @pytest.fixture

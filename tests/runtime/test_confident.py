@@ -14,14 +14,13 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.bundle import Bundle, record_confidence
-from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.bundle.bundle import Bundle, record_confidence
+from balcony_edge.bundle.manifest import ConfidenceSpec, ThresholdSpec
+from balcony_edge.control.trace import TraceWriter, read_trace, replay
+from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError, InputError
-from balcony_edge.manifest import ConfidenceSpec, ThresholdSpec
-from balcony_edge.trace import TraceWriter, read_trace, replay
-from balcony_runtime.confident import CHECK_EVERY, MOST_CHECKED, PROBE_TOKENS, Confident
-from balcony_runtime.engine import Engine
-from balcony_runtime.thresholds import (
+from balcony_runtime.decoding.confident import CHECK_EVERY, MOST_CHECKED, PROBE_TOKENS, Confident
+from balcony_runtime.decoding.thresholds import (
     CANDIDATES,
     MEASURES,
     Compared,
@@ -32,6 +31,7 @@ from balcony_runtime.thresholds import (
     learn,
     measured,
 )
+from balcony_runtime.engine import Engine
 
 EXITS = (2, 3, 5)
 #: A tiny random model is never surer than that half of the time.
@@ -218,9 +218,9 @@ def test_telemetry_counts_what_the_full_depth_would_have_said(
     calibrated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every early token checked, disagreements are those that a pass from scratch finds."""
-    monkeypatch.setattr("balcony_runtime.confident.CHECK_EVERY", 1)
-    monkeypatch.setattr("balcony_runtime.confident.MOST_CHECKED", 1000)
-    monkeypatch.setattr("balcony_runtime.confident.RAISE", 0.0)
+    monkeypatch.setattr("balcony_runtime.decoding.confident.CHECK_EVERY", 1)
+    monkeypatch.setattr("balcony_runtime.decoding.confident.MOST_CHECKED", 1000)
+    monkeypatch.setattr("balcony_runtime.decoding.confident.RAISE", 0.0)
     with balcony_edge.load(calibrated) as llm:
         llm._costs = COSTS
         llm.budget = Budget(confident=True)

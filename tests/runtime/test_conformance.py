@@ -21,13 +21,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
-from balcony_export.tensorrt import write_graphs
-from balcony_export.tensorrt_graphs import Format
+from balcony_export.tensorrt.engine_set import write_graphs
+from balcony_export.tensorrt.graphs import Format
 from balcony_runtime import engine as engine_module
+from balcony_runtime.backends.tensorrt_builder import Builder, build_engines
 from balcony_runtime.engine import Engine, Sequence
-from balcony_runtime.tensorrt_builder import Builder, build_engines
 
 EXITS = (2, 3, 5)
 #: The largest difference for float32, as a share of the largest logit.

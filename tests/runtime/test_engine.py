@@ -20,10 +20,10 @@ import numpy as np
 import onnx
 import pytest
 
-from balcony_edge.bundle import Bundle, fingerprint, sha256_file
-from balcony_edge.device import available_cpus
+from balcony_edge.bundle.bundle import Bundle, fingerprint, sha256_file
+from balcony_edge.bundle.manifest import MANIFEST
+from balcony_edge.device.machine import available_cpus
 from balcony_edge.errors import BundleError, InputError
-from balcony_edge.manifest import MANIFEST
 from balcony_runtime.engine import Engine, Sequence
 
 

@@ -15,17 +15,17 @@ import torch
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.costs import CostModel, UnitCost
-from balcony_edge.decision import Decision
+from balcony_edge.control.decision import Decision
+from balcony_edge.control.governor import TICK_S
+from balcony_edge.control.trace import TraceWriter, read_trace, replay
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError
-from balcony_edge.governor import TICK_S
-from balcony_edge.telemetry import Reading
-from balcony_edge.trace import TraceWriter, read_trace, replay
-from balcony_runtime import decode as decode_module
-from balcony_runtime import generate as generate_module
-from balcony_runtime.calibrate import calibrate
-from balcony_runtime.generate import LLM
-from balcony_runtime.sampling import SamplingParams
+from balcony_runtime import llm as generate_module
+from balcony_runtime.decoding import loop as decode_module
+from balcony_runtime.decoding.prices import calibrate
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.llm import LLM
 
 
 @pytest.fixture

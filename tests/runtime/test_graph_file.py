@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from balcony_edge.bundle import file_spec, fingerprint
+from balcony_edge.bundle.bundle import file_spec, fingerprint
+from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BundleError
-from balcony_edge.manifest import MANIFEST
 from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.engine import Engine
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.costs import Bend, UnitCost
+from balcony_edge.control.observed import watts
+from balcony_edge.device.costs import Bend, UnitCost
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_edge.observed import watts
-from balcony_edge.telemetry import Reading
-from balcony_runtime.generate import LLM
+from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import Bench, Key
 from balcony_runtime.profiler.conditions import Meter, Watch, measured_rails, why_no_power
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from balcony_edge.errors import InputError
-from balcony_runtime.sampling import Sampler, SamplingParams, candidates, log_probabilities
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams, candidates, log_probabilities
 
 PROMPT = np.array([[2, 2, 4]])
 LOGITS = np.log(np.array([0.1, 0.5, 0.05, 0.25, 0.1], np.float32))

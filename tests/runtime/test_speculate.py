@@ -11,12 +11,12 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.costs import CostModel, UnitCost
+from balcony_edge.control.trace import TraceWriter, read_trace, replay
+from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError
-from balcony_edge.trace import TraceWriter, read_trace, replay
-from balcony_runtime.generate import LLM
-from balcony_runtime.sampling import Sampler, SamplingParams
-from balcony_runtime.speculate import PROBE_TOKENS, Round, Speculator, run_round
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.decoding.speculate import PROBE_TOKENS, Round, Speculator, run_round
+from balcony_runtime.llm import LLM
 
 EXITS = (2, 3, 5)
 
@@ -34,7 +34,7 @@ def costs(shallow_ms: float = 1.0, deep_ms: float = 50.0) -> CostModel:
 @pytest.fixture
 def llm(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Prices under which rounds pay whatever the drafts are worth, so that they are run."""
-    monkeypatch.setattr("balcony_runtime.generate.calibrate", lambda engine: costs())
+    monkeypatch.setattr("balcony_runtime.llm.calibrate", lambda engine: costs())
     with balcony_edge.load(tiny.path) as loaded:
         yield loaded
 
@@ -141,7 +141,7 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
 
 def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expensive = CostModel(EXITS, (UnitCost(9.0, 5.0),) * 3, (UnitCost(9.0, 5.0),) * 3, UnitCost(1.0, 1.0))
-    monkeypatch.setattr("balcony_runtime.generate.calibrate", lambda engine: expensive)
+    monkeypatch.setattr("balcony_runtime.llm.calibrate", lambda engine: expensive)
     with balcony_edge.load(tiny.path, budget=Budget(lossless=True)) as llm:
         tokens = list(llm.stream([1, 2, 3], max_new_tokens=200, ignore_eos=True))
         assert not any(token.decision.drafted for token in tokens)

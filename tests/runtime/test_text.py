@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_edge.errors import BundleError, InputError
-from balcony_edge.manifest import MANIFEST, Manifest
 from balcony_runtime.text import StopStrings, TextCodec, TextStream
 
 

@@ -13,7 +13,8 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from balcony_edge.manifest import Manifest
+from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -91,3 +92,8 @@ class Backend(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def not_finite() -> InputError:
+    """The error for logits that a model cannot produce, wherever a token is chosen: on the host or on the device."""
+    return InputError("the logits hold NaN or infinity: run `balcony-edge verify` on this bundle")

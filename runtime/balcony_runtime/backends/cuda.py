@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from balcony_edge.bundle.manifest import DType
 from balcony_edge.errors import DeviceError, MissingDependencyError
-from balcony_edge.manifest import DType
 from balcony_runtime.backends.device import Region
 
 try:

@@ -3,8 +3,8 @@
 Owns the regions (row buffers, KV caches, what a pass is told) and the decode step as one captured program per exit: token
 table, stages, balcony, head and the most likely token run without Python or the host in between. Memory is a
 :class:`.device.Device`'s, graphs are a :class:`.device.Executor`'s. Tables: the set ``graphs`` of
-:mod:`balcony_edge.manifest` with caches (B, H, S, d) of fixed S, ``embed`` (``ids`` int64 (B, T) → ``hidden_0``), and a second
-output ``argmax`` int64 (B, Q) of ``lm_head``.
+:mod:`balcony_edge.bundle.manifest` with caches (B, H, S, d) of fixed S, ``embed`` (``ids`` int64 (B, T) → ``hidden_0``), and a
+second output ``argmax`` int64 (B, Q) of ``lm_head``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import numpy as np
 
+from balcony_edge.bundle.manifest import DType, EngineSet, Manifest
 from balcony_edge.errors import InputError
-from balcony_edge.manifest import DType, EngineSet, Manifest
-from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
 from balcony_runtime.backends.device import ITEM_BYTES, Device, Executor, Region
-from balcony_runtime.sampling import not_finite
 
 #: Most rows of one pass: the end of the largest optimization profile.
 MAX_ROWS = 512

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from balcony_edge.bundle import Bundle
-from balcony_edge.device import available_cpus, checked_threads
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import GraphSpec, Manifest
+from balcony_edge.device.machine import available_cpus, checked_threads
 from balcony_edge.errors import BundleError
-from balcony_edge.manifest import GraphSpec, Manifest
 from balcony_runtime.backends.installed import checked_onnxruntime
 
 if checked_onnxruntime():  # refuses one that cannot run bundles, before the modules below import it
@@ -29,7 +29,7 @@ if checked_onnxruntime():  # refuses one that cannot run bundles, before the mod
 from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
 from balcony_runtime.backends.packed_weights import packed_graphs
-from balcony_runtime.token_table import TokenTable
+from balcony_runtime.backends.token_table import TokenTable
 
 _pool_lock = threading.Lock()
 _pool_asked = False

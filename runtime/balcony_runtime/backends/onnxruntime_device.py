@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import DeviceError
 from balcony_runtime.backends.device import Device, HostDevice, Region
 from balcony_runtime.backends.device_state import DeviceBackend

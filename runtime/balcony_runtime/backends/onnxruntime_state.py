@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from balcony_edge.bundle.manifest import GraphSpec
 from balcony_edge.errors import BundleError
-from balcony_edge.manifest import GraphSpec
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.backends.host_memory import touched_bytes, zeros
 

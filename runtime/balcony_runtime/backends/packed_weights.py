@@ -19,11 +19,11 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from balcony_edge.bundle import Bundle, sha256_file
-from balcony_edge.device import this_device
+from balcony_edge.bundle.bundle import Bundle, sha256_file
+from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.device.machine import this_device
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.files import locked, partial_directory
-from balcony_edge.manifest import Manifest
 from balcony_runtime.backends.joined_graph import Part, join
 
 #: Name → size and SHA-256 of every other file of a directory of packed weights.

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from balcony_edge.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import EngineSet
 from balcony_edge.errors import BundleError, DeviceError
 from balcony_edge.files import write_atomically
-from balcony_edge.manifest import EngineSet
 from balcony_runtime.backends.cuda import CudaDevice
 from balcony_runtime.backends.device import Region
 from balcony_runtime.backends.device_state import DeviceBackend
-from balcony_runtime.tensorrt_builder import MODULES, PASSES, import_tensorrt
+from balcony_runtime.backends.tensorrt_builder import MODULES, PASSES, import_tensorrt
 
 _log = logging.getLogger(__name__)
 

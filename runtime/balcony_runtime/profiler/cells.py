@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from balcony_edge.budget import Budget
-from balcony_edge.profile import Kind
+from balcony_edge.device.profile import Kind
 from balcony_runtime.engine import Sequence
-from balcony_runtime.generate import LLM
+from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.grid import Grid
 
 #: The first token of a block runs the prompt, the second binds the decode step.
@@ -33,7 +33,7 @@ SWITCH_CONTEXT = 192
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What an :class:`balcony_edge.profile.Entry` is about; see there."""
+    """What an :class:`balcony_edge.device.profile.Entry` is about; see there."""
 
     kind: Kind
     exit_layer: int

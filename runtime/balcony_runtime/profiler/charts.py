@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from balcony_edge.device.profile import Profile
 from balcony_edge.errors import MissingDependencyError
-from balcony_edge.profile import Profile
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

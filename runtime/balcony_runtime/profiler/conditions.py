@@ -16,8 +16,8 @@ from typing import get_args
 
 import psutil
 
-from balcony_edge.profile import Conditions, Power, Rail
-from balcony_edge.telemetry import Reading, adding_up
+from balcony_edge.device.profile import Conditions, Power, Rail
+from balcony_edge.device.readings import Reading, adding_up
 from balcony_runtime.sensors import Sensors
 
 #: Sources that never measure power: what they lack is no reason.

@@ -22,8 +22,8 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from balcony_edge.costs import Bend, UnitCost
-from balcony_edge.profile import Residual
+from balcony_edge.device.costs import Bend, UnitCost
+from balcony_edge.device.profile import Residual
 from balcony_runtime.engine import MAX_PASS_ROWS
 from balcony_runtime.profiler.timing import quantile
 

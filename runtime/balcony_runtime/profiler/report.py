@@ -11,9 +11,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from balcony_edge.device.profile import Profile
 from balcony_edge.errors import ProfileError
 from balcony_edge.files import write_atomically
-from balcony_edge.profile import Profile
 from balcony_runtime.profiler.charts import Chart, charts, require_plotly
 
 _STYLE = """

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import median
 
-from balcony_edge.costs import CostModel, UnitCost
-from balcony_edge.manifest import Estimate, Manifest
-from balcony_edge.profile import BundleFacts, Entry, Kind, Metric, QualityFigure, Residual
+from balcony_edge.bundle.manifest import Estimate, Manifest
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.profile import BundleFacts, Entry, Kind, Metric, QualityFigure, Residual
 from balcony_runtime.profiler.cells import Key
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit, residual
 from balcony_runtime.profiler.timing import quantile, summarise

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
-from balcony_edge.device import this_device
-from balcony_edge.profile import EngineFacts, Memory, Moment, Power, Profile, Rail, Sustained
-from balcony_runtime.generate import LLM
+from balcony_edge.device.machine import this_device
+from balcony_edge.device.profile import EngineFacts, Memory, Moment, Power, Profile, Rail, Sustained
+from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import results
 from balcony_runtime.profiler.cells import Bench, Cell, Key
 from balcony_runtime.profiler.conditions import (

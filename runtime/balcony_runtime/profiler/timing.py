@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from statistics import fmean, median, stdev
 
-from balcony_edge.profile import Timing
+from balcony_edge.device.profile import Timing
 
 #: 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)

@@ -1,7 +1,7 @@
 """Sensors of the device: watts, joules, °C, utilization, memory and battery charge, sampled beside decoding.
 
     with Sensors(device_sources()) as sensors:
-        readings = sensors.latest()      # never blocks; a tuple of balcony_edge.telemetry.Reading
+        readings = sensors.latest()      # never blocks; a tuple of balcony_edge.device.readings.Reading
 
 What a device does not have is absent, never 0, and :meth:`Sensors.health` says why.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from balcony_edge.telemetry import Reading
+from balcony_edge.device.readings import Reading
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from balcony_edge.telemetry import Reading
+from balcony_edge.device.readings import Reading
 from balcony_runtime.sensors.base import Absence, Sample
 from balcony_runtime.sensors.sysfs import entries, number_or_none, text_or_none
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pynvml
 
-from balcony_edge.telemetry import Reading
+from balcony_edge.device.readings import Reading
 from balcony_runtime.sensors.base import Absence, Sample
 
 #: Reasons for lower clocks that are a limit (nvml.h, nvmlClocksEventReasons); idle and a user's own setting are none.

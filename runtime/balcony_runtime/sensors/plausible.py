@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from balcony_edge.telemetry import Reading
+from balcony_edge.device.readings import Reading
 
 #: No device draws more: a server of eight of the largest GPUs is specified at 14.3 kW (DGX B200).
 MAX_WATTS = 20_000.0

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from balcony_edge.telemetry import Reading, Scope
+from balcony_edge.device.readings import Reading, Scope
 from balcony_runtime.sensors.base import Absence, Sample
 from balcony_runtime.sensors.sysfs import ATTRIBUTE_ERRORS, absence, entries, number_or_none, read_number, text_or_none
 

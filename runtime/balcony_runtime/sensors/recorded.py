@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
-from balcony_edge.telemetry import Reading
 from balcony_runtime.sensors.base import Absence, Sample
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
-from balcony_edge.telemetry import Reading
 from balcony_runtime.sensors.base import Absence, Sample, Source
 from balcony_runtime.sensors.plausible import Plausibility
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from balcony_edge.telemetry import Reading
+from balcony_edge.device.readings import Reading
 from balcony_runtime.sensors.base import Sample
 
 #: The process's private memory is read so seldom: the kernel walks its page tables for it (measured: 1.1 ms at 250 MB and

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balcony_edge.telemetry import Reading
+from balcony_edge.device.readings import Reading
 from balcony_runtime.sensors.plausible import LIMITS, MAX_WATTS, Plausibility
 
 READING = Reading("x", "gpu", 1.0, watts=5.0, celsius=50.0, utilization=0.5, charge=1.0, memory_bytes=7)

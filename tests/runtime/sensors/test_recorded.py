@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
-from balcony_edge.telemetry import Reading
 from balcony_runtime.sensors import Recorded, load_readings
 
 TRACE = [

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
-from balcony_edge.telemetry import Reading
 from balcony_runtime.sensors import Absence, Recorded, Sample, Sensors, SourceHealth, device_sources
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.jetson import Jetson

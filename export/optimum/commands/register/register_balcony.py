@@ -25,7 +25,7 @@ class BalconyExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opti
         parser.add_argument("--precision", default="fp32", help="fp32, fp16, int8 or int4 [default: fp32]")
         parser.add_argument("--calibration", type=Path, action="append", help="text to round by; repeatable")
         parser.add_argument("--context-length", type=int, help="most tokens of a sequence")
-        from balcony_edge.manifest import EnginePrecision  # noqa: PLC0415 - optimum imports this file at every start
+        from balcony_edge.bundle.manifest import EnginePrecision  # noqa: PLC0415 - optimum imports this file at every start
 
         parser.add_argument(
             "--tensorrt", choices=get_args(EnginePrecision), help="also build TensorRT-RTX engines of this precision"

@@ -1,0 +1,1 @@
+"""The bundle: the directory that export writes and the runtime loads."""

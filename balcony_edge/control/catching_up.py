@@ -1,0 +1,313 @@
+"""Catching up: the way back to a deeper exit whose stages have a backlog.
+
+Owns three answers: at which exit the tokens are made meanwhile (the *base*), which rows run next to a token (the *chunk*),
+and when the deeper exit (the *goal*) is entered. Pure arithmetic over prices and room; the rules of switching, of which
+this is the part for backlogs, are :mod:`.controller`'s.
+
+A goal is an exit that would hold the target but for its backlog. Each token at the base adds one row to each of the m
+consumers (stages, and the goal's balcony) on the way to the goal; the slack of a token at the base takes r_i rows of
+consumer i. A row needs 1 / r_i tokens at each consumer, so the backlog shrinks where the sum of 1 / r_i is below 1.
+
+    base    the exit at hand, where its slack shrinks the backlog. A shallower exit where that costs less depth in all (a
+            *sprint*): a pass's first row reads the stage's weights, and in int4 a full step may leave no time for two.
+            A sprint must pay within as many tokens as the sequence has rows, or within ``HORIZON``: the length of a reply
+            is not known, and it is guessed to go on for as long as it has lasted
+    chunk   of the shallowest consumer whose rows fill the slack, so that first rows are paid for as rarely as can be; a
+            consumer is left alone until it has more than m rows
+    entry   when all of them are left alone. The goal's step then has a few rows more than its own. Where it fits it is
+            within the target; otherwise one token may take up to ``OVERDRAFT`` targets, if the credit is there
+
+A sprint lasts until its goal is entered, would no longer hold the target, or comes no closer. After each one the next
+must wait, twice as long every time, until the deepest exit has been held for a while: where prices flatter the goal,
+or the target is within the noise of its price, exits would come and go.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from balcony_edge.control.decision import CatchUp, Measurement, Observation, Outlook
+from balcony_edge.device.costs import CostModel, UnitCost
+
+#: Most that a late token on entry may cost, in rooms of its exit. From the shallowest of four exits a backlog that is
+#: worked off leaves up to nine rows at the deepest stage: 1.9 targets in int4, whose further rows are a quarter of the first.
+OVERDRAFT = 2.0
+#: Share of the tokens' slack that new rows may take: what is left drains the backlog, at a tenth of its full speed or more.
+BUSY = 0.9
+#: A chunk of so many rows for every missing consumer drains the backlog well enough that no other base is looked at.
+DRAINS_WELL = 3
+#: Factor by which another base must lose less depth on the way: prices of further rows are the least certain.
+ADVANTAGE = 1.5
+#: Least tokens within which a sprint must pay.
+HORIZON = 512
+#: Rows beyond which the slack of a token counts as plenty.
+PLENTY = 64
+
+
+#: Share of the late tokens that a probability allows which may be spent on entering a deeper exit: noise takes the others.
+CREDIT_SHARE = 0.5
+#: Tokens that the second sprint must wait for, and how often that may double.
+FIRST_WAIT, MOST_DOUBLINGS = 64, 4
+#: Tokens since the last switch where there was none; more than any dwell in use.
+NEVER = 10**9
+#: Tokens in a row at the deepest exit after which earlier sprints are forgotten.
+HELD = 64
+
+
+class Recovery(NamedTuple):
+    """What the way back keeps from token to token.
+
+    Attributes:
+        credit: late tokens that the asked probability has left over, at most one. Each token adds a part of its own, a late
+            one takes itself off; from 1 on a deeper exit may be entered by one late token.
+        goal: exit layer that a sprint leads to; None without a sprint.
+        wait: tokens until another sprint may begin.
+        sprints: those since the deepest exit was held.
+    """
+
+    credit: float = 1.0
+    goal: int | None = None
+    wait: int = 0
+    sprints: int = 0
+
+    def counted(self, last: Measurement | None, tpot_ms: float, probability: float, held: int) -> Recovery:
+        """After a token that took ``last``; ``held`` is how many there were in a row at the deepest exit."""
+        credit, sprints = self.credit, 0 if HELD <= held < NEVER else self.sprints
+        wait = self.wait if self.goal is not None else max(self.wait - 1, 0)
+        if last is not None and tpot_ms < math.inf:
+            late = 1.0 if last.measured_ms > tpot_ms else 0.0
+            credit = min(max(credit + CREDIT_SHARE * (1 - probability) - late, -1.0), 1.0)
+        if (credit, wait, sprints) == (self.credit, self.wait, self.sprints):
+            return self
+        return Recovery(credit, self.goal, wait, sprints)
+
+    def towards(self, goal: int | None) -> Recovery:
+        """With the goal of the sprint that the next token is part of; None where it is part of none."""
+        if goal == self.goal:
+            return self
+        if self.goal is not None or goal is None:
+            return self._replace(goal=goal)
+        doublings = min(self.sprints, MOST_DOUBLINGS)
+        return self._replace(goal=goal, wait=FIRST_WAIT << doublings, sprints=min(self.sprints, MOST_DOUBLINGS) + 1)
+
+
+class Way(NamedTuple):
+    """The next token on the way to a goal; exits as indices.
+
+    Attributes:
+        exit: where it is made.
+        goal: the exit that it leads to; the same as ``exit`` where the goal is entered.
+        sprint: whether the token is part of a sprint.
+        chunk: rows to run next to it.
+        chunk_ms: their price.
+    """
+
+    exit: int
+    goal: int
+    sprint: bool = False
+    chunk: CatchUp | None = None
+    chunk_ms: float = 0.0
+
+    def words(self, exits: tuple[int, ...]) -> str:
+        """Why, for the reason of a decision."""
+        if self.exit == self.goal:
+            return f"up to {exits[self.goal]} with its last pending rows: one token may be late"
+        where = f" at {exits[self.exit]}: deeper exits leave no time for it" if self.sprint else ""
+        if self.chunk is None:
+            return f"{exits[self.goal]} fits, catching up{where}"
+        part = f"balcony {exits[self.chunk.stage]}" if self.chunk.balcony else f"stage {self.chunk.stage}"
+        return f"{exits[self.goal]} fits, catching up {self.chunk.rows} rows of {part}{where}"
+
+
+class _Consumer(NamedTuple):
+    """A stage or balcony on the way to the goal."""
+
+    unit: int
+    balcony: bool
+    pending: int  # rows without the new one
+    ready: int  # of these, rows whose input is there
+
+    def cost(self, costs: CostModel) -> UnitCost:
+        return (costs.balconies if self.balcony else costs.stages)[self.unit]
+
+    @property
+    def queries(self) -> int | None:
+        return 1 if self.balcony else None
+
+
+def way_back(
+    costs: CostModel,
+    outlook: Outlook,
+    seen: Observation,
+    chosen: int,
+    present: int | None,
+    credit: bool,
+    may_sprint: bool,
+) -> Way | None:
+    """How the deepest exit that would hold the target is reached; None where nothing moves.
+
+    Args:
+        costs: prices.
+        outlook: what the decision weighs.
+        seen: what it was made from.
+        chosen: exit index that the token would take otherwise.
+        present: that of the token before, if that was part of a sprint.
+        credit: whether one token may be late.
+        may_sprint: whether a sprint may begin.
+    """
+    if present is not None and outlook.lowest <= present <= chosen and outlook.fits(present):
+        way = _onward(costs, outlook, seen, chosen, present, credit)
+        if way is not None:
+            return way
+        may_sprint = False  # this one was given up: its load has changed
+    way = _towards(costs, outlook, seen, chosen, False, may_sprint)
+    if way is None and credit:  # a late token is for what cannot be had without
+        way = _towards(costs, outlook, seen, chosen, True, may_sprint)
+    return way
+
+
+def _onward(costs: CostModel, outlook: Outlook, seen: Observation, chosen: int, base: int, credit: bool) -> Way | None:
+    """The next token of a sprint at ``base``; None where it leads nowhere any more."""
+    for goal in range(outlook.highest, chosen, -1):
+        if not outlook.holds(goal):  # within the hysteresis that it began above
+            continue
+        if outlook.fits(goal):
+            return None
+        consumers = _consumers(seen, goal)
+        missing = _missing(consumers, base)
+        entry_ms, room_ms = _entry_ms(costs, outlook, seen, missing, goal), outlook.room_ms[goal]
+        if _worked_off(missing):
+            if credit and outlook.may_rise and outlook.now_ms[goal] <= room_ms * OVERDRAFT:
+                return Way(goal, goal)
+            continue
+        if entry_ms <= room_ms * OVERDRAFT and _tokens(costs, outlook, seen, consumers, base) < math.inf:
+            # without a chunk where a slow token left no slack
+            return _with_chunk(costs, seen, base, goal, True, _chunk(costs, outlook, seen, missing, base))
+    return None
+
+
+def _towards(
+    costs: CostModel, outlook: Outlook, seen: Observation, chosen: int, credit: bool, may_sprint: bool
+) -> Way | None:
+    """The next token on the way to the deepest goal that can be reached, with or without a late token at its end."""
+    for goal in range(outlook.highest, chosen, -1):
+        if not outlook.may_enter[goal]:
+            continue
+        if outlook.fits(goal):  # only the dwell is in the way
+            return None
+        consumers, room_ms = _consumers(seen, goal), outlook.room_ms[goal]
+        late_ms = room_ms * OVERDRAFT if credit else room_ms
+        missing = _missing(consumers, chosen)
+        entry_ms = _entry_ms(costs, outlook, seen, missing, goal)
+        if _worked_off(missing):
+            if outlook.may_rise and room_ms < entry_ms and outlook.now_ms[goal] <= late_ms:
+                return Way(goal, goal)
+            continue
+        chunk = _chunk(costs, outlook, seen, missing, chosen)
+        if not may_sprint or (chunk is not None and chunk.rows >= DRAINS_WELL * len(missing)):
+            if chunk is not None and entry_ms <= late_ms:
+                return _with_chunk(costs, seen, chosen, goal, False, chunk)
+            continue
+        base = _base(costs, outlook, seen, consumers, goal, chosen)
+        if base is None:
+            continue
+        missing = _missing(consumers, base)
+        if _entry_ms(costs, outlook, seen, missing, goal) > late_ms:
+            continue
+        if base < chosen and not outlook.fits(base):  # its own balcony lags behind: first that, from the exit at hand
+            behind = seen.balcony_rows[base] - seen.stage_rows[base]
+            base, missing = chosen, [_Consumer(base, True, behind, behind)]
+        chunk = _chunk(costs, outlook, seen, missing, base)
+        if chunk is not None or base < chosen:  # the first step of a sprint pays for its balcony's rows
+            return _with_chunk(costs, seen, base, goal, base < chosen, chunk)
+    return None
+
+
+def _worked_off(missing: list[_Consumer]) -> bool:
+    """Whether consumers have no more rows than the price of an entry allows for."""
+    return all(consumer.pending <= order * len(missing) for order, consumer in enumerate(missing, start=1))
+
+
+def _with_chunk(costs: CostModel, seen: Observation, base: int, goal: int, sprint: bool, chunk: CatchUp | None) -> Way:
+    if chunk is None:
+        return Way(base, goal, sprint)
+    unit = (costs.balconies if chunk.balcony else costs.stages)[chunk.stage]
+    return Way(base, goal, sprint, chunk, unit.pass_ms(chunk.rows, seen.context_length, 1 if chunk.balcony else None))
+
+
+def _missing(consumers: list[_Consumer], base: int) -> list[_Consumer]:
+    """Those that a token at ``base`` adds a row to."""
+    return [consumer for consumer in consumers if consumer.unit > base or consumer.balcony]
+
+
+def _entry_ms(costs: CostModel, outlook: Outlook, seen: Observation, missing: list[_Consumer], goal: int) -> float:
+    """Price of the goal's step with what the consumers on the way are left with."""
+    entry_ms = outlook.steady_ms[goal] + costs.switch_ms
+    for order, consumer in enumerate(missing, start=1):
+        unit, queries = consumer.cost(costs), consumer.queries
+        entry_ms += unit.pass_ms(1 + order * len(missing), seen.context_length, queries)
+        entry_ms -= unit.pass_ms(1, seen.context_length, queries)
+    return entry_ms
+
+
+def _consumers(seen: Observation, goal: int) -> list[_Consumer]:
+    rows, kept = seen.stage_rows, seen.balcony_rows
+    found = [_Consumer(i, False, rows[i] - 1, rows[i] - rows[i - 1]) for i in range(1, goal + 1)]
+    if kept[goal] > rows[goal]:
+        found.append(_Consumer(goal, True, kept[goal] - 1, kept[goal] - rows[goal]))
+    return found
+
+
+def _chunk(
+    costs: CostModel, outlook: Outlook, seen: Observation, missing: list[_Consumer], base: int
+) -> CatchUp | None:
+    """Rows for the slack of a token at ``base``: those of the shallowest consumer that fill it, or of the one that comes
+    closest; None where none fits.
+    """
+    slack_ms, best, fullest = _room_ms(outlook, base) - outlook.now_ms[base], None, 0.0
+    for consumer in missing:
+        if consumer.ready <= len(missing):
+            continue
+        most = consumer.cost(costs).rows_within(
+            slack_ms, max(consumer.ready, PLENTY), seen.context_length, consumer.queries
+        )
+        filled = min(consumer.ready / most, 1.0) if most else 0.0
+        if filled > fullest:
+            fullest, best = filled, CatchUp(consumer.unit, min(consumer.ready, most), consumer.balcony)
+            if filled == 1:
+                break
+    return best
+
+
+def _room_ms(outlook: Outlook, base: int) -> float:
+    """Of a step with a chunk next to it."""
+    return min(outlook.room_ms[base], outlook.room_ms[-1])
+
+
+def _base(
+    costs: CostModel, outlook: Outlook, seen: Observation, consumers: list[_Consumer], goal: int, chosen: int
+) -> int | None:
+    """The exit from which the backlog on the way to ``goal`` is worked off at the least loss of depth; None: from none."""
+    best, least = None, math.inf
+    for base in range(chosen, outlook.lowest - 1, -1):
+        tokens = _tokens(costs, outlook, seen, consumers, base)
+        won = (costs.exits[goal] - costs.exits[chosen]) * (max(seen.context_length, HORIZON) - tokens)
+        if base < chosen and not won > (costs.exits[chosen] - costs.exits[base]) * tokens:
+            continue
+        loss = (costs.exits[goal] - costs.exits[base]) * tokens
+        if loss * (1.0 if best is None else ADVANTAGE) < least:
+            best, least = base, loss
+    return best
+
+
+def _tokens(costs: CostModel, outlook: Outlook, seen: Observation, consumers: list[_Consumer], base: int) -> float:
+    """Tokens at a base until the backlog is worked off; infinite where that never happens."""
+    # what its first step has pending is paid once, and is left out
+    slack_ms, busy, work = _room_ms(outlook, base) - outlook.steady_ms[base], 0.0, 0.0
+    for consumer in _missing(consumers, base):
+        rows = consumer.cost(costs).rows_within(slack_ms, PLENTY, seen.context_length, consumer.queries)
+        if not rows:
+            return math.inf
+        busy, work = busy + 1 / rows, work + consumer.pending / rows
+    return work / (1 - busy) if busy <= BUSY else math.inf

@@ -1,0 +1,489 @@
+"""The controller: which exit the next token takes, how long it waits, and what backlog is worked off beside it.
+
+Pure: ``decide(state, observation) -> (state, decision)`` has no clock, sensor or engine in it, so that a recorded run
+replays exactly. This module owns the rules of switching. How slow the device is says :mod:`.slowdown`; what watts, degrees
+and utilization leave says the slow loop, :mod:`.governor`. It does not know where the costs come from, who measures, or
+how rows are run.
+
+The choice. The room at an exit is the price, at slowdown 1, that holds every latency target with the asked probability. An
+exit *fits* when its next step, pending rows included, costs no more than the room. Then, in this order:
+
+    up     after the dwell: the deepest exit that fits and whose steady price leaves the hysteresis free
+    stay   while the present exit fits
+    down   at once: the deepest shallower exit that fits
+    else   the shallowest allowed exit (``best_effort``: the one whose gap comes closest, backlog included);
+           ``infeasible`` if no allowed exit's steady price is within its room either
+
+An exit that would hold the target but for its backlog gets chunks of catch-up next to the steps at a shallower exit
+(:mod:`.catching_up`); the step that enters it may be late where the asked probability has left a late token over
+(``Recovery.credit``). A target that was raised by more than the hysteresis since the last decision does not wait
+for the dwell. The hysteresis shrinks with the uncertainty of the slowdown.
+
+The first token. ``ttft_ms`` holds the price of the prompt's rows at an exit; ``tpot_ms`` that of the steps after them.
+
+Without a target for the gap a step still costs at most ``SPIKE`` steady steps of the deepest exit, or what ``min_pace_tps``
+allows: where a ceiling is lifted, the backlog goes in chunks, too.
+
+A deadline is held by mixing an exit and the next shallower one over the tokens that remain, deep first: that order needs no
+catch-up, and what it leaves no reserve for is left by the exits further down and by a margin for what the rest
+may take longer than expected. Exit i fits when, after its step, the rest would be done in time one exit shallower.
+
+For one state and observation a looser target with all other keys the same never gives a shallower exit, or it catches up
+from there to a deeper one: every set above only grows with it. Without a target the deepest allowed exit is taken at
+once, with whatever it has pending.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Literal, NamedTuple
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.catching_up import NEVER, Recovery, Way, way_back
+from balcony_edge.control.decision import (
+    Because,
+    Decision,
+    Measurement,
+    Observation,
+    Outlook,
+    Stayed,
+    device_words,
+    expected_words,
+)
+from balcony_edge.control.governor import CEILING_DWELL_S, PACE_MARGIN, TICK_S, Demand, Governor, govern, least_pace_tps
+from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
+from balcony_edge.device.costs import CostModel
+
+#: The first step at a new exit runs its backlog, whose price per row is the least certain: it weighs a quarter.
+SWITCH_NOISE = 4.0
+#: Bursts come in runs: the sum over n tokens varies as if so many of them were always hit together.
+BURST_TOKENS = 16
+#: What the rest of a reply with a deadline may take longer than it looks, per deviation of the asked probability: a load that
+#: has not begun yet. 8 % at a probability of 0.9, 14 % at 0.99; a step of 1.4 in mid-reply is met then where it can be.
+UNSEEN_LOAD = 0.06
+#: Most that a step may cost where no gap is asked for, in full steps of the deepest exit at hand: the rest goes in chunks.
+SPIKE = 2.0
+#: Variance of the slowdown above which it counts as unknown: then only what no luck could change is called infeasible.
+KNOWN_VARIANCE = 0.05**2
+#: Deviation of the slowdown from which on the whole hysteresis is kept free, and the least share of it that is: a settled
+#: filter is at 0.012 (noise of 2 %), and 1.10 of the full depth's own time would leave 5 % free at none.
+UNSURE, LEAST_HYSTERESIS = 0.02, 0.4
+#: Rows of context after which steady prices are computed again: attention over 16 keys is microseconds.
+CONTEXT_STEP = 16
+
+
+class ControllerState(NamedTuple):
+    """What one decision leaves for the next.
+
+    Attributes:
+        exit_layer: where it took the token; None before the first.
+        tokens_since_switch: tokens taken there in a row, that one included; counted while there is a target.
+        catching_up: whether its step had a catch-up beside it.
+        tpot_ms: the target that it saw; infinite without one.
+        slowdown: the filter.
+        governor: the slow loop.
+        switched_s: when it changed the exit last.
+        recovery: of the way back to deeper exits.
+    """
+
+    exit_layer: int | None
+    tokens_since_switch: int
+    catching_up: bool
+    tpot_ms: float
+    slowdown: Slowdown
+    governor: Governor = Governor()
+    switched_s: float = -math.inf
+    recovery: Recovery = Recovery()
+
+    @classmethod
+    def initial(cls) -> ControllerState:
+        """Before the first token: nothing chosen, the profile taken at its word."""
+        return cls(None, tokens_since_switch=NEVER, catching_up=False, tpot_ms=math.inf, slowdown=Slowdown())
+
+    def for_next_reply(self) -> ControllerState:
+        """What the next reply starts from: nothing chosen, but what was learned of the device."""
+        fresh = ControllerState.initial()
+        recovery = self.recovery._replace(goal=None)
+        return fresh._replace(slowdown=self.slowdown.rested(), governor=self.governor, recovery=recovery)
+
+
+class _Plan(NamedTuple):
+    """What follows from a budget alone."""
+
+    budget: Budget
+    lowest: int
+    highest: int
+    quantile: float
+    tpot_ms: float  # infinite without a target
+    log_tpot: float
+    governed: bool
+    gap_only: bool  # whether tpot_ms is all that is asked for
+    stayed: tuple[object, ...]  # why the deepest exit is kept, in words
+    decision: Decision | None  # the only one that there is, where nothing asks for anything
+
+
+class _Steady(NamedTuple):
+    """Prices of one row everywhere, of ``step`` × ``CONTEXT_STEP`` rows of context on."""
+
+    step: int
+    shared_ms: float
+    stages_ms: list[float]
+    balconies_ms: list[float]
+    exits_ms: list[float]
+
+
+class Controller:
+    """Decides over one cost model. It holds no state: every sequence carries its own :class:`ControllerState`."""
+
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
+        self._index = {exit_layer: index for index, exit_layer in enumerate(costs.exits)}
+        self._ones = (1,) * len(costs.exits)
+        self._steady = self._steady_prices(0)
+        self._plan = self._planned(Budget())
+
+    def decide(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, Decision]:
+        """Choose the exit of the next token.
+
+        Raises:
+            BudgetError: the budget allows none of the exits (``Budget.for_bundle`` says so beforehand).
+        """
+        decision = self.settled(observation.budget)
+        if decision is None:
+            return self._weighed(self._plan, state, observation)
+        after = state._replace(
+            exit_layer=decision.exit_layer,
+            tokens_since_switch=1,
+            catching_up=False,
+            tpot_ms=math.inf,
+            recovery=state.recovery.towards(None),
+        )
+        return after, decision
+
+    def settled(self, budget: Budget) -> Decision | None:
+        """The only decision that there is where a budget has no target, the same object at every call; None where it has."""
+        if self._plan.budget is not budget:
+            self._plan = self._planned(budget)
+        return self._plan.decision
+
+    def stays(
+        self, budget: Budget, state: ControllerState, context_length: int, last: Measurement | None
+    ) -> tuple[ControllerState, Decision] | None:
+        """What :meth:`decide` says in the commonest case, in fewer steps; None where it has to weigh.
+
+        It is the case where a gap is all that is asked for, and the deepest exit that is allowed took the token before, has
+        nothing pending and still fits. The caller knows the second but last.
+        """
+        plan = self._plan
+        if plan.budget is not budget:
+            plan = self._plan = self._planned(budget)
+        chosen, exits = plan.highest, self._costs.exits
+        if not plan.gap_only or state.exit_layer != exits[chosen]:
+            return None
+        slowdown, words = self._learn(state, last)
+        price_ms = self._steady_at(context_length).exits_ms[chosen]
+        log_slowdown = slowdown.mean + slowdown.offsets[chosen]
+        deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
+        if price_ms > math.exp(plan.log_tpot - log_slowdown - plan.quantile * deviation):
+            return None
+        predicted_ms = price_ms * math.exp(log_slowdown)
+        probability = _probability(plan.tpot_ms, predicted_ms, deviation)
+        after = ControllerState(
+            exits[chosen],
+            state.tokens_since_switch + 1,
+            False,
+            plan.tpot_ms,
+            slowdown,
+            state.governor,
+            state.switched_s,
+            state.recovery.counted(last, state.tpot_ms, budget.probability, state.tokens_since_switch).towards(None),
+        )
+        words = plan.stayed + words
+        return after, Decision(exits[chosen], predicted_ms, price_ms, probability, False, None, 0.0, 0.0, words)
+
+    def _planned(self, budget: Budget) -> _Plan:
+        exits = self._costs.exits
+        allowed = budget.allowed_exits(exits)
+        lowest, highest = self._index[allowed[0]], self._index[allowed[-1]]
+        decision = None
+        if not budget.has_target:
+            why = "fixed exit" if budget.exit_layer is not None else "deepest allowed exit, no target"
+            decision = Decision(exits[highest], 0.0, 0.0, 1.0, False, None, 0.0, 0.0, (why,))
+        tpot_ms, governed = budget.tpot_ms or math.inf, budget.needs_sensors
+        others = governed or budget.max_pace_tps is not None or budget.deadline_s is not None
+        return _Plan(
+            budget,
+            lowest,
+            highest,
+            _quantile(budget.probability),
+            tpot_ms,
+            math.log(tpot_ms),
+            governed,
+            budget.tpot_ms is not None and not others,
+            (Stayed(budget),),
+            decision,
+        )
+
+    def _weighed(self, plan: _Plan, state: ControllerState, seen: Observation) -> tuple[ControllerState, Decision]:
+        budget, exits = plan.budget, self._costs.exits
+        current = None if state.exit_layer is None else self._index.get(state.exit_layer)
+        if current is not None and seen.made_tokens and seen.stage_rows[current] == seen.balcony_rows[current] == 1:
+            stayed = self.stays(budget, state, seen.context_length, seen.last)
+            if stayed is not None:
+                return stayed
+        slowdown, words = self._learn(state, seen.last)
+        now_ms, steady_ms = self._prices(seen)
+        governor, highest = state.governor, plan.highest
+        if plan.governed:
+            if seen.now_s - governor.ticked_s >= TICK_S or seen.now_s < governor.ticked_s:
+                governor = self._tick(plan, governor, slowdown, steady_ms, seen)
+            highest = max(min(highest, governor.ceiling), plan.lowest)
+        deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
+        outlook = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest)
+        held = current if current is not None and plan.lowest <= current <= highest else None
+        chosen = outlook.choose(held, _otherwise(seen))
+        best = outlook
+        if seen.deadline_runs and not outlook.fits(chosen):  # a load that has not begun makes nothing infeasible
+            best = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest, unseen=0.0)
+        infeasible = not outlook.fits(chosen) and not self._within_reach(best, plan, slowdown, deviation)
+        at_the_deepest = state.tokens_since_switch if current == plan.highest else 0
+        recovery = state.recovery.counted(seen.last, state.tpot_ms, budget.probability, at_the_deepest)
+        way = None
+        if chosen < highest and seen.made_tokens:
+            credit = plan.tpot_ms < math.inf and recovery.credit >= 1
+            present = None if recovery.goal is None else current
+            way = way_back(self._costs, outlook, seen, chosen, present, credit, may_sprint=not recovery.wait)
+        chosen, goal, sprint, catch_up, chunk_ms = way or Way(chosen, chosen)
+        price_ms = now_ms[chosen] + chunk_ms
+        offset = slowdown.offsets[chosen if catch_up is None else -1]
+        predicted_ms = price_ms * math.exp(slowdown.mean + offset)
+        limit_ms = outlook.room_ms[chosen if catch_up is None else -1] * math.exp(plan.quantile * deviation)
+        probability = _probability(limit_ms, price_ms, deviation)
+        if way is not None:
+            words = (way.words(exits), *words)
+        elif infeasible:
+            which = "shallowest" if chosen == plan.lowest else "closest"
+            factor = math.exp(slowdown.mean + offset)
+            expected = expected_words(seen, now_ms[chosen] * factor, steady_ms[chosen] * factor)
+            words = (f"infeasible: {expected} at the {which} exit", *words)
+        else:
+            words = (Because(outlook, exits, chosen, current, seen), *words)
+        period_ms, idle_ms = self._pace(plan, governor, seen, predicted_ms)
+        if plan.governed:
+            words = (*words, *device_words(governor, plan.budget, period_ms))
+            infeasible = infeasible or bool(governor.infeasible)
+        stays = chosen == current or current is None  # the first choice is no switch: nothing has to dwell
+        after = ControllerState(
+            exits[chosen],
+            state.tokens_since_switch + 1 if stays else 1,
+            catch_up is not None,
+            plan.tpot_ms,
+            slowdown,
+            governor,
+            state.switched_s if stays else seen.now_s,
+            recovery.towards(exits[goal] if sprint else None),
+        )
+        return after, Decision(
+            exits[chosen],
+            predicted_ms,
+            price_ms,
+            probability,
+            infeasible,
+            catch_up,
+            period_ms,
+            idle_ms,
+            words,
+            stops=plan.governed and governor.critical(budget),
+            unseen=plan.governed and bool(governor.unseen(budget)),
+        )
+
+    def _within_reach(self, outlook: Outlook, plan: _Plan, slowdown: Slowdown, deviation: float) -> bool:
+        """Whether some exit would hold the targets but for its backlog, with luck as long as the slowdown is not known."""
+        luck = 1.0
+        if slowdown.variance > KNOWN_VARIANCE:
+            luck = math.exp(plan.quantile * max(deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        return any(outlook.holds(index, luck) for index in range(plan.lowest, outlook.highest + 1))
+
+    def _outlook(
+        self,
+        plan: _Plan,
+        state: ControllerState,
+        seen: Observation,
+        slowdown: Slowdown,
+        deviation: float,
+        now_ms: list[float],
+        steady_ms: list[float],
+        highest: int,
+        unseen: float = UNSEEN_LOAD,
+    ) -> Outlook:
+        budget, first = plan.budget, seen.made_tokens == 0
+        free = 1 - budget.hysteresis * min(max(math.sqrt(slowdown.variance) / UNSURE, LEAST_HYSTERESIS), 1.0)
+        may_rise = state.tokens_since_switch >= budget.dwell_tokens
+        if plan.governed and budget.tpot_ms is None:  # what the slow loop gave shall not be taken twice a second
+            may_rise = may_rise and seen.now_s - state.switched_s >= CEILING_DWELL_S
+        if budget.tpot_ms is None:
+            # nobody asks for a gap, and still no token shall pay for the whole backlog
+            spike_ms = max(SPIKE * steady_ms[highest], 1000 / (budget.min_pace_tps or math.inf))
+            room_ms = [math.inf if first else spike_ms] * len(slowdown.offsets)
+            may_enter = [True] * len(now_ms)
+        else:
+            log_room = plan.log_tpot - slowdown.mean - plan.quantile * deviation
+            room_ms = [math.exp(log_room - offset) for offset in slowdown.offsets]
+            may_enter = [price <= room * free for price, room in zip(steady_ms, room_ms, strict=False)]
+            may_rise = may_rise or budget.tpot_ms * (1 - budget.hysteresis) > state.tpot_ms
+            if first:  # the prompt's rows are due at any exit: what the steps after it cost is what counts
+                room_ms = [
+                    math.inf if price <= room else room for price, room in zip([*steady_ms, 0.0], room_ms, strict=True)
+                ]
+        limits_ms: list[float] | None = [math.inf] * len(room_ms) if first else None  # of the token itself
+        if first and budget.ttft_ms is not None:
+            left_ms = max(budget.ttft_ms - (seen.now_s - seen.started_s) * 1000, 0.0)
+            left_ms *= math.exp(-slowdown.mean - plan.quantile * deviation)
+            limits_ms = [left_ms * math.exp(-offset) for offset in slowdown.offsets]
+        if seen.deadline_runs:
+            rooms_ms, enters = self._deadline(plan, seen, slowdown, unseen)
+            limits_ms = rooms_ms if limits_ms is None else list(map(min, limits_ms, rooms_ms))
+            may_enter = [both and enter for both, enter in zip(may_enter, enters, strict=True)]
+        if limits_ms is not None:
+            room_ms = list(map(min, room_ms, limits_ms))
+        first_ms = limits_ms if first else None
+        return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise, first_ms)
+
+    def _deadline(
+        self, plan: _Plan, seen: Observation, slowdown: Slowdown, unseen: float
+    ) -> tuple[list[float], list[bool]]:
+        """Room per exit index, the catch-up's last, and whether there is time to stay for a dwell, from the time left.
+
+        With m the mean slowdown, bursts included, the rest of n tokens at exit i takes n × steady_i × m, and with the
+        asked probability no more than a margin that grows with the root of n, and ``unseen`` of it for a load that has
+        not begun. m is the mean of the last 60 steps, or what the filter makes of the last few where that is more. The
+        prompt leaves time for the pace that is asked for; later the waits for it are cut where the time runs out.
+        """
+        left_ms, remaining = 1000 * seen.left_s, seen.remaining
+        middle = seen.context_length + remaining // 2
+        steady_ms = self._costs.steps_ms(self._ones, self._ones, middle)
+        mean = max(slowdown.ratio_mean, slowdown.factor, 1e-6)
+        spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + unseen * remaining
+        margin_ms = plan.quantile * spread * steady_ms[plan.lowest]
+        rooms_ms, enters = [], []
+        dwell = min(plan.budget.dwell_tokens, remaining)
+        paced_ms = 0.0 if seen.made_tokens else 1000 / (plan.budget.max_pace_tps or math.inf) / mean
+        gaps_ms = [max(price_ms, paced_ms) for price_ms in steady_ms]
+        for index, price_ms in enumerate(gaps_ms):
+            below_ms = gaps_ms[max(index - 1, plan.lowest)]
+            room_ms = (left_ms - margin_ms) / mean - (remaining - 1) * below_ms
+            rooms_ms.append(max(room_ms, 0.0))
+            enters.append(room_ms - below_ms >= dwell * (price_ms - below_ms))
+        return [*rooms_ms, min(rooms_ms)], enters
+
+    def _tick(
+        self, plan: _Plan, governor: Governor, slowdown: Slowdown, steady_ms: list[float], seen: Observation
+    ) -> Governor:
+        step_s = [
+            price * math.exp(slowdown.mean + offset) / 1000
+            for price, offset in zip(steady_ms, slowdown.offsets, strict=False)
+        ]
+        return govern(
+            governor,
+            Demand(
+                plan.budget,
+                seen.now_s,
+                seen.busy_s,
+                seen.readings,
+                step_s,
+                plan.lowest,
+                plan.highest,
+                _needed_tps(plan.budget, seen),
+                seen.made_tokens == 0,
+            ),
+        )
+
+    def _pace(self, plan: _Plan, governor: Governor, seen: Observation, predicted_ms: float) -> tuple[float, float]:
+        """The least gap to the token before, and how much of the wait in it is for the backlog."""
+        budget = plan.budget
+        if not budget.pacing or seen.made_tokens == 0:
+            return 0.0, 0.0
+        share = governor.share if plan.governed else 1.0
+        period_ms = 0.0
+        if share < 1:
+            slowest_tps = least_pace_tps(budget, _needed_tps(budget, seen) / (1 - PACE_MARGIN))
+            period_ms = min(predicted_ms / share, 1000 / slowest_tps)
+        if budget.max_pace_tps is not None:
+            slow_ms = 1000 / budget.max_pace_tps
+            if seen.deadline_runs:  # no wait is worth a deadline
+                slow_ms = min(slow_ms, (1 - PACE_MARGIN) * 1000 * max(seen.left_s, 0.0) / seen.remaining)
+            period_ms = max(period_ms, slow_ms)
+        return period_ms, max(share * period_ms - predicted_ms, 0.0)
+
+    def _steady_prices(self, context: int) -> _Steady:
+        costs = self._costs
+        return _Steady(
+            context // CONTEXT_STEP,
+            costs.overhead_ms + costs.head.pass_ms(1, context),
+            [unit.pass_ms(1, context) for unit in costs.stages],
+            [unit.pass_ms(1, context, 1) for unit in costs.balconies],
+            costs.steps_ms(self._ones, self._ones, context),
+        )
+
+    def _steady_at(self, context: int) -> _Steady:
+        """Prices of a context at most ``CONTEXT_STEP`` rows shorter."""
+        if context // CONTEXT_STEP != self._steady.step:
+            self._steady = self._steady_prices(context // CONTEXT_STEP * CONTEXT_STEP)
+        return self._steady
+
+    def _prices(self, seen: Observation) -> tuple[list[float], list[float]]:
+        """Prices per exit of the next step as it is, and without a backlog (those of a context a little shorter)."""
+        context, steady = seen.context_length, self._steady_at(seen.context_length)
+        costs, shared_ms, now_ms, bound = self._costs, steady.shared_ms, [], True
+        for index, (rows, kept) in enumerate(zip(seen.stage_rows, seen.balcony_rows, strict=True)):
+            bound = bound and rows == 1
+            shared_ms += steady.stages_ms[index] if rows == 1 else costs.stages[index].pass_ms(rows, context)
+            balcony_ms = steady.balconies_ms[index] if kept == 1 else costs.balconies[index].pass_ms(kept, context, 1)
+            price_ms = shared_ms + balcony_ms
+            now_ms.append(price_ms if bound and kept == 1 else price_ms + costs.switch_ms)
+        return now_ms, steady.exits_ms
+
+    def _learn(self, state: ControllerState, last: Measurement | None) -> tuple[Slowdown, tuple[object, ...]]:
+        """The filter after the last step, and a remark for the reason where its measurement is no use."""
+        slowdown = state.slowdown
+        if len(slowdown.offsets) != len(self._ones) + 1:
+            slowdown = slowdown.for_exits(len(self._ones))
+        if last is None:
+            return slowdown, ()
+        index = self._index.get(last.exit_layer)
+        if index is None or not (0 < last.measured_ms < math.inf and 0 < last.predicted_ms < math.inf):
+            return slowdown, (f"measurement of {last.measured_ms:g} ms at exit {last.exit_layer} ignored",)
+        log_ratio = math.log(last.measured_ms) - math.log(last.predicted_ms)
+        noise_scale = SWITCH_NOISE if state.tokens_since_switch == 1 else 1.0
+        return slowdown.update(-1 if state.catching_up else index, log_ratio, noise_scale), ()
+
+
+@lru_cache(maxsize=64)
+def _quantile(probability: float) -> float:
+    return NormalDist().inv_cdf(probability)
+
+
+def _probability(limit_ms: float, price_ms: float, deviation: float) -> float:
+    """P(price × slowdown <= limit), where the limit is a price, too."""
+    if price_ms <= 0 or limit_ms == math.inf:
+        return 1.0
+    if limit_ms <= 0:
+        return 0.0
+    return 0.5 * math.erfc((math.log(price_ms) - math.log(limit_ms)) / deviation / math.sqrt(2))
+
+
+def _otherwise(seen: Observation) -> Literal["shallowest", "closest", "deepest"]:
+    """What is taken where nothing fits."""
+    if seen.deadline_runs or seen.made_tokens == 0:
+        return "shallowest"  # the time for the rest, or for the prompt, is least there
+    if seen.budget.tpot_ms is None:
+        return "deepest"  # a ceiling has taken depth away, and every balcony lags behind alike
+    return "closest" if seen.budget.on_infeasible == "best_effort" else "shallowest"
+
+
+def _needed_tps(budget: Budget, seen: Observation) -> float:
+    """Tokens a second that the latency targets need; 0 without one."""
+    needed = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
+    return max(needed, seen.remaining / max(seen.left_s, 1e-3)) if seen.deadline_runs else needed

@@ -1,0 +1,81 @@
+"""What the readings say of the quantities that a budget is about, and which of its keys nothing measures.
+
+Owns the choice among readings: which are fresh, which can be, whose power adds up to a rail. It knows no controller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.response import MOST_W, Counter, Sample
+from balcony_edge.device.readings import Reading, Scope, adding_up
+
+#: A reading older than this is no reading: three ticks of a sensor that answers once a second.
+STALE_S = 3.0
+#: What a temperature sensor can say.
+LEAST_C, MOST_C = -60, 200
+
+
+def watts(readings: Sequence[Reading], rail: Scope, now_s: float) -> Sample | None:
+    """Power of a rail, all of its parts; None where nothing measures it."""
+    found = [
+        reading
+        for reading in readings
+        if reading.scope == rail
+        and reading.watts is not None
+        and 0 <= reading.watts < MOST_W
+        and _fresh(reading, now_s)
+    ]
+    found = adding_up(found, rail)
+    if not found:
+        return None
+    value = sum(reading.watts or 0.0 for reading in found)
+    joules = [reading.joules for reading in found if reading.joules is not None and math.isfinite(reading.joules)]
+    counter = None
+    if len(joules) == len(found):
+        counter = Counter(sum(joules), max(r.time_s for r in found), tuple(r.source for r in found))
+    return Sample(value, counter=counter)
+
+
+def utilization(readings: Sequence[Reading], scope: Scope, now_s: float) -> Sample | None:
+    """Busy share of CPUs or GPU, and our own part of it where that is told apart."""
+    reading = newest(readings, scope, "utilization", now_s, 1.0)
+    if reading is None or reading.utilization is None:
+        return None
+    own = reading.own_utilization
+    return Sample(reading.utilization, own if own is not None and 0 <= own <= 1 else None)
+
+
+def hottest_c(readings: Sequence[Reading], now_s: float) -> float | None:
+    """Degrees of the hottest sensor."""
+    degrees = (reading.celsius for reading in readings if reading.celsius is not None and _fresh(reading, now_s))
+    return max((value for value in degrees if LEAST_C <= value <= MOST_C), default=None)
+
+
+def newest(readings: Sequence[Reading], scope: Scope, field: str, now_s: float, most: float) -> Reading | None:
+    """The first fresh reading of a scope whose ``field`` is there and at most ``most``."""
+    for reading in readings:
+        if reading.scope == scope and _fresh(reading, now_s):
+            value = getattr(reading, field)
+            if value is not None and 0 <= value <= most:
+                return reading
+    return None
+
+
+def unseen(budget: Budget, readings: Sequence[Reading], now_s: float) -> tuple[str, ...]:
+    """Keys of a budget that ask for what no reading says, in the order of the budget's keys."""
+    seen = {
+        **dict.fromkeys(("power_w", "energy_j_per_token"), watts(readings, budget.power_rail, now_s)),
+        **dict.fromkeys(("temperature_c", "critical_temperature_c"), hottest_c(readings, now_s)),
+        "gpu_utilization": utilization(readings, "gpu", now_s),
+        "cpu_utilization": utilization(readings, "cpu", now_s),
+        "battery_floor_percent": newest(readings, "battery", "charge", now_s, 1.0),
+        "memory_mb": newest(readings, "process", "memory_bytes", now_s, math.inf),
+    }
+    return tuple(key for key, found in seen.items() if getattr(budget, key) is not None and found is None)
+
+
+def _fresh(reading: Reading, now_s: float) -> bool:
+    return now_s - reading.time_s <= STALE_S

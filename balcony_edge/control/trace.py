@@ -1,0 +1,270 @@
+"""Traces: a run as JSON lines, and the same decisions from them again.
+
+Owns the file format: a header (``{"trace": 1, "costs": ...}``), a line for every budget from its first token on
+(``{"budget": ...}``), and a line a token with what the controller saw and what it decided; the first of a reply has the
+controller's ``state``, too. Readings stand only in lines where they changed. A trace holds neither text nor tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Annotated, Any, NamedTuple, Self
+
+import pydantic
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import Decision, Measurement, Observation
+from balcony_edge.control.response import GAUGES
+from balcony_edge.control.slowdown import LOG_SLOWDOWN_LIMIT
+from balcony_edge.device.costs import MAX_ROWS, CostModel
+from balcony_edge.device.readings import Reading
+from balcony_edge.errors import BalconyError, InputError
+
+VERSION = 1
+_COSTS = pydantic.TypeAdapter(CostModel)
+#: A state knows "never" and "not yet" as numbers that JSON lacks: they stand there as words.
+_STATE = pydantic.TypeAdapter(ControllerState, config=pydantic.ConfigDict(ser_json_inf_nan="strings"))
+_Count = Annotated[int, pydantic.Field(ge=0, le=MAX_ROWS)]
+_Millis = Annotated[float, pydantic.Field(ge=0, le=1e12)]
+
+
+class TraceToken(NamedTuple):
+    """One token of a trace.
+
+    Attributes:
+        seen: what the controller saw.
+        line: its line, whose keys are documented in docs/controller.md.
+        start: what its reply started from, at the first token of a reply.
+    """
+
+    seen: Observation
+    line: dict[str, Any]
+    start: ControllerState | None
+
+
+class Trace(NamedTuple):
+    """A recorded run: its tokens, and the costs that each was decided with."""
+
+    tokens: tuple[TraceToken, ...]
+    costs: tuple[CostModel, ...]
+
+
+class TraceWriter:
+    """Writes a run as it goes. A context manager that closes the file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise InputError(f"{os.fspath(path)}: not writable ({error.strerror}): name another place") from error
+        self._name = os.fspath(path)
+        self._costs: CostModel | None = None
+        self._start: ControllerState | None = None
+        self._budget: Budget | None = None
+        self._readings: tuple[Reading, ...] = ()
+
+    def begin(self, state: ControllerState) -> None:
+        """A reply begins, from what replies before it left."""
+        self._start = state
+
+    def write(self, costs: CostModel, seen: Observation, decision: Decision, latency_ms: float, pending: int) -> None:
+        """Add one token."""
+        if costs is not self._costs:
+            self._costs, self._budget = costs, None
+            self._line({"trace": VERSION, "costs": asdict(costs)})
+        if seen.budget is not self._budget:
+            self._budget = seen.budget
+            self._line({"budget": seen.budget.model_dump(exclude_defaults=True)})
+        line: dict[str, Any] = {
+            "now_s": seen.now_s,
+            "exit_layer": decision.exit_layer,
+            "latency_ms": latency_ms,
+            "predicted_ms": decision.predicted_ms,
+            "price_ms": decision.price_ms,
+            "period_ms": decision.period_ms,
+            "idle_ms": decision.idle_ms,
+            "catch_up": decision.catch_up,
+            "pending_rows": pending,
+            "infeasible": decision.infeasible,
+            "reason": decision.reason,
+            "made_tokens": seen.made_tokens,
+            "started_s": seen.started_s,
+            "busy_s": seen.busy_s,
+            "context_length": seen.context_length,
+            "stage_rows": list(seen.stage_rows),
+            "balcony_rows": list(seen.balcony_rows),
+            "last": seen.last,
+        }
+        if self._start is not None:
+            line["state"], self._start = json.loads(_STATE.dump_json(self._start)), None
+        if seen.readings != self._readings:
+            self._readings = seen.readings
+            line["readings"] = [reading.to_dict() for reading in seen.readings]
+        self._line(line)
+
+    def _line(self, document: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(document, allow_nan=False) + "\n")
+        except OSError as error:
+            raise self._full(error) from error
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            InputError: the disk refuses what was still to be written.
+        """
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _full(self, error: OSError) -> InputError:
+        return InputError(f"{self._name}: writing failed ({error.strerror}): free space or name another place")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_trace(path: str | os.PathLike[str]) -> Trace:
+    """Read a trace; a last line that was cut off by a killed run is left out.
+
+    Raises:
+        InputError: the file cannot be read, is no trace, or is of another version.
+    """
+    name = os.fspath(path)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{name}: not readable as a trace ({error}): record one with `balcony-edge run --trace`"
+        ) from error
+    tokens: list[TraceToken] = []
+    priced: list[CostModel] = []
+    costs: CostModel | None = None
+    budget, readings = Budget(), ()  # type: tuple[Budget, tuple[Reading, ...]]
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            if "trace" in line:
+                if line["trace"] != VERSION:
+                    raise InputError(f"{name}: trace version {line['trace']!r:.40}, must be {VERSION}: record it again")
+                costs = _COSTS.validate_python(line["costs"])
+            elif "budget" in line:
+                budget = Budget.model_validate(line["budget"])
+            elif costs is None:
+                raise InputError(f"{name}: has no header: record one with `balcony-edge run --trace`")
+            else:
+                if "readings" in line:
+                    readings = tuple(Reading.from_dict(reading) for reading in line["readings"])
+                start = _state(line["state"]) if "state" in line else None
+                tokens.append(TraceToken(_observation(line, costs, budget, readings), line, start))
+                priced.append(costs)
+        except BalconyError as error:
+            where = "" if str(error).startswith(name) else f"{name}: line {number}: "
+            raise InputError(f"{where}{error}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number == len(lines) and tokens:
+                break
+            raise InputError(
+                f"{name}: line {number} is no line of a trace ({_first(error)}): record it again"
+            ) from error
+    if not tokens:
+        raise InputError(f"{name}: holds no token: record one with `balcony-edge run --trace`")
+    return Trace(tuple(tokens), tuple(priced))
+
+
+class _Line(pydantic.BaseModel):
+    """What an observation is made from, in a line of a trace, and what is shown of the decision."""
+
+    model_config = pydantic.ConfigDict(allow_inf_nan=False)
+
+    exit_layer: _Count
+    latency_ms: _Millis
+    period_ms: _Millis
+    infeasible: bool
+    reason: str
+
+    now_s: float
+    started_s: float
+    busy_s: float
+    context_length: _Count
+    made_tokens: _Count
+    stage_rows: tuple[_Count, ...]
+    balcony_rows: tuple[_Count, ...]
+    last: tuple[int, float, float] | None
+
+
+def _observation(line: dict[str, Any], costs: CostModel, budget: Budget, readings: tuple[Reading, ...]) -> Observation:
+    seen = _Line.model_validate(line)
+    if not len(seen.stage_rows) == len(seen.balcony_rows) == len(costs.exits):
+        raise ValueError(f"rows of {len(seen.stage_rows)} stages for {len(costs.exits)} exits")
+    return Observation(
+        budget,
+        seen.context_length,
+        seen.stage_rows,
+        seen.balcony_rows,
+        None if seen.last is None else Measurement(*seen.last),
+        seen.made_tokens,
+        seen.started_s,
+        seen.now_s,
+        seen.busy_s,
+        readings,
+    )
+
+
+def _state(document: Any) -> ControllerState:
+    """A reply's first state; ValueError where the controller never left such a one."""
+    state = _STATE.validate_python(document)
+    slowdown = state.slowdown
+    variances = (slowdown.variance, slowdown.process_variance, slowdown.ratio_variance, *slowdown.offset_variances)
+    if not all(0 <= variance < math.inf for variance in variances) or not 0 < slowdown.noise_variance < math.inf:
+        raise ValueError("state.slowdown: a variance below 0, or no noise")
+    means = (slowdown.mean, *slowdown.offsets, math.log(slowdown.ratio_mean) if slowdown.ratio_mean > 0 else math.nan)
+    if not all(abs(mean) <= 2 * LOG_SLOWDOWN_LIMIT for mean in means):
+        raise ValueError("state.slowdown: a mean out of reach")
+    if len(slowdown.offsets) != len(slowdown.offset_variances):
+        raise ValueError("state.slowdown: offsets and offset_variances differ in length")
+    for load in (state.governor.power, state.governor.cpu, state.governor.gpu):
+        if load is not None and not (len(load.fits) == len(GAUGES) and 0 <= load.best < len(GAUGES)):
+            raise ValueError("state.governor: a load with another number of gauges")
+    if not (abs(state.recovery.credit) <= 1 and state.recovery.wait >= 0 and state.recovery.sprints >= 0):
+        raise ValueError("state.recovery: a credit beyond one token, or less than nothing to wait for")
+    return state
+
+
+def _first(error: Exception) -> str:
+    """The first thing that is wrong, on one line."""
+    if isinstance(error, pydantic.ValidationError):
+        problem = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"[:100]
+    return " ".join(repr(error).split())[:80]
+
+
+def replay(trace: Trace) -> Iterator[Decision]:
+    """What the controller decides when it sees the trace again."""
+    state, controller, costs = ControllerState.initial(), None, None  # type: ControllerState, Controller | None, CostModel | None
+    for (seen, _, start), priced in zip(trace.tokens, trace.costs, strict=True):
+        if controller is None or priced is not costs:
+            controller, costs = Controller(priced), priced
+        if start is not None:
+            state = start
+        state, decision = controller.decide(state, seen)
+        yield decision

@@ -1,0 +1,209 @@
+"""Whether a budget was held: for each of its keys what was asked, what was reached, and by how much it was held or missed.
+
+Owns the judgement of a reply after the fact, from the gaps and readings that it saw; it steers nothing. A key that nothing
+measured has no verdict, and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.observed import hottest_c, newest, utilization, watts
+from balcony_edge.control.response import Counter
+from balcony_edge.device.readings import Reading
+
+#: Readings are kept at this distance, seconds: as often as the slow loop looks at them.
+KEPT_S = 0.1
+
+
+#: A pace that is held exactly is a little off in the mean: clocks and sleeps.
+PACE_TOLERANCE = 0.01
+_PACES = ("min_pace_tps", "max_pace_tps")
+
+
+class Verdict(NamedTuple):
+    """One key of a budget.
+
+    Attributes:
+        key: its name.
+        asked: its value.
+        reached: what the reply came to, in the unit of the key; None where nothing measured it.
+        held: whether that is within what was asked; None where nothing measured it.
+        margin: share of ``asked`` that was left free, below 0 where it was missed; None where nothing measured it.
+        how: what ``reached`` is, in words.
+    """
+
+    key: str
+    asked: float
+    reached: float | None
+    held: bool | None
+    margin: float | None
+    how: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return self._asdict()
+
+
+class _Seen(NamedTuple):
+    """What the sensors said at a time."""
+
+    now_s: float
+    watts: float | None
+    counter: Counter | None
+    hottest_c: float | None
+    cpu: float | None
+    gpu: float | None
+    charge: float | None
+    memory_mb: float | None
+
+
+class Watch:
+    """Follows one reply, and begins anew where its budget is replaced."""
+
+    def __init__(self) -> None:
+        self._budget: Budget | None = None
+        self._from_start = True
+        self._gaps_ms: list[float] = []
+        self._seen: list[_Seen] = []
+
+    def token(
+        self, budget: Budget, now_s: float, latency_ms: float, readings: Sequence[Reading], *, first: bool
+    ) -> None:
+        """One token is out.
+
+        Args:
+            budget: that it was decided for.
+            now_s: when the readings were taken.
+            latency_ms: gap to the token before; of the first, since the reply was asked for.
+            readings: the latest of every sensor; empty where the budget needs none.
+            first: whether it is the first of the reply.
+        """
+        if budget is not self._budget:
+            self._budget, self._from_start = budget, first
+            self._gaps_ms, self._seen = [], []
+        self._gaps_ms.append(latency_ms)
+        self.saw(now_s, readings)
+
+    def saw(self, now_s: float, readings: Sequence[Reading]) -> None:
+        """What the sensors said, also where no token follows because the device is too hot."""
+        budget = self._budget
+        if budget is None:
+            return
+        if readings and (not self._seen or now_s - self._seen[-1].now_s >= KEPT_S):
+            self._seen.append(_seen(budget, now_s, readings))
+
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """For every target of the budget that held for the last token, in the order of its keys."""
+        budget = self._budget
+        if budget is None:
+            return ()
+        judges: dict[str, Callable[[Budget], tuple[float | None, str]]] = {
+            "tpot_ms": self._tpot,
+            "ttft_ms": lambda _: (self._gaps_ms[0] if self._from_start else None, "first token"),
+            "deadline_s": self._deadline,
+            "min_pace_tps": self._pace,
+            "max_pace_tps": self._pace,
+            "power_w": lambda b: (self._most_w(b.power_window_s), f"highest mean of {b.power_window_s:g} s"),
+            "energy_j_per_token": lambda _: (self._joules(), "mean"),
+            "temperature_c": lambda _: (self._most("hottest_c"), "highest"),
+            "critical_temperature_c": lambda _: (self._most("hottest_c"), "highest"),
+            "gpu_utilization": lambda _: (self._mean("gpu"), "mean"),
+            "cpu_utilization": lambda _: (self._mean("cpu"), "mean"),
+            "battery_floor_percent": lambda _: (self._least_percent(), "lowest"),
+            "memory_mb": lambda _: (self._most("memory_mb"), "highest"),
+        }
+        found = []
+        for key, judge in judges.items():
+            asked = getattr(budget, key)
+            if asked is None:
+                continue
+            reached, how = judge(budget)
+            at_least = key in ("min_pace_tps", "battery_floor_percent")
+            margin = None if reached is None else (reached - asked if at_least else asked - reached) / asked
+            held = None if margin is None else margin >= (-PACE_TOLERANCE if key in _PACES else 0)
+            if key == "critical_temperature_c" and margin is not None:
+                held = margin > 0  # at it the reply ends
+            found.append(Verdict(key, asked, reached, held, margin, how if reached is not None else "not measured"))
+        return tuple(found)
+
+    @property
+    def _later_ms(self) -> list[float]:
+        """Gaps: what the first token took is none."""
+        return self._gaps_ms[1:] if self._from_start else self._gaps_ms
+
+    def _tpot(self, budget: Budget) -> tuple[float | None, str]:
+        gaps = sorted(self._later_ms)
+        if not gaps:
+            return None, ""
+        # the least gap that the asked share of all gaps does not exceed; 1e-9: 0.9 x 10 is 9, whatever floats say
+        place = max(math.ceil(budget.probability * len(gaps) - 1e-9), 1) - 1
+        return gaps[place], f"{budget.probability * 100:g} % of the gaps within"
+
+    def _deadline(self, budget: Budget) -> tuple[float | None, str]:
+        if not self._from_start:
+            return None, ""
+        counted = self._gaps_ms[: budget.expected_tokens or None]
+        return sum(counted) / 1000, f"{len(counted)} tokens"
+
+    def _pace(self, _: Budget) -> tuple[float | None, str]:
+        gaps = self._later_ms
+        return (1000 * len(gaps) / sum(gaps) if gaps and sum(gaps) else None), "mean"
+
+    def _values(self, field: str) -> list[float]:
+        return [value for seen in self._seen if (value := getattr(seen, field)) is not None]
+
+    def _most(self, field: str) -> float | None:
+        return max(self._values(field), default=None)
+
+    def _mean(self, field: str) -> float | None:
+        values = self._values(field)
+        return sum(values) / len(values) if values else None
+
+    def _least_percent(self) -> float | None:
+        least = min(self._values("charge"), default=None)
+        return None if least is None else 100 * least
+
+    def _most_w(self, window_s: float) -> float | None:
+        """Highest mean power over a window; of a reply that is shorter, its mean."""
+        seen = [one for one in self._seen if one.watts is not None]
+        means: list[float] = []
+        begin = 0
+        for end in range(len(seen)):
+            while begin < end and seen[end].now_s - seen[begin + 1].now_s >= window_s:
+                begin += 1
+            if seen[end].now_s - seen[begin].now_s >= window_s or (end == len(seen) - 1 and not means):
+                means.append(_mean_w(seen[begin : end + 1]))
+        return max(means, default=None)
+
+    def _joules(self) -> float | None:
+        seen = [one for one in self._seen if one.watts is not None]
+        seconds = sum(self._later_ms) / 1000
+        return _mean_w(seen) * seconds / len(self._later_ms) if seen and self._later_ms else None
+
+
+def _seen(budget: Budget, now_s: float, readings: Sequence[Reading]) -> _Seen:
+    power = watts(readings, budget.power_rail, now_s)
+    cpu, gpu = utilization(readings, "cpu", now_s), utilization(readings, "gpu", now_s)
+    battery = newest(readings, "battery", "charge", now_s, 1.0)
+    memory = newest(readings, "process", "memory_bytes", now_s, math.inf)
+    return _Seen(
+        now_s,
+        None if power is None else power.value,
+        None if power is None else power.counter,
+        hottest_c(readings, now_s),
+        None if cpu is None else cpu.value,
+        None if gpu is None else gpu.value,
+        None if battery is None else battery.charge,
+        None if memory is None else (memory.memory_bytes or 0) / 1e6,
+    )
+
+
+def _mean_w(seen: Sequence[_Seen]) -> float:
+    """By the energy counter where there is one: samples only hit or miss a step."""
+    last = seen[-1].counter
+    counted = None if last is None else last.mean_w(seen[0].counter)
+    return sum(one.watts or 0.0 for one in seen) / len(seen) if counted is None else counted

@@ -1,0 +1,365 @@
+"""The device profile: what every exit of one bundle was measured to cost on one device, as a JSON file.
+
+This module owns the file's types, its version and every check that needs no engine. ``balcony-edge profile`` writes it
+(:mod:`balcony_runtime.profiler` measures); the controller reads ``costs``, and plan, compare, simulate and the report the
+rest. It does not know how anything is measured. Times are milliseconds, sizes bytes, power watts, energy joules.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from balcony_edge.bundle.manifest import Finite
+from balcony_edge.device.costs import Bend, CostModel, UnitCost
+from balcony_edge.device.machine import Device
+from balcony_edge.errors import ProfileError
+from balcony_edge.files import write_atomically
+
+__all__ = ["Bend", "CostModel", "Entry", "Profile", "Timing", "UnitCost"]
+
+SCHEMA_VERSION: Final = 1
+
+Millis = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Watts = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+Layer = Annotated[int, Field(ge=1)]
+#: What an entry is about; :class:`Entry` says what ``rows`` and ``context`` are in each.
+Kind = Literal[
+    "prefill", "decode", "switch_up", "switch_down", "catch_up", "balcony", "norm", "lm_head", "python", "controller"
+]
+#: What an evaluation measures: on a text, and the mean over tasks.
+Metric = Literal["kl", "agreement", "perplexity", "average"]
+#: Parts of a device whose power is told apart; the same as a budget's ``power_rail``.
+Rail = Literal["board", "cpu", "gpu"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Timing(_Frozen):
+    """Samples of one quantity, milliseconds, outliers included.
+
+    ``uncertainty_ms`` is half the width of the 95 % interval of ``p50_ms``: what another profile of the same device and
+    bundle may differ by, from chance and from what every process finds different (docs/profiling.md).
+    """
+
+    samples: Annotated[int, Field(ge=1)]
+    rounds: Annotated[int, Field(ge=1)]
+    p50_ms: Millis
+    p95_ms: Millis
+    p99_ms: Millis
+    mean_ms: Millis
+    min_ms: Millis
+    max_ms: Millis
+    uncertainty_ms: Millis
+
+
+class Entry(_Frozen):
+    """One measured quantity.
+
+    What ``exit_layer``, ``rows`` and ``context`` are, by ``kind``:
+
+        prefill      time to first token at the exit: a prompt of ``rows`` tokens on an empty sequence
+        decode       time between tokens at the exit after ``context`` tokens, through the public API
+        switch_up    the step at the exit after ``rows - 1`` tokens at ``from_exit``: pending rows and the new one
+        switch_down  the step at the exit after ``rows - 1`` tokens at ``from_exit``: the balcony's backlog and the new one
+        catch_up     a pass of ``rows`` rows through the stage that ends at the exit; ``context`` rows before the last one
+        balcony      the same through the exit's balcony: keys and values of all rows, one query
+        norm, lm_head  one row
+        python       what a decode step at a fixed exit takes beside the engine's own calls
+        controller   the same under a target, which is weighed at every token; what is in every price
+
+    ``predicted_ms`` is the price by ``costs``.
+    """
+
+    kind: Kind
+    exit_layer: Layer
+    from_exit: Layer | None = None
+    rows: Count = 1
+    context: Count = 0
+    timing: Timing
+    predicted_ms: Millis | None = None
+
+    @property
+    def key(self) -> tuple[str, int, int | None, int, int]:
+        """What two profiles compare by."""
+        return self.kind, self.exit_layer, self.from_exit, self.rows, self.context
+
+    @property
+    def title(self) -> str:
+        """A few words for a table."""
+        way = f"{self.from_exit} → {self.exit_layer}"
+        words = {
+            "prefill": f"prompt of {self.rows} at {self.exit_layer}",
+            "decode": f"decode at {self.exit_layer} after {self.context}",
+            "switch_up": f"{way} with {self.rows - 1} waiting",
+            "switch_down": f"{way} with {self.rows - 1} waiting",
+            "catch_up": f"{self.rows} rows to {self.exit_layer} after {self.context}",
+            "balcony": f"{self.rows} rows of balcony {self.exit_layer} after {self.context}",
+            "norm": f"norm after {self.context}",
+            "lm_head": f"LM head after {self.context}",
+            "python": f"Python at {self.exit_layer} after {self.context}",
+            "controller": f"Python and controller at {self.exit_layer} after {self.context}",
+        }
+        return words[self.kind]
+
+
+class Residual(_Frozen):
+    """How well ``costs`` price what they were fitted to, and steps that they were not: shares of the measured time."""
+
+    part: str
+    points: Annotated[int, Field(ge=1)]
+    median: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    p95: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Power(_Frozen):
+    """Average power of one rail while the device decoded at one exit, and idle before that."""
+
+    exit_layer: Layer
+    rail: Rail
+    source: str
+    busy_w: Watts
+    idle_w: Watts | None
+    joules_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Moment(_Frozen):
+    """One stretch of a sustained run: when it began, its median step, and what the device said."""
+
+    at_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    p50_ms: Millis
+    celsius: Finite | None = None
+    cpu_mhz: Finite | None = None
+    watts: Finite | None = None
+
+
+class Sustained(_Frozen):
+    """Decoding at full depth without a pause: the first seconds (burst) against the end."""
+
+    exit_layer: Layer
+    seconds: Annotated[float, Field(gt=0)]
+    burst: Timing
+    sustained: Timing
+    moments: tuple[Moment, ...]
+
+    @property
+    def slowdown(self) -> float:
+        """Median at the end over median at the beginning: above 1 the device throttles."""
+        return self.sustained.p50_ms / self.burst.p50_ms if self.burst.p50_ms else 1.0
+
+
+class Memory(_Frozen):
+    """Memory of the process that measured. ``per_1k_tokens_bytes``: caches and row buffers of one sequence."""
+
+    loaded_bytes: int | None
+    peak_bytes: int | None
+    per_1k_tokens_bytes: Count
+
+
+class Conditions(_Frozen):
+    """What else was going on. None: the system does not say.
+
+    Attributes:
+        seconds: how long measuring took.
+        others_cpu_share: CPU time that others used, of all: above a few percent the profile deserves to be repeated.
+        load_1m: load average at the end.
+        governor: of the CPU's frequency.
+        cpu_mhz: at the beginning and at the end.
+        celsius: the hottest sensor, at the beginning and at the end.
+        throttled: whether a sensor said that clocks were held down.
+        notes: what a reader should know, one line each.
+    """
+
+    seconds: Annotated[float, Field(ge=0)]
+    others_cpu_share: float | None = None
+    load_1m: float | None = None
+    governor: str | None = None
+    cpu_mhz: tuple[float, float] | None = None
+    celsius: tuple[float, float] | None = None
+    throttled: bool | None = None
+    notes: tuple[str, ...] = ()
+
+
+class BundleFacts(_Frozen):
+    """Which bundle was measured. ``fingerprint`` covers graphs and weights: evaluation does not make a profile stale."""
+
+    model: str
+    fingerprint: str
+    precision: str
+    exit_layers: tuple[Layer, ...] = Field(min_length=1)
+    context_length: Annotated[int, Field(ge=1)]
+    bytes_per_token: dict[int, int]
+
+
+class EngineFacts(_Frozen):
+    """What ran it."""
+
+    name: str
+    version: str
+    threads: Annotated[int, Field(ge=1)]
+
+
+class QualityFigure(_Frozen):
+    """One figure of the bundle's evaluation, copied: ``agreement`` (share) or ``kl`` (nats) on a text, ``average`` of tasks."""
+
+    exit_layer: Layer
+    metric: Metric
+    on: str
+    value: Finite
+    stderr: Finite | None = None
+
+
+def least_agreement(exits: tuple[int, ...], quality: tuple[QualityFigure, ...]) -> dict[int, float | None]:
+    """Exit layer → agreement with the full depth on the text where it is least; None where none was measured."""
+    found: dict[int, float | None] = dict.fromkeys(exits)
+    for figure in quality:
+        if figure.metric == "agreement" and figure.exit_layer in found:
+            least = found[figure.exit_layer]
+            found[figure.exit_layer] = figure.value if least is None else min(figure.value, least)
+    return found
+
+
+class Profile(_Frozen):
+    """A device profile.
+
+    Attributes:
+        created: when it was measured, ISO 8601, UTC.
+        tool: version of Balcony Edge.
+        command: what made it.
+        complete: False where measuring was interrupted or ran into its time limit before the intervals were tight.
+        device, bundle, engine, conditions: what was measured, and amid what.
+        entries: every measured quantity.
+        costs: prices fitted to the entries; what the controller reads.
+        residuals: how well they fit.
+        spread: standard deviation of log(step / its median), pooled over decode steps: what a controller cannot foresee.
+        power: per exit and rail; empty where nothing measures it, and then ``power_reason`` says why.
+        sustained: only with ``--sustain``.
+        memory: of the process and of a sequence.
+        quality: figures of the bundle's evaluation; empty where there was none.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: str
+    tool: str
+    command: str
+    complete: bool
+    device: Device
+    bundle: BundleFacts
+    engine: EngineFacts
+    conditions: Conditions
+    entries: tuple[Entry, ...]
+    costs: CostModel
+    residuals: tuple[Residual, ...]
+    spread: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+    power: tuple[Power, ...] = ()
+    power_reason: str | None = None
+    sustained: Sustained | None = None
+    memory: Memory
+    quality: tuple[QualityFigure, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _one_set_of_exits(self) -> Profile:
+        exits = self.bundle.exit_layers
+        if self.costs.exits != exits:
+            raise ValueError(f"costs are for exits {self.costs.exits}, but the bundle has {exits}")
+        parts: tuple[Entry | Power | QualityFigure, ...] = (*self.entries, *self.power, *self.quality)
+        layers = {part.exit_layer for part in parts}
+        if not self.costs.steady_ms(exits[0], 0) > 0:
+            raise ValueError("costs: a step at the shallowest exit costs nothing")
+        if unknown := layers - set(exits):
+            raise ValueError(f"exit {min(unknown)} was measured, but the bundle has {exits}")
+        return self
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Read a profile.
+
+        Raises:
+            ProfileError: one line that names the file and what is wrong with it.
+        """
+        name = os.fspath(path)
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ProfileError(f"{name}: there is no such file: make one with `balcony-edge profile`") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ProfileError(f"{name}: not readable as JSON ({error}): measure again") from error
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise ProfileError(
+                f"{name}: schema_version = {version!r:.40}, but this version of balcony-edge reads {SCHEMA_VERSION}: "
+                "measure again, or install the version that wrote it"
+            )
+        try:
+            return cls.model_validate(document)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            where = f"{key}: " if key else ""
+            raise ProfileError(f"{name}: {where}{' '.join(first['msg'].split())[:160]}: measure again") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile, whole or not at all.
+
+        Raises:
+            ProfileError: the disk refuses.
+        """
+        content = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(Path(path), content.encode(), ProfileError, "free space, or name a place that is writable")
+
+    def document(self) -> dict[str, Any]:
+        """The profile as JSON-ready values."""
+        return self.model_dump(mode="json")
+
+    def mismatches(self, device: Device, fingerprint: str, threads: int) -> tuple[str, ...]:
+        """Why its numbers may not hold on ``device`` for the bundle of this fingerprint, one phrase each."""
+        found = [] if fingerprint == self.bundle.fingerprint else ["it was measured with another bundle"]
+        if threads != self.engine.threads:
+            found.append(f"it was measured with {self.engine.threads} threads, not {threads}")
+        return (*found, *self.device.differences(device))
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why its numbers may be off on its own device, too, one phrase each: everything that uses it says so."""
+        return tuple(f"while it was measured: {note}" for note in self.conditions.notes)
+
+    def select(self, kind: Kind, exit_layer: int | None = None) -> tuple[Entry, ...]:
+        """Entries of one kind, of one exit if given, in the order of the file."""
+        return tuple(
+            entry
+            for entry in self.entries
+            if entry.kind == kind and (exit_layer is None or entry.exit_layer == exit_layer)
+        )
+
+    def joules_per_token(self, exit_layer: int, rail: Rail = "board") -> float | None:
+        """Measured energy of one token at an exit; None where nothing measures this rail."""
+        return next((p.joules_per_token for p in self.power if (p.exit_layer, p.rail) == (exit_layer, rail)), None)
+
+    def powered(self, rail: Rail) -> tuple[float, float] | None:
+        """Idle watts of a rail, and what decoding at full depth adds; None where it was not measured."""
+        full = self.costs.exits[-1]
+        found = next((p for p in self.power if (p.exit_layer, p.rail) == (full, rail)), None)
+        if found is None or found.idle_w is None:
+            return None
+        return found.idle_w, max(found.busy_w - found.idle_w, 0.0)
+
+    def agreement(self) -> dict[int, float | None]:
+        """Exit layer → agreement with the full depth where the bundle was evaluated; on the text where it is least."""
+        return least_agreement(self.costs.exits, self.quality)
+
+    @property
+    def rail(self) -> Rail:
+        """The rail whose power tables show: the first that was measured."""
+        return self.power[0].rail if self.power else "board"
+
+    def busy_w(self, exit_layer: int, rail: Rail = "board") -> float | None:
+        """Measured power while decoding at an exit; None where nothing measures this rail."""
+        return next((p.busy_w for p in self.power if (p.exit_layer, p.rail) == (exit_layer, rail)), None)

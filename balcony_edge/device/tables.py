@@ -1,0 +1,71 @@
+"""A profile's entries as rows for other programs: CSV, JSON Lines, Markdown.
+
+Owns the columns and their order. Times are milliseconds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+from balcony_edge.device.profile import Entry, Profile
+
+Format = Literal["json", "jsonl", "csv", "md"]
+FORMATS: tuple[Format, ...] = ("json", "jsonl", "csv", "md")
+Row = dict[str, str | int | float | None]
+
+
+def entry_row(entry: Entry) -> Row:
+    """One entry, flat."""
+    return {
+        "kind": entry.kind,
+        "exit_layer": entry.exit_layer,
+        "from_exit": entry.from_exit,
+        "rows": entry.rows,
+        "context": entry.context,
+        "p50_ms": entry.timing.p50_ms,
+        "uncertainty_ms": entry.timing.uncertainty_ms,
+        "p95_ms": entry.timing.p95_ms,
+        "p99_ms": entry.timing.p99_ms,
+        "mean_ms": entry.timing.mean_ms,
+        "samples": entry.timing.samples,
+        "predicted_ms": entry.predicted_ms,
+        "tokens_per_s": _tokens_per_s(entry),
+    }
+
+
+def render(profile: Profile, form: Format) -> str:
+    """The whole profile (``json``) or its entries (``jsonl``, ``csv``, ``md``), ending in a line break."""
+    if form == "json":
+        return json.dumps(profile.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return render_rows([entry_row(entry) for entry in profile.entries], form)
+
+
+def render_rows(rows: Sequence[Row], form: Literal["jsonl", "csv", "md"]) -> str:
+    """Rows of one set of columns, ending in a line break."""
+    if form == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows)
+    columns = list(rows[0]) if rows else []
+    if form == "csv":
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return buffer.getvalue()
+    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _tokens_per_s(entry: Entry) -> float | None:
+    if entry.kind == "decode":
+        return 1000 / entry.timing.p50_ms if entry.timing.p50_ms else None
+    if entry.kind == "prefill":
+        return 1000 * entry.rows / entry.timing.p50_ms if entry.timing.p50_ms else None
+    return None
+
+
+def _cell(value: str | float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

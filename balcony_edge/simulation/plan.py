@@ -1,0 +1,266 @@
+"""A budget against a profile, before anything runs: which exits meet which target, and what the controller would do.
+
+Owns the arithmetic of expectations. What the controller does is the controller's: it is run against a simulated device
+with the profile's prices, spread and power. Pure: no clock, no sensor, no engine. What a profile does not measure is
+unknown here, never met and never missed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import NormalDist, fmean
+
+from balcony_edge.budget import Budget
+from balcony_edge.device.profile import Profile, QualityFigure, least_agreement
+from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.simulate import simulate
+
+#: Tokens of the simulated reply where the budget does not say how long one is.
+REPLY_TOKENS = 128
+#: Targets that a profile can speak about; the others depend on the room, on other processes or on the battery.
+_UNKNOWN = (
+    *("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization"),
+    "battery_floor_percent",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One target at one exit.
+
+    Attributes:
+        target: the budget's key.
+        asked: its value.
+        expected: what the profile says; None where it does not.
+        probability: P(target is met), where chance has a part in it.
+        met: whether it is, with the asked probability; None where the profile does not say.
+    """
+
+    target: str
+    asked: float
+    expected: float | None
+    probability: float | None
+    met: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExitPlan:
+    """One exit at the planned context: steady decoding, its first token, energy (the budget's pace included) and quality
+    where measured.
+    """
+
+    exit_layer: int
+    allowed: bool
+    tpot_ms: float
+    ttft_ms: float
+    tokens_per_s: float
+    watts: float | None
+    joules_per_token: float | None
+    agreement: float | None
+    checks: tuple[Check, ...]
+
+    @property
+    def met(self) -> bool | None:
+        """Whether every target is; None where one is unknown and none is missed."""
+        answers = [check.met for check in self.checks]
+        return False if False in answers else None if None in answers else True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to expect of a budget.
+
+    Attributes:
+        exits: every exit on its own.
+        shares: exit layer → share of the tokens that the controller takes there.
+        reason: what the controller said at the last token.
+        tokens_per_s, tpot_ms, joules_per_token, agreement: expected of the mix; None where unknown.
+        feasible: whether some allowed exit meets every target that the profile speaks about.
+        nearest: target → the nearest value that some allowed exit meets; empty where the budget is feasible.
+        notes: targets that the profile does not speak about, one line each.
+    """
+
+    exits: tuple[ExitPlan, ...]
+    shares: dict[int, float]
+    reason: str
+    tokens_per_s: float
+    tpot_ms: float
+    joules_per_token: float | None
+    agreement: float | None
+    feasible: bool
+    nearest: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def make_plan(
+    profile: Profile,
+    budget: Budget,
+    *,
+    prompt_tokens: int = 64,
+    quality: tuple[QualityFigure, ...] | None = None,
+) -> Plan:
+    """Plan a reply to a prompt.
+
+    Args:
+        profile: of the device and bundle.
+        budget: what to hold.
+        prompt_tokens: length of the prompt.
+        quality: figures of the bundle's evaluation; by default those that the profile copied.
+
+    Raises:
+        BudgetError: the budget leaves none of the profile's exits.
+    """
+    figures = profile.quality if quality is None else quality
+    resolved = budget.for_bundle(least_agreement(profile.costs.exits, figures))
+    allowed = resolved.allowed_exits(profile.costs.exits)
+    tokens = budget.expected_tokens or REPLY_TOKENS
+    planner = _Planner(profile, budget, prompt_tokens, tokens, figures)
+    exits = tuple(planner.exit_plan(layer, layer in allowed) for layer in profile.costs.exits)
+    possible = [plan for plan in exits if plan.allowed]
+    feasible = any(plan.met is not False for plan in possible)
+    shares, reason, gaps_ms = planner.simulated(resolved)
+    unknown = {check.target for plan in possible for check in plan.checks if check.met is None}
+    return Plan(
+        exits=exits,
+        shares=shares,
+        reason=reason,
+        tokens_per_s=1000 / fmean(gaps_ms),
+        tpot_ms=fmean(gaps_ms),
+        joules_per_token=_mixed(shares, {plan.exit_layer: plan.joules_per_token for plan in exits}),
+        agreement=_mixed(shares, {plan.exit_layer: plan.agreement for plan in exits}),
+        feasible=feasible,
+        nearest={} if feasible else planner.nearest(possible),
+        notes=tuple(f"{target}: this profile does not say whether it is met" for target in sorted(unknown)),
+    )
+
+
+class _Planner:
+    def __init__(
+        self, profile: Profile, budget: Budget, prompt_tokens: int, tokens: int, quality: tuple[QualityFigure, ...]
+    ) -> None:
+        self.profile, self.budget, self.quality = profile, budget, quality
+        self.prompt_tokens, self.tokens = prompt_tokens, tokens
+        steps = next((r.median for r in profile.residuals if r.part == "decode steps"), 0.0)
+        # what chance does to a step, and what the prices get wrong (a median error is 0.674 standard deviations)
+        self.deviation = max(math.hypot(profile.spread, steps / 0.674), 1e-6)
+
+    def exit_plan(self, exit_layer: int, allowed: bool) -> ExitPlan:
+        profile, costs, rail = self.profile, self.profile.costs, self.budget.power_rail
+        tpot_ms = costs.steady_ms(exit_layer, self.prompt_tokens + self.tokens // 2)
+        return ExitPlan(
+            exit_layer=exit_layer,
+            allowed=allowed,
+            tpot_ms=tpot_ms,
+            ttft_ms=costs.prefill_ms(exit_layer, self.prompt_tokens),
+            tokens_per_s=1000 / tpot_ms,
+            watts=profile.busy_w(exit_layer, rail),
+            joules_per_token=self._joules(exit_layer, tpot_ms),
+            agreement=self._agreement(exit_layer),
+            checks=tuple(self._checks(exit_layer, tpot_ms)),
+        )
+
+    def nearest(self, possible: list[ExitPlan]) -> dict[str, float]:
+        """Per target that no allowed exit meets, the value that one would."""
+        found = {}
+        slack = math.exp(NormalDist().inv_cdf(self.budget.probability) * self.deviation)
+        for target in dict.fromkeys(check.target for plan in possible for check in plan.checks):
+            checks = [check for plan in possible for check in plan.checks if check.target == target]
+            expected = [check.expected for check in checks if check.expected is not None]
+            if any(check.met is not False for check in checks) or not expected:
+                continue
+            if target == "min_agreement":
+                found[target] = max(expected)
+            else:
+                found[target] = min(expected) * (slack if checks[0].probability is not None else 1.0)
+        if (
+            not found
+        ):  # each target is met by some exit, but none meets all: what the exit that misses fewest would take
+            best = min(possible, key=lambda plan: sum(check.met is False for check in plan.checks))
+            for check in best.checks:
+                if check.met is False and check.expected is not None:
+                    found[check.target] = check.expected * (slack if check.probability is not None else 1.0)
+        return found
+
+    def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float]]:
+        """Shares of exits, the reason of the last token, and the gaps, of a reply on a device as the profile describes it."""
+        profile = self.profile
+        power = profile.powered(budget.power_rail)
+        known = {"on_infeasible": "shallowest"} if budget.on_infeasible == "error" else {}
+        unknown = dict.fromkeys(_UNKNOWN)
+        device = Device(noise=profile.spread, throttle_c=math.inf)
+        if power is None:
+            unknown |= {"power_w": None, "energy_j_per_token": None}
+        else:
+            device = replace(device, idle_w=power[0], busy_w=power[1], rail=budget.power_rail)
+        measurable = budget.model_copy(update={**unknown, "memory_mb": None, **known})
+        plant = Plant(profile.costs, device, lambda _: 1.0, prompt_tokens=self.prompt_tokens)
+        tokens = simulate(profile.costs, plant, measurable, tokens=max(self.tokens, 2))
+        later = tokens[1:]
+        counts = dict.fromkeys(profile.costs.exits, 0)
+        for token in later:
+            counts[token.decision.exit_layer] += 1
+        shares = {layer: count / len(later) for layer, count in counts.items() if count}
+        return shares, tokens[self.tokens - 1].decision.reason, [token.latency_ms for token in later]
+
+    def _checks(self, exit_layer: int, tpot_ms: float) -> list[Check]:
+        profile, budget, costs = self.profile, self.budget, self.profile.costs
+        rail, layer = budget.power_rail, exit_layer
+        first_ms = costs.prefill_ms(layer, self.prompt_tokens)
+        memory = profile.memory
+        held_bytes = memory.per_1k_tokens_bytes * (self.prompt_tokens + self.tokens) / 1000
+        expectations: dict[str, tuple[Callable[[], float | None], bool]] = {
+            "tpot_ms": (lambda: tpot_ms, True),
+            "ttft_ms": (lambda: first_ms, True),
+            "deadline_s": (lambda: (first_ms + (self.tokens - 1) * tpot_ms) / 1000, True),
+            "power_w": (lambda: profile.busy_w(layer, rail), False),
+            "energy_j_per_token": (lambda: self._joules(layer, tpot_ms), False),
+            "memory_mb": (
+                lambda: None if memory.loaded_bytes is None else (memory.loaded_bytes + held_bytes) / 1e6,
+                False,
+            ),
+            "min_agreement": (lambda: self._agreement(layer), False),
+            **dict.fromkeys(_UNKNOWN, (lambda: None, False)),
+        }
+        checks = []
+        for target, (expectation, by_chance) in expectations.items():
+            asked = getattr(budget, target)
+            if asked is None:
+                continue
+            expected = expectation()
+            probability = self._odds(asked, expected) if by_chance and expected is not None else None
+            met = None
+            if probability is not None:
+                met = probability >= budget.probability
+            elif expected is not None:
+                met = expected >= asked if target == "min_agreement" else expected <= asked
+            if target == "power_w" and met is False and budget.pacing:
+                met = None  # an unpaced loop draws this; waits between tokens may bring it down
+            checks.append(Check(target, asked, expected, probability, met))
+        return checks
+
+    def _joules(self, exit_layer: int, tpot_ms: float) -> float | None:
+        """From one token to the next: what the device takes while it waits for the pace counts, too."""
+        rail = self.budget.power_rail
+        wait_s = max(1 / (self.budget.max_pace_tps or math.inf) - tpot_ms / 1000, 0.0)
+        step_j = self.profile.joules_per_token(exit_layer, rail)
+        if step_j is None or not wait_s:
+            return step_j
+        power = self.profile.powered(rail)
+        return None if power is None else step_j + power[0] * wait_s
+
+    def _odds(self, limit: float, expected: float) -> float:
+        return NormalDist().cdf((math.log(limit) - math.log(expected)) / self.deviation)
+
+    def _agreement(self, exit_layer: int) -> float | None:
+        """On its worst text, as the budget's ``min_agreement`` means it."""
+        if exit_layer == self.profile.costs.exits[-1]:
+            return 1.0
+        shares = [q.value for q in self.quality if (q.exit_layer, q.metric) == (exit_layer, "agreement")]
+        return min(shares, default=None)
+
+
+def _mixed(shares: dict[int, float], values: dict[int, float | None]) -> float | None:
+    parts = [(share, values[layer]) for layer, share in shares.items()]
+    return None if any(value is None for _, value in parts) else sum(share * (value or 0.0) for share, value in parts)

@@ -1,0 +1,279 @@
+"""A simulated device: true costs, a load that changes, power, heat, a battery, and sensors that sample them.
+
+Owns the physics that a budget is tried against without the device. It knows no budget and no controller: it runs the step
+that it is told to and says what the step took. Time is the plant's own and passes as fast as Python computes.
+
+The physics. A step takes its price times the load times noise. The device draws ``idle_w``, and ``busy_w`` more while a step
+runs; heat follows one resistance and one time constant, ``dT/dt = (ambient + R × P - T) / tau``, and above ``throttle_c``
+(until 3 °C below it) every step takes ``throttle_factor`` times as long.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from balcony_edge.control.decision import CatchUp
+from balcony_edge.device.costs import CostModel
+from balcony_edge.device.readings import Reading
+
+#: Seconds between two samples of the simulated sensors.
+SAMPLE_S = 0.1
+#: Rows of one portion of idle work, as the runtime takes them.
+IDLE_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a simulated device is like; the defaults are near a small board at 25 °C.
+
+    Attributes:
+        idle_w, busy_w: power without a step, and what a step adds while it runs.
+        rail: whose power that is.
+        ambient_c, kelvin_per_watt, tau_s: of the heat sink.
+        throttle_c, throttle_factor: where clocks fall, and how much longer a step takes then.
+        battery_j, charge: capacity, and charge at the start (0 to 1); no battery with 0.
+        others_utilization: busy share of the CPUs that others take.
+        step_utilization: share of the CPUs that a running step takes.
+        own_known: whether the sensors tell our own share of utilization.
+        base_memory_bytes, row_bytes: of the process, and what every row through a stage adds.
+        noise: standard deviation of log(step / expected).
+        gauge_delay_s, gauge_average_s, gauge_period_s: of the power gauge: how old what it shows is, over how long it averages,
+            and how often it shows another value (each time that it is read, 10 times a second, with less than 0.1). NVML
+            averages over a second; battery gauges change every 1 to 10 s.
+    """
+
+    idle_w: float = 2.0
+    busy_w: float = 6.0
+    rail: Literal["board", "cpu", "gpu"] = "board"
+    ambient_c: float = 25.0
+    kelvin_per_watt: float = 6.0
+    tau_s: float = 40.0
+    throttle_c: float = 95.0
+    throttle_factor: float = 1.6
+    battery_j: float = 0.0
+    charge: float = 1.0
+    others_utilization: float = 0.0
+    step_utilization: float = 1.0
+    own_known: bool = False
+    base_memory_bytes: int = 200_000_000
+    row_bytes: int = 12_000
+    noise: float = 0.02
+    gauge_delay_s: float = 0.0
+    gauge_average_s: float = 0.0
+    gauge_period_s: float = 0.0
+
+
+#: What each number of :class:`Device` may be, least and most.
+RANGES: dict[str, tuple[float, float]] = {
+    "idle_w": (0, 1e5),
+    "busy_w": (0, 1e5),
+    "ambient_c": (-60, 100),
+    "kelvin_per_watt": (0, 1e3),
+    "tau_s": (1e-2, 1e6),
+    "throttle_c": (-60, 1e3),
+    "throttle_factor": (1, 1e3),
+    "battery_j": (0, 1e12),
+    "charge": (0, 1),
+    "others_utilization": (0, 1),
+    "step_utilization": (0, 1),
+    "own_known": (0, 1),
+    "base_memory_bytes": (0, 2**50),
+    "row_bytes": (0, 2**40),
+    "noise": (0, 2),
+    "gauge_delay_s": (0, 60),
+    "gauge_average_s": (0, 60),
+    "gauge_period_s": (0, 60),
+}
+
+
+class Plant:
+    """One sequence on a simulated device.
+
+    Args:
+        costs: true prices.
+        device: what it runs on.
+        load: slowdown at a time, seconds since the start.
+        prompt_tokens: rows of the prompt; the first step runs them.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel,
+        device: Device,
+        load: Callable[[float], float],
+        *,
+        prompt_tokens: int = 64,
+        seed: int = 0,
+    ) -> None:
+        self.costs, self.device, self._load = costs, device, load
+        self._random = random.Random(seed)
+        self._new = prompt_tokens
+        self.length = 0
+        self._stages = [0] * len(costs.exits)
+        self._balconies = [0] * (len(costs.exits) - 1)
+        self.now_s, self.busy_s, self.emitted_s = 0.0, 0.0, 0.0
+        self.joules, self.celsius = 0.0, device.ambient_c + device.kelvin_per_watt * device.idle_w
+        self.charge, self.throttled, self.rows_run = device.charge, False, 0
+        self._sampled_s, self._sampled_j, self._sampled_busy_s = 0.0, 0.0, 0.0
+        self._past: list[tuple[float, float]] = [(0.0, 0.0)]  # (time, joules) of every sample so far
+        self._shown_s, self._shown_w, self._summed_j = -math.inf, device.idle_w, 0.0
+        self.readings = self._sample(device.idle_w, 0.0)
+
+    def rows_due(self) -> tuple[list[int], list[int]]:
+        """Rows that each stage and balcony would run at the next step."""
+        total = self.length + self._new
+        return [total - cursor for cursor in self._stages], [*(total - cursor for cursor in self._balconies), 1]
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows that the deepest stage has not seen yet."""
+        return self.length - self._stages[-1]
+
+    def step(
+        self, exit_layer: int, catch_up: CatchUp | None = None, *, period_ms: float = 0.0, idle_ms: float = 0.0
+    ) -> tuple[float, float]:
+        """Catch up, run one step, wait until its token is due (``idle_ms`` of it for the backlog).
+
+        Returns:
+            ``(gap since the token before, step with its catch-up)``, ms.
+        """
+        begin_s = self.now_s
+        if catch_up is not None:
+            price_ms = self._run(catch_up.stage, catch_up.rows, balcony=catch_up.balcony)
+            self._pass(self._slowed(price_ms) / 1000, busy=True)
+        index = self.costs.exits.index(exit_layer)
+        price_ms = self.costs.steps_ms(*self.rows_due(), self.length + self._new - 1)[index]
+        self.length += self._new
+        self._new = 1
+        for stage in range(index + 1):
+            self.rows_run += self.length - self._stages[stage]
+            self._stages[stage] = self.length
+        if index < len(self._balconies):
+            self._balconies[index] = self.length
+        self._pass(self._slowed(price_ms) / 1000, busy=True)
+        step_ms = (self.now_s - begin_s) * 1000
+        due_s = self.emitted_s + period_ms / 1000
+        self._work_off(min(due_s, self.now_s + idle_ms / 1000))
+        self._pass(due_s - self.now_s, busy=False)
+        gap_ms, self.emitted_s = (self.now_s - self.emitted_s) * 1000, self.now_s
+        return gap_ms, step_ms
+
+    def _run(self, stage: int, rows: int, *, balcony: bool = False) -> float:
+        """Take pending rows through one graph; returns its price. Rows that cannot be there are a bug."""
+        cursors = self._balconies if balcony else self._stages
+        ready = self._stages[stage] if balcony else self._stages[stage - 1] if stage else self.length
+        if not 0 < rows <= ready - cursors[stage]:
+            raise AssertionError(f"{rows} rows of stage {stage} asked for, {ready - cursors[stage]} are ready")
+        cursors[stage] += rows
+        self.rows_run += 0 if balcony else rows
+        unit = (self.costs.balconies if balcony else self.costs.stages)[stage]
+        return unit.pass_ms(rows, self.length, 1 if balcony else None)
+
+    def _work_off(self, until_s: float) -> None:
+        """Portions of backlog, shallowest stage first and balconies last, as long as there is time for a whole one."""
+        while self.now_s < until_s:
+            waiting = [(i, self._stages[i - 1] - self._stages[i], False) for i in range(1, len(self._stages))]
+            waiting += [(i, self._stages[i] - done, True) for i, done in enumerate(self._balconies)]
+            portion = next(((i, min(rows, IDLE_ROWS), balcony) for i, rows, balcony in waiting if rows), None)
+            if portion is None:
+                return
+            index, rows, balcony = portion
+            seconds = self._slowed(self._run(index, rows, balcony=balcony)) / 1000
+            if self.now_s + seconds > until_s:
+                (self._balconies if balcony else self._stages)[index] -= rows
+                self.rows_run -= 0 if balcony else rows
+                return
+            self._pass(seconds, busy=True)
+
+    def _slowed(self, price_ms: float) -> float:
+        factor = self._load(self.now_s) * (self.device.throttle_factor if self.throttled else 1.0)
+        return price_ms * factor * math.exp(self._random.gauss(0, self.device.noise))
+
+    def _pass(self, seconds: float, *, busy: bool) -> None:
+        """Let time pass; sensors sample on the way."""
+        device = self.device
+        while seconds > 0:
+            span_s = min(seconds, self._sampled_s + SAMPLE_S - self.now_s)
+            span_s = max(span_s, 1e-9)
+            watts = device.idle_w + (device.busy_w if busy else 0.0)
+            self.joules += watts * span_s
+            steady_c = device.ambient_c + device.kelvin_per_watt * watts
+            self.celsius = steady_c + (self.celsius - steady_c) * math.exp(-span_s / device.tau_s)
+            self.throttled = self.celsius > device.throttle_c - (3.0 if self.throttled else 0.0)
+            if device.battery_j:
+                self.charge = max(self.charge - watts * span_s / device.battery_j, 0.0)
+            self.busy_s += span_s if busy else 0.0
+            self.now_s += span_s
+            seconds -= span_s
+            if self.now_s >= self._sampled_s + SAMPLE_S - 1e-9:
+                elapsed_s = self.now_s - self._sampled_s
+                self.readings = self._sample(
+                    (self.joules - self._sampled_j) / elapsed_s, (self.busy_s - self._sampled_busy_s) / elapsed_s
+                )
+                self._sampled_s, self._sampled_j, self._sampled_busy_s = self.now_s, self.joules, self.busy_s
+
+    def _sample(self, watts: float, share: float) -> tuple[Reading, ...]:
+        """What the sensors say of the last ``SAMPLE_S``."""
+        device, now_s = self.device, self.now_s
+        watts, joules = self._gauge(watts)
+        own = device.step_utilization * share
+        readings = [
+            Reading(
+                f"plant:{device.rail}",
+                device.rail,
+                now_s,
+                watts=watts,
+                joules=joules,
+                celsius=self.celsius,
+                throttled=self.throttled,
+            ),
+            Reading(
+                "plant:cpu",
+                "cpu",
+                now_s,
+                utilization=min(device.others_utilization + own, 1.0),
+                own_utilization=own if device.own_known else None,
+            ),
+            Reading("plant:gpu", "gpu", now_s, utilization=min(device.others_utilization + own, 1.0)),
+            Reading(
+                "plant:process",
+                "process",
+                now_s,
+                memory_bytes=device.base_memory_bytes + self.rows_run * device.row_bytes,
+            ),
+        ]
+        if device.battery_j:
+            readings.append(Reading("plant:battery", "battery", now_s, charge=self.charge, charging=False))
+        return tuple(readings)
+
+    def _gauge(self, watts: float) -> tuple[float, float]:
+        """What the power gauge shows, and the joules: a counter's, or the sum of what a slow gauge showed, as the sampler
+        makes it.
+        """
+        device, now_s, before_w = self.device, self.now_s, self._shown_w
+        if not (device.gauge_delay_s or device.gauge_average_s or device.gauge_period_s):
+            return watts, self.joules
+        self._past.append((now_s, self.joules))
+        if now_s >= self._shown_s + device.gauge_period_s - 1e-9:
+            end_s = now_s - device.gauge_delay_s
+            begin_s = end_s - max(device.gauge_average_s, SAMPLE_S)
+            self._shown_s = now_s
+            self._shown_w = (self._joules_at(end_s) - self._joules_at(begin_s)) / (end_s - begin_s)
+        self._summed_j += (before_w + self._shown_w) / 2 * SAMPLE_S
+        return self._shown_w, self._summed_j
+
+    def _joules_at(self, time_s: float) -> float:
+        """Between samples on a line; before the start the device was idle."""
+        if time_s <= 0:
+            return time_s * self.device.idle_w
+        place = bisect.bisect_right(self._past, (time_s, math.inf))
+        if place == len(self._past):
+            return self._past[-1][1]
+        (begin_s, begin_j), (end_s, end_j) = self._past[place - 1 : place + 1]
+        return begin_j + (end_j - begin_j) * (time_s - begin_s) / (end_s - begin_s)

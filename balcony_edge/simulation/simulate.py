@@ -1,0 +1,137 @@
+"""Simulation: a budget run offline against costs, a device and a load, and what bound it when.
+
+Owns the loop and its summary. The physics are :mod:`.plant`, the loads :mod:`.loads`; the decisions are the controller's
+own, so that what is seen here is what a device would do under such a load.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import mean
+from typing import Any, NamedTuple
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import Decision, Measurement, Observation
+from balcony_edge.control.trace import TraceWriter
+from balcony_edge.device.costs import CostModel
+from balcony_edge.errors import InfeasibleError
+from balcony_edge.simulation.plant import Plant
+
+
+class SimulatedToken(NamedTuple):
+    """One token: when it was out, its gap, the part of it that the device was at work, and the decision."""
+
+    time_s: float
+    latency_ms: float
+    step_ms: float
+    slowdown: float
+    watts: float
+    celsius: float
+    decision: Decision
+
+
+def simulate(
+    costs: CostModel,
+    plant: Plant,
+    budget: Budget,
+    *,
+    tokens: int,
+    seconds: float = float("inf"),
+    trace: TraceWriter | None = None,
+) -> list[SimulatedToken]:
+    """Run until so many tokens are out, so many seconds are over, or the budget asks for an error.
+
+    Args:
+        costs: what the controller believes; the plant has its own.
+        plant: a fresh one.
+        budget: what to hold.
+        tokens, seconds: where to end.
+        trace: where to record the run.
+    """
+    controller, state = Controller(costs), ControllerState.initial()
+    if trace is not None:
+        trace.begin(state)
+    last: Measurement | None = None
+    out: list[SimulatedToken] = []
+    while len(out) < tokens and plant.now_s < seconds:
+        rows = plant.rows_due()
+        begin_s, begin_j = plant.now_s, plant.joules
+        context = plant.length + (rows[0][0] - 1 if not out else 0)
+        seen = Observation(budget, context, *rows, last, len(out), 0.0, begin_s, plant.busy_s, plant.readings)
+        state, decision = controller.decide(state, seen)
+        if decision.ends(budget):
+            raise InfeasibleError(f"after {len(out)} tokens, {begin_s:.1f} s: {decision.reason}")
+        latency_ms, step_ms = plant.step(
+            decision.exit_layer, decision.catch_up, period_ms=decision.period_ms, idle_ms=decision.idle_ms
+        )
+        last = Measurement(decision.exit_layer, decision.price_ms, step_ms) if out and decision.price_ms else None
+        watts = (plant.joules - begin_j) / (plant.now_s - begin_s) if plant.now_s > begin_s else 0.0
+        if trace is not None:
+            trace.write(costs, seen, decision, latency_ms, plant.pending_rows)
+        out.append(
+            SimulatedToken(plant.now_s, latency_ms, step_ms, state.slowdown.factor, watts, plant.celsius, decision)
+        )
+    return out
+
+
+def summary(tokens: Sequence[SimulatedToken], budget: Budget) -> dict[str, Any]:
+    """What a run came to, as a JSON-ready mapping."""
+    later = tokens[1:]
+    exits = [token.decision.exit_layer for token in tokens]
+    late = None
+    if budget.tpot_ms is not None:
+        late = sum(token.latency_ms > budget.tpot_ms for token in later)
+    seconds = tokens[-1].time_s
+    return {
+        "tokens": len(tokens),
+        "seconds": seconds,
+        "ttft_ms": tokens[0].latency_ms,
+        "tokens_a_second": len(later) / (seconds - tokens[0].time_s) if later and seconds > tokens[0].time_s else None,
+        "tpot_mean_ms": mean(token.latency_ms for token in later) if later else None,
+        "late_tokens": late,
+        "mean_exit": mean(exits),
+        "tokens_per_exit": {str(layer): count for layer, count in sorted(Counter(exits).items())},
+        "exit_switches": sum(a != b for a, b in pairwise(exits)),
+        "mean_w": sum(t.watts * t.latency_ms for t in tokens) / max(sum(t.latency_ms for t in tokens), 1e-9),
+        "max_c": max(token.celsius for token in tokens),
+        "infeasible_tokens": sum(token.decision.infeasible for token in tokens),
+    }
+
+
+class Interval(NamedTuple):
+    """Tokens in a row at one exit."""
+
+    begin_s: float
+    end_s: float
+    exit_layer: int
+    tokens: int
+    mean_ms: float
+    slowdown: float
+    reason: str
+
+
+def explain(tokens: Sequence[SimulatedToken]) -> list[Interval]:
+    """Per stretch at one exit, what bound: the reason of its last token, which saw all of it."""
+    intervals: list[Interval] = []
+    begin = 0
+    for end in range(1, len(tokens) + 1):
+        if end < len(tokens) and tokens[end].decision.exit_layer == tokens[begin].decision.exit_layer:
+            continue
+        part = tokens[begin:end]
+        since_s = tokens[begin - 1].time_s if begin else 0.0
+        intervals.append(
+            Interval(
+                since_s,
+                part[-1].time_s,
+                part[0].decision.exit_layer,
+                len(part),
+                mean(token.latency_ms for token in part),
+                part[-1].slowdown,
+                part[-1].decision.reason,
+            )
+        )
+        begin = end
+    return intervals

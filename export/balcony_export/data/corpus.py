@@ -1,0 +1,316 @@
+"""From text files to rows of tokens: reading, the chat template, holding out documents, packing.
+
+Owns which files may be trained on and every message about them. Rows are all of one length and begin where a document
+(or the next piece of a long one) begins, so that the model sees the starts that it will see in use; short documents
+share a row, best fit, and attention runs on across them as in the base models' own pretraining.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from balcony_edge.errors import InputError
+from balcony_export.data.text_files import json_lines, read_text
+
+_FORMS = 'JSON Lines with "text", "messages" or "instruction" and "response"/"output", or a .txt file'
+_Tokens = npt.NDArray[np.int32]
+_BATCH = 512  # documents per call of the tokenizer: bounded memory, and its threads stay busy
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed tokens. Row r holds ``lengths[r]`` tokens; what follows is padding that no loss may see."""
+
+    tokens: npt.NDArray[np.int32]  # (R, T)
+    lengths: npt.NDArray[np.int32]  # (R,)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def take(self, count: int) -> Rows:
+        return Rows(self.tokens[:count], self.lengths[:count])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training rows in a seeded order, rows of held-out documents, and what they were made from."""
+
+    train: Rows
+    held_out: Rows
+    sources: dict[str, dict[str, Any]]  # file name -> documents, tokens, sha256
+    digest: str  # of the rows: a resumed run must see the same
+
+
+class Order:
+    """Which rows a step learns from: whole epochs in a seeded order, each row ``reuse`` times within a window of steps.
+
+    A run is a stream of rows. Each window of it is passed ``reuse`` times, in another order each time, so that what is
+    costly to make of a row can be kept until its window is over.
+
+    Args:
+        count: rows of the corpus.
+        batch_rows: rows per step.
+        reuse: times that a row is learned from before the stream goes on.
+        window_steps: steps of a window's one pass, where rows are used again.
+        seed: of the epochs after the first (the corpus is shuffled already) and of the passes after the first.
+        first: rows of the corpus that earlier runs have learned from: the stream begins after them.
+    """
+
+    def __init__(self, count: int, batch_rows: int, reuse: int, window_steps: int, seed: int, first: int = 0) -> None:
+        self.count, self.batch_rows, self.reuse, self.seed, self.first = count, batch_rows, reuse, seed, first
+        self.window = batch_rows * (window_steps if reuse > 1 else 1)  # rows
+
+    def places(self, step: int) -> npt.NDArray[np.int64]:
+        """Places in the stream of the rows of a step, all of one window  # (B,)"""
+        window, index = divmod(step * self.batch_rows, self.window * self.reuse)
+        again, index = divmod(index, self.window)
+        order = np.arange(self.window)
+        if again:
+            order = np.random.default_rng([self.seed, window, again]).permutation(self.window)
+        picked: npt.NDArray[np.int64] = window * self.window + order[index : index + self.batch_rows]
+        return picked
+
+    def turn(self, step: int) -> int:
+        """How often the rows of a step have been learned from before."""
+        return step * self.batch_rows // self.window % self.reuse
+
+    def seen(self, steps: int) -> int:
+        """Different places in the stream that the first steps learned from."""
+        windows, rest = divmod(steps * self.batch_rows, self.window * self.reuse)
+        return windows * self.window + min(rest, self.window)
+
+    def rows(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Indices in the corpus of the rows at places of the stream  # (B,)"""
+        epochs, rows = np.divmod(places + self.first, self.count)
+        for epoch in set(epochs.tolist()) - {0}:
+            here = epochs == epoch
+            rows[here] = np.random.default_rng([self.seed, epoch]).permutation(self.count)[rows[here]]
+        return rows
+
+
+def build_corpus(
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    seed: int = 0,
+    held_out_rows: int = 64,
+    mix: Mapping[str, float] | None = None,
+) -> Corpus:
+    """Read, tokenize and pack.
+
+    Args:
+        files: text to train on; a directory stands for the .jsonl and .txt files in it.
+        tokenizer: the base model's; its chat template renders instruction data.
+        seq_len: tokens per row.
+        seed: of the order of the rows.
+        held_out_rows: about how many rows of documents to keep out of training, of every file in proportion to its
+            tokens; the first by a hash of their text.
+        mix: file name → share of its documents to use, above 0 and up to 1; the first by a hash of their text. All of a
+            file that is not named.
+
+    Raises:
+        InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two
+            tokens, or too few to hold one out; a share that names no file.
+    """
+    if not files:
+        raise InputError(f"--data: no file was given: give {_FORMS}")
+    read = _read(_expanded(files), tokenizer, mix or {})
+    documents = [one for _, given in read.values() for one in given]
+    total = sum(len(document.tokens) for document in documents)
+    learned: list[_Document] = []
+    held: list[_Document] = []
+    for _, given in read.values():
+        tokens = sum(len(document.tokens) for document in given)
+        held_of_file = _held_out(given, min(held_out_rows * seq_len * tokens // total, tokens // 10))
+        learned += held_of_file[0]
+        held += held_of_file[1]
+    judged = {document.key for document in held}  # the same text may come twice, in one file or in two
+    learned = [document for document in learned if document.key not in judged]
+    kept = [document.tokens for document in held]
+    if held_out_rows and not kept:
+        raise InputError(
+            f"--data: {len(documents)} document(s) and {total} tokens: none can be held out: give more text"
+        )
+    learned.sort(key=lambda document: document.key)
+    generator = np.random.default_rng(seed)
+    train = pack([document.tokens for document in learned], seq_len, generator)
+    held_out = pack(kept, seq_len, generator).take(held_out_rows)
+    digest = hashlib.sha256(train.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest()
+    return Corpus(train, held_out, {name: facts for name, (facts, _) in read.items()}, digest)
+
+
+class _Document(NamedTuple):
+    key: str  # SHA-256 of its text: an order that neither file names nor places in a file change
+    tokens: _Tokens
+
+
+def _read(
+    paths: Iterator[Path], tokenizer: PreTrainedTokenizerBase, mix: Mapping[str, float]
+) -> dict[str, tuple[dict[str, Any], list[_Document]]]:
+    """``file name -> (facts for the record, its documents in the order of their keys)``"""
+    read: dict[str, tuple[dict[str, Any], list[_Document]]] = {}
+    used: set[str] = set()
+    for path in paths:
+        documents = []
+        for where, text, ids in _tokenized(path, tokenizer):
+            if len(ids) < 2:
+                raise InputError(f"{where}: holds {len(ids)} tokens, a document needs two at least: remove it")
+            documents.append(_Document(hashlib.sha256(text.encode()).hexdigest(), np.asarray(ids, dtype=np.int32)))
+        if not documents:
+            raise InputError(f"{path}: holds no documents: give {_FORMS}")
+        documents.sort(key=lambda document: document.key)
+        facts: dict[str, Any] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        if path.name in mix:
+            used.add(path.name)
+            facts["share"] = mix[path.name]
+            documents = documents[: math.ceil(mix[path.name] * len(documents))]
+        facts |= {"documents": len(documents), "tokens": sum(len(document.tokens) for document in documents)}
+        read[path.name if path.name not in read else str(path)] = facts, documents
+    if absent := sorted(mix.keys() - used):
+        raise InputError(f"--mix {absent[0]}: --data has no such file: it has {', '.join(read)}")
+    return read
+
+
+def _held_out(documents: list[_Document], target: int) -> tuple[list[_Document], list[_Document]]:
+    """``(documents to learn from, what is kept out)`` of one file: its first documents, until ``target`` tokens are kept.
+
+    A document is kept out whole, even where only its beginning is judged, unless it is longer than ``target`` and than a
+    hundredth of the file; where all are, the beginning of the shortest is kept out and the rest is learned from.
+    """
+    longest = max(target, sum(len(document.tokens) for document in documents) // 100)
+    learned: list[_Document] = []
+    kept: list[_Document] = []
+    room = target
+    for document in documents:
+        if room >= 2 and len(document.tokens) <= longest:
+            kept.append(document._replace(tokens=document.tokens[:room]))
+            room -= len(kept[-1].tokens)
+        else:
+            learned.append(document)
+    if not kept and target >= 2:
+        shortest = min(range(len(learned)), key=lambda index: len(learned[index].tokens))
+        key, tokens = learned[shortest]
+        kept = [_Document(f"beginning of {key}", tokens[:target])]
+        learned[shortest] = _Document(key, tokens[target:])
+    return learned, kept
+
+
+def pack(documents: Sequence[npt.NDArray[np.int32]], seq_len: int, generator: np.random.Generator) -> Rows:
+    """Best fit, longest piece first, then the rows in a seeded order; no token is lost or doubled."""
+    pieces = [document[start : start + seq_len] for document in documents for start in range(0, len(document), seq_len)]
+    pieces = [piece for piece in pieces if len(piece) >= 2]  # a tail of one token predicts nothing
+    pieces.sort(key=len, reverse=True)
+    open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # free tokens -> rows
+    contents: list[list[npt.NDArray[np.int32]]] = []
+    for piece in pieces:
+        free = next((room for room in range(len(piece), seq_len + 1) if open_rows[room]), None)
+        if free is None:
+            contents.append([])
+            row, free = len(contents) - 1, seq_len
+        else:
+            row = open_rows[free].pop()
+        contents[row].append(piece)
+        open_rows[free - len(piece)].append(row)
+    tokens = np.zeros((len(contents), seq_len), dtype=np.int32)
+    lengths = np.zeros(len(contents), dtype=np.int32)
+    for target, row in enumerate(generator.permutation(len(contents))):
+        # longest first would always put the longest at the start of its row
+        joined = np.concatenate([contents[row][index] for index in generator.permutation(len(contents[row]))])
+        tokens[target, : len(joined)] = joined
+        lengths[target] = len(joined)
+    return Rows(tokens, lengths)
+
+
+def _expanded(files: Sequence[Path]) -> Iterator[Path]:
+    for path in files:
+        if not path.is_dir():
+            yield path
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".txt"))
+        if not inside:
+            raise InputError(f"{path}: holds no .jsonl or .txt files: give {_FORMS}")
+        yield from inside
+
+
+def _tokenized(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, list[int]]]:
+    end = separator(tokenizer)
+    batch: list[tuple[str, str, bool]] = []
+
+    def flush() -> Iterator[tuple[str, str, list[int]]]:
+        encoded = tokenizer([text for _, text, _ in batch], add_special_tokens=False)["input_ids"]
+        for (where, text, plain), ids in zip(batch, encoded, strict=True):
+            yield where, text, [*ids, *end] if plain and len(ids) > 1 else ids
+        batch.clear()
+
+    for where, text, plain in _documents(path, tokenizer):
+        batch.append((where, text, plain))
+        if len(batch) == _BATCH:
+            yield from flush()
+    if batch:
+        yield from flush()
+
+
+def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a plain document: ``<|endoftext|>`` where the vocabulary has it, else the end-of-sequence token."""
+    vocabulary = tokenizer.get_vocab()
+    if "<|endoftext|>" in vocabulary:
+        return [vocabulary["<|endoftext|>"]]
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+
+def _documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, bool]]:
+    """``(where it stands, text, whether it is plain text)`` of each document."""
+    content = read_text(path, _FORMS)
+    if path.suffix == ".txt":
+        yield str(path), content, True
+        return
+    for where, record in json_lines(path, content, _FORMS):
+        text, plain = _render(where, record, tokenizer)
+        yield where, text, plain
+
+
+def _render(where: str, record: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return record["text"], True
+    messages = _messages(record)
+    if messages is None:
+        raise InputError(f"{where}: has neither text nor an instruction with a response: give {_FORMS}")
+    if not tokenizer.chat_template:
+        # a base model has no template: the words alone are what it can be distilled on
+        return "\n\n".join(message["content"] for message in messages), True
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:  # of its own accord: roles that it does not know, or in another order
+        raise InputError(
+            f"{where}: the model's chat template refuses it ({error}): change its roles, or give it as text"
+        ) from error
+    assert isinstance(rendered, str)
+    return rendered, False
+
+
+def _messages(record: Any) -> list[dict[str, str]] | None:
+    if not isinstance(record, dict):
+        return None
+    if isinstance(given := record.get("messages"), list):
+        well_formed = all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in given
+        )
+        return given if well_formed and given else None
+    instruction, reply = record.get("instruction"), record.get("response", record.get("output"))
+    if not isinstance(instruction, str) or not isinstance(reply, str):
+        return None
+    context = record.get("context", record.get("input"))
+    question = f"{instruction}\n\n{context}" if isinstance(context, str) and context.strip() else instruction
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]

@@ -1,0 +1,294 @@
+"""The model adapter ``balcony`` of lm-evaluation-harness: every exit of a model or a bundle as a model of its own.
+
+    lm_eval.simple_evaluate(model="balcony", model_args={"bundle": "bundle/", "exit_layer": 17}, tasks=[...])
+    lm_eval.simple_evaluate(model="balcony", model_args={"model": "demo", "balconies": "balconies/", "exit_layer": 17}, ...)
+
+Importing this module registers it. The harness evaluates one model at a time, an exit; but the exits share their hidden
+states, so the adapters of one :class:`Sweep` share a cache by request: the first one computes all of them from one
+backbone pass, the others only look up. Tokenization, truncation and windows are those of the harness's own ``hf``
+adapter, so that scores can be compared digit by digit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import InputError, MissingDependencyError
+from balcony_export.evaluate.scorer import BundleScorer, Request, Scorer, TorchScorer
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise MissingDependencyError("tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'") from error
+
+#: Tokens that ``generate_until`` writes unless a task says otherwise; the harness's own default.
+MAX_NEW_TOKENS = 256
+Answer = tuple[float, bool]  # log-likelihood of a continuation, and whether greedy decoding would have written it
+Pair = tuple[list[int], list[int]]  # tokens of a context and of its continuation
+
+
+class Sweep:
+    """Log-likelihoods of continuations at all exits of a scorer, each computed once.
+
+    Args:
+        scorer: the exits.
+        progress: called with the number of requests that were answered and of those that were asked.
+    """
+
+    def __init__(self, scorer: Scorer, progress: Callable[[int, int], None] | None = None) -> None:
+        self.scorer = scorer
+        self.progress = progress
+        self._known: dict[bytes, dict[int, Answer]] = {}
+
+    def answers(self, pairs: Sequence[Pair], exit_layer: int) -> list[Answer]:
+        """An answer per (context, continuation), both at least one token long."""
+        keys = [_key(pair) for pair in pairs]
+        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._known}
+        if missing:
+            self._compute(missing)
+        return [self._known[key][exit_layer] for key in keys]
+
+    @torch.no_grad()
+    def _compute(self, pairs: dict[bytes, Pair]) -> None:
+        # continuations that differ in their last token only have the same input: they share one pass
+        groups: dict[tuple[int, ...], list[tuple[bytes, list[int]]]] = {}
+        for key, (context, continuation) in pairs.items():
+            if len(continuation) > self.scorer.context_length:
+                raise InputError(
+                    f"a continuation of {len(continuation)} tokens: {self.scorer.name} takes "
+                    f"{self.scorer.context_length}: leave this task out"
+                )
+            # too long for the context: cut from the left, as the harness's hf adapter does
+            inputs = (context + continuation)[-(self.scorer.context_length + 1) :][:-1]
+            groups.setdefault(tuple(inputs), []).append((key, continuation))
+        requests = [Request(tokens, max(len(c) for _, c in members)) for tokens, members in groups.items()]
+        order = self.scorer.plan(requests)
+        members = list(groups.values())
+        sums: dict[bytes, dict[int, list[Any]]] = {}
+        for block in self.scorer.logits([requests[index] for index in order]):
+            index = order[block.request]
+            for exit_layer, logits in block.logits.items():
+                self._add(sums, exit_layer, logits, block.start, requests[index].rows, members[index])
+            if self.progress is not None:
+                self.progress(block.request + 1, len(requests))
+        for key, found in sums.items():
+            self._known[key] = {e: (float(total), bool(greedy)) for e, (total, greedy) in found.items()}
+
+    @staticmethod
+    def _add(
+        sums: dict[bytes, dict[int, list[Any]]],
+        exit_layer: int,
+        logits: torch.Tensor,  # (n, V)
+        start: int,
+        rows: int,
+        members: list[tuple[bytes, list[int]]],
+    ) -> None:
+        """Add one block's share of the log-likelihoods; a continuation of L tokens asks the last L rows."""
+        normalizers, best = torch.logsumexp(logits, dim=-1), logits.argmax(-1)
+        for key, continuation in members:
+            offset = rows - len(continuation)  # row that predicts its first token
+            begin, end = max(start, offset), start + len(logits)
+            entry = sums.setdefault(key, {}).setdefault(exit_layer, [0.0, True])
+            if begin >= end:
+                continue
+            targets = torch.tensor(continuation[begin - offset : end - offset], device=logits.device)
+            here = slice(begin - start, end - start)
+            picked = logits[here].gather(1, targets[:, None])[:, 0] - normalizers[here]
+            entry[0] += float(picked.sum(dtype=torch.float64))
+            entry[1] = entry[1] and bool((best[here] == targets).all())
+
+
+@register_model("balcony")
+class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict types
+    """One exit for lm-evaluation-harness.
+
+    Args:
+        model: Hugging Face directory, GGUF file, hub name or ``demo``; or
+        bundle: directory that ``balcony-edge export`` wrote.
+        balconies: the model's trained balconies.
+        exit_layer: of the answers; by default the full depth.
+        sweep: instead of model and bundle: shares scorer and cache with the adapters of other exits.
+        threads: of ONNX Runtime, for a bundle.
+        device: of the model: ``cuda`` by default where there is one.
+        max_length: tokens that a pass may see; by default the context length.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        bundle: str | None = None,
+        balconies: str | None = None,
+        exit_layer: int | str | None = None,
+        sweep: Sweep | None = None,
+        threads: int | str | None = None,
+        device: str | None = None,
+        max_length: int | str | None = None,
+        batch_size: int | str | None = None,  # the harness hands these two to every model; passes are sized by tokens
+        max_batch_size: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        wanted = None if exit_layer is None else int(exit_layer)
+        if sweep is None:
+            sweep = Sweep(_open(model, bundle, balconies, wanted, threads, device))
+        self.sweep, self.scorer = sweep, sweep.scorer
+        self.exit_layer = self.scorer.exit_layers[-1] if wanted is None else wanted
+        if self.exit_layer not in self.scorer.exit_layers:
+            there = ", ".join(map(str, self.scorer.exit_layers))
+            raise InputError(f"exit_layer = {self.exit_layer}: {self.scorer.name} has {there}: pick one of them")
+        if max_length is not None:
+            self.scorer.context_length = min(int(max_length), self.scorer.context_length)
+        self.tokenizer: Any = self.scorer.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-sequence token."""
+        return cast("int", self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is conditioned on."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a pass may see."""
+        return self.scorer.context_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's request cache."""
+        return self.scorer.name.replace("/", "__").replace(" ", "_")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the model's template writes it."""
+        return cast(
+            "str",
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            ),
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokens of a text; special tokens as the tokenizer adds them, unless the text begins with one already."""
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return cast("list[int]", self.tokenizer.encode(string, verbose=False, **options))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
+        """See the harness's ``LM``; without its bar, since a sweep reports its own progress."""
+        return cast("list[Answer]", super().loglikelihood(requests, disable_tqdm=disable_tqdm))
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[Answer]:
+        answers = self.sweep.answers(
+            [(context, continuation) for _, context, continuation in requests], self.exit_layer
+        )
+        for (text, _, _), answer in zip(requests, answers, strict=True):
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood of whole texts, in windows that predict each token once with all the context that fits."""
+        windows: list[tuple[int, Pair]] = []
+        for index, request in enumerate(requests):
+            rolling: Iterator[Any] = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(index, (list(pair[0]), list(pair[1]))) for pair in map(make_disjoint_window, rolling)]
+        totals = [0.0] * len(requests)
+        for (index, _), answer in zip(
+            windows, self.sweep.answers([pair for _, pair in windows], self.exit_layer), strict=True
+        ):
+            totals[index] += answer[0]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy continuations up to a stop string, the end of the sequence or ``max_gen_toks``."""
+        texts = []
+        for number, request in enumerate(requests, 1):
+            context, options = request.args
+            texts.append(self._generate(context, dict(options)))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+            if self.sweep.progress is not None:
+                self.sweep.progress(number, len(requests))
+        return texts
+
+    def _generate(self, context: str, options: dict[str, Any]) -> str:
+        if options.get("do_sample") and options.get("temperature") != 0:
+            raise InputError("this task samples (do_sample), the adapter decodes greedily: set do_sample to false")
+        until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        limit = min(int(options.get("max_gen_toks", MAX_NEW_TOKENS)), self.max_length - 1)
+        prompt = self.tok_encode(context)[-(self.max_length - limit) :] or [self.prefix_token_id]
+        tokens: list[int] = []
+        text = ""
+        for token in self.scorer.greedy(self.exit_layer, prompt, limit):
+            if token == self.eot_token_id:
+                break
+            tokens.append(token)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            if any(stop in text for stop in stops if stop):
+                break
+        for stop in stops:
+            text = text.split(stop)[0] if stop else text
+        return text
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results."""
+        return {"model_name": self.scorer.name, "exit_layer": self.exit_layer}
+
+
+def _open(
+    model: str | None,
+    bundle: str | None,
+    balconies: str | None,
+    exit_layer: int | None,
+    threads: int | str | None,
+    device: str | None,
+) -> Scorer:
+    """The source that the harness's model arguments name, with the one exit that is wanted."""
+    from balcony_export.model.balcony import load_balconies  # noqa: PLC0415 - only where the harness opens the model
+    from balcony_export.model.checkpoint import load_model, load_tokenizer  # noqa: PLC0415 - likewise
+
+    if (model is None) == (bundle is None):
+        raise InputError("model_args: give either model=... (with balconies=...) or bundle=...")
+    if bundle is not None:
+        exits = None if exit_layer is None else (exit_layer,)
+        return BundleScorer(Bundle.open(Path(bundle)), exits, None if threads is None else int(threads))
+    assert model is not None
+    loaded: Any = load_model(model)
+    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    below = exit_layer is not None and exit_layer != int(loaded.config.num_hidden_layers)
+    if below and balconies is None:
+        raise InputError(f"model_args: exit_layer = {exit_layer} needs balconies=...: name their directory")
+    modules = load_balconies(balconies, loaded, (cast("int", exit_layer),)) if below and balconies is not None else {}
+    return TorchScorer(loaded, load_tokenizer(model), modules, name=model, full=not below)
+
+
+def _key(pair: Pair) -> bytes:
+    context, continuation = pair
+    digest = hashlib.blake2b(np.asarray(context, np.int64).tobytes(), digest_size=16)
+    digest.update(b"|" + np.asarray(continuation, np.int64).tobytes())
+    return digest.digest()

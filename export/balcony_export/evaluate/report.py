@@ -1,0 +1,213 @@
+"""Evaluation results as people and programs read them: the paper's Table 1 form, Markdown, JSON, and the manifest.
+
+Owns no measurement. The full depth stands first, the exits below it from deep to shallow, as in the paper; what is lost
+against the full depth stands in brackets, and every mean has its standard error behind ±.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from balcony_edge.bundle.manifest import Estimate, Quality, TaskQuality, TextQuality
+from balcony_edge.errors import InputError
+from balcony_edge.files import write_atomically
+from balcony_export.evaluate.scorer import Scorer
+
+if TYPE_CHECKING:
+    from balcony_export.evaluate.tasks import TaskRun
+
+#: The paper's Table 4, LLM-1B, frozen base, 15.7 billion tokens: share of the parameters → share of the average, percent.
+PAPER_LLM_1B = {0.81: 92.6, 0.56: 79.8, 0.31: 70.3}
+#: How the paper's tables call the tasks.
+_TITLES = {
+    "arc_challenge": "ARC-C",
+    "arc_easy": "ARC-E",
+    "boolq": "BoolQ",
+    "hellaswag": "HellaSwag",
+    "hellaswag_10shot": "HellaSwag (10)",
+    "lambada_openai": "LAMBADA-Op",
+    "lambada_standard": "LAMBADA-ST",
+    "mmlu": "MMLU (5)",
+    "openbookqa": "OpenBookQA",
+    "piqa": "PIQA",
+    "winogrande": "WinoGrande",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is drawn."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class ExitReport:
+    """One exit: its size, and what was measured."""
+
+    exit_layer: int
+    depth_factor: float
+    parameters: int
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class Report:
+    """All exits of one model, the full depth last."""
+
+    model: str
+    reference: str
+    exits: tuple[ExitReport, ...]
+
+    @property
+    def qualities(self) -> dict[int, Quality]:
+        """Exit layer → what belongs into the manifest."""
+        return {exit_.exit_layer: exit_.quality for exit_ in self.exits}
+
+
+def build_report(
+    scorer: Scorer,
+    reference: str,
+    text: Mapping[str, Mapping[int, TextQuality]],
+    tasks: Mapping[int, TaskRun],
+) -> Report:
+    """Put measurements together.
+
+    Args:
+        scorer: what was evaluated, its full depth included.
+        reference: name of the model that KL and agreement compare with.
+        text: file name → exit layer → quality.
+        tasks: exit layer → run, or nothing.
+    """
+    layers = scorer.exit_layers
+    depth = layers[-1]
+    exits = []
+    for exit_layer in layers:
+        run = tasks.get(exit_layer)
+        quality = Quality(
+            reference=reference,
+            text={name: found[exit_layer] for name, found in text.items()},
+            tasks={} if run is None else run.qualities,
+            summary=None if run is None else run.summary(tasks[depth]),
+        )
+        factor = (exit_layer + (exit_layer < depth)) / depth
+        exits.append(ExitReport(exit_layer, round(factor, 3), scorer.parameters[exit_layer], quality))
+    return Report(scorer.name, reference, tuple(exits))
+
+
+def grids(report: Report) -> list[Grid]:
+    """The tables: tasks in the paper's form, then each text."""
+    ordered = report.exits[::-1]
+    full = ordered[0]
+    tables = []
+    if full.quality.tasks:
+        names = tuple(full.quality.tasks)
+        titles = tuple(_title(name, full.quality.tasks[name]) for name in names)
+        header = ("exit", "depth", "# params", *titles, "avg (drop)", "retention")
+        tables.append(Grid(f"Tasks, {report.model}", header, tuple(_task_row(exit_, names) for exit_ in ordered)))
+    for name, whole in full.quality.text.items():
+        header = ("exit", "depth", "# params", "perplexity", "KL to the full model", "top-1 agreement")
+        rows_of = f"{whole.documents} documents, {whole.tokens} tokens in windows of {whole.window}"
+        title = f"{name}: {rows_of}, against {report.reference}"
+        rows = tuple((*_lead(exit_), *_text_cells(exit_.quality.text[name])) for exit_ in ordered)
+        tables.append(Grid(title, header, rows))
+    return tables
+
+
+def markdown(report: Report) -> str:
+    """The tables as Markdown, with what the numbers are and the paper's row beside them."""
+    parts = []
+    for grid in grids(report):
+        lines = [_line(grid.header), _line(["---"] * len(grid.header)), *(_line(row) for row in grid.rows)]
+        parts.append(f"**{grid.title}**\n\n" + "\n".join(lines))
+    notes = [
+        "# params: parameters that a token reads, without token table and LM head. ±: standard error (text: over "
+        "documents; tasks: over examples; drop and retention: over pairs)."
+    ]
+    if any(exit_.quality.summary for exit_ in report.exits):
+        paper = ", ".join(f"{kept} % at {share}×" for share, kept in PAPER_LLM_1B.items())
+        notes.append(f"The paper's LLM-1B (Table 4, 15.7 billion tokens) keeps {paper} of its average.")
+    return "\n\n".join([*parts, *notes]) + "\n"
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """The report for programs."""
+    return {
+        "model": report.model,
+        "reference": report.reference,
+        "exits": [
+            {
+                "exit_layer": exit_.exit_layer,
+                "depth_factor": exit_.depth_factor,
+                "non_embedding_parameters": exit_.parameters,
+                **exit_.quality.model_dump(mode="json", exclude={"reference"}),
+            }
+            for exit_ in report.exits
+        ],
+        "paper_llm_1b_retention": {str(share): kept for share, kept in PAPER_LLM_1B.items()},
+    }
+
+
+def write_report(report: Report, directory: Path) -> None:
+    """Write evaluation.json and evaluation.md into a directory, which is made.
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
+    contents = {
+        "evaluation.json": json.dumps(as_document(report), indent=1, ensure_ascii=False) + "\n",
+        "evaluation.md": markdown(report),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {directory}: cannot be written ({error.strerror}): name another place") from error
+    for name, content in contents.items():
+        write_atomically(directory / name, content.encode(), InputError, "name another place with --output")
+
+
+def _lead(exit_: ExitReport) -> tuple[str, str, str]:
+    return str(exit_.exit_layer), f"{exit_.depth_factor:.2f}×", f"{exit_.parameters / 1e6:.1f}M"
+
+
+def _task_row(exit_: ExitReport, names: tuple[str, ...]) -> tuple[str, ...]:
+    cells = []
+    for name in names:
+        task = exit_.quality.tasks[name]
+        shown = task.metrics[task.metric]
+        cells.append(_plus_minus(shown, 1 if "perplexity" in task.metric else 100, 1))
+    summary = exit_.quality.summary
+    if summary is None:
+        return (*_lead(exit_), *cells, "", "")
+    average = f"{_plus_minus(summary.average, 1, 1)} ({_plus_minus(summary.drop, 1, 1)})"
+    kept = "" if summary.retention is None else f"{_plus_minus(summary.retention, 1, 1)} %"
+    return (*_lead(exit_), *cells, average, kept)
+
+
+def _text_cells(text: TextQuality) -> tuple[str, str, str]:
+    return (
+        _plus_minus(text.perplexity, 1, 2),
+        _plus_minus(text.kl, 1, 4),
+        f"{_plus_minus(text.agreement, 100, 1)} %",
+    )
+
+
+def _plus_minus(estimate: Estimate, scale: float, digits: int) -> str:
+    form = f".{digits}f" if abs(estimate.value) < 1e5 else ".1e"  # the perplexity of an exit that babbles
+    text = f"{estimate.value * scale:{form}}"
+    return text if estimate.stderr is None else f"{text} ± {estimate.stderr * scale:{form}}"
+
+
+def _title(name: str, task: TaskQuality) -> str:
+    title = _TITLES.get(name, name)
+    return title if task.metric == "acc" else f"{title} {task.metric}"
+
+
+def _line(cells: tuple[str, ...] | list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,342 @@
+"""Tasks of lm-evaluation-harness over all exits: where their examples come from, and scores with standard errors.
+
+Owns the offline tasks (tasks/*.yaml: the harness's own format, with two keys more) and the statistics over tasks. All
+exits answer the same examples, so what an exit loses is measured on pairs: far sharper than the difference of two means.
+
+    data_files   split → file below the data directory; only the libraries' "json" and "text" readers are used, nothing
+                 is fetched
+    shots        file, count, text (a template), by (a field that must agree): a context put before each example as
+                 {{shots}}, made of the first rows other than the example itself
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from jinja2 import Environment, meta
+
+from balcony_edge.bundle.manifest import Estimate, TaskQuality, TaskSummary
+from balcony_edge.errors import InputError, MissingDependencyError
+from balcony_export.data.text_files import json_lines, read_text
+from balcony_export.evaluate.scorer import Scorer
+
+try:
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import apply_template
+except ImportError as error:
+    raise MissingDependencyError("tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'") from error
+
+from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
+
+TASKS = Path(__file__).parent / "tasks"
+#: The metric of a table, in this order where a task has several; normalized by length where papers report that.
+_METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity", "perplexity")
+_NORMALIZED = ("arc_challenge", "hellaswag", "hellaswag_10shot", "openbookqa")
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """What one exit scored: a quality per task; per example, the model's answers and, where the table's metric is a mean
+    over examples, the scores (of a perplexity the log-likelihoods).
+    """
+
+    qualities: dict[str, TaskQuality]
+    scores: dict[str, npt.NDArray[np.float64]]
+    answers: dict[str, list[list[Any]]] = field(default_factory=dict)
+
+    def summary(self, full: TaskRun) -> TaskSummary | None:
+        """Average over the tasks whose metric is an accuracy, drop and retention against the full depth; None without any.
+
+        Standard errors come from pairs: the average's from the examples of each task, the drop's from differences, the
+        retention's r = average / full average from the residuals exit - r × full (delta method).
+        """
+        pairs = {task: (scores, full.scores[task]) for task, scores in self.scores.items() if task in full.scores}
+        tasks = [task for task, pair in pairs.items() if all(((s >= 0) & (s <= 1)).all() for s in pair)]
+        if not tasks:
+            return None
+        ours, theirs = [pairs[task][0] for task in tasks], [pairs[task][1] for task in tasks]
+        average, base = (float(np.mean([scores.mean() for scores in group])) for group in (ours, theirs))
+        share = average / base if base else 0.0
+        drop = _error([a - b for a, b in zip(ours, theirs, strict=True)])
+        kept = _error([a - share * b for a, b in zip(ours, theirs, strict=True)])
+        error = _error(ours)
+        return TaskSummary(
+            tasks=tuple(tasks),
+            average=Estimate(value=100 * average, stderr=_percent(error)),
+            drop=Estimate(value=100 * (average - base), stderr=_percent(drop)),
+            retention=Estimate(value=100 * share, stderr=_percent(kept and kept / base)) if base else None,
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Tasks in the harness's own form, and which of them stand below each name that was asked for."""
+
+    harness: dict[str, dict[str, Any]]
+    leaves: dict[str, tuple[str, ...]]
+
+
+def offline_tasks() -> tuple[str, ...]:
+    """Names of the tasks whose examples come from a data directory."""
+    return tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
+
+
+def evaluate_tasks(
+    scorer: Scorer,
+    tasks: Sequence[str],
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> dict[int, TaskRun]:
+    """Run tasks at every exit; the exits share one pass over the examples.
+
+    Args:
+        scorer: the exits.
+        tasks: names of offline tasks (with ``data``) or of any task or group of the harness.
+        data: directory of the offline tasks' files.
+        limit: take the first so many examples of a task.
+        progress: called with what is done and the share of it.
+
+    Raises:
+        InputError: an unknown task, a missing file, or a task that the harness cannot load here.
+    """
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("tasks", done / total)
+
+    sweep = Sweep(scorer, report)
+    with _loaded(tasks, data) as loaded:
+        return {e: _evaluate(BalconyLM(sweep=sweep, exit_layer=e), loaded, limit) for e in scorer.exit_layers}
+
+
+def evaluate_model(lm: Any, tasks: Sequence[str], *, data: Path | None = None, limit: int | None = None) -> TaskRun:
+    """Run the same tasks with any model adapter of the harness, to compare an exit with it; see :func:`evaluate_tasks`."""
+    with _loaded(tasks, data) as loaded:
+        return _evaluate(lm, loaded, limit)
+
+
+@contextlib.contextmanager
+def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
+    """The tasks, for as long as the readers' copies of their files are there."""
+    if not tasks:
+        raise InputError("--tasks: names no task: give some, separated by commas")
+    for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory(prefix="balcony-eval-") as cache:
+        specs = [_spec(task, data, Path(cache)) for task in tasks]
+        yield _load(_manager(specs), dict(zip(tasks, specs, strict=True)))
+
+
+def _evaluate(lm: Any, loaded: Loaded, limit: int | None) -> TaskRun:
+    for task in loaded.harness["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # the harness's own default, and the same shots for every model
+    with contextlib.redirect_stdout(io.StringIO()):  # the harness prints
+        # no bootstrap: it forks processes; errors are computed from the examples
+        results: Any = lm_eval.evaluate(lm=lm, task_dict=loaded.harness, limit=limit, bootstrap_iters=0)
+    return _run(loaded.leaves, results)
+
+
+def _percent(error: float | None) -> float | None:
+    return None if error is None else 100 * error
+
+
+def _error(scores: Sequence[npt.NDArray[np.float64]]) -> float | None:
+    """Standard error of the mean over tasks of the mean over examples."""
+    if any(len(values) < 2 for values in scores):
+        return None
+    variances = [float(values.var(ddof=1)) / len(values) for values in scores]
+    return math.sqrt(sum(variances)) / len(scores)
+
+
+def _spec(task: str, data: Path | None, cache: Path) -> str | dict[str, Any]:
+    """What the harness is asked to load: the name of one of its own tasks, or an offline task's configuration."""
+    path = TASKS / f"{task}.yaml"
+    if data is None or not path.is_file():
+        return task
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    files = {split: _data_file(data, name) for split, name in config.pop("data_files").items()}
+    config["dataset_kwargs"] = {
+        "data_files": {split: str(file) for split, file in files.items()},
+        "cache_dir": str(cache),
+    }
+    if config["dataset_path"] == "json":
+        wanted = _fields(*(config.get(key) for key in ("doc_to_text", "doc_to_choice", "doc_to_target")))
+        for file in files.values():
+            _records(file, wanted - {"shots"})
+    if (shots := config.pop("shots", None)) is not None:
+        config["process_docs"] = _with_shots(_data_file(data, shots["file"]), shots)
+    return config
+
+
+def _fields(*templates: Any) -> set[str]:
+    """Fields of an example that a task's entries ask for: a template's variables, or a field by its bare name."""
+    environment, found = Environment(), set()
+    for template in templates:
+        if isinstance(template, str):
+            found |= meta.find_undeclared_variables(environment.parse(template)) if "{{" in template else {template}
+    return found
+
+
+def _records(path: Path, fields: set[str]) -> list[dict[str, Any]]:
+    """The records of a JSON Lines file.
+
+    Raises:
+        InputError: no UTF-8, no JSON, no line, or a line that lacks a field.
+    """
+    form = f"JSON Lines with {', '.join(sorted(fields))}"
+    records = []
+    for where, record in json_lines(path, read_text(path, form), form):
+        if not isinstance(record, dict) or not fields <= record.keys():
+            absent = sorted(fields - record.keys() if isinstance(record, dict) else fields)
+            raise InputError(f"{where}: has no {absent[0]}: give {form}")
+        records.append(record)
+    return records
+
+
+def _data_file(data: Path, name: str) -> Path:
+    path = data / name
+    if not path.is_file():
+        raise InputError(f"{path}: is missing: --data must name the directory that holds {name}")
+    return path.resolve()
+
+
+def _with_shots(path: Path, shots: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """A function that puts the field ``shots`` into each example of a data set."""
+    by, count, template = shots.get("by"), int(shots["count"]), str(shots["text"])
+    rows = _records(path, _fields(template) | ({by} if by else set()))
+    pools: dict[Any, list[tuple[dict[str, Any], str]]] = {}
+    for row in rows:
+        pool = pools.setdefault(row[by] if by else None, [])
+        if len(pool) <= count:  # one more than is shown: an example is never its own shot
+            pool.append((row, apply_template(template, row)))
+    for name, pool in pools.items():
+        if len(pool) < count:
+            raise InputError(
+                f"{path}: holds {len(pool)} rows{f' of {name}' if by else ''}: {count} are shown: give more"
+            )
+
+    def add(example: dict[str, Any]) -> dict[str, str]:
+        key = example[by] if by else None
+        if key not in pools:
+            raise InputError(f"{path}: holds no rows of {key}: give {count} of every {by}")
+        pool = pools[key]
+        shown = [text for row, text in pool if any(example.get(key) != value for key, value in row.items())]
+        return {"shots": "".join(shown[:count])}
+
+    def process(examples: Any) -> Any:
+        return examples.map(add, load_from_cache_file=False)
+
+    return process
+
+
+def _manager(specs: Sequence[str | dict[str, Any]]) -> Any:
+    """The harness's task index; its own thousands of tasks are read only where one of them is asked for."""
+    named = [spec for spec in specs if isinstance(spec, str)]
+    manager = TaskManager(include_defaults=bool(named))
+    known = set(manager.all_tasks)
+    for name in named:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            but = f" (but {', '.join(near)})" if near else ""
+            raise InputError(
+                f"--tasks: lm-evaluation-harness has no task '{name}'{but}: name "
+                f"one of its tasks (lm_eval ls tasks), or with --data one of {', '.join(offline_tasks())}"
+            )
+    return manager
+
+
+def _load(manager: Any, specs: Mapping[str, str | dict[str, Any]]) -> Loaded:
+    """Each name by itself, so that a group or tag is known by the tasks below it."""
+    harness: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    leaves = {}
+    for name, spec in specs.items():
+        try:
+            found = manager.load([spec])
+        except Exception as error:  # a data set that is not there, or a file of another form: a dozen unrelated classes
+            line = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--tasks: the examples of '{name}' cannot be loaded ({line}): make the data set available, or give "
+                f"--data for one of {', '.join(offline_tasks())}"
+            ) from error
+        leaves[name] = tuple(found["tasks"])
+        for key, members in harness.items():
+            members.update(found.get(key, {}))
+    return Loaded(harness, leaves)
+
+
+def _run(tasks: Mapping[str, Sequence[str]], results: Any) -> TaskRun:
+    samples = results["samples"]
+    qualities, scores, answers = {}, {}, {}
+    for task, leaves in tasks.items():
+        rows = [row for leaf in leaves for row in samples[leaf] if row["filter"] == samples[leaf][0]["filter"]]
+        first = _aggregated(results["results"][leaves[0]])
+        whole = first if len(leaves) == 1 else {}
+        columns = {name: column for name in first if (column := _column(name, rows, whole.get(name))) is not None}
+        # a group has no aggregate of its own, and parts' aggregates of a metric that is no mean cannot be put together
+        metrics = {name: Estimate(value=value) for name, value in whole.items()}
+        metrics |= {name: _estimate(name, column) for name, column in columns.items()}
+        if not metrics:
+            raise InputError(f"--tasks: '{task}' gives no score per example that all its parts share: name its parts")
+        metric = _primary(task, list(columns) or list(metrics))
+        if metric in columns:
+            scores[task] = columns[metric]
+        answers[task] = [list(row["filtered_resps"]) for row in rows]
+        qualities[task] = TaskQuality(metric=metric, examples=len(rows), metrics=metrics)
+    return TaskRun(qualities, scores, answers)
+
+
+def _aggregated(row: Mapping[str, Any]) -> dict[str, float]:
+    """``{"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": "x"}`` → ``{"acc": 0.5}``, of the first filter."""
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        name, _, kind = key.partition(",")
+        if kind and not name.endswith("_stderr") and isinstance(value, int | float):
+            found.setdefault(name, float(value))
+    return found
+
+
+def _column(metric: str, rows: Sequence[Mapping[str, Any]], aggregated: float | None) -> npt.NDArray[np.float64] | None:
+    """Per example what the metric is the mean of (of a perplexity: is exp(-mean) of); None where it is no such thing.
+
+    The harness gives pairs of gold and prediction for metrics of the whole (``mcc``, ``f1``), texts for ``bleu``, and
+    a log-likelihood beside a count of words for perplexities by the word: none of them is a score of one example.
+    """
+    values = [row.get(metric) for row in rows]
+    if not all(isinstance(value, int | float | np.number | np.bool_) for value in values):
+        return None
+    column = np.array(values, np.float64)
+    whole = _estimate(metric, column).value
+    return column if aggregated is None or math.isclose(aggregated, whole, rel_tol=1e-9, abs_tol=1e-12) else None
+
+
+def _estimate(metric: str, column: npt.NDArray[np.float64]) -> Estimate:
+    """A metric over examples with its standard error: their mean, or exp(-mean) of their log-likelihoods."""
+    mean = float(column.mean())
+    error = float(column.std(ddof=1) / math.sqrt(len(column))) if len(column) > 1 else None
+    if metric == "perplexity":
+        return Estimate(value=math.exp(-mean), stderr=None if error is None else math.exp(-mean) * error)
+    return Estimate(value=mean, stderr=error)
+
+
+def _primary(task: str, metrics: Sequence[str]) -> str:
+    order = ("acc_norm", *_METRICS) if task in _NORMALIZED else _METRICS
+    return next((name for name in order if name in metrics), metrics[0])

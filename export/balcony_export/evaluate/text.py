@@ -1,0 +1,200 @@
+"""Text evaluation: perplexity, KL to the full model and top-1 agreement of every exit, with standard errors.
+
+Owns how text becomes documents and windows, and the statistics. Every token but a document's first is predicted exactly
+once, from at least one token before it: windows overlap by one token, whose second copy is context only. Means are over
+tokens; standard errors are those of a ratio of sums over clusters, since the tokens of one document are alike. A file that
+is one document is clustered by its windows. It does not know tasks (:mod:`.tasks`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from balcony_edge.bundle.manifest import Estimate, TextQuality
+from balcony_edge.errors import InputError, VerificationError
+from balcony_export.data.text_files import json_lines, read_text
+from balcony_export.evaluate.scorer import Request, Scorer
+
+#: Tokens per window unless the context is shorter: twice what the shipped balconies were trained on.
+WINDOW = 1024
+_FORMS = 'JSON Lines with "text" (one document a line), or a .txt or .raw file'
+#: An article of WikiText begins with its title between single equal signs; sections have two and more.
+_ARTICLE = re.compile(r"^ = [^=\n]+ = $", re.MULTILINE)
+#: Windows per call: what is held is their tokens, and progress moves.
+_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text as tokens; ``where`` says which, for messages."""
+
+    where: str
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class _Sums:
+    """Of one cluster: predicted tokens and, for one exit, what they add up to."""
+
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    hits: float = 0.0
+
+
+def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Document]:
+    """Documents of a file, tokenized as the model is fed (with a start token where the tokenizer adds one).
+
+    Args:
+        path: JSON Lines with "text", .txt (one document) or .raw (WikiText: one document an article).
+        tokenizer: the model's.
+        limit: take the first so many.
+
+    Raises:
+        InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two tokens.
+    """
+    content = read_text(path, _FORMS)
+    documents = []
+    for where, text in _texts(path, content)[:limit]:
+        tokens = tuple(int(token) for token in tokenizer(text, verbose=False)["input_ids"])
+        if len(tokens) < 2:
+            raise InputError(
+                f"{where}: holds {len(tokens)} tokens, the first of which predicts the rest: give two or more"
+            )
+        documents.append(Document(where, tokens))
+    return documents
+
+
+def evaluate_text(
+    scorer: Scorer,
+    documents: Sequence[Document],
+    *,
+    reference: Scorer | None = None,
+    window: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> dict[int, TextQuality]:
+    """Quality of every exit on documents.
+
+    Args:
+        scorer: the exits.
+        documents: at least one, each of two or more tokens.
+        reference: whose full depth KL and agreement compare with; by default the scorer's own.
+        window: tokens per pass; by default the context, at most ``WINDOW``.
+        progress: called with the share of windows done.
+
+    Raises:
+        InputError: a window that the context does not hold, or a reference with another vocabulary.
+        VerificationError: an exit whose logits are not finite.
+    """
+    size = _window(scorer if reference is None else reference, scorer, window)
+    clustered = len(documents) == 1
+    requests: list[Request] = []
+    clusters: list[int] = []
+    targets: list[tuple[int, ...]] = []
+    for index, document in enumerate(documents):
+        for start in range(0, len(document.tokens) - 1, size - 1):
+            piece = document.tokens[start : start + size]
+            requests.append(Request(piece[:-1], len(piece) - 1))
+            targets.append(piece[1:])
+            clusters.append(len(requests) if clustered else index)
+    sums: dict[int, dict[int, _Sums]] = {e: defaultdict(_Sums) for e in scorer.exit_layers}
+    for begin in range(0, len(requests), _WINDOWS):
+        batch = requests[begin : begin + _WINDOWS]
+        others = None if reference is None else reference.logits(batch)
+        for block in scorer.logits(batch):
+            full = block.logits[scorer.exit_layers[-1]]
+            if reference is not None and others is not None:
+                full = next(others).logits[reference.exit_layers[-1]]
+            window_index = begin + block.request
+            wanted = torch.tensor(targets[window_index][block.start : block.start + len(full)], device=full.device)
+            _add(sums, clusters[window_index], block.logits, full, wanted)
+        if progress is not None:
+            progress(min(begin + _WINDOWS, len(requests)) / len(requests))
+    for exit_layer, found in sums.items():
+        if not all(math.isfinite(c.nll) and math.isfinite(c.kl) for c in found.values()):
+            raise VerificationError(
+                f"{scorer.name}: exit {exit_layer} gives logits that are not finite: train its balcony again"
+            )
+    return {e: _quality(list(found.values()), len(documents), size) for e, found in sums.items()}
+
+
+def ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
+    """Sum of numerators over sum of denominators of clusters, with the standard error of that ratio.
+
+    Linearized (Cochran, Sampling Techniques, 3rd ed., section 6.4): a cluster's residual is its numerator less what the
+    ratio predicts for its denominator.
+    """
+    count, total = len(parts), sum(n for _, n in parts)
+    value = sum(x for x, _ in parts) / total
+    if count < 2:
+        return Estimate(value=value)
+    squares = sum((x - value * n) ** 2 for x, n in parts)
+    return Estimate(value=value, stderr=math.sqrt(count / (count - 1) * squares) / total)
+
+
+def _window(reference: Scorer, scorer: Scorer, window: int | None) -> int:
+    context = min(scorer.context_length, reference.context_length)
+    if window is not None and not 2 <= window <= context:
+        raise InputError(f"--window {window}: this model takes 2 to {context}: give one of those")
+    mine, theirs = len(scorer.tokenizer), len(reference.tokenizer)
+    if mine != theirs:
+        raise InputError(
+            f"--model: its tokenizer has {theirs} tokens, the bundle's {mine}: name the model that the bundle was made from"
+        )
+    return window or min(context, WINDOW)
+
+
+def _add(
+    sums: dict[int, dict[int, _Sums]],
+    cluster: int,
+    logits: dict[int, torch.Tensor],
+    full: torch.Tensor,
+    wanted: torch.Tensor,
+) -> None:
+    """Add one block's rows to the sums of a cluster; logits are (n, V), ``wanted`` is (n,)."""
+    full_log = torch.log_softmax(full, dim=-1)
+    probabilities, best = full_log.exp(), full.argmax(-1)
+    for exit_layer, rows in logits.items():
+        log = torch.log_softmax(rows.to(full.device), dim=-1)
+        into = sums[exit_layer][cluster]
+        into.tokens += len(wanted)
+        into.nll -= float(log.gather(1, wanted[:, None]).sum(dtype=torch.float64))
+        into.hits += float((log.argmax(-1) == best).sum())
+        into.kl += float((probabilities * (full_log - log)).sum(dtype=torch.float64))
+
+
+def _quality(clusters: Sequence[_Sums], documents: int, window: int) -> TextQuality:
+    nll = ratio([(c.nll, c.tokens) for c in clusters])
+    perplexity = math.exp(min(nll.value, 700.0))  # e^700 is the end of a float: an exit that babbles stays a number
+    stderr = None if nll.stderr is None else perplexity * nll.stderr  # d exp(x) = exp(x) dx
+    return TextQuality(
+        documents=documents,
+        tokens=sum(c.tokens for c in clusters),
+        window=window,
+        perplexity=Estimate(value=perplexity, stderr=stderr),
+        kl=ratio([(c.kl, c.tokens) for c in clusters]),
+        agreement=ratio([(c.hits, c.tokens) for c in clusters]),
+    )
+
+
+def _texts(path: Path, content: str) -> list[tuple[str, str]]:
+    if path.suffix == ".txt":
+        return [(str(path), content)]
+    if path.suffix == ".raw":
+        starts = [match.start() for match in _ARTICLE.finditer(content)] or [0]
+        pieces = [content[a:b] for a, b in zip(starts, [*starts[1:], len(content)], strict=True)]
+        return [(f"{path}: article {number}", piece) for number, piece in enumerate(pieces, 1)]
+    texts = []
+    for where, record in json_lines(path, content, _FORMS):
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise InputError(f'{where}: has no "text": give {_FORMS}')
+        texts.append((where, record["text"]))
+    return texts

@@ -1,0 +1,1 @@
+"""From PyTorch modules to ONNX graphs, and the passes over them."""

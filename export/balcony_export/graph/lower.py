@@ -1,0 +1,217 @@
+"""Lower traced graphs for ONNX Runtime on CPUs: fewer, larger operators, and a KV cache that is read as far as it is live.
+
+Owns the rewrite of a stage or a balcony from standard operators to ONNX Runtime's own: ``GroupQueryAttention`` (rotary
+embedding, window and cache update inside; it pays for the live rows only, where ``Attention`` pays for the
+whole capacity that it is given) and ``SkipSimplifiedLayerNormalization`` (a residual sum and the norm behind it). The
+I/O tables of the lowered set are in :mod:`balcony_edge.bundle.manifest`. Weights stay the tensors of the portable set, so both
+sets of a bundle share them; :mod:`balcony_export.quantize.blocks` replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from balcony_edge.bundle.manifest import ModelSpec
+from balcony_export.graph import passes
+
+MICROSOFT = "com.microsoft"
+INT32 = ir.TensorType(ir.DataType.INT32)
+
+
+def can_lower(spec: ModelSpec) -> bool:
+    """Whether ONNX Runtime's ``GroupQueryAttention`` takes heads of this size."""
+    return spec.head_dim % 16 == 0
+
+
+def lower_all(graphs: Mapping[str, ir.Model], spec: ModelSpec) -> dict[str, ir.Model]:
+    """The lowered set of a bundle from its portable one, by the names of the I/O tables."""
+    stages = [name for name in graphs if name.startswith("stage_")]
+    lowered = {name: lower_stage(graphs[name], spec, graphs["norm"] if name == stages[-1] else None) for name in stages}
+    for name, traced in graphs.items():
+        if name.startswith("balcony_") and any(value.name == "rows" for value in traced.graph.inputs):
+            lowered[name] = lower_balcony(traced, spec)
+            lowered[f"{name}_keys"] = lower_keys(traced, spec)
+    # graphs without attention are what they are
+    return lowered | {name: graphs[name].clone() for name in graphs if name not in ("backbone", *lowered)}
+
+
+def lower_stage(stage: ir.Model, spec: ModelSpec, norm: ir.Model | None = None) -> ir.Model:
+    """A stage for ONNX Runtime on CPUs.
+
+    Args:
+        stage: as traced and cut; it is not changed.
+        spec: sizes of the model.
+        norm: the final norm's graph, for the last stage: its output ``normed`` becomes a second output.
+    """
+    model = stage.clone()
+    if norm is not None:
+        _append_norm(model, norm.clone())
+    return _lower(model, spec)
+
+
+def lower_balcony(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
+    """A balcony all of whose rows are asked about: what a decode step runs. Input ``rows`` stands for both."""
+    model = balcony.clone()
+    rows, queries = (next(v for v in model.graph.inputs if v.name == name) for name in ("rows", "queries"))
+    ir.convenience.replace_all_uses_with(queries, rows)
+    model.graph.inputs.remove(queries)
+    output = model.graph.outputs[0]
+    assert output.shape is not None
+    output.shape = ir.Shape([output.shape[0], "rows", output.shape[2]])
+    common.CommonSubexpressionEliminationPass()(model)
+    return _lower(model, spec)
+
+
+def lower_keys(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
+    """The part of a balcony that leaves keys and values of its rows and asks nothing: what works off its backlog."""
+    presents = ["present_key", "present_value"]
+    dims = {"queries": "rows", "past_value": "past_key"}
+    model = passes.cut(
+        balcony, f"{balcony.graph.name}_keys", ["rows", "start", "past_key", "past_value"], presents, dims
+    )
+    for node in list(model.graph):
+        if node.op_type == "TensorScatter":
+            _scatter_by_head(model, node, spec)
+    _cache_by_head(model, spec)
+    model.graph.opset_imports[MICROSOFT] = 1
+    return model
+
+
+def _lower(model: ir.Model, spec: ModelSpec) -> ir.Model:
+    start = next(value for value in model.graph.inputs if value.name == "start")
+    last = ir.Value(name="last", type=INT32, shape=ir.Shape(["batch"]))
+    total = ir.Value(name="total", type=INT32, shape=ir.Shape([]))
+    for node in list(model.graph):
+        if node.op_type == "Attention":
+            _group_query_attention(model, node, spec, last, total)
+    position = list(model.graph.inputs).index(start)
+    model.graph.inputs[position : position + 1] = [last, total]
+    common.RemoveUnusedNodesPass()(model)
+    assert not start.uses(), "something but attention reads the positions"
+    _cache_by_head(model, spec)
+    _skip_norms(model)
+    common.RemoveUnusedNodesPass()(model)
+    model.graph.opset_imports[MICROSOFT] = 1
+    return model
+
+
+def _append_norm(model: ir.Model, norm: ir.Model) -> None:
+    (node,) = norm.graph
+    scale = node.inputs[1]
+    assert scale is not None
+    norm.graph.initializers.clear()
+    model.graph.register_initializer(scale)
+    hidden = model.graph.outputs[0]
+    normed = ir.Value(name="normed", type=hidden.type, shape=hidden.shape)
+    attributes = list(node.attributes.values())
+    model.graph.append(ir.Node("", node.op_type, [hidden, scale], attributes, outputs=[normed]))
+    model.graph.outputs.insert(1, normed)
+
+
+def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last: ir.Value, total: ir.Value) -> None:
+    """Replace an ``Attention`` with everything that leads to it from the projections."""
+    query, present_key, present_value, _ = node.inputs
+    writes = [_producer(present, "TensorScatter") for present in (present_key, present_value)]
+    key, value = writes[0].inputs[1], writes[1].inputs[1]
+    query_rotary, key_rotary = _optional_producer(query, "RotaryEmbedding"), _optional_producer(key, "RotaryEmbedding")
+    rope: list[ir.Value | None] = [None, None]
+    if query_rotary is not None and key_rotary is not None:
+        query, key, rope = query_rotary.inputs[0], key_rotary.inputs[0], list(query_rotary.inputs[1:3])
+    attributes = {
+        "num_heads": node.attributes["q_num_heads"].as_int(),
+        "kv_num_heads": spec.num_kv_heads,
+        "scale": node.attributes["scale"].as_float(),
+        "do_rotary": int(rope[0] is not None),
+    }
+    if "softcap" in node.attributes:
+        attributes["softcap"] = node.attributes["softcap"].as_float()
+    if (window := node.metadata_props.get(passes.WINDOW)) is not None:
+        attributes["local_window_size"] = int(window)
+    pasts = [write.inputs[0] for write in writes]
+    outputs = [ir.Value(name=node.outputs[0].name, type=node.outputs[0].type, shape=node.outputs[0].shape)]
+    for present in (present_key, present_value):
+        assert present is not None
+        outputs.append(ir.Value(name=present.name, type=present.type, shape=present.shape))
+    fused = ir.Node(
+        MICROSOFT,
+        "GroupQueryAttention",
+        [query, key, value, *pasts, last, total, *rope],
+        ir.convenience.convert_attributes(attributes),
+        outputs=outputs,
+    )
+    model.graph.insert_before(node, fused)
+    for old, new in zip((node.outputs[0], present_key, present_value), outputs, strict=True):
+        assert old is not None
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    model.graph.remove([node, *writes], safe=True)
+
+
+def _skip_norms(model: ir.Model) -> None:
+    """Fuse ``Add`` and the norm behind it; the sum stays to be had.
+
+    At the start of a stage the sum was made in the stage before. There the fused operator adds nothing, hidden - hidden: a
+    norm by itself rounds otherwise, and the full model would depend on where the exits are.
+    """
+    for node in list(model.graph):
+        if node.op_type != "RMSNormalization":
+            continue
+        source, scale = node.inputs[0], node.inputs[1]
+        assert source is not None
+        add = _optional_producer(source, "Add")
+        if add is None and source.is_graph_input() and str(source.name).startswith("hidden_"):
+            nothing = ir.Node("", "Sub", [source, source])
+            model.graph.insert_before(node, nothing)
+            _fuse_norm(model, node, node, [source, nothing.outputs[0], scale], None)
+        elif add is not None and all(value is not None and value.const_value is None for value in add.inputs):
+            # the sum's other readers come after the norm in a decoder layer, or they are outputs
+            _fuse_norm(model, node, add, [*add.inputs, scale], add.outputs[0])
+            model.graph.remove(add, safe=True)
+
+
+def _fuse_norm(
+    model: ir.Model, norm: ir.Node, place: ir.Node, inputs: list[ir.Value | None], old_sum: ir.Value | None
+) -> None:
+    """Put one operator behind ``place`` that gives what ``norm`` gives, and ``old_sum`` where there is one."""
+    replaced = [norm.outputs[0]] if old_sum is None else [norm.outputs[0], old_sum]
+    fresh = [ir.Value(name=old.name, type=old.type, shape=old.shape) for old in replaced]
+    outputs = fresh if old_sum is None else [fresh[0], ir.Value(name=""), ir.Value(name=""), fresh[1]]
+    epsilon = ir.AttrFloat32("epsilon", norm.attributes["epsilon"].as_float())
+    fused = ir.Node(MICROSOFT, "SkipSimplifiedLayerNormalization", inputs, [epsilon], outputs=outputs)
+    model.graph.insert_after(place, fused)
+    for old, new in zip(replaced, fresh, strict=True):
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    model.graph.remove(norm, safe=True)
+
+
+def _scatter_by_head(model: ir.Model, node: ir.Node, spec: ModelSpec) -> None:
+    """Let a cache update write (B, kv heads, T, head size) at axis 2."""
+    shape = ir.Value(
+        name=f"{node.outputs[0].name}_by_head",
+        const_value=ir.tensor([0, 0, spec.num_kv_heads, spec.head_dim], dtype=ir.DataType.INT64),
+    )
+    model.graph.register_initializer(shape)
+    split = ir.Node("", "Reshape", [node.inputs[1], shape])
+    swapped = ir.Node("", "Transpose", [split.outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
+    model.graph.insert_before(node, [split, swapped])
+    node.replace_input_with(1, swapped.outputs[0])
+    node.attributes["axis"] = ir.AttrInt64("axis", 2)
+
+
+def _cache_by_head(model: ir.Model, spec: ModelSpec) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if (value.name or "").startswith(("past_", "present_")):
+            value.shape = ir.Shape(["batch", spec.num_kv_heads, "capacity", spec.head_dim])
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node:
+    node = _optional_producer(value, op_type)
+    assert node is not None, f"expected {op_type} to make {value}"
+    return node
+
+
+def _optional_producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None

@@ -1,0 +1,204 @@
+"""Stand-ins that make transformers' decoder layers emit standard ONNX operators while they are traced.
+
+Owns: ``Attention`` and ``TensorScatter`` (opset 24), ``RotaryEmbedding`` and ``RMSNormalization`` (opset 23), each as one
+node, and :func:`tracing`, which puts them in the place of the modules' own arithmetic and takes them out again. It knows
+no architecture by name: what a norm or a rotary embedding computes is found by trying it.
+
+Masks are explicit and positions are row indices: row r sees keys ≤ r (within its window), so rows past the cursor never
+count, and the same graph serves engines that ignore ``nonpad_kv_seqlen`` (TensorRT's parser does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.onnx import ops
+from transformers import PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+
+from balcony_edge.errors import UnsupportedModelError
+from balcony_export.graph.passes import WINDOW
+
+_ATTENTION = "balcony_edge_trace"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the layers of one pass share: the rows' positions, the capacity of the KV cache, and masks made on demand."""
+
+    positions: torch.Tensor  # (B, T) int64
+    capacity: int
+    masks: dict[int | None, torch.Tensor]
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """True where row r sees key k: k ≤ r, and k > r - window where there is one."""
+        if window not in self.masks:
+            keys = torch.arange(self.capacity)[None, None, :]  # (1, 1, S)
+            rows = self.positions[:, :, None]  # (B, T, 1)
+            seen = keys <= rows
+            if window is not None:
+                seen = seen & (keys > rows - window)
+            self.masks[window] = seen[:, None]  # (B, 1, T, S)
+        return self.masks[window]
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Half of a rotary table, handed to the layers in the place of ``cos`` or ``sin``."""
+
+    table: torch.Tensor  # (context, head_dim / 2)
+    positions: torch.Tensor  # (B, T)
+
+
+class WritingCache:
+    """Stands in for transformers' cache: writes a layer's new rows into its past and returns the whole of it."""
+
+    def __init__(self, past: dict[int, tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor) -> None:
+        self.past = past
+        self.start = start
+        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        past_key, past_value = self.past[layer_idx]
+        self.present[layer_idx] = (self._write(past_key, key), self._write(past_value, value))
+        return self.present[layer_idx]
+
+    def _write(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        update = _merge_heads(new)  # (B, T, F)
+        attributes: dict[str, Any] = {"axis": 1, "mode": "linear"}
+        return ops.symbolic(
+            "TensorScatter", (past, update, self.start), attributes, dtype=past.dtype, shape=past.shape, version=24
+        )
+
+
+class ReadingCache:
+    """Ignores the keys and values it is offered: they stand in the cache already."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.key, self.value = key, value
+
+    def update(self, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.key, self.value
+
+
+def _merge_heads(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B, H, T, head_dim) -> (B, T, H * head_dim)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,  # (B, H, T, head_dim)
+    key: torch.Tensor,  # (B, S, F)
+    value: torch.Tensor,  # (B, S, F)
+    attention_mask: Rows,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    batch, heads, rows, head_dim = query.shape
+    attributes: dict[str, Any] = {"q_num_heads": heads, "kv_num_heads": key.shape[2] // head_dim}
+    attributes["scale"] = head_dim**-0.5 if scaling is None else float(scaling)
+    if softcap is not None:
+        attributes["softcap"] = float(softcap)
+    if sliding_window is not None:
+        attributes[WINDOW] = int(sliding_window)  # not ONNX's: passes.note_windows takes it off
+    mask = attention_mask.mask(sliding_window)
+    shape = (batch, rows, heads * head_dim)
+    inputs = (_merge_heads(query), key, value, mask)
+    out = ops.symbolic("Attention", inputs, attributes, dtype=query.dtype, shape=shape, version=24)
+    return out.view(batch, rows, heads, head_dim), None
+
+
+def _rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: RopeTable, sin: RopeTable, *_: object, **__: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        batch, heads, rows, head_dim = x.shape
+        inputs = (_merge_heads(x), cos.table, sin.table, cos.positions)
+        shape = (batch, rows, heads * head_dim)
+        out = ops.symbolic("RotaryEmbedding", inputs, {"num_heads": heads}, dtype=x.dtype, shape=shape, version=23)
+        return out.view(batch, rows, heads, head_dim).transpose(1, 2)
+
+    return rotate(query), rotate(key)
+
+
+class RMSNorm(nn.Module):
+    """A model's RMSNorm as the standard operator, in float32 inside (``stash_type`` 1)."""
+
+    def __init__(self, scale: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.epsilon = epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attributes: dict[str, Any] = {"axis": -1, "epsilon": self.epsilon, "stash_type": 1}
+        return ops.symbolic("RMSNormalization", (x, self.scale), attributes, dtype=x.dtype, shape=x.shape, version=23)
+
+
+def rms_norm_operator(norm: nn.Module) -> RMSNorm | None:
+    """The operator that computes what ``norm`` does, or None where it is no RMSNorm. Found by trying, not by name."""
+    weight = getattr(norm, "weight", None)
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if "RMSNorm" not in type(norm).__name__ or weight is None or epsilon is None:
+        return None
+    probe = torch.linspace(-3, 3, 2 * weight.numel()).reshape(2, -1)
+    unit = probe * torch.rsqrt(probe.pow(2).mean(-1, keepdim=True) + epsilon)
+    with torch.no_grad():
+        found = norm(probe.to(weight.dtype)).float()
+        for scale in (weight.detach().float(), 1.0 + weight.detach().float()):  # Llama's, and Gemma's (1 + w)
+            if torch.allclose(found, unit * scale, rtol=1e-2, atol=1e-2):
+                return RMSNorm(scale.to(weight.dtype), float(epsilon))
+    raise UnsupportedModelError(
+        f"{type(norm).__name__}: neither x·w nor x·(1 + w) after scaling: export cannot place it"
+    )
+
+
+def _check_rotary(module: Any) -> None:
+    """Refuse a rotary embedding other than the half-rotation over the whole head that ``RotaryEmbedding`` computes."""
+    query, angle = torch.linspace(-1, 1, 16).reshape(1, 1, 2, 8), torch.linspace(0, 3, 8).reshape(1, 2, 4)
+    cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+    turned = torch.cat((-query[..., 4:], query[..., :4]), -1)
+    found, _ = module.apply_rotary_pos_emb(query, query, cos, sin)
+    if found.shape != query.shape or not torch.allclose(found, query * cos[:, None] + turned * sin[:, None], atol=1e-5):
+        raise UnsupportedModelError(
+            f"{module.__name__}: its rotary embedding is not the half-rotation that export writes"
+        )
+
+
+@contextlib.contextmanager
+def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, the decoder layers in ``modules`` emit standard operators; afterwards they are as before."""
+    AttentionInterface.register(_ATTENTION, _attention)
+    source: Any = sys.modules[type(model).__module__]
+    _check_rotary(source)
+    rotary = source.apply_rotary_pos_emb
+    # a balcony is a copy of a layer and has a copy of its configuration
+    found = (getattr(child, "config", None) for module in modules for child in module.modules())
+    configs = list({id(config): config for config in found if config is not None}.values())
+    before = [config._attn_implementation for config in configs]
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in (child for module in modules for child in module.modules()):
+        for name, child in parent.named_children():
+            if (norm := rms_norm_operator(child)) is not None:
+                replaced.append((parent, name, child))
+                setattr(parent, name, norm)
+    source.apply_rotary_pos_emb = _rotary
+    for config in configs:
+        config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        source.apply_rotary_pos_emb = rotary
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+        for parent, name, child in replaced:
+            setattr(parent, name, child)

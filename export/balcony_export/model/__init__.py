@@ -1,0 +1,1 @@
+"""The PyTorch side of a model: checkpoints, what an architecture needs, balconies."""

@@ -1,0 +1,140 @@
+"""What the exporter knows about a Hugging Face causal LM: its parts, its sizes, and what it refuses.
+
+Owns: the supported architectures, the refusals by name, and the description that goes into the manifest. Does not know
+how graphs are traced. The exporter rebuilds the model's forward pass from its parts (token table, decoder layers, final
+norm, LM head), so a model that does anything else between them must be refused here rather than come out wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from balcony_edge.bundle.manifest import ModelSpec
+from balcony_edge.errors import UnsupportedModelError
+
+#: ``config.model_type`` of the architectures whose export is pinned by parity tests.
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+#: Rotary embeddings whose table does not depend on the length of the sequence (transformers ``ROPE_INIT_FUNCTIONS``).
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+#: Longest rope table that export writes unless told otherwise; enough for an edge device, small beside the weights.
+DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules that export traces, by role."""
+
+    embed: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary: nn.Module
+    head: nn.Linear
+
+
+def parts_of(model: PreTrainedModel) -> Parts:
+    """Take the model apart, after refusing what could not be put together again.
+
+    Raises:
+        UnsupportedModelError: one line that names the feature.
+    """
+    config = model.config
+    _refuse_unsupported(config)
+    base: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    head = model.get_output_embeddings()
+    return Parts(embed=base.embed_tokens, layers=base.layers, norm=base.norm, rotary=base.rotary_emb, head=head)
+
+
+def _refuse_unsupported(config: Any) -> None:
+    kind = getattr(config, "model_type", None) or type(config).__name__
+
+    def refuse(why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"model type '{kind}': {why}: export takes {', '.join(SUPPORTED)}")
+
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if getattr(config, key, None):
+            raise refuse("mixture-of-experts layers are not supported yet")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise refuse("its layers share keys and values across exits")
+    if any(hasattr(config, key) for key in ("mamba_d_state", "state_size", "ssm_state_size", "linear_num_key_heads")):
+        raise refuse("state-space layers are not supported yet")
+    if hasattr(config, "conv_L_cache"):
+        raise refuse("short-convolution layers are not supported yet")
+    if kind not in SUPPORTED:
+        raise refuse("this architecture is not covered by parity tests")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise refuse("bidirectional attention cannot generate token by token")
+    for where, rope in _ropes(config):
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in STATIC_ROPE:
+            raise refuse(f"rope scaling '{rope_type}'{where} depends on the length of the sequence")
+
+
+def _ropes(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(where, rope parameters)`` of each rotary embedding: one, or one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters or "rope_theta" in parameters or not parameters:
+        yield "", parameters
+        return
+    for layer_type, rope in parameters.items():
+        if rope is not None:
+            yield f" of {layer_type} layers", rope
+
+
+def layer_type(config: Any, index: int) -> str:
+    """Attention type of a layer: transformers' ``layer_types`` entry, ``full_attention`` where there is none."""
+    types = getattr(config, "layer_types", None)
+    return str(types[index]) if types else "full_attention"
+
+
+def embedding_scale(parts: Parts, dtype: torch.dtype) -> float:
+    """Factor on the token table's rows (Gemma's √D), rounded to the model's precision as transformers does."""
+    scale = getattr(parts.embed, "scalar_embed_scale", None)
+    return 1.0 if scale is None else float(torch.tensor(scale).to(dtype))
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a module's weights in place, and its buffers not: rotary frequencies are float32 whatever the weights are.
+
+    ``module.to(float16)`` rounds those, too: 0.05 % of a frequency are half a turn at position 8,192. transformers, asked for a
+    type while it loads, leaves them.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def describe(model: PreTrainedModel, name: str, context_length: int | None = None) -> ModelSpec:
+    """The manifest's description of the base model.
+
+    Args:
+        model: the model.
+        name: how to call it.
+        context_length: rows that a sequence may hold; by default the model's own, at most ``DEFAULT_CONTEXT``.
+    """
+    config: Any = model.config
+    limit = int(config.max_position_embeddings)
+    if context_length is not None and not 2 <= context_length <= limit:
+        raise UnsupportedModelError(
+            f"context length {context_length}: this model takes 2 to {limit}: give one of those"
+        )
+    heads = int(config.num_attention_heads)
+    eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    return ModelSpec(
+        name=name,
+        architecture=str((config.architectures or [type(model).__name__])[0]),
+        num_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
+        num_attention_heads=heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        vocab_size=parts_of(model).embed.num_embeddings,
+        context_length=context_length or min(limit, DEFAULT_CONTEXT),
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=eos_ids,
+    )

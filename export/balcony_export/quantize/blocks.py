@@ -1,0 +1,432 @@
+"""Weight-only quantization of lowered graphs: ``MatMul`` becomes ONNX Runtime's ``MatMulNBits``.
+
+Owns the grids (blocks along the inputs, 4 or 8 bits, symmetric or with integer zero points), the packing, and the merging
+of products that share their input: q, k and v into the fused attention's packed input, gate and up into one product. A
+weight is quantized once however many graphs use it; the token table shares the LM head's blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import InputError
+from balcony_export.graph.ir_tools import SMALLEST_SCALE, constant
+from balcony_export.graph.lower import MICROSOFT
+from balcony_export.graph.widen import pieces
+from balcony_export.quantize.gptq import compensated
+from balcony_runtime.backends.token_table import unpacked
+
+#: Shares of the full range that a block's scale is tried at, for the least squared error. Measured (docs/LOG.md): below 0.8
+#: where blocks are long and errors weighed, above 1 where the value of largest size need not be met.
+SHRINKS = (1.0, 1.1, 1.05, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 0.66, 0.62)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights become integers.
+
+    Attributes:
+        bits: of the layers' weights.
+        block_size: inputs that share a scale.
+        down_block_size: the same for the MLPs' down projections, whose inputs are the widest; None: ``block_size``.
+        symmetric: zero point in the middle of the range; otherwise one integer per block.
+        head_bits: of the LM head and the token table.
+        accuracy_level: 4: activations are rounded to int8 too, the fast one; 1: they stay float32.
+        kv_bits: of the KV cache; 32: float32.
+        positive: scales above 0, as TensorRT wants them; otherwise a scale's sign chooses the end of the range that has one
+            step more.
+    """
+
+    bits: Literal[4, 8] = 4
+    block_size: Literal[32, 64, 128] = 32
+    down_block_size: Literal[32, 64, 128, 256] | None = None
+    symmetric: bool = True
+    head_bits: Literal[4, 8] = 8
+    accuracy_level: Literal[1, 4] = 4
+    kv_bits: Literal[8, 32] = 32
+    positive: bool = False
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether ONNX Runtime makes float32 of 8-bit weights again at every token: it has no kernel that leaves them."""
+        return self.accuracy_level == 1 and 8 in (self.bits, self.head_bits)
+
+    def __str__(self) -> str:
+        kind = "sym" if self.symmetric else "asym"
+        kv = "" if self.kv_bits == 32 else f",kv={self.kv_bits}"
+        block = f"block={self.block_size}" + ("" if self.down_block_size is None else f",down={self.down_block_size}")
+        return f"int{self.bits},{block},{kind},head={self.head_bits},level={self.accuracy_level}{kv}" + (
+            ",positive" if self.positive else ""
+        )
+
+    def block_size_of(self, name: str) -> int:
+        """Inputs that share a scale in a weight of this name."""
+        return (self.down_block_size or self.block_size) if "down_proj" in name else self.block_size
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A quantized matrix: ``packed`` (N, blocks, bytes), ``scales`` (N, blocks), ``zeros`` (N, bytes) or None."""
+
+    packed: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.float32]
+    zeros: npt.NDArray[np.uint8] | None
+    bits: int
+    block_size: int
+
+    def dequantized(self, inputs: int) -> npt.NDArray[np.float32]:
+        """The matrix that is stored  # (N, inputs)"""
+        rows, count = self.scales.shape
+        values = unpacked(self.packed, self.bits).reshape(rows, count, -1)
+        middle = np.float32(1 << (self.bits - 1))
+        zeros = middle if self.zeros is None else unpacked(self.zeros, self.bits)[:, :count, None]
+        dense: npt.NDArray[np.float32] = ((values - zeros) * self.scales[..., None]).reshape(rows, -1)[:, :inputs]
+        return dense
+
+    @classmethod
+    def gathered(cls, count: int, parts: Iterable[Blocks]) -> Blocks:
+        """One matrix of ``count`` rows, its parts one below the other; where they are made one by one, only one is held."""
+        whole, done = None, 0  # type: Blocks | None, int
+        for part in parts:
+            if whole is None:
+                packed, scales = (
+                    np.empty((count, *array.shape[1:]), array.dtype) for array in (part.packed, part.scales)
+                )
+                zeros = None if part.zeros is None else np.empty((count, *part.zeros.shape[1:]), np.uint8)
+                whole = cls(packed, scales, zeros, part.bits, part.block_size)
+            rows = slice(done, done + len(part.packed))
+            whole.packed[rows], whole.scales[rows] = part.packed, part.scales
+            if whole.zeros is not None and part.zeros is not None:
+                whole.zeros[rows] = part.zeros
+            done = rows.stop
+        assert whole is not None and done == count
+        return whole
+
+
+@dataclass
+class Quantizer:
+    """Quantizes by name, each weight once: nearest values, or GPTQ for the weights whose inputs' ``moments`` it is given."""
+
+    scheme: Scheme
+    moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    done: dict[str, Blocks] = field(default_factory=dict)
+
+    def layer(self, name: str, weight: npt.NDArray[np.float32]) -> Blocks:
+        """A layer's weight  # (K, N)"""
+        return self._quantized(name, ir.tensor(weight.T), self.scheme.bits)
+
+    def table(self, name: str, weight: ir.TensorProtocol) -> Blocks:
+        """The LM head's weight or the token table  # (V, D)"""
+        return self._quantized(name, weight, self.scheme.head_bits)
+
+    def _quantized(self, name: str, weight: ir.TensorProtocol, bits: int) -> Blocks:
+        if name not in self.done:
+            how = partial(
+                quantize,
+                bits=bits,
+                size=self.scheme.block_size_of(name),
+                symmetric=self.scheme.symmetric,
+                positive=self.scheme.positive,
+                moment=self.moments.get(name),
+            )
+            parts = (how(torch.tensor(rows)) for rows in pieces(weight))  # (N, K)
+            self.done[name] = Blocks.gathered(int(weight.shape[0]), parts)  # type: ignore[arg-type]
+        return self.done[name]
+
+
+def quantize(
+    weight: torch.Tensor,
+    bits: int,
+    size: int,
+    *,
+    symmetric: bool,
+    moment: torch.Tensor | None = None,
+    positive: bool = False,
+) -> Blocks:
+    """Quantize (N, K) in blocks of ``size`` along K: by GPTQ with the inputs' ``moment`` (K, K), or to the nearest values."""
+    levels = 1 << bits
+    padding = -weight.shape[1] % size
+    padded = torch.nn.functional.pad(weight, (0, padding))
+    blocks = padded.reshape(len(weight), -1, size)
+
+    def grids(importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scales, zeros = _grid(blocks, levels, symmetric, importance.reshape(-1, size), positive)
+        return scales[..., 0], zeros[..., 0]
+
+    if moment is not None:
+        moment = torch.nn.functional.pad(moment, (0, padding, 0, padding))
+        values, scales, zeros = compensated(padded, moment, grids, levels)
+    else:
+        scales, zeros = _grid(blocks, levels, symmetric, positive=positive)  # (N, blocks, 1)
+        values = (torch.round(blocks / scales) + zeros).clamp_(0, levels - 1).reshape(padded.shape)
+    packed = _packed(values.to(torch.uint8).numpy(), bits).reshape(len(weight), padded.shape[1] // size, -1)
+    return Blocks(
+        packed,
+        scales.reshape(len(weight), -1).numpy().astype(np.float32),
+        None if symmetric else _packed(zeros.reshape(len(weight), -1).to(torch.uint8).numpy(), bits),
+        bits,
+        size,
+    )
+
+
+def _grid(
+    block: torch.Tensor,
+    levels: int,
+    symmetric: bool,
+    importance: torch.Tensor | None = None,
+    positive: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each row of values: of ``SHRINKS`` what has the least squared error, weighed by ``importance``.
+
+    (..., size) -> (..., 1), (..., 1)
+    """
+    middle = levels // 2
+    low, high = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
+    if symmetric:
+        # the value of largest size sits at the end of the range that has one step more; its sign chooses the end
+        largest = torch.where(high.abs() > low.abs(), high, low)
+        full, zero = largest / -middle, torch.full_like(largest, middle)
+        if positive:
+            # a block that is next to nothing becomes nothing: half precision must hold its scale
+            full = (largest.abs() / (middle - 1)).clamp(min=SMALLEST_SCALE)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        full = (high - low) / (levels - 1)
+    full = torch.where(full == 0, torch.ones_like(full), full)
+    if not symmetric:
+        zero = torch.round(-low / full).clamp_(0, levels - 1)
+    best, scale_best = torch.full_like(full, torch.inf), full
+    for shrink in SHRINKS:
+        scale = full * shrink
+        rounded = (torch.round(block / scale) + zero).clamp_(0, levels - 1)
+        errors = ((rounded - zero) * scale - block).square()
+        error = (errors if importance is None else errors * importance).sum(-1, keepdim=True)
+        better = error < best
+        best, scale_best = torch.where(better, error, best), torch.where(better, scale, scale_best)
+    return scale_best, zero
+
+
+def _packed(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Rows of integers as bytes, low bits first; 4-bit rows are padded to whole bytes."""
+    if bits == 8:
+        return values
+    low, high = values[:, 0::2], values[:, 1::2]
+    packed: npt.NDArray[np.uint8] = low.copy()
+    packed[:, : high.shape[1]] |= high << 4
+    return packed
+
+
+def stored_weights(bundle: Bundle) -> dict[str, npt.NDArray[np.float32]]:
+    """What a quantized bundle holds in the place of each weight, by its name in the traced graphs  # (N, K)
+
+    The names of products that were merged are joined by ``+``: their rows lie one below the other.
+    """
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for spec in bundle.manifest.cpu.values():
+        model = ir.load(bundle.file(spec.file))
+        for node in model.graph:
+            if node.op_type != "MatMulNBits":
+                continue
+            arrays = [None if v is None else v.const_value.numpy() for v in node.inputs[1:4]]  # type: ignore[union-attr]
+            packed, scales, zeros = (*arrays, None)[:3]
+            attributes = {key: node.attributes[key].as_int() for key in ("K", "bits", "block_size")}
+            blocks = Blocks(packed, scales, zeros, attributes["bits"], attributes["block_size"])  # type: ignore[arg-type]
+            weight = node.inputs[1]
+            assert weight is not None
+            found[str(weight.name).removesuffix(".blocks")] = blocks.dequantized(attributes["K"])
+    return found
+
+
+def quantize_graph(model: ir.Model, quantizer: Quantizer) -> None:
+    """Replace every product with a weight in a lowered graph.
+
+    Precondition: weights are named as :func:`balcony_export.graph.passes.name_weights` does. Postcondition: no ``MatMul`` or
+    ``Gemm`` with a weight is left; products of one input are one ``MatMulNBits`` where what follows allows it.
+    """
+    by_input: dict[ir.Value, list[ir.Node]] = {}
+    for node in model.graph:
+        if node.op_type == "MatMul" and (weight := node.inputs[1]) is not None and weight.const_value is not None:
+            source = node.inputs[0]
+            assert source is not None
+            by_input.setdefault(source, []).append(node)
+        elif node.op_type == "Gemm":
+            _quantize_head(model, node, quantizer)
+    for nodes in by_input.values():
+        biases = [_bias_of(node) for node in nodes]
+        attention = _attention_of([add or node for node, add in zip(nodes, biases, strict=True)])
+        merged = _product(model, nodes, biases, quantizer)
+        outputs = [(add or node).outputs[0] for node, add in zip(nodes, biases, strict=True)]
+        if len(nodes) == 1:
+            ir.convenience.replace_all_uses_with(outputs[0], merged, replace_graph_outputs=True)
+        elif attention is not None:
+            attention.replace_input_with(0, merged)
+            attention.replace_input_with(1, None)
+            attention.replace_input_with(2, None)
+        else:
+            _split(model, merged, outputs, [_width(node) for node in nodes])
+        model.graph.remove([node for pair in zip(nodes, biases, strict=True) for node in pair[::-1] if node], safe=True)
+    _silu(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _product(
+    model: ir.Model, nodes: Sequence[ir.Node], biases: Sequence[ir.Node | None], quantizer: Quantizer
+) -> ir.Value:
+    weights = [node.inputs[1] for node in nodes]
+    names = [str(weight.name) for weight in weights if weight is not None]
+    arrays = [weight.const_value.numpy() for weight in weights if weight is not None and weight.const_value is not None]
+    parts = (quantizer.layer(name, array) for name, array in zip(names, arrays, strict=True))
+    blocks = Blocks.gathered(sum(array.shape[1] for array in arrays), parts)
+    name = "+".join(names)
+    bias = None
+    if any(biases):
+        assert all(biases), "q, k and v have biases together or not at all"
+        found = [_constant_input(add) for add in biases if add is not None]
+        bias = constant(model, f"{name}.bias", np.concatenate([value.const_value.numpy() for value in found]))  # type: ignore[union-attr]
+    source = nodes[0].inputs[0]
+    assert source is not None and source.shape is not None
+    node = _matmul_nbits(model, source, name, blocks, arrays[0].shape[0], quantizer.scheme.accuracy_level, bias)
+    model.graph.insert_before(nodes[0], node)
+    node.outputs[0].type = source.type
+    node.outputs[0].shape = ir.Shape([*source.shape[:-1], len(blocks.packed)])
+    return node.outputs[0]
+
+
+def _matmul_nbits(
+    model: ir.Model, source: ir.Value, name: str, blocks: Blocks, inputs: int, level: int, bias: ir.Value | None
+) -> ir.Node:
+    operands: list[ir.Value | None] = [
+        source,
+        constant(model, f"{name}.blocks", blocks.packed),
+        constant(model, f"{name}.scales", blocks.scales),
+        None if blocks.zeros is None else constant(model, f"{name}.zeros", blocks.zeros),
+    ]
+    operands += [None, bias] if bias is not None else []
+    attributes = {
+        "K": inputs,
+        "N": len(blocks.packed),
+        "bits": blocks.bits,
+        "block_size": blocks.block_size,
+        "accuracy_level": level,
+    }
+    return ir.Node(MICROSOFT, "MatMulNBits", operands, ir.convenience.convert_attributes(attributes))
+
+
+def _quantize_head(model: ir.Model, node: ir.Node, quantizer: Quantizer) -> None:
+    flat, table = node.inputs[0], node.inputs[1]
+    assert flat is not None and table is not None and table.const_value is not None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    blocks = quantizer.table("lm_head.weight", table.const_value)
+    level = quantizer.scheme.accuracy_level
+    # Gemm takes two axes; without the reshapes around it no logits are copied
+    before, (after,) = flat.producer(), node.outputs[0].consumers()
+    assert before is not None and before.op_type == after.op_type == "Reshape" and before.inputs[0] is not None
+    inputs = int(table.const_value.shape[1])  # type: ignore[arg-type]
+    new = _matmul_nbits(model, before.inputs[0], "lm_head.weight", blocks, inputs, level, bias)
+    old, out = after.outputs[0], new.outputs[0]
+    out.name, out.type, out.shape = old.name, old.type, old.shape
+    model.graph.insert_before(node, new)
+    ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+    model.graph.remove([after, node], safe=True)
+    model.graph.opset_imports[MICROSOFT] = 1
+
+
+def _attention_of(nodes: Sequence[ir.Node]) -> ir.Node | None:
+    """The fused attention that takes exactly these products as query, key and value."""
+    if len(nodes) != 3:
+        return None
+    (attention, *others) = {use.node for node in nodes for use in node.outputs[0].uses()}
+    if others or attention.op_type != "GroupQueryAttention":
+        return None
+    return attention if list(attention.inputs[:3]) == [node.outputs[0] for node in nodes] else None
+
+
+def _bias_of(node: ir.Node) -> ir.Node | None:
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or _constant_input(uses[0].node) is None:
+        return None
+    return uses[0].node
+
+
+def _constant_input(node: ir.Node) -> ir.Value | None:
+    return next((value for value in node.inputs if value is not None and value.const_value is not None), None)
+
+
+def _width(node: ir.Node) -> int:
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    return int(weight.const_value.shape[1])  # type: ignore[arg-type]
+
+
+def _split(model: ir.Model, merged: ir.Value, outputs: Sequence[ir.Value], widths: Sequence[int]) -> None:
+    producer = merged.producer()
+    assert producer is not None
+    sizes = constant(model, f"{merged.name}_widths", np.array(widths, np.int64))
+    parts = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in outputs]
+    model.graph.insert_after(producer, ir.Node("", "Split", [merged, sizes], [ir.AttrInt64("axis", -1)], outputs=parts))
+    for old, new in zip(outputs, parts, strict=True):
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _silu(model: ir.Model) -> None:
+    """``x · sigmoid(x)`` as one operator."""
+    for node in list(model.graph):
+        if node.op_type != "Sigmoid":
+            continue
+        source = node.inputs[0]
+        uses = list(node.outputs[0].uses())
+        if source is None or len(uses) != 1 or uses[0].node.op_type != "Mul" or source not in uses[0].node.inputs:
+            continue
+        product = uses[0].node
+        output = product.outputs[0]
+        new = ir.Value(name=output.name, type=output.type, shape=output.shape)
+        fused = ir.Node(MICROSOFT, "QuickGelu", [source], [ir.AttrFloat32("alpha", 1.0)], outputs=[new])
+        model.graph.insert_before(product, fused)
+        ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
+        model.graph.remove([product, node], safe=True)
+
+
+def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:
+    """``fp32``, ``fp16``, or a scheme: ``int4`` or ``int8`` and what differs from the default, by commas.
+
+    Raises:
+        InputError: something else.
+    """
+    if text in ("fp32", "fp16"):
+        return "float32" if text == "fp32" else "float16"
+    first, *rest = text.split(",")
+    allowed = (
+        "fp32, fp16, or int4 or int8 and any of block=32|64|128, down=32|64|128|256, sym, asym, positive, head=4|8, "
+        "level=1|4, kv=8|32, by commas"
+    )
+    if first not in ("int4", "int8"):
+        raise InputError(f"--precision {text}: '{first}' is not known: give {allowed}")
+    for others in ("sym", "positive"):
+        if {"asym", others} <= set(rest):
+            raise InputError(f"--precision {text}: {others} and asym exclude each other: give one of the two")
+    flags: dict[str, dict[str, Any]] = {
+        "sym": {"symmetric": True},
+        "asym": {"symmetric": False},
+        "positive": {"positive": True},
+        **{f"block={size}": {"block_size": size} for size in (32, 64, 128)},
+        **{f"down={size}": {"down_block_size": size} for size in (32, 64, 128, 256)},
+        **{f"head={bits}": {"head_bits": bits} for bits in (4, 8)},
+        **{f"level={level}": {"accuracy_level": level} for level in (1, 4)},
+        **{f"kv={bits}": {"kv_bits": bits} for bits in (8, 32)},
+    }
+    chosen: dict[str, Any] = {"bits": int(first.removeprefix("int"))}
+    for part in rest:
+        if part not in flags:
+            raise InputError(f"--precision {text}: '{part}' is not known: give {allowed}")
+        chosen |= flags[part]
+    return Scheme(**chosen)

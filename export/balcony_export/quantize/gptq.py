@@ -1,0 +1,157 @@
+"""GPTQ (Frantar et al., ICLR 2023): rounding a matrix so that its outputs on real inputs change least.
+
+Owns the second moments of every linear layer's inputs, taken from the float model and its balconies on calibration text,
+and the rounding that uses them. What a quantized block looks like is :mod:`.blocks`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from balcony_edge.errors import InputError
+from balcony_export.data.corpus import build_corpus
+from balcony_export.model.balcony import Balcony
+
+#: Share of the mean second moment that is added to each: keeps channels that hardly ever fire from being rounded freely.
+DAMPING = 0.01
+#: Columns whose errors are handed on together.
+BATCH = 128
+#: Rows that the first position of a text counts for: from 50 to 200 make no difference (docs/LOG.md).
+SINK_ROWS = 100
+#: Layers that take the same inputs as another one: measured once.
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+#: Rows and their tokens that second moments are taken over: some ten inputs for each of 1,536 channels.
+CALIBRATION_ROWS, CALIBRATION_LENGTH, MIN_TOKENS = 32, 512, 4096
+
+
+def calibration_rows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Some ``CALIBRATION_ROWS`` rows of text files, packed and shuffled as for training.
+
+    Raises:
+        InputError: a file that cannot be used, or too little text.
+    """
+    corpus = build_corpus(files, tokenizer, seq_len=CALIBRATION_LENGTH, held_out_rows=0)
+    rows, total = [], 0  # type: list[list[int]], int
+    for tokens, length in zip(corpus.train.tokens, corpus.train.lengths, strict=True):
+        if total >= CALIBRATION_ROWS * CALIBRATION_LENGTH:
+            break
+        rows.append([int(token) for token in tokens[:length]])
+        total += int(length)
+    if total < MIN_TOKENS:
+        raise InputError(f"--calibration: the text has {total} tokens, {MIN_TOKENS} are needed: give more")
+    return rows
+
+
+@torch.no_grad()
+def second_moments(
+    model: PreTrainedModel, balconies: dict[int, Balcony], rows: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """``weight name → mean of x xᵀ`` over the inputs of each linear layer, named as in the traced graphs  # (K, K)
+
+    No row of inputs counts for more than its typical size would have it: activations of the first position are thousands of
+    times larger than others in some layers. But that position is the attention sink, which nearly every token
+    attends to: left out, or counted as one row of 512, its keys and values are rounded freely (errors of 88 % of a value) and
+    the model is worse off than with nearest rounding. It counts as ``SINK_ROWS`` rows.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+    handles: list[Any] = []
+
+    def add(name: str, inputs: torch.Tensor) -> None:
+        x = inputs.flatten(0, -2).float()
+        sizes = x.norm(dim=1, keepdim=True)
+        x = x * (sizes.median() / sizes.clamp(min=1e-12)).clamp(max=1.0)
+        x[0] *= SINK_ROWS**0.5
+        sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
+        counts[name] = counts.get(name, 0) + len(x)
+
+    def watch(root: nn.Module, prefix: str) -> None:
+        for name, module in root.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith(tuple(_SAME_INPUT)):
+                handles.append(module.register_forward_pre_hook(lambda _, x, n=f"{prefix}{name}.weight": add(n, x[0])))
+
+    states: dict[int, torch.Tensor] = {}
+    arguments: dict[str, Any] = {}
+
+    def enter(exit_layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+            states[exit_layer] = given[0] if given else options["hidden_states"]
+            arguments.update({key: value for key, value in options.items() if key != "hidden_states"})
+
+        return hook
+
+    decoder: Any = model.get_decoder()
+    watch(decoder, "")
+    for exit_layer, balcony in balconies.items():
+        watch(balcony, f"balcony_{exit_layer}.")
+    for exit_layer in {*balconies, len(decoder.layers) - 1}:  # a balcony takes the arguments of the last layer
+        handles.append(decoder.layers[exit_layer].register_forward_pre_hook(enter(exit_layer), with_kwargs=True))
+    try:
+        for row in rows:
+            add("lm_head.weight", decoder(torch.tensor([list(row)]), use_cache=False).last_hidden_state)
+            for exit_layer, balcony in balconies.items():
+                add("lm_head.weight", balcony(states[exit_layer], **arguments))
+    finally:
+        for handle in handles:
+            handle.remove()
+    means = {name: total.div_(counts[name]) for name, total in sums.items()}
+    for name in list(means):
+        for follower, leader in _SAME_INPUT.items():
+            if name.endswith(f"{leader}.weight"):
+                means[f"{name.removesuffix(f'{leader}.weight')}{follower}.weight"] = means[name]
+    return means
+
+
+def compensated(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    grids: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    levels: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round column by column, each column's error made good by those that are still to come.
+
+    Columns with the largest inputs come first, while there are most others to make their errors good; the grids are those
+    of the weights as they were, so that blocks stay where they are (GPTQ's "act-order" with "static groups").
+
+    Args:
+        weight: (N, K), float32.
+        moment: of the inputs  # (K, K)
+        grids: scales and zero points of the blocks, (N, K / block) each, given the weight of each column's error  # (K,)
+        levels: number of values of a grid.
+
+    Returns:
+        Values 0 .. levels - 1 (N, K); scales and zero points (N, K / block).
+    """
+    moment = moment.clone()
+    sizes = moment.diagonal()
+    silent = sizes == 0  # padding, and channels that never fired: they say nothing about the scale of the others
+    typical = sizes[~silent].mean() if not silent.all() else torch.tensor(1.0)
+    sizes[silent] = typical
+    scales, zeros = grids(sizes)
+    order = sizes.argsort(descending=True)
+    sizes.add_(DAMPING * typical)
+    left, moment = weight[:, order], moment[order][:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
+    block_of = order // (weight.shape[1] // scales.shape[1])
+    scale_of, zero_of = scales[:, block_of], zeros[:, block_of]  # (N, K): of each column, in order
+    rounded = torch.empty_like(weight)
+    columns = weight.shape[1]
+    for begin in range(0, columns, BATCH):
+        end = min(begin + BATCH, columns)
+        errors = torch.empty(len(weight), end - begin)
+        for column in range(begin, end):
+            this = slice(column, column + 1)
+            w, scale, zero = left[:, this], scale_of[:, this], zero_of[:, this]
+            q = (torch.round(w / scale) + zero).clamp_(0, levels - 1)
+            rounded[:, this] = q
+            error = (w - (q - zero) * scale) / inverse[column, column]
+            left[:, column:end] -= error * inverse[column, column:end]
+            errors[:, column - begin : column - begin + 1] = error
+        left[:, end:] -= errors @ inverse[begin:end, end:]
+    return rounded[:, order.argsort()], scales, zeros

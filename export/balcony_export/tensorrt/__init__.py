@@ -1,0 +1,1 @@
+"""Graphs for TensorRT, and the engine sets built from them."""

@@ -1,0 +1,150 @@
+"""Graphs for TensorRT in a bundle: ``tensorrt/<name>/``, from which engines are built here or on the device.
+
+Owns the directory and its entry in the manifest. What the graphs are is :mod:`.graphs`'s; engines are built by
+:mod:`balcony_runtime.backends.tensorrt_builder`, which needs nothing of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from balcony_edge.bundle.bundle import Bundle, file_spec, new_engine_directory, record_engines
+from balcony_edge.bundle.manifest import EngineSet, Manifest
+from balcony_edge.errors import InputError
+from balcony_export.graph.ir_tools import FAR_WEIGHTS, distance, graph_spec
+from balcony_export.graph.weights import WeightFile
+from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
+from balcony_export.tensorrt.quantize import Rounding
+from balcony_runtime.backends.tensorrt_builder import Target
+from balcony_runtime.backends.token_table import unpacked
+
+_EXPORT_ONE = "export one with --precision int4,positive,block=64,head=4 --calibration TEXT"
+
+
+def write_graphs(
+    bundle: Bundle, name: str, target: Target, form: Format, *, batch_size: int = 1, rounding: Rounding | None = None
+) -> Manifest:
+    """Write the graphs of an engine set and record them; a set of that name is replaced. Arguments: :func:`make_graphs`."""
+    with new_engine_directory(bundle.path, name) as directory:
+        engines = make_graphs(bundle, directory, target, form, batch_size=batch_size, rounding=rounding)
+        return record_engines(bundle.path, name, engines, directory)
+
+
+def make_graphs(
+    bundle: Bundle,
+    directory: Path,
+    target: Target,
+    form: Format,
+    *,
+    batch_size: int = 1,
+    rounding: Rounding | None = None,
+) -> EngineSet:
+    """Write the graphs of an engine set into an empty directory; returns their entry for ``bundle.json``.
+
+    Args:
+        bundle: one with graphs in standard ONNX.
+        directory: of :func:`balcony_edge.bundle.bundle.new_engine_directory`.
+        target: which TensorRT they are for.
+        form: precision, operators and capacity.
+        batch_size: members of every pass.
+        rounding: how weights become integers; to the nearest by default.
+
+    Raises:
+        BundleError: the bundle has no such graphs.
+        InputError: sizes that do not fit the model.
+        OSError: the directory cannot be written.
+    """
+    context = bundle.manifest.model.context_length
+    if not 1 <= form.capacity <= context:
+        raise InputError(f"--context-length {form.capacity}: this bundle takes 1 to {context}: give one of those")
+    graphs = tensorrt_graphs(bundle, form, rounding)
+    with WeightFile(directory) as weights:
+        for graph in graphs.values():
+            weights.externalize(graph)
+    for key, graph in graphs.items():
+        ir.save(graph, directory / f"{key}.onnx")
+    return EngineSet(
+        target=target,
+        precision=form.precision,
+        operators=form.operators,
+        context_length=form.capacity,
+        batch_size=batch_size,
+        block_size=(rounding or form).block_size if form.precision == "int4" else None,  # type: ignore[arg-type]
+        graphs={key: graph_spec(key, graph) for key, graph in graphs.items()},  # type: ignore[misc]
+        files={path.name: file_spec(path) for path in sorted(directory.iterdir())},
+    )
+
+
+def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
+    """The integers of a quantized bundle, such as GPTQ made them: both engines of a model then compute with the same.
+
+    Args:
+        quantized: symmetric int4 with scales above 0, head included.
+        bundle: the float bundle of the same model, exits and balconies.
+
+    Raises:
+        InputError: the two do not fit, or the integers are of a kind that TensorRT's kernels do not take.
+    """
+    scheme, manifest = quantized.manifest.quantization, bundle.manifest
+    fits = scheme is not None and scheme.bits == scheme.head_bits == 4 and scheme.symmetric
+    if scheme is None or not fits or scheme.down_block_size not in (None, scheme.block_size):
+        raise InputError(
+            f"--rounded-as {quantized.path}: must be of int4,sym,head=4 with blocks of one size: {_EXPORT_ONE}"
+        )
+    if (quantized.manifest.model, quantized.manifest.exit_layers) != (manifest.model, manifest.exit_layers):
+        raise InputError(f"--rounded-as {quantized.path}: is of another model or has other exits than {bundle.path}")
+    weights = _weights(bundle)
+    rounding = Rounding(scheme.block_size)
+    for spec in quantized.manifest.cpu.values():
+        for node in ir.load(quantized.file(spec.file)).graph:
+            if node.op_type != "MatMulNBits":
+                continue
+            packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])  # type: ignore[union-attr]
+            if not (scales > 0).all():
+                raise InputError(
+                    f"--rounded-as {quantized.path}: has scales below 0, and TensorRT takes none: {_EXPORT_ONE}"
+                )
+            inputs = node.attributes["K"].as_int()
+            if inputs % scheme.block_size:
+                raise InputError(
+                    f"--rounded-as {quantized.path}: {inputs} inputs are no multiple of its blocks of {scheme.block_size}, and "
+                    f"TensorRT takes whole ones: {_EXPORT_ONE}"
+                )
+            values = unpacked(packed, 4).reshape(len(packed), -1).astype(np.int8)[:, :inputs] - 8
+            first = 0
+            for part in str(node.inputs[1].name).removesuffix(".blocks").split("+"):  # type: ignore[union-attr]
+                # a tied head's weight has the token table's name
+                name = part if part in weights else "embed_tokens.weight"
+                weight = weights[name]()
+                rows = slice(first, first + len(weight))
+                stored = values[rows] * np.repeat(scales[rows], scheme.block_size, axis=1)
+                if not distance(stored, weight) <= FAR_WEIGHTS:
+                    raise InputError(
+                        f"--rounded-as {quantized.path}: {name} is far from that of {bundle.path}: give a bundle of the same "
+                        "model and balconies"
+                    )
+                rounding.given[name] = (values[rows], scales[rows])
+                first = rows.stop
+    return rounding
+
+
+def _weights(bundle: Bundle) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
+    """Name → what reads it (N, K), of every weight that is multiplied with."""
+    found: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
+    for spec in bundle.portable().manifest.graphs.values():
+        for node in ir.load(bundle.file(spec.file)).graph:
+            weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
+            if weight is not None and weight.const_value is not None:
+                found[str(weight.name)] = partial(_rows, weight.const_value, node.op_type == "Gemm")
+    return found
+
+
+def _rows(weight: ir.TensorProtocol, rows_first: bool) -> npt.NDArray[np.float32]:
+    array = weight.numpy().astype(np.float32)
+    return array if rows_first else array.T

@@ -1,0 +1,270 @@
+"""The graphs that TensorRT is given: a bundle's portable set with caches by head, in the precision to be built.
+
+Owns the rewrite from the set ``graphs`` (see :mod:`balcony_edge.bundle.manifest`) to the set of one engine directory: KV caches
+(B, H, S, d) with a fixed S, as TensorRT's cache update wants them; ``Attention`` over heads with the explicit mask that the
+portable graphs compute (its parser ignores ``nonpad_kv_seqlen``); activations in half precision around norms in float32; the
+token table as a graph; the most likely token beside the logits. Weights as integers are :mod:`.quantize`'s, operators
+that TensorRT 10.3 lacks :mod:`.plain`'s. Needs no torch: it works on files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import EnginePrecision, ModelSpec
+from balcony_export.graph.ir_tools import constant, insert_between, replaced
+from balcony_export.tensorrt.plain import plain_operators, plain_soft_caps
+from balcony_export.tensorrt.quantize import Rounding, quantize_weights
+from balcony_runtime.backends.token_table import TokenTable
+
+#: Precision → type of activations, caches and of the weights that stay floats.
+ACTIVATIONS: dict[EnginePrecision, ir.DataType] = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+    "int8": ir.DataType.FLOAT16,
+    "int4": ir.DataType.FLOAT16,
+    "fp8": ir.DataType.FLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the graphs are to be.
+
+    Attributes:
+        precision: of weights; activations are half precision but for ``fp32``.
+        operators: ``fused``: Attention, RotaryEmbedding, RMSNormalization and TensorScatter as single nodes; ``plain``: spelled
+            out in operators of opset 21, which TensorRT 10.3 (JetPack 6) reads.
+        capacity: rows of the KV caches.
+        block_size: inputs that share a scale in ``int4``.
+    """
+
+    precision: EnginePrecision = "fp16"
+    operators: Literal["fused", "plain"] = "fused"
+    capacity: int = 2048
+    block_size: Literal[32, 64, 128] = 64
+
+
+def tensorrt_graphs(bundle: Bundle, form: Format, rounding: Rounding | None = None) -> dict[str, ir.Model]:
+    """Every graph of a bundle in a form for TensorRT: ``embed``, ``backbone``, stages, balconies, ``norm`` and ``lm_head``.
+
+    Args:
+        bundle: one with graphs in standard ONNX.
+        form: what they are to be.
+        rounding: how weights become integers; to the nearest by default.
+
+    Raises:
+        BundleError: the bundle has no portable graphs.
+    """
+    portable = bundle.portable()
+    spec = portable.manifest.model
+    graphs = {"embed": build_embedding(portable)}
+    for name, graph in portable.manifest.graphs.items():
+        model = ir.external_data.load_to_model(ir.load(portable.file(graph.file)))
+        graphs[name] = rewritten(model, spec, form, rounding or Rounding(form.block_size))
+    return {name: _finished(model, name, form) for name, model in graphs.items()}
+
+
+def rewritten(model: ir.Model, spec: ModelSpec, form: Format, rounding: Rounding) -> ir.Model:
+    """One portable graph in another form; ``model`` is changed."""
+    _fix_capacity(model, form.capacity)
+    _caches_by_head(model, spec, form.capacity)
+    if form.precision in ("int8", "int4", "fp8"):
+        quantize_weights(model, form.precision, rounding)
+    if model.graph.name == "lm_head":
+        _add_argmax(model)
+    return model
+
+
+def build_embedding(bundle: Bundle) -> ir.Model:
+    """The token table as a graph: ``ids`` int64 (B, T) → ``hidden_0`` float (B, T, D), scaled as the model does."""
+    manifest = bundle.manifest
+    rows = TokenTable(bundle)[np.arange(manifest.model.vocab_size)]
+    tensor = ir.tensor(np.ascontiguousarray(rows), name="embed_tokens.weight")
+    table = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(rows.shape))
+    ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "rows"]))
+    hidden = ir.Value(
+        name="hidden_0", type=ir.TensorType(tensor.dtype), shape=ir.Shape(["batch", "rows", rows.shape[1]])
+    )
+    node = ir.Node("", "Gather", [table, ids], [ir.AttrInt64("axis", 0)], outputs=[hidden])
+    graph = ir.Graph([ids], [hidden], nodes=[node], initializers=[table], opset_imports={"": 24}, name="embed")
+    return ir.Model(graph, ir_version=11)
+
+
+def _finished(model: ir.Model, name: str, form: Format) -> ir.Model:
+    _to_precision(model, ACTIVATIONS[form.precision])
+    if form.operators == "plain":
+        plain_operators(model)
+    else:
+        plain_soft_caps(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+    model.graph.name, model.producer_name, model.producer_version = name, "balcony-edge", None
+    return model
+
+
+def _fix_capacity(model: ir.Model, capacity: int) -> None:
+    """What reads the rows of a cache from its shape reads a number; rope tables end where the caches do."""
+    for node in list(model.graph):
+        source = node.inputs[0] if node.inputs else None
+        reads_rows = node.op_type == "Shape" and node.attributes["start"].as_int() == 1
+        if reads_rows and source is not None and str(source.name).startswith("past_"):
+            number = constant(model, "capacity_rows", np.array([capacity], np.int64))
+            ir.convenience.replace_all_uses_with(node.outputs[0], number)
+            model.graph.remove(node, safe=True)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if str(value.name).startswith("rope_") and tensor is not None:
+            rows = np.ascontiguousarray(tensor.numpy()[:capacity])
+            value.const_value, value.shape = ir.tensor(rows, name=value.name), ir.Shape(rows.shape)
+
+
+def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
+    """Caches (B, H, S, d), written at axis 2; attention takes and gives heads."""
+    for node in list(model.graph):
+        if node.op_type == "TensorScatter":
+            _by_head(model, node, 1, spec.num_kv_heads, spec.head_dim)
+            node.attributes["axis"] = ir.AttrInt64("axis", 2)
+        elif node.op_type == "Attention":
+            heads = node.attributes["q_num_heads"].as_int()
+            _by_head(model, node, 0, heads, spec.head_dim)
+            for attribute in ("q_num_heads", "kv_num_heads"):  # they are for inputs whose heads are merged
+                del node.attributes[attribute]
+            before = node.outputs[0]
+            split = ir.Value(name=f"{before.name}_by_head", type=before.type)
+            merged = replaced(model, node, [split])
+            back = ir.Node("", "Transpose", [split], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
+            width = constant(model, f"merged_{heads}_heads", np.array([0, 0, heads * spec.head_dim], np.int64))
+            insert_between(model, merged, before, [back, ir.Node("", "Reshape", [back.outputs[0], width])])
+    _own_masks(model)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if (value.name or "").startswith(("past_", "present_")):
+            value.shape = ir.Shape(["batch", spec.num_kv_heads, capacity, spec.head_dim])
+
+
+def _own_masks(model: ir.Model) -> None:
+    """Give every ``Attention`` a comparison of its own to mask by.
+
+    TensorRT-RTX 1.7 fuses the comparison into the attention's kernel and refuses a graph where two kernels share one ("more
+    than one op named"). It also merges comparisons that are equal, so each counts keys and rows from another number on.
+    """
+    taken: set[ir.Value] = set()
+    for index, node in enumerate(list(model.graph)):
+        mask = node.inputs[3] if node.op_type == "Attention" else None
+        if mask is None or mask not in taken:
+            taken |= {mask} if mask is not None else set()
+            continue
+        offset = constant(model, f"mask_{index}", np.array([index], np.int64))
+        chain: list[ir.Node] = []
+
+        def again(value: ir.Value, offset: ir.Value = offset, chain: list[ir.Node] = chain) -> ir.Value:
+            producer = value.producer()
+            assert producer is not None
+            inputs = list(producer.inputs)
+            if value.dtype == ir.DataType.BOOL:
+                inputs = [
+                    source if source is None or source.const_value is not None else again(source) for source in inputs
+                ]
+                new = ir.Node("", producer.op_type, inputs, list(producer.attributes.values()))
+            else:
+                new = ir.Node("", "Add", [value, offset])
+            new.outputs[0].type, new.outputs[0].shape = value.type, value.shape
+            chain.append(new)
+            return new.outputs[0]
+
+        own = again(mask)
+        model.graph.insert_before(node, chain)
+        node.replace_input_with(3, own)
+
+
+def _by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_dim: int) -> None:
+    """Turn an input (B, T, H·d) of a node into (B, H, T, d)."""
+    shape = constant(model, f"{heads}_heads", np.array([0, 0, heads, head_dim], np.int64))
+    split = ir.Node("", "Reshape", [node.inputs[index], shape])
+    swapped = ir.Node("", "Transpose", [split.outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
+    model.graph.insert_before(node, [split, swapped])
+    node.replace_input_with(index, swapped.outputs[0])
+
+
+def _add_argmax(model: ir.Model) -> None:
+    """``argmax`` int64 (B, Q), beside ``logits``: a greedy step copies eight bytes back."""
+    logits = model.graph.outputs[0]
+    assert logits.shape is not None
+    best = ir.Value(name="argmax", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(list(logits.shape)[:2]))
+    attributes = [ir.AttrInt64("axis", -1), ir.AttrInt64("keepdims", 0)]
+    model.graph.append(ir.Node("", "ArgMax", [logits], attributes, outputs=[best]))
+    model.graph.outputs.append(best)
+
+
+#: What is left in float32: sums of squares of hidden states (25,856 in the demo model) leave the range of float16.
+_FLOAT32 = ("RMSNormalization",)
+
+
+def _to_precision(model: ir.Model, activations: ir.DataType) -> None:
+    """Activations, caches and float weights in ``activations``; norms in float32 between casts; logits in float32."""
+    kinds = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    exact = {
+        value for node in model.graph if node.op_type in _FLOAT32 for value in node.inputs[1:] if value is not None
+    }
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.dtype in kinds:
+            wanted = ir.DataType.FLOAT if value in exact else activations
+            if tensor.dtype != wanted:
+                value.const_value = ir.tensor(tensor.numpy().astype(wanted.numpy()), name=value.name)
+            value.type = ir.TensorType(wanted)
+    for value in _values(model):
+        if value.dtype in kinds:
+            value.type = ir.TensorType(activations)
+    for node in list(model.graph):
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in {kind.value for kind in kinds}:
+            # the portable head's: its result is a graph output or leads to one
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0], replace_graph_outputs=True)  # type: ignore[arg-type]
+            model.graph.remove(node, safe=True)
+    if activations == ir.DataType.FLOAT:
+        return
+    for node in list(model.graph):
+        if node.op_type in _FLOAT32:
+            up = _cast(node.inputs[0], ir.DataType.FLOAT)
+            model.graph.insert_before(node, up)
+            node.replace_input_with(0, up.outputs[0])
+            before = node.outputs[0]
+            exact_output = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=before.shape)
+            norm = replaced(model, node, [exact_output])
+            insert_between(model, norm, before, [_cast(exact_output, activations)])
+    for output in list(model.graph.outputs):
+        if output.name == "logits":
+            _logits_in_float32(model, output)
+
+
+def _logits_in_float32(model: ir.Model, logits: ir.Value) -> None:
+    producer = logits.producer()
+    assert producer is not None
+    narrow = ir.Value(name="narrow_logits", type=logits.type, shape=logits.shape)
+    position = list(producer.outputs).index(logits)
+    assert position == 0
+    last = replaced(model, producer, [narrow])
+    wide = _cast(narrow, ir.DataType.FLOAT)
+    insert_between(model, last, logits, [wide])
+
+
+def _cast(value: ir.Value | None, to: ir.DataType) -> ir.Node:
+    node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", to.value)])
+    assert value is not None
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(to), value.shape
+    return node
+
+
+def _values(model: ir.Model) -> Iterable[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph:
+        yield from node.outputs

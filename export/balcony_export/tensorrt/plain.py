@@ -1,0 +1,132 @@
+"""Attention, rotary embedding, norm and cache update spelled out in operators of opset 21.
+
+For TensorRT before 10.15 (JetPack 6 ships 10.3), whose parser knows none of the four. Every pattern keeps names, types and
+shapes of what it replaces, so that both sets of graphs have the same inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from balcony_export.graph.ir_tools import constant, insert_between
+
+OPSET, IR_VERSION = 21, 10
+#: What a key that a row must not see is scored: softmax makes 0 of it in float32.
+_UNSEEN = np.float32(-1e9)
+
+
+def plain_operators(model: ir.Model) -> None:
+    """Spell out every operator newer than opset 21 in ``model``; values of its outputs stay the same."""
+    patterns: dict[str, Callable[[_Chain, ir.Node], None]] = {
+        "RMSNormalization": _norm,
+        "RotaryEmbedding": _rotary,
+        "TensorScatter": _scatter,
+        "Attention": _attention,
+    }
+    for node in list(model.graph):
+        if node.op_type in patterns:
+            _spell_out(model, node, patterns[node.op_type])
+    model.graph.opset_imports[""] = OPSET
+    model.ir_version = IR_VERSION
+
+
+def plain_soft_caps(model: ir.Model) -> None:
+    """Spell out every attention whose scores are capped (Gemma-2): no TensorRT has that in its fused one."""
+    for node in list(model.graph):
+        if node.op_type == "Attention" and "softcap" in node.attributes:
+            _spell_out(model, node, _attention)
+
+
+def _spell_out(model: ir.Model, node: ir.Node, pattern: Callable[[_Chain, ir.Node], None]) -> None:
+    chain = _Chain(model, node)
+    pattern(chain, node)
+    insert_between(model, node, node.outputs[0], chain.nodes)
+
+
+class _Chain:
+    """Collects the nodes that take the place of one; each call adds a node and returns its output."""
+
+    def __init__(self, model: ir.Model, node: ir.Node) -> None:
+        self.model, self.nodes = model, list[ir.Node]()
+        self.dtype = node.inputs[0].dtype if node.inputs[0] is not None else None
+
+    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        node = ir.Node("", op_type, list(inputs), ir.convenience.convert_attributes(attributes))
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def split(self, value: ir.Value | None, width: int) -> Sequence[ir.Value]:
+        """The two halves of the last axis."""
+        node = ir.Node("", "Split", [value, self.ints(width, width)], [ir.AttrInt64("axis", -1)], num_outputs=2)
+        self.nodes.append(node)
+        return node.outputs
+
+    def ints(self, *values: int) -> ir.Value:
+        return constant(self.model, f"ints_{'_'.join(map(str, values))}", np.array(values, np.int64))
+
+    def number(self, value: float) -> ir.Value:
+        return constant(self.model, f"float_{value:g}", np.array(value, np.float32))
+
+    def cast(self, value: ir.Value | None, to: ir.DataType) -> ir.Value:
+        return self("Cast", value, to=to.value)
+
+
+def _norm(chain: _Chain, node: ir.Node) -> None:
+    hidden, scale = node.inputs
+    mean = chain("ReduceMean", chain("Mul", hidden, hidden), chain.ints(-1), keepdims=1)
+    root = chain("Sqrt", chain("Add", mean, chain.number(node.attributes["epsilon"].as_float())))
+    chain("Mul", chain("Div", hidden, root), scale)
+
+
+def _rotary(chain: _Chain, node: ir.Node) -> None:
+    rows, cos, sin, positions = node.inputs
+    heads = node.attributes["num_heads"].as_int()
+    assert cos is not None and cos.shape is not None
+    half = int(cos.shape[1])  # type: ignore[arg-type]
+    split = chain("Reshape", rows, chain.ints(0, 0, heads, 2 * half))
+    first, second = chain.split(split, half)
+    angles = [chain("Unsqueeze", chain("Gather", table, positions, axis=0), chain.ints(2)) for table in (cos, sin)]
+    left = chain("Sub", chain("Mul", first, angles[0]), chain("Mul", second, angles[1]))
+    right = chain("Add", chain("Mul", second, angles[0]), chain("Mul", first, angles[1]))
+    chain("Reshape", chain("Concat", left, right, axis=-1), chain.ints(0, 0, heads * 2 * half))
+
+
+def _scatter(chain: _Chain, node: ir.Node) -> None:
+    past, update, start = node.inputs
+    count = chain("Squeeze", chain("Shape", update, start=2, end=3), chain.ints(0))
+    zero, one = (constant(chain.model, f"scalar_{value}", np.array(value, np.int64)) for value in (0, 1))
+    rows = chain("Unsqueeze", chain("Range", zero, count, one), chain.ints(0, 1, 3))  # (1, 1, T, 1)
+    places = chain("Add", chain("Unsqueeze", start, chain.ints(1, 2, 3)), rows)  # (B, 1, T, 1)
+    chain("ScatterElements", past, chain("Expand", places, chain("Shape", update)), update, axis=2)
+
+
+def _attention(chain: _Chain, node: ir.Node) -> None:
+    query, key, value, mask = node.inputs
+    assert key is not None and key.shape is not None and key.dtype is not None
+    kv_heads, capacity, width = (int(dim) for dim in list(key.shape)[1:])  # type: ignore[arg-type]
+    heads = _heads_of(node)
+    # the query heads that share a key head are rows of one product
+    grouped = chain("Reshape", query, chain.ints(0, kv_heads, -1, width))
+    scores = chain("MatMul", grouped, chain("Transpose", key, perm=[0, 1, 3, 2]))
+    scores = chain.cast(chain("Reshape", scores, chain.ints(0, heads, -1, capacity)), ir.DataType.FLOAT)
+    scores = chain("Mul", scores, chain.number(node.attributes["scale"].as_float()))
+    if "softcap" in node.attributes:
+        cap = chain.number(node.attributes["softcap"].as_float())
+        scores = chain("Mul", chain("Tanh", chain("Div", scores, cap)), cap)
+    seen = chain("Where", mask, scores, chain.number(float(_UNSEEN)))
+    shares = chain.cast(chain("Softmax", seen, axis=-1), key.dtype)
+    mixed = chain("MatMul", chain("Reshape", shares, chain.ints(0, kv_heads, -1, capacity)), value)
+    chain("Reshape", mixed, chain.ints(0, heads, -1, width))
+
+
+def _heads_of(node: ir.Node) -> int:
+    """Query heads: the transposed reshape in front of the attention says them."""
+    query = node.inputs[0]
+    transpose = None if query is None else query.producer()
+    reshape = None if transpose is None or transpose.inputs[0] is None else transpose.inputs[0].producer()
+    assert reshape is not None and reshape.inputs[1] is not None and reshape.inputs[1].const_value is not None
+    return int(reshape.inputs[1].const_value.numpy()[2])

@@ -1,0 +1,1 @@
+"""Training balconies on a frozen backbone by self-distillation."""

@@ -1,0 +1,237 @@
+"""Equation 2 of the paper without ever holding the vocabulary for all positions.
+
+Owns the loss of every exit, KL(full ‖ exit) per position in float32, and its gradient with respect to the exit's hidden
+state. Both come from one pass over chunks of positions, in which the full model's logits are made once for all exits: the
+gradient of the KL with respect to an exit's logits is softmax(exit) - softmax(full), so nothing of size
+(positions × vocabulary) is kept for the backward pass.
+
+A training step may compare the two distributions on a part of the vocabulary (:class:`Part`, drawn by
+:class:`VocabularySample`): then neither needs the whole head. Judgements always take the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from balcony_export.train.attention import can_compile
+
+#: Positions per chunk. Measured on 2 cores with 49,152 tokens of vocabulary: 150 µs a position at 64, 135 at 128, 130 at
+#: 256; 128 rows of float32 logits are 25 MB.
+CHUNK = 128
+
+#: What an exit is trained on: the full model's distribution (equation 2), the text itself, or both.
+LossKind = Literal["kl", "kl+ce", "ce"]
+#: Loss → weights of KL and of the cross-entropy. The mix is the paper's (section 4.3: "we set the KL loss weight to 0.001").
+LOSS_WEIGHTS: dict[LossKind, tuple[float, float]] = {"kl": (1.0, 0.0), "kl+ce": (0.001, 1.0), "ce": (0.0, 1.0)}
+
+_Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Part(NamedTuple):
+    """Tokens of the vocabulary that the loss compares, S of them."""
+
+    weight: torch.Tensor  # (S, D), their rows of the LM head
+    offset: torch.Tensor  # (S,) float32, added to the logits: the log of how many tokens each of them represents
+
+
+class VocabularySample:
+    """Draws the part of the vocabulary that a step compares.
+
+    Half of the part are the tokens of the step's own text, as far as there is room, and the tokens that the full
+    model finds likeliest on average. The other half is drawn evenly from the rest, anew for every step. Each drawn
+    token represents rest / drawn tokens, so the log of that ratio is added to its logit in the full model and in the
+    exit. docs/LOG.md ("Distillation") has the trials: a part of 8,192 of 49,152 tokens loses 1 % in KL at equal
+    tokens and spares 80 % of the heads' arithmetic.
+
+    Args:
+        size: tokens of a part, S.
+        ranking: all tokens of the vocabulary, the likeliest first  # (V,)
+    """
+
+    def __init__(self, size: int, ranking: torch.Tensor) -> None:
+        self.size = size
+        self.ranking = ranking
+
+    def draw(self, weight: torch.Tensor, text: torch.Tensor, seed: Sequence[int]) -> Part:
+        """The part of a step.
+
+        Args:
+            weight: the LM head  # (V, D)
+            text: tokens of the step, repeats allowed  # (n,)
+            seed: of the drawn half.
+        """
+        chosen = self._chosen(text.to(self.ranking.device))
+        rest = torch.ones(len(self.ranking), dtype=torch.bool, device=self.ranking.device)
+        rest[chosen] = False
+        others = rest.nonzero()[:, 0]
+        count = self.size - len(chosen)
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(others))[:count])
+        ids = torch.cat([chosen, others[order.to(others.device)]]).to(weight.device)
+        offset = torch.zeros(len(ids), device=weight.device)
+        offset[len(chosen) :] = math.log(len(others) / count)
+        return Part(weight[ids], offset)
+
+    def _chosen(self, text: torch.Tensor) -> torch.Tensor:
+        """Tokens of the text, the likeliest of them first, then the likeliest others: half a part  # (S / 2,)"""
+        in_text = torch.zeros(len(self.ranking), dtype=torch.bool, device=self.ranking.device)
+        in_text[text] = True
+        mask = in_text[self.ranking]
+        return torch.cat([self.ranking[mask], self.ranking[~mask]])[: self.size // 2]
+
+
+def _kl_kernel(full: torch.Tensor, student: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(KL per row, its gradient with respect to the student's logits)`` of two blocks of logits  # (n, V), offset (V,)"""
+    full_log = torch.log_softmax(full.float() + offset, dim=-1)
+    student_log = torch.log_softmax(student.float() + offset, dim=-1)
+    p = full_log.exp()
+    kl = (p * (full_log - student_log)).sum(dim=-1)  # (n,)
+    return kl, (student_log.exp() - p).to(student.dtype)
+
+
+class HeadLoss:
+    """KL through a frozen LM head.
+
+    Args:
+        weight: the LM head  # (V, D)
+        dtype: in which logits are multiplied; softmax and sums are float32 in any case.
+        softcap: the model's ``final_logit_softcapping``, or None.
+        kind: what :meth:`backward` propagates.
+        compiled: fuse the softmax passes with ``torch.compile`` (8 times as fast on a CPU, 46 against 392 µs a
+            position); None: where a C++ compiler and Python's headers are.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        dtype: torch.dtype = torch.bfloat16,
+        softcap: float | None = None,
+        compiled: bool | None = None,
+        kind: LossKind = "kl",
+    ) -> None:
+        self.weights_of = LOSS_WEIGHTS[kind]
+        self.weight = weight.detach().to(dtype)
+        self.dtype = dtype
+        self.softcap = softcap
+        if compiled is None:
+            compiled = weight.is_cuda or can_compile()
+        self.kernel: _Kernel = torch.compile(_kl_kernel, dynamic=False) if compiled else _kl_kernel
+        self.whole = Part(self.weight, torch.zeros(len(self.weight), device=self.weight.device))
+
+    def logits(self, hidden: torch.Tensor, part: Part | None = None) -> torch.Tensor:
+        """Logits as the model computes them, of the whole vocabulary or a part of it  # (n, D) -> (n, S)"""
+        logits = hidden.to(self.dtype) @ (part or self.whole).weight.T
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def kl(
+        self, full: torch.Tensor, students: Sequence[torch.Tensor], part: Part | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each exit, ``(KL per position, gradient of their sum)``  # (n,), (n, D)
+
+        Args:
+            full: normed hidden states of the full model  # (n, D)
+            students: those of each exit  # (n, D)
+            part: tokens on which both are compared; by default all.
+        """
+        part = part or self.whole
+
+        def gradient(_targets: torch.Tensor, logits: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+            if self.softcap is not None:
+                slope = slope * (1 - (logits / self.softcap) ** 2)
+            return slope @ part.weight
+
+        return self._divided(full, students, part, gradient)
+
+    def compare(self, full: torch.Tensor, students: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each exit, ``(KL per position, whether both have the same most probable token)``  # (n,), (n,)"""
+        return self._divided(
+            full, students, self.whole, lambda targets, logits, _slope: targets.argmax(-1) == logits.argmax(-1)
+        )
+
+    def _divided(
+        self,
+        full: torch.Tensor,
+        students: Sequence[torch.Tensor],
+        part: Part,
+        also: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """KL chunk by chunk, and what ``also`` makes of both logits and the slope of the KL in the student's."""
+        kls: list[list[torch.Tensor]] = [[] for _ in students]
+        others: list[list[torch.Tensor]] = [[] for _ in students]
+        total = full.shape[0]
+        for start in range(0, total, CHUNK):
+            count = min(CHUNK, total - start)
+            # one shape only, or every length would be compiled anew
+            padding = (0, 0, 0, CHUNK - count if total > CHUNK else 0)
+            targets = self.logits(nn.functional.pad(full[start : start + count], padding), part)
+            for student, kl_parts, other_parts in zip(students, kls, others, strict=True):
+                logits = self.logits(nn.functional.pad(student[start : start + count], padding), part)
+                kl, slope = self.kernel(targets, logits, part.offset)
+                kl_parts.append(kl[:count])
+                other_parts.append(also(targets, logits, slope)[:count])
+        empty = full.new_zeros(0)
+        return [
+            (torch.cat(parts) if parts else empty, torch.cat(other) if other else empty)
+            for parts, other in zip(kls, others, strict=True)
+        ]
+
+    def cross_entropy(self, student: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(cross-entropy per position, gradient of their sum)`` against the text's next tokens  # (n, D), (n,)"""
+        losses, grads = [student.new_zeros(0).float()], [student.new_zeros(0)]
+        for start in range(0, student.shape[0], CHUNK):
+            logits, wanted = self.logits(student[start : start + CHUNK]), labels[start : start + CHUNK]
+            logs = torch.log_softmax(logits.float(), dim=-1)
+            losses.append(-logs.gather(1, wanted[:, None])[:, 0])
+            grad = logs.exp().scatter_add_(1, wanted[:, None], logs.new_full((len(wanted), 1), -1.0)).to(logits.dtype)
+            if self.softcap is not None:
+                grad = grad * (1 - (logits / self.softcap) ** 2)
+            grads.append(grad @ self.weight)
+        return torch.cat(losses), torch.cat(grads[1:] or grads)
+
+    @torch.no_grad()
+    def ranking(self, full: torch.Tensor) -> torch.Tensor:
+        """All tokens, those that the full model finds likeliest on average first  # (n, D) -> (V,)"""
+        mean = torch.zeros(len(self.weight), device=self.weight.device)
+        for start in range(0, len(full), CHUNK):
+            mean += self.logits(full[start : start + CHUNK]).float().softmax(dim=-1).sum(dim=0)
+        return mean.argsort(descending=True)
+
+    def backward(
+        self,
+        full: torch.Tensor,
+        students: Sequence[torch.Tensor],
+        labels: torch.Tensor | None = None,
+        part: Part | None = None,
+    ) -> list[float]:
+        """Propagate each exit's sum of the loss over positions into whatever made its states; returns the sums.
+
+        Args:
+            full: normed hidden states of the full model  # (n, D)
+            students: those of each exit  # (n, D)
+            labels: the next token at each position, where the loss asks for the text  # (n,)
+            part: tokens on which the KL compares them; by default all.
+        """
+        kl_weight, ce_weight = self.weights_of
+        detached = [student.detach() for student in students]
+        totals = [0.0] * len(students)
+        grads: list[torch.Tensor | float] = [0.0] * len(students)
+        if kl_weight:
+            for index, (kl, grad) in enumerate(self.kl(full, detached, part)):
+                totals[index] += kl_weight * float(kl.sum())
+                grads[index] = kl_weight * grad
+        if ce_weight:
+            assert labels is not None
+            for index, student in enumerate(detached):
+                losses, grad = self.cross_entropy(student, labels)
+                totals[index] += ce_weight * float(losses.sum())
+                grads[index] = grads[index] + ce_weight * grad
+        for student, gradient in zip(students, grads, strict=True):
+            if len(student):
+                assert isinstance(gradient, torch.Tensor)
+                student.backward(gradient.to(student.dtype))
+        return totals

@@ -1,0 +1,45 @@
+"""Which positions of a row the loss of a distillation looks at.
+
+Owns the choice: no padding, no attention sink, and where a recipe samples, other positions each time that a row comes again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from balcony_export.data.corpus import Rows
+from balcony_export.train.loss import LossKind
+
+#: A position whose root mean square exceeds the row's median this many times carries a massive activation (the demo
+#: model: 25,856 in one channel of the first position, sometimes of the second; root mean square 1,005 beside 6 to 9).
+#: It is an attention sink: the balcony attends to it, but is not asked to predict from it.
+MASSIVE = 20.0
+
+
+def pick_positions(
+    rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int, positions: int, loss: LossKind
+) -> torch.Tensor:
+    """Flat indices of the positions that the loss sees: no padding, no massive activation at any exit, sampled  # (n,)
+
+    Each row's seed gives an order of its positions, of which a pass takes the next ones: a row that is learned from
+    ``again`` shows other positions, until it has shown all.
+    """
+    seq_len = rows.tokens.shape[1]
+    valid = torch.arange(seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
+    sizes = torch.linalg.vector_norm(states[:-1], dim=-1, dtype=torch.float32).cpu()  # (exits, B, T)
+    usual = sizes.masked_fill(~valid, math.nan).nanmedian(dim=2, keepdim=True).values  # (exits, B, 1)
+    valid &= (sizes < MASSIVE * usual).all(dim=0)
+    valid[:, 0] = False  # the sink, massive or not
+    if loss != "kl":  # the text says nothing about the token behind the last one
+        valid &= torch.arange(seq_len)[None] < torch.from_numpy(rows.lengths)[:, None] - 1
+    if not positions:
+        return valid.flatten().nonzero()[:, 0]
+    draws = np.stack([np.random.default_rng(seed).random(seq_len) for seed in seeds])
+    order = torch.from_numpy(draws).masked_fill(~valid, 2.0).argsort(dim=1)  # (B, T): those that count come first
+    turn = again * positions + torch.arange(positions)[None]  # (1, P)
+    picked = order.gather(1, turn % valid.sum(dim=1, keepdim=True).clamp(min=1))  # (B, P)
+    kept = torch.zeros_like(valid).scatter_(1, picked, True) & valid
+    return kept.flatten().nonzero()[:, 0]

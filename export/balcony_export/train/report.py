@@ -1,0 +1,149 @@
+"""What a training run tells people: its progress, the paper's Table 2 for it, and its curves as a picture.
+
+Owns words and axes only; it reads the metrics that :mod:`.trainer` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from balcony_edge.errors import InputError, MissingDependencyError
+
+#: Tokens that a base model was pretrained on, where its authors say so. SmolLM2-135M: 2T (model card).
+PRETRAINING_TOKENS = {"smollm2-135m": 2_000_000_000_000}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step reports."""
+
+    step: int
+    total: int
+    loss: dict[int, float]  # exit layer -> KL of this step
+    held_out: dict[int, float] | None
+    tokens_per_s: float
+    eta_s: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A row of the paper's Table 2."""
+
+    exits: int
+    parameters_per_balcony: int
+    tokens: int
+    pretraining_tokens: int | None
+
+    @property
+    def share(self) -> float | None:
+        """Tokens of the training over tokens of the pretraining."""
+        return None if not self.pretraining_tokens else self.tokens / self.pretraining_tokens
+
+    def lines(self) -> list[tuple[str, str]]:
+        """``(name, value)`` as Table 2 has them."""
+        each, all_of_them = self.parameters_per_balcony / 1e6, self.exits * self.parameters_per_balcony / 1e6
+        share = "unknown: give --pretraining-tokens" if self.share is None else f"{100 * self.share:.2g} %"
+        return [
+            ("Number of tunable parameters", f"{self.exits} × {each:.2f}M = {all_of_them:.2f}M"),
+            ("Training cost in tokens", f"{self.tokens / 1e6:.2f}M"),
+            ("Percentage of pretraining tokens", share),
+        ]
+
+
+def pretraining_tokens(name: str, given: int | None) -> int | None:
+    """What was given, or what is known of a base model by its name."""
+    if given is not None:
+        return given
+    return next((tokens for key, tokens in PRETRAINING_TOKENS.items() if key in name.lower()), None)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without a last one that is cut short.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist: give the metrics.jsonl of a training run")
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def plot_curves(
+    metrics: Sequence[dict[str, Any]],
+    output: Path,
+    title: str,
+    loss: str = "kl",
+    *,
+    before: Mapping[int, float] | None = None,
+    after: Mapping[int, float] | None = None,
+) -> None:
+    """Draw the loss over tokens, one line per exit (smoothed) with its held-out KL as points, as a PNG.
+
+    With ``before`` and ``after`` the picture of a run that is too short for points in between shows whether training helped.
+
+    Args:
+        metrics: lines of a run's metrics.jsonl.
+        output: the picture's path.
+        title: above it.
+        loss: what the run learned from (see ``TrainConfig``).
+        before: exit layer → held-out KL before the first step, nats.
+        after: the same of the balconies that were written.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # an extra
+        from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.ticker import StrMethodFormatter  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingDependencyError("the plot needs matplotlib: pip install 'balcony-edge[plot]'") from error
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, exit_layer in enumerate(metrics[0]["loss"] if metrics else ()):
+        millions = [line["tokens"] / 1e6 for line in metrics]
+        axes.plot(millions, _smooth([line["loss"][exit_layer] for line in metrics]), color=f"C{index}", linewidth=1.2)
+        held_out = [
+            (line["tokens"] / 1e6, line["held_out_kl"][exit_layer]) for line in metrics if "held_out_kl" in line
+        ]
+        if before is not None and (first := before.get(int(exit_layer))) is not None:
+            held_out.insert(0, (0.0, first))
+        if after is not None and (last := after.get(int(exit_layer))) is not None:
+            held_out.append((millions[-1], last))
+        label = f"exit {exit_layer}"
+        points = zip(*held_out, strict=True) if held_out else ([], [])
+        axes.plot(*points, "o--", ms=5, mfc="white", lw=0.8, color=f"C{index}", label=label)
+    axes.set_xlabel("tokens (millions)")
+    lines = "line training" if loss == "kl" else f"line training loss ({loss})"
+    axes.set_ylabel(f"KL(full ‖ exit), nats: {lines}, circles held out")
+    axes.set_yscale("log")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_title(title)
+    axes.grid(alpha=0.3, which="both")
+    if metrics:
+        figure.legend(loc="outside lower center", ncols=len(metrics[0]["loss"]))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+
+
+def _smooth(values: Sequence[float], memory: float = 0.95) -> list[float]:
+    """Exponential average without the bias of its start."""
+    out: list[float] = []
+    average = weight = 0.0
+    for value in values:
+        average = memory * average + (1 - memory) * value
+        weight = memory * weight + (1 - memory)
+        out.append(average / weight)
+    return out

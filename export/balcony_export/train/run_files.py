@@ -1,0 +1,105 @@
+"""Checkpoints of a training run: everything that the next step depends on, in one file.
+
+Owns the file: safetensors (nothing is pickled) with the counters as JSON in its metadata, written under a temporary
+name and renamed, so that a kill -9 at any moment leaves the last good one. What is random in a run follows from seed
+and step, so no generator state is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from balcony_edge.errors import TrainingError
+from balcony_export.model.balcony import Balcony, write_file
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def run_directory(output: Path, exits: tuple[int, ...]) -> Path:
+    """Where a run keeps checkpoint and metrics: runs for other exits lie beside it."""
+    return output / "run" / "-".join(map(str, exits))
+
+
+def save_checkpoint(
+    directory: Path,
+    balconies: dict[int, Balcony],
+    averages: dict[int, dict[str, torch.Tensor]],
+    optimizers: dict[int, list[torch.optim.Optimizer]],
+    state: dict[str, Any],
+) -> None:
+    """Write the run's state; ``state`` is what is not a tensor (step, schedule, best loss, configuration)."""
+    tensors: dict[str, torch.Tensor] = {}
+    for exit_layer, balcony in balconies.items():
+        for name, value in balcony.state_dict().items():
+            tensors[f"{exit_layer}.weight.{name}"] = value
+        for name, value in averages[exit_layer].items():
+            tensors[f"{exit_layer}.average.{name}"] = value
+        for index, optimizer in enumerate(optimizers[exit_layer]):
+            for parameter, slots in optimizer.state_dict()["state"].items():
+                for slot, value in slots.items():
+                    tensors[f"{exit_layer}.optimizer.{index}.{parameter}.{slot}"] = torch.as_tensor(value)
+    content = save(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"state": json.dumps(state)}
+    )
+    write_file(directory / CHECKPOINT, content)
+
+
+def read_state(directory: Path) -> dict[str, Any] | None:
+    """The state of the run in this directory, or None where no checkpoint lies."""
+    path = directory / CHECKPOINT
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"{path}: is damaged: remove it and train again") from error
+    assert isinstance(state, dict)
+    return state
+
+
+def load_tensors(
+    directory: Path,
+    balconies: dict[int, Balcony],
+    averages: dict[int, dict[str, torch.Tensor]],
+    optimizers: dict[int, list[torch.optim.Optimizer]],
+) -> None:
+    """Put weights, averages and optimizer states back where ``save_checkpoint`` took them from."""
+    slots: dict[tuple[int, int], dict[int, dict[str, torch.Tensor]]] = {}
+    with safe_open(directory / CHECKPOINT, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # safe_open has no iterator
+            exit_text, kind, name = key.split(".", 2)
+            exit_layer, value = int(exit_text), file.get_tensor(key)
+            if kind == "weight":
+                balconies[exit_layer].state_dict()[name].copy_(value)
+            elif kind == "average":
+                averages[exit_layer][name].copy_(value)
+            else:
+                index, parameter, slot = name.split(".")
+                slots.setdefault((exit_layer, int(index)), {}).setdefault(int(parameter), {})[slot] = value
+    for exit_layer, owned in optimizers.items():
+        for index, optimizer in enumerate(owned):
+            document = optimizer.state_dict()
+            document["state"] = slots.get((exit_layer, index), {})
+            optimizer.load_state_dict(document)
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop lines of the metrics from a step on: a kill may have come some steps past the checkpoint, or within a line."""
+    if path.is_file():
+        kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _step_of(line) < step]
+        write_file(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

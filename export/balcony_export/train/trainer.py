@@ -1,0 +1,499 @@
+"""Distillation of balconies (paper, sections 3 and 4.1): the frozen model teaches one decoder layer per exit.
+
+Owns the loop: which rows and positions a step sees, the loss (equation 2: the sum over exits of KL(full ‖ exit), a
+token mean over positions that are no padding), clipping, averaging, held-out evaluation, checkpoints. Data is
+:mod:`balcony_export.data.corpus`, the backbone's states :mod:`.states`, the loss :mod:`.loss`, rates and optimizers
+:mod:`.schedule`, the run's files :mod:`.run_files`, tables and plots :mod:`.report`.
+
+Everything random follows from seed and step, and every exit has its own optimizer and its own clipping. So a resumed
+run repeats what the killed one would have done, and an exit trained alone is the one that is trained beside others,
+unless a position carries a massive activation at one of them only: none of them learns from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]  # accelerate ships no types
+from transformers import PreTrainedModel
+
+from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
+from balcony_export.data.corpus import Corpus, Order, Rows
+from balcony_export.model.architecture import cast_weights
+from balcony_export.model.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies
+from balcony_export.train.attention import can_compile, use_block_attention
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.loss import HeadLoss, Part, VocabularySample
+from balcony_export.train.parallel import Processes
+from balcony_export.train.positions import pick_positions
+from balcony_export.train.report import Progress
+from balcony_export.train.run_files import (
+    CHECKPOINT,
+    load_tensors,
+    read_state,
+    run_directory,
+    save_checkpoint,
+    trim_metrics,
+)
+from balcony_export.train.schedule import Schedule, make_optimizers, set_rate
+from balcony_export.train.states import Backbone, StateCache
+
+METRICS = "metrics.jsonl"
+#: Rows on which the full model's likeliest tokens are ranked: 8,192 positions of 512-token rows rank the first 4,096 well.
+_RANKING_ROWS = 16
+
+
+class Judged(NamedTuple):
+    """An exit on the held-out rows."""
+
+    kl: float
+    agreement: float
+    averaged: bool  # whether it is the averaged weights that are worth this
+
+
+class Trainer:
+    """One run. ``run()`` trains to the end; what it writes lies in ``output``.
+
+    Args:
+        model: the base model on the CPU, attention implementation ``sdpa`` or ``eager``; frozen, converted to the recipe's
+            precision, and put on the device of the process.
+        corpus: rows to train on and held-out rows.
+        config: the recipe.
+        output: directory for balconies, checkpoint and metrics.
+        start: balconies of all exits to go on from; by default copies of the last layer.
+        first_row: rows of the corpus that ``start`` has learned from: this run begins after them.
+        work: where checkpoint and metrics lie; by default in ``output``, by exits.
+        compiled: see :class:`HeadLoss`.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        corpus: Corpus,
+        config: TrainConfig,
+        output: Path,
+        *,
+        start: dict[int, Balcony] | None = None,
+        first_row: int = 0,
+        work: Path | None = None,
+        compiled: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        config.check()
+        self.processes = Processes()
+        passes = config.batch_rows // config.micro_rows
+        if passes % self.processes.count or (self.processes.count > 1 and config.minutes is not None):
+            raise InputError(
+                f"{self.processes.count} processes with {passes} passes a step: the passes (rows a step / rows a pass) "
+                "must divide among the processes, and --minutes is for one process"
+            )
+        if self.processes.sharded and config.reuse > 1:
+            raise InputError(
+                f"--reuse {config.reuse} with a sharded backbone: its passes are made by all processes together, and rows that "
+                "come again need other passes on each: leave one of the two out"
+            )
+        if self.processes.count > 1 and config.cache_gb:
+            raise InputError(
+                f"{self.processes.count} processes with --cache-gb: one file of states cannot serve them: leave it out"
+            )
+        self.config, self.corpus, self.output, self.clock = config, corpus, output, clock
+        self.work = work or run_directory(output, config.exits)
+        self.base_facts = fingerprint(model)
+        self.balconies = start or init_balconies(
+            model, config.exits, config.module, random=config.seed if config.start == "random" else None
+        )
+        self.goes_on = start is not None
+        check_directory(output, self.base_facts, next(iter(self.balconies.values())).kind)  # not after the training
+        self.device = self.processes.device
+        if not self.processes.sharded:
+            model.to(self.device)  # type: ignore[arg-type]
+        if self.device.type == "cpu" and (can_compile() if compiled is None else compiled):
+            use_block_attention(model, *self.balconies.values())
+        self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.backbone = Backbone(model, config.exits, dtype)
+        # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
+        self.layer_arguments = send_to_device(self.backbone.layer_arguments(config.seq_len), self.device)
+        cast_weights(model, dtype)
+        if self.processes.sharded:
+            self.processes.shard(model, self.backbone.decoder)
+        self.model = model
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.head = HeadLoss(model.get_output_embeddings().weight, dtype, softcap, compiled, config.loss)
+        self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
+        self.averages: dict[int, dict[str, torch.Tensor]] = {}
+        for exit_layer, balcony in self.balconies.items():
+            balcony.to(self.device).float().train().requires_grad_(True)
+            self.optimizers[exit_layer] = make_optimizers(
+                balcony.parameters(), config.optimizer, config.rate, config.vector_rate, config.weight_decay
+            )
+            self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
+        self.schedule = Schedule(config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share)
+        self.order = self._order(first_row)
+        self._states: dict[int, torch.Tensor] = {}  # place in the order -> states  # (exits + 1, T, D)
+        self.step = 0
+        self.wall_s = 0.0  # spent training, over all sessions of the run
+        self.best: dict[int, tuple[float, float]] = {}  # of what was written: exit -> held-out KL, agreement
+        self.cache = self._open_cache()
+        self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.sample = self._vocabulary_sample()
+
+    # -- data
+
+    def _order(self, first_row: int) -> Order:
+        config, rows = self.config, len(self.corpus.train.tokens)
+        return Order(rows, config.batch_rows, config.reuse, config.window_steps, config.seed, first_row)
+
+    def _vocabulary_sample(self) -> VocabularySample | None:
+        """How the vocabulary of a step is drawn, ranked on the first rows of the corpus; None where it is compared whole."""
+        if not 0 < self.config.vocabulary < len(self.head.weight) or self.config.loss == "ce":
+            return None
+        rows, seen = self.corpus.train.take(_RANKING_ROWS), []
+        for first in range(0, len(rows.tokens), self.config.micro_rows):
+            part = slice(first, first + self.config.micro_rows)
+            states = self.backbone.states(torch.from_numpy(rows.tokens[part]).long().to(self.device))[-1]  # (B, T, D)
+            used = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths[part])[:, None]  # (B, T)
+            seen.append(states[used.to(states.device)])
+        return VocabularySample(self.config.vocabulary, self.head.ranking(torch.cat(seen)))
+
+    def _part(self) -> Part | None:
+        """Tokens that this step compares: the same in all of its passes and processes."""
+        if self.sample is None:
+            return None
+        text = self.corpus.train.tokens[self.order.rows(self.order.places(self.step))]
+        return self.sample.draw(
+            self.head.weight, torch.from_numpy(text).long().flatten(), [self.config.seed, self.step]
+        )
+
+    def _open_cache(self) -> StateCache | None:
+        shape = (len(self.config.exits) + 1, self.config.seq_len, self.model.config.hidden_size)
+        key = json.dumps([2, self.base_facts, list(self.config.exits), self.corpus.digest])  # 2: float32 frequencies
+        most = len(self.corpus.train.tokens)
+        return StateCache.within(self.config.cache_gb, self.work / "states.bin", most, shape, self.dtype, key)
+
+    def states_of(self, places: npt.NDArray[np.int64]) -> torch.Tensor:
+        """States of the rows at these places of the order  # (exits + 1, B, T, D)
+
+        The backbone passes ``micro_rows`` neighbours at a time, so that a resumed run makes the states that the killed
+        one had; they are kept for as long as their window lasts.
+        """
+        window = places[0] // self.order.window
+        self._states = {place: kept for place, kept in self._states.items() if place // self.order.window == window}
+        for place in places.tolist():
+            if place not in self._states:
+                first = place - place % self.config.micro_rows
+                rows = self.order.rows(np.arange(first, first + self.config.micro_rows))
+                for index, states in enumerate(self._pass(rows).unbind(1)):
+                    self._states[first + index] = states
+        return torch.stack([self._states[place] for place in places.tolist()], dim=1)
+
+    def _pass(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """States of training rows, from the cache or through the backbone  # (exits + 1, B, T, D)"""
+        if self.cache is not None and (cached := self.cache.get(rows)) is not None:
+            return cached.to(self.device)
+        states = self.backbone.states(torch.from_numpy(self.corpus.train.tokens[rows]).long().to(self.device))
+        if self.cache is not None:
+            self.cache.put(rows, states)
+        return states
+
+    def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
+        """Flat indices of the positions that the loss sees: :func:`pick_positions`  # (n,)"""
+        return pick_positions(rows, states, seeds, again, self.config.positions, self.config.loss).to(self.device)
+
+    # -- one step
+
+    def exit_rows(self, balcony: Balcony, states: torch.Tensor, index: int, where: torch.Tensor) -> torch.Tensor:
+        """Normed states of an exit at flat positions  # (n, D)"""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return balcony.rows(states[index], where, **self.layer_arguments)
+
+    def train_step(self) -> dict[int, float]:
+        """One optimizer step of every exit; returns KL per exit."""
+        config = self.config
+        chunks = np.split(self.order.places(self.step), config.batch_rows // config.micro_rows)
+        sums = torch.zeros(
+            len(config.exits) + 1, dtype=torch.float64, device=self.device
+        )  # KL per exit, then positions
+        part = self._part()
+        for number in self.processes.share(len(chunks)):
+            states = self.states_of(chunks[number])
+            rows = self.order.rows(chunks[number])
+            picked = Rows(self.corpus.train.tokens[rows], self.corpus.train.lengths[rows])
+            seeds = [[config.seed, place] for place in chunks[number].tolist()]
+            where = self.positions_of(picked, states, seeds, self.order.turn(self.step))
+            sums[-1] += len(where)
+            full = states[-1].flatten(0, 1)[where]
+            students = [
+                self.exit_rows(self.balconies[exit_layer], states, index, where)
+                for index, exit_layer in enumerate(config.exits)
+            ]
+            # the position behind each; of the very last one there is none, and no loss on the text asks for it
+            following = (where + 1).clamp(max=picked.tokens.size - 1)
+            labels = torch.from_numpy(picked.tokens).long().to(self.device).flatten()[following]
+            sums[:-1] += sums.new_tensor(self.head.backward(full, students, labels, part))
+        self.processes.sum([sums])
+        *kls, counted = sums.tolist()
+        counted = max(counted, 1.0)
+        losses = {exit_layer: kl / counted for exit_layer, kl in zip(config.exits, kls, strict=True)}
+        factor = self.schedule.factor(self.step)
+        for exit_layer, balcony in self.balconies.items():
+            self._require_finite(exit_layer, losses[exit_layer])
+            gradients = self.processes.gradients(balcony)
+            self.processes.sum(gradients)
+            for gradient in gradients:
+                gradient.div_(counted)
+            torch.nn.utils.clip_grad_norm_(balcony.parameters(), config.clip)
+            set_rate(self.optimizers[exit_layer], factor)
+            for optimizer in self.optimizers[exit_layer]:
+                optimizer.step()
+                optimizer.zero_grad()
+            # a young average would remember the start: its memory grows with the steps
+            memory = min(config.average, (self.step + 1) / (self.step + 10))
+            with torch.no_grad():
+                for name, value in balcony.state_dict().items():
+                    self.averages[exit_layer][name].lerp_(value, 1 - memory)
+        self.step += 1
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, averaged: bool = False) -> dict[int, tuple[float, float]]:
+        """``exit layer -> (KL, top-1 agreement)`` on the held-out rows, at as many positions of each as in training."""
+        totals = {e: [0.0, 0] for e in self.config.exits}
+        count = 0
+        swapped = self._swap_averages() if averaged else None
+        for states, where in self._held_out_states():
+            full = states[-1].flatten(0, 1)[where]
+            count += len(where)
+            students = [
+                self.exit_rows(self.balconies[exit_layer], states, index, where)
+                for index, exit_layer in enumerate(self.config.exits)
+            ]
+            for exit_layer, (kl, same) in zip(self.config.exits, self.head.compare(full, students), strict=True):
+                totals[exit_layer][0] += float(kl.sum())
+                totals[exit_layer][1] += int(same.sum())
+        if swapped is not None:
+            self._swap_averages()
+        return {e: (kl / count, hits / count) for e, (kl, hits) in totals.items()}
+
+    def judged(self) -> dict[int, Judged]:
+        """Every exit on the held-out rows: its averaged or its current weights, whichever are better.
+
+        Raises:
+            TrainingError: an exit whose current weights give no number: the last step went too far.
+        """
+        raw, averaged = self.evaluate(), self.evaluate(averaged=True)
+        for exit_layer, (kl, _) in raw.items():
+            self._require_finite(exit_layer, kl)
+        return {e: min(Judged(*raw[e], False), Judged(*averaged[e], True), key=lambda one: one.kl) for e in raw}
+
+    def _held_out_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """``(states, positions)`` of the held-out rows by passes; kept, 2.4 MB a row for the demo model."""
+        if self._held_out is None:
+            rows, size = self.corpus.held_out, self.config.micro_rows
+            held_out = []
+            for start in range(0, len(rows.tokens), size):
+                part = Rows(rows.tokens[start : start + size], rows.lengths[start : start + size])
+                states = self.backbone.states(torch.from_numpy(part.tokens).long().to(self.device))
+                held_out.append(
+                    (states, self.positions_of(part, states, [[start + row] for row in range(len(part.tokens))]))
+                )
+            if not any(len(where) for _, where in held_out):
+                raise InputError("the held-out rows have no position that the loss looks at: give more text")
+            self._held_out = held_out
+        return self._held_out
+
+    @torch.no_grad()
+    def _swap_averages(self) -> bool:
+        for exit_layer, balcony in self.balconies.items():
+            for name, value in balcony.state_dict().items():
+                kept = value.clone()
+                value.copy_(self.averages[exit_layer][name])
+                self.averages[exit_layer][name].copy_(kept)
+        return True
+
+    # -- the run
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run has seen, repeats counted."""
+        return self.step * self.config.batch_rows * self.config.seq_len
+
+    def has_checkpoint(self) -> bool:
+        """Whether a run lies in the work directory."""
+        return (self.work / CHECKPOINT).is_file()
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint in the work directory; False where there is none."""
+        state = read_state(self.work)
+        if state is None:
+            return False
+        # what a run began from is in its weights by now
+        self.config = replace(self.config, start=state["recipe"]["start"])
+        recipe = self.config.recipe()
+        differing = [key for key in recipe if recipe[key] != state["recipe"].get(key)]
+        differing += ["base model"] if state["base"] != self.base_facts else []
+        differing += ["data"] if state["corpus"] != self.corpus.digest else []
+        if differing:
+            raise TrainingError(
+                f"{self.work}: its checkpoint was made with another {', '.join(differing)}: "
+                "give the same options, model and data, or another output directory"
+            )
+        load_tensors(self.work, self.balconies, self.averages, self.optimizers)
+        self.step, self.wall_s = state["step"], state["wall_s"]
+        self.order = self._order(state["first_row"])
+        self.best = {int(key): (kl, hits) for key, (kl, hits) in state["best"].items()}
+        planned = Schedule(**state["schedule"])
+        if self.config.steps is not None and self.config.steps <= self.step and self.config.steps != planned.total:
+            raise InputError(
+                f"{self.config.steps} steps (--steps or --tokens): {self.step} are done already: give more"
+            )
+        if self.config.steps != planned.total:
+            planned.replan(self.step, self.config.steps or 10**9)  # with a deadline it is planned anew while it runs
+        self.schedule = planned
+        trim_metrics(self.work / METRICS, self.step)
+        return True
+
+    def checkpoint(self) -> dict[int, Judged]:
+        """Write the run's state, and the balconies that are better than those written before; returns what they are worth."""
+        found = self.judged()
+        for exit_layer, (kl, agreement, averaged) in found.items() if self.processes.writes else ():
+            if exit_layer not in self.best or kl <= self.best[exit_layer][0]:
+                self.best[exit_layer] = (kl, agreement)
+                self._write(exit_layer, averaged=averaged)
+        state = {
+            "step": self.step,
+            "wall_s": self.wall_s,
+            "best": self.best,
+            "schedule": self.schedule.state(),
+            "recipe": self.config.recipe(),
+            "base": self.base_facts,
+            "corpus": self.corpus.digest,
+            "first_row": self.order.first,
+        }
+        if self.processes.writes:
+            save_checkpoint(self.work, self.balconies, self.averages, self.optimizers, state)
+        return found
+
+    def _write(self, exit_layer: int, *, averaged: bool) -> None:
+        balcony = self.balconies[exit_layer]
+        kept = {name: value.clone() for name, value in balcony.state_dict().items()}
+        if averaged:
+            balcony.load_state_dict(self.averages[exit_layer])
+        save_balconies(self.output, {exit_layer: balcony}, self.base_facts, self.facts(self.best[exit_layer]))
+        balcony.load_state_dict(kept)
+
+    def _begin(self) -> None:
+        """What was there before the first step: nothing that a run without a checkpoint left, and what it goes on from."""
+        (self.work / METRICS).unlink(missing_ok=True)
+        if not self.goes_on:
+            return
+        for exit_layer, (kl, agreement) in self.evaluate().items():
+            self.best[exit_layer] = (kl, agreement)
+            if self.processes.writes and not (self.output / f"balcony_{exit_layer}.safetensors").exists():
+                self._write(exit_layer, averaged=False)
+
+    def facts(self, held_out: tuple[float, float]) -> dict[str, Any]:
+        """What balconies.json keeps of the training."""
+        return {
+            "recipe": self.config.recipe(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "corpus_tokens": self.corpus.train.num_tokens,
+            "epochs": round(self.order.seen(self.step) * self.config.seq_len / max(1, self.corpus.train.num_tokens), 3),
+            "held_out_kl": round(held_out[0], 4),
+            "held_out_agreement": round(held_out[1], 4),
+            "data": self.corpus.sources,
+            "corpus": self.corpus.digest,
+            "rows": self.order.first + self.order.seen(self.step),  # of the corpus: the next run begins after them
+        }
+
+    def run(self, report: Callable[[Progress], None] = lambda progress: None) -> None:
+        """Train to the planned end.
+
+        Raises:
+            TrainingError: a loss that is not finite, or no memory; the last checkpoint stays.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        started = last_checkpoint = self.clock()
+        deadline = None if self.config.minutes is None else started + 60 * self.config.minutes
+        first, before = self.step, self.wall_s
+        window: list[tuple[float, int]] = [(started, self.step)]
+        try:
+            # now: what cannot be judged is refused, and of several processes no clock says when
+            self._held_out_states()
+            if not self.step:
+                self._begin()
+            while self.step < self.schedule.total if deadline is None else self.clock() < deadline:
+                factor = self.schedule.factor(self.step)  # a new plan, below, is for the steps after this one
+                loss = self.train_step()
+                now = self.clock()
+                self.wall_s = before + now - started
+                window = [*window[-200:], (now, self.step)]
+                if self.step == first + 2:
+                    window = window[1:]  # the first step compiles the loss
+                per_step_s = (now - window[0][0]) / max(1, self.step - window[0][1])
+                held_out = None
+                if now - last_checkpoint >= 60 * self.config.checkpoint_minutes:
+                    held_out = {e: one.kl for e, one in self.checkpoint().items()}
+                    last_checkpoint = self.clock()
+                elif self.step % self.config.evaluate_every == 0:
+                    held_out = {e: one.kl for e, one in self.judged().items()}
+                if deadline is not None and (self.step - first in (5, 10) or (self.step - first) % 20 == 0):
+                    self.schedule.replan(self.step, self.step + int((deadline - self.clock()) / per_step_s))
+                total = self.schedule.total
+                tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s
+                left_s = (total - self.step) * per_step_s if deadline is None else deadline - self.clock()
+                progress = Progress(self.step, total, loss, held_out, tokens_per_s, left_s)
+                if self.processes.writes:
+                    self._log(progress, factor)
+                    report(progress)
+            self.checkpoint()
+        except OSError as error:
+            raise TrainingError(
+                f"{self.work}: writing failed ({error.strerror or error}): {self._kept()}: free space and go on with --resume"
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory() from error
+
+    def _require_finite(self, exit_layer: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {self.step}: the loss of exit {exit_layer} is {loss}: {self._kept()}: begin again in "
+                "another directory with a lower --rate" + (f", --start {self.output}" if self.best else "")
+            )
+
+    def _kept(self) -> str:
+        return "the last checkpoint is kept" if self.has_checkpoint() else "there was no checkpoint yet"
+
+    def _out_of_memory(self) -> TrainingError:
+        config = self.config
+        again = "another run may take a smaller --seq-len" + (" or --window-steps" if config.reuse > 1 else "")
+        return TrainingError(
+            f"step {self.step}: out of memory at {config.micro_rows} rows of {config.seq_len} tokens a pass: {self._kept()}: "
+            f"lower --micro-rows and go on with --resume; {again}"
+        )
+
+    def _log(self, progress: Progress, factor: float) -> None:
+        line: dict[str, Any] = {
+            "step": progress.step - 1,
+            "tokens": self.tokens,
+            "factor": round(factor, 6),
+            "loss": {str(e): round(value, 6) for e, value in progress.loss.items()},
+            "tokens_per_s": round(progress.tokens_per_s, 1),
+            "wall_s": round(self.wall_s, 2),
+        }
+        if progress.held_out is not None:
+            line["held_out_kl"] = {str(e): round(value, 6) for e, value in progress.held_out.items()}
+        with (self.work / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

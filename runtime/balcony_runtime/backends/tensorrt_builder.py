@@ -1,0 +1,364 @@
+"""TensorRT's builder: from a graph file to a serialized engine, with either TensorRT and without a GPU where it can.
+
+Owns the import of whichever TensorRT is there, the optimization profiles, and what a failed parse or build says. It needs no
+onnx: a device builds from the graphs that a workstation wrote.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from balcony_edge.bundle.bundle import Bundle, file_spec, new_engine_directory, record_engines
+from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, Manifest, TensorSpec
+from balcony_edge.errors import EngineBuildError, MissingDependencyError
+
+Target = Literal["rtx", "tensorrt"]
+MODULES: dict[Target, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+#: What a pass may be: (least, usual, most) new rows. One optimization profile each: decode, catch-up, a chunk of a prefill.
+#: All begin at one row: with a profile of one row alone TensorRT-RTX 1.7 keeps a second, transposed copy of every weight.
+PASSES = ((1, 1, 8), (1, 8, 64), (1, 256, 512))
+_NO_KERNEL = "not supported by a dedicated kernel"
+#: A parser that leaves an input of a node out warns or says nothing, and the engine then attends to garbage
+#: (``nonpad_kv_seqlen``).
+_DROPPED = re.compile(r"ignor|not supported|unsupported", re.IGNORECASE)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A serialized engine and what is known of it; fields as in :class:`balcony_edge.bundle.manifest.EngineSpec`."""
+
+    data: Any
+    layers: int
+    attention: Literal["fused", "decomposed"] | None
+
+
+def import_tensorrt(target: Target) -> Any:
+    """The module of a TensorRT.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    name = MODULES[target]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        cure = (
+            "pip install 'balcony-edge[tensorrt]'"
+            if target == "rtx"
+            else "JetPack brings it (apt install tensorrt); or write graphs with --graphs-only and build on the device"
+        )
+        raise MissingDependencyError(f"{name} is not installed: {cure}") from error
+
+
+class Builder:
+    """One TensorRT builder, for one engine after another."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        batch_size: int = 1,
+        compute_capabilities: Sequence[str] = (),
+        timing_cache: Path | None = None,
+    ) -> None:
+        """Open the builder.
+
+        Args:
+            target: which TensorRT.
+            batch_size: members of every pass.
+            compute_capabilities: such as ``89``; only ``rtx`` builds for GPUs that are not there. By default what the library
+                builds for: ``rtx`` for all that it knows, ``tensorrt`` for the GPU of this machine.
+            timing_cache: file that ``tensorrt`` keeps kernel timings in.
+
+        Raises:
+            MissingDependencyError: that TensorRT is not installed.
+            EngineBuildError: it does not know a compute capability, or cannot start.
+        """
+        self._trt, self._target, self._batch = import_tensorrt(target), target, batch_size
+        self.name = f"{MODULES[target]} {self._trt.__version__}"
+        #: What the engines will run on; empty: what the library builds for by default.
+        self.compute_capabilities = tuple(compute_capabilities)
+        self._capabilities = [self._capability(text) for text in compute_capabilities]
+        self._timing_cache = timing_cache
+        self._log = _make_log(self._trt)
+        self._builder = self._trt.Builder(self._log)
+
+    def build(self, path: Path, spec: GraphSpec, progress: Callable[[float], None] = lambda done: None) -> BuiltEngine:
+        """Build one graph.
+
+        Args:
+            path: its file; external data beside it.
+            spec: its table, with which what TensorRT made of the graph must agree.
+            progress: told which share of the present phase of the build is done.
+
+        Raises:
+            EngineBuildError: one line with the node that failed and what to do.
+            KeyboardInterrupt: Ctrl-C; TensorRT stops at its next step.
+        """
+        network = self._parsed(path, spec)
+        attentions = self._attentions(network)
+        attention: Literal["fused", "decomposed"] | None = "fused" if attentions else None
+        config = self._config(spec, progress)
+        data = self._serialized(network, config)
+        if data is None and attentions and _NO_KERNEL in self._log.last_error:
+            _logger.info("%s: no fused attention kernel for it: decomposed", path.name)
+            attention = "decomposed"
+            for layer in attentions:
+                layer.attention.decomposable = True
+            data = self._serialized(network, config)
+        if data is None:
+            raise EngineBuildError(
+                f"{path}: {self.name} cannot build it ({_line(self._log.last_error)}): "
+                "try another --precision, or --operators plain"
+            )
+        return BuiltEngine(data, network.num_layers, attention)
+
+    def _capability(self, text: str) -> Any:
+        known = [name for name in dir(getattr(self._trt, "ComputeCapability", None)) if name.startswith("SM")]
+        if f"SM{text}" not in known:
+            numbers = sorted(int(name.removeprefix("SM")) for name in known)
+            have = ", ".join(map(str, numbers)) or "only the GPU that is there"
+            raise EngineBuildError(
+                f"--sm {text}: {self.name} builds for {have}; Orin (87) and Hopper (90) need --target tensorrt on a machine "
+                "that has it"
+            )
+        return getattr(self._trt.ComputeCapability, f"SM{text}")
+
+    def _parsed(self, path: Path, spec: GraphSpec) -> Any:
+        trt, flags = self._trt, 0
+        if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # later ones have nothing else
+            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = self._builder.create_network(flags)
+        self._log.forget()
+        parser = trt.OnnxParser(network, self._log)
+        if not parser.parse_from_file(str(path)):
+            first = parser.get_error(0)
+            where = f"node {first.node_name() or first.node()} ({first.node_operator()})"
+            raise EngineBuildError(
+                f"{path}: {self.name} cannot read {where}: {_line(first.desc())}: "
+                "try --operators plain, which needs no operator newer than opset 21"
+            )
+        dropped = [text for text in self._log.warnings if _DROPPED.search(text)]
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        read = {tensor.name for layer in layers for i in range(layer.num_inputs) if (tensor := layer.get_input(i))}
+        names = [network.get_input(index).name for index in range(network.num_inputs)]
+        if dropped := dropped + [f"input {name} is not read" for name in names if name not in read]:
+            raise EngineBuildError(
+                f"{path}: {self.name} would leave something out ({_line(dropped[0])}): export it again"
+            )
+        for role, table, count, get in (
+            ("input", spec.inputs, network.num_inputs, network.get_input),
+            ("output", spec.outputs, network.num_outputs, network.get_output),
+        ):
+            found = {get(i).name: self._described(get(i)) for i in range(count)}
+            wanted = {tensor.name: _table_entry(tensor) for tensor in table}
+            if found != wanted:
+                name = min(found.keys() ^ wanted.keys() or {n for n in found if found[n] != wanted[n]})
+                raise EngineBuildError(
+                    f"{path}: {role} {name} is {found.get(name)} to {self.name}, the manifest says {wanted.get(name)}: "
+                    "write the graphs again"
+                )
+        self._parser = parser  # the network points into it
+        return network
+
+    def _described(self, tensor: Any) -> tuple[str, tuple[int, ...]]:
+        types = self._trt.DataType
+        names = {
+            types.FLOAT: "float32",
+            types.HALF: "float16",
+            types.BF16: "bfloat16",
+            types.INT32: "int32",
+            types.INT64: "int64",
+        }
+        return names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+
+    def _attentions(self, network: Any) -> list[Any]:
+        kind = getattr(self._trt.LayerType, "ATTENTION_INPUT", None)
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        found = [layer for layer in layers if kind is not None and layer.type == kind]
+        for layer in found:
+            layer.__class__ = self._trt.IAttentionInputLayer  # the binding hands out the base class
+        return found
+
+    def _config(self, spec: GraphSpec, progress: Callable[[float], None]) -> Any:
+        config = self._builder.create_builder_config()
+        if self._capabilities:
+            config.num_compute_capabilities = len(self._capabilities)
+            for index, capability in enumerate(self._capabilities):
+                config.set_compute_capability(capability, index)
+        config.progress_monitor = _make_monitor(self._trt, progress)
+        if self._timing_cache is not None and self._target == "tensorrt":
+            held = self._timing_cache.read_bytes() if self._timing_cache.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(held), ignore_mismatch=False)
+        for shapes in profiles(spec, self._batch):
+            profile = self._builder.create_optimization_profile()
+            for name, (least, usual, most) in shapes.items():
+                profile.set_shape(name, least, usual, most)
+            config.add_optimization_profile(profile)
+        return config
+
+    def _serialized(self, network: Any, config: Any) -> Any:
+        self._log.forget()
+        data = self._builder.build_serialized_network(network, config)
+        if config.progress_monitor.cancelled:
+            raise KeyboardInterrupt
+        if data is not None and self._timing_cache is not None and self._target == "tensorrt":
+            self._timing_cache.write_bytes(config.get_timing_cache().serialize())
+        return data
+
+
+def build_engines(
+    bundle: Bundle, name: str, builder: Builder, graphs: Sequence[str], progress: Callable[[str, float], None]
+) -> Manifest:
+    """Build engines of a set whose graphs are there and add them to the manifest; a failed build changes nothing.
+
+    Args:
+        bundle: holds the set.
+        name: of the set in ``manifest.engines``.
+        builder: made for the set's target.
+        graphs: which of its graphs.
+        progress: told what is built and which share of the whole is done.
+
+    Raises:
+        BundleError: the set's files are damaged, or its directory cannot be written.
+        EngineBuildError: a graph cannot be built.
+    """
+    engines = bundle.manifest.engines[name]
+    with new_engine_directory(bundle.path, name) as directory:
+        link_files(bundle.engine_directory(name), engines, directory)
+        return record_engines(bundle.path, name, make_engines(directory, engines, builder, graphs, progress), directory)
+
+
+def link_files(source: Path, engines: EngineSet, directory: Path) -> None:
+    """Give a directory the files of a set, without copying them where the file system can."""
+    for file in engines.files:
+        try:
+            (directory / file).hardlink_to(source / file)
+        except OSError:
+            shutil.copyfile(source / file, directory / file)
+
+
+def make_engines(
+    directory: Path,
+    engines: EngineSet,
+    builder: Builder,
+    graphs: Sequence[str],
+    progress: Callable[[str, float], None],
+) -> EngineSet:
+    """Build engines next to their graphs; returns the set with them. Other arguments: :func:`build_engines`.
+
+    Args:
+        directory: holds the set's files, and is not yet a bundle's.
+        engines: the set as it is.
+
+    Raises:
+        EngineBuildError: a graph cannot be built.
+        OSError: the directory cannot be written.
+    """
+    built, furthest = dict(engines.engines), 0.0
+    for index, graph in enumerate(graphs):
+        spec = engines.graphs[graph]
+
+        def share(done: float, graph: str = graph, index: int = index) -> None:
+            nonlocal furthest  # a build's phases count from 0 again
+            furthest = max(furthest, (index + done) / len(graphs))
+            progress(f"building {graph}", furthest)
+
+        share(0.0)
+        engine = builder.build(directory / spec.file, spec, share)
+        file = directory / f"{graph}.engine"
+        file.unlink(missing_ok=True)  # the old one may be linked to a set that is in use
+        file.write_bytes(engine.data)
+        built[graph] = EngineSpec(file=file.name, layers=engine.layers, attention=engine.attention)
+    files = {spec.file: file_spec(directory / spec.file) for spec in built.values()}
+    changes = {
+        "engines": built,
+        "builder": builder.name,
+        "compute_capabilities": builder.compute_capabilities,
+        "files": {**engines.files, **files},
+    }
+    return engines.model_copy(update=changes)
+
+
+def profiles(spec: GraphSpec, batch_size: int) -> Iterator[dict[str, tuple[tuple[int, ...], ...]]]:
+    """Input → (least, usual, most) shape, for each of :data:`PASSES` that the graph distinguishes."""
+    symbols = {dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}
+    capacities = [tensor.shape[2] for tensor in spec.inputs if tensor.name.startswith("past_")]
+    room = min((dim for dim in capacities if isinstance(dim, int)), default=PASSES[-1][2])
+    for number, (least, usual, most) in enumerate(PASSES if symbols & {"rows", "queries"} else PASSES[:1]):
+        if number and PASSES[number - 1][2] >= room:
+            return  # the profile before takes all that the caches hold
+        rows = (least, min(usual, room), min(most, room))
+        # a balcony asks about the last of its rows: any number of them
+        queries = rows if "rows" not in symbols else (1, 1, rows[2])
+        sizes = {"batch": (batch_size,) * 3, "rows": rows, "queries": queries}
+        yield {
+            tensor.name: tuple(
+                tuple(dim if isinstance(dim, int) else sizes[dim][which] for dim in tensor.shape) for which in range(3)
+            )
+            for tensor in spec.inputs
+        }
+
+
+def _table_entry(tensor: TensorSpec) -> tuple[str, tuple[int, ...]]:
+    return tensor.dtype, tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300] or "it says nothing"
+
+
+def _make_log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps warnings and the last error; the base class is known only once TensorRT is imported."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.forget()
+
+        def forget(self) -> None:
+            self.warnings: list[str] = []
+            self.last_error = ""
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.last_error = f"{self.last_error} {text}".strip()
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(text)
+            _logger.debug("%s", text)
+
+    return Log()
+
+
+def _make_monitor(trt: Any, progress: Callable[[float], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Tells how far a phase is, and ends the build at the next step after Ctrl-C."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: Mapping[str, int] = {}
+            self.cancelled = False
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps = {**self.steps, phase_name: num_steps}
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                progress((step + 1) / max(self.steps.get(phase_name, 1), 1))
+            except KeyboardInterrupt:  # it would be lost in the library
+                self.cancelled = True
+            return not self.cancelled
+
+    return Monitor()

@@ -1,0 +1,188 @@
+"""Confidence exits: try a shallow exit, and go to the full depth only where the balcony is unsure.
+
+Owns how sure a balcony is (three measures), the choice of where to try, and what happens online: whenever the full depth runs
+for an unsure token, the rows of tokens that exited early run with it, so its opinion of them can be had at the price of the LM
+head. Those checks are counted, reported as quality telemetry, and raise the threshold of an exit whose disagreement slips above
+what :mod:`.thresholds` promised (CALM: Schuster et al., NeurIPS 2022; the paper names confidence exits as future work).
+
+The choice follows from prices, as self-speculation's does: an exit is tried where it is expected to be ``WORTH`` times as
+fast as plain full-depth tokens, with the share of tokens that exit there learned online; where it is not, one token in
+`PROBE_TOKENS` is tried all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec
+from balcony_edge.device.costs import CostModel
+from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.decoding.sampling import Sampler
+from balcony_runtime.decoding.speculate import PLAN_TOKENS, PROBE_TOKENS, WORTH
+from balcony_runtime.decoding.thresholds import binomial_tail, measured
+from balcony_runtime.engine import Sequence
+
+#: Weight of the calibration's share of early exits, in tokens, and of the past at every further token.
+PRIOR_TOKENS, MEMORY = 64.0, 0.995
+#: Most early tokens that one full-depth pass is asked about, and tokens between two such questions: the price stays below 1 %.
+MOST_CHECKED, CHECK_EVERY = 4, 32
+#: A threshold is raised when so many or more disagreements would be this unlikely under the promise.
+SLIPPED = 0.01
+#: How far a threshold moves then, as a share of what is left to certainty.
+RAISE = 0.3
+
+
+class Trial(NamedTuple):
+    """Where a token may exit early: exit, its threshold, and the expected speed-up over plain tokens."""
+
+    exit_layer: int
+    threshold: float
+    speedup: float
+
+
+class Telemetry(NamedTuple):
+    """What the full depth thought of tokens that an exit gave: how many it was asked about, and with how many it disagreed."""
+
+    checked: int
+    disagreed: int
+
+
+class Confident:
+    """Chooses trials and learns from them. One for all replies of a loaded bundle."""
+
+    def __init__(self, exits: tuple[int, ...], spec: ConfidenceSpec | None) -> None:
+        self._exits, self.spec = exits, spec
+        known = {} if spec is None else spec.thresholds
+        self._thresholds = {e: known[e].threshold for e in exits[:-1] if e in known}
+        # (tokens that exited, tokens that tried) of each exit, the past fading
+        self._counts = {e: (PRIOR_TOKENS * known[e].exit_share, PRIOR_TOKENS) for e in self._thresholds}
+        #: Exit → what the full depth thought of its tokens since its threshold was raised last, and ever.
+        self._recent = dict.fromkeys(exits[:-1], Telemetry(0, 0))
+        self.telemetry = dict.fromkeys(exits[:-1], Telemetry(0, 0))
+        self._since_trial = self._since_check = self._plan_at = 0
+
+    @property
+    def thresholds(self) -> Mapping[int, float]:
+        """Exit layer → least confidence of a token that exits there, as raised so far."""
+        return self._thresholds
+
+    @property
+    def measure(self) -> ConfidenceMeasure:
+        """How confidence is measured."""
+        assert self.spec is not None
+        return self.spec.measure
+
+    def plan(
+        self,
+        costs: CostModel,
+        context_length: int,
+        balcony_rows: tuple[int, ...],
+        allowed: tuple[int, ...],
+        most_ms: float,
+    ) -> Trial | None:
+        """Where the next token is worth trying, or None: a plain token is as fast.
+
+        Args:
+            costs: prices.
+            context_length: rows before the new one.
+            balcony_rows: rows that each balcony has not seen, without the new one.
+            allowed: exits that the budget allows.
+            most_ms: what an unsure token may cost, at slowdown 1.
+        """
+        self._since_trial += 1
+        if self._since_trial < min(self._plan_at, PROBE_TOKENS):
+            return None
+        full, count = self._exits[-1], len(self._exits)
+        plain_ms = costs.steady_ms(full, context_length)
+        best: Trial | None = None
+        for exit_layer, threshold in self._thresholds.items():
+            if exit_layer not in allowed:
+                continue
+            exited, tried = self._counts[exit_layer]
+            share, index = exited / tried, self._exits.index(exit_layer)
+            rows = 1 + round(share / max(1 - share, 0.05))  # early tokens wait for the next unsure one
+            stage_rows = (0,) * (index + 1) + (rows,) * (count - index - 1)
+            shallow_ms = costs.steady_ms(exit_layer, context_length)
+            deep_ms = costs.step_ms(full, stage_rows, (1,) * count, context_length)
+            speedup = plain_ms / (shallow_ms + (1 - share) * deep_ms)
+            behind_ms = costs.balconies[index].pass_ms(balcony_rows[index], context_length, 1)
+            if shallow_ms + behind_ms + deep_ms <= most_ms and (best is None or speedup > best.speedup):
+                best = Trial(exit_layer, threshold, speedup)
+        if best is None or (best.speedup < WORTH and self._since_trial < PROBE_TOKENS):
+            self._plan_at = self._since_trial + PLAN_TOKENS
+            return None
+        self._since_trial = 0
+        return best
+
+    def learn(self, exit_layer: int, exited: bool) -> None:
+        """After a trial."""
+        self._since_check += 1
+        self._plan_at = 0
+        before, tried = self._counts[exit_layer]
+        self._counts[exit_layer] = (MEMORY * before + exited, MEMORY * tried + 1)
+
+    def due(self, waiting: int) -> int:
+        """Of how many early tokens the full depth is to be asked, whose next pass takes in the rows of ``waiting``."""
+        if not waiting or self._since_check < CHECK_EVERY:
+            return 0
+        self._since_check = 0
+        return min(waiting, MOST_CHECKED)
+
+    def check(self, exit_layer: int, agreed: bool) -> None:
+        """Count the full depth's opinion of an early token, and raise the exit's threshold where the promise slips."""
+        self.telemetry[exit_layer] = _counted(self.telemetry[exit_layer], agreed)
+        recent = self._recent[exit_layer] = _counted(self._recent[exit_layer], agreed)
+        if self.spec is None or exit_layer not in self._thresholds:
+            return
+        # the promise is about all tokens, so of those that exit early a larger share may disagree
+        exited, tried = self._counts[exit_layer]
+        allowed = min(self.spec.max_disagreement / max(exited / tried, 1e-3), 1.0)
+        if 1 - binomial_tail(recent.disagreed - 1, recent.checked, allowed) < SLIPPED:
+            old = self._thresholds[exit_layer]
+            self._thresholds[exit_layer] = old + RAISE * (1 - old)
+            self._recent[exit_layer] = Telemetry(0, 0)
+
+
+def _counted(seen: Telemetry, agreed: bool) -> Telemetry:
+    return Telemetry(seen.checked + 1, seen.disagreed + (not agreed))
+
+
+def run_trial(
+    sequence: Sequence, ids: IntArray, sampler: Sampler, trial: Trial, policy: Confident, early: dict[int, int]
+) -> tuple[IntArray, FloatArray, int, float]:
+    """One token: at the trial's exit where the balcony is sure, else at the full depth.
+
+    Args:
+        sequence: of one member.
+        ids: the token that is not in the sequence yet, (1,).
+        sampler: picks the token.
+        trial: where.
+        policy: learns from it.
+        early: place in the sequence → exit, of tokens that exited early and were not checked; kept by the caller, changed here.
+
+    Returns:
+        The token (1,), the logits it came from (1, V), the exit that gave it, and how sure the balcony was.
+    """
+    logits = sequence.step(trial.exit_layer, ids)
+    sure = float(measured(logits, policy.measure)[0])
+    exited = sure >= trial.threshold
+    policy.learn(trial.exit_layer, exited)
+    end = sequence.length
+    if exited:
+        early[end] = trial.exit_layer
+        return sampler.pick(logits), logits, trial.exit_layer, sure
+    # the last tokens in a row that are to be checked: a drawn token says nothing about the likeliest one
+    run = 0
+    while sampler.greedy and end - run - 1 in early:
+        run += 1
+    checked = policy.due(run)
+    rows = sequence.advance(sequence.exits[-1], [], num_logits=checked + 1)[0]  # (checked + 1, V)
+    # the row before a token's place is where the full depth would have said it
+    for place, said in zip(range(end - checked, end), rows[:-1].argmax(-1).tolist(), strict=True):
+        policy.check(early[place], said == int(sequence.tokens[0, place]))
+    early.clear()  # their rows have gone through the deeper stages now
+    last = np.ascontiguousarray(rows[-1:])
+    return sampler.pick(last), last, sequence.exits[-1], sure

@@ -1,0 +1,243 @@
+"""From logits to the next token: bias and penalties, then temperature, top-k, top-p and min-p, with a seed.
+
+Owns the order, which is that of transformers' processors and warpers: bias, repetition penalty, presence penalty (which
+transformers does not have), temperature, top-k, top-p on what is left, min-p on what is left. Log-probabilities are the
+model's own, taken before all of it. It knows nothing of exits.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from balcony_edge.errors import InputError
+from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
+
+#: Of a bias or penalty: far beyond every logit, and so far below what float32 holds that no sum or product overflows.
+LARGEST = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to pick a token.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the fewest of the most likely tokens whose probabilities reach p; 1 keeps all.
+        min_p: keep tokens at least this share as likely as the likeliest; 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or reply (CTRL); 1 is none.
+        presence_penalty: subtracted from logits of tokens in the reply so far (OpenAI); 0 is none.
+        logit_bias: token id → what to add to its logit.
+        seed: of the random numbers; None takes fresh ones.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+            "temperature": (Real, lambda value: value >= 0, "a finite number, 0 (greedy) or more"),
+            "top_k": (Integral, lambda value: value >= 0, "a whole number, 0 (keep all) or more"),
+            "top_p": (Real, lambda value: 0 < value <= 1, "a number above 0 and at most 1 (keep all)"),
+            "min_p": (Real, lambda value: 0 <= value < 1, "a number, at least 0 (keep all) and below 1"),
+            "repetition_penalty": (
+                Real,
+                lambda value: 1 / LARGEST <= value <= LARGEST,
+                f"a number from {1 / LARGEST:g} to {LARGEST:g}; 1 is none",
+            ),
+            "presence_penalty": (Real, lambda value: abs(value) <= LARGEST, f"a number within ±{LARGEST:g}; 0 is none"),
+            "seed": (Integral | None, lambda value: value is None or value >= 0, "a whole number, 0 or more, or None"),
+        }
+        for name, (kind, in_range, allowed) in checks.items():
+            value: Any = getattr(self, name)
+            if not isinstance(value, kind) or (value is not None and not math.isfinite(value)) or not in_range(value):
+                raise InputError(f"{name} = {value!r}: must be {allowed}")
+        biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
+        for token, bias in biases:
+            if not isinstance(token, Integral) or not isinstance(bias, Real) or not abs(bias) < LARGEST:
+                raise InputError(
+                    f"logit_bias = {self.logit_bias!r}: must give token ids a bias between ±{LARGEST:g} each; "
+                    "use -100 to ban a token"
+                )
+
+
+class Proposal(NamedTuple):
+    """A drafted token and the distribution that it was drawn from, (V,); None where it is the likeliest one."""
+
+    token: int
+    distribution: npt.NDArray[np.float64] | None
+
+
+class Sampler:
+    """Draws tokens with one stream of random numbers, and remembers what penalties count.
+
+    Args:
+        params: how.
+        prompt: tokens that the repetition penalty counts from the start, (B, n).
+        vocab_size: V.
+
+    Raises:
+        InputError: a bias for a token outside the vocabulary.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: IntArray, vocab_size: int) -> None:
+        self._params = params
+        self._random = np.random.default_rng(params.seed)
+        self._members = np.arange(prompt.shape[0])
+        self._seen = self._made = None
+        if params.repetition_penalty != 1:
+            self._seen = np.zeros((prompt.shape[0], vocab_size), bool)
+            self._seen[self._members[:, None], prompt] = True
+        if params.presence_penalty:
+            self._made = np.zeros((prompt.shape[0], vocab_size), bool)
+        #: Whether it takes the largest of the logits as they are.
+        self.greedy = params.temperature == 0 and self._seen is None and self._made is None and not params.logit_bias
+        for token in params.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise InputError(f"logit_bias for token {token}: the vocabulary has 0 to {vocab_size - 1}")
+
+    def pick(self, logits: FloatArray) -> IntArray:
+        """Next token of each sequence, (B,), from logits (B, V), which are left as they were.
+
+        Raises:
+            InputError: logits that are not numbers; the model or its precision is at fault.
+        """
+        if self.greedy and len(logits) == 1:  # the common case, in as few calls as it takes
+            best = logits.argmax()
+            if not math.isfinite(logits.item(best)):
+                raise not_finite()
+            return np.array([best], np.int64)
+        adjusted = self._adjust(logits)
+        if self._params.temperature == 0:
+            ids: IntArray = adjusted.argmax(axis=-1)
+            # the largest of logits with a NaN among them is that NaN
+            if not all(math.isfinite(row[best]) for row, best in zip(adjusted, ids, strict=True)):
+                raise not_finite()
+        else:
+            ids = np.array([self._draw(row) for row in adjusted], np.int64)
+        return self._recorded(ids)
+
+    def fork(self) -> Sampler:
+        """A sampler with the same memory of tokens, and from then on one of its own; random numbers come from one stream."""
+        other = copy.copy(self)
+        other._seen, other._made = (None if record is None else record.copy() for record in (self._seen, self._made))
+        return other
+
+    def propose(self, logits: FloatArray) -> Proposal:
+        """Draft the next token from logits (V,), and remember it."""
+        if self._params.temperature == 0:
+            return Proposal(int(self.pick(logits[None])[0]), None)
+        ids, probabilities = candidates(self._adjust(logits[None])[0], self._params)
+        token = int(ids[self._random.choice(len(ids), p=probabilities)])
+        self._recorded(np.array([token], np.int64))
+        return Proposal(token, _dense(ids, probabilities, len(logits)))
+
+    def judge(self, logits: FloatArray, proposal: Proposal) -> int:
+        """The next token from logits (V,), distributed as :meth:`pick` would have it, and the proposal's where that can be.
+
+        Accept the proposal with min(1, p / q); else draw from what p has more than q (Leviathan et al., 2023, theorem 1).
+        """
+        if proposal.distribution is None:
+            return int(self.pick(logits[None])[0])
+        wanted = _dense(*candidates(self._adjust(logits[None])[0], self._params), len(logits))
+        token, offered = proposal.token, proposal.distribution
+        if self._random.random() * offered[token] >= wanted[token]:
+            rest = np.maximum(wanted - offered, 0.0)
+            if (total := rest.sum()) > 0:  # 0 where rounding alone keeps the two apart
+                token = int(self._random.choice(len(rest), p=rest / total))
+        self._recorded(np.array([token], np.int64))
+        return token
+
+    def _recorded(self, ids: IntArray) -> IntArray:
+        for record in (self._seen, self._made):
+            if record is not None:
+                record[self._members, ids] = True
+        return ids
+
+    def _adjust(self, logits: FloatArray) -> FloatArray:
+        params = self._params
+        if self._seen is None and self._made is None and not params.logit_bias:
+            return logits
+        adjusted = logits.copy()
+        for token, bias in params.logit_bias.items():
+            adjusted[:, token] += bias
+        if self._seen is not None:
+            penalized = np.where(
+                adjusted > 0, adjusted / params.repetition_penalty, adjusted * params.repetition_penalty
+            )
+            adjusted = np.where(self._seen, penalized, adjusted)
+        if self._made is not None:
+            adjusted -= params.presence_penalty * self._made
+        return adjusted.astype(np.float32, copy=False)
+
+    def _draw(self, logits: FloatArray) -> int:
+        ids, probabilities = candidates(logits, self._params)
+        return int(ids[self._random.choice(len(ids), p=probabilities)])
+
+
+def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, npt.NDArray[np.float64]]:
+    """Tokens that the filters leave and their probabilities, most likely first (temperature above 0).
+
+    Args:
+        logits: (V,), penalties and bias applied.
+        params: the filters.
+
+    Raises:
+        InputError: logits that are not numbers.
+    """
+    if not np.isfinite(logits).all():
+        raise not_finite()
+    count = len(logits)
+    kept = min(params.top_k or count, count)
+    ids = np.argpartition(logits, count - kept)[count - kept :] if kept < count else np.arange(count)
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    below = logits[ids].astype(np.float64) - logits[ids[0]]
+    with np.errstate(over="ignore"):  # a temperature close to 0 leaves the likeliest token alone
+        probabilities = np.exp(below / params.temperature)
+    probabilities /= probabilities.sum()
+    if params.top_p < 1:
+        # the token that crosses p stays, so at least one does
+        last = int(np.searchsorted(probabilities.cumsum(), params.top_p)) + 1
+        ids, probabilities = ids[:last], probabilities[:last]
+    if params.min_p > 0:
+        likely = probabilities >= params.min_p * probabilities[0]
+        ids, probabilities = ids[likely], probabilities[likely]
+    return ids, probabilities / probabilities.sum()
+
+
+def _dense(ids: IntArray, probabilities: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
+    """Probabilities of all tokens."""
+    whole = np.zeros(size)
+    whole[ids] = probabilities
+    return whole
+
+
+def log_probabilities(logits: FloatArray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """``(log P(token), the top most likely tokens with theirs)`` under the model's own distribution.
+
+    Args:
+        logits: (V,), as the model gave them.
+        token: the token that was picked.
+        top: how many of the most likely tokens to list.
+    """
+    shifted = logits.astype(np.float64) - logits.max()
+    logs = shifted - math.log(np.exp(shifted).sum())
+    best = np.argsort(-logs, kind="stable")[:top] if top else ()
+    return float(logs[token]), tuple((int(id_), float(logs[id_])) for id_ in best)

@@ -1,0 +1,242 @@
+"""Thresholds of confidence exits with a promise: learned on text, tested on other text of the same kind.
+
+Owns the measures of confidence, the test and the calibration of a bundle. The promise is CALM's (Schuster et al., NeurIPS
+2022), by learn-then-test: with the asked confidence, at most ``max_disagreement`` of all tokens exit early with another token
+than the full depth's. Half of the text chooses measure and candidate thresholds; on the other half they are tested from the
+strictest on, each by the exact binomial tail, and the last before the first that fails is taken (fixed-sequence testing, which
+needs no correction for the number of candidates). The test takes tokens for independent draws; neighbours are not quite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec, ThresholdSpec
+from balcony_edge.errors import InputError
+from balcony_runtime.backends.base import FloatArray
+from balcony_runtime.engine import Engine
+
+MEASURES: tuple[ConfidenceMeasure, ...] = get_args(ConfidenceMeasure)
+#: Thresholds that are tried, as quantiles of the confidence that was seen, from the strictest on.
+CANDIDATES = 200
+#: Rows whose logits are held at once.
+_CHUNK = 64
+#: Fewest tokens that a test makes sense with.
+MIN_TOKENS = 400
+
+
+class Compared(NamedTuple):
+    """Exits over the same tokens.
+
+    Attributes:
+        sure: measure → exit → confidence of every token.
+        agrees: exit → whether its likeliest token is the full depth's.
+    """
+
+    sure: dict[ConfidenceMeasure, dict[int, npt.NDArray[np.float64]]]
+    agrees: dict[int, npt.NDArray[np.bool_]]
+
+
+def measured(logits: FloatArray, measure: ConfidenceMeasure) -> npt.NDArray[np.float64]:
+    """How sure logits (n, V) are, each from 0 to 1.
+
+    ``top1``: the largest probability; ``margin``: it less the second; ``entropy``: 1 less the entropy as a share of log V.
+    """
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    weights = np.exp(shifted)
+    total = weights.sum(-1)
+    if measure == "top1":
+        found: npt.NDArray[np.float64] = 1 / total  # the largest weight is 1
+        return found
+    if measure == "margin":
+        second = np.partition(weights, -2, axis=-1)[..., -2]
+        margin: npt.NDArray[np.float64] = (1 - second) / total
+        return margin
+    entropy = np.log(total) - (weights * shifted).sum(-1) / total
+    sure: npt.NDArray[np.float64] = 1 - entropy / math.log(logits.shape[-1])
+    return sure
+
+
+def binomial_tail(most: int, draws: int, probability: float) -> float:
+    """P(X ≤ most) of a binomial of ``draws`` draws."""
+    if most < 0:
+        return 0.0
+    if most >= draws or probability <= 0:
+        return 1.0
+    if probability >= 1:
+        return 0.0
+    ratio, base = math.log(probability), math.log1p(-probability)
+    whole = math.lgamma(draws + 1)
+    terms = (
+        whole - math.lgamma(k + 1) - math.lgamma(draws - k + 1) + k * ratio + (draws - k) * base
+        for k in range(most + 1)
+    )
+    return min(sum(math.exp(term) for term in terms), 1.0)
+
+
+def last_accepted(
+    sure: npt.NDArray[np.float64],
+    agrees: npt.NDArray[np.bool_],
+    candidates: Iterable[float],
+    max_disagreement: float,
+    confidence: float,
+) -> float | None:
+    """The last of the candidates, from the strictest on, before the first that the test does not accept; None: none is.
+
+    Args:
+        sure: confidence of each token at the exit.
+        agrees: whether its likeliest token is the full depth's.
+        candidates: thresholds, falling; chosen without these tokens.
+        max_disagreement: share of all tokens that may exit early with another token.
+        confidence: probability that the promise holds.
+    """
+    best = None
+    for threshold in candidates:
+        wrong = int(((sure >= threshold) & ~agrees).sum())
+        if binomial_tail(wrong, len(sure), max_disagreement) > 1 - confidence:
+            break
+        best = threshold
+    return best
+
+
+def calibrate_confidence(
+    engine: Engine,
+    documents: Sequence[Sequence[int]],
+    *,
+    text: str,
+    max_disagreement: float,
+    confidence: float,
+    progress: Callable[[float], None] = lambda done: None,
+) -> ConfidenceSpec:
+    """Learn and test the thresholds of every exit.
+
+    Args:
+        engine: of the bundle.
+        documents: tokens of text of the kind that replies will be of.
+        text: its name, for the record.
+        max_disagreement: share of all tokens that may exit early with another token than the full depth's.
+        confidence: probability that the promise holds.
+        progress: told which share of the text was seen.
+
+    Raises:
+        InputError: shares out of range, or too little text.
+    """
+    _refuse_bad_shares(max_disagreement, confidence)
+    return learn(compare_exits(engine, documents, progress), text, max_disagreement, confidence)
+
+
+def learn(compared: Compared, text: str, max_disagreement: float, confidence: float) -> ConfidenceSpec:
+    """:func:`calibrate_confidence` from exits that were compared already: several promises need one look at the text."""
+    _refuse_bad_shares(max_disagreement, confidence)
+    sure, agrees = compared
+    count = len(next(iter(agrees.values())))
+    if count < MIN_TOKENS:
+        raise InputError(f"{text}: {count} tokens to calibrate on: give {MIN_TOKENS} or more, thousands are better")
+    # the caller gives documents of every kind of text in turn, so that both halves have all of them
+    tuning = np.zeros(count, bool)
+    tuning[: count // 2] = True
+    levels = np.linspace(1, 0, CANDIDATES + 1)
+    shares: dict[ConfidenceMeasure, float] = {}
+    for measure in MEASURES:
+        shares[measure] = sum(
+            _largest_share(sure[measure][e][tuning], agrees[e][tuning], max_disagreement) for e in agrees
+        )
+    measure = max(MEASURES, key=lambda name: shares[name])
+    thresholds = {}
+    each = 1 - (1 - confidence) / len(agrees)  # so that all of them hold at once (Bonferroni): any exit may be used
+    for exit_layer in agrees:
+        candidates = np.quantile(sure[measure][exit_layer][tuning], levels).tolist()
+        held, fits = sure[measure][exit_layer][~tuning], agrees[exit_layer][~tuning]
+        threshold = last_accepted(held, fits, candidates, max_disagreement, each)
+        if threshold is not None:
+            early = held >= threshold
+            wrong = float((early & ~fits).mean())
+            thresholds[exit_layer] = ThresholdSpec(
+                threshold=threshold, exit_share=float(early.mean()), disagreement=wrong
+            )
+    return ConfidenceSpec(
+        measure=measure,
+        max_disagreement=max_disagreement,
+        confidence=confidence,
+        text=text,
+        tokens=count,
+        thresholds=thresholds,
+    )
+
+
+def _refuse_bad_shares(max_disagreement: float, confidence: float) -> None:
+    for name, share in (("max_disagreement", max_disagreement), ("confidence", confidence)):
+        if not 0 < share < 1:
+            raise InputError(f"{name} = {share}: must be above 0 and below 1: write 2 % as 0.02")
+
+
+class Held(NamedTuple):
+    """What a threshold does on a text, as shares of all its tokens: how many exit early, and how many do so wrongly."""
+
+    exit_share: float
+    disagreement: float
+
+
+def held_out(
+    engine: Engine,
+    documents: Sequence[Sequence[int]],
+    spec: ConfidenceSpec,
+    progress: Callable[[float], None] = lambda done: None,
+) -> tuple[int, dict[int, Held]]:
+    """What thresholds do on text that they were not learned from: its tokens, and exit → shares of them.
+
+    Args:
+        engine: of the bundle.
+        documents: tokens of text.
+        spec: measure and thresholds.
+        progress: told which share of the text was seen.
+
+    Raises:
+        InputError: too little text.
+    """
+    sure, agrees = compare_exits(engine, documents, progress)
+    count = len(next(iter(agrees.values())))
+    if count < MIN_TOKENS:
+        raise InputError(f"{count} tokens to check on: give {MIN_TOKENS} or more, thousands are better")
+    found = {}
+    for exit_layer, known in spec.thresholds.items():
+        early = sure[spec.measure][exit_layer] >= known.threshold
+        found[exit_layer] = Held(float(early.mean()), float((early & ~agrees[exit_layer]).mean()))
+    return count, found
+
+
+def _largest_share(sure: npt.NDArray[np.float64], agrees: npt.NDArray[np.bool_], most: float) -> float:
+    """Largest share of tokens that can exit with at most ``most`` of all tokens wrong, as seen."""
+    order = np.argsort(-sure, kind="stable")
+    wrong = np.cumsum(~agrees[order]) / len(sure)
+    return float((wrong <= most).sum() / len(sure))
+
+
+def compare_exits(
+    engine: Engine, documents: Sequence[Sequence[int]], progress: Callable[[float], None] = lambda done: None
+) -> Compared:
+    """Run every exit over documents of tokens; ``progress`` is told which share was seen."""
+    exits = engine.exit_layers
+    sure: dict[ConfidenceMeasure, dict[int, list[npt.NDArray[np.float64]]]] = {
+        measure: {e: [] for e in exits[:-1]} for measure in MEASURES
+    }
+    agrees: dict[int, list[npt.NDArray[np.bool_]]] = {e: [] for e in exits[:-1]}
+    for number, document in enumerate(documents):
+        sequence = engine.new_sequence(max_length=max(len(document), 1))
+        for start in range(0, len(document), _CHUNK):
+            rows = list(document[start : start + _CHUNK])
+            # the full depth first, so that shallower exits find their stages done
+            wanted = sequence.advance(exits[-1], rows, num_logits=len(rows))[0].argmax(-1)
+            for exit_layer in exits[:-1]:
+                logits = sequence.advance(exit_layer, [], num_logits=len(rows))[0]
+                agrees[exit_layer].append(logits.argmax(-1) == wanted)
+                for measure in MEASURES:
+                    sure[measure][exit_layer].append(measured(logits, measure))
+        progress((number + 1) / len(documents))
+    joined = {m: {e: np.concatenate(parts) for e, parts in by_exit.items() if parts} for m, by_exit in sure.items()}
+    return Compared(joined, {e: np.concatenate(parts) if parts else np.zeros(0, bool) for e, parts in agrees.items()})
