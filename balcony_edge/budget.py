@@ -68,11 +68,9 @@ _ALLOWED = {
     "cpu_utilization": (_SHARE, "write 80 % as 0.8"),
     "battery_floor_percent": ("must be above 0 and below 100", "give percent, e.g. 20"),
     "memory_mb": (_POSITIVE, "give megabytes of this process's own memory"),
-    "speculate": ("must be true or false", "give true to let a shallow exit draft what the full depth checks"),
-    "confident": ("must be true or false", "give true to let sure tokens exit early, after `balcony-edge calibrate`"),
-    "lossless": (
-        "must be true or false",
-        "give true for the full model's own tokens only, drafted where that is faster",
+    "policy": (
+        "must be 'plain', 'speculative', 'confident' or 'lossless'",
+        "give how a full-depth token is made, e.g. 'speculative' to let a shallow exit draft it",
     ),
     "priority": ("must be 'limits' or 'latency'", "give what wins where ceilings and latency cannot both be kept"),
     "dwell_tokens": ("must be a whole number, 0 or more", "give the tokens to stay before going deeper, e.g. 8"),
@@ -80,6 +78,12 @@ _ALLOWED = {
     "on_infeasible": ("must be 'shallowest', 'best_effort' or 'error'", "give one of the three"),
 }
 _LIST = "`balcony-edge budget schema` lists the keys"
+#: Keys of earlier versions, and what says the same now.
+_RENAMED = {
+    "speculate": 'policy = "speculative"',
+    "confident": 'policy = "confident"',
+    "lossless": 'policy = "lossless"',
+}
 
 
 class Budget(BaseModel):
@@ -118,15 +122,12 @@ class Budget(BaseModel):
     min_agreement: Share | None = None
     """No exit whose next token agrees with the full model's less often, in the bundle's evaluation (its worst text)."""
 
-    speculate: Annotated[bool, Field(strict=True)] = False
-    """Whether full-depth tokens may be drafted at a shallow exit and checked by the full depth in one pass, where measurement
-    says that this is faster: the same tokens (the same distribution where they are drawn), in bursts."""
-    lossless: Annotated[bool, Field(strict=True)] = False
-    """Only tokens of the full depth, with ``speculate``."""
-
-    confident: Annotated[bool, Field(strict=True)] = False
-    """Whether a token may be a shallow exit's where its balcony is sure enough, by the thresholds of `balcony-edge calibrate`,
-    and measurement says that this is faster: other tokens than the full depth's, as rarely as was promised there."""
+    policy: Literal["plain", "speculative", "confident", "lossless"] = "plain"
+    """How a full-depth token is made. ``plain``: by one step. ``speculative``: a shallow exit may draft several tokens that
+    the full depth checks in one pass, if measurement says that this is faster; the tokens stay the same (sampled ones keep
+    their distribution) and come in bursts. ``confident``: a shallow exit may give the token if its balcony is sure enough by
+    the thresholds of `balcony-edge calibrate`; it differs from the full depth's as rarely as was promised there.
+    ``lossless``: as ``speculative``, and no token of a shallower exit."""
 
     pacing: Annotated[bool, Field(strict=True)] = True
     """Whether tokens may be made to wait; without it only depth is there to hold ceilings."""
@@ -183,12 +184,10 @@ class Budget(BaseModel):
         if self.min_exit is not None and self.max_exit is not None and self.min_exit > self.max_exit:
             cure = "min_exit must not be above max_exit; lower the one or raise the other"
             raise _contradiction(self, "min_exit", "max_exit", cure)
-        if self.confident and (self.lossless or self.exit_layer is not None):
-            cure = "an early exit is another one; give one of the two"
-            raise _contradiction(self, "confident", "lossless" if self.lossless else "exit_layer", cure)
-        for key in ("exit_layer", "max_exit"):
-            if self.lossless and getattr(self, key) is not None:
-                raise _contradiction(self, "lossless", key, "only the full depth is lossless; give one of the two")
+        if self.policy != "plain" and self.exit_layer is not None:
+            raise _contradiction(self, "policy", "exit_layer", "a fixed exit makes every token; give one of the two")
+        if self.policy == "lossless" and self.max_exit is not None:
+            raise _contradiction(self, "policy", "max_exit", "only the full depth is lossless; give one of the two")
         ceiling_c, critical_c = self.temperature_c, self.critical_temperature_c
         if ceiling_c is not None and critical_c is not None and ceiling_c >= critical_c:
             cure = "the critical temperature must be above the ceiling; lower the one or raise the other"
@@ -242,13 +241,13 @@ class Budget(BaseModel):
 
     @property
     def speculates(self) -> bool:
-        """Whether drafting is allowed: then costs are needed, too."""
-        return self.speculate or self.lossless
+        """Whether tokens may be drafted."""
+        return self.policy in {"speculative", "lossless"}
 
     @property
     def needs_costs(self) -> bool:
         """Whether anything is weighed against what exits cost."""
-        return self.has_target or self.speculates or self.confident
+        return self.has_target or self.policy != "plain"
 
     @property
     def needs_sensors(self) -> bool:
@@ -296,7 +295,7 @@ class Budget(BaseModel):
         if self.exit_layer is not None:
             lowest = highest = self.exit_layer
         else:
-            lowest = exits[-1] if self.lossless else self.min_exit or 0
+            lowest = exits[-1] if self.policy == "lossless" else self.min_exit or 0
             highest = self.max_exit or exits[-1]
         allowed = tuple(exit_layer for exit_layer in exits if lowest <= exit_layer <= highest)
         if not allowed:
@@ -359,6 +358,8 @@ def _message(error: pydantic.ValidationError) -> str:
         return f"{key} = {_shown(first['input'])}: {allowed}; {cure}"
     if not key:
         return f"budget = {_shown(first['input'])}: must be a table of keys such as tpot_ms; {_LIST}"
+    if key in _RENAMED:
+        return f"{key} = {_shown(first['input'])}: this key is now {_RENAMED[key]}; write that instead"
     close = difflib.get_close_matches(key, _ALLOWED, n=1)
     cure = f"did you mean {close[0]}?" if close else f"remove it; {_LIST}"
     return f"{_shown(key)[1:-1]} = {_shown(first['input'])}: no such key; {cure}"

@@ -32,7 +32,7 @@ from benchmarks.rounds import cpu_name
 
 TOKENS, STRETCH, SHALLOW_TOKENS = 128, 16, 6
 #: Budgets of the stretches of a reply; all of them ask for the full depth's tokens.
-BUDGETS = (Budget(lossless=True), Budget(), Budget(lossless=True, tpot_ms=1000.0))
+BUDGETS = (Budget(policy="lossless"), Budget(), Budget(policy="lossless", tpot_ms=1000.0))
 
 
 def spoilt_and_speculated(llm: LLM, prompt: list[int], turn: int) -> tuple[list[int], int]:

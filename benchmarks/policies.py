@@ -123,13 +123,13 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[fl
         "plain": Policy(Budget(), costs),
         **{f"exit {exit_layer}": Policy(Budget(exit_layer=exit_layer), costs) for exit_layer in exits[:-1]},
         "budgeted": Policy(Budget(tpot_ms=(deep_ms + below_ms) / 2, probability=0.5), costs),
-        "speculative, auto": Policy(Budget(lossless=True), costs),
-        "speculative, forced": Policy(Budget(lossless=True), free),
+        "speculative, auto": Policy(Budget(policy="lossless"), costs),
+        "speculative, forced": Policy(Budget(policy="lossless"), free),
     }
     for promise, spec in thresholds.items():
-        policies[f"confident {promise:.0%}, forced"] = Policy(Budget(confident=True), free, spec)
+        policies[f"confident {promise:.0%}, forced"] = Policy(Budget(policy="confident"), free, spec)
     if thresholds:
-        policies["confident, auto"] = Policy(Budget(confident=True), costs, next(iter(thresholds.values())))
+        policies["confident, auto"] = Policy(Budget(policy="confident"), costs, next(iter(thresholds.values())))
     samples = interleave({name: partial(_run, llm, policy, prompts) for name, policy in policies.items()}, rounds)
     plain = samples["plain"]
     found = {}

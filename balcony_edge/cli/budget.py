@@ -73,11 +73,13 @@ def _meaning(budget: Budget) -> str:
     """What a budget asks for, in a sentence."""
     if budget.exit_layer is not None:
         return f"asks for exit {budget.exit_layer} at every token"
-    if budget.lossless:
+    if budget.policy == "lossless":
         return "asks for the full model's own tokens, drafted at a shallow exit where that is faster"
     if budget.has_target:
         return "asks for the deepest exit that meets every target and ceiling"
     depth = "full depth" if budget.max_exit is None else "the deepest exit that its bounds leave"
-    drafted = ", drafted at a shallow exit where that is faster" if budget.speculate else ""
-    early = ", or a shallow exit that is sure enough" if budget.confident else ""
-    return f"asks for {depth} at every token{drafted}{early}; no target and no ceiling"
+    ways = {
+        "speculative": ", drafted at a shallow exit where that is faster",
+        "confident": ", or a shallow exit that is sure enough",
+    }
+    return f"asks for {depth} at every token{ways.get(budget.policy, '')}; no target and no ceiling"

@@ -40,10 +40,10 @@ def run(
     exit_layer: Annotated[int | None, typer.Option("--exit", help="Always this exit.")] = None,
     budget: Annotated[Path | None, typer.Option(help="Target file (profiles/*.toml).")] = None,
     policy: Annotated[
-        Literal["plain", "speculative", "confident"] | None,
+        Literal["plain", "speculative", "confident", "lossless"] | None,
         typer.Option(
-            help="Where it is measured to be faster: speculative: a shallow exit drafts full-depth tokens; confident: sure "
-            "tokens exit early, by the thresholds of `balcony-edge calibrate`."
+            help="How full-depth tokens are made, where it is measured to be faster: drafted at a shallow exit (speculative; "
+            "lossless: full-depth tokens only), or by a shallow exit that is sure (confident, after `balcony-edge calibrate`)."
         ),
     ] = None,
     profile: Annotated[
@@ -122,7 +122,7 @@ def run(
                 else show_stream(stream, plain)
             )
         reply = stream.reply
-        quality = {str(e): seen._asdict() for e, seen in llm.quality.items()} if asked.confident else None
+        quality = {str(e): seen._asdict() for e, seen in llm.quality.items()} if asked.policy == "confident" else None
         if as_json:
             tokens = [token.to_dict() for token in reply.tokens]
             print(json.dumps({**summary(reply), "quality": quality, "text": reply.text, "tokens": tokens}))  # noqa: T201 - for programs
@@ -200,13 +200,12 @@ def _budget(tpot_ms: float | None, exit_layer: int | None, path: Path | None, po
     asked = Budget(tpot_ms=tpot_ms, exit_layer=exit_layer) if path is None else load_budget(path)
     if policy is None:
         return asked
-    if policy == "plain" and asked.lossless:
-        raise BudgetError(f"{path}: lossless = true drafts tokens, and --policy plain does not: leave one of them out")
-    if policy == "speculative" and asked.exit_layer is not None:
+    if asked.policy not in {"plain", policy}:
+        raise BudgetError(f"{path}: policy = {asked.policy!r} with --policy {policy}: give one of the two")
+    if asked.exit_layer is not None and policy != "plain":
         given = "--exit" if path is None else f"{path}: exit_layer"
-        raise BudgetError(f"{given} with --policy speculative: a fixed exit drafts nothing; leave one of them out")
-    chosen = {"speculate": policy == "speculative", "confident": policy == "confident"}
-    return Budget.model_validate(asked.model_dump(exclude_defaults=True) | chosen)
+        raise BudgetError(f"{given} with --policy {policy}: a fixed exit makes every token; give one of the two")
+    return Budget.model_validate(asked.model_dump(exclude_defaults=True) | {"policy": policy})
 
 
 def summary(reply: Reply) -> dict[str, Any]:

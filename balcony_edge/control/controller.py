@@ -54,6 +54,7 @@ from balcony_edge.control.decision import (
 )
 from balcony_edge.control.governor import CEILING_DWELL_S, PACE_MARGIN, TICK_S, Demand, Governor, govern, least_pace_tps
 from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
+from balcony_edge.control.step_prices import StepPrices
 from balcony_edge.device.costs import CostModel
 
 #: The first step at a new exit runs its backlog, whose price per row is the least certain: it weighs a quarter.
@@ -70,8 +71,6 @@ KNOWN_VARIANCE = 0.05**2
 #: Deviation of the slowdown from which on the whole hysteresis is kept free, and the least share of it that is: a settled
 #: filter is at 0.012 (noise of 2 %), and 1.10 of the full depth's own time would leave 5 % free at none.
 UNSURE, LEAST_HYSTERESIS = 0.02, 0.4
-#: Rows of context after which steady prices are computed again: attention over 16 keys is microseconds.
-CONTEXT_STEP = 16
 
 
 class ControllerState(NamedTuple):
@@ -110,39 +109,56 @@ class ControllerState(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What follows from a budget alone."""
+    """What follows from a budget alone.
+
+    Attributes:
+        budget: the budget.
+        lowest, highest: indices of the exits that it allows.
+        quantile: deviations above the mean that hold the asked probability.
+        tpot_ms: target for the gap; infinite without one.
+        log_tpot: logarithm of it.
+        governed: whether there are ceilings that only sensors can see.
+        gap_only: whether ``tpot_ms`` is the only target.
+        stayed: reason for staying at the deepest exit, in words.
+        fixed: decision for a budget without targets (the same object on every call), or None if there are targets.
+    """
 
     budget: Budget
     lowest: int
     highest: int
     quantile: float
-    tpot_ms: float  # infinite without a target
+    tpot_ms: float
     log_tpot: float
     governed: bool
-    gap_only: bool  # whether tpot_ms is all that is asked for
-    stayed: tuple[object, ...]  # why the deepest exit is kept, in words
-    decision: Decision | None  # the only one that there is, where nothing asks for anything
+    gap_only: bool
+    stayed: tuple[object, ...]
+    fixed: Decision | None
 
 
-class _Steady(NamedTuple):
-    """Prices of one row everywhere, of ``step`` × ``CONTEXT_STEP`` rows of context on."""
+class _Scene(NamedTuple):
+    """What one decision weighs: prices per exit index, and the deepest index that the slow loop leaves."""
 
-    step: int
-    shared_ms: float
-    stages_ms: list[float]
-    balconies_ms: list[float]
-    exits_ms: list[float]
+    plan: _Plan
+    state: ControllerState
+    seen: Observation
+    slowdown: Slowdown
+    now_ms: list[float]
+    steady_ms: list[float]
+    highest: int
+
+    @property
+    def deviation(self) -> float:
+        """Deviation of the logarithm of a step's time."""
+        return math.sqrt(self.slowdown.variance + self.slowdown.noise_variance)
 
 
 class Controller:
     """Decides over one cost model. It holds no state: every sequence carries its own :class:`ControllerState`."""
 
     def __init__(self, costs: CostModel) -> None:
-        self._costs = costs
+        self._costs, self._prices = costs, StepPrices(costs)
         self._index = {exit_layer: index for index, exit_layer in enumerate(costs.exits)}
-        self._ones = (1,) * len(costs.exits)
-        self._steady = self._steady_prices(0)
-        self._plan = self._planned(Budget())
+        self._last_plan = self._planned(Budget())
 
     def decide(self, state: ControllerState, observation: Observation) -> tuple[ControllerState, Decision]:
         """Choose the exit of the next token.
@@ -150,104 +166,115 @@ class Controller:
         Raises:
             BudgetError: the budget allows none of the exits (``Budget.for_bundle`` says so beforehand).
         """
-        decision = self.settled(observation.budget)
-        if decision is None:
-            return self._weighed(self._plan, state, observation)
+        seen, plan = observation, self._plan(observation.budget)
+        current = None if state.exit_layer is None else self._index.get(state.exit_layer)
+        up_to_date = current is not None and seen.stage_rows[current] == seen.balcony_rows[current] == 1
+        if plan.fixed is not None or (up_to_date and seen.made_tokens):
+            found = self.shortcut(seen.budget, state, seen.context_length, seen.last)
+            if found is not None:
+                return found
+        return self._weighed(plan, state, seen, current)
+
+    def shortcut(
+        self, budget: Budget, state: ControllerState, context_length: int, last: Measurement | None
+    ) -> tuple[ControllerState, Decision] | None:
+        """What :meth:`decide` gives where there is nothing to weigh; None where there is.
+
+        There is nothing to weigh in two cases: the budget has no target, or ``tpot_ms`` is its only target and the deepest
+        allowed exit produced the previous token and still fits. The caller must check that this exit has no backlog.
+        """
+        plan = self._plan(budget)
+        if plan.fixed is None:
+            return self._stayed(plan, state, context_length, last)
+        if state[:4] == (plan.fixed.exit_layer, 1, False, math.inf) and state.recovery.goal is None:
+            return state, plan.fixed  # the state is what it was after the token before
         after = state._replace(
-            exit_layer=decision.exit_layer,
+            exit_layer=plan.fixed.exit_layer,
             tokens_since_switch=1,
             catching_up=False,
             tpot_ms=math.inf,
             recovery=state.recovery.towards(None),
         )
-        return after, decision
+        return after, plan.fixed
 
-    def settled(self, budget: Budget) -> Decision | None:
-        """The only decision that there is where a budget has no target, the same object at every call; None where it has."""
-        if self._plan.budget is not budget:
-            self._plan = self._planned(budget)
-        return self._plan.decision
-
-    def stays(
-        self, budget: Budget, state: ControllerState, context_length: int, last: Measurement | None
+    def _stayed(
+        self, plan: _Plan, state: ControllerState, context_length: int, last: Measurement | None
     ) -> tuple[ControllerState, Decision] | None:
-        """What :meth:`decide` says in the commonest case, in fewer steps; None where it has to weigh.
-
-        It is the case where a gap is all that is asked for, and the deepest exit that is allowed took the token before, has
-        nothing pending and still fits. The caller knows the second but last.
-        """
-        plan = self._plan
-        if plan.budget is not budget:
-            plan = self._plan = self._planned(budget)
+        """The second case of :meth:`shortcut`."""
         chosen, exits = plan.highest, self._costs.exits
         if not plan.gap_only or state.exit_layer != exits[chosen]:
             return None
         slowdown, words = self._learn(state, last)
-        price_ms = self._steady_at(context_length).exits_ms[chosen]
+        price_ms = self._prices.steady_ms(context_length)[chosen]
         log_slowdown = slowdown.mean + slowdown.offsets[chosen]
         deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
         if price_ms > math.exp(plan.log_tpot - log_slowdown - plan.quantile * deviation):
             return None
         predicted_ms = price_ms * math.exp(log_slowdown)
-        probability = _probability(plan.tpot_ms, predicted_ms, deviation)
+        recovery = state.recovery.counted(last, state.tpot_ms, plan.budget.probability, state.tokens_since_switch)
         after = ControllerState(
-            exits[chosen],
-            state.tokens_since_switch + 1,
-            False,
-            plan.tpot_ms,
-            slowdown,
-            state.governor,
-            state.switched_s,
-            state.recovery.counted(last, state.tpot_ms, budget.probability, state.tokens_since_switch).towards(None),
+            exit_layer=exits[chosen],
+            tokens_since_switch=state.tokens_since_switch + 1,
+            catching_up=False,
+            tpot_ms=plan.tpot_ms,
+            slowdown=slowdown,
+            governor=state.governor,
+            switched_s=state.switched_s,
+            recovery=recovery.towards(None),
         )
-        words = plan.stayed + words
-        return after, Decision(exits[chosen], predicted_ms, price_ms, probability, False, None, 0.0, 0.0, words)
+        return after, Decision(
+            exit_layer=exits[chosen],
+            predicted_ms=predicted_ms,
+            price_ms=price_ms,
+            probability=_probability(plan.tpot_ms, predicted_ms, deviation),
+            words=plan.stayed + words,
+        )
+
+    def _plan(self, budget: Budget) -> _Plan:
+        if self._last_plan.budget is not budget:
+            self._last_plan = self._planned(budget)
+        return self._last_plan
 
     def _planned(self, budget: Budget) -> _Plan:
         exits = self._costs.exits
         allowed = budget.allowed_exits(exits)
         lowest, highest = self._index[allowed[0]], self._index[allowed[-1]]
-        decision = None
+        fixed = None
         if not budget.has_target:
             why = "fixed exit" if budget.exit_layer is not None else "deepest allowed exit, no target"
-            decision = Decision(exits[highest], 0.0, 0.0, 1.0, False, None, 0.0, 0.0, (why,))
+            fixed = Decision(exit_layer=exits[highest], words=(why,))
         tpot_ms, governed = budget.tpot_ms or math.inf, budget.needs_sensors
         others = governed or budget.max_pace_tps is not None or budget.deadline_s is not None
         return _Plan(
-            budget,
-            lowest,
-            highest,
-            _quantile(budget.probability),
-            tpot_ms,
-            math.log(tpot_ms),
-            governed,
-            budget.tpot_ms is not None and not others,
-            (Stayed(budget),),
-            decision,
+            budget=budget,
+            lowest=lowest,
+            highest=highest,
+            quantile=_quantile(budget.probability),
+            tpot_ms=tpot_ms,
+            log_tpot=math.log(tpot_ms),
+            governed=governed,
+            gap_only=budget.tpot_ms is not None and not others,
+            stayed=(Stayed(budget),),
+            fixed=fixed,
         )
 
-    def _weighed(self, plan: _Plan, state: ControllerState, seen: Observation) -> tuple[ControllerState, Decision]:
+    def _weighed(
+        self, plan: _Plan, state: ControllerState, seen: Observation, current: int | None
+    ) -> tuple[ControllerState, Decision]:
         budget, exits = plan.budget, self._costs.exits
-        current = None if state.exit_layer is None else self._index.get(state.exit_layer)
-        if current is not None and seen.made_tokens and seen.stage_rows[current] == seen.balcony_rows[current] == 1:
-            stayed = self.stays(budget, state, seen.context_length, seen.last)
-            if stayed is not None:
-                return stayed
-        slowdown, words = self._learn(state, seen.last)
-        now_ms, steady_ms = self._prices(seen)
+        slowdown, remarks = self._learn(state, seen.last)
+        steady_ms = self._prices.steady_ms(seen.context_length)
+        now_ms = self._prices.now_ms(seen.context_length, seen.stage_rows, seen.balcony_rows)
         governor, highest = state.governor, plan.highest
         if plan.governed:
             if seen.now_s - governor.ticked_s >= TICK_S or seen.now_s < governor.ticked_s:
                 governor = self._tick(plan, governor, slowdown, steady_ms, seen)
             highest = max(min(highest, governor.ceiling), plan.lowest)
-        deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
-        outlook = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest)
+        scene = _Scene(plan, state, seen, slowdown, now_ms, steady_ms, highest)
+        outlook = self._outlook(scene)
         held = current if current is not None and plan.lowest <= current <= highest else None
         chosen = outlook.choose(held, _otherwise(seen))
-        best = outlook
-        if seen.deadline_runs and not outlook.fits(chosen):  # a load that has not begun makes nothing infeasible
-            best = self._outlook(plan, state, seen, slowdown, deviation, now_ms, steady_ms, highest, unseen=0.0)
-        infeasible = not outlook.fits(chosen) and not self._within_reach(best, plan, slowdown, deviation)
+        infeasible = not outlook.fits(chosen) and not self._within_reach(scene, outlook)
         at_the_deepest = state.tokens_since_switch if current == plan.highest else 0
         recovery = state.recovery.counted(seen.last, state.tpot_ms, budget.probability, at_the_deepest)
         way = None
@@ -256,68 +283,58 @@ class Controller:
             present = None if recovery.goal is None else current
             way = way_back(self._costs, outlook, seen, chosen, present, credit, may_sprint=not recovery.wait)
         chosen, goal, sprint, catch_up, chunk_ms = way or Way(chosen, chosen)
+        offset_index = chosen if catch_up is None else -1
         price_ms = now_ms[chosen] + chunk_ms
-        offset = slowdown.offsets[chosen if catch_up is None else -1]
-        predicted_ms = price_ms * math.exp(slowdown.mean + offset)
-        limit_ms = outlook.room_ms[chosen if catch_up is None else -1] * math.exp(plan.quantile * deviation)
-        probability = _probability(limit_ms, price_ms, deviation)
+        factor = math.exp(slowdown.mean + slowdown.offsets[offset_index])
+        limit_ms = outlook.room_ms[offset_index] * math.exp(plan.quantile * scene.deviation)
         if way is not None:
-            words = (way.words(exits), *words)
+            why: object = way.words(exits)
         elif infeasible:
             which = "shallowest" if chosen == plan.lowest else "closest"
-            factor = math.exp(slowdown.mean + offset)
             expected = expected_words(seen, now_ms[chosen] * factor, steady_ms[chosen] * factor)
-            words = (f"infeasible: {expected} at the {which} exit", *words)
+            why = f"infeasible: {expected} at the {which} exit"
         else:
-            words = (Because(outlook, exits, chosen, current, seen), *words)
-        period_ms, idle_ms = self._pace(plan, governor, seen, predicted_ms)
-        if plan.governed:
-            words = (*words, *device_words(governor, plan.budget, period_ms))
-            infeasible = infeasible or bool(governor.infeasible)
+            why = Because(outlook, exits, chosen, current, seen)
+        period_ms, idle_ms = self._pace(plan, governor, seen, price_ms * factor)
+        device = device_words(governor, budget, period_ms) if plan.governed else ()
         stays = chosen == current or current is None  # the first choice is no switch: nothing has to dwell
         after = ControllerState(
-            exits[chosen],
-            state.tokens_since_switch + 1 if stays else 1,
-            catch_up is not None,
-            plan.tpot_ms,
-            slowdown,
-            governor,
-            state.switched_s if stays else seen.now_s,
-            recovery.towards(exits[goal] if sprint else None),
+            exit_layer=exits[chosen],
+            tokens_since_switch=state.tokens_since_switch + 1 if stays else 1,
+            catching_up=catch_up is not None,
+            tpot_ms=plan.tpot_ms,
+            slowdown=slowdown,
+            governor=governor,
+            switched_s=state.switched_s if stays else seen.now_s,
+            recovery=recovery.towards(exits[goal] if sprint else None),
         )
         return after, Decision(
-            exits[chosen],
-            predicted_ms,
-            price_ms,
-            probability,
-            infeasible,
-            catch_up,
-            period_ms,
-            idle_ms,
-            words,
+            exit_layer=exits[chosen],
+            predicted_ms=price_ms * factor,
+            price_ms=price_ms,
+            probability=_probability(limit_ms, price_ms, scene.deviation),
+            infeasible=infeasible or (plan.governed and bool(governor.infeasible)),
+            catch_up=catch_up,
+            period_ms=period_ms,
+            idle_ms=idle_ms,
+            words=(why, *remarks, *device),
             stops=plan.governed and governor.critical(budget),
             unseen=plan.governed and bool(governor.unseen(budget)),
         )
 
-    def _within_reach(self, outlook: Outlook, plan: _Plan, slowdown: Slowdown, deviation: float) -> bool:
+    def _within_reach(self, scene: _Scene, outlook: Outlook) -> bool:
         """Whether some exit would hold the targets but for its backlog, with luck as long as the slowdown is not known."""
-        luck = 1.0
+        slowdown, luck = scene.slowdown, 1.0
+        if scene.seen.deadline_runs:  # a load that has not begun makes nothing infeasible
+            outlook = self._outlook(scene, unseen=0.0)
         if slowdown.variance > KNOWN_VARIANCE:
-            luck = math.exp(plan.quantile * max(deviation - math.sqrt(NOISE_FLOOR), 0.0))
-        return any(outlook.holds(index, luck) for index in range(plan.lowest, outlook.highest + 1))
+            luck = math.exp(scene.plan.quantile * max(scene.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        return any(outlook.holds(index, luck) for index in range(scene.plan.lowest, outlook.highest + 1))
 
-    def _outlook(
-        self,
-        plan: _Plan,
-        state: ControllerState,
-        seen: Observation,
-        slowdown: Slowdown,
-        deviation: float,
-        now_ms: list[float],
-        steady_ms: list[float],
-        highest: int,
-        unseen: float = UNSEEN_LOAD,
-    ) -> Outlook:
+    def _outlook(self, scene: _Scene, unseen: float = UNSEEN_LOAD) -> Outlook:
+        """Room at every exit; ``unseen`` is the share of a deadline's rest to keep for a load that has not begun."""
+        plan, state, seen, slowdown, now_ms, steady_ms, highest = scene
+        deviation = scene.deviation
         budget, first = plan.budget, seen.made_tokens == 0
         free = 1 - budget.hysteresis * min(max(math.sqrt(slowdown.variance) / UNSURE, LEAST_HYSTERESIS), 1.0)
         may_rise = state.tokens_since_switch >= budget.dwell_tokens
@@ -363,7 +380,7 @@ class Controller:
         """
         left_ms, remaining = 1000 * seen.left_s, seen.remaining
         middle = seen.context_length + remaining // 2
-        steady_ms = self._costs.steps_ms(self._ones, self._ones, middle)
+        steady_ms = self._prices.exact_ms(middle)
         mean = max(slowdown.ratio_mean, slowdown.factor, 1e-6)
         spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + unseen * remaining
         margin_ms = plan.quantile * spread * steady_ms[plan.lowest]
@@ -417,39 +434,11 @@ class Controller:
             period_ms = max(period_ms, slow_ms)
         return period_ms, max(share * period_ms - predicted_ms, 0.0)
 
-    def _steady_prices(self, context: int) -> _Steady:
-        costs = self._costs
-        return _Steady(
-            context // CONTEXT_STEP,
-            costs.overhead_ms + costs.head.pass_ms(1, context),
-            [unit.pass_ms(1, context) for unit in costs.stages],
-            [unit.pass_ms(1, context, 1) for unit in costs.balconies],
-            costs.steps_ms(self._ones, self._ones, context),
-        )
-
-    def _steady_at(self, context: int) -> _Steady:
-        """Prices of a context at most ``CONTEXT_STEP`` rows shorter."""
-        if context // CONTEXT_STEP != self._steady.step:
-            self._steady = self._steady_prices(context // CONTEXT_STEP * CONTEXT_STEP)
-        return self._steady
-
-    def _prices(self, seen: Observation) -> tuple[list[float], list[float]]:
-        """Prices per exit of the next step as it is, and without a backlog (those of a context a little shorter)."""
-        context, steady = seen.context_length, self._steady_at(seen.context_length)
-        costs, shared_ms, now_ms, bound = self._costs, steady.shared_ms, [], True
-        for index, (rows, kept) in enumerate(zip(seen.stage_rows, seen.balcony_rows, strict=True)):
-            bound = bound and rows == 1
-            shared_ms += steady.stages_ms[index] if rows == 1 else costs.stages[index].pass_ms(rows, context)
-            balcony_ms = steady.balconies_ms[index] if kept == 1 else costs.balconies[index].pass_ms(kept, context, 1)
-            price_ms = shared_ms + balcony_ms
-            now_ms.append(price_ms if bound and kept == 1 else price_ms + costs.switch_ms)
-        return now_ms, steady.exits_ms
-
     def _learn(self, state: ControllerState, last: Measurement | None) -> tuple[Slowdown, tuple[object, ...]]:
         """The filter after the last step, and a remark for the reason where its measurement is no use."""
         slowdown = state.slowdown
-        if len(slowdown.offsets) != len(self._ones) + 1:
-            slowdown = slowdown.for_exits(len(self._ones))
+        if len(slowdown.offsets) != len(self._costs.exits) + 1:
+            slowdown = slowdown.for_exits(len(self._costs.exits))
         if last is None:
             return slowdown, ()
         index = self._index.get(last.exit_layer)

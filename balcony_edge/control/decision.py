@@ -95,14 +95,14 @@ class Decision(NamedTuple):
     """
 
     exit_layer: int
-    predicted_ms: float
-    price_ms: float
-    probability: float
-    infeasible: bool
-    catch_up: CatchUp | None
-    period_ms: float
-    idle_ms: float
-    words: tuple[object, ...]
+    predicted_ms: float = 0.0
+    price_ms: float = 0.0
+    probability: float = 1.0
+    infeasible: bool = False
+    catch_up: CatchUp | None = None
+    period_ms: float = 0.0
+    idle_ms: float = 0.0
+    words: tuple[object, ...] = ()
     drafted: int = 0
     stops: bool = False
     unseen: bool = False

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.observed import hottest_c, newest, utilization, watts
+from balcony_edge.control.observed import hottest_c, newest, unseen, utilization, watts
 from balcony_edge.control.response import Load
 from balcony_edge.device.readings import Reading, Scope
 
@@ -127,42 +127,35 @@ def govern(before: Governor, demand: Demand) -> Governor:
     rested = (demand.begins and now_s - before.ticked_s > PAUSE_S) or now_s < before.ticked_s
     if rested:  # or another clock
         before = _rested(before)._replace(changed_s=min(before.changed_s, now_s - CEILING_DWELL_S))
-    lost: list[str] = []
-    shares: dict[str, float] = {}
-    before = _power(before, demand, shares, lost)
-    loads: dict[str, Load | None] = {"cpu": before.cpu, "gpu": before.gpu}
-    scopes: tuple[tuple[Scope, float | None], ...] = (("cpu", budget.cpu_utilization), ("gpu", budget.gpu_utilization))
-    for scope, limit in scopes:
-        if limit is None:
-            continue
-        sample = utilization(demand.readings, scope, now_s)
-        if sample is None:
-            lost.append(f"{scope}_utilization")
-            continue
-        load = (loads[scope] or Load(limit)).see(sample, now_s, demand.busy_s)
-        loads[scope] = load
-        shares[f"{scope}_utilization"] = load.share_within(limit * (1 - PACE_MARGIN / 2))
-    integral, critical = _temperature(before, demand, shares, lost)
-    cap, caps = _depth(demand, before.power, shares, lost)
+    before, power_share = _power(before, demand)
+    cpu, cpu_share = _utilized(before.cpu, demand, "cpu", budget.cpu_utilization)
+    gpu, gpu_share = _utilized(before.gpu, demand, "gpu", budget.gpu_utilization)
+    integral, critical_c, heat_share = _temperature(before, demand)
+    charge_left = _charge_left(demand)
+    cap, caps = _depth(demand, before.power, charge_left)
+    found = {
+        "power_w": power_share,
+        "cpu_utilization": cpu_share,
+        "gpu_utilization": gpu_share,
+        "temperature_c": heat_share,
+        # at the floor the pace falls as far as it may
+        "battery_floor_percent": LEAST_SHARE if charge_left is not None and charge_left <= 0 else None,
+    }
+    shares = {key: share for key, share in found.items() if share is not None}
     share = wanted = min([1.0, *shares.values()])
     # up by a tenth at a time, so that a reading that is too low lets no burst through; down by half: no gap is hung
     share = max(share if rested else min(max(share, before.share / 2), before.share + 0.1), LEAST_SHARE)
     binding = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
-    return _settle(
-        before._replace(
-            ticked_s=now_s,
-            cpu=loads["cpu"],
-            gpu=loads["gpu"],
-            integral=integral,
-            share=share,
-            lost=tuple(lost),
-            critical_c=critical,
-        ),
-        demand,
-        cap,
-        list(dict.fromkeys([*binding, *caps])),
-        hopeless=wanted <= 0,
+    after = before._replace(
+        ticked_s=now_s,
+        cpu=cpu,
+        gpu=gpu,
+        integral=integral,
+        share=share,
+        lost=unseen(budget, demand.readings, now_s),
+        critical_c=critical_c,
     )
+    return _settle(after, demand, cap, list(dict.fromkeys([*binding, *caps])), hopeless=wanted <= 0)
 
 
 def _rested(governor: Governor) -> Governor:
@@ -209,20 +202,19 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], ho
     return governor._replace(short_s=short_s, binding=tuple(binding), infeasible=(*(out if settled else ()), *at_once))
 
 
-def _power(before: Governor, demand: Demand, shares: dict[str, float], lost: list[str]) -> Governor:
-    """With what a reading says of power; adds the share that the ceiling allows."""
+def _power(before: Governor, demand: Demand) -> tuple[Governor, float | None]:
+    """What was learned of the power, and the share that ``power_w`` allows."""
     budget, now_s = demand.budget, demand.now_s
     if budget.power_w is None and budget.energy_j_per_token is None:
-        return before
+        return before, None
     sample = watts(demand.readings, budget.power_rail, now_s)
     if sample is None:
-        lost += [key for key in ("power_w", "energy_j_per_token") if getattr(budget, key) is not None]
-        return before
+        return before, None
     load = before.power if before.rail == budget.power_rail else None
     load = (load or Load(budget.power_w or max(sample.value, 1e-3))).see(sample, now_s, demand.busy_s)
     after = before._replace(power=load, rail=budget.power_rail)
     if budget.power_w is None:
-        return after
+        return after, None
     # what we draw now, as the filter has it: the gauge may be seconds late
     average_w = drawn_w = load.at(load.share(before.ticked_s, now_s))
     if math.isfinite(before.average_w) and math.isfinite(before.ticked_s):
@@ -231,25 +223,30 @@ def _power(before: Governor, demand: Demand, shares: dict[str, float], lost: lis
     # what the window's average has too much or too little is given back over the next one
     aim_w = budget.power_w * 0.99
     aim_w += min(max(0.5 * (aim_w - average_w), -0.1 * aim_w), 0.1 * aim_w)
-    shares["power_w"] = load.share_within(aim_w)
-    return after._replace(average_w=average_w)
+    return after._replace(average_w=average_w), load.share_within(aim_w)
 
 
-def _temperature(
-    before: Governor, demand: Demand, shares: dict[str, float], lost: list[str]
-) -> tuple[float, float | None]:
-    """Adds the share that the degrees allow; returns the integral, and the degrees where they are critical."""
+def _utilized(
+    before: Load | None, demand: Demand, scope: Scope, limit: float | None
+) -> tuple[Load | None, float | None]:
+    """What was learned of the use of CPUs or GPU, and the share that its ceiling allows."""
+    sample = None if limit is None else utilization(demand.readings, scope, demand.now_s)
+    if limit is None or sample is None:
+        return before, None
+    load = (before or Load(limit)).see(sample, demand.now_s, demand.busy_s)
+    return load, load.share_within(limit * (1 - PACE_MARGIN / 2))
+
+
+def _temperature(before: Governor, demand: Demand) -> tuple[float, float | None, float | None]:
+    """The integral, the degrees if they are critical, and the share that ``temperature_c`` allows."""
     limit_c, critical_c = demand.budget.temperature_c, demand.budget.critical_temperature_c
-    if limit_c is None and critical_c is None:
-        return before.integral, None
-    degrees_c = hottest_c(demand.readings, demand.now_s)
+    asked = limit_c is not None or critical_c is not None
+    degrees_c = hottest_c(demand.readings, demand.now_s) if asked else None
     if degrees_c is None:
-        asked = (("temperature_c", limit_c), ("critical_temperature_c", critical_c))
-        lost += [key for key, value in asked if value is not None]
-        return before.integral, None
+        return before.integral, None, None
     critical = degrees_c if critical_c is not None and degrees_c >= critical_c else None
     if limit_c is None:
-        return before.integral, critical
+        return before.integral, critical, None
     error = (limit_c - DEGREES_FREE - degrees_c) / DEGREES_PER_SHARE
     integral = before.integral
     span_s = demand.now_s - before.ticked_s
@@ -257,50 +254,53 @@ def _temperature(
     # anti-windup: it grows only while degrees, and nothing else, hold the share below 1
     if math.isfinite(span_s) and (error < 0 or (output < 1 and "temperature_c" in before.binding)):
         integral = min(max(integral + error * min(span_s, 1.0) / INTEGRAL_S, 0.0), 1.0)
-    shares["temperature_c"] = error + integral
-    return integral, critical
+    return integral, critical, error + integral
 
 
-def _depth(demand: Demand, power: Load | None, shares: dict[str, float], lost: list[str]) -> tuple[int, list[str]]:
-    """The deepest index that energy, charge and memory allow (below ``lowest`` where none is) and what caps it.
+def _depth(demand: Demand, power: Load | None, charge_left: float | None) -> tuple[int, list[str]]:
+    """The deepest index that charge, memory and energy allow (below ``lowest`` if there is none), and what caps it."""
+    caps = {
+        "battery_floor_percent": _on_a_ramp(demand, charge_left),
+        "memory_mb": _on_a_ramp(demand, _memory_left(demand)),
+        "energy_j_per_token": _affordable(demand, power),
+    }
+    found = {key: cap for key, cap in caps.items() if cap is not None}
+    return min([demand.highest, *found.values()]), list(found)
 
-    At the battery's floor the pace falls, too.
-    """
-    budget, lowest, highest = demand.budget, demand.lowest, demand.highest
-    cap, caps = highest, []
 
-    def ramp(key: str, room: float) -> None:
-        nonlocal cap
-        if room < 1:
-            caps.append(key)
-        index = highest if room >= 1 else lowest - 1 if room <= 0 else lowest + int(room * (highest - lowest + 1))
-        cap = min(cap, index)
+def _on_a_ramp(demand: Demand, room: float | None) -> int | None:
+    """The deepest index for a share of the room below a limit that is still free; None where all depth is allowed."""
+    if room is None or room >= 1:
+        return None
+    return demand.lowest - 1 if room <= 0 else demand.lowest + int(room * (demand.highest - demand.lowest + 1))
 
-    if budget.battery_floor_percent is not None:
-        charge = newest(demand.readings, "battery", "charge", demand.now_s, 1.0)
-        if charge is None:
-            lost.append("battery_floor_percent")
-        elif not charge.charging:
-            room = ((charge.charge or 0.0) - budget.battery_floor_percent / 100) / CHARGE_RAMP
-            ramp("battery_floor_percent", room)
-            if room <= 0:  # as slow as may be
-                shares["battery_floor_percent"] = LEAST_SHARE
-    if budget.memory_mb is not None:
-        memory = newest(demand.readings, "process", "memory_bytes", demand.now_s, math.inf)
-        if memory is None:
-            lost.append("memory_mb")
-        else:
-            used = (memory.memory_bytes or 0) / (budget.memory_mb * 1e6)
-            ramp("memory_mb", (1 - used) / MEMORY_RAMP)
-    if budget.energy_j_per_token is not None and power is not None and "energy_j_per_token" not in lost:
-        slowest_s = 0.0 if budget.max_pace_tps is None else 1 / budget.max_pace_tps
-        affordable = lowest - 1
-        for index in range(highest, lowest - 1, -1):
-            gap_s = max(demand.step_s[index], slowest_s)
-            if power.at(demand.step_s[index] / gap_s) * gap_s <= budget.energy_j_per_token:
-                affordable = index
-                break
-        if affordable < highest:
-            caps.append("energy_j_per_token")
-        cap = min(cap, affordable)
-    return cap, caps
+
+def _charge_left(demand: Demand) -> float | None:
+    """Charge above the floor, in ramps; None without a floor, a reading, or a need while charging."""
+    floor_percent = demand.budget.battery_floor_percent
+    reading = None if floor_percent is None else newest(demand.readings, "battery", "charge", demand.now_s, 1.0)
+    if floor_percent is None or reading is None or reading.charging:
+        return None
+    return ((reading.charge or 0.0) - floor_percent / 100) / CHARGE_RAMP
+
+
+def _memory_left(demand: Demand) -> float | None:
+    """Memory below the ceiling, in ramps; None without a ceiling or a reading."""
+    ceiling_mb = demand.budget.memory_mb
+    reading = None if ceiling_mb is None else newest(demand.readings, "process", "memory_bytes", demand.now_s, math.inf)
+    if ceiling_mb is None or reading is None:
+        return None
+    return (1 - (reading.memory_bytes or 0) / (ceiling_mb * 1e6)) / MEMORY_RAMP
+
+
+def _affordable(demand: Demand, power: Load | None) -> int | None:
+    """The deepest index whose tokens take no more energy than allowed; None where all are, or nothing measures power."""
+    budget, most_j = demand.budget, demand.budget.energy_j_per_token
+    if most_j is None or power is None or watts(demand.readings, budget.power_rail, demand.now_s) is None:
+        return None
+    slowest_s = 0.0 if budget.max_pace_tps is None else 1 / budget.max_pace_tps
+    for index in range(demand.highest, demand.lowest - 1, -1):
+        gap_s = max(demand.step_s[index], slowest_s)
+        if power.at(demand.step_s[index] / gap_s) * gap_s <= most_j:
+            return None if index == demand.highest else index
+    return demand.lowest - 1

@@ -4,9 +4,9 @@ Owns the estimate and nothing else: it knows no target, exit or clock. measured 
 filtered as in ALERT (Wan et al., USENIX ATC'20): a Kalman filter whose process noise follows its own corrections.
 Differences from it: the filter runs on the logarithm (a slowdown is a factor: its noise is the same share at every load,
 and it is never negative); one surprising sample is taken for an outlier, two in a row on the same side, or many smaller
-ones, for a change of load; the measurement noise is estimated too; and every exit, and catching up, has a learned offset,
-so that a profile that flatters one does not make it come and go. Beside the filter, which leaves outliers out, stand mean
-and variance of the plain ratio, which has them in: what many tokens will take together is their matter.
+ones, for a change of load; the measurement noise is also estimated; and every exit, and catching up, has a learned offset,
+so that the controller does not oscillate around an exit that the device profile makes look too cheap. The filter leaves
+outliers out. Mean and variance of the plain ratio include them: they say what many tokens take together.
 """
 
 from __future__ import annotations
@@ -89,102 +89,80 @@ class Slowdown(NamedTuple):
         return self._replace(offsets=(0.0,) * (count + 1), offset_variances=_resting_variances(count + 1))
 
     def update(self, index: int, log_ratio: float, noise_scale: float) -> Slowdown:
-        """After a step with the offset ``index``; ``noise_scale`` is how much noisier than usual the sample is."""
+        """After a step.
+
+        Args:
+            index: of the step's offset.
+            log_ratio: log(measured / predicted).
+            noise_scale: how many times noisier than usual the sample is.
+        """
         log_ratio = min(max(log_ratio, -LOG_SLOWDOWN_LIMIT), LOG_SLOWDOWN_LIMIT)
-        (
-            mean,
-            variance,
-            process_variance,
-            noise_variance,
-            offsets,
-            offset_variances,
-            surprise,
-            drift,
-            age,
-            ratio_mean,
-            ratio_variance,
-            noise_rate,
-        ) = self
-        # mean and variance of the ratio itself, exponentially weighted (West 1979)
-        surplus = math.exp(log_ratio) - ratio_mean
-        step = RATIO_RATE * surplus
-        ratio_mean += step
-        ratio_variance = (1 - RATIO_RATE) * (ratio_variance + step * surplus)
-        offset_variance = offset_variances[index]
-        innovation = log_ratio - mean - offsets[index]
-        prior = variance + process_variance
-        noise = noise_variance * noise_scale
+        ratio_mean, ratio_variance = self._ratio(math.exp(log_ratio))
+        innovation = log_ratio - self.mean - self.offsets[index]
+        prior, offset_variance = self.variance + self.process_variance, self.offset_variances[index]
+        noise = self.noise_variance * noise_scale
         expected = prior + offset_variance + noise
         limit = SURPRISE**2 * expected
         side = 0 if innovation * innovation <= limit else 1 if innovation > 0 else -1
-        if side and side != surprise:  # an outlier until the next sample says the same
+        if side and side != self.surprise:  # an outlier until the next sample says the same
             sample = (limit - prior - offset_variance) / noise_scale
-            noise_variance += NOISE_RATE * (sample - noise_variance)
-            return Slowdown(
-                mean,
-                prior,
-                process_variance,
-                noise_variance,
-                offsets,
-                offset_variances,
-                side,
-                drift,
-                age,
-                ratio_mean,
-                ratio_variance,
-                noise_rate,
+            return self._replace(
+                variance=prior,
+                noise_variance=self.noise_variance + NOISE_RATE * (sample - self.noise_variance),
+                surprise=side,
+                ratio_mean=ratio_mean,
+                ratio_variance=ratio_variance,
             )
-        # bounded, so that one sample that is no outlier yet cannot tip it alone
-        drift = DRIFT_DECAY * drift + innovation / math.sqrt(expected)
+        # bounded, so that one sample that is not yet an outlier cannot tip it alone
+        drift = DRIFT_DECAY * self.drift + innovation / math.sqrt(expected)
         changed = bool(side) or abs(drift) > DRIFT_LIMIT
         if changed:  # what was known before counts for nothing
             prior = max(prior, innovation * innovation)
-            drift = 0.0
         total = prior + offset_variance + noise
         gain, offset_gain = prior / total, offset_variance / total
         correction = gain * innovation
         residual = (1 - gain - offset_gain) * innovation
         # With K the sum of the gains, E[residual²] = (1 - K) noise: K noise more is unbiased and not negative.
         sample = (residual * residual + (gain + offset_gain) * noise) / noise_scale
-        noise_variance = max(noise_variance + noise_rate * (sample - noise_variance), NOISE_FLOOR)
-        process_variance = (
-            PROCESS_VARIANCE
-            if changed
-            else max(PROCESS_VARIANCE, ADAPTATION * process_variance + (1 - ADAPTATION) * correction * correction)
-        )
-        index %= len(offsets)
-        offsets = (*offsets[:index], offsets[index] + offset_gain * innovation, *offsets[index + 1 :])
-        offset_variances = (
-            *offset_variances[:index],
-            (1 - offset_gain) * offset_variance,
-            *offset_variances[index + 1 :],
-        )
-        age += 1
-        if age == DECAY_TOKENS:
-            age, kept = 0, 1 - OFFSET_DECAY
-            offsets = tuple([offset * kept if i != index else offset for i, offset in enumerate(offsets)])
-            offset_variances = tuple(
-                [
-                    value if i == index else at_rest + (value - at_rest) * kept
-                    for i, (value, at_rest) in enumerate(
-                        zip(offset_variances, _resting_variances(len(offsets)), strict=True)
-                    )
-                ]
-            )
+        noise_variance = self.noise_variance + self.noise_rate * (sample - self.noise_variance)
+        process_variance = PROCESS_VARIANCE
+        if not changed:
+            adapted = ADAPTATION * self.process_variance + (1 - ADAPTATION) * correction * correction
+            process_variance = max(PROCESS_VARIANCE, adapted)
+        offsets, offset_variances = self._offsets_after(index % len(self.offsets), offset_gain, innovation)
         return Slowdown(
-            mean + correction,
-            (1 - gain) * prior,
-            process_variance,
-            noise_variance,
-            offsets,
-            offset_variances,
-            side,
-            drift,
-            age,
-            ratio_mean,
-            ratio_variance,
-            max(noise_rate / (1 + noise_rate), NOISE_RATE),
+            mean=self.mean + correction,
+            variance=(1 - gain) * prior,
+            process_variance=process_variance,
+            noise_variance=max(noise_variance, NOISE_FLOOR),
+            offsets=offsets,
+            offset_variances=offset_variances,
+            surprise=side,
+            drift=0.0 if changed else drift,
+            age=(self.age + 1) % DECAY_TOKENS,
+            ratio_mean=ratio_mean,
+            ratio_variance=ratio_variance,
+            noise_rate=max(self.noise_rate / (1 + self.noise_rate), NOISE_RATE),
         )
+
+    def _ratio(self, ratio: float) -> tuple[float, float]:
+        """Mean and variance of the plain ratio after one more, exponentially weighted (West 1979)."""
+        surplus = ratio - self.ratio_mean
+        step = RATIO_RATE * surplus
+        return self.ratio_mean + step, (1 - RATIO_RATE) * (self.ratio_variance + step * surplus)
+
+    def _offsets_after(self, index: int, gain: float, innovation: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Offsets and their variances after a step with one of them; every ``DECAY_TOKENS`` the others fade."""
+        offsets, variances = list(self.offsets), list(self.offset_variances)
+        if self.age + 1 == DECAY_TOKENS:
+            kept = 1 - OFFSET_DECAY
+            for other, at_rest in enumerate(_resting_variances(len(offsets))):
+                if other != index:
+                    offsets[other] *= kept
+                    variances[other] = at_rest + (variances[other] - at_rest) * kept
+        offsets[index] += gain * innovation
+        variances[index] *= 1 - gain
+        return tuple(offsets), tuple(variances)
 
 
 def _resting_variances(count: int) -> tuple[float, ...]:

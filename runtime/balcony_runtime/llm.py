@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import NamedTuple, Self, Unpack
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
-from balcony_runtime.decoding.loop import Learned, Step, Surroundings, steps
+from balcony_runtime.decoding.loop import Decoder, Environment, Learned
 from balcony_runtime.decoding.prices import calibrate
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams, log_probabilities
 from balcony_runtime.engine import Engine, EngineOptions, refuse_foreign, whole
@@ -124,9 +124,10 @@ class LLM:
     def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
         budget = parse_budget(value)
         resolved = budget.for_bundle(self._agreement)
-        if budget.confident and self.engine.manifest.confidence is None:
+        if budget.policy == "confident" and self.engine.manifest.confidence is None:
             raise BudgetError(
-                "confident = true: this bundle has no thresholds: measure them with `balcony-edge calibrate BUNDLE --text TEXT`"
+                "policy = 'confident': this bundle has no thresholds: measure them with "
+                "`balcony-edge calibrate BUNDLE --text TEXT`"
             )
         if budget.needs_costs:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
@@ -229,8 +230,8 @@ class LLM:
         ends = frozenset() if ignore_eos else frozenset(model.eos_token_ids)
         cancelled = threading.Event()
         watch = Watch()
-        tokens = self._tokens(sequence, ids, sampler, limit, StopStrings(stop), logprobs, ends, cancelled, trace, watch)
-        return TokenStream(tokens, len(ids), cancelled, watch)
+        asked = _Request(ids, limit, sampler, StopStrings(stop), logprobs, ends, trace)
+        return TokenStream(self._tokens(sequence, asked, cancelled, watch), len(ids), cancelled, watch)
 
     def generate(
         self,
@@ -287,7 +288,8 @@ class LLM:
         replies: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
         ends = frozenset(self.engine.manifest.model.eos_token_ids)
-        for _, step in zip(range(limit), self._steps(sequence, rows, sampler, threading.Event()), strict=False):
+        decoder = self._decoder(sequence, rows, sampler, threading.Event())
+        for _, step in zip(range(limit), decoder.steps(), strict=False):
             for member, token in enumerate(step.ids.tolist()):
                 ended[member] = ended[member] or token in ends
                 if not ended[member]:
@@ -352,33 +354,24 @@ class LLM:
         return room if max_new_tokens is None else min(max_new_tokens, room)
 
     def _tokens(
-        self,
-        sequence: TokenSequence,
-        ids: list[int],
-        sampler: Sampler,
-        limit: int,
-        stop: StopStrings,
-        logprobs: int | None,
-        ends: frozenset[int],
-        cancelled: threading.Event,
-        trace: TraceWriter | None,
-        watch: Watch,
+        self, sequence: TokenSequence, asked: _Request, cancelled: threading.Event, watch: Watch
     ) -> Iterator[Token]:
-        text = self._codec.stream()
-        sequence.rollback(_shared_prefix(sequence, ids))
-        prompt = np.array([ids[sequence.length :]], np.int64)
-        loop = self._steps(sequence, prompt, sampler, cancelled, trace, keep_logits=logprobs is not None)
-        for count in range(1, limit + 1):
+        text, stop = self._codec.stream(), asked.stop
+        sequence.rollback(_shared_prefix(sequence, asked.ids))
+        prompt = np.array([asked.ids[sequence.length :]], np.int64)
+        decoder = self._decoder(sequence, prompt, asked.sampler, cancelled, asked.trace, asked.logprobs is not None)
+        steps = decoder.steps()
+        for count in range(1, asked.limit + 1):
             if cancelled.is_set():
                 return
             try:
-                step = next(loop)
+                step = next(steps)
             except InfeasibleError:
                 watch.saw(time.monotonic(), self.readings() if self._resolved.needs_sensors else ())
                 raise
             watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
             token = int(step.ids[0])
-            finish: FinishReason | None = "stop" if token in ends else "length" if count == limit else None
+            finish: FinishReason | None = "stop" if token in asked.ends else "length" if count == asked.limit else None
             piece = "" if finish == "stop" else text.push(token)
             piece, hit = stop.push(piece + (text.flush() if finish is not None else ""))
             if hit:
@@ -386,8 +379,8 @@ class LLM:
             elif finish is not None:
                 piece += stop.flush()
             log_p, best = None, ()  # type: float | None, tuple[tuple[int, float], ...]
-            if logprobs is not None and step.logits is not None:
-                log_p, best = log_probabilities(step.logits[0], token, logprobs)
+            if asked.logprobs is not None and step.logits is not None:
+                log_p, best = log_probabilities(step.logits[0], token, asked.logprobs)
             decision = step.decision
             yield Token(
                 token,
@@ -406,21 +399,42 @@ class LLM:
             if finish is not None:
                 return
 
-    def _steps(
+    def _decoder(
         self,
         sequence: TokenSequence,
         prompt: IntArray,
         sampler: Sampler,
         cancelled: threading.Event,
         trace: TraceWriter | None = None,
-        *,
         keep_logits: bool = False,
-    ) -> Iterator[Step]:
+    ) -> Decoder:
         def budget_and_costs() -> tuple[Budget, CostModel | None]:
             return self._resolved, self._costs
 
-        around = Surroundings(budget_and_costs, self.readings, cancelled.wait, trace, self._learned, keep_logits)
-        return steps(sequence, prompt, sampler, self.exit_layers, around)
+        environment = Environment(budget_and_costs, self.readings, cancelled.wait, trace, self._learned, keep_logits)
+        return Decoder(sequence, prompt, sampler, environment)
+
+
+class _Request(NamedTuple):
+    """What one reply was asked to be, checked.
+
+    Attributes:
+        ids: tokens of the prompt.
+        limit: most tokens to make.
+        sampler: picks them.
+        stop: finds the strings that end the reply.
+        logprobs: likeliest tokens to report at each place; None without log-probabilities.
+        ends: tokens that end the reply.
+        trace: record of the run.
+    """
+
+    ids: list[int]
+    limit: int
+    sampler: Sampler
+    stop: StopStrings
+    logprobs: int | None
+    ends: frozenset[int]
+    trace: TraceWriter | None
 
 
 def _params(sampling: SamplingParams | None) -> SamplingParams:

@@ -117,7 +117,10 @@ def test_parsing_of_budget_words() -> None:
     budget = parse_command("tpot_ms=12.5 min_exit=3 on_infeasible=error")
     assert (budget.tpot_ms, budget.min_exit, budget.on_infeasible) == (12.5, 3, "error")
     assert parse_command("").tpot_ms is None
-    assert parse_command("tpot_ms=9 pacing=false").pacing is False and parse_command("lossless=true").lossless
+    assert (
+        parse_command("tpot_ms=9 pacing=false").pacing is False
+        and parse_command("policy=lossless").policy == "lossless"
+    )
     with pytest.raises(BudgetError, match="did you mean tpot_ms"):
         parse_command("tpot=3")
 

@@ -203,9 +203,16 @@ def test_budgets_and_prompts_that_cannot_be(exported: Path, tmp_path: Path) -> N
     refused("this bundle's context holds 256", "run", exported, "fox " * 400)
     refused("there is no such file", "run", exported, "hi", "--budget", tmp_path / "none.toml")
     refused("two budgets", "run", exported, "hi", "--budget", tmp_path / "none.toml", "--exit", "2")
-    (tmp_path / "l.toml").write_text("lossless = true\n")
+    (tmp_path / "l.toml").write_text('policy = "lossless"\n')
     refused(
-        "lossless = true drafts tokens", "run", exported, "hi", "--budget", tmp_path / "l.toml", "--policy", "plain"
+        "policy = 'lossless' with --policy plain",
+        "run",
+        exported,
+        "hi",
+        "--budget",
+        tmp_path / "l.toml",
+        "--policy",
+        "plain",
     )
     refused("max_new_tokens = 0", "run", exported, "hi", "-n", "0")
     refused("temperature = -1.0", "run", exported, "hi", "--temperature", "-1")

@@ -55,6 +55,8 @@ def test_exit_refused(key: str, bad: Any) -> None:
         ("hysteresis", math.nan, "at most 0.5"),
         ("on_infeasible", "best", "'shallowest', 'best_effort' or 'error'"),
         ("on_infeasible", None, "'shallowest', 'best_effort' or 'error'"),
+        ("policy", "fast", "'plain', 'speculative', 'confident' or 'lossless'"),
+        ("policy", True, "'plain', 'speculative', 'confident' or 'lossless'"),
         ("ttft_ms", 0, "a finite number above 0"),
         ("deadline_s", math.inf, "a finite number above 0"),
         ("expected_tokens", 2.5, "a whole number above 0"),
@@ -89,6 +91,14 @@ def test_unknown_key_names_the_keys_and_the_likely_one() -> None:
         Budget(tpot=12)  # type: ignore[call-arg]
     with pytest.raises(BudgetError, match=r": no such key; remove it; `balcony-edge budget schema` lists the keys$"):
         Budget(zzz=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("speculate", "speculative"), ("confident", "confident"), ("lossless", "lossless")]
+)
+def test_former_keys_name_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(BudgetError, match=f'^{old} = True: this key is now policy = "{new}"; write that instead$'):
+        Budget(**{old: True})
 
 
 def test_something_else_than_keys() -> None:

@@ -109,7 +109,7 @@ def test_any_state_and_observation_give_a_sound_decision() -> None:
 class _Weighing(Controller):
     """Without the short way."""
 
-    def stays(self, *_: Any) -> None:
+    def _stayed(self, *_: Any) -> None:
         return None
 
 
@@ -123,7 +123,7 @@ def test_the_short_way_says_what_weighing_says() -> None:
         seen = seen._replace(
             stage_rows=rows, balcony_rows=(*(1,) * (at + 1), *seen.balcony_rows[at + 1 :]), made_tokens=3
         )
-        short = controller.stays(seen.budget, state, seen.context_length, seen.last)
+        short = controller.shortcut(seen.budget, state, seen.context_length, seen.last)
         if short is None:
             continue
         stayed += 1

@@ -26,5 +26,5 @@ BUDGET = Budget(tpot_ms=160, temperature_c=78)
 def test_a_pace_below_the_target_does_not_claim_the_target(period_ms: float, reason: str) -> None:
     governor = Governor()._replace(binding=("temperature_c",) if period_ms else ())
     words = (Stayed(BUDGET), *device_words(governor, BUDGET, period_ms))
-    decision = Decision(30, 5.0, 5.0, 0.99, False, None, period_ms, 0.0, words)
+    decision = Decision(30, 5.0, 5.0, 0.99, period_ms=period_ms, words=words)
     assert decision.reason == reason

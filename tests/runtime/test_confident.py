@@ -136,17 +136,16 @@ def test_a_trial_keeps_the_budgets_bounds_and_pays_for_a_balcony_that_is_behind(
     unsure_ms = COSTS.steady_ms(2, 600) + COSTS.step_ms(5, (0, rows, rows), (1, 1, 1), 600)
     assert policy.plan(COSTS, 600, (500, 0, 0), EXITS, unsure_ms + 5.4) is not None
     assert policy.plan(COSTS, 600, (500, 0, 0), EXITS, unsure_ms + 5.2) is None
-    for keys in ({"lossless": True}, {"exit_layer": 5}):
-        with pytest.raises(BudgetError, match=r"confident = True with .*: an early exit is another one"):
-            Budget(confident=True, **keys)  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match="policy = 'confident' with exit_layer = 5: a fixed exit makes every token"):
+        Budget(policy="confident", exit_layer=5)
 
 
 def test_bounds_of_depth_hold_for_early_exits(calibrated: Path) -> None:
     with balcony_edge.load(calibrated) as llm:
         llm._costs = COSTS
-        llm.budget = Budget(confident=True, min_exit=3)
+        llm.budget = Budget(policy="confident", min_exit=3)
         assert {t.exit_layer for t in llm.stream("the quick brown fox", max_new_tokens=60, ignore_eos=True)} == {5}
-        llm.budget = Budget(confident=True)
+        llm.budget = Budget(policy="confident")
         tokens = list(llm.stream("the quick brown fox", max_new_tokens=60, ignore_eos=True))
         # an unsure token takes in the rows that early ones left, and none ever counts less than nothing
         assert min(token.caught_up_rows for token in tokens) == 0 < max(token.caught_up_rows for token in tokens)
@@ -186,7 +185,7 @@ def test_replies_are_the_exits_own_tokens(calibrated: Path) -> None:
     """Every token is the likeliest of the exit that it names, and unsure ones are the full depth's."""
     with balcony_edge.load(calibrated) as llm:
         llm._costs = COSTS
-        llm.budget = Budget(confident=True)
+        llm.budget = Budget(policy="confident")
         tokens = list(llm.stream("the quick brown fox", max_new_tokens=120, ignore_eos=True))
         exits = {token.exit_layer for token in tokens}
         assert exits == {2, 5}, "both happen"
@@ -223,7 +222,7 @@ def test_telemetry_counts_what_the_full_depth_would_have_said(
     monkeypatch.setattr("balcony_runtime.decoding.confident.RAISE", 0.0)
     with balcony_edge.load(calibrated) as llm:
         llm._costs = COSTS
-        llm.budget = Budget(confident=True)
+        llm.budget = Budget(policy="confident")
         prompt = llm.encode("the dog and the fox")
         tokens = list(llm.stream(prompt, max_new_tokens=100, ignore_eos=True))
         ids = [*prompt, *(token.id for token in tokens)]
@@ -268,7 +267,7 @@ def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:
 
 def test_a_bundle_without_thresholds_says_so(tiny: Any) -> None:
     with pytest.raises(BudgetError, match="this bundle has no thresholds: measure them with `balcony-edge calibrate"):
-        balcony_edge.load(tiny.path, budget=Budget(confident=True))
+        balcony_edge.load(tiny.path, budget=Budget(policy="confident"))
     with balcony_edge.load(tiny.path) as llm:
         assert llm.quality == {2: (0, 0), 3: (0, 0)}
 
@@ -283,7 +282,7 @@ def test_thresholds_are_outside_the_fingerprint(calibrated: Path, tiny: Any) -> 
 def test_a_trace_of_early_exits_replays(calibrated: Path, tmp_path: Path) -> None:
     with balcony_edge.load(calibrated) as llm:
         llm._costs = COSTS
-        llm.budget = Budget(confident=True)
+        llm.budget = Budget(policy="confident")
         with TraceWriter(tmp_path / "run.jsonl") as trace:
             exits = [token.exit_layer for token in llm.stream("a fox", max_new_tokens=60, ignore_eos=True, trace=trace)]
     assert set(exits) == {2, 5}

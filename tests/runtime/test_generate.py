@@ -23,8 +23,9 @@ from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError
 from balcony_runtime import llm as generate_module
 from balcony_runtime.decoding import loop as decode_module
+from balcony_runtime.decoding.loop import Decoder, Environment
 from balcony_runtime.decoding.prices import calibrate
-from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
 
 
@@ -275,9 +276,12 @@ def test_a_cancelled_wait_is_not_spent_on_backlog(llm: LLM) -> None:
     sequence.advance(2, [list(range(1, 200))])
     cancelled = threading.Event()
     cancelled.set()
-    decision = Decision(2, 1.0, 1.0, 1.0, False, None, 5000.0, 5000.0, ())
+    decision = Decision(2, 1.0, 1.0, period_ms=5000.0, idle_ms=5000.0)
     begin, waiting = time.perf_counter_ns(), sequence.pending_rows
-    assert waiting > 100 and decode_module._wait(sequence, decision, begin + 5 * 10**9, cancelled.wait) < 10**9
+    environment = Environment(lambda: (Budget(), None), sleep=cancelled.wait)
+    sampler = Sampler(SamplingParams(), np.zeros((1, 0), np.int64), 100)
+    decoder = Decoder(sequence, np.zeros((1, 1), np.int64), sampler, environment)
+    assert waiting > 100 and decoder._wait(decision, begin + 5 * 10**9) < 10**9
     assert sequence.pending_rows == waiting and time.perf_counter_ns() - begin < 10**9
 
 

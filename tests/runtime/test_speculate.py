@@ -56,7 +56,7 @@ def test_greedy_replies_are_the_full_depths(llm: LLM, sampling: SamplingParams) 
     drafted = 0
     for prompt in PROMPTS:
         wanted = plain(llm, prompt, 60, sampling=sampling)
-        llm.budget = Budget(lossless=True)
+        llm.budget = Budget(policy="lossless")
         tokens = list(llm.stream(prompt, max_new_tokens=60, ignore_eos=True, sampling=sampling))
         assert [token.id for token in tokens] == wanted
         assert {token.exit_layer for token in tokens} == {5}
@@ -71,13 +71,16 @@ def test_switches_budgets_and_a_continued_sequence_leave_it_exact(llm: LLM) -> N
     random = np.random.default_rng(4)
     history = PROMPTS[3]
     for _ in range(12):
-        llm.budget = [Budget(lossless=True), Budget(exit_layer=2), Budget(speculate=True, max_exit=3), Budget()][
-            int(random.integers(4))
-        ]
+        llm.budget = [
+            Budget(policy="lossless"),
+            Budget(exit_layer=2),
+            Budget(policy="speculative", max_exit=3),
+            Budget(),
+        ][int(random.integers(4))]
         count = int(random.integers(1, 12))
         stream = llm.stream(history, max_new_tokens=count, ignore_eos=True, sequence=sequence)
         history = [*history, *(token.id for token in stream)]
-        llm.budget = Budget(lossless=True)
+        llm.budget = Budget(policy="lossless")
         got = [t.id for t in llm.stream(history, max_new_tokens=6, ignore_eos=True, sequence=sequence)]
         assert got == plain(llm, history, 6)
 
@@ -109,7 +112,7 @@ def test_a_sampled_token_has_the_full_models_distribution() -> None:
 
 def test_sampled_replies_repeat_with_a_seed_and_use_rounds(llm: LLM) -> None:
     sampling = SamplingParams(temperature=1.0, top_p=0.95, seed=7)
-    llm.budget = Budget(lossless=True)
+    llm.budget = Budget(policy="lossless")
     first, second = (
         [
             (t.id, t.decision.drafted)
@@ -131,7 +134,7 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
     sampler = Sampler(SamplingParams(), np.array([prompt]), engine.manifest.model.vocab_size)
     made = [first]
     while len(made) < 10:
-        outcome = run_round(sequence, np.array([made[-1]]), sampler, EXITS, Round(3, 3, 1.0, 1.0))
+        outcome = run_round(sequence, np.array([made[-1]]), sampler, Round(3, 3, 1.0, 1.0))
         made += outcome.tokens
         assert sequence.length == len(prompt) + len(made) - 1  # the last token is not in the sequence yet
         assert 0 <= outcome.kept <= 3 and len(outcome.tokens) == outcome.kept + 1 == len(outcome.logits)
@@ -142,7 +145,7 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
 def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expensive = CostModel(EXITS, (UnitCost(9.0, 5.0),) * 3, (UnitCost(9.0, 5.0),) * 3, UnitCost(1.0, 1.0))
     monkeypatch.setattr("balcony_runtime.llm.calibrate", lambda engine: expensive)
-    with balcony_edge.load(tiny.path, budget=Budget(lossless=True)) as llm:
+    with balcony_edge.load(tiny.path, budget=Budget(policy="lossless")) as llm:
         tokens = list(llm.stream([1, 2, 3], max_new_tokens=200, ignore_eos=True))
         assert not any(token.decision.drafted for token in tokens)
     speculator = Speculator(EXITS, {2: 0.3, 3: None, 5: 1.0})
@@ -181,25 +184,25 @@ def test_the_choice_follows_acceptance_and_measured_times() -> None:
 
 
 def test_under_a_latency_target_a_round_must_fit_the_gap(llm: LLM) -> None:
-    llm.budget = Budget(speculate=True, tpot_ms=1e5)
+    llm.budget = Budget(policy="speculative", tpot_ms=1e5)
     tokens = list(llm.stream(PROMPTS[1], max_new_tokens=40, ignore_eos=True))
     assert any(token.decision.drafted for token in tokens)
-    llm.budget = Budget(speculate=True, tpot_ms=1.0)  # nothing deep fits: shallow steps, no rounds
+    llm.budget = Budget(policy="speculative", tpot_ms=1.0)  # nothing deep fits: shallow steps, no rounds
     tokens = list(llm.stream(PROMPTS[1], max_new_tokens=40, ignore_eos=True))
     assert not any(token.decision.drafted for token in tokens)
 
 
 def test_contradictions_and_depth() -> None:
-    with pytest.raises(BudgetError, match="lossless = True with exit_layer = 3: only the full depth is lossless"):
-        Budget(lossless=True, exit_layer=3)
-    with pytest.raises(BudgetError, match="lossless = True with max_exit = 3"):
-        Budget(lossless=True, max_exit=3)
-    assert Budget(lossless=True).allowed_exits(EXITS) == (5,)
-    assert Budget(lossless=True).speculates and Budget(speculate=True).speculates and not Budget().speculates
+    with pytest.raises(BudgetError, match="policy = 'lossless' with exit_layer = 3: a fixed exit makes every token"):
+        Budget(policy="lossless", exit_layer=3)
+    with pytest.raises(BudgetError, match="policy = 'lossless' with max_exit = 3: only the full depth is lossless"):
+        Budget(policy="lossless", max_exit=3)
+    assert Budget(policy="lossless").allowed_exits(EXITS) == (5,)
+    assert Budget(policy="lossless").speculates and Budget(policy="speculative").speculates and not Budget().speculates
 
 
 def test_a_trace_of_rounds_replays(llm: LLM, tmp_path: Path) -> None:
-    llm.budget = Budget(speculate=True, tpot_ms=1e5)
+    llm.budget = Budget(policy="speculative", tpot_ms=1e5)
     with TraceWriter(tmp_path / "t.jsonl") as trace:
         tokens = list(llm.stream(PROMPTS[2], max_new_tokens=30, ignore_eos=True, trace=trace))
     recorded = read_trace(tmp_path / "t.jsonl")

@@ -19,7 +19,8 @@ import numpy as np
 
 from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec
 from balcony_edge.device.costs import CostModel
-from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.backends.base import IntArray
+from balcony_runtime.decoding.policy import Made, Turn
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.decoding.speculate import PLAN_TOKENS, PROBE_TOKENS, WORTH
 from balcony_runtime.decoding.thresholds import binomial_tail, measured
@@ -150,39 +151,48 @@ def _counted(seen: Telemetry, agreed: bool) -> Telemetry:
     return Telemetry(seen.checked + 1, seen.disagreed + (not agreed))
 
 
-def run_trial(
-    sequence: Sequence, ids: IntArray, sampler: Sampler, trial: Trial, policy: Confident, early: dict[int, int]
-) -> tuple[IntArray, FloatArray, int, float]:
-    """One token: at the trial's exit where the balcony is sure, else at the full depth.
+class EarlyExits:
+    """Confidence exits in one reply: a :class:`Policy`.
 
     Args:
-        sequence: of one member.
-        ids: the token that is not in the sequence yet, (1,).
-        sampler: picks the token.
-        trial: where.
-        policy: learns from it.
-        early: place in the sequence → exit, of tokens that exited early and were not checked; kept by the caller, changed here.
-
-    Returns:
-        The token (1,), the logits it came from (1, V), the exit that gave it, and how sure the balcony was.
+        confident: choice and memory that all replies share.
     """
-    logits = sequence.step(trial.exit_layer, ids)
-    sure = float(measured(logits, policy.measure)[0])
-    exited = sure >= trial.threshold
-    policy.learn(trial.exit_layer, exited)
-    end = sequence.length
-    if exited:
-        early[end] = trial.exit_layer
-        return sampler.pick(logits), logits, trial.exit_layer, sure
-    # the last tokens in a row that are to be checked: a drawn token says nothing about the likeliest one
-    run = 0
-    while sampler.greedy and end - run - 1 in early:
-        run += 1
-    checked = policy.due(run)
-    rows = sequence.advance(sequence.exits[-1], [], num_logits=checked + 1)[0]  # (checked + 1, V)
-    # the row before a token's place is where the full depth would have said it
-    for place, said in zip(range(end - checked, end), rows[:-1].argmax(-1).tolist(), strict=True):
-        policy.check(early[place], said == int(sequence.tokens[0, place]))
-    early.clear()  # their rows have gone through the deeper stages now
-    last = np.ascontiguousarray(rows[-1:])
-    return sampler.pick(last), last, sequence.exits[-1], sure
+
+    def __init__(self, confident: Confident) -> None:
+        self._confident = confident
+        #: Place in the sequence → exit, of tokens that exited early and were not checked.
+        self._unchecked: dict[int, int] = {}
+
+    def attempt(self, turn: Turn) -> Made | None:
+        """One token: the trial's exit gives it if its balcony is sure, else the full depth. None without a trial."""
+        sequence, costs = turn.sequence, turn.costs
+        allowed = turn.budget.allowed_exits(costs.exits)
+        trial = self._confident.plan(costs, sequence.length, sequence.balcony_rows, allowed, turn.most_ms)
+        return None if trial is None else self._run(sequence, turn.ids, turn.sampler, trial)
+
+    def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
+        """Nothing: trials are weighed by prices alone."""
+
+    def _run(self, sequence: Sequence, ids: IntArray, sampler: Sampler, trial: Trial) -> Made:
+        policy, unchecked = self._confident, self._unchecked
+        logits = sequence.step(trial.exit_layer, ids)
+        sure = float(measured(logits, policy.measure)[0])
+        words = f"{sure:.2f} sure at {trial.exit_layer}, asked {trial.threshold:.2f}"
+        exited = sure >= trial.threshold
+        policy.learn(trial.exit_layer, exited)
+        end = sequence.length
+        if exited:
+            unchecked[end] = trial.exit_layer
+            return Made([sampler.pick(logits)], [logits], trial.exit_layer, words)
+        # the last early tokens in a row; a sampled token says nothing about the likeliest one
+        run = 0
+        while sampler.greedy and end - run - 1 in unchecked:
+            run += 1
+        checked = policy.due(run)
+        rows = sequence.advance(sequence.exits[-1], [], num_logits=checked + 1)[0]  # (checked + 1, V)
+        # the full depth would have said a token at the row before the token's place
+        for place, said in zip(range(end - checked, end), rows[:-1].argmax(-1).tolist(), strict=True):
+            policy.check(unchecked[place], said == int(sequence.tokens[0, place]))
+        unchecked.clear()  # their rows have gone through the deeper stages now
+        last = np.ascontiguousarray(rows[-1:])
+        return Made([sampler.pick(last)], [last], sequence.exits[-1], words)

@@ -14,6 +14,7 @@ is not, one is tried every `PROBE_TOKENS` tokens, so that what was learned does 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from balcony_edge.device.costs import CostModel
 from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.decoding.policy import Made, Turn
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.engine import Sequence
 
@@ -65,7 +67,7 @@ class Outcome(NamedTuple):
 
 
 class Speculator:
-    """Chooses rounds and learns from them. One for all replies of a loaded bundle."""
+    """Chooses rounds, runs them and learns from them: a :class:`Policy`. One for all replies of a loaded bundle."""
 
     def __init__(self, exits: tuple[int, ...], agreement: Mapping[int, float | None]) -> None:
         self._exits = exits
@@ -81,6 +83,28 @@ class Speculator:
         """Learned probability that a draft of an exit is kept."""
         kept, judged = self._counts[exit_layer]
         return kept / judged
+
+    def attempt(self, turn: Turn) -> Made | None:
+        """The tokens of one round, or None: a plain step is as fast, or stages have a backlog."""
+        sequence = turn.sequence
+        if any(sequence.stage_rows):
+            return None
+        room = sequence.max_length - sequence.length
+        planned = self.plan(turn.costs, sequence.length, sequence.balcony_rows, room, turn.most_ms)
+        if planned is None:
+            return None
+        backlog_ns = time.perf_counter_ns()
+        sequence.run_balcony(planned.exit_layer, sequence.length)  # rows that plain steps left to it
+        backlog_ns = time.perf_counter_ns() - backlog_ns
+        outcome = run_round(sequence, turn.ids, turn.sampler, planned)
+        self.learn(planned, outcome.kept, (time.perf_counter_ns() - turn.begin_ns - backlog_ns) / 1e6)
+        return Made(
+            [np.array([token], np.int64) for token in outcome.tokens],
+            [row[None] for row in outcome.logits],
+            self._exits[-1],
+            f"drafted {planned.drafts} at {planned.exit_layer}, kept {outcome.kept}",
+            planned.drafts,
+        )
 
     def plan(
         self, costs: CostModel, context_length: int, balcony_rows: tuple[int, ...], room: int, most_ms: float
@@ -115,7 +139,7 @@ class Speculator:
         return found
 
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
-        """After a plain full-depth step."""
+        """Correct the price of plain steps, and count one until the next probe."""
         self._since_probe += 1
         self._plain_ratio += RATIO_RATE * (measured_ms / predicted_ms - self._plain_ratio)
 
@@ -135,14 +159,13 @@ class Speculator:
         return whole_ms + costs.head.pass_ms(drafts + 1, context_length) - costs.head.pass_ms(1, context_length)
 
 
-def run_round(sequence: Sequence, ids: IntArray, sampler: Sampler, exits: tuple[int, ...], planned: Round) -> Outcome:
+def run_round(sequence: Sequence, ids: IntArray, sampler: Sampler, planned: Round) -> Outcome:
     """Draft, check, keep the prefix that the full depth agrees with, roll the rest back.
 
     Args:
         sequence: its full depth and the draft's exit are up to date; of one member.
         ids: the token that is not in the sequence yet, (1,).
         sampler: of the reply; it remembers the tokens that are given out.
-        exits: the engine's.
         planned: where and how many.
     """
     begin, drafter = sequence.length, sampler.fork()
@@ -151,7 +174,7 @@ def run_round(sequence: Sequence, ids: IntArray, sampler: Sampler, exits: tuple[
         proposal = drafter.propose(sequence.step(planned.exit_layer, token)[0])
         drafts.append(proposal)
         token = np.array([proposal.token], np.int64)
-    logits = sequence.advance(exits[-1], token[:, None], num_logits=planned.drafts + 1)[0]  # (g + 1, V)
+    logits = sequence.advance(sequence.exits[-1], token[:, None], num_logits=planned.drafts + 1)[0]  # (g + 1, V)
     tokens: list[int] = []
     for proposal, row in zip(drafts, logits, strict=False):
         tokens.append(sampler.judge(row, proposal))

@@ -1,0 +1,68 @@
+"""Policies: other ways to make the token of a full-depth step than one plain step.
+
+Owns the protocol between the decode loop and a policy. :class:`~balcony_runtime.decoding.speculate.Speculator` drafts several
+tokens and checks them in one pass; :class:`~balcony_runtime.decoding.confident.EarlyExits` takes a shallow exit's token if
+its balcony is sure. A policy knows neither clocks that pace tokens nor the controller's rules.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from balcony_edge.budget import Budget
+from balcony_edge.device.costs import CostModel
+from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.decoding.sampling import Sampler
+from balcony_runtime.engine import Sequence
+
+
+class Turn(NamedTuple):
+    """One full-depth token that a policy may make.
+
+    Attributes:
+        sequence: sequence of one member, without the token before.
+        ids: the token before, (1,).
+        sampler: picks the tokens of the reply.
+        budget: budget of this token.
+        costs: prices of this device.
+        most_ms: longest time that the budget allows for one gap, at slowdown 1; infinite without a target.
+        begin_ns: start of the step, on ``time.perf_counter_ns``.
+    """
+
+    sequence: Sequence
+    ids: IntArray
+    sampler: Sampler
+    budget: Budget
+    costs: CostModel
+    most_ms: float
+    begin_ns: int
+
+
+class Made(NamedTuple):
+    """Tokens of one step, in order.
+
+    Attributes:
+        ids: tokens, each (B,).
+        logits: logits that each was picked from, (B, V); None if the engine picked the token itself.
+        exit_layer: exit that gave the last token.
+        words: reason in plain words; empty for a plain step.
+        drafted: drafts of the round that gave the tokens; 0 without drafts.
+    """
+
+    ids: list[IntArray]
+    logits: list[FloatArray | None]
+    exit_layer: int
+    words: str = ""
+    drafted: int = 0
+
+
+class Policy(Protocol):
+    """Another way to make full-depth tokens, where that is measured to be faster."""
+
+    def attempt(self, turn: Turn) -> Made | None:
+        """The tokens of this step, or None: a plain step is as fast, and nothing was run."""
+        ...
+
+    def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
+        """Take note of a plain full-depth step: its price at slowdown 1, and what it took."""
+        ...
