@@ -138,6 +138,13 @@ def interruptible() -> Iterator[Callable[..., subprocess.Popen[Any]]]:
         process.communicate()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that make or run a model."""
+    for item in items:
+        if {"export_tiny", "make_tiny"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("model")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked ``gpu`` run where there is one."""
     if item.get_closest_marker("gpu") is not None:
