@@ -108,11 +108,11 @@ def test_check_refuses_with_file_key_and_cure(tmp_path: Path, tiny: Any) -> None
         ("max_exit = 20\n", "asks for the deepest exit that its bounds leave at every token; no target and no ceiling"),
         ("exit_layer = 17\n", "asks for exit 17 at every token"),
         (
-            "policy = 'lossless'\n",
+            'policy = "lossless"\n',
             "asks for the full model's own tokens, drafted at a shallow exit where that is faster",
         ),
         (
-            "policy = 'confident'\n",
+            'policy = "confident"\n',
             "asks for full depth at every token, or a shallow exit that is sure enough; no target and no ceiling",
         ),
         ("tpot_ms = 40.0\nprobability = 0.9\n", "asks for the deepest exit that meets every target and ceiling"),
