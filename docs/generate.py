@@ -28,8 +28,8 @@ BUDGET_FILE = """\
 
 *Written by `python docs/generate.py` from the fields of `balcony_edge.Budget`; a test fails when it is stale.*
 
-A budget file says what a reply may cost. It is TOML; every key is optional, and an unknown key is refused with the names that are
-allowed. An empty file asks for nothing: full depth, no target. `balcony_edge.Budget(...)` takes the same keys as arguments.
+A budget file says what a reply may cost. It is TOML. Every key is optional, and an unknown key is refused. An empty file
+asks for nothing: full depth, no target. `balcony_edge.Budget(...)` takes the same keys as arguments.
 
 ```toml
 tpot_ms = 40
@@ -40,18 +40,20 @@ probability = 0.9
     balcony-edge budget check profiles/voice.toml --bundle bundle/
     balcony-edge budget schema > budget.schema.json      # JSON Schema, for editors
 
-The files in `profiles/` are examples for interactive chat, voice, reading, battery, a closed case, a shared GPU, the three power
-modes of a Jetson Orin Nano, a Raspberry Pi class CPU and full depth; a comment at the top of each says what it is for. How a budget
-is held: [controller.md](controller.md). A budget that cannot be held: [the same page](controller.md#when-a-target-cannot-be-met).
+The files in `profiles/` are examples for interactive chat, voice, reading, battery, a closed case, a shared GPU, the three
+power modes of a Jetson Orin Nano, a Raspberry Pi class CPU and full depth. A comment at the top of each says what it is for.
+[controller.md](controller.md) explains how a budget is held, and what happens
+[when it cannot be held](controller.md#when-a-target-cannot-be-met).
 """
 RULES = """\
 ## Rules between keys
 
 - `deadline_s` and `expected_tokens` need each other, and `ttft_ms` must end before the deadline.
-- `exit_layer` leaves no choice of depth. It excludes `tpot_ms`, `ttft_ms`, `deadline_s`, `min_exit`, `max_exit`, `min_agreement`,
-  `energy_j_per_token` and `memory_mb`; ceilings on power, temperature and utilization are then held by pace alone.
-- `policy = "lossless"` excludes `exit_layer` and `max_exit`; `policy = "confident"` excludes `exit_layer` and needs a bundle with
-  thresholds (`balcony-edge calibrate`). The four policies: [policies.md](policies.md).
+- `exit_layer` leaves no choice of depth. It excludes `tpot_ms`, `ttft_ms`, `deadline_s`, `min_exit`, `max_exit`,
+  `min_agreement`, `energy_j_per_token` and `memory_mb`. Ceilings on power, temperature and utilization are then held by
+  pace alone.
+- `policy = "lossless"` excludes `exit_layer` and `max_exit`. `policy = "confident"` excludes `exit_layer` and needs a bundle
+  with thresholds (`balcony-edge calibrate`). The policies: [policies.md](policies.md).
 - `min_exit` is at most `max_exit`, `min_pace_tps` at most `max_pace_tps`, and `temperature_c` below `critical_temperature_c`.
 - `max_pace_tps` must leave time for `tpot_ms` and for the deadline. `pacing = false` excludes both bounds of the pace.
 - `power_window_s` needs `power_w`; `power_rail` needs `power_w` or `energy_j_per_token`.

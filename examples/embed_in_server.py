@@ -70,7 +70,7 @@ def main() -> None:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print("waiting for running replies")
+            print("waiting for replies under way")
 
 
 if __name__ == "__main__":

@@ -59,13 +59,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_named_files_exist(page: Path) -> None:
     roots = (ROOT, ROOT / "export", ROOT / "runtime", page.parent)
     for path in re.findall(r"`([\w./-]+/[\w-]+\.(?:py|toml|md|ipynb))`", page.read_text(encoding="utf-8")):
-        assert any((root / path).exists() for root in roots), f"{page.relative_to(ROOT)} names {path}, which is not there"
+        assert any((root / path).exists() for root in roots), (
+            f"{page.relative_to(ROOT)} names {path}, which is not there"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_log_is_cited_by_a_link(page: Path) -> None:
     outside_of_links = re.sub(r"\[[^\]]*\]\([^)]*\)", "", page.read_text(encoding="utf-8"))
-    assert not re.search(r"\bLOG\.md", outside_of_links), f"{page.relative_to(ROOT)}: link to the heading of docs/LOG.md"
+    assert not re.search(r"\bLOG\.md", outside_of_links), (
+        f"{page.relative_to(ROOT)}: link to the heading of docs/LOG.md"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
