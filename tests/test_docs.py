@@ -81,6 +81,11 @@ def test_python_in_pages_compiles(page: Path) -> None:
             json.loads(code)
 
 
+def test_the_readme_stays_a_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150 and len(text.encode()) <= 9_000, "move details from README.md to docs/"
+
+
 def test_every_page_is_linked() -> None:
     linked = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for page in ROOT.glob("docs/[!R]*.md"):  # docs/README.md is the index
