@@ -1,4 +1,4 @@
-"""Two replies at once in one event loop, and a deadline that cancels what is not done by then.
+"""Two replies at once in one event loop, and a deadline that cancels unfinished replies.
 
     python examples/async_stream.py BUNDLE [--tokens 40] [--seconds 10]
 
@@ -18,7 +18,7 @@ PROMPTS = ("Name three rivers.", "What is a balcony?")
 
 
 async def read(stream: TokenStream, number: int) -> Reply:
-    """Show pieces of a reply as they come."""
+    """Print the pieces of a reply as they arrive."""
     async for token in stream:
         if token.text:
             print(f"[{number}] {token.text!r} at exit {token.exit_layer}")
@@ -26,7 +26,7 @@ async def read(stream: TokenStream, number: int) -> Reply:
 
 
 async def answer(bundle: Path, tokens: int, seconds: float) -> None:
-    """Stream all prompts at once; after ``seconds`` the rest is cancelled."""
+    """Stream all prompts at once, and cancel the unfinished replies after ``seconds``."""
     with balcony_edge.load(bundle) as llm:
         streams = [llm.stream(prompt, max_new_tokens=tokens) for prompt in PROMPTS]
         loop = asyncio.get_running_loop()

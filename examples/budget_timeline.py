@@ -2,12 +2,12 @@
 
     python examples/budget_timeline.py BUNDLE [--output timeline.png] [--prompt TEXT] [--tokens 180]
 
-The targets are taken from what the exits cost on this machine, so that the same story shows everywhere: first a target
-that the full depth meets, then one that only the shallower exits meet, then the first again. Going back up, the rows
-that the deeper stages missed are worked off in chunks next to the tokens.
+The targets follow from the costs of the exits on this machine, so that the picture looks the same everywhere: first a target
+that the full depth meets, then one that only the shallower exits meet, then the first again. On the way back to the full
+depth, the pending rows of the deeper stages are processed in chunks next to the tokens.
 
-The reply is sampled: a model of 135M parameters repeats itself where the likeliest token is always taken. The picture shows
-every token, late ones included; its title counts them.
+The reply is sampled, because a model of 135M parameters repeats itself if it always takes the likeliest token. The picture
+shows every token, and its title counts the late ones.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from balcony_runtime.reply import Reply, Token
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-#: Room above the price of an exit: the controller keeps 5 % free before it goes deeper, and noise needs some.
+#: Factor between an exit's price and its target. The controller keeps 5 % free before it goes deeper; noise needs the rest.
 ROOM = 1.5
-#: What small models write best: a little chance, and less of what was written already.
+#: Small models write best with a low temperature and a penalty on tokens that they have already written.
 SAMPLING = SamplingParams(temperature=0.4, top_p=0.9, repetition_penalty=1.15, seed=1)
 
 
@@ -68,7 +68,7 @@ def exit_runs(tokens: tuple[Token, ...]) -> str:
 def plot(reply: Reply, llm: LLM, output: Path) -> None:
     """Two panels over the token index: milliseconds against the target, and the exit with the rows still pending."""
     colours = dict(zip(llm.exit_layers, ("#d1495b", "#edae49", "#66a182", "#2e4057"), strict=False))
-    tokens = reply.tokens[1:]  # the first one is the prefill's
+    tokens = reply.tokens[1:]  # the first token's time is the prompt's
     index = range(1, len(tokens) + 1)
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(9, 5.2), sharex=True, height_ratios=(3, 2), layout="constrained"
@@ -90,7 +90,7 @@ def plot(reply: Reply, llm: LLM, output: Path) -> None:
         label="catching up",
     )
     top.step(index, [t.target_ms or 0 for t in tokens], where="mid", color="black", linewidth=1, label="target")
-    # logarithmic, so that a token that took five times as long is on the picture and the others can be told apart
+    # The axis is logarithmic: a token that took five times as long fits, and the others stay distinguishable.
     top.set(
         ylabel="ms a token", yscale="log", title=f"One reply, three budgets: {len(late)} of {len(tokens)} tokens late"
     )

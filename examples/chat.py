@@ -2,9 +2,9 @@
 
     python examples/chat.py BUNDLE [--exit EXIT_LAYER] [--tokens 60]
 
-Replies come from a shallow exit; while the user thinks, a thread works off the rows that the deeper stages missed, so that
-asking the full depth costs nothing extra. Reads messages from standard input until it ends; an empty line asks the full
-depth to answer the next message.
+Replies come from a shallow exit. While the user thinks, a thread processes the pending rows of the deeper stages, so that
+the full depth costs nothing extra later. The program reads messages from standard input until it ends. After an empty
+line the full depth answers the next message.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""The runtime inside a server: one engine, a thread per request, text sent as it is made.
+"""The runtime inside a server: one engine, a thread per request, text that is sent as it is generated.
 
     python examples/embed_in_server.py BUNDLE [--port 8765]
     curl --no-buffer --data 'Why is the sky blue?' http://127.0.0.1:8765/
 
-The standard library's server, to show the four things that matter: one ``LLM`` for all threads, one stream per request, a
-stream that is closed when its reader goes away, and a shutdown that frees the engine last. It is no web server for the
-open network.
+It uses the standard library's server to show four rules: share one ``LLM`` between all threads, open one stream per request,
+close the stream when its reader disconnects, and free the engine last. Do not expose this server to an open network.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ MAX_PROMPT_BYTES = 64_000
 
 
 class Server(ThreadingHTTPServer):
-    """Requests share ``llm``; closing the server waits for those that are under way."""
+    """Requests share ``llm``; closing the server waits for running ones."""
 
     daemon_threads = False
 
@@ -53,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.end_headers()
-        with stream:  # closed, and its memory freed, when the reader goes away
+        with stream:  # closes the stream and frees its memory when the reader disconnects
             for token in stream:
                 self.wfile.write(token.text.encode())
                 self.wfile.flush()

@@ -11,28 +11,40 @@ from pathlib import Path
 import pytest
 
 import balcony_edge
-from balcony_edge.budget import Budget
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("balconies/**/*.md"), *ROOT.glob("benchmarks/*.md")]
-)
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SKIPPED = {".venv", ".cache", ".git", "dist", "node_modules"}  # what tools put into a checkout
+PAGES = sorted(page for page in ROOT.rglob("*.md") if not SKIPPED & set(page.relative_to(ROOT).parts))
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
-def test_the_command_lines_page_is_fresh() -> None:
-    command = [sys.executable, str(ROOT / "docs" / "generate_cli.py"), "--check"]
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings: lower case, spaces as hyphens, no punctuation, doubles numbered."""
+    found: set[str] = set()
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for heading in re.findall(r"^#{1,6} (.*?)#*$", text, re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w -]", "", words).replace(" ", "-")
+        count = 0
+        while (name := slug if count == 0 else f"{slug}-{count}") in found:
+            count += 1
+        found.add(name)
+    return found
+
+
+def test_the_generated_pages_are_fresh() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):
             continue
@@ -40,9 +52,24 @@ def test_links_lead_somewhere(page: Path) -> None:
         file = page.parent / name if name else page
         assert file.exists(), f"{page.relative_to(ROOT)}: {target} leads nowhere"
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-            assert anchor in slugs, f"{page.relative_to(ROOT)}: {target}: no such heading"
+            assert anchor in anchors(file), f"{page.relative_to(ROOT)}: {target}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_exist(page: Path) -> None:
+    roots = (ROOT, ROOT / "export", ROOT / "runtime", page.parent)
+    for path in re.findall(r"`([\w./-]+/[\w-]+\.(?:py|toml|md|ipynb))`", page.read_text(encoding="utf-8")):
+        assert any((root / path).exists() for root in roots), (
+            f"{page.relative_to(ROOT)} names {path}, which is not there"
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_log_is_cited_by_a_link(page: Path) -> None:
+    outside_of_links = re.sub(r"\[[^\]]*\]\([^)]*\)", "", page.read_text(encoding="utf-8"))
+    assert not re.search(r"\bLOG\.md", outside_of_links), (
+        f"{page.relative_to(ROOT)}: link to the heading of docs/LOG.md"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -54,6 +81,11 @@ def test_python_in_pages_compiles(page: Path) -> None:
             json.loads(code)
 
 
+def test_the_readme_stays_a_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150 and len(text.encode()) <= 9_000, "move details from README.md to docs/"
+
+
 def test_every_page_is_linked() -> None:
     linked = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for page in ROOT.glob("docs/[!R]*.md"):  # docs/README.md is the index
@@ -62,7 +94,7 @@ def test_every_page_is_linked() -> None:
 
 def test_the_api_page_names_everything() -> None:
     text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
-    names = [*balcony_edge.__all__, *Budget.model_fields]
+    names = [*balcony_edge.__all__]  # the fields of Budget are in docs/budget-file.md
     for kind in (LLM, Token, Reply, TokenStream, SamplingParams):
         members = {*vars(kind), *getattr(kind, "__annotations__", {})}
         names += [kind.__name__, *(name for name in members if not name.startswith("_"))]
