@@ -7,7 +7,7 @@
         print(token.text, end="", flush=True)  # token.exit_layer, token.latency_ms, token.reason
     llm.budget = balcony_edge.Budget(tpot_ms=12)  # takes effect at the next token
 
-Importing this package loads nothing else: a name brings its module in at its first use, and :func:`load` an engine.
+Importing this package loads nothing else. A name loads its module at its first use, and :func:`load` an engine.
 """
 
 from __future__ import annotations
@@ -15,18 +15,68 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from balcony_edge.errors import BalconyError
+from balcony_edge.errors import (
+    BalconyError,
+    BudgetError,
+    BundleError,
+    ContextLengthError,
+    DeviceError,
+    InfeasibleError,
+    InputError,
+    MissingDependencyError,
+    ProfileError,
+)
 
 if TYPE_CHECKING:
     import os
 
     from balcony_edge.budget import Budget, load_budget
+    from balcony_edge.control.trace import TraceWriter
+    from balcony_edge.device.profile import DeviceProfile
     from balcony_runtime.backends.choose import DeviceName
+    from balcony_runtime.chat import Chat
+    from balcony_runtime.decoding.sampling import SamplingParams
+    from balcony_runtime.engine import Engine
     from balcony_runtime.llm import LLM
+    from balcony_runtime.reply import Reply, Token, TokenStream
 
-__all__ = ["BalconyError", "Budget", "load", "load_budget"]
-#: Name → the module that has it. Budgets are types of pydantic, which takes 0.1 s to import.
-_LAZY = {"Budget": "balcony_edge.budget", "load_budget": "balcony_edge.budget"}
+__all__ = [
+    "LLM",
+    "BalconyError",
+    "Budget",
+    "BudgetError",
+    "BundleError",
+    "Chat",
+    "ContextLengthError",
+    "DeviceError",
+    "DeviceProfile",
+    "Engine",
+    "InfeasibleError",
+    "InputError",
+    "MissingDependencyError",
+    "ProfileError",
+    "Reply",
+    "SamplingParams",
+    "Token",
+    "TokenStream",
+    "TraceWriter",
+    "load",
+    "load_budget",
+]
+#: Name → its module. Budgets are types of pydantic, which takes 0.1 s to import; the runtime imports NumPy and tokenizers.
+_LAZY = {
+    "Budget": "balcony_edge.budget",
+    "load_budget": "balcony_edge.budget",
+    "TraceWriter": "balcony_edge.control.trace",
+    "DeviceProfile": "balcony_edge.device.profile",
+    "Chat": "balcony_runtime.chat",
+    "SamplingParams": "balcony_runtime.decoding.sampling",
+    "Engine": "balcony_runtime.engine",
+    "LLM": "balcony_runtime.llm",
+    "Reply": "balcony_runtime.reply",
+    "Token": "balcony_runtime.reply",
+    "TokenStream": "balcony_runtime.reply",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -53,26 +103,28 @@ def load(
 ) -> LLM:
     """Load a bundle for generation.
 
+        llm = balcony_edge.load("bundle/", budget="profiles/interactive.toml")
+
     Args:
-        path: the bundle's directory.
-        budget: what replies may cost: a budget, the path of a target file, or None for full depth without a target.
-            With a target and no profile, loading measures what each exit costs on this device (about half a second).
-        profile: device profile that `balcony-edge profile` wrote; one of another device or bundle is warned of.
-        threads: of the engine's shared pool; by default the CPUs of this process, at most four times as many. The first engine
-            of a process decides.
-        verify_hashes: check every file against the manifest; without it only presence and size.
-        packed: a directory in which weights are kept in the form that the engine's kernels read, made at the first load;
-            processes that load the same bundle with it share them in memory.
-        device: ``cpu``; ``cuda`` or ``nv`` (ONNX Runtime on an NVIDIA GPU); ``tensorrt`` (engines that `balcony-edge build`
-            made); ``auto`` takes engines that fit the GPU, then the GPU through ONNX Runtime, then the CPU.
-        engines: which of the bundle's engine sets, where it has several.
+        path: directory of the bundle.
+        budget: budget of replies: a :class:`Budget`, the path of a budget file, or None for full depth without a target.
+            With a target and without a device profile, loading measures the prices of the exits (about half a second).
+        profile: device profile written by `balcony-edge profile`. A warning names a profile of another device or bundle.
+        threads: threads of the engine's shared pool; by default the CPUs of this process, and at most four times as many.
+            The first engine of a process decides.
+        verify_hashes: whether to check every file against the manifest. Without it only presence and size are checked.
+        packed: directory for weights in the form that the engine's kernels read, made at the first load. Processes that load
+            the same bundle with it share them in memory.
+        device: ``cpu``; ``cuda`` or ``nv`` (ONNX Runtime on an NVIDIA GPU); ``tensorrt`` (engines made by `balcony-edge
+            build`); ``auto`` takes engines that fit the GPU, then the GPU through ONNX Runtime, then the CPU.
+        engines: name of the engine set, if the bundle has several.
 
     Raises:
-        BundleError: the bundle is missing, damaged or not what its manifest says.
-        BudgetError: the budget is refused, or leaves none of the bundle's exits.
-        ProfileError: the profile cannot be read, or is for other exits.
-        InputError: the directory for packed weights cannot be written, or there are more threads than can work.
-        DeviceError: the device is not there, or has not enough memory.
+        BundleError: the bundle is missing, damaged or does not match its manifest.
+        BudgetError: the budget is refused, or it allows none of the bundle's exits.
+        ProfileError: the device profile cannot be read, or is for other exits.
+        InputError: the directory for packed weights cannot be written, or there are too many threads.
+        DeviceError: the device is missing, or has too little memory.
         MissingDependencyError: the engine is not installed.
     """
     from balcony_runtime.llm import LLM  # noqa: PLC0415 - keeps `import balcony_edge` free of engines

@@ -1,7 +1,7 @@
-"""The budget: what the user asks of a reply, as a frozen value or as a target file (``profiles/*.toml``).
+"""The budget: what the user asks of a reply, as a frozen value or as a budget file (``profiles/*.toml``).
 
-This module owns the keys, their ranges, the rules between them and the words in which a bad one is refused. It does
-not know how a budget is held: that is the controller's. Nothing here reads a clock, a sensor or the environment.
+This module owns the keys, their ranges, the rules between them and the messages that refuse a bad one. It does not know how
+a budget is held; the controller does. Nothing here reads a clock, a sensor or the environment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tokens = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
 
-#: What a fixed exit leaves no choice for; the ceilings on power, degrees and utilization are held by pace there.
+#: Keys that contradict a fixed exit, because only depth can hold them. Pace alone can hold power, degrees and utilization.
 _HELD_BY_DEPTH_ALONE = (
     *("tpot_ms", "ttft_ms", "deadline_s", "min_exit", "max_exit", "min_agreement"),
     *("energy_j_per_token", "memory_mb"),
@@ -87,14 +87,16 @@ _RENAMED = {
 
 
 class Budget(BaseModel):
-    """What a reply may cost. ``Budget()`` asks for nothing: full depth, no target. Every key is described at its field.
+    """What a reply may cost. ``Budget()`` asks for nothing: full depth, no target.
+
+        budget = Budget(tpot_ms=25, temperature_c=75)
 
     Raises:
         BudgetError: one line that names the key, what was given, what is allowed and what to do.
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, title="Balcony Edge target file"
+        frozen=True, extra="forbid", use_attribute_docstrings=True, title="Balcony Edge budget file"
     )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -105,22 +107,22 @@ class Budget(BaseModel):
     tpot_ms: Positive | None = None
     """Target for the gap between two tokens of a stream (time per output token), where the user receives them."""
     ttft_ms: Positive | None = None
-    """Target for the time from the request to the first token; held by the depth of the prefill."""
+    """Target for the time from the request to the first token. The depth of the prefill holds it."""
     deadline_s: Positive | None = None
     """Target for the time from the request to the last of ``expected_tokens`` tokens."""
     expected_tokens: Tokens | None = None
-    """Length of reply that ``deadline_s`` is for; a shorter one is done sooner."""
+    """Length of the reply, in tokens, that ``deadline_s`` is for. A shorter reply ends earlier."""
     probability: Annotated[float, Field(strict=True, ge=0.5, lt=1, allow_inf_nan=False)] = 0.9
-    """Asked probability that a latency target is met: 0.9 holds the 90th percentile of the gaps."""
+    """Probability with which each latency target must be met: 0.9 holds the 90th percentile of the gaps."""
 
     exit_layer: Layer | None = None
-    """Always use this exit; excludes targets and bounds that depth holds."""
+    """Exit of every token. Excludes targets and bounds that depth holds."""
     min_exit: Layer | None = None
-    """Never shallower than this depth; need not be an exit itself."""
+    """Shallowest depth allowed; it need not be an exit."""
     max_exit: Layer | None = None
-    """Never deeper than this depth; need not be an exit itself."""
+    """Deepest depth allowed; it need not be an exit."""
     min_agreement: Share | None = None
-    """No exit whose next token agrees with the full model's less often, in the bundle's evaluation (its worst text)."""
+    """Least share of next tokens on which an exit must agree with the full model, on the worst text that was evaluated."""
 
     policy: Literal["plain", "speculative", "confident", "lossless"] = "plain"
     """How a full-depth token is made. ``plain``: by one step. ``speculative``: a shallow exit may draft several tokens that
@@ -130,42 +132,42 @@ class Budget(BaseModel):
     ``lossless``: as ``speculative``, and no token of a shallower exit."""
 
     pacing: Annotated[bool, Field(strict=True)] = True
-    """Whether tokens may be made to wait; without it only depth is there to hold ceilings."""
+    """Whether the controller may delay tokens. Without delays only depth can hold ceilings."""
     min_pace_tps: Positive | None = None
-    """Tokens a second below which pacing never slows a stream down; without it, 1."""
+    """Tokens a second that pacing always leaves; 1 by default."""
     max_pace_tps: Positive | None = None
-    """Most tokens a second: a reader needs no more, and the rest is time for deeper exits and for the backlog."""
+    """Most tokens a second, e.g. the speed of a reader. The time left over goes to deeper exits and to the backlog."""
 
     power_w: Positive | None = None
-    """Ceiling of the average power of ``power_rail``, all users of the device included."""
+    """Ceiling of the average power of ``power_rail`` in watts. It includes everything that runs on the device."""
     power_rail: Literal["board", "cpu", "gpu"] = "board"
-    """Whose power ``power_w`` and ``energy_j_per_token`` are about."""
+    """Part of the device that ``power_w`` and ``energy_j_per_token`` are about."""
     power_window_s: Annotated[float, Field(strict=True, ge=1, le=600, allow_inf_nan=False)] = 5.0
-    """Seconds that the power is averaged over."""
+    """Seconds over which the power is averaged."""
     energy_j_per_token: Positive | None = None
-    """Ceiling of the energy of ``power_rail`` from one token to the next; held by depth."""
+    """Ceiling of the energy of ``power_rail`` from one token to the next, in joules. Depth holds it."""
     temperature_c: Annotated[float, Field(strict=True, ge=30, le=125, allow_inf_nan=False)] | None = None
-    """Ceiling of the hottest sensor."""
+    """Ceiling of the hottest sensor, in degrees Celsius."""
     critical_temperature_c: Annotated[float, Field(strict=True, ge=30, le=125, allow_inf_nan=False)] | None = None
-    """Temperature of the hottest sensor at which a reply stops with an error, whatever ``on_infeasible`` says."""
+    """Temperature of the hottest sensor, in degrees Celsius, at which a reply stops with an error in any case."""
     gpu_utilization: Share | None = None
-    """Ceiling of the GPU's busy share, 0 to 1, all users included: what others leave of it is ours."""
+    """Ceiling of the GPU's busy share, 0 to 1, including other processes."""
     cpu_utilization: Share | None = None
-    """The same of all CPUs."""
+    """Ceiling of the busy share of all CPUs, 0 to 1, including other processes."""
     battery_floor_percent: Annotated[float, Field(strict=True, gt=0, lt=100, allow_inf_nan=False)] | None = None
-    """Charge to keep: over the last 10 percent above it depth falls, at it the budget is infeasible."""
+    """Charge to keep, in percent. Depth falls over the 10 percent above it; at the floor the budget is infeasible."""
     memory_mb: Positive | None = None
-    """Ceiling of this process's own memory, MB: over the last 5 % depth falls, at it the budget is infeasible."""
+    """Ceiling of this process's memory, in MB. Depth falls over the last 5 %; at the ceiling the budget is infeasible."""
 
     priority: Literal["limits", "latency"] = "limits"
-    """What wins where ceilings (power, degrees, utilization) and latency targets cannot both be kept."""
+    """Which of the two is kept if ceilings (power, degrees, utilization) and latency targets contradict each other."""
     dwell_tokens: Annotated[int, Field(strict=True, ge=0)] = 8
-    """Tokens to stay at an exit before going deeper; going shallower never waits."""
+    """Tokens to stay at an exit before a deeper one. A switch to a shallower exit never waits."""
     hysteresis: Annotated[float, Field(strict=True, ge=0, le=0.5, allow_inf_nan=False)] = 0.05
-    """Share of a target that must stay free at a deeper exit before going there."""
+    """Share of a target that a deeper exit must leave free before a switch to it."""
     on_infeasible: Literal["shallowest", "best_effort", "error"] = "shallowest"
-    """When no allowed exit meets the targets: the shallowest, the one whose gap comes closest to ``tpot_ms`` (a backlog can
-    make that a deeper one), or an error."""
+    """Choice if no allowed exit meets the targets: the shallowest exit, the exit whose gap comes closest to ``tpot_ms``
+    (with a backlog this can be a deeper one), or an error."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -199,7 +201,7 @@ class Budget(BaseModel):
             for key in keys:
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise BudgetError(
-                        f"{key} = {getattr(self, key)!r} without power_w: it says nothing; give power_w, too"
+                        f"{key} = {getattr(self, key)!r} without power_w: it has no effect; also give power_w"
                     )
         return self
 
@@ -236,7 +238,7 @@ class Budget(BaseModel):
 
     @property
     def has_target(self) -> bool:
-        """Whether anything is asked for beside bounds of depth: then costs are needed."""
+        """Whether the budget asks for more than bounds of depth, so that prices are needed."""
         return self.needs_sensors or any(getattr(self, key) is not None for key in _TIMES)
 
     @property
@@ -246,12 +248,12 @@ class Budget(BaseModel):
 
     @property
     def needs_costs(self) -> bool:
-        """Whether anything is weighed against what exits cost."""
+        """Whether decisions depend on what exits cost."""
         return self.has_target or self.policy != "plain"
 
     @property
     def needs_sensors(self) -> bool:
-        """Whether a ceiling is asked for that only sensors can see."""
+        """Whether there is a ceiling that only sensors can see."""
         return any(getattr(self, key) is not None for key in _CEILINGS)
 
     def for_bundle(self, agreement: Mapping[int, float | None]) -> Budget:
@@ -309,7 +311,7 @@ class Budget(BaseModel):
 
 
 def load_budget(path: str | os.PathLike[str]) -> Budget:
-    """Read a target file.
+    """Read a budget file.
 
     Raises:
         BudgetError: one line that names the file, and the key where one is wrong.
@@ -319,10 +321,10 @@ def load_budget(path: str | os.PathLike[str]) -> Budget:
             document = tomllib.load(file)
     except FileNotFoundError:
         raise BudgetError(
-            f"{os.fspath(path)}: there is no such file; name a target file such as profiles/interactive.toml"
+            f"{os.fspath(path)}: there is no such file; name a budget file such as profiles/interactive.toml"
         ) from None
     except OSError as error:
-        raise BudgetError(f"{os.fspath(path)}: not readable ({error.strerror}); name a target file") from error
+        raise BudgetError(f"{os.fspath(path)}: not readable ({error.strerror}); name a budget file") from error
     except (ValueError, RecursionError) as error:
         raise BudgetError(f"{os.fspath(path)}: not readable as TOML ({error}); correct the file") from error
     try:
@@ -332,7 +334,7 @@ def load_budget(path: str | os.PathLike[str]) -> Budget:
 
 
 def parse_budget(value: str | os.PathLike[str] | Budget | None) -> Budget:
-    """A budget from what an API takes: a budget itself, the path of a target file, or None for full depth.
+    """A budget from what an API takes: a budget itself, the path of a budget file, or None for full depth.
 
     Raises:
         BudgetError: the file is refused, or ``value`` is something else.
@@ -344,7 +346,7 @@ def parse_budget(value: str | os.PathLike[str] | Budget | None) -> Budget:
     if isinstance(value, str | os.PathLike):
         return load_budget(value)
     raise BudgetError(
-        f"budget = {_shown(value)}: must be a Budget, the path of a target file or None; "
+        f"budget = {_shown(value)}: must be a Budget, the path of a budget file or None; "
         "e.g. balcony_edge.Budget(tpot_ms=12)"
     )
 

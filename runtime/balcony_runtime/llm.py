@@ -117,7 +117,7 @@ class LLM:
 
     @property
     def budget(self) -> Budget:
-        """What replies may cost; set it to a budget, the path of a target file, or None for full depth."""
+        """What replies may cost; set it to a budget, the path of a budget file, or None for full depth."""
         return self._budget
 
     @budget.setter

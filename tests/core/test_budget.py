@@ -150,8 +150,8 @@ def test_floor_above_ceiling() -> None:
             {"pacing": False, "min_pace_tps": 5},
             "pacing = False with min_pace_tps = 5.0: a bound on what is forbidden; ",
         ),
-        ({"power_rail": "cpu"}, "power_rail = 'cpu' without power_w: it says nothing; give power_w, too"),
-        ({"power_window_s": 9, "energy_j_per_token": 1}, "power_window_s = 9.0 without power_w: it says nothing; "),
+        ({"power_rail": "cpu"}, "power_rail = 'cpu' without power_w: it has no effect; also give power_w"),
+        ({"power_window_s": 9, "energy_j_per_token": 1}, "power_window_s = 9.0 without power_w: it has no effect; "),
     ],
 )
 def test_other_contradictions(keys: dict[str, Any], message: str) -> None:
@@ -242,7 +242,7 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BudgetError, match="not readable as TOML"):
         load_budget(path)
-    with pytest.raises(BudgetError, match=r"nowhere\.toml: there is no such file; name a target file"):
+    with pytest.raises(BudgetError, match=r"nowhere\.toml: there is no such file; name a budget file"):
         load_budget(tmp_path / "nowhere.toml")
     with pytest.raises(BudgetError, match="not readable"):
         load_budget(tmp_path)
@@ -255,7 +255,7 @@ def test_parse_takes_a_budget_a_path_or_nothing(tmp_path: Path) -> None:
     assert parse_budget(None) == Budget()
     assert parse_budget(expected) is expected
     assert parse_budget(path) == parse_budget(str(path)) == expected
-    with pytest.raises(BudgetError, match=r"^budget = 12: must be a Budget, the path of a target file or None; "):
+    with pytest.raises(BudgetError, match=r"^budget = 12: must be a Budget, the path of a budget file or None; "):
         parse_budget(12)  # type: ignore[arg-type]
 
 
