@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from balcony_edge.budget import Budget
     from balcony_edge.device.profile import Profile
     from balcony_edge.simulation.loads import Load
-    from balcony_edge.simulation.plant import Device
+    from balcony_edge.simulation.plant import Physics
 
 
 def simulate(
@@ -98,7 +98,7 @@ def load(text: str) -> Load:
     return recorded(times_s, slowdowns)
 
 
-def physics(words: list[str], profile: Profile, budget: Budget) -> Device:
+def physics(words: list[str], profile: Profile, budget: Budget) -> Physics:
     """A simulated device: the profile's measured watts of the budget's rail, and whatever is given as ``key=value``.
 
     Measured watts on a heat sink that nobody described would throttle or not by chance: then nothing throttles, unless
@@ -108,14 +108,14 @@ def physics(words: list[str], profile: Profile, budget: Budget) -> Device:
         InputError: another key, or a value that is none.
     """
     from balcony_edge.errors import InputError
-    from balcony_edge.simulation.plant import RANGES, Device
+    from balcony_edge.simulation.plant import RANGES, Physics
 
     values: dict[str, Any] = {"rail": budget.power_rail}
     measured = profile.powered(budget.power_rail)
     if measured is not None:
         idle_w, busy_w = measured
         values |= {"idle_w": idle_w, "busy_w": busy_w, "throttle_c": math.inf}
-    defaults = asdict(Device())
+    defaults = asdict(Physics())
     for word in words:
         key, _, text = word.partition("=")
         if key not in RANGES:
@@ -128,7 +128,7 @@ def physics(words: list[str], profile: Profile, budget: Budget) -> Device:
         if not least <= value <= most:
             raise InputError(f"--device {word}: {key} must be {least:g} to {most:g}, e.g. busy_w=8")
         values[key] = type(defaults[key])(value)
-    return Device(**values)
+    return Physics(**values)
 
 
 def _show(facts: dict[str, Any], intervals: list[dict[str, Any]] | None) -> None:

@@ -34,7 +34,7 @@ class Gpu(BaseModel):
     memory_bytes: int = Field(ge=0)
 
 
-class Device(BaseModel):
+class Machine(BaseModel):
     """A device's identity. None: the system does not say.
 
     Attributes:
@@ -65,7 +65,7 @@ class Device(BaseModel):
         parts = [f"{self.cpus} × {self.cpu}", *(gpu.name for gpu in self.gpus)]
         return f"{self.board}: {', '.join(parts)}" if self.board else ", ".join(parts)
 
-    def differences(self, other: Device) -> tuple[str, ...]:
+    def differences(self, other: Machine) -> tuple[str, ...]:
         """What makes a profile of this device doubtful on ``other``, one phrase each: ``cpus: 2 there, 4 here``.
 
         The kernel may differ, and memory by a gigabyte: firmware and kernels reserve differently.
@@ -85,13 +85,13 @@ class Device(BaseModel):
         return tuple(found)
 
 
-def this_device(root: Path = Path("/")) -> Device:
+def this_device(root: Path = Path("/")) -> Machine:
     """The device that this process runs on.
 
     Args:
         root: where ``proc``, ``sys`` and ``var`` are looked for.
     """
-    return Device(
+    return Machine(
         board=_text(root / "proc/device-tree/model") or _text(root / "sys/class/dmi/id/product_name"),
         cpu=_cpu_name(_text(root / "proc/cpuinfo") or ""),
         cpus=available_cpus(),

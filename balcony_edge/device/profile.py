@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from balcony_edge.bundle.manifest import Finite
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
-from balcony_edge.device.machine import Device
+from balcony_edge.device.machine import Machine
 from balcony_edge.errors import ProfileError
 from balcony_edge.files import write_atomically
 
@@ -251,7 +251,7 @@ class Profile(_Frozen):
     tool: str
     command: str
     complete: bool
-    device: Device
+    device: Machine
     bundle: BundleFacts
     engine: EngineFacts
     conditions: Conditions
@@ -319,7 +319,7 @@ class Profile(_Frozen):
         """The profile as JSON-ready values."""
         return self.model_dump(mode="json")
 
-    def mismatches(self, device: Device, fingerprint: str, threads: int) -> tuple[str, ...]:
+    def mismatches(self, device: Machine, fingerprint: str, threads: int) -> tuple[str, ...]:
         """Why its numbers may not hold on ``device`` for the bundle of this fingerprint, one phrase each."""
         found = [] if fingerprint == self.bundle.fingerprint else ["it was measured with another bundle"]
         if threads != self.engine.threads:

@@ -14,7 +14,7 @@ from statistics import NormalDist, fmean
 
 from balcony_edge.budget import Budget
 from balcony_edge.device.profile import Profile, QualityFigure, least_agreement
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
 
 #: Tokens of the simulated reply where the budget does not say how long one is.
@@ -189,13 +189,13 @@ class _Planner:
         power = profile.powered(budget.power_rail)
         known = {"on_infeasible": "shallowest"} if budget.on_infeasible == "error" else {}
         unknown = dict.fromkeys(_UNKNOWN)
-        device = Device(noise=profile.spread, throttle_c=math.inf)
+        physics = Physics(noise=profile.spread, throttle_c=math.inf)
         if power is None:
             unknown |= {"power_w": None, "energy_j_per_token": None}
         else:
-            device = replace(device, idle_w=power[0], busy_w=power[1], rail=budget.power_rail)
+            physics = replace(physics, idle_w=power[0], busy_w=power[1], rail=budget.power_rail)
         measurable = budget.model_copy(update={**unknown, "memory_mb": None, **known})
-        plant = Plant(profile.costs, device, lambda _: 1.0, prompt_tokens=self.prompt_tokens)
+        plant = Plant(profile.costs, physics, lambda _: 1.0, prompt_tokens=self.prompt_tokens)
         tokens = simulate(profile.costs, plant, measurable, tokens=max(self.tokens, 2))
         later = tokens[1:]
         counts = dict.fromkeys(profile.costs.exits, 0)

@@ -28,7 +28,7 @@ IDLE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Physics:
     """What a simulated device is like; the defaults are near a small board at 25 °C.
 
     Attributes:
@@ -68,7 +68,7 @@ class Device:
     gauge_period_s: float = 0.0
 
 
-#: What each number of :class:`Device` may be, least and most.
+#: What each number of :class:`Physics` may be, least and most.
 RANGES: dict[str, tuple[float, float]] = {
     "idle_w": (0, 1e5),
     "busy_w": (0, 1e5),
@@ -96,7 +96,7 @@ class Plant:
 
     Args:
         costs: true prices.
-        device: what it runs on.
+        physics: what it runs on.
         load: slowdown at a time, seconds since the start.
         prompt_tokens: rows of the prompt; the first step runs them.
         seed: of the noise.
@@ -105,25 +105,25 @@ class Plant:
     def __init__(
         self,
         costs: CostModel,
-        device: Device,
+        physics: Physics,
         load: Callable[[float], float],
         *,
         prompt_tokens: int = 64,
         seed: int = 0,
     ) -> None:
-        self.costs, self.device, self._load = costs, device, load
+        self.costs, self.physics, self._load = costs, physics, load
         self._random = random.Random(seed)
         self._new = prompt_tokens
         self.length = 0
         self._stages = [0] * len(costs.exits)
         self._balconies = [0] * (len(costs.exits) - 1)
         self.now_s, self.busy_s, self.emitted_s = 0.0, 0.0, 0.0
-        self.joules, self.celsius = 0.0, device.ambient_c + device.kelvin_per_watt * device.idle_w
-        self.charge, self.throttled, self.rows_run = device.charge, False, 0
+        self.joules, self.celsius = 0.0, physics.ambient_c + physics.kelvin_per_watt * physics.idle_w
+        self.charge, self.throttled, self.rows_run = physics.charge, False, 0
         self._sampled_s, self._sampled_j, self._sampled_busy_s = 0.0, 0.0, 0.0
         self._past: list[tuple[float, float]] = [(0.0, 0.0)]  # (time, joules) of every sample so far
-        self._shown_s, self._shown_w, self._summed_j = -math.inf, device.idle_w, 0.0
-        self.readings = self._sample(device.idle_w, 0.0)
+        self._shown_s, self._shown_w, self._summed_j = -math.inf, physics.idle_w, 0.0
+        self.readings = self._sample(physics.idle_w, 0.0)
 
     def rows_due(self) -> tuple[list[int], list[int]]:
         """Rows that each stage and balcony would run at the next step."""
@@ -192,22 +192,22 @@ class Plant:
             self._pass(seconds, busy=True)
 
     def _slowed(self, price_ms: float) -> float:
-        factor = self._load(self.now_s) * (self.device.throttle_factor if self.throttled else 1.0)
-        return price_ms * factor * math.exp(self._random.gauss(0, self.device.noise))
+        factor = self._load(self.now_s) * (self.physics.throttle_factor if self.throttled else 1.0)
+        return price_ms * factor * math.exp(self._random.gauss(0, self.physics.noise))
 
     def _pass(self, seconds: float, *, busy: bool) -> None:
         """Let time pass; sensors sample on the way."""
-        device = self.device
+        physics = self.physics
         while seconds > 0:
             span_s = min(seconds, self._sampled_s + SAMPLE_S - self.now_s)
             span_s = max(span_s, 1e-9)
-            watts = device.idle_w + (device.busy_w if busy else 0.0)
+            watts = physics.idle_w + (physics.busy_w if busy else 0.0)
             self.joules += watts * span_s
-            steady_c = device.ambient_c + device.kelvin_per_watt * watts
-            self.celsius = steady_c + (self.celsius - steady_c) * math.exp(-span_s / device.tau_s)
-            self.throttled = self.celsius > device.throttle_c - (3.0 if self.throttled else 0.0)
-            if device.battery_j:
-                self.charge = max(self.charge - watts * span_s / device.battery_j, 0.0)
+            steady_c = physics.ambient_c + physics.kelvin_per_watt * watts
+            self.celsius = steady_c + (self.celsius - steady_c) * math.exp(-span_s / physics.tau_s)
+            self.throttled = self.celsius > physics.throttle_c - (3.0 if self.throttled else 0.0)
+            if physics.battery_j:
+                self.charge = max(self.charge - watts * span_s / physics.battery_j, 0.0)
             self.busy_s += span_s if busy else 0.0
             self.now_s += span_s
             seconds -= span_s
@@ -220,13 +220,13 @@ class Plant:
 
     def _sample(self, watts: float, share: float) -> tuple[Reading, ...]:
         """What the sensors say of the last ``SAMPLE_S``."""
-        device, now_s = self.device, self.now_s
+        physics, now_s = self.physics, self.now_s
         watts, joules = self._gauge(watts)
-        own = device.step_utilization * share
+        own = physics.step_utilization * share
         readings = [
             Reading(
-                f"plant:{device.rail}",
-                device.rail,
+                f"plant:{physics.rail}",
+                physics.rail,
                 now_s,
                 watts=watts,
                 joules=joules,
@@ -237,18 +237,18 @@ class Plant:
                 "plant:cpu",
                 "cpu",
                 now_s,
-                utilization=min(device.others_utilization + own, 1.0),
-                own_utilization=own if device.own_known else None,
+                utilization=min(physics.others_utilization + own, 1.0),
+                own_utilization=own if physics.own_known else None,
             ),
-            Reading("plant:gpu", "gpu", now_s, utilization=min(device.others_utilization + own, 1.0)),
+            Reading("plant:gpu", "gpu", now_s, utilization=min(physics.others_utilization + own, 1.0)),
             Reading(
                 "plant:process",
                 "process",
                 now_s,
-                memory_bytes=device.base_memory_bytes + self.rows_run * device.row_bytes,
+                memory_bytes=physics.base_memory_bytes + self.rows_run * physics.row_bytes,
             ),
         ]
-        if device.battery_j:
+        if physics.battery_j:
             readings.append(Reading("plant:battery", "battery", now_s, charge=self.charge, charging=False))
         return tuple(readings)
 
@@ -256,13 +256,13 @@ class Plant:
         """What the power gauge shows, and the joules: a counter's, or the sum of what a slow gauge showed, as the sampler
         makes it.
         """
-        device, now_s, before_w = self.device, self.now_s, self._shown_w
-        if not (device.gauge_delay_s or device.gauge_average_s or device.gauge_period_s):
+        physics, now_s, before_w = self.physics, self.now_s, self._shown_w
+        if not (physics.gauge_delay_s or physics.gauge_average_s or physics.gauge_period_s):
             return watts, self.joules
         self._past.append((now_s, self.joules))
-        if now_s >= self._shown_s + device.gauge_period_s - 1e-9:
-            end_s = now_s - device.gauge_delay_s
-            begin_s = end_s - max(device.gauge_average_s, SAMPLE_S)
+        if now_s >= self._shown_s + physics.gauge_period_s - 1e-9:
+            end_s = now_s - physics.gauge_delay_s
+            begin_s = end_s - max(physics.gauge_average_s, SAMPLE_S)
             self._shown_s = now_s
             self._shown_w = (self._joules_at(end_s) - self._joules_at(begin_s)) / (end_s - begin_s)
         self._summed_j += (before_w + self._shown_w) / 2 * SAMPLE_S
@@ -271,7 +271,7 @@ class Plant:
     def _joules_at(self, time_s: float) -> float:
         """Between samples on a line; before the start the device was idle."""
         if time_s <= 0:
-            return time_s * self.device.idle_w
+            return time_s * self.physics.idle_w
         place = bisect.bisect_right(self._past, (time_s, math.inf))
         if place == len(self._past):
             return self._past[-1][1]

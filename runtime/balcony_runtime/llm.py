@@ -30,10 +30,9 @@ from balcony_runtime.backends.base import IntArray
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.loop import Learned, Step, Surroundings, steps
-from balcony_runtime.decoding.prices import calibrate
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams, log_probabilities
-from balcony_runtime.engine import Engine, EngineOptions, refuse_foreign, whole
-from balcony_runtime.engine import Sequence as TokenSequence
+from balcony_runtime.engine import Engine, EngineOptions, TokenSequence, refuse_foreign, whole
 from balcony_runtime.reply import FinishReason, Reply, Token, TokenStream
 from balcony_runtime.sensors import Sensors, device_sources
 from balcony_runtime.text import Message, StopStrings, TextCodec
@@ -161,7 +160,7 @@ class LLM:
     def costs(self) -> CostModel:
         """What each exit costs on this device; measured once, at the first use (about half a second)."""
         if self._costs is None:
-            self._costs = costs = calibrate(self.engine)
+            self._costs = costs = measure_prices(self.engine)
             steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
             _log.info("measured what a token costs: %s", steady)
         return self._costs

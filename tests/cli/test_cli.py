@@ -446,9 +446,9 @@ def test_ctrl_c_in_generation_ends_the_reply(exported: Path, interruptible: Any)
     # slow every token down in the child, so that the signal arrives while it generates
     command[4] = (
         "import sys, time; from balcony_runtime import engine\n"
-        "real = engine.Sequence.step\n"
+        "real = engine.TokenSequence.step\n"
         "def slow(*a):\n    print('token', file=sys.stderr, flush=True); time.sleep(0.1); return real(*a)\n"
-        "engine.Sequence.step = slow\n"
+        "engine.TokenSequence.step = slow\n"
         "from balcony_edge.cli import main; main()"
     )
     process = interruptible(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

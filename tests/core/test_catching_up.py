@@ -15,7 +15,7 @@ from balcony_edge.control.decision import CatchUp, Measurement, Observation
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import Profile
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
@@ -54,7 +54,7 @@ def idle_after(loaded_s: float, of_full: float, tokens: int, probability: float 
         costs,
         stages=tuple(replace(unit, context_ms_per_1k=0.0, marginal_context_ms_per_1k=0.0) for unit in costs.stages),
     )
-    plant = Plant(costs, Device(), lambda now_s: 1.7 if now_s < loaded_s else 1.0, seed=3)
+    plant = Plant(costs, Physics(), lambda now_s: 1.7 if now_s < loaded_s else 1.0, seed=3)
     run = simulate(costs, plant, Budget(tpot_ms=of_full * full_ms, probability=probability), tokens=tokens)
     return [token for token in run[1:] if token.time_s > loaded_s + 0.05]
 
@@ -167,7 +167,7 @@ def test_a_sprint_that_comes_no_closer_is_given_up() -> None:
     )
     for of_full, load in ((1.06, 1.04), (1.08, 1.06), (1.1, 1.08), (1.12, 1.1)):
         plant = Plant(
-            costs, Device(noise=0.01), lambda s, load=load: 1.35 if s < 0.5 else 1.0 if s < 0.9 else load, seed=1
+            costs, Physics(noise=0.01), lambda s, load=load: 1.35 if s < 0.5 else 1.0 if s < 0.9 else load, seed=1
         )  # type: ignore[misc]
         tokens = simulate(costs, plant, Budget(tpot_ms=of_full * full_ms), tokens=1200)
         late = [token.decision.exit_layer for token in tokens[500:]]

@@ -18,7 +18,7 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_edge.device.compare import compare_profiles
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
-from balcony_edge.device.machine import Device, this_device
+from balcony_edge.device.machine import Machine, this_device
 from balcony_edge.device.profile import (
     BundleFacts,
     Conditions,
@@ -35,7 +35,7 @@ from balcony_edge.device.tables import render
 from balcony_edge.errors import BudgetError, ProfileError
 from balcony_edge.simulation.plan import make_plan
 
-DEVICE = Device(board=None, cpu="Fast", cpus=2, architecture="x86_64", memory_bytes=8 * 10**9, system="Linux 6")
+DEVICE = Machine(board=None, cpu="Fast", cpus=2, architecture="x86_64", memory_bytes=8 * 10**9, system="Linux 6")
 STAGE = UnitCost(10.0, 1.0, 2.0, 0.5, 128, 512, (Bend(4, 0.5, 0.25),))
 COSTS = CostModel((4, 8), (STAGE, STAGE), (UnitCost(2.0), UnitCost(1.0)), UnitCost(4.0), 0.5)
 SHIPPED = sorted((Path(__file__).parents[2] / "profiles" / "devices").glob("*.json"))

@@ -34,7 +34,7 @@ def costs(shallow_ms: float = 1.0, deep_ms: float = 50.0) -> CostModel:
 @pytest.fixture
 def llm(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Prices under which rounds pay whatever the drafts are worth, so that they are run."""
-    monkeypatch.setattr("balcony_runtime.llm.calibrate", lambda engine: costs())
+    monkeypatch.setattr("balcony_runtime.llm.measure_prices", lambda engine: costs())
     with balcony_edge.load(tiny.path) as loaded:
         yield loaded
 
@@ -141,7 +141,7 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
 
 def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expensive = CostModel(EXITS, (UnitCost(9.0, 5.0),) * 3, (UnitCost(9.0, 5.0),) * 3, UnitCost(1.0, 1.0))
-    monkeypatch.setattr("balcony_runtime.llm.calibrate", lambda engine: expensive)
+    monkeypatch.setattr("balcony_runtime.llm.measure_prices", lambda engine: expensive)
     with balcony_edge.load(tiny.path, budget=Budget(lossless=True)) as llm:
         tokens = list(llm.stream([1, 2, 3], max_new_tokens=200, ignore_eos=True))
         assert not any(token.decision.drafted for token in tokens)

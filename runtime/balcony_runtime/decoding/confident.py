@@ -23,7 +23,7 @@ from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.decoding.speculate import PLAN_TOKENS, PROBE_TOKENS, WORTH
 from balcony_runtime.decoding.thresholds import binomial_tail, measured
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import TokenSequence
 
 #: Weight of the calibration's share of early exits, in tokens, and of the past at every further token.
 PRIOR_TOKENS, MEMORY = 64.0, 0.995
@@ -151,7 +151,7 @@ def _counted(seen: Telemetry, agreed: bool) -> Telemetry:
 
 
 def run_trial(
-    sequence: Sequence, ids: IntArray, sampler: Sampler, trial: Trial, policy: Confident, early: dict[int, int]
+    sequence: TokenSequence, ids: IntArray, sampler: Sampler, trial: Trial, policy: Confident, early: dict[int, int]
 ) -> tuple[IntArray, FloatArray, int, float]:
     """One token: at the trial's exit where the balcony is sure, else at the full depth.
 

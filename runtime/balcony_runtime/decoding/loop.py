@@ -26,7 +26,7 @@ from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.decoding.confident import Confident, Trial, run_trial
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.decoding.speculate import Round, Speculator, run_round
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import TokenSequence
 
 #: Rows of one portion of idle work: the most that whoever ends the idleness waits for is the end of one portion.
 IDLE_ROWS = 8
@@ -96,7 +96,7 @@ class Surroundings(NamedTuple):
 
 
 def steps(
-    sequence: Sequence, prompt: IntArray, sampler: Sampler, exits: tuple[int, ...], around: Surroundings
+    sequence: TokenSequence, prompt: IntArray, sampler: Sampler, exits: tuple[int, ...], around: Surroundings
 ) -> Iterator[Step]:
     """Decode without end; the caller stops asking.
 
@@ -169,7 +169,7 @@ class _Deciding:
     """
 
     def __init__(
-        self, sequence: Sequence, prompt_rows: int, exits: tuple[int, ...], around: Surroundings, learned: Learned
+        self, sequence: TokenSequence, prompt_rows: int, exits: tuple[int, ...], around: Surroundings, learned: Learned
     ) -> None:
         self._sequence, self._prompt_rows, self._around, self._learned = sequence, prompt_rows, around, learned
         self._unmeasured = _unmeasured(exits)
@@ -243,7 +243,7 @@ class _Deciding:
 
 
 def _advanced(
-    sequence: Sequence, new: IntArray, sampler: Sampler, exit_layer: int, picks_inside: bool
+    sequence: TokenSequence, new: IntArray, sampler: Sampler, exit_layer: int, picks_inside: bool
 ) -> tuple[IntArray, FloatArray | None]:
     """Tokens (B,) and logits at an exit after a prompt (B, n) or one token of each (B,)."""
     if new.ndim == 2:
@@ -260,7 +260,7 @@ def _learn_plain(
     budget: Budget,
     costs: CostModel | None,
     decision: Decision,
-    sequence: Sequence,
+    sequence: TokenSequence,
     measured_ms: float,
 ) -> None:
     """Tell the speculator what a plain full-depth step took."""
@@ -270,7 +270,7 @@ def _learn_plain(
 
 
 def _tried(
-    sequence: Sequence,
+    sequence: TokenSequence,
     ids: IntArray,
     sampler: Sampler,
     decision: Decision,
@@ -286,7 +286,7 @@ def _tried(
 
 def _speculated(
     planned: Round,
-    sequence: Sequence,
+    sequence: TokenSequence,
     ids: IntArray,
     sampler: Sampler,
     exits: tuple[int, ...],
@@ -316,7 +316,7 @@ def _speculated(
 
 
 def _round(
-    sequence: Sequence, budget: Budget, costs: CostModel | None, decision: Decision, learned: Learned
+    sequence: TokenSequence, budget: Budget, costs: CostModel | None, decision: Decision, learned: Learned
 ) -> Round | None:
     """The round that is worth running in the place of this full-depth step; None where it is none, paced, or has a backlog."""
     if (
@@ -332,7 +332,7 @@ def _round(
 
 
 def _trial(
-    sequence: Sequence, budget: Budget, costs: CostModel | None, decision: Decision, learned: Learned
+    sequence: TokenSequence, budget: Budget, costs: CostModel | None, decision: Decision, learned: Learned
 ) -> Trial | None:
     """Where a full-depth token is worth trying to exit early; None where nowhere is, or a pace or a deadline asks for more."""
     if not budget.confident or costs is None or not _free_full_step(sequence, budget, costs, decision):
@@ -341,7 +341,7 @@ def _trial(
     return learned.confident.plan(costs, sequence.length, sequence.balcony_rows, allowed, _slack_ms(budget, decision))
 
 
-def _free_full_step(sequence: Sequence, budget: Budget, costs: CostModel, decision: Decision) -> bool:
+def _free_full_step(sequence: TokenSequence, budget: Budget, costs: CostModel, decision: Decision) -> bool:
     """Whether a step is one sequence's at the full depth, with neither a pace nor a deadline that asks for more."""
     alone = sequence.batch_size == 1 and decision.exit_layer == costs.exits[-1]
     return alone and not decision.period_ms and budget.deadline_s is None
@@ -353,7 +353,7 @@ def _slack_ms(budget: Budget, decision: Decision) -> float:
     return math.inf if budget.tpot_ms is None else budget.tpot_ms / slowdown
 
 
-def _wait(sequence: Sequence, decision: Decision, until: int, sleep: Callable[[float], object]) -> int:
+def _wait(sequence: TokenSequence, decision: Decision, until: int, sleep: Callable[[float], object]) -> int:
     """Wait until a token is due, backlog first; returns the nanoseconds that went to the backlog."""
     begin = worked = time.perf_counter_ns()
     work_until = min(until, begin + int(decision.idle_ms * 1e6))
@@ -366,7 +366,7 @@ def _wait(sequence: Sequence, decision: Decision, until: int, sleep: Callable[[f
     return worked - begin
 
 
-def _catch_up(sequence: Sequence, chunk: CatchUp, exits: tuple[int, ...]) -> None:
+def _catch_up(sequence: TokenSequence, chunk: CatchUp, exits: tuple[int, ...]) -> None:
     if chunk.balcony:
         sequence.run_balcony(exits[chunk.stage], chunk.rows)
     else:

@@ -22,7 +22,7 @@ import numpy as np
 from balcony_edge.device.costs import CostModel
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.decoding.sampling import Sampler
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import TokenSequence
 
 #: Most drafts of a round: beyond that even nine of ten kept gain nothing.
 MOST_DRAFTS = 8
@@ -135,7 +135,9 @@ class Speculator:
         return whole_ms + costs.head.pass_ms(drafts + 1, context_length) - costs.head.pass_ms(1, context_length)
 
 
-def run_round(sequence: Sequence, ids: IntArray, sampler: Sampler, exits: tuple[int, ...], planned: Round) -> Outcome:
+def run_round(
+    sequence: TokenSequence, ids: IntArray, sampler: Sampler, exits: tuple[int, ...], planned: Round
+) -> Outcome:
     """Draft, check, keep the prefix that the full depth agrees with, roll the rest back.
 
     Args:
