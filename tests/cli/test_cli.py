@@ -424,7 +424,7 @@ def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:
     refused("weights.bin: SHA-256", "run", broken, "hi")
     refused("weights.bin: SHA-256", "inspect", broken)
     refused("no such directory", "inspect", tmp_path / "nowhere")
-    refused("is no bundle", "run", tmp_path, "hi")
+    refused("is not a bundle", "run", tmp_path, "hi")
 
 
 def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, interruptible: Any) -> None:
