@@ -28,7 +28,7 @@ def compare(
     from balcony_edge.cli.console import say_doubts
     from balcony_edge.device.compare import compare_profiles
     from balcony_edge.device.profile import Profile
-    from balcony_edge.device.tables import entry_row, render_rows
+    from balcony_edge.device.tables import entry_line, render_lines
 
     one, two = Profile.load(first), Profile.load(second)
     for path, profile in ((first, one), (second, two)):
@@ -37,7 +37,7 @@ def compare(
     if output is not None:
         rows = [
             {
-                **{key: entry_row(item.entry)[key] for key in ("kind", "exit_layer", "from_exit", "rows", "context")},
+                **{key: entry_line(item.entry)[key] for key in ("kind", "exit_layer", "from_exit", "rows", "context")},
                 "first_ms": item.first_ms,
                 "second_ms": item.second_ms,
                 "ratio": item.ratio,
@@ -48,7 +48,7 @@ def compare(
             for item in found
         ]
         document = {"differences": differences(one, two), "entries": rows}
-        sys.stdout.write(json.dumps(document) + "\n" if output == "json" else render_rows(rows, output))
+        sys.stdout.write(json.dumps(document) + "\n" if output == "json" else render_lines(rows, output))
         return
     _show(one, two, found, everything)
 

@@ -110,7 +110,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"costs": {"exits": [4]}}, "costs.stages: "),
         ({"exits": [4, 9]}, "costs are for exits (4, 9), but the bundle has (4, 8)"),
-        ({"first_row_ms": -2.0}, "first_row_ms = -2.0: a cost is 0 to 3.6e+06 ms"),
+        ({"first_row_ms": -2.0}, "first_row_ms = -2.0: a price is 0 to 3.6e+06 ms"),
         ({"head": {"key_bucket": 10**400}}, "key_bucket = 10000000000000000000: must be 1 to 2147483648"),
         ({"quality": [{"exit_layer": 4, "metric": "agreement", "on": "a", "value": math.nan}]}, "quality.0.value: "),
         ({"entry": 7}, "exit 7 was measured, but the bundle has (4, 8)"),
@@ -258,7 +258,7 @@ def test_compare_tells_chance_from_difference() -> None:
     wide = [make_profile(entries=(entry("decode", 4, p50, u, context=128),)) for p50, u in ((10.0, 1.5), (12.5, 2.0))]
     there, back = compare_profiles(*wide)[0], compare_profiles(*reversed(wide))[0]
     assert there.p_value == pytest.approx(back.p_value) and there.ratio == pytest.approx(1 / back.ratio)
-    with pytest.raises(ProfileError, match="nothing in common"):
+    with pytest.raises(ProfileError, match="no quantity in common"):
         compare_profiles(first, make_profile(entries=(entry("decode", 4, 1.0, context=1),)))
 
 
