@@ -8,15 +8,15 @@ that is not a ``BalconyError`` is a bug and keeps its traceback.
     ├── CheckpointError       a model or a set of balconies that cannot be read or does not fit
     │   └── UnsupportedModelError   a model whose architecture the exporter refuses, by name
     ├── EngineBuildError      a graph that TensorRT cannot read or build
-    ├── BudgetError           a target or a target file that makes no sense
-    │   └── InfeasibleError   a target that nothing can meet, where the budget asks for an error
+    ├── BudgetError           a target or a budget file that makes no sense
+    │   └── InfeasibleError   a target that nothing can meet, if the budget asks for an error
     ├── ProfileError          a device profile that cannot be measured, read or written
     ├── ContextLengthError    more tokens than the context holds
     ├── InputError            a prompt, a sampling parameter, an exit or a path that cannot be used
     ├── TrainingError         a training run that cannot start or must stop
     ├── VerificationError     outputs that differ from the reference
     ├── DeviceError           an accelerator that is missing, refuses work or has no memory left
-    └── MissingDependencyError a package or a device that this action needs is not there
+    └── MissingDependencyError  a package that this action needs and that is not installed
 """
 
 
@@ -69,15 +69,15 @@ class VerificationError(BalconyError):
 
 
 class DeviceError(BalconyError):
-    """An accelerator is not there, refuses what it is given, or has not enough memory."""
+    """An accelerator is missing, refuses its input, or does not have enough memory."""
 
 
 class MissingDependencyError(BalconyError):
-    """A package or a device that this action needs is not there; the message names the cure."""
+    """A package that this action needs is not installed; the message names the cure."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory. PyTorch's CPU allocator raises a plain RuntimeError, CUDA's a subclass of it."""
+    """Whether memory ran out. PyTorch's CPU allocator raises a plain RuntimeError, CUDA's a subclass of it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory")

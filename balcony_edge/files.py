@@ -1,4 +1,4 @@
-"""Writing a file or a directory so that a reader sees the old or the new one, never a part."""
+"""Writing a file or a directory so that a reader sees the old or the new one, never a part of it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from balcony_edge.errors import BalconyError
 
 try:
     import fcntl
-except ImportError:  # Windows: names are unique there too, and what a killed writer left stays
+except ImportError:
+    # Windows has no locks of this kind. Names are unique there as well; leftovers of a killed writer stay.
     fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for the lock of a directory and hold it, where its file system has locks.
+    """Wait for the lock of a directory and hold it, if its file system has locks.
 
     The lock belongs to the open directory: the system frees it when its owner ends, and threads of one process exclude one
-    another. A process id says neither: containers that share a volume have the same ones.
+    another. A file with a process id would do neither: containers that share a volume use the same ids.
     """
     lock = _lock(path, wait=True)
     try:
@@ -34,10 +35,10 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def partial_directory(target: Path) -> Iterator[Path]:
-    """Make a directory next to ``target``, to be renamed to it; what is left under its name at the end is removed.
+    """Make a directory next to ``target``, which the caller renames to it; otherwise it is removed at the end.
 
     Its name is unique and it is locked until the end, so that other writers leave it alone. Directories of killed
-    writers have no lock any more and are removed first.
+    writers are no longer locked and are removed first.
 
     Raises:
         OSError: the directory cannot be made.
@@ -53,7 +54,7 @@ def partial_directory(target: Path) -> Iterator[Path]:
         lock = _lock(part, wait=True)
         if part.exists():
             break
-        _unlock(lock)  # another writer took it for a leftover before it was locked
+        _unlock(lock)  # another writer removed it as a leftover before it was locked
     try:
         yield part
     finally:
@@ -62,13 +63,13 @@ def partial_directory(target: Path) -> Iterator[Path]:
 
 
 def require_writable(directory: Path, given: str, error_class: type[BalconyError], cure: str) -> None:
-    """Refuse a directory that cannot be written, or made; cheap, so that it comes before the work whose result goes there.
+    """Refuse a directory that cannot be written or made. The check is cheap: call it before the work whose result goes there.
 
     Args:
-        directory: where to write; directories that are missing on the way to it are made when it is written.
-        given: how the message calls it.
-        error_class: raised where it cannot be written; its message ends in ``cure``.
-        cure: what to do then.
+        directory: place to write to; missing parent directories do not matter, since writing makes them.
+        given: name of the place in the message, as the user gave it.
+        error_class: exception to raise if the place cannot be written; its message ends in ``cure``.
+        cure: advice to the user.
     """
     place = directory.absolute()
     nearest = next(path for path in (place, *place.parents) if os.path.lexists(path))
@@ -82,10 +83,10 @@ def write_atomically(path: Path, content: bytes, error_class: type[BalconyError]
     """Write under a temporary name next to ``path``, flush it to the disk and rename it.
 
     Args:
-        path: what to write or replace; directories that are missing on the way to it are made.
-        content: all of it.
-        error_class: raised where the disk refuses; its message ends in ``cure``.
-        cure: what to do then.
+        path: file to write or replace; missing parent directories are made.
+        content: complete content of the file.
+        error_class: exception to raise if the file cannot be written; its message ends in ``cure``.
+        cure: advice to the user.
     """
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def write_atomically(path: Path, content: bytes, error_class: type[BalconyError]
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-    """The open directory with its lock; None where somebody else holds it, it is gone, or there are no locks."""
+    """Descriptor of the locked directory; None if someone else holds the lock, the directory is gone, or locks do not exist."""
     if fcntl is None:
         return None
     with contextlib.suppress(OSError):

@@ -41,9 +41,9 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import Measurement, Observation
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
-from balcony_edge.device.profile import Profile
+from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.simulation.loads import parse_load
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
 
 
@@ -62,7 +62,7 @@ COSTS = CostModel(
 )
 #: Full depth takes 0.8 of it on an idle device, the shallowest exit 0.9 at twice the load.
 TARGET_MS = 27.0
-DEVICE = Device(noise=0.03)
+DEVICE = Physics(noise=0.03)
 PROFILE = Path(__file__).parents[1] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
 #: Seconds that watts take to come down from full power; windows of them are counted from then on.
 SETTLING_S = 8
@@ -173,12 +173,12 @@ def way_back(seeds: int) -> list[dict[str, Any]]:
     the first there. Tokens from the end of a load of 1.7 (or from the start) until all later tokens are the full depth's,
     and how many of 3,000 were late.
     """
-    costs = at_context(Profile.load(PROFILE).costs, 500)
+    costs = at_context(DeviceProfile.load(PROFILE).costs, 500)
     full_ms, rows = costs.steady_ms(costs.exits[-1], 0), []
     for loaded_s, of_full in itertools.product((0.0, 2.0), (1.1, 1.12, 1.15, 1.2, 1.25)):
         back, late = [], []
         for seed in range(seeds):
-            plant = Plant(costs, Device(), _passing(loaded_s), seed=seed)
+            plant = Plant(costs, Physics(), _passing(loaded_s), seed=seed)
             budget = Budget(tpot_ms=of_full * full_ms)
             run = simulate(costs, plant, budget, tokens=3000 + int(loaded_s * 200))
             idle = [token for token in run[1:] if token.time_s > loaded_s + 0.05][:3000]
@@ -233,7 +233,7 @@ def ceilings() -> dict[str, Any]:
         found["power"].append({**row, "most": round(max(shares), 3), "switches_apart_s": closest})
     hot = []
     for limit_c, tau_s in ((55, 20.0), (55, 60.0), (60, 40.0)):
-        plant = Plant(COSTS, Device(tau_s=tau_s), parse_load("idle"))
+        plant = Plant(COSTS, Physics(tau_s=tau_s), parse_load("idle"))
         run = simulate(COSTS, plant, Budget(temperature_c=limit_c, min_pace_tps=20), tokens=10**6, seconds=400)
         hot.append({"temperature_c": limit_c, "tau_s": tau_s, "most_c": round(max(t.celsius for t in run), 2)})
     found["temperature"] = hot

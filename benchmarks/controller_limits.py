@@ -13,7 +13,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import InfeasibleError
 from balcony_edge.simulation.loads import parse_load
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
 
 #: Name → what the gauge does: how old what it shows is, over how long it averages, how often it shows another value.
@@ -45,7 +45,7 @@ def windows(run: list[SimulatedToken], after_s: float, window_s: float = 5.0) ->
     return values
 
 
-def gauges(costs: CostModel, device: Device, power_w: float = 6.0) -> list[dict[str, Any]]:
+def gauges(costs: CostModel, device: Physics, power_w: float = 6.0) -> list[dict[str, Any]]:
     """A power limit with every kind of gauge, on an idle device and under a load that comes and goes."""
     rows = []
     for load in ("idle", "square:high=1.5,period_s=20"):
@@ -75,7 +75,7 @@ def out_of_reach(costs: CostModel) -> list[dict[str, Any]]:
         stages=tuple(UnitCost(unit.first_row_ms / 4, unit.marginal_row_ms / 4) for unit in costs.stages),
         head=UnitCost(costs.head.first_row_ms / 4),
     )
-    device, rows = Device(idle_w=2.0), []
+    device, rows = Physics(idle_w=2.0), []
     for name, model in (("steps of 12 ms", costs), ("steps of 3 ms", fast)):
         for limit in (Budget(power_w=1.0), Budget(temperature_c=35.0)):
             run = simulate(model, Plant(model, device, parse_load("idle")), limit, tokens=10**6, seconds=60)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from balcony_edge.budget import Budget
 from balcony_edge.simulation.loads import parse_load
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
 from benchmarks.controller import COSTS, DEVICE, SETTLING_S, TARGET_MS, oracle
 
@@ -35,7 +35,7 @@ def plot(path: Path) -> None:
     upper[1].set_ylim(bottom=0)
     upper[1].set_title(f"power_w = {POWER_W:g}, load {load}", fontsize=9)
     budget = Budget(temperature_c=LIMIT_C, min_pace_tps=20)
-    run = simulate(COSTS, Plant(COSTS, Device(tau_s=40), parse_load("idle")), budget, tokens=10**6, seconds=300)
+    run = simulate(COSTS, Plant(COSTS, Physics(tau_s=40), parse_load("idle")), budget, tokens=10**6, seconds=300)
     times = [token.time_s for token in run]
     lower[1].plot(times, [token.celsius for token in run], color="C3", label="°C")
     lower[1].axhline(LIMIT_C, color="0.3", linestyle="--", label="ceiling")

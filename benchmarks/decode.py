@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_runtime.engine import Engine, Sequence
+from balcony_runtime.engine import Engine, TokenSequence
 from benchmarks.rounds import interleave, ratio
 from benchmarks.whole_graph import WholeGraph
 
@@ -91,7 +91,7 @@ def block(engine: Engine, exit_layer: int, context: int) -> Callable[[], Step]:
     return partial(_block, sequence, exit_layer)
 
 
-def _block(sequence: Sequence, exit_layer: int) -> Step:
+def _block(sequence: TokenSequence, exit_layer: int) -> Step:
     length, ids = sequence.length, np.array([TOKEN])
     steps = []
     for _ in range(WARM_STEPS + STEPS):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_runtime.decoding.prices import calibrate
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.llm import LLM
 from benchmarks.policies import always_paying, read_prompts
 from benchmarks.rounds import cpu_name
@@ -53,7 +53,7 @@ def spoilt_and_speculated(llm: LLM, prompt: list[int], turn: int) -> tuple[list[
 def measure(llm: LLM, prompts: list[list[int]]) -> dict[str, Any]:
     """Everything but the bars."""
     full = llm.exit_layers[-1]
-    llm._costs = always_paying(calibrate(llm.engine))
+    llm._costs = always_paying(measure_prices(llm.engine))
     equal = compared = flips = speculated = 0
     for turn, prompt in enumerate(prompts):
         llm.budget = Budget()

@@ -10,7 +10,8 @@ price of a switch up is that of a prefill of the pending rows through the missin
 keys and values of the rows since then, and nothing else of them.
 
 How it is measured: :mod:`benchmarks.rounds` (interleaved rounds, medians, ratios within a round). Wall time around
-``Sequence.step`` with the argmax (decode) or ``Sequence.advance`` (switches), one process, the runtime's shared thread pool.
+``TokenSequence.step`` with the argmax (decode) or ``TokenSequence.advance`` (switches), one process, the runtime's shared
+thread pool.
 Stop everything else; a run whose ``others_cpu_share`` is above some percent should be repeated.
 
 The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:

@@ -29,7 +29,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_runtime.backends.base import Backend, State
 from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from balcony_runtime.decoding.prices import calibrate
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.text import TextCodec
@@ -86,7 +86,7 @@ def measure(llm: LLM, backend: RecordingBackend, rounds: int) -> list[dict[str, 
         rounds: replies per budget.
     """
     shallow, full = llm.exit_layers[0], llm.exit_layers[-1]
-    costs = calibrate(llm.engine)
+    costs = measure_prices(llm.engine)
     deepest_ms, below_ms = (costs.steady_ms(exit_layer, PROMPT_TOKENS) for exit_layer in (full, llm.exit_layers[-2]))
     between_ms = round((deepest_ms + below_ms) / 2, 2)
     budgets = {

@@ -15,7 +15,7 @@ tenth. So every round starts all of them anew, runs every case once to warm up a
 backwards; medians over the rounds, ratios within a round (:mod:`benchmarks.rounds`). Before each request the others get
 time to fall asleep, and each reports the CPU that it burnt idle. Prompts are token ids of ``--text``, others in every
 round, so that no prefix cache helps; replies are greedy and no end token ends them. A step's time is taken where the
-engine's user receives its token: around our ``Sequence.step``, llama.cpp's ``llama_decode`` and transformers' forward
+engine's user receives its token: around our ``TokenSequence.step``, llama.cpp's ``llama_decode`` and transformers' forward
 pass, each with numpy's argmax, in ONNX Runtime GenAI around ``generate_next_token``, in OpenVINO GenAI between calls of
 the streamer. Memory and load time are each process's before its round, on a warm disk. Quality comes after the last:
 rows of windows of ``--text`` taken by decode steps, as in a reply.

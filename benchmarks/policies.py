@@ -35,7 +35,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.bundle.manifest import ConfidenceSpec
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_runtime.decoding.confident import Confident
-from balcony_runtime.decoding.prices import calibrate
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.thresholds import compare_exits, learn
 from balcony_runtime.llm import LLM
 from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
@@ -115,7 +115,7 @@ def learned_thresholds(llm: LLM, path: Path) -> dict[float, ConfidenceSpec]:
 
 def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[float, ConfidenceSpec]) -> dict[str, Any]:
     """Everything but the bars."""
-    costs = calibrate(llm.engine)
+    costs = measure_prices(llm.engine)
     exits, full = llm.exit_layers, llm.exit_layers[-1]
     deep_ms, below_ms = (costs.steady_ms(exit_layer, 128) for exit_layer in (full, exits[-2]))
     free = always_paying(costs)

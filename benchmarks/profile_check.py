@@ -31,7 +31,7 @@ from typing import Any
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.device.profile import Profile
+from balcony_edge.device.profile import DeviceProfile
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import WARM_TOKENS, Bench, Key, prompt, switched
 from balcony_runtime.profiler.grid import Grid
@@ -57,7 +57,7 @@ def main() -> int:
             verb = ["profile", str(arguments.bundle), "-o", str(path), *(["--quick"] if arguments.quick else [])]
             program = "from balcony_edge.cli import main; main()"
             subprocess.run([sys.executable, "-c", program, *verb], check=True, stdout=subprocess.DEVNULL)
-        first, second = (Profile.load(path) for path in paths)
+        first, second = (DeviceProfile.load(path) for path in paths)
     with balcony_edge.load(arguments.bundle) as llm:
         result: dict[str, Any] = {
             "held_out": held_out(llm, second, 10 if arguments.quick else COMBINATIONS),
@@ -69,7 +69,7 @@ def main() -> int:
     return 0 if all(part["met"] for part in result.values() if isinstance(part, dict)) else 1
 
 
-def held_out(llm: LLM, profile: Profile, count: int) -> dict[str, Any]:
+def held_out(llm: LLM, profile: DeviceProfile, count: int) -> dict[str, Any]:
     """Steps with a backlog behind them, priced beforehand; the machine's own drift since the profile is taken out."""
     generator = random.Random(20261125)
     costs, exits = profile.costs, profile.costs.exits
@@ -114,7 +114,7 @@ def held_out(llm: LLM, profile: Profile, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def two_in_a_row(first: Profile, second: Profile) -> dict[str, Any]:
+def two_in_a_row(first: DeviceProfile, second: DeviceProfile) -> dict[str, Any]:
     """Share of the entries that agree within their intervals, what all differ by (the machine's drift) taken out."""
     other = {entry.key: entry.timing for entry in second.entries}
     pairs = [(entry.timing, other[entry.key]) for entry in first.entries if entry.key in other and entry.timing.p50_ms]

@@ -48,7 +48,7 @@ def test_stream(tiny: Any) -> None:
 def test_an_example_shows_one_line_for_what_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command("stream.py", tmp_path), capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("stream.py: ") and done.stderr.count("\n") == 1 and "is no bundle" in done.stderr
+    assert done.stderr.startswith("stream.py: ") and done.stderr.count("\n") == 1 and "is not a bundle" in done.stderr
 
 
 def test_chat_catches_up_while_it_waits(tiny: Any) -> None:

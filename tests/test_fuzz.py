@@ -31,7 +31,7 @@ from balcony_edge.errors import BalconyError, BundleError, CheckpointError
 from balcony_export.export import export_bundle
 from balcony_export.model.balcony import INDEX, init_balconies, load_balconies, save_balconies
 from balcony_export.model.balcony import fingerprint as base_of
-from balcony_runtime.engine import Engine, Sequence
+from balcony_runtime.engine import Engine, TokenSequence
 
 FUZZ = Path(__file__).with_name("fuzz_bundle.py")
 
@@ -197,7 +197,7 @@ def _at(document: Any, place: tuple[str, ...]) -> Any:
     return document
 
 
-Step = Callable[[Sequence], Any]
+Step = Callable[[TokenSequence], Any]
 
 
 def _schedule(engine: Engine, seed: int) -> list[Step]:

@@ -1,25 +1,25 @@
-"""The manifest ``bundle.json``: types of everything that it says about a bundle, and the I/O tables of the graphs.
+"""The manifest ``bundle.json``: its types, and the I/O tables of the graphs.
 
-This module owns the types and the schema version. Files, hashes and what the types cannot say are checked by :mod:`.bundle`;
-that the graphs' real inputs equal the tables below is checked by the backend that opens them.
+This module owns the types and the schema version. :mod:`.bundle` checks files, hashes and what the types cannot express. The
+backend that opens a graph checks that its real inputs equal the tables below.
 
     bundle/
       bundle.json               this manifest
-      tokenizer.json  generation_config.json  chat_template.jinja (where the model has one)
+      tokenizer.json  generation_config.json  chat_template.jinja (if the model has one)
       backbone.onnx             the whole shared backbone, one hidden-state output per exit; not loaded by the runtime
       stage_<i>.onnx            its layers between two exits, with their KV cache
       balcony_<e>.onnx          decoder layer and norm of the exit below the full depth
       norm.onnx  lm_head.onnx   the full depth's final norm; the head that all exits share
       cpu_*.onnx                the same stages, balconies and head, lowered for ONNX Runtime on CPUs
-      weights.bin               external data: every tensor stored once; the token table is read from here, too
-      tensorrt/<name>/          graphs for TensorRT and engines, where `balcony-edge build` made them
+      weights.bin               external data: every tensor stored once; the token table is also read from here
+      tensorrt/<name>/          graphs for TensorRT and engines, if `balcony-edge build` made them
 
 Up to two sets of graphs describe the same arithmetic: ``graphs`` in standard ONNX, which every engine can read, and ``cpu``
 in ONNX Runtime's own operators, which it runs faster. A float32 bundle has both, over the same weights; float16 has the
 first; int8 and int4 have the second.
 
 I/O table (B batch, T rows of a pass, Q query rows, S rows of KV capacity, D hidden size, H kv heads, d head size,
-F = H × d, V vocabulary; ``float`` is float16 where ``precision`` says so, else float32):
+F = H × d, V vocabulary; ``float`` is float16 if ``precision`` is, otherwise float32):
 
     graph        inputs                                                           outputs
     stage_<i>    hidden_<from> float (B, T, D), start int64 (B,),                 hidden_<to> float (B, T, D),
@@ -31,13 +31,13 @@ F = H × d, V vocabulary; ``float`` is float16 where ``precision`` says so, else
 
 ``start`` is the row index of the first of the T rows: positions are row indices. ``queries`` are the last Q of ``rows``.
 
-In the set ``cpu`` caches are (B, H, S, d), and ``last`` int32 (B,), the index of the last of the T rows, and ``total``
-int32 (), the rows after the pass, stand in the place of ``start``. Otherwise it differs in three graphs:
+In the set ``cpu`` caches are (B, H, S, d). Instead of ``start``, graphs take ``last`` int32 (B,), the index of the last of the
+T rows, and ``total`` int32 (), the number of rows after the pass. The set also differs in three graphs:
 
     graph             inputs                                         outputs
-    stage_<last>      as above                                       normed float (B, T, D) too: the final norm is inside
+    stage_<last>      as above                                       also normed float (B, T, D): it contains the final norm
     balcony_<e>       rows float (B, T, D), last, total, past_*      hidden float (B, T, D), present_*
-    balcony_<e>_keys  rows float (B, T, D), start int64 (B,), past_* present_*: works off a backlog, asks nothing
+    balcony_<e>_keys  rows float (B, T, D), start int64 (B,), past_* present_* only: takes in a backlog without queries
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ WEIGHTS = "weights.bin"
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
 Precision = Literal["float32", "float16", "int8", "int4"]
-#: Of TensorRT engines: of weights; activations are float16, bfloat16 for ``bf16`` and float32 for ``fp32``.
+#: Type of the weights of TensorRT engines; activations are float16, bfloat16 for ``bf16`` and float32 for ``fp32``.
 EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
-#: A plain file name: nothing that leaves the bundle's directory and no hidden file.
+#: A plain file name, which cannot leave the bundle's directory and is not hidden.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=120)]
 
 
-#: A number that was measured.
+#: A measured number.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-#: A dimension. The bound is far above every model and keeps a forged manifest from asking for all memory.
+#: A dimension. The bound is far above every model's and keeps a forged manifest from claiming all memory.
 Size = Annotated[int, Field(gt=0, le=2**22)]
 
 
 #: A count of values or bytes; bounded so that sums and ratios of a forged manifest stay numbers.
 Count = Annotated[int, Field(gt=0, le=2**60)]
-#: Text that a terminal may be shown: one line, no control characters.
+#: Text that is safe to show on a terminal: one line without control characters.
 Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=200)]
 
 
@@ -75,7 +75,7 @@ class _Frozen(BaseModel):
 
 
 class TensorSpec(_Frozen):
-    """One graph input or output. A dimension is a number or the name of a symbol."""
+    """One graph input or output. A dimension is a number or the name of a symbolic one."""
 
     name: Line
     dtype: DType
@@ -85,8 +85,8 @@ class TensorSpec(_Frozen):
 class GraphSpec(_Frozen):
     """One executable graph.
 
-    ``weight_bytes`` are the bytes of weights that one pass reads; ``parameters`` is their number of elements. Both count
-    what the graph uses, also where two graphs point to the same tensor.
+    ``weight_bytes`` are the bytes of weights that one pass reads; ``parameters`` is their number of elements. A tensor that two
+    graphs share counts in both.
     """
 
     file: FileName
@@ -97,11 +97,10 @@ class GraphSpec(_Frozen):
 
 
 class BlockSpec(_Frozen):
-    """How a quantized table is stored: unsigned integers of ``bits`` in blocks along a row, low bits first.
+    """Storage of a quantized table: unsigned integers of ``bits`` bits in blocks along a row, low bits first.
 
-    A value is ``(q - zero_point) × scale``, with one float32 scale per block at ``scales_offset``; the zero point is
-    ``2 ** (bits - 1)`` everywhere unless ``zero_points_offset`` says where they lie (packed like the values, each row
-    padded to whole bytes).
+    A value is ``(q - zero_point) × scale``, with one float32 scale per block at ``scales_offset``. The zero points lie at
+    ``zero_points_offset`` (packed like the values, each row padded to whole bytes); None: all are ``2 ** (bits - 1)``.
     """
 
     bits: Literal[4, 8]
@@ -111,9 +110,9 @@ class BlockSpec(_Frozen):
 
 
 class EmbeddingSpec(_Frozen):
-    """Where the token table lies: rows of ``shape[1]`` values from ``offset`` bytes on, multiplied by ``scale``.
+    """Place of the token table: rows of ``shape[1]`` values that begin ``offset`` bytes into the file, times ``scale``.
 
-    ``dtype`` is that of its values; with ``blocks`` they are stored quantized.
+    ``dtype`` is the type of the values that a reader gets; with ``blocks`` they are stored quantized.
     """
 
     file: FileName
@@ -141,16 +140,16 @@ class EmbeddingSpec(_Frozen):
 
 
 class Estimate(_Frozen):
-    """A measured mean and its standard error; None where one document or example alone was measured."""
+    """A measured mean and its standard error; None if only one document or example was measured."""
 
     value: Finite
     stderr: Finite | None = None
 
 
 class TextQuality(_Frozen):
-    """An exit on a text file, per predicted token; ``kl`` (nats) and ``agreement`` are against the reference.
+    """Quality of an exit on a text file, per predicted token; ``kl`` (nats) and ``agreement`` are against the reference.
 
-    ``window`` is the number of tokens of a pass: perplexities of different windows do not compare.
+    ``window`` is the number of tokens of a pass: perplexities of different windows are not comparable.
     """
 
     documents: int = Field(gt=0)
@@ -162,7 +161,7 @@ class TextQuality(_Frozen):
 
 
 class TaskQuality(_Frozen):
-    """An exit on a task: ``metric`` is the one that tables show, ``metrics`` holds all."""
+    """Quality of an exit on a task: ``metric`` names the figure that tables show, ``metrics`` holds all figures."""
 
     metric: str
     examples: int = Field(gt=0)
@@ -170,7 +169,7 @@ class TaskQuality(_Frozen):
 
 
 class TaskSummary(_Frozen):
-    """Mean over ``tasks`` (percent), what is lost against the full depth (points), and what is kept of it (percent)."""
+    """Mean over ``tasks`` (percent), loss against the full depth (points), and share of the full depth's mean (percent)."""
 
     tasks: tuple[str, ...]
     average: Estimate
@@ -179,7 +178,7 @@ class TaskSummary(_Frozen):
 
 
 class Quality(_Frozen):
-    """What `balcony-edge eval` measured at an exit. ``reference`` names the model that text was compared with."""
+    """Results of `balcony-edge eval` at an exit. ``reference`` names the model that results on texts are against."""
 
     reference: str
     text: dict[str, TextQuality] = {}
@@ -188,10 +187,10 @@ class Quality(_Frozen):
 
 
 class ExitSpec(_Frozen):
-    """An exit: ``kind`` is ``balcony`` below the full depth and ``full`` there; ``quality`` is there once evaluated.
+    """An exit: ``kind`` is ``full`` at the full depth and ``balcony`` below it; ``quality`` is None before an evaluation.
 
-    ``module`` is what a balcony holds before its norm. ``mlp`` and ``none`` attend to nothing: their graph has no cache and the
-    table of ``norm`` (``hidden`` → ``normed``).
+    ``module`` is the part of a balcony before its norm. Balconies of ``mlp`` and ``none`` have no attention: their graphs have
+    no cache and the same I/O table as ``norm`` (``hidden`` → ``normed``).
     """
 
     exit_layer: int = Field(gt=0)
@@ -218,7 +217,7 @@ class ModelSpec(_Frozen):
 
     @property
     def kv_width(self) -> int:
-        """Values of one key (or value) row: kv heads × head size."""
+        """Number of values in one row of keys (or values): kv heads × head size."""
         return self.num_kv_heads * self.head_dim
 
 
@@ -230,11 +229,11 @@ class FileSpec(_Frozen):
 
 
 class Quantization(_Frozen):
-    """How weights became integers: in blocks along the inputs, by nearest values or by GPTQ on calibration text.
+    """Quantization of the weights: in blocks along the inputs, to the nearest values or by GPTQ on calibration text.
 
-    ``accuracy_level`` 4 rounds activations to int8 in the products too, 1 leaves them in float32. ``kv_bits`` 8 keeps keys and
-    values as int8, each channel with a scale of its own from calibration text. ``down_block_size`` is that of the MLPs' down
-    projections where it differs; ``positive`` says that all scales are above 0.
+    ``accuracy_level`` 4 also rounds activations to int8 in the products; 1 leaves them in float32. ``kv_bits`` 8 keeps keys and
+    values as int8, each channel with a scale of its own from calibration text. ``down_block_size`` is the block size of the
+    MLPs' down projections if it differs; ``positive`` means that all scales are above 0.
     """
 
     bits: Literal[4, 8]
@@ -253,8 +252,10 @@ ConfidenceMeasure = Literal["top1", "margin", "entropy"]
 
 
 class ThresholdSpec(_Frozen):
-    """Of one exit: least confidence of a token that exits there; on the text that tested it, the share of tokens that did, and
-    the share of all tokens that did with another token than the full depth's."""
+    """Least confidence with which a token exits here, and two shares of all tokens, measured on the text that tested it.
+
+    ``exit_share`` exited here; ``disagreement`` exited here with another token than the full depth's.
+    """
 
     threshold: float = Field(ge=0, le=1)
     exit_share: float = Field(ge=0, le=1)
@@ -262,11 +263,12 @@ class ThresholdSpec(_Frozen):
 
 
 class ConfidenceSpec(_Frozen):
-    """What `balcony-edge calibrate` found: with probability ``confidence``, at most ``max_disagreement`` of all tokens exit
-    early with another token than the full depth's, on text like ``text`` (a name), of which ``tokens`` were seen.
+    """Result of `balcony-edge calibrate`: thresholds and the promise that they keep.
 
-    ``measure`` is how confidence is measured (:func:`balcony_runtime.decoding.thresholds.measured`). An
-    exit is missing if no threshold kept the promise.
+    The promise: with probability ``confidence``, at most ``max_disagreement`` of all tokens exit early with another token than
+    the full depth's. It holds on text like the one named ``text``, of which ``tokens`` tokens were used. ``measure`` is the
+    measure of confidence (:func:`balcony_runtime.decoding.thresholds.measured`). An exit is missing from ``thresholds`` if no
+    threshold kept the promise.
     """
 
     measure: ConfidenceMeasure
@@ -280,9 +282,9 @@ class ConfidenceSpec(_Frozen):
 class EngineSpec(_Frozen):
     """One TensorRT engine.
 
-    ``layers`` counts those of the parsed network. ``attention`` is how its attention runs, None where it has none of its own:
-    ``fused`` in one kernel, or ``decomposed`` into products and a softmax, where TensorRT has no such kernel for this type and
-    head size.
+    ``layers`` is the number of layers of the parsed network. ``attention`` is the form of its attention: ``fused`` in one
+    kernel, or ``decomposed`` into products and a softmax if TensorRT has no such kernel for this type and head size; None: the
+    graph has no attention.
     """
 
     file: FileName
@@ -293,9 +295,9 @@ class EngineSpec(_Frozen):
 class EngineSet(_Frozen):
     """Graphs for TensorRT and the engines that were built from them, in ``tensorrt/<directory>/`` (None: the set's name).
 
-    ``target`` is which TensorRT: ``rtx`` (``tensorrt_rtx``) or ``tensorrt`` (the enterprise one, JetPack's). Caches have
-    ``context_length`` rows whatever is live; passes have ``batch_size`` members. ``builder`` and ``compute_capabilities`` say
-    what the engines run on; both are empty while there are graphs alone.
+    ``target`` names the TensorRT: ``rtx`` (``tensorrt_rtx``) or ``tensorrt`` (the enterprise one, JetPack's). Caches always
+    have ``context_length`` rows; passes have ``batch_size`` members. ``builder`` and ``compute_capabilities`` say what the
+    engines run on; both are empty while the set has graphs only.
     """
 
     directory: FileName | None = None
@@ -313,7 +315,10 @@ class EngineSet(_Frozen):
 
 
 class Manifest(_Frozen):
-    """``bundle.json``. ``fingerprint`` covers graphs and weights only: what is added later makes no profile stale."""
+    """Content of ``bundle.json``.
+
+    ``fingerprint`` covers graphs and weights only, so a device profile stays valid when evaluations or engines are added.
+    """
 
     schema_version: Literal[2]
     model: ModelSpec
@@ -331,7 +336,7 @@ class Manifest(_Frozen):
 
     @property
     def agreement(self) -> dict[int, float | None]:
-        """Exit layer → share of tokens on which it agrees with the full depth, on the text where that is least."""
+        """Exit layer → share of tokens on which it agrees with the full depth, on the text where that share is least."""
         return {
             exit_.exit_layer: min((text.agreement.value for text in exit_.quality.text.values()), default=None)
             if exit_.quality is not None
@@ -341,17 +346,17 @@ class Manifest(_Frozen):
 
     @property
     def float_dtype(self) -> Literal["float32", "float16"]:
-        """Of hidden states."""
+        """Type of hidden states."""
         return "float16" if self.precision == "float16" else "float32"
 
     @property
     def kv_dtype(self) -> Literal["float32", "float16", "int8"]:
-        """Of the KV cache."""
+        """Type of keys and values in the KV cache."""
         return "int8" if self.quantization is not None and self.quantization.kv_bits == 8 else self.float_dtype
 
     @property
     def runnable(self) -> dict[str, GraphSpec]:
-        """The set of graphs that ONNX Runtime runs: the lowered one where there is one."""
+        """The set of graphs that ONNX Runtime runs: the lowered one if the bundle has it."""
         return self.cpu or self.graphs
 
     @property
@@ -361,7 +366,7 @@ class Manifest(_Frozen):
 
     @property
     def stage_bounds(self) -> tuple[tuple[int, int], ...]:
-        """``(first, last)`` of each stage: it runs the layers with ``first <= index < last``."""
+        """``(first, last)`` of each stage, which runs the layers with ``first <= index < last``."""
         layers = self.exit_layers
         return tuple(zip((0, *layers[:-1]), layers, strict=True))
 
@@ -374,7 +379,7 @@ class Manifest(_Frozen):
 
     @property
     def cached_exits(self) -> tuple[int, ...]:
-        """Exits whose balcony attends to rows before, and so has a KV cache."""
+        """Exits whose balcony attends to earlier rows and therefore has a KV cache."""
         return tuple(e.exit_layer for e in self.exits if e.kind == "balcony" and e.module in ("decoder", "attention"))
 
     def exit_graph(self, exit_layer: int) -> str:
@@ -382,5 +387,5 @@ class Manifest(_Frozen):
         return "norm" if exit_layer == self.model.num_layers else f"balcony_{exit_layer}"
 
     def bytes_per_token(self, exit_layer: int) -> int:
-        """Bytes of weights that one token at ``exit_layer`` reads (the token table's one row not counted)."""
+        """Bytes of weights that one token at ``exit_layer`` reads, without the one row of the token table."""
         return sum(self.runnable[name].weight_bytes for name in self.path_graphs(exit_layer))

@@ -103,7 +103,8 @@ def build_into(
 
     A set that was there stays as it is until the one that takes its place is whole.
     """
-    from balcony_edge.bundle.bundle import Bundle, new_engine_directory, record_engines
+    from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
     from balcony_edge.cli.console import native_stderr_dropped, progress_bar
 
     name = f"{target}-{precision}" + ("-plain" if operators == "plain" else "")

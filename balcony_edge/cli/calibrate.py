@@ -32,7 +32,8 @@ def calibrate(
     """Measure how sure each balcony must be, and write the thresholds into the bundle's manifest (not its fingerprint)."""
     from rich.table import Table
 
-    from balcony_edge.bundle.bundle import Bundle, record_confidence
+    from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.bundle.quality import record_confidence
     from balcony_edge.cli.console import progress_bar, stdout
     from balcony_edge.errors import BundleError, InputError
     from balcony_edge.files import require_writable

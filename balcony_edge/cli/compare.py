@@ -13,7 +13,7 @@ from balcony_edge.device.tables import Format
 
 if TYPE_CHECKING:
     from balcony_edge.device.compare import Comparison
-    from balcony_edge.device.profile import Profile
+    from balcony_edge.device.profile import DeviceProfile
 
 
 def compare(
@@ -27,17 +27,17 @@ def compare(
     """Compare two devices, bundles or versions: ratios, and whether they are more than chance."""
     from balcony_edge.cli.console import say_doubts
     from balcony_edge.device.compare import compare_profiles
-    from balcony_edge.device.profile import Profile
-    from balcony_edge.device.tables import entry_row, render_rows
+    from balcony_edge.device.profile import DeviceProfile
+    from balcony_edge.device.tables import entry_line, render_lines
 
-    one, two = Profile.load(first), Profile.load(second)
+    one, two = DeviceProfile.load(first), DeviceProfile.load(second)
     for path, profile in ((first, one), (second, two)):
         say_doubts(path, profile)
     found = compare_profiles(one, two)
     if output is not None:
         rows = [
             {
-                **{key: entry_row(item.entry)[key] for key in ("kind", "exit_layer", "from_exit", "rows", "context")},
+                **{key: entry_line(item.entry)[key] for key in ("kind", "exit_layer", "from_exit", "rows", "context")},
                 "first_ms": item.first_ms,
                 "second_ms": item.second_ms,
                 "ratio": item.ratio,
@@ -48,12 +48,12 @@ def compare(
             for item in found
         ]
         document = {"differences": differences(one, two), "entries": rows}
-        sys.stdout.write(json.dumps(document) + "\n" if output == "json" else render_rows(rows, output))
+        sys.stdout.write(json.dumps(document) + "\n" if output == "json" else render_lines(rows, output))
         return
     _show(one, two, found, everything)
 
 
-def differences(one: Profile, two: Profile) -> list[str]:
+def differences(one: DeviceProfile, two: DeviceProfile) -> list[str]:
     """What else differs, one phrase each."""
     found = list(one.device.differences(two.device))
     if one.bundle.fingerprint != two.bundle.fingerprint:
@@ -66,7 +66,7 @@ def differences(one: Profile, two: Profile) -> list[str]:
     return found
 
 
-def _show(one: Profile, two: Profile, found: tuple[Comparison, ...], everything: bool) -> None:
+def _show(one: DeviceProfile, two: DeviceProfile, found: tuple[Comparison, ...], everything: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 

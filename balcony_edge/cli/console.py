@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from balcony_edge.device.profile import Profile
+    from balcony_edge.device.profile import DeviceProfile
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -37,7 +37,7 @@ def write_text(text: str, style: str = "") -> None:
         sys.stdout.flush()
 
 
-def say_doubts(path: Path, profile: Profile) -> None:
+def say_doubts(path: Path, profile: DeviceProfile) -> None:
     """Say on stderr why a profile's numbers may be off: neighbours that were busy, intervals that are wide."""
     for doubt in profile.doubts:
         stderr.print(f"{path}: {doubt}", style="yellow", markup=False, soft_wrap=True)

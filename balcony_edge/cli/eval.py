@@ -45,8 +45,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL to the full model, agreement and task accuracy of every exit, with standard errors."""
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm: lm-evaluation-harness's bars would tear ours
-    from balcony_edge.bundle.bundle import Bundle, record_quality
+    from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.bundle.manifest import MANIFEST
+    from balcony_edge.bundle.quality import record_quality
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_edge.errors import BundleError, InputError
     from balcony_edge.files import require_writable

@@ -27,11 +27,11 @@ def plan(
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.budget import asked_budget
     from balcony_edge.cli.console import say_doubts, stderr
-    from balcony_edge.device.profile import Profile
+    from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.errors import ContextLengthError
     from balcony_edge.simulation.plan import REPLY_TOKENS, make_plan
 
-    asked, measured = asked_budget(budget, tpot_ms), Profile.load(profile)
+    asked, measured = asked_budget(budget, tpot_ms), DeviceProfile.load(profile)
     total = prompt_tokens + (asked.expected_tokens or REPLY_TOKENS)
     if total > measured.bundle.context_length:
         raise ContextLengthError(

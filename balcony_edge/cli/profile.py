@@ -12,7 +12,7 @@ import typer
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from balcony_edge.device.profile import Profile
+    from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.device.tables import Format
 
 
@@ -116,7 +116,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _write(measured: Profile, form: Format, path: Path | None) -> None:
+def _write(measured: DeviceProfile, form: Format, path: Path | None) -> None:
     from balcony_edge.device.tables import render
     from balcony_edge.errors import ProfileError
     from balcony_edge.files import write_atomically
@@ -128,7 +128,7 @@ def _write(measured: Profile, form: Format, path: Path | None) -> None:
         write_atomically(path, text.encode(), ProfileError, "free space, or name a place that is writable")
 
 
-def _show(measured: Profile) -> None:
+def _show(measured: DeviceProfile) -> None:
     from rich.markup import escape
     from rich.table import Table
 

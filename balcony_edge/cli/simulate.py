@@ -14,9 +14,9 @@ import typer
 
 if TYPE_CHECKING:
     from balcony_edge.budget import Budget
-    from balcony_edge.device.profile import Profile
+    from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.simulation.loads import Load
-    from balcony_edge.simulation.plant import Device
+    from balcony_edge.simulation.plant import Physics
 
 
 def simulate(
@@ -51,12 +51,12 @@ def simulate(
     from balcony_edge.cli.budget import asked_budget
     from balcony_edge.cli.console import say_doubts
     from balcony_edge.control.trace import TraceWriter
-    from balcony_edge.device.profile import Profile
+    from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.errors import BudgetError
     from balcony_edge.simulation import simulate as simulation
     from balcony_edge.simulation.plant import Plant
 
-    asked, measured = asked_budget(budget, tpot_ms), Profile.load(profile)
+    asked, measured = asked_budget(budget, tpot_ms), DeviceProfile.load(profile)
     say_doubts(profile, measured)
     costs = measured.costs
     try:
@@ -98,7 +98,7 @@ def load(text: str) -> Load:
     return recorded(times_s, slowdowns)
 
 
-def physics(words: list[str], profile: Profile, budget: Budget) -> Device:
+def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics:
     """A simulated device: the profile's measured watts of the budget's rail, and whatever is given as ``key=value``.
 
     Measured watts on a heat sink that nobody described would throttle or not by chance: then nothing throttles, unless
@@ -108,14 +108,14 @@ def physics(words: list[str], profile: Profile, budget: Budget) -> Device:
         InputError: another key, or a value that is none.
     """
     from balcony_edge.errors import InputError
-    from balcony_edge.simulation.plant import RANGES, Device
+    from balcony_edge.simulation.plant import RANGES, Physics
 
     values: dict[str, Any] = {"rail": budget.power_rail}
     measured = profile.powered(budget.power_rail)
     if measured is not None:
         idle_w, busy_w = measured
         values |= {"idle_w": idle_w, "busy_w": busy_w, "throttle_c": math.inf}
-    defaults = asdict(Device())
+    defaults = asdict(Physics())
     for word in words:
         key, _, text = word.partition("=")
         if key not in RANGES:
@@ -128,7 +128,7 @@ def physics(words: list[str], profile: Profile, budget: Budget) -> Device:
         if not least <= value <= most:
             raise InputError(f"--device {word}: {key} must be {least:g} to {most:g}, e.g. busy_w=8")
         values[key] = type(defaults[key])(value)
-    return Device(**values)
+    return Physics(**values)
 
 
 def _show(facts: dict[str, Any], intervals: list[dict[str, Any]] | None) -> None:

@@ -1,1 +1,1 @@
-"""What a device is and what a token costs on it: fingerprint, device profile, cost model, sensor readings."""
+"""The device and the cost of a token on it: the machine's identity, the device profile, the cost model, sensor readings."""

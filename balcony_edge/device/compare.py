@@ -1,4 +1,4 @@
-"""Two profiles side by side: devices, bundles or versions of either.
+"""Comparison of two device profiles: of two devices, two bundles, or two versions of either.
 
 Owns which entries are comparable, their ratios and whether a difference is more than chance. It reads no files.
 """
@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from balcony_edge.device.profile import Entry, Profile
+from balcony_edge.device.profile import DeviceProfile, Entry
 from balcony_edge.errors import ProfileError
 
 #: Half a 95 % interval in standard deviations.
@@ -21,8 +21,8 @@ class Comparison:
     """One quantity in both profiles.
 
     Attributes:
-        entry: what it is, with the first profile's figures.
-        first_ms, second_ms: medians.
+        entry: the quantity, with the first profile's figures.
+        first_ms, second_ms: medians of the first and of the second profile.
         ratio: second over first.
         ratio_uncertainty: half the width of the ratio's 95 % interval.
         p_value: probability of a difference as large by chance alone.
@@ -37,15 +37,15 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the two intervals leave no doubt at the 5 % level."""
+        """Whether the difference is significant at the 5 % level."""
         return self.p_value < 0.05
 
 
-def compare_profiles(first: Profile, second: Profile) -> tuple[Comparison, ...]:
-    """Every quantity that both measured, in the order of the first.
+def compare_profiles(first: DeviceProfile, second: DeviceProfile) -> tuple[Comparison, ...]:
+    """Compare every quantity that both profiles measured, in the order of the first.
 
     Raises:
-        ProfileError: there is none.
+        ProfileError: the profiles have no quantity in common.
     """
     other = {entry.key: entry for entry in second.entries}
     found = tuple(
@@ -56,7 +56,7 @@ def compare_profiles(first: Profile, second: Profile) -> tuple[Comparison, ...]:
     if not found:
         exits = [", ".join(map(str, profile.bundle.exit_layers)) for profile in (first, second)]
         raise ProfileError(
-            f"the profiles measured nothing in common (exits {exits[0]} and {exits[1]}): "
+            f"the two device profiles have no quantity in common (exits {exits[0]} and {exits[1]}): "
             "measure both with the same -p, -n, -d and --pending"
         )
     return found
@@ -66,7 +66,7 @@ def _compared(first: Entry, second: Entry) -> Comparison:
     one, two = first.timing, second.timing
     ratio = two.p50_ms / one.p50_ms
     relative = math.hypot(one.uncertainty_ms / one.p50_ms, two.uncertainty_ms / two.p50_ms)
-    # on the logarithm: whichever profile comes first, the answer is the same
+    # The distance is that of logarithms, so that the order of the two profiles does not change the answer.
     distance = abs(math.log(ratio)) * _HALF_WIDTH / relative if relative else math.inf
     p_value = 2 * (1 - NormalDist().cdf(distance)) if ratio != 1 else 1.0
     return Comparison(first, one.p50_ms, two.p50_ms, ratio, ratio * relative, p_value)

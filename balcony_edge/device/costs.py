@@ -1,13 +1,13 @@
-"""What a step costs on one device: the prices that the controller weighs against a target.
+"""The cost model: the price of a step on one device, which the controller compares with a target.
 
-This module owns the arithmetic from rows and context to milliseconds. It does not know where the numbers come from
-(a short calibration at load, or a measured profile), nor how slow the device is at the moment: prices hold for a device
-that nobody else uses, and the controller multiplies them by the slowdown that it sees.
+This module owns the arithmetic from rows and context to milliseconds. It does not know where the prices come from (a short
+measurement at load, or a device profile), nor how slow the device is at the moment. Prices hold for a device without other
+load; the controller multiplies them by the slowdown that it observes.
 
-A step at an exit runs every stage up to it, the exit's balcony (at the full depth: the final norm) and the LM head.
-Stages that were skipped before have pending rows, and so has a balcony that was not used for a while; they run in the
-same pass as the new row. So the price of switching is that of a step with more rows, and a constant: the caches
-hold another exit's weights, and passes of several rows are bound when they run.
+A step at an exit runs every stage up to it, the exit's balcony (at the full depth: the final norm) and the LM head. Stages
+that earlier steps skipped have pending rows, and so has a balcony that was not used for a while. These rows run in the same
+pass as the new one. The price of a switch is therefore that of a step with more rows, plus a constant: the caches hold another
+exit's weights, and passes of several rows are bound when they run.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-#: An hour: no pass of a model that is worth running takes longer, and sums and products of such prices stay numbers.
+#: Highest price, one hour: far above every useful pass, and low enough that sums and products of prices stay finite.
 MAX_MS = 3.6e6
-#: Rows beyond which no sequence goes.
+#: Largest number of rows of a sequence.
 MAX_ROWS = 1 << 31
 
 
 def _check_prices(prices: Any) -> None:
-    """Refuse a price that is negative or no number; None is the absence of one."""
+    """Refuse a price that is negative or not a number; None means that there is no price."""
     for field in fields(prices):
         value = getattr(prices, field.name)
         if isinstance(value, float) and not 0 <= value <= MAX_MS:
-            raise ValueError(f"{field.name} = {value}: a cost is 0 to {MAX_MS:g} ms")
+            raise ValueError(f"{field.name} = {value}: a price is 0 to {MAX_MS:g} ms")
 
 
 @dataclass(frozen=True, slots=True)
 class Bend:
-    """Where further rows change their price: small passes read weights, large ones multiply matrices.
+    """A number of rows at which the price of further rows changes: small passes read weights, large ones multiply matrices.
 
     Attributes:
-        rows: the last row at the price before; the rows after it cost the two prices below.
-        marginal_row_ms: every further row.
-        marginal_context_ms_per_1k: its attention over 1,000 keys.
+        rows: last row at the earlier prices; later rows cost the two prices below.
+        marginal_row_ms: price of every further row.
+        marginal_context_ms_per_1k: price of a further row's attention over 1,000 keys.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -61,14 +61,14 @@ class UnitCost:
     All prices are non-negative, so a pass never costs less with more rows or more context.
 
     Attributes:
-        first_row_ms: a pass of one row, attention aside; reading the weights is in here.
-        marginal_row_ms: every further row of the same pass (about 4 % of the first in fp32, 18 % in int4).
-        context_ms_per_1k: attention of one query row over 1,000 rows of context.
-        marginal_context_ms_per_1k: the same of every further query row; the keys are read once for all of them. None: as
+        first_row_ms: price of a pass of one row without attention; it includes the reading of the weights.
+        marginal_row_ms: price of every further row of the same pass (about 4 % of the first in fp32, 18 % in int4).
+        context_ms_per_1k: price of attention of one query row over 1,000 rows of context.
+        marginal_context_ms_per_1k: the same for every further query row; keys are read once for all query rows. None: as for
             the first.
-        key_bucket: attention pays for the keys that are bound, a multiple of this. None: for the context alone.
-        pass_rows: most rows of one pass; more are run as several. None: there is no such limit.
-        bends: where ``marginal_row_ms`` and ``marginal_context_ms_per_1k`` end, in ascending order of rows.
+        key_bucket: unit in which keys are bound; attention pays for all bound keys. None: it pays for the context only.
+        pass_rows: most rows of one pass; more rows run as several passes. None: no limit.
+        bends: later values of ``marginal_row_ms`` and ``marginal_context_ms_per_1k``, in ascending order of rows.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -91,12 +91,12 @@ class UnitCost:
             raise ValueError(f"bends after {rows} rows: must ascend")
 
     def pass_ms(self, rows: int, context_length: int, query_rows: int | None = None) -> float:
-        """Price of a pass of ``rows`` rows; no rows, no pass.
+        """Price of a pass of ``rows`` rows; 0 without rows.
 
         Args:
-            rows: pending and new rows that go through the graph.
-            context_length: rows of the sequence before the last of them.
-            query_rows: rows that attend; default: all. Each one meets every key. In a stage every row is a query; in a
+            rows: number of pending and new rows that go through the graph.
+            context_length: number of rows of the sequence before the last one of the pass.
+            query_rows: number of rows that attend, each to every key; by default all. In a stage every row is a query; in a
                 balcony all but the last only leave keys and values.
         """
         if rows <= 0:
@@ -116,7 +116,7 @@ class UnitCost:
         if self.key_bucket is not None:
             keys = -(-max(context_length + 1, rows) // self.key_bucket) * self.key_bucket
         row_ms, query_ms = self.first_row_ms, self.context_ms_per_1k
-        if rows == 1:  # most passes of a decode step: the controller prices them all at every token
+        if rows == 1:  # fast path: the controller prices all passes at every token, and most have one row
             return row_ms + query_ms * keys / 1000
         row_price, query_price = self.marginal_row_ms, self.marginal_context_ms_per_1k
         if query_price is None:
@@ -133,10 +133,10 @@ class UnitCost:
         return row_ms + query_ms * keys / 1000
 
     def rows_within(self, available_ms: float, limit: int, context_length: int, query_rows: int | None = None) -> int:
-        """Rows, at most ``limit``, whose pass costs no more than ``available_ms``; 0 if not even one does.
+        """Number of rows, at most ``limit``, whose pass costs no more than ``available_ms``; 0 if even one costs more.
 
-        The most there are in one pass. Over several, whose keys come in buckets, one row more can cost less, and a
-        number that fits is given, of which one more would not.
+        Within one pass this is the largest such number. Over several passes, whose keys are bound in buckets, one more row can
+        cost less; then the number fits and one more row would not, but a larger number may.
         """
         if limit < 1 or self.pass_ms(1, context_length, query_rows) > available_ms:
             return 0
@@ -156,11 +156,11 @@ class CostModel:
 
     Attributes:
         exits: exit layers in ascending order; the last is the full depth.
-        stages: stage ``i`` is the layers ``(exits[i - 1], exits[i]]``; exit ``i`` runs the stages 0 to ``i``.
-        balconies: what follows at exit ``i``; the last entry is the final norm of the full depth.
-        head: the LM head, one row a step.
-        overhead_ms: everything that is no graph: the decision, sampling, text.
-        switch_ms: what a step with more rows than its own pays on top of them.
+        stages: prices of the stages. Stage ``i`` is the layers ``(exits[i - 1], exits[i]]``; exit ``i`` runs stages 0 to ``i``.
+        balconies: prices of the balconies by exit; the last entry is the final norm of the full depth.
+        head: price of the LM head, which takes one row a step.
+        overhead_ms: price of everything outside the graphs: decision, sampling, text.
+        switch_ms: extra price of a step that also runs pending rows.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -186,9 +186,9 @@ class CostModel:
         """Price of the next step at every exit, in the order of ``exits``.
 
         Args:
-            stage_rows: rows that stage ``i`` would run if it were used for the next token: pending and new.
-            balcony_rows: the same for balcony ``i``; the full depth's norm keeps no rows, so there it is 1.
-            context_length: rows before the new one.
+            stage_rows: number of rows, pending and new, that stage ``i`` would run if the next token used it.
+            balcony_rows: the same for balcony ``i``; 1 for the full depth's norm, which keeps no rows.
+            context_length: number of rows before the new one.
         """
         shared_ms = self.overhead_ms + self.head.pass_ms(1, context_length)
         prices_ms, bound = [], True
@@ -206,11 +206,11 @@ class CostModel:
         return self.steps_ms(stage_rows, balcony_rows, context_length)[self.exits.index(exit_layer)]
 
     def steady_ms(self, exit_layer: int, context_length: int) -> float:
-        """Price of a step at an exit that was used for the token before, too: one row everywhere."""
+        """Price of a step at an exit that also made the previous token: one row in every graph."""
         ones = (1,) * len(self.exits)
         return self.step_ms(exit_layer, ones, ones, context_length)
 
     def prefill_ms(self, exit_layer: int, prompt_tokens: int, context_length: int = 0) -> float:
-        """Time to first token: ``prompt_tokens`` new rows after ``context_length`` rows that an exit has seen before."""
+        """Time to first token: ``prompt_tokens`` new rows after ``context_length`` rows that the exit has already taken in."""
         rows = (prompt_tokens,) * len(self.exits)
         return self.step_ms(exit_layer, rows, (*rows[:-1], 1), context_length + prompt_tokens - 1)

@@ -1,7 +1,7 @@
-"""What a device is, as far as it decides what a token costs there: the fingerprint that a profile carries.
+"""The identity of a machine, as far as it decides what a token costs there: a device profile carries it.
 
-Owns reading it (procfs, sysfs, NVML) and saying how two differ. It measures nothing; what changes by the minute (clock,
-load, heat) is no part of it.
+Owns reading it (procfs, sysfs, NVML) and naming the differences of two. It measures nothing; what changes by the minute
+(clock, load, heat) is not part of it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from balcony_edge.errors import InputError
 
 _log = logging.getLogger(__name__)
-#: Seconds that NVML may take to say which GPUs there are.
+#: Longest wait for NVML's list of GPUs, in seconds.
 NVML_S = 3.0
-#: 64 threads on 2 CPUs make 2 tokens a second, 5,000 none at all.
+#: Most threads of an engine per CPU: 64 threads on 2 CPUs make 2 tokens a second, 5,000 threads none at all.
 MOST_THREADS_PER_CPU = 4
 
 
@@ -34,15 +34,15 @@ class Gpu(BaseModel):
     memory_bytes: int = Field(ge=0)
 
 
-class Device(BaseModel):
-    """A device's identity. None: the system does not say.
+class Machine(BaseModel):
+    """Identity of a machine. None: the system does not tell.
 
     Attributes:
-        board: product name of a board or machine (Jetson Orin Nano, a laptop's model).
+        board: product name of a board or computer (Jetson Orin Nano, a laptop's model).
         cpu: model name of the CPU.
-        cpus: CPUs that the process may run on.
-        architecture: as ``platform.machine()`` names it.
-        memory_bytes: main memory that there is.
+        cpus: number of CPUs that the process may run on.
+        architecture: name of the architecture, as ``platform.machine()`` gives it.
+        memory_bytes: size of main memory.
         gpus: NVIDIA GPUs.
         power_mode: Jetson's nvpmodel mode, or the platform profile of a laptop.
         system: operating system and kernel.
@@ -65,10 +65,10 @@ class Device(BaseModel):
         parts = [f"{self.cpus} × {self.cpu}", *(gpu.name for gpu in self.gpus)]
         return f"{self.board}: {', '.join(parts)}" if self.board else ", ".join(parts)
 
-    def differences(self, other: Device) -> tuple[str, ...]:
-        """What makes a profile of this device doubtful on ``other``, one phrase each: ``cpus: 2 there, 4 here``.
+    def differences(self, other: Machine) -> tuple[str, ...]:
+        """Differences that make a device profile of this machine doubtful on ``other``: ``cpus: 2 there, 4 here``.
 
-        The kernel may differ, and memory by a gigabyte: firmware and kernels reserve differently.
+        The kernel may differ, and memory by one gigabyte, because firmware and kernels reserve different amounts.
         """
         found = [
             f"{key}: {_shown(mine)} there, {_shown(theirs)} here"
@@ -85,13 +85,13 @@ class Device(BaseModel):
         return tuple(found)
 
 
-def this_device(root: Path = Path("/")) -> Device:
-    """The device that this process runs on.
+def this_device(root: Path = Path("/")) -> Machine:
+    """Identity of the machine that this process runs on.
 
     Args:
-        root: where ``proc``, ``sys`` and ``var`` are looked for.
+        root: directory that contains ``proc``, ``sys`` and ``var``.
     """
-    return Device(
+    return Machine(
         board=_text(root / "proc/device-tree/model") or _text(root / "sys/class/dmi/id/product_name"),
         cpu=_cpu_name(_text(root / "proc/cpuinfo") or ""),
         cpus=available_cpus(),
@@ -109,12 +109,12 @@ def available_cpus() -> int:
 
 
 def checked_threads(threads: int | None) -> int:
-    """How many threads an engine gets: those that were asked for, by default one for each CPU of this process.
+    """Number of threads for an engine: ``threads``, by default one for each CPU of this process.
 
-    More threads than CPUs are warned of, because they wait for one another in every pass.
+    More threads than CPUs give a warning, because they wait for one another in every pass.
 
     Raises:
-        InputError: less than one, or so many that tokens take seconds.
+        InputError: less than one, or so many that a token takes seconds.
     """
     cpus = available_cpus()
     if threads is None:
@@ -137,7 +137,7 @@ def _text(path: Path) -> str | None:
 
 
 def _cpu_name(cpuinfo: str) -> str:
-    """x86 has a model name; Arm has numbers, which :mod:`platform` may know better."""
+    """Model name of an x86 CPU; Arm kernels print numbers instead, which :mod:`platform` may know a name for."""
     found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     if found is not None:
         return " ".join(found.group(1).split())
@@ -151,7 +151,7 @@ def _memory_bytes(meminfo: str) -> int | None:
 
 
 def _nvidia_gpus() -> tuple[Gpu, ...]:
-    """NVIDIA's GPUs; none where the driver does not answer: a call into one that hangs cannot be interrupted."""
+    """NVIDIA's GPUs; none if the driver does not answer in time, since a call that hangs in it cannot be interrupted."""
     found: list[tuple[Gpu, ...]] = []
     asking = threading.Thread(target=lambda: found.append(_ask_nvml()), daemon=True)
     asking.start()

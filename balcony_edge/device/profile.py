@@ -1,8 +1,8 @@
-"""The device profile: what every exit of one bundle was measured to cost on one device, as a JSON file.
+"""The device profile: the measured cost of every exit of one bundle on one device, as a JSON file.
 
 This module owns the file's types, its version and every check that needs no engine. ``balcony-edge profile`` writes it
-(:mod:`balcony_runtime.profiler` measures); the controller reads ``costs``, and plan, compare, simulate and the report the
-rest. It does not know how anything is measured. Times are milliseconds, sizes bytes, power watts, energy joules.
+(:mod:`balcony_runtime.profiler` measures). The controller reads ``costs``; plan, compare, simulate and the report also read
+the rest. It does not know how anything is measured. Times are milliseconds, sizes bytes, power watts, energy joules.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from balcony_edge.bundle.manifest import Finite
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
-from balcony_edge.device.machine import Device
+from balcony_edge.device.machine import Machine
 from balcony_edge.errors import ProfileError
 from balcony_edge.files import write_atomically
 
-__all__ = ["Bend", "CostModel", "Entry", "Profile", "Timing", "UnitCost"]
+__all__ = ["Bend", "CostModel", "DeviceProfile", "Entry", "Timing", "UnitCost"]
 
 SCHEMA_VERSION: Final = 1
 
@@ -29,13 +29,13 @@ Millis = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Watts = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Layer = Annotated[int, Field(ge=1)]
-#: What an entry is about; :class:`Entry` says what ``rows`` and ``context`` are in each.
+#: Kind of an entry; :class:`Entry` says what ``rows`` and ``context`` mean for each.
 Kind = Literal[
     "prefill", "decode", "switch_up", "switch_down", "catch_up", "balcony", "norm", "lm_head", "python", "controller"
 ]
-#: What an evaluation measures: on a text, and the mean over tasks.
+#: Figure of an evaluation: three on a text, and the mean over tasks.
 Metric = Literal["kl", "agreement", "perplexity", "average"]
-#: Parts of a device whose power is told apart; the same as a budget's ``power_rail``.
+#: Part of a device whose power is measured separately; the same values as a budget's ``power_rail``.
 Rail = Literal["board", "cpu", "gpu"]
 
 
@@ -46,8 +46,8 @@ class _Frozen(BaseModel):
 class Timing(_Frozen):
     """Samples of one quantity, milliseconds, outliers included.
 
-    ``uncertainty_ms`` is half the width of the 95 % interval of ``p50_ms``: what another profile of the same device and
-    bundle may differ by, from chance and from what every process finds different (docs/profiling.md).
+    ``uncertainty_ms`` is half the width of the 95 % interval of ``p50_ms``. Another profile of the same device and bundle may
+    differ by this much, by chance and because every process runs under slightly different conditions (docs/profiling.md).
     """
 
     samples: Annotated[int, Field(ge=1)]
@@ -64,17 +64,17 @@ class Timing(_Frozen):
 class Entry(_Frozen):
     """One measured quantity.
 
-    What ``exit_layer``, ``rows`` and ``context`` are, by ``kind``:
+    The meaning of ``exit_layer``, ``rows`` and ``context``, by ``kind``:
 
         prefill      time to first token at the exit: a prompt of ``rows`` tokens on an empty sequence
         decode       time between tokens at the exit after ``context`` tokens, through the public API
-        switch_up    the step at the exit after ``rows - 1`` tokens at ``from_exit``: pending rows and the new one
-        switch_down  the step at the exit after ``rows - 1`` tokens at ``from_exit``: the balcony's backlog and the new one
-        catch_up     a pass of ``rows`` rows through the stage that ends at the exit; ``context`` rows before the last one
+        switch_up    step at the exit after ``rows - 1`` tokens at ``from_exit``: pending rows and the new one
+        switch_down  step at the exit after ``rows - 1`` tokens at ``from_exit``: the balcony's backlog and the new one
+        catch_up     pass of ``rows`` rows through the stage that ends at the exit; ``context`` rows before the last one
         balcony      the same through the exit's balcony: keys and values of all rows, one query
-        norm, lm_head  one row
-        python       what a decode step at a fixed exit takes beside the engine's own calls
-        controller   the same under a target, which is weighed at every token; what is in every price
+        norm, lm_head  pass of one row
+        python       time of a decode step at a fixed exit outside the engine's own calls
+        controller   the same under a target, which the controller checks at every token; every price includes it
 
     ``predicted_ms`` is the price by ``costs``.
     """
@@ -89,7 +89,7 @@ class Entry(_Frozen):
 
     @property
     def key(self) -> tuple[str, int, int | None, int, int]:
-        """What two profiles compare by."""
+        """Identity of the quantity, by which two profiles are compared."""
         return self.kind, self.exit_layer, self.from_exit, self.rows, self.context
 
     @property
@@ -112,7 +112,7 @@ class Entry(_Frozen):
 
 
 class Residual(_Frozen):
-    """How well ``costs`` price what they were fitted to, and steps that they were not: shares of the measured time."""
+    """Errors of ``costs`` on the passes that they were fitted to, or on whole steps: shares of the measured time."""
 
     part: str
     points: Annotated[int, Field(ge=1)]
@@ -121,7 +121,7 @@ class Residual(_Frozen):
 
 
 class Power(_Frozen):
-    """Average power of one rail while the device decoded at one exit, and idle before that."""
+    """Average power of one rail while the device decoded at one exit, and while it was idle before that."""
 
     exit_layer: Layer
     rail: Rail
@@ -132,7 +132,7 @@ class Power(_Frozen):
 
 
 class Moment(_Frozen):
-    """One stretch of a sustained run: when it began, its median step, and what the device said."""
+    """One stretch of a sustained run: its start, its median step, and the sensor readings at that time."""
 
     at_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     p50_ms: Millis
@@ -152,12 +152,12 @@ class Sustained(_Frozen):
 
     @property
     def slowdown(self) -> float:
-        """Median at the end over median at the beginning: above 1 the device throttles."""
+        """Median at the end divided by the median at the beginning; above 1 the device throttles."""
         return self.sustained.p50_ms / self.burst.p50_ms if self.burst.p50_ms else 1.0
 
 
 class Memory(_Frozen):
-    """Memory of the process that measured. ``per_1k_tokens_bytes``: caches and row buffers of one sequence."""
+    """Memory of the measuring process; ``per_1k_tokens_bytes`` is the size of one sequence's caches and row buffers."""
 
     loaded_bytes: int | None
     peak_bytes: int | None
@@ -165,17 +165,17 @@ class Memory(_Frozen):
 
 
 class Conditions(_Frozen):
-    """What else was going on. None: the system does not say.
+    """Conditions of the measurement. None: the system does not tell.
 
     Attributes:
-        seconds: how long measuring took.
-        others_cpu_share: CPU time that others used, of all: above a few percent the profile deserves to be repeated.
+        seconds: duration of the measurement.
+        others_cpu_share: share of all CPU time that other processes used; above a few percent, measure again.
         load_1m: load average at the end.
-        governor: of the CPU's frequency.
-        cpu_mhz: at the beginning and at the end.
-        celsius: the hottest sensor, at the beginning and at the end.
-        throttled: whether a sensor said that clocks were held down.
-        notes: what a reader should know, one line each.
+        governor: governor of the CPU's frequency.
+        cpu_mhz: mean clock at the beginning and at the end.
+        celsius: temperature of the hottest sensor at the beginning and at the end.
+        throttled: whether a sensor reported that clocks were held down.
+        notes: remarks for readers, one line each.
     """
 
     seconds: Annotated[float, Field(ge=0)]
@@ -189,7 +189,7 @@ class Conditions(_Frozen):
 
 
 class BundleFacts(_Frozen):
-    """Which bundle was measured. ``fingerprint`` covers graphs and weights: evaluation does not make a profile stale."""
+    """The measured bundle. ``fingerprint`` covers graphs and weights, so an evaluation does not make the profile stale."""
 
     model: str
     fingerprint: str
@@ -200,7 +200,7 @@ class BundleFacts(_Frozen):
 
 
 class EngineFacts(_Frozen):
-    """What ran it."""
+    """The engine that ran the bundle."""
 
     name: str
     version: str
@@ -208,7 +208,7 @@ class EngineFacts(_Frozen):
 
 
 class QualityFigure(_Frozen):
-    """One figure of the bundle's evaluation, copied: ``agreement`` (share) or ``kl`` (nats) on a text, ``average`` of tasks."""
+    """One figure of the bundle's evaluation: ``agreement`` (share) or ``kl`` (nats) on a text, ``average`` of tasks."""
 
     exit_layer: Layer
     metric: Metric
@@ -218,7 +218,7 @@ class QualityFigure(_Frozen):
 
 
 def least_agreement(exits: tuple[int, ...], quality: tuple[QualityFigure, ...]) -> dict[int, float | None]:
-    """Exit layer → agreement with the full depth on the text where it is least; None where none was measured."""
+    """Exit layer → agreement with the full depth on the text where it is least; None if it was not measured."""
     found: dict[int, float | None] = dict.fromkeys(exits)
     for figure in quality:
         if figure.metric == "agreement" and figure.exit_layer in found:
@@ -227,23 +227,23 @@ def least_agreement(exits: tuple[int, ...], quality: tuple[QualityFigure, ...]) 
     return found
 
 
-class Profile(_Frozen):
+class DeviceProfile(_Frozen):
     """A device profile.
 
     Attributes:
-        created: when it was measured, ISO 8601, UTC.
+        created: time of the measurement, ISO 8601, UTC.
         tool: version of Balcony Edge.
-        command: what made it.
-        complete: False where measuring was interrupted or ran into its time limit before the intervals were tight.
-        device, bundle, engine, conditions: what was measured, and amid what.
+        command: command line that made the profile.
+        complete: False if measuring was interrupted or reached its time limit before the intervals were tight.
+        device, bundle, engine, conditions: what was measured, and under which conditions.
         entries: every measured quantity.
-        costs: prices fitted to the entries; what the controller reads.
-        residuals: how well they fit.
-        spread: standard deviation of log(step / its median), pooled over decode steps: what a controller cannot foresee.
-        power: per exit and rail; empty where nothing measures it, and then ``power_reason`` says why.
-        sustained: only with ``--sustain``.
-        memory: of the process and of a sequence.
-        quality: figures of the bundle's evaluation; empty where there was none.
+        costs: prices fitted to the entries; the controller reads them.
+        residuals: errors of these prices.
+        spread: standard deviation of log(step / its median), pooled over decode steps: noise that no controller can predict.
+        power: power by exit and rail; empty if no sensor measures it, and then ``power_reason`` says why.
+        sustained: results of ``--sustain``, otherwise None.
+        memory: memory of the process and of a sequence.
+        quality: figures of the bundle's evaluation; empty without one.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -251,7 +251,7 @@ class Profile(_Frozen):
     tool: str
     command: str
     complete: bool
-    device: Device
+    device: Machine
     bundle: BundleFacts
     engine: EngineFacts
     conditions: Conditions
@@ -266,24 +266,24 @@ class Profile(_Frozen):
     quality: tuple[QualityFigure, ...] = ()
 
     @pydantic.model_validator(mode="after")
-    def _one_set_of_exits(self) -> Profile:
+    def _one_set_of_exits(self) -> DeviceProfile:
         exits = self.bundle.exit_layers
         if self.costs.exits != exits:
             raise ValueError(f"costs are for exits {self.costs.exits}, but the bundle has {exits}")
         parts: tuple[Entry | Power | QualityFigure, ...] = (*self.entries, *self.power, *self.quality)
         layers = {part.exit_layer for part in parts}
         if not self.costs.steady_ms(exits[0], 0) > 0:
-            raise ValueError("costs: a step at the shallowest exit costs nothing")
+            raise ValueError("costs: the price of a step at the shallowest exit is 0, but must be above 0")
         if unknown := layers - set(exits):
             raise ValueError(f"exit {min(unknown)} was measured, but the bundle has {exits}")
         return self
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Profile:
+    def load(cls, path: str | os.PathLike[str]) -> DeviceProfile:
         """Read a profile.
 
         Raises:
-            ProfileError: one line that names the file and what is wrong with it.
+            ProfileError: one line that names the file and the problem.
         """
         name = os.fspath(path)
         try:
@@ -307,10 +307,10 @@ class Profile(_Frozen):
             raise ProfileError(f"{name}: {where}{' '.join(first['msg'].split())[:160]}: measure again") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile, whole or not at all.
+        """Write the profile in one step.
 
         Raises:
-            ProfileError: the disk refuses.
+            ProfileError: the file cannot be written.
         """
         content = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(Path(path), content.encode(), ProfileError, "free space, or name a place that is writable")
@@ -319,8 +319,8 @@ class Profile(_Frozen):
         """The profile as JSON-ready values."""
         return self.model_dump(mode="json")
 
-    def mismatches(self, device: Device, fingerprint: str, threads: int) -> tuple[str, ...]:
-        """Why its numbers may not hold on ``device`` for the bundle of this fingerprint, one phrase each."""
+    def mismatches(self, device: Machine, fingerprint: str, threads: int) -> tuple[str, ...]:
+        """Reasons why its numbers may not hold on ``device`` for the bundle with this fingerprint, one phrase each."""
         found = [] if fingerprint == self.bundle.fingerprint else ["it was measured with another bundle"]
         if threads != self.engine.threads:
             found.append(f"it was measured with {self.engine.threads} threads, not {threads}")
@@ -328,11 +328,11 @@ class Profile(_Frozen):
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Why its numbers may be off on its own device, too, one phrase each: everything that uses it says so."""
+        """Reasons why its numbers may be off even on its own device; every user of the profile shows them."""
         return tuple(f"while it was measured: {note}" for note in self.conditions.notes)
 
     def select(self, kind: Kind, exit_layer: int | None = None) -> tuple[Entry, ...]:
-        """Entries of one kind, of one exit if given, in the order of the file."""
+        """Entries of one kind, optionally of one exit only, in the order of the file."""
         return tuple(
             entry
             for entry in self.entries
@@ -340,11 +340,11 @@ class Profile(_Frozen):
         )
 
     def joules_per_token(self, exit_layer: int, rail: Rail = "board") -> float | None:
-        """Measured energy of one token at an exit; None where nothing measures this rail."""
+        """Measured energy of one token at an exit; None if no sensor measures this rail."""
         return next((p.joules_per_token for p in self.power if (p.exit_layer, p.rail) == (exit_layer, rail)), None)
 
     def powered(self, rail: Rail) -> tuple[float, float] | None:
-        """Idle watts of a rail, and what decoding at full depth adds; None where it was not measured."""
+        """Idle watts of a rail, and the watts that decoding at full depth adds; None if they were not measured."""
         full = self.costs.exits[-1]
         found = next((p for p in self.power if (p.exit_layer, p.rail) == (full, rail)), None)
         if found is None or found.idle_w is None:
@@ -352,14 +352,14 @@ class Profile(_Frozen):
         return found.idle_w, max(found.busy_w - found.idle_w, 0.0)
 
     def agreement(self) -> dict[int, float | None]:
-        """Exit layer → agreement with the full depth where the bundle was evaluated; on the text where it is least."""
+        """Exit layer → agreement with the full depth on the text where it is least; None without an evaluation."""
         return least_agreement(self.costs.exits, self.quality)
 
     @property
     def rail(self) -> Rail:
-        """The rail whose power tables show: the first that was measured."""
+        """The rail whose power is shown in tables: the first that was measured."""
         return self.power[0].rail if self.power else "board"
 
     def busy_w(self, exit_layer: int, rail: Rail = "board") -> float | None:
-        """Measured power while decoding at an exit; None where nothing measures this rail."""
+        """Measured power while decoding at an exit; None if no sensor measures this rail."""
         return next((p.busy_w for p in self.power if (p.exit_layer, p.rail) == (exit_layer, rail)), None)

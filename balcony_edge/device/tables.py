@@ -1,4 +1,4 @@
-"""A profile's entries as rows for other programs: CSV, JSON Lines, Markdown.
+"""A device profile's entries as tables for other programs: CSV, JSON Lines, Markdown.
 
 Owns the columns and their order. Times are milliseconds.
 """
@@ -11,15 +11,15 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-from balcony_edge.device.profile import Entry, Profile
+from balcony_edge.device.profile import DeviceProfile, Entry
 
 Format = Literal["json", "jsonl", "csv", "md"]
 FORMATS: tuple[Format, ...] = ("json", "jsonl", "csv", "md")
-Row = dict[str, str | int | float | None]
+Line = dict[str, str | int | float | None]
 
 
-def entry_row(entry: Entry) -> Row:
-    """One entry, flat."""
+def entry_line(entry: Entry) -> Line:
+    """One entry as a line of a table: column → value."""
     return {
         "kind": entry.kind,
         "exit_layer": entry.exit_layer,
@@ -37,26 +37,26 @@ def entry_row(entry: Entry) -> Row:
     }
 
 
-def render(profile: Profile, form: Format) -> str:
+def render(profile: DeviceProfile, form: Format) -> str:
     """The whole profile (``json``) or its entries (``jsonl``, ``csv``, ``md``), ending in a line break."""
     if form == "json":
         return json.dumps(profile.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    return render_rows([entry_row(entry) for entry in profile.entries], form)
+    return render_lines([entry_line(entry) for entry in profile.entries], form)
 
 
-def render_rows(rows: Sequence[Row], form: Literal["jsonl", "csv", "md"]) -> str:
-    """Rows of one set of columns, ending in a line break."""
+def render_lines(lines: Sequence[Line], form: Literal["jsonl", "csv", "md"]) -> str:
+    """Lines with the same columns as text that ends in a line break."""
     if form == "jsonl":
-        return "".join(json.dumps(row) + "\n" for row in rows)
-    columns = list(rows[0]) if rows else []
+        return "".join(json.dumps(line) + "\n" for line in lines)
+    columns = list(lines[0]) if lines else []
     if form == "csv":
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(lines)
         return buffer.getvalue()
-    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    cells = [columns, ["---"] * len(columns), *([_cell(line[column]) for column in columns] for line in lines)]
+    return "".join(f"| {' | '.join(parts)} |\n" for parts in cells)
 
 
 def _tokens_per_s(entry: Entry) -> float | None:

@@ -1,1 +1,1 @@
-"""The controller on a simulated device: loads, the plant, whole replies, and plans."""
+"""Simulation of the controller on a device: loads, the plant (the simulated device), whole replies, and plans."""

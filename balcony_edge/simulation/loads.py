@@ -1,7 +1,7 @@
-"""Loads: how many times slower a device is at a time, generated from one line of text or read from a recorded run.
+"""Loads: the slowdown of a device over time, generated from one line of text or read from a recorded run.
 
-A load is a function of seconds since the start. Owns the names and their parameters; what a load is put on is
-:mod:`.plant`.
+A load is a function from seconds since the start to a slowdown. Owns the names of loads and their parameters; :mod:`.plant`
+applies them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from balcony_edge.errors import InputError
 
 Load = Callable[[float], float]
 
-#: Name → its parameters and what they are without being given.
+#: Name → its parameters and their defaults.
 PARAMETERS: dict[str, dict[str, float]] = {
     "idle": {},
     "constant": {"high": 1.5},
@@ -25,7 +25,7 @@ PARAMETERS: dict[str, dict[str, float]] = {
     "bursts": {"high": 2.0, "mean_s": 0.2, "every_s": 1.0, "seed": 0.0},
 }
 
-#: What a parameter may be: slowdowns beyond these are a device that stands still, and shorter times end no simulation.
+#: Ranges of the parameters. With a larger slowdown or a shorter time a simulation would not end.
 TIMES = (1e-3, 1e6)
 RANGES = {"high": (1e-3, 1e3), "seed": (0, 2**53), "at_s": (0, 1e6), "from_s": (0, 1e6)}
 
@@ -34,7 +34,7 @@ def parse_load(text: str) -> Load:
     """A load from ``name`` or ``name:key=value,...``, e.g. ``square:high=1.7,period_s=4``.
 
     Raises:
-        InputError: another name, another key, or a value that is none.
+        InputError: the name or a key is unknown, or a value is not a number in its range.
     """
     name, _, rest = text.partition(":")
     if name not in PARAMETERS:
@@ -70,9 +70,9 @@ def _generated(name: str, values: dict[str, float]) -> Load:
 
 
 def _bursts(high: float, mean_s: float, every_s: float, seed: int) -> Load:
-    """Bursts of exponential length at exponential intervals (a Poisson process), made as far as they are asked for."""
+    """Bursts of exponential length at exponential intervals (a Poisson process), generated as time advances."""
     chance = random.Random(seed)
-    edges = [chance.expovariate(1 / every_s)]  # a burst from every even one to the next
+    edges = [chance.expovariate(1 / every_s)]  # bursts last from each even edge to the next
 
     def load(time_s: float) -> float:
         while edges[-1] <= time_s:
@@ -84,9 +84,9 @@ def _bursts(high: float, mean_s: float, every_s: float, seed: int) -> Load:
 
 
 def recorded(times_s: Sequence[float], slowdowns: Sequence[float]) -> Load:
-    """The slowdowns of a recorded run, each until the next; before the first the first, after the last the last.
+    """The slowdowns of a recorded run. Each holds until the next; the first also holds before, the last after.
 
-    They are kept within what a generated load may be: a device that stands still ends no simulation.
+    They are limited to the range of generated loads: with a larger slowdown a simulation would not end.
     """
     least, most = RANGES["high"]
     kept = [min(max(slowdown, least), most) for slowdown in slowdowns]

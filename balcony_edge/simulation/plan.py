@@ -1,8 +1,8 @@
-"""A budget against a profile, before anything runs: which exits meet which target, and what the controller would do.
+"""Plans: which exits would meet which target of a budget on a profiled device, and what the controller would do.
 
-Owns the arithmetic of expectations. What the controller does is the controller's: it is run against a simulated device
-with the profile's prices, spread and power. Pure: no clock, no sensor, no engine. What a profile does not measure is
-unknown here, never met and never missed.
+Owns the arithmetic of expectations. The decisions are the controller's own: it runs against a simulated device with the
+profile's prices, spread and power. Pure: no clock, no sensor, no engine. A target on a quantity that the profile does not
+contain is unknown here, neither met nor missed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
 from balcony_edge.budget import Budget
-from balcony_edge.device.profile import Profile, QualityFigure, least_agreement
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.device.profile import DeviceProfile, QualityFigure, least_agreement
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
 
-#: Tokens of the simulated reply where the budget does not say how long one is.
+#: Tokens of the simulated reply if the budget has no ``expected_tokens``.
 REPLY_TOKENS = 128
-#: Targets that a profile can speak about; the others depend on the room, on other processes or on the battery.
+#: Targets that a profile cannot predict: they depend on the room, on other processes or on the battery.
 _UNKNOWN = (
     *("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization"),
     "battery_floor_percent",
@@ -31,11 +31,11 @@ class Check:
     """One target at one exit.
 
     Attributes:
-        target: the budget's key.
-        asked: its value.
-        expected: what the profile says; None where it does not.
-        probability: P(target is met), where chance has a part in it.
-        met: whether it is, with the asked probability; None where the profile does not say.
+        target: key of the budget.
+        asked: value of that key.
+        expected: value that the profile predicts; None if it cannot.
+        probability: probability that the target is met; None if chance plays no part.
+        met: whether the target is met with the budget's probability; None if the profile cannot tell.
     """
 
     target: str
@@ -47,8 +47,9 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class ExitPlan:
-    """One exit at the planned context: steady decoding, its first token, energy (the budget's pace included) and quality
-    where measured.
+    """One exit at the planned context: steady decoding, first token, energy and quality; None where it was not measured.
+
+    Energy includes the waiting for the budget's pace.
     """
 
     exit_layer: int
@@ -63,23 +64,23 @@ class ExitPlan:
 
     @property
     def met(self) -> bool | None:
-        """Whether every target is; None where one is unknown and none is missed."""
+        """Whether every target is met; None if one is unknown and none is missed."""
         answers = [check.met for check in self.checks]
         return False if False in answers else None if None in answers else True
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to expect of a budget.
+    """Expectations for a budget.
 
     Attributes:
-        exits: every exit on its own.
-        shares: exit layer → share of the tokens that the controller takes there.
-        reason: what the controller said at the last token.
-        tokens_per_s, tpot_ms, joules_per_token, agreement: expected of the mix; None where unknown.
-        feasible: whether some allowed exit meets every target that the profile speaks about.
-        nearest: target → the nearest value that some allowed exit meets; empty where the budget is feasible.
-        notes: targets that the profile does not speak about, one line each.
+        exits: plans of the single exits.
+        shares: exit layer → share of the tokens that the controller makes there.
+        reason: reason of the controller's decision for the last token.
+        tokens_per_s, tpot_ms, joules_per_token, agreement: expected values of this mix of exits; None if unknown.
+        feasible: whether some allowed exit meets every target that the profile can predict.
+        nearest: target → nearest value that some allowed exit meets; empty if the budget is feasible.
+        notes: targets that the profile cannot predict, one line each.
     """
 
     exits: tuple[ExitPlan, ...]
@@ -95,7 +96,7 @@ class Plan:
 
 
 def make_plan(
-    profile: Profile,
+    profile: DeviceProfile,
     budget: Budget,
     *,
     prompt_tokens: int = 64,
@@ -104,10 +105,10 @@ def make_plan(
     """Plan a reply to a prompt.
 
     Args:
-        profile: of the device and bundle.
-        budget: what to hold.
+        profile: profile of the device and bundle.
+        budget: budget to hold.
         prompt_tokens: length of the prompt.
-        quality: figures of the bundle's evaluation; by default those that the profile copied.
+        quality: figures of the bundle's evaluation; by default those in the profile.
 
     Raises:
         BudgetError: the budget leaves none of the profile's exits.
@@ -138,12 +139,17 @@ def make_plan(
 
 class _Planner:
     def __init__(
-        self, profile: Profile, budget: Budget, prompt_tokens: int, tokens: int, quality: tuple[QualityFigure, ...]
+        self,
+        profile: DeviceProfile,
+        budget: Budget,
+        prompt_tokens: int,
+        tokens: int,
+        quality: tuple[QualityFigure, ...],
     ) -> None:
         self.profile, self.budget, self.quality = profile, budget, quality
         self.prompt_tokens, self.tokens = prompt_tokens, tokens
         steps = next((r.median for r in profile.residuals if r.part == "decode steps"), 0.0)
-        # what chance does to a step, and what the prices get wrong (a median error is 0.674 standard deviations)
+        # Two sources of error: noise of a step, and errors of the prices (a median error is 0.674 standard deviations).
         self.deviation = max(math.hypot(profile.spread, steps / 0.674), 1e-6)
 
     def exit_plan(self, exit_layer: int, allowed: bool) -> ExitPlan:
@@ -162,7 +168,7 @@ class _Planner:
         )
 
     def nearest(self, possible: list[ExitPlan]) -> dict[str, float]:
-        """Per target that no allowed exit meets, the value that one would."""
+        """Target that no allowed exit meets → nearest value that one of them meets."""
         found = {}
         slack = math.exp(NormalDist().inv_cdf(self.budget.probability) * self.deviation)
         for target in dict.fromkeys(check.target for plan in possible for check in plan.checks):
@@ -174,9 +180,8 @@ class _Planner:
                 found[target] = max(expected)
             else:
                 found[target] = min(expected) * (slack if checks[0].probability is not None else 1.0)
-        if (
-            not found
-        ):  # each target is met by some exit, but none meets all: what the exit that misses fewest would take
+        if not found:
+            # Every target is met by some exit, but no exit meets all: use the exit that misses fewest.
             best = min(possible, key=lambda plan: sum(check.met is False for check in plan.checks))
             for check in best.checks:
                 if check.met is False and check.expected is not None:
@@ -184,18 +189,18 @@ class _Planner:
         return found
 
     def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float]]:
-        """Shares of exits, the reason of the last token, and the gaps, of a reply on a device as the profile describes it."""
+        """Simulate a reply on the profiled device: shares of exits, reason for the last token, gaps between tokens (ms)."""
         profile = self.profile
         power = profile.powered(budget.power_rail)
         known = {"on_infeasible": "shallowest"} if budget.on_infeasible == "error" else {}
         unknown = dict.fromkeys(_UNKNOWN)
-        device = Device(noise=profile.spread, throttle_c=math.inf)
+        physics = Physics(noise=profile.spread, throttle_c=math.inf)
         if power is None:
             unknown |= {"power_w": None, "energy_j_per_token": None}
         else:
-            device = replace(device, idle_w=power[0], busy_w=power[1], rail=budget.power_rail)
+            physics = replace(physics, idle_w=power[0], busy_w=power[1], rail=budget.power_rail)
         measurable = budget.model_copy(update={**unknown, "memory_mb": None, **known})
-        plant = Plant(profile.costs, device, lambda _: 1.0, prompt_tokens=self.prompt_tokens)
+        plant = Plant(profile.costs, physics, lambda _: 1.0, prompt_tokens=self.prompt_tokens)
         tokens = simulate(profile.costs, plant, measurable, tokens=max(self.tokens, 2))
         later = tokens[1:]
         counts = dict.fromkeys(profile.costs.exits, 0)
@@ -236,12 +241,12 @@ class _Planner:
             elif expected is not None:
                 met = expected >= asked if target == "min_agreement" else expected <= asked
             if target == "power_w" and met is False and budget.pacing:
-                met = None  # an unpaced loop draws this; waits between tokens may bring it down
+                met = None  # this is the power without pacing; waits between tokens may bring it down
             checks.append(Check(target, asked, expected, probability, met))
         return checks
 
     def _joules(self, exit_layer: int, tpot_ms: float) -> float | None:
-        """From one token to the next: what the device takes while it waits for the pace counts, too."""
+        """Energy from one token to the next, including that of the idle device while it waits for the pace."""
         rail = self.budget.power_rail
         wait_s = max(1 / (self.budget.max_pace_tps or math.inf) - tpot_ms / 1000, 0.0)
         step_j = self.profile.joules_per_token(exit_layer, rail)
@@ -254,7 +259,7 @@ class _Planner:
         return NormalDist().cdf((math.log(limit) - math.log(expected)) / self.deviation)
 
     def _agreement(self, exit_layer: int) -> float | None:
-        """On its worst text, as the budget's ``min_agreement`` means it."""
+        """Agreement on the text where it is least, as ``min_agreement`` of the budget defines it."""
         if exit_layer == self.profile.costs.exits[-1]:
             return 1.0
         shares = [q.value for q in self.quality if (q.exit_layer, q.metric) == (exit_layer, "agreement")]

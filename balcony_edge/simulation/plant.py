@@ -1,11 +1,11 @@
-"""A simulated device: true costs, a load that changes, power, heat, a battery, and sensors that sample them.
+"""The plant, a simulated device: true costs, a changing load, power, heat, a battery, and sensors that sample them.
 
-Owns the physics that a budget is tried against without the device. It knows no budget and no controller: it runs the step
-that it is told to and says what the step took. Time is the plant's own and passes as fast as Python computes.
+Owns the physics for trying a budget without the device. It knows no budget and no controller: it runs the step that it is told
+to run and returns the step's time. Time is simulated and passes as fast as Python computes.
 
-The physics. A step takes its price times the load times noise. The device draws ``idle_w``, and ``busy_w`` more while a step
-runs; heat follows one resistance and one time constant, ``dT/dt = (ambient + R × P - T) / tau``, and above ``throttle_c``
-(until 3 °C below it) every step takes ``throttle_factor`` times as long.
+The physics: a step takes its price times the load times noise. The device draws ``idle_w``, and ``busy_w`` more while a step
+runs. Heat follows one resistance and one time constant, ``dT/dt = (ambient + R × P - T) / tau``. Above ``throttle_c`` (until
+3 °C below it) every step takes ``throttle_factor`` times as long.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from balcony_edge.device.readings import Reading
 
 #: Seconds between two samples of the simulated sensors.
 SAMPLE_S = 0.1
-#: Rows of one portion of idle work, as the runtime takes them.
+#: Rows of one portion of idle work, as in the runtime.
 IDLE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    """What a simulated device is like; the defaults are near a small board at 25 °C.
+class Physics:
+    """Constants of a simulated device; the defaults are close to a small board at 25 °C.
 
     Attributes:
-        idle_w, busy_w: power without a step, and what a step adds while it runs.
-        rail: whose power that is.
-        ambient_c, kelvin_per_watt, tau_s: of the heat sink.
-        throttle_c, throttle_factor: where clocks fall, and how much longer a step takes then.
-        battery_j, charge: capacity, and charge at the start (0 to 1); no battery with 0.
-        others_utilization: busy share of the CPUs that others take.
-        step_utilization: share of the CPUs that a running step takes.
-        own_known: whether the sensors tell our own share of utilization.
-        base_memory_bytes, row_bytes: of the process, and what every row through a stage adds.
+        idle_w, busy_w: power without a step, and the power that a running step adds.
+        rail: rail of that power.
+        ambient_c, kelvin_per_watt, tau_s: ambient temperature, thermal resistance and time constant of the heat sink.
+        throttle_c, throttle_factor: temperature at which clocks fall, and the factor by which steps then take longer.
+        battery_j, charge: capacity (0: no battery), and charge at the start (0 to 1).
+        others_utilization: share of the CPUs that other processes keep busy.
+        step_utilization: share of the CPUs that a running step keeps busy.
+        own_known: whether the sensors report this process's share of utilization.
+        base_memory_bytes, row_bytes: memory of the process, and the memory that every row through a stage adds.
         noise: standard deviation of log(step / expected).
-        gauge_delay_s, gauge_average_s, gauge_period_s: of the power gauge: how old what it shows is, over how long it averages,
-            and how often it shows another value (each time that it is read, 10 times a second, with less than 0.1). NVML
-            averages over a second; battery gauges change every 1 to 10 s.
+        gauge_delay_s, gauge_average_s, gauge_period_s: age of the power gauge's value, time over which it averages, and time
+            between two of its values (below 0.1: a new value at every sample, 10 times a second). NVML averages over a second;
+            battery gauges change every 1 to 10 s.
     """
 
     idle_w: float = 2.0
@@ -68,7 +68,7 @@ class Device:
     gauge_period_s: float = 0.0
 
 
-#: What each number of :class:`Device` may be, least and most.
+#: Least and most value of each number of :class:`Physics`.
 RANGES: dict[str, tuple[float, float]] = {
     "idle_w": (0, 1e5),
     "busy_w": (0, 1e5),
@@ -96,52 +96,52 @@ class Plant:
 
     Args:
         costs: true prices.
-        device: what it runs on.
-        load: slowdown at a time, seconds since the start.
-        prompt_tokens: rows of the prompt; the first step runs them.
-        seed: of the noise.
+        physics: constants of the device.
+        load: function from seconds since the start to a slowdown.
+        prompt_tokens: number of rows of the prompt, which the first step runs.
+        seed: seed of the noise.
     """
 
     def __init__(
         self,
         costs: CostModel,
-        device: Device,
+        physics: Physics,
         load: Callable[[float], float],
         *,
         prompt_tokens: int = 64,
         seed: int = 0,
     ) -> None:
-        self.costs, self.device, self._load = costs, device, load
+        self.costs, self.physics, self._load = costs, physics, load
         self._random = random.Random(seed)
         self._new = prompt_tokens
         self.length = 0
         self._stages = [0] * len(costs.exits)
         self._balconies = [0] * (len(costs.exits) - 1)
         self.now_s, self.busy_s, self.emitted_s = 0.0, 0.0, 0.0
-        self.joules, self.celsius = 0.0, device.ambient_c + device.kelvin_per_watt * device.idle_w
-        self.charge, self.throttled, self.rows_run = device.charge, False, 0
+        self.joules, self.celsius = 0.0, physics.ambient_c + physics.kelvin_per_watt * physics.idle_w
+        self.charge, self.throttled, self.rows_run = physics.charge, False, 0
         self._sampled_s, self._sampled_j, self._sampled_busy_s = 0.0, 0.0, 0.0
         self._past: list[tuple[float, float]] = [(0.0, 0.0)]  # (time, joules) of every sample so far
-        self._shown_s, self._shown_w, self._summed_j = -math.inf, device.idle_w, 0.0
-        self.readings = self._sample(device.idle_w, 0.0)
+        self._shown_s, self._shown_w, self._summed_j = -math.inf, physics.idle_w, 0.0
+        self.readings = self._sample(physics.idle_w, 0.0)
 
     def rows_due(self) -> tuple[list[int], list[int]]:
-        """Rows that each stage and balcony would run at the next step."""
+        """Number of rows that each stage and each balcony would run at the next step."""
         total = self.length + self._new
         return [total - cursor for cursor in self._stages], [*(total - cursor for cursor in self._balconies), 1]
 
     @property
     def pending_rows(self) -> int:
-        """Rows that the deepest stage has not seen yet."""
+        """Number of rows that the deepest stage has not taken in yet."""
         return self.length - self._stages[-1]
 
     def step(
         self, exit_layer: int, catch_up: CatchUp | None = None, *, period_ms: float = 0.0, idle_ms: float = 0.0
     ) -> tuple[float, float]:
-        """Catch up, run one step, wait until its token is due (``idle_ms`` of it for the backlog).
+        """Catch up, run one step, and wait until its token is due; ``idle_ms`` of the wait go to the backlog.
 
         Returns:
-            ``(gap since the token before, step with its catch-up)``, ms.
+            ``(gap since the previous token, step with its catch-up)``, ms.
         """
         begin_s = self.now_s
         if catch_up is not None:
@@ -165,7 +165,7 @@ class Plant:
         return gap_ms, step_ms
 
     def _run(self, stage: int, rows: int, *, balcony: bool = False) -> float:
-        """Take pending rows through one graph; returns its price. Rows that cannot be there are a bug."""
+        """Run pending rows through one graph and return the price. Asking for more rows than are ready is a bug."""
         cursors = self._balconies if balcony else self._stages
         ready = self._stages[stage] if balcony else self._stages[stage - 1] if stage else self.length
         if not 0 < rows <= ready - cursors[stage]:
@@ -176,7 +176,7 @@ class Plant:
         return unit.pass_ms(rows, self.length, 1 if balcony else None)
 
     def _work_off(self, until_s: float) -> None:
-        """Portions of backlog, shallowest stage first and balconies last, as long as there is time for a whole one."""
+        """Run portions of the backlog, shallowest stage first and balconies last, while there is time for a whole one."""
         while self.now_s < until_s:
             waiting = [(i, self._stages[i - 1] - self._stages[i], False) for i in range(1, len(self._stages))]
             waiting += [(i, self._stages[i] - done, True) for i, done in enumerate(self._balconies)]
@@ -192,22 +192,22 @@ class Plant:
             self._pass(seconds, busy=True)
 
     def _slowed(self, price_ms: float) -> float:
-        factor = self._load(self.now_s) * (self.device.throttle_factor if self.throttled else 1.0)
-        return price_ms * factor * math.exp(self._random.gauss(0, self.device.noise))
+        factor = self._load(self.now_s) * (self.physics.throttle_factor if self.throttled else 1.0)
+        return price_ms * factor * math.exp(self._random.gauss(0, self.physics.noise))
 
     def _pass(self, seconds: float, *, busy: bool) -> None:
-        """Let time pass; sensors sample on the way."""
-        device = self.device
+        """Let time pass; the sensors sample meanwhile."""
+        physics = self.physics
         while seconds > 0:
             span_s = min(seconds, self._sampled_s + SAMPLE_S - self.now_s)
             span_s = max(span_s, 1e-9)
-            watts = device.idle_w + (device.busy_w if busy else 0.0)
+            watts = physics.idle_w + (physics.busy_w if busy else 0.0)
             self.joules += watts * span_s
-            steady_c = device.ambient_c + device.kelvin_per_watt * watts
-            self.celsius = steady_c + (self.celsius - steady_c) * math.exp(-span_s / device.tau_s)
-            self.throttled = self.celsius > device.throttle_c - (3.0 if self.throttled else 0.0)
-            if device.battery_j:
-                self.charge = max(self.charge - watts * span_s / device.battery_j, 0.0)
+            steady_c = physics.ambient_c + physics.kelvin_per_watt * watts
+            self.celsius = steady_c + (self.celsius - steady_c) * math.exp(-span_s / physics.tau_s)
+            self.throttled = self.celsius > physics.throttle_c - (3.0 if self.throttled else 0.0)
+            if physics.battery_j:
+                self.charge = max(self.charge - watts * span_s / physics.battery_j, 0.0)
             self.busy_s += span_s if busy else 0.0
             self.now_s += span_s
             seconds -= span_s
@@ -219,14 +219,14 @@ class Plant:
                 self._sampled_s, self._sampled_j, self._sampled_busy_s = self.now_s, self.joules, self.busy_s
 
     def _sample(self, watts: float, share: float) -> tuple[Reading, ...]:
-        """What the sensors say of the last ``SAMPLE_S``."""
-        device, now_s = self.device, self.now_s
+        """Readings of the sensors over the last ``SAMPLE_S``."""
+        physics, now_s = self.physics, self.now_s
         watts, joules = self._gauge(watts)
-        own = device.step_utilization * share
+        own = physics.step_utilization * share
         readings = [
             Reading(
-                f"plant:{device.rail}",
-                device.rail,
+                f"plant:{physics.rail}",
+                physics.rail,
                 now_s,
                 watts=watts,
                 joules=joules,
@@ -237,41 +237,39 @@ class Plant:
                 "plant:cpu",
                 "cpu",
                 now_s,
-                utilization=min(device.others_utilization + own, 1.0),
-                own_utilization=own if device.own_known else None,
+                utilization=min(physics.others_utilization + own, 1.0),
+                own_utilization=own if physics.own_known else None,
             ),
-            Reading("plant:gpu", "gpu", now_s, utilization=min(device.others_utilization + own, 1.0)),
+            Reading("plant:gpu", "gpu", now_s, utilization=min(physics.others_utilization + own, 1.0)),
             Reading(
                 "plant:process",
                 "process",
                 now_s,
-                memory_bytes=device.base_memory_bytes + self.rows_run * device.row_bytes,
+                memory_bytes=physics.base_memory_bytes + self.rows_run * physics.row_bytes,
             ),
         ]
-        if device.battery_j:
+        if physics.battery_j:
             readings.append(Reading("plant:battery", "battery", now_s, charge=self.charge, charging=False))
         return tuple(readings)
 
     def _gauge(self, watts: float) -> tuple[float, float]:
-        """What the power gauge shows, and the joules: a counter's, or the sum of what a slow gauge showed, as the sampler
-        makes it.
-        """
-        device, now_s, before_w = self.device, self.now_s, self._shown_w
-        if not (device.gauge_delay_s or device.gauge_average_s or device.gauge_period_s):
+        """The power gauge's value and joules: those of a counter, or the sum of a slow gauge's values, as the sampler sums."""
+        physics, now_s, before_w = self.physics, self.now_s, self._shown_w
+        if not (physics.gauge_delay_s or physics.gauge_average_s or physics.gauge_period_s):
             return watts, self.joules
         self._past.append((now_s, self.joules))
-        if now_s >= self._shown_s + device.gauge_period_s - 1e-9:
-            end_s = now_s - device.gauge_delay_s
-            begin_s = end_s - max(device.gauge_average_s, SAMPLE_S)
+        if now_s >= self._shown_s + physics.gauge_period_s - 1e-9:
+            end_s = now_s - physics.gauge_delay_s
+            begin_s = end_s - max(physics.gauge_average_s, SAMPLE_S)
             self._shown_s = now_s
             self._shown_w = (self._joules_at(end_s) - self._joules_at(begin_s)) / (end_s - begin_s)
         self._summed_j += (before_w + self._shown_w) / 2 * SAMPLE_S
         return self._shown_w, self._summed_j
 
     def _joules_at(self, time_s: float) -> float:
-        """Between samples on a line; before the start the device was idle."""
+        """Joules at a time, interpolated between samples; before the start the device was idle."""
         if time_s <= 0:
-            return time_s * self.device.idle_w
+            return time_s * self.physics.idle_w
         place = bisect.bisect_right(self._past, (time_s, math.inf))
         if place == len(self._past):
             return self._past[-1][1]

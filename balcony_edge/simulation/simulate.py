@@ -1,7 +1,7 @@
-"""Simulation: a budget run offline against costs, a device and a load, and what bound it when.
+"""Simulation: runs a budget offline against costs, a device and a load, and explains which target limited it when.
 
-Owns the loop and its summary. The physics are :mod:`.plant`, the loads :mod:`.loads`; the decisions are the controller's
-own, so that what is seen here is what a device would do under such a load.
+Owns the loop and its summary. The physics are in :mod:`.plant`, the loads in :mod:`.loads`. The decisions are the controller's
+own, so a simulation shows what a device would do under such a load.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from balcony_edge.simulation.plant import Plant
 
 
 class SimulatedToken(NamedTuple):
-    """One token: when it was out, its gap, the part of it that the device was at work, and the decision."""
+    """One token: its time, the gap before it (``latency_ms``), the working part of the gap, and the decision."""
 
     time_s: float
     latency_ms: float
@@ -42,14 +42,17 @@ def simulate(
     seconds: float = float("inf"),
     trace: TraceWriter | None = None,
 ) -> list[SimulatedToken]:
-    """Run until so many tokens are out, so many seconds are over, or the budget asks for an error.
+    """Run until ``tokens`` tokens are made, ``seconds`` seconds have passed, or the budget asks for an error.
 
     Args:
-        costs: what the controller believes; the plant has its own.
-        plant: a fresh one.
-        budget: what to hold.
-        tokens, seconds: where to end.
-        trace: where to record the run.
+        costs: prices that the controller uses; the plant has its own.
+        plant: a new plant.
+        budget: budget to hold.
+        tokens, seconds: limits of the run.
+        trace: trace that records the run.
+
+    Raises:
+        InfeasibleError: nothing meets the budget and its ``on_infeasible`` is ``error``.
     """
     controller, state = Controller(costs), ControllerState.initial()
     if trace is not None:
@@ -78,7 +81,7 @@ def simulate(
 
 
 def summary(tokens: Sequence[SimulatedToken], budget: Budget) -> dict[str, Any]:
-    """What a run came to, as a JSON-ready mapping."""
+    """Totals and means of a run, as a JSON-ready mapping."""
     later = tokens[1:]
     exits = [token.decision.exit_layer for token in tokens]
     late = None
@@ -102,7 +105,7 @@ def summary(tokens: Sequence[SimulatedToken], budget: Budget) -> dict[str, Any]:
 
 
 class Interval(NamedTuple):
-    """Tokens in a row at one exit."""
+    """Consecutive tokens at one exit."""
 
     begin_s: float
     end_s: float
@@ -114,7 +117,7 @@ class Interval(NamedTuple):
 
 
 def explain(tokens: Sequence[SimulatedToken]) -> list[Interval]:
-    """Per stretch at one exit, what bound: the reason of its last token, which saw all of it."""
+    """Split a run into intervals at one exit. The reason is that of the last token, whose decision saw the whole interval."""
     intervals: list[Interval] = []
     begin = 0
     for end in range(1, len(tokens) + 1):

@@ -9,12 +9,12 @@ import numpy as np
 import onnxruntime as ort
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_runtime.engine import Engine, Sequence
+from balcony_runtime.engine import Engine, TokenSequence
 from benchmarks.peer_workers.worker import MAX_LENGTH, FloatArray, Stepper, serve
 
 
 class BalconyEdge(Stepper):
-    """One bundle; see :class:`balcony_runtime.engine.Sequence`."""
+    """One bundle; see :class:`balcony_runtime.engine.TokenSequence`."""
 
     version = f"onnxruntime {ort.__version__}"
 
@@ -22,7 +22,7 @@ class BalconyEdge(Stepper):
         bundle = Bundle.open(model, verify_hashes=False)  # no peer reads its file twice
         self._engine = Engine.of(bundle, threads=threads, packed=options.get("packed"))
         self._max_length = min(MAX_LENGTH, bundle.manifest.model.context_length)
-        self._sequence: Sequence | None = None
+        self._sequence: TokenSequence | None = None
         self._exit_layer = self._engine.exit_layers[-1]
         self._ids = np.zeros(1, np.int64)
         self.config = {"spinning": True, **options}

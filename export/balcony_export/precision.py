@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from balcony_edge.bundle.bundle import Bundle, record_quality
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest, TextQuality
+from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import InputError
 from balcony_export.evaluate.report import build_report
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.decoding.loop import IDLE_ROWS
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import TokenSequence
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.text import Message
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Chat:
     """Messages so far and the sequence that holds their rows. Made by :meth:`LLM.chat`; belongs to one thread at a time."""
 
-    def __init__(self, llm: LLM, sequence: Sequence, system: str | None) -> None:
+    def __init__(self, llm: LLM, sequence: TokenSequence, system: str | None) -> None:
         self._llm, self.sequence = llm, sequence
         if system is not None:
             _refuse_other_than_text("system", system)

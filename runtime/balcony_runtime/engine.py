@@ -12,8 +12,7 @@ import functools
 import operator
 import os
 import threading
-from collections.abc import Callable
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
@@ -88,7 +87,7 @@ class Engine:
         """Most rows of a sequence: the bundle's context, or less where engines were built for less."""
         return min(self.manifest.model.context_length, self.backend.max_length)
 
-    def new_sequence(self, *, batch_size: int = 1, max_length: int | None = None) -> Sequence:
+    def new_sequence(self, *, batch_size: int = 1, max_length: int | None = None) -> TokenSequence:
         """An empty sequence.
 
         Args:
@@ -102,7 +101,7 @@ class Engine:
             raise ContextLengthError(f"max_length = {length}: this bundle takes 1 to {context}: give one of those")
         batch_size = whole("batch_size", batch_size, 1)
         try:
-            return Sequence(self, batch_size, length)
+            return TokenSequence(self, batch_size, length)
         except MemoryError as error:
             raise InputError(
                 f"max_length = {length}, batch_size = {batch_size}: there is not enough memory: ask for less of either"
@@ -127,11 +126,11 @@ class Engine:
         self.close()
 
 
-def _exclusive(method: Callable[Concatenate[Sequence, _P], _R]) -> Callable[Concatenate[Sequence, _P], _R]:
+def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable[Concatenate[TokenSequence, _P], _R]:
     """A method of a sequence that one thread at a time runs, on an engine that is open."""
 
     @functools.wraps(method)
-    def call(self: Sequence, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def call(self: TokenSequence, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         with self._lock:
             self._engine.refuse_closed()
             return method(self, *args, **kwargs)
@@ -139,7 +138,7 @@ def _exclusive(method: Callable[Concatenate[Sequence, _P], _R]) -> Callable[Conc
     return call
 
 
-class Sequence:
+class TokenSequence:
     """Tokens of one sequence (or of a batch of equal length) with their caches, row buffers and cursors.
 
     After any schedule of exits, chunk sizes and rollbacks, the logits at an exit equal those of a pass from scratch over
@@ -186,7 +185,7 @@ class Sequence:
         return tuple(self.length - cursor if cached else 0 for cursor, cached in pairs)
 
     @_exclusive
-    def advance(self, exit_layer: int, new_tokens: IntArray | AbstractSequence[int], num_logits: int = 1) -> FloatArray:
+    def advance(self, exit_layer: int, new_tokens: IntArray | Sequence[int], num_logits: int = 1) -> FloatArray:
         """Append tokens and return the logits of the last rows at an exit.
 
         Stages deeper than ``exit_layer`` do not run. Stages on the way take in every row that they have not seen.
@@ -376,7 +375,7 @@ class Sequence:
             raise InputError(f"exit_layer = {exit_layer!r}: this bundle has exits {exits}: pick one of them")
         return index
 
-    def _checked(self, new_tokens: IntArray | AbstractSequence[int]) -> IntArray:
+    def _checked(self, new_tokens: IntArray | Sequence[int]) -> IntArray:
         try:
             tokens = np.asarray(new_tokens)
         except ValueError as error:  # rows of several lengths

@@ -23,17 +23,16 @@ from balcony_edge.control.trace import TraceWriter
 from balcony_edge.control.verdict import Watch
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.machine import this_device
-from balcony_edge.device.profile import Profile
+from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError, ProfileError
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned
-from balcony_runtime.decoding.prices import calibrate
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams, log_probabilities
-from balcony_runtime.engine import Engine, EngineOptions, refuse_foreign, whole
-from balcony_runtime.engine import Sequence as TokenSequence
+from balcony_runtime.engine import Engine, EngineOptions, TokenSequence, refuse_foreign, whole
 from balcony_runtime.reply import FinishReason, Reply, Token, TokenStream
 from balcony_runtime.sensors import Sensors, device_sources
 from balcony_runtime.text import Message, StopStrings, TextCodec
@@ -162,7 +161,7 @@ class LLM:
     def costs(self) -> CostModel:
         """What each exit costs on this device; measured once, at the first use (about half a second)."""
         if self._costs is None:
-            self._costs = costs = calibrate(self.engine)
+            self._costs = costs = measure_prices(self.engine)
             steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
             _log.info("measured what a token costs: %s", steady)
         return self._costs
@@ -449,7 +448,7 @@ def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:
     Raises:
         ProfileError: the file cannot be read, or is for other exits.
     """
-    profile, manifest = Profile.load(path), engine.manifest
+    profile, manifest = DeviceProfile.load(path), engine.manifest
     if profile.costs.exits != manifest.exit_layers:
         raise ProfileError(
             f"{os.fspath(path)}: is for exits {', '.join(map(str, profile.costs.exits))}, but this bundle has "

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from balcony_edge.cli import app
 from balcony_edge.device.costs import CostModel, UnitCost
-from balcony_edge.device.profile import Power, Profile, QualityFigure
+from balcony_edge.device.profile import DeviceProfile, Power, QualityFigure
 from balcony_edge.errors import BalconyError
 
 PROFILES = Path(__file__).parents[2] / "profiles"
@@ -34,7 +34,7 @@ def refused(message: str, *arguments: str | Path) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def profile(**changes: Any) -> Profile:
+def profile(**changes: Any) -> DeviceProfile:
     """A device profile of three exits, with the power of a meter."""
     zero = {"samples": 1, "rounds": 1} | {f"{name}_ms": 1.0 for name in ("p50", "p95", "p99", "mean", "min", "max")}
     values: dict[str, Any] = {
@@ -61,7 +61,7 @@ def profile(**changes: Any) -> Profile:
         "power": (Power(exit_layer=5, rail="board", source="meter", busy_w=9.0, idle_w=3.0, joules_per_token=0.1),),
     }
     values["device"] |= {"system": "Linux 6"}
-    return Profile.model_validate(values | changes)
+    return DeviceProfile.model_validate(values | changes)
 
 
 @pytest.fixture(autouse=True)

@@ -129,9 +129,9 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any, interruptible: An
     """A real terminal: a reply is interrupted, the next message is answered, Ctrl-D ends."""
     program = (
         "import time; from balcony_runtime import engine\n"
-        "real = engine.Sequence.step\n"
+        "real = engine.TokenSequence.step\n"
         "def slow(*a):\n    time.sleep(0.1); return real(*a)\n"
-        "engine.Sequence.step = slow\n" + PROGRAM
+        "engine.TokenSequence.step = slow\n" + PROGRAM
     )
     master, worker = pty.openpty()
     command = [sys.executable, "-c", program, "run", str(tiny.path), "-n", "60", "--temperature", "3", "--seed", "1"]

@@ -431,7 +431,7 @@ def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:
     refused("weights.bin: SHA-256", "run", broken, "hi")
     refused("weights.bin: SHA-256", "inspect", broken)
     refused("no such directory", "inspect", tmp_path / "nowhere")
-    refused("is no bundle", "run", tmp_path, "hi")
+    refused("is not a bundle", "run", tmp_path, "hi")
 
 
 def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, interruptible: Any) -> None:
@@ -453,9 +453,9 @@ def test_ctrl_c_in_generation_ends_the_reply(exported: Path, interruptible: Any)
     # slow every token down in the child, so that the signal arrives while it generates
     command[4] = (
         "import sys, time; from balcony_runtime import engine\n"
-        "real = engine.Sequence.step\n"
+        "real = engine.TokenSequence.step\n"
         "def slow(*a):\n    print('token', file=sys.stderr, flush=True); time.sleep(0.1); return real(*a)\n"
-        "engine.Sequence.step = slow\n"
+        "engine.TokenSequence.step = slow\n"
         "from balcony_edge.cli import main; main()"
     )
     process = interruptible(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from balcony_edge.device.profile import Power, Profile, QualityFigure
+from balcony_edge.device.profile import DeviceProfile, Power, QualityFigure
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
 GRID = ("--quick", "-p", "16", "-n", "5", "-d", "0,40", "--pending", "2,5", "-r", "3", "--threads", "1")
@@ -49,7 +49,7 @@ def measured(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_format_has_the_same_numbers(measured: Path, tiny: Any) -> None:
-    profile = Profile.load(measured)
+    profile = DeviceProfile.load(measured)
     assert profile.command.endswith("--threads 1") and profile.complete
     rows = list(csv.DictReader(io.StringIO(measured.with_suffix(".csv").read_text())))
     assert [float(row["p50_ms"]) for row in rows] == [entry.timing.p50_ms for entry in profile.entries]
@@ -125,7 +125,7 @@ def test_ctrl_c_writes_what_is_measured(tiny: Any, tmp_path: Path, interruptible
         if path.is_file():
             break
         assert stderr == "balcony-edge: interrupted\n"
-    profile = Profile.load(path)
+    profile = DeviceProfile.load(path)
     assert not profile.complete and profile.select("decode")
     assert profile.sustained is None or profile.sustained.seconds < 150  # as far as it came
 
@@ -139,11 +139,11 @@ def browser() -> str:
 
 
 @pytest.fixture(scope="module")
-def page(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path]:
+def page(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[DeviceProfile, Path]:
     """The report of a profile with everything in it, and with names that would end a script element."""
     report = pytest.importorskip("balcony_runtime.profiler.report")
     pytest.importorskip("plotly", reason="the report is an extra: pip install 'balcony-edge[report]'")
-    bare = Profile.load(measured)
+    bare = DeviceProfile.load(measured)
     profile = bare.model_copy(
         update={
             "command": "balcony-edge profile '</script><script>throw 1</script>'",
@@ -194,7 +194,9 @@ document.body.append(pre);
 """
 
 
-def test_the_report_draws_the_profiles_numbers_and_fetches_nothing(browser: str, page: tuple[Profile, Path]) -> None:
+def test_the_report_draws_the_profiles_numbers_and_fetches_nothing(
+    browser: str, page: tuple[DeviceProfile, Path]
+) -> None:
     profile, path = page
     document, console = render(browser, path, DRAWN)
     assert console == []
@@ -222,12 +224,12 @@ def test_the_report_draws_the_profiles_numbers_and_fetches_nothing(browser: str,
     for entry in profile.select("prefill"):
         assert entry.timing.p50_ms in cells and entry.timing.p99_ms in cells
     embedded = re.search(r'<script type="application/json" id="profile">(.*?)</script>', document, re.DOTALL)
-    assert embedded is not None and Profile.model_validate_json(embedded[1]) == profile
+    assert embedded is not None and DeviceProfile.model_validate_json(embedded[1]) == profile
     assert "&lt;script&gt;throw 1" in document
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_report_follows_the_colour_scheme(scheme: str, browser: str, page: tuple[Profile, Path]) -> None:
+def test_the_report_follows_the_colour_scheme(scheme: str, browser: str, page: tuple[DeviceProfile, Path]) -> None:
     preference = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
     document, console = render(browser, page[1], DRAWN, preference)
     seen = probed(document)
@@ -236,7 +238,7 @@ def test_the_report_follows_the_colour_scheme(scheme: str, browser: str, page: t
     assert seen["text"] == ink == seen["axis"]
 
 
-def test_the_report_fits_a_phone(browser: str, page: tuple[Profile, Path]) -> None:
+def test_the_report_fits_a_phone(browser: str, page: tuple[DeviceProfile, Path]) -> None:
     """At 375 pixels, in a frame of the same origin: a window of headless Chromium is at least 500 wide."""
     frame = page[1].with_name("frame.html")
     inner = html.escape(page[1].read_text(encoding="utf-8"))
@@ -273,10 +275,10 @@ def test_a_profile_of_a_busy_device_says_so_whenever_it_is_used(measured: Path, 
         assert done.returncode == 0 and f"{busy}: while it was measured: {note}" in done.stderr, (arguments, done)
     from balcony_runtime.profiler.report import report
 
-    assert f"While it was measured: {note}" in report(Profile.load(busy))
+    assert f"While it was measured: {note}" in report(DeviceProfile.load(busy))
 
 
-def test_a_script_that_fails_would_be_seen(browser: str, page: tuple[Profile, Path]) -> None:
+def test_a_script_that_fails_would_be_seen(browser: str, page: tuple[DeviceProfile, Path]) -> None:
     _, console = render(browser, page[1], "throw new Error('seen')")
     assert len(console) == 1 and "seen" in console[0]
 

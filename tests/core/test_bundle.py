@@ -59,7 +59,7 @@ def test_bytes_per_token_are_those_of_the_parameters(tiny: Any) -> None:
 def test_missing_directory_and_directory_without_manifest(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "no such directory")
     refused(tmp_path / ("x" * 300), r"x…: there is no such directory")
-    refused(tmp_path, "is no bundle")
+    refused(tmp_path, "is not a bundle")
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "stage_1.onnx", "tokenizer.json", "backbone.onnx", "cpu_stage_1.onnx"])
@@ -90,7 +90,7 @@ def test_other_schema_versions_are_refused(bundle_copy: Path, version: object) -
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"schema_version": 2}', "[" * 100_000, "\x00"])
-def test_a_manifest_that_is_none(bundle_copy: Path, text: str) -> None:
+def test_a_file_that_is_not_a_manifest(bundle_copy: Path, text: str) -> None:
     (bundle_copy / MANIFEST).write_text(text)
     refused(bundle_copy, r"bundle\.json: ")
 
@@ -109,8 +109,8 @@ def test_file_names_stay_inside_the_directory(bundle_copy: Path, name: str) -> N
 def test_a_forged_manifest_is_refused_by_what_it_lacks(bundle_copy: Path) -> None:
     original = (bundle_copy / MANIFEST).read_text()
     for change, pattern in (
-        (lambda d: d["graphs"].pop("stage_1"), "no graph stage_1 is listed"),
-        (lambda d: d["files"].pop("lm_head.onnx"), "no file lm_head.onnx is listed"),
+        (lambda d: d["graphs"].pop("stage_1"), "does not list the graphs stage_1"),
+        (lambda d: d["files"].pop("lm_head.onnx"), "does not list the files lm_head.onnx"),
         (lambda d: d["exits"].reverse(), "must ascend"),
         (lambda d: d["exits"].pop(), "end at the full depth 5"),
         (lambda d: d["embedding"].update(offset=10**9), "past the end of weights.bin"),
@@ -139,5 +139,5 @@ def test_the_fingerprint_covers_graphs_and_weights_only(tiny: Any) -> None:
 def test_asking_for_a_file_that_is_not_listed(tiny: Any) -> None:
     bundle = Bundle.open(tiny.path)
     assert bundle.has_file("tokenizer.json") and not bundle.has_file("secret")
-    with pytest.raises(BundleError, match="lists no file secret"):
+    with pytest.raises(BundleError, match="does not list secret"):
         bundle.file("secret")

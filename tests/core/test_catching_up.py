@@ -14,8 +14,8 @@ from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import CatchUp, Measurement, Observation
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
-from balcony_edge.device.profile import Profile
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.device.profile import DeviceProfile
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
@@ -48,13 +48,13 @@ def seen(
 
 def idle_after(loaded_s: float, of_full: float, tokens: int, probability: float = 0.9) -> list[SimulatedToken]:
     """Tokens of the shipped int4 profile at a fixed context after a load of 1.7 has passed."""
-    costs = Profile.load(PROFILE).costs
+    costs = DeviceProfile.load(PROFILE).costs
     full_ms = costs.steady_ms(costs.exits[-1], 64)
     costs = replace(
         costs,
         stages=tuple(replace(unit, context_ms_per_1k=0.0, marginal_context_ms_per_1k=0.0) for unit in costs.stages),
     )
-    plant = Plant(costs, Device(), lambda now_s: 1.7 if now_s < loaded_s else 1.0, seed=3)
+    plant = Plant(costs, Physics(), lambda now_s: 1.7 if now_s < loaded_s else 1.0, seed=3)
     run = simulate(costs, plant, Budget(tpot_ms=of_full * full_ms, probability=probability), tokens=tokens)
     return [token for token in run[1:] if token.time_s > loaded_s + 0.05]
 
@@ -159,7 +159,7 @@ def test_each_sprint_waits_twice_as_long_until_the_deepest_exit_is_held() -> Non
 
 def test_a_sprint_that_comes_no_closer_is_given_up() -> None:
     """A second load, within the hysteresis, begins in mid-sprint: one row a token goes and one comes."""
-    costs = Profile.load(PROFILE).costs
+    costs = DeviceProfile.load(PROFILE).costs
     full_ms = costs.steady_ms(30, 64)
     costs = replace(
         costs,
@@ -167,7 +167,7 @@ def test_a_sprint_that_comes_no_closer_is_given_up() -> None:
     )
     for of_full, load in ((1.06, 1.04), (1.08, 1.06), (1.1, 1.08), (1.12, 1.1)):
         plant = Plant(
-            costs, Device(noise=0.01), lambda s, load=load: 1.35 if s < 0.5 else 1.0 if s < 0.9 else load, seed=1
+            costs, Physics(noise=0.01), lambda s, load=load: 1.35 if s < 0.5 else 1.0 if s < 0.9 else load, seed=1
         )  # type: ignore[misc]
         tokens = simulate(costs, plant, Budget(tpot_ms=of_full * full_ms), tokens=1200)
         late = [token.decision.exit_layer for token in tokens[500:]]

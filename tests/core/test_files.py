@@ -30,7 +30,7 @@ def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path: Path)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
 
 
-def test_what_a_killed_writer_left_goes_and_what_another_is_at_stays(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_and_those_in_use_stay(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from pathlib import Path; from balcony_edge.files import partial_directory\n"
         "with partial_directory(Path(sys.argv[1])):\n"

@@ -18,15 +18,15 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_edge.device.compare import compare_profiles
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
-from balcony_edge.device.machine import Device, this_device
+from balcony_edge.device.machine import Machine, this_device
 from balcony_edge.device.profile import (
     BundleFacts,
     Conditions,
+    DeviceProfile,
     EngineFacts,
     Entry,
     Memory,
     Power,
-    Profile,
     QualityFigure,
     Residual,
     Timing,
@@ -35,7 +35,7 @@ from balcony_edge.device.tables import render
 from balcony_edge.errors import BudgetError, ProfileError
 from balcony_edge.simulation.plan import make_plan
 
-DEVICE = Device(board=None, cpu="Fast", cpus=2, architecture="x86_64", memory_bytes=8 * 10**9, system="Linux 6")
+DEVICE = Machine(board=None, cpu="Fast", cpus=2, architecture="x86_64", memory_bytes=8 * 10**9, system="Linux 6")
 STAGE = UnitCost(10.0, 1.0, 2.0, 0.5, 128, 512, (Bend(4, 0.5, 0.25),))
 COSTS = CostModel((4, 8), (STAGE, STAGE), (UnitCost(2.0), UnitCost(1.0)), UnitCost(4.0), 0.5)
 SHIPPED = sorted((Path(__file__).parents[2] / "profiles" / "devices").glob("*.json"))
@@ -59,7 +59,7 @@ def entry(kind: Any, exit_layer: int, p50_ms: float, uncertainty_ms: float = 0.1
     return Entry(kind=kind, exit_layer=exit_layer, timing=timing(p50_ms, uncertainty_ms), **keys)
 
 
-def make_profile(**changes: Any) -> Profile:
+def make_profile(**changes: Any) -> DeviceProfile:
     values: dict[str, Any] = {
         "created": "2026-01-01T00:00:00+00:00",
         "tool": "0.1.0",
@@ -86,7 +86,7 @@ def make_profile(**changes: Any) -> Profile:
         "spread": 0.05,
         "memory": Memory(loaded_bytes=10**9, peak_bytes=2 * 10**9, per_1k_tokens_bytes=10**7),
     }
-    return Profile(**values | changes)
+    return DeviceProfile(**values | changes)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         power=(Power(exit_layer=4, rail="cpu", source="r", busy_w=9, idle_w=3, joules_per_token=0.1),)
     )
     profile.save(tmp_path / "p.json")
-    loaded = Profile.load(tmp_path / "p.json")
+    loaded = DeviceProfile.load(tmp_path / "p.json")
     assert loaded == profile and loaded.costs == COSTS
     assert loaded.joules_per_token(4, "cpu") == 0.1 and loaded.busy_w(4, "cpu") == 9
     assert loaded.joules_per_token(4) is None and loaded.joules_per_token(8, "cpu") is None
@@ -110,7 +110,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"costs": {"exits": [4]}}, "costs.stages: "),
         ({"exits": [4, 9]}, "costs are for exits (4, 9), but the bundle has (4, 8)"),
-        ({"first_row_ms": -2.0}, "first_row_ms = -2.0: a cost is 0 to 3.6e+06 ms"),
+        ({"first_row_ms": -2.0}, "first_row_ms = -2.0: a price is 0 to 3.6e+06 ms"),
         ({"head": {"key_bucket": 10**400}}, "key_bucket = 10000000000000000000: must be 1 to 2147483648"),
         ({"quality": [{"exit_layer": 4, "metric": "agreement", "on": "a", "value": math.nan}]}, "quality.0.value: "),
         ({"entry": 7}, "exit 7 was measured, but the bundle has (4, 8)"),
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_one_line(change: dict[str, Any], words: str, tmp_path
     path = tmp_path / "p.json"
     path.write_text(json.dumps(document))
     with pytest.raises(ProfileError) as caught:
-        Profile.load(path)
+        DeviceProfile.load(path)
     message = str(caught.value)
     assert message.startswith(str(path)) and words in message and "\n" not in message and "measure again" in message
 
@@ -139,9 +139,9 @@ def test_what_is_no_profile_is_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(content)
     with pytest.raises(ProfileError, match=r"p\.json: .*measure again"):
-        Profile.load(path)
+        DeviceProfile.load(path)
     with pytest.raises(ProfileError, match="there is no such file: make one with"):
-        Profile.load(tmp_path / "missing.json")
+        DeviceProfile.load(tmp_path / "missing.json")
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(ProfileError, match="cannot be written"):
         make_profile().save(tmp_path / "file" / "p.json")
@@ -149,7 +149,7 @@ def test_what_is_no_profile_is_one_line(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_profiles_load_and_keep_their_bars(path: Path) -> None:
-    profile = Profile.load(path)
+    profile = DeviceProfile.load(path)
     assert profile.complete and (profile.conditions.others_cpu_share or 0.0) < 0.1
     assert all(entry.timing.rounds >= 2 for entry in profile.entries)
 
@@ -258,7 +258,7 @@ def test_compare_tells_chance_from_difference() -> None:
     wide = [make_profile(entries=(entry("decode", 4, p50, u, context=128),)) for p50, u in ((10.0, 1.5), (12.5, 2.0))]
     there, back = compare_profiles(*wide)[0], compare_profiles(*reversed(wide))[0]
     assert there.p_value == pytest.approx(back.p_value) and there.ratio == pytest.approx(1 / back.ratio)
-    with pytest.raises(ProfileError, match="nothing in common"):
+    with pytest.raises(ProfileError, match="no quantity in common"):
         compare_profiles(first, make_profile(entries=(entry("decode", 4, 1.0, context=1),)))
 
 
@@ -270,7 +270,7 @@ def test_tables_hold_the_same_numbers() -> None:
     assert lines[0]["tokens_per_s"] == pytest.approx(1000 / 16.8) and lines[2]["tokens_per_s"] == pytest.approx(800.0)
     markdown = render(profile, "md").splitlines()
     assert len(markdown) == 5 and markdown[2].startswith("| decode | 4 |  | 1 | 128 | 16.8 |")
-    assert Profile.model_validate_json(render(profile, "json")) == profile
+    assert DeviceProfile.model_validate_json(render(profile, "json")) == profile
 
 
 def test_costs_with_another_price_are_another_profile() -> None:

@@ -16,7 +16,7 @@ from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, InfeasibleError
 from balcony_edge.simulation.loads import parse_load
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
 
 COSTS = CostModel(
@@ -28,7 +28,7 @@ COSTS = CostModel(
 
 
 def run(
-    budget: Budget, device: Device, seconds: float, load: str = "idle", costs: CostModel = COSTS
+    budget: Budget, device: Physics, seconds: float, load: str = "idle", costs: CostModel = COSTS
 ) -> list[SimulatedToken]:
     return simulate(costs, Plant(costs, device, parse_load(load)), budget, tokens=10**6, seconds=seconds)
 
@@ -63,7 +63,7 @@ def windows_w(tokens: list[SimulatedToken], after_s: float, window_s: float = 5.
 )
 def test_watts_are_held_whatever_the_gauge_does_to_them(gauge: dict[str, float], load: str) -> None:
     """Matched against the present share, a delay of a second made the gaps jump between 35 and 1,000 ms."""
-    tokens = run(Budget(power_w=6), Device(noise=0.03, **gauge), 60, load)
+    tokens = run(Budget(power_w=6), Physics(noise=0.03, **gauge), 60, load)
     shares = [watts / 6 for watts in windows_w(tokens, after_s=15)]
     assert min(shares) >= 0.95 and max(shares) <= 1.05
     gaps = [token.latency_ms for token in tokens if token.time_s > 15]
@@ -72,7 +72,7 @@ def test_watts_are_held_whatever_the_gauge_does_to_them(gauge: dict[str, float],
 
 @pytest.mark.parametrize("gauge", [{"gauge_period_s": p, "gauge_average_s": p} for p in (4.0, 5.0, 10.0)], ids=str)
 def test_a_battery_gauge_that_changes_every_few_seconds_is_followed(gauge: dict[str, float]) -> None:
-    tokens = run(Budget(power_w=6), Device(noise=0.03, **gauge), 90)
+    tokens = run(Budget(power_w=6), Physics(noise=0.03, **gauge), 90)
     shares = [watts / 6 for watts in windows_w(tokens, after_s=30)]
     assert min(shares) >= 0.9 and max(shares) <= 1.05
 
@@ -157,27 +157,27 @@ FAST = replace(
 @pytest.mark.parametrize("costs", [COSTS, FAST], ids=["slow", "fast"])
 @pytest.mark.parametrize("power_w", [1.0, 1.9])
 def test_a_ceiling_below_the_idle_device_is_out_of_reach(power_w: float, costs: CostModel) -> None:
-    tokens = run(Budget(power_w=power_w), Device(idle_w=2.0), 30, costs=costs)
+    tokens = run(Budget(power_w=power_w), Physics(idle_w=2.0), 30, costs=costs)
     first = next(token for token in tokens if token.decision.infeasible)
     assert 5 <= first.time_s <= 10
     assert "infeasible: power_w out of reach" in first.decision.reason
     assert all(token.decision.infeasible for token in tokens if token.time_s > 10)
     with pytest.raises(InfeasibleError, match="power_w out of reach"):
-        run(Budget(power_w=power_w, on_infeasible="error"), Device(idle_w=2.0), 30, costs=costs)
+        run(Budget(power_w=power_w, on_infeasible="error"), Physics(idle_w=2.0), 30, costs=costs)
 
 
 def test_a_ceiling_just_within_reach_is_none() -> None:
-    tokens = run(Budget(power_w=2.3), Device(idle_w=2.0), 30, costs=FAST)
+    tokens = run(Budget(power_w=2.3), Physics(idle_w=2.0), 30, costs=FAST)
     assert not any(token.decision.infeasible for token in tokens)
 
 
-def _summer(device: Device, begin_s: float, end_s: float, **hot: Any) -> tuple[Plant, Budget]:
+def _summer(device: Physics, begin_s: float, end_s: float, **hot: Any) -> tuple[Plant, Budget]:
     """A plant whose surroundings change for a while: the load is where it is told the time."""
     holder: list[Plant] = []
 
     def load(now_s: float) -> float:
         if holder:
-            holder[0].device = replace(device, **hot) if begin_s <= now_s < end_s else device
+            holder[0].physics = replace(device, **hot) if begin_s <= now_s < end_s else device
         return 1.0
 
     holder.append(Plant(COSTS, device, load))
@@ -186,7 +186,7 @@ def _summer(device: Device, begin_s: float, end_s: float, **hot: Any) -> tuple[P
 
 @pytest.mark.parametrize("hot", [{"ambient_c": 55.0}, {"kelvin_per_watt": 30.0}], ids=["ambient", "fan"])
 def test_heat_that_nothing_holds_is_said_and_is_over_when_it_is_over(hot: dict[str, float]) -> None:
-    plant, budget = _summer(Device(), 60, 260, **hot)
+    plant, budget = _summer(Physics(), 60, 260, **hot)
     tokens = simulate(COSTS, plant, budget, tokens=10**6, seconds=500)
     assert not any(token.decision.infeasible for token in tokens if token.time_s < 60)
     late = [token for token in tokens if 160 < token.time_s < 260]
@@ -198,12 +198,12 @@ def test_heat_that_nothing_holds_is_said_and_is_over_when_it_is_over(hot: dict[s
 
 
 def test_a_critical_temperature_ends_the_reply() -> None:
-    plant, _ = _summer(Device(), 20, 500, kelvin_per_watt=30.0)
+    plant, _ = _summer(Physics(), 20, 500, kelvin_per_watt=30.0)
     critical = Budget(temperature_c=60, critical_temperature_c=75)
     with pytest.raises(InfeasibleError, match=r"critical_temperature_c = 75: the hottest sensor is at 7[5-7] °C"):
         simulate(COSTS, plant, critical, tokens=10**6, seconds=300)
     assert 75 <= plant.celsius < 78
-    plant, _ = _summer(Device(), 20, 500, kelvin_per_watt=30.0)
+    plant, _ = _summer(Physics(), 20, 500, kelvin_per_watt=30.0)
     alone = Budget(critical_temperature_c=75)  # without a ceiling: full speed until then
     with pytest.raises(InfeasibleError, match="critical_temperature_c = 75"):
         simulate(COSTS, plant, alone, tokens=10**6, seconds=300)

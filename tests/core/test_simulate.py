@@ -20,7 +20,7 @@ from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError, InputError
 from balcony_edge.simulation.loads import parse_load, recorded
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, explain, simulate, summary
 
 PROFILES = Path(__file__).parents[2] / "profiles"
@@ -41,12 +41,12 @@ DEMO = CostModel(
     switch_ms=0.25,
 )
 #: 8 W while a step runs, 2 W else; 6 K/W, so 73 °C and 37 °C.
-BOARD = Device()
+BOARD = Physics()
 
 
 def run(
     budget: Budget,
-    device: Device = BOARD,
+    device: Physics = BOARD,
     load: str = "idle",
     *,
     seconds: float = 30.0,
@@ -327,7 +327,9 @@ def test_deadline_is_met_where_a_load_begins_in_mid_reply(probability: float, hi
     deadline_s = 1.15 * shallow_s * (at_share + (1 - at_share) * high)
     asked = Budget(deadline_s=deadline_s, expected_tokens=100, probability=probability)
     for seed in range(5):
-        plant = Plant(DEMO, Device(noise=0.03), parse_load(f"step:high={high},at_s={deadline_s * at_share}"), seed=seed)
+        plant = Plant(
+            DEMO, Physics(noise=0.03), parse_load(f"step:high={high},at_s={deadline_s * at_share}"), seed=seed
+        )
         tokens = simulate(DEMO, plant, asked, tokens=100)
         assert tokens[-1].time_s <= deadline_s
         assert {token.decision.exit_layer for token in tokens} != {14}  # depth is spent where there is time
@@ -465,7 +467,7 @@ def test_a_target_below_every_price_is_infeasible_at_once() -> None:
     ],
 )
 def test_a_ceiling_that_is_lifted_costs_no_spike(
-    keys: dict[str, Any], device: Device, load: str, most_ms: float
+    keys: dict[str, Any], device: Physics, load: str, most_ms: float
 ) -> None:
     tokens = run(Budget(**keys), device, load, seconds=80)
     assert len(exits([token for token in tokens if token.time_s > 10])) > 1

@@ -15,7 +15,7 @@ from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import InputError
 from balcony_edge.simulation.loads import parse_load
-from balcony_edge.simulation.plant import Device, Plant
+from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
 
 COSTS = CostModel(
@@ -27,7 +27,7 @@ COSTS = CostModel(
 
 
 def record(path: Path, budget: Budget, load: str, tokens: int = 300) -> list[Decision]:
-    plant = Plant(COSTS, Device(noise=0.1), parse_load(load), seed=3)
+    plant = Plant(COSTS, Physics(noise=0.1), parse_load(load), seed=3)
     with TraceWriter(path) as writer:
         return [token.decision for token in simulate(COSTS, plant, budget, tokens=tokens, trace=writer)]
 

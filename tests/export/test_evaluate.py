@@ -21,8 +21,9 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip ins
 
 from lm_eval.api.instance import Instance
 
-from balcony_edge.bundle.bundle import Bundle, record_quality
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Estimate
+from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BalconyError, InputError, VerificationError
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.report import as_document, build_report, grids, markdown

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'")
 
-from balcony_edge.bundle.bundle import record_quality
 from balcony_edge.bundle.manifest import Estimate, Quality, TaskQuality, TaskSummary, TextQuality
+from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BundleError, InputError
 from balcony_export.evaluate.tasks import TaskRun, _run, _spec
 from balcony_export.evaluate.text import ratio

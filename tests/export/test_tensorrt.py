@@ -22,7 +22,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from balcony_edge.bundle.bundle import Bundle, new_engine_directory, record_engines
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
 from balcony_edge.bundle.manifest import GraphSpec
 from balcony_edge.errors import BundleError, EngineBuildError, InputError, MissingDependencyError
 from balcony_export.export import export_bundle
@@ -266,7 +267,7 @@ def test_what_cannot_be_built_is_one_line(tiny_copy: Callable[[str], Bundle], tm
         write_graphs(bundle, "x", "rtx", Format(capacity=999))
     with pytest.raises(InputError, match="32 inputs are no multiple of --block 64"):
         write_graphs(bundle, "x", "rtx", Format("int4", capacity=64))
-    with pytest.raises(BundleError, match="has no engines x, but none yet"):
+    with pytest.raises(BundleError, match="has no engine set x"):
         bundle.engine_directory("x")
     manifest = write_graphs(bundle, "x", "rtx", Format(capacity=64))
     spec, path = manifest.engines["x"].graphs["norm"], bundle.path / "tensorrt" / "x" / "norm.onnx"

@@ -14,8 +14,9 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.bundle.bundle import Bundle, record_confidence
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import ConfidenceSpec, ThresholdSpec
+from balcony_edge.bundle.quality import record_confidence
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError, InputError

@@ -27,7 +27,7 @@ from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
 from balcony_runtime import engine as engine_module
 from balcony_runtime.backends.tensorrt_builder import Builder, build_engines
-from balcony_runtime.engine import Engine, Sequence
+from balcony_runtime.engine import Engine, TokenSequence
 
 EXITS = (2, 3, 5)
 #: The largest difference for float32, as a share of the largest logit.
@@ -59,7 +59,7 @@ def assert_equal(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) ->
     assert (got.argmax(-1) == want.argmax(-1))[clear].all()
 
 
-def play(engine: Engine, sequence: Sequence, schedule: list[tuple[str, int, int]], seed: int) -> None:
+def play(engine: Engine, sequence: TokenSequence, schedule: list[tuple[str, int, int]], seed: int) -> None:
     """Run a schedule; every logit that it yields is compared with a pass from scratch over the same tokens."""
     random = np.random.default_rng(seed)
     exits = engine.exit_layers
@@ -94,7 +94,7 @@ def play(engine: Engine, sequence: Sequence, schedule: list[tuple[str, int, int]
         check_cursors(sequence)
 
 
-def check_cursors(sequence: Sequence) -> None:
+def check_cursors(sequence: TokenSequence) -> None:
     pending = sequence.stage_rows
     assert all(0 <= rows <= sequence.length for rows in (*pending, *sequence.balcony_rows))
     assert list(pending) == sorted(pending), "a deeper stage never is ahead of a shallower one"

@@ -24,7 +24,7 @@ from balcony_edge.bundle.bundle import Bundle, fingerprint, sha256_file
 from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.device.machine import available_cpus
 from balcony_edge.errors import BundleError, InputError
-from balcony_runtime.engine import Engine, Sequence
+from balcony_runtime.engine import Engine, TokenSequence
 
 
 def resident_bytes(arrays: list[Any]) -> int:
@@ -39,7 +39,7 @@ def resident_bytes(arrays: list[Any]) -> int:
     return total
 
 
-def arrays_of(sequence: Sequence) -> list[Any]:
+def arrays_of(sequence: TokenSequence) -> list[Any]:
     state: Any = sequence.state
     return [state._rows, state._logits, *(array for cache in state._caches.values() for array in cache.held.arrays)]
 
@@ -182,7 +182,7 @@ def test_a_thread_that_catches_up_and_one_that_decodes_take_turns(tiny: Any) -> 
             sequence, over = engine.new_sequence(), threading.Event()
             sequence.advance(2, tokens[:100])
 
-            def work_off(sequence: Sequence = sequence, over: threading.Event = over) -> None:
+            def work_off(sequence: TokenSequence = sequence, over: threading.Event = over) -> None:
                 while not over.is_set():
                     sequence.catch_up(5)
 

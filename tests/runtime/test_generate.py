@@ -24,7 +24,7 @@ from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError
 from balcony_runtime import llm as generate_module
 from balcony_runtime.decoding import loop as decode_module
 from balcony_runtime.decoding.loop import Decoder, Environment
-from balcony_runtime.decoding.prices import calibrate
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
 
@@ -117,7 +117,7 @@ def test_a_target_is_held_by_depth(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
     """With prices given, the exits follow the target: what the machine's noise does is the benchmarks' matter."""
     units = (UnitCost(1.0, 0.001), UnitCost(1.0, 0.001), UnitCost(2.0, 0.001))
     costs = CostModel((2, 3, 5), units, (UnitCost(0.5),) * 3, UnitCost(0.5))
-    monkeypatch.setattr(generate_module, "calibrate", lambda engine: costs)
+    monkeypatch.setattr(generate_module, "measure_prices", lambda engine: costs)
     for target, exit_layer in ((100.0, 5), (4.4, 3), (2.3, 2)):
         llm._costs = None
         llm.budget = Budget(tpot_ms=target)
@@ -138,7 +138,7 @@ def test_backlog_is_worked_off_beside_the_steps(llm: LLM, monkeypatch: pytest.Mo
     """From a shallow start under a generous target the full depth is reached by chunks, and stays exact."""
     unit = UnitCost(10.0, 1.0)
     costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(1.0),) * 3, UnitCost(1.0))
-    monkeypatch.setattr(generate_module, "calibrate", lambda engine: costs)
+    monkeypatch.setattr(generate_module, "measure_prices", lambda engine: costs)
     clock = SimpleNamespace(
         perf_counter_ns=iter(range(0, 10**15, 30_000_000)).__next__, monotonic=time.monotonic
     )  # every step takes 30 ms
@@ -213,7 +213,7 @@ def test_text_and_chat_prompts(llm: LLM) -> None:
 
 
 def test_calibration_prices_every_graph(llm: LLM) -> None:
-    costs = calibrate(llm.engine)
+    costs = measure_prices(llm.engine)
     assert costs.exits == (2, 3, 5)
     assert all(unit.first_row_ms > 0 for unit in (*costs.stages, *costs.balconies, costs.head))
     shallow, middle, full = (costs.steady_ms(exit_layer, 100) for exit_layer in costs.exits)
@@ -238,7 +238,7 @@ def prices(monkeypatch: pytest.MonkeyPatch, step_ms: float = 1.0) -> CostModel:
     """Give every graph of the tiny model a price, whatever this machine is doing."""
     unit = UnitCost(step_ms, step_ms / 100)
     costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(step_ms / 2),) * 3, UnitCost(step_ms / 2))
-    monkeypatch.setattr(generate_module, "calibrate", lambda engine: costs)
+    monkeypatch.setattr(generate_module, "measure_prices", lambda engine: costs)
     return costs
 
 

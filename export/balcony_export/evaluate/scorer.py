@@ -20,8 +20,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
 from balcony_export.model.architecture import parts_of
 from balcony_export.model.balcony import Balcony
-from balcony_runtime.engine import Engine
-from balcony_runtime.engine import Sequence as TokenSequence
+from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.text import special_tokens
 
 #: Rows of logits per block: 25 MB an exit for a vocabulary of 49,152.

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from balcony_edge.bundle.bundle import Bundle, file_spec, new_engine_directory, record_engines
+from balcony_edge.bundle.bundle import Bundle, file_spec
+from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
 from balcony_edge.bundle.manifest import EngineSet, Manifest
 from balcony_edge.errors import InputError
 from balcony_export.graph.ir_tools import FAR_WEIGHTS, distance, graph_spec
@@ -49,7 +50,7 @@ def make_graphs(
 
     Args:
         bundle: one with graphs in standard ONNX.
-        directory: of :func:`balcony_edge.bundle.bundle.new_engine_directory`.
+        directory: of :func:`balcony_edge.bundle.engine_sets.new_engine_directory`.
         target: which TensorRT they are for.
         form: precision, operators and capacity.
         batch_size: members of every pass.

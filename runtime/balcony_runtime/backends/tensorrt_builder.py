@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from balcony_edge.bundle.bundle import Bundle, file_spec, new_engine_directory, record_engines
+from balcony_edge.bundle.bundle import Bundle, file_spec
+from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
 from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, Manifest, TensorSpec
 from balcony_edge.errors import EngineBuildError, MissingDependencyError
 

@@ -24,7 +24,7 @@ from balcony_runtime.decoding.policy import Made, Turn
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.decoding.speculate import PLAN_TOKENS, PROBE_TOKENS, WORTH
 from balcony_runtime.decoding.thresholds import binomial_tail, measured
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import TokenSequence
 
 #: Weight of the calibration's share of early exits, in tokens, and of the past at every further token.
 PRIOR_TOKENS, MEMORY = 64.0, 0.995
@@ -173,7 +173,7 @@ class EarlyExits:
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
         """Nothing: trials are weighed by prices alone."""
 
-    def _run(self, sequence: Sequence, ids: IntArray, sampler: Sampler, trial: Trial) -> Made:
+    def _run(self, sequence: TokenSequence, ids: IntArray, sampler: Sampler, trial: Trial) -> Made:
         policy, unchecked = self._confident, self._unchecked
         logits = sequence.step(trial.exit_layer, ids)
         sure = float(measured(logits, policy.measure)[0])

@@ -25,7 +25,7 @@ from balcony_runtime.decoding.confident import Confident, EarlyExits
 from balcony_runtime.decoding.policy import Made, Policy, Turn
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.decoding.speculate import Speculator
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import TokenSequence
 
 #: Rows of one portion of idle work: the most that whoever ends the idleness waits for is the end of one portion.
 IDLE_ROWS = 8
@@ -104,7 +104,7 @@ class Decoder:
         environment: budget, prices, sensors, trace.
     """
 
-    def __init__(self, sequence: Sequence, prompt: IntArray, sampler: Sampler, environment: Environment) -> None:
+    def __init__(self, sequence: TokenSequence, prompt: IntArray, sampler: Sampler, environment: Environment) -> None:
         self._sequence, self._prompt, self._sampler, self._environment = sequence, prompt, sampler, environment
         self._learned = environment.learned or Learned(sequence.exits, {})
         self._picks_inside = sequence.picks_inside and sampler.greedy and not environment.keep_logits
@@ -262,7 +262,7 @@ class Decoder:
             trace.write(costs, self._seen, decided, latency_ms, self._sequence.pending_rows)
 
 
-def _catch_up(sequence: Sequence, chunk: CatchUp) -> None:
+def _catch_up(sequence: TokenSequence, chunk: CatchUp) -> None:
     if chunk.balcony:
         sequence.run_balcony(sequence.exits[chunk.stage], chunk.rows)
     else:

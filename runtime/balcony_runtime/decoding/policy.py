@@ -13,7 +13,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.device.costs import CostModel
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.decoding.sampling import Sampler
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import TokenSequence
 
 
 class Turn(NamedTuple):
@@ -29,7 +29,7 @@ class Turn(NamedTuple):
         begin_ns: start of the step, on ``time.perf_counter_ns``.
     """
 
-    sequence: Sequence
+    sequence: TokenSequence
     ids: IntArray
     sampler: Sampler
     budget: Budget

@@ -24,7 +24,7 @@ MANY_ROWS = 9
 OVERHEAD_MS = 0.15
 
 
-def calibrate(engine: Engine) -> CostModel:
+def measure_prices(engine: Engine) -> CostModel:
     """Measure every graph of ``engine`` on a scratch sequence.
 
     Returns:

@@ -24,7 +24,7 @@ from balcony_edge.device.costs import CostModel
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.decoding.policy import Made, Turn
 from balcony_runtime.decoding.sampling import Sampler
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import TokenSequence
 
 #: Most drafts of a round: beyond that even nine of ten kept gain nothing.
 MOST_DRAFTS = 8
@@ -159,7 +159,7 @@ class Speculator:
         return whole_ms + costs.head.pass_ms(drafts + 1, context_length) - costs.head.pass_ms(1, context_length)
 
 
-def run_round(sequence: Sequence, ids: IntArray, sampler: Sampler, planned: Round) -> Outcome:
+def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: Round) -> Outcome:
     """Draft, check, keep the prefix that the full depth agrees with, roll the rest back.
 
     Args:

@@ -19,7 +19,7 @@ from functools import partial
 
 from balcony_edge.budget import Budget
 from balcony_edge.device.profile import Kind
-from balcony_runtime.engine import Sequence
+from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.grid import Grid
 
@@ -69,7 +69,7 @@ class Switch:
     latency_ms: float
 
 
-def switched(llm: LLM, sequence: Sequence, before: int, after: int, tokens: list[int], pending: int) -> Switch:
+def switched(llm: LLM, sequence: TokenSequence, before: int, after: int, tokens: list[int], pending: int) -> Switch:
     """Let ``pending`` rows past the end of ``sequence`` run at one exit, make one token at the other, and roll back.
 
     The last of the rows are made by the stream that then switches, as a reply's are: its step is bound by then.
@@ -102,7 +102,7 @@ class Bench:
         self.exits = llm.exit_layers
         longest = max(*grid.prompts, max(grid.depths) + grid.tokens, min(grid.depths) + max(grid.pending)) + 1
         self._tokens = prompt(max(longest, 2), llm.engine.manifest.model.vocab_size)
-        self._filled: dict[tuple[str, int], Sequence] = {}
+        self._filled: dict[tuple[str, int], TokenSequence] = {}
 
     def cells(self) -> tuple[Cell, ...]:
         """Everything that the grid asks for."""
@@ -212,7 +212,7 @@ class Bench:
             self._tokens = prompt(length, self.llm.engine.manifest.model.vocab_size)
         return self._tokens[:length]
 
-    def _sequence(self, use: str, length: int, room: int) -> Sequence:
+    def _sequence(self, use: str, length: int, room: int) -> TokenSequence:
         """A sequence of so many rows that every stage and balcony has seen."""
         key = (use, length)
         if key not in self._filled:

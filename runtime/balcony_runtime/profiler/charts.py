@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from balcony_edge.device.profile import Profile
+from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def require_plotly() -> Any:
     return go
 
 
-def charts(profile: Profile) -> tuple[Chart, ...]:
+def charts(profile: DeviceProfile) -> tuple[Chart, ...]:
     """Every chart that the profile has numbers for, in reading order."""
     go = require_plotly()
     found = [
@@ -69,7 +69,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
     return front
 
 
-def _decode_ms(profile: Profile) -> dict[int, float]:
+def _decode_ms(profile: DeviceProfile) -> dict[int, float]:
     """Exit → median time between tokens at the shortest measured context."""
     found: dict[int, float] = {}
     for entry in sorted(profile.select("decode"), key=lambda entry: entry.context):
@@ -77,13 +77,13 @@ def _decode_ms(profile: Profile) -> dict[int, float]:
     return found
 
 
-def _joules(profile: Profile) -> dict[int, float]:
+def _joules(profile: DeviceProfile) -> dict[int, float]:
     rail = profile.power[0].rail if profile.power else "board"
     exits = profile.bundle.exit_layers
     return {layer: joules for layer in exits if (joules := profile.joules_per_token(layer, rail)) is not None}
 
 
-def _quality(go: Any, profile: Profile, unit: str, costs: dict[int, float], name: str) -> Chart | None:
+def _quality(go: Any, profile: DeviceProfile, unit: str, costs: dict[int, float], name: str) -> Chart | None:
     full = profile.bundle.exit_layers[-1]
     agreement: dict[int, float] = {full: 1.0}
     for figure in profile.quality:
@@ -111,7 +111,7 @@ def _quality(go: Any, profile: Profile, unit: str, costs: dict[int, float], name
     return Chart(name, f"Quality against {unit}", text, figure)
 
 
-def _by_length(go: Any, profile: Profile, kind: Any) -> Chart | None:
+def _by_length(go: Any, profile: DeviceProfile, kind: Any) -> Chart | None:
     entries = profile.select(kind)
     lengths = {entry.context if kind == "decode" else entry.rows for entry in entries}
     if len(lengths) < 2:  # one point is no curve: the table has it
@@ -142,7 +142,7 @@ def _by_length(go: Any, profile: Profile, kind: Any) -> Chart | None:
     return Chart(kind, title, "Medians with their 95 % intervals; dotted: what the fitted prices predict.", figure)
 
 
-def _parts(go: Any, profile: Profile) -> Chart:
+def _parts(go: Any, profile: DeviceProfile) -> Chart:
     """Prices of one token, part by part, at every exit."""
     costs, exits = profile.costs, profile.bundle.exit_layers
     context = min((entry.context for entry in profile.select("decode")), default=0)
@@ -165,7 +165,7 @@ def _parts(go: Any, profile: Profile) -> Chart:
     return Chart("parts", "Where a token's time goes", f"Fitted prices of one step after {context} tokens.", figure)
 
 
-def _switches(go: Any, profile: Profile) -> Chart | None:
+def _switches(go: Any, profile: DeviceProfile) -> Chart | None:
     entries = (*profile.select("switch_up"), *profile.select("switch_down"))
     if len({entry.rows for entry in entries}) < 2:
         return None
@@ -184,7 +184,7 @@ def _switches(go: Any, profile: Profile) -> Chart | None:
     return Chart("switches", "What a switch costs", text, figure)
 
 
-def _sustained(go: Any, profile: Profile) -> Chart | None:
+def _sustained(go: Any, profile: DeviceProfile) -> Chart | None:
     run = profile.sustained
     if run is None:
         return None
@@ -210,7 +210,7 @@ def _sustained(go: Any, profile: Profile) -> Chart | None:
     return Chart("sustained", "Sustained against burst", text, figure)
 
 
-def _marker(profile: Profile, layer: int) -> dict[str, Any]:
+def _marker(profile: DeviceProfile, layer: int) -> dict[str, Any]:
     return {"color": COLOURS[profile.bundle.exit_layers.index(layer) % len(COLOURS)], "size": 9}
 
 

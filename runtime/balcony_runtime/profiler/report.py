@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from balcony_edge.device.profile import Profile
+from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.errors import ProfileError
 from balcony_edge.files import write_atomically
 from balcony_runtime.profiler.charts import Chart, charts, require_plotly
@@ -48,7 +48,7 @@ ink();
 """
 
 
-def write_report(profile: Profile, path: Path) -> None:
+def write_report(profile: DeviceProfile, path: Path) -> None:
     """Write the page, whole or not at all.
 
     Raises:
@@ -59,7 +59,7 @@ def write_report(profile: Profile, path: Path) -> None:
     write_atomically(path, content, ProfileError, "free space, or name a place that is writable")
 
 
-def report(profile: Profile) -> str:
+def report(profile: DeviceProfile) -> str:
     """The page."""
     require_plotly()
     from plotly.offline import get_plotlyjs  # noqa: PLC0415 - an extra
@@ -97,7 +97,7 @@ def _figure(chart: Chart) -> str:
     return f"<section><h2>{title}</h2><p>{text}</p>{drawing}</section>\n"
 
 
-def _summary(profile: Profile) -> str:
+def _summary(profile: DeviceProfile) -> str:
     decode = sorted(profile.select("decode"), key=lambda entry: (entry.context, entry.exit_layer))
     if not decode:
         return "No decode step was measured."
@@ -110,12 +110,12 @@ def _summary(profile: Profile) -> str:
     return f"After {decode[0].context} tokens: {', '.join(parts)}.{state}"
 
 
-def _energy_reason(profile: Profile) -> str:
+def _energy_reason(profile: DeviceProfile) -> str:
     reason = html.escape(profile.power_reason or "it was not asked for")
     return f"<section><h2>Energy</h2><p>Not measured on this device: {reason}.</p></section>\n"
 
 
-def _tables(profile: Profile) -> str:
+def _tables(profile: DeviceProfile) -> str:
     timings = [
         [
             entry.title,
@@ -147,7 +147,7 @@ def _tables(profile: Profile) -> str:
     )
 
 
-def _facts(profile: Profile) -> str:
+def _facts(profile: DeviceProfile) -> str:
     bundle, engine, conditions, memory = profile.bundle, profile.engine, profile.conditions, profile.memory
     shown: dict[str, object] = {
         "device": profile.device.title,

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
 from balcony_edge.device.machine import this_device
-from balcony_edge.device.profile import EngineFacts, Memory, Moment, Power, Profile, Rail, Sustained
+from balcony_edge.device.profile import DeviceProfile, EngineFacts, Memory, Moment, Power, Rail, Sustained
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import results
 from balcony_runtime.profiler.cells import Bench, Cell, Key
@@ -54,7 +54,7 @@ class Options:
     command: str
 
 
-def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Progress) -> Profile:
+def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Progress) -> DeviceProfile:
     """Measure ``llm`` on this device.
 
     Args:
@@ -95,7 +95,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     costs, residuals = results.fit_costs(blocks, manifest.exit_layers)
     entries = tuple(results.entry(key, found, costs) for key, found in blocks.items())
     tokens, state_bytes = bench.state_bytes()
-    return Profile(
+    return DeviceProfile(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool=_version("balcony-edge"),
         command=options.command,

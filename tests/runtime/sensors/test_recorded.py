@@ -62,7 +62,10 @@ def test_files_of_readings_and_of_tokens(tmp_path: Path) -> None:
         ("{", "line 2: Expecting property name"),
         ('{"source": "x", "scope": "moon", "time_s": 1}', "line 2: scope = 'moon'"),
         ('{"source": "x", "scope": "cpu", "time_s": 1, "watts": NaN}', "line 2: watts = nan: .*finite"),
-        ('{"source": "x", "scope": "cpu", "time_s": 1, "watt": 3}', "line 2: watt = 3: .*a reading has source, scope"),
+        (
+            '{"source": "x", "scope": "cpu", "time_s": 1, "watt": 3}',
+            "line 2: watt = 3: .*a reading has the fields source",
+        ),
         ('{"source": "x", "scope": "cpu"}', "line 2: time_s = .*required"),
         ('{"readings": [7]}', "line 2: reading = 7"),
         ("7", "line 2: reading = 7"),

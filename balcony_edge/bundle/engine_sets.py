@@ -1,0 +1,65 @@
+"""Engine sets in a bundle's directory: made aside and then recorded in ``bundle.json`` in one step.
+
+Owns the order in which files and manifest change, so that a process that is killed leaves the old set or the new one. It does
+not know what graphs and engines hold: ``balcony_export.tensorrt`` and ``balcony_runtime.backends`` make them.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from balcony_edge.bundle.bundle import ENGINES, read_manifest, replace_manifest
+from balcony_edge.bundle.manifest import EngineSet, Manifest
+from balcony_edge.errors import BundleError
+from balcony_edge.files import locked, partial_directory
+
+
+@contextmanager
+def new_engine_directory(bundle: Path, name: str) -> Iterator[Path]:
+    """Make a directory for a new set; it is removed at the end unless :func:`record_engines` recorded it under ``name``.
+
+    Raises:
+        BundleError: the directory cannot be made or written.
+    """
+    home = bundle / ENGINES
+    try:
+        home.mkdir(exist_ok=True)
+        with partial_directory(home / name) as part:
+            yield part
+    except OSError as error:
+        raise BundleError(f"{home}: cannot be written ({error.strerror}): free space or make it writable") from error
+
+
+def record_engines(bundle: Path, name: str, engines: EngineSet, made: Path) -> Manifest:
+    """Record a complete set in ``bundle.json`` and replace the set of the same name; the fingerprint does not change.
+
+    The new set gets a directory of its own and ``bundle.json`` changes in one step, so a process that is killed leaves the
+    old set or the new one. Directories of older sets of this name are removed.
+
+    Args:
+        bundle: directory of the bundle.
+        name: name of the set.
+        engines: description of the files in ``made``.
+        made: directory from :func:`new_engine_directory`.
+
+    Raises:
+        BundleError: the directory is not a bundle or cannot be written.
+    """
+    home = bundle / ENGINES
+    with locked(home):
+        manifest = read_manifest(bundle)
+        place = home / name
+        while place.exists():
+            place = home / f"{name}.{secrets.token_hex(4)}"
+        made.rename(place)
+        entry = engines.model_copy(update={"directory": None if place.name == name else place.name})
+        updated = manifest.model_copy(update={"engines": {**manifest.engines, name: entry}})
+        replace_manifest(bundle, updated)
+        for other in home.iterdir():
+            if other != place and (other.name == name or other.name.startswith(f"{name}.")):
+                shutil.rmtree(other, ignore_errors=True)
+    return updated
