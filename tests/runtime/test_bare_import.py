@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +104,18 @@ def test_two_engines_that_overwrite_each_other_are_refused(tiny: Any, tmp_path: 
 def test_public_names_are_these() -> None:
     import balcony_edge
 
-    assert balcony_edge.__all__ == ["BalconyError", "Budget", "load", "load_budget"]
-    assert all(hasattr(balcony_edge, name) for name in balcony_edge.__all__)
+    errors = """BalconyError BudgetError BundleError ContextLengthError DeviceError InfeasibleError InputError
+        MissingDependencyError ProfileError""".split()
+    others = """Budget Chat DeviceProfile Engine LLM Reply SamplingParams Token TokenStream TraceWriter load
+        load_budget""".split()
+    assert sorted(balcony_edge.__all__) == sorted(errors + others)
+    assert set(balcony_edge.__all__) <= set(dir(balcony_edge))
+    for name in errors:
+        assert issubclass(getattr(balcony_edge, name), balcony_edge.BalconyError)
+    for name in others:
+        # an example is an indented block of the docstring that is Python
+        text = inspect.cleandoc(getattr(balcony_edge, name).__doc__)
+        examples = [textwrap.dedent(block) for block in re.findall(r"\n\n((?:    .+\n?)+)", text)]
+        assert any(compile(example, name, "exec").co_names for example in examples), name
     with pytest.raises(AttributeError):
         balcony_edge.nonsense  # noqa: B018
