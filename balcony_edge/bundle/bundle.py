@@ -229,7 +229,7 @@ def _check_tables(
             wrong = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
             if not wrong:
                 raise refuse(f"an {role} of {name} is listed twice")
-            raise refuse(f"{role} {wrong[0]} of {name} does not follow from the model's sizes and exits")
+            raise refuse(f"{role} {wrong[0]} of {name} does not match the model's sizes and exits")
 
 
 def _sizes(tensor: TensorSpec) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
-"""The command line: one module per verb, heavy imports inside the verb.
+"""The command line: one module per verb, with heavy imports inside the verb.
 
-Owns what holds for every verb: a `BalconyError` is one line on stderr and exit code 1 (a usage error 2, Ctrl-C 130); a
-bug keeps its traceback. People get tables and progress bars, programs get ``--json``: one document on stdout.
+Owns the rules that hold for every verb. A ``BalconyError`` becomes one line on stderr and exit code 1; a usage error has exit
+code 2, Ctrl-C 130; a bug keeps its traceback. People get tables and progress bars; with ``--json`` programs get one document
+on stdout.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from balcony_edge.errors import BalconyError, is_out_of_memory
 
 app = typer.Typer(
     name="balcony-edge",
-    help="Run one frozen language model at several depths, inside budgets that move.",
+    help="Run one frozen language model at several depths, within budgets that may change at any time.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,7 +57,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What holds before any verb."""
+    """Options before the verb."""
 
 
 for verb in (
@@ -64,9 +65,9 @@ for verb in (
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(budget.app, name="budget")
-app.command("eval")(evaluate)  # its name is a builtin of Python
+app.command("eval")(evaluate)  # the function cannot be called eval, which is a builtin
 
-#: Packages that a device does not have.
+#: Packages that only a workstation has.
 WORKSTATION = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf")
 
 
@@ -74,20 +75,21 @@ def main() -> None:
     """Entry point of the ``balcony-edge`` command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # an ASCII or Latin-1 locale has no box characters and no emoji: a question mark is better than no output
+            # An ASCII or Latin-1 locale has no box characters and no emoji; a question mark is better than no output.
             stream.reconfigure(errors="replace")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments: who reads a text refuses what is not UTF-8
+        # Decode invalid bytes as in arguments; the code that reads a text refuses input that is not UTF-8.
+        sys.stdin.reconfigure(errors="surrogateescape")
     reported(app)
 
 
 def reported(action: Callable[[], object]) -> None:
-    """Run a verb: a problem that it explains is one line on stderr and exit code 1."""
+    """Run a verb and turn an error that it explains into one line on stderr and exit code 1."""
     try:
         try:
             action()
         finally:
-            sys.stdout.flush()  # here, so that a full disk is reported and not found at the interpreter's exit
+            sys.stdout.flush()  # reports a full disk here; at the interpreter's exit it would be a traceback
     except BalconyError as error:
         print(f"balcony-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line that a user sees
         sys.exit(1)
@@ -100,15 +102,15 @@ def reported(action: Callable[[], object]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        cure = "free some, or take less at once (train: --micro-rows, --seq-len; eval: --window; export: --no-verify)"
+        cure = "free memory, or use less at once (train: --micro-rows, --seq-len; eval: --window; export: --no-verify)"
         print(f"balcony-edge: out of memory: {cure}", file=sys.stderr)  # noqa: T201 - likewise
         sys.exit(1)
     except OSError as error:
-        # an error of a file has its name; one of a standard stream has none
+        # An error of a file carries its name; an error of a standard stream has none.
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes what is left at its exit
-        if error.errno != errno.EPIPE:  # a reader such as `head` that has enough is no problem
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes the rest of stdout at its exit
+        if error.errno != errno.EPIPE:  # a reader such as `head` may stop early without an error
             cure = "free space, or write to another place"
             print(f"balcony-edge: stdout: cannot be written ({error.strerror}): {cure}", file=sys.stderr)  # noqa: T201 - likewise
         sys.exit(1)

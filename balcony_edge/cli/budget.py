@@ -1,4 +1,4 @@
-"""``balcony-edge budget``: the schema of target files, and whether one is right."""
+"""``balcony-edge budget``: the schema of budget files, and a check of one."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ import typer
 if TYPE_CHECKING:
     from balcony_edge.budget import Budget
 
-app = typer.Typer(help="Target files: their schema, and whether one is right.", no_args_is_help=True)
+app = typer.Typer(help="Print the schema of budget files, or check one.", no_args_is_help=True)
 
 
 def asked_budget(file: Path | None, tpot_ms: float | None) -> Budget:
-    """The budget of verbs that try one: a target file, or the time between two tokens alone.
+    """The budget of verbs that try one: that of a budget file, or one whose only target is the time between two tokens.
 
     Raises:
-        BudgetError: both or neither, or a budget that cannot be.
+        BudgetError: both or neither are given, or the budget is refused.
     """
     from balcony_edge.budget import Budget, load_budget
     from balcony_edge.errors import BudgetError
 
     if (file is None) == (tpot_ms is None):
-        raise BudgetError("give a budget to try: --budget FILE or --tpot-ms, one of the two")
+        both = "both" if file is not None else "neither"
+        raise BudgetError(f"{both} of --budget and --tpot-ms: a budget is a file or a target: give one of the two")
     return Budget(tpot_ms=tpot_ms) if file is None else load_budget(file)
 
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of target files, for editors."""
+    """Print the JSON Schema of budget files, for editors."""
     from balcony_edge.budget import Budget
 
-    print(json.dumps(Budget.model_json_schema(), indent=2))  # noqa: T201 - a file for an editor
+    print(json.dumps(Budget.model_json_schema(), indent=2))  # noqa: T201 - output for an editor
 
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="Target file (profiles/*.toml).")],
-    bundle: Annotated[
-        Path | None, typer.Option(help="A bundle: whether the file leaves any of its exits, and which.")
-    ] = None,
+    file: Annotated[Path, typer.Argument(help="Budget file (profiles/*.toml).")],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle: also show which of its exits the budget allows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Read a target file and say what it asks for; a wrong one is one line and exit code 1."""
+    """Read a budget file and say what it asks for; an error in it is one line and exit code 1."""
     from balcony_edge.budget import load_budget
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.console import stdout
@@ -58,7 +57,7 @@ def check(
             exits = budget.for_bundle(manifest.agreement).allowed_exits(manifest.exit_layers)
         except BudgetError as error:
             raise BudgetError(f"{file}: {error}") from None
-    asked = budget.model_dump(exclude_unset=True)  # what the file sets, even to its default
+    asked = budget.model_dump(exclude_unset=True)  # includes keys that the file sets to their defaults
     if as_json:
         print(json.dumps({"budget": asked, "exits": exits}))  # noqa: T201 - for programs
         return
@@ -66,20 +65,20 @@ def check(
         stdout.print(f"{key} = {json.dumps(value)}", markup=False)
     stdout.print(_meaning(budget), soft_wrap=True)
     if exits is not None:
-        stdout.print(f"leaves exits {', '.join(map(str, exits))}")
+        stdout.print(f"allows exits {', '.join(map(str, exits))}")
 
 
 def _meaning(budget: Budget) -> str:
-    """What a budget asks for, in a sentence."""
+    """Meaning of a budget in one sentence."""
     if budget.exit_layer is not None:
         return f"asks for exit {budget.exit_layer} at every token"
     if budget.policy == "lossless":
-        return "asks for the full model's own tokens, drafted at a shallow exit where that is faster"
+        return "asks for the full model's own tokens, drafted at a shallow exit when that is faster"
     if budget.has_target:
         return "asks for the deepest exit that meets every target and ceiling"
-    depth = "full depth" if budget.max_exit is None else "the deepest exit that its bounds leave"
+    depth = "full depth" if budget.max_exit is None else "the deepest exit that its bounds allow"
     ways = {
-        "speculative": ", drafted at a shallow exit where that is faster",
-        "confident": ", or a shallow exit that is sure enough",
+        "speculative": ", drafted at a shallow exit when that is faster",
+        "confident": ", or a shallow exit that is confident enough",
     }
     return f"asks for {depth} at every token{ways.get(budget.policy, '')}; no target and no ceiling"

@@ -1,7 +1,6 @@
-"""The chat of ``balcony-edge run`` without a prompt: history, several lines, commands; Ctrl-C stops the reply only.
+"""The chat of ``balcony-edge run`` without a prompt: history, several lines, commands; Ctrl-C stops only the reply.
 
-Owns the terminal. The conversation itself is :mod:`balcony_runtime.chat`; while it waits for a line, the backlog of deeper
-stages is worked off.
+Owns the terminal. The conversation itself is :mod:`balcony_runtime.chat`, which catches up deeper stages while the user types.
 """
 
 from __future__ import annotations
@@ -10,6 +9,9 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from balcony_edge.budget import Budget
+from balcony_edge.cli.console import stdout
+from balcony_edge.cli.live import show_live
+from balcony_edge.cli.show import show_stream, show_summary
 from balcony_edge.errors import BalconyError, BudgetError, ContextLengthError, InputError
 
 if TYPE_CHECKING:
@@ -17,13 +19,13 @@ if TYPE_CHECKING:
     from balcony_runtime.reply import Reply
 
 HELP = """\
-/budget tpot_ms=15 [probability=0.9 ...]   hold a target, any keys of a target file; /budget alone: full depth
-/exit 17      always this exit            /stats   what the last reply cost
+/budget tpot_ms=15 [probability=0.9 ...]   set a budget with any keys of a budget file; /budget alone: full depth
+/exit 17      use only this exit          /stats   cost of the last reply
 /reset        forget the conversation     /help    this list
-/quit         end, as Ctrl-D does         Ctrl-C   stops a reply
-A line that ends in \\ goes on in the next one. A message that begins with / is written with two: //etc/hosts."""
+/quit         end (or press Ctrl-D)       Ctrl-C   stops a reply
+A line that ends in \\ continues on the next one. To send a message that begins with /, write two: //etc/hosts."""
 _FULL = "The context is full: /reset starts a new conversation; a shorter message may still fit"
-#: Commands that take no words.
+#: Commands that take no arguments.
 _ALONE = ("/help", "/reset", "/stats", "/quit")
 
 
@@ -31,14 +33,12 @@ def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict
     """Read and answer until the end of input.
 
     Args:
-        llm: generates.
+        llm: the loaded bundle.
         styles: exit layer → style of its tokens.
         system: system message, if any.
-        options: those of :meth:`LLM.stream`.
-        live: show each reply in the live view.
+        options: options of :meth:`LLM.stream`.
+        live: whether each reply is shown in the live view.
     """
-    from balcony_edge.cli.console import stdout
-
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history of input(), where the platform has it
 
@@ -65,7 +65,7 @@ def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict
 
 
 class Conversation:
-    """What the commands act on."""
+    """State of the chat: messages and commands act on it."""
 
     def __init__(
         self, llm: LLM, styles: dict[int, str], system: str | None, options: dict[str, Any], *, live: bool
@@ -75,9 +75,7 @@ class Conversation:
         self.last: Reply | None = None
 
     def handle(self, line: str) -> bool:
-        """Answer a message or carry out a command; False when the chat is over."""
-        from balcony_edge.cli.console import stdout
-
+        """Answer a message or execute a command; False if the chat is over."""
         command, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         if not command:
@@ -86,7 +84,7 @@ class Conversation:
             self._answer(line.lstrip()[1:] if command.startswith("//") else line)
             return True
         if command in _ALONE and rest:
-            raise InputError(f"{command} {rest}: {command} takes nothing after it: leave it out")
+            raise InputError(f"{command} {rest}: {command} takes no arguments: leave them out")
         if command == "/quit":
             return False
         if command == "/help":
@@ -100,29 +98,21 @@ class Conversation:
             if not rest:
                 exits = ", ".join(map(str, self.llm.exit_layers))
                 raise InputError(
-                    f"/exit: give one of the exits {exits}, e.g. /exit {self.llm.exit_layers[0]}; /quit ends"
+                    f"/exit: needs one of the exits {exits}: write e.g. /exit {self.llm.exit_layers[0]}; /quit ends"
                 )
             self._set_budget(parse_command(f"exit_layer={rest}"))
         elif command == "/budget":
             self._set_budget(parse_command(rest))
         else:
-            raise InputError(
-                f"{command}: no such command: /help lists them; a message that begins with / is written with //"
-            )
+            raise InputError(f"{command}: is not a command: see /help; to send a message that begins with /, write //")
         return True
 
     def _set_budget(self, budget: Budget) -> None:
-        from balcony_edge.cli.console import stdout
-
         self.llm.budget = budget
         asked = ", ".join(f"{key} = {value}" for key, value in budget.model_dump(exclude_unset=True).items())
         stdout.print(f"From the next reply: {asked or 'full depth, no target'}.", markup=False)
 
     def _answer(self, line: str) -> None:
-        from balcony_edge.cli.console import stdout
-        from balcony_edge.cli.live import show_live
-        from balcony_edge.cli.run import show_stream
-
         stream = self.chat.send(line, **self.options)
         if self.live:
             stopped = show_live(
@@ -133,22 +123,19 @@ class Conversation:
         stdout.print(" [dim](stopped)[/]" if stopped else "")
         self.last = stream.reply
         if self.last.finish_reason == "length":
-            # the last token is not a row yet
+            # The last token has not become a row yet, so the sequence needs room for one more.
             full = self.chat.sequence.length + 1 >= self.chat.sequence.max_length
             limit = f"Cut off after {len(self.last.tokens)} tokens: give --max-new-tokens for longer replies"
             stdout.print(f"({_FULL if full else limit}.)", style="dim", markup=False, soft_wrap=True)
 
     def _show_stats(self) -> None:
-        from balcony_edge.cli.console import stdout
-        from balcony_edge.cli.run import show_summary
-
         if self.last is None:
-            raise InputError("/stats: there is no reply yet: say something first")
+            raise InputError("/stats: there is no reply yet: send a message first")
         show_summary(self.last, self.styles, stdout)
 
 
 def read_message() -> str:
-    """One message from the terminal; a line that ends in a backslash goes on."""
+    """Read one message from the terminal; a line that ends in a backslash continues on the next one."""
     lines = [input("> ")]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -157,22 +144,22 @@ def read_message() -> str:
 
 
 def parse_command(text: str) -> Budget:
-    """A budget from ``key=value`` words.
+    """Read a budget from ``key=value`` words.
 
     Raises:
-        BudgetError: a word that is none, or a value that :class:`Budget` refuses.
+        BudgetError: a word has another form, or :class:`Budget` refuses a value.
     """
     keys: dict[str, Any] = {}
     for word in text.split():
         key, equals, value = word.partition("=")
         if not equals:
-            raise BudgetError(f"{word}: must be key=value, e.g. tpot_ms=15; leave the spaces around '=' out")
+            raise BudgetError(f"{word}: must be key=value, e.g. tpot_ms=15: write no spaces around '='")
         keys[key] = _value(value)
     return Budget.model_validate(keys)
 
 
 def _value(text: str) -> bool | int | float | str:
-    """As in a target file, where words need their quotes."""
+    """Convert a value as a budget file would, but without quotes around words."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

@@ -1,4 +1,4 @@
-"""``balcony-edge compare``: two profiles as a table of ratios."""
+"""``balcony-edge compare``: two device profiles as a table of ratios."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="Profile to compare with.")],
-    second: Annotated[Path, typer.Argument(help="Profile to compare.")],
-    everything: Annotated[bool, typer.Option("--all", help="Also single passes and Python's share.")] = False,
+    first: Annotated[Path, typer.Argument(help="Device profile to compare with.")],
+    second: Annotated[Path, typer.Argument(help="Device profile to compare.")],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also show single passes and the time spent in Python.")
+    ] = False,
     output: Annotated[
         Format | None, typer.Option("--output", "-o", help="Print the quantities in this format instead of the table.")
     ] = None,
 ) -> None:
-    """Compare two devices, bundles or versions: ratios, and whether they are more than chance."""
-    from balcony_edge.cli.console import say_doubts
+    """Compare two devices, bundles or versions: show ratios and whether they are significant."""
+    from balcony_edge.cli.show import say_doubts
     from balcony_edge.device.compare import compare_profiles
     from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.device.tables import entry_line, render_lines
@@ -35,7 +37,7 @@ def compare(
         say_doubts(path, profile)
     found = compare_profiles(one, two)
     if output is not None:
-        rows = [
+        lines = [
             {
                 **{key: entry_line(item.entry)[key] for key in ("kind", "exit_layer", "from_exit", "rows", "context")},
                 "first_ms": item.first_ms,
@@ -47,14 +49,14 @@ def compare(
             }
             for item in found
         ]
-        document = {"differences": differences(one, two), "entries": rows}
-        sys.stdout.write(json.dumps(document) + "\n" if output == "json" else render_lines(rows, output))
+        document = {"differences": differences(one, two), "entries": lines}
+        sys.stdout.write(json.dumps(document) + "\n" if output == "json" else render_lines(lines, output))
         return
     _show(one, two, found, everything)
 
 
 def differences(one: DeviceProfile, two: DeviceProfile) -> list[str]:
-    """What else differs, one phrase each."""
+    """Differences of devices, bundles and engines, one phrase each."""
     found = list(one.device.differences(two.device))
     if one.bundle.fingerprint != two.bundle.fingerprint:
         found.append(
@@ -80,7 +82,7 @@ def _show(one: DeviceProfile, two: DeviceProfile, found: tuple[Comparison, ...],
         )
     for line in differences(one, two):
         stdout.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
-    table = Table("ms", "first", "second", "ratio", "±", "not chance")
+    table = Table("ms", "first", "second", "ratio", "±", "significant")
     for item in found:
         if everything or item.entry.kind in ("prefill", "decode", "switch_up", "switch_down"):
             style = ("red" if item.ratio > 1 else "green") if item.significant else None
@@ -95,4 +97,4 @@ def _show(one: DeviceProfile, two: DeviceProfile, found: tuple[Comparison, ...],
             )
     stdout.print(table)
     changed = sum(item.significant for item in found)
-    stdout.print(f"{changed} of {len(found)} quantities differ by more than chance (5 % would by chance alone)")
+    stdout.print(f"{changed} of {len(found)} quantities differ significantly (5 % would by chance alone)")

@@ -1,4 +1,4 @@
-"""What all verbs show people with: the two consoles and a progress bar that keeps out of the way of programs."""
+"""Output of all verbs to people: the two consoles, the colours of exits, and a progress bar that programs do not see."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from balcony_edge.device.profile import DeviceProfile
-
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
-#: One colour per exit from the shallowest to the deepest; the deepest is the terminal's own.
+#: Colours of the exits from the shallowest on; the full depth has the terminal's own colour.
 DEPTH_STYLES = ("red", "yellow", "green", "cyan", "blue", "magenta")
 
 
@@ -29,7 +25,7 @@ def depth_styles(exit_layers: tuple[int, ...]) -> dict[int, str]:
 
 
 def write_text(text: str, style: str = "") -> None:
-    """Write a part of a reply to stdout as it is: coloured on a terminal, and unchanged in a file or a pipe."""
+    """Write a part of a reply to stdout: coloured on a terminal, and unchanged to a file or a pipe."""
     if stdout.is_terminal:
         stdout.print(Text(text, style), end="", soft_wrap=True)
     else:
@@ -37,23 +33,11 @@ def write_text(text: str, style: str = "") -> None:
         sys.stdout.flush()
 
 
-def say_doubts(path: Path, profile: DeviceProfile) -> None:
-    """Say on stderr why a profile's numbers may be off: neighbours that were busy, intervals that are wide."""
-    for doubt in profile.doubts:
-        stderr.print(f"{path}: {doubt}", style="yellow", markup=False, soft_wrap=True)
-
-
-def counted(count: int, noun: str) -> str:
-    """``1 switch``, ``2 switches``."""
-    plural = f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
-    return f"{count} {noun if count == 1 else plural}"
-
-
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on stderr; yields a function that takes the present step and the share of work done (0 to 1).
+    """Show a progress bar on stderr; yields a function that takes the current step and the share of work done (0 to 1).
 
-    Where stderr is not a terminal there is no bar: rich would write an empty line in its place.
+    If stderr is not a terminal, there is no bar: rich would write an empty line instead.
     """
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
@@ -67,10 +51,10 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
 
 @contextmanager
 def native_stderr_dropped() -> Iterator[None]:
-    """What native libraries write to stderr is dropped; Python's own messages still reach it.
+    """Drop the stderr output of native libraries; Python's own messages still appear.
 
-    TensorRT prints "Internal Error" for each question that no GPU driver answers, and builds without one all the same; what
-    matters comes through its logger.
+    Without a GPU driver TensorRT prints "Internal Error" for each query to it, although it can build without one. Errors that
+    matter come through its logger.
     """
     with Path(os.devnull).open("wb") as nowhere, os.fdopen(os.dup(2), "w", encoding="utf-8") as kept:
         before, sys.stderr = sys.stderr, kept

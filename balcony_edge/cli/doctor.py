@@ -1,4 +1,4 @@
-"""``balcony-edge doctor``: what this device is, which engines it has, and what each sensor says or why it is silent."""
+"""``balcony-edge doctor``: this device, its engines, and each sensor with its value or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from balcony_edge.errors import BalconyError, InputError
 if TYPE_CHECKING:
     from balcony_runtime.sensors import SourceHealth
 
-#: Seconds before the look: watts by an energy counter and CPU shares need two samples, which come every 0.2 s.
+#: Seconds before the readings are taken: watts from an energy counter and CPU shares need two samples, one every 0.2 s.
 LOOK_S = 0.6
-#: Seconds more that sources get for a second look.
+#: Longest further wait, in seconds, for the second sample of every source.
 PATIENCE_S = 5.0
 
 
@@ -28,15 +28,15 @@ def doctor(
     ] = Path("/sys"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Show this device, its engines, and every sensor: its value, or why it is missing and what to do about it."""
+    """Show this device, its engines, and every sensor with its value, or with the reason for its absence and a cure."""
     from balcony_edge.device.machine import this_device
     from balcony_runtime.sensors import Sensors, device_sources
 
     if not sysfs.is_dir():
-        raise InputError(f"--sysfs {sysfs}: is no directory: give the root of a sysfs tree, such as /sys")
+        raise InputError(f"--sysfs {sysfs}: is not a directory: give the root of a sysfs tree, such as /sys")
     with Sensors(device_sources(sysfs)) as sensors:
         time.sleep(LOOK_S)
-        late_s = time.monotonic() + PATIENCE_S  # shares need a second look, which a busy machine may take a while for
+        late_s = time.monotonic() + PATIENCE_S  # on a busy machine the second sample may take a while
         while time.monotonic() < late_s and any(h.state == "present" and h.samples < 2 for h in sensors.health()):
             time.sleep(0.05)
         readings, health = sensors.latest(), sensors.health()
@@ -55,7 +55,7 @@ def doctor(
 
 
 def engine_facts() -> list[dict[str, Any]]:
-    """Each engine: package and version (None where missing), what it offers, and whether bundles run on it."""
+    """Facts of each engine: packages and versions, execution providers, and whether bundles run on it."""
     return [_onnxruntime(), _cuda(), _tensorrt("tensorrt"), _tensorrt("tensorrt_rtx")]
 
 
@@ -74,7 +74,7 @@ def _onnxruntime() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    """The GPU as CUDA sees it, and so what ``--device auto`` takes."""
+    """The GPU as CUDA sees it, and the resulting choice of ``--device auto``."""
     from importlib.metadata import distributions
 
     packages = {name: dist.version for name in ("cuda-python",) for dist in distributions(name=name)}
@@ -118,7 +118,7 @@ def _show(
     mode = f", power mode {escape(device['power_mode'])}" if device["power_mode"] else ""
     inside = ", in a container" if device["container"] else ""
     stdout.print(f"{escape(device['system'])} {device['architecture']}{inside}{mode}, Python {device['python']}")
-    # lines and not a table from here: a table cuts a long word, and a cure is there to be copied
+    # From here on lines, not a table: a table cuts long words, and users copy cures.
     for engine in engines:
         packages = ", ".join(f"{name} {version}" for name, version in engine["packages"].items())
         marked = (f"[green]{p}[/]" if p == engine["used"] else p for p in engine["providers"])
@@ -138,20 +138,20 @@ def _show(
 
 
 def _missing(health: tuple[SourceHealth, ...]) -> list[tuple[str, str, str]]:
-    """``(part, why it is silent, what to do)`` of everything that gives no value."""
-    rows = []
+    """``(part, reason, cure)`` of everything that gives no value."""
+    found = []
     for source in health:
         if source.state in ("hung", "starting"):
-            rows.append((source.source, "it does not answer", "look at dmesg for errors of its driver or bus"))
-        rows += [(missing.part, missing.reason, missing.cure) for missing in source.absences]
+            found.append((source.source, "it does not answer", "look at dmesg for errors of its driver or bus"))
+        found += [(missing.part, missing.reason, missing.cure) for missing in source.absences]
         if source.dropped:
-            why = f"{source.dropped} values that cannot be were dropped, the last: {source.last_dropped}"
-            rows.append((source.source, why, ""))
-    return rows
+            why = f"{source.dropped} impossible values were dropped, the last: {source.last_dropped}"
+            found.append((source.source, why, ""))
+    return found
 
 
 def describe(values: dict[str, Any]) -> str:
-    """A reading's values for people."""
+    """Values of a reading as text for people."""
     parts = []
     if "watts" in values:
         parts.append(f"{values['watts']:.1f} W")

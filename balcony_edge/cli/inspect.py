@@ -1,4 +1,4 @@
-"""``balcony-edge inspect``: what a bundle holds and what its exits cost in bytes."""
+"""``balcony-edge inspect``: the content of a bundle, and the bytes that a token at each exit reads."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from balcony_edge.cli.build import show_engines
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
-    tables: Annotated[bool, typer.Option("--io", help="Also the input and output tables of every graph.")] = False,
+    tables: Annotated[bool, typer.Option("--io", help="Also show the inputs and outputs of every graph.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show exits, parameters and bytes read per token, ideal speed-up, files, and I/O tables."""
     manifest = Bundle.open(bundle).manifest
-    rows = [exit_facts(manifest, exit_layer) for exit_layer in manifest.exit_layers]
+    exits = [exit_facts(manifest, exit_layer) for exit_layer in manifest.exit_layers]
     if as_json:
-        document = {**manifest.model_dump(mode="json"), "exits": rows}
+        document = {**manifest.model_dump(mode="json"), "exits": exits}
         print(json.dumps(document))  # noqa: T201 - programs read this
         return
-    _show(bundle, manifest, rows, tables)
+    _show(bundle, manifest, exits, tables)
 
 
 def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
-    """Parameters and bytes of one token at an exit, and the speed-up that bytes alone would give."""
+    """Parameters and bytes that one token at an exit reads, and the speed-up if only bytes cost time."""
     graphs = [manifest.runnable[name] for name in manifest.path_graphs(exit_layer)]
     spec = next(exit_ for exit_ in manifest.exits if exit_.exit_layer == exit_layer)
     depth = exit_layer + (spec.kind == "balcony")
@@ -46,7 +46,7 @@ def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
     }
 
 
-def _show(path: Path, manifest: Manifest, rows: list[dict[str, Any]], tables: bool) -> None:
+def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -62,15 +62,15 @@ def _show(path: Path, manifest: Manifest, rows: list[dict[str, Any]], tables: bo
     )
     stdout.print(f"fingerprint {manifest.fingerprint[:16]}, made with {escape(_versions(manifest))}")
     table = Table("exit", "depth", "kind", "parameters read", "MB read a token", "ideal speed-up")
-    for row in rows:
-        kind = row["kind"] if row["trained"] else f"{row['kind']} [yellow](untrained)[/]"
+    for facts in exits:
+        kind = facts["kind"] if facts["trained"] else f"{facts['kind']} [yellow](untrained)[/]"
         table.add_row(
-            str(row["exit_layer"]),
-            f"{row['depth_factor']:.2f}×",
+            str(facts["exit_layer"]),
+            f"{facts['depth_factor']:.2f}×",
             kind,
-            f"{row['parameters_read'] / 1e6:.1f} M",
-            f"{row['bytes_read'] / 1e6:.1f}",
-            f"{row['ideal_speedup']:.2f}×",
+            f"{facts['parameters_read'] / 1e6:.1f} M",
+            f"{facts['bytes_read'] / 1e6:.1f}",
+            f"{facts['ideal_speedup']:.2f}×",
         )
     stdout.print(table)
     for name, engines in manifest.engines.items():

@@ -1,8 +1,8 @@
-"""The live view of ``balcony-edge run --live``: the reply on the normal screen, and below it what the controller does.
+"""The live view of ``balcony-edge run --live``: the reply on the normal screen, and a status area below it.
 
-Owns the display and nothing else: it shows tokens that somebody makes and readings that somebody takes. A line of the reply is
-printed as soon as it is full, and so stays in the terminal's scrollback; the status area below it holds the unfinished line,
-the facts and the latest decisions, as many as the terminal has room for.
+Owns only the display; tokens and readings are passed in. A line of the reply is printed as soon as it is full, so it stays in
+the terminal's scrollback. The status area holds the unfinished line, the facts, and as many of the latest decisions as the
+terminal has room for.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from balcony_runtime.decoding.confident import Telemetry
     from balcony_runtime.reply import Token, TokenStream
 
-#: Decisions shown at most, and tokens that the mean is taken over.
+#: Most decisions shown, and number of tokens in the mean.
 LAST_DECISIONS, MEAN_TOKENS = 5, 16
-#: Between two facts on a line.
+#: Text between two facts on a line.
 SEPARATOR = " · "
 
 
@@ -37,9 +37,9 @@ def show_live(
     quality: Callable[[], Mapping[int, Telemetry]] = dict,
     budget: Callable[[], Budget] | None = None,
 ) -> bool:
-    """Draw until the stream ends; True when Ctrl-C ended it.
+    """Draw until the stream ends; True if Ctrl-C ended it.
 
-    Where stdout is not a terminal it gets the text alone, and the status area goes to stderr.
+    If stdout is not a terminal, it gets only the text, and the status area goes to stderr.
     """
     from balcony_edge.cli.console import stderr, stdout, write_text
 
@@ -59,14 +59,14 @@ def show_live(
         if (rest := view.finish()) and on_screen:
             live.console.print(rest)
     if not live.console.is_terminal:
-        live.console.line()  # rich leaves the last line of a file open
+        live.console.line()  # rich does not end the last line of a file
     return stopped
 
 
 class LiveView:
-    """What is in the status area: the line that is being written, the facts, and the latest decisions.
+    """Content of the status area: the unfinished line, the facts, and the latest decisions.
 
-    Tokens are added by one thread and drawn by another.
+    One thread adds tokens, another draws them.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class LiveView:
         self._count = 0
 
     def add(self, token: Token, width: int) -> list[Text]:
-        """One more token; returns the lines of the reply that are full with it, ``width`` columns at most.
+        """Add a token and return the lines of the reply that it completes, each at most ``width`` columns wide.
 
-        A decision is new where exit or reason differ from the last one's.
+        A decision is new if its exit or its reason differs from the last one's.
         """
         with self._lock:
             self._count += 1
             self._line.append(token.text, style=self._styles[token.exit_layer])
-            if self._count > 1:  # the first one's time is the prompt's
+            if self._count > 1:  # the time of the first token is that of the prompt
                 self._tokens.append(token)
             if not self._decisions or self._decisions[-1][1:] != (token.exit_layer, token.reason):
                 self._decisions.append((self._count, token.exit_layer, token.reason))
@@ -101,12 +101,12 @@ class LiveView:
             for paragraph in self._line.split("\n", allow_blank=True):
                 lines += paragraph.wrap(_PLAIN, width) or [Text()]
             if self._line.plain.endswith(" ") and not lines[-1].plain.endswith(" "):
-                lines[-1].append(" ")  # wrapping drops a space that has no room; the next word needs it
+                lines[-1].append(" ")  # wrapping drops a space at the edge; the next word needs it
             *full, self._line = lines
             return full
 
     def finish(self) -> Text:
-        """The reply has ended: returns its last line, which leaves the status area."""
+        """End the reply and return its last line, which leaves the status area."""
         with self._lock:
             rest, self._line = self._line, Text()
             return rest
@@ -116,7 +116,7 @@ class LiveView:
             yield self._drawn(options.max_width, console.size.height)
 
     def _drawn(self, width: int, height: int) -> Group:
-        lines = list(self._line.wrap(_PLAIN, width))[-1:]  # one line even where the terminal became narrower
+        lines = list(self._line.wrap(_PLAIN, width))[-1:]  # one line, even if the terminal became narrower
         lines += self._facts(width)[: max(height - 3, 1)]
         room = height - 1 - len(lines)
         if self._decisions and room > 1:
@@ -130,7 +130,7 @@ class LiveView:
         return Group(*lines)
 
     def _facts(self, width: int) -> list[Text]:
-        """The facts, as many on a line as there is room for; none is broken in two."""
+        """The facts, as many on a line as fit; no fact is broken across lines."""
         lines: list[str] = []
         for fact in [*self._progress(), *self._seen(self._readings()), *self._checked()]:
             if lines and len(lines[-1]) + len(SEPARATOR) + len(fact) <= width:
@@ -155,7 +155,7 @@ class LiveView:
         return facts
 
     def _seen(self, readings: tuple[Reading, ...]) -> list[str]:
-        """What sensors say: everything that the budget has a ceiling for, and watts and degrees where they are known."""
+        """Readings of everything that the budget limits; also watts and degrees if a sensor measures them."""
         budget = None if self._budget is None else self._budget()
         asked = {} if budget is None else budget.model_dump(exclude_none=True)
 
@@ -191,9 +191,9 @@ class LiveView:
         return [f"{seen.disagreed} of {seen.checked} checked at {e} differ" for e, seen in checked.items()]
 
 
-#: Wrapping asks a console for tab size and the like only.
+#: Console for wrapping, which uses only its tab size and the like.
 _PLAIN = Console(width=80)
-#: Other ceilings of a budget: its key, then the scope, field and factor of what is read, the words for the limit, and a name.
+#: Other ceilings of a budget: key; scope, field and factor of the reading; words for the limit; name of the quantity.
 _CEILINGS: tuple[tuple[str, str, str, float, Callable[[float], str], str], ...] = (
     ("cpu_utilization", "cpu", "utilization", 100, lambda share: f"of {share * 100:g} %", "CPU"),
     ("gpu_utilization", "gpu", "utilization", 100, lambda share: f"of {share * 100:g} %", "GPU"),

@@ -1,4 +1,4 @@
-"""``balcony-edge plan``: what a budget means on a device that was profiled."""
+"""``balcony-edge plan``: the expected effect of a budget on a profiled device."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ if TYPE_CHECKING:
 
 
 def plan(
-    profile: Annotated[Path, typer.Option(help="Profile that `balcony-edge profile` wrote.")],
-    budget: Annotated[Path | None, typer.Option(help="Target file (profiles/*.toml).")] = None,
-    tpot_ms: Annotated[float | None, typer.Option(help="Target instead: milliseconds between two tokens.")] = None,
+    profile: Annotated[Path, typer.Option(help="Device profile that `balcony-edge profile` wrote.")],
+    budget: Annotated[Path | None, typer.Option(help="Budget file (profiles/*.toml).")] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(help="Target instead of a budget file: milliseconds between two tokens.")
+    ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="Bundle whose evaluation to use, if the profile has none.")
+        Path | None, typer.Option(help="Bundle whose evaluation to use, if the device profile has none.")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=1, help="Length of the prompt.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Say per exit whether each target is met, with what probability, and what the controller would do."""
+    """Show for each exit whether it meets each target, with which probability, and what the controller would do."""
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.budget import asked_budget
-    from balcony_edge.cli.console import say_doubts, stderr
+    from balcony_edge.cli.console import stderr
+    from balcony_edge.cli.show import say_doubts
     from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.errors import ContextLengthError
     from balcony_edge.simulation.plan import REPLY_TOKENS, make_plan
@@ -35,7 +38,7 @@ def plan(
     total = prompt_tokens + (asked.expected_tokens or REPLY_TOKENS)
     if total > measured.bundle.context_length:
         raise ContextLengthError(
-            f"--prompt-tokens {prompt_tokens}: with the reply {total} tokens, and the context holds "
+            f"--prompt-tokens {prompt_tokens}: prompt and reply take {total} tokens, but the context holds "
             f"{measured.bundle.context_length}: give a shorter prompt"
         )
     say_doubts(profile, measured)
@@ -45,7 +48,7 @@ def plan(
 
         manifest = Bundle.open(bundle, verify_hashes=False).manifest
         if manifest.fingerprint != measured.bundle.fingerprint:
-            stderr.print(f"[yellow]{bundle} is not the bundle that was measured[/]")
+            stderr.print(f"[yellow]{bundle} is not the bundle of the device profile[/]")
         quality = quality_figures(manifest)
     found = make_plan(measured, asked, prompt_tokens=prompt_tokens, quality=quality)
     if as_json:
@@ -84,7 +87,9 @@ def _show(found: Plan) -> None:
     stdout.print(f"expected: {', '.join(known)}", markup=False, soft_wrap=True)
     if not found.feasible:
         near = ", ".join(f"{target} = {value:.4g}" for target, value in found.nearest.items())
-        stdout.print(f"[red]no allowed exit meets every target[/]; the nearest that one meets: {near}", soft_wrap=True)
+        stdout.print(
+            f"[red]no allowed exit meets every target[/]; nearest values that one meets: {near}", soft_wrap=True
+        )
     for note in found.notes:
         stdout.print(f"[yellow]{note}[/]", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""``balcony-edge profile``: what each exit costs on this device."""
+"""``balcony-edge profile``: measures the cost of each exit on this device."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ def profile(
         typer.Option(
             "--output",
             "-o",
-            help="A file whose suffix says the format (.json: the profile; .jsonl, .csv, .md: its entries), "
-            "or json, jsonl, csv or md for stdout; repeatable.",
+            help="File; its suffix is the format (.json: the device profile; .jsonl, .csv, .md: its entries). "
+            "Or json, jsonl, csv or md for stdout. Repeatable.",
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A small grid in less than a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure a small grid, in less than a minute.")] = False,
     prompts: Annotated[
         str | None, typer.Option("--prompts", "-p", help="Prompt lengths: 32,512 or 512-2048+512 or 1-64*2.")
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", "-n", help="Tokens of a decode block.")] = None,
-    depths: Annotated[str | None, typer.Option("--depths", "-d", help="Tokens before a decode block.")] = None,
-    pending: Annotated[str | None, typer.Option(help="Rows that wait when an exit is switched.")] = None,
+    depths: Annotated[
+        str | None, typer.Option("--depths", "-d", help="Context lengths before a decode block, in tokens.")
+    ] = None,
+    pending: Annotated[str | None, typer.Option(help="Numbers of pending rows at a switch of the exit.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", "-r", min=1, help="Most repetitions.")] = None,
     sustain: Annotated[
-        str | None, typer.Option(help="Also decode for so long without a pause, e.g. 300s or 5m: shows throttling.")
+        str | None, typer.Option(help="Also decode without a pause for this time, e.g. 300s or 5m: shows throttling.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Also write one HTML page.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML report to this file.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
 ) -> None:
-    """Measure what each exit costs on this device: time, memory, and energy where a sensor measures it."""
+    """Measure the cost of each exit on this device: time, memory, and energy if a sensor measures it."""
     import balcony_edge
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_runtime.profiler.grid import Grid, parse_values
@@ -54,7 +56,7 @@ def profile(
         from balcony_runtime.profiler.charts import require_plotly
         from balcony_runtime.profiler.report import write_report
 
-        require_plotly()  # an extra: that it is missing shows now
+        require_plotly()  # refuse a missing extra now, not after minutes of measuring
     seconds = _seconds(sustain) if sustain is not None else 0.0
     asked = {
         "prompts": None if prompts is None else parse_values("-p", prompts),
@@ -82,7 +84,7 @@ def profile(
 
 
 def _target(value: str) -> tuple[Format, Path | None]:
-    """``(format, file)``; no file is stdout."""
+    """``(format, file)``; None instead of a file means stdout."""
     from balcony_edge.device.tables import FORMATS
 
     for form in FORMATS:
@@ -92,11 +94,12 @@ def _target(value: str) -> tuple[Format, Path | None]:
             path = Path(value)
             _check_place(path)
             return form, path
-    raise InputError(f"-o {value}: must be one of {', '.join(FORMATS)}, or a file that ends in one of them: name it so")
+    names = ", ".join(FORMATS)
+    raise InputError(f"-o {value}: must be one of {names}, or a file that ends in one of them: rename the file")
 
 
 def _check_place(path: Path) -> None:
-    """Before minutes of measuring, not after."""
+    """Refuse a file that cannot be written, before the minutes of measuring."""
     from balcony_edge.files import require_writable
 
     if path.is_dir():

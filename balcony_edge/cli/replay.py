@@ -1,4 +1,4 @@
-"""``balcony-edge replay``: a recorded run through the controller again."""
+"""``balcony-edge replay``: runs the controller again over a recorded trace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-#: Differences that are shown to people.
+#: Most differences shown to people.
 MOST_SHOWN = 10
 
 
@@ -17,9 +17,9 @@ def replay(
     trace: Annotated[Path, typer.Argument(help="File that `run --trace` or `simulate --record` wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Decide a recorded run again: the same trace gives the same decisions; exit code 1 where it does not.
+    """Run the controller again over a recorded trace; exit code 1 if a decision differs from the recorded one.
 
-    It tells what changed in the controller since the run was recorded, and shows a run without the device.
+    A difference shows a change of the controller since the recording. It also shows a run without the device.
     """
     from rich.table import Table
 
@@ -50,7 +50,7 @@ def replay(
         print(json.dumps({**facts, "differences": differences}))  # noqa: T201 - programs read this
     else:
         shares = ", ".join(f"{count} at exit {layer}" for layer, count in sorted(exits.items(), reverse=True))
-        stdout.print(f"{len(recorded.tokens)} tokens: {shares}; {len(differences)} decided otherwise now")
+        stdout.print(f"{len(recorded.tokens)} tokens: {shares}; decisions that differ now: {len(differences)}")
         if differences:
             table = Table("token", "recorded", "why", "now", "why")
             for found in differences[:MOST_SHOWN]:

@@ -1,4 +1,4 @@
-"""``balcony-edge simulate``: a target file against a device profile and a load, without the device."""
+"""``balcony-edge simulate``: tries a budget against a device profile and a load, without the device."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 def simulate(
     profile: Annotated[Path, typer.Option(help="Device profile that `balcony-edge profile` wrote.")],
-    budget: Annotated[Path | None, typer.Option(help="Target file (profiles/*.toml).")] = None,
-    tpot_ms: Annotated[float | None, typer.Option(help="Target instead: milliseconds between two tokens.")] = None,
+    budget: Annotated[Path | None, typer.Option(help="Budget file (profiles/*.toml).")] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(help="Target instead of a budget file: milliseconds between two tokens.")
+    ] = None,
     trace: Annotated[
         str,
         typer.Option(
-            help="Load: a trace that `run --trace` wrote, or idle, constant, step, ramp, square or bursts, "
-            "with values as in square:high=1.7,period_s=4."
+            help="Load: a trace that `run --trace` wrote, or one of idle, constant, step, ramp, square and bursts, "
+            "with parameters as in square:high=1.7,period_s=4."
         ),
     ] = "idle",
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=2, help="Most tokens to make.")] = 256,
@@ -36,20 +38,22 @@ def simulate(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="Physics, repeatable: busy_w=8, idle_w=2, ambient_c=30, kelvin_per_watt=6, tau_s=40, "
-            "throttle_c=80, battery_j=20000, charge=0.4, others_utilization=0.3, ..."
+            help="Constant of the simulated device, repeatable: busy_w=8, idle_w=2, ambient_c=30, kelvin_per_watt=6, "
+            "tau_s=40, throttle_c=80, battery_j=20000, charge=0.4, others_utilization=0.3, ..."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     record: Annotated[Path | None, typer.Option(help="Write the run as a trace.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say per interval what bound.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show for each interval at one exit why it was chosen.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Try a budget offline: exits, lateness, watts and degrees under a load."""
+    """Try a budget offline under a load: exits, late tokens, watts and degrees."""
     from contextlib import nullcontext
 
     from balcony_edge.cli.budget import asked_budget
-    from balcony_edge.cli.console import say_doubts
+    from balcony_edge.cli.show import say_doubts
     from balcony_edge.control.trace import TraceWriter
     from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.errors import BudgetError
@@ -78,7 +82,7 @@ def load(text: str) -> Load:
     """A generated load by name, or the slowdowns of a recorded run.
 
     Raises:
-        InputError: neither, or a run that measured no slowdown.
+        InputError: the text is neither, or the run has no slowdowns.
     """
     from balcony_edge.control.trace import read_trace
     from balcony_edge.errors import InputError
@@ -91,21 +95,21 @@ def load(text: str) -> Load:
     for before, token in pairwise(tokens):
         last = token.seen.last
         if last is not None and last.predicted_ms > 0 and last.measured_ms > 0:
-            times_s.append(before.seen.now_s - tokens[0].seen.now_s)  # when the step began that was measured
+            times_s.append(before.seen.now_s - tokens[0].seen.now_s)  # start of the measured step
             slowdowns.append(last.measured_ms / last.predicted_ms)
     if not times_s:
-        raise InputError(f"--trace {text}: no token of it was priced: record a run whose budget has a target")
+        raise InputError(f"--trace {text}: has no predicted times: record a run whose budget has a target")
     return recorded(times_s, slowdowns)
 
 
 def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics:
-    """A simulated device: the profile's measured watts of the budget's rail, and whatever is given as ``key=value``.
+    """Constants of the simulated device: the profile's watts of the budget's rail, and those given as ``key=value``.
 
-    Measured watts on a heat sink that nobody described would throttle or not by chance: then nothing throttles, unless
-    ``throttle_c`` is given.
+    With measured watts the device does not throttle unless ``throttle_c`` is given: its heat sink is unknown, so the defaults
+    would make it throttle or not by chance.
 
     Raises:
-        InputError: another key, or a value that is none.
+        InputError: a key is unknown, or a value is not a number in its range.
     """
     from balcony_edge.errors import InputError
     from balcony_edge.simulation.plant import RANGES, Physics
@@ -137,7 +141,7 @@ def _show(facts: dict[str, Any], intervals: list[dict[str, Any]] | None) -> None
     from balcony_edge.cli.console import stdout
 
     if intervals is not None:
-        table = Table("from, s", "to, s", "exit", "tokens", "ms a token", "slowdown", "what bound")
+        table = Table("from, s", "to, s", "exit", "tokens", "ms a token", "slowdown", "reason")
         for interval in intervals:
             table.add_row(
                 f"{interval['begin_s']:.2f}",

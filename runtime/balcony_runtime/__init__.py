@@ -1,1 +1,1 @@
-"""The device side: lazy stages over a backend, generation, and the loop around the controller."""
+"""The device side: lazy stages over a backend, generation, and the decode loop around the controller."""

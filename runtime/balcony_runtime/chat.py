@@ -1,6 +1,6 @@
-"""A conversation over one sequence: what a turn has in common with the turns before is not computed again.
+"""A conversation over one sequence: a turn does not recompute the rows that it shares with earlier turns.
 
-Owns the history and the idle time: between turns the backlog of deeper stages is worked off in portions.
+Owns the history and the idle time: between turns, deeper stages catch up in portions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """Messages so far and the sequence that holds their rows. Made by :meth:`LLM.chat`; belongs to one thread at a time."""
+    """The messages so far and the sequence with their rows. :meth:`LLM.chat` makes it; one thread at a time may use it."""
 
     def __init__(self, llm: LLM, sequence: TokenSequence, system: str | None) -> None:
         self._llm, self.sequence = llm, sequence
@@ -30,20 +30,20 @@ class Chat:
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[Message] = list(self._system)
         self._speaking: TokenStream | None = None
-        self._waiting_is_over = threading.Event()  # of the present :meth:`catching_up`
+        self._waiting_is_over = threading.Event()  # ends the current :meth:`catching_up`
 
     def send(self, text: str, **options: Any) -> TokenStream:
-        """Say something and stream the reply, which joins the history as far as it was consumed.
+        """Send a message and stream the reply; the history gets the part of the reply that was consumed.
 
-        A reply that was not consumed to its end ends here, and so does :meth:`catching_up`.
+        The call ends an earlier reply that was not consumed to its end, and also :meth:`catching_up`.
 
         Args:
-            text: the user's message.
-            options: those of :meth:`LLM.stream`.
+            text: message of the user.
+            options: options of :meth:`LLM.stream`.
 
         Raises:
-            InputError: an empty message; otherwise as :meth:`LLM.stream`. The history is then as before, but for a
-                reply that was left.
+            InputError: the message is empty; otherwise as :meth:`LLM.stream`. The history then does not change, except that
+                an unfinished earlier reply joins it.
         """
         _refuse_other_than_text("message", text)
         self._llm.encode(text)  # refuses an empty text
@@ -60,7 +60,7 @@ class Chat:
         try:
             for token in stream:
                 if token.finish_reason is not None:
-                    last = token  # recorded before it is given out: whoever has it may never ask for another one
+                    last = token  # record first: the consumer of the last token may never ask for another one
                     break
                 yield token
         finally:
@@ -71,12 +71,12 @@ class Chat:
             yield last
 
     def reset(self) -> None:
-        """Forget the conversation but for the system message."""
+        """Forget the conversation, except for the system message."""
         self._silence()
         self.messages = list(self._system)
 
     def _silence(self) -> None:
-        """End what is still open: a reply joins the history, catching up stops after the portion at hand."""
+        """End open work: an unfinished reply joins the history, and catching up stops after the current portion."""
         self._waiting_is_over.set()
         if self._speaking is not None:
             self._speaking.close()
@@ -84,11 +84,12 @@ class Chat:
 
     @contextmanager
     def catching_up(self) -> Iterator[None]:
-        """Within, a thread works off the backlog until the next :meth:`send` or the end. For waiting on a user."""
+        """Let a thread work off the backlog until the next :meth:`send` or the end of the block, while a user types."""
         stop = self._waiting_is_over = threading.Event()
 
         def work() -> None:
-            with suppress(BalconyError):  # a closed bundle, no memory: the reply that needs these rows will say so
+            # If the bundle is closed or memory runs out, the next reply, which needs these rows, reports it.
+            with suppress(BalconyError):
                 while not stop.is_set() and self.sequence.catch_up(IDLE_ROWS):
                     pass
 

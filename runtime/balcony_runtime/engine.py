@@ -1,9 +1,9 @@
 """Lazy stages: one frozen backbone, many exits, and only the work that an exit needs.
 
-Owns the cursors: how many rows of a sequence each consumer (stage, balcony) has taken in. The hidden state of a token
-at an exit is the same whichever exit emitted it, so rows that deeper stages did not see are kept and run through them
-in one batch the first time that a deeper exit is asked for. It knows no clock, no policy and no engine's memory:
-those are the generation loop, the controller and the backend.
+Owns the cursors: the number of rows of a sequence that each consumer (stage, balcony) has taken in. The hidden state of a token
+at an exit does not depend on the exit that made the token. Rows that deeper stages have not taken in are therefore kept, and
+run through them in one batch when a deeper exit is next used. It knows no clock, no policy and no engine's memory: those belong
+to the decode loop, the controller and the backend.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.backends.base import Backend, FloatArray, IntArray
 from balcony_runtime.backends.choose import DeviceName, open_backend
 
-#: Most rows that one pass takes: what a layer works on then stays in the second-level cache, and the arena stays small.
-#: Measured (docs/LOG.md): passes of 512 rows are 3 to 6 % slower in int4 and take 33 MB more, of 128 slower in float32.
+#: Most rows of one pass, so that a layer's working set stays in the second-level cache and the arena stays small.
+#: Measured (docs/LOG.md): passes of 512 rows are 3 to 6 % slower in int4 and take 33 MB more; 128 rows are slower in float32.
 MAX_PASS_ROWS = 256
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 class EngineOptions(TypedDict, total=False):
-    """How a bundle is run; all as for :func:`balcony_edge.load`."""
+    """Options of the engine, as for :func:`balcony_edge.load`."""
 
     threads: int | None
     packed: str | os.PathLike[str] | None
@@ -56,15 +56,15 @@ class Engine:
         """Load a bundle; arguments as for :func:`balcony_edge.load`.
 
         Raises:
-            BundleError: the bundle is missing, damaged or not what its manifest says.
-            DeviceError: the device is not there.
+            BundleError: the bundle is missing, damaged, or differs from its manifest.
+            DeviceError: the device is missing.
             MissingDependencyError: the engine is not installed.
         """
         return cls.of(Bundle.open(path, verify_hashes=verify_hashes), verify_hashes=verify_hashes, **options)
 
     @classmethod
     def of(cls, bundle: Bundle, *, verify_hashes: bool = True, **options: Unpack[EngineOptions]) -> Engine:
-        """The same for a bundle that is open already; ``verify_hashes`` is about engine sets."""
+        """The same for a bundle that is already open; ``verify_hashes`` then concerns engine sets and packed weights."""
         packed = options.get("packed")
         return cls(
             open_backend(
@@ -84,15 +84,19 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        """Most rows of a sequence: the bundle's context, or less where engines were built for less."""
+        """Most rows of a sequence: the bundle's context, or less if the engines were built for less."""
         return min(self.manifest.model.context_length, self.backend.max_length)
 
     def new_sequence(self, *, batch_size: int = 1, max_length: int | None = None) -> TokenSequence:
-        """An empty sequence.
+        """Make an empty sequence.
 
         Args:
-            batch_size: sequences of equal length that advance together.
-            max_length: most tokens it may hold; by default :attr:`max_length`.
+            batch_size: number of sequences of equal length that advance together.
+            max_length: most tokens that it may hold; by default :attr:`max_length`.
+
+        Raises:
+            ContextLengthError: ``max_length`` is above the bundle's.
+            InputError: an argument is out of range, or there is not enough memory.
         """
         self.refuse_closed()
         context = self.max_length
@@ -127,7 +131,7 @@ class Engine:
 
 
 def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable[Concatenate[TokenSequence, _P], _R]:
-    """A method of a sequence that one thread at a time runs, on an engine that is open."""
+    """Make a method of a sequence exclusive: one thread at a time runs it, and only while the engine is open."""
 
     @functools.wraps(method)
     def call(self: TokenSequence, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -142,8 +146,8 @@ class TokenSequence:
     """Tokens of one sequence (or of a batch of equal length) with their caches, row buffers and cursors.
 
     After any schedule of exits, chunk sizes and rollbacks, the logits at an exit equal those of a pass from scratch over
-    the same tokens at that exit. A step that is interrupted leaves the sequence valid: a cursor moves after its rows did.
-    Threads take turns: one that works off backlog may meet one that decodes (:meth:`.chat.Chat.catching_up`).
+    the same tokens at that exit. An interrupted step leaves the sequence valid, because a cursor moves after its rows did.
+    Threads take turns: one may work off backlog while another decodes (:meth:`.chat.Chat.catching_up`).
     """
 
     def __init__(self, engine: Engine, batch_size: int, max_length: int) -> None:
@@ -152,14 +156,13 @@ class TokenSequence:
         self.batch_size, self.max_length = batch_size, max_length
         self.length = 0
         self.state = engine.backend.new_state(batch_size, max_length)
-        self._tokens = np.empty((batch_size, max_length), np.int64)  # takes memory as tokens come
+        self._tokens = np.empty((batch_size, max_length), np.int64)  # pages take memory when tokens are written
         self._indices = {layer: index for index, layer in enumerate(self._layers)}
         self._stage_cursor = [0] * len(self._layers)
-        self.rows_run = (
-            0  # by all stages together, those that were rolled back included: its growth tells what a step cost
-        )
+        #: Rows run by all stages together, including those rolled back later; its growth is the cost of a step in rows.
+        self.rows_run = 0
         self._balcony_cursor = [0] * (len(self._layers) - 1)
-        # exits whose balcony has a KV cache; the full depth's norm and a balcony without attention take rows as they come
+        # Only balconies with attention have a KV cache and can have a backlog; the norm and other balconies keep no rows.
         cached = engine.manifest.cached_exits
         self._cached = tuple(layer in cached for layer in self._layers)
 
@@ -175,12 +178,12 @@ class TokenSequence:
 
     @property
     def stage_rows(self) -> tuple[int, ...]:
-        """Rows that each stage has not consumed yet."""
+        """Number of rows that each stage has not taken in yet."""
         return tuple(self.length - cursor for cursor in self._stage_cursor)
 
     @property
     def balcony_rows(self) -> tuple[int, ...]:
-        """Rows that each exit's balcony has not consumed yet; 0 where there is none with a cache."""
+        """Number of rows that each exit's balcony has not taken in yet; 0 for exits without a cached balcony."""
         pairs = zip((*self._balcony_cursor, 0), self._cached, strict=True)
         return tuple(self.length - cursor if cached else 0 for cursor, cached in pairs)
 
@@ -188,18 +191,18 @@ class TokenSequence:
     def advance(self, exit_layer: int, new_tokens: IntArray | Sequence[int], num_logits: int = 1) -> FloatArray:
         """Append tokens and return the logits of the last rows at an exit.
 
-        Stages deeper than ``exit_layer`` do not run. Stages on the way take in every row that they have not seen.
+        Stages deeper than ``exit_layer`` do not run. The other stages first take in all their pending rows.
 
         Args:
             exit_layer: one of the engine's exits.
-            new_tokens: tokens to append, (n,) or (B, n); none to ask again, at another exit, about the rows that are there.
-            num_logits: rows, counted from the end, whose logits are wanted.
+            new_tokens: tokens to append, (n,) or (B, n); may be empty, to get logits of the existing rows at another exit.
+            num_logits: number of last rows whose logits are returned.
 
         Returns:
             Logits (B, num_logits, V), float32.
 
         Raises:
-            InputError: an unknown exit, a token outside the vocabulary, or more logits than rows.
+            InputError: the exit is unknown, a token is outside the vocabulary, or there are fewer rows than ``num_logits``.
             ContextLengthError: the tokens do not fit; nothing is appended.
         """
         index = self._index(exit_layer)
@@ -226,14 +229,14 @@ class TokenSequence:
 
     @_exclusive
     def step(self, exit_layer: int, ids: IntArray) -> FloatArray:
-        """The decode step: :meth:`advance` by one token of each member without its checks and without a copy.
+        """The decode step: :meth:`advance` by one token of each member, without checks and without a copy.
 
         Args:
             exit_layer: one of the engine's exits.
-            ids: tokens that logits of this engine named, (B,).
+            ids: tokens from logits of this engine, (B,).
 
         Returns:
-            Logits (B, V), float32, in an array of the engine that the next step writes over.
+            Logits (B, V), float32, in an array of the engine that the next step overwrites.
 
         Raises:
             ContextLengthError: the sequence is full.
@@ -245,7 +248,7 @@ class TokenSequence:
 
     @_exclusive
     def step_best(self, exit_layer: int, ids: IntArray) -> IntArray:
-        """:meth:`step`, of which only the most likely token of each member is wanted, (B,): a GPU then sends no logits."""
+        """:meth:`step` that returns only the most likely token of each member, (B,); a GPU then transfers no logits."""
         if not self.up_to_date(exit_layer):
             best: IntArray = self.advance(exit_layer, ids[:, None])[:, 0].argmax(-1)
         else:
@@ -258,18 +261,18 @@ class TokenSequence:
         return self._engine.backend.picks_inside
 
     def up_to_date(self, exit_layer: int) -> bool:
-        """Whether all graphs of an exit have taken all rows and there is room for one more, which can take the short way."""
+        """Whether all graphs of an exit have taken in all rows and one more row fits, so that a step can use the fast path."""
         index, row = self._indices.get(exit_layer), self.length
         if index is None or self._stage_cursor[index] < row or row >= self.max_length:
             return False
         return not self._cached[index] or self._balcony_cursor[index] == row
 
     def _stepped(self, decode: Callable[[int, IntArray, int], Any], exit_layer: int, ids: IntArray) -> Any:
-        """The short way of an exit that is up to date."""
+        """Fast path of a step at an exit that is up to date."""
         index, row = self._indices[exit_layer], self.length
         found = decode(index, ids, row)
         self._tokens[:, row] = ids
-        # before the cursors: an interrupt between them leaves rows to do, not rows that seem done
+        # The length moves before the cursors: an interrupt in between leaves pending rows, not rows that only seem done.
         self.length = row = row + 1
         self._stage_cursor[: index + 1] = [row] * (index + 1)
         if index < len(self._balcony_cursor):
@@ -278,7 +281,7 @@ class TokenSequence:
         return found
 
     def rows_due(self, new: int) -> tuple[list[int], list[int]]:
-        """Rows that each stage and each balcony would run if it were used with ``new`` more rows; 1 where none are kept."""
+        """Number of rows that each stage and each balcony would run for ``new`` more rows; 1 for graphs that keep no rows."""
         total = self.length + new
         pairs = zip((*self._balcony_cursor, 0), self._cached, strict=True)
         balconies = [total - cursor if cached else 1 for cursor, cached in pairs]
@@ -286,18 +289,18 @@ class TokenSequence:
 
     @property
     def pending_rows(self) -> int:
-        """Rows that the deepest stage has not consumed yet."""
+        """Number of rows that the deepest stage has not taken in yet."""
         return self.length - self._stage_cursor[-1]
 
     @_exclusive
     def run_stage(self, stage: int, max_rows: int) -> int:
-        """Work off at most ``max_rows`` pending rows of a stage, as far as the stage before it has come.
+        """Run at most ``max_rows`` pending rows of a stage, only rows that the previous stage has already run.
 
         Returns:
-            The rows that were run.
+            Number of rows that were run.
 
         Raises:
-            InputError: there is no such stage.
+            InputError: the stage does not exist.
         """
         stage, max_rows = whole("stage", stage, 0), whole("max_rows", max_rows, 0)
         if stage >= len(self._layers):
@@ -314,7 +317,7 @@ class TokenSequence:
 
     @_exclusive
     def run_balcony(self, exit_layer: int, max_rows: int) -> int:
-        """Work off at most ``max_rows`` pending rows of a balcony, as far as its stage has come; returns the rows run."""
+        """Run at most ``max_rows`` pending rows of a balcony that its stage has already run; returns the number run."""
         index = self._index(exit_layer)
         if not self._cached[index]:
             return 0
@@ -328,15 +331,15 @@ class TokenSequence:
 
     @_exclusive
     def catch_up(self, max_rows: int | None = None) -> int:
-        """Work off backlog while there is time for it: all stages from the shallowest on, then the balconies.
+        """Run pending rows in idle time: all stages from the shallowest on, then the balconies.
 
-        Call it in small portions between turns or while a reader reads: a later switch then costs nothing extra.
+        Call it in small portions between turns or while a user reads: a later switch then costs nothing extra.
 
         Args:
             max_rows: most rows to run, each row counted once per stage and balcony; by default the whole backlog.
 
         Returns:
-            The rows that were run; 0 when there is no backlog.
+            Number of rows that were run; 0 without a backlog.
         """
         left = sum(self.stage_rows) + sum(self.balcony_rows) if max_rows is None else whole("max_rows", max_rows, 0)
         before = left
@@ -348,23 +351,23 @@ class TokenSequence:
 
     @_exclusive
     def rollback(self, length: int) -> None:
-        """Forget all rows from ``length`` on. Exact: what the caches hold past a cursor is never seen again."""
+        """Forget all rows from ``length`` on. This is exact: cache contents past a cursor are never read."""
         length = whole("length", length)
         if not 0 <= length <= self.length:
             raise InputError(f"rollback to {length}: the sequence has {self.length} rows: give 0 to {self.length}")
         self._stage_cursor = [min(cursor, length) for cursor in self._stage_cursor]
         self._balcony_cursor = [min(cursor, length) for cursor in self._balcony_cursor]
-        self.length = length  # last, for the same reason as after a step
+        self.length = length  # last, so that an interrupt leaves no cursor past the length
 
     def _run_exit(self, index: int, first: int, stop: int) -> None:
-        """Ask an exit about the rows from ``first`` to ``stop``, at most one pass of them."""
+        """Run the balcony or norm of an exit with the rows from ``first`` to ``stop`` as queries, at most one pass."""
         if not self._cached[index]:
             self.state.run_exit(index, first, stop, stop - first)
             return
-        # passes over rows that nobody asks about first, so that those that are asked about fit into the last one
+        # Run rows without queries in earlier passes, so that all query rows fit into the last pass.
         while (begin := self._balcony_cursor[index]) < first and stop - begin > MAX_PASS_ROWS:
             self.run_balcony(self._layers[index], min(MAX_PASS_ROWS, first - begin))
-        # rows that the balcony has seen already are fed again where they are asked about: it writes the same keys
+        # Query rows that the balcony has already taken in run again; it writes the same keys and values.
         self.state.run_exit(index, min(begin, first), stop, stop - first)
         self._balcony_cursor[index] = max(begin, stop)
 
@@ -378,24 +381,26 @@ class TokenSequence:
     def _checked(self, new_tokens: IntArray | Sequence[int]) -> IntArray:
         try:
             tokens = np.asarray(new_tokens)
-        except ValueError as error:  # rows of several lengths
+        except ValueError as error:  # members of different lengths
             raise InputError(f"tokens: {error}: give (n,) or ({self.batch_size}, n)") from error
         if tokens.size == 0:
             return np.zeros((self.batch_size, 0), np.int64)
         if tokens.dtype.kind not in "iu":
-            raise InputError(f"tokens of type {tokens.dtype}: must be integers")
+            raise InputError(f"tokens of type {tokens.dtype}: must be integers: give token ids")
         tokens = np.atleast_2d(tokens).astype(np.int64)
         if tokens.ndim != 2 or tokens.shape[0] != self.batch_size:
-            raise InputError(f"tokens of shape {tokens.shape}: must be ({self.batch_size}, n): one row per sequence")
+            raise InputError(
+                f"tokens of shape {tokens.shape}: must be (n,) or ({self.batch_size}, n): one line per member"
+            )
         refuse_foreign(tokens, self._engine.manifest.model.vocab_size)
         return tokens
 
 
 def whole(name: str, value: int, least: int | None = None) -> int:
-    """A whole number of at least ``least``.
+    """Check that a value is an integer of at least ``least`` and return it.
 
     Raises:
-        InputError: it is another kind of thing, or less; the message begins with ``name``.
+        InputError: the value is not an integer, or is less; the message begins with ``name``.
     """
     try:
         number = operator.index(value)
@@ -407,10 +412,10 @@ def whole(name: str, value: int, least: int | None = None) -> int:
 
 
 def refuse_foreign(tokens: IntArray, vocabulary: int) -> None:
-    """Refuse tokens, one or more, of which one is outside of the vocabulary.
+    """Refuse tokens (at least one) if any is outside the vocabulary.
 
     Raises:
-        InputError: it names the first.
+        InputError: a token is outside the vocabulary; the message names the first.
     """
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         bad = int(tokens[(tokens < 0) | (tokens >= vocabulary)][0])

@@ -1,7 +1,7 @@
-"""What a user sees of a generation: a token, a stream of tokens, a finished reply.
+"""The result of a generation: a token, a stream of tokens, a reply.
 
-Owns these types and the ways in which a stream is consumed: iterated, iterated asynchronously, cancelled from any thread.
-How tokens come about is :mod:`balcony_runtime.decoding.loop`.
+Owns these types and the ways to consume a stream: iteration, asynchronous iteration, cancellation from any thread.
+:mod:`balcony_runtime.decoding.loop` makes the tokens.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ class Token(NamedTuple):
     """One token of a stream.
 
     Attributes:
-        id: of the token.
-        text: that it completes; empty while a character or a stop string may be unfinished, and for the end of sequence.
-        exit_layer: depth that it was computed at.
-        latency_ms: gap to the token before; for the first one, time to first token.
-        predicted_ms: what the controller expected; None without a target.
-        target_ms: the budget's ``tpot_ms`` when it was made.
-        caught_up_rows: rows of deeper stages that were worked off in the same gap, switches included.
-        pending_rows: rows that the deepest stage has not seen yet.
-        decision: the controller's: pace, probability, what was infeasible.
-        logprob: its log-probability under the exit that made it, where it was asked for.
-        top_logprobs: the most likely tokens at this place and their log-probabilities, where they were asked for.
-        finish_reason: on the last token: ``stop`` (end of sequence or a stop string) or ``length``.
+        id: id of the token in the vocabulary.
+        text: text that the token completes; empty while a character or a stop string may be unfinished, and for the end of
+            sequence.
+        exit_layer: exit that made the token.
+        latency_ms: gap since the previous token; for the first token, time to first token.
+        predicted_ms: latency that the controller expected; None without a target.
+        target_ms: ``tpot_ms`` of the budget when the token was made.
+        caught_up_rows: number of pending rows that deeper stages ran in the same gap, including those of a switch.
+        pending_rows: number of rows that the deepest stage has not taken in yet.
+        decision: decision of the controller: pace, probability, infeasible targets.
+        logprob: log-probability under the exit that made the token; None unless it was requested.
+        top_logprobs: most likely tokens at this position with their log-probabilities; empty unless they were requested.
+        finish_reason: only on the last token: ``stop`` (end of sequence or a stop string) or ``length``.
     """
 
     id: int
@@ -53,7 +54,7 @@ class Token(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """Why this exit, in one line."""
+        """Reason for this exit, in one line."""
         return self.decision.reason
 
     @property
@@ -62,7 +63,7 @@ class Token(NamedTuple):
         return self.target_ms is not None and self.latency_ms > self.target_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields and the reason as JSON-ready values; of the decision, the pace alone."""
+        """Fields and reason as JSON-ready values; the decision contributes its pace and whether it was infeasible."""
         values = self._asdict()
         decision: Decision = values.pop("decision")
         return {**values, "reason": decision.reason, "period_ms": decision.period_ms, "infeasible": decision.infeasible}
@@ -70,9 +71,9 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A generation so far: its text, its tokens and what they cost; ``finish_reason`` is None while it goes on.
+    """A generation so far: its text and its tokens with their costs; ``finish_reason`` is None while it continues.
 
-    ``verdicts`` says of each key of the budget whether it was held.
+    ``verdicts`` says for each key of the budget whether it was held.
     """
 
     text: str
@@ -83,7 +84,7 @@ class Reply:
 
     @property
     def ttft_ms(self) -> float | None:
-        """Time to first token; None before there is one."""
+        """Time to first token; None before the first token."""
         return self.tokens[0].latency_ms if self.tokens else None
 
     @property
@@ -93,29 +94,29 @@ class Reply:
 
     @property
     def mean_tpot_ms(self) -> float | None:
-        """Mean gap between tokens; None for a single token."""
+        """Mean gap between tokens; None for fewer than two tokens."""
         gaps = [token.latency_ms for token in self.tokens[1:]]
         return sum(gaps) / len(gaps) if gaps else None
 
     @property
     def unseen_tokens(self) -> int:
-        """Tokens at which a ceiling of the budget was not held, because nothing measured it."""
+        """Number of tokens for which no sensor measured a ceiling of the budget, so that it could not be held."""
         return sum(token.decision.unseen for token in self.tokens)
 
     @property
     def late_tokens(self) -> int:
-        """Tokens after the first that missed the target which held for them."""
+        """Number of tokens after the first that missed the target at their time."""
         return sum(token.late for token in self.tokens[1:])
 
 
 class TokenStream(Iterator[Token]):
-    """Tokens as they are made. Belongs to one thread at a time; :meth:`cancel` may be called from any.
+    """Tokens as they are made. One thread at a time may use it; any thread may call :meth:`cancel`.
 
     Args:
-        tokens: where they come from; closed with the stream.
-        prompt_tokens: of the prompt.
-        cancelled: set by :meth:`cancel`; whoever makes the tokens ends when it is set.
-        watch: told of each token by whoever makes them; says afterwards whether the budget was held.
+        tokens: source of the tokens; the stream closes it.
+        prompt_tokens: number of tokens of the prompt.
+        cancelled: event that :meth:`cancel` sets; the source ends when it is set.
+        watch: record of the budget, which the source updates with each token; it gives the verdicts.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class TokenStream(Iterator[Token]):
         self.watch = watch or Watch()
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
-        self._step = threading.RLock()  # held by whoever is inside of the source
+        self._step = threading.RLock()  # held while a thread runs the source
 
     def __next__(self) -> Token:
         with self._step:
@@ -140,14 +141,16 @@ class TokenStream(Iterator[Token]):
             return token
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        """Iterate without blocking the event loop: each step runs in a worker thread."""
+        """Iterate without blocking the event loop; each step runs in a worker thread."""
         while True:
             step = asyncio.ensure_future(asyncio.to_thread(next, self, None))
             try:
                 token = await asyncio.shield(step)
             except asyncio.CancelledError:
                 self.cancel()
-                await asyncio.wait([step])  # without blocking the loop; a second cancellation leaves it to close()
+                await asyncio.wait(
+                    [step]
+                )  # does not block the loop; after a second cancellation, close() waits for the step
                 raise
             if token is None:
                 return
@@ -155,16 +158,16 @@ class TokenStream(Iterator[Token]):
 
     @property
     def reply(self) -> Reply:
-        """What was generated so far."""
+        """The generation so far."""
         text = "".join(token.text for token in self._tokens)
         return Reply(text, tuple(self._tokens), self._prompt_tokens, self._finish_reason, self.watch.verdicts())
 
     def cancel(self) -> None:
-        """End the stream before its next token; from any thread."""
+        """End the stream before its next token; may be called from any thread."""
         self.cancelled.set()
 
     def close(self) -> None:
-        """End the stream and free its sequence, after the step that another thread may be in."""
+        """End the stream and free its sequence; waits for a step that another thread is running."""
         self.cancel()
         with self._step:
             if self._finish_reason is None:

@@ -1,9 +1,9 @@
 """Chat templates: programs that come with a model, rendered in a sandbox with bounds on time and size.
 
-Owns the environment: jinja2's immutable sandbox (no attribute that leads to Python, no change of what it is given), a clock
-that every loop and macro looks at, and a meter of everything that a template makes. A template is a stranger's program, and
-jinja2 bounds neither its time nor its memory: doubling a text thirty times takes a gigabyte and no time. So only those filters
-and methods are there whose results are bounded before they are made, or no longer than what they are given.
+Owns the environment: jinja2's immutable sandbox (no access to Python's attributes, no change of its input), a clock that every
+loop and macro checks, and a meter of all values that a template makes. A template is an untrusted program, and jinja2 bounds
+neither its time nor its memory: doubling a text thirty times takes a gigabyte and no time. The environment therefore only has
+filters and methods whose results are bounded before they are made, or are no longer than their input.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-#: A template takes well under a millisecond; one that takes this long loops.
+#: Longest time of a rendering. A template takes well under a millisecond; one that takes this long is in a loop.
 MAX_SECONDS = 2.0
-#: Characters of a rendered conversation: far beyond every context, far below what hurts.
+#: Most characters of a rendered conversation: far above every context, and little memory.
 MAX_CHARACTERS = 4_000_000
-#: Characters of all values together that one rendering makes, whether it keeps them or not; so also of one.
+#: Most characters of all values that one rendering makes, whether it keeps them or not; this also bounds each value.
 MAX_MADE = 16 * MAX_CHARACTERS
-#: What an element of a list counts in characters: its pointer and a small object.
+#: Size of an element of a list, in characters: its pointer and a small object.
 ELEMENT = 16
-#: Bits of a whole number.
+#: Most bits of an integer.
 MAX_BITS = 10_000
 
-#: Filters whose results are no longer than what they are given, but for some characters each; the others are below.
+#: Filters whose results are no longer than their input, except for a few characters; the other filters are below.
 _FILTERS = (
     *(
         "abs",
@@ -71,7 +71,7 @@ _FILTERS = (
     ),
     *("selectattr", "sort", "string", "title", "trim", "unique", "upper", "wordcount"),
 )
-#: Methods of texts that templates use; those of lists and mappings are the sandbox's matter.
+#: Methods of texts that templates may use; the sandbox itself restricts methods of lists and mappings.
 _TEXT_METHODS = {
     *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdecimal", "isdigit"),
     *("islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix"),
@@ -95,7 +95,7 @@ _CONTAINERS = (list, tuple, dict)
 
 @dataclass
 class _Limits:
-    """What one rendering may still take."""
+    """Limits of one rendering, and the characters that it has made so far."""
 
     deadline_s: float
     made: int = 0
@@ -108,17 +108,17 @@ class ChatTemplate:
     """One compiled template.
 
     Args:
-        source: the template's text.
+        source: text of the template.
 
     Raises:
-        jinja2.TemplateError: it is not a template.
+        jinja2.TemplateError: the text is not a template.
     """
 
     def __init__(self, source: str) -> None:
         environment = _Environment(
             trim_blocks=True,
             lstrip_blocks=True,
-            optimized=False,  # folding would compute constants here, without a meter
+            optimized=False,  # constant folding would compute values without the meter
             finalize=_writable,
             extensions=[loopcontrols, _Generation],
         )
@@ -127,7 +127,7 @@ class ChatTemplate:
             code = environment.compile(tree)
         except jinja2.TemplateError:
             raise
-        except Exception as error:  # nested too deep for the parser or for Python's compiler
+        except Exception as error:  # the parser or Python's compiler refuses deep nesting
             raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
         self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
 
@@ -135,7 +135,7 @@ class ChatTemplate:
         """The rendered text.
 
         Raises:
-            jinja2.TemplateError: the template refuses, breaks a bound or leaves the sandbox.
+            jinja2.TemplateError: the template refuses the messages, exceeds a bound or tries to leave the sandbox.
         """
         pieces: list[str] = []
         size = 0
@@ -149,7 +149,7 @@ class ChatTemplate:
                 pieces.append(piece)
         except jinja2.TemplateError:
             raise
-        except Exception as error:  # a template is a stranger's program: whatever it raises is its refusal
+        except Exception as error:  # the template is an untrusted program: treat any exception as its refusal
             raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
         finally:
             _LIMITS.reset(token)
@@ -157,9 +157,9 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """``{% generation %}…{% endgeneration %}`` marks the assistant's words for training: here, what is inside."""
+    """``{% generation %}…{% endgeneration %}`` marks the assistant's words for training; here it only renders them."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2 has it so
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it without ClassVar
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -167,13 +167,13 @@ class _Generation(Extension):
 
 
 class _Metered(NodeTransformer):
-    """Lets loops and macros look at the clock, and whatever a template makes pass the meter.
+    """Adds calls to the syntax tree: loops and macros check the clock, and new values pass the meter.
 
-    The calls are of attributes of the environment, which a template cannot name and so cannot replace.
+    The calls use attributes of the environment, which a template cannot name and therefore cannot replace.
     """
 
     def generic_visit(self, node: Any, *args: Any, **options: Any) -> Any:
-        """A node after its children."""
+        """Change a node after its children."""
         node = super().generic_visit(node, *args, **options)
         if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock):
             node.body.insert(0, nodes.ExprStmt(_call("tick", [])))
@@ -189,7 +189,7 @@ def _call(name: str, arguments: list[Any]) -> nodes.Call:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with what transformers' templates expect, and bounds on everything that grows."""
+    """The sandbox, with the globals that templates of transformers expect, and bounds on all operations that grow a value."""
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
@@ -206,11 +206,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.tick, self.joined, self.made = _tick, _joined, _made
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """What a macro or a block has written."""
+        """Join the output of a macro or a block."""
         return _joined(*pieces)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Operators whose results can be larger than what they are given, within bounds."""
+        """Apply an operator whose result can be larger than its operands, within bounds."""
         texts = (str, bytes, *_CONTAINERS)
         if operator == "*" and (isinstance(left, texts) or isinstance(right, texts)):
             sized, count = (left, right) if isinstance(left, texts) else (right, left)
@@ -228,21 +228,21 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **options: Any) -> Any:  # noqa: N805 - jinja2's names
-        """Functions, macros and methods; of texts only the methods above, of numbers none."""
+        """Call a function, a macro or a method; texts only have the methods above, numbers none."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str):
             if name not in _TEXT_METHODS:
-                raise jinja2.TemplateRuntimeError(f"the method {name} of texts is not there")
+                raise jinja2.TemplateRuntimeError(f"texts have no method {name} here")
             if name in ("join", "replace"):
                 return _made(
                     {"join": lambda parts: _join(parts, owner), "replace": _replace_in(owner)}[name](*args, **options)
                 )
         elif isinstance(owner, int | float | bytes):
-            raise jinja2.TemplateRuntimeError(f"the method {name} of {type(owner).__name__} is not there")
+            raise jinja2.TemplateRuntimeError(f"values of type {type(owner).__name__} have no method {name} here")
         return _made(super().call(__context, __obj, *args, **options))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """``str.format`` with a bound on what it writes, beside the sandbox's on what it reads."""
+        """``str.format`` with a bound on its output; the sandbox restricts its input."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
@@ -255,7 +255,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return bounded
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """An element, or a slice, which is a new value."""
+        """An element, or a slice; only a slice is a new value and passes the meter."""
         found = super().getitem(obj, argument)
         return _made(found) if isinstance(argument, slice) else found
 
@@ -267,7 +267,7 @@ def _tick() -> None:
 
 
 def _size(value: Any, known: dict[int, int] | None = None) -> int:
-    """Characters of a value as it would be written out: what is shared counts wherever it is."""
+    """Characters of a value when printed; a part that occurs several times counts each time."""
     if isinstance(value, str | bytes):
         return len(value)
     if not isinstance(value, _CONTAINERS):
@@ -278,7 +278,7 @@ def _size(value: Any, known: dict[int, int] | None = None) -> int:
         return ELEMENT
     known = {} if known is None else known
     if id(value) not in known:
-        known[id(value)] = 0  # a cycle ends here
+        known[id(value)] = 0  # ends a cycle
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         known[id(value)] = ELEMENT + sum(ELEMENT + _size(part, known) for part in parts)
     return known[id(value)]
@@ -307,14 +307,14 @@ def _made(value: Any) -> Any:
 
 
 def _writable(value: Any) -> Any:
-    """Refuse to write what is neither a text nor a number nor a list: jinja2's own objects show all that they hold."""
+    """Refuse to print anything except texts, numbers and lists: jinja2's own objects would print all their content."""
     if not isinstance(value, (*_SCALARS, *_CONTAINERS)):
         raise jinja2.TemplateRuntimeError(f"{type(value).__name__} cannot be written: give texts, numbers and lists")
     return value
 
 
 def _joined(*parts: Any) -> str:
-    """Texts one after the other, metered before they are one."""
+    """Join texts; the size is checked first."""
     texts = [str(_writable(part)) for part in parts]
     _bounded(sum(map(len, texts)))
     joined: str = _made("".join(texts))
@@ -355,16 +355,16 @@ def _percent(text: str, *values: Any, **named: Any) -> str:
 
 
 def _check_format(template: str, mark: str, values: list[Any]) -> None:
-    """Refuse widths, and more than the fields could hold."""
+    """Refuse large or computed widths, and results that could exceed the bound."""
     if re.search(r"\d{4,}|%[^a-zA-Z%]*\*|\{[^{}]*\{", template.replace("{{", "").replace("}}", "")):
-        raise jinja2.TemplateRuntimeError("a format with a width of more than 999, or one that is given: write it out")
+        raise jinja2.TemplateRuntimeError("a format has a width above 999 or a computed one: write the text out")
     _bounded(len(template) + template.count(mark) * (1000 + _size(values)))
 
 
 def _measured(filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that takes plain values and whose result passes the meter."""
+    """A filter that accepts only plain values and whose result passes the meter."""
 
-    @functools.wraps(filter_)  # with jinja2's marks of what else it is given
+    @functools.wraps(filter_)  # keeps jinja2's marks for extra arguments
     def measured(*args: Any, **options: Any) -> Any:
         for value in (*args, *options.values()):
             if isinstance(value, jinja2.runtime.Macro | jinja2.utils.Namespace | jinja2.runtime.LoopContext):
@@ -375,7 +375,7 @@ def _measured(filter_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # as transformers does: plain text for a model, not markup for a page
+    # As in transformers: plain text for a model, not HTML for a page.
     _bounded(_size(value) * (1 if indent is None else 1 + abs(int(indent))))
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 

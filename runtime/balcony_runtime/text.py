@@ -1,6 +1,6 @@
-"""Text in and out of a bundle: prompts to tokens, and tokens to text that streams without a broken character.
+"""Text in and out of a bundle: prompts to tokens, and tokens to a stream of text without broken characters.
 
-The tokenizers library does the work; this module owns what the bundle's files mean, and stop strings. Templates are
+The tokenizers library does the work; this module owns the meaning of the bundle's files, and stop strings. Chat templates are
 :mod:`.template`.
 """
 
@@ -20,7 +20,8 @@ from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.template import ChatTemplate
 
 Message = Mapping[str, Any]
-#: Stand in a rendered conversation for one control token that a user wrote: private use, so no text has them by chance.
+#: Marks around a placeholder for a control token that a user wrote. They are private-use characters, so texts do not contain
+#: them by chance.
 _OPEN, _CLOSE = "\ue0c0", "\ue0c1"
 
 
@@ -31,7 +32,7 @@ class TextCodec:
         path = bundle.file("tokenizer.json")
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-            # what a training left in the file: transformers switches it off at every call, too
+            # A training may have left truncation and padding in the file; transformers also switches them off at every call.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
         except Exception as error:  # the library raises a plain Exception for any damage
@@ -49,7 +50,7 @@ class TextCodec:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the bundle has one."""
+        """Whether the bundle has a chat template."""
         return self._template is not None
 
     def encode(
@@ -60,12 +61,13 @@ class TextCodec:
         Args:
             prompt: a text, or messages with ``role`` and ``content``. A content is a text, or a list of parts
                 ``{"type": "text", "text": ...}``, which are joined with newlines.
-            chat: put a text into the chat template as a user's message; by default where the bundle has a template.
-            control_tokens: whether a control token that the prompt spells out (such as ``<|im_end|>``) is that token, as in
-                transformers. False: it is plain text, so a stranger's message cannot end its turn; the template's own stay.
+            chat: whether a text is put into the chat template as a user's message; by default if the bundle has a template.
+            control_tokens: whether a control token that the prompt spells out (such as ``<|im_end|>``) becomes that token, as
+                in transformers. False: it stays plain text, so an untrusted message cannot end its turn. The template's own
+                control tokens are not affected.
 
         Raises:
-            InputError: an empty prompt, one that is not valid Unicode, messages without a template, or a template that
+            InputError: the prompt is empty or not valid Unicode, the bundle has no template for messages, or the template
                 refuses them.
         """
         if isinstance(prompt, str):
@@ -85,7 +87,7 @@ class TextCodec:
         return _some(self._encode_literally(messages))
 
     def _encode_literally(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Tokens of a conversation in which only the template's control tokens are control tokens."""
+        """Tokens of a conversation in which only the template's own control tokens have a meaning."""
         names = sorted(
             (token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special),
             key=len,
@@ -99,7 +101,7 @@ class TextCodec:
             message["content"] = spelled.sub(lambda found: f"{_OPEN}{names.index(found[0])}{_CLOSE}", content)
         pieces = re.split(f"{_OPEN}([0-9]+){_CLOSE}", self._render(messages))
         ids: list[int] = []
-        for place, piece in enumerate(pieces):  # a text, then the number of a name, and so on
+        for place, piece in enumerate(pieces):  # texts and numbers of names take turns
             tokenizer, text = (
                 (self._without_control_tokens(), names[int(piece)]) if place % 2 else (self._tokenizer, piece)
             )
@@ -107,7 +109,7 @@ class TextCodec:
         return ids
 
     def _without_control_tokens(self) -> Tokenizer:
-        """The same tokenizer, to which a control token's name is a text like any other."""
+        """A copy of the tokenizer that treats names of control tokens as plain text."""
         if self._literal is None:
             literal = Tokenizer.from_str(self._tokenizer.to_str())
             literal.encode_special_tokens = True
@@ -124,7 +126,7 @@ class TextCodec:
             raise InputError(f"the chat template refuses these messages ({error})") from error
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special ones left out."""
+        """Text of tokens, without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def stream(self) -> TextStream:
@@ -136,7 +138,7 @@ def special_tokens(bundle: Bundle) -> dict[str, str]:
     """Names of special tokens that a chat template may use, such as ``bos_token``.
 
     Raises:
-        BundleError: the file is not a table of texts.
+        BundleError: the file is not a JSON object of texts.
     """
     path = bundle.file("special_tokens.json")
     try:
@@ -146,21 +148,21 @@ def special_tokens(bundle: Bundle) -> dict[str, str]:
     if not isinstance(found, dict) or not all(
         name.endswith("_token") and isinstance(token, str) for name, token in found.items()
     ):
-        raise BundleError(f"{path}: must be a table of names such as bos_token and texts: export the bundle again")
+        raise BundleError(f"{path}: must map names such as bos_token to texts: export the bundle again")
     return found
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """A copy of a message whose content is one text: a template writes anything else as Python writes it."""
+    """A copy of a message whose content is one text; a template would print anything else as Python prints it."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise InputError(f"message {message!r}: must be a mapping with 'role' and 'content'")
+        raise InputError(f"message {message!r}: must be a mapping with 'role' and 'content': give both")
     content = message["content"]
     if isinstance(content, list | tuple):
         parts = [
             part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
         ]
         if not all(isinstance(part, str) for part in parts):
-            raise InputError("message content: a list may hold {'type': 'text', 'text': '...'} alone: give texts")
+            raise InputError("message content: a list may hold only {'type': 'text', 'text': '...'}: give texts")
         content = "\n".join(parts)  # type: ignore[arg-type]
     if not isinstance(content, str):
         raise InputError(f"message content = {content!r}: must be a text or a list of text parts: give a text")
@@ -168,7 +170,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _unicode(text: str) -> str:
-    """The text, if it can be written as UTF-8: the shell hands over invalid bytes as lone surrogates."""
+    """The text, if it can be encoded as UTF-8; invalid bytes of arguments arrive as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -179,19 +181,19 @@ def _unicode(text: str) -> str:
 
 
 def _some(ids: Sequence[int]) -> list[int]:
-    """The tokens, of which there must be one."""
+    """The tokens, at least one."""
     if not ids:
-        raise InputError("the prompt is empty: the tokenizer makes no token of it: give a text")
+        raise InputError("the prompt is empty (the tokenizer makes no token of it): give a text")
     return list(ids)
 
 
 class TextStream:
-    """Incremental detokenization: gives out text only when its characters are complete."""
+    """Incremental detokenization, which returns text only when its characters are complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._open: list[int] = []  # tokens since text was given out
+        self._open: list[int] = []  # tokens since the last text
 
     def push(self, token: int) -> str:
         """Text that this token completes; empty while a character is unfinished."""
@@ -201,7 +203,8 @@ class TextStream:
         except Exception as error:  # the library raises a plain one
             if "Invalid prefix" not in str(error):
                 raise
-            # with byte fallback bytes that were given out as a character turn into unknown ones when an unfinished one follows
+            # With byte fallback, bytes that were already returned as a character become unknown characters when an unfinished
+            # one follows.
             text = self.flush()
             self._stream = DecodeStream(skip_special_tokens=True)
             self._stream.step(self._tokenizer, token)
@@ -210,29 +213,29 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """What is left at the end, where the last character never was completed."""
+        """Remaining text at the end, if the last character was never completed."""
         return str(self._tokenizer.decode(self._open, skip_special_tokens=True)) if self._open else ""
 
 
 class StopStrings:
-    """Finds stop strings in streamed text and holds back what may become one.
+    """Finds stop strings in streamed text and holds back text that may become one.
 
     Args:
-        stops: strings that end the text; none is fine.
+        stops: strings that end the text; may be empty.
 
     Raises:
-        InputError: an empty stop string, which would end every text at once.
+        InputError: a stop string is empty; it would end every text at once.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         listed = isinstance(stops, Iterable) and not isinstance(stops, str)
         if not listed or any(not isinstance(stop, str) or not stop for stop in stops):
-            raise InputError(f"stop = {stops!r}: must be a list of strings that are not empty")
+            raise InputError(f"stop = {stops!r}: must be a list of non-empty strings: give e.g. ['\\n']")
         self._stops = tuple(stops)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """``(text that is safe to show, whether a stop string was met)``; what follows a stop string is dropped."""
+        """``(text that is safe to show, whether a stop string was met)``; text after a stop string is dropped."""
         if not self._stops:
             return text, False
         self._held += text
@@ -246,11 +249,11 @@ class StopStrings:
         return shown, False
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Text that was held back, at the end of the stream."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
+    """Length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""``balcony-edge budget`` and ``simulate``: the schema, target files, loads, and every bad input as one line."""
+"""``balcony-edge budget`` and ``simulate``: the schema, budget files, loads, and every bad input as one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COSTS = CostModel((2, 3, 5), (UNIT,) * 3, (UnitCost(1.0),) * 3, UnitCost(1.0))
 
 
 def invoke(*arguments: str | Path) -> str:
-    """What a verb prints."""
+    """Output of a verb."""
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if done.exception is not None:
         raise done.exception
@@ -92,7 +92,7 @@ def test_check_refuses_with_file_key_and_cure(tmp_path: Path, tiny: Any) -> None
     refused(f"{path}: gpu_utilization = 80: must be above 0 and at most 1; write 80 % as 0.8", "budget", "check", path)
     path.write_text("min_exit = 4\n")
     shown = invoke("budget", "check", path, "--bundle", tiny.path).splitlines()
-    assert shown == ["min_exit = 4", "asks for full depth at every token; no target and no ceiling", "leaves exits 5"]
+    assert shown == ["min_exit = 4", "asks for full depth at every token; no target and no ceiling", "allows exits 5"]
 
     path.write_text("exit_layer = 4\n")
     refused(
@@ -105,21 +105,21 @@ def test_check_refuses_with_file_key_and_cure(tmp_path: Path, tiny: Any) -> None
     ("text", "meaning"),
     [
         ("", "asks for full depth at every token; no target and no ceiling"),
-        ("max_exit = 20\n", "asks for the deepest exit that its bounds leave at every token; no target and no ceiling"),
+        ("max_exit = 20\n", "asks for the deepest exit that its bounds allow at every token; no target and no ceiling"),
         ("exit_layer = 17\n", "asks for exit 17 at every token"),
         (
             'policy = "lossless"\n',
-            "asks for the full model's own tokens, drafted at a shallow exit where that is faster",
+            "asks for the full model's own tokens, drafted at a shallow exit when that is faster",
         ),
         (
             'policy = "confident"\n',
-            "asks for full depth at every token, or a shallow exit that is sure enough; no target and no ceiling",
+            "asks for full depth at every token, or a shallow exit that is confident enough; no target and no ceiling",
         ),
         ("tpot_ms = 40.0\nprobability = 0.9\n", "asks for the deepest exit that meets every target and ceiling"),
     ],
 )
 def test_check_lists_what_the_file_sets_and_says_what_it_means(tmp_path: Path, text: str, meaning: str) -> None:
-    """Also what equals its default: probability is 0.9 without being set."""
+    """It also lists keys that equal their defaults: probability is 0.9 without being set."""
     path = tmp_path / "b.toml"
     path.write_text(text)
     assert invoke("budget", "check", path).splitlines() == [*text.splitlines(), meaning]
@@ -138,7 +138,7 @@ def test_simulate_under_a_generated_load_and_under_its_own_record(tmp_path: Path
     again = json.loads(invoke(*common, "--trace", record))
     assert again["mean_exit"] == pytest.approx(loaded["mean_exit"], abs=0.5)
     assert json.loads(invoke(*common[:3], "--tpot-ms", "13", *common[5:])) == idle
-    assert "what bound" in invoke(*common[:-1], "--explain")
+    assert "reason" in invoke(*common[:-1], "--explain")
     assert "late_tokens: " in invoke(*common[:-1])
 
 
@@ -154,8 +154,8 @@ def test_simulate_refuses(tmp_path: Path) -> None:
     budget = tmp_path / "b.toml"
     budget.write_text("")
     common = ["simulate", "--profile", "p.json", "--budget", budget]
-    refused("--budget FILE or --tpot-ms, one of the two", *common, "--tpot-ms", "13")
-    refused("--budget FILE or --tpot-ms, one of the two", *common[:3])
+    refused("both of --budget and --tpot-ms: a budget is a file or a target", *common, "--tpot-ms", "13")
+    refused("neither of --budget and --tpot-ms: a budget is a file or a target", *common[:3])
     refused("tpot_ms = -1", *common[:3], "--tpot-ms", "-1")
     refused("load 'wave': must be one of idle, constant, step", *common, "--trace", "wave")
     refused("--device mass=3: must be one of idle_w, busy_w", *common, "--device", "mass=3")
@@ -177,7 +177,7 @@ def test_simulate_refuses(tmp_path: Path) -> None:
         refused(allowed, *common, "--trace", trace)
     refused("/dev/full: writing failed (No space left on device)", *common, "--record", "/dev/full")
     invoke(*common, "--record", tmp_path / "free.jsonl", "-n", "5")
-    refused("no token of it was priced", *common, "--trace", tmp_path / "free.jsonl")
+    refused("has no predicted times", *common, "--trace", tmp_path / "free.jsonl")
     budget.write_text("min_agreement = 0.5\n")
     refused(f"{budget}: min_agreement = 0.5, but this bundle was not evaluated", *common)
     budget.write_text("tpot_ms = 0.1\non_infeasible = 'error'\n")
@@ -200,7 +200,7 @@ def test_simulate_holds_the_power_of_the_rail_that_was_measured(tmp_path: Path) 
         invoke("simulate", "--profile", "gpu.json", "--budget", "b.toml", "-n", "3000", "--seconds", "40", "--json")
     )
     assert found["mean_w"] == pytest.approx(40, rel=0.05)
-    # 60 W on the default heat sink would be far above its throttling point: nobody said that this device throttles
+    # 60 W on the default heat sink would be far above its throttling point, but measured watts disable throttling.
     (tmp_path / "b.toml").write_text("tpot_ms = 25\n")
     profile(power=(gpu.model_copy(update={"rail": "board"}),)).save("gpu.json")
     found = json.loads(

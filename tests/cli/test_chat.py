@@ -40,7 +40,7 @@ def test_commands_and_replies(tiny: Any) -> None:
     done = chat(tiny.path, "/stats\nthe fox\n/stats\n/exit 3\nthe\\\nfox\n/stats\n/reset\n/help\n/nonsense\n/quit\n")
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
-    for expected in ("there is no reply yet", "│ 5 │", "│ 3 │", "Ctrl-C stops a reply", "/nonsense: no such command"):
+    for expected in ("there is no reply yet", "│ 5 │", "│ 3 │", "Ctrl-C stops a reply", "/nonsense: is not a command"):
         assert expected in text, text
     assert text.count("tokens after") == 2
 
@@ -49,11 +49,11 @@ ANSWERS = {
     "/budget tpot_ms=900": "From the next reply: tpot_ms = 900.0.",
     "/budget": "From the next reply: full depth, no target.",
     "/exit 3": "From the next reply: exit_layer = 3.",
-    "/exit": "/exit: give one of the exits 2, 3, 5, e.g. /exit 2; /quit ends",
+    "/exit": "/exit: needs one of the exits 2, 3, 5: write e.g. /exit 2; /quit ends",
     "/reset": "The conversation is forgotten.",
-    "/quit now": "/quit now: /quit takes nothing after it",
-    "/help me": "/help me: /help takes nothing after it",
-    "/etc/hosts": "/etc/hosts: no such command: /help lists them; a message that begins with / is written with //",
+    "/quit now": "/quit now: /quit takes no arguments",
+    "/help me": "/help me: /help takes no arguments",
+    "/etc/hosts": "/etc/hosts: is not a command: see /help; to send a message that begins with /, write //",
 }
 
 

@@ -38,7 +38,7 @@ def invoke(*arguments: str | Path, **options: Any) -> subprocess.CompletedProces
 
 
 def invoke_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which has torch already: a refusal need not wait for six seconds of imports."""
+    """The same in this process, which has already imported torch: a refusal then does not take six seconds of imports."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -151,7 +151,9 @@ def test_a_run_is_recorded_and_shares_packed_weights(exported: Path, tmp_path: P
     assert len(list(packed.iterdir())) == 1
     done = invoke("run", exported, "the fox", "-n", "6", "--live", env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0 and "last decisions" in done.stderr, done
-    done = invoke("run", exported, "the fox", "-n", "3", "--trace", "/dev/full")  # it had begun to write
+    done = invoke(
+        "run", exported, "the fox", "-n", "3", "--trace", "/dev/full"
+    )  # the error comes after it began to write
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done
     assert "/dev/full: writing failed (No space left on device): free space" in done.stderr
 
@@ -173,7 +175,7 @@ def test_run(exported: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "tokens after" in done.stderr and "ms a token" in done.stderr
     text = json.loads(invoke("run", exported, "the fox", "-n", "12", "--exit", "3", "--json").stdout)["text"]
-    assert done.stdout == f"{text}\n"  # the reply and nothing else
+    assert done.stdout == f"{text}\n"  # only the reply
     options = ("--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", "3")
     done = invoke("run", exported, "the fox", "-n", "12", "--tpot-ms", "1000", "--json", *options)
     document = json.loads(done.stdout)
@@ -202,7 +204,7 @@ def test_budgets_and_prompts_that_cannot_be(exported: Path, tmp_path: Path) -> N
     refused("the prompt is empty", "run", exported, "  ")
     refused("this bundle's context holds 256", "run", exported, "fox " * 400)
     refused("there is no such file", "run", exported, "hi", "--budget", tmp_path / "none.toml")
-    refused("two budgets", "run", exported, "hi", "--budget", tmp_path / "none.toml", "--exit", "2")
+    refused("these are two budgets", "run", exported, "hi", "--budget", tmp_path / "none.toml", "--exit", "2")
     (tmp_path / "l.toml").write_text('policy = "lossless"\n')
     refused(
         "policy = 'lossless' with --policy plain",
@@ -275,7 +277,7 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     done = invoke_here("inspect", bundle)
     assert done.returncode == 0 and "tensorrt/rtx-fp16" in done.stdout and "tensorrt/tensorrt-fp16-plain" in done.stdout
     assert "compute capability 86, 89" in " ".join(done.stdout.split())
-    # what takes the place of a set is built beside it: one that fails leaves the set as it was
+    # A new set is built next to the old one, so a build that fails leaves the old set as it was.
     files = {path: path.read_bytes() for path in (bundle / "tensorrt/rtx-fp16").iterdir()}
     engines = Bundle.open(bundle).manifest.engines
 
@@ -365,7 +367,7 @@ def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
     assert difference["again"]["exit_layer"] == last["exit_layer"]
     done = invoke_here("replay", changed)
     text = " ".join(done.stdout.split())
-    assert done.returncode == 1 and "1 decided otherwise now" in text and "because it was" in text, text
+    assert done.returncode == 1 and "decisions that differ now: 1" in text and "because it was" in text, text
     refused("not readable as a trace", "replay", tmp_path / "absent.jsonl")
 
 
@@ -407,7 +409,7 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
 def test_under_optimums_command_line(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`optimum-cli export balcony`, found by optimum itself in its namespace for commands of others."""
+    """optimum finds `optimum-cli export balcony` in its namespace for commands of other packages."""
     from optimum.commands.optimum_cli import main as optimum
 
     common = ["optimum-cli", "export", "balcony", str(tiny_checkpoint), str(tmp_path / "b"), "--exits"]
@@ -450,7 +452,7 @@ def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, 
 
 def test_ctrl_c_in_generation_ends_the_reply(exported: Path, interruptible: Any) -> None:
     command = [*COMMAND, "run", str(exported), "the fox", "-n", "230", "--json", "--temperature", "3", "--seed", "1"]
-    # slow every token down in the child, so that the signal arrives while it generates
+    # Slow every token down in the child, so that the signal arrives while it generates.
     command[4] = (
         "import sys, time; from balcony_runtime import engine\n"
         "real = engine.TokenSequence.step\n"

@@ -1,4 +1,4 @@
-"""``balcony-edge doctor`` over trees of real devices: every source is there with its value, or missing with a reason."""
+"""``balcony-edge doctor`` over trees of real devices: every source has a value, or is missing with a reason."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_laptop_with_watts_by_a_counter(sysfs_tree: Callable[[str], Path]) -> No
         stop.set()
         thread.join()
     readings = {reading["source"]: reading for reading in report["sensors"]["readings"]}
-    assert 10 < readings["rapl:package-0"]["watts"] < 30  # over 0.2 s, by a writer that may be late
+    assert 10 < readings["rapl:package-0"]["watts"] < 30  # over 0.2 s, and the writer may be late
     assert readings["battery:BAT0+BAT1"]["charging"] is False and readings["battery:drain"]["watts"] == 9.25
 
 
@@ -106,7 +106,7 @@ def test_a_sensor_that_hangs_is_shown_and_not_waited_for(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("columns", ["40", "80"])
 def test_no_cure_is_cut(columns: str) -> None:
-    """Every note and cure of the document is on the screen in one piece, so that it can be copied."""
+    """Every note and cure of the JSON document is on the screen in one piece, so that a user can copy it."""
     report = diagnose()
     shown = invoke(COLUMNS=columns).stdout
     cures = [absence["cure"] for source in report["sensors"]["sources"] for absence in source["absences"]]
@@ -116,8 +116,8 @@ def test_no_cure_is_cut(columns: str) -> None:
         assert line in shown, (line, shown)
 
 
-def test_a_root_that_is_none(tmp_path: Path) -> None:
+def test_a_root_that_is_not_a_directory(tmp_path: Path) -> None:
     done = invoke("--sysfs", tmp_path / "none")
     assert (done.returncode, done.stdout) == (1, "")
-    wanted = f"--sysfs {tmp_path / 'none'}: is no directory: give the root of a sysfs tree, such as /sys"
+    wanted = f"--sysfs {tmp_path / 'none'}: is not a directory: give the root of a sysfs tree, such as /sys"
     assert done.stderr == f"balcony-edge: {wanted}\n"

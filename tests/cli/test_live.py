@@ -1,4 +1,4 @@
-"""The live view: what is on the display after some tokens."""
+"""The live view: the content of the display after some tokens."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ PROGRAM = "from balcony_edge.cli import main; main()"
 
 
 def invoked(bundle: Path, *options: str) -> str:
-    """What ``run`` writes to a pipe."""
+    """Output of ``run`` to a pipe."""
     command = [sys.executable, "-c", PROGRAM, "run", str(bundle), *options]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, errors="replace").stdout
 
 
 def on_terminal(bundle: Path, *options: str) -> str:
-    """What ``run`` writes to a terminal of 60 × 20, without colours and cursor movements."""
+    """Output of ``run`` to a terminal of 60 × 20, without colours and cursor movements."""
     master, worker = pty.openpty()
     fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))
     command = [sys.executable, "-c", PROGRAM, "run", str(bundle), *options]
@@ -77,7 +77,7 @@ def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
         assert part in shown, part
 
 
-#: A budget, what the sensors say, and what is shown of it.
+#: Keys of a budget, readings of the sensors, and the facts that are shown.
 SENSED: list[tuple[dict[str, Any], tuple[Reading, ...], tuple[str, ...]]] = [
     (
         {"power_w": 7.0},
@@ -129,7 +129,7 @@ def test_every_sensor_that_the_budget_is_about_is_shown(
 
 @pytest.mark.parametrize(("columns", "rows"), [(200, 50), (80, 24), (60, 20), (40, 8), (20, 4)])
 def test_the_status_area_fits_and_the_whole_reply_is_printed(tiny: Any, columns: int, rows: int) -> None:
-    """On a terminal of any size: every line of the reply above the area, the newest decision in it, and nothing wrapped."""
+    """On a terminal of any size, every line of the reply is above the area, the newest decision in it, and nothing wraps."""
     reason = "deepest exit within 12 ms (p=0.93); 30 has a backlog for which there is no time"
     readings = (Reading("b", "board", 0.0, watts=6.5, celsius=51.0),)
     printed: list[str] = []
@@ -151,7 +151,7 @@ def test_the_status_area_fits_and_the_whole_reply_is_printed(tiny: Any, columns:
 
 
 def test_a_reply_that_is_longer_than_the_terminal_stays_readable(tiny: Any) -> None:
-    """A real terminal of 20 rows: all lines of the reply went to its normal screen, in order."""
+    """On a real terminal of 20 lines, all lines of the reply go to its normal screen, in order."""
     done = on_terminal(tiny.path, "the fox", "-n", "150", "--live", "--temperature", "3", "--seed", "1")
     text = invoked(tiny.path, "the fox", "-n", "150", "--temperature", "3", "--seed", "1")
     words = [word for word in text.split() if word.isascii() and word.isalpha() and len(word) > 3]

@@ -51,15 +51,15 @@ def measured(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_format_has_the_same_numbers(measured: Path, tiny: Any) -> None:
     profile = DeviceProfile.load(measured)
     assert profile.command.endswith("--threads 1") and profile.complete
-    rows = list(csv.DictReader(io.StringIO(measured.with_suffix(".csv").read_text())))
-    assert [float(row["p50_ms"]) for row in rows] == [entry.timing.p50_ms for entry in profile.entries]
+    table = list(csv.DictReader(io.StringIO(measured.with_suffix(".csv").read_text())))
+    assert [float(line["p50_ms"]) for line in table] == [entry.timing.p50_ms for entry in profile.entries]
     done = invoke("profile", tiny.path, "-o", "jsonl", *GRID)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["rows"] for line in lines] == [entry.rows for entry in profile.entries]
 
 
-def test_plan_and_compare_speak_to_people_and_programs(measured: Path, tiny: Any, tmp_path: Path) -> None:
+def test_plan_and_compare_print_for_people_and_programs(measured: Path, tiny: Any, tmp_path: Path) -> None:
     done = invoke("plan", "--profile", measured, "--tpot-ms", "1e6", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -76,10 +76,10 @@ def test_plan_and_compare_speak_to_people_and_programs(measured: Path, tiny: Any
     done = invoke("plan", "--profile", measured, "--budget", budget)
     assert done.returncode == 0 and "temperature_c: this profile does not say" in done.stdout, done.stderr
     document = json.loads(invoke("compare", measured, measured, "-o", "json").stdout)
-    assert {row["ratio"] for row in document["entries"]} == {1.0} and document["differences"] == []
-    assert not any(row["significant"] for row in document["entries"])
-    rows = invoke("compare", measured, measured, "-o", "csv").stdout.splitlines()
-    assert rows[0].startswith("kind,exit_layer,") and len(rows) == len(document["entries"]) + 1
+    assert {entry["ratio"] for entry in document["entries"]} == {1.0} and document["differences"] == []
+    assert not any(entry["significant"] for entry in document["entries"])
+    lines = invoke("compare", measured, measured, "-o", "csv").stdout.splitlines()
+    assert lines[0].startswith("kind,exit_layer,") and len(lines) == len(document["entries"]) + 1
     done = invoke("compare", measured, measured)
     assert done.returncode == 0 and "0 of" in done.stdout, done.stderr
 
@@ -89,13 +89,13 @@ def test_bad_input_is_one_line(measured: Path, tiny: Any, bundle_copy: Path, tmp
     (bundle_copy / "weights.bin").write_bytes(b"\0" * (bundle_copy / "weights.bin").stat().st_size)
     refused("differs from the manifest", "profile", bundle_copy)
     refused("this bundle's context holds 256", "profile", tiny.path, "-d", "0-4096+512")
-    refused("is no number and no range", "profile", tiny.path, "-p", "many")
+    refused("is neither a number nor a range", "profile", tiny.path, "-p", "many")
     refused("--sustain soon: must be 1 s to a day", "profile", tiny.path, "--sustain", "soon")
     refused("-o p.xml: must be one of json, jsonl, csv, md", "profile", tiny.path, "-o", "p.xml")
     (folder := tmp_path / "folder.json").mkdir()
     refused("is a directory: name a file in it", "profile", tiny.path, "-o", folder)
     refused("there is no such file: make one with `balcony-edge profile`", "compare", measured, tmp_path / "p.json")
-    refused("one of the two", "plan", "--profile", measured)
+    refused("give one of the two", "plan", "--profile", measured)
     refused("the context holds 256", "plan", "--profile", measured, "--tpot-ms", "5", "-p", "200")
     (tmp_path / "p.json").write_text("{}")
     refused("schema_version = None", "compare", measured, tmp_path / "p.json")
@@ -115,19 +115,19 @@ def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tiny: Any, tmp_path: P
 def test_ctrl_c_writes_what_is_measured(tiny: Any, tmp_path: Path, interruptible: Any) -> None:
     path = tmp_path / "p.json"
     arguments = ["profile", str(tiny.path), "-o", str(path), *GRID[:-4], "--threads", "1", "--sustain", "200s"]
-    # starting and all rounds take some five seconds, more on a busy machine; the rest is the sustained load
+    # Starting and all rounds take some five seconds, more on a busy machine; the rest is the sustained load.
     for wait_s in (2, 8, 24, 80):
         process = interruptible([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
         time.sleep(wait_s)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 130, stderr  # however early it was
+        assert process.returncode == 130, stderr  # even for an early interrupt
         if path.is_file():
             break
         assert stderr == "balcony-edge: interrupted\n"
     profile = DeviceProfile.load(path)
     assert not profile.complete and profile.select("decode")
-    assert profile.sustained is None or profile.sustained.seconds < 150  # as far as it came
+    assert profile.sustained is None or profile.sustained.seconds < 150  # interrupted before its end
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def browser() -> str:
 
 @pytest.fixture(scope="module")
 def page(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[DeviceProfile, Path]:
-    """The report of a profile with everything in it, and with names that would end a script element."""
+    """The report of a profile that has every part, and names that would end a script element."""
     report = pytest.importorskip("balcony_runtime.profiler.report")
     pytest.importorskip("plotly", reason="the report is an extra: pip install 'balcony-edge[report]'")
     bare = DeviceProfile.load(measured)
@@ -180,7 +180,7 @@ def probed(document: str) -> Any:
     return json.loads(html.unescape(found[1]))
 
 
-#: What Plotly has drawn (``calcdata``, not what it was given), by chart and trace.
+#: Points that Plotly has drawn (``calcdata``, not its input), by chart and trace.
 DRAWN = """
 const drawn = {};
 for (const chart of document.querySelectorAll('.js-plotly-plot'))
@@ -215,11 +215,11 @@ def test_the_report_draws_the_profiles_numbers_and_fetches_nothing(
         assert predicted == [entry.predicted_ms for entry in entries]
     (point,) = drawn["chart-quality-energy"]["exit 2"]
     assert point[:2] == [profile.joules_per_token(2, "cpu"), 0.53]
-    # the parts of an exit add up to its price
+    # The parts of an exit add up to its price.
     bars = [[size for _, _, size in trace] for trace in drawn["chart-parts"].values()]
     for index, layer in enumerate(profile.bundle.exit_layers):
         assert sum(bar[index] for bar in bars) == pytest.approx(profile.costs.steady_ms(layer, 0), rel=1e-9)
-    # the tables show what the file holds, and the file is in the page
+    # The tables show the figures of the file, and the page embeds the file.
     cells = [float(value) for value in re.findall(r'data-value="([^"]+)"', document)]
     for entry in profile.select("prefill"):
         assert entry.timing.p50_ms in cells and entry.timing.p99_ms in cells

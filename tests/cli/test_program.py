@@ -52,7 +52,7 @@ def test_a_full_disk_under_stdout_is_one_line(tiny: Any, arguments: tuple[str, .
     assert (done.returncode, done.stderr) == (1, f"balcony-edge: {wanted}\n")
 
 
-def test_a_reader_that_has_enough_is_no_error(tiny: Any) -> None:
+def test_a_reader_that_stops_early_is_not_an_error(tiny: Any) -> None:
     command = f"{sys.executable} -m balcony_edge inspect {tiny.path} --io | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "") and "tiny-llama" in done.stdout
@@ -61,7 +61,7 @@ def test_a_reader_that_has_enough_is_no_error(tiny: Any) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("arguments", [("doctor",), ("train", "--help"), ("run", "BUNDLE", "the fox", "-n", "20")])
 def test_a_stream_that_lacks_characters(tiny: Any, encoding: str, arguments: tuple[str, ...]) -> None:
-    """Boxes, ×, ° and whatever a model writes: a question mark instead of a traceback."""
+    """Boxes, ×, ° and a model's output become question marks instead of a traceback."""
     done = invoke(
         *(str(tiny.path) if part == "BUNDLE" else part for part in arguments),
         env={**os.environ, "PYTHONIOENCODING": encoding},
@@ -92,7 +92,7 @@ def test_a_system_message_with_a_prompt(tiny: Any) -> None:
     [
         ("the prompt is not valid UTF-8 at character 5", (b"the \xff fox",)),
         ("--file nowhere.txt: not readable (No such file or directory)", ("--file", "nowhere.txt")),
-        ("--file with a prompt: two prompts", ("hi", "--file", "-")),
+        ("--file with a prompt: these are two prompts", ("hi", "--file", "-")),
         ("the prompt is empty", ()),
         ("--system with --raw", ("hi", "--raw", "--system", "be brief")),
         ("--logprobs without --json", ("hi", "--logprobs", "3")),
@@ -129,7 +129,7 @@ def test_an_error_after_a_progress_bar_begins_on_the_first_line(tiny: Any, tmp_p
 
 @pytest.fixture
 def read_only(bundle_copy: Path) -> Iterator[Path]:
-    """A bundle that nobody can write, not even root."""
+    """A bundle that no one can write, not even root."""
     mounts = (["--bind", str(bundle_copy), str(bundle_copy)], ["-o", "remount,ro,bind", str(bundle_copy)])
     for arguments in mounts:
         if subprocess.run(["mount", *arguments], check=False, capture_output=True).returncode:
@@ -181,7 +181,7 @@ def test_an_extracted_exit_keeps_the_type_of_its_checkpoint(tiny: Any, tmp_path:
 
 
 def test_architectures_without_support_are_named(make_tokenizer: Any, tmp_path: Path) -> None:
-    """LFM2 and Mamba-2 load in transformers, and their modules have other names than the supported ones."""
+    """LFM2 and Mamba-2 load in transformers, but their modules have other names than the supported ones."""
     common = {"hidden_size": 32, "vocab_size": 320}
     lfm2 = transformers.Lfm2Config(
         **common, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -216,7 +216,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_context_of_engines_follows_the_bundle(tiny: Any, bundle_copy: Path) -> None:
-    """The default must not be refused: this bundle's context is 256, shorter than the default's bound."""
+    """The default must not be refused: this bundle's context is 256, less than the default's bound."""
     done = invoke("build", bundle_copy, "--graphs-only", "--precision", "fp32")
     assert done.returncode == 0 and "caches of 256 rows" in done.stdout, done
     refused(
@@ -228,5 +228,5 @@ def test_a_bundle_of_int4_is_not_sent_to_build(tiny_checkpoint: Path, tmp_path: 
     bundle = tmp_path / "b"
     done = invoke("export", tiny_checkpoint, "--exits", "2", "-o", bundle, "--no-verify", "--precision", "int4")
     assert done.returncode == 0, done.stderr
-    wanted = "precision int4 runs on the CPU alone: run it with --device cpu, or export the model with --precision fp16"
+    wanted = "precision int4 runs only on the CPU: run it with --device cpu, or export the model with --precision fp16"
     refused(wanted, "run", bundle, "hi", "--device", "cuda")

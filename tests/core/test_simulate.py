@@ -1,4 +1,4 @@
-"""Every key of a budget held on a simulated device, loads, plant physics, and every shipped target file."""
+"""Every key of a budget held on a simulated device, loads, plant physics, and every shipped budget file."""
 
 from __future__ import annotations
 

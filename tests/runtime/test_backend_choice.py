@@ -1,4 +1,4 @@
-"""Which engine `auto` takes and why, and which engines a GPU refuses: as far as a machine without one can tell."""
+"""The choice of `auto` and its reason, and the engines that a GPU refuses, as far as a machine without a GPU can test them."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
     refuse(here, engine_set(), "tensorrt_rtx 1.7", "89")
     refuse(here, engine_set(compute_capabilities=()), "tensorrt_rtx 1.7", "120")
     for engines, version, capability, message in (
-        (engine_set(engines={}), "tensorrt_rtx 1.7", "89", "holds graphs but no engines: build them"),
-        (engine_set(), "tensorrt_rtx 1.8", "89", "built by tensorrt_rtx 1.7, here is tensorrt_rtx 1.8: build again"),
+        (engine_set(engines={}), "tensorrt_rtx 1.7", "89", "has graphs but no engines: build them"),
+        (engine_set(), "tensorrt_rtx 1.8", "89", "built by tensorrt_rtx 1.7, but this machine has tensorrt_rtx 1.8"),
         (
             engine_set(),
             "tensorrt_rtx 1.7",
             "87",
-            r"built for compute capability 86, 89, this GPU has 87: build with --sm 87",
+            r"built for compute capability 86, 89, but this GPU has 87: build with --sm 87",
         ),
     ):
         with pytest.raises(BundleError, match=message):
@@ -117,7 +117,7 @@ def test_a_build_without_the_provider_is_refused_and_not_run_on_the_cpu(
         DeviceError, match=r"--device nv: this build of ONNX Runtime has no NvTensorRTRTX.*balcony-edge\[gpu\]"
     ):
         OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "nv", {})
-    # a provider that is listed and does not start: ONNX Runtime takes the CPU, with a warning
+    # The provider is listed but does not start: ONNX Runtime then uses the CPU, with a warning.
     monkeypatch.setitem(PROVIDERS, "nv", ("AzureExecutionProvider", "cpu"))
     monkeypatch.setattr(onnxruntime_device, "open_session", lambda path, **_: open_session(path))
     with pytest.raises(DeviceError, match="norm: ONNX Runtime could not start AzureExecutionProvider"):
@@ -153,7 +153,7 @@ def test_host_memory_behaves_as_a_device_does() -> None:
 
 
 class CompiledKernels:
-    """What of TensorRT-RTX's cache there is without a GPU: bytes in, bytes out."""
+    """The part of TensorRT-RTX's cache that needs no GPU: bytes in, bytes out."""
 
     def __init__(self) -> None:
         self.blob = b""
@@ -166,7 +166,7 @@ class CompiledKernels:
 
 
 class OneEngine:
-    """Gives configurations as an engine does, and keeps the last."""
+    """Returns configurations as an engine does, and keeps the last."""
 
     def create_runtime_config(self) -> OneEngine:
         return self
@@ -181,7 +181,7 @@ class OneEngine:
         self.cache = cache
 
 
-def test_compiled_kernels_are_kept_beside_the_engines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_compiled_kernels_are_kept_next_to_the_engines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, first, second = tmp_path / "kernels-89.cache", OneEngine(), OneEngine()
     kernels = tensorrt._KernelCache(path)
     kernels.save()
@@ -190,7 +190,7 @@ def test_compiled_kernels_are_kept_beside_the_engines(tmp_path: Path, caplog: py
     kernels.config_for(second, "managed by us")
     assert first.cache is second.cache and first.strategy == "managed by us"
     kernels.save()
-    assert not path.exists()  # still nothing
+    assert not path.exists()  # still nothing was compiled
     first.cache.blob = b"compiled"
     kernels.save()
     assert path.read_bytes() == b"compiled" and list(tmp_path.iterdir()) == [path]

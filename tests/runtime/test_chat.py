@@ -1,4 +1,4 @@
-"""Conversations and streams: reuse of what turns share, cancelling, async iteration, several threads."""
+"""Conversations and streams: reuse of shared rows, cancelling, async iteration, several threads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_turns_are_those_of_a_fresh_conversation(llm: LLM) -> None:
     assert chat.messages == history[:1]
 
 
-def test_what_turns_share_is_not_run_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_turns_share_are_not_run_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = llm.chat()
     finish(chat.send("the quick brown fox jumps over the lazy dog", max_new_tokens=4, ignore_eos=True))
     rows: list[int] = []
@@ -59,7 +59,7 @@ def test_what_turns_share_is_not_run_again(llm: LLM, monkeypatch: pytest.MonkeyP
     stream = chat.send("why", max_new_tokens=1, ignore_eos=True)
     reply = finish(stream)
     assert reply.prompt_tokens > len(llm.encode(second))
-    assert rows and max(rows) <= reply.prompt_tokens - before + 8  # the new message and the re-tokenized edge only
+    assert rows and max(rows) <= reply.prompt_tokens - before + 8  # only the new message and the re-tokenized edge
 
 
 def test_waiting_works_off_the_backlog(llm: LLM) -> None:
@@ -77,7 +77,7 @@ def test_waiting_works_off_the_backlog(llm: LLM) -> None:
 
 
 def test_a_message_in_the_middle_of_catching_up_gets_the_same_reply(llm: LLM) -> None:
-    """Eight users at once, each of whom speaks while a thread works off the backlog of the reply before."""
+    """Eight users at once; each sends a message while a thread works off the backlog of the previous reply."""
     texts = ("the quick brown fox jumps over the lazy dog " * 3, "why", "and the lazy dog jumps over it")
 
     def converse(user: int, waits: bool) -> list[str]:
@@ -111,7 +111,7 @@ def test_a_message_ends_the_catching_up(llm: LLM, monkeypatch: pytest.MonkeyPatc
         worker.join(5)
         assert not worker.is_alive() and any(chat.sequence.stage_rows)
     with chat.catching_up():
-        llm.close()  # under the thread, which ends without a word
+        llm.close()  # while the thread runs; it ends without an error
 
 
 def test_messages_that_cannot_be_leave_the_history(llm: LLM, bundle_copy: Any) -> None:
@@ -143,7 +143,7 @@ def test_a_reply_that_is_left_joins_the_history_before_the_next_turn(llm: LLM) -
     stream = chat.send("why", max_new_tokens=3, ignore_eos=True)
     assert chat.messages == turn and next(left, None) is None
     want = llm.generate([*turn, {"role": "user", "content": "why"}], max_new_tokens=3, ignore_eos=True)
-    made = [next(stream) for _ in range(3)]  # the last one says that it is: nobody asks for a fourth
+    made = [next(stream) for _ in range(3)]  # the third is marked as the last, so no fourth is requested
     assert [token.id for token in made] == [token.id for token in want.tokens]
     assert made[-1].finish_reason == "length" and stream.reply.finish_reason == "length"
     assert chat.messages[2:] == [{"role": "user", "content": "why"}, {"role": "assistant", "content": want.text}]
@@ -161,13 +161,13 @@ def test_closing_a_stream_ends_it(llm: LLM) -> None:
 
 
 def test_a_cancelled_task_gets_its_cancellation_and_the_stream_ends(llm: LLM) -> None:
-    """The step that a thread is in at that moment is awaited: whoever closes the stream finds nobody inside of it."""
+    """The cancellation waits for the step that a thread is running, so the stream can be closed afterwards."""
     llm.budget = Budget(max_pace_tps=2)
     seen: list[int] = []
 
     async def main() -> None:
         with llm.stream("the fox", ignore_eos=True) as stream:
-            async with asyncio.timeout(0.2):  # in the wait for the second token
+            async with asyncio.timeout(0.2):  # ends during the wait for the second token
                 async for token in stream:
                     seen.append(token.id)
 

@@ -35,7 +35,7 @@ from balcony_runtime.decoding.thresholds import (
 from balcony_runtime.engine import Engine
 
 EXITS = (2, 3, 5)
-#: A tiny random model is never surer than that half of the time.
+#: Threshold that a tiny random model does not reach half of the time.
 THRESHOLD = 0.12
 COSTS = CostModel(
     exits=EXITS,
@@ -45,7 +45,7 @@ COSTS = CostModel(
 )
 
 
-#: No balcony is behind.
+#: Pending rows of the balconies: none.
 NONE = (0, 0, 0)
 
 
@@ -71,7 +71,7 @@ def test_the_binomial_tail_by_hand() -> None:
 
 
 def test_the_last_accepted_keeps_its_promise() -> None:
-    """Over 300 draws of calibration text the true risk of the chosen threshold is above the promise in at most 5 % and some."""
+    """Over 300 draws of calibration text, the true risk of the chosen threshold is above the promise in about 5 % at most."""
     random, broken, shares = np.random.default_rng(5), 0, []
     candidates = np.linspace(1, 0, 101)
     for _ in range(300):
@@ -79,7 +79,7 @@ def test_the_last_accepted_keeps_its_promise() -> None:
         agrees = random.random(1500) < 0.8 + 0.2 * sure  # disagreement at confidence c: 0.2 (1 - c)
         threshold = last_accepted(sure, agrees, candidates, 0.02, 0.95)
         assert threshold is not None
-        true_risk = 0.1 * (1 - threshold) ** 2  # of all tokens: exit and disagree
+        true_risk = 0.1 * (1 - threshold) ** 2  # share of all tokens that exit and disagree
         broken += true_risk > 0.02
         shares.append(1 - threshold)
     assert broken <= 300 * 0.05 + 3 * (300 * 0.05 * 0.95) ** 0.5
@@ -110,7 +110,7 @@ def test_no_threshold_where_none_keeps_it() -> None:
 def test_trying_follows_from_prices() -> None:
     paying = Confident(EXITS, spec(share=0.9))
     found = paying.plan(COSTS, 0, NONE, EXITS, np.inf)
-    # plain 9.01... ms; a trial 1.8 ms, and in one of ten cases the deep stages over ten rows and the head
+    # A plain token takes 9.01... ms; a trial 1.8 ms and, in one of ten cases, the deep stages over ten rows and the head.
     assert found is not None and (found.exit_layer, found.threshold) == (2, 0.5) and found.speedup > 2.5
     assert paying.plan(COSTS, 0, NONE, EXITS, most_ms=5.0) is None, (
         "an unsure token would take longer than the gap allows"
@@ -148,7 +148,7 @@ def test_bounds_of_depth_hold_for_early_exits(calibrated: Path) -> None:
         assert {t.exit_layer for t in llm.stream("the quick brown fox", max_new_tokens=60, ignore_eos=True)} == {5}
         llm.budget = Budget(policy="confident")
         tokens = list(llm.stream("the quick brown fox", max_new_tokens=60, ignore_eos=True))
-        # an unsure token takes in the rows that early ones left, and none ever counts less than nothing
+        # A token without enough confidence takes in the rows that early ones left, and no saving is negative.
         assert min(token.caught_up_rows for token in tokens) == 0 < max(token.caught_up_rows for token in tokens)
         assert len({token.exit_layer for token in tokens}) == 2
 
@@ -156,7 +156,7 @@ def test_bounds_of_depth_hold_for_early_exits(calibrated: Path) -> None:
 def test_a_promise_that_slips_raises_the_threshold() -> None:
     kept, slipping = Confident(EXITS, spec(share=0.5)), Confident(EXITS, spec(share=0.5))
     for index in range(400):
-        kept.check(2, agreed=index % 100 != 0)  # 1 %: the promise allows 4 % of those that exit
+        kept.check(2, agreed=index % 100 != 0)  # 1 %; the promise allows 4 % of the tokens that exit
         slipping.check(2, agreed=index % 5 != 0)  # 20 %
     assert kept.thresholds[2] == 0.5 and kept.telemetry[2] == (400, 4)
     assert slipping.thresholds[2] > 0.9 and slipping.telemetry[2] == (400, 80)
@@ -176,14 +176,14 @@ def test_checks_are_rationed() -> None:
 
 @pytest.fixture
 def calibrated(export_tiny: Callable[[str], Any], tmp_path: Path) -> Path:
-    """A tiny bundle whose tokens exit early at 2 where the largest probability is THRESHOLD or more."""
+    """A tiny bundle whose tokens exit early at 2 if their largest probability is THRESHOLD or more."""
     path = Path(shutil.copytree(export_tiny("llama").path, tmp_path / "bundle"))
     record_confidence(path, spec(threshold=THRESHOLD, share=0.99))
     return path
 
 
 def test_replies_are_the_exits_own_tokens(calibrated: Path) -> None:
-    """Every token is the likeliest of the exit that it names, and unsure ones are the full depth's."""
+    """Every token is the likeliest of its exit, and tokens without enough confidence are the full depth's."""
     with balcony_edge.load(calibrated) as llm:
         llm._costs = COSTS
         llm.budget = Budget(policy="confident")
@@ -210,14 +210,14 @@ def test_replies_are_the_exits_own_tokens(calibrated: Path) -> None:
         assert all("sure at 2, asked" in token.reason for token in early)
         asked = llm.quality[2].checked
         assert 0 < asked <= 120 / CHECK_EVERY * MOST_CHECKED + MOST_CHECKED
-        # the telemetry is the full depth's opinion of exactly such tokens
+        # The telemetry counts the full depth's checks of exactly such tokens.
         assert 0 <= llm.quality[2].disagreed <= asked
 
 
 def test_telemetry_counts_what_the_full_depth_would_have_said(
     calibrated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every early token checked, disagreements are those that a pass from scratch finds."""
+    """With every early token checked, the disagreements equal those that a pass from scratch finds."""
     monkeypatch.setattr("balcony_runtime.decoding.confident.CHECK_EVERY", 1)
     monkeypatch.setattr("balcony_runtime.decoding.confident.MOST_CHECKED", 1000)
     monkeypatch.setattr("balcony_runtime.decoding.confident.RAISE", 0.0)
@@ -243,7 +243,7 @@ def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:
         assert found.tokens == 1800 and set(found.thresholds) <= {2, 3}
         for threshold in found.thresholds.values():
             assert threshold.disagreement <= 0.2 and 0 < threshold.exit_share <= 1
-        # on other text: counted token by token
+        # On other text, counted token by token.
         others = [random.integers(1, 320, 50).tolist() for _ in range(8)]
         count, held = held_out(engine, others, found)
         assert count == 400 and held.keys() == found.thresholds.keys()

@@ -1,4 +1,4 @@
-"""What every backend must do: exact switching, rollback, batches, bad input. One suite, run over each of them.
+"""Requirements for every backend: exact switching, rollback, batches, bad input. One suite runs over all backends.
 
 After any schedule of exits, chunks and rollbacks an exit gives what a pass from scratch gives; the portable graphs on ONNX
 Runtime say what it should be. Backends that need a GPU are marked ``gpu``: `make test-gpu` runs them.
@@ -33,7 +33,7 @@ EXITS = (2, 3, 5)
 #: The largest difference for float32, as a share of the largest logit.
 TOLERANCE = 1e-4
 
-#: One action of a schedule: what to do, and two numbers that each action reads in its own way.
+#: One action of a schedule: its name, and two numbers whose meaning depends on the action.
 actions = st.lists(
     st.tuples(
         st.sampled_from(["advance", "advance", "step", "step", "stage", "balcony", "idle", "rollback", "again"]),
@@ -51,7 +51,7 @@ def from_scratch(engine: Engine, exit_layer: int, tokens: npt.NDArray[np.int64],
 
 
 def assert_equal(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> None:
-    """What «equal» means: close, and the same argmax unless the two best are closer than twice that."""
+    """Logits count as equal if they are close and have the same argmax, unless the two best are closer than twice the bound."""
     bound = TOLERANCE * np.abs(want).max()
     assert np.abs(got - want).max() <= bound
     best = np.sort(want, axis=-1)
@@ -60,7 +60,7 @@ def assert_equal(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) ->
 
 
 def play(engine: Engine, sequence: TokenSequence, schedule: list[tuple[str, int, int]], seed: int) -> None:
-    """Run a schedule; every logit that it yields is compared with a pass from scratch over the same tokens."""
+    """Run a schedule and compare all its logits with a pass from scratch over the same tokens."""
     random = np.random.default_rng(seed)
     exits = engine.exit_layers
     for action, which, count in schedule:
@@ -103,13 +103,13 @@ def check_cursors(sequence: TokenSequence) -> None:
 
 
 def on_tensorrt(bundle: Bundle) -> Engine:
-    """Engines in float32, built for the GPU that is there."""
+    """Engines in float32, built for the GPU of this machine."""
     graphs = [name for name in bundle.manifest.engines["rtx-fp32"].graphs if name != "backbone"]
     build_engines(bundle, "rtx-fp32", Builder("rtx"), graphs, lambda *_: None)
     return Engine.of(Bundle.open(bundle.path), device="tensorrt", engines="rtx-fp32")
 
 
-#: Backend → how an engine over a bundle is opened.
+#: Backend → function that opens an engine over a bundle.
 BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
     "lowered": Engine.of,
     "portable": lambda bundle: Engine.of(bundle.portable()),
@@ -122,7 +122,7 @@ BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
 }
 ON_GPU = ("cuda-fused", "tensorrt")
 CASES = [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in BACKENDS]
-#: Joining graphs looks at names only: two architectures will do there, and test_quantize.py has more.
+#: Joining graphs depends only on names, so two architectures are enough here; test_quantize.py has more.
 PAIRS = [
     pytest.param(architecture, name, marks=pytest.mark.gpu if name in ON_GPU else ())
     for architecture in ("llama", "qwen3", "gemma2", "gemma3", "smollm3")
@@ -195,7 +195,7 @@ def test_long_sequences_cross_chunks_and_cache_buckets(
 
 
 def test_rollback_is_exact_to_the_bit(subject: Engine) -> None:
-    """The same passes over the same rows give the same bits, whatever stood in the caches past the cursors."""
+    """The same passes over the same rows give the same bits, independent of cache contents past the cursors."""
     tokens = np.random.default_rng(5).integers(0, 320, 40)
     clean = subject.new_sequence(max_length=64)
     clean.advance(5, tokens[:20])
@@ -330,10 +330,10 @@ def test_device_memory_goes_back_with_the_sequence(with_engine_sets: Callable[[s
         sequence.advance(5, [1, 2, 3])
         assert held() >= sequence.state.memory_bytes > 0
         del sequence
-        gc.collect()  # in any thread: the memory goes back with the next one that is asked for
+        gc.collect()  # may run in any thread; the memory is freed at the next allocation
         left = engine.new_sequence(max_length=64)
         assert held() == fresh
-        # and so does what a state took that found no room for the rest
+        # The memory of a state whose allocation failed half-way is freed as well.
         del left
         allocate, taken = device.allocate, []
 
@@ -350,7 +350,7 @@ def test_device_memory_goes_back_with_the_sequence(with_engine_sets: Callable[[s
         gc.collect()
         left = engine.new_sequence(max_length=64)
         assert len(taken) == 10 and held() == fresh
-    del left  # after the backend: there is nothing to give back any more
+    del left  # after the backend has closed there is nothing left to free
 
 
 def test_an_engine_that_picks_tokens_says_where_there_are_none(with_engine_sets: Callable[[str], Bundle]) -> None:
@@ -396,7 +396,7 @@ def test_sequences_in_several_threads_do_not_meet(subject: Engine, tiny_engine: 
 
 
 def test_a_greedy_step_names_the_likeliest_token(subject: Engine) -> None:
-    """`step_best` is `step` and its largest logit, whichever side picks."""
+    """`step_best` returns the token of `step`'s largest logit, on the host and on the device."""
     one, two = subject.new_sequence(max_length=48), subject.new_sequence(max_length=48)
     for sequence in (one, two):
         sequence.advance(5, list(range(1, 9)))

@@ -1,4 +1,4 @@
-"""The engine over ONNX Runtime: memory, refused graphs, which graphs run, packed weights. What all backends do: conformance."""
+"""The engine over ONNX Runtime: memory, refused graphs, graphs that run, packed weights. All backends: test_conformance.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from balcony_runtime.engine import Engine, TokenSequence
 
 
 def resident_bytes(arrays: list[Any]) -> int:
-    """What the kernel says of the mappings that arrays lie in."""
+    """Resident bytes of the memory mappings of arrays, as the kernel reports them."""
     places = [array.ctypes.data for array in arrays]
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
@@ -49,18 +49,18 @@ def arrays_of(sequence: TokenSequence) -> list[Any]:
 def test_memory_is_taken_as_rows_come_and_reported_as_it_is(tiny: Any, graphs: str, batch: int) -> None:
     bundle = Bundle.open(tiny.path)
     with Engine.of(bundle if graphs == "lowered" else bundle.portable()) as engine:
-        gc.collect()  # mappings next to each other are one to the kernel
+        gc.collect()  # the kernel merges adjacent mappings
         sequence = engine.new_sequence(batch_size=batch, max_length=256)
         logits = sequence.state._logits.nbytes  # type: ignore[attr-defined]
         assert resident_bytes(arrays_of(sequence)) == 0 and sequence.state.memory_bytes == logits
 
         def reported() -> int:
-            # the array of logits is counted whole; what ends in a page takes all of it
+            # The array of logits is counted whole, and a page counts as soon as a row touches it.
             assert abs(resident_bytes(arrays_of(sequence)) - sequence.state.memory_bytes) <= mmap.PAGESIZE
             return int(sequence.state.memory_bytes) - logits
 
         sequence.advance(5, [[1]] * batch)
-        segments = 2 * 2 if graphs == "lowered" else 2  # keys and values, of each head where the graphs have them apart
+        segments = 2 * 2 if graphs == "lowered" else 2  # keys and values; lowered graphs have them apart by head
         assert reported() == batch * (4 + 5 * segments) * mmap.PAGESIZE  # four boundaries, five layers, one row: a page
         deep = arrays_of(sequence)[0][2:].copy()
         sequence.advance(2, [list(range(100))] * batch)
@@ -78,7 +78,7 @@ def test_memory_is_taken_as_rows_come_and_reported_as_it_is(tiny: Any, graphs: s
 def test_an_interrupt_at_any_point_of_a_growing_cache_leaves_the_logits_right(
     tiny: Any, tiny_engine: Engine, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C at every instruction of growing, and at every line around it; then the sequence goes on as if nothing was."""
+    """Ctrl-C at every instruction of growing, and at every line around it; the sequence then continues unharmed."""
     monkeypatch.setattr("balcony_runtime.backends.onnxruntime_state.BUCKET", 8)
     tokens = np.random.default_rng(3).integers(0, 320, (batch, 20))
     want = {e: tiny_engine.new_sequence(batch_size=batch).advance(e, tokens)[:, 0] for e in (2, 5)}
@@ -101,7 +101,7 @@ def test_an_interrupt_at_any_point_of_a_growing_cache_leaves_the_logits_right(
     with Engine.of(Bundle.open(tiny.path).portable()) as engine:
         point = interrupted = 0
         while point == interrupted * batch:
-            point += batch  # of a batch every third, which takes seconds as it is
+            point += batch  # with a batch only every third point, which takes seconds already
             sequence = engine.new_sequence(batch_size=batch)
             sequence.advance(5, tokens[:, :6])
             sequence.step(5, tokens[:, 6])
@@ -114,7 +114,7 @@ def test_an_interrupt_at_any_point_of_a_growing_cache_leaves_the_logits_right(
                 interrupted += 1
             finally:
                 sys.settrace(before)
-            if point % 2:  # what was bound to the smaller cache must not come back either
+            if point % 2:  # bindings to the smaller cache must not return either
                 sequence.rollback(5)
             for exit_layer, stop in ((2, 10), (5, 19)):
                 sequence.advance(exit_layer, tokens[:, sequence.length : stop])
@@ -142,7 +142,7 @@ def test_no_pass_takes_more_rows_than_allowed(tiny: Any, monkeypatch: pytest.Mon
                 monkeypatch.setattr(sequence.state, name, counted)
             logits = sequence.advance(exit_layer, list(range(49)), num_logits=40)[0]
             assert max(passes) == 16 and logits.shape == (40, whole[exit_layer].shape[1])
-            for count in (1, 17, 33):  # prompts of one row more than some whole passes
+            for count in (1, 17, 33):  # one row more than a whole number of passes
                 sequence.rollback(0)
                 last = sequence.advance(exit_layer, list(range(count)))[0, 0]
                 assert np.abs(last - whole[exit_layer][count - 10]).max() <= 1e-5 * np.abs(last).max() or count < 10
@@ -162,7 +162,7 @@ def test_no_pass_takes_more_rows_than_allowed(tiny: Any, monkeypatch: pytest.Mon
 def test_a_balconys_backlog_ends_where_what_is_asked_begins(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, rows: int, asked: int, passes: list[tuple[int, int, int]]
 ) -> None:
-    """``(start, stop, queries)`` of each pass of at most 16 rows: none twice, none left out, no more passes than it takes."""
+    """``(start, stop, queries)`` of each pass of at most 16 rows: every row once, in as few passes as possible."""
     monkeypatch.setattr("balcony_runtime.engine.MAX_PASS_ROWS", 16)
     with Engine.open(tiny.path) as engine:
         sequence = engine.new_sequence()
@@ -213,7 +213,7 @@ def test_backlog_is_worked_off_as_far_as_the_stage_before_has_come(tiny: Any) ->
 def test_decode_steps_follow_a_cache_that_has_grown(
     tiny: Any, tiny_engine: Engine, batch: int, exit_layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a step was bound to before must not be what later rows are written to."""
+    """Later rows must not be written to arrays that an earlier step was bound to."""
     monkeypatch.setattr("balcony_runtime.backends.onnxruntime_state.BUCKET", 8)
     tokens = np.random.default_rng(8).integers(0, 320, (batch, 40))
     with Engine.of(Bundle.open(tiny.path).portable()) as engine:
@@ -222,7 +222,7 @@ def test_decode_steps_follow_a_cache_that_has_grown(
         for row in (4, 5):
             assert sequence.up_to_date(exit_layer)
             sequence.step(exit_layer, tokens[:, row])
-        sequence.advance(5, tokens[:, 6:30])  # to 32 rows, by passes of several
+        sequence.advance(5, tokens[:, 6:30])  # to 32 rows, in passes of several rows
         sequence.rollback(6)
         assert sequence.up_to_date(exit_layer)
         sequence.step(exit_layer, tokens[:, 30])
@@ -262,7 +262,7 @@ def test_tables_that_differ_from_the_models_sizes_are_refused(bundle_copy: Any) 
         change()
         document["fingerprint"] = fingerprint(document)
         (bundle_copy / MANIFEST).write_text(json.dumps(document))
-        with pytest.raises(BundleError, match="input past_key_2 of stage_1 is not what the model's sizes"):
+        with pytest.raises(BundleError, match="input past_key_2 of stage_1 does not match the model's sizes"):
             Engine.open(bundle_copy)
 
 
@@ -280,14 +280,14 @@ def test_tables_that_differ_from_the_models_sizes_are_refused(bundle_copy: Any) 
     ],
 )
 def test_graphs_that_differ_from_the_table_are_refused(bundle_copy: Any, change: Any, pattern: str) -> None:
-    """A forger who keeps the manifest whole and its hashes right, and changes a graph."""
+    """A forger changes a graph, but keeps the manifest complete and its hashes right."""
     path = bundle_copy / "cpu_stage_1.onnx"
     model = onnx.load(path, load_external_data=False)
     value = next(value for value in model.graph.input if value.name == "past_key_2")
     change(value)
     for node in model.graph.node:
         node.input[:] = [value.name if name == "past_key_2" else name for name in node.input]
-    if value.name == "past_key_2":  # another width: the operators behind it must not be what refuses it
+    if value.name == "past_key_2":  # another width, which must be refused before the operators run
         del model.graph.node[:]
         model.graph.node.extend(
             onnx.helper.make_node(
@@ -323,7 +323,7 @@ def test_only_the_stages_on_the_way_run(tiny: Any, tmp_path: Any) -> None:
     counted = {name: sum(count for file, count in runs.items() if file.startswith(name)) for name in (
         "stage_0", "stage_1", "stage_2", "balcony_2_keys", "balcony_3_keys", "norm", "lm_head"
     )}  # fmt: skip
-    # each balcony runs once a token; its backlog (two rows of the prompt; all rows but the last) takes one pass more
+    # Each balcony runs once per token; its backlog (two rows of the prompt; all rows but the last) takes one more pass.
     assert counted == {
         "stage_0": 7, "stage_1": 1, "stage_2": 0, "balcony_2_keys": 1, "balcony_3_keys": 1, "norm": 0, "lm_head": 7
     }  # fmt: skip
@@ -350,7 +350,7 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
                     for engine in (plain, first, second)
                 ]
                 assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
-        # a decode step through the joined graph, over exits that come and go
+        # Decode steps through the joined graphs, with changing exits.
         apart, joined = plain.new_sequence(batch_size=2), first.new_sequence(batch_size=2)
         assert np.array_equal(apart.advance(5, [[1, 2, 3]] * 2), joined.advance(5, [[1, 2, 3]] * 2))
         for index in range(40):
@@ -358,14 +358,14 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
             assert np.array_equal(apart.step(exit_layer, ids), joined.step(exit_layer, ids))
         assert {file.name: file.stat().st_mtime_ns for file in home.iterdir()} == made
     shutil.rmtree(home)
-    for leftover in (os.getpid(), "0a1b2c3d"):  # of killed writers
+    for leftover in (os.getpid(), "0a1b2c3d"):  # leftovers of killed writers
         (packed / f".{home.name}.partial-{leftover}").mkdir()
     with Engine.open(path, packed=packed):
         assert {file.name for file in home.iterdir()} == made.keys() and list(packed.iterdir()) == [home]
     weights = next(home.glob("*.weights"))
     whole = weights.read_bytes()
     flipped = bytes([whole[0] ^ 1]) + whole[1:]
-    for content in (flipped, whole[:-1], None):  # damage that ONNX Runtime would map and multiply with
+    for content in (flipped, whole[:-1], None):  # damage that ONNX Runtime would map and use
         weights.unlink() if content is None else weights.write_bytes(content)
         with pytest.raises(BundleError, match=f"{home.name}: the packed weights are damaged: remove it"):
             Engine.open(path, packed=packed)
@@ -375,7 +375,7 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
     with pytest.raises(BundleError, match=f"{home.name}: the packed weights are damaged: remove it"):
         Engine.open(path, packed=packed)
     with Engine.open(export_tiny("llama").path, packed=packed):
-        assert len(list(packed.iterdir())) == 2  # another bundle, another name
+        assert len(list(packed.iterdir())) == 2  # another bundle has another directory
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(InputError, match="packed weights cannot be written"):
@@ -417,7 +417,7 @@ def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) ->
     from balcony_runtime.backends.onnxruntime_state import bound_run
 
     class Elsewhere:
-        """A session of a version that keeps its own object under another name."""
+        """A session of a version that keeps its inner object under another name."""
 
         def __init__(self, session: Any) -> None:
             self.run_with_iobinding = session.run_with_iobinding

@@ -108,13 +108,13 @@ def test_switching_up_runs_the_pending_rows_and_says_so(llm: LLM) -> None:
         tokens.append(token)
         if count == 5:
             llm.budget = Budget()
-    # the prompt's four rows and five fed tokens wait at stages 1 and 2 when the sixth token is out
+    # When the sixth token is made, the prompt's four rows and five tokens are pending at stages 1 and 2.
     assert [token.pending_rows for token in tokens] == [4, 5, 6, 7, 8, 9, 0, 0]
     assert [token.caught_up_rows for token in tokens] == [0] * 6 + [18, 0]
 
 
 def test_a_target_is_held_by_depth(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With prices given, the exits follow the target: what the machine's noise does is the benchmarks' matter."""
+    """With given prices the exits follow the target; benchmarks test the effect of the machine's noise."""
     units = (UnitCost(1.0, 0.001), UnitCost(1.0, 0.001), UnitCost(2.0, 0.001))
     costs = CostModel((2, 3, 5), units, (UnitCost(0.5),) * 3, UnitCost(0.5))
     monkeypatch.setattr(generate_module, "measure_prices", lambda engine: costs)
@@ -135,7 +135,7 @@ def test_a_target_is_held_by_depth(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_backlog_is_worked_off_beside_the_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a shallow start under a generous target the full depth is reached by chunks, and stays exact."""
+    """From a shallow start under a generous target, chunks lead to the full depth, and results stay exact."""
     unit = UnitCost(10.0, 1.0)
     costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(1.0),) * 3, UnitCost(1.0))
     monkeypatch.setattr(generate_module, "measure_prices", lambda engine: costs)
@@ -152,7 +152,7 @@ def test_backlog_is_worked_off_beside_the_steps(llm: LLM, monkeypatch: pytest.Mo
     assert tokens[-1].exit_layer == 5 and tokens[-1].pending_rows == 0
     chunked = [token for token in tokens if token.caught_up_rows and token.exit_layer < 5]
     assert chunked and all("catching up" in token.reason for token in chunked)
-    assert sum(token.caught_up_rows for token in tokens) >= 2 * 102  # stages 1 and 2, all rows that they had missed
+    assert sum(token.caught_up_rows for token in tokens) >= 2 * 102  # all pending rows of stages 1 and 2
 
 
 def test_prompts_that_do_not_fit(llm: LLM) -> None:
@@ -235,7 +235,7 @@ def test_the_library_logs_and_prints_nothing(
 
 
 def prices(monkeypatch: pytest.MonkeyPatch, step_ms: float = 1.0) -> CostModel:
-    """Give every graph of the tiny model a price, whatever this machine is doing."""
+    """Give every graph of the tiny model a fixed price, independent of this machine."""
     unit = UnitCost(step_ms, step_ms / 100)
     costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(step_ms / 2),) * 3, UnitCost(step_ms / 2))
     monkeypatch.setattr(generate_module, "measure_prices", lambda engine: costs)
@@ -255,7 +255,7 @@ def test_pace_waits_and_the_wait_goes_to_the_backlog(llm: LLM, monkeypatch: pyte
     assert time.perf_counter() - begin >= 7 * 0.05
     assert {token.decision.period_ms for token in tokens[1:]} == {50}
     assert {token.exit_layer for token in tokens} == {2}
-    assert tokens[-1].pending_rows == 0  # though no deeper exit was taken
+    assert tokens[-1].pending_rows == 0  # although no deeper exit was used
 
 
 def test_a_paced_stream_is_cancelled_in_the_middle_of_a_wait(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ def test_a_cancelled_wait_is_not_spent_on_backlog(llm: LLM) -> None:
 
 
 def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readings as a fan-less board gives them; the real sensors have tests of their own."""
+    """Readings of a board without a fan; the real sensors have tests of their own."""
     prices(monkeypatch)
 
     def hot() -> tuple[Reading, ...]:
@@ -296,9 +296,11 @@ def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any, monkeypatch: pytes
         llm.budget = Budget(temperature_c=70, min_pace_tps=300)
         tokens = list(llm.stream([1, 2, 3], max_new_tokens=80, ignore_eos=True))
         assert "limited by temperature_c" in tokens[-1].reason
-        assert tokens[-1].decision.period_ms == pytest.approx(1000 / 300)  # too hot for any pace: the least one is held
+        assert tokens[-1].decision.period_ms == pytest.approx(
+            1000 / 300
+        )  # too hot for any pace, so the slowest one is used
         llm.budget = Budget(power_w=5, power_rail="gpu")
-        time.sleep(2 * TICK_S)  # the slow loop looks again
+        time.sleep(2 * TICK_S)  # the slow loop runs again
         reasons = {token.reason for token in llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True)}
         assert all("no reading for power_w: latency only" in reason for reason in reasons)
 
@@ -357,7 +359,7 @@ def test_a_recorded_run_replays(llm: LLM, tmp_path: Path, monkeypatch: pytest.Mo
     assert [token.line["latency_ms"] for token in recorded.tokens] == [token.latency_ms for token in tokens]
     again = list(replay(recorded))
     bare = [[decided._replace(words=()) for decided in run] for run in (again, [token.decision for token in tokens])]
-    assert bare[0] == bare[1]  # all but the words' parts
+    assert bare[0] == bare[1]  # everything except the wording
     assert [decision.reason for decision in again] == [token.reason for token in tokens]
     assert any(token.seen.readings for token in recorded.tokens)
 

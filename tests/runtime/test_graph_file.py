@@ -1,4 +1,4 @@
-"""Forged graphs: loops, functions and weights in files that nobody lists."""
+"""Forged graphs: loops, functions, and weights in files that the manifest does not list."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def external(location: str, *, constant: bool = False) -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("forged", "pattern"),
     [
-        (endless(), r"holds a graph inside of an operator \(Loop\), which could run without end"),
-        (with_function(), "holds a function"),
+        (endless(), r"contains a graph inside an operator \(Loop\), which could run without end"),
+        (with_function(), "contains a function"),
         (external("extra.bin"), "has weights in 'extra.bin', which the manifest does not list"),
         (external("../weights.bin"), "has weights in '../weights.bin'"),
         (external("extra.bin", constant=True), "has weights in 'extra.bin'"),
@@ -93,11 +93,11 @@ def test_listed_weights_pass_and_a_torn_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_bundle_with_an_endless_loop_is_refused_when_it_is_opened(bundle_copy: Path) -> None:
-    """With sizes, hashes and fingerprint made consistent: it would hang in its first step."""
+    """Sizes, hashes and fingerprint are consistent; without the check, the first step would hang."""
     (bundle_copy / "cpu_norm.onnx").write_bytes(endless().SerializeToString())
     document = json.loads((bundle_copy / MANIFEST).read_text())
     document["files"]["cpu_norm.onnx"] = file_spec(bundle_copy / "cpu_norm.onnx").model_dump()
     document["fingerprint"] = fingerprint(document)
     (bundle_copy / MANIFEST).write_text(json.dumps(document))
-    with pytest.raises(BundleError, match=r"cpu_norm\.onnx: holds a graph inside of an operator \(Loop\)"):
+    with pytest.raises(BundleError, match=r"cpu_norm\.onnx: contains a graph inside an operator \(Loop\)"):
         Engine.open(bundle_copy)

@@ -1,4 +1,4 @@
-"""Joining graphs as protobuf messages, with ONNX's own library as the judge."""
+"""Joining graphs as protobuf messages, checked with ONNX's own library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from balcony_runtime.backends.onnxruntime import open_session
 
 
 def part(name: str, source: str, result: str, weight: float, also: str = "") -> bytes:
-    """``result = source · weight + last``; inner names are those of every other part."""
+    """``result = source · weight + last``; all parts use the same inner names."""
     ports = {
         port: helper.make_tensor_value_info(port, TensorProto.FLOAT, ["rows", 2]) for port in (source, result, "last")
     }
@@ -68,7 +68,7 @@ def test_a_graph_that_is_cut_short_is_no_graph() -> None:
 
 
 def test_weights_outside_of_the_files_stay_there(tmp_path: Path) -> None:
-    """Two parts over the same bytes: the whole names the same place."""
+    """The joined graph refers to a part's external data in the same file, at the same place."""
     model = onnx.load_from_string(part("a", "hidden_0", "hidden", 2.0))
     onnx.save(
         model, str(tmp_path / "a.onnx"), save_as_external_data=True, location="weights", size_threshold=0,

@@ -1,4 +1,4 @@
-"""The profiler on a tiny bundle: what it asks for, how it fits, what it keeps when it is stopped."""
+"""The profiler on a tiny bundle: its grid, its fit, and the measurements that it keeps when it is stopped."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_a_sweep_that_makes_no_sense_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"prompts": (300,)}, "-p ask for 301 tokens and this bundle's context holds 256"),
-        ({"depths": (250,)}, "-d and -n ask for 261 tokens"),
-        ({"pending": (260,)}, "--pending ask for"),
-        ({"tokens": 2}, "-n 2: a decode block has 3 tokens or more"),
+        ({"prompts": (300,)}, "-p: 301 tokens are needed, but this bundle's context holds 256"),
+        ({"depths": (250,)}, "-d and -n: 261 tokens are needed"),
+        ({"pending": (260,)}, "--pending: "),
+        ({"tokens": 2}, "-n 2: the first two tokens of a decode block only warm up"),
         ({"prompts": (0,)}, "-p 0: must be at least 1"),
     ],
 )
@@ -100,7 +100,7 @@ def test_the_fit_of_noisy_passes_has_no_negative_price_and_says_how_far_off_it_i
 
 
 def test_a_stage_costs_what_it_adds_to_a_step() -> None:
-    """A shallow exit whose weights stay in the cache: 8 ms there, though its pass in a full sweep takes 10."""
+    """A shallow exit whose weights stay in the cache takes 8 ms, although its pass in a full sweep takes 10 ms."""
     passes = {
         Key(kind, layer, rows=rows, context=end - 1): [[ms * (1 + 0.1 * (rows - 1))]]
         for kind, layer, ms in (("catch_up", 4, 10.0), ("catch_up", 8, 10.0), ("balcony", 4, 1.0))
@@ -112,18 +112,18 @@ def test_a_stage_costs_what_it_adds_to_a_step() -> None:
     costs, _ = fit_costs({**passes, **ends, **steps}, (4, 8))
     assert costs.steady_ms(4, 100) == pytest.approx(11.0) and costs.steady_ms(8, 100) == pytest.approx(22.5)
     assert [stage.first_row_ms for stage in costs.stages] == pytest.approx([8.0, 12.0])
-    # a price is never below 0, and then the next stage makes up for it
+    # A price is never below 0; the next stage then takes the difference.
     steps = {Key("decode", 4, context=100): [[1.0]], Key("decode", 8, context=100): [[22.5]]}
     costs, _ = fit_costs({**passes, **ends, **steps}, (4, 8))
     assert costs.stages[0].first_row_ms == 0.0 and costs.steady_ms(8, 100) == pytest.approx(22.5)
-    # what further rows cost stays what it was
+    # The price of further rows does not change.
     assert costs.stages[0].pass_ms(8, 100) - costs.stages[0].pass_ms(1, 100) == pytest.approx(7.0)
 
 
 def test_percentiles_and_intervals() -> None:
     assert quantile([1.0, 2.0, 3.0, 4.0, 5.0], 0.95) == pytest.approx(4.8)
     assert chance_ms([[10.0], [12.0]]) == pytest.approx(12.71 * 2**0.5 / 2**0.5)
-    # ranks bound the median of nine rounds: the second and the eighth, whatever the outlier is
+    # With nine rounds, the second and the eighth value bound the median, independent of the outlier.
     assert chance_ms([[value] for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0, 1000.0)]) == pytest.approx(3.5)
     timing = summarise([[1.0, 2.0], [3.0, 100.0]])
     assert (timing.samples, timing.rounds, timing.p50_ms, timing.max_ms) == (4, 2, 2.5, 100.0)
@@ -131,7 +131,7 @@ def test_percentiles_and_intervals() -> None:
 
 @pytest.mark.parametrize("rounds", [9, 11, 12, 14, 16, 30])
 def test_intervals_hold_the_median_as_often_as_they_say(rounds: int) -> None:
-    # exactly: ranks r and n - 1 - r miss the median when at most r of n fair coins fall on one side
+    # Exact: ranks r and n - 1 - r miss the median if at most r of n fair coins fall on one side.
     rank = _rank(rounds)
     assert 2 * sum(math.comb(rounds, k) for k in range(rank + 1)) <= 0.05 * 2**rounds
     assert 2 * sum(math.comb(rounds, k) for k in range(rank + 2)) > 0.05 * 2**rounds
@@ -168,13 +168,13 @@ def test_a_profile_of_a_tiny_bundle(llm: LLM) -> None:
     model = llm.engine.manifest.model
     caches = 2 * (model.num_layers + 2) * model.kv_width * 4
     rows = (len(exits) + 1) * model.hidden_size * 4
-    # whole pages, and the logits: much for the few short rows of a tiny model
+    # Whole pages and the logits take a large share with the few short rows of a tiny model.
     assert 1 <= profile.memory.per_1k_tokens_bytes / (1000 * (caches + rows)) <= 1.6
     assert {e.exit_layer for e in profile.select("controller")} == set(exits)
     assert profile.costs.overhead_ms == pytest.approx(
         median(e.timing.p50_ms for e in profile.select("controller")), rel=0.3
     )
-    # Python's share and the engine's calls are the gap between tokens
+    # Python's share and the engine's calls add up to the gap between tokens.
     for layer in exits:
         (gap,) = (e.timing.p50_ms for e in profile.select("decode", layer) if e.context == 0)
         (python,) = (e.timing.p50_ms for e in profile.select("python", layer) if e.context == 0)
@@ -230,7 +230,7 @@ class NoPower:
 
 
 class Counter(NoPower):
-    """An energy counter that grows by 20 J a second beside a thermometer that throttles."""
+    """An energy counter that grows by 20 J a second, and a thermometer that reports throttling."""
 
     def read(self, now_s: float) -> Sample:
         return Sample(
@@ -242,7 +242,7 @@ class Counter(NoPower):
 
 
 class TwoSockets(NoPower):
-    """Two packages by one source, a second opinion on the first, and a board beside an outlet."""
+    """Two packages from one source, a second source for the first package, and two readings of the board."""
 
     def read(self, now_s: float) -> Sample:
         watts = {"rapl:package-0": 60.0, "rapl:package-1": 55.0, "hwmon:package-0": 61.0}
@@ -284,7 +284,7 @@ def test_energy_per_token_is_power_over_speed(llm: LLM) -> None:
     assert [power.exit_layer for power in profile.power] == list(llm.exit_layers) and profile.power_reason is None
     for power in profile.power:
         assert power.busy_w == pytest.approx(20.0, rel=1e-6) == power.idle_w
-        # blocks of five tokens, a prompt of one and what happens between blocks: more than a gap, less than 20 of them
+        # Blocks of five tokens, a prompt of one token, and time between blocks: more than one gap, less than 20 gaps.
         (entry,) = (e for e in profile.select("decode", power.exit_layer) if e.context == 0)
         assert entry.timing.min_ms < power.joules_per_token / 20 * 1000 < 20 * entry.timing.p95_ms
 

@@ -113,7 +113,7 @@ def test_min_p_keeps_what_is_likely_enough() -> None:
 
 
 def test_bias_and_penalty_come_in_the_order_of_transformers() -> None:
-    """A bias that changes a logit's sign shows the order: the penalty divides what is above 0 and multiplies the rest."""
+    """A bias that changes a logit's sign shows the order: the penalty divides logits above 0 and multiplies the others."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Self-speculation: the full depth's own tokens, its own distribution, and only where it pays."""
+"""Self-speculation: the full depth's own tokens and distribution, and rounds only when they pay."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from balcony_runtime.llm import LLM
 EXITS = (2, 3, 5)
 
 
-#: No balcony is behind.
+#: Pending rows of the balconies: none.
 NONE = (0, 0, 0)
 
 
 def costs(shallow_ms: float = 1.0, deep_ms: float = 50.0) -> CostModel:
-    """Drafting at exit 2 costs next to nothing beside the deeper stages; further rows are nearly free."""
+    """Drafting at exit 2 costs almost nothing compared with the deeper stages; further rows are nearly free."""
     units = (UnitCost(shallow_ms, 0.01), UnitCost(deep_ms, 0.01), UnitCost(deep_ms, 0.01))
     return CostModel(EXITS, units, (UnitCost(0.1),) * 3, UnitCost(0.1))
 
 
 @pytest.fixture
 def llm(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Prices under which rounds pay whatever the drafts are worth, so that they are run."""
-    monkeypatch.setattr("balcony_runtime.llm.calibrate", lambda engine: costs())
+    """Prices under which rounds always pay, so that they run even with bad drafts."""
+    monkeypatch.setattr("balcony_runtime.llm.measure_prices", lambda engine: costs())
     with balcony_edge.load(tiny.path) as loaded:
         yield loaded
 
@@ -62,11 +62,11 @@ def test_greedy_replies_are_the_full_depths(llm: LLM, sampling: SamplingParams) 
         assert {token.exit_layer for token in tokens} == {5}
         drafted += sum(token.decision.drafted > 0 for token in tokens)
         assert all("drafted" in token.reason for token in tokens if token.decision.drafted)
-    assert drafted > 300  # it was really used
+    assert drafted > 300  # drafting was really used
 
 
 def test_switches_budgets_and_a_continued_sequence_leave_it_exact(llm: LLM) -> None:
-    """Plain, speculative and shallow tokens in one reply: after every stretch the full depth says what it would have said."""
+    """Plain, speculative and shallow tokens in one reply: the full depth's tokens do not depend on the stretches before."""
     sequence = llm.engine.new_sequence(max_length=200)
     random = np.random.default_rng(4)
     history = PROMPTS[3]
@@ -86,7 +86,7 @@ def test_switches_budgets_and_a_continued_sequence_leave_it_exact(llm: LLM) -> N
 
 
 def test_a_sampled_token_has_the_full_models_distribution() -> None:
-    """Chi-square over 100,000 draws: drafted from q, judged by p, distributed as p."""
+    """Chi-square over 100,000 draws: tokens drafted from q and checked by p are distributed as p."""
     random = np.random.default_rng(0)
     logits_q, logits_p = random.normal(size=(2, 10)).astype(np.float32) * 1.5
     params = SamplingParams(temperature=0.9, top_k=8, seed=1)
@@ -102,7 +102,7 @@ def test_a_sampled_token_has_the_full_models_distribution() -> None:
     expected = draws * p[p > 0]
     statistic = float(((counts[p > 0] - expected) ** 2 / expected).sum())
     assert statistic < 24.32  # 99.9 % quantile of chi-square with 7 degrees of freedom
-    # in closed form: what is accepted of q, and the rest drawn from what p has more
+    # In closed form: the accepted part of q, and the rest drawn from the excess of p over q.
     q = np.zeros(10)
     kept_q = np.argsort(-logits_q)[:8]
     q[kept_q] = np.exp(logits_q[kept_q] / 0.9) / np.exp(logits_q[kept_q] / 0.9).sum()
@@ -166,7 +166,7 @@ def test_the_choice_follows_acceptance_and_measured_times() -> None:
     assert good is not None and good.exit_layer == 2 and good.drafts == 8 and good.speedup > 4
     assert speculator.plan(costs(), 50, NONE, 4, float("inf")).drafts == 3  # type: ignore[union-attr] - no room for more
     assert speculator.plan(costs(), 50, NONE, 100, 90.0) is None  # the whole round must fit a gap
-    # a balcony that is 30 rows behind is run first: in the same gap
+    # A balcony with 30 pending rows runs first, in the same gap.
     behind_ms = costs().balconies[0].pass_ms(30, 50, 1)
     for share in (0.9, 1.1):
         fresh = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
@@ -179,7 +179,7 @@ def test_the_choice_follows_acceptance_and_measured_times() -> None:
     assert other is None or other.exit_layer != 2 or other.drafts < 3
     slow = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
     for _ in range(60):
-        slow.learn(good, 8, 10 * good.price_ms)  # rounds take ten times what they are priced at
+        slow.learn(good, 8, 10 * good.price_ms)  # rounds take ten times their price
     assert slow.plan(costs(), 50, NONE, 100, float("inf")) is None
 
 
@@ -187,7 +187,7 @@ def test_under_a_latency_target_a_round_must_fit_the_gap(llm: LLM) -> None:
     llm.budget = Budget(policy="speculative", tpot_ms=1e5)
     tokens = list(llm.stream(PROMPTS[1], max_new_tokens=40, ignore_eos=True))
     assert any(token.decision.drafted for token in tokens)
-    llm.budget = Budget(policy="speculative", tpot_ms=1.0)  # nothing deep fits: shallow steps, no rounds
+    llm.budget = Budget(policy="speculative", tpot_ms=1.0)  # no deep step fits: shallow steps, and no rounds
     tokens = list(llm.stream(PROMPTS[1], max_new_tokens=40, ignore_eos=True))
     assert not any(token.decision.drafted for token in tokens)
 

@@ -1,4 +1,4 @@
-"""Text in and out: the chat template in its sandbox, and streams without a broken character."""
+"""Text in and out: the chat template in its sandbox, and streams without broken characters."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_prompt_that_becomes_no_token_is_refused(bundle_copy: Path) -> None:
     tokenizer = Tokenizer.from_str(file.read_text())
     tokenizer.normalizer = normalizers.Replace("\u200b", "")
     file.write_text(tokenizer.to_str())
-    with pytest.raises(InputError, match="the prompt is empty: the tokenizer makes no token of it"):
+    with pytest.raises(InputError, match="the tokenizer makes no token of it"):
         TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy))).encode("\u200b", chat=False)
 
 
@@ -63,7 +63,7 @@ def test_messages_that_are_none_are_refused(codec: TextCodec, messages: Any) -> 
 
 
 def test_a_content_of_parts_is_their_text(codec: TextCodec) -> None:
-    """A template would write the list as Python writes it, brackets and quotes included."""
+    """A template would print the list as Python prints it, with brackets and quotes."""
     parts = [{"type": "text", "text": "the fox"}, {"type": "text", "text": "the dog"}]
     told = codec.encode([{"role": "user", "content": "the fox\nthe dog"}])
     assert codec.encode([{"role": "user", "content": parts}]) == told
@@ -72,7 +72,7 @@ def test_a_content_of_parts_is_their_text(codec: TextCodec) -> None:
 @pytest.mark.parametrize(
     ("content", "pattern"),
     [
-        ([{"type": "image", "url": "x"}], "a list may hold {'type': 'text', 'text': '...'} alone"),
+        ([{"type": "image", "url": "x"}], "a list may hold only {'type': 'text', 'text': '...'}"),
         ([{"type": "text"}], "a list may hold"),
         (["the fox"], "a list may hold"),
         (None, "message content = None: must be a text or a list of text parts"),
@@ -93,7 +93,7 @@ def test_text_that_is_not_unicode_is_refused(codec: TextCodec) -> None:
 
 @pytest.mark.parametrize("text", ["a<end>b", "<end>", "the <end> fox <end><end>", "no token of control"])
 def test_control_tokens_in_a_prompt_can_be_plain_text(codec: TextCodec, tiny: Any, text: str) -> None:
-    """By default as in transformers; without, the ids spell the name, and the template's own tokens stay."""
+    """By default as in transformers; otherwise the ids spell the name, and the template's own tokens do not change."""
     end = tiny.tokenizer.convert_tokens_to_ids("<end>")
     assert codec.encode(text, chat=False).count(end) == text.count("<end>")
     assert codec.encode(text).count(end) == text.count("<end>")
@@ -115,9 +115,9 @@ def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> No
 @pytest.mark.parametrize(
     ("content", "pattern"),
     [
-        ("[1]", "must be a table of names such as bos_token and texts"),
-        ('{"messages": "x"}', "must be a table"),
-        ('{"bos_token": 1}', "must be a table"),
+        ("[1]", "must map names such as bos_token to texts"),
+        ('{"messages": "x"}', "must map names"),
+        ('{"bos_token": 1}', "must map names"),
         ("[" * 100_000, "not readable as JSON"),
         ("{", "not readable as JSON"),
     ],
@@ -141,7 +141,7 @@ def test_what_a_training_left_in_the_tokenizer_changes_no_prompt(bundle_copy: Pa
 
 
 def byte_fallback() -> Tokenizer:
-    """As Llama 2, Mistral and Gemma write text: pieces with their space, and single bytes for what has none."""
+    """A tokenizer as in Llama 2, Mistral and Gemma: pieces with their space, and single bytes for other characters."""
     pieces = ["<unk>", "▁text", "▁the", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"))
     steps = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0))
@@ -156,7 +156,7 @@ def test_bytes_that_never_become_a_character_end_no_stream(tokens: list[int]) ->
     stream = TextStream(tokenizer)
     streamed = "".join([*(stream.push(token) for token in tokens), stream.flush()])
     whole = tokenizer.decode(tokens)
-    # a byte that was given out may be an unknown character of the whole: what was said cannot be taken back
+    # A byte that was already returned may become an unknown character of the whole text; it cannot be taken back.
     assert re.findall(" ?text| ?the", streamed) == re.findall(" ?text| ?the", whole)
     assert len(streamed.encode()) <= len(whole.encode())
 
@@ -199,7 +199,7 @@ def test_text_of_every_script_streams_whole(codec: TextCodec, text: str) -> None
 
 
 def manifest_of(bundle: Path) -> Manifest:
-    """The manifest alone: the files are about to differ from it."""
+    """Only the manifest, because the test then changes the files."""
     return Manifest.model_validate_json((bundle / MANIFEST).read_text())
 
 
@@ -231,7 +231,7 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
             write_template(bundle_copy, template).encode(message)
     with pytest.raises(BundleError, match=r"chat_template\.jinja: not readable"):
         write_template(bundle_copy, "{% for %}")
-    # tags that transformers has: SmolLM3's template marks the assistant's words, others leave loops
+    # Tags of transformers: SmolLM3's template marks the assistant's words, others use break and continue in loops.
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}"
         "{% generation %}!{{ m.role }}{% endgeneration %}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}"
@@ -246,7 +246,7 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
         ).encode(message)
 
 
-#: Programs that take gigabytes in sandboxes that bound results one by one, or not at all: doubling, widths, and sharing.
+#: Templates that take gigabytes in sandboxes that only bound single results, or none: doubling, widths, and sharing.
 GREEDY = {
     "~": "{% set n = namespace(x='x' * 1000) %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "+": "{% set n = namespace(x='x' * 1000) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
@@ -385,12 +385,12 @@ def test_stop_strings_cut_as_if_the_text_were_whole(text: str, stops: list[str],
     if not places:
         assert shown == text
     else:
-        # the first stop string to be complete ends the text; an earlier start may be completed later
+        # The first stop string that is complete ends the text; one with an earlier start may be completed later.
         assert text.startswith(shown) and min(places) <= len(shown) <= max(places)
         assert any(text.startswith(stop, len(shown)) for stop in stops)
 
 
 @pytest.mark.parametrize("stops", ["text", [""], ["a", ""], [3]])
 def test_stop_strings_that_are_none(stops: Any) -> None:
-    with pytest.raises(InputError, match="must be a list of strings that are not empty"):
+    with pytest.raises(InputError, match="must be a list of non-empty strings"):
         StopStrings(stops)

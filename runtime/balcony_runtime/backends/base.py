@@ -1,8 +1,8 @@
-"""What every engine backend implements: one small protocol for graphs and memory.
+"""The interface of engine backends: one small protocol for graphs and one for memory.
 
 A backend owns weights and executable graphs; a :class:`State` owns one sequence's memory on the backend's device (row
-buffers, KV caches). Neither knows cursors or exits policies: :mod:`balcony_runtime.engine` decides which rows go through
-which graph, and the backend moves them.
+buffers, KV caches). Neither knows cursors or policies: :mod:`balcony_runtime.engine` decides which rows go through which graph,
+and the backend runs them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ class State(Protocol):
 
     @property
     def busy_ns(self) -> int:
-        """Nanoseconds spent inside the engine since the state was made: what is left of a step is Python."""
+        """Nanoseconds spent inside the engine since the state was made; the rest of a step is Python's time."""
         ...
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of memory that row buffers, KV caches and logits take now."""
+        """Bytes of memory that row buffers, KV caches and logits currently take."""
         ...
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
-        """The decode step: one token of each member, (B,), to row ``row`` and on to the logits of an exit, (B, V).
+        """The decode step: write one token of each member, (B,), to row ``row`` and return the logits of an exit, (B, V).
 
-        Every graph on the way has taken the rows before. The array belongs to the state; the next step writes over it.
+        All graphs of the exit must have taken in all earlier rows. The array belongs to the state; the next step overwrites it.
         """
         ...
 
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
-        """The same step, of which only the most likely token of each member is wanted, (B,)."""
+        """The same step, but return only the most likely token of each member, (B,)."""
         ...
 
     def embed(self, tokens: IntArray, start: int) -> None:
@@ -49,38 +49,38 @@ class State(Protocol):
         ...
 
     def run_stage(self, stage: int, start: int, stop: int) -> None:
-        """Take rows ``start : stop`` of boundary ``stage`` to boundary ``stage + 1``; their keys and values are kept."""
+        """Run rows ``start : stop`` from boundary ``stage`` to boundary ``stage + 1`` and keep their keys and values."""
         ...
 
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
-        """Feed rows ``start : stop`` to the exit's balcony (the full depth: its norm), asking with the last ones.
+        """Run rows ``start : stop`` through the exit's balcony (full depth: the norm), the last ``num_queries`` as queries.
 
-        The result waits for :meth:`logits`. A balcony keeps keys and values of all rows; a norm takes the last ones only.
-        With ``num_queries`` 0 nothing is asked: a backlog is worked off.
+        :meth:`logits` uses the result. A balcony keeps keys and values of all rows; a norm only takes the query rows. With
+        ``num_queries`` 0 the balcony only takes in a backlog.
         """
         ...
 
     def wait(self) -> None:
-        """Wait until the device has made all passes so far: before and behind what is timed alone."""
+        """Wait until the device has finished all passes so far; call it before and after a pass that is timed alone."""
         ...
 
     def logits(self, num_queries: int) -> FloatArray:
-        """Logits (B, num_queries, V) of what :meth:`run_exit` left, as an array that the caller owns."""
+        """Logits (B, num_queries, V) of the last :meth:`run_exit`, as an array that the caller owns."""
         ...
 
 
 class Backend(Protocol):
-    """An engine with its graphs loaded: a context manager that frees them."""
+    """An engine with its graphs loaded. A context manager that frees them."""
 
     manifest: Manifest
     threads: int
     #: Most rows of a sequence; at most the context length.
     max_length: int
-    #: Whether it is cheaper to have the most likely token picked inside than to get all logits.
+    #: Whether picking the most likely token inside the backend is cheaper than returning all logits.
     picks_inside: bool
 
     def new_state(self, batch_size: int, max_length: int) -> State:
-        """Memory for one sequence of ``batch_size`` rows in parallel and at most ``max_length`` tokens."""
+        """Memory for one sequence of ``batch_size`` members and at most ``max_length`` tokens each."""
         ...
 
     def close(self) -> None:
@@ -95,5 +95,5 @@ class Backend(Protocol):
 
 
 def not_finite() -> InputError:
-    """The error for logits that a model cannot produce, wherever a token is chosen: on the host or on the device."""
+    """The error for NaN or infinite logits, for code that chooses tokens on the host or on the device."""
     return InputError("the logits hold NaN or infinity: run `balcony-edge verify` on this bundle")

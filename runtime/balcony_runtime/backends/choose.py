@@ -1,4 +1,4 @@
-"""Which engine runs a bundle here: the choice of ``auto``, its reason, and the opening of whichever was chosen."""
+"""The choice of the engine for a bundle on this machine: the meaning of ``auto``, its reason, and the opening of a backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DeviceName = Literal["auto", "cpu", "cuda", "nv", "tensorrt"]
 
 
 class Choice(NamedTuple):
-    """A device, the engine set that it runs (None: the bundle's graphs for CPUs), and why."""
+    """A device, the engine set that it runs (None: the bundle's graphs for CPUs), and the reason."""
 
     device: DeviceName
     engines: str | None
@@ -24,7 +24,7 @@ class Choice(NamedTuple):
 
 
 def choose(manifest: Manifest) -> Choice:
-    """What ``auto`` means for a bundle on this machine: engines that fit its GPU, then the GPU's provider, then the CPU."""
+    """The choice of ``auto`` on this machine: engines that fit its GPU, else ONNX Runtime on the GPU, else the CPU."""
     if not manifest.engines:
         return Choice("cpu", None, "the bundle has no graphs for GPUs: make them with `balcony-edge build`")
     try:
@@ -54,17 +54,18 @@ def open_backend(
     """Open the engine of a device.
 
     Args:
-        bundle: what to load.
-        device: where to run it.
-        engines: which set of ``manifest.engines``; by default the only one. On the CPU: the set's graphs in the place of those
-            for CPUs, to check without a GPU what a GPU will be given.
+        bundle: bundle to load.
+        device: device to run it on.
+        engines: name of a set in ``manifest.engines``; by default the only one. On the CPU, the set's graphs run instead of
+            those for CPUs, which checks a GPU's graphs without a GPU.
         threads: as for :class:`.onnxruntime.OnnxRuntimeBackend`.
         packed: likewise.
-        verify_hashes: hash the files of an engine set and packed weights; those of the bundle are hashed when it is opened.
+        verify_hashes: whether files of an engine set and packed weights are hashed; opening the bundle hashes its own files.
 
     Raises:
-        BundleError: the bundle has no such set, or it does not fit.
-        DeviceError: there is no such device.
+        BundleError: the bundle has no such set, or the set does not fit.
+        InputError: packed weights are given for a device other than the CPU.
+        DeviceError: the device is missing.
         MissingDependencyError: the engine is not installed.
     """
     if device == "auto" and packed is not None:
@@ -92,7 +93,7 @@ def _only(bundle: Bundle, device: DeviceName) -> str:
     names = list(bundle.manifest.engines)
     if not names and not bundle.manifest.graphs:
         raise BundleError(
-            f"{bundle.path}: precision {bundle.manifest.precision} runs on the CPU alone: run it with --device cpu, or export "
+            f"{bundle.path}: precision {bundle.manifest.precision} runs only on the CPU: run it with --device cpu, or export "
             "the model with --precision fp16 and make engines with `balcony-edge build` (--rounded-as takes over int4 weights)"
         )
     if not names:

@@ -1,6 +1,6 @@
 """CUDA as a device: memory, one stream, and captured graphs, through NVIDIA's own bindings (``cuda-python``).
 
-Owns every call of the CUDA runtime. No torch: what a device needs is malloc, memcpy, a stream and graph capture.
+Owns every call of the CUDA runtime. It needs no torch, only malloc, memcpy, a stream and graph capture.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ except ImportError as missing:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """What a call of the CUDA runtime returned behind its error code.
+    """Check the error code of a call of the CUDA runtime and return its other results.
 
     Raises:
-        DeviceError: the call failed; one line with CUDA's words and what to do.
+        DeviceError: the call failed; one line with CUDA's message and a cure.
     """
     code, *values = result
     if code != cudart.cudaError_t.cudaSuccess:
@@ -47,7 +47,7 @@ def _cure(code: Any) -> str:
 
 
 def compute_capability() -> str:
-    """Of the first GPU, such as ``87``.
+    """Compute capability of the first GPU, such as ``87``.
 
     Raises:
         DeviceError: there is no driver or no GPU.
@@ -62,7 +62,7 @@ def compute_capability() -> str:
 
 
 class _Captured:
-    """A captured graph; it goes with the object, and CUDA keeps what runs of it until it is through."""
+    """A captured graph. It is destroyed with this object; CUDA still finishes launches that are running."""
 
     def __init__(self, executable: Any, stream: int) -> None:
         self._executable, self._stream = executable, stream
@@ -76,7 +76,7 @@ class CudaDevice:
     """The first GPU; implements :class:`.device.Device`.
 
     Args:
-        capture: whether decode steps become CUDA graphs; without it their launches follow one another.
+        capture: whether decode steps become CUDA graphs; otherwise their launches run one after another.
 
     Raises:
         DeviceError: there is no driver or no GPU.
@@ -86,10 +86,10 @@ class CudaDevice:
         self.capability = compute_capability()
         self._capture = capture
         stream = check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
-        #: The one stream that all work is put on.
+        #: The stream of all work.
         self.stream = int(stream)
         self._regions: set[int] = set()
-        # page-locked, so that a step's few bytes are copied without a copy before
+        # Page-locked memory, so that a step's few bytes need no intermediate copy.
         self._pinned_bytes = 1 << 16
         self._pinned = int(check(cudart.cudaMallocHost(self._pinned_bytes)))
 
@@ -109,7 +109,7 @@ class CudaDevice:
         array = np.ascontiguousarray(array, region.dtype)
         assert array.shape == region.shape, (array.shape, region.shape)
         kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
-        # from pageable memory: CUDA has read the array when the call returns
+        # The array is pageable memory, so CUDA has read it when the call returns.
         check(cudart.cudaMemcpyAsync(region.pointer, array.ctypes.data, region.nbytes, kind, self.stream))
 
     def download(self, region: Region) -> npt.NDArray[Any]:
@@ -135,7 +135,7 @@ class CudaDevice:
 
         if not self._capture:
             return all_of_them
-        all_of_them()  # engines set themselves up at the first launch, which a capture cannot hold
+        all_of_them()  # engines initialise themselves at the first launch, which a capture cannot record
         self.synchronize()
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         check(cudart.cudaStreamBeginCapture(self.stream, mode))

@@ -1,8 +1,8 @@
-"""Memory and graphs of an accelerator, as :mod:`.device_state` needs them, and main memory as one more of them.
+"""Memory and graphs of an accelerator, as :mod:`.device_state` needs them; main memory is one such device.
 
-Two protocols: a :class:`Device` owns memory and the order of work on it, an :class:`Executor` runs graphs over it. CUDA's are
-:mod:`.cuda`, TensorRT's and ONNX Runtime's are :mod:`.tensorrt` and :mod:`.onnxruntime_device`. :class:`HostDevice` is the
-main memory: over it the same state and the same graph files run on a CPU.
+Two protocols: a :class:`Device` owns memory and the order of work on it, an :class:`Executor` runs graphs over it. The device
+of CUDA is in :mod:`.cuda`; the executors of TensorRT and ONNX Runtime are in :mod:`.tensorrt` and :mod:`.onnxruntime_device`.
+:class:`HostDevice` is main memory, with which the same state and the same graph files run on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64"
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A tensor in device memory: where it begins, its shape and type; dense."""
+    """A dense tensor in device memory: its address, shape and type."""
 
     pointer: int
     shape: tuple[int, ...]
@@ -31,19 +31,19 @@ class Region:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Size in bytes."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def part(self, index: int, shape: tuple[int, ...]) -> Region:
-        """The dense tensor of ``shape`` that begins ``index`` values behind the start."""
+        """The dense tensor of ``shape`` that begins ``index`` values after the start."""
         return Region(self.pointer + index * ITEM_BYTES[self.dtype], shape, self.dtype)
 
 
 class Device(Protocol):
-    """Memory, and one queue of work over it: calls take effect in order, not necessarily at once."""
+    """Memory, and one queue of work on it: calls take effect in order, not necessarily at once."""
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
-        """A region of zeros.
+        """Allocate a region of zeros.
 
         Raises:
             DeviceError: there is not enough memory.
@@ -51,23 +51,23 @@ class Device(Protocol):
         ...
 
     def free(self, region: Region) -> None:
-        """Give a region back; nothing happens where the device is closed."""
+        """Free a region; does nothing if the device is closed."""
         ...
 
     def upload(self, region: Region, array: npt.NDArray[Any]) -> None:
-        """Copy an array of the region's type and shape to it."""
+        """Copy an array to a region of the same type and shape."""
         ...
 
     def download(self, region: Region) -> npt.NDArray[Any]:
-        """A copy in main memory, as an array that the caller owns; waits for all work before it."""
+        """Copy a region to main memory, into an array that the caller owns; waits for all earlier work."""
         ...
 
     def copy(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
-        """Copy ``height`` runs of ``width`` bytes, which begin a pitch apart."""
+        """Copy ``height`` runs of ``width`` bytes; consecutive runs begin one pitch apart."""
         ...
 
     def captured(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:
-        """The launches as one; they are run once or twice for it, over the regions that they are bound to."""
+        """Combine the launches into one. Capturing runs them once or twice, over the regions that they are bound to."""
         ...
 
     def synchronize(self) -> None:
@@ -75,20 +75,20 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free all memory."""
         ...
 
 
 class Executor(Protocol):
     """Loaded graphs of one engine set."""
 
-    #: Whether a present cache may be the region of the past one.
+    #: Whether a present cache may be the same region as the past one.
     in_place: bool
-    #: Members of every pass; None: any number.
+    #: Number of members of every pass; None: any number.
     batch_size: int | None
 
     def prepare(self, graph: str, tensors: Mapping[str, Region]) -> Callable[[], None]:
-        """A launch of a graph over these inputs and outputs.
+        """Make a launch of a graph with these inputs and outputs.
 
         Raises:
             DeviceError: the engine refuses the shapes.
@@ -101,7 +101,7 @@ class Executor(Protocol):
 
 
 class HostDevice:
-    """Main memory as a device: what runs here at once."""
+    """Main memory as a device; every call takes effect at once."""
 
     def __init__(self) -> None:
         self._arrays: dict[int, npt.NDArray[np.uint8]] = {}

@@ -1,10 +1,10 @@
 """One sequence's memory on an accelerator, and the graphs of an engine set over it.
 
-Owns the regions (row buffers, KV caches, what a pass is told) and the decode step as one captured program per exit: token
-table, stages, balcony, head and the most likely token run without Python or the host in between. Memory is a
-:class:`.device.Device`'s, graphs are a :class:`.device.Executor`'s. Tables: the set ``graphs`` of
-:mod:`balcony_edge.bundle.manifest` with caches (B, H, S, d) of fixed S, ``embed`` (``ids`` int64 (B, T) → ``hidden_0``), and a
-second output ``argmax`` int64 (B, Q) of ``lm_head``.
+Owns the regions (row buffers, KV caches, small inputs of a pass) and the decode step as one captured program per exit: token
+table, stages, balcony, head and the choice of the most likely token run without Python or the host in between. A
+:class:`.device.Device` provides the memory, a :class:`.device.Executor` the graphs. I/O tables: those of the set ``graphs`` in
+:mod:`balcony_edge.bundle.manifest`, but with caches (B, H, S, d) of fixed S, a graph ``embed`` (``ids`` int64 (B, T) →
+``hidden_0``), and a second output ``argmax`` int64 (B, Q) of ``lm_head``.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class DeviceBackend:
         self.device, self.executor = device, executor
         #: The engine and the device, for people.
         self.name = name
-        #: The work is the device's: the host has one thread that starts it.
+        #: The device does the work; one thread of the host starts it.
         self.threads = 1
         self.max_length = engines.context_length
         self.picks_inside = True
-        #: One queue of work, contexts that all sequences share: whoever is at it is so alone.
+        #: All sequences share one queue of work and its contexts, so only one thread at a time may use them.
         self.lock = threading.RLock()
-        #: Memory of states that are gone. A state may be collected in any thread and in the middle of a capture.
+        #: Memory of collected states, freed later: a state may be collected in any thread, even during a capture.
         self.returned: deque[Region] = deque()
 
     def new_state(self, batch_size: int, max_length: int) -> DeviceState:
@@ -63,7 +63,7 @@ class DeviceBackend:
             return DeviceState(self, batch_size, max_length)
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
-        """A region of zeros; what states that are gone held is free before.
+        """Free the memory of collected states, then allocate a region of zeros.
 
         Raises:
             DeviceError: there is not enough memory.
@@ -87,7 +87,7 @@ class DeviceBackend:
 
 
 class _Cache:
-    """KV tensors of one graph: one region each where the graph writes in place, otherwise two that take turns."""
+    """KV tensors of one graph: one region each if the graph writes in place, otherwise two that take turns."""
 
     def __init__(
         self, engines: EngineSet, graph: str, allocate: Callable[..., Region], batch_size: int, in_place: bool
@@ -104,13 +104,13 @@ class _Cache:
         self.side = 0
 
     def tensors(self) -> dict[str, Region]:
-        """Past and present of the next pass."""
+        """Past and present tensors of the next pass."""
         past, present = self.sides[self.side], self.sides[1 - self.side]
         names = [name.replace("past_", "present_", 1) for name in self._names]
         return dict(zip(self._names, past, strict=True)) | dict(zip(names, present, strict=True))
 
     def turn(self) -> None:
-        """After a pass: what was written is the past now."""
+        """Make the tensors that the last pass wrote the past of the next one."""
         self.side = 1 - self.side
 
     @property
@@ -124,7 +124,7 @@ R = TypeVar("R")
 
 
 def _alone(method: Callable[Concatenate[DeviceState, P], R]) -> Callable[Concatenate[DeviceState, P], R]:
-    """While it runs no other sequence uses the device."""
+    """Make a method exclusive: while it runs, no other sequence uses the device."""
 
     @functools.wraps(method)
     def locked(state: DeviceState, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -140,12 +140,12 @@ class DeviceState:
     def __init__(self, backend: DeviceBackend, batch_size: int, max_length: int) -> None:
         manifest, engines = backend.manifest, backend.engines
         self._backend, self._device, self._batch, self._length = backend, backend.device, batch_size, max_length
-        self._layers = (0, *manifest.exit_layers)  # of each boundary
+        self._layers = (0, *manifest.exit_layers)  # layer of each boundary
         self._width = manifest.model.hidden_size
         self.busy_ns = 0
         dtype = engines.graphs["embed"].outputs[0].dtype
-        # a device's memory is not Python's: it goes back with the state, or with the backend before it; also what a state took
-        # that found no room for the rest
+        # Python does not free device memory. Return it when the state is collected or the backend closes, and also when
+        # allocation fails half-way through `__init__`.
         regions: list[Region] = []
         weakref.finalize(self, backend.returned.extend, regions)
 
@@ -154,16 +154,16 @@ class DeviceState:
             return regions[-1]
 
         width, vocabulary = self._width, manifest.model.vocab_size
-        # a member's rows lie together: of one member any range of rows is dense
+        # Each member's rows are contiguous, so with one member any range of rows is dense.
         self._rows = [allocate((batch_size, max_length, width), dtype) for _ in self._layers]
-        # of the decode step, whose program reads and writes the same regions every time
+        # Regions of the decode step, whose program reads and writes the same ones every time.
         self._row = [allocate((batch_size, 1, width), dtype) for _ in self._layers]
         self._hidden = allocate((batch_size, 1, width), dtype)
         self._logits = allocate((batch_size, 1, vocabulary), "float32")
         self._best = allocate((batch_size, 1), "int64")
         self._ids = allocate((batch_size, 1), "int64")
         self._start = allocate((batch_size,), "int64")
-        # of passes of more rows, for members whose rows do not lie together; what an exit left for the head
+        # Dense copies of rows for passes with several members (two regions), and the output of an exit for the head.
         self._scratch = [allocate((batch_size, min(MAX_ROWS, max_length), width), dtype) for _ in range(3)]
         self._asked: Region | None = None
         names = [f"stage_{i}" for i in range(len(manifest.exit_layers))]
@@ -174,24 +174,24 @@ class DeviceState:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of row buffers and KV caches: all of them, since a device's memory is taken whole."""
+        """Bytes of row buffers and KV caches at full length, since a device allocates them whole."""
         return sum(region.nbytes for region in (*self._rows, *self._scratch)) + sum(
             region.nbytes for cache in self._caches.values() for region in cache.regions
         )
 
     @_alone
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
-        """One row through all graphs on the way to an exit."""
+        """Run one row through all graphs on the way to an exit."""
         self._step(exit_index, ids, row)
         logits: FloatArray = self._downloaded(self._logits)[:, 0]
         return logits
 
     @_alone
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
-        """The same, but what comes back is the most likely token of each member, (B,).
+        """The same, but return only the most likely token of each member, (B,).
 
         Raises:
-            InputError: its logit is not a number.
+            InputError: the logit of such a token is NaN or infinite.
         """
         self._step(exit_index, ids, row)
         best: IntArray = self._downloaded(self._best)[:, 0]
@@ -214,7 +214,7 @@ class DeviceState:
 
     @_alone
     def run_stage(self, stage: int, start: int, stop: int) -> None:
-        """Take rows of boundary ``stage`` to boundary ``stage + 1``."""
+        """Run rows from boundary ``stage`` to boundary ``stage + 1``."""
         name = f"stage_{stage}"
         self._stand_at(start)
         source = self._rows_of(stage, start, stop, 0)
@@ -247,7 +247,7 @@ class DeviceState:
 
     @_alone
     def logits(self, num_queries: int) -> FloatArray:
-        """Run the head over what :meth:`run_exit` left."""
+        """Run the head over the result of :meth:`run_exit`."""
         assert self._asked is not None
         vocabulary = self._backend.manifest.model.vocab_size
         asked = (self._batch, num_queries)
@@ -269,7 +269,7 @@ class DeviceState:
         caches = [self._caches[name] for name in path if name in self._caches]
         self._device.upload(self._ids, ids[:, None])
         self._stand_at(row)
-        # a captured program is bound to one side of each cache
+        # A captured program is bound to one side of each cache.
         key = (exit_index, *(cache.side for cache in caches))
         begin = time.perf_counter_ns()
         if key not in self._programs:
@@ -302,7 +302,7 @@ class DeviceState:
         return tensors | self._where(name)
 
     def _where(self, name: str) -> dict[str, Region]:
-        """What a graph with a cache is told beside its rows."""
+        """Further inputs and outputs of a graph with a cache."""
         return {} if name not in self._caches else {"start": self._start, **self._caches[name].tensors()}
 
     def _run(self, name: str, tensors: dict[str, Region]) -> None:
@@ -316,7 +316,7 @@ class DeviceState:
         self._device.upload(self._start, np.full(self._batch, start, np.int64))
 
     def _rows_of(self, boundary: int, start: int, stop: int, scratch: int, *, fill: bool = True) -> Region:
-        """Rows of a boundary as one dense tensor (B, T, D): in place for one member, in a scratch region for more."""
+        """Rows of a boundary as one dense tensor (B, T, D): in place for one member, otherwise in a scratch region."""
         shape = (self._batch, stop - start, self._width)
         if self._batch == 1:
             return self._rows[boundary].part(start * self._width, shape)
@@ -326,7 +326,7 @@ class DeviceState:
         return region
 
     def _store(self, boundary: int, rows: Region, start: int) -> None:
-        """Put rows that :meth:`_rows_of` named, or a step's one row, where they belong."""
+        """Copy rows of :meth:`_rows_of`, or the row of a step, to the buffer of their boundary."""
         if self._batch > 1 or rows is self._row[boundary]:
             self._copy_rows(boundary, rows, start, to_rows=True)
 

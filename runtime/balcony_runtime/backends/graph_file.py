@@ -1,7 +1,7 @@
-"""What a graph's file may hold, checked before ONNX Runtime reads it: no subgraphs, no functions, no files but the listed ones.
+"""Check of a graph's file before ONNX Runtime reads it: no subgraphs, no functions, no files except the listed ones.
 
-The graphs that export writes are chains of operators. A loop could run for ever inside one call that nothing can interrupt, and
-weights in a file that the manifest does not list would be neither checked nor part of the fingerprint.
+The graphs that export writes are chains of operators. A loop could run for ever inside one call that cannot be interrupted.
+Weights in a file that the manifest does not list would be neither checked nor part of the fingerprint.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _TENSOR_EXTERNAL, _ENTRY_KEY, _ENTRY_VALUE = 13, 1, 2
 
 
 def check_graph(path: Path, files: Collection[str]) -> None:
-    """Refuse a graph that does more than a chain of operators over listed files.
+    """Refuse a graph that is more than a chain of operators over listed files.
 
     Args:
-        path: of the graph.
-        files: names that the manifest lists; external data must lie in one of them.
+        path: path of the graph.
+        files: names of the files that the manifest lists; external data must be in one of them.
 
     Raises:
-        BundleError: one line that names what it holds.
+        BundleError: one line that names the forbidden part.
     """
     try:
         problem = next(_problems(path.read_bytes(), files), None)
@@ -41,7 +41,7 @@ def check_graph(path: Path, files: Collection[str]) -> None:
 def _problems(model: bytes, files: Collection[str]) -> Iterator[str]:
     for number, _, value in message_fields(model):
         if number == _MODEL_FUNCTION:
-            yield "holds a function, which no export writes"
+            yield "contains a function, which no export writes"
         elif number == _MODEL_GRAPH:
             for part, _, content in message_fields(value):
                 if part == _GRAPH_NODE:
@@ -58,7 +58,7 @@ def _of_node(node: bytes, files: Collection[str]) -> Iterator[str]:
             continue
         for part, _, value in message_fields(attribute):
             if part in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
-                yield f"holds a graph inside of an operator ({operator[:40]}), which could run without end"
+                yield f"contains a graph inside an operator ({operator[:40]}), which could run without end"
             elif part in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
                 yield from _of_tensor(value, files)
 

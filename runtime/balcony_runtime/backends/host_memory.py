@@ -1,9 +1,9 @@
-"""Main memory that is taken page by page, as rows reach it.
+"""Main memory that is taken page by page, as rows are written.
 
-Owns how the arrays of a sequence are allocated. They are as long as the context, of which most replies use little, so they
-must cost neither memory nor time before something is written. An allocator's zeros promise neither: NumPy asks for pages of
-2 MB where the system offers them (one touched row then takes 2 MB for each head of each layer), and memory that was used
-before is cleared by hand. So each array is a mapping of its own, of small pages, which the system clears when they are touched.
+Owns the allocation of a sequence's arrays. They are as long as the context, of which most replies use little, so they must
+cost neither memory nor time before they are written. NumPy's zeros guarantee neither: NumPy asks for pages of 2 MB if the
+system offers them (one touched row then takes 2 MB for each head of each layer), and the allocator clears reused memory by
+writing to it. Each array is therefore a memory mapping of its own with small pages, which the system clears on first use.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: Windows knows no flags, and takes memory on the first touch without them.
+#: Windows has no such flags; there, memory is taken on first use without them.
 _OPTIONS: dict[str, Any] = {}
 if hasattr(mmap, "MAP_ANONYMOUS"):
     _OPTIONS["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
 def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array of zeros, on a page boundary, whose pages take memory when they are first written.
+    """An array of zeros on a page boundary, whose pages take memory when they are first written.
 
     Raises:
-        MemoryError: there is no room in the address space.
+        MemoryError: the address space has no room for it.
     """
     count, kind = math.prod(shape), np.dtype(dtype)
     try:
@@ -39,7 +39,7 @@ def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 
 def touched_bytes(array: npt.NDArray[Any], axis: int, rows: int) -> int:
-    """Bytes of the pages that the first ``rows`` along an axis lie in, of an array of :func:`zeros`."""
+    """Bytes of the pages that contain the first ``rows`` entries along an axis of an array from :func:`zeros`."""
     lead, row_bytes = math.prod(array.shape[:axis]), array.strides[axis]
     pages = -(-rows * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
     return min(lead * pages, -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)

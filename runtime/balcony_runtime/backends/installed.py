@@ -1,7 +1,7 @@
-"""ONNX Runtime as it is installed here: the module, or one line that says what is wrong with it and how to put it right.
+"""The installed ONNX Runtime: the module, or one line that names the problem and the cure.
 
-Owns the oldest version that runs bundles. The packages `onnxruntime` and `onnxruntime-gpu` are one module of two builds that
-overwrite each other, so an environment may hold both, half of one, or the wrong one.
+Owns the oldest version that runs bundles. The packages ``onnxruntime`` and ``onnxruntime-gpu`` are two builds of one module and
+overwrite each other, so an environment may contain both, half of one, or the wrong one.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from typing import Any
 
 from balcony_edge.errors import MissingDependencyError
 
-#: The first version with a CPU kernel of opset 24's ``TensorScatter``. Up to 1.29 the last bits differ from those of 1.30 and
-#: newer, and in int4 therefore texts do (docs/platforms.md). pyproject.toml says the same, tests/test_packaging.py runs it.
+#: The first version with a CPU kernel of opset 24's ``TensorScatter``. Up to 1.29 the last bits of results differ from those of
+#: 1.30 and newer, so texts in int4 differ (docs/platforms.md). pyproject.toml has the same number, and tests/test_packaging.py
+#: runs that version.
 OLDEST = "1.25"
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _INSTALL = "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"
 
 
 def installed_packages() -> dict[str, str]:
-    """Package → version, of ONNX Runtime's builds that are installed."""
+    """Package → version of each installed build of ONNX Runtime."""
     return {name: dist.version for name in PACKAGES for dist in importlib.metadata.distributions(name=name)}
 
 
 def checked_onnxruntime() -> Any:
-    """The module, fit to run bundles.
+    """The module, if it can run bundles.
 
     Raises:
-        MissingDependencyError: it is not installed, damaged, installed twice, or too old.
+        MissingDependencyError: the module is not installed, damaged, installed twice, or too old.
     """
     found = installed_packages()
     if len(found) > 1:
@@ -43,7 +44,7 @@ def checked_onnxruntime() -> Any:
             raise MissingDependencyError(f"ONNX Runtime is not installed: {_INSTALL}") from error
         raise MissingDependencyError(f"ONNX Runtime is damaged ({error}): {_again()}") from error
     missing = [name for name in ("__version__", "InferenceSession", "RunOptions") if not hasattr(module, name)]
-    if missing:  # a directory that an uninstallation left is an empty package to Python
+    if missing:  # Python imports the directory that an uninstallation left as an empty package
         raise MissingDependencyError(f"ONNX Runtime is damaged (it has no {missing[0]}): {_again()}")
     if _numbers(module.__version__) < _numbers(OLDEST):
         package = next(iter(found), PACKAGES[0])

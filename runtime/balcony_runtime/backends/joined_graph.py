@@ -1,9 +1,9 @@
-"""Several ONNX graphs joined into one, on a device that has no ONNX library.
+"""Several ONNX graphs joined into one, on a device without the ONNX library.
 
-A session's run costs some 100 µs beside its kernels where every pass sweeps the weights through the caches, and a decode
-step runs up to six of them. Joined, it is one run. The files are joined as what they are, protobuf messages (onnx.proto3 of
-ONNX 1.20): a graph's nodes, initializers and value infos are carried over with their names made unique, its inputs and
-outputs meet by name. Weights are not touched: external data stay where the parts have them, packed forms too.
+A session's run costs some 100 µs besides its kernels when every pass sweeps the weights through the caches, and a decode step
+runs up to six sessions. The joined graph needs one run. The files are joined as protobuf messages (onnx.proto3 of ONNX 1.20):
+nodes, initializers and value infos are copied with unique names, and inputs and outputs of the parts are connected by name.
+Weights are not touched: external data, also in packed form, stay in the files of the parts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class Part(NamedTuple):
-    """One graph on the way: its serialized model, a prefix for its inner names, and its inputs' other names in the whole."""
+    """One graph to join: its serialized model, a prefix for its inner names, and new names of its inputs in the whole."""
 
     model: bytes
     name: str
@@ -28,14 +28,14 @@ class Part(NamedTuple):
 
 
 def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
-    """The parts, one behind the other, as one serialized model.
+    """Join the parts in their order into one serialized model.
 
-    Inputs and outputs of a part keep their names (or take those of ``passed``) and meet across parts; an input that no part
-    before makes becomes an input of the whole. What stands outside of the graphs is the first part's.
+    Inputs and outputs of a part keep their names (or take those of ``passed``) and are connected across parts. An input that no
+    earlier part makes becomes an input of the whole. Fields outside the graphs are those of the first part.
 
     Args:
-        parts: in the order of execution; in files of one directory, which the whole must be put into.
-        keep: what the outputs kept begin with.
+        parts: graphs in the order of execution; their files are in one directory, which the whole must also be written to.
+        keep: prefixes of the names of outputs that the whole keeps.
     """
     body, head, produced, asked = bytearray(), b"", set(), set()  # type: bytearray, bytes, set[str], set[str]
     kept = tuple(keep)
@@ -76,7 +76,7 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
 
 
 def _with_names(message: bytes, renames: Mapping[int, Callable[[str], str]]) -> bytes:
-    """A message with the text fields of some numbers renamed."""
+    """A copy of a message in which the text fields of some numbers are renamed."""
     result = bytearray()
     for number, kind, value in message_fields(message):
         if number in renames:
@@ -90,7 +90,7 @@ def _name(message: bytes, number: int) -> str:
 
 
 def message_fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """``(number, wire type, value)`` of each field; a varint stays as it is written."""
+    """``(number, wire type, value)`` of each field; a varint stays encoded."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -103,9 +103,9 @@ def message_fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
         elif kind in (_FIXED64, _FIXED32):
             at += 8 if kind == _FIXED64 else 4
         else:
-            raise ValueError(f"wire type {kind}")
+            raise ValueError(f"a field has wire type {kind}, which is not known")
         if at > len(message):
-            raise ValueError("a field ends behind its message")
+            raise ValueError("a field ends after its message")
         yield number, kind, message[begin:at]
 
 

@@ -1,8 +1,8 @@
-"""ONNX Runtime as a backend: sessions on one shared thread pool, everything bound, KV caches written in place.
+"""ONNX Runtime as a backend: sessions on one shared thread pool, bound arrays, KV caches written in place.
 
-Owns sessions and the thread pool; arrays and bindings are :mod:`.onnxruntime_state`'s. Measured facts that shaped it
-(docs/LOG.md): sessions with a pool each spin against one another (32 tokens a second where one pool gives 174), so all
-share one; a decode step through prebound arrays costs 15 µs a session in Python where ``run(numpy)`` costs 100.
+Owns sessions and the thread pool; :mod:`.onnxruntime_state` owns arrays and bindings. Two measurements explain its form
+(docs/LOG.md). Sessions with a pool each spin against one another (32 tokens a second, compared with 174 on one pool), so all
+share one. A decode step through prebound arrays costs 15 µs of Python a session, compared with 100 µs for ``run(numpy)``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from balcony_edge.device.machine import available_cpus, checked_threads
 from balcony_edge.errors import BundleError
 from balcony_runtime.backends.installed import checked_onnxruntime
 
-if checked_onnxruntime():  # refuses one that cannot run bundles, before the modules below import it
+if checked_onnxruntime():  # refuses an unusable installation before the modules below import it
     import onnxruntime as ort
 
 from balcony_runtime.backends.graph_file import check_graph
@@ -45,27 +45,34 @@ def open_session(
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     entries: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
-    """A session on the process's shared thread pool and memory arena, which the first call makes.
+    """Open a session on the process's shared thread pool and memory arena, which the first call makes.
 
-    ONNX Runtime then wants every later session of the process on that pool (``use_per_session_threads = False``), those
-    of the host application included: docs/embedding.md. Where the host made a pool before, that one is used; where a
-    pool cannot be made any more, the session gets one of its own that does not spin. ``pack_to`` also writes the graph there
-    with its weights packed, in a file beside it. Without ``optimize`` its nodes run as they are. ``providers`` are ONNX
-    Runtime's, in order of preference, ``entries`` its session configuration.
+    ONNX Runtime then requires every later session of the process to use that pool (``use_per_session_threads = False``),
+    including sessions of the host application: docs/embedding.md. A pool that the host made earlier is used. If no pool can be
+    made any more, the session gets one of its own that does not spin.
+
+    Args:
+        path: file of the graph.
+        threads: size of the pool; by default the CPUs of this process.
+        profile_prefix: prefix of the profile that ONNX Runtime writes; None: no profile.
+        pack_to: file to which the graph is also written, with its packed weights in a file next to it.
+        optimize: whether ONNX Runtime may change the graph; otherwise its nodes run as they are.
+        providers: execution providers of ONNX Runtime, in order of preference.
+        entries: session configuration of ONNX Runtime.
 
     Raises:
-        BundleError: the file is no graph that ONNX Runtime can run.
+        BundleError: ONNX Runtime cannot run the file.
     """
-    global _pool_asked  # noqa: PLW0603 - the pool is the process's, not an object's: it is asked for once
+    global _pool_asked  # noqa: PLW0603 - the pool belongs to the process and is requested once
     count = threads or available_cpus()
     with _pool_lock:
         if not _pool_asked:
             _pool_asked = True
-            with contextlib.suppress(RuntimeError):  # the host made one
+            with contextlib.suppress(RuntimeError):  # the host has already made a pool
                 ort.set_global_thread_pool_sizes(count, 1)
             ort.create_and_register_allocator(
                 ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
-                ort.OrtArenaCfg(0, -1, -1, -1),  # as a session's own: no limit, and the defaults
+                ort.OrtArenaCfg(0, -1, -1, -1),  # the defaults of a session's own arena, without a limit
             )
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -83,7 +90,7 @@ def open_session(
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
     options.use_per_session_threads = False
-    # graphs run one after the other: one arena holds the activations of whichever runs, where each would keep its own
+    # Graphs run one after another, so one arena can hold the activations of all; otherwise each session would keep its own.
     options.add_session_config_entry("session.use_env_allocators", "1")
     try:
         try:
@@ -93,19 +100,20 @@ def open_session(
                 raise
         options.use_per_session_threads = True
         options.intra_op_num_threads = count
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # pools that spin cost each other 5 ×
+        # Several spinning pools make each other about 5 times slower.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return _quiet_session(path, options, providers)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
         raise BundleError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}): export it again") from error
 
 
 def _quiet_session(path: Path, options: Any, providers: Sequence[Any]) -> ort.InferenceSession:
-    # with its fallback on, a session that fails prints and tries again with the same provider
+    # With the fallback enabled, a session that fails prints a message and tries again with the same provider.
     return ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
 
 
 def _check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None:
-    """Refuse a graph whose inputs or outputs are not those of the manifest's table."""
+    """Refuse a graph whose inputs or outputs differ from the manifest's table."""
     kinds = {
         "float32": "tensor(float)",
         "float16": "tensor(float16)",
@@ -125,7 +133,7 @@ def _check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> Non
         for name, value in wanted.items():
             if actual[name] != value:
                 raise BundleError(
-                    f"{path}: {role} {name} is {actual[name]}, the manifest says {value}: export it again"
+                    f"{path}: {role} {name} is {actual[name]}, but the manifest says {value}: export the bundle again"
                 )
 
 
@@ -144,23 +152,23 @@ class OnnxRuntimeBackend:
         """Open the sessions.
 
         Args:
-            bundle: what to load.
+            bundle: bundle to load.
             threads: size of the shared pool; by default the CPUs of this process. The first engine of a process decides.
             packed: directory of packed weights, to share them with other processes; see :mod:`.packed_weights`.
-            verify_hashes: hash the packed weights (the bundle's files are hashed when it is opened).
-            profile_prefix: where ONNX Runtime writes one profile per graph when the backend is closed.
+            verify_hashes: whether the packed weights are hashed (opening the bundle hashes its own files).
+            profile_prefix: directory in which ONNX Runtime writes one profile per graph when the backend is closed.
 
         Raises:
             BundleError: a graph cannot be loaded or differs from the manifest.
-            InputError: more threads than can work.
+            InputError: there are too many threads for the CPUs, or the packed weights cannot be written.
         """
         self.manifest: Manifest = bundle.manifest
         self.threads = threads = checked_threads(threads)
         self.max_length = self.manifest.model.context_length
-        self.picks_inside = False  # logits are in main memory as it is
+        self.picks_inside = False  # logits are in main memory anyway
         self._profile_prefix = profile_prefix
         self.sessions: dict[str, ort.InferenceSession] = {}
-        #: Exit → its decode step as one graph; with packed weights only, which it shares with the other sessions.
+        #: Exit → session of its decode step as one graph; only with packed weights, which all sessions share.
         self.paths: dict[int, ort.InferenceSession] = {}
         shared: Mapping[str, Path] = {}
         if packed is not None:
@@ -168,7 +176,7 @@ class OnnxRuntimeBackend:
                 bundle, packed, lambda source, target: _pack(source, target, threads), verify_hashes=verify_hashes
             )
         for name, spec in bundle.manifest.runnable.items():
-            if name == "backbone":  # the stages hold its layers
+            if name == "backbone":  # the stages contain its layers
                 continue
             check_graph(bundle.file(spec.file), bundle.manifest.files)
             path = shared.get(name) or bundle.file(spec.file)
@@ -205,18 +213,20 @@ class OnnxRuntimeBackend:
 
 
 def _open(path: Path, packed: Path | None, **options: Any) -> ort.InferenceSession:
-    """A session on a graph of the bundle, or of a directory of packed weights."""
+    """Open a session on a graph of the bundle, or of a directory of packed weights."""
     try:
         return open_session(path, **options)
     except BundleError as error:
         if packed is None:
             raise
-        raise BundleError(f"{packed}: the packed weights are damaged: remove it, and they are made again") from error
+        raise BundleError(
+            f"{packed}: the packed weights are damaged: remove it; the next load makes them again"
+        ) from error
 
 
 def _trim_heap() -> None:
-    """Give back what packing took in between, as much as the weights; the C library keeps it otherwise."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc has it, others do not
+    """Return the temporary memory of packing, as large as the weights, to the system; the C library would keep it."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has this function
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -225,7 +235,7 @@ def _pack(source: Path, target: Path, threads: int | None) -> None:
 
     Raises:
         BundleError: the graph cannot be loaded.
-        OSError: it can, but its packed form cannot be written. ONNX Runtime says neither which of the two nor why.
+        OSError: the graph can be loaded, but its packed form cannot be written. ONNX Runtime does not tell the two apart.
     """
     try:
         open_session(source, threads=threads, pack_to=target)

@@ -1,6 +1,6 @@
-"""ONNX Runtime over device memory: the graphs of an engine set through a GPU's execution provider, or the CPU's.
+"""ONNX Runtime over device memory: runs the graphs of an engine set through the execution provider of a GPU or the CPU.
 
-Owns the choice of the provider and the sessions. Everything is bound by pointer, so rows and caches never leave the device.
+Owns the choice of the provider and the sessions. All tensors are bound by pointer, so rows and caches never leave the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.onnxruntime import open_session
 
-#: Name → the providers of ONNX Runtime that it means, in order of preference, and the kind of memory that they bind.
+#: Device name → ONNX Runtime's provider and the kind of memory that it binds.
 PROVIDERS = {
     "nv": ("NvTensorRTRTXExecutionProvider", "cuda"),
     "tensorrt": ("TensorrtExecutionProvider", "cuda"),
@@ -31,7 +31,7 @@ PROVIDERS = {
 class OnnxRuntimeExecutor:
     """Sessions of an engine set's graphs; implements :class:`.device.Executor`."""
 
-    #: ``TensorScatter`` and ``ScatterElements`` may write where they read: what they do not write is equal.
+    #: ``TensorScatter`` and ``ScatterElements`` may write to their input, because they do not change other values.
     in_place = True
     batch_size: int | None = None
 
@@ -43,13 +43,13 @@ class OnnxRuntimeExecutor:
                 "pip uninstall onnxruntime, then install 'balcony-edge[gpu]'; or run with --device cpu"
             )
         providers = [(name, options)] if options else [name]
-        # on the CPU it is the files that are to be checked: fused with its DequantizeLinear a product would round its inputs
+        # On the CPU the purpose is to check the files. A product fused with its DequantizeLinear would also round its inputs.
         entries = {"session.disable_quant_qdq": "1"} if provider == "cpu" else None
         self._sessions = {
             graph: open_session(directory / file, providers=providers, entries=entries) for graph, file in files.items()
         }
         if strays := [graph for graph, session in self._sessions.items() if session.get_providers()[0] != name]:
-            # ONNX Runtime goes on with the CPU, with a warning, where a library of the provider's is missing
+            # If a library of the provider is missing, ONNX Runtime only warns and uses the CPU.
             raise DeviceError(f"{strays[0]}: ONNX Runtime could not start {name}: see `balcony-edge doctor`")
 
     def prepare(self, graph: str, tensors: Mapping[str, Region]) -> Callable[[], None]:
@@ -77,17 +77,17 @@ class OnnxRuntimeExecutor:
 
 
 def open_backend(bundle: Bundle, engines: str, provider: str, *, verify_hashes: bool = True) -> DeviceBackend:
-    """An engine set's graphs through ONNX Runtime.
+    """Open an engine set's graphs with ONNX Runtime.
 
     Args:
-        bundle: holds the set.
-        engines: the set's name.
-        provider: a key of :data:`PROVIDERS`.
-        verify_hashes: hash the set's files.
+        bundle: bundle with the set.
+        engines: name of the set.
+        provider: key of :data:`PROVIDERS`.
+        verify_hashes: whether the set's files are hashed.
 
     Raises:
-        BundleError: the set is not there or damaged, or a graph cannot be loaded.
-        DeviceError: there is no such device.
+        BundleError: the set is missing or damaged, or a graph cannot be loaded.
+        DeviceError: the device is missing.
     """
     directory, chosen = bundle.engine_directory(engines, verify_hashes=verify_hashes), bundle.manifest.engines[engines]
     device: Device = HostDevice()

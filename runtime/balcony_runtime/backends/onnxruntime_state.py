@@ -1,8 +1,8 @@
 """One sequence's memory for ONNX Runtime: row buffers, KV caches, and the bindings of graphs to them.
 
-Owns how arrays are bound. Standard ``Attention`` pays for the whole key length that it is given, so its caches are bound as
-prefixes of bucketed length; the lowered set's ``GroupQueryAttention`` reads live rows only, so its caches are bound whole,
-once. Sessions and weights are :mod:`.onnxruntime`'s, allocation is :mod:`.host_memory`'s.
+Owns the binding of arrays. Standard ``Attention`` computes over the whole key length that is bound, so its caches are bound as
+prefixes of bucketed length. The lowered set's ``GroupQueryAttention`` reads only live rows, so its caches are bound once, at
+full length. Sessions and weights are in :mod:`.onnxruntime`, allocation in :mod:`.host_memory`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from balcony_runtime.backends.host_memory import touched_bytes, zeros
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-#: KV capacity is bound in steps of so many rows: what ``Attention`` pays for is at most this much more than what is live.
+#: Step of the bound KV capacity, in rows: ``Attention`` computes over at most this many rows more than the live ones.
 BUCKET = 128
 _clock_ns = time.perf_counter_ns
-#: Of the runs of a decode step: made once, and no call at the end that waits for devices (docs/LOG.md: 35 µs a step).
+#: Options of the runs of a decode step: made once, and without the final wait for devices (docs/LOG.md: 35 µs a step).
 _RUN_OPTIONS = ort.RunOptions()
 _RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
 
 class _Held(NamedTuple):
-    """What a cache is made of: room for so many rows, the tensors, and the same for bindings."""
+    """Storage of a cache: capacity in rows, the arrays, and the same arrays as values for bindings."""
 
     capacity: int
     arrays: list[npt.NDArray[Any]]
@@ -44,7 +44,7 @@ class _Held(NamedTuple):
 class _Cache:
     """KV tensors of one graph, or of a balcony's two graphs."""
 
-    #: Of the tensors: along which rows lie.
+    #: Axis of the tensors along which rows lie.
     rows_axis: int
 
     def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
@@ -54,22 +54,22 @@ class _Cache:
         self.batch_size = batch_size
         self.sizes = [dim for dim in pasts[0].shape if isinstance(dim, int)]
         self.max_capacity = _bucketed(max_length)
-        self.rows = 0  # reached so far
+        self.rows = 0  # number of rows written so far
         self.held = _Held(0, [], [])
 
     def grow(self, rows: int) -> None:
-        """Make room for ``rows`` rows, more than there is room for; what was bound before must be bound again.
+        """Make room for ``rows`` rows, more than the present capacity; earlier bindings must be made again.
 
-        ``held`` changes as a whole and last: after an interrupt it is the old one.
+        ``held`` is replaced as a whole and last, so after an interrupt it is still the old one.
         """
         raise NotImplementedError  # only caches that are bound as prefixes grow
 
     def touched_bytes(self) -> int:
-        """Memory that the rows so far take."""
+        """Bytes of memory that the rows so far take."""
         return sum(touched_bytes(array, self.rows_axis, self.rows) for array in self.held.arrays)
 
     def bind(self, binding: Any, member: int | None = None) -> None:
-        """Bind the tensors of all members of a batch, or of one."""
+        """Bind the tensors of all members of a batch, or of one member."""
         values = self.held.values
         if member is not None:
             values = [_value(array[member : member + 1]) for array in self.held.arrays]
@@ -78,12 +78,12 @@ class _Cache:
             binding.bind_ortvalue_output(name.replace("past_", "present_", 1), value)
 
     def largest(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Input → largest size of each channel."""
-        raise NotImplementedError  # only caches by head are asked
+        """Input → largest absolute value of each channel."""
+        raise NotImplementedError  # only caches with an axis of heads support it
 
 
 class _PrefixCache(_Cache):
-    """(B, S, F): for one sequence growing binds a longer prefix and moves nothing; a batch's members are copied."""
+    """Cache (B, S, F). With one member, growing binds a longer prefix and moves nothing; a larger batch is copied."""
 
     rows_axis = 1
 
@@ -96,14 +96,14 @@ class _PrefixCache(_Cache):
         arrays = [whole[:, :capacity] for whole in self._whole]
         if not arrays:
             arrays = [zeros((self.batch_size, capacity, *self.sizes), dtype) for dtype in self.dtypes]
-            for new, array in zip(arrays, old.arrays, strict=False):  # no old ones at first
+            for new, array in zip(arrays, old.arrays, strict=False):  # at first there are no old arrays
                 new[:, : old.capacity] = array
             self.rows = max(self.rows, old.capacity)
         self.held = _Held(capacity, arrays, [_value(array) for array in arrays])
 
 
 class _WholeCache(_Cache):
-    """(B, H, S, d): bound whole, once; pages that no row has reached take no memory."""
+    """Cache (B, H, S, d), bound whole and once; pages that no row has reached take no memory."""
 
     rows_axis = 2
 
@@ -128,11 +128,11 @@ class _Program(NamedTuple):
     """A decode step at one exit.
 
     Attributes:
-        good_for: rows up to which its bindings hold.
-        runs: what to call, graph by graph.
-        first: where the token's row goes, (D,).
-        made: the rows at all boundaries on the way, (boundaries, B, D).
-        logits: what it ends in, (B, V).
+        good_for: number of rows up to which its bindings are valid.
+        runs: calls to make, graph by graph.
+        first: destination of the token's row, (D,).
+        made: rows at all boundaries on the way, (boundaries, B, D).
+        logits: logits of the step, (B, V).
     """
 
     good_for: int
@@ -146,9 +146,9 @@ class OnnxRuntimeState:
     """One sequence's rows and caches in main memory; implements :class:`balcony_runtime.backends.base.State`.
 
     Passes of one row run over bindings made once: the output array of stage i is the input array of stage i + 1 and of the
-    balcony between them. A decode step is a list of such bindings, run one after the other: Python's caches are cold after
-    every pass that swept the weights, so what it does in between is kept to a few calls. Passes of more rows bind arrays of
-    their own.
+    balcony between them. A decode step runs a list of such bindings one after another. Every pass sweeps the weights through
+    the CPU's caches and leaves them cold for Python, so Python makes only a few calls in between. Passes of more rows bind
+    arrays of their own.
     """
 
     def __init__(self, backend: OnnxRuntimeBackend, batch_size: int, max_length: int) -> None:
@@ -158,14 +158,14 @@ class OnnxRuntimeState:
         self.busy_ns = 0
         dim, dtype = manifest.model.hidden_size, backend.dtype
         layers = manifest.exit_layers
-        self._layers = (0, *layers)  # of each boundary
+        self._layers = (0, *layers)  # layer of each boundary
         boundaries = len(self._layers)
         self._rows = zeros((boundaries, batch_size, _bucketed(max_length), dim), dtype)
         self._row = np.zeros((boundaries, batch_size, 1, dim), dtype)  # the one row of a bound pass, at each boundary
         self._row_values = [_value(row) for row in self._row]
         self._hidden = _value(np.zeros((batch_size, 1, dim), dtype))
         self._logits = zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
-        # where a pass stands, as its graph wants to be told: start and last of each member, and the total, in one buffer
+        # Position of a pass, as inputs of its graph: start and last of each member, and the total, in one buffer.
         self._place = Struct(f"={batch_size}q{batch_size + 1}i")
         self._standing = bytearray(self._place.size)
         start = np.frombuffer(self._standing, np.int64, batch_size)
@@ -181,8 +181,10 @@ class OnnxRuntimeState:
             if f"{name}_keys" in self._specs:
                 self._caches[f"{name}_keys"] = self._caches[name]
         self._bound: dict[str, Any] = {}  # graph → binding of its one-row pass
-        self._bound_rows: dict[str, Any] = {}  # graph → binding of its pass of several rows, over other rows each time
-        self._decoded: dict[int, int] = {}  # exit → rows that its decode steps have reached
+        self._bound_rows: dict[
+            str, Any
+        ] = {}  # graph → binding of its passes of several rows; the rows change each time
+        self._decoded: dict[int, int] = {}  # exit → number of rows that its decode steps have reached
         self._programs: dict[int, _Program] = {}  # exit → its decode step
         self._queries: npt.NDArray[Any] | None = None
 
@@ -191,24 +193,24 @@ class OnnxRuntimeState:
         """Bytes of the logits' array, and of row buffers and KV caches as far as rows have reached them."""
         self._reserve_decoded()
         caches = {id(cache): cache.touched_bytes() for cache in self._caches.values()}
-        # a stage writes the boundary after it, and stage 0 takes all rows that boundary 0 has
+        # A stage writes the boundary after it, and stage 0 takes all rows of boundary 0.
         reached = [self._caches[f"stage_{max(boundary - 1, 0)}"].rows for boundary in range(len(self._layers))]
         rows = sum(touched_bytes(part, 1, count) for part, count in zip(self._rows, reached, strict=True))
         return self._logits.nbytes + rows + sum(caches.values())
 
     def largest_cached(self) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
-        """Graph → input → largest size of each channel of its cache, over members and rows  # (KV heads, head size)"""
+        """Graph → input → largest absolute value of each channel of its cache, over members and rows, (H, d)."""
         self._reserve_decoded()
         return {name: cache.largest() for name, cache in self._caches.items()}
 
     def _reserve_decoded(self) -> None:
-        """Count the rows of decode steps, which reserve none: their arrays are bound whole."""
+        """Count the rows of decode steps in the caches; the steps themselves do not, to save time."""
         for exit_index, rows in self._decoded.items():
             for name in self._manifest.path_graphs(self._layers[exit_index + 1]):
                 self._reserve(name, rows)
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
-        """One row through all graphs on the way to an exit."""
+        """Run one row through all graphs on the way to an exit."""
         program = self._programs.get(exit_index)
         if program is None or row >= program.good_for:
             program = self._programs[exit_index] = self._program(exit_index, row)
@@ -231,7 +233,7 @@ class OnnxRuntimeState:
         return program.logits
 
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
-        """One row through all graphs on the way to an exit, and the likeliest token behind it."""
+        """Run one row through all graphs on the way to an exit and return the likeliest next token."""
         best: IntArray = self.decode(exit_index, ids, row).argmax(-1)
         return best
 
@@ -240,7 +242,7 @@ class OnnxRuntimeState:
         self._rows[0, :, start : start + tokens.shape[1]] = self._backend.table[tokens]  # (B, n, D)
 
     def run_stage(self, stage: int, start: int, stop: int) -> None:
-        """Take rows of boundary ``stage`` to boundary ``stage + 1``."""
+        """Run rows from boundary ``stage`` to boundary ``stage + 1``."""
         name = f"stage_{stage}"
         self._reserve(name, stop)
         self._stand_at(start, stop)
@@ -251,7 +253,7 @@ class OnnxRuntimeState:
             return
         rows = np.ascontiguousarray(self._rows[stage, :, start:stop])
         there = self._rows[stage + 1, :, start:stop]
-        out = there if self._batch == 1 else np.empty_like(rows)  # the rows of several members do not lie together
+        out = there if self._batch == 1 else np.empty_like(rows)  # rows of several members are not contiguous
         outputs = {f"hidden_{self._layers[stage + 1]}": out, "normed": np.empty_like(rows)}
         self._run_rows(name, {f"hidden_{self._layers[stage]}": rows}, outputs)
         if out is not there:
@@ -262,7 +264,9 @@ class OnnxRuntimeState:
         name, boundary = self._manifest.exit_graph(self._layers[exit_index + 1]), exit_index + 1
         full, keys = name not in self._caches, f"{name}_keys"
         self._reserve(name, stop)
-        if keys in self._specs:  # the balcony asks with every row that it gets
+        if (
+            keys in self._specs
+        ):  # this balcony uses all its rows as queries, so the others go through the graph for keys
             asked = stop - num_queries
             if start < asked:
                 self._stand_at(start, asked)
@@ -288,10 +292,10 @@ class OnnxRuntimeState:
         self._queries = out
 
     def wait(self) -> None:
-        """Nothing: a pass here ends when its call does."""
+        """Do nothing: a pass ends when its call returns."""
 
     def logits(self, num_queries: int) -> FloatArray:
-        """Run the head over what :meth:`run_exit` left."""
+        """Run the head over the result of :meth:`run_exit`."""
         if self._queries is None:
             self._run("lm_head", self._one_row("lm_head"))
             return self._logits.copy()
@@ -318,7 +322,7 @@ class OnnxRuntimeState:
         return _Program(good_for, runs, self._row[0, 0, 0], self._row[: exit_index + 2, :, 0], self._logits[:, 0])
 
     def _path_binding(self, session: ort.InferenceSession, caches: list[_Cache]) -> Any:
-        """The binding of a whole decode step: from the token's row to the logits, every boundary on the way written."""
+        """The binding of a whole decode step, from the token's row to the logits; it also writes every boundary on the way."""
         values = {f"hidden_{layer}": value for layer, value in zip(self._layers, self._row_values, strict=True)}
         values |= {**self._where, "logits": _value(self._logits)}
         binding = _bound(session, session.get_inputs(), session.get_outputs(), values, values)
@@ -327,7 +331,7 @@ class OnnxRuntimeState:
         return binding
 
     def _reserve(self, name: str, rows: int) -> None:
-        """Make room in a graph's cache. What is bound to the smaller one is dropped first: an interrupt may come between."""
+        """Make room in a graph's cache. Bindings to the smaller one are dropped first, since an interrupt may come between."""
         cache = self._caches.get(name)
         if cache is None:
             return
@@ -357,25 +361,25 @@ class OnnxRuntimeState:
         return self._bound[name]
 
     def _run_rows(self, name: str, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]) -> None:
-        """One pass over arrays that are bound for it alone, each (B, rows, width)."""
+        """Run one pass over arrays that are bound only for it, each (B, rows, width)."""
         fused = any(tensor.name == "last" for tensor in self._specs[name].inputs)
         if not fused or self._batch == 1 or int(self._last[0]) + 1 == next(iter(inputs.values())).shape[1]:
             values, results = ({key: _value(array) for key, array in part.items()} for part in (inputs, outputs))
             binding = self._bound_rows.get(name)
             if binding is None:
                 binding = self._bound_rows[name] = self._bind(name, values, results)
-            else:  # the cache is bound already, which is most of the work
+            else:  # the cache stays bound, which saves most of the work
                 _bind_ports(binding, self._specs[name].inputs, self._specs[name].outputs, values, results)
             self._run(name, binding)
             return
-        # GroupQueryAttention takes several new rows behind others for one sequence at a time only
+        # GroupQueryAttention accepts several new rows after earlier ones only for one sequence at a time.
         for member in range(self._batch):
             one = slice(member, member + 1)
             values, results = ({key: _value(array[one]) for key, array in part.items()} for part in (inputs, outputs))
             self._run(name, self._bind(name, {**values, "last": _value(self._last[one])}, results, member))
 
     def _bind(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any], member: int | None = None) -> Any:
-        """Bind what the graph has of ``inputs``, ``outputs`` and of where the pass stands, and its cache."""
+        """Bind those of ``inputs``, ``outputs`` and the inputs of position that the graph has, and its cache."""
         spec = self._specs[name]
         binding = _bound(self._backend.sessions[name], spec.inputs, spec.outputs, {**self._where, **inputs}, outputs)
         if name in self._caches:
@@ -392,9 +396,9 @@ class OnnxRuntimeState:
 
 
 def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], object]:
-    """A run of ONNX Runtime's own session object, or the public call where a version keeps it elsewhere.
+    """A call that runs ONNX Runtime's inner session object, or the public call if a version keeps that object elsewhere.
 
-    ``InferenceSession.run_with_iobinding`` is a function in Python around it that sees to WebGPU's graphs: with cold caches it
+    The public ``InferenceSession.run_with_iobinding`` is a Python wrapper that handles WebGPU's graphs: with cold caches it
     takes 20 to 40 µs of a decode step (docs/LOG.md).
     """
     run = getattr(getattr(session, "_sess", None), "run_with_iobinding", None)
@@ -411,7 +415,7 @@ def _bound(
     inputs: dict[str, Any],
     outputs: dict[str, Any],
 ) -> Any:
-    """A binding of those of a graph's ports (``asked``, ``given``: anything with a name) that there are values for."""
+    """A binding of those inputs (``asked``) and outputs (``given``) of a graph for which there are values."""
     binding = session.io_binding()
     _bind_ports(binding, asked, given, inputs, outputs)
     return binding
@@ -429,7 +433,7 @@ def _bind_ports(
 
 
 def _failed(what: str, error: RuntimeError) -> BundleError:
-    """The tables fit, so it is inside a graph, or memory ran out."""
+    """The error for a failed run. The tables fit, so the cause is inside a graph, or memory ran out."""
     line = (str(error).strip().splitlines() or ["no message"])[0][:200]
     return BundleError(f"{what}: ONNX Runtime failed while running it ({line}): free memory, or export again")
 

@@ -1,13 +1,13 @@
 """Packed weights on disk, which several processes share.
 
-ONNX Runtime repacks weights into the order in which its kernels read them, in memory of its own, for each session of each
-process. It can also write the packed form beside an optimized graph and map it when that graph is loaded: then there is one
-copy in the page cache, whoever uses it. Packing depends on the processor and on ONNX Runtime's version, so it is done on the
-device, at the first load, and kept under a name that says what it is for. What it costs: a file as large as the weights, and
-pages of 4 kB where a process's own memory may lie in pages of 2 MB (docs/LOG.md).
+ONNX Runtime repacks weights into the order in which its kernels read them, in private memory, for each session of each process.
+It can also write the packed form next to an optimized graph and map it when that graph is loaded: then all processes share one
+copy in the page cache. Packing depends on the processor and on ONNX Runtime's version. It is therefore done on the device, at
+the first load, and kept in a directory named after these facts. The cost is a file as large as the weights, and pages of 4 kB
+instead of the 2 MB that private memory may use (docs/LOG.md).
 
-Weights that are mapped can be mapped again for nothing: so each exit also gets the graphs of its decode step joined into one,
-over the same packed files, and a token is one run of ONNX Runtime instead of one run a graph.
+Mapping the same weights again costs nothing. Each exit therefore also gets the graphs of its decode step joined into one, over
+the same packed files, and a token is one run of ONNX Runtime instead of one run per graph.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ def packed_graphs(
 ) -> Mapping[str, Path]:
     """Name → path of the packed form of each graph that the runtime loads, and ``path_E`` of each exit's decode step.
 
-    They are made first where they are not there.
+    Missing files are made first.
 
     Args:
-        bundle: what to pack.
-        directory: where packed weights are kept, one directory a bundle, processor and version.
-        pack: makes the packed form (second argument) of a graph's file (first one); OSError where it cannot be written.
-        verify_hashes: hash what was made before; sizes are compared in any case.
+        bundle: bundle to pack.
+        directory: directory of packed weights, with one subdirectory for each bundle, processor and version.
+        pack: function that writes the packed form (second argument) of a graph's file (first argument); it raises OSError if
+            the file cannot be written.
+        verify_hashes: whether existing files are hashed; their sizes are always compared.
 
     Raises:
-        BundleError: what was made before is damaged.
+        BundleError: existing files are damaged.
         InputError: the directory cannot be written, or the disk is full.
     """
     device, lowered = this_device(), "lowered" if bundle.manifest.cpu else "portable"
@@ -57,7 +58,7 @@ def packed_graphs(
     else:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with locked(directory), partial_directory(home) as part:  # whoever comes second waits, and finds them
+            with locked(directory), partial_directory(home) as part:  # a second process waits and then finds the files
                 if not home.is_dir():
                     for file in graphs.values():
                         pack(bundle.file(file), part / file)
@@ -67,7 +68,7 @@ def packed_graphs(
                     (part / FILES).write_text(json.dumps(made, indent=1))
                     part.rename(home)
         except OSError as error:
-            if not home.is_dir():  # without locks another process may have been first
+            if not home.is_dir():  # without locks, another process may have made them meanwhile
                 raise InputError(
                     f"{directory}: packed weights cannot be written ({error.strerror}): free space or name another place"
                 ) from error
@@ -75,7 +76,7 @@ def packed_graphs(
 
 
 def _check(home: Path, verify_hashes: bool) -> None:
-    """Refuse packed weights that are not those that were made: a copy that broke off, a disk that failed."""
+    """Refuse packed weights that changed since they were made, for example by an incomplete copy or a disk error."""
     try:
         made: dict[str, tuple[int, str]] = json.loads((home / FILES).read_text(encoding="utf-8"))
         intact = bool(made) and all(
@@ -85,11 +86,11 @@ def _check(home: Path, verify_hashes: bool) -> None:
     except (OSError, ValueError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise BundleError(f"{home}: the packed weights are damaged: remove it, and they are made again")
+        raise BundleError(f"{home}: the packed weights are damaged: remove it; the next load makes them again")
 
 
 def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The instruction sets of the processor: a virtual machine's name may be the same for several generations."""
+    """Instruction sets of the processor; virtual machines may give several generations the same name."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -100,7 +101,7 @@ def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def joined_step(
     manifest: Manifest, exit_layer: int, home: Path, keep: Iterable[str] = ("hidden_", "present_", "logits")
 ) -> bytes:
-    """The graphs of one token at an exit, which lie in ``home``, one behind the other; see :func:`.joined_graph.join`."""
+    """Join the graphs of one token at an exit, whose files are in ``home``, in their order; see :func:`.joined_graph.join`."""
     parts, state = [], f"hidden_{exit_layer}"
     for name in manifest.path_graphs(exit_layer):
         spec = manifest.runnable[name]

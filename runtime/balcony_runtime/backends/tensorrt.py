@@ -1,7 +1,7 @@
 """TensorRT as an executor: deserialized engines, one context per graph and optimization profile, one arena for all.
 
-Owns engines and contexts; memory and the stream are :mod:`.cuda`'s. Both TensorRTs have the same interface; the set says which
-one built it. Execution needs an NVIDIA GPU and was written without one at hand: see docs/tensorrt.md for what was run where.
+Owns engines and contexts; :mod:`.cuda` owns memory and the stream. Both TensorRTs have the same interface; the set names the
+one that built it. Execution needs an NVIDIA GPU; docs/tensorrt.md lists what was run on which machine.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class TensorRTExecutor:
     """Engines of one set; implements :class:`.device.Executor`.
 
     Raises:
-        BundleError: the set has no engines, or they are of another TensorRT or for other GPUs.
-        DeviceError: the GPU has not enough memory for them.
+        BundleError: the set has no engines, or they were built by another TensorRT or for other GPUs.
+        DeviceError: the GPU does not have enough memory for them.
     """
 
     def __init__(self, directory: Path, engines: EngineSet, device: CudaDevice) -> None:
@@ -41,7 +41,7 @@ class TensorRTExecutor:
         self._runtime = self._trt.Runtime(self._log)
         self._engines = {}
         for graph, spec in engines.engines.items():
-            if graph == "backbone":  # for other tools
+            if graph == "backbone":  # the whole backbone is for other tools
                 continue
             engine = self._runtime.deserialize_cuda_engine((directory / spec.file).read_bytes())
             if engine is None:
@@ -50,7 +50,7 @@ class TensorRTExecutor:
                     f"{device.capability}): build it again here with `balcony-edge build`"
                 )
             self._engines[graph] = engine
-        # passes follow one another on one stream: they can all use the same memory
+        # Passes run one after another on one stream, so all can use the same memory.
         sizes = [e.get_device_memory_size_for_profile_v2(p) for e in self._engines.values() for p in _profiles_of(e)]
         self._arena = device.allocate((max(sizes, default=1),), "int8")
         self._contexts: dict[tuple[str, int], Any] = {}
@@ -93,10 +93,10 @@ class TensorRTExecutor:
 
 
 class _KernelCache:
-    """Kernels that TensorRT-RTX compiled for this GPU, kept beside the engines so that the next process finds them.
+    """Kernels that TensorRT-RTX compiled for this GPU, kept next to the engines for later processes.
 
     Args:
-        path: its file. One of another GPU, driver or version is refused by TensorRT-RTX and made anew.
+        path: file of the cache. TensorRT-RTX refuses and replaces a file of another GPU, driver or version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,19 +104,19 @@ class _KernelCache:
         self._before = b""
 
     def config_for(self, engine: Any, strategy: Any) -> Any:
-        """How a context of an engine is made: with the cache, which all of them share."""
+        """Configuration for a context of an engine, with the cache that all contexts share."""
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            with contextlib.suppress(OSError):  # there is none yet
+            with contextlib.suppress(OSError):  # the file does not exist yet
                 self._before = self._path.read_bytes()
                 self._cache.deserialize(self._before)
         config.set_runtime_cache(self._cache)
         return config
 
     def save(self) -> None:
-        """Write what was compiled; a directory that cannot be written costs the next start its compilation, no more."""
+        """Write the compiled kernels. If the directory cannot be written, the next start only compiles them again."""
         if self._cache is None or (now := bytes(self._cache.serialize())) == self._before:
             return
         try:
@@ -126,16 +126,16 @@ class _KernelCache:
 
 
 def open_backend(bundle: Bundle, engines: str, *, capture: bool = True, verify_hashes: bool = True) -> DeviceBackend:
-    """A set's engines on the first GPU.
+    """Open a set's engines on the first GPU.
 
     Args:
-        bundle: holds the set.
-        engines: the set's name.
-        capture: run decode steps as CUDA graphs.
-        verify_hashes: hash the set's files.
+        bundle: bundle with the set.
+        engines: name of the set.
+        capture: whether decode steps run as CUDA graphs.
+        verify_hashes: whether the set's files are hashed.
 
     Raises:
-        BundleError: the set is not there, damaged, or for another TensorRT or GPU.
+        BundleError: the set is missing, damaged, or for another TensorRT or GPU.
         DeviceError: there is no driver, no GPU, or not enough memory.
         MissingDependencyError: TensorRT or cuda-python is not installed.
     """
@@ -151,12 +151,12 @@ def open_backend(bundle: Bundle, engines: str, *, capture: bool = True, verify_h
 
 def _refuse_misfits(directory: Path, engines: EngineSet, here: str, capability: str) -> None:
     if not engines.engines:
-        raise BundleError(f"{directory}: holds graphs but no engines: build them with `balcony-edge build`")
+        raise BundleError(f"{directory}: has graphs but no engines: build them with `balcony-edge build`")
     if engines.builder != here:
-        raise BundleError(f"{directory}: built by {engines.builder}, here is {here}: build again with this one")
+        raise BundleError(f"{directory}: built by {engines.builder}, but this machine has {here}: build again with it")
     if engines.compute_capabilities and capability not in engines.compute_capabilities:
         raise BundleError(
-            f"{directory}: built for compute capability {', '.join(engines.compute_capabilities)}, this GPU has "
+            f"{directory}: built for compute capability {', '.join(engines.compute_capabilities)}, but this GPU has "
             f"{capability}: build with --sm {capability}, or with --target tensorrt on this machine"
         )
 
@@ -166,7 +166,7 @@ def _profiles_of(engine: Any) -> range:
 
 
 def _profile_for(first_input: str, tensors: Mapping[str, Region], engine: Any) -> int:
-    """The first profile that takes as many new rows as the pass has."""
+    """The first optimization profile that accepts as many new rows as the pass has."""
     shape = tensors[first_input].shape
     rows = shape[1] if len(shape) > 1 else 1
     for index, (_, _, most) in enumerate(PASSES[: engine.num_optimization_profiles]):

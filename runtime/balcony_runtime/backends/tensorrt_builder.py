@@ -1,7 +1,7 @@
-"""TensorRT's builder: from a graph file to a serialized engine, with either TensorRT and without a GPU where it can.
+"""TensorRT's builder: from a graph file to a serialized engine, with either TensorRT, and without a GPU if it supports that.
 
-Owns the import of whichever TensorRT is there, the optimization profiles, and what a failed parse or build says. It needs no
-onnx: a device builds from the graphs that a workstation wrote.
+Owns the import of TensorRT, the optimization profiles, and the messages of a failed parse or build. It does not need the ONNX
+library: a device builds from the graphs that a workstation wrote.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from balcony_edge.errors import EngineBuildError, MissingDependencyError
 
 Target = Literal["rtx", "tensorrt"]
 MODULES: dict[Target, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-#: What a pass may be: (least, usual, most) new rows. One optimization profile each: decode, catch-up, a chunk of a prefill.
-#: All begin at one row: with a profile of one row alone TensorRT-RTX 1.7 keeps a second, transposed copy of every weight.
+#: Sizes of passes as (least, usual, most) new rows, one optimization profile each: decode, catch-up, a chunk of a prefill.
+#: All begin at one row: for a profile of only one row TensorRT-RTX 1.7 keeps a second, transposed copy of every weight.
 PASSES = ((1, 1, 8), (1, 8, 64), (1, 256, 512))
 _NO_KERNEL = "not supported by a dedicated kernel"
-#: A parser that leaves an input of a node out warns or says nothing, and the engine then attends to garbage
-#: (``nonpad_kv_seqlen``).
+#: Words of a parser's warning that it ignores an input of a node (``nonpad_kv_seqlen``); the engine would then attend to
+#: garbage. Some parsers give no warning, so unread inputs are also checked.
 _DROPPED = re.compile(r"ignor|not supported|unsupported", re.IGNORECASE)
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """A serialized engine and what is known of it; fields as in :class:`balcony_edge.bundle.manifest.EngineSpec`."""
+    """A serialized engine and facts about it; fields as in :class:`balcony_edge.bundle.manifest.EngineSpec`."""
 
     data: Any
     layers: int
@@ -43,10 +43,10 @@ class BuiltEngine:
 
 
 def import_tensorrt(target: Target) -> Any:
-    """The module of a TensorRT.
+    """Import the module of a TensorRT.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: the module is not installed.
     """
     name = MODULES[target]
     try:
@@ -55,13 +55,13 @@ def import_tensorrt(target: Target) -> Any:
         cure = (
             "pip install 'balcony-edge[tensorrt]'"
             if target == "rtx"
-            else "JetPack brings it (apt install tensorrt); or write graphs with --graphs-only and build on the device"
+            else "it is part of JetPack (apt install tensorrt); or write graphs with --graphs-only and build on the device"
         )
         raise MissingDependencyError(f"{name} is not installed: {cure}") from error
 
 
 class Builder:
-    """One TensorRT builder, for one engine after another."""
+    """One TensorRT builder, which builds one engine after another."""
 
     def __init__(
         self,
@@ -74,19 +74,19 @@ class Builder:
         """Open the builder.
 
         Args:
-            target: which TensorRT.
-            batch_size: members of every pass.
-            compute_capabilities: such as ``89``; only ``rtx`` builds for GPUs that are not there. By default what the library
-                builds for: ``rtx`` for all that it knows, ``tensorrt`` for the GPU of this machine.
-            timing_cache: file that ``tensorrt`` keeps kernel timings in.
+            target: the TensorRT to use.
+            batch_size: number of members of every pass.
+            compute_capabilities: GPUs to build for, such as ``89``; only ``rtx`` builds for GPUs of other machines. By default
+                ``rtx`` builds for all that it knows, ``tensorrt`` for the GPU of this machine.
+            timing_cache: file in which ``tensorrt`` keeps kernel timings.
 
         Raises:
-            MissingDependencyError: that TensorRT is not installed.
-            EngineBuildError: it does not know a compute capability, or cannot start.
+            MissingDependencyError: this TensorRT is not installed.
+            EngineBuildError: this TensorRT does not know a compute capability, or cannot start.
         """
         self._trt, self._target, self._batch = import_tensorrt(target), target, batch_size
         self.name = f"{MODULES[target]} {self._trt.__version__}"
-        #: What the engines will run on; empty: what the library builds for by default.
+        #: Compute capabilities that the engines are built for; empty: the library's default.
         self.compute_capabilities = tuple(compute_capabilities)
         self._capabilities = [self._capability(text) for text in compute_capabilities]
         self._timing_cache = timing_cache
@@ -97,13 +97,13 @@ class Builder:
         """Build one graph.
 
         Args:
-            path: its file; external data beside it.
-            spec: its table, with which what TensorRT made of the graph must agree.
-            progress: told which share of the present phase of the build is done.
+            path: file of the graph, with its external data in the same directory.
+            spec: I/O table of the graph, which TensorRT's network must match.
+            progress: function that gets the finished share of the current phase of the build.
 
         Raises:
-            EngineBuildError: one line with the node that failed and what to do.
-            KeyboardInterrupt: Ctrl-C; TensorRT stops at its next step.
+            EngineBuildError: one line with the node that failed and a cure.
+            KeyboardInterrupt: the user pressed Ctrl-C; TensorRT stops at its next step.
         """
         network = self._parsed(path, spec)
         attentions = self._attentions(network)
@@ -127,7 +127,7 @@ class Builder:
         known = [name for name in dir(getattr(self._trt, "ComputeCapability", None)) if name.startswith("SM")]
         if f"SM{text}" not in known:
             numbers = sorted(int(name.removeprefix("SM")) for name in known)
-            have = ", ".join(map(str, numbers)) or "only the GPU that is there"
+            have = ", ".join(map(str, numbers)) or "only the GPU of this machine"
             raise EngineBuildError(
                 f"--sm {text}: {self.name} builds for {have}; Orin (87) and Hopper (90) need --target tensorrt on a machine "
                 "that has it"
@@ -136,7 +136,7 @@ class Builder:
 
     def _parsed(self, path: Path, spec: GraphSpec) -> Any:
         trt, flags = self._trt, 0
-        if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # later ones have nothing else
+        if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # later versions only have this mode
             flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = self._builder.create_network(flags)
         self._log.forget()
@@ -154,7 +154,7 @@ class Builder:
         names = [network.get_input(index).name for index in range(network.num_inputs)]
         if dropped := dropped + [f"input {name} is not read" for name in names if name not in read]:
             raise EngineBuildError(
-                f"{path}: {self.name} would leave something out ({_line(dropped[0])}): export it again"
+                f"{path}: {self.name} would ignore a part of it ({_line(dropped[0])}): export it again"
             )
         for role, table, count, get in (
             ("input", spec.inputs, network.num_inputs, network.get_input),
@@ -165,10 +165,10 @@ class Builder:
             if found != wanted:
                 name = min(found.keys() ^ wanted.keys() or {n for n in found if found[n] != wanted[n]})
                 raise EngineBuildError(
-                    f"{path}: {role} {name} is {found.get(name)} to {self.name}, the manifest says {wanted.get(name)}: "
+                    f"{path}: {self.name} reads {role} {name} as {found.get(name)}, but the manifest says {wanted.get(name)}: "
                     "write the graphs again"
                 )
-        self._parser = parser  # the network points into it
+        self._parser = parser  # the network refers to its memory
         return network
 
     def _described(self, tensor: Any) -> tuple[str, tuple[int, ...]]:
@@ -187,7 +187,7 @@ class Builder:
         layers = [network.get_layer(index) for index in range(network.num_layers)]
         found = [layer for layer in layers if kind is not None and layer.type == kind]
         for layer in found:
-            layer.__class__ = self._trt.IAttentionInputLayer  # the binding hands out the base class
+            layer.__class__ = self._trt.IAttentionInputLayer  # the binding returns the base class
         return found
 
     def _config(self, spec: GraphSpec, progress: Callable[[float], None]) -> Any:
@@ -220,14 +220,14 @@ class Builder:
 def build_engines(
     bundle: Bundle, name: str, builder: Builder, graphs: Sequence[str], progress: Callable[[str, float], None]
 ) -> Manifest:
-    """Build engines of a set whose graphs are there and add them to the manifest; a failed build changes nothing.
+    """Build engines of a set from its graphs and add them to the manifest; a failed build changes nothing.
 
     Args:
-        bundle: holds the set.
-        name: of the set in ``manifest.engines``.
-        builder: made for the set's target.
-        graphs: which of its graphs.
-        progress: told what is built and which share of the whole is done.
+        bundle: bundle with the set.
+        name: name of the set in ``manifest.engines``.
+        builder: builder for the set's target.
+        graphs: names of the graphs to build.
+        progress: function that gets the name of the current step and the finished share of the whole.
 
     Raises:
         BundleError: the set's files are damaged, or its directory cannot be written.
@@ -240,7 +240,7 @@ def build_engines(
 
 
 def link_files(source: Path, engines: EngineSet, directory: Path) -> None:
-    """Give a directory the files of a set, without copying them where the file system can."""
+    """Put the files of a set into another directory, as hard links if the file system supports them."""
     for file in engines.files:
         try:
             (directory / file).hardlink_to(source / file)
@@ -258,8 +258,8 @@ def make_engines(
     """Build engines next to their graphs; returns the set with them. Other arguments: :func:`build_engines`.
 
     Args:
-        directory: holds the set's files, and is not yet a bundle's.
-        engines: the set as it is.
+        directory: directory of the set's files, not yet recorded in a bundle.
+        engines: the set before the build.
 
     Raises:
         EngineBuildError: a graph cannot be built.
@@ -270,14 +270,14 @@ def make_engines(
         spec = engines.graphs[graph]
 
         def share(done: float, graph: str = graph, index: int = index) -> None:
-            nonlocal furthest  # a build's phases count from 0 again
+            nonlocal furthest  # each phase of a build counts from 0 again
             furthest = max(furthest, (index + done) / len(graphs))
             progress(f"building {graph}", furthest)
 
         share(0.0)
         engine = builder.build(directory / spec.file, spec, share)
         file = directory / f"{graph}.engine"
-        file.unlink(missing_ok=True)  # the old one may be linked to a set that is in use
+        file.unlink(missing_ok=True)  # the old file may be a hard link to a set in use
         file.write_bytes(engine.data)
         built[graph] = EngineSpec(file=file.name, layers=engine.layers, attention=engine.attention)
     files = {spec.file: file_spec(directory / spec.file) for spec in built.values()}
@@ -291,15 +291,15 @@ def make_engines(
 
 
 def profiles(spec: GraphSpec, batch_size: int) -> Iterator[dict[str, tuple[tuple[int, ...], ...]]]:
-    """Input → (least, usual, most) shape, for each of :data:`PASSES` that the graph distinguishes."""
+    """Input → (least, usual, most) shape, once for each of :data:`PASSES` that differs for this graph."""
     symbols = {dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}
     capacities = [tensor.shape[2] for tensor in spec.inputs if tensor.name.startswith("past_")]
     room = min((dim for dim in capacities if isinstance(dim, int)), default=PASSES[-1][2])
     for number, (least, usual, most) in enumerate(PASSES if symbols & {"rows", "queries"} else PASSES[:1]):
         if number and PASSES[number - 1][2] >= room:
-            return  # the profile before takes all that the caches hold
+            return  # the previous profile already covers the whole cache
         rows = (least, min(usual, room), min(most, room))
-        # a balcony asks about the last of its rows: any number of them
+        # Any number of the last rows of a balcony may be queries.
         queries = rows if "rows" not in symbols else (1, 1, rows[2])
         sizes = {"batch": (batch_size,) * 3, "rows": rows, "queries": queries}
         yield {
@@ -315,12 +315,12 @@ def _table_entry(tensor: TensorSpec) -> tuple[str, tuple[int, ...]]:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:300] or "it says nothing"
+    return " ".join(text.split())[:300] or "without a message"
 
 
 def _make_log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps warnings and the last error; the base class is known only once TensorRT is imported."""
+        """Keeps warnings and the last error; defined here because its base class needs TensorRT's import."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -342,7 +342,7 @@ def _make_log(trt: Any) -> Any:
 
 def _make_monitor(trt: Any, progress: Callable[[float], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Tells how far a phase is, and ends the build at the next step after Ctrl-C."""
+        """Reports the progress of a phase, and ends the build at the next step after Ctrl-C."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -358,7 +358,7 @@ def _make_monitor(trt: Any, progress: Callable[[float], None]) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             try:
                 progress((step + 1) / max(self.steps.get(phase_name, 1), 1))
-            except KeyboardInterrupt:  # it would be lost in the library
+            except KeyboardInterrupt:  # the library would swallow it
                 self.cancelled = True
             return not self.cancelled
 

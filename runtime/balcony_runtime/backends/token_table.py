@@ -1,7 +1,7 @@
-"""The token table: rows of the embedding, read from the bundle's weights where they lie.
+"""The token table: rows of the embedding, mapped from the bundle's weights.
 
-Owns how a row is found and made a float again. The file is mapped, not read: a tied table is the LM head's weight, and
-only the rows of tokens that occur are ever touched here.
+Owns finding a row and converting it to floats. The file is mapped, not read: a tied table is also the LM head's weight, and
+only the rows of tokens that occur are touched here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from balcony_edge.bundle.bundle import Bundle
 
-#: Tokens whose rows are kept as floats: two of three tokens of a text are among the 1,000 different ones before it.
+#: Most rows kept as floats: two of three tokens of a text are among the 1,000 different tokens before it.
 RECENT_ROWS = 1024
 
 
@@ -25,7 +25,7 @@ class TokenTable:
         path = bundle.file(spec.file)
 
         def mapped(offset: int, dtype: Any, *row: int) -> npt.NDArray[Any]:
-            # as a plain array: indexing a memmap object costs 10 µs more
+            # Convert to a plain array: indexing a memmap object costs 10 µs more.
             return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=(spec.shape[0], *row)))
 
         self.dtype: np.dtype[Any] = np.dtype(spec.dtype)
@@ -45,13 +45,13 @@ class TokenTable:
         self._zeros = None if zeros is None else mapped(zeros, np.uint8, -(-count * bits // 8))
 
     def __getitem__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Rows of any shape of tokens, one axis of D more."""
+        """Rows of an array of tokens of any shape; the result has one more axis, of size D."""
         rows = self._table[tokens] if self._blocks is None else self._dequantized(tokens)
         scaled = rows if self._scale == 1 else rows * self._scale
         return scaled.reshape(*tokens.shape, self._width)
 
     def row(self, token: int) -> npt.NDArray[Any]:
-        """One token's row, (D,), not to be written to: with cold caches making it takes 30 µs, so recent ones are kept."""
+        """Row of one token, (D,), read-only. Recent rows are kept: with cold caches a new one takes 30 µs."""
         row = self._recent.get(token)
         if row is None:
             if len(self._recent) >= RECENT_ROWS:
@@ -61,7 +61,7 @@ class TokenTable:
 
     def _dequantized(self, at: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         assert self._blocks is not None
-        values = self._values.take(self._table[at], axis=0)  # a byte holds one value or two
+        values = self._values.take(self._table[at], axis=0)  # a byte contains one value or two
         scales = self._scales[at]  # (..., blocks, 1)
         blocks = values.reshape(*scales.shape[:-1], self._blocks.block_size)
         if self._zeros is not None:

@@ -1,13 +1,12 @@
-"""How each quantity is measured.
+"""The measurement of each quantity.
 
-A cell is one quantity that one call measures once: a block of decode steps, a prefill, a switch, or a sweep of passes
-through all graphs. What a user sees (time to first token, time between tokens, switches) is measured through ``LLM.stream``
-as a user's program calls it. Single passes are measured on the sequence's state in the order of a full-depth step, so that
-every graph finds the caches as the graphs before it leave them: measured alone, a small balcony would stay in the cache.
+A cell is a quantity that one call measures once: a block of decode steps, a prefill, a switch, or a sweep of passes through all
+graphs. Quantities that a user sees (time to first token, time between tokens, switches) are measured through ``LLM.stream``, as
+a user's program calls it. Single passes are measured on the sequence's state in the order of a full-depth step, so that every
+graph finds the CPU's caches as the earlier graphs leave them: measured alone, a small balcony would stay in the cache.
 
-A pass always ends at the last row of a sequence that is as long as its end: what a backend binds grows with a sequence and
-never shrinks, so each length has a sequence of its own. All rows are really filled first: untouched memory reads as one
-cached page of zeros.
+A pass always ends at the last row of a sequence of that length. Bindings grow with a sequence and never shrink, so each length
+has a sequence of its own. All rows are filled first, because untouched memory reads as one cached page of zeros.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.grid import Grid
 
-#: The first token of a block runs the prompt, the second binds the decode step.
+#: Tokens of a block that do not count: the first runs the prompt, the second binds the decode step.
 WARM_TOKENS = 2
-#: A target that is never missed: the controller weighs it and stays where it is.
+#: A target that is never missed: the controller checks it and does not change the exit.
 EASY_MS = 1e5
-#: Rows of a prompt that a switch starts from, where the context has room for them.
+#: Rows before a switch, if the context has room for them.
 SWITCH_CONTEXT = 192
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What an :class:`balcony_edge.device.profile.Entry` is about; see there."""
+    """Identity of a quantity; fields as in :class:`balcony_edge.device.profile.Entry`."""
 
     kind: Kind
     exit_layer: int
@@ -42,26 +41,26 @@ class Key:
     context: int = 0
 
 
-#: What one call of a cell gave: a block of samples, milliseconds, for each quantity that it measures.
+#: Result of one call of a cell: a block of samples, in milliseconds, for each quantity that it measures.
 Blocks = dict[Key, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Something to measure: ``run`` measures it once."""
+    """One measurement with its title; ``run`` makes it once."""
 
     title: str
     run: Callable[[], Blocks]
 
 
 def prompt(length: int, vocab_size: int) -> list[int]:
-    """Fixed tokens: what they are makes no difference to what they cost."""
+    """Fixed tokens; their values do not affect the cost."""
     return [(100 + 7 * i % 1000) % vocab_size for i in range(length)]
 
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """A token at another exit than the ones before it: what was due for it, the row it stood at, and how long it took."""
+    """A token at another exit than the tokens before it: the rows that ran for it, its position, and its latency."""
 
     stage_rows: tuple[int, ...]
     balcony_rows: tuple[int, ...]
@@ -70,12 +69,16 @@ class Switch:
 
 
 def switched(llm: LLM, sequence: TokenSequence, before: int, after: int, tokens: list[int], pending: int) -> Switch:
-    """Let ``pending`` rows past the end of ``sequence`` run at one exit, make one token at the other, and roll back.
+    """Run ``pending`` rows after the end of ``sequence`` at one exit, make one token at the other, and roll back.
 
-    The last of the rows are made by the stream that then switches, as a reply's are: its step is bound by then.
+    The stream that switches also makes the last of these rows, as in a reply, so its decode step is already bound.
 
     Args:
-        tokens: those of the sequence and ``pending`` more.
+        llm: the loaded bundle.
+        sequence: sequence to switch on.
+        before, after: exit of the pending rows, and exit of the token.
+        tokens: tokens of the sequence and ``pending`` more.
+        pending: number of rows at the first exit.
     """
     context = sequence.length
     bulk = pending - min(pending, WARM_TOKENS)
@@ -95,7 +98,7 @@ def switched(llm: LLM, sequence: TokenSequence, before: int, after: int, tokens:
 
 
 class Bench:
-    """The sequences that measuring goes on, and the cells over them."""
+    """The sequences for measuring, and the cells over them."""
 
     def __init__(self, llm: LLM, grid: Grid) -> None:
         self.llm, self.grid = llm, grid
@@ -105,7 +108,7 @@ class Bench:
         self._filled: dict[tuple[str, int], TokenSequence] = {}
 
     def cells(self) -> tuple[Cell, ...]:
-        """Everything that the grid asks for."""
+        """The cells of the whole grid."""
         grid, exits = self.grid, self.exits
         shallow, full = exits[:-1], exits[-1]
         found = [Cell(f"{rows} rows of {end}", partial(self._sweep, rows, end)) for rows, end in grid.passes()]
@@ -135,7 +138,7 @@ class Bench:
         return tuple(found)
 
     def decode(self, exit_layer: int, depth: int) -> Blocks:
-        """Time between tokens, and Python's share of it: a block of the grid's tokens at a fixed exit."""
+        """Measure the time between tokens, and Python's share of it, in a block of the grid's tokens at a fixed exit."""
         gaps, python = self._block(Budget(exit_layer=exit_layer), depth)
         return {
             Key("decode", exit_layer, context=depth): gaps,
@@ -143,7 +146,7 @@ class Bench:
         }
 
     def _controlled(self, exit_layer: int, depth: int) -> Blocks:
-        """Python's share where the controller weighs a target at every token, and stays."""
+        """Measure Python's share when the controller checks a target at every token and does not change the exit."""
         budget = Budget(tpot_ms=EASY_MS, min_exit=exit_layer, max_exit=exit_layer)
         return {Key("controller", exit_layer, context=depth): self._block(budget, depth)[1]}
 
@@ -165,7 +168,7 @@ class Bench:
         return gaps[WARM_TOKENS:], python[WARM_TOKENS:]
 
     def state_bytes(self) -> tuple[int, int]:
-        """``(tokens, bytes)`` of the longest sequence: caches and row buffers."""
+        """``(tokens, bytes)`` of the longest sequence; the bytes are those of caches and row buffers."""
         sequence = max(self._filled.values(), key=lambda s: s.length)
         return sequence.length, sequence.state.memory_bytes
 
@@ -175,7 +178,7 @@ class Bench:
         return {Key("prefill", exit_layer, rows=length, context=0): [token.latency_ms]}
 
     def _switch(self, before: int, after: int, pending: int) -> Blocks:
-        """``pending`` tokens at one exit, then one at the other: deeper stages or the balcony take in what waits."""
+        """Make ``pending`` tokens at one exit, then one at the other; deeper stages or the balcony take in pending rows."""
         context = min(max(min(self.grid.depths), SWITCH_CONTEXT), max(self.grid.depths))
         context = min(context, self.llm.engine.max_length - pending - 2)
         sequence = self._sequence("switch", context, room=max(self.grid.pending) + 2)
@@ -184,7 +187,7 @@ class Bench:
         return {Key(kind, after, before, rows=pending + 1, context=found.position): [found.latency_ms]}
 
     def _sweep(self, rows: int, end: int) -> Blocks:
-        """One pass through every graph, in the order of a step; the last of ``rows`` is the sequence's last."""
+        """Measure one pass through every graph, in the order of a step; its last row is the sequence's last."""
         state = self._sequence("pass", end, room=0).state
         start, context, exits = end - rows, end - 1, self.exits
         found: Blocks = {}
@@ -192,9 +195,9 @@ class Bench:
         def timed(key: Key, call: Callable[[], object]) -> None:
             busy_ns, begin_ns = state.busy_ns, time.perf_counter_ns()
             call()
-            state.wait()  # a GPU has only been told so far
-            # one row runs bound in advance, and a decode step does not pay for this call's own Python; more rows are
-            # copied and bound when they run
+            state.wait()  # a call to a GPU returns before the pass has run
+            # A pass of one row is bound in advance, and a decode step does not include the Python of this call. More rows are
+            # copied and bound when they run, so there the Python counts.
             spent_ns = state.busy_ns - busy_ns if rows == 1 else time.perf_counter_ns() - begin_ns
             found[key] = [spent_ns / 1e6]
 
@@ -213,7 +216,7 @@ class Bench:
         return self._tokens[:length]
 
     def _sequence(self, use: str, length: int, room: int) -> TokenSequence:
-        """A sequence of so many rows that every stage and balcony has seen."""
+        """A sequence of ``length`` rows, all of which every stage and balcony has taken in."""
         key = (use, length)
         if key not in self._filled:
             sequence = self.llm.engine.new_sequence(max_length=min(length + room, self.llm.engine.max_length))

@@ -1,7 +1,7 @@
 """The charts of a profile's report, as Plotly figures.
 
-Owns which numbers are drawn, not how a page looks: colours of text and grid are set by the page, for light and dark. Every
-number comes from the profile as it is; nothing is rounded.
+Owns the choice of the numbers, not the look: the page sets colours of text and grid for light and dark. All numbers are those
+of the profile; nothing is rounded.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from balcony_edge.errors import MissingDependencyError
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-#: One per exit, shallow to deep: apart in hue and lightness, and readable on white and on black.
+#: One colour per exit, shallow to deep; they differ in hue and lightness and are readable on white and on black.
 COLOURS = ("#e4572e", "#e8a33d", "#4fa36f", "#3d8fd1", "#9a6fd0", "#c75d9b", "#7d8a99")
 _GRID = "rgba(128,128,128,0.25)"
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A figure with what a reader should see in it."""
+    """A figure with its title and an explanation for readers."""
 
     name: str
     title: str
@@ -31,22 +31,22 @@ class Chart:
 
 
 def require_plotly() -> Any:
-    """The plotting library.
+    """Import the plotting library.
 
     Raises:
-        MissingDependencyError: it is an extra, and not installed.
+        MissingDependencyError: the library, which is an extra, is not installed.
     """
     try:
         import plotly.graph_objects as go  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise MissingDependencyError(
-            "a report needs plotly: pip install 'balcony-edge[report]', or leave --report out"
+            "plotly is not installed, but a report needs it: pip install 'balcony-edge[report]', or leave --report out"
         ) from error
     return go
 
 
 def charts(profile: DeviceProfile) -> tuple[Chart, ...]:
-    """Every chart that the profile has numbers for, in reading order."""
+    """All charts for which the profile has numbers, in reading order."""
     go = require_plotly()
     found = [
         _quality(go, profile, "ms a token", _decode_ms(profile), "quality-latency"),
@@ -61,7 +61,7 @@ def charts(profile: DeviceProfile) -> tuple[Chart, ...]:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of ``(cost, quality)`` that no other beats in both: less cost with as much quality, or the reverse."""
+    """Points ``(cost, quality)`` that no other point dominates: none has less cost and at least the same quality."""
     front: list[tuple[float, float]] = []
     for cost, quality in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or quality > front[-1][1]:
@@ -105,8 +105,8 @@ def _quality(go: Any, profile: DeviceProfile, unit: str, costs: dict[int, float]
     for layer, (cost, quality) in zip(layers, points, strict=True):
         figure.add_scatter(x=[cost], y=[quality], mode="markers", marker=_marker(profile, layer), name=f"exit {layer}")
     text = (
-        "How often an exit writes the full model's next token. Up and to the left is better; what lies below the dotted "
-        "line is beaten by another exit."
+        "Share of positions where an exit and the full model choose the same next token. Up and to the left is better; an exit "
+        "below the dotted line is worse than another exit."
     )
     return Chart(name, f"Quality against {unit}", text, figure)
 
@@ -114,7 +114,7 @@ def _quality(go: Any, profile: DeviceProfile, unit: str, costs: dict[int, float]
 def _by_length(go: Any, profile: DeviceProfile, kind: Any) -> Chart | None:
     entries = profile.select(kind)
     lengths = {entry.context if kind == "decode" else entry.rows for entry in entries}
-    if len(lengths) < 2:  # one point is no curve: the table has it
+    if len(lengths) < 2:  # one point is not a curve, and the table shows it
         return None
     decode = kind == "decode"
     figure = _figure(go, "tokens of context" if decode else "tokens of prompt", "ms")
@@ -143,7 +143,7 @@ def _by_length(go: Any, profile: DeviceProfile, kind: Any) -> Chart | None:
 
 
 def _parts(go: Any, profile: DeviceProfile) -> Chart:
-    """Prices of one token, part by part, at every exit."""
+    """Prices of one token at every exit, split into parts."""
     costs, exits = profile.costs, profile.bundle.exit_layers
     context = min((entry.context for entry in profile.select("decode")), default=0)
     figure = _figure(go, "ms a token", "exit")
@@ -162,14 +162,14 @@ def _parts(go: Any, profile: DeviceProfile) -> Chart:
         figure.add_bar(y=names, x=values, orientation="h", name=name, marker={"color": COLOURS[index % len(COLOURS)]})
     figure.update_layout(barmode="stack")
     figure.update_yaxes(autorange="reversed")
-    return Chart("parts", "Where a token's time goes", f"Fitted prices of one step after {context} tokens.", figure)
+    return Chart("parts", "Parts of a token's time", f"Fitted prices of one step after {context} tokens.", figure)
 
 
 def _switches(go: Any, profile: DeviceProfile) -> Chart | None:
     entries = (*profile.select("switch_up"), *profile.select("switch_down"))
     if len({entry.rows for entry in entries}) < 2:
         return None
-    figure = _figure(go, "rows that waited", "ms of the step that switches")
+    figure = _figure(go, "pending rows", "ms of the step that switches")
     for index, way in enumerate(dict.fromkeys((entry.from_exit, entry.exit_layer) for entry in entries)):
         own = sorted((e for e in entries if (e.from_exit, e.exit_layer) == way), key=lambda e: e.rows)
         figure.add_scatter(
@@ -180,8 +180,8 @@ def _switches(go: Any, profile: DeviceProfile) -> Chart | None:
             marker={"color": COLOURS[index % len(COLOURS)], "size": 9},
             name=f"{way[0]} → {way[1]}",
         )
-    text = "Up: the deeper stages take in what waits, in one pass. Down: the balcony does, keys and values only."
-    return Chart("switches", "What a switch costs", text, figure)
+    text = "Up: the deeper stages take in the pending rows in one pass. Down: the balcony takes them in, keys and values only."
+    return Chart("switches", "Cost of a switch", text, figure)
 
 
 def _sustained(go: Any, profile: DeviceProfile) -> Chart | None:
@@ -206,8 +206,8 @@ def _sustained(go: Any, profile: DeviceProfile) -> Chart | None:
             yaxis="y2",
         )
         figure.update_layout(yaxis2={"overlaying": "y", "side": "right", "title": "°C", "showgrid": False})
-    text = f"At the end a token takes {run.slowdown:.2f} times what it took in the first seconds."
-    return Chart("sustained", "Sustained against burst", text, figure)
+    text = f"At the end, a token takes {run.slowdown:.2f} times as long as in the first seconds."
+    return Chart("sustained", "Sustained load compared with a burst", text, figure)
 
 
 def _marker(profile: DeviceProfile, layer: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What else went on while a profile was measured: clocks, heat, competing load, memory, power.
+"""Conditions of a measurement: clocks, heat, load of other processes, memory, power.
 
-A quantity that the system does not tell is None. Nothing here slows a step down: sensors have threads of their own, and
+A quantity that the system does not report is None. Nothing here slows a step down: sensors have threads of their own, and
 files are read between cells.
 """
 
@@ -20,32 +20,32 @@ from balcony_edge.device.profile import Conditions, Power, Rail
 from balcony_edge.device.readings import Reading, adding_up
 from balcony_runtime.sensors import Sensors
 
-#: Sources that never measure power: what they lack is no reason.
+#: Sources that never measure power, so their absences do not explain a lack of it.
 _NO_POWER = ("thermal", "psutil")
-#: CPU time that others used, of all: above this a profile says so; two cores decode 5 % slower beside it.
+#: Share of all CPU time used by other processes above which a profile gets a note; at this load two cores decode 5 % slower.
 BUSY_NEIGHBOURS = 0.05
 
 
 class Watch:
-    """Looks at the device from its making to :meth:`report`."""
+    """Observes the device from its construction to :meth:`report`."""
 
     def __init__(self, sensors: Sensors, root: Path = Path("/")) -> None:
         """Begin.
 
         Args:
-            sensors: started.
-            root: where ``proc`` and ``sys`` are looked for.
+            sensors: started sensors.
+            root: directory that contains ``proc`` and ``sys``.
         """
         self._sensors, self._root = sensors, root
         self._begin_s, self._cpu = time.perf_counter(), self._cpu_seconds()
         self._mhz, self._celsius, self._throttled = self.cpu_mhz(), self.celsius(), False
 
     def look(self) -> None:
-        """Note whether clocks are held down at the moment."""
+        """Record whether clocks are held down now."""
         self._throttled |= any(reading.throttled for reading in self._sensors.latest())
 
     def report(self, notes: tuple[str, ...] = ()) -> Conditions:
-        """Everything since the beginning."""
+        """Conditions since the construction."""
         share = self._others_share()
         mhz, celsius = self.cpu_mhz(), self.celsius()
         known = any(reading.throttled is not None for reading in self._sensors.latest())
@@ -72,11 +72,11 @@ class Watch:
         return fmean(map(float, mhz)) if mhz else None
 
     def celsius(self) -> float | None:
-        """The hottest sensor now."""
+        """Temperature of the hottest sensor now."""
         return max((r.celsius for r in self._sensors.latest() if r.celsius is not None), default=None)
 
     def watts(self) -> float | None:
-        """Power now, of the first source that has it."""
+        """Power now, from the first source that measures it."""
         return next((r.watts for r in self._sensors.latest() if r.watts is not None), None)
 
     def _others_share(self) -> float | None:
@@ -87,7 +87,7 @@ class Watch:
         return max(busy - own, 0.0) / total if total > 0 else None
 
     def _cpu_seconds(self) -> tuple[float, float, float] | None:
-        """``(all, busy, ours)`` seconds since boot; time that the host stole counts as busy."""
+        """``(all, busy, own)`` CPU seconds since boot; time that the host took counts as busy."""
         text = self._text("proc/stat")
         if text is None:
             return None
@@ -108,7 +108,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int | None:
-    """Most that it ever was."""
+    """Peak of the resident memory of this process; None if the system does not report it."""
     try:
         import resource  # noqa: PLC0415 - Windows has none
     except ImportError:
@@ -117,14 +117,14 @@ def peak_bytes() -> int | None:
 
 
 def measured_rails(sensors: Sensors) -> dict[Rail, tuple[str, ...]]:
-    """Rail → the sources whose power adds up to its own, as it does for the controller."""
+    """Rail → sources whose power adds up to that of the rail, as for the controller."""
     powered = [r for r in sensors.latest() if r.watts is not None or r.joules is not None]
     found = {rail: adding_up([r for r in powered if r.scope == rail], rail) for rail in get_args(Rail)}
     return {rail: tuple(part.source for part in parts) for rail, parts in found.items() if parts}
 
 
 def why_no_power(sensors: Sensors) -> str:
-    """One line: what was looked for in vain, and what can be done about it."""
+    """One line with the reasons why no sensor measures power, and cures."""
     absences = [absence for health in sensors.health() if health.source not in _NO_POWER for absence in health.absences]
     reasons = [
         f"{absence.part}: {absence.reason}" + (f" ({absence.cure})" if absence.cure else "") for absence in absences
@@ -133,20 +133,20 @@ def why_no_power(sensors: Sensors) -> str:
 
 
 class Meter:
-    """Average power of some rails while something runs: by the energy counter where there is one."""
+    """Average power of some rails while a function runs; it uses energy counters if there are any."""
 
     def __init__(self, sensors: Sensors, rails: dict[Rail, tuple[str, ...]]) -> None:
         self._sensors, self._rails = sensors, rails
         self._seen: dict[str, list[Reading]] = {}
 
     def run(self, seconds: float, work: Callable[[], object] = lambda: time.sleep(0.1)) -> dict[Rail, float]:
-        """Repeat ``work`` for so long; watts of every rail that gave two readings meanwhile."""
+        """Repeat ``work`` for ``seconds``; returns the watts of every rail that gave two readings meanwhile."""
         self._seen = {source: [] for sources in self._rails.values() for source in sources}
         begin_s = time.monotonic()
         while time.monotonic() - begin_s < seconds or min(map(len, self._seen.values()), default=2) < 2:
             work()
             self._look(begin_s)
-            if time.monotonic() - begin_s > 4 * seconds + 5:  # a sensor that stopped answering
+            if time.monotonic() - begin_s > 4 * seconds + 5:  # a sensor has stopped answering
                 break
         found = {rail: [_watts(self._seen[source]) for source in sources] for rail, sources in self._rails.items()}
         known = {rail: [watts for watts in parts if watts is not None] for rail, parts in found.items()}

@@ -4,12 +4,12 @@ A pass of r rows with q queries over k keys is priced as
 
     first row + Σ further rows × marginal row + (first query + Σ further queries × marginal query) × k / 1000
 
-with the two marginals constant between measured row counts: small passes read weights, large ones multiply matrices, and
-in between the price of a row bends. All prices are at least 0 (a pass never gets cheaper with more rows), and errors are
-weighed as shares: a millisecond of a decode step matters more than one of a prefill.
+with the two marginal prices constant between measured row counts: small passes read weights, large ones multiply matrices, and
+in between the price of a row bends. All prices are at least 0 (a pass never gets cheaper with more rows). Errors are relative:
+a millisecond of a decode step matters more than one of a prefill.
 
-Whether attention pays for the live context or for a bucket of bound rows is the backend's business. Both are fitted, and
-the one that fits better is taken.
+Whether attention pays for the live context or for a bucket of bound rows depends on the backend. Both are fitted, and the
+better fit is used.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from balcony_runtime.engine import MAX_PASS_ROWS
 from balcony_runtime.profiler.timing import quantile
 
 Floats = npt.NDArray[np.float64]
-#: Candidates for :attr:`UnitCost.key_bucket`: the live context, and what the ONNX Runtime backend binds at a time.
+#: Candidates for :attr:`UnitCost.key_bucket`: the live context, and the step in which the ONNX Runtime backend binds keys.
 KEY_BUCKETS = (1, 128)
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One measured pass: ``rows`` of which ``queries`` attend, the last of them row ``end - 1`` of the sequence."""
+    """One measured pass of ``rows`` rows; ``queries`` of them attend; the last is row ``end - 1`` of the sequence."""
 
     rows: int
     queries: int
@@ -43,22 +43,22 @@ class Pass:
 
 
 def fit_unit(passes: Sequence[Pass]) -> UnitCost:
-    """Prices of one graph.
+    """Fit the prices of one graph.
 
     Args:
-        passes: medians, one for each number of rows and end; at least one of one row.
+        passes: median times, one for each number of rows and end; at least one pass has one row.
     """
     fits = [_fit(passes, bucket) for bucket in KEY_BUCKETS]
     return min(fits, key=lambda unit: sum(error * error for error in errors(unit, passes)))
 
 
 def errors(unit: UnitCost, passes: Sequence[Pass]) -> list[float]:
-    """Predicted / measured - 1 of every pass."""
+    """Relative error (predicted / measured - 1) of every pass."""
     return [unit.pass_ms(p.rows, p.end - 1, p.queries) / p.ms - 1 for p in passes]
 
 
 def residual(part: str, shares: Sequence[float]) -> Residual:
-    """Size of the errors of one part."""
+    """Summary of the absolute errors of one part."""
     sizes = [abs(share) for share in shares]
     return Residual(part=part, points=len(sizes), median=median(sizes), p95=quantile(sizes, 0.95))
 

@@ -1,4 +1,4 @@
-"""What a profile measures: prompts, depths and pending rows, as a user writes them and as a bundle allows them."""
+"""The grid of a profile: prompts, depths and pending rows, from the user's options and within the bundle's context."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from dataclasses import dataclass
 from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.engine import MAX_PASS_ROWS
 
-#: A sweep of a thousand values is a typing mistake.
+#: Most values of an option; more are a typing mistake.
 MAX_VALUES = 1000
 _ITEM = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
-#: Row counts between which a pass is taken to be linear: doubling, since small passes read weights and large ones multiply.
+#: Row counts of measured passes; in between, the price is linear. They double, because small passes read weights and large ones
+#: multiply matrices.
 PASS_ROWS = tuple(2**n for n in range(MAX_PASS_ROWS.bit_length()))
 QUICK_PASS_ROWS = (1, 2, 8, 32, 128)
-#: Passes are also measured at the end of so short a sequence: attention over next to nothing.
+#: Length of the shortest sequence for passes, where attention costs almost nothing.
 SHORT_END = 16
-#: Rows × keys of a measured pass: at most this many, so that one pass of a small model stays within seconds on a CPU.
+#: Most rows × keys of a measured pass, so that one pass of a small model takes seconds at most on a CPU.
 MAX_SCORES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What is measured.
+    """The quantities to measure.
 
     Attributes:
-        prompts: prompt lengths whose time to first token is measured.
-        tokens: tokens of a decode block; those after the first two count.
-        depths: tokens before a decode block.
-        pending: rows that wait when an exit is switched.
-        pass_rows: rows of single passes through each graph.
+        prompts: prompt lengths at which time to first token is measured.
+        tokens: number of tokens of a decode block; the first two do not count.
+        depths: numbers of tokens before a decode block.
+        pending: numbers of pending rows at a switch of the exit.
+        pass_rows: numbers of rows of single passes through each graph.
         rounds: most repetitions of everything.
-        seconds: stop after so much measuring, once everything was measured in two rounds.
-        power_s: seconds of decoding for each exit's power.
+        seconds: time limit; measuring stops after it, once everything was measured in two rounds.
+        power_s: duration of decoding for the power of each exit, in seconds.
     """
 
     prompts: tuple[int, ...]
@@ -56,11 +57,11 @@ class Grid:
         pending: tuple[int, ...] | None = None,
         rounds: int | None = None,
     ) -> Grid:
-        """The default grid, within a bundle's context, with what a user asked for instead.
+        """The default grid within a bundle's context, with the values that a user gave.
 
         Raises:
-            ContextLengthError: something asked for does not fit the context.
-            InputError: something is out of range.
+            ContextLengthError: a value does not fit the context.
+            InputError: a value is out of range.
         """
 
         def default(*values: int) -> tuple[int, ...]:
@@ -81,14 +82,14 @@ class Grid:
         return grid
 
     def passes(self) -> tuple[tuple[int, int], ...]:
-        """``(rows, end)`` of every single pass: the sequence's length is ``end`` after it."""
+        """``(rows, end)`` of every single pass; ``end`` is the length of the sequence after it."""
         deepest = max(self.depths) + self.tokens
         ends = sorted({max(length, 1) for length in (SHORT_END, *self.depths, *self.prompts, deepest)})
         return tuple((rows, end) for end in ends for rows in self.pass_rows if rows <= end and rows * end <= MAX_SCORES)
 
     def _check(self, context_length: int) -> None:
         if self.tokens < 3:
-            raise InputError(f"-n {self.tokens}: a decode block has 3 tokens or more: the first two only warm up")
+            raise InputError(f"-n {self.tokens}: the first two tokens of a decode block only warm up: give 3 or more")
         for option, values, least in (("-p", self.prompts, 1), ("-d", self.depths, 0), ("--pending", self.pending, 1)):
             if min(values) < least:
                 raise InputError(f"{option} {min(values)}: must be at least {least}")
@@ -100,22 +101,25 @@ class Grid:
         for option, tokens in longest.items():
             if tokens > context_length:
                 raise ContextLengthError(
-                    f"{option} ask for {tokens} tokens and this bundle's context holds {context_length}: ask for less"
+                    f"{option}: {tokens} tokens are needed, but this bundle's context holds {context_length}: give less"
                 )
 
 
 def parse_values(option: str, text: str) -> tuple[int, ...]:
-    """Numbers as in llama-bench: ``32,512``, ``0-2048+512`` (steps of), ``1-64*2`` (times), ``3-5``; ascending, once each.
+    """Read numbers as in llama-bench: ``32,512``, ``0-2048+512`` (step), ``1-64*2`` (factor), ``3-5``.
+
+    Returns:
+        The numbers in ascending order, without duplicates.
 
     Raises:
-        InputError: it is none of these.
+        InputError: the text has none of these forms.
     """
     values: set[int] = set()
     for item in text.split(","):
         found = _ITEM.fullmatch(item.strip())
         if found is None:
             raise InputError(
-                f"{option} {text}: {item!r} is no number and no range: write 32,512 or 0-2048+512 or 1-64*2"
+                f"{option} {text}: {item!r} is neither a number nor a range: write 32,512 or 0-2048+512 or 1-64*2"
             )
         first, last = int(found[1]), int(found[2] or found[1])
         operator, step = found[3] or "+", int(found[4] or 1)
@@ -127,5 +131,5 @@ def parse_values(option: str, text: str) -> tuple[int, ...]:
             values.add(first)
             first = first + step if operator == "+" else first * step
             if len(values) > MAX_VALUES:
-                raise InputError(f"{option} {text}: is more than {MAX_VALUES} values: take larger steps")
+                raise InputError(f"{option} {text}: has more than {MAX_VALUES} values: give larger steps")
     return tuple(sorted(values))

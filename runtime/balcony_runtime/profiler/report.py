@@ -1,7 +1,7 @@
-"""A profile as one HTML page: charts, tables, facts. Nothing is fetched, and the profile itself is in it.
+"""A device profile as one HTML page: charts, tables, facts, and the profile itself. The page fetches nothing.
 
-Owns the page. It follows the reader's light or dark scheme and fits a phone. Every number stands in a table cell with its
-exact value as ``data-value``, and the whole profile in a script element, so that the page can be checked and read back.
+Owns the page. It follows the reader's light or dark scheme and fits a phone. Every number is in a table cell with its exact
+value as ``data-value``, and the whole profile is in a script element, so that a program can check the page and read it back.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ ink();
 
 
 def write_report(profile: DeviceProfile, path: Path) -> None:
-    """Write the page, whole or not at all.
+    """Write the page in one step.
 
     Raises:
         MissingDependencyError: the plotting library is not installed.
-        ProfileError: the disk refuses.
+        ProfileError: the file cannot be written.
     """
     content = report(profile).encode()
     write_atomically(path, content, ProfileError, "free space, or name a place that is writable")
 
 
 def report(profile: DeviceProfile) -> str:
-    """The page."""
+    """The page as HTML."""
     require_plotly()
     from plotly.offline import get_plotlyjs  # noqa: PLC0415 - an extra
 
@@ -133,17 +133,17 @@ def _tables(profile: DeviceProfile) -> str:
         for entry in profile.entries
         if entry.kind in ("decode", "prefill", "switch_up", "switch_down")
     ]
-    columns = ["what", "p50, ms", "±", "p95", "p99", "predicted"]
+    columns = ["quantity", "p50, ms", "±", "p95", "p99", "predicted"]
     found = _table("Times", "entries", columns, timings)
     if profile.power:
-        rows = [
+        lines = [
             [f"exit {p.exit_layer}, {p.rail}", _number(p.joules_per_token), _number(p.busy_w), _number(p.idle_w)]
             for p in profile.power
         ]
-        found += _table("Energy", "power", ["what", "joules a token", "busy, W", "idle, W"], rows)
+        found += _table("Energy", "power", ["exit and rail", "joules a token", "busy, W", "idle, W"], lines)
     fits = [[r.part, str(r.points), _number(r.median), _number(r.p95)] for r in profile.residuals]
     return found + _table(
-        "Errors of the prices, as shares", "residuals", ["part", "points", "median", "95 % below"], fits
+        "Relative errors of the prices", "residuals", ["part", "points", "median", "95 % below"], fits
     )
 
 
@@ -167,33 +167,35 @@ def _facts(profile: DeviceProfile) -> str:
         if conditions.celsius is None
         else " to ".join(f"{c:.0f} °C" for c in conditions.celsius),
         "throttled": {True: "yes", False: "no", None: None}[conditions.throttled],
-        "CPU time of others": None if conditions.others_cpu_share is None else f"{conditions.others_cpu_share:.1%}",
+        "CPU time of other processes": None
+        if conditions.others_cpu_share is None
+        else f"{conditions.others_cpu_share:.1%}",
         "measured": f"{profile.created}, {conditions.seconds:.0f} s, balcony-edge {profile.tool}",
         "notes": "; ".join(conditions.notes) or None,
     }
-    rows = "".join(
+    lines = "".join(
         f"<tr><th>{name}</th><td>{html.escape('not known' if value is None else str(value))}</td></tr>"
         for name, value in shown.items()
     )
     command = f"<tr><th>command</th><td><code>{html.escape(profile.command)}</code></td></tr>"
-    return f'<section class="facts"><h2>Device and bundle</h2><table>{rows}{command}</table></section>\n'
+    return f'<section class="facts"><h2>Device and bundle</h2><table>{lines}{command}</table></section>\n'
 
 
-def _table(title: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(title: str, name: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
-        f"<tr>{''.join(cell if cell.startswith('<td') else f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
-        for row in rows
+        f"<tr>{''.join(cell if cell.startswith('<td') else f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
+        for line in lines
     )
     table = f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<section><h2>{html.escape(title)}</h2><div class="scroll">{table}</div></section>\n'
 
 
 def _number(value: float | None) -> str:
-    """A cell with four digits to read and the exact value to check."""
+    """A cell with four digits for readers and the exact value for programs."""
     return "<td></td>" if value is None else f'<td data-value="{value!r}">{value:.4g}</td>'
 
 
 def _embedded(text: str) -> str:
-    """JSON that cannot end the script element that it stands in."""
+    """JSON that cannot end its script element."""
     return text.replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""From blocks of samples to what a profile holds: entries, prices, residuals, and the facts of the bundle."""
+"""From blocks of samples to the parts of a device profile: entries, prices, residuals, and facts of the bundle."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from balcony_runtime.profiler.cells import Key
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit, residual
 from balcony_runtime.profiler.timing import quantile, summarise
 
-#: What was measured: for every quantity one list of samples, milliseconds, a round.
+#: Samples, in milliseconds: for every quantity one list per round.
 Blocks = Mapping[Key, list[list[float]]]
 
 
 def bundle_facts(manifest: Manifest) -> BundleFacts:
-    """What a profile keeps of a bundle."""
+    """Facts of a bundle that a profile keeps."""
     return BundleFacts(
         model=manifest.model.name,
         fingerprint=manifest.fingerprint,
@@ -31,7 +31,7 @@ def bundle_facts(manifest: Manifest) -> BundleFacts:
 
 
 def quality_figures(manifest: Manifest) -> tuple[QualityFigure, ...]:
-    """The bundle's evaluation, flat; empty where it was not evaluated."""
+    """The bundle's evaluation as a flat list; empty without an evaluation."""
     found = []
     for spec in manifest.exits:
         if spec.quality is None:
@@ -51,7 +51,7 @@ def quality_figures(manifest: Manifest) -> tuple[QualityFigure, ...]:
 
 
 def fit_costs(blocks: Blocks, exits: tuple[int, ...]) -> tuple[CostModel, list[Residual]]:
-    """Prices of every graph from the medians of its passes, anchored in decoding, and how well passes fit."""
+    """Prices of every graph, from the medians of its passes and anchored in decoding, and their errors on the passes."""
     typical = {key: median([sample for block in found for sample in block]) for key, found in blocks.items()}
     residuals = []
 
@@ -61,7 +61,7 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...]) -> tuple[CostModel, list[R
             for key, ms in typical.items()
             if (key.kind, key.exit_layer) == (kind, exit_layer)
         ]
-        if kind in ("norm", "lm_head"):  # one row, whatever the context
+        if kind in ("norm", "lm_head"):  # always one row, and the context does not matter
             return UnitCost(median(one.ms for one in passes))
         fitted = fit_unit(passes)
         residuals.append(residual(name, errors(fitted, passes)))
@@ -83,7 +83,7 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...]) -> tuple[CostModel, list[R
 
 
 def _switch_ms(costs: CostModel, typical: Mapping[Key, float]) -> float:
-    """What switches were measured to take beyond their rows."""
+    """Measured time of switches beyond the price of their rows."""
     beyond = [
         ms - (predicted_ms(costs, key) or 0.0)
         for key, ms in typical.items()
@@ -93,12 +93,11 @@ def _switch_ms(costs: CostModel, typical: Mapping[Key, float]) -> float:
 
 
 def _anchored(costs: CostModel, typical: Mapping[Key, float]) -> CostModel:
-    """With first rows such that steady steps cost what decoding at each exit was measured to cost.
+    """Adjust the prices of first rows, so that steady steps cost the measured time of decoding at each exit.
 
-    Passes are measured in a sweep through all graphs, but a step at a shallow exit reads fewer weights, and where these stay
-    in the last-level cache every layer on the way is faster (0.16 against 0.11 ms a layer in int4). So what a
-    deeper stage adds is more than its own pass: the layers before it, too, then come from memory. As what is *added* it is
-    its price here.
+    Passes are measured in a sweep through all graphs. A step at a shallow exit reads fewer weights, and if these stay in the
+    last-level cache, every layer of the step is faster (0.11 compared with 0.16 ms a layer in int4). A deeper stage therefore
+    adds more than its own pass: the layers before it then also come from memory. Its price is all the time that it *adds*.
     """
     stages, shift_ms = list(costs.stages), 0.0
     for index, layer in enumerate(costs.exits):
@@ -110,13 +109,13 @@ def _anchored(costs: CostModel, typical: Mapping[Key, float]) -> CostModel:
         if gaps:
             stage = stages[index]
             first_row_ms = max(stage.first_row_ms + median(gaps) - shift_ms, 0.0)
-            shift_ms += first_row_ms - stage.first_row_ms  # less than was wanted where a price would be below 0
+            shift_ms += first_row_ms - stage.first_row_ms  # less than needed if the price would fall below 0
             stages[index] = replace(stage, first_row_ms=first_row_ms)
     return replace(costs, stages=tuple(stages))
 
 
 def predicted_ms(costs: CostModel, key: Key) -> float | None:
-    """The price of what a key measures; None for Python's shares, which are part of every price."""
+    """Price of a quantity; None for Python's shares, which are part of every price."""
     exits = costs.exits
     index, count = exits.index(key.exit_layer), len(exits)
     ones = (1,) * count
@@ -136,7 +135,7 @@ def predicted_ms(costs: CostModel, key: Key) -> float | None:
 
 
 def enough(blocks: Blocks, exits: tuple[int, ...]) -> bool:
-    """Whether every graph has a pass of one row."""
+    """Whether every graph has a measured pass of one row."""
     measured = {(key.kind, key.exit_layer) for key in blocks if key.rows == 1}
     full = exits[-1]
     needed = {("catch_up", layer) for layer in exits} | {("balcony", layer) for layer in exits[:-1]}
@@ -144,6 +143,7 @@ def enough(blocks: Blocks, exits: tuple[int, ...]) -> bool:
 
 
 def entry(key: Key, found: list[list[float]], costs: CostModel) -> Entry:
+    """The entry of one quantity, with its predicted time."""
     return Entry(
         kind=key.kind,
         exit_layer=key.exit_layer,
@@ -156,7 +156,7 @@ def entry(key: Key, found: list[list[float]], costs: CostModel) -> Entry:
 
 
 def step_residuals(entries: tuple[Entry, ...]) -> list[Residual]:
-    """Prices of whole steps against what a user sees of them; of these the fit saw one number for each exit's decoding."""
+    """Errors of the prices of whole steps, as a user sees them. The fit only used one of these numbers for each exit."""
     found = []
     for kind in ("decode", "prefill", "switch_up", "switch_down"):
         shares = [
@@ -170,7 +170,7 @@ def step_residuals(entries: tuple[Entry, ...]) -> list[Residual]:
 
 
 def spread(blocks: Blocks) -> float:
-    """Of decode steps about their median, as the standard deviation of a log-normal with the same 95th percentile."""
+    """Spread of decode steps: the standard deviation of a log-normal with the same median and 95th percentile."""
     ratios = []
     for key, found in blocks.items():
         if key.kind == "decode":

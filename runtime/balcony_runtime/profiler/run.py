@@ -1,8 +1,8 @@
-"""A profile, from a loaded bundle: rounds over all cells until their intervals are tight, then power, then the fit.
+"""Makes a device profile of a loaded bundle: rounds over all cells until their intervals are tight, then power, then the fit.
 
-Every round runs every cell once, every other round backwards, so that a neighbour's burst and a drifting clock hit all
-exits alike; the first round is thrown away. A cell whose interval is tight rests; a round without open cells is the last.
-Ctrl-C and the time limit keep what is measured.
+Every round runs every cell once, every other round backwards, so that bursts of other load and a drifting clock affect all
+exits alike. The first round is discarded. A cell whose interval is tight is not measured again; a round without open cells is
+the last. Ctrl-C and the time limit keep the measurements so far.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from balcony_runtime.profiler.grid import Grid
 from balcony_runtime.profiler.timing import chance_ms, summarise
 from balcony_runtime.sensors import Sensors
 
-#: A cell rests once chance alone leaves its median uncertain by less than this share.
+#: A cell is finished once chance leaves its median uncertain by less than this share.
 TIGHT = 0.01
-#: Rounds that every cell is measured in, whatever the time limit, and before it may rest: who stops as soon as an interval is
-#: tight stops at lucky ones.
+#: Least rounds of every cell: despite the time limit, and before a cell may be finished. Without the second bound, cells would
+#: stop at intervals that are tight by luck.
 LEAST_ROUNDS, LEAST_TIGHT = 2, 5
-#: A sustained run: so many seconds before everything else are the burst, its last fifth is the sustained speed, and so many
-#: moments are kept.
+#: Sustained run: seconds of the burst, which comes before everything else; last share of the run, which gives the sustained
+#: speed; number of moments kept.
 BURST_S, SUSTAINED_SHARE, MOMENTS = 5.0, 0.2, 100
 
 Progress = Callable[[str, float], None]
@@ -47,7 +47,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to measure: the grid, seconds of a sustained run (0: none), and the command for the record."""
+    """Options of a measurement: the grid, seconds of a sustained run (0: none), and the command line for the record."""
 
     grid: Grid
     sustain_s: float
@@ -58,13 +58,13 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     """Measure ``llm`` on this device.
 
     Args:
-        llm: a loaded bundle; its budget is changed and put back.
-        sensors: started.
-        options: what and how much.
-        progress: told what goes on and the share that is done (0 to 1).
+        llm: a loaded bundle; its budget is changed and restored.
+        sensors: started sensors.
+        options: options of the measurement.
+        progress: function that gets the name of the current step and the finished share (0 to 1).
 
     Raises:
-        KeyboardInterrupt: interrupted before everything was measured once; later, what was measured is kept.
+        KeyboardInterrupt: interrupted before everything was measured once; a later interrupt keeps the measurements.
     """
     budget, loaded_bytes = llm.budget, resident_bytes()
     watch, bench = Watch(sensors), Bench(llm, options.grid)
@@ -86,12 +86,12 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         complete = False
-        notes.append("interrupted: what was measured until then is kept")
+        notes.append("interrupted: the profile has the measurements until then")
     finally:
         llm.budget = budget
     manifest = llm.engine.manifest
     if not results.enough(blocks, manifest.exit_layers):
-        raise KeyboardInterrupt  # before everything was measured once: there is nothing to keep
+        raise KeyboardInterrupt  # not everything was measured once, so there is no profile to keep
     costs, residuals = results.fit_costs(blocks, manifest.exit_layers)
     entries = tuple(results.entry(key, found, costs) for key, found in blocks.items())
     tokens, state_bytes = bench.state_bytes()
@@ -123,7 +123,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
 def _rounds(
     cells: tuple[Cell, ...], grid: Grid, blocks: dict[Key, list[list[float]]], watch: Watch, progress: Progress
 ) -> bool:
-    """Run rounds into ``blocks``; True when every interval is tight or every round was run."""
+    """Run rounds and add their samples to ``blocks``; True if every interval is tight or every round was run."""
     begin_s, done, total = time.perf_counter(), 0, len(cells) * (grid.rounds + 1)
     keys: dict[str, list[Key]] = {}
     open_cells = list(cells)
@@ -152,7 +152,7 @@ def _rounds(
 
 
 def _tight(found: list[list[float]]) -> bool:
-    """Whether chance leaves little; sub-millisecond quantities are as good as they matter."""
+    """Whether the interval by chance is narrow: within 1 %, or within 0.01 ms, which never matters."""
     typical = median(sample for block in found for sample in block)
     return chance_ms(found) <= max(TIGHT * typical, 0.01)
 
@@ -176,7 +176,7 @@ def _power(bench: Bench, meter: Meter, rails: dict[Rail, tuple[str, ...]], secon
 
 
 def _burst(bench: Bench, watch: Watch) -> list[list[float]]:
-    """Decoding at full depth for some seconds, before anything has made the device warm."""
+    """Decode at full depth for some seconds, while the device is still cool."""
     begin_s, blocks = time.perf_counter(), []  # type: float, list[list[float]]
     while not blocks or time.perf_counter() - begin_s < BURST_S:
         blocks.append(_gaps(bench))
@@ -187,7 +187,7 @@ def _burst(bench: Bench, watch: Watch) -> list[list[float]]:
 def _sustain(
     bench: Bench, seconds: float, burst: list[list[float]], watch: Watch, progress: Progress
 ) -> tuple[Sustained | None, bool]:
-    """Decode at full depth without a pause; Ctrl-C ends it early. Returns what was measured, and whether it is all."""
+    """Decode at full depth without a pause; Ctrl-C ends it early. Returns the result, and whether the run was complete."""
     begin_s, moments = time.perf_counter(), []
     samples: list[tuple[float, list[float]]] = []
     due_s, whole = 0.0, True
@@ -225,7 +225,7 @@ def _sustain(
 
 
 def _gaps(bench: Bench) -> list[float]:
-    """A block of full-depth tokens."""
+    """Times between tokens of one block at full depth."""
     found = bench.decode(bench.exits[-1], min(bench.grid.depths))
     return next(block for key, block in found.items() if key.kind == "decode")
 

@@ -1,9 +1,9 @@
 """From samples to percentiles and an interval.
 
-Every round gives a cell a block of samples. Samples of one block share clock, heat and neighbours, so the interval is
-that of the rounds' medians, not of the samples, which would flatter it: by Student's t of few rounds, by their ranks (the
-binomial interval of a median) of nine and more. Added in quadrature: what another process of the same build finds different
-whatever it measures.
+Every round gives a cell a block of samples. Samples of one block share clock, heat and other load. The interval is therefore
+that of the rounds' medians: the interval of single samples would be too narrow. With few rounds it comes from Student's t, with
+nine and more from their ranks (the binomial interval of a median). The difference between two processes of the same build is
+added in quadrature.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from balcony_edge.device.profile import Timing
 
 #: 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)
-#: Rounds from which ranks bound the median: an outlier among them then no longer widens the interval.
+#: Least number of rounds for an interval from ranks; an outlier among them then does not widen the interval.
 LEAST_RANKED = len(_T) + 2
-#: What another process of the same build differs by, as a share: placement of weights and caches in memory, and where
-#: threads run. An allowance, not a law: `benchmarks/profile_check.py` tells whether two profiles agree within it.
+#: Relative difference between two processes of the same build, from the placement of weights and caches in memory and of
+#: threads on CPUs. It is an allowance: `benchmarks/profile_check.py` tells whether two profiles agree within it.
 REPEATABILITY = 0.02
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value that ``share`` of ``values`` do not exceed, between neighbours by interpolation."""
+    """The value that ``share`` of ``values`` do not exceed, interpolated between neighbouring values."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -34,7 +34,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def chance_ms(blocks: Sequence[Sequence[float]]) -> float:
-    """Half the width of the 95 % interval of the median by chance alone; the median itself where nothing repeats."""
+    """Half the width of the 95 % interval of the median by chance alone; for a single sample, the sample itself."""
     medians = [median(block) for block in blocks]
     count = len(medians)
     if count >= LEAST_RANKED:
@@ -46,7 +46,8 @@ def chance_ms(blocks: Sequence[Sequence[float]]) -> float:
     (block,) = blocks
     if len(block) < 2:
         return medians[0]
-    return 1.96 * 1.253 * stdev(block) / math.sqrt(len(block))  # 1.253: a median's error over a mean's, normal samples
+    # 1.253: standard error of a median divided by that of a mean, for normal samples.
+    return 1.96 * 1.253 * stdev(block) / math.sqrt(len(block))
 
 
 @lru_cache(maxsize=64)
@@ -60,7 +61,7 @@ def _rank(count: int) -> int:
 
 
 def summarise(blocks: Sequence[Sequence[float]]) -> Timing:
-    """All samples of a cell, milliseconds, one block a round."""
+    """Summary of all samples of a cell, in milliseconds, one block per round."""
     samples = [sample for block in blocks for sample in block]
     typical = median(samples)
     return Timing(

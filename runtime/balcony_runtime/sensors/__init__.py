@@ -1,9 +1,9 @@
-"""Sensors of the device: watts, joules, °C, utilization, memory and battery charge, sampled beside decoding.
+"""Sensors of the device: watts, joules, °C, utilization, memory and battery charge, sampled while the engine decodes.
 
     with Sensors(device_sources()) as sensors:
         readings = sensors.latest()      # never blocks; a tuple of balcony_edge.device.readings.Reading
 
-What a device does not have is absent, never 0, and :meth:`Sensors.health` says why.
+A quantity that a device does not measure is absent, never 0, and :meth:`Sensors.health` gives the reason.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = [
 
 
 def device_sources(sysfs: Path = Path("/sys")) -> tuple[Source, ...]:
-    """Every source of this device, most trusted first: of two that measure one thing, take the first.
+    """Every source of this device, most trusted first: if two measure the same quantity, the first counts.
 
     Args:
-        sysfs: root of the sysfs tree that Jetson, RAPL, battery and thermal sources read; NVML and psutil have their own.
+        sysfs: root of the sysfs tree for Jetson, RAPL, battery and thermal sources; NVML and psutil do not use it.
     """
     return (Jetson(sysfs), Nvml(), Rapl(sysfs), Battery(sysfs), Thermal(sysfs), System())

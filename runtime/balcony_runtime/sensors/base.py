@@ -1,7 +1,7 @@
-"""What every source of readings implements, and how it says what it does not have.
+"""The interface of sources of readings, and of reports on missing quantities.
 
-A :class:`Source` knows one interface of the device (NVML, powercap, ...) and nothing of threads, rates or of what the values
-are good for. It is asked by one thread only, may take its time and may raise: :mod:`balcony_runtime.sensors.sampler` copes.
+A :class:`Source` knows one interface of the device (NVML, powercap, ...) and nothing about threads, rates or the use of its
+values. One thread reads it. A read may be slow and may raise; :mod:`balcony_runtime.sensors.sampler` handles both.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from balcony_edge.device.readings import Reading
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """Something that could not be read.
+    """A part that could not be read.
 
     Attributes:
-        part: what is missing, named as in :attr:`Reading.source`, or the whole source (``nvml``).
-        reason: why, as far as the system tells.
-        cure: what the user can do about it; empty where there is nothing to do.
+        part: missing part, named as in :attr:`Reading.source`, or the whole source (``nvml``).
+        reason: reason, as far as the system tells.
+        cure: advice to the user; empty if there is nothing to do.
     """
 
     part: str
@@ -29,35 +29,35 @@ class Absence:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one look at a source gave: readings, and what was looked for in vain."""
+    """Result of one read of a source: readings, and parts that could not be read."""
 
     readings: tuple[Reading, ...] = ()
     absences: tuple[Absence, ...] = ()
 
 
 class Source(Protocol):
-    """One interface of the device. All methods are called by one thread, :meth:`close` last."""
+    """One interface of the device. One thread calls all methods, :meth:`close` last."""
 
     @property
     def name(self) -> str:
-        """Short and unique: ``nvml``, ``rapl``."""
+        """Short and unique name, such as ``nvml`` or ``rapl``."""
         ...
 
     def discover(self) -> None:
-        """Look what there is: before the first :meth:`read` and then now and again, since parts come and go.
+        """Look for parts: before the first :meth:`read` and then from time to time, since parts come and go.
 
-        Finding nothing is no error: :meth:`read` then says why.
+        Finding nothing is not an error; :meth:`read` then gives the reason.
         """
         ...
 
     def read(self, now_s: float) -> Sample:
-        """Read everything that was discovered once.
+        """Read every discovered part once.
 
         Args:
-            now_s: the time that readings carry, on a monotonic clock.
+            now_s: time of the readings, on a monotonic clock.
         """
         ...
 
     def close(self) -> None:
-        """Give back what the source holds. May be called when nothing was opened."""
+        """Free the source's resources. May also be called if nothing was opened."""
         ...

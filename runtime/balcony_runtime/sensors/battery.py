@@ -1,7 +1,7 @@
-"""Batteries from power_supply: charge, direction, and the device's draw where it runs on them.
+"""Batteries from power_supply: charge, direction, and the power of the device while it runs on them.
 
-A device with several batteries (many laptops) gets one reading over all of them, since that is what a charge floor means:
-charges are weighted by capacity. Batteries of mice and headsets (``scope`` is ``Device``) are not the device's.
+A device with several batteries (many laptops) gets one reading over all of them, with charges weighted by capacity, because a
+charge floor is about their total. Batteries of mice and headsets (``scope`` is ``Device``) do not power the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from balcony_runtime.sensors.sysfs import entries, number_or_none, text_or_none
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """One battery: charge 0 to 1, capacity in µWh, W without a sign, what it is doing."""
+    """One battery: charge (0 to 1), capacity in µWh, unsigned W, status."""
 
     charge: float | None
     capacity_uwh: float | None
@@ -25,7 +25,7 @@ class _State:
 
 
 class Battery:
-    """``battery:BAT0`` (or ``battery:BAT0+BAT1``), and ``battery:drain`` for the board while nothing else feeds it."""
+    """``battery:BAT0`` (or ``battery:BAT0+BAT1``), and ``battery:drain`` for the board while it runs only on batteries."""
 
     name = "battery"
 
@@ -46,7 +46,7 @@ class Battery:
             return Sample(absences=(Absence(self.name, "this device has no battery that the kernel knows"),))
         states = {path.name: _read(path) for path in self._batteries if text_or_none(path / "status")}
         gone = tuple(
-            Absence(f"battery:{path.name}", "it does not say its status; it was taken out, or has no driver")
+            Absence(f"battery:{path.name}", "it reports no status: it was removed, or has no driver")
             for path in self._batteries
             if path.name not in states
         )
@@ -55,7 +55,7 @@ class Battery:
         source = f"battery:{'+'.join(states)}"
         draining = [state for state in states.values() if state.status == "Discharging"]
         moving = draining or [state for state in states.values() if state.status == "Charging"]
-        watts = [state.watts for state in moving if state.watts]  # a flow of 0 is a driver that does not measure it
+        watts = [state.watts for state in moving if state.watts]  # 0 means that the driver does not measure power
         total = sum(watts) if watts and len(watts) == len(moving) else None
         known = any(state.status in ("Charging", "Full", "Not charging") for state in states.values())
         fed = False if draining else True if known else None
@@ -65,7 +65,7 @@ class Battery:
         if charge is None:
             absences.append(Absence(source, "no charge: neither charge, energy nor capacity can be read"))
         if not draining or any(number_or_none(path / "online") == 1 for path in self._mains):
-            absences.append(Absence("battery:drain", "the device does not run on its battery alone"))
+            absences.append(Absence("battery:drain", "the device does not run only on its battery"))
         elif total is None:
             absences.append(Absence("battery:drain", "the battery's driver measures no current"))
         else:
@@ -77,7 +77,7 @@ class Battery:
 
 
 def _read(path: Path) -> _State:
-    """One battery. Units of power_supply: µW, µV, µA, µWh, µAh; some drivers sign the current by its direction."""
+    """Read one battery. Units of power_supply: µW, µV, µA, µWh, µAh. Some drivers sign the current by its direction."""
     power = number_or_none(path / "power_now")
     current, voltage = number_or_none(path / "current_now"), number_or_none(path / "voltage_now")
     watts = None
@@ -89,9 +89,9 @@ def _read(path: Path) -> _State:
     for kind in ("energy", "charge"):
         now, full = number_or_none(path / f"{kind}_now"), number_or_none(path / f"{kind}_full")
         if now is not None and full:
-            # an aged battery is full above what its gauge has learned: 101 % means full
+            # An aged battery can be above the full charge that its gauge has learned: 101 % means full.
             charge = min(now / full, 1.0) if now / full < 1.1 else now / full
-            # Ah of batteries of different voltages do not compare: the nominal voltage makes them µWh
+            # Ah of batteries with different voltages are not comparable; the nominal voltage converts them to µWh.
             nominal = number_or_none(path / "voltage_min_design") or voltage
             capacity_uwh = float(full) if kind == "energy" else full * nominal / 1e6 if nominal else None
             break
@@ -102,7 +102,7 @@ def _read(path: Path) -> _State:
 
 
 def _charge(states: list[_State]) -> float | None:
-    """Charge over all batteries, weighted by capacity where all of them know it."""
+    """Charge over all batteries, weighted by capacity if all of them report it."""
     known = [(state.charge, state.capacity_uwh) for state in states if state.charge is not None]
     if not known or len(known) < len(states):
         return None

@@ -1,7 +1,7 @@
 """NVIDIA Jetson: supply rails, GPU load and throttling, from sysfs.
 
-Asked before NVML, which initialises on Orin and then supports nothing. Rails are measured by INA3221 chips (three channels:
-mV and mA) and, on Thor's carrier, an INA238 (µW). Temperatures come from thermal zones as everywhere (``thermal.py``).
+It comes before NVML, which initialises on Orin and then supports nothing. INA3221 chips (three channels: mV and mA) measure the
+rails and, on Thor's carrier, an INA238 (µW). Temperatures come from thermal zones, as on other devices (``thermal.py``).
 
     module              rails (developer guides of Jetson Linux, "Power Monitor")           board
     Orin Nano, Orin NX  VDD_IN, VDD_CPU_GPU_CV, VDD_SOC                                      VDD_IN
@@ -9,7 +9,8 @@ mV and mA) and, on Thor's carrier, an INA238 (µW). Temperatures come from therm
     Thor                VDD_GPU, VDD_CPU_SOC_MSS, VIN_SYS_5V0; INA238: VIN                   VIN
     Nano, TX2           POM_5V_IN, POM_5V_GPU, POM_5V_CPU                                    POM_5V_IN
 
-VIN_SYS_5V0 feeds I/O and memory, VDDQ_VDD2_1V8AO is a part of it. The sum is the module's draw, less than the carrier's.
+VIN_SYS_5V0 feeds I/O and memory; VDDQ_VDD2_1V8AO is a part of it. The sum is the power of the module, which is less than that
+of module and carrier.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Jetson:
     def _find_load(self) -> Path | None:
         devices = entries(self._root / "class/devfreq")
         files = [device / "device/load" for device in devices if _GPU_DEVICE.search(device.name)]
-        files += [self._root / "devices" / place / "load" for place in ("gpu.0", "platform/gpu.0")]  # older kernels
+        files += [self._root / "devices" / place / "load" for place in ("gpu.0", "platform/gpu.0")]  # of older kernels
         return next((file for file in files if file.exists()), None)
 
     def read(self, now_s: float) -> Sample:
@@ -119,7 +120,7 @@ class Jetson:
 
 
 def _ina3221(directory: Path, taken: set[str]) -> list[_Rail]:
-    """The chip's connected channels. Its further files (in4 to in7) are shunt voltages and their sum: no rails."""
+    """The chip's connected channels. Its other files (in4 to in7) are shunt voltages and their sum, not rails."""
     labels = {channel: text_or_none(directory / f"in{channel}_label") for channel in (1, 2, 3)}
     return [
         _rail(directory, "ina3221", label, channel, taken)
@@ -141,7 +142,7 @@ def _rail(directory: Path, chip: str, label: str, channel: int, taken: set[str])
 
 
 def _parts_of_the_module(rails: tuple[_Rail, ...]) -> tuple[_Rail, ...]:
-    """The rails that add up to the module's draw, where none measures it: those beside the 5 V system rail."""
+    """Rails that add up to the module's power if none measures it: those on the chip of the 5 V system rail."""
     if any(rail.label in _INPUTS for rail in rails):
         return ()
     chips = {rail.chip for rail in rails if rail.label == _SYSTEM_RAIL}
@@ -149,7 +150,7 @@ def _parts_of_the_module(rails: tuple[_Rail, ...]) -> tuple[_Rail, ...]:
 
 
 def _scope(label: str) -> Scope:
-    """What a rail feeds: GPU and CPU together, or neither, is ``other``."""
+    """Scope of a rail; a rail that feeds both GPU and CPU, or neither, is ``other``."""
     if label in _INPUTS:
         return "board"
     cpu, gpu = "CPU" in label, "GPU" in label

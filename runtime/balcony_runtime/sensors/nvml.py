@@ -1,8 +1,8 @@
 """NVIDIA GPUs through the driver's management library (nvidia-ml-py loads ``libnvidia-ml.so.1``).
 
-Each quantity of a GPU is asked for on its own: consumer cards lack the energy counter, Jetson's and other integrated GPUs
-lack nearly everything, and what one answers with "Not Supported" is absent from its reading. A GPU that answers nothing any
-more (it fell off the bus, the driver was reloaded) makes the library be opened anew at the next discovery.
+Each quantity of a GPU is read separately: consumer cards lack the energy counter, Jetson's and other integrated GPUs lack
+nearly everything. A quantity that is "Not Supported" is absent from the reading. If no GPU answers any more (it fell off the
+bus, or the driver was reloaded), the next discovery opens the library again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pynvml
 from balcony_edge.device.readings import Reading
 from balcony_runtime.sensors.base import Absence, Sample
 
-#: Reasons for lower clocks that are a limit (nvml.h, nvmlClocksEventReasons); idle and a user's own setting are none.
+#: Reasons for lower clocks that are limits (nvml.h, nvmlClocksEventReasons); idling and a user's setting are not limits.
 _LIMITS = (
     0x04  # software power cap
     | 0x08  # hardware slowdown
@@ -25,7 +25,7 @@ _LIMITS = (
     | 0x40  # hardware thermal slowdown
     | 0x80  # hardware power brake
 )
-#: A process's utilization is averaged over so many µs before its newest sample: NVML takes 1 to 6 a second.
+#: A process's utilization is averaged over this many µs before its newest sample; NVML takes 1 to 6 samples a second.
 _PROCESS_WINDOW_US = 1_000_000
 
 _LIBRARY_CURE = (
@@ -34,7 +34,7 @@ _LIBRARY_CURE = (
 _CURES = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: _LIBRARY_CURE,
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "load the driver: sudo modprobe nvidia, then look at nvidia-smi",
-    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "library and kernel module are of two driver versions: reboot",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "library and kernel module have different driver versions: reboot",
     pynvml.NVML_ERROR_NO_PERMISSION: "let this user open /dev/nvidia*",
 }
 _ORIN = "NVML opens but answers nothing, as on Jetson Orin: power, load and temperature come from sysfs there"
@@ -47,7 +47,7 @@ class Nvml:
 
     def __init__(self) -> None:
         self._open = False
-        self._gpus: tuple[Any, ...] = ()  # a handle each, or why there is none
+        self._gpus: tuple[Any, ...] = ()  # for each GPU a handle, or the reason why there is none
         self._problem: Absence | None = None
         self._sampled_us: dict[int, int] = {}  # GPU → newest sample of any process
 
@@ -58,7 +58,7 @@ class Nvml:
             pynvml.nvmlInit()
             self._open = True
             self._gpus = tuple(_handle(index) for index in range(pynvml.nvmlDeviceGetCount()))
-            self._problem = None if self._gpus else Absence(self.name, "the driver runs and sees no GPU")
+            self._problem = None if self._gpus else Absence(self.name, "the driver runs but finds no GPU")
         except pynvml.NVMLError as error:
             self.close()
             self._problem = Absence(self.name, str(error), _CURES.get(error.value, ""))
@@ -66,7 +66,7 @@ class Nvml:
     def read(self, now_s: float) -> Sample:
         readings, absences = [], [self._problem] if self._problem else []
         for index, gpu in enumerate(self._gpus):
-            if isinstance(gpu, Absence):  # one that is lost or forbidden hides no other
+            if isinstance(gpu, Absence):  # a lost or forbidden GPU must not hide the others
                 absences.append(gpu)
                 continue
             values, missing = self._ask(index, gpu)
@@ -83,7 +83,7 @@ class Nvml:
         return Sample(tuple(readings), tuple(absences))
 
     def _ask(self, index: int, gpu: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
-        """Fields of one GPU's reading, and for each reason of a refusal the fields that it took."""
+        """Fields of one GPU's reading, and for each reason the fields that are missing because of it."""
         questions: tuple[tuple[tuple[str, ...], Callable[[], tuple[Any, ...]]], ...] = (
             (("watts",), lambda: (pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,)),
             (("joules",), lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000,)),
@@ -105,12 +105,12 @@ class Nvml:
         return values, missing
 
     def _own_utilization(self, index: int, gpu: Any) -> float | None:
-        """This process's share, or None where NVML does not know it, as in a container with process ids of its own."""
+        """This process's share, or None if NVML does not know it, as in a container with its own process ids."""
         own = os.getpid()
         since_us = max(0, self._sampled_us.get(index, 0) - _PROCESS_WINDOW_US)
         try:
             samples = pynvml.nvmlDeviceGetProcessUtilization(gpu, since_us)
-        except pynvml.NVMLError_NotFound:  # nobody used the GPU
+        except pynvml.NVMLError_NotFound:  # no process used the GPU
             samples = []
         newest_us = max((sample.timeStamp for sample in samples), default=0)
         self._sampled_us[index] = max(newest_us, self._sampled_us.get(index, 0))
@@ -121,16 +121,16 @@ class Nvml:
         return 0.0 if own in known else None
 
     def close(self) -> None:
-        """Shut the library down, if it was opened."""
+        """Shut the library down if it was opened."""
         if self._open:
-            with contextlib.suppress(pynvml.NVMLError):  # a lost driver cannot be shut down either
+            with contextlib.suppress(pynvml.NVMLError):  # a lost driver also fails here
                 pynvml.nvmlShutdown()
         self._open = False
         self._gpus = ()
 
 
 def _handle(index: int) -> Any:
-    """A GPU's handle, or why it cannot be opened."""
+    """A GPU's handle, or the reason why it cannot be opened."""
     try:
         return pynvml.nvmlDeviceGetHandleByIndex(index)
     except pynvml.NVMLError as error:
@@ -145,5 +145,5 @@ def _memory(gpu: Any) -> tuple[int, int]:
 def _clock_reasons(gpu: Any) -> int:
     try:
         return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu))
-    except pynvml.NVMLError_FunctionNotFound:  # its name before driver 535
+    except pynvml.NVMLError_FunctionNotFound:  # drivers before 535 have another name for it
         return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu))

@@ -1,7 +1,7 @@
-"""What a sensor may say: values that cannot be are dropped and counted, never corrected and never passed on.
+"""The plausibility of readings: impossible values are dropped and counted, never corrected and never passed on.
 
-Drivers answer with nonsense at times: −256 °C for a part without power, 0xFFFFFFFF for a chip off the bus, a counter that
-starts again after a suspend. One such value would throw a control loop off for seconds.
+Drivers sometimes return nonsense: −256 °C for a part without power, 0xFFFFFFFF for a chip off the bus, a counter that restarts
+after a suspend. One such value would disturb a control loop for seconds.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 from balcony_edge.device.readings import Reading
 
-#: No device draws more: a server of eight of the largest GPUs is specified at 14.3 kW (DGX B200).
+#: Highest plausible power: a server of eight of the largest GPUs is specified at 14.3 kW (DGX B200).
 MAX_WATTS = 20_000.0
-#: Energy counters lag their clock: NVML's moves every 20 to 100 ms, a firmware's every second.
+#: Longest lag of an energy counter: NVML's moves every 20 to 100 ms, a firmware's every second.
 _COUNTER_LAG_S = 1.0
-#: Field → least and largest value that can be. °C: the range in which electronics work (AEC-Q100 grade 0: −40 to 150 °C).
+#: Field → least and largest possible value. °C: the range in which electronics work (AEC-Q100 grade 0: −40 to 150 °C).
 LIMITS: dict[str, tuple[float, float]] = {
     "watts": (0.0, MAX_WATTS),
     "joules": (0.0, math.inf),
@@ -31,7 +31,7 @@ _VALUES = (*LIMITS, "charging", "throttled")
 
 @dataclass(slots=True)
 class _Counter:
-    """The last raw value, when it was read, and what the counter has come to: a sum of rises, so rounding cannot shrink it."""
+    """The last raw value, its time, and the counter's value: a sum of increases, so that rounding cannot decrease it."""
 
     raw_j: float
     time_s: float
@@ -39,21 +39,21 @@ class _Counter:
 
 
 class Plausibility:
-    """Cleans the readings of one source, which must come in order of time."""
+    """Cleans the readings of one source, which must arrive in order of time."""
 
     def __init__(self) -> None:
         self._counters: dict[str, _Counter] = {}
-        #: How many values were dropped so far.
+        #: Number of values dropped so far.
         self.dropped = 0
-        #: The last of them, in words; empty when there was none.
+        #: The last dropped value, in words; empty if there was none.
         self.last_dropped = ""
 
     def counts(self, source: str) -> bool:
-        """Whether a source has an energy counter of its own, be it that it said nothing this time."""
+        """Whether a source has an energy counter of its own, even if its last reading did not contain it."""
         return source in self._counters
 
     def clean(self, reading: Reading) -> Reading | None:
-        """The reading without what cannot be, and with its energy counter growing only; None when nothing is left."""
+        """The reading without impossible values and with an energy counter that only grows; None if nothing is left."""
         changes: dict[str, float | None] = {}
         for field, (least, most) in LIMITS.items():
             value = getattr(reading, field)
@@ -67,7 +67,7 @@ class Plausibility:
         return reading if any(getattr(reading, field) is not None for field in _VALUES) else None
 
     def _count(self, source: str, raw_j: float, time_s: float) -> float | None:
-        """A counter's value, continued over jumps; the value at a jump itself is dropped."""
+        """A counter's value, continued across jumps; the value at the jump itself is dropped."""
         counter = self._counters.get(source)
         if counter is None:
             self._counters[source] = _Counter(raw_j, time_s, raw_j)

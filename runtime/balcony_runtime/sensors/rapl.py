@@ -1,9 +1,9 @@
 """CPU package and DRAM energy from RAPL through powercap (Intel since Sandy Bridge, AMD since Zen).
 
-Only whole packages, the platform domain and DRAM: a package's figure contains those of its cores and its graphics. The
+It reads only whole packages, the platform domain and DRAM: a package's figure contains those of its cores and its graphics. The
 ``intel-rapl-mmio`` zones show a package a second time and are left out. Counters wrap at ``max_energy_range_uj`` (262 kJ on
-many parts: 44 minutes at 100 W), which is undone here. A zone whose counter stands still (``psys`` where the firmware does not
-feed it) measures nothing and is absent.
+many parts: 44 minutes at 100 W), which is undone here. A zone whose counter never moves (``psys`` on firmware that does not
+update it) measures nothing and is absent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from balcony_runtime.sensors.sysfs import ATTRIBUTE_ERRORS, absence, entries, nu
 
 _ZONE = re.compile(r"intel-rapl:\d+(:\d+)?")
 _CURE = (
-    "the kernel keeps it to root since CVE-2020-8694: sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj until the "
+    "since CVE-2020-8694 only root may read it: sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj until the "
     "next boot, or install the udev rule of docs/sensors.md"
 )
 
@@ -35,7 +35,7 @@ class _Zone:
     moved: bool = False
 
     def advance(self, now_s: float) -> tuple[float, float | None]:
-        """Read the counter: joules with its wraps undone, and watts since the read before (None at the first)."""
+        """Read the counter: joules with wraps undone, and mean watts since the previous read (None at the first)."""
         raw, last_s = read_number(self.path), self.last_s
         delta = 0 if self.last_uj is None else raw - self.last_uj
         if self.range_uj:
@@ -53,7 +53,7 @@ class Rapl:
 
     def __init__(self, sysfs: Path) -> None:
         self._directory = sysfs / "class/powercap"
-        self._zones: dict[str, _Zone] = {}  # by directory name; a zone that comes back goes on counting
+        self._zones: dict[str, _Zone] = {}  # by directory name; a zone that returns continues its count
 
     def discover(self) -> None:
         names = [path.name for path in entries(self._directory) if _ZONE.fullmatch(path.name)]
@@ -82,7 +82,7 @@ class Rapl:
                 if watts is None or zone.moved:
                     readings.append(Reading(zone.source, zone.scope, now_s, watts=watts, joules=joules))
                 else:
-                    absences.append(Absence(zone.source, "its counter stands still: the firmware does not feed it"))
+                    absences.append(Absence(zone.source, "its counter does not move: the firmware does not update it"))
         if not self._zones:
             reason = "no powercap zone: not an x86 CPU with RAPL, a virtual machine, or a container that masks it"
             cure = "on such a CPU: sudo modprobe intel_rapl_msr; Docker: run with --security-opt systempaths=unconfined"

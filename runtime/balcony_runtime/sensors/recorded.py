@@ -1,6 +1,7 @@
-"""A recorded trace as a source: what a device said once, said again at the same pace.
+"""A recorded trace as a source: replays a device's readings at the recorded pace.
 
-For trying a budget against another device's readings. Time is whoever reads: with a simulated clock hours pass in seconds.
+It is for trying a budget against another device's readings. The reader provides the time: with a simulated clock hours pass in
+seconds.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from balcony_runtime.sensors.base import Absence, Sample
 def load_readings(path: Path) -> Iterator[Reading]:
     """Readings of a JSON Lines file, one by one.
 
-    A line is a reading as :meth:`Reading.to_dict` writes it, or an object whose ``readings`` are such, as in the traces of
-    ``balcony-edge run --trace``; a line without readings is passed over.
+    A line is a reading as :meth:`Reading.to_dict` writes it, or an object with a list of them in ``readings``, as in the traces
+    of ``balcony-edge run --trace``; a line without readings is skipped.
 
     Raises:
-        InputError: the file cannot be read, or a line is no JSON or no reading; the message names file and line.
+        InputError: the file cannot be read, or a line is not JSON or not a reading; the message names file and line.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -37,17 +38,17 @@ def load_readings(path: Path) -> Iterator[Reading]:
                 except (json.JSONDecodeError, InputError) as error:
                     raise InputError(f"{path}: line {number}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise InputError(f"{path}: {reason}: give a JSON Lines file of readings") from error
 
 
 class Recorded:
-    """Replays readings: each is the latest of its source from its own moment on, counted from the first read."""
+    """Replays readings. Each is the latest of its source from its own time on; time counts from the first read."""
 
     name = "trace"
 
     def __init__(self, readings: Iterable[Reading]) -> None:
-        """Take readings in the order of their time; they are drawn when their moment comes, so a file is not loaded whole."""
+        """Take readings in the order of their time; each is drawn when its time comes, so a file is not loaded whole."""
         self._readings = iter(readings)
         self._next = next(self._readings, None)
         self._shift_s: float | None = None
@@ -57,7 +58,7 @@ class Recorded:
         """There is nothing to look for."""
 
     def read(self, now_s: float) -> Sample:
-        """The newest reading of every source, its time moved to the reader's clock; a source that fell silent ages."""
+        """The newest reading of every source, with its time on the reader's clock; a source without new readings ages."""
         if self._shift_s is None:
             self._shift_s = now_s - self._next.time_s if self._next else 0.0
         while self._next is not None and self._next.time_s + self._shift_s <= now_s:

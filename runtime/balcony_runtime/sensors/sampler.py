@@ -1,9 +1,9 @@
-"""Sampling beside decoding: readings that are always there to be looked at, whatever a sensor does.
+"""Sampling in the background: readings are always available, even if a sensor hangs.
 
-Each source has a daemon thread of its own. A read of sysfs or NVML can hang in the kernel (an I²C bus that does not answer,
-a GPU off the bus), and nothing can interrupt a thread there: one thread for all would need a watchdog, a second thread that
-replaces it, and bookkeeping about which of the two may write. With one each, the others never notice; a hung source's
-readings age until they are too old to be shown. Looking takes no lock: a thread publishes a finished tuple by one assignment.
+Each source has a daemon thread of its own. A read of sysfs or NVML can hang in the kernel (an I²C bus that does not answer, a
+GPU off the bus), and such a thread cannot be interrupted. A single thread would need a watchdog, a second thread to replace it,
+and a rule about which of the two may write. With one thread each, a hung source does not affect the others; its readings age
+until they are too old to be shown. Reading the results takes no lock: a thread publishes a finished tuple by one assignment.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from balcony_edge.errors import InputError
 from balcony_runtime.sensors.base import Absence, Sample, Source
 from balcony_runtime.sensors.plausible import Plausibility
 
-#: The controller's slow loop runs at most so often (ARCHITECTURE.md), and most drivers average over 100 ms and more.
+#: Highest sampling rate: that of the controller's slow loop (ARCHITECTURE.md); most drivers average over 100 ms and more.
 MAX_RATE_HZ = 10.0
-#: Parts come and go at human speed. A source without readings is asked again after 2, 4, 8 periods, and then this often:
-#: opening NVML without a driver starts a program that tries to load it.
+#: Longest time between two discoveries. A source without readings is tried again after 2, 4, 8 periods, and then this often,
+#: because opening NVML without a driver starts a program that tries to load it.
 REDISCOVER_S = 10.0
-#: Seconds without a reading over which watts are not summed up.
+#: Longest pause between two readings, in seconds, over which watts are summed up.
 SUM_PAUSE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class SourceHealth:
-    """How one source is doing.
+    """State of one source.
 
     Attributes:
-        source: its name.
-        state: ``present`` gives readings, ``absent`` answers that it has none, ``hung`` has not come back from a read,
-            ``starting`` has not answered yet.
-        age_s: seconds since it answered last; None before that.
-        read_ms: how long its last answer took; None before that.
-        samples: how many answers it gave.
-        dropped: how many values were dropped because they cannot be.
+        source: name of the source.
+        state: ``present``: it gives readings; ``absent``: it answers, but without readings; ``hung``: it has not returned from
+            a read; ``starting``: it has not answered yet.
+        age_s: seconds since its last answer; None before the first.
+        read_ms: duration of its last read; None before the first.
+        samples: number of answers so far.
+        dropped: number of impossible values that were dropped.
         last_dropped: the last of these, in words.
-        absences: what it lacks and why, as of its last answer.
+        absences: missing parts with reasons, as of its last answer.
     """
 
     source: str
@@ -57,7 +57,7 @@ class SourceHealth:
 
 
 class Sensors:
-    """Samples sources in the background; :meth:`latest` is what they said last.
+    """Samples sources in the background; :meth:`latest` returns their latest readings.
 
     A context manager: entering starts the threads, leaving stops them.
     """
@@ -73,25 +73,26 @@ class Sensors:
         """Prepare; nothing is read and no thread runs before :meth:`start`.
 
         Args:
-            sources: what to read, most trusted first: the order of :meth:`latest`. They are closed by their threads.
-            rate_hz: reads of each source a second, at most 10.
-            stale_s: readings older than this are not shown; more than one period.
-            clock: a monotonic clock; readings carry its times.
+            sources: sources to read, most trusted first, which is the order of :meth:`latest`. Their threads close them.
+            rate_hz: reads of each source per second, at most 10.
+            stale_s: age above which readings are not shown; longer than one period.
+            clock: monotonic clock for the times of readings.
 
         Raises:
             InputError: a number is out of range.
         """
         if not 0 < rate_hz <= MAX_RATE_HZ:
-            raise InputError(f"rate_hz = {rate_hz}: sensors are read more than 0 and at most 10 times a second")
+            raise InputError(f"rate_hz = {rate_hz}: must be above 0 and at most 10 reads a second: give 5, for example")
         if not 1 / rate_hz < stale_s < math.inf:
-            raise InputError(f"stale_s = {stale_s}: must be above one period, {1 / rate_hz:g} s at {rate_hz:g} Hz")
+            period = f"{1 / rate_hz:g} s at {rate_hz:g} Hz"
+            raise InputError(f"stale_s = {stale_s}: must be above one period, {period}: give a longer time")
         self._stale_s = stale_s
         self._clock = clock
         self._stop = threading.Event()
         self._channels = tuple(_Channel(source, 1 / rate_hz, clock, self._stop) for source in sources)
 
     def start(self, *, probe_s: float = 1.0) -> Self:
-        """Start sampling, once; wait until every source has answered for the first time, for ``probe_s`` at most."""
+        """Start sampling, once, and wait until every source has answered for the first time, at most ``probe_s``."""
         for channel in self._channels:
             channel.thread.start()
         deadline_s = time.monotonic() + probe_s
@@ -100,9 +101,9 @@ class Sensors:
         return self
 
     def latest(self) -> tuple[Reading, ...]:
-        """The newest reading of every part, sources in their order; what is older than the stale limit is left out.
+        """The newest reading of every part, in the order of the sources, without readings older than the stale limit.
 
-        Takes no lock and waits for nothing: it may be called in every decode step, from any thread.
+        It takes no lock and never waits: any thread may call it in every decode step.
         """
         oldest_s = self._clock() - self._stale_s
         return tuple(
@@ -110,12 +111,12 @@ class Sensors:
         )
 
     def health(self) -> tuple[SourceHealth, ...]:
-        """How each source is doing, in their order."""
+        """State of each source, in their order."""
         now_s = self._clock()
         return tuple(channel.health(now_s, self._stale_s) for channel in self._channels)
 
     def close(self, *, timeout_s: float = 1.0) -> None:
-        """Stop sampling. Threads are waited for, ``timeout_s`` in all; one that hangs is left: it dies with the process."""
+        """Stop sampling and wait for the threads, ``timeout_s`` in all; a hung thread is left and ends with the process."""
         self._stop.set()
         deadline_s = time.monotonic() + timeout_s
         for channel in self._channels:
@@ -132,7 +133,7 @@ class Sensors:
 
 
 class _Summed(NamedTuple):
-    """The last watts of a part, and their sum over time so far."""
+    """The last watts of a part, and their sum over time."""
 
     time_s: float
     watts: float
@@ -140,7 +141,7 @@ class _Summed(NamedTuple):
 
 
 class _Channel:
-    """One source, its thread, and what it said last. Only the thread writes; every write is one assignment."""
+    """One source, its thread, and its last results. Only the thread writes them, each by one assignment."""
 
     def __init__(self, source: Source, period_s: float, clock: Callable[[], float], stop: threading.Event) -> None:
         self._source = source
@@ -182,7 +183,7 @@ class _Channel:
             if discover:
                 self._source.discover()
             return self._source.read(self._clock())
-        except Exception as error:  # whatever a driver's binding raises: sampling goes on, and health() says it
+        except Exception as error:  # a driver's binding may raise anything: sampling continues, and health() reports it
             return Sample(absences=(Absence(self._source.name, f"{type(error).__name__}: {error}"),))
 
     def _publish(self, sample: Sample) -> None:
@@ -191,14 +192,14 @@ class _Channel:
         self.readings = tuple(self._with_energy(reading) for reading in cleaned if reading is not None)
 
     def _with_energy(self, reading: Reading) -> Reading:
-        """The reading with its watts summed up over time, where it has no energy counter of its own.
+        """The reading with its watts summed up over time, unless the part has an energy counter of its own.
 
-        Whoever looks less often than a source is read would otherwise see moments: those between two steps, say.
+        A consumer that reads less often than the sampler would otherwise see only single moments, such as those between steps.
         """
         if reading.watts is None or reading.joules is not None or self._plausibility.counts(reading.source):
             return reading
         before = self._summed.get(reading.source)
-        joules = 0.0  # after a pause in which anything may have happened the sum begins again
+        joules = 0.0  # after a long pause the power meanwhile is unknown, so the sum begins again
         if before is not None and reading.time_s - before.time_s <= SUM_PAUSE_S:
             mean_w = (before.watts + reading.watts) / 2
             joules = before.joules + mean_w * (reading.time_s - before.time_s)

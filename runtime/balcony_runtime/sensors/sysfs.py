@@ -1,6 +1,6 @@
-"""Reading attributes of sysfs: small files that a driver answers, each read with one system call.
+"""Reading attributes of sysfs: small files whose content comes from a driver, each read with one system call.
 
-Not through Python's buffered files: a powered-down Tegra zone answers EAGAIN, which a buffered read turns into a TypeError.
+It does not use Python's buffered files: a powered-down Tegra zone answers EAGAIN, which a buffered read turns into a TypeError.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Any
 
 from balcony_runtime.sensors.base import Absence
 
-#: What a read may raise: the kernel's refusal, or text that is no number.
+#: Exceptions of a read: the kernel refuses, or the text is not a number.
 ATTRIBUTE_ERRORS = (OSError, ValueError)
 
 _REASONS = {
-    errno.ENOENT: "it is not there (any more)",
+    errno.ENOENT: "it does not exist (any more)",
     errno.ENODEV: "the device is gone",
-    errno.EAGAIN: "the driver has no value now; a Tegra GPU that is powered down answers so",
+    errno.EAGAIN: "the driver has no value now, as for a Tegra GPU that is powered down",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.ETIMEDOUT: "it does not answer",
 }
-#: A driver that has not answered for so long hangs; it takes microseconds, or some milliseconds over a slow bus.
+#: Time after which a driver counts as hung. A read takes microseconds, or some milliseconds over a slow bus.
 PATIENCE_S = 0.3
 
 
 def read_text(path: Path) -> str:
-    """The attribute's text without white space around it.
+    """The attribute's text without surrounding white space.
 
     Raises:
-        OSError: it is not there, not readable, or its driver has no value.
+        OSError: the attribute does not exist, is not readable, or its driver has no value.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -48,16 +48,16 @@ def read_number(path: Path) -> int:
 
     Raises:
         OSError: as :func:`read_text`.
-        ValueError: it holds something else.
+        ValueError: the text is not a number.
     """
     value = int(read_text(path))
     if not -(2**63) <= value < 2**64:
-        raise ValueError(f"{path}: holds a number that no driver prints")
+        raise ValueError(f"{path}: has a number that no driver prints")
     return value
 
 
 def text_or_none(path: Path) -> str | None:
-    """The attribute's text, or None where it cannot be read or is empty."""
+    """The attribute's text, or None if it cannot be read or is empty."""
     try:
         return read_text(path) or None
     except OSError:
@@ -65,7 +65,7 @@ def text_or_none(path: Path) -> str | None:
 
 
 def number_or_none(path: Path) -> int | None:
-    """The attribute as a number, or None where there is none."""
+    """The attribute as a number, or None if it cannot be read or is not one."""
     try:
         return read_number(path)
     except ATTRIBUTE_ERRORS:
@@ -73,15 +73,15 @@ def number_or_none(path: Path) -> int | None:
 
 
 def absence(part: str, error: OSError | ValueError, cure: str = "") -> Absence:
-    """Why ``part`` could not be read, in words."""
+    """The reason why ``part`` could not be read, in words."""
     if isinstance(error, OSError):
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
         return Absence(part, f"{reason} ({error.filename})" if error.filename else reason, cure)
-    return Absence(part, f"its file holds no number: {error}", cure)
+    return Absence(part, f"its file does not contain a number: {error}", cure)
 
 
 def entries(directory: Path) -> list[Path]:
-    """Entries of a directory, sorted by name; none where it does not exist."""
+    """Entries of a directory, sorted by name; none if it does not exist."""
     try:
         return sorted(directory.iterdir())
     except OSError:
@@ -89,14 +89,14 @@ def entries(directory: Path) -> list[Path]:
 
 
 def numbered(directory: Path, stem: str) -> list[Path]:
-    """Entries ``stem0``, ``stem1``, ..., ``stem10`` of a directory in this order; none where it does not exist."""
+    """Entries ``stem0``, ``stem1``, ..., ``stem10`` of a directory in this order; none if it does not exist."""
     pattern = re.compile(rf"{re.escape(stem)}(\d+)")
     matches = [(match, path) for path in entries(directory) if (match := pattern.fullmatch(path.name))]
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches)]
 
 
 def unique(name: str, taken: set[str]) -> str:
-    """``name``, or ``name.2``, ``name.3`` where several parts of a device share a label; the result is then taken."""
+    """``name``, or ``name.2``, ``name.3`` if several parts of a device share a label; the result is added to ``taken``."""
     result, count = name, 1
     while result in taken:
         count += 1
@@ -106,17 +106,17 @@ def unique(name: str, taken: set[str]) -> str:
 
 
 class Patient:
-    """Reads parts one after the other in a thread, so that one that hangs in the kernel does not take the others with it.
+    """Reads parts one after another in a thread, so that a part that hangs in the kernel does not block the others.
 
-    A part that hangs keeps its thread; it is left out until that thread comes back. So there are at most as many threads as
-    parts that hang, and where none does, one short-lived thread a pass.
+    A part that hangs keeps its thread and is left out until that thread returns. There are at most as many threads as parts
+    that hang; if none hangs, one short-lived thread per pass.
     """
 
     def __init__(self) -> None:
         self._stuck: dict[Any, threading.Thread] = {}
 
     def read(self, ask: Callable[[Any], Any], parts: Sequence[Any]) -> dict[Any, Any]:
-        """Part → what ``ask`` returned for it, or the exception of :data:`ATTRIBUTE_ERRORS` that it raised."""
+        """Part → result of ``ask`` for it, or the exception of :data:`ATTRIBUTE_ERRORS` that it raised."""
         self._stuck = {part: thread for part, thread in self._stuck.items() if thread.is_alive()}
         answers: dict[Any, Any] = {}
         left = [part for part in parts if part not in self._stuck]

@@ -10,15 +10,15 @@ import psutil
 from balcony_edge.device.readings import Reading
 from balcony_runtime.sensors.base import Sample
 
-#: The process's private memory is read so seldom: the kernel walks its page tables for it (measured: 1.1 ms at 250 MB and
-#: 6 to 11 ms at 1 GB in pages of 4 KiB, 0.2 ms at 2 GB in huge pages; Python's lock is free meanwhile).
+#: Time between two reads of the process's private memory, for which the kernel walks its page tables (measured: 1.1 ms at
+#: 250 MB and 6 to 11 ms at 1 GB in pages of 4 KiB, 0.2 ms at 2 GB in huge pages; Python's lock is free meanwhile).
 _PRIVATE_EVERY_S = 1.0
 
 
 class System:
     """``psutil:cpu``, ``psutil:memory`` and ``psutil:process``.
 
-    CPU shares are of all logical CPUs together, over the time between two reads; so the first read has none.
+    CPU shares are shares of all logical CPUs together, over the time between two reads; the first read has none.
     """
 
     name = "psutil"
@@ -38,7 +38,7 @@ class System:
         own_s, cpu_s = sum(self._process.cpu_times()[:2]), _cpu_seconds()
         last, self._last = self._last, (now_s, own_s, cpu_s)
         if last is not None and now_s > last[0]:
-            # two clocks with ticks of 10 ms: a single-threaded process on one CPU reads up to a tick above 1
+            # The two clocks have ticks of 10 ms, so a single-threaded process on one CPU can read up to a tick above 1.
             own = min(1.0, (own_s - last[1]) / ((now_s - last[0]) * self._cpus))
             busy = busy_share(last[2], cpu_s)
             readings.append(Reading("psutil:cpu", "cpu", now_s, utilization=busy, own_utilization=own))
@@ -55,19 +55,19 @@ class System:
 
 
 def busy_share(before: Sequence[float], after: Sequence[float]) -> float | None:
-    """Busy share of the time between two looks, 0 to 1; None when the clocks did not move.
+    """Busy share of the time between two reads, 0 to 1; None if the clocks did not move.
 
     Args:
-        before: seconds since boot, those of idle CPUs first and the others after it, any number of kinds.
-        after: the same, later. The kernel takes back seconds of a kind at times, those of idle CPUs too (proc(5) on
-            iowait); such a kind counts as one that stood still, or the share would leave its range.
+        before: seconds since boot by kind: idle first, then any number of other kinds.
+        after: the same, later. The kernel sometimes decreases the seconds of a kind, even of idle CPUs (proc(5) on iowait).
+            Such a kind counts as unchanged, otherwise the share would leave its range.
     """
     passed = [max(0.0, late - early) for early, late in zip(before, after, strict=True)]
     return sum(passed[1:]) / sum(passed) if any(passed) else None
 
 
 def _cpu_seconds() -> tuple[float, ...]:
-    """Seconds since boot by kind, idle first. Guests are counted in user time already; waiting for a disk is idle."""
+    """Seconds since boot by kind, idle first. User time already includes guests; waiting for a disk counts as idle."""
     times = psutil.cpu_times()._asdict()
     idle = (times.pop("idle"), times.pop("iowait", 0.0))
     return sum(idle), *(seconds for kind, seconds in times.items() if kind not in ("guest", "guest_nice"))

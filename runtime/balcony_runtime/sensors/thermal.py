@@ -1,8 +1,8 @@
 """Temperatures from the kernel's thermal zones, and those of CPU packages from hwmon.
 
-Every zone becomes one reading, and one that hangs hides no other. hwmon adds the chips that measure a CPU package (Intel's and
-AMD's drivers register no zone of their own on many servers); single cores and other chips are left out: a temperature limit
-asks for the hottest part, and a package's sensor already is that.
+Every zone becomes one reading, and a zone that hangs does not hide the others. hwmon adds the chips that measure a CPU package,
+because on many servers Intel's and AMD's drivers register no zone. Single cores and other chips are left out: a temperature
+limit is about the hottest part, which the sensor of a package already reports.
 """
 
 from __future__ import annotations

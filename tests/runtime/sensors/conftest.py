@@ -1,4 +1,4 @@
-"""The NVML stand-in, compiled once a session as the driver's library would lie on disk."""
+"""The NVML stand-in, compiled once per session with the path of the driver's library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVML through nvidia-ml-py's own loading of a C stand-in for the driver's library, in processes of their own."""
+"""NVML with a C stand-in for the driver's library, which nvidia-ml-py loads in separate processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def library(nvml_library: Callable[..., Path]) -> Path:
 
 
 def ask(library: Path, program: str = "print(json.dumps(look()))", **environment: object) -> Any:
-    """What the program prints, as JSON; it runs with ``NVML_<NAME>`` set."""
+    """Output of the program, as JSON; it runs with ``NVML_<NAME>`` set."""
     settings = {f"NVML_{name.upper()}": str(value) for name, value in environment.items()}
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM + program],
@@ -47,7 +47,7 @@ def ask(library: Path, program: str = "print(json.dumps(look()))", **environment
 
 
 def each(library: Path, variable: str, settings: list[Any]) -> list[Any]:
-    """One look for each setting of ``NVML_<variable>``, in one process."""
+    """One read for each setting of ``NVML_<variable>``, in one process."""
     return list(ask(library, f"""
 seen = []
 for setting in {settings}:
@@ -96,8 +96,8 @@ def test_orin_initialises_and_supports_nothing(library: Path) -> None:
     ("environment", "own"),
     [
         ({"pid": "self"}, 0.6),  # samples of 70 % and 50 %
-        ({"pid": "self", "quiet": 1}, 0.0),  # it holds the GPU and did nothing on it
-        ({"pid": 4000000}, None),  # somebody else's, or this process under another id: not to be told
+        ({"pid": "self", "quiet": 1}, 0.0),  # it uses the GPU, which was idle
+        ({"pid": 4000000}, None),  # another process, or this one under another id: unknown
         ({}, None),
         ({"pid": "self", "unsupported": "ProcessUtilization"}, None),
     ],
@@ -130,7 +130,7 @@ def test_no_library_and_no_driver_name_their_cures(library: Path, tmp_path: Path
     assert "--gpus all" in found["missing"]["nvml"][1]
     found = ask(library, init=9)
     assert found["missing"]["nvml"][0] == "Driver Not Loaded" and "modprobe nvidia" in found["missing"]["nvml"][1]
-    assert ask(library, count=0)["missing"] == {"nvml": ["the driver runs and sees no GPU", ""]}
+    assert ask(library, count=0)["missing"] == {"nvml": ["the driver runs but finds no GPU", ""]}
 
 
 def test_a_gpu_that_falls_off_the_bus_is_found_again(library: Path) -> None:
@@ -166,7 +166,7 @@ print(json.dumps([sorted(before), sorted(after), looked_s, time.perf_counter() -
     assert "nvml:0" in before and "psutil:cpu" in before
     assert "nvml:0" not in after and "psutil:cpu" in after
     assert looked_s < 0.05
-    assert 0.9 < closed_s < 10.0  # waits a second for it, then leaves it behind
+    assert 0.9 < closed_s < 10.0  # close() waits a second for the hung thread
 
 
 def test_doctor_shows_the_gpu(library: Path) -> None:

@@ -1,4 +1,4 @@
-"""What cannot be is dropped and counted; what remains of an energy counter only grows."""
+"""Impossible values are dropped and counted; an energy counter only grows."""
 
 from __future__ import annotations
 

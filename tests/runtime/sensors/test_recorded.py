@@ -1,4 +1,4 @@
-"""A trace said again: at its own pace, on the reader's clock, and refused by line when it is no trace."""
+"""A replayed trace: at its own pace, on the reader's clock; a file that is not a trace is refused by line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_each_reading_has_its_moment() -> None:
         ("ina3221:VDD_IN", 1000.0, 6.0, None), ("battery:BAT0", 1000.0, None, 0.5)
     ]  # fmt: skip
     assert first.absences == () and trace.read(1000.1).readings == first.readings
-    late = trace.read(1000.5)  # two readings came due: the newer one counts, the battery's grows old
+    late = trace.read(1000.5)  # two readings are due: the newer one counts, and the battery's ages
     assert [(r.watts, r.time_s) for r in late.readings] == [(8.0, pytest.approx(1000.4)), (None, 1000.0)]
     assert [absence.reason for absence in late.absences] == ["the trace has ended"]
 
@@ -84,5 +84,5 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"{path.name}: {reason}.*: give a JSON Lines file"):
             list(load_readings(path))
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is no UTF-8 text"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         list(load_readings(tmp_path / "bytes"))

@@ -1,4 +1,4 @@
-"""Sampling in the background: what is shown, what is not, and what a bad sensor cannot do to the others."""
+"""Sampling in the background: readings that are shown or not, and a bad sensor that does not affect the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tree = Callable[[str], Path]
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> None:
-    """The machine may be busy: wait for what must come, generously."""
+    """Wait for a condition, for a long time because the machine may be busy."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
@@ -68,11 +68,11 @@ def test_a_sensor_that_hangs_ages_and_is_dropped_while_the_others_go_on(sysfs_tr
     with Sensors([Jetson(root), Thermal(root)], rate_hz=10, stale_s=1.0) as sensors:
         assert "ina238:VIN" in shown(sensors)
         meter.unlink()
-        os.mkfifo(meter)  # opening it blocks in the kernel until somebody writes
+        os.mkfifo(meter)  # opening it blocks in the kernel until a writer opens it
         eventually(lambda: health(sensors, "jetson").state == "hung")
         began = time.perf_counter()
         readings = shown(sensors)
-        assert time.perf_counter() - began < 1  # the read hangs for as long as nobody writes
+        assert time.perf_counter() - began < 1  # the read hangs until a writer opens the file
         assert not [source for source in readings if source.startswith("ina")]
         samples = health(sensors, "thermal").samples
         eventually(lambda: health(sensors, "thermal").samples >= samples + 3)
@@ -97,7 +97,7 @@ def test_a_thermal_zone_that_hangs_takes_no_other_temperature_with_it(sysfs_tree
         samples = health(sensors, "thermal").samples
         eventually(lambda: health(sensors, "thermal").samples >= samples + 3)
         assert others and shown(sensors).keys() == others and health(sensors, "thermal").state == "present"
-        assert threading.active_count() < 10  # the hung read keeps one thread, and no further one is tried
+        assert threading.active_count() < 10  # the hung read keeps one thread, and no other is started
         pipe = zone.rename(tmp_path / "pipe")
         zone.write_text("52000\n")
         with pipe.open("w") as writer:  # lets the hung read go
@@ -140,7 +140,7 @@ def test_a_sensor_that_vanishes_is_absent_and_comes_back(tmp_path: Path) -> None
 
 
 class _Raises:
-    """A source with a bug, or with a binding that raises what nobody expected."""
+    """A source with a bug, or with a binding that raises an unexpected exception."""
 
     name = "raises"
     closed = False
@@ -164,7 +164,7 @@ def test_a_source_that_raises_is_absent_with_what_it_raised() -> None:
 
 
 class Forgetful:
-    """A GPU of 10 W whose energy query fails now and then."""
+    """A GPU of 10 W whose energy query sometimes fails."""
 
     name = "forgetful"
 
@@ -221,7 +221,7 @@ def test_rates_out_of_range(rate_hz: float, stale_s: float, message: str) -> Non
     [
         ((10.5, 5.5), 0.5),
         ((10.3, 5.2), 0.4),
-        ((9.9, 5.4), 1.0),  # the kernel took idle seconds back, as it does on a machine under full load
+        ((9.9, 5.4), 1.0),  # the kernel decreased the idle seconds, as on a machine under full load
         ((10.2, 4.9), 0.0),
         ((10.0, 5.0), None),
     ],

@@ -1,4 +1,4 @@
-"""Sources that read sysfs, over trees laid out as on real devices, and over what their drivers do at their worst."""
+"""Sources that read sysfs, over copies of the trees of real devices and over faults of their drivers."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ def test_agx_orin_adds_up_what_no_rail_measures(sysfs_tree: Tree) -> None:
         "ina3221:VDD_GPU_SOC": ("gpu", 3.2),
         "ina3221:VDD_CPU_CV": ("cpu", 0.8),
         "ina3221:VIN_SYS_5V0": ("other", 4.5),
-        "ina3221:VDDQ_VDD2_1V8AO": ("memory", 0.4),  # part of VIN_SYS_5V0: not in the sum
+        "ina3221:VDDQ_VDD2_1V8AO": ("memory", 0.4),  # a part of VIN_SYS_5V0, so not in the sum
         "ina3221:total": ("board", 8.5),
-        "devfreq:17000000.ga10b": ("gpu", 0.0),  # measured and idle: a 0 that was read
+        "devfreq:17000000.ga10b": ("gpu", 0.0),  # measured and idle, so a real 0
         "jetson:throttle-alert": ("board", True),
     }
     assert values(look(Thermal(root)))["thermal:Tboard_tegra"] == ("board", 35.0)
     put(root / "class/hwmon/hwmon3/curr2_input", "")
     sample = look(Jetson(root))
-    assert "ina3221:total" not in values(sample)  # a sum with a hole is no total
-    assert "holds no number" in missing(sample)["ina3221:VDD_CPU_CV"]
+    assert "ina3221:total" not in values(sample)  # a sum without one of its parts is not a total
+    assert "does not contain a number" in missing(sample)["ina3221:VDD_CPU_CV"]
 
 
 def test_thor(sysfs_tree: Tree) -> None:
@@ -159,12 +159,12 @@ def test_rapl_undoes_wraps_and_a_vanished_zone_counts_on(sysfs_tree: Tree) -> No
 
     put(counter, 65712000000)
     assert dram(1.0) == (65712.0, None)
-    put(counter, 387)  # 999,613 µJ to the end of its range, then on from 0
+    put(counter, 387)  # 999,613 µJ to the end of its range, then 0 again
     assert dram(1.25) == (65713.0, 4.0)
     put(counter, 1000387)
     assert dram(1.75) == (65714.0, 2.0)
     counter.rename(counter.with_name("away"))
-    assert "not there" in missing(rapl.read(2.0))["rapl:package-0/dram"]
+    assert "does not exist" in missing(rapl.read(2.0))["rapl:package-0/dram"]
     put(counter, 7000387)
     assert dram(3.75) == (65720.0, 3.0)
 
@@ -172,16 +172,16 @@ def test_rapl_undoes_wraps_and_a_vanished_zone_counts_on(sysfs_tree: Tree) -> No
 def test_rapl_without_a_pulse_is_absent(sysfs_tree: Tree) -> None:
     root = sysfs_tree("laptop")
     rapl = Rapl(root)
-    assert list(values(look(rapl))) == ["rapl:package-0", "rapl:psys"]  # one look cannot tell
+    assert list(values(look(rapl))) == ["rapl:package-0", "rapl:psys"]  # one read cannot tell whether a counter moves
     put(root / "class/powercap/intel-rapl:0/energy_uj", 81500000000 + 3000000)
     sample = rapl.read(1.5)
     assert [(r.source, r.joules, r.watts) for r in sample.readings] == [("rapl:package-0", 81503.0, 6.0)]
-    assert "stands still" in missing(sample)["rapl:psys"]
+    assert "does not move" in missing(sample)["rapl:psys"]
 
 
 @pytest.fixture
 def unprivileged() -> Iterator[Path]:
-    """A directory that everybody may enter, and the rights of nobody while the test runs."""
+    """A directory that every user may enter, and the user `nobody` while the test runs."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         directory.chmod(0o755)
@@ -222,7 +222,7 @@ def battery(root: Path, name: str = "BAT0", **attributes: object) -> None:
 @pytest.mark.parametrize(
     ("attributes", "wanted"),
     [
-        # current × voltage, a driver that signs the current, charge instead of energy
+        # Current × voltage, a driver that signs the current, charge instead of energy.
         (
             {"status": "Discharging", "current_now": -1500000, "voltage_now": 11400000, "charge_now": 2000000,
              "charge_full": 4000000},
@@ -251,7 +251,7 @@ def test_a_weak_charger_hides_the_devices_draw(tmp_path: Path) -> None:
 
 
 def test_batteries_in_watt_hours_and_ampere_hours_are_weighted_in_one_unit(tmp_path: Path) -> None:
-    """BAT0: 10 of 50 Wh; BAT1: 4 of 5 Ah at 10 V, so 40 of 50 Wh. By bare numbers BAT1 would hardly count."""
+    """BAT0: 10 of 50 Wh; BAT1: 4 of 5 Ah at 10 V, so 40 of 50 Wh. Without the voltage BAT1 would hardly count."""
     battery(tmp_path, "BAT0", status="Full", energy_now=10_000_000, energy_full=50_000_000)
     battery(tmp_path, "BAT1", status="Full", charge_now=4_000_000, charge_full=5_000_000, voltage_min_design=10_000_000)
     assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", 0.5, True)
@@ -265,7 +265,7 @@ def test_two_batteries_that_drain_add_up_and_one_taken_out_is_named(tmp_path: Pa
     battery(tmp_path, "BAT1", status="Discharging", power_now=4500000, capacity=75)
     source = Battery(tmp_path)
     assert values(look(source)) == {
-        "battery:BAT0+BAT1": ("battery", 7.5, 0.5, False),  # one does not know its capacity: the plain mean
+        "battery:BAT0+BAT1": ("battery", 7.5, 0.5, False),  # one battery does not report its capacity: the plain mean
         "battery:drain": ("board", 7.5),
     }
     shutil.rmtree(tmp_path / "class/power_supply/BAT1")

@@ -1,0 +1,100 @@
+"""Output that several verbs share: replies as they are generated, their summaries, and doubts about a device profile.
+
+Owns the wording and the tables. The consoles are :mod:`.console`; the live view is :mod:`.live`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from balcony_edge.cli.console import stderr, write_text
+
+if TYPE_CHECKING:
+    from balcony_edge.device.profile import Profile
+    from balcony_runtime.reply import Reply, TokenStream
+
+
+def say_doubts(path: Path, profile: Profile) -> None:
+    """Print on stderr why a profile's numbers may be off, such as other busy processes or wide intervals."""
+    for doubt in profile.doubts:
+        stderr.print(f"{path}: {doubt}", style="yellow", markup=False, soft_wrap=True)
+
+
+def show_stream(stream: TokenStream, styles: dict[int, str] | None) -> bool:
+    """Print tokens as they are made, coloured by exit (not at all without ``styles``); True if Ctrl-C ended the stream."""
+    try:
+        for token in stream:
+            if styles is not None:
+                write_text(token.text, styles[token.exit_layer])
+    except KeyboardInterrupt:
+        stream.close()
+        return True
+    return False
+
+
+def summary(reply: Reply) -> dict[str, Any]:
+    """Cost of a reply as a JSON-ready mapping; times in milliseconds."""
+    gaps = [token.latency_ms for token in reply.tokens[1:]]
+    targets = sum(token.target_ms is not None for token in reply.tokens[1:])
+    return {
+        "prompt_tokens": reply.prompt_tokens,
+        "new_tokens": len(reply.tokens),
+        "finish_reason": reply.finish_reason,
+        "ttft_ms": reply.ttft_ms,
+        "tpot_mean_ms": reply.mean_tpot_ms,
+        "tpot_p50_ms": median(gaps) if gaps else None,
+        "tokens_per_exit": {str(layer): count for layer, count in reply.tokens_per_exit.items()},
+        "exit_switches": sum(
+            a.exit_layer != b.exit_layer for a, b in zip(reply.tokens, reply.tokens[1:], strict=False)
+        ),
+        "caught_up_rows": sum(token.caught_up_rows for token in reply.tokens),
+        "speculated_tokens": sum(token.decision.drafted > 0 for token in reply.tokens),
+        "late_tokens": reply.late_tokens if targets else None,
+        "tokens_with_target": targets,
+        "unseen_tokens": reply.unseen_tokens,
+        "budget": [verdict.to_dict() for verdict in reply.verdicts],
+    }
+
+
+def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None:
+    """Print the cost of a reply for people."""
+    facts = summary(reply)
+    if not reply.tokens:
+        return
+    table = Table("exit", "tokens", "share", "mean ms a token")
+    for layer, count in reply.tokens_per_exit.items():
+        times = [token.latency_ms for token in reply.tokens[1:] if token.exit_layer == layer]
+        mean = f"{sum(times) / len(times):.1f}" if times else ""
+        table.add_row(str(layer), str(count), f"{count / len(reply.tokens):.0%}", mean, style=styles[layer])
+    console.print(table)
+    parts = [
+        f"{_counted(facts['new_tokens'], 'token')} after {facts['prompt_tokens']}",
+        f"first after {facts['ttft_ms']:.0f} ms",
+    ]
+    if reply.mean_tpot_ms is not None:
+        parts.append(f"then {reply.mean_tpot_ms:.1f} ms a token ({1000 / reply.mean_tpot_ms:.0f} tokens a second)")
+    parts.append(f"{_counted(facts['exit_switches'], 'switch')}, {_counted(facts['caught_up_rows'], 'row')} caught up")
+    if facts["late_tokens"] is not None:
+        parts.append(f"{facts['late_tokens']} of {facts['tokens_with_target']} late")
+    if facts["unseen_tokens"]:
+        parts.append(f"{facts['unseen_tokens']} without a reading for a ceiling")
+    console.print(", ".join(parts))
+    if reply.verdicts:
+        verdicts = Table("budget", "asked", "reached", "free", "held")
+        words = {True: "[green]yes[/]", False: "[red]no[/]", None: "[yellow]not measured[/]"}
+        for one in reply.verdicts:
+            reached = "" if one.reached is None else f"{one.reached:.4g} ({one.how})"
+            free = "" if one.margin is None else f"{one.margin:.0%}"
+            verdicts.add_row(one.key, f"{one.asked:g}", reached, free, words[one.held])
+        console.print(verdicts)
+
+
+def _counted(count: int, noun: str) -> str:
+    """``1 switch``, ``2 switches``."""
+    plural = f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
+    return f"{count} {noun if count == 1 else plural}"
