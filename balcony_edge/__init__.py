@@ -103,6 +103,7 @@ def load(
 ) -> LLM:
     """Load a bundle for generation.
 
+    Example:
         llm = balcony_edge.load("bundle/", budget="profiles/interactive.toml")
 
     Args:

@@ -89,6 +89,7 @@ _RENAMED = {
 class Budget(BaseModel):
     """What a reply may cost. ``Budget()`` asks for nothing: full depth, no target.
 
+    Example:
         budget = Budget(tpot_ms=25, temperature_c=75)
 
     Raises:
@@ -312,6 +313,9 @@ class Budget(BaseModel):
 
 def load_budget(path: str | os.PathLike[str]) -> Budget:
     """Read a budget file.
+
+    Example:
+        budget = load_budget("profiles/interactive.toml")
 
     Raises:
         BudgetError: one line that names the file, and the key where one is wrong.

@@ -15,11 +15,11 @@ from rich.table import Table
 from balcony_edge.cli.console import stderr, write_text
 
 if TYPE_CHECKING:
-    from balcony_edge.device.profile import Profile
+    from balcony_edge.device.profile import DeviceProfile
     from balcony_runtime.reply import Reply, TokenStream
 
 
-def say_doubts(path: Path, profile: Profile) -> None:
+def say_doubts(path: Path, profile: DeviceProfile) -> None:
     """Print on stderr why a profile's numbers may be off, such as other busy processes or wide intervals."""
     for doubt in profile.doubts:
         stderr.print(f"{path}: {doubt}", style="yellow", markup=False, soft_wrap=True)

@@ -57,7 +57,11 @@ class Trace(NamedTuple):
 
 
 class TraceWriter:
-    """Writes a run as it goes. A context manager that closes the file.
+    """Writes what the controller saw and decided, one line per token. A context manager that closes the file.
+
+    Example:
+        with TraceWriter("run.jsonl") as trace:
+            reply = list(llm.stream("Hello", trace=trace))
 
     Raises:
         InputError: the file cannot be written.

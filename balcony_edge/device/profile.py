@@ -228,7 +228,11 @@ def least_agreement(exits: tuple[int, ...], quality: tuple[QualityFigure, ...]) 
 
 
 class DeviceProfile(_Frozen):
-    """A device profile.
+    """The measured costs of one bundle on one device, as `balcony-edge profile` writes them.
+
+    Example:
+        profile = DeviceProfile.load("device.json")
+        print(profile.costs.steady_ms(profile.costs.exits[-1], context_length=512))
 
     Attributes:
         created: time of the measurement, ISO 8601, UTC.

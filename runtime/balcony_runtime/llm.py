@@ -49,6 +49,10 @@ class LLM:
 
     The budget may be replaced at any time; it takes effect at the next token. Several threads may stream at once, each its
     own replies; they share the engine and the budget.
+
+    Example:
+        with balcony_edge.load("bundle/") as llm:
+            print(llm.generate("Why is the sky blue?", max_new_tokens=60).text)
     """
 
     def __init__(

@@ -23,6 +23,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Token(NamedTuple):
     """One token of a stream.
 
+    Example:
+        late = [token for token in llm.stream("Hello") if token.target_ms and token.latency_ms > token.target_ms]
+
     Attributes:
         id: id of the token in the vocabulary.
         text: text that the token completes; empty while a character or a stop string may be unfinished, and for the end of
@@ -74,6 +77,10 @@ class Reply:
     """A generation so far: its text and its tokens with their costs; ``finish_reason`` is None while it continues.
 
     ``verdicts`` says for each key of the budget whether it was held.
+
+    Example:
+        reply = llm.generate("Why is the sky blue?", max_new_tokens=60)
+        print(reply.text, reply.ttft_ms, reply.tokens_per_exit)
     """
 
     text: str
@@ -111,6 +118,12 @@ class Reply:
 
 class TokenStream(Iterator[Token]):
     """Tokens as they are made. One thread at a time may use it; any thread may call :meth:`cancel`.
+
+    Example:
+        stream = llm.stream("Count to ten.")
+        for token in stream:
+            print(token.text, end="")
+        print(stream.reply.finish_reason)
 
     Args:
         tokens: source of the tokens; the stream closes it.

@@ -104,39 +104,21 @@ def test_two_engines_that_overwrite_each_other_are_refused(tiny: Any, tmp_path: 
 def test_public_names_are_these() -> None:
     import balcony_edge
 
-    errors = [
-        "BalconyError",
-        "BudgetError",
-        "BundleError",
-        "ContextLengthError",
-        "DeviceError",
-        "InfeasibleError",
-        "InputError",
-        "MissingDependencyError",
-        "ProfileError",
-    ]
-    others = [
-        "Budget",
-        "Chat",
-        "DeviceProfile",
-        "Engine",
-        "LLM",
-        "Reply",
-        "SamplingParams",
-        "Token",
-        "TokenStream",
-        "TraceWriter",
-        "load",
-        "load_budget",
-    ]
-    assert sorted(balcony_edge.__all__) == sorted(errors + others)
+    errors = {
+        *("BalconyError", "BudgetError", "BundleError", "ContextLengthError", "DeviceError", "InfeasibleError"),
+        *("InputError", "MissingDependencyError", "ProfileError"),
+    }
+    others = {
+        *("Budget", "Chat", "DeviceProfile", "Engine", "LLM", "Reply", "SamplingParams", "Token", "TokenStream"),
+        *("TraceWriter", "load", "load_budget"),
+    }
+    assert set(balcony_edge.__all__) == errors | others
     assert set(balcony_edge.__all__) <= set(dir(balcony_edge))
     for name in errors:
         assert issubclass(getattr(balcony_edge, name), balcony_edge.BalconyError)
     for name in others:
-        # an example is an indented block of the docstring that is Python
         text = inspect.cleandoc(getattr(balcony_edge, name).__doc__)
-        examples = [textwrap.dedent(block) for block in re.findall(r"\n\n((?:    .+\n?)+)", text)]
-        assert any(compile(example, name, "exec").co_names for example in examples), name
+        example = re.search(r"\nExample:\n((?:    .+\n?)+)", text)
+        assert example and compile(textwrap.dedent(example[1]), name, "exec").co_names, name
     with pytest.raises(AttributeError):
         balcony_edge.nonsense  # noqa: B018

@@ -28,15 +28,19 @@ LARGEST = 1e6
 class SamplingParams:
     """How to pick a token.
 
+    Example:
+        reply = llm.generate("Write a haiku.", sampling=SamplingParams(temperature=0.8, top_p=0.95, seed=7))
+
     Attributes:
-        temperature: divides the logits; 0 is greedy.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the fewest of the most likely tokens whose probabilities reach p; 1 keeps all.
-        min_p: keep tokens at least this share as likely as the likeliest; 0 keeps all.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or reply (CTRL); 1 is none.
-        presence_penalty: subtracted from logits of tokens in the reply so far (OpenAI); 0 is none.
-        logit_bias: token id → what to add to its logit.
-        seed: of the random numbers; None takes fresh ones.
+        temperature: divisor of the logits; 0 is greedy.
+        top_k: number of most likely tokens to keep; 0 keeps all.
+        top_p: probability that the kept most likely tokens must reach together; 1 keeps all.
+        min_p: least probability of a kept token, as a share of the likeliest token's; 0 keeps all.
+        repetition_penalty: divisor of positive logits and factor of negative ones, for tokens in prompt or reply (CTRL);
+            1 is none.
+        presence_penalty: amount subtracted from the logits of tokens in the reply so far (OpenAI); 0 is none.
+        logit_bias: token id → amount added to its logit.
+        seed: seed of the random numbers; None takes fresh ones.
 
     Raises:
         InputError: a value out of range.
