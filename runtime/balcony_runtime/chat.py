@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class Chat:
     """The messages so far and the sequence with their rows. :meth:`LLM.chat` makes it; one thread at a time may use it.
 
-    chat = llm.chat(system="Answer in one sentence.")
-    for token in chat.send("Why is the sky blue?"):
-        print(token.text, end="")
+    Example:
+        chat = llm.chat(system="Answer in one sentence.")
+        for token in chat.send("Why is the sky blue?"):
+            print(token.text, end="")
     """
 
     def __init__(self, llm: LLM, sequence: TokenSequence, system: str | None) -> None:

@@ -44,9 +44,10 @@ class EngineOptions(TypedDict, total=False):
 class Engine:
     """The weights of one bundle, shared by all sequences. A context manager that frees them.
 
-    with Engine.open("bundle/") as engine:
-        sequence = engine.new_sequence(max_length=64)
-        logits = sequence.advance(engine.exit_layers[0], [1, 2, 3])  # (1, 1, V)
+    Example:
+        with Engine.open("bundle/") as engine:
+            sequence = engine.new_sequence(max_length=64)
+            logits = sequence.advance(engine.exit_layers[0], [1, 2, 3])  # (1, 1, V)
     """
 
     def __init__(self, backend: Backend) -> None:
