@@ -24,6 +24,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,11 +34,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from balcony_export.data.text_files import json_lines, read_text
-from balcony_export.export import export_bundle
+from balcony_export.data.documents import read_documents
+from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.extract import submodel
-from balcony_export.model.balcony import init_balconies, load_balconies
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine
 from benchmarks.gpu import tokens_per_second
 from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
@@ -66,7 +67,8 @@ def export_cut(changes: dict[str, int], directory: Path) -> Path:
         config.layer_types = config.layer_types[: changes["num_hidden_layers"]]
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     path = directory / "-".join(f"{key}{value}" for key, value in changes.items() or [("full", 0)])
-    export_bundle(model, load_tokenizer(demo_model_path()), {}, path, name="cut", trained=False, context_length=256)
+    options = ExportOptions("cut", trained=False, context_length=256)
+    export_bundle(ExitModel(model), load_tokenizer(demo_model_path()), path, options)
     return path
 
 
@@ -195,7 +197,7 @@ def before_tuning(
     depth = model.config.num_hidden_layers
 
     def balcony() -> PreTrainedModel:
-        small = submodel(model, init_balconies(model, (exit_layer,))[exit_layer], exit_layer).requires_grad_(False)
+        small = submodel(ExitModel.open(model, (exit_layer,)), exit_layer).requires_grad_(False)
         decoder: Any = small.get_decoder()
         decoder.layers[-1].requires_grad_(True)
         decoder.norm.requires_grad_(True)
@@ -204,7 +206,7 @@ def before_tuning(
     count = depth - exit_layer - 1
     return {
         "balcony": balcony,
-        "early exit": partial(submodel, model, None, exit_layer + 1),
+        "early exit": partial(submodel, ExitModel(model), exit_layer + 1),
         "drop": partial(dropped, model, count),
         "merge": partial(merged, model, count),
         "MLP": partial(sliced, model, TUNE_MLP, chosen),
@@ -214,19 +216,16 @@ def before_tuning(
 def measure_quality(text: Path, directory: Path, tune_steps: int) -> dict[str, Any]:
     """Method → what it costs; documents of the first half choose neurons and tune, those of the second half judge."""
     model, tokenizer = load_model(demo_model_path()), load_tokenizer(demo_model_path())
-    lines = json_lines(text, read_text(text, "JSON Lines"), "JSON Lines")
-    rows = [
-        tokenizer(value["text"]).input_ids[:DOCUMENT_TOKENS]
-        for _, (_, value) in zip(range(2 * DOCUMENTS), lines, strict=False)
-    ]
+    documents = islice(read_documents(text), 2 * DOCUMENTS)
+    rows = [tokenizer(document.text).input_ids[:DOCUMENT_TOKENS] for document in documents]
     chosen, judged = rows[:DOCUMENTS], rows[DOCUMENTS:]
-    balconies = load_balconies(directory, model)
+    exits, bare = ExitModel.open(model, None, directory), ExitModel(model)
     depth = model.config.num_hidden_layers
     small: dict[str, Callable[[], PreTrainedModel]] = {"full": lambda: model}
-    for exit_layer, balcony in balconies.items():
+    for exit_layer in exits.balconies:
         count = depth - exit_layer - 1  # layers that the exit spares
-        small[f"balcony {exit_layer}"] = partial(submodel, model, balcony, exit_layer)
-        small[f"early exit {exit_layer + 1}"] = partial(submodel, model, None, exit_layer + 1)
+        small[f"balcony {exit_layer}"] = partial(submodel, exits, exit_layer)
+        small[f"early exit {exit_layer + 1}"] = partial(submodel, bare, exit_layer + 1)
         small[f"drop {count} layers"] = partial(dropped, model, count)
         small[f"merge {count} layers"] = partial(merged, model, count)
     for size in (1152, 768, 576):

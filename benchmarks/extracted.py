@@ -24,10 +24,10 @@ import torch
 import transformers
 
 from balcony_edge.budget import Budget
-from balcony_export.export import export_bundle
+from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.extract import extract
-from balcony_export.model.balcony import load_balconies
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.model.exits import ExitModel
 from balcony_runtime.llm import LLM
 from benchmarks.peer_workers.install import ROOT, python_of
 from benchmarks.peer_workers.process import Worker
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     options = parser.parse_args()
     model, tokenizer = load_model(demo_model_path()), load_tokenizer(demo_model_path())
-    balconies = load_balconies(options.balconies, model, (options.exit,))
+    exits = ExitModel.open(model, (options.exit,), options.balconies)
     words = [
         "river",
         "bridge",
@@ -111,8 +111,8 @@ def main() -> None:
     prompts = [list(tokenizer(text).input_ids) for text in texts]
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
-        small = extract(model, tokenizer, balconies, options.exit, home / "small")
-        export_bundle(model, tokenizer, balconies, home / "bundle", name="demo", trained=True)
+        small = extract(exits, tokenizer, options.exit, home / "small")
+        export_bundle(exits, tokenizer, home / "bundle", ExportOptions("demo", trained=True))
         with LLM.open(home / "bundle", budget=Budget(exit_layer=options.exit)) as llm:
             ours = [
                 [token.id for token in llm.stream(prompt, max_new_tokens=options.tokens, ignore_eos=True)]

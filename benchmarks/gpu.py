@@ -48,16 +48,17 @@ def export_shape(shape: str, output: Path) -> None:
     import torch  # noqa: PLC0415 - only this step needs a workstation's packages
     import transformers  # noqa: PLC0415 - likewise
 
-    from balcony_export.export import export_bundle  # noqa: PLC0415 - likewise
-    from balcony_export.model.balcony import init_balconies, parse_exits  # noqa: PLC0415 - likewise
+    from balcony_export.export import ExportOptions, export_bundle  # noqa: PLC0415 - likewise
+    from balcony_export.model.balcony import parse_exits  # noqa: PLC0415 - likewise
     from balcony_export.model.checkpoint import demo_model_path, load_tokenizer  # noqa: PLC0415 - likewise
+    from balcony_export.model.exits import ExitModel  # noqa: PLC0415 - likewise
 
     torch.set_default_dtype(torch.float16)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[shape])).eval()
     exits = parse_exits("0.5x,0.6x,0.7x", SHAPES[shape]["num_hidden_layers"])
-    balconies = init_balconies(model, exits)
     tokenizer = load_tokenizer(demo_model_path())  # any: no text is made
-    export_bundle(model, tokenizer, balconies, output, name=shape, trained=False, precision="float16")
+    options = ExportOptions(shape, trained=False, precision="float16")
+    export_bundle(ExitModel.open(model, exits), tokenizer, output, options)
 
 
 def tokens_per_second(engine: Engine, exit_layer: int, batch: int, tokens: int) -> float:

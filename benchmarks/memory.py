@@ -75,23 +75,18 @@ def open_full_depth(bundle: Bundle, path: Path) -> Bundle:
 
 
 def _export_full_depth(path: Path, bundle: Bundle) -> None:
-    from balcony_export.export import export_bundle  # noqa: PLC0415 - likewise, and only where nothing is cached
+    from balcony_export.export import ExportOptions, export_bundle  # noqa: PLC0415 - likewise, and only if nothing is cached
     from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer  # noqa: PLC0415 - torch is slow
+    from balcony_export.model.exits import ExitModel  # noqa: PLC0415 - likewise
     from balcony_export.quantize.blocks import Scheme  # noqa: PLC0415 - likewise
 
     model, source, blocks = bundle.manifest.model, demo_model_path(), bundle.manifest.quantization
     scheme = None if blocks is None else Scheme(**blocks.model_dump(exclude={"method", "calibration_tokens"}))
     print(f"exporting the full depth alone to {path}, once", file=sys.stderr)
-    export_bundle(
-        load_model(source),
-        load_tokenizer(source),
-        {},
-        path,
-        name=model.name,
-        trained=False,
-        precision=scheme or ("float16" if bundle.manifest.precision == "float16" else "float32"),
-        context_length=model.context_length,
-    )
+    half = bundle.manifest.precision == "float16"
+    precision = scheme or ("float16" if half else "float32")
+    options = ExportOptions(model.name, False, precision, context_length=model.context_length)  # type: ignore[arg-type]
+    export_bundle(ExitModel(load_model(source)), load_tokenizer(source), path, options)
 
 
 def idle(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import json
 import re
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,10 +30,10 @@ from typing import Any
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
-from balcony_export.export import export_bundle, trace
-from balcony_export.model.balcony import load_balconies
+from balcony_export.export import ExportOptions, export_bundle, trace
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
-from balcony_export.precision import Judge, judged
+from balcony_export.model.exits import ExitModel
+from balcony_export.precision import Judge, read_judged_texts
 from balcony_export.quantize.blocks import parse_precision
 from balcony_export.quantize.gptq import calibration_rows
 from balcony_runtime.engine import Engine
@@ -66,17 +67,16 @@ def export_all(names: list[str], options: argparse.Namespace) -> dict[str, Bundl
     missing = [name for name in names if not _place(options.work, name).is_dir()]
     if missing:
         model, tokenizer = load_model(demo_model_path()), load_tokenizer(demo_model_path())
-        balconies = load_balconies(options.balconies, model)
-        judge = Judge(model, tokenizer, judged([options.evaluate], tokenizer), name="demo")
+        exits = ExitModel.open(model, None, options.balconies)
+        judge = Judge(exits, tokenizer, read_judged_texts([options.evaluate], tokenizer), name="demo")
         rows = calibration_rows([options.calibration], tokenizer)
-        traced = trace(model, balconies, name="demo", context_length=2048)
+        wanted = ExportOptions("demo", trained=True, context_length=2048)
+        traced = trace(exits, wanted)
         for name in missing:
             words, _, method = name.partition(" ")
-            export_bundle(
-                model, tokenizer, balconies, _place(options.work, name), name="demo", trained=True,
-                precision=parse_precision(words), calibration=rows if method else (), context_length=2048, traced=traced,
-                check=partial(_judge, judge),
-            )  # fmt: skip
+            this = replace(wanted, precision=parse_precision(words), calibration=rows if method else ())
+            place = _place(options.work, name)
+            export_bundle(exits, tokenizer, place, this, traced=traced, check=partial(_judge, judge))
             print(f"{name}: exported and judged", file=sys.stderr, flush=True)
     for name in names:
         bundles[name] = Bundle.open(_place(options.work, name), verify_hashes=False)

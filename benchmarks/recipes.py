@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from balcony_export.data.corpus import Corpus, Rows, build_corpus
-from balcony_export.data.text_files import json_lines, read_text
+from balcony_export.data.documents import read_records
 from balcony_export.model.balcony import Balcony
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.train.config import TrainConfig
@@ -63,13 +63,14 @@ def _silent_layer(trainer: Trainer) -> None:
 
 def _next_layer(trainer: Trainer) -> None:
     for exit_layer, balcony in trainer.balconies.items():
-        source = trainer.backbone.decoder.layers[exit_layer]
+        source: Any = trainer.exits.parts.layers[exit_layer]
         layer_of(balcony).load_state_dict({name: value.float() for name, value in source.state_dict().items()})
 
 
 def _next_norm(trainer: Trainer) -> None:
     for exit_layer, balcony in trainer.balconies.items():
-        balcony.norm.load_state_dict(trainer.backbone.decoder.layers[exit_layer].input_layernorm.state_dict())
+        layer: Any = trainer.exits.parts.layers[exit_layer]
+        balcony.norm.load_state_dict(layer.input_layernorm.state_dict())
 
 
 class _SeesSinks(Trainer):
@@ -140,7 +141,7 @@ def sample_replies(model: Any, tokenizer: Any, data: Path, output: Path, tokens:
     records = [
         record
         for path in sorted(data.glob("*.jsonl"))
-        for _, record in json_lines(path, read_text(path, "JSON Lines"), "JSON Lines")
+        for _, record in read_records(path, "JSON Lines")
         if isinstance(record, dict) and isinstance(record.get("instruction"), str)
     ]
     order = np.random.default_rng(0).permutation(len(records))

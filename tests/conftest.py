@@ -26,8 +26,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from balcony_edge.errors import BalconyError
-from balcony_export.export import Traced, export_bundle, trace
+from balcony_export.export import ExportOptions, Traced, export_bundle, trace
 from balcony_export.model.balcony import Balcony, init_balconies
+from balcony_export.model.exits import ExitModel
 from balcony_runtime.backends.cuda import compute_capability
 from balcony_runtime.engine import Engine
 
@@ -171,10 +172,17 @@ class Exported:
     """A bundle with what it was made from."""
 
     path: Path
-    model: transformers.PreTrainedModel
+    exits: ExitModel
     tokenizer: transformers.PreTrainedTokenizerBase
-    balconies: dict[int, Balcony]
     traced: Traced
+
+    @property
+    def model(self) -> transformers.PreTrainedModel:
+        return self.exits.model
+
+    @property
+    def balconies(self) -> dict[int, Balcony]:
+        return self.exits.balconies
 
 
 @pytest.fixture(scope="session")
@@ -191,10 +199,10 @@ def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exp
                 for parameter in balcony.parameters():
                     parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
             path = tmp_path_factory.mktemp("bundles") / architecture
-            name = f"tiny-{architecture}"
-            traced = trace(model, balconies, name=name)
-            export_bundle(model, tokenizer, balconies, path, name=name, trained=True, traced=traced)
-            made[architecture] = Exported(path, model, tokenizer, balconies, traced)
+            exits, options = ExitModel(model, balconies), ExportOptions(f"tiny-{architecture}", trained=True)
+            traced = trace(exits, options)
+            export_bundle(exits, tokenizer, path, options, traced=traced)
+            made[architecture] = Exported(path, exits, tokenizer, traced)
         return made[architecture]
 
     return export

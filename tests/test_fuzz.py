@@ -28,9 +28,10 @@ from hypothesis import strategies as st
 from balcony_edge.bundle.bundle import Bundle, fingerprint
 from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BalconyError, BundleError, CheckpointError
-from balcony_export.export import export_bundle
+from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.balcony import INDEX, init_balconies, load_balconies, save_balconies
 from balcony_export.model.balcony import fingerprint as base_of
+from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine, TokenSequence
 
 FUZZ = Path(__file__).with_name("fuzz_bundle.py")
@@ -246,7 +247,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(make_tiny: Any, make_tok
     try:
         model = make_tiny("llama")
         with pytest.raises(BalconyError, match=r"place/out: cannot be written \(.*place is read-only\)") as caught:
-            export_bundle(model, make_tokenizer(), init_balconies(model, (2,)), place / "out", name="x", trained=False)
+            export_bundle(ExitModel.open(model, (2,)), make_tokenizer(), place / "out", ExportOptions("x", False))
         assert len(str(caught.value).splitlines()) == 1
         with pytest.raises(CheckpointError, match=r"cannot be written \((Read-only|Permission)") as caught:
             save_balconies(place, init_balconies(model, (2,)), base_of(model))

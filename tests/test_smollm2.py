@@ -16,11 +16,10 @@ import torch
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import MissingDependencyError
-from balcony_export.export import export_bundle
-from balcony_export.model.balcony import init_balconies, load_balconies
+from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.model.exits import ExitModel
 from balcony_export.train.loss import HeadLoss
-from balcony_export.train.states import Backbone
 from balcony_export.verify import verify
 from balcony_runtime.llm import LLM
 
@@ -61,10 +60,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Any:
     except MissingDependencyError as error:
         pytest.skip(str(error))
     model, tokenizer = load_model(source), load_tokenizer(source)
-    balconies = init_balconies(model, EXITS)
+    exits = ExitModel.open(model, EXITS)
     path = tmp_path_factory.mktemp("smollm2") / "bundle"
-    export_bundle(model, tokenizer, balconies, path, name="SmolLM2-135M-Instruct", trained=False)
-    return SimpleNamespace(path=path, model=model, tokenizer=tokenizer, balconies=balconies)
+    export_bundle(exits, tokenizer, path, ExportOptions("SmolLM2-135M-Instruct", trained=False))
+    return SimpleNamespace(path=path, model=model, tokenizer=tokenizer, exits=exits)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def llm(demo: Any) -> Iterator[LLM]:
 
 
 def test_every_exit_equals_pytorch(demo: Any) -> None:
-    checks = verify(demo.path, demo.model, demo.tokenizer, demo.balconies)
+    checks = verify(demo.path, demo.exits, demo.tokenizer)
     assert len(checks) == 20  # four exits: prefill and decode of both sets of graphs, and backbone.onnx
     for check in checks:
         assert check.passed and check.agreement == 1.0, check
@@ -121,9 +120,8 @@ def test_switching_is_exact(llm: LLM) -> None:
 
 
 def test_the_shipped_balconies_are_this_models_and_predict_what_it_predicts(demo: Any) -> None:
-    shipped = load_balconies(Path(__file__).parents[1] / "balconies/smollm2-135m-instruct", demo.model)
-    assert tuple(shipped) == EXITS
-    backbone = Backbone(demo.model, EXITS, torch.float32)
+    shipped = ExitModel.open(demo.model, None, Path(__file__).parents[1] / "balconies/smollm2-135m-instruct")
+    assert tuple(shipped.balconies) == EXITS
     head = HeadLoss(demo.model.get_output_embeddings().weight, torch.float32, compiled=False)
     totals, count = dict.fromkeys(EXITS, 0.0), 0
     with torch.no_grad():
@@ -131,10 +129,10 @@ def test_the_shipped_balconies_are_this_models_and_predict_what_it_predicts(demo
             ids = torch.tensor(
                 [demo.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], return_dict=False)]
             )
-            states, where = backbone.states(ids), torch.arange(4, ids.shape[1])  # behind the sinks
-            arguments, count = backbone.layer_arguments(ids.shape[1]), count + len(where)
-            rows = [shipped[e].rows(states[i], where, **arguments) for i, e in enumerate(EXITS)]
-            for e, (kl, _) in zip(EXITS, head.compare(states[-1][0, where], rows), strict=True):
+            states, where = shipped.run(ids, shipped.exit_layers), torch.arange(4, ids.shape[1])  # behind the sinks
+            full, count = shipped.normed(shipped.depth, states)[0, where], count + len(where)
+            rows = [shipped.balconies[e].rows(states.at[e], where, **states.layer_arguments) for e in EXITS]
+            for e, (kl, _) in zip(EXITS, head.compare(full, rows), strict=True):
                 totals[e] += float(kl.sum())
     kl = {e: total / count for e, total in totals.items()}
     assert 0.1 < kl[20] < kl[17] < kl[14] < 2.0, kl  # untrained: 17

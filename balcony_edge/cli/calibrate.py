@@ -121,24 +121,17 @@ def _share(name: str, text: str) -> float:
 
 
 def _documents(path: Path, bundle: Bundle, most: int, longest: int) -> list[list[int]]:
-    from balcony_edge.errors import InputError
-    from balcony_export.data.text_files import json_lines, read_text
+    """Pieces of the documents of a file: the first piece of each, then the second of each, up to a number of tokens.
+
+    Taking a few long documents whole would calibrate on little that resembles replies.
+    """
+    from balcony_export.data.documents import read_documents
     from balcony_runtime.text import TextCodec
 
-    forms = 'JSON Lines with "text", or .txt'
-    content = read_text(path, forms)
-    texts = [content]
-    if path.suffix == ".jsonl":
-        texts = []
-        for where, value in json_lines(path, content, forms):
-            if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-                raise InputError(f'{where}: has no "text": give {forms}')
-            texts.append(value["text"])
-    # a part of every text, then another of every text: a few long ones are not what replies are like
     codec, parts = TextCodec(bundle), []
-    for number, one in enumerate(texts):
+    for number, one in enumerate(document.text for document in read_documents(path)):
         ids = codec.encode(one, chat=False)[:most] if one.strip() else []
-        # every part begins as a text does: a model that expects its start token is lost without it
+        # every piece begins as a text does: a model that expects its start token fails without it
         begin = ids[:1] if ids[:1] == [bundle.manifest.model.bos_token_id] else []
         ids, step = ids[len(begin) :], longest - len(begin)
         parts += [(start, number, begin + ids[start : start + step]) for start in range(0, len(ids), step)]

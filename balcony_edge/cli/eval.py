@@ -98,8 +98,9 @@ def _open_model(subject: str, balconies: Path | None, exits: str | None, threads
 
     from balcony_edge.device.machine import checked_threads
     from balcony_export.evaluate.scorer import TorchScorer
-    from balcony_export.model.balcony import init_balconies, load_balconies, parse_exits
+    from balcony_export.model.balcony import parse_exits
     from balcony_export.model.checkpoint import load_model, load_tokenizer
+    from balcony_export.model.exits import ExitModel
 
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
@@ -107,10 +108,8 @@ def _open_model(subject: str, balconies: Path | None, exits: str | None, threads
     if torch.cuda.is_available():
         loaded.to("cuda")  # type: ignore[arg-type]
     layers = None if exits is None else parse_exits(exits, loaded.config.num_hidden_layers)
-    copies = layers or ()
-    modules = init_balconies(loaded, copies) if balconies is None else load_balconies(balconies, loaded, layers)
     name = "SmolLM2-135M-Instruct" if subject == "demo" else Path(subject).stem
-    return TorchScorer(loaded, load_tokenizer(subject), modules, name=name)
+    return TorchScorer(ExitModel.open(loaded, layers, balconies), load_tokenizer(subject), name=name)
 
 
 def _measure(
@@ -125,10 +124,10 @@ def _measure(
     progress: Callable[[str, float], None],
 ) -> Report:
     from balcony_export.evaluate.report import build_report
-    from balcony_export.evaluate.text import evaluate_text, read_documents
+    from balcony_export.evaluate.text import evaluate_text, tokenized_documents
 
     with closing(scorer):
-        documents = {path.name: read_documents(path, scorer.tokenizer, limit) for path in text}
+        documents = {path.name: tokenized_documents(path, scorer.tokenizer, limit) for path in text}
         runs = {}  # tasks first: a name that is misspelt shows before the work
         if tasks:
             from balcony_export.evaluate.tasks import evaluate_tasks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -66,82 +66,74 @@ def export(
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_edge.errors import InputError
-    from balcony_export.export import export_bundle
-    from balcony_export.model.balcony import init_balconies, load_balconies, parse_exits
+    from balcony_export.export import ExportOptions, export_bundle
+    from balcony_export.model.balcony import parse_exits
     from balcony_export.model.checkpoint import load_model, load_tokenizer
+    from balcony_export.model.exits import ExitModel
     from balcony_export.output import refuse_existing
-    from balcony_export.precision import Judge, export_within, judged, parse_budget
+    from balcony_export.precision import Judge, QualityBudget, export_within, parse_budget, read_judged_texts
     from balcony_export.quantize.blocks import Scheme, parse_precision
     from balcony_export.quantize.gptq import calibration_rows
-    from balcony_export.verify import Check, require
-    from balcony_export.verify import verify as run_checks
+    from balcony_export.verify import Check, require_all_passed, verify
 
     refuse_existing(output)
     scheme = parse_precision(precision)
     if exit_module is not None and balconies is not None:
-        raise InputError("--exit-module with --balconies: the balconies say what they are: leave it out")
+        raise InputError("--exit-module with --balconies: the balconies have a kind of their own: leave it out")
     if tensorrt is not None and (isinstance(scheme, Scheme) or quality_budget is not None):
         raise InputError(
-            "--tensorrt with --quality-budget or an int precision: engines come from fp32 or fp16: name one"
+            "--tensorrt with --quality-budget or an int precision: engines are built from fp32 or fp16: name one"
         )
-    budget = None if quality_budget is None else parse_budget(quality_budget)
-    if budget is not None and (precision != "fp32" or not evaluate):
-        raise InputError("--quality-budget: takes the place of --precision and needs --evaluate TEXT: give it so")
-    if budget is None:
-        _refuse_calibration(scheme, precision, calibration)
+    kl = None if quality_budget is None else parse_budget(quality_budget)
+    _refuse_mismatches(kl, scheme, calibration, evaluate)
     with progress_bar() as progress:
         progress("loading the model", 0.0)
         # what runs the model takes float32; what only writes it takes the checkpoint's own type, half the memory
         loaded = load_model(model, keep_dtype=not (check or calibration or evaluate))
         tokenizer = load_tokenizer(model)
         layers = parse_exits(exits, loaded.config.num_hidden_layers)
+        opened = ExitModel.open(loaded, layers, balconies, exit_module or "decoder")
         rows = calibration_rows(calibration, tokenizer) if calibration else []
         # an early exit through the model's own norm has nothing of its own to train
         trained = balconies is not None or exit_module == "none"
-        modules = (
-            load_balconies(balconies, loaded, layers)
-            if balconies is not None
-            else init_balconies(loaded, layers, exit_module or "decoder")
-        )
         checks: list[Check] = []
         label = name or _model_name(model)
-        judge = Judge(loaded, tokenizer, judged(evaluate, tokenizer), name=label) if evaluate else None
+        judge = Judge(opened, tokenizer, read_judged_texts(evaluate, tokenizer), name=label) if evaluate else None
 
         def verified(directory: Path) -> None:
-            if judge is not None and budget is None:
+            if judge is not None and kl is None:
                 judge.measure(directory)
             if check:
-                checks.extend(run_checks(directory, loaded, tokenizer, modules))
-                require(checks, directory, label)
+                checks.extend(verify(directory, opened, tokenizer))
+                require_all_passed(checks, directory, label)
 
-        options: dict[str, Any] = {
-            "name": label,
-            "trained": trained,
-            "calibration": rows,
-            "context_length": context_length,
-            "check": verified,
-            "progress": progress,
-        }
-        if budget is not None and judge is not None:
-            export_within(budget, judge, loaded, tokenizer, modules, output, report=stderr.print, **options)
+        options = ExportOptions(label, trained, scheme, rows, context_length)
+        if kl is not None and judge is not None:
+            budget = QualityBudget(kl, judge, stderr.print)
+            export_within(budget, opened, tokenizer, output, options, check=verified, progress=progress)
         else:
-            export_bundle(loaded, tokenizer, modules, output, precision=scheme, **options)
+            export_bundle(opened, tokenizer, output, options, check=verified, progress=progress)
     _warn(trained, scheme)
     if tensorrt is not None:
         _build_engines(output, tensorrt)
     _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
 
 
-def _refuse_calibration(scheme: str | Scheme, precision: str, calibration: list[Path] | None) -> None:
-    """Refuse text where nothing is rounded, and none where caches are."""
+def _refuse_mismatches(
+    kl: float | None, scheme: str | Scheme, calibration: list[Path] | None, evaluate: list[Path] | None
+) -> None:
+    """Refuse text that nothing uses, and missing text that a budget or an int8 cache needs."""
     from balcony_edge.errors import InputError
     from balcony_export.quantize.kv_cache import require_text
 
-    if isinstance(scheme, str):
-        if calibration:
+    if kl is not None:
+        if scheme != "float32" or not evaluate:
             raise InputError(
-                f"--calibration with --precision {precision}: only int8 and int4 are rounded: leave it out"
+                "--quality-budget: needs --evaluate TEXT and replaces --precision: add the one, drop the other"
             )
+    elif isinstance(scheme, str):
+        if calibration:
+            raise InputError("--calibration with a float precision: only int8 and int4 are rounded: leave it out")
     elif scheme.kv_bits == 8:
         require_text(calibration)
 

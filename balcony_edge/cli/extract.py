@@ -27,8 +27,9 @@ def extract(
     from balcony_edge.cli.console import stdout
     from balcony_edge.errors import InputError
     from balcony_export.extract import extract as write
-    from balcony_export.model.balcony import init_balconies, load_balconies, parse_exits
+    from balcony_export.model.balcony import parse_exits
     from balcony_export.model.checkpoint import load_model, load_tokenizer
+    from balcony_export.model.exits import ExitModel
     from balcony_export.output import refuse_existing
 
     refuse_existing(output)
@@ -37,8 +38,7 @@ def extract(
     if len(exits) != 1:
         raise InputError(f"--exit {exit_}: extract writes one exit: name one, and run it again for the others")
     (exit_layer,) = exits
-    found = init_balconies(loaded, exits) if balconies is None else load_balconies(balconies, loaded, exits)
-    small = write(loaded, load_tokenizer(model), found, exit_layer, output)
+    small = write(ExitModel.open(loaded, exits, balconies), load_tokenizer(model), exit_layer, output)
     parameters = sum(p.numel() for p in small.parameters())
     facts = {"checkpoint": str(output), "layers": small.config.num_hidden_layers, "parameters": parameters}
     if as_json:

@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from balcony_edge.cli.train_joint import (
-    load_trainable,
-    objective_of,
-    refuse_for_frozen,
-    refuse_given,
-    train_jointly,
-)
-
 if TYPE_CHECKING:
     from balcony_export.data.corpus import Corpus
-    from balcony_export.model.balcony import Kind
-    from balcony_export.train.report import Progress
+    from balcony_export.model.balcony import BalconyKind
+    from balcony_export.train.report import StepReport
     from balcony_export.train.trainer import Trainer
 
 
@@ -49,17 +41,8 @@ def train(
     loss: Annotated[
         Literal["kl", "kl+ce", "ce"], typer.Option(help="The full model's distribution, the text, or the paper's mix.")
     ] = "kl",
-    objective: Annotated[
-        Literal["balcony", "sorted"], typer.Option(help="sorted: the mean cross-entropy of all sub-models, no modules.")
-    ] = "balcony",
-    unfreeze: Annotated[bool, typer.Option("--unfreeze", help="Train the backbone, too: another full model.")] = False,
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Backbone and balconies from random weights, on the text alone.")
-    ] = False,
     optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Of the matrices; norms: AdamW.")] = "muon",
-    rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate (default: 6e-3, where the backbone learns 1e-3).")
-    ] = None,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-3,
     vector_rate: Annotated[float | None, typer.Option(help="Of the norms (default: half of --rate).")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     schedule: Annotated[Literal["trapezoidal", "cosine"], typer.Option(help="Decay of the rate.")] = "trapezoidal",
@@ -111,7 +94,7 @@ def train(
     from balcony_edge.errors import InputError, TrainingError
     from balcony_export.data.corpus import build_corpus
     from balcony_export.model.balcony import load_balconies, parse_exits
-    from balcony_export.model.checkpoint import load_tokenizer
+    from balcony_export.model.checkpoint import load_tokenizer, load_trainable
     from balcony_export.train.config import TrainConfig
     from balcony_export.train.trainer import Trainer
 
@@ -121,22 +104,12 @@ def train(
         steps = max(1, tokens // (batch_rows * seq_len))
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
-    if (joint := objective_of(objective, unfreeze, from_scratch)) is not None:
-        refuse_for_frozen(context, joint)
-        if steps is None:
-            raise InputError(f"training of kind '{joint}': give its length with --steps or --tokens")
-        recipe: dict[str, Any] = {"steps": steps, "batch_rows": batch_rows, "clip": clip, "seed": seed}
-        recipe |= {"objective": joint, "module": "none" if joint == "sorted" else exit_module}
-        recipe |= {} if rate is None else {"rate": rate}
-        train_jointly(model, exits, recipe, data, output, seq_len, held_out_rows, as_json)
-        return
     if steps is None and minutes is None:
         raise InputError("how long to train: give --tokens, --steps or --minutes")
     # before the processes meet in Trainer: behind that, transformers would leave all but the first without weights under FSDP
     loaded = load_trainable(model, seq_len)
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
     _refuse_trained(output, layers, start)
-    rate = TrainConfig.rate if rate is None else rate
     begun = None if start is None or resume else load_balconies(start, loaded, layers)  # a checkpoint has the weights
     begins_as, kind = _start(context, init, exit_module, start)
     config = TrainConfig(
@@ -230,36 +203,39 @@ def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -
         )
 
 
-def _start(context: typer.Context, init: str, kind: Kind, start: Path | None) -> tuple[str, Kind]:
+def _start(context: typer.Context, init: str, kind: BalconyKind, start: Path | None) -> tuple[str, BalconyKind]:
     """What the balconies begin as, for the record of the run, and their kind."""
+    from balcony_edge.errors import InputError
     from balcony_export.model.balcony import identity
 
     if start is None:
         return "last layer" if init == "last" else "random", kind
-    refuse_given(context, ("init", "exit_module"), "what --start names has its own")
+    for name, option in (("init", "--init"), ("exit_module", "--exit-module")):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{option}: the balconies that --start names have their own: leave it out")
     digest, kind = identity(start)
     return f"balconies {digest[:16]}", kind
 
 
 @contextmanager
-def _progress_bar(trainer: Trainer) -> Iterator[Callable[[Progress], None]]:
+def _progress_bar(trainer: Trainer) -> Iterator[Callable[[StepReport], None]]:
     """Loss per exit, tokens a second and time left, on stderr."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from balcony_edge.cli.console import stderr
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
-    with Bar(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task("first step", total=None, rate="")
 
-        def report(progress: Progress) -> None:
-            losses = "  ".join(f"{e}: {value:.3f}" for e, value in progress.loss.items())
-            left = f"{progress.tokens_per_s:.0f} tok/s, {progress.eta_s / 60:.0f} min left"
-            bar.update(task, completed=progress.step, total=progress.total, description=f"loss {losses}", rate=left)
-            if progress.held_out:
-                held_out = "  ".join(f"{e}: {value:.3f}" for e, value in progress.held_out.items())
-                bar.console.print(f"step {progress.step}: held-out KL {held_out}")
+        def report(step: StepReport) -> None:
+            losses = "  ".join(f"{e}: {value:.3f}" for e, value in step.loss.items())
+            left = f"{step.tokens_per_s:.0f} tok/s, {step.eta_s / 60:.0f} min left"
+            bar.update(task, completed=step.step, total=step.total, description=f"loss {losses}", rate=left)
+            if step.held_out:
+                held_out = "  ".join(f"{e}: {value:.3f}" for e, value in step.held_out.items())
+                bar.console.print(f"step {step.step}: held-out KL {held_out}")
 
         yield report
 

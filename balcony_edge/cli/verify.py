@@ -21,19 +21,18 @@ def verify(
 
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.console import progress_bar, stdout
-    from balcony_export.model.balcony import init_balconies, load_balconies
     from balcony_export.model.checkpoint import load_model, load_tokenizer
-    from balcony_export.verify import require
+    from balcony_export.model.exits import ExitModel
+    from balcony_export.verify import require_all_passed
     from balcony_export.verify import verify as run_checks
 
     manifest = Bundle.open(bundle).manifest
     layers, kind = manifest.exit_layers[:-1], manifest.exits[0].module
     with progress_bar() as progress:
         progress("loading the model", 0.1)
-        model = load_model(against)
-        modules = init_balconies(model, layers, kind) if balconies is None else load_balconies(balconies, model, layers)
+        exits = ExitModel.open(load_model(against), layers, balconies, kind)
         progress("comparing", 0.4)
-        checks = run_checks(bundle, model, load_tokenizer(against), modules)
+        checks = run_checks(bundle, exits, load_tokenizer(against))
     if as_json:
         print(json.dumps([{**asdict(check), "passed": check.passed} for check in checks]))  # noqa: T201 - for programs
     else:
@@ -49,4 +48,4 @@ def verify(
             )
             table.add_row(*map(str, row), f"{check.agreement:.1%}", verdict)
         stdout.print(table)
-    require(checks, bundle, manifest.model.name)
+    require_all_passed(checks, bundle, manifest.model.name)

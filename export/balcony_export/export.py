@@ -1,8 +1,8 @@
-"""From a Hugging Face causal LM and its balconies to a bundle on disk.
+"""From a language model with exits to a bundle on disk.
 
-Owns the order of the work and that it is atomic: everything is written into a directory of a temporary name beside the
-target, which is renamed when it is complete. Tracing, cutting and the external data are :mod:`balcony_export.graph`'s; checking
-the result against the model is :mod:`.verify`.
+Owns the order of the steps and that the result is atomic: everything is written into a directory of a temporary name next to
+the target, which is renamed when it is complete. Tracing, cutting and external data are :mod:`balcony_export.graph`;
+comparing the result with the model is :mod:`.verify`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,50 @@ from balcony_export.graph import head, lower, passes
 from balcony_export.graph import trace as graph
 from balcony_export.graph.ir_tools import graph_spec
 from balcony_export.graph.weights import WeightFile
-from balcony_export.graph.widen import held, stand_ins, widen
-from balcony_export.model.architecture import cast_weights, describe, embedding_scale, parts_of
-from balcony_export.model.balcony import Balcony
+from balcony_export.graph.widen import stand_ins, tensor_as, widen
+from balcony_export.model.architecture import describe, embedding_scale
+from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory
 from balcony_export.quantize.blocks import Blocks, Quantizer, Scheme, quantize_graph
 from balcony_export.quantize.gptq import second_moments
 from balcony_export.quantize.kv_cache import cache_scales, quantize_caches
 
-#: Told what is being done and which share of the work is done (0 to 1).
-Progress = Callable[[str, float], None]
+#: Called with the step that begins and the share of the work done before it (0 to 1).
+ProgressCallback = Callable[[str, float], None]
 
 
-def _silent(step: str, done: float) -> None:
-    """No progress shown."""
+def _no_progress(step: str, done: float) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a bundle shall be.
+
+    Attributes:
+        name: Name of the model.
+        trained: Whether the balconies were trained.
+        precision: Type of weights, hidden states and KV cache; norms compute in float32 in any case. A scheme quantizes the
+            weights and leaves the others in float32.
+        calibration: Rows of tokens; with them a scheme rounds by GPTQ.
+        context_length: Largest number of rows of a sequence; None for the model's own, at most 8,192.
+    """
+
+    name: str
+    trained: bool
+    precision: Literal["float32", "float16"] | Scheme = "float32"
+    calibration: Sequence[Sequence[int]] = ()
+    context_length: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the graphs before anything is quantized, whatever type the model is held in."""
+        return torch.float16 if self.precision == "float16" else torch.float32
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme of a quantized bundle, None for a float one."""
+        return self.precision if isinstance(self.precision, Scheme) else None
 
 
 @dataclass(frozen=True)
@@ -51,131 +81,98 @@ class Traced:
     lowered: Mapping[str, ir.Model]
 
 
-def trace(
-    model: PreTrainedModel,
-    balconies: dict[int, Balcony],
-    *,
-    name: str,
-    dtype: torch.dtype = torch.float32,
-    context_length: int | None = None,
-    progress: Progress = _silent,
-) -> Traced:
-    """Trace a model and its balconies and cut it at the exits; arguments and errors as for :func:`export_bundle`.
+def trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback = _no_progress) -> Traced:
+    """Trace a model with its balconies and cut it at the exits; errors as for :func:`export_bundle`.
 
-    ``dtype`` is the graphs', whatever type the model is held in.
+    Of the options only name, context length and float type count: the graphs are the same for float32 and every scheme.
     """
-    with stand_ins((model, *balconies.values()), dtype) as weights:
-        traced = _trace(model, balconies, name, context_length, progress)
-        widen((*traced.graphs.values(), *traced.lowered.values()), weights, dtype)
+    with stand_ins(exits.modules, options.dtype) as weights:
+        traced = _trace(exits, options, progress)
+        widen((*traced.graphs.values(), *traced.lowered.values()), weights, options.dtype)
     return traced
 
 
-def _trace(
-    model: PreTrainedModel, balconies: dict[int, Balcony], name: str, context_length: int | None, progress: Progress
-) -> Traced:
-    parts = parts_of(model)
-    spec = describe(model, name, context_length)
-    layers = (*sorted(balconies), spec.num_layers)
+def _trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback) -> Traced:
+    spec = describe(exits.model, options.name, options.context_length)
+    layers = exits.exit_layers
     progress("tracing the backbone", 0.0)
-    backbone = graph.trace_backbone(model, parts, layers, spec.context_length)
+    backbone = graph.trace_backbone(exits, spec.context_length)
     _tidy(backbone)
     graphs = {"backbone": backbone}
     for index, (first, last) in enumerate(zip((0, *layers), layers, strict=False)):
         graphs[f"stage_{index}"] = _cut_stage(backbone, index, first, last)
-    for count, exit_layer in enumerate(sorted(balconies)):
-        progress(f"tracing balcony {exit_layer}", 0.5 + 0.2 * count / len(balconies))
-        traced = graph.trace_balcony(model, parts, balconies[exit_layer], spec.context_length)
+    for count, exit_layer in enumerate(exits.balconies):
+        progress(f"tracing balcony {exit_layer}", 0.5 + 0.2 * count / len(exits.balconies))
+        traced = graph.trace_balcony(exits, exit_layer, spec.context_length)
         _tidy(traced, f"balcony_{exit_layer}.")
         traced.graph.name = f"balcony_{exit_layer}"
         graphs[f"balcony_{exit_layer}"] = traced
-    graphs["norm"] = head.build_norm(parts)
-    graphs["lm_head"] = head.build_head(model, parts)
-    lowers = next(model.parameters()).dtype == torch.float32 and lower.can_lower(spec)
+    graphs["norm"] = head.build_norm(exits)
+    graphs["lm_head"] = head.build_head(exits)
+    lowers = options.dtype == torch.float32 and lower.can_lower(spec)
     return Traced(spec, layers, graphs, lower.lower_all(graphs, spec) if lowers else {})
 
 
 def export_bundle(
-    model: PreTrainedModel,
+    exits: ExitModel,
     tokenizer: PreTrainedTokenizerBase,
-    balconies: dict[int, Balcony],
     output: Path,
+    options: ExportOptions,
     *,
-    name: str,
-    trained: bool,
-    precision: Literal["float32", "float16"] | Scheme = "float32",
-    calibration: Sequence[Sequence[int]] = (),
-    context_length: int | None = None,
     traced: Traced | None = None,
     check: Callable[[Path], None] | None = None,
-    progress: Progress = _silent,
+    progress: ProgressCallback = _no_progress,
 ) -> Manifest:
-    """Write the bundle of ``model`` with one exit per balcony and the full depth.
+    """Write the bundle of a model, with one exit per balcony and the full depth.
 
     Args:
-        model: the base model, held in any float type; converted in place only to float16, or to float32 for ``calibration``.
-        tokenizer: its tokenizer.
-        balconies: exit layer → balcony, for exits below the full depth.
-        output: the directory to make; it must not exist.
-        name: what to call the model.
-        trained: whether the balconies were trained.
-        precision: of weights, hidden states and KV cache; norms compute in float32 either way. A scheme quantizes the
-            weights and leaves the others in float32.
-        calibration: rows of tokens; with them a scheme rounds by GPTQ.
-        context_length: rows that a sequence may hold.
-        traced: the graphs, where they were traced before: they are the same for float32 and every scheme.
-        check: called with the finished directory before it takes its final name; what it raises undoes the export.
-        progress: told about each step.
+        exits: The model with its balconies, held in any float type; converted in place only to float16, or to float32 for a
+            calibration.
+        tokenizer: The model's tokenizer.
+        output: Directory to make; it must not exist.
+        options: What the bundle shall be.
+        traced: Graphs of an earlier :func:`trace` of the same model.
+        check: Called with the finished directory before it takes its final name; an error that it raises undoes the export.
+        progress: Called at the start of each step.
 
     Raises:
-        InputError: the output exists.
-        CheckpointError: the model is not exportable or holds weights that are not finite.
+        InputError: The output exists, or the scheme does not suit the model.
+        CheckpointError: The model cannot be exported, or has weights that are not finite.
     """
-    scheme = precision if isinstance(precision, Scheme) else None
-    dtype = torch.float16 if precision == "float16" else torch.float32
-    if dtype == torch.float16 or calibration:
-        for module in (model, *balconies.values()):
-            cast_weights(module, dtype)
-    _refuse_not_finite(model, balconies)
-    parts = parts_of(model)
-    spec = describe(model, name, context_length)
+    scheme, dtype, parts = options.scheme, options.dtype, exits.parts
+    if dtype == torch.float16 or options.calibration:
+        exits.cast(dtype)
+    _refuse_not_finite(exits)
+    spec = describe(exits.model, options.name, options.context_length)
     if scheme is not None and not lower.can_lower(spec):
         raise InputError(
             f"--precision {scheme}: the model's heads have {spec.head_dim} values, and ONNX Runtime's fused attention, "
             "which quantized bundles use, takes multiples of 16: export with fp32"
         )
     with fresh_directory(output) as directory:
-        traced = traced or trace(
-            model, balconies, name=name, dtype=dtype, context_length=context_length, progress=progress
-        )
-        # quantizing and writing change a graph's weights; those that were traced stay as they are
-        graphs = {key: model_.clone() for key, model_ in traced.graphs.items()} if scheme is None else {}
-        lowered = {key: model_.clone() for key, model_ in traced.lowered.items()}
+        traced = traced or trace(exits, options, progress)
+        # quantizing and writing change a graph's weights; the traced graphs stay as they are
+        graphs = {key: model.clone() for key, model in traced.graphs.items()} if scheme is None else {}
+        lowered = {key: model.clone() for key, model in traced.lowered.items()}
         with WeightFile(directory) as weights:
             blocks = None
             if scheme is not None:
                 progress("quantizing", 0.7)
-                blocks = _quantize_all(lowered, weights, scheme, model, balconies, calibration)
+                moments = second_moments(exits, options.calibration) if options.calibration else {}
+                blocks = _quantize_all(lowered, weights, Quantizer(scheme, moments), exits)
             progress("writing weights", 0.75)
-            table = _write_table(weights, held(parts.embed.weight, dtype), blocks)
+            table = _write_table(weights, tensor_as(parts.embed.weight, dtype), blocks)
             for one in (*graphs.values(), *lowered.values()):
                 weights.externalize(one)
         for prefix, traced_set in (("", graphs), ("cpu_", lowered)):
             for key, one in traced_set.items():
                 passes.strip_metadata(one)
                 ir.save(one, directory / f"{prefix}{key}.onnx")
-        _write_tokenizer(model, tokenizer, directory)
+        _write_tokenizer(exits.model, tokenizer, directory)
         document: dict[str, Any] = {
             "model": spec.model_dump(mode="json"),
-            "precision": precision if scheme is None else f"int{scheme.bits}",
-            "exits": [
-                {
-                    "exit_layer": e,
-                    "kind": "balcony" if e in balconies else "full",
-                    "trained": trained or e not in balconies,
-                    "module": balconies[e].kind if e in balconies else "decoder",
-                }
-                for e in traced.layers
-            ],
+            "precision": options.precision if scheme is None else f"int{scheme.bits}",
+            "exits": [_exit_entry(exits, e, options.trained) for e in traced.layers],
             "embedding": {
                 **table,
                 "dtype": "float16" if dtype == torch.float16 else "float32",
@@ -185,12 +182,12 @@ def export_bundle(
             },
             "graphs": {key: graph_spec(key, one) for key, one in graphs.items()},
             "cpu": {key: graph_spec(f"cpu_{key}", one) for key, one in lowered.items()},
-            "quantization": None if scheme is None else _quantization(scheme, calibration),
+            "quantization": None if scheme is None else _quantization(scheme, options.calibration),
             "tools": _tool_versions(),
         }
         if scheme is not None and scheme.kv_bits == 8:
             progress("measuring keys and values", 0.78)
-            _quantize_caches(directory, document, lowered, calibration)
+            _quantize_caches(directory, document, lowered, options.calibration)
         progress("hashing", 0.8)
         manifest = write_manifest(directory, document)
         if check is not None:
@@ -200,11 +197,22 @@ def export_bundle(
     return manifest
 
 
-def _refuse_not_finite(model: PreTrainedModel, balconies: dict[int, Balcony]) -> None:
-    for prefix, module in (("", model), *((f"balcony_{e}.", balcony) for e, balcony in balconies.items())):
+def _exit_entry(exits: ExitModel, exit_layer: int, trained: bool) -> dict[str, Any]:
+    """An exit's entry in the manifest."""
+    balcony = exits.balconies.get(exit_layer)
+    return {
+        "exit_layer": exit_layer,
+        "kind": "full" if balcony is None else "balcony",
+        "trained": trained or balcony is None,
+        "module": "decoder" if balcony is None else balcony.kind,
+    }
+
+
+def _refuse_not_finite(exits: ExitModel) -> None:
+    for prefix, module in zip(("", *(f"balcony_{e}." for e in exits.balconies)), exits.modules, strict=True):
         for name, parameter in module.named_parameters():
-            # a sum is finite iff all of its parts are (of finite float32 weights it does not overflow in float64); the
-            # parts keep the copies in float64 that it makes small
+            # A sum is finite iff all of its terms are: finite float32 weights do not overflow float64. Summing piece by
+            # piece keeps the float64 copies small.
             parts = parameter.detach().flatten().split(1 << 22)
             if not all(torch.isfinite(part.sum(dtype=torch.float64)) for part in parts):
                 raise CheckpointError(
@@ -212,17 +220,9 @@ def _refuse_not_finite(model: PreTrainedModel, balconies: dict[int, Balcony]) ->
                 )
 
 
-def _quantize_all(
-    lowered: dict[str, ir.Model],
-    weights: WeightFile,
-    scheme: Scheme,
-    model: PreTrainedModel,
-    balconies: dict[int, Balcony],
-    calibration: Sequence[Sequence[int]],
-) -> Blocks:
+def _quantize_all(lowered: dict[str, ir.Model], weights: WeightFile, quantizer: Quantizer, exits: ExitModel) -> Blocks:
     """Quantize every lowered graph and write its blocks, graph by graph; returns the token table's blocks."""
-    quantizer = Quantizer(scheme, second_moments(model, balconies, calibration) if calibration else {})
-    parts = parts_of(model)
+    parts = exits.parts
     tied = parts.head.weight is parts.embed.weight
     name = "lm_head.weight" if tied else "embed_tokens.weight"
     waiting = list(lowered.values())
@@ -232,7 +232,7 @@ def _quantize_all(
         weights.externalize(traced)
         wanted = {weight for other in waiting for weight in other.graph.initializers} | {name}
         quantizer.done = {key: blocks for key, blocks in quantizer.done.items() if key in wanted}
-    return quantizer.table(name, held(parts.embed.weight, torch.float32))
+    return quantizer.table(name, tensor_as(parts.embed.weight, torch.float32))
 
 
 def _quantize_caches(

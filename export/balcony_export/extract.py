@@ -15,31 +15,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError, VerificationError
 from balcony_export.model.architecture import cast_weights, parts_of
-from balcony_export.model.balcony import Balcony
 from balcony_export.model.checkpoint import save_checkpoint
+from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory, refuse_existing
-from balcony_export.verify import TOLERANCE, Reference
+from balcony_export.verify import TOLERANCE, reference_logits
 
 #: Fields of a configuration with an entry per layer.
 _PER_LAYER = ("layer_types", "no_rope_layers")
 
 
-def submodel(model: PreTrainedModel, balcony: Balcony | None, exit_layer: int) -> PreTrainedModel:
-    """A model of the same class that computes what the exit computes.
+def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
+    """Make a model of the same class that computes what an exit computes.
 
     Args:
-        model: the base model; it is not changed.
-        balcony: of the exit; None: early exit, the final norm straight on the hidden state.
-        exit_layer: backbone layers to keep.
+        exits: The model with its balconies; it is not changed.
+        exit_layer: Number of backbone layers to keep. Without a balcony there, the result is the early exit: the final norm
+            follows the last of them.
 
     Raises:
-        InputError: the exit has a module that is no decoder layer, so no plain model computes it.
+        InputError: The balcony is not a decoder layer, so no plain model computes this exit.
     """
+    model, parts, balcony = exits.model, exits.parts, exits.balconies.get(exit_layer)
     if balcony is not None and balcony.kind not in ("decoder", "none"):
         raise InputError(
             f"exit {exit_layer}: its module is '{balcony.kind}': only 'decoder' and 'none' are layers of a plain model"
         )
-    parts = parts_of(model)
     layers: list[Any] = list(parts.layers[:exit_layer])
     if balcony is not None and balcony.layer is not None:
         layers.append(balcony.layer)
@@ -63,33 +63,26 @@ def submodel(model: PreTrainedModel, balcony: Balcony | None, exit_layer: int) -
     return small
 
 
-def extract(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    balconies: dict[int, Balcony],
-    exit_layer: int,
-    output: Path,
-) -> PreTrainedModel:
+def extract(exits: ExitModel, tokenizer: PreTrainedTokenizerBase, exit_layer: int, output: Path) -> PreTrainedModel:
     """Write the sub-model of an exit into a directory, after comparing it with the exit.
 
     Args:
-        model: the base model.
-        tokenizer: its tokenizer, which is written, too.
-        balconies: exit layer → balcony.
-        exit_layer: one of them.
-        output: directory to make.
+        exits: The model with its balconies.
+        tokenizer: The model's tokenizer, which is also written.
+        exit_layer: Exit layer of a balcony.
+        output: Directory to make.
 
     Raises:
-        InputError: no such exit, the directory exists, or the exit is no plain model.
-        VerificationError: the logits of the sub-model are not the exit's.
+        InputError: There is no such exit, the directory exists, or the exit is not a plain model.
+        VerificationError: The logits of the sub-model differ from the exit's.
     """
     refuse_existing(output)
-    if exit_layer not in balconies:
-        have = ", ".join(map(str, sorted(balconies)))
-        raise InputError(f"--exit {exit_layer}: there are balconies at {have}: give one of those")
-    small = submodel(model, balconies[exit_layer], exit_layer)
-    ids = list(range(3, min(67, model.config.vocab_size)))
-    want = Reference(model, balconies).logits(ids)[exit_layer]
+    if exit_layer not in exits.balconies:
+        have = ", ".join(map(str, exits.balconies))
+        raise InputError(f"--exit {exit_layer}: there are balconies at {have}: name one of them")
+    small = submodel(exits, exit_layer)
+    ids = list(range(3, min(67, exits.model.config.vocab_size)))
+    want = reference_logits(exits, ids)[exit_layer]
     with torch.no_grad():
         got = small(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
     difference = float(abs(got - want).max() / abs(want).max())

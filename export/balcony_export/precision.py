@@ -1,8 +1,8 @@
-"""How good an exported bundle is against the float model, and which precision is good enough.
+"""The fastest precision whose bundle is close enough to the float model.
 
-Owns the order in which schemes are tried and what they are judged by: the mean KL of the full depth from the float model on
-text. The measuring is :mod:`balcony_export.evaluate.text`, the writing :mod:`.export`. Results go into the manifest of the
-bundle that is kept.
+Owns the order in which schemes are tried and the criterion: the mean KL from the float model to the bundle's full depth, on
+text. :mod:`balcony_export.evaluate.text` measures it, :mod:`.export` writes the bundles. The results go into the manifest
+of the bundle that is kept.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest, TextQuality
@@ -23,13 +24,13 @@ from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import InputError
 from balcony_export.evaluate.report import build_report
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
-from balcony_export.evaluate.text import Document, evaluate_text, read_documents
-from balcony_export.export import Progress, export_bundle, trace
+from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, tokenized_documents
+from balcony_export.export import ExportOptions, ProgressCallback, Traced, export_bundle, trace
 from balcony_export.graph.lower import can_lower
-from balcony_export.model.balcony import Balcony
+from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
 
-#: Fastest first: decoding is as fast as its bytes are few (docs/quantization.md has the figures).
+#: Fastest first: the fewer bytes a token reads, the faster is decoding (docs/quantization.md has the figures).
 CANDIDATES: tuple[Scheme | Literal["float32"], ...] = (
     Scheme(bits=4, block_size=64, down_block_size=256, head_bits=4),
     Scheme(bits=4, block_size=64, head_bits=4),
@@ -38,15 +39,15 @@ CANDIDATES: tuple[Scheme | Literal["float32"], ...] = (
     Scheme(bits=8, block_size=64, head_bits=8),
     "float32",
 )
-#: Tokens of each text that are judged: a mean KL is then sure to some percent, in a minute on two cores.
+#: Tokens of each text that are judged: the standard error of a mean KL is then some percent, after a minute on two cores.
 JUDGED_TOKENS = 8192
 
 
 def parse_budget(text: str) -> float:
-    """``kl=0.02``: most nats that the full depth may be from the float model.
+    """Parse ``kl=0.02``, the largest KL from the float model to the full depth, in nats.
 
     Raises:
-        InputError: something else.
+        InputError: The text has another form.
     """
     key, _, number = text.partition("=")
     try:
@@ -58,43 +59,52 @@ def parse_budget(text: str) -> float:
     return value
 
 
-def judged(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Document]]:
+def read_judged_texts(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[TokenizedDocument]]:
     """The beginning of each text, ``JUDGED_TOKENS`` long, by the file's name.
 
     Raises:
-        InputError: a file that cannot be used.
+        InputError: A file cannot be used.
     """
-    found: dict[str, list[Document]] = {}
+    found: dict[str, list[TokenizedDocument]] = {}
     for path in files:
         if path.name in found:
-            raise InputError(f"--evaluate {path}: another text of that name was given: rename one, results go by names")
+            raise InputError(
+                f"--evaluate {path}: another text has the same name, and results are kept by name: rename one"
+            )
         left, kept = JUDGED_TOKENS, []
-        for document in read_documents(path, tokenizer):
+        for document in tokenized_documents(path, tokenizer):
             tokens = document.tokens[:left]
             if len(tokens) >= 2:
-                kept.append(Document(document.where, tokens))
+                kept.append(TokenizedDocument(document.where, tokens))
                 left -= len(tokens)
         found[path.name] = kept
     return found
 
 
 class Judge:
-    """Measures bundles against one float model."""
+    """Measures bundles against one float model.
+
+    Args:
+        exits: The model, of which a copy is kept: an export to half precision converts the model itself.
+        tokenizer: The model's tokenizer.
+        texts: Name → documents, of :func:`read_judged_texts`.
+        name: Name of the model in reports.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        exits: ExitModel,
         tokenizer: PreTrainedTokenizerBase,
-        texts: dict[str, list[Document]],
+        texts: dict[str, list[TokenizedDocument]],
         *,
         name: str,
     ) -> None:
-        """Take a copy of the model: exporting in half precision converts it."""
-        self._reference = TorchScorer(copy.deepcopy(model).float(), tokenizer, {}, name=name)
+        full = ExitModel(copy.deepcopy(exits.model).float())
+        self._reference = TorchScorer(full, tokenizer, name=name)
         self._texts = texts
 
     def measure(self, directory: Path) -> dict[str, dict[int, TextQuality]]:
-        """Text → exit layer → quality of a bundle; its manifest keeps it."""
+        """Text → exit layer → quality of a bundle, which is also written into its manifest."""
         with closing(BundleScorer(Bundle.open(directory, verify_hashes=False))) as scorer:
             found = {
                 name: evaluate_text(scorer, documents, reference=self._reference)
@@ -105,63 +115,67 @@ class Judge:
         return found
 
 
+@dataclass(frozen=True)
+class QualityBudget:
+    """How far the full depth may be from the float model.
+
+    Attributes:
+        kl: Largest mean KL on any of the texts, nats a token.
+        judge: Measures it.
+        report: Called with one line for each precision that was tried.
+    """
+
+    kl: float
+    judge: Judge
+    report: Callable[[str], None]
+
+
 def export_within(
-    kl: float,
-    judge: Judge,
-    model: PreTrainedModel,
+    budget: QualityBudget,
+    exits: ExitModel,
     tokenizer: PreTrainedTokenizerBase,
-    balconies: dict[int, Balcony],
     output: Path,
+    options: ExportOptions,
     *,
-    report: Callable[[str], None],
-    progress: Progress,
-    **options: Any,
+    traced: Traced | None = None,
+    check: Callable[[Path], None] | None = None,
+    progress: ProgressCallback,
 ) -> Manifest:
-    """Export with the fastest precision whose full depth stays within ``kl`` nats of the float model on every text.
+    """Export with the fastest precision that stays within a quality budget.
 
     Args:
-        kl: the budget.
-        judge: knows float model and text.
-        model, tokenizer, balconies, output, options: as for :func:`.export_bundle`.
-        report: told what each precision came to.
-        progress: as there.
+        budget: The budget.
+        exits, tokenizer, output, traced, check, progress: See :func:`.export_bundle`.
+        options: See there; its precision is not used.
+
+    Raises:
+        InputError: No precision stays within the budget.
     """
-    check = options.pop("check", None)
-    traced = options.pop("traced", None) or trace(
-        model.to(torch.float32),  # type: ignore[arg-type]
-        balconies,
-        name=options["name"],
-        context_length=options.get("context_length"),
-        progress=progress,
-    )
+    options = replace(options, precision="float32")
+    exits.model.to(torch.float32)  # type: ignore[arg-type]
+    traced = traced or trace(exits, options, progress)
 
     def accept(directory: Path) -> None:
-        found = judge.measure(directory)
-        worst = max(quality[traced.layers[-1]].kl.value for quality in found.values())
-        if worst > kl:
+        found = budget.judge.measure(directory)
+        worst = max(quality[exits.depth].kl.value for quality in found.values())
+        if worst > budget.kl:
             raise _TooFarError(worst)
-        report(f"{precision}: KL {worst:.4f}, within {kl:g}")
+        budget.report(f"{precision}: KL {worst:.4f}, within {budget.kl:g}")
         if check is not None:
             check(directory)
 
     left = math.inf
     for precision in CANDIDATES if can_lower(traced.spec) else CANDIDATES[-1:]:
+        rows = () if precision == "float32" else options.calibration
+        wanted = replace(options, precision=precision, calibration=rows)
         try:
-            return export_bundle(
-                model,
-                tokenizer,
-                balconies,
-                output,
-                precision=precision,
-                traced=traced,
-                check=accept,
-                progress=progress,
-                **options | ({"calibration": ()} if precision == "float32" else {}),
-            )
+            return export_bundle(exits, tokenizer, output, wanted, traced=traced, check=accept, progress=progress)
         except _TooFarError as error:
             left = error.kl
-            report(f"{precision}: KL {left:.4f}, above {kl:g}")
-    raise InputError(f"--quality-budget kl={kl:g}: float32 itself is {left:.1e} away by rounding: allow more")
+            budget.report(f"{precision}: KL {left:.4f}, above {budget.kl:g}")
+    raise InputError(
+        f"--quality-budget kl={budget.kl:g}: float32 itself is {left:.1e} away because of rounding: allow more"
+    )
 
 
 class _TooFarError(Exception):

@@ -6,12 +6,11 @@ subject is the runtime that a device runs, so a verified bundle is verified end 
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import VerificationError
 from balcony_export.graph.ir_tools import FAR_WEIGHTS, distance
-from balcony_export.model.architecture import Parts, cast_weights, describe, parts_of
-from balcony_export.model.balcony import Balcony
+from balcony_export.model.architecture import describe
+from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import stored_weights
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.token_table import TokenTable
@@ -79,94 +78,56 @@ class Check:
         return self.max_difference <= self.tolerance
 
 
-class Reference:
-    """The exits of a model in PyTorch: transformers' layers, eager attention, no cache."""
+@torch.no_grad()
+def reference_logits(
+    exits: ExitModel, tokens: Sequence[int], states: Mapping[int, torch.Tensor] | None = None
+) -> dict[int, npt.NDArray[np.float32]]:
+    """Logits of every exit in PyTorch: transformers' own layers, no cache.
 
-    def __init__(self, model: PreTrainedModel, balconies: dict[int, Balcony]) -> None:
-        self._model, self._parts, self._balconies = model, parts_of(model), balconies
+    Args:
+        exits: The model with its balconies.
+        tokens: Token ids of one sequence  # (T,)
+        states: Hidden states to use instead of the model's own, by exit layer  # (1, T, D)
 
-    @torch.no_grad()
-    def logits(
-        self, tokens: Sequence[int], hidden: dict[int, torch.Tensor] | None = None
-    ) -> dict[int, npt.NDArray[np.float32]]:
-        """Logits by exit layer, and by the number of layers for the full depth.
-
-        Args:
-            tokens: (T,).
-            hidden: hidden states (1, T, D) after each exit layer to use in the place of the model's own.
-
-        Returns:
-            Exit layer → (T, V), float32.
-        """
-        captured: dict[int, torch.Tensor] = {}
-        keywords: dict[str, Any] = {}
-
-        def capture(exit_layer: int) -> Any:
-            def hook(_: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-                captured[exit_layer] = output if isinstance(output, torch.Tensor) else output[0]
-                keywords.update(options)  # those of the last layer stay: the balconies are its copies
-
-            return hook
-
-        layers = self._parts.layers
-        handles = [
-            layer.register_forward_hook(capture(index), with_kwargs=True) for index, layer in enumerate(layers, 1)
-        ]
-        try:
-            self._model(torch.tensor([list(tokens)]), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        states = captured if hidden is None else hidden
-        logits = {len(layers): self._head(self._parts.norm(states[len(layers)]))}
-        for exit_layer, balcony in self._balconies.items():
-            logits[exit_layer] = self._head(balcony(states[exit_layer], **keywords))
-        return {exit_layer: value[0].float().numpy() for exit_layer, value in logits.items()}
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._parts.head(hidden)
-        cap = getattr(self._model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    Returns:
+        Exit layer → logits  # (T, V)
+    """
+    taken = exits.run(torch.tensor([list(tokens)]), exits.exit_layers)
+    if states is not None:
+        taken = replace(taken, at=states)
+    return {e: exits.head(exits.normed(e, taken))[0].float().numpy() for e in exits.exit_layers}
 
 
 def verify(
-    directory: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    balconies: dict[int, Balcony],
-    prompts: Sequence[str] = PROMPTS,
+    directory: Path, exits: ExitModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = PROMPTS
 ) -> list[Check]:
-    """Run the prompts through both sides.
+    """Run prompts through the bundle and through PyTorch, and compare the logits.
 
     Args:
-        directory: the bundle.
-        model: the model, converted to the bundle's precision in place.
-        tokenizer: the model's own tokenizer, whose ids the bundle's tokenizer must give, too.
-        balconies: those that the bundle was made with.
-        prompts: what to run.
+        directory: The bundle.
+        exits: The model and the balconies that it was exported from, converted to the bundle's precision in place.
+        tokenizer: The model's own tokenizer; the bundle's must give the same ids.
+        prompts: Texts to run.
 
     Raises:
-        BundleError: the bundle cannot be loaded.
-        VerificationError: the bundle is of another shape than the model, or its tokenizer gives other ids.
+        BundleError: The bundle cannot be loaded.
+        VerificationError: The bundle has another shape than the model, or its tokenizer gives other ids.
     """
     bundle = Bundle.open(directory)
     manifest = bundle.manifest
-    if set(manifest.exit_layers) != {*balconies, int(model.config.num_hidden_layers)}:
+    if manifest.exit_layers != exits.exit_layers:
         raise VerificationError(
-            f"{directory}: has exits {manifest.exit_layers}, compared with balconies at {sorted(balconies)}: "
+            f"{directory}: has exits {manifest.exit_layers}, compared with balconies at {list(exits.balconies)}: "
             "name the model and the balconies that it was exported from"
         )
-    _same_model(bundle, model)
-    dtype = torch.float16 if manifest.precision == "float16" else torch.float32
-    for module in (model, *balconies.values()):
-        cast_weights(module, dtype)
+    _require_same_model(bundle, exits.model)
+    exits.cast(torch.float16 if manifest.precision == "float16" else torch.float32)
     if manifest.quantization is not None:
-        model, balconies = _with_stored_weights(bundle, model, balconies)
+        exits = _with_stored_weights(bundle, exits)
     limit = min(manifest.model.context_length, 256)
     codec = TextCodec(bundle)
     samples = [ids[:limit] for text in prompts if len(ids := _same_ids(bundle, codec, tokenizer, text)) > 1]
-    reference = Reference(model, balconies)
-    expected = [reference.logits(ids) for ids in samples]
+    expected = [reference_logits(exits, ids) for ids in samples]
     with tempfile.TemporaryDirectory() as scratch:
         subjects = {"": bundle}
         if manifest.cpu and manifest.graphs:
@@ -182,7 +143,7 @@ def verify(
                 for phase, run in (("prefill", _prefill), ("decode", _decode)):
                     phases[phase + suffix] = {e: [run(engine, e, ids) for ids in samples] for e in manifest.exit_layers}
     if manifest.graphs:
-        phases["backbone.onnx"] = _backbone(bundle, reference, parts_of(model), samples)
+        phases["backbone.onnx"] = _backbone(bundle, exits, samples)
     checks = []
     for phase, found in phases.items():
         far, bound = (_kl, ROUNDED_KL) if phase.endswith(ROUNDED) else (_difference, TOLERANCE[manifest.precision])
@@ -196,7 +157,7 @@ def verify(
     return checks
 
 
-def _same_model(bundle: Bundle, model: PreTrainedModel) -> None:
+def _require_same_model(bundle: Bundle, model: PreTrainedModel) -> None:
     """Refuse a model of other sizes than the bundle's."""
     have, given = bundle.manifest.model, describe(model, "")
     sizes = ("architecture", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "vocab_size")
@@ -237,19 +198,17 @@ def _at_level_1(bundle: Bundle, directory: Path) -> Bundle:
     return Bundle(directory, bundle.manifest)
 
 
-def _with_stored_weights(
-    bundle: Bundle, model: PreTrainedModel, balconies: dict[int, Balcony]
-) -> tuple[PreTrainedModel, dict[int, Balcony]]:
-    """Copies of the model and its balconies that compute with the weights that a quantized bundle holds."""
-    model, balconies = copy.deepcopy(model), copy.deepcopy(balconies)
-    parts = parts_of(model)
-    roots: dict[str, Any] = {f"balcony_{e}": balcony for e, balcony in balconies.items()}
+def _with_stored_weights(bundle: Bundle, exits: ExitModel) -> ExitModel:
+    """A copy of the model that computes with the weights that a quantized bundle holds."""
+    exits = exits.copy()
+    parts = exits.parts
+    roots: dict[str, Any] = {f"balcony_{e}": balcony for e, balcony in exits.balconies.items()}
 
     def weight_of(name: str) -> torch.Tensor:
         first, _, rest = name.removesuffix(".weight").partition(".")
         if name == "lm_head.weight":
             return parts.head.weight.data
-        root, path = (roots[first], rest) if first in roots else (model.get_decoder(), f"{first}.{rest}")
+        root, path = (roots[first], rest) if first in roots else (parts.decoder, f"{first}.{rest}")
         return root.get_submodule(path).weight.data  # type: ignore[no-any-return]
 
     def take(name: str, weight: torch.Tensor, stored: npt.NDArray[np.float32]) -> None:
@@ -271,10 +230,10 @@ def _with_stored_weights(
     scale = bundle.manifest.embedding.scale
     rows = table[np.arange(len(parts.embed.weight))] / np.float32(scale)
     take("embed_tokens.weight", parts.embed.weight.data, rows.astype(np.float32, copy=False))
-    return model, balconies
+    return exits
 
 
-def require(checks: Sequence[Check], directory: Path, made_from: str) -> None:
+def require_all_passed(checks: Sequence[Check], directory: Path, made_from: str) -> None:
     """Raise unless every check passed.
 
     Args:
@@ -324,21 +283,20 @@ def _decode(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[
     return decoded
 
 
-def _backbone(
-    bundle: Bundle, reference: Reference, parts: Parts, samples: Sequence[Sequence[int]]
-) -> dict[int, list[npt.NDArray[np.float32]]]:
+def _backbone(bundle: Bundle, exits: ExitModel, samples: Sequence[Sequence[int]]) -> _Logits:
     """Logits from backbone.onnx's hidden states, with PyTorch's balconies and head behind them."""
     manifest = bundle.manifest
     session = open_session(bundle.file("backbone.onnx"))
     names = [f"hidden_{e}" for e in manifest.exit_layers]
-    found: dict[int, list[npt.NDArray[np.float32]]] = {e: [] for e in manifest.exit_layers}
+    found: _Logits = {e: [] for e in manifest.exit_layers}
     for ids in samples:
-        embedded = parts.embed(torch.tensor([list(ids)])).detach()
+        embedded = exits.parts.embed(torch.tensor([list(ids)])).detach()
         feeds: dict[str, Any] = {"hidden_0": embedded.numpy(), "start": np.zeros(1, np.int64)}
         for tensor in manifest.graphs["backbone"].inputs[2:]:
             feeds[tensor.name] = np.zeros((1, len(ids), manifest.model.kv_width), embedded.numpy().dtype)
         hidden = dict(zip(manifest.exit_layers, session.run(names, feeds), strict=True))
-        logits = reference.logits(ids, {e: torch.from_numpy(np.asarray(state)) for e, state in hidden.items()})
+        states = {e: torch.from_numpy(np.asarray(state)) for e, state in hidden.items()}
+        logits = reference_logits(exits, ids, states)
         for exit_layer, rows in logits.items():
             found[exit_layer].append(rows)
     return found

@@ -130,7 +130,7 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     refused("--precision int4,block=7: 'block=7' is not known", *common, "--precision", "int4,block=7")
     refused("only int8 and int4 are rounded", *common, "--calibration", text)
     refused("kv=8: needs --calibration", *common, "--precision", "int4,kv=8")
-    refused("takes the place of --precision and needs --evaluate", *common, "--quality-budget", "kl=0.1")
+    refused("needs --evaluate TEXT and replaces --precision", *common, "--quality-budget", "kl=0.1")
     refused("another text of that name", *common, "--evaluate", text, "--evaluate", text)
     refused(
         "engines come from fp32 or fp16", *common, "--evaluate", text, "--quality-budget", "kl=1", "--tensorrt", "fp16"
@@ -328,24 +328,8 @@ def test_extract(tiny_checkpoint: Path, tmp_path: Path) -> None:
     refused("--exit-module with --balconies", *common, "--balconies", tmp_path)
 
 
-def test_training_with_the_backbone(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.jsonl"
-    text.write_text(
-        "".join(json.dumps({"text": f"the quick brown fox {i} jumps over the dog " * 9}) + "\n" for i in range(60))
-    )
-    common = ("train", tiny_checkpoint, "--exits", "2,3", "--data", text, "-o", tmp_path / "out", "--seq-len", "32")
-    options = ("--held-out-rows", "2", "--rate", "1e-3")
-    done = invoke_here(*common, *options, "--steps", "3", "--objective", "sorted", "--json")
-    assert done.returncode == 0, done
-    document = json.loads(done.stdout)
-    assert document["exits"]["5"]["kl"] == 0 and document["exits"]["2"]["cross_entropy"] > 0
-    export = ("export", document["model"], "--exits", "2,3", "--balconies", document["balconies"], "-o", tmp_path / "b")
-    assert invoke_here(*export).returncode == 0
-    refused("give its length with --steps", *common, "--unfreeze")
-    refused("give one of them", *common, "--steps", "3", "--unfreeze", "--from-scratch")
-    refused("holds balconies of another model", *common, "--steps", "3", "--unfreeze")
-    refused("--loss: has no meaning in a training of kind 'scratch'", *common, "--from-scratch", "--loss", "ce")
-    refused("--exit-module: has no meaning", *common, "--objective", "sorted", "--exit-module", "mlp")
+def test_training_needs_a_length(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    common = ("train", tiny_checkpoint, "--exits", "2,3", "--data", text_file, "-o", tmp_path / "out")
     refused("how long to train: give --tokens", *common)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_export.model.balcony import (
     KINDS,
-    Kind,
+    BalconyKind,
     fingerprint,
     init_balconies,
     load_balconies,
@@ -23,7 +23,7 @@ from balcony_export.model.balcony import (
     save_balconies,
 )
 from balcony_export.model.checkpoint import load_model
-from balcony_export.train.states import Backbone
+from balcony_export.model.exits import ExitModel
 
 
 @pytest.mark.parametrize(
@@ -218,11 +218,13 @@ def test_values_that_are_not_finite_are_never_written(model: Any, saved: Path) -
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_rows_at_positions_are_those_of_the_whole_pass(name: str, kind: Kind, make_tiny: Callable[..., Any]) -> None:
+def test_rows_at_positions_are_those_of_the_whole_pass(
+    name: str, kind: BalconyKind, make_tiny: Callable[..., Any]
+) -> None:
     model = make_tiny(name)
     balcony = init_balconies(model, (2,), kind)[2].requires_grad_(True)
     hidden = torch.randn(2, 8, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    arguments = Backbone(model, (2,), torch.float32).layer_arguments(8)
+    arguments = ExitModel(model).layer_arguments(8)
     where = torch.tensor([1, 7, 11])
     slopes = []
     whole, picked = balcony(hidden, **arguments).flatten(0, 1)[where], balcony.rows(hidden, where, **arguments)

@@ -25,7 +25,7 @@ from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.data.corpus import Corpus, Rows, build_corpus
 from balcony_export.model.balcony import Balcony, load_balconies
 from balcony_export.train.config import TrainConfig
-from balcony_export.train.report import Progress, plot_curves
+from balcony_export.train.report import StepReport, plot_curves
 from balcony_export.train.trainer import METRICS, Trainer
 
 SEQ_LEN = 24
@@ -97,7 +97,7 @@ def test_loss_is_a_token_mean_that_no_padding_enters(make_tiny: Callable[..., An
     student = model.lm_head(balcony(out.hidden_states[2], **trainer.layer_arguments)).log_softmax(-1)
     full = out.logits.log_softmax(-1)
     kl = (full.exp() * (full - student)).sum(-1)
-    states = trainer.backbone.states(torch.from_numpy(tokens).long())
+    states = trainer.states.of(tokens)
     where = trainer.positions_of(rows, states, [[0], [1]])
     assert where.tolist() == [*range(1, SEQ_LEN), *range(SEQ_LEN + 1, SEQ_LEN + 7)]
     assert seen[0][2] == pytest.approx(float(kl.detach().flatten()[where].mean()), rel=1e-5)
@@ -106,7 +106,7 @@ def test_loss_is_a_token_mean_that_no_padding_enters(make_tiny: Callable[..., An
 def test_massive_activations_are_no_targets(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, positions=0)
     rows = corpus.held_out
-    states = trainer.backbone.states(torch.from_numpy(rows.tokens).long())
+    states = trainer.states.of(rows.tokens)
     seeds = [[row] for row in range(len(rows.tokens))]
     before = trainer.positions_of(rows, states, seeds).tolist()
     for exit_ in (0, 1):  # at any exit: the deeper one alone may have it
@@ -127,7 +127,7 @@ def test_sampled_positions_are_distinct_and_follow_from_the_row(
 ) -> None:
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, positions=4)
     rows = corpus.held_out
-    states = trainer.backbone.states(torch.from_numpy(rows.tokens).long())
+    states = trainer.states.of(rows.tokens)
     seeds = [[0, place] for place in range(len(rows.tokens))]
     first = trainer.positions_of(rows, states, seeds).tolist()
     assert first == trainer.positions_of(rows, states, seeds).tolist()
@@ -206,14 +206,14 @@ def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: 
     cached = trainer_of(make_tiny("llama"), corpus, tmp_path / "cached", steps=steps, cache_gb=1.0, optimizer="adamw")
     plain.run()
     passes = 0
-    states = cached.backbone.states
+    states = cached.states.of
 
-    def counting(tokens: torch.Tensor) -> torch.Tensor:
+    def counting(tokens: Any) -> torch.Tensor:
         nonlocal passes
         passes += 1
         return states(tokens)
 
-    cached.backbone.states = counting  # type: ignore[method-assign]
+    cached.states.of = counting  # type: ignore[method-assign]
     cached.run()
     assert losses_of(plain) == losses_of(cached)
     assert passes <= steps // 2 + 1 + 2  # the first epoch, and the held-out rows
@@ -224,15 +224,15 @@ def test_a_reused_pass_is_made_once_and_a_resumed_run_makes_the_same_states(
 ) -> None:
     options: dict[str, Any] = {"steps": 25, "reuse": 3, "window_steps": 5, "evaluate_every": 100}
     whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole", **options)
-    passes, states = [], whole.backbone.states
-    monkeypatch.setattr(whole.backbone, "states", lambda tokens: passes.append(len(tokens)) or states(tokens))
+    passes, states = [], whole.states.of
+    monkeypatch.setattr(whole.states, "of", lambda tokens: passes.append(len(tokens)) or states(tokens))
     whole.run()
     assert passes[:10] == [2] * 10  # 15 steps learn from the first five passes, the last ten from the next five
     assert len(passes) == 10 + 2  # and two of the held-out rows
     first = trainer_of(make_tiny("llama"), corpus, tmp_path / "parts", **options)
     first.work.mkdir(parents=True)
     while first.step < 8:  # in the second pass over a window
-        first._log(Progress(first.step, 25, first.train_step(), None, 0.0, 0.0), 1.0)
+        first._log(StepReport(first.step, 25, first.train_step(), None, 0.0, 0.0), 1.0)
     first.checkpoint()
     second = trainer_of(make_tiny("llama"), corpus, tmp_path / "parts", **options)
     assert second.resume()
@@ -267,7 +267,7 @@ try:
 except InputError as error:
     assert trainer.processes.sharded and "--reuse 2 with a sharded backbone" in str(error)
 trainer.run()
-held = [getattr(p, "_local_tensor", p).numel() / p.numel() for p in trainer.backbone.decoder.layers.parameters()]
+held = [getattr(p, "_local_tensor", p).numel() / p.numel() for p in trainer.exits.parts.layers.parameters()]
 (output / f"process {trainer.processes.index} of {trainer.processes.count}").write_text(f"{min(held)} to {max(held)}")
 """
 )
@@ -430,7 +430,7 @@ def test_a_run_that_left_no_checkpoint_leaves_no_curve(
 ) -> None:
     killed = trainer_of(make_tiny("llama"), corpus, tmp_path)
     killed.work.mkdir(parents=True)
-    killed._log(Progress(1, 12, killed.train_step(), None, 0.0, 0.0), 1.0)
+    killed._log(StepReport(1, 12, killed.train_step(), None, 0.0, 0.0), 1.0)
     again = trainer_of(make_tiny("llama"), corpus, tmp_path)
     again.run()
     assert [json.loads(line)["step"] for line in (again.work / METRICS).read_text().splitlines()] == list(range(12))

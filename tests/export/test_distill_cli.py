@@ -20,14 +20,13 @@ from typer.testing import CliRunner
 from balcony_edge.cli import app
 from balcony_edge.errors import BalconyError, InputError, TrainingError, UnsupportedModelError
 
-RECIPE = ("--seq-len", "24", "--held-out-rows", "4", "--json")
-FROZEN = ("--positions", "8", "--no-compile")  # options that a training of the backbone has no use for
+RECIPE = ("--seq-len", "24", "--held-out-rows", "4", "--json", "--positions", "8", "--no-compile")
 
 
 def trained(model: Path, exits: str, text: Path, output: Path, *options: str) -> dict[str, Any]:
     """What the command prints."""
     command = ["train", str(model), "--exits", exits, "--data", str(text), "-o", str(output)]
-    command += [*RECIPE, *(() if "--objective" in options else FROZEN), *options]
+    command += [*RECIPE, *options]
     result: dict[str, Any] = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)
     return result
 
@@ -99,11 +98,10 @@ def test_models_and_rows_that_cannot_be_are_refused_before_the_training(
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
     make_tokenizer().save_pretrained(tmp_path / "gpt2")
     out = tmp_path / "out"
-    for options in ((), ("--objective", "sorted")):
-        command = (text_file, out, "--steps", "1", *options)
-        refused(UnsupportedModelError, "model type 'gpt2'", tmp_path / "gpt2", "1", *command)
-        too_long = (*command, "--seq-len", "100000")
-        refused(InputError, r"--seq-len 100000: this model's context holds \d+ tokens", tiny_checkpoint, "2", *too_long)
+    command = (text_file, out, "--steps", "1")
+    refused(UnsupportedModelError, "model type 'gpt2'", tmp_path / "gpt2", "1", *command)
+    too_long = (*command, "--seq-len", "100000")
+    refused(InputError, r"--seq-len 100000: this model's context holds \d+ tokens", tiny_checkpoint, "2", *too_long)
     assert not out.exists()
 
 

@@ -5,7 +5,6 @@ One tiny model and its hand computations serve all of it, so one file holds it.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -29,7 +28,7 @@ from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.report import as_document, build_report, grids, markdown
 from balcony_export.evaluate.scorer import Block, BundleScorer, Request, TorchScorer
 from balcony_export.evaluate.tasks import evaluate_tasks, offline_tasks
-from balcony_export.evaluate.text import Document, evaluate_text, read_documents
+from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, tokenized_documents
 from balcony_export.model.balcony import fingerprint, save_balconies
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -50,11 +49,11 @@ def bundle_scorer(tiny: Any) -> Iterator[BundleScorer]:
 
 @pytest.fixture(scope="module")
 def torch_scorer(tiny: Any) -> TorchScorer:
-    return TorchScorer(tiny.model, tiny.tokenizer, tiny.balconies, name="tiny")
+    return TorchScorer(tiny.exits, tiny.tokenizer, name="tiny")
 
 
-def documents(tokenizer: Any, texts: tuple[str, ...] = TEXTS) -> list[Document]:
-    return [Document(str(i), tuple(tokenizer(text).input_ids)) for i, text in enumerate(texts)]
+def documents(tokenizer: Any, texts: tuple[str, ...] = TEXTS) -> list[TokenizedDocument]:
+    return [TokenizedDocument(str(i), tuple(tokenizer(text).input_ids)) for i, text in enumerate(texts)]
 
 
 # ---- text
@@ -103,7 +102,7 @@ def test_bundle_and_pytorch_agree_at_every_exit(
 ) -> None:
     made = export_tiny(architecture)
     bundle = BundleScorer(Bundle.open(made.path))
-    model = TorchScorer(made.model, made.tokenizer, made.balconies)
+    model = TorchScorer(made.exits, made.tokenizer)
     texts = documents(made.tokenizer)
     ours, theirs = evaluate_text(bundle, texts, window=20), evaluate_text(model, texts, window=20)
     against = evaluate_text(bundle, texts, window=20, reference=model)
@@ -118,10 +117,10 @@ def test_bundle_and_pytorch_agree_at_every_exit(
 
 
 def test_logits_that_are_not_finite_are_refused(tiny: Any) -> None:
-    balconies = copy.deepcopy(tiny.balconies)
-    next(balconies[3].layer.parameters()).data[0, 0] = math.nan
+    exits = tiny.exits.copy()
+    next(exits.balconies[3].layer.parameters()).data[0, 0] = math.nan
     with pytest.raises(VerificationError, match="exit 3 gives logits that are not finite"):
-        evaluate_text(TorchScorer(tiny.model, tiny.tokenizer, balconies), documents(tiny.tokenizer)[:1])
+        evaluate_text(TorchScorer(exits, tiny.tokenizer), documents(tiny.tokenizer)[:1])
 
 
 def test_blocks_and_prefixes_give_the_logits_of_a_whole_pass(
@@ -359,7 +358,7 @@ def test_shots_come_from_their_file(bundle_scorer: BundleScorer, data: Path) -> 
 def test_shared_data_fits_the_task_files(bundle_scorer: BundleScorer) -> None:
     runs = evaluate_tasks(bundle_scorer, offline_tasks(), data=DATA, limit=2)
     assert all(run.qualities[task].examples == 2 for run in runs.values() for task in offline_tasks())
-    wiki = read_documents(DATA / "wikitext2_raw/wiki.valid.raw", bundle_scorer.tokenizer)
+    wiki = tokenized_documents(DATA / "wikitext2_raw/wiki.valid.raw", bundle_scorer.tokenizer)
     assert len(wiki) == 60  # the articles of WikiText-2's validation split
 
 
@@ -401,16 +400,16 @@ def bad(tmp_path: Path, name: str, content: bytes) -> Path:
 def test_bad_text(tmp_path: Path, bundle_scorer: BundleScorer) -> None:
     cases = {
         "empty.txt": (b" \n", "is empty"),
-        "short.txt": (b"a", "holds 1 tokens"),
+        "short.txt": (b"a", "has 1 token, and"),
         "latin.txt": (b"caf\xe9 au lait", "is not UTF-8 \\(byte 3\\)"),
-        "short.jsonl": (b'{"text": "two tokens"}\n{"text": ""}\n', "short.jsonl:2: holds 0 tokens"),
+        "short.jsonl": (b'{"text": "two tokens"}\n{"text": ""}\n', "short.jsonl:2: has 0 tokens"),
         "other.jsonl": (b'{"words": "x"}\n', 'other.jsonl:1: has no "text"'),
         "broken.jsonl": (b"{\n", "broken.jsonl:1: is not JSON"),
     }
     for name, (content, message) in cases.items():
         path = bad(tmp_path, name, content)
-        refused(message, lambda path=path: read_documents(path, bundle_scorer.tokenizer))
-    refused("cannot be read", lambda: read_documents(tmp_path / "absent.txt", bundle_scorer.tokenizer))
+        refused(message, lambda path=path: tokenized_documents(path, bundle_scorer.tokenizer))
+    refused("cannot be read", lambda: tokenized_documents(tmp_path / "absent.txt", bundle_scorer.tokenizer))
     refused("takes 2 to 256", lambda: evaluate_text(bundle_scorer, documents(bundle_scorer.tokenizer), window=1000))
 
 

@@ -17,11 +17,13 @@ import transformers
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BalconyError, CheckpointError, InputError, UnsupportedModelError, VerificationError
-from balcony_export.export import _write_tokenizer, export_bundle
+from balcony_export.export import ExportOptions, _write_tokenizer, export_bundle
 from balcony_export.model.architecture import describe, parts_of
-from balcony_export.model.balcony import init_balconies
+from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory
-from balcony_export.verify import Check, require
+from balcony_export.verify import Check, require_all_passed
+
+OPTIONS = ExportOptions("x", trained=False)
 
 
 def unsupported(config: Any, pattern: str) -> None:
@@ -70,7 +72,7 @@ def test_weights_that_are_not_finite_leave_nothing(make_tiny: Any, make_tokenize
     model = make_tiny("llama")
     model.model.layers[3].mlp.up_proj.weight.data[5, 5] = float("nan")
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight: holds NaN or infinity"):
-        export_bundle(model, make_tokenizer(), {}, tmp_path / "out", name="x", trained=False)
+        export_bundle(ExitModel(model), make_tokenizer(), tmp_path / "out", OPTIONS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,7 +92,7 @@ def test_a_failed_check_leaves_nothing(make_tiny: Any, make_tokenizer: Any, tmp_
         raise VerificationError("different")
 
     with pytest.raises(VerificationError):
-        export_bundle(make_tiny("llama"), make_tokenizer(), {}, tmp_path / "out", name="x", trained=False, check=fail)
+        export_bundle(ExitModel(make_tiny("llama")), make_tokenizer(), tmp_path / "out", OPTIONS, check=fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,7 +103,7 @@ def test_the_full_model_is_the_same_with_and_without_balconies(tiny: Any, make_t
     from balcony_runtime.engine import Engine
 
     plain = tmp_path / "plain"
-    export_bundle(make_tiny("llama"), tiny.tokenizer, {}, plain, name="plain", trained=False)
+    export_bundle(ExitModel(make_tiny("llama")), tiny.tokenizer, plain, OPTIONS)
     tokens = np.random.default_rng(1).integers(0, 320, 30)
     logits = []
     for path in (plain, tiny.path):
@@ -114,11 +116,11 @@ def test_the_full_model_is_the_same_with_and_without_balconies(tiny: Any, make_t
 
 def test_verification_is_required_of_every_check() -> None:
     good, bad = Check(2, "prefill", 1, 1e-6, 1.0, 1e-4), Check(5, "decode", 1, 0.5, 0.0, 1e-4)
-    require([good], Path("b"), "a-model")
+    require_all_passed([good], Path("b"), "a-model")
     with pytest.raises(
         VerificationError, match=r"b: exit 5, decode: .* 5\.0e-01 of the largest logit.* made from a-model"
     ):
-        require([good, bad], Path("b"), "a-model")
+        require_all_passed([good, bad], Path("b"), "a-model")
 
 
 def test_outputs_that_exist_or_cannot_be_made_are_refused(tmp_path: Path) -> None:
@@ -180,6 +182,6 @@ def test_leftovers_of_a_killed_export_go_and_a_running_one_stays(tmp_path: Path)
 def test_a_full_disk_is_one_line(make_tiny: Any, make_tokenizer: Any, small_disk: Path) -> None:
     model = make_tiny("llama")
     with pytest.raises(BalconyError, match=r"cannot be written .*No space left") as caught:
-        export_bundle(model, make_tokenizer(), init_balconies(model, (2,)), small_disk / "out", name="x", trained=False)
+        export_bundle(ExitModel.open(model, (2,)), make_tokenizer(), small_disk / "out", OPTIONS)
     assert "\n" not in str(caught.value)
     assert list(small_disk.iterdir()) == []

@@ -14,8 +14,8 @@ import torch
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import WEIGHTS
-from balcony_export.export import export_bundle
-from balcony_export.model.balcony import init_balconies
+from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.model.exits import ExitModel
 from balcony_export.verify import Check, verify
 from balcony_runtime.engine import Engine
 
@@ -27,7 +27,7 @@ PROMPTS = ("the quick brown fox jumps over the lazy dog and the balcony", "01234
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_exit_equals_pytorch(export_tiny: Callable[[str], Any], architecture: str) -> None:
     exported = export_tiny(architecture)
-    checks = verify(exported.path, exported.model, exported.tokenizer, exported.balconies, PROMPTS)
+    checks = verify(exported.path, exported.exits, exported.tokenizer, PROMPTS)
     phases = ("prefill", "decode", "prefill, portable", "decode, portable", "backbone.onnx")
     assert Counter(check.phase for check in checks) == dict.fromkeys(phases, 3)
     assert {check.exit_layer for check in checks} == {2, 3, 5}
@@ -42,7 +42,7 @@ def test_verify_finds_a_wrong_weight(export_tiny: Callable[[str], Any]) -> None:
     before = weight.detach().clone()
     try:
         weight.data[0, 0] += 1.0
-        checks = verify(exported.path, exported.model, exported.tokenizer, exported.balconies, PROMPTS)
+        checks = verify(exported.path, exported.exits, exported.tokenizer, PROMPTS)
     finally:
         weight.data.copy_(before)
     failed = {(check.exit_layer, check.phase) for check in checks if not check.passed}
@@ -101,15 +101,15 @@ def test_graphs_name_their_weights_and_no_path_of_the_exporter(export_tiny: Call
 
 def test_half_precision_stays_within_its_bound(tmp_path: Path, make_tiny: Any, make_tokenizer: Any) -> None:
     model, tokenizer = make_tiny("qwen3"), make_tokenizer()
-    balconies = init_balconies(model, (2,))
-    output = tmp_path / "half"
-    manifest = export_bundle(model, tokenizer, balconies, output, name="half", trained=False, precision="float16")
+    exits, output = ExitModel.open(model, (2,)), tmp_path / "half"
+    options = ExportOptions("half", trained=False, precision="float16")
+    manifest = export_bundle(exits, tokenizer, output, options)
     assert manifest.precision == "float16" and manifest.embedding.dtype == "float16"
     # weights are rounded, frequencies are not: at position 8,192 they would be half a turn away
     frequencies = model.model.rotary_emb.inv_freq
     assert model.lm_head.weight.dtype == torch.float16 and frequencies.dtype == torch.float32
     assert not torch.equal(frequencies, frequencies.half().float())
-    assert all(check.passed for check in verify(output, model, tokenizer, balconies, PROMPTS))
+    assert all(check.passed for check in verify(output, exits, tokenizer, PROMPTS))
 
 
 def test_a_batch_equals_its_members(export_tiny: Callable[[str], Any]) -> None:

@@ -18,10 +18,11 @@ import torch
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, CheckpointError, InputError, VerificationError
-from balcony_export.evaluate.text import Document
-from balcony_export.export import export_bundle
+from balcony_export.evaluate.text import TokenizedDocument
+from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.lower import MICROSOFT
-from balcony_export.precision import CANDIDATES, Judge, export_within, parse_budget
+from balcony_export.model.exits import ExitModel
+from balcony_export.precision import CANDIDATES, Judge, QualityBudget, export_within, parse_budget
 from balcony_export.quantize import blocks as quantize
 from balcony_export.quantize.blocks import Quantizer, Scheme, parse_precision
 from balcony_export.quantize.gptq import calibration_rows, compensated, second_moments
@@ -127,9 +128,9 @@ def test_a_grid_serves_the_columns_that_count() -> None:
 
 
 def exported(tiny: Any, path: Path, precision: Scheme | Literal["float32", "float16"], **options: Any) -> Path:
-    model, balconies = copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies)
-    options = {"name": "q", "trained": True, "traced": tiny.traced, **options}
-    export_bundle(model, tiny.tokenizer, balconies, path, precision=precision, **options)
+    traced = options.pop("traced", tiny.traced)
+    wanted = ExportOptions("q", True, precision, **options)
+    export_bundle(tiny.exits.copy(), tiny.tokenizer, path, wanted, traced=traced)
     return path
 
 
@@ -167,14 +168,14 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     manifest = Bundle.open(path).manifest
     assert manifest.quantization is not None and manifest.precision == f"int{scheme.bits}"
     assert manifest.quantization.method == ("gptq" if "asym" in precision or "kv" in precision else "nearest")
-    checks = verify(path, copy.deepcopy(source.model), source.tokenizer, copy.deepcopy(source.balconies))
+    checks = verify(path, source.exits.copy(), source.tokenizer)
     assert [check for check in checks if not check.passed] == []
-    other = copy.deepcopy(source.model)
-    other.model.layers[1].mlp.up_proj.weight.data.neg_()
+    other = source.exits.copy()
+    other.model.model.layers[1].mlp.up_proj.weight.data.neg_()
     with pytest.raises(
         VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight is 2 of its size away from the model's"
     ):
-        verify(path, other, source.tokenizer, copy.deepcopy(source.balconies))
+        verify(path, other, source.tokenizer)
     phases = {check.phase for check in checks}
     exact = {"prefill", "decode"} if scheme.accuracy_level == 1 else {"prefill, level 1", "decode, level 1"}
     if scheme.kv_bits == 8:
@@ -225,12 +226,12 @@ def test_down_projections_may_have_blocks_of_their_own(tiny: Any, tmp_path: Path
     assert sizes == {True: {128}, False: {32}}
     quantization = Bundle.open(path).manifest.quantization
     assert quantization is not None and (quantization.block_size, quantization.down_block_size) == (32, 128)
-    checks = verify(path, copy.deepcopy(tiny.model), tiny.tokenizer, copy.deepcopy(tiny.balconies))
+    checks = verify(path, tiny.exits.copy(), tiny.tokenizer)
     assert all(check.passed for check in checks)
 
 
 def test_every_quantized_weight_has_moments_of_its_inputs(tiny: Any) -> None:
-    moments = second_moments(copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies), ROWS[:4])
+    moments = second_moments(tiny.exits.copy(), ROWS[:4])
     layers = {f"layers.{i}" for i in range(5)} | {f"balcony_{e}.layer" for e in tiny.balconies}
     for layer in layers:
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
@@ -344,16 +345,8 @@ def test_a_weight_that_is_not_a_number_is_named(where: str, tiny: Any, tmp_path:
     }[where]
     parameter.data.flatten()[3] = float("nan")
     with pytest.raises(CheckpointError, match=f"weight {re.escape(name)}: holds NaN or infinity"):
-        export_bundle(
-            model,
-            tiny.tokenizer,
-            balconies,
-            tmp_path / "b",
-            name="q",
-            trained=True,
-            precision=Scheme(),
-            calibration=ROWS,
-        )
+        options = ExportOptions("q", True, Scheme(), ROWS)
+        export_bundle(ExitModel(model, balconies), tiny.tokenizer, tmp_path / "b", options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -373,15 +366,21 @@ def test_a_manifest_that_lies_about_quantization_is_refused(tiny: Any, tmp_path:
 
 
 def test_the_quality_budget_takes_the_fastest_that_is_good_enough(tiny: Any, tmp_path: Path) -> None:
-    documents = {"text.jsonl": [Document("text:1", tuple(ROWS[0])), Document("text:2", tuple(ROWS[1]))]}
-    judge = Judge(tiny.model, tiny.tokenizer, documents, name="tiny")
+    documents = {
+        "text.jsonl": [TokenizedDocument("text:1", tuple(ROWS[0])), TokenizedDocument("text:2", tuple(ROWS[1]))]
+    }
+    judge = Judge(tiny.exits, tiny.tokenizer, documents, name="tiny")
     kls = []
+
+    def within(limit: float, out: Path, said: list[str]) -> None:
+        budget, options = QualityBudget(limit, judge, said.append), ExportOptions("q", trained=True)
+        export_within(
+            budget, tiny.exits.copy(), tiny.tokenizer, out, options, traced=tiny.traced, progress=lambda *_: None
+        )
+
     for precision in CANDIDATES:
         path = tmp_path / f"{precision}"
-        export_bundle(
-            copy.deepcopy(tiny.model), tiny.tokenizer, copy.deepcopy(tiny.balconies), path,
-            name="q", trained=True, precision=precision, traced=tiny.traced,
-        )  # fmt: skip
+        exported(tiny, path, precision)
         quality = judge.measure(path)["text.jsonl"]
         kls.append(quality[5].kl.value)
         kept = Bundle.open(path).manifest.exits[-1].quality
@@ -390,10 +389,7 @@ def test_the_quality_budget_takes_the_fastest_that_is_good_enough(tiny: Any, tmp
     for limit in (kls[0] * 1.01, kls[-2] * 1.01, kls[-2] * 0.5):
         said: list[str] = []
         out = tmp_path / f"chosen-{limit}"
-        export_within(
-            limit, judge, copy.deepcopy(tiny.model), tiny.tokenizer, copy.deepcopy(tiny.balconies), out,
-            name="q", trained=True, report=said.append, progress=lambda *_: None, traced=tiny.traced,
-        )  # fmt: skip
+        within(limit, out, said)
         first = next(index for index, kl in enumerate(kls) if kl <= limit)
         assert len(said) == first + 1 and said[-1].startswith(f"{CANDIDATES[first]}: KL")
         manifest = Bundle.open(out).manifest
@@ -401,10 +397,7 @@ def test_the_quality_budget_takes_the_fastest_that_is_good_enough(tiny: Any, tmp
         assert manifest.precision == (wanted if isinstance(wanted, str) else f"int{wanted.bits}")
         assert manifest.exits[-1].quality is not None
     with pytest.raises(InputError, match=r"--quality-budget kl=1e-12: float32 itself is .* away by rounding"):
-        export_within(
-            1e-12, judge, copy.deepcopy(tiny.model), tiny.tokenizer, copy.deepcopy(tiny.balconies), tmp_path / "none",
-            name="q", trained=True, report=said.append, progress=lambda *_: None, traced=tiny.traced,
-        )  # fmt: skip
+        within(1e-12, tmp_path / "none", said)
     with pytest.raises(InputError, match=r"--quality-budget kl=0: must be kl= and nats above 0"):
         parse_budget("kl=0")
     with pytest.raises(InputError, match=r"--quality-budget 3: must be kl="):

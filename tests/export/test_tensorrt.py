@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import shutil
@@ -26,14 +25,15 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
 from balcony_edge.bundle.manifest import GraphSpec
 from balcony_edge.errors import BundleError, EngineBuildError, InputError, MissingDependencyError
-from balcony_export.export import export_bundle
+from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.ir_tools import graph_spec
+from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
 from balcony_export.tensorrt import engine_set as tensorrt_module
 from balcony_export.tensorrt.engine_set import rounding_of, write_graphs
 from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt.quantize import Rounding
-from balcony_export.verify import Reference
+from balcony_export.verify import reference_logits
 from balcony_runtime.backends.tensorrt_builder import (
     PASSES,
     Builder,
@@ -82,19 +82,20 @@ def test_the_files_that_are_built_compute_what_pytorch_computes(
     form = Format(precision, operators, 64, 32)
     write_graphs(bundle, "set", "rtx", form, rounding=rounding)
     bundle = Bundle.open(bundle.path)
-    model, balconies = copy.deepcopy(exported.model), copy.deepcopy(exported.balconies)
+    exits = exported.exits.copy()
+    model = exits.model
     if precision != "fp16":
         head = model.lm_head.weight = torch.nn.Parameter(
             model.lm_head.weight.detach().clone()
         )  # untied: the table is float
-        put_weights(bundle, model, balconies, head)
-    expected = Reference(model, balconies).logits(IDS)
+        put_weights(bundle, exits, head)
+    expected = reference_logits(exits, IDS)
     for exit_layer, got in logits_of(bundle, "set").items():
         want = expected[exit_layer]
         assert np.abs(got - want).max() <= 2e-2 * np.abs(want).max(), exit_layer
 
 
-def put_weights(bundle: Bundle, model: Any, balconies: Any, head: torch.nn.Parameter) -> None:
+def put_weights(bundle: Bundle, exits: ExitModel, head: torch.nn.Parameter) -> None:
     """Give a model what the set's ``DequantizeLinear`` nodes stand for, multiplied out here."""
     for name, spec in bundle.manifest.engines["set"].graphs.items():
         if name == "backbone":
@@ -112,7 +113,9 @@ def put_weights(bundle: Bundle, model: Any, balconies: Any, head: torch.nn.Param
             if weight_name == "embed_tokens.weight":
                 head.data = torch.from_numpy(dense)
                 continue
-            root = balconies[int(name.removeprefix("balcony_"))] if name.startswith("balcony_") else model.model
+            root: Any = exits.parts.decoder
+            if name.startswith("balcony_"):
+                root = exits.balconies[int(name.removeprefix("balcony_"))]
             path = weight_name.removeprefix(f"{name}.").removesuffix(".weight")
             root.get_submodule(path).weight.data = torch.from_numpy(np.ascontiguousarray(dense.T))
 
@@ -213,11 +216,8 @@ def test_integers_of_a_quantized_bundle_are_taken_over(
     tiny = export_tiny("qwen3")
     rows = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
     scheme = Scheme(4, 32, symmetric=True, head_bits=4, positive=True)
-    models = [copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies)]
-    export_bundle(
-        models[0], tiny.tokenizer, models[1], tmp_path / "int4",
-        name="tiny-qwen3", trained=True, precision=scheme, calibration=rows, traced=tiny.traced,
-    )  # fmt: skip
+    options = ExportOptions("tiny-qwen3", True, scheme, rows)
+    export_bundle(tiny.exits.copy(), tiny.tokenizer, tmp_path / "int4", options, traced=tiny.traced)
     quantized, bundle = Bundle.open(tmp_path / "int4"), Bundle.open(tiny.path)
     taken, nearest = rounding_of(quantized, bundle), Rounding(32)
     for rounding in (taken, nearest):
@@ -248,11 +248,8 @@ def test_integers_of_a_quantized_bundle_are_taken_over(
         patch.setattr(tensorrt_module, "FAR_WEIGHTS", 0.01)
         with pytest.raises(InputError, match=r"is far from that of .*: give a bundle of the same model and balconies"):
             rounding_of(quantized, bundle)
-    models = [copy.deepcopy(tiny.model), copy.deepcopy(tiny.balconies)]
-    export_bundle(
-        models[0], tiny.tokenizer, models[1], tmp_path / "signed",
-        name="tiny-qwen3", trained=True, precision=Scheme(4, 32, head_bits=4), traced=tiny.traced,
-    )  # fmt: skip
+    options = ExportOptions("tiny-qwen3", True, Scheme(4, 32, head_bits=4))
+    export_bundle(tiny.exits.copy(), tiny.tokenizer, tmp_path / "signed", options, traced=tiny.traced)
     with pytest.raises(InputError, match=r"has scales below 0, and TensorRT takes none: export one with .*positive"):
         rounding_of(Bundle.open(tmp_path / "signed"), bundle)
 

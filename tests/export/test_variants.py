@@ -16,20 +16,19 @@ import transformers
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import CheckpointError, InputError, TrainingError
+from balcony_edge.errors import CheckpointError, InputError
 from balcony_export.data.corpus import Corpus, Rows
-from balcony_export.export import export_bundle
+from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.extract import extract, submodel
 from balcony_export.model.balcony import KINDS, Balcony, fingerprint, init_balconies, load_balconies, save_balconies
-from balcony_export.model.checkpoint import load_model
+from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
 from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
 from balcony_export.train.config import TrainConfig
-from balcony_export.train.joint import BASE, OBJECTIVES, JointConfig, JointTrainer
 from balcony_export.train.loss import LOSS_WEIGHTS, HeadLoss
 from balcony_export.train.trainer import Trainer
-from balcony_export.verify import Reference, verify
+from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
 
 IDS = [(11 * i * i + 5 * i + 2) % 320 for i in range(30)]
@@ -72,12 +71,13 @@ def test_every_exit_module_trains_exports_verifies_and_generates(
 ) -> None:
     model, tokenizer = make_tiny("qwen3"), make_tokenizer()
     balconies = trained(model, tmp_path / "balconies", module=kind, optimizer="adamw")
+    exits = ExitModel(model, balconies)
     assert {balcony.kind for balcony in balconies.values()} == {kind}
     assert json.loads((tmp_path / "balconies" / "balconies.json").read_text())["module"] == kind
     path = tmp_path / "bundle"
-    manifest = export_bundle(model, tokenizer, balconies, path, name="tiny", trained=True)
+    manifest = export_bundle(exits, tokenizer, path, ExportOptions("tiny", trained=True))
     assert [exit_.module for exit_ in manifest.exits] == [kind, kind, "decoder"]
-    checks = verify(path, model, tokenizer, balconies, PROMPTS)
+    checks = verify(path, exits, tokenizer, PROMPTS)
     assert len(checks) == 15 and all(check.passed and check.agreement == 1.0 for check in checks), checks
     cached = kind in ("decoder", "attention")
     assert manifest.cached_exits == ((2, 3) if cached else ())
@@ -96,7 +96,7 @@ def test_every_exit_module_trains_exports_verifies_and_generates(
         assert llm.generate("the fox", max_new_tokens=5, ignore_eos=True).tokens_per_exit == {2: 5}
     write_graphs(Bundle.open(path), "set", "rtx", Format("fp32", "fused", 64))
     with Engine.of(Bundle.open(path), device="cpu", engines="set") as engine:
-        expected = Reference(model, balconies).logits(IDS)
+        expected = reference_logits(exits, IDS)
         for exit_layer in engine.exit_layers:
             got = engine.new_sequence(max_length=64).advance(exit_layer, IDS, num_logits=len(IDS))[0]
             assert np.abs(got - expected[exit_layer]).max() <= 1e-4 * np.abs(expected[exit_layer]).max()
@@ -107,11 +107,11 @@ def test_exit_modules_without_a_cache_are_quantized_too(
     make_tiny: Any, make_tokenizer: Any, tmp_path: Path, kind: Any
 ) -> None:
     model, tokenizer = make_tiny("llama"), make_tokenizer()
-    balconies = init_balconies(model, (2, 3), kind)
+    exits = ExitModel.open(model, (2, 3), kind=kind)
     rows = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
     path, scheme = tmp_path / "bundle", Scheme(accuracy_level=1)
-    export_bundle(model, tokenizer, balconies, path, name="q", trained=True, precision=scheme, calibration=rows)
-    assert all(check.passed for check in verify(path, model, tokenizer, balconies, PROMPTS))
+    export_bundle(exits, tokenizer, path, ExportOptions("q", True, scheme, rows))
+    assert all(check.passed for check in verify(path, exits, tokenizer, PROMPTS))
 
 
 def test_a_random_start_is_another_and_as_large_and_follows_from_seed_and_exit(make_tiny: Any) -> None:
@@ -163,50 +163,6 @@ def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None
         load_balconies(tmp_path, model)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_training_with_the_backbone(make_tiny: Any, make_tokenizer: Any, tmp_path: Path, objective: Any) -> None:
-    """Each baseline learns, and its checkpoint exports, verifies and generates like any other."""
-    model, tokenizer = make_tiny("llama"), make_tokenizer()
-    before = copy.deepcopy(model.state_dict())
-    module: Any = "none" if objective == "sorted" else "decoder"
-    config = JointConfig((2, 3), objective, module, steps=12, batch_rows=4, rate=3e-3)
-    trainer = JointTrainer(model, corpus(), config)
-    start = trainer.evaluate()
-    losses = trainer.run()
-    assert len(losses) == 12 and losses[-1] < losses[0]
-    after = trainer.evaluate()
-    assert after.keys() == {2, 3, 5} and after[5].kl == 0 and after[5].agreement == 1.0
-    if objective == "unfrozen":
-        assert after[3].kl < start[3].kl
-    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert "model.layers.0.mlp.up_proj.weight" in changed, "the backbone learns, too"
-    trainer.save(tmp_path / "run", tokenizer)
-    loaded = load_model(str(tmp_path / "run" / BASE))
-    balconies = load_balconies(tmp_path / "run", loaded)
-    assert {balcony.kind for balcony in balconies.values()} == {module}
-    export_bundle(loaded, tokenizer, balconies, tmp_path / "bundle", name="tiny", trained=True)
-    checks = verify(tmp_path / "bundle", loaded, tokenizer, balconies, PROMPTS)
-    assert all(check.passed for check in checks)
-    with balcony_edge.load(tmp_path / "bundle", budget=Budget(exit_layer=3)) as llm:
-        assert len(llm.generate("the fox", max_new_tokens=3, ignore_eos=True).tokens) == 3
-
-
-def test_joint_recipes_that_make_no_sense(make_tiny: Any) -> None:
-    with pytest.raises(InputError, match="--objective sorted: its exits have no module"):
-        JointConfig((2,), "sorted").check()
-    with pytest.raises(InputError, match="must be positive numbers"):
-        JointConfig((2,), "scratch", rate=0.0).check()
-    with pytest.raises(TrainingError, match=r"the loss is nan: lower --rate"):
-        model = make_tiny("llama")
-        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
-        JointTrainer(model, corpus(), JointConfig((2,), "unfrozen", steps=1)).run()
-    spoilt = JointTrainer(make_tiny("llama"), corpus(), JointConfig((2,), "unfrozen", steps=1))
-    spoilt.run()
-    spoilt.balconies[2].norm.weight.data[0] = float("nan")  # as after a last step that went too far
-    with pytest.raises(TrainingError, match=r"exit 2 gives no number any more: lower --rate"):
-        spoilt.evaluate()
-
-
 ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3")
 
 
@@ -220,7 +176,8 @@ def test_an_extracted_exit_is_a_plain_model_with_equal_logits(
     for balcony in balconies.values():
         for parameter in balcony.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    extract(model, tokenizer, balconies, 3, tmp_path / "out")
+    exits = ExitModel(model, balconies)
+    extract(exits, tokenizer, 3, tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     assert type(loaded) is type(model) and loaded.config.num_hidden_layers == 4
     written, rope = json.loads((tmp_path / "out/config.json").read_text()), loaded.config.rope_parameters
@@ -230,7 +187,7 @@ def test_an_extracted_exit_is_a_plain_model_with_equal_logits(
     assert written["rope_theta"] == rope["rope_theta"] and "rope_scaling" not in written
     with torch.no_grad():
         got = loaded(torch.tensor([IDS])).logits[0].numpy()
-    want = Reference(model, balconies).logits(IDS)[3]
+    want = reference_logits(exits, IDS)[3]
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
     assert (
         transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("the fox").input_ids
@@ -244,20 +201,20 @@ def test_an_extracted_exit_keeps_its_rope_scaling_under_both_names(
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 64
     model = make_tiny("llama", rope_parameters={"rope_theta": 5e5, **scaling})
-    balconies = init_balconies(model, (2,))
-    extract(model, make_tokenizer(), balconies, 2, tmp_path / "out")
+    exits = ExitModel.open(model, (2,))
+    extract(exits, make_tokenizer(), 2, tmp_path / "out")
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert (written["rope_theta"], written["rope_scaling"]) == (5e5, scaling)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     assert loaded.config.rope_parameters == model.config.rope_parameters
     with torch.no_grad():
         got = loaded(torch.tensor([IDS])).logits[0].numpy()
-    assert np.abs(got - Reference(model, balconies).logits(IDS)[2]).max() <= 1e-5 * np.abs(got).max()
+    assert np.abs(got - reference_logits(exits, IDS)[2]).max() <= 1e-5 * np.abs(got).max()
 
 
 def test_extraction_writes_what_the_bundles_exit_writes(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
     tiny = export_tiny("llama")
-    extract(tiny.model, tiny.tokenizer, tiny.balconies, 2, tmp_path / "out")
+    extract(tiny.exits, tiny.tokenizer, 2, tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with balcony_edge.load(tiny.path, budget=Budget(exit_layer=2)) as llm:
         for start in range(20):
@@ -271,17 +228,16 @@ def test_extraction_writes_what_the_bundles_exit_writes(export_tiny: Callable[[s
 def test_a_full_disk_leaves_no_half_checkpoint(make_tiny: Any, make_tokenizer: Any, small_disk: Path) -> None:
     model = make_tiny("llama")
     with pytest.raises(InputError, match=r"out: cannot be written .*No space left on device"):
-        extract(model, make_tokenizer(), init_balconies(model, (2,)), 2, small_disk / "out")
+        extract(ExitModel.open(model, (2,)), make_tokenizer(), 2, small_disk / "out")
     assert list(small_disk.iterdir()) == []
 
 
 def test_what_cannot_be_extracted(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     model, tokenizer = make_tiny("llama"), make_tokenizer()
     with pytest.raises(InputError, match="--exit 4: there are balconies at 2, 3"):
-        extract(model, tokenizer, init_balconies(model, (2, 3)), 4, tmp_path / "out")
+        extract(ExitModel.open(model, (2, 3)), tokenizer, 4, tmp_path / "out")
     with pytest.raises(InputError, match="its module is 'mlp': only 'decoder' and 'none'"):
-        extract(model, tokenizer, init_balconies(model, (2,), "mlp"), 2, tmp_path / "out")
+        extract(ExitModel.open(model, (2,), kind="mlp"), tokenizer, 2, tmp_path / "out")
     with pytest.raises(InputError, match="exists already"):
-        extract(model, tokenizer, init_balconies(model, (2,)), 2, tmp_path)
-    early = init_balconies(model, (2,), "none")
-    assert submodel(model, early[2], 2).config.num_hidden_layers == 2
+        extract(ExitModel.open(model, (2,)), tokenizer, 2, tmp_path)
+    assert submodel(ExitModel.open(model, (2,), kind="none"), 2).config.num_hidden_layers == 2

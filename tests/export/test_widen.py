@@ -12,15 +12,15 @@ import torch
 
 from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import CheckpointError
-from balcony_export.export import export_bundle
+from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph import widen
-from balcony_export.model.balcony import init_balconies
+from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision
 
 
 def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str, bytes]:
-    balconies = init_balconies(model, (2,))
-    export_bundle(model, tokenizer, balconies, path, name="x", trained=False, precision=parse_precision(precision))
+    options = ExportOptions("x", trained=False, precision=parse_precision(precision))
+    export_bundle(ExitModel.open(model, (2,)), tokenizer, path, options)
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 

@@ -20,9 +20,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError
-from balcony_export.data.text_files import json_lines, read_text
+from balcony_export.data.documents import CHAT_FORMS, Document, files_in, read_documents, require_two_tokens
 
-_FORMS = 'JSON Lines with "text", "messages" or "instruction" and "response"/"output", or a .txt file'
 _Tokens = npt.NDArray[np.int32]
 _BATCH = 512  # documents per call of the tokenizer: bounded memory, and its threads stay busy
 
@@ -125,12 +124,12 @@ def build_corpus(
             tokens, or too few to hold one out; a share that names no file.
     """
     if not files:
-        raise InputError(f"--data: no file was given: give {_FORMS}")
-    read = _read(_expanded(files), tokenizer, mix or {})
+        raise InputError(f"--data: no file was given: give {CHAT_FORMS}")
+    read = _read(files_in(files), tokenizer, mix or {})
     documents = [one for _, given in read.values() for one in given]
     total = sum(len(document.tokens) for document in documents)
-    learned: list[_Document] = []
-    held: list[_Document] = []
+    learned: list[_KeyedDocument] = []
+    held: list[_KeyedDocument] = []
     for _, given in read.values():
         tokens = sum(len(document.tokens) for document in given)
         held_of_file = _held_out(given, min(held_out_rows * seq_len * tokens // total, tokens // 10))
@@ -151,25 +150,24 @@ def build_corpus(
     return Corpus(train, held_out, {name: facts for name, (facts, _) in read.items()}, digest)
 
 
-class _Document(NamedTuple):
+class _KeyedDocument(NamedTuple):
     key: str  # SHA-256 of its text: an order that neither file names nor places in a file change
     tokens: _Tokens
 
 
 def _read(
     paths: Iterator[Path], tokenizer: PreTrainedTokenizerBase, mix: Mapping[str, float]
-) -> dict[str, tuple[dict[str, Any], list[_Document]]]:
+) -> dict[str, tuple[dict[str, Any], list[_KeyedDocument]]]:
     """``file name -> (facts for the record, its documents in the order of their keys)``"""
-    read: dict[str, tuple[dict[str, Any], list[_Document]]] = {}
+    read: dict[str, tuple[dict[str, Any], list[_KeyedDocument]]] = {}
     used: set[str] = set()
     for path in paths:
         documents = []
         for where, text, ids in _tokenized(path, tokenizer):
-            if len(ids) < 2:
-                raise InputError(f"{where}: holds {len(ids)} tokens, a document needs two at least: remove it")
-            documents.append(_Document(hashlib.sha256(text.encode()).hexdigest(), np.asarray(ids, dtype=np.int32)))
+            require_two_tokens(where, ids)
+            documents.append(_KeyedDocument(hashlib.sha256(text.encode()).hexdigest(), np.asarray(ids, dtype=np.int32)))
         if not documents:
-            raise InputError(f"{path}: holds no documents: give {_FORMS}")
+            raise InputError(f"{path}: holds no documents: give {CHAT_FORMS}")
         documents.sort(key=lambda document: document.key)
         facts: dict[str, Any] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         if path.name in mix:
@@ -183,15 +181,15 @@ def _read(
     return read
 
 
-def _held_out(documents: list[_Document], target: int) -> tuple[list[_Document], list[_Document]]:
+def _held_out(documents: list[_KeyedDocument], target: int) -> tuple[list[_KeyedDocument], list[_KeyedDocument]]:
     """``(documents to learn from, what is kept out)`` of one file: its first documents, until ``target`` tokens are kept.
 
     A document is kept out whole, even where only its beginning is judged, unless it is longer than ``target`` and than a
     hundredth of the file; where all are, the beginning of the shortest is kept out and the rest is learned from.
     """
     longest = max(target, sum(len(document.tokens) for document in documents) // 100)
-    learned: list[_Document] = []
-    kept: list[_Document] = []
+    learned: list[_KeyedDocument] = []
+    kept: list[_KeyedDocument] = []
     room = target
     for document in documents:
         if room >= 2 and len(document.tokens) <= longest:
@@ -202,8 +200,8 @@ def _held_out(documents: list[_Document], target: int) -> tuple[list[_Document],
     if not kept and target >= 2:
         shortest = min(range(len(learned)), key=lambda index: len(learned[index].tokens))
         key, tokens = learned[shortest]
-        kept = [_Document(f"beginning of {key}", tokens[:target])]
-        learned[shortest] = _Document(key, tokens[target:])
+        kept = [_KeyedDocument(f"beginning of {key}", tokens[:target])]
+        learned[shortest] = _KeyedDocument(key, tokens[target:])
     return learned, kept
 
 
@@ -233,17 +231,6 @@ def pack(documents: Sequence[npt.NDArray[np.int32]], seq_len: int, generator: np
     return Rows(tokens, lengths)
 
 
-def _expanded(files: Sequence[Path]) -> Iterator[Path]:
-    for path in files:
-        if not path.is_dir():
-            yield path
-            continue
-        inside = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".txt"))
-        if not inside:
-            raise InputError(f"{path}: holds no .jsonl or .txt files: give {_FORMS}")
-        yield from inside
-
-
 def _tokenized(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, list[int]]]:
     end = separator(tokenizer)
     batch: list[tuple[str, str, bool]] = []
@@ -254,8 +241,8 @@ def _tokenized(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple
             yield where, text, [*ids, *end] if plain and len(ids) > 1 else ids
         batch.clear()
 
-    for where, text, plain in _documents(path, tokenizer):
-        batch.append((where, text, plain))
+    for document in read_documents(path, chats=True):
+        batch.append((document.where, *_rendered(document, tokenizer)))
         if len(batch) == _BATCH:
             yield from flush()
     if batch:
@@ -270,47 +257,18 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
-def _documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, bool]]:
-    """``(where it stands, text, whether it is plain text)`` of each document."""
-    content = read_text(path, _FORMS)
-    if path.suffix == ".txt":
-        yield str(path), content, True
-        return
-    for where, record in json_lines(path, content, _FORMS):
-        text, plain = _render(where, record, tokenizer)
-        yield where, text, plain
-
-
-def _render(where: str, record: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"], True
-    messages = _messages(record)
-    if messages is None:
-        raise InputError(f"{where}: has neither text nor an instruction with a response: give {_FORMS}")
+def _rendered(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """``(text to tokenize, whether it is plain text)``: a chat goes through the model's template."""
+    if document.chat is None:
+        return document.text, True
     if not tokenizer.chat_template:
-        # a base model has no template: the words alone are what it can be distilled on
-        return "\n\n".join(message["content"] for message in messages), True
+        # a base model has no template: it is distilled on the words alone
+        return "\n\n".join(message["content"] for message in document.chat), True
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:  # of its own accord: roles that it does not know, or in another order
+        rendered = tokenizer.apply_chat_template(document.chat, tokenize=False)
+    except TemplateError as error:  # templates refuse roles that they do not know, or in another order
         raise InputError(
-            f"{where}: the model's chat template refuses it ({error}): change its roles, or give it as text"
+            f"{document.where}: the model's chat template refuses it ({error}): change its roles, or give it as text"
         ) from error
     assert isinstance(rendered, str)
     return rendered, False
-
-
-def _messages(record: Any) -> list[dict[str, str]] | None:
-    if not isinstance(record, dict):
-        return None
-    if isinstance(given := record.get("messages"), list):
-        well_formed = all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in given
-        )
-        return given if well_formed and given else None
-    instruction, reply = record.get("instruction"), record.get("response", record.get("output"))
-    if not isinstance(instruction, str) or not isinstance(reply, str):
-        return None
-    context = record.get("context", record.get("input"))
-    question = f"{instruction}\n\n{context}" if isinstance(context, str) and context.strip() else instruction
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]

@@ -22,6 +22,7 @@ import torch
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError, MissingDependencyError
 from balcony_export.evaluate.scorer import BundleScorer, Request, Scorer, TorchScorer
+from balcony_export.model.exits import ExitModel
 
 try:
     from lm_eval.api.instance import Instance
@@ -269,22 +270,22 @@ def _open(
     device: str | None,
 ) -> Scorer:
     """The source that the harness's model arguments name, with the one exit that is wanted."""
-    from balcony_export.model.balcony import load_balconies  # noqa: PLC0415 - only where the harness opens the model
-    from balcony_export.model.checkpoint import load_model, load_tokenizer  # noqa: PLC0415 - likewise
+    from balcony_export.model.checkpoint import load_model, load_tokenizer  # noqa: PLC0415 - only where a model is opened
 
     if (model is None) == (bundle is None):
         raise InputError("model_args: give either model=... (with balconies=...) or bundle=...")
     if bundle is not None:
-        exits = None if exit_layer is None else (exit_layer,)
-        return BundleScorer(Bundle.open(Path(bundle)), exits, None if threads is None else int(threads))
+        layers = None if exit_layer is None else (exit_layer,)
+        return BundleScorer(Bundle.open(Path(bundle)), layers, None if threads is None else int(threads))
     assert model is not None
     loaded: Any = load_model(model)
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    below = exit_layer is not None and exit_layer != int(loaded.config.num_hidden_layers)
-    if below and balconies is None:
+    if exit_layer is None or exit_layer == int(loaded.config.num_hidden_layers):
+        return TorchScorer(ExitModel(loaded), load_tokenizer(model), name=model)
+    if balconies is None:
         raise InputError(f"model_args: exit_layer = {exit_layer} needs balconies=...: name their directory")
-    modules = load_balconies(balconies, loaded, (cast("int", exit_layer),)) if below and balconies is not None else {}
-    return TorchScorer(loaded, load_tokenizer(model), modules, name=model, full=not below)
+    exits = ExitModel.open(loaded, (exit_layer,), Path(balconies))
+    return TorchScorer(exits, load_tokenizer(model), name=model, full=False)
 
 
 def _key(pair: Pair) -> bytes:

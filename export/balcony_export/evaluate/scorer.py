@@ -7,19 +7,17 @@ ever whole. What is done with them (perplexity, log-likelihoods) is :mod:`.text`
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
-from balcony_export.model.architecture import parts_of
-from balcony_export.model.balcony import Balcony
+from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.text import special_tokens
 
@@ -152,37 +150,25 @@ class BundleScorer:
 
 
 class TorchScorer:
-    """A model and its balconies in PyTorch: transformers' own modules, batches padded on the right, no cache.
+    """A model with its balconies in PyTorch: transformers' own modules, batches padded on the right, no cache.
 
     Args:
-        model: the base model, in eval mode, on its device.
-        tokenizer: its tokenizer.
-        balconies: exit layer → balcony, on the same device.
-        name: what to call it.
-        full: score the full depth, too.
+        exits: The model, in eval mode, and its balconies, on one device.
+        tokenizer: The model's tokenizer.
+        name: Name in reports.
+        full: Whether to score the full depth as well as the balconies.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        balconies: dict[int, Balcony],
-        *,
-        name: str = "model",
-        full: bool = True,
+        self, exits: ExitModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "model", full: bool = True
     ) -> None:
-        self._model, self._parts = model, parts_of(model)
-        self._balconies = dict(sorted(balconies.items()))
-        self._depth = len(self._parts.layers)
-        self.exit_layers = (*self._balconies, self._depth) if full else tuple(self._balconies)
+        self._exits = exits
+        self.exit_layers = exits.exit_layers if full else tuple(exits.balconies)
         self.name = name
         self.tokenizer = tokenizer
-        self.context_length = int(model.config.max_position_embeddings)
-        below = [sum(p.numel() for p in layer.parameters()) for layer in self._parts.layers]
-        exits = {e: sum(p.numel() for p in balcony.parameters()) for e, balcony in self._balconies.items()}
-        exits[self._depth] = sum(p.numel() for p in self._parts.norm.parameters())
-        self.parameters = {e: sum(below[:e]) + exits[e] for e in self.exit_layers}
-        self._device = self._parts.embed.weight.device
+        self.context_length = int(exits.model.config.max_position_embeddings)
+        self.parameters = {e: exits.parameters_read(e) for e in self.exit_layers}
+        self._device = exits.parts.embed.weight.device
         self._batch_tokens = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cpu"])
 
     def plan(self, requests: Sequence[Request]) -> list[int]:
@@ -198,13 +184,16 @@ class TorchScorer:
             for row, index in enumerate(indices):
                 tokens[row, : len(requests[index].tokens)] = torch.tensor(requests[index].tokens)
             # causal: what is padded behind a row is never seen by it, so no mask is needed
-            normed = self._normed(tokens.to(self._device), self.exit_layers)
+            states = self._exits.run(tokens.to(self._device), self.exit_layers)
+            normed = {e: self._exits.normed(e, states) for e in self.exit_layers}
             for row, index in enumerate(indices):
                 length, rows = len(requests[index].tokens), requests[index].rows
                 for start in range(0, rows, CHUNK):
                     begin = length - rows + start
                     end = min(begin + CHUNK, length)
-                    yield Block(index, start, {e: self._head(state[row, begin:end]) for e, state in normed.items()})
+                    yield Block(
+                        index, start, {e: self._exits.head(n[row, begin:end]).float() for e, n in normed.items()}
+                    )
 
     def close(self) -> None:
         """Nothing to free: the model is the caller's."""
@@ -215,8 +204,8 @@ class TorchScorer:
         caches = DynamicCache(), DynamicCache()
         new = torch.tensor([list(prompt)], device=self._device)
         for _ in range(limit):
-            hidden = self._normed(new, (exit_layer,), caches)[exit_layer]
-            token = int(self._head(hidden[0, -1:]).argmax())
+            normed = self._exits.normed(exit_layer, self._exits.run(new, (exit_layer,), caches[0]), caches[1])
+            token = int(self._exits.head(normed[0, -1:]).argmax())
             yield token
             new = torch.tensor([[token]], device=self._device)
 
@@ -231,46 +220,6 @@ class TorchScorer:
             batch.append(index)
         if batch:
             yield batch
-
-    def _normed(
-        self, tokens: torch.Tensor, exits: Sequence[int], caches: tuple[Cache, Cache] | None = None
-    ) -> dict[int, torch.Tensor]:
-        """Exit layer → what the LM head takes; with caches of the backbone and of the one exit  # (B, T) → (B, T, D)"""
-        states: dict[int, torch.Tensor] = {}
-        keywords: dict[str, Any] = {}
-
-        def capture(exit_layer: int) -> Any:
-            def hook(_: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-                states[exit_layer] = output if isinstance(output, torch.Tensor) else output[0]
-                keywords.update(options)  # those of the last layer stay: the balconies are its copies
-
-            return hook
-
-        wanted = {*exits, self._depth}
-        handles = [
-            layer.register_forward_hook(capture(index), with_kwargs=True)
-            for index, layer in enumerate(self._parts.layers, 1)
-            if index in wanted
-        ]
-        decoder: Any = self._model.get_decoder() if hasattr(self._model, "get_decoder") else self._model.base_model
-        # transformers calls its cache "past_key_values", from 5.20 on "cache"
-        name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
-        try:
-            decoder(input_ids=tokens, use_cache=caches is not None, **({name: caches[0]} if caches else {}))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if caches is not None:
-            keywords = {key: caches[1] if isinstance(value, Cache) else value for key, value in keywords.items()}
-        return {
-            e: self._parts.norm(states[e]) if e == self._depth else self._balconies[e](states[e], **keywords)
-            for e in exits
-        }
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._parts.head(hidden).float()
-        cap = getattr(self._model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def bundle_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness over all exits: where their examples come from, and scores with standard errors.
 
-Owns the offline tasks (tasks/*.yaml: the harness's own format, with two keys more) and the statistics over tasks. All
+Owns the offline tasks (offline_tasks/*.yaml: the harness's own format, with two keys more) and the statistics over tasks. All
 exits answer the same examples, so what an exit loses is measured on pairs: far sharper than the difference of two means.
 
     data_files   split → file below the data directory; only the libraries' "json" and "text" readers are used, nothing
@@ -29,7 +29,7 @@ from jinja2 import Environment, meta
 
 from balcony_edge.bundle.manifest import Estimate, TaskQuality, TaskSummary
 from balcony_edge.errors import InputError, MissingDependencyError
-from balcony_export.data.text_files import json_lines, read_text
+from balcony_export.data.documents import read_records
 from balcony_export.evaluate.scorer import Scorer
 
 try:
@@ -42,7 +42,7 @@ except ImportError as error:
 
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parent / "offline_tasks"
 #: The metric of a table, in this order where a task has several; normalized by length where papers report that.
 _METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity", "perplexity")
 _NORMALIZED = ("arc_challenge", "hellaswag", "hellaswag_10shot", "openbookqa")
@@ -204,7 +204,7 @@ def _records(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     """
     form = f"JSON Lines with {', '.join(sorted(fields))}"
     records = []
-    for where, record in json_lines(path, read_text(path, form), form):
+    for where, record in read_records(path, form):
         if not isinstance(record, dict) or not fields <= record.keys():
             absent = sorted(fields - record.keys() if isinstance(record, dict) else fields)
             raise InputError(f"{where}: has no {absent[0]}: give {form}")

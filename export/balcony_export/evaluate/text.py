@@ -9,10 +9,10 @@ is one document is clustered by its windows. It does not know tasks (:mod:`.task
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,21 +20,18 @@ from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.bundle.manifest import Estimate, TextQuality
 from balcony_edge.errors import InputError, VerificationError
-from balcony_export.data.text_files import json_lines, read_text
+from balcony_export.data.documents import read_documents, require_two_tokens
 from balcony_export.evaluate.scorer import Request, Scorer
 
 #: Tokens per window unless the context is shorter: twice what the shipped balconies were trained on.
 WINDOW = 1024
-_FORMS = 'JSON Lines with "text" (one document a line), or a .txt or .raw file'
-#: An article of WikiText begins with its title between single equal signs; sections have two and more.
-_ARTICLE = re.compile(r"^ = [^=\n]+ = $", re.MULTILINE)
 #: Windows per call: what is held is their tokens, and progress moves.
 _WINDOWS = 16
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text as tokens; ``where`` says which, for messages."""
+class TokenizedDocument:
+    """One document as tokens; ``where`` names it in messages."""
 
     where: str
     tokens: tuple[int, ...]
@@ -50,32 +47,30 @@ class _Sums:
     hits: float = 0.0
 
 
-def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Document]:
-    """Documents of a file, tokenized as the model is fed (with a start token where the tokenizer adds one).
+def tokenized_documents(
+    path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[TokenizedDocument]:
+    """Documents of a file, tokenized as the model is fed (with a start token if the tokenizer adds one).
 
     Args:
-        path: JSON Lines with "text", .txt (one document) or .raw (WikiText: one document an article).
-        tokenizer: the model's.
-        limit: take the first so many.
+        path: Text file of a form that :mod:`balcony_export.data.documents` reads.
+        tokenizer: The model's tokenizer.
+        limit: Number of documents to take; None for all.
 
     Raises:
-        InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two tokens.
+        InputError: The file cannot be used, or a document has fewer than two tokens.
     """
-    content = read_text(path, _FORMS)
     documents = []
-    for where, text in _texts(path, content)[:limit]:
-        tokens = tuple(int(token) for token in tokenizer(text, verbose=False)["input_ids"])
-        if len(tokens) < 2:
-            raise InputError(
-                f"{where}: holds {len(tokens)} tokens, the first of which predicts the rest: give two or more"
-            )
-        documents.append(Document(where, tokens))
+    for document in islice(read_documents(path), limit):
+        tokens = tuple(int(token) for token in tokenizer(document.text, verbose=False)["input_ids"])
+        require_two_tokens(document.where, tokens)
+        documents.append(TokenizedDocument(document.where, tokens))
     return documents
 
 
 def evaluate_text(
     scorer: Scorer,
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     *,
     reference: Scorer | None = None,
     window: int | None = None,
@@ -183,18 +178,3 @@ def _quality(clusters: Sequence[_Sums], documents: int, window: int) -> TextQual
         kl=ratio([(c.kl, c.tokens) for c in clusters]),
         agreement=ratio([(c.hits, c.tokens) for c in clusters]),
     )
-
-
-def _texts(path: Path, content: str) -> list[tuple[str, str]]:
-    if path.suffix == ".txt":
-        return [(str(path), content)]
-    if path.suffix == ".raw":
-        starts = [match.start() for match in _ARTICLE.finditer(content)] or [0]
-        pieces = [content[a:b] for a, b in zip(starts, [*starts[1:], len(content)], strict=True)]
-        return [(f"{path}: article {number}", piece) for number, piece in enumerate(pieces, 1)]
-    texts = []
-    for where, record in json_lines(path, content, _FORMS):
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise InputError(f'{where}: has no "text": give {_FORMS}')
-        texts.append((where, record["text"]))
-    return texts

@@ -9,29 +9,29 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
-from transformers import PreTrainedModel
 
 from balcony_export.graph.operators import rms_norm_operator
 from balcony_export.graph.trace import OPSET
-from balcony_export.model.architecture import Parts
+from balcony_export.model.exits import ExitModel
 
 
-def build_norm(parts: Parts) -> ir.Model:
+def build_norm(exits: ExitModel) -> ir.Model:
     """The final norm of the full depth: ``hidden`` → ``normed``."""
-    norm = rms_norm_operator(parts.norm)
+    norm = rms_norm_operator(exits.parts.norm)
     assert norm is not None
     scale = ir.Value(name="norm.weight", const_value=ir.tensor(norm.scale.detach(), name="norm.weight"))
-    hidden = _value("hidden", norm.scale.dtype, ["batch", "queries", parts.embed.embedding_dim])
+    hidden = _value("hidden", norm.scale.dtype, ["batch", "queries", exits.parts.embed.embedding_dim])
     attributes = [ir.AttrInt64("axis", -1), ir.AttrFloat32("epsilon", norm.epsilon), ir.AttrInt64("stash_type", 1)]
     node = ir.Node("", "RMSNormalization", [hidden, scale], attributes)
     return _model("norm", [hidden], [node], [scale], {"normed": (node, hidden.dtype, hidden.shape)})
 
 
-def build_head(model: PreTrainedModel, parts: Parts) -> ir.Model:
+def build_head(exits: ExitModel) -> ir.Model:
     """The LM head: ``hidden`` → ``logits`` in float32.
 
     The weight stays [V, D] (``Gemm`` with transB), so that a tied token table is stored once and still gathered by rows.
     """
+    parts, cap = exits.parts, exits.soft_cap
     weight, width = parts.head.weight, parts.embed.embedding_dim
     name = "embed_tokens.weight" if weight is parts.embed.weight else "lm_head.weight"
     table = ir.Value(name=name, const_value=ir.tensor(weight.detach(), name=name))
@@ -53,9 +53,8 @@ def build_head(model: PreTrainedModel, parts: Parts) -> ir.Model:
     if weight.dtype != torch.float32:
         last = ir.Node("", "Cast", [last.outputs[0]], [ir.AttrInt64("to", ir.DataType.FLOAT.value)])
         nodes.append(last)
-    cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is not None:  # Gemma-2: tanh(logits / cap) * cap
-        factor = ir.Value(name="softcap", const_value=ir.tensor(torch.tensor(float(cap)), name="softcap"))
+        factor = ir.Value(name="softcap", const_value=ir.tensor(torch.tensor(cap), name="softcap"))
         initializers.append(factor)
         divided = ir.Node("", "Div", [last.outputs[0], factor])
         squashed = ir.Node("", "Tanh", [divided.outputs[0]])

@@ -29,7 +29,7 @@ _ATTENTION = "balcony_edge_trace"
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowPositions:
     """What the layers of one pass share: the rows' positions, the capacity of the KV cache, and masks made on demand."""
 
     positions: torch.Tensor  # (B, T) int64
@@ -98,7 +98,7 @@ def _attention(
     query: torch.Tensor,  # (B, H, T, head_dim)
     key: torch.Tensor,  # (B, S, F)
     value: torch.Tensor,  # (B, S, F)
-    attention_mask: Rows,
+    attention_mask: RowPositions,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,

@@ -6,7 +6,6 @@ Owns how the layers are entered: with the rows, the KV cache and the rope tables
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Sequence
@@ -15,62 +14,41 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from balcony_export.graph.operators import ReadingCache, RopeTable, Rows, WritingCache, tracing
-from balcony_export.model.architecture import Parts, layer_type
+from balcony_export.graph.operators import ReadingCache, RopeTable, RowPositions, WritingCache, tracing
 from balcony_export.model.balcony import Balcony
+from balcony_export.model.exits import ExitModel, call_layer
 
 OPSET = 24
-
-
-def _rope_tables(
-    model: PreTrainedModel, parts: Parts, context_length: int
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """``(cos, sin)`` per layer type, each (context, head_dim / 2), as the model's own rotary module computes them."""
-    types = sorted({layer_type(model.config, i) for i in range(len(parts.layers))})
-    takes_type = "layer_type" in inspect.signature(parts.rotary.forward).parameters
-    probe = torch.zeros(1, 1, 1, dtype=parts.embed.weight.dtype)
-    tables = {}
-    for kind in types if takes_type else types[:1]:
-        with torch.no_grad():
-            arguments = (kind,) if takes_type else ()
-            cos, sin = parts.rotary(probe, torch.arange(context_length)[None], *arguments)
-        half = cos.shape[-1] // 2
-        tables[kind] = (cos[0, :, :half].clone(), sin[0, :, :half].clone())
-    return {kind: tables.get(kind, tables[types[0]]) for kind in types}
 
 
 class _Trace(nn.Module):
     """Common to what is traced: the rope tables, and the call of one decoder layer."""
 
-    def __init__(self, model: PreTrainedModel, parts: Parts, context_length: int) -> None:
+    def __init__(self, exits: ExitModel, context_length: int) -> None:
         super().__init__()
-        self.config = model.config
-        for kind, (cos, sin) in _rope_tables(model, parts, context_length).items():
+        self.layer_type = exits.layer_type
+        for kind, (cos, sin) in exits.rotary_tables(context_length).items():
             self.register_buffer(f"rope_cos_{kind}", cos)
             self.register_buffer(f"rope_sin_{kind}", sin)
 
-    def _rows(self, start: torch.Tensor, rows: int, capacity: int) -> Rows:
-        return Rows(start[:, None] + torch.arange(rows)[None, :], capacity, {})
+    def _rows(self, start: torch.Tensor, rows: int, capacity: int) -> RowPositions:
+        return RowPositions(start[:, None] + torch.arange(rows)[None, :], capacity, {})
 
-    def _call(self, layer: Any, hidden: torch.Tensor, rows: Rows, cache: object) -> torch.Tensor:
-        kind = layer_type(self.config, layer.self_attn.layer_idx)
+    def _call(self, layer: Any, hidden: torch.Tensor, rows: RowPositions, cache: object) -> torch.Tensor:
+        kind = self.layer_type(layer)
         cos = RopeTable(getattr(self, f"rope_cos_{kind}"), rows.positions)
         sin = RopeTable(getattr(self, f"rope_sin_{kind}"), rows.positions)
-        # transformers renamed this argument during version 5
-        keyword = "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
-        out = layer(hidden, attention_mask=rows, position_embeddings=(cos, sin), **{keyword: cache})
-        return out if isinstance(out, torch.Tensor) else out[0]
+        return call_layer(layer, hidden, rows, (cos, sin), cache)
 
 
 class _Backbone(_Trace):
     """All decoder layers, with the hidden state after each exit layer as an output."""
 
-    def __init__(self, model: PreTrainedModel, parts: Parts, context_length: int, exit_layers: Sequence[int]) -> None:
-        super().__init__(model, parts, context_length)
-        self.layers = parts.layers
-        self.exit_layers = frozenset(exit_layers)
+    def __init__(self, exits: ExitModel, context_length: int) -> None:
+        super().__init__(exits, context_length)
+        self.layers = exits.parts.layers
+        self.exit_layers = frozenset(exits.exit_layers)
 
     def forward(self, hidden: torch.Tensor, start: torch.Tensor, past: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         rows = self._rows(start, hidden.shape[1], past[0].shape[1])
@@ -91,8 +69,8 @@ class _BalconyTrace(_Trace):
     drops what only it needed. The second pass asks with the query rows and reads the cache.
     """
 
-    def __init__(self, model: PreTrainedModel, parts: Parts, context_length: int, balcony: Balcony) -> None:
-        super().__init__(model, parts, context_length)
+    def __init__(self, exits: ExitModel, context_length: int, balcony: Balcony) -> None:
+        super().__init__(exits, context_length)
         self.layer: Any = balcony.layer
         self.norm = balcony.norm
 
@@ -117,8 +95,8 @@ class _BalconyTrace(_Trace):
 class _StatelessTrace(_Trace):
     """An exit that attends to nothing: an MLP, or the norm alone."""
 
-    def __init__(self, model: PreTrainedModel, parts: Parts, context_length: int, balcony: Balcony) -> None:
-        super().__init__(model, parts, context_length)
+    def __init__(self, exits: ExitModel, context_length: int, balcony: Balcony) -> None:
+        super().__init__(exits, context_length)
         self.layer: Any = balcony.layer
         self.norm = balcony.norm
 
@@ -165,44 +143,46 @@ def past_names(layers: Sequence[int]) -> list[str]:
     return [f"past_{what}_{layer}" for layer in layers for what in ("key", "value")]
 
 
-def trace_backbone(model: PreTrainedModel, parts: Parts, exit_layers: Sequence[int], context_length: int) -> ir.Model:
+def trace_backbone(exits: ExitModel, context_length: int) -> ir.Model:
     """Trace all layers: ``hidden_0``, ``start``, pasts → ``hidden_<e>`` for each exit layer, presents."""
-    dtype, depth = parts.embed.weight.dtype, len(parts.layers)
+    parts, depth = exits.parts, exits.depth
+    dtype = parts.embed.weight.dtype
     width = _kv_width(parts.layers[0])
     batch, rows, capacity = (torch.export.Dim(name) for name in ("batch", "rows", "capacity"))
     past = [torch.zeros(_BATCH, _CAPACITY, width, dtype=dtype) for _ in range(2 * depth)]
     hidden = torch.zeros(_BATCH, _ROWS, parts.embed.embedding_dim, dtype=dtype)
-    with tracing(model, [parts.layers]):
+    with tracing(exits.model, [parts.layers]):
         return _export(
-            _Backbone(model, parts, context_length, exit_layers),
+            _Backbone(exits, context_length),
             (hidden, torch.zeros(_BATCH, dtype=torch.int64), past),
             ({0: batch, 1: rows}, {0: batch}, [{0: batch, 1: capacity} for _ in past]),
             ["hidden_0", "start", *past_names(range(depth))],
-            [f"hidden_{e}" for e in exit_layers]
+            [f"hidden_{e}" for e in exits.exit_layers]
             + [name.replace("past", "present") for name in past_names(range(depth))],
         )
 
 
-def trace_balcony(model: PreTrainedModel, parts: Parts, balcony: Balcony, context_length: int) -> ir.Model:
+def trace_balcony(exits: ExitModel, exit_layer: int, context_length: int) -> ir.Model:
     """Trace one balcony: ``rows``, ``queries``, ``start``, past → ``hidden``, present.
 
     One that attends to nothing: ``hidden`` → ``normed``.
     """
+    parts, balcony = exits.parts, exits.balconies[exit_layer]
     dtype = parts.embed.weight.dtype
     if not balcony.keeps_rows:
         example = torch.zeros(_BATCH, _QUERIES, parts.embed.embedding_dim, dtype=dtype)
         shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("queries")}
-        with tracing(model, [balcony]):
-            module = _StatelessTrace(model, parts, context_length, balcony)
+        with tracing(exits.model, [balcony]):
+            module = _StatelessTrace(exits, context_length, balcony)
             return _export(module, (example,), (shape,), ["hidden"], ["normed"])
     width = _kv_width(balcony.layer)
     batch, rows, queries, capacity = (torch.export.Dim(name) for name in ("batch", "rows", "queries", "capacity"))
     hidden = torch.zeros(_BATCH, _ROWS, parts.embed.embedding_dim, dtype=dtype)
     past = torch.zeros(_BATCH, _CAPACITY, width, dtype=dtype)
     cache_shape = {0: batch, 1: capacity}
-    with tracing(model, [balcony]):
+    with tracing(exits.model, [balcony]):
         return _export(
-            _BalconyTrace(model, parts, context_length, balcony),
+            _BalconyTrace(exits, context_length, balcony),
             (hidden, hidden[:, :_QUERIES].clone(), torch.zeros(_BATCH, dtype=torch.int64), past, past.clone()),
             ({0: batch, 1: rows}, {0: batch, 1: queries}, {0: batch}, cache_shape, cache_shape),
             ["rows", "queries", "start", "past_key", "past_value"],

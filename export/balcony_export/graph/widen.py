@@ -40,7 +40,7 @@ class Widened(ir.LazyTensor):
         return found
 
 
-def held(weight: torch.Tensor, dtype: torch.dtype) -> ir.TensorProtocol:
+def tensor_as(weight: torch.Tensor, dtype: torch.dtype) -> ir.TensorProtocol:
     """A weight as a tensor of ``dtype``, without a copy."""
     return ir.tensor(weight.detach()) if weight.dtype == dtype else Widened(weight.detach(), dtype)
 

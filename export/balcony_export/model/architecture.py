@@ -28,8 +28,9 @@ DEFAULT_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules that export traces, by role."""
+    """The modules of a model by role; ``decoder`` holds all of them but the head."""
 
+    decoder: Any
     embed: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
@@ -47,7 +48,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
     _refuse_unsupported(config)
     base: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     head = model.get_output_embeddings()
-    return Parts(embed=base.embed_tokens, layers=base.layers, norm=base.norm, rotary=base.rotary_emb, head=head)
+    return Parts(base, base.embed_tokens, base.layers, base.norm, base.rotary_emb, head)
 
 
 def _refuse_unsupported(config: Any) -> None:

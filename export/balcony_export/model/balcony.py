@@ -61,8 +61,8 @@ _SAMPLES = 64  # values per weight in the fingerprint: every tensor counts and a
 
 
 #: What stands before an exit's norm: a decoder layer (the paper's balcony), one half of one, or nothing (early exit).
-Kind = Literal["decoder", "attention", "mlp", "none"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+BalconyKind = Literal["decoder", "attention", "mlp", "none"]
+KINDS: tuple[BalconyKind, ...] = get_args(BalconyKind)
 
 
 class Silent(nn.Module):
@@ -89,7 +89,7 @@ class Balcony(nn.Module):
         kind: see :data:`Kind`.
     """
 
-    def __init__(self, exit_layer: int, layer: Any, norm: nn.Module, kind: Kind = "decoder") -> None:
+    def __init__(self, exit_layer: int, layer: Any, norm: nn.Module, kind: BalconyKind = "decoder") -> None:
         super().__init__()
         self.exit_layer, self.kind = exit_layer, kind
         if kind == "mlp":
@@ -179,7 +179,7 @@ def parse_exits(text: str, num_layers: int, option: str = "--exits") -> tuple[in
 
 
 def init_balconies(
-    model: PreTrainedModel, exit_layers: tuple[int, ...], kind: Kind = "decoder", *, random: int | None = None
+    model: PreTrainedModel, exit_layers: tuple[int, ...], kind: BalconyKind = "decoder", *, random: int | None = None
 ) -> dict[int, Balcony]:
     """Untrained balconies: deep copies of the last decoder layer and the final norm (paper, section 3).
 
@@ -216,7 +216,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def check_directory(path: Path, described: dict[str, Any], kind: Kind) -> dict[str, Any]:
+def check_directory(path: Path, described: dict[str, Any], kind: BalconyKind) -> dict[str, Any]:
     """Make the directory of balconies for a base model (its :func:`fingerprint`); returns the entries of those that lie there.
 
     Raises:
@@ -307,9 +307,9 @@ def load_balconies(
     return balconies
 
 
-def identity(directory: Path) -> tuple[str, Kind]:
+def identity(directory: Path) -> tuple[str, BalconyKind]:
     """SHA-256 of the index of a directory of balconies, which holds the hash of each file and so names them; their kind."""
-    kind: Kind = _read_index(directory)["module"]
+    kind: BalconyKind = _read_index(directory)["module"]
     return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest(), kind
 
 

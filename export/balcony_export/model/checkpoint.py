@@ -25,7 +25,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from balcony_edge.errors import CheckpointError, MissingDependencyError
+from balcony_edge.errors import CheckpointError, InputError, MissingDependencyError
+from balcony_export.model.architecture import parts_of
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _ALLOWED = "a Hugging Face directory (config.json and safetensors), a .gguf file or a hub name"
@@ -71,6 +72,21 @@ def load_model(
         )
     model.eval()
     assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def load_trainable(source: str | Path, seq_len: int) -> PreTrainedModel:
+    """Load a model whose exits are to be trained, with the attention function that transformers takes for it.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: It cannot be read, or export could not represent it.
+        InputError: Rows of ``seq_len`` tokens are longer than its context.
+    """
+    model = load_model(source, attn_implementation=None)
+    parts_of(model)
+    longest = int(model.config.max_position_embeddings)
+    if seq_len > longest:
+        raise InputError(f"--seq-len {seq_len}: this model's context holds {longest} tokens: give no more")
     return model
 
 

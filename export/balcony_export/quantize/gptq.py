@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError
 from balcony_export.data.corpus import build_corpus
-from balcony_export.model.balcony import Balcony
+from balcony_export.model.exits import ExitModel
 
 #: Share of the mean second moment that is added to each: keeps channels that hardly ever fire from being rounded freely.
 DAMPING = 0.01
@@ -49,9 +49,7 @@ def calibration_rows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) 
 
 
 @torch.no_grad()
-def second_moments(
-    model: PreTrainedModel, balconies: dict[int, Balcony], rows: Sequence[Sequence[int]]
-) -> dict[str, torch.Tensor]:
+def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """``weight name → mean of x xᵀ`` over the inputs of each linear layer, named as in the traced graphs  # (K, K)
 
     No row of inputs counts for more than its typical size would have it: activations of the first position are thousands of
@@ -76,27 +74,14 @@ def second_moments(
             if isinstance(module, nn.Linear) and not name.endswith(tuple(_SAME_INPUT)):
                 handles.append(module.register_forward_pre_hook(lambda _, x, n=f"{prefix}{name}.weight": add(n, x[0])))
 
-    states: dict[int, torch.Tensor] = {}
-    arguments: dict[str, Any] = {}
-
-    def enter(exit_layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-            states[exit_layer] = given[0] if given else options["hidden_states"]
-            arguments.update({key: value for key, value in options.items() if key != "hidden_states"})
-
-        return hook
-
-    decoder: Any = model.get_decoder()
-    watch(decoder, "")
-    for exit_layer, balcony in balconies.items():
+    watch(exits.parts.decoder, "")
+    for exit_layer, balcony in exits.balconies.items():
         watch(balcony, f"balcony_{exit_layer}.")
-    for exit_layer in {*balconies, len(decoder.layers) - 1}:  # a balcony takes the arguments of the last layer
-        handles.append(decoder.layers[exit_layer].register_forward_pre_hook(enter(exit_layer), with_kwargs=True))
     try:
         for row in rows:
-            add("lm_head.weight", decoder(torch.tensor([list(row)]), use_cache=False).last_hidden_state)
-            for exit_layer, balcony in balconies.items():
-                add("lm_head.weight", balcony(states[exit_layer], **arguments))
+            states = exits.run(torch.tensor([list(row)]), exits.exit_layers)
+            for exit_layer in (exits.depth, *exits.balconies):  # sums of floats: the order is part of the result
+                add("lm_head.weight", exits.normed(exit_layer, states))
     finally:
         for handle in handles:
             handle.remove()

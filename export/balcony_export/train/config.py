@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from balcony_edge.errors import InputError
-from balcony_export.model.balcony import Kind
+from balcony_export.model.balcony import BalconyKind
 from balcony_export.train.loss import LossKind
 from balcony_export.train.schedule import OptimizerKind, ScheduleKind
 
-Precision = Literal["bf16", "fp32"]
+PassPrecision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class TrainConfig:
     decay_share: float = 0.4
     clip: float = 1.0
     average: float = 0.99  # of the exponential moving average of the weights
-    precision: Precision = "bf16"  # of the passes; weights train in float32
+    precision: PassPrecision = "bf16"  # of the passes; weights train in float32
     start: str = "last layer"  # or "random", or which balconies the run went on from
-    module: Kind = "decoder"
+    module: BalconyKind = "decoder"
     loss: LossKind = "kl"
     seed: int = 0
     evaluate_every: int = 100

@@ -5,7 +5,7 @@ state. Both come from one pass over chunks of positions, in which the full model
 gradient of the KL with respect to an exit's logits is softmax(exit) - softmax(full), so nothing of size
 (positions × vocabulary) is kept for the backward pass.
 
-A training step may compare the two distributions on a part of the vocabulary (:class:`Part`, drawn by
+A training step may compare the two distributions on a part of the vocabulary (:class:`VocabularyPart`, drawn by
 :class:`VocabularySample`): then neither needs the whole head. Judgements always take the whole vocabulary.
 """
 
@@ -33,7 +33,7 @@ LOSS_WEIGHTS: dict[LossKind, tuple[float, float]] = {"kl": (1.0, 0.0), "kl+ce": 
 _Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Part(NamedTuple):
+class VocabularyPart(NamedTuple):
     """Tokens of the vocabulary that the loss compares, S of them."""
 
     weight: torch.Tensor  # (S, D), their rows of the LM head
@@ -58,7 +58,7 @@ class VocabularySample:
         self.size = size
         self.ranking = ranking
 
-    def draw(self, weight: torch.Tensor, text: torch.Tensor, seed: Sequence[int]) -> Part:
+    def draw(self, weight: torch.Tensor, text: torch.Tensor, seed: Sequence[int]) -> VocabularyPart:
         """The part of a step.
 
         Args:
@@ -75,7 +75,7 @@ class VocabularySample:
         ids = torch.cat([chosen, others[order.to(others.device)]]).to(weight.device)
         offset = torch.zeros(len(ids), device=weight.device)
         offset[len(chosen) :] = math.log(len(others) / count)
-        return Part(weight[ids], offset)
+        return VocabularyPart(weight[ids], offset)
 
     def _chosen(self, text: torch.Tensor) -> torch.Tensor:
         """Tokens of the text, the likeliest of them first, then the likeliest others: half a part  # (S / 2,)"""
@@ -121,15 +121,15 @@ class HeadLoss:
         if compiled is None:
             compiled = weight.is_cuda or can_compile()
         self.kernel: _Kernel = torch.compile(_kl_kernel, dynamic=False) if compiled else _kl_kernel
-        self.whole = Part(self.weight, torch.zeros(len(self.weight), device=self.weight.device))
+        self.whole = VocabularyPart(self.weight, torch.zeros(len(self.weight), device=self.weight.device))
 
-    def logits(self, hidden: torch.Tensor, part: Part | None = None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, part: VocabularyPart | None = None) -> torch.Tensor:
         """Logits as the model computes them, of the whole vocabulary or a part of it  # (n, D) -> (n, S)"""
         logits = hidden.to(self.dtype) @ (part or self.whole).weight.T
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def kl(
-        self, full: torch.Tensor, students: Sequence[torch.Tensor], part: Part | None = None
+        self, full: torch.Tensor, students: Sequence[torch.Tensor], part: VocabularyPart | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each exit, ``(KL per position, gradient of their sum)``  # (n,), (n, D)
 
@@ -157,7 +157,7 @@ class HeadLoss:
         self,
         full: torch.Tensor,
         students: Sequence[torch.Tensor],
-        part: Part,
+        part: VocabularyPart,
         also: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """KL chunk by chunk, and what ``also`` makes of both logits and the slope of the KL in the student's."""
@@ -206,7 +206,7 @@ class HeadLoss:
         full: torch.Tensor,
         students: Sequence[torch.Tensor],
         labels: torch.Tensor | None = None,
-        part: Part | None = None,
+        part: VocabularyPart | None = None,
     ) -> list[float]:
         """Propagate each exit's sum of the loss over positions into whatever made its states; returns the sums.
 

@@ -18,7 +18,7 @@ PRETRAINING_TOKENS = {"smollm2-135m": 2_000_000_000_000}
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepReport:
     """What a step reports."""
 
     step: int

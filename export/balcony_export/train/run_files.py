@@ -27,7 +27,7 @@ def run_directory(output: Path, exits: tuple[int, ...]) -> Path:
     return output / "run" / "-".join(map(str, exits))
 
 
-def save_checkpoint(
+def save_run(
     directory: Path,
     balconies: dict[int, Balcony],
     averages: dict[int, dict[str, torch.Tensor]],
@@ -65,13 +65,13 @@ def read_state(directory: Path) -> dict[str, Any] | None:
     return state
 
 
-def load_tensors(
+def load_run(
     directory: Path,
     balconies: dict[int, Balcony],
     averages: dict[int, dict[str, torch.Tensor]],
     optimizers: dict[int, list[torch.optim.Optimizer]],
 ) -> None:
-    """Put weights, averages and optimizer states back where ``save_checkpoint`` took them from."""
+    """Put weights, averages and optimizer states back where :func:`save_run` took them from."""
     slots: dict[tuple[int, int], dict[int, dict[str, torch.Tensor]]] = {}
     with safe_open(directory / CHECKPOINT, "pt") as file:
         for key in file.keys():  # noqa: SIM118  # safe_open has no iterator

@@ -1,7 +1,7 @@
-"""The frozen backbone as a source of states: one pass gives the input of every balcony and the target of the loss.
+"""States of the frozen backbone: one pass gives the input of every balcony and the target of the loss.
 
-Owns how states are taken from a Hugging Face model (hooks, so that no architecture is known by name) and the cache on
-disk that spares the pass when a row comes round again. The backbone is frozen, so a state never goes stale.
+Owns how long states are kept: in memory while rows are reused, and in a cache on disk that saves the pass when a row comes
+again in a later epoch. The backbone is frozen, so a state never goes stale.
 """
 
 from __future__ import annotations
@@ -14,78 +14,59 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from balcony_edge.errors import TrainingError
+from balcony_export.data.corpus import Order
+from balcony_export.model.exits import ExitModel
 
 
-class Backbone:
-    """States of the frozen model at the exits and after its final norm.
+class BackboneStates:
+    """States at the exits below the full depth, and after the final norm, of rows of tokens.
 
     Args:
-        model: the base model, in the precision that its pass shall have.
-        exit_layers: ascending.
-        dtype: in which states are handed out and kept.
+        exits: The frozen model with its balconies, in the precision of its passes.
+        rows: Tokens of the training rows  # (R, T)
+        micro_rows: Rows per pass.
+        cache: Keeps states between epochs, if there is room.
     """
 
     def __init__(
-        self, model: PreTrainedModel, exit_layers: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+        self, exits: ExitModel, rows: npt.NDArray[np.int32], micro_rows: int, cache: StateCache | None = None
     ) -> None:
-        self.model = model
-        self.dtype = dtype
-        self.decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-        self.exit_layers = exit_layers
-        self._arguments: dict[int, dict[str, Any]] = {}
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        self.exits, self.rows, self.micro_rows, self.cache = exits, rows, micro_rows, cache
+        self._kept: dict[int, torch.Tensor] = {}  # place in the stream of rows -> states  # (exits + 1, T, D)
 
     @torch.no_grad()
-    def states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states, the final normed one last  # (B, T) -> (exits + 1, B, T, D)"""
-        taken: dict[int, torch.Tensor] = {}
+    def of(self, tokens: npt.NDArray[np.int32]) -> torch.Tensor:
+        """States of any rows, the final normed one last  # (B, T) -> (exits + 1, B, T, D)"""
+        exits, device = self.exits, self.exits.parts.embed.weight.device
+        states = exits.run(torch.from_numpy(tokens).long().to(device), exits.exit_layers)
+        return torch.stack([*(states.at[e] for e in exits.balconies), exits.normed(exits.depth, states)])
 
-        def take(exit_layer: int) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                taken[exit_layer] = hidden.to(self.dtype)
+    def at(self, places: npt.NDArray[np.int64], order: Order) -> torch.Tensor:
+        """States of the training rows at some places of the stream, all of one window  # (exits + 1, B, T, D)
 
-            return hook
+        A pass always runs the same ``micro_rows`` neighbours together, so that a resumed run gets the same bits as the run
+        that was killed. States are kept until their window is over.
+        """
+        window = places[0] // order.window
+        self._kept = {place: kept for place, kept in self._kept.items() if place // order.window == window}
+        for place in places.tolist():
+            if place not in self._kept:
+                first = place - place % self.micro_rows
+                rows = order.rows(np.arange(first, first + self.micro_rows))
+                for index, states in enumerate(self._of_rows(rows).unbind(1)):
+                    self._kept[first + index] = states
+        return torch.stack([self._kept[place] for place in places.tolist()], dim=1)
 
-        handles = [
-            self.decoder.layers[e].register_forward_pre_hook(take(e), with_kwargs=True) for e in self.exit_layers
-        ]
-        try:
-            out = self.decoder(input_ids=tokens, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        final = out.last_hidden_state.to(self.dtype)
-        return torch.stack([*(taken[e] for e in self.exit_layers), final])
-
-    @torch.no_grad()
-    def layer_arguments(self, seq_len: int) -> dict[str, Any]:
-        """What the model hands to its last layer for a batch of full rows: mask, positions, rotary tables."""
-        if seq_len not in self._arguments:
-            seen: dict[str, Any] = {}
-
-            def hook(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                # what stands in for the KV cache has several names over versions; here there is none
-                seen.update({key: value for key, value in kwargs.items() if not _is_cache(key, value)})
-
-            handle = self.decoder.layers[-1].register_forward_pre_hook(hook, with_kwargs=True)
-            device = next(self.model.parameters()).device
-            try:
-                self.decoder(input_ids=torch.zeros(1, seq_len, dtype=torch.long, device=device), use_cache=False)
-            finally:
-                handle.remove()
-            seen.setdefault("attention_mask", None)
-            self._arguments[seq_len] = seen
-        return self._arguments[seq_len]
-
-
-def _is_cache(name: str, value: Any) -> bool:
-    return value is None or name in ("hidden_states", "use_cache", "cache", "past_key_values", "past_key_value")
+    def _of_rows(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """States of training rows, from the cache or through the backbone  # (exits + 1, B, T, D)"""
+        if self.cache is not None and (cached := self.cache.get(rows)) is not None:
+            return cached.to(self.exits.parts.embed.weight.device)
+        states = self.of(self.rows[rows])
+        if self.cache is not None:
+            self.cache.put(rows, states)
+        return states
 
 
 class StateCache:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]  # accelerate ships no types
 from transformers import PreTrainedModel
@@ -30,22 +29,23 @@ from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
 from balcony_export.data.corpus import Corpus, Order, Rows
 from balcony_export.model.architecture import cast_weights
 from balcony_export.model.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies
+from balcony_export.model.exits import ExitModel
 from balcony_export.train.attention import can_compile, use_block_attention
 from balcony_export.train.config import TrainConfig
-from balcony_export.train.loss import HeadLoss, Part, VocabularySample
+from balcony_export.train.loss import HeadLoss, VocabularyPart, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.positions import pick_positions
-from balcony_export.train.report import Progress
+from balcony_export.train.report import StepReport
 from balcony_export.train.run_files import (
     CHECKPOINT,
-    load_tensors,
+    load_run,
     read_state,
     run_directory,
-    save_checkpoint,
+    save_run,
     trim_metrics,
 )
 from balcony_export.train.schedule import Schedule, make_optimizers, set_rate
-from balcony_export.train.states import Backbone, StateCache
+from balcony_export.train.states import BackboneStates, StateCache
 
 METRICS = "metrics.jsonl"
 #: Rows on which the full model's likeliest tokens are ranked: 8,192 positions of 512-token rows rank the first 4,096 well.
@@ -109,9 +109,9 @@ class Trainer:
         self.config, self.corpus, self.output, self.clock = config, corpus, output, clock
         self.work = work or run_directory(output, config.exits)
         self.base_facts = fingerprint(model)
-        self.balconies = start or init_balconies(
-            model, config.exits, config.module, random=config.seed if config.start == "random" else None
-        )
+        seed = config.seed if config.start == "random" else None
+        self.exits = ExitModel(model, start or init_balconies(model, config.exits, config.module, random=seed))
+        self.balconies = self.exits.balconies
         self.goes_on = start is not None
         check_directory(output, self.base_facts, next(iter(self.balconies.values())).kind)  # not after the training
         self.device = self.processes.device
@@ -120,15 +120,15 @@ class Trainer:
         if self.device.type == "cpu" and (can_compile() if compiled is None else compiled):
             use_block_attention(model, *self.balconies.values())
         self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.backbone = Backbone(model, config.exits, dtype)
+        model.requires_grad_(False)
         # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
-        self.layer_arguments = send_to_device(self.backbone.layer_arguments(config.seq_len), self.device)
+        with torch.no_grad():
+            self.layer_arguments = send_to_device(self.exits.layer_arguments(config.seq_len), self.device)
         cast_weights(model, dtype)
         if self.processes.sharded:
-            self.processes.shard(model, self.backbone.decoder)
-        self.model = model
-        softcap = getattr(model.config, "final_logit_softcapping", None)
-        self.head = HeadLoss(model.get_output_embeddings().weight, dtype, softcap, compiled, config.loss)
+            self.processes.shard(model, self.exits.parts.decoder)
+        head = self.exits.parts.head.weight
+        self.head = HeadLoss(head, dtype, self.exits.soft_cap, compiled, config.loss)
         self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
         self.averages: dict[int, dict[str, torch.Tensor]] = {}
         for exit_layer, balcony in self.balconies.items():
@@ -139,11 +139,10 @@ class Trainer:
             self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
         self.schedule = Schedule(config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share)
         self.order = self._order(first_row)
-        self._states: dict[int, torch.Tensor] = {}  # place in the order -> states  # (exits + 1, T, D)
         self.step = 0
         self.wall_s = 0.0  # spent training, over all sessions of the run
         self.best: dict[int, tuple[float, float]] = {}  # of what was written: exit -> held-out KL, agreement
-        self.cache = self._open_cache()
+        self.states = BackboneStates(self.exits, corpus.train.tokens, config.micro_rows, self._open_cache())
         self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.sample = self._vocabulary_sample()
 
@@ -160,12 +159,12 @@ class Trainer:
         rows, seen = self.corpus.train.take(_RANKING_ROWS), []
         for first in range(0, len(rows.tokens), self.config.micro_rows):
             part = slice(first, first + self.config.micro_rows)
-            states = self.backbone.states(torch.from_numpy(rows.tokens[part]).long().to(self.device))[-1]  # (B, T, D)
+            states = self.states.of(rows.tokens[part])[-1]  # (B, T, D)
             used = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths[part])[:, None]  # (B, T)
             seen.append(states[used.to(states.device)])
         return VocabularySample(self.config.vocabulary, self.head.ranking(torch.cat(seen)))
 
-    def _part(self) -> Part | None:
+    def _part(self) -> VocabularyPart | None:
         """Tokens that this step compares: the same in all of its passes and processes."""
         if self.sample is None:
             return None
@@ -175,35 +174,10 @@ class Trainer:
         )
 
     def _open_cache(self) -> StateCache | None:
-        shape = (len(self.config.exits) + 1, self.config.seq_len, self.model.config.hidden_size)
+        shape = (len(self.config.exits) + 1, self.config.seq_len, self.exits.model.config.hidden_size)
         key = json.dumps([2, self.base_facts, list(self.config.exits), self.corpus.digest])  # 2: float32 frequencies
         most = len(self.corpus.train.tokens)
         return StateCache.within(self.config.cache_gb, self.work / "states.bin", most, shape, self.dtype, key)
-
-    def states_of(self, places: npt.NDArray[np.int64]) -> torch.Tensor:
-        """States of the rows at these places of the order  # (exits + 1, B, T, D)
-
-        The backbone passes ``micro_rows`` neighbours at a time, so that a resumed run makes the states that the killed
-        one had; they are kept for as long as their window lasts.
-        """
-        window = places[0] // self.order.window
-        self._states = {place: kept for place, kept in self._states.items() if place // self.order.window == window}
-        for place in places.tolist():
-            if place not in self._states:
-                first = place - place % self.config.micro_rows
-                rows = self.order.rows(np.arange(first, first + self.config.micro_rows))
-                for index, states in enumerate(self._pass(rows).unbind(1)):
-                    self._states[first + index] = states
-        return torch.stack([self._states[place] for place in places.tolist()], dim=1)
-
-    def _pass(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        """States of training rows, from the cache or through the backbone  # (exits + 1, B, T, D)"""
-        if self.cache is not None and (cached := self.cache.get(rows)) is not None:
-            return cached.to(self.device)
-        states = self.backbone.states(torch.from_numpy(self.corpus.train.tokens[rows]).long().to(self.device))
-        if self.cache is not None:
-            self.cache.put(rows, states)
-        return states
 
     def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
         """Flat indices of the positions that the loss sees: :func:`pick_positions`  # (n,)"""
@@ -225,7 +199,7 @@ class Trainer:
         )  # KL per exit, then positions
         part = self._part()
         for number in self.processes.share(len(chunks)):
-            states = self.states_of(chunks[number])
+            states = self.states.at(chunks[number], self.order)
             rows = self.order.rows(chunks[number])
             picked = Rows(self.corpus.train.tokens[rows], self.corpus.train.lengths[rows])
             seeds = [[config.seed, place] for place in chunks[number].tolist()]
@@ -302,7 +276,7 @@ class Trainer:
             held_out = []
             for start in range(0, len(rows.tokens), size):
                 part = Rows(rows.tokens[start : start + size], rows.lengths[start : start + size])
-                states = self.backbone.states(torch.from_numpy(part.tokens).long().to(self.device))
+                states = self.states.of(part.tokens)
                 held_out.append(
                     (states, self.positions_of(part, states, [[start + row] for row in range(len(part.tokens))]))
                 )
@@ -347,7 +321,7 @@ class Trainer:
                 f"{self.work}: its checkpoint was made with another {', '.join(differing)}: "
                 "give the same options, model and data, or another output directory"
             )
-        load_tensors(self.work, self.balconies, self.averages, self.optimizers)
+        load_run(self.work, self.balconies, self.averages, self.optimizers)
         self.step, self.wall_s = state["step"], state["wall_s"]
         self.order = self._order(state["first_row"])
         self.best = {int(key): (kl, hits) for key, (kl, hits) in state["best"].items()}
@@ -380,7 +354,7 @@ class Trainer:
             "first_row": self.order.first,
         }
         if self.processes.writes:
-            save_checkpoint(self.work, self.balconies, self.averages, self.optimizers, state)
+            save_run(self.work, self.balconies, self.averages, self.optimizers, state)
         return found
 
     def _write(self, exit_layer: int, *, averaged: bool) -> None:
@@ -416,7 +390,7 @@ class Trainer:
             "rows": self.order.first + self.order.seen(self.step),  # of the corpus: the next run begins after them
         }
 
-    def run(self, report: Callable[[Progress], None] = lambda progress: None) -> None:
+    def run(self, report: Callable[[StepReport], None] = lambda progress: None) -> None:
         """Train to the planned end.
 
         Raises:
@@ -452,7 +426,7 @@ class Trainer:
                 total = self.schedule.total
                 tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s
                 left_s = (total - self.step) * per_step_s if deadline is None else deadline - self.clock()
-                progress = Progress(self.step, total, loss, held_out, tokens_per_s, left_s)
+                progress = StepReport(self.step, total, loss, held_out, tokens_per_s, left_s)
                 if self.processes.writes:
                     self._log(progress, factor)
                     report(progress)
@@ -484,7 +458,7 @@ class Trainer:
             f"lower --micro-rows and go on with --resume; {again}"
         )
 
-    def _log(self, progress: Progress, factor: float) -> None:
+    def _log(self, progress: StepReport, factor: float) -> None:
         line: dict[str, Any] = {
             "step": progress.step - 1,
             "tokens": self.tokens,

@@ -1,6 +1,6 @@
 """The paper's ablations and Table 4 over a small model that is trained here, an hour or less on two cores.
 
-    python -m benchmarks.ablations --data TEXT.jsonl [--steps 600] [--plot docs/ablations.png]
+    python -m benchmarks.paper.ablations --data TEXT.jsonl [--steps 600] [--plot docs/ablations.png]
 
 A Llama of eight layers (3.5M parameters, a vocabulary of 2,048 made from the text) is trained on the text. Then, on as many
 rows each: balconies as the paper trains them; from random weights; MLP alone, attention alone, the norm alone; with the text as
@@ -32,8 +32,8 @@ from transformers import PreTrainedModel
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.model.balcony import Balcony
 from balcony_export.train.config import TrainConfig
-from balcony_export.train.joint import ExitScore, JointConfig, JointTrainer
 from balcony_export.train.trainer import Trainer
+from benchmarks.paper.joint import ExitScore, JointConfig, JointTrainer
 
 EXITS = (3, 4, 5)
 SEQ_LEN, ROWS = 128, 8
@@ -108,7 +108,7 @@ def distilled(base: PreTrainedModel, corpus: Corpus, steps: int, **changes: Any)
         )  # fmt: skip
         trainer = Trainer(copy.deepcopy(base), corpus, config, Path(scratch), compiled=False)
         trainer.run()
-        return joint(trainer.model, corpus, "unfrozen", 0, trainer.balconies).evaluate()
+        return joint(trainer.exits.model, corpus, "unfrozen", 0, trainer.balconies).evaluate()
 
 
 def variants(base: PreTrainedModel, corpus: Corpus, steps: int) -> dict[str, Callable[[], Scores]]:

@@ -1,15 +1,21 @@
-"""Training with the backbone: what the paper compares frozen balconies with.
+"""Train backbone and exits together: the baselines that the paper compares its frozen backbone with.
 
-Owns the loop in which backbone and exits learn together, for three baselines. ``unfrozen``: the paper's distillation without
-the freezing (section 4.3); the teacher is the model as it was, and the full depth learns from it like any exit, since with its
-own moving full depth as the teacher all of them come to agree on nothing. ``sorted``: SortedLLaMA's, no modules at the exits,
-the mean cross-entropy of all sub-models. ``scratch``: the same mean with balconies, from random weights (Table 4). The result
-is a base model of its own, as a Hugging Face checkpoint, and balconies for it. Small models and short runs: weights and
-optimizer in float32, no resume.
+    python -m benchmarks.paper.joint demo --objective unfrozen --exits 14,17,20 --data TEXT.jsonl --steps 1000 -o OUT
+
+Three objectives. ``unfrozen``: the paper's distillation without the freezing (section 4.3). The teacher is a copy of the model
+as it was, and the full depth learns from it like any exit; with its own moving full depth as the teacher, all of them would
+come to agree on nothing. ``sorted``: SortedLLaMA's, without modules at the exits: the mean cross-entropy of all sub-models.
+``scratch``: the same mean with balconies, from random weights (Table 4).
+
+The result is a base model of its own in ``OUT/model``, as a Hugging Face checkpoint, and balconies for it in ``OUT``; every
+command of ``balcony-edge`` takes the two. For small models and short runs: weights and optimizer in float32, no resume.
+
+The last line is JSON: ``model``, ``balconies``, ``exits`` (exit → ``cross_entropy``, ``kl``, ``agreement`` on held-out rows).
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -17,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +32,20 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError, TrainingError
-from balcony_export.data.corpus import Corpus, Rows
-from balcony_export.model.balcony import Balcony, Kind, fingerprint, init_balconies, save_balconies
-from balcony_export.model.checkpoint import save_checkpoint
-from balcony_export.output import fresh_directory
-from balcony_export.train.states import Backbone
+from balcony_export.data.corpus import Corpus, Rows, build_corpus
+from balcony_export.model.balcony import (
+    INDEX,
+    KINDS,
+    Balcony,
+    BalconyKind,
+    fingerprint,
+    init_balconies,
+    parse_exits,
+    save_balconies,
+)
+from balcony_export.model.checkpoint import load_tokenizer, load_trainable, save_checkpoint
+from balcony_export.model.exits import ExitModel
+from balcony_export.output import fresh_directory, refuse_existing
 
 #: How backbone and exits learn together.
 Objective = Literal["unfrozen", "sorted", "scratch"]
@@ -45,7 +60,7 @@ class JointConfig:
 
     exits: tuple[int, ...]
     objective: Objective
-    module: Kind = "decoder"
+    module: BalconyKind = "decoder"
     steps: int = 1000
     batch_rows: int = 8
     rate: float = 1e-3
@@ -53,11 +68,11 @@ class JointConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise InputError for values that make no sense together."""
+        """Raise InputError for values that exclude each other."""
         if self.steps < 1 or self.batch_rows < 1 or not (self.rate > 0 and math.isfinite(self.rate)):
             raise InputError(f"{self.steps} steps of {self.batch_rows} rows at {self.rate}: must be positive numbers")
         if self.objective == "sorted" and self.module != "none":
-            raise InputError("--objective sorted: its exits have no module: leave --exit-module out")
+            raise InputError("--objective sorted: its exits have no module: give --exit-module none or leave it out")
 
 
 @dataclass(frozen=True)
@@ -87,16 +102,15 @@ class JointTrainer:
         if config.objective == "scratch":
             torch.manual_seed(config.seed)
             model.apply(model._init_weights)
-        kind: Kind = "none" if config.objective == "sorted" else config.module
+        kind: BalconyKind = "none" if config.objective == "sorted" else config.module
         self.balconies = balconies or init_balconies(
             model, config.exits, kind, random=config.seed if config.objective == "scratch" else None
         )
-        self._backbone = Backbone(model, config.exits, torch.float32)
-        self._arguments = self._backbone.layer_arguments(corpus.train.tokens.shape[1])
+        self.exits = ExitModel(model, self.balconies)
         parameters: list[torch.nn.Parameter] = list(model.parameters())
         if config.objective == "sorted":  # the exits share the final norm, which trains with the model
             for balcony in self.balconies.values():
-                balcony.norm = self._backbone.decoder.norm
+                balcony.norm = self.exits.parts.norm
         else:
             parameters += [p for balcony in self.balconies.values() for p in balcony.parameters()]
         for parameter in parameters:
@@ -158,8 +172,7 @@ class JointTrainer:
         Raises:
             TrainingError: one of them gives no number: the last step went too far.
         """
-        depth = len(self._backbone.decoder.layers)
-        sums = {e: [0.0, 0.0, 0.0] for e in (*self.config.exits, depth)}
+        sums = {e: [0.0, 0.0, 0.0] for e in self.exits.exit_layers}
         count = 0
         for rows in np.array_split(np.arange(len(self.corpus.held_out.tokens)), len(self.corpus.held_out.tokens)):
             tokens, mask = self._batch(self.corpus.held_out, rows)
@@ -186,25 +199,7 @@ class JointTrainer:
 
     def _logits(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Of each exit and of the full depth  # each (B, T, V)"""
-        decoder: Any = self._backbone.decoder
-        states: dict[int, torch.Tensor] = {}
-
-        def take(exit_layer: int) -> Any:
-            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                states[exit_layer] = args[0] if args else kwargs["hidden_states"]
-
-            return hook
-
-        handles = [decoder.layers[e].register_forward_pre_hook(take(e), with_kwargs=True) for e in self.config.exits]
-        try:
-            last = decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
-        normed = [self.balconies[e](states[e], **self._arguments) for e in self.config.exits]
-        head, cap = self.model.get_output_embeddings(), getattr(self.model.config, "final_logit_softcapping", None)
-        logits = [head(hidden).float() for hidden in (*normed, last)]
-        return logits if cap is None else [torch.tanh(one / cap) * cap for one in logits]
+        return [logits.float() for logits in self.exits.logits(tokens).values()]
 
     def _rows_of(self, step: int) -> npt.NDArray[np.int64]:
         """Row indices of a step: whole epochs, each in a seeded order."""
@@ -223,3 +218,66 @@ class JointTrainer:
         tokens = torch.from_numpy(rows.tokens[which]).long()
         lengths = torch.from_numpy(rows.lengths[which])
         return tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None] - 1
+
+
+def train_jointly(options: argparse.Namespace) -> dict[str, ExitScore]:
+    """Train, write the model and its balconies, and score every exit on held-out rows."""
+    output: Path = options.output
+    if (output / INDEX).exists():
+        raise InputError(f"{output}: holds balconies of another model: name another directory")
+    if output.exists():
+        refuse_existing(output / BASE)
+    model, tokenizer = load_trainable(options.model, options.seq_len), load_tokenizer(options.model)
+    module: BalconyKind = options.exit_module or ("none" if options.objective == "sorted" else "decoder")
+    config = JointConfig(
+        exits=parse_exits(options.exits, model.config.num_hidden_layers),
+        objective=options.objective,
+        module=module,
+        steps=options.steps,
+        batch_rows=options.batch_rows,
+        rate=options.rate,
+        clip=options.clip,
+        seed=options.seed,
+    )
+    config.check()
+    corpus = build_corpus(
+        options.data, tokenizer, seq_len=options.seq_len, seed=config.seed, held_out_rows=options.held_out_rows
+    )
+    trainer = JointTrainer(model, corpus, config)
+
+    def report(step: int, loss: float, left_s: float) -> None:
+        if step % 50 == 0:
+            print(f"step {step} of {config.steps}: loss {loss:.3f}, {left_s / 60:.0f} min left", flush=True)
+
+    trainer.run(report)
+    scores = trainer.evaluate()
+    trainer.save(output, tokenizer)
+    return {str(e): score for e, score in scores.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hugging Face directory, GGUF file, hub name, or 'demo'")
+    parser.add_argument("--objective", choices=OBJECTIVES, required=True)
+    parser.add_argument("--exits", required=True, help="exit layers (14,17,20) or depth factors (0.5x,0.6x,0.7x)")
+    parser.add_argument("--data", type=Path, action="append", required=True, help="text, as for `balcony-edge train`")
+    parser.add_argument("--output", "-o", type=Path, required=True, help="directory of the model and its balconies")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--exit-module", choices=KINDS, help="default: decoder, or none for sorted")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--batch-rows", type=int, default=2, help="rows per step")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per row")
+    parser.add_argument("--held-out-rows", type=int, default=24, help="rows of documents kept out of training")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    scores = train_jointly(options)
+    for exit_layer, score in scores.items():
+        print(f"exit {exit_layer}: cross-entropy {score.cross_entropy:.3f}, KL {score.kl:.3f}, {score.agreement:.1%}")
+    exits = {exit_layer: asdict(score) for exit_layer, score in scores.items()}
+    print(json.dumps({"model": str(options.output / BASE), "balconies": str(options.output), "exits": exits}))
+
+
+if __name__ == "__main__":
+    main()

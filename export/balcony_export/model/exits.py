@@ -1,0 +1,225 @@
+"""A frozen language model with its exits: the one place that runs a Hugging Face model from the inside.
+
+Owns how the states between layers are taken (hooks, so that no architecture is known by name), what a decoder layer is
+called with (masks, rotary tables, caches), and how a state becomes logits. An exit at layer ``e`` is
+
+    state after e layers  →  balcony (decoder layer, then norm)  →  LM head  →  soft cap, if the model has one
+
+and the full depth is the exit at the last layer, where the model's own final norm takes the place of the balcony. What is
+done with logits and states is the callers' business: training, evaluation, quantization, verification. What a balcony
+computes between its input and its output is :class:`.balcony.Balcony`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from balcony_export.model.architecture import cast_weights, layer_type, parts_of
+from balcony_export.model.balcony import Balcony, BalconyKind, init_balconies, load_balconies
+
+
+@dataclass(frozen=True)
+class States:
+    """What one pass of the backbone gives: the states at some exits and the arguments that a balcony takes.
+
+    Attributes:
+        at: exit layer → hidden state after that many layers, before any norm  # (B, T, D)
+        layer_arguments: keyword arguments of the last layer, of which balconies are copies, without its cache.
+    """
+
+    at: Mapping[int, torch.Tensor]
+    layer_arguments: Mapping[str, Any]
+
+
+class ExitModel:
+    """A causal language model and its balconies.
+
+    Neither gradients nor devices are decided here: callers that only read use ``torch.no_grad()``, and tokens must be on
+    the model's device.
+
+    Attributes:
+        model: The base model.
+        balconies: Exit layer → balcony, for the exits below the full depth.
+        parts: The base model's modules by role.
+        depth: Number of decoder layers, which is also the exit layer of the full depth.
+    """
+
+    def __init__(self, model: PreTrainedModel, balconies: Mapping[int, Balcony] | None = None) -> None:
+        """Attach balconies to a model.
+
+        Raises:
+            UnsupportedModelError: The model does something that export cannot represent.
+        """
+        self.model = model
+        self.parts = parts_of(model)
+        self.balconies = dict(sorted((balconies or {}).items()))
+        self.depth = len(self.parts.layers)
+
+    @classmethod
+    def open(
+        cls,
+        model: PreTrainedModel,
+        exit_layers: tuple[int, ...] | None,
+        directory: Path | None = None,
+        kind: BalconyKind = "decoder",
+    ) -> ExitModel:
+        """Attach the balconies of a directory, or untrained ones.
+
+        Args:
+            model: The base model.
+            exit_layers: Exits below the full depth; None for all that the directory has.
+            directory: Balconies that ``balcony-edge train`` wrote; without it they are copies of the last layer.
+            kind: Kind of the untrained balconies.
+
+        Raises:
+            CheckpointError: The directory does not fit the model or the exits.
+        """
+        if directory is None:
+            return cls(model, init_balconies(model, exit_layers or (), kind))
+        return cls(model, load_balconies(directory, model, exit_layers))
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """All exits, the full depth last."""
+        return (*self.balconies, self.depth)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The base model and the balconies."""
+        return (self.model, *self.balconies.values())
+
+    @property
+    def soft_cap(self) -> float | None:
+        """Bound ``c`` of the logits, which are ``c * tanh(logits / c)``; None in models without one."""
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
+    def parameters_read(self, exit_layer: int) -> int:
+        """Parameters that one token at an exit reads, without the token table and the LM head (the paper's Table 1)."""
+        last = self.parts.norm if exit_layer == self.depth else self.balconies[exit_layer]
+        return sum(p.numel() for module in (*self.parts.layers[:exit_layer], last) for p in module.parameters())
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert all weights in place, and no buffers: see :func:`.architecture.cast_weights`."""
+        for module in self.modules:
+            cast_weights(module, dtype)
+
+    def copy(self) -> ExitModel:
+        """A deep copy, which shares no weight with this one."""
+        return ExitModel(*copy.deepcopy((self.model, self.balconies)))
+
+    def run(self, tokens: torch.Tensor, exit_layers: Iterable[int], cache: Cache | None = None) -> States:
+        """Run all layers of the backbone and take the states at some exits.
+
+        Args:
+            tokens: Token ids  # (B, T)
+            exit_layers: Exits whose states are taken, the full depth among them or not.
+            cache: KV cache of the backbone, which the pass extends; without it the rows are whole sequences.
+        """
+        at: dict[int, torch.Tensor] = {}
+        arguments: dict[str, Any] = {}
+
+        def taking(exit_layer: int) -> Callable[..., None]:
+            def hook(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+                at[exit_layer] = given[0] if given else options["hidden_states"]
+
+            return hook
+
+        def keep_arguments(_: nn.Module, _given: tuple[Any, ...], options: dict[str, Any]) -> None:
+            names = _cache_names(options)
+            arguments.update({name: value for name, value in options.items() if name not in names})
+
+        # the state after e layers is what the next module takes: layer e + 1, or the final norm
+        takers = [*self.parts.layers, self.parts.norm]
+        handles = [takers[e].register_forward_pre_hook(taking(e), with_kwargs=True) for e in {*exit_layers}]
+        handles.append(self.parts.layers[-1].register_forward_pre_hook(keep_arguments, with_kwargs=True))
+        keyword = {} if cache is None else {cache_keyword(self.parts.decoder): cache}
+        try:
+            self.parts.decoder(input_ids=tokens, use_cache=cache is not None, **keyword)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return States(at, arguments)
+
+    def layer_arguments(self, rows: int) -> Mapping[str, Any]:
+        """What the last layer is called with for whole sequences of so many rows, whatever their tokens are."""
+        device = self.parts.embed.weight.device
+        return self.run(torch.zeros(1, rows, dtype=torch.long, device=device), ()).layer_arguments
+
+    def normed(self, exit_layer: int, states: States, cache: Cache | None = None) -> torch.Tensor:
+        """What the LM head takes at an exit: the balcony's output, or the final norm's  # (B, T, D)
+
+        Args:
+            exit_layer: An exit whose state was taken.
+            states: Of :meth:`run`.
+            cache: KV cache of the balcony, where the pass had one of the backbone.
+        """
+        state = states.at[exit_layer]
+        if exit_layer == self.depth:
+            normed: torch.Tensor = self.parts.norm(state)
+            return normed
+        balcony = self.balconies[exit_layer]
+        keyword = {} if cache is None or balcony.layer is None else {cache_keyword(balcony.layer): cache}
+        return balcony(state, **states.layer_arguments, **keyword)  # type: ignore[no-any-return]
+
+    def head(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits of normed states, soft cap included, in the type of the weights  # (..., D) -> (..., V)"""
+        logits: torch.Tensor = self.parts.head(normed)
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+    def logits(self, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Exit layer → logits at every position of whole sequences, all exits from one pass  # (B, T) -> (B, T, V)"""
+        states = self.run(tokens, self.exit_layers)
+        return {exit_layer: self.head(self.normed(exit_layer, states)) for exit_layer in self.exit_layers}
+
+    def layer_type(self, layer: Any) -> str:
+        """Attention type of a layer of the backbone or a balcony, which keeps the index of the layer that it copies."""
+        return layer_type(self.model.config, layer.self_attn.layer_idx)
+
+    def rotary_tables(self, rows: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Attention type → ``(cos, sin)`` of the first positions, from the model's own rotary module  # (rows, head_dim / 2)"""
+        types = sorted({layer_type(self.model.config, index) for index in range(self.depth)})
+        takes_type = "layer_type" in inspect.signature(self.parts.rotary.forward).parameters
+        probe = torch.zeros(1, 1, 1, dtype=self.parts.embed.weight.dtype)
+        tables = {}
+        for kind in types if takes_type else types[:1]:
+            with torch.no_grad():
+                cos, sin = self.parts.rotary(probe, torch.arange(rows)[None], *((kind,) if takes_type else ()))
+            half = cos.shape[-1] // 2
+            tables[kind] = (cos[0, :, :half].clone(), sin[0, :, :half].clone())
+        return {kind: tables.get(kind, tables[types[0]]) for kind in types}
+
+
+def call_layer(layer: Any, hidden: torch.Tensor, mask: Any, rotary: tuple[Any, Any], cache: Any) -> torch.Tensor:
+    """Call a decoder layer as its model does  # (B, T, D) -> (B, T, D)
+
+    Args:
+        layer: The layer.
+        hidden: State before it  # (B, T, D)
+        mask: Attention mask, or what the attention function that is in place takes for one.
+        rotary: Cosines and sines of the positions, or what the rotary function that is in place takes for them.
+        cache: KV cache, or None.
+    """
+    keyword = {cache_keyword(layer): cache}
+    out = layer(hidden, attention_mask=mask, position_embeddings=rotary, **keyword)
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def cache_keyword(module: nn.Module) -> str:
+    """The argument that takes the KV cache: transformers renamed ``past_key_values`` to ``cache`` in 5.20."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def _cache_names(options: Mapping[str, Any]) -> set[str]:
+    """Arguments of a layer that are its input, its cache, or a flag about the cache: a balcony has its own."""
+    caches = {name for name, value in options.items() if isinstance(value, Cache)}
+    return caches | {"hidden_states", "use_cache", "cache", "past_key_values", "past_key_value"}

@@ -1,0 +1,97 @@
+"""The paper's baselines: each learns on a tiny model, and what it writes exports, verifies and generates like any other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.errors import InputError, TrainingError
+from balcony_export.data.corpus import Corpus, Rows
+from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.model.balcony import load_balconies
+from balcony_export.model.checkpoint import load_model
+from balcony_export.model.exits import ExitModel
+from balcony_export.verify import verify
+from benchmarks.paper.joint import BASE, OBJECTIVES, JointConfig, JointTrainer, main
+
+PROMPTS = ("the quick brown fox jumps", "over the lazy dog and the balcony")
+
+
+def corpus() -> Corpus:
+    random = np.random.default_rng(3)
+    rows = [
+        Rows(random.integers(1, 320, (count, 32)).astype(np.int32), np.full(count, 32, np.int32)) for count in (8, 2)
+    ]
+    return Corpus(rows[0], rows[1], {}, "a digest")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_with_the_backbone(make_tiny: Any, make_tokenizer: Any, tmp_path: Path, objective: Any) -> None:
+    """Each baseline learns, and its checkpoint exports, verifies and generates like any other."""
+    model, tokenizer = make_tiny("llama"), make_tokenizer()
+    before = copy.deepcopy(model.state_dict())
+    module: Any = "none" if objective == "sorted" else "decoder"
+    config = JointConfig((2, 3), objective, module, steps=12, batch_rows=4, rate=3e-3)
+    trainer = JointTrainer(model, corpus(), config)
+    start = trainer.evaluate()
+    losses = trainer.run()
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    after = trainer.evaluate()
+    assert after.keys() == {2, 3, 5} and after[5].kl == 0 and after[5].agreement == 1.0
+    if objective == "unfrozen":
+        assert after[3].kl < start[3].kl
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert "model.layers.0.mlp.up_proj.weight" in changed, "the backbone also learns"
+    trainer.save(tmp_path / "run", tokenizer)
+    loaded = load_model(str(tmp_path / "run" / BASE))
+    balconies = load_balconies(tmp_path / "run", loaded)
+    assert {balcony.kind for balcony in balconies.values()} == {module}
+    exits = ExitModel(loaded, balconies)
+    export_bundle(exits, tokenizer, tmp_path / "bundle", ExportOptions("tiny", trained=True))
+    checks = verify(tmp_path / "bundle", exits, tokenizer, PROMPTS)
+    assert all(check.passed for check in checks)
+    with balcony_edge.load(tmp_path / "bundle", budget=Budget(exit_layer=3)) as llm:
+        assert len(llm.generate("the fox", max_new_tokens=3, ignore_eos=True).tokens) == 3
+
+
+def test_joint_recipes_that_make_no_sense(make_tiny: Any) -> None:
+    with pytest.raises(InputError, match="--objective sorted: its exits have no module"):
+        JointConfig((2,), "sorted").check()
+    with pytest.raises(InputError, match="must be positive numbers"):
+        JointConfig((2,), "scratch", rate=0.0).check()
+    with pytest.raises(TrainingError, match=r"the loss is nan: lower --rate"):
+        model = make_tiny("llama")
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+        JointTrainer(model, corpus(), JointConfig((2,), "unfrozen", steps=1)).run()
+    spoilt = JointTrainer(make_tiny("llama"), corpus(), JointConfig((2,), "unfrozen", steps=1))
+    spoilt.run()
+    spoilt.balconies[2].norm.weight.data[0] = float("nan")  # as after a last step that went too far
+    with pytest.raises(TrainingError, match=r"exit 2 gives no number any more: lower --rate"):
+        spoilt.evaluate()
+
+
+def test_the_command(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(tiny_checkpoint), "--exits", "2,3", "--data", str(text_file), "-o", str(tmp_path / "out")]
+    command += ["--seq-len", "32", "--held-out-rows", "2", "--steps", "3"]
+    main([*command, "--objective", "sorted"])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["exits"]["5"]["kl"] == 0 and document["exits"]["2"]["cross_entropy"] > 0
+    loaded = load_model(document["model"])
+    assert list(load_balconies(document["balconies"], loaded)) == [2, 3]
+    with pytest.raises(InputError, match="holds balconies of another model"):
+        main([*command, "--objective", "unfrozen"])
+    with pytest.raises(InputError, match="--objective sorted: its exits have no module"):
+        main([*command, "-o", str(tmp_path / "other"), "--objective", "sorted", "--exit-module", "mlp"])
+    with pytest.raises(InputError, match=r"--seq-len 100000: this model's context holds \d+ tokens"):
+        main([*command, "-o", str(tmp_path / "other"), "--objective", "scratch", "--seq-len", "100000"])
+    assert not (tmp_path / "other").exists()
