@@ -416,7 +416,7 @@ def test_an_int8_cache_takes_a_quarter_and_schedules_agree(tiny: Any, tmp_path: 
         with Engine.open(path) as engine:
             sequence = engine.new_sequence(max_length=60)
             logits.append(sequence.advance(5, ids, num_logits=60)[0])
-            caches: Any = sequence.state._caches["stage_1"].held.arrays  # type: ignore[attr-defined]
+            caches: Any = sequence.state._stages[1].cache.held.arrays  # type: ignore[attr-defined]
             kept.append(sum(array.nbytes for array in caches))
             # a balcony's backlog is rounded in its own graph: the same logits as when its attention rounds
             sequence.run_balcony(3, 40)

@@ -41,7 +41,8 @@ def resident_bytes(arrays: list[Any]) -> int:
 
 def arrays_of(sequence: TokenSequence) -> list[Any]:
     state: Any = sequence.state
-    return [state._rows, state._logits, *(array for cache in state._caches.values() for array in cache.held.arrays)]
+    caches = [graph.cache for graph in state._graphs.values() if graph.cache is not None]
+    return [state._rows, state._logits, *(array for cache in caches for array in cache.held.arrays)]
 
 
 @pytest.mark.parametrize("graphs", ["lowered", "portable"])
@@ -429,8 +430,8 @@ def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) ->
         sequence.advance(5, [1])
         state: Any = sequence.state
         sequence.step(5, np.array([2]))
-        names = engine.manifest.path_graphs(5)
-        runs = [bound_run(Elsewhere(engine.backend.sessions[n]), state._one_row(n)) for n in names]  # type: ignore[attr-defined]
+        sessions: Any = engine.backend.sessions  # type: ignore[attr-defined]
+        runs = [bound_run(Elsewhere(sessions[graph.name]), graph.one_row) for graph in state._paths[2]]  # type: ignore[arg-type]
         state._programs[2] = state._programs[2]._replace(runs=runs)
         sequence.rollback(1)
         state._logits[:] = 0

@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 import numpy as np
 
@@ -119,6 +119,20 @@ class _Cache:
         return list({region.pointer: region for side in self.sides for region in side}.values())
 
 
+class _Graph(NamedTuple):
+    """One graph as a sequence uses it.
+
+    Attributes:
+        name: name of the graph in its engine set.
+        step: tensors of a decode step, without those of the cache.
+        cache: its KV cache; None without attention.
+    """
+
+    name: str
+    step: dict[str, Region]
+    cache: _Cache | None = None
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -166,18 +180,32 @@ class DeviceState:
         # Dense copies of rows for passes with several members (two regions), and the output of an exit for the head.
         self._scratch = [allocate((batch_size, min(MAX_ROWS, max_length), width), dtype) for _ in range(3)]
         self._asked: Region | None = None
-        names = [f"stage_{i}" for i in range(len(manifest.exit_layers))]
-        names += [f"balcony_{e}" for e in manifest.cached_exits]
-        in_place = backend.executor.in_place
-        self._caches = {name: _Cache(engines, name, allocate, batch_size, in_place) for name in names}
+
+        def cache(name: str) -> _Cache:
+            return _Cache(engines, name, allocate, batch_size, backend.executor.in_place)
+
+        self._embed = _Graph("embed", {"ids": self._ids, "hidden_0": self._row[0]})
+        self._stages, self._exits = [], []
+        for stage, layer in enumerate(manifest.exit_layers):
+            name, source, target = f"stage_{stage}", self._row[stage], self._row[stage + 1]
+            step = {f"hidden_{self._layers[stage]}": source, f"hidden_{layer}": target}
+            self._stages.append(_Graph(name, step, cache(name)))
+            name = manifest.exit_graph(layer)
+            if layer in manifest.cached_exits:
+                step = {"rows": target, "queries": target, "hidden": self._hidden}
+                self._exits.append(_Graph(name, step, cache(name)))
+            else:
+                self._exits.append(_Graph(name, {"hidden": target, "normed": self._hidden}))
+        head = {"hidden": self._hidden, "logits": self._logits, "argmax": self._best}
+        self._head = _Graph("lm_head", head)
         self._programs: dict[tuple[int, ...], Callable[[], None]] = {}
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of row buffers and KV caches at full length, since a device allocates them whole."""
-        return sum(region.nbytes for region in (*self._rows, *self._scratch)) + sum(
-            region.nbytes for cache in self._caches.values() for region in cache.regions
-        )
+        graphs = (*self._stages, *self._exits)
+        cached = [region for graph in graphs if graph.cache is not None for region in graph.cache.regions]
+        return sum(region.nbytes for region in (*self._rows, *self._scratch, *cached))
 
     @_alone
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
@@ -209,33 +237,32 @@ class DeviceState:
             rows = self._rows_of(0, start + first, start + first + part.shape[1], 0, fill=False)
             with self._for_a_pass(part.shape, "int64") as ids:
                 self._device.upload(ids, part)
-                self._run("embed", {"ids": ids, "hidden_0": rows})
+                self._run(self._embed, {"ids": ids, "hidden_0": rows})
             self._store(0, rows, start + first)
 
     @_alone
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Run rows from boundary ``stage`` to boundary ``stage + 1``."""
-        name = f"stage_{stage}"
         self._stand_at(start)
         source = self._rows_of(stage, start, stop, 0)
         target = self._rows_of(stage + 1, start, stop, 1, fill=False)
         names = [f"hidden_{layer}" for layer in self._layers[stage : stage + 2]]
-        self._run(name, {names[0]: source, names[1]: target})
+        self._run(self._stages[stage], {names[0]: source, names[1]: target})
         self._store(stage + 1, target, start)
 
     @_alone
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
         boundary, count = exit_index + 1, max(num_queries, 1)
-        name = self._backend.manifest.exit_graph(self._layers[boundary])
+        graph = self._exits[exit_index]
         out = self._scratch[2].part(0, (self._batch, count, self._width))
         queries = self._rows_of(boundary, stop - count, stop, 0)
-        if name not in self._caches:
-            self._run(name, {"hidden": queries, "normed": out})
+        if graph.cache is None:
+            self._run(graph, {"hidden": queries, "normed": out})
         else:
             self._stand_at(start)
             rows = self._rows_of(boundary, start, stop, 1)
-            self._run(name, {"rows": rows, "queries": queries, "hidden": out})
+            self._run(graph, {"rows": rows, "queries": queries, "hidden": out})
         self._asked = out
 
     @_alone
@@ -252,7 +279,7 @@ class DeviceState:
         vocabulary = self._backend.manifest.model.vocab_size
         asked = (self._batch, num_queries)
         with self._for_a_pass((*asked, vocabulary), "float32") as logits, self._for_a_pass(asked, "int64") as best:
-            self._run("lm_head", {"hidden": self._asked, "logits": logits, "argmax": best})
+            self._run(self._head, {"hidden": self._asked, "logits": logits, "argmax": best})
             found: FloatArray = self._downloaded(logits)
         return found
 
@@ -265,15 +292,15 @@ class DeviceState:
             self._device.free(region)
 
     def _step(self, exit_index: int, ids: IntArray, row: int) -> None:
-        path = self._path(exit_index)
-        caches = [self._caches[name] for name in path if name in self._caches]
+        path = (self._embed, *self._stages[: exit_index + 1], self._exits[exit_index], self._head)
+        caches = [graph.cache for graph in path if graph.cache is not None]
         self._device.upload(self._ids, ids[:, None])
         self._stand_at(row)
         # A captured program is bound to one side of each cache.
         key = (exit_index, *(cache.side for cache in caches))
         begin = time.perf_counter_ns()
         if key not in self._programs:
-            launches = [self._backend.executor.prepare(name, self._step_tensors(name, exit_index)) for name in path]
+            launches = [self._prepared(graph, graph.step) for graph in path]
             self._programs[key] = self._device.captured(launches)
         self._programs[key]()
         self.busy_ns += time.perf_counter_ns() - begin
@@ -282,35 +309,18 @@ class DeviceState:
         for boundary in range(exit_index + 2):
             self._store(boundary, self._row[boundary], row)
 
-    def _path(self, exit_index: int) -> tuple[str, ...]:
-        stages = (f"stage_{i}" for i in range(exit_index + 1))
-        return ("embed", *stages, self._backend.manifest.exit_graph(self._layers[exit_index + 1]), "lm_head")
+    def _prepared(self, graph: _Graph, tensors: dict[str, Region]) -> Callable[[], None]:
+        """A call that launches a graph over these tensors and those of its cache."""
+        if graph.cache is not None:
+            tensors = {**tensors, "start": self._start, **graph.cache.tensors()}
+        return self._backend.executor.prepare(graph.name, tensors)
 
-    def _step_tensors(self, name: str, exit_index: int) -> dict[str, Region]:
-        row = self._row[exit_index + 1]
-        if name == "embed":
-            tensors = {"ids": self._ids, "hidden_0": self._row[0]}
-        elif name == "lm_head":
-            tensors = {"hidden": self._hidden, "logits": self._logits, "argmax": self._best}
-        elif not name.startswith("stage_"):
-            tensors = {"hidden": row, "normed": self._hidden}
-            if name in self._caches:
-                tensors = {"rows": row, "queries": row, "hidden": self._hidden}
-        else:
-            stage = int(name.removeprefix("stage_"))
-            tensors = {f"hidden_{self._layers[i]}": self._row[i] for i in (stage, stage + 1)}
-        return tensors | self._where(name)
-
-    def _where(self, name: str) -> dict[str, Region]:
-        """Further inputs and outputs of a graph with a cache."""
-        return {} if name not in self._caches else {"start": self._start, **self._caches[name].tensors()}
-
-    def _run(self, name: str, tensors: dict[str, Region]) -> None:
+    def _run(self, graph: _Graph, tensors: dict[str, Region]) -> None:
         begin = time.perf_counter_ns()
-        self._backend.executor.prepare(name, tensors | self._where(name))()
+        self._prepared(graph, tensors)()
         self.busy_ns += time.perf_counter_ns() - begin
-        if name in self._caches:
-            self._caches[name].turn()
+        if graph.cache is not None:
+            graph.cache.turn()
 
     def _stand_at(self, start: int) -> None:
         self._device.upload(self._start, np.full(self._batch, start, np.int64))

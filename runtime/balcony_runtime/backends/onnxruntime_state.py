@@ -142,6 +142,37 @@ class _Program(NamedTuple):
     logits: FloatArray
 
 
+class _Graph:
+    """One graph as a sequence uses it.
+
+    Attributes:
+        name: name of the graph, which is also the name of its session.
+        spec: its tables in the manifest.
+        cache: its KV cache; a balcony's graph for keys shares the balcony's. None without attention.
+        inputs, outputs: values of its one-row pass, by port.
+        one_row, many_rows: bindings of its passes of one row and of several; None until the first such pass.
+    """
+
+    def __init__(
+        self, name: str, spec: GraphSpec, cache: _Cache | None, inputs: dict[str, Any], outputs: dict[str, Any]
+    ) -> None:
+        self.name, self.spec, self.cache, self.inputs, self.outputs = name, spec, cache, inputs, outputs
+        self.one_row: Any = None
+        self.many_rows: Any = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether the graph uses ``GroupQueryAttention``."""
+        return any(tensor.name == "last" for tensor in self.spec.inputs)
+
+
+class _Exit(NamedTuple):
+    """The graphs of an exit: its balcony or norm, and the balcony's graph for keys, if it has one."""
+
+    graph: _Graph
+    keys: _Graph | None
+
+
 class OnnxRuntimeState:
     """One sequence's rows and caches in main memory; implements :class:`balcony_runtime.backends.base.State`.
 
@@ -153,8 +184,7 @@ class OnnxRuntimeState:
 
     def __init__(self, backend: OnnxRuntimeBackend, batch_size: int, max_length: int) -> None:
         manifest = backend.manifest
-        self._backend, self._batch, self._manifest = backend, batch_size, manifest
-        self._specs = manifest.runnable
+        self._backend, self._batch = backend, batch_size
         self.busy_ns = 0
         dim, dtype = manifest.model.hidden_size, backend.dtype
         layers = manifest.exit_layers
@@ -172,18 +202,32 @@ class OnnxRuntimeState:
         self._last = np.frombuffer(self._standing, np.int32, batch_size, start.nbytes)
         total = np.frombuffer(self._standing, np.int32, 1, start.nbytes + self._last.nbytes).reshape(())
         self._where = {"start": _value(start), "last": _value(self._last), "total": _value(total)}
-        make = _WholeCache if manifest.cpu else _PrefixCache
-        self._caches: dict[str, _Cache] = {}
-        for name in [f"stage_{i}" for i in range(len(layers))] + [
-            manifest.exit_graph(e) for e in manifest.cached_exits
-        ]:
-            self._caches[name] = make(self._specs[name], batch_size, max_length)
-            if f"{name}_keys" in self._specs:
-                self._caches[f"{name}_keys"] = self._caches[name]
-        self._bound: dict[str, Any] = {}  # graph → binding of its one-row pass
-        self._bound_rows: dict[
-            str, Any
-        ] = {}  # graph → binding of its passes of several rows; the rows change each time
+        specs, make = manifest.runnable, _WholeCache if manifest.cpu else _PrefixCache
+        self._graphs: dict[str, _Graph] = {}
+
+        def graph(name: str, inputs: dict[str, Any], outputs: dict[str, Any], cache: _Cache | None) -> _Graph:
+            self._graphs[name] = _Graph(name, specs[name], cache, inputs, outputs)
+            return self._graphs[name]
+
+        self._stages = []
+        for stage, (first, last) in enumerate(zip(self._layers, layers, strict=False)):
+            name = f"stage_{stage}"
+            inputs = {f"hidden_{first}": self._row_values[stage]}
+            outputs = {f"hidden_{last}": self._row_values[stage + 1], "normed": self._hidden}
+            self._stages.append(graph(name, inputs, outputs, make(specs[name], batch_size, max_length)))
+        self._exits = []
+        for layer, row in zip(layers, self._row_values[1:], strict=True):
+            name = manifest.exit_graph(layer)
+            cache = make(specs[name], batch_size, max_length) if layer in manifest.cached_exits else None
+            inputs, outputs = (
+                {"rows": row, "queries": row, "hidden": row},
+                dict.fromkeys(("hidden", "normed"), self._hidden),
+            )
+            keys = graph(f"{name}_keys", {}, {}, cache) if f"{name}_keys" in specs else None
+            self._exits.append(_Exit(graph(name, inputs, outputs, cache), keys))
+        self._head = graph("lm_head", {"hidden": self._hidden}, {"logits": _value(self._logits)}, None)
+        #: Graphs of a decode step at each exit, in order.
+        self._paths = [[self._graphs[name] for name in manifest.path_graphs(layer)] for layer in layers]
         self._decoded: dict[int, int] = {}  # exit → number of rows that its decode steps have reached
         self._programs: dict[int, _Program] = {}  # exit → its decode step
         self._queries: npt.NDArray[Any] | None = None
@@ -192,22 +236,24 @@ class OnnxRuntimeState:
     def memory_bytes(self) -> int:
         """Bytes of the logits' array, and of row buffers and KV caches as far as rows have reached them."""
         self._reserve_decoded()
-        caches = {id(cache): cache.touched_bytes() for cache in self._caches.values()}
+        graphs = [*self._stages, *(one.graph for one in self._exits)]
+        caches = [graph.cache for graph in graphs if graph.cache is not None]
         # A stage writes the boundary after it, and stage 0 takes all rows of boundary 0.
-        reached = [self._caches[f"stage_{max(boundary - 1, 0)}"].rows for boundary in range(len(self._layers))]
+        written = [caches[stage].rows for stage in range(len(self._stages))]
+        reached = [written[0], *written]
         rows = sum(touched_bytes(part, 1, count) for part, count in zip(self._rows, reached, strict=True))
-        return self._logits.nbytes + rows + sum(caches.values())
+        return self._logits.nbytes + rows + sum(cache.touched_bytes() for cache in caches)
 
     def largest_cached(self) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
         """Graph → input → largest absolute value of each channel of its cache, over members and rows, (H, d)."""
         self._reserve_decoded()
-        return {name: cache.largest() for name, cache in self._caches.items()}
+        return {graph.name: graph.cache.largest() for graph in self._graphs.values() if graph.cache is not None}
 
     def _reserve_decoded(self) -> None:
         """Count the rows of decode steps in the caches; the steps themselves do not, to save time."""
         for exit_index, rows in self._decoded.items():
-            for name in self._manifest.path_graphs(self._layers[exit_index + 1]):
-                self._reserve(name, rows)
+            for graph in self._paths[exit_index]:
+                self._reserve(graph, rows)
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """Run one row through all graphs on the way to an exit."""
@@ -243,30 +289,28 @@ class OnnxRuntimeState:
 
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Run rows from boundary ``stage`` to boundary ``stage + 1``."""
-        name = f"stage_{stage}"
-        self._reserve(name, stop)
+        graph = self._stages[stage]
+        self._reserve(graph, stop)
         self._stand_at(start, stop)
         if stop - start == 1:
             self._row[stage, :, 0] = self._rows[stage, :, start]
-            self._run(name, self._one_row(name))
+            self._run(graph, self._one_row(graph))
             self._rows[stage + 1, :, start] = self._row[stage + 1, :, 0]
             return
         rows = np.ascontiguousarray(self._rows[stage, :, start:stop])
         there = self._rows[stage + 1, :, start:stop]
         out = there if self._batch == 1 else np.empty_like(rows)  # rows of several members are not contiguous
         outputs = {f"hidden_{self._layers[stage + 1]}": out, "normed": np.empty_like(rows)}
-        self._run_rows(name, {f"hidden_{self._layers[stage]}": rows}, outputs)
+        self._run_rows(graph, {f"hidden_{self._layers[stage]}": rows}, outputs)
         if out is not there:
             there[:] = out
 
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
-        name, boundary = self._manifest.exit_graph(self._layers[exit_index + 1]), exit_index + 1
-        full, keys = name not in self._caches, f"{name}_keys"
-        self._reserve(name, stop)
-        if (
-            keys in self._specs
-        ):  # this balcony uses all its rows as queries, so the others go through the graph for keys
+        (graph, keys), boundary = self._exits[exit_index], exit_index + 1
+        full = graph.cache is None
+        self._reserve(graph, stop)
+        if keys is not None:  # this balcony uses all its rows as queries, so the others go through the graph for keys
             asked = stop - num_queries
             if start < asked:
                 self._stand_at(start, asked)
@@ -275,20 +319,20 @@ class OnnxRuntimeState:
             start = asked
         elif full:
             start = stop - num_queries
-        num_queries = max(num_queries, 1) if keys not in self._specs else num_queries
+        num_queries = max(num_queries, 1) if keys is None else num_queries
         if start == stop:
             return
         self._stand_at(start, stop)
         if stop - start == 1:
             self._row[boundary, :, 0] = self._rows[boundary, :, start]
-            self._run(name, self._one_row(name))
+            self._run(graph, self._one_row(graph))
             self._queries = None
             return
         rows = np.ascontiguousarray(self._rows[boundary, :, start:stop])
         queries = np.ascontiguousarray(rows[:, rows.shape[1] - num_queries :])
         out = np.empty_like(queries)
         inputs = {"hidden": queries} if full else {"rows": rows, "queries": queries}
-        self._run_rows(name, inputs, {"normed" if full else "hidden": out})
+        self._run_rows(graph, inputs, {"normed" if full else "hidden": out})
         self._queries = out
 
     def wait(self) -> None:
@@ -297,10 +341,10 @@ class OnnxRuntimeState:
     def logits(self, num_queries: int) -> FloatArray:
         """Run the head over the result of :meth:`run_exit`."""
         if self._queries is None:
-            self._run("lm_head", self._one_row("lm_head"))
+            self._run(self._head, self._one_row(self._head))
             return self._logits.copy()
         logits = np.empty((self._batch, num_queries, self._logits.shape[2]), np.float32)
-        self._run_rows("lm_head", {"hidden": self._queries}, {"logits": logits})
+        self._run_rows(self._head, {"hidden": self._queries}, {"logits": logits})
         return logits
 
     def _stand_at(self, start: int, stop: int) -> None:
@@ -310,15 +354,15 @@ class OnnxRuntimeState:
 
     def _program(self, exit_index: int, row: int) -> _Program:
         """The decode step at an exit, bound."""
-        names = self._manifest.path_graphs(self._layers[exit_index + 1])
-        for name in names:
-            self._reserve(name, row + 1)
-        caches = [self._caches[name] for name in names if name in self._caches]
+        graphs = self._paths[exit_index]
+        for graph in graphs:
+            self._reserve(graph, row + 1)
+        caches = [graph.cache for graph in graphs if graph.cache is not None]
         good_for = min(cache.held.capacity for cache in caches)
         if (path := self._backend.paths.get(self._layers[exit_index + 1])) is not None:
             runs = [bound_run(path, self._path_binding(path, caches))]
         else:
-            runs = [bound_run(self._backend.sessions[name], self._one_row(name)) for name in names]
+            runs = [bound_run(self._backend.sessions[graph.name], self._one_row(graph)) for graph in graphs]
         return _Program(good_for, runs, self._row[0, 0, 0], self._row[: exit_index + 2, :, 0], self._logits[:, 0])
 
     def _path_binding(self, session: ort.InferenceSession, caches: list[_Cache]) -> Any:
@@ -330,68 +374,56 @@ class OnnxRuntimeState:
             cache.bind(binding)
         return binding
 
-    def _reserve(self, name: str, rows: int) -> None:
+    def _reserve(self, graph: _Graph, rows: int) -> None:
         """Make room in a graph's cache. Bindings to the smaller one are dropped first, since an interrupt may come between."""
-        cache = self._caches.get(name)
+        cache = graph.cache
         if cache is None:
             return
         if rows > cache.held.capacity:
-            self._bound.clear()
-            self._bound_rows.clear()
+            for one in self._graphs.values():
+                one.one_row = one.many_rows = None
             self._programs.clear()
             cache.grow(rows)
         cache.rows = max(cache.rows, rows)
 
-    def _one_row(self, name: str) -> Any:
+    def _one_row(self, graph: _Graph) -> Any:
         """The binding of a graph's one-row pass."""
-        if name not in self._bound:
-            if name.startswith("stage_"):
-                stage = int(name.removeprefix("stage_"))
-                inputs = {f"hidden_{self._layers[stage]}": self._row_values[stage]}
-                outputs = {f"hidden_{self._layers[stage + 1]}": self._row_values[stage + 1], "normed": self._hidden}
-            elif name == "lm_head":
-                inputs, outputs = {"hidden": self._hidden}, {"logits": _value(self._logits)}
-            else:
-                row = self._row_values[-1]
-                if name != "norm":
-                    row = self._row_values[self._layers.index(int(name.removeprefix("balcony_")))]
-                inputs = {"rows": row, "queries": row, "hidden": row}
-                outputs = {"hidden": self._hidden, "normed": self._hidden}
-            self._bound[name] = self._bind(name, inputs, outputs)
-        return self._bound[name]
+        if graph.one_row is None:
+            graph.one_row = self._bind(graph, graph.inputs, graph.outputs)
+        return graph.one_row
 
-    def _run_rows(self, name: str, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]) -> None:
+    def _run_rows(
+        self, graph: _Graph, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]
+    ) -> None:
         """Run one pass over arrays that are bound only for it, each (B, rows, width)."""
-        fused = any(tensor.name == "last" for tensor in self._specs[name].inputs)
-        if not fused or self._batch == 1 or int(self._last[0]) + 1 == next(iter(inputs.values())).shape[1]:
+        if not graph.fused or self._batch == 1 or int(self._last[0]) + 1 == next(iter(inputs.values())).shape[1]:
             values, results = ({key: _value(array) for key, array in part.items()} for part in (inputs, outputs))
-            binding = self._bound_rows.get(name)
-            if binding is None:
-                binding = self._bound_rows[name] = self._bind(name, values, results)
+            if graph.many_rows is None:
+                graph.many_rows = self._bind(graph, values, results)
             else:  # the cache stays bound, which saves most of the work
-                _bind_ports(binding, self._specs[name].inputs, self._specs[name].outputs, values, results)
-            self._run(name, binding)
+                _bind_ports(graph.many_rows, graph.spec.inputs, graph.spec.outputs, values, results)
+            self._run(graph, graph.many_rows)
             return
         # GroupQueryAttention accepts several new rows after earlier ones only for one sequence at a time.
         for member in range(self._batch):
             one = slice(member, member + 1)
             values, results = ({key: _value(array[one]) for key, array in part.items()} for part in (inputs, outputs))
-            self._run(name, self._bind(name, {**values, "last": _value(self._last[one])}, results, member))
+            self._run(graph, self._bind(graph, {**values, "last": _value(self._last[one])}, results, member))
 
-    def _bind(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any], member: int | None = None) -> Any:
+    def _bind(self, graph: _Graph, inputs: dict[str, Any], outputs: dict[str, Any], member: int | None = None) -> Any:
         """Bind those of ``inputs``, ``outputs`` and the inputs of position that the graph has, and its cache."""
-        spec = self._specs[name]
-        binding = _bound(self._backend.sessions[name], spec.inputs, spec.outputs, {**self._where, **inputs}, outputs)
-        if name in self._caches:
-            self._caches[name].bind(binding, member)
+        session, spec = self._backend.sessions[graph.name], graph.spec
+        binding = _bound(session, spec.inputs, spec.outputs, {**self._where, **inputs}, outputs)
+        if graph.cache is not None:
+            graph.cache.bind(binding, member)
         return binding
 
-    def _run(self, name: str, binding: Any) -> None:
+    def _run(self, graph: _Graph, binding: Any) -> None:
         begin = time.perf_counter_ns()
         try:
-            bound_run(self._backend.sessions[name], binding)()
+            bound_run(self._backend.sessions[graph.name], binding)()
         except RuntimeError as error:
-            raise _failed(self._specs[name].file, error) from error
+            raise _failed(graph.spec.file, error) from error
         self.busy_ns += time.perf_counter_ns() - begin
 
 
