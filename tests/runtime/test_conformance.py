@@ -247,7 +247,7 @@ def test_bad_input_leaves_the_sequence_as_it_was(subject: Engine) -> None:
         (lambda: sequence.advance(5, [320]), InputError, r"token 320: the vocabulary has 0 to 319"),
         (lambda: sequence.advance(5, [-1]), InputError, r"token -1"),
         (lambda: sequence.advance(5, np.array([1.5])), InputError, r"must be integers"),
-        (lambda: sequence.advance(5, np.array([[1], [2]])), InputError, r"must be \(1, n\)"),
+        (lambda: sequence.advance(5, np.array([[1], [2]])), InputError, r"or \(1, n\)"),
         (lambda: sequence.advance(5, [], num_logits=4), InputError, r"ask for 1 to 3"),
         (lambda: sequence.advance(5, [1], num_logits=0), InputError, r"num_logits = 0"),
         (lambda: sequence.advance(5, [1] * 6), ContextLengthError, r"9 tokens: this sequence holds 8"),
