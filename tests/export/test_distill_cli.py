@@ -43,7 +43,7 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     assert (document["steps"], document["tokens"], set(document["exits"])) == (5, 240, {"2", "3"})
     work = out / "run/2-3"
     assert (work / "curve.png").read_bytes()[:4] == b"\x89PNG"
-    refused(TrainingError, "go on with --resume", *command, "--tokens", "240")
+    refused(TrainingError, "continue with --resume", *command, "--tokens", "240")
     before = (work / "checkpoint.safetensors").read_bytes()
     assert trained(*command, "--steps", "7", "--resume")["steps"] == 7
     assert (work / "checkpoint.safetensors").read_bytes() != before
@@ -52,7 +52,7 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     (out / "run").rename(tmp_path / "old-run")
     assert trained(*command, "--steps", "2", "--start", str(out))["steps"] == 2
     (out / "run").rename(tmp_path / "run")
-    refused(TrainingError, "holds balcony 2 already", *command, "--steps", "2")
+    refused(TrainingError, "already has balcony 2", *command, "--steps", "2")
     (tmp_path / "run").rename(out / "run")
     assert trained(*command, "--steps", "4", "--start", str(out), "--resume")["steps"] == 4
 
@@ -65,7 +65,7 @@ def test_exits_are_added_one_at_a_time(tiny_checkpoint: Path, text_file: Path, t
     trained(tiny_checkpoint, "3", text_file, out, "--steps", "3")
     assert [(out / name).read_bytes() for name in files] == before
     assert set(json.loads((out / "balconies.json").read_text())["exits"]) == {"2", "3"}
-    refused(TrainingError, "holds balcony 3 already", tiny_checkpoint, "3,4", text_file, out, "--steps", "3")
+    refused(TrainingError, "already has balcony 3", tiny_checkpoint, "3,4", text_file, out, "--steps", "3")
     # beside each other they become what they became alone
     together = tmp_path / "together"
     trained(tiny_checkpoint, "2,3", text_file, together, "--steps", "3")

@@ -163,7 +163,7 @@ def test_a_share_of_a_file_is_used_and_documents_of_every_file_are_held_out(
             row[:length].tobytes() for row, length in zip(corpus.held_out.tokens, corpus.held_out.lengths, strict=True)
         ]
         assert held and not learned & set(held)
-    with pytest.raises(InputError, match=r"--mix c\.jsonl: --data has no such file: it has a\.jsonl, b\.jsonl"):
+    with pytest.raises(InputError, match=r"--mix c\.jsonl: is not a file of --data: name one of a\.jsonl, b\.jsonl"):
         build_corpus([tmp_path], tokenizer, seq_len=32, mix={"c.jsonl": 0.5})
 
 
@@ -220,9 +220,9 @@ def test_packing_loses_and_doubles_nothing() -> None:
         ("list.jsonl", b"[1, 2]\n", r"list\.jsonl:1: has no .text. and no chat"),
         ("short.jsonl", b'{"text": "the fox jumps"}\n{"text": "a"}\n', r"short\.jsonl:2: has 1 token, and"),
         ("nothing.jsonl", b'{"text": ""}\n', r"nothing\.jsonl:1: has 0 tokens"),
-        ("one.txt", b"the quick brown fox jumps", r"1 document\(s\) and \d+ tokens: none can be held out"),
+        ("one.txt", b"the quick brown fox jumps", r"1 document\(s\) of \d+ tokens: too few to hold one out"),
         ("absent.jsonl", None, "cannot be read"),
-        (".", None, r"holds no \.jsonl or \.txt files"),
+        (".", None, r"has no \.jsonl or \.txt files"),
         ("text.jsonl", b'{"text": "half a pair \\ud800"}\n', r"text\.jsonl:1: is not JSON .*surrogates not allowed"),
         (
             "text.jsonl",
@@ -287,16 +287,16 @@ def test_schedules_have_their_shapes() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "a run needs one end"),
-        ({"steps": 1, "minutes": 1.0}, "a run needs one end"),
+        ({}, "a run needs exactly one of them"),
+        ({"steps": 1, "minutes": 1.0}, "a run needs exactly one of them"),
         ({"minutes": 1.0, "schedule": "cosine"}, "use trapezoidal"),
         ({"steps": 0}, "steps = 0: must be 1 or more"),
         ({"minutes": math.nan}, "must be more than 0"),
-        ({"steps": 1, "batch_rows": 3, "micro_rows": 2}, "must divide"),
+        ({"steps": 1, "batch_rows": 3, "micro_rows": 2}, "must be a multiple"),
         ({"steps": 1, "rate": math.nan}, "rate = nan"),
         ({"steps": 1, "clip": 0.0}, "clip = 0"),
         ({"steps": 1, "vocabulary": -1}, "vocabulary = -1"),
-        ({"steps": 1, "vocabulary": 1}, "vocabulary = 1: half of it is drawn"),
+        ({"steps": 1, "vocabulary": 1}, "vocabulary = 1: half of it is drawn at random"),
         ({"steps": 1, "vector_rate": -1.0}, "vector_rate = -1"),
         ({"steps": 1, "warmup_steps": -10}, "warmup_steps = -10"),
         ({"steps": 1, "cache_gb": math.nan}, "cache_gb = nan"),

@@ -25,7 +25,7 @@ from balcony_export.model.exits import ExitModel
 from balcony_export.precision import CANDIDATES, Judge, QualityBudget, export_within, parse_budget
 from balcony_export.quantize import blocks as quantize
 from balcony_export.quantize.blocks import Quantizer, Scheme, parse_precision
-from balcony_export.quantize.gptq import calibration_rows, compensated, second_moments
+from balcony_export.quantize.gptq import calibration_rows, round_with_compensation, second_moments
 from balcony_export.verify import verify
 from balcony_runtime.backends import token_table
 from balcony_runtime.backends.onnxruntime import open_session
@@ -112,7 +112,7 @@ def test_gptq_changes_the_outputs_less(inputs: int) -> None:
 def test_gptq_of_inputs_that_do_not_correlate_is_rounding_to_the_nearest() -> None:
     generator = torch.Generator().manual_seed(6)
     weight, sizes = torch.randn(8, 96, generator=generator), torch.rand(96, generator=generator)
-    values, scales, zeros = compensated(
+    values, scales, zeros = round_with_compensation(
         weight, sizes.diag(), lambda _: (torch.full((8, 3), 0.3), torch.full((8, 3), 8.0)), levels=16
     )
     assert torch.equal(values, (torch.round(weight / 0.3) + 8).clamp(0, 15))
@@ -173,7 +173,7 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     other = source.exits.copy()
     other.model.model.layers[1].mlp.up_proj.weight.data.neg_()
     with pytest.raises(
-        VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight is 2 of its size away from the model's"
+        VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight differs from the model's by 2 of its size"
     ):
         verify(path, other, source.tokenizer)
     phases = {check.phase for check in checks}
@@ -331,7 +331,7 @@ def test_text_to_calibrate_on_may_be_short_pieces(tiny: Any, tmp_path: Path) -> 
     rows = calibration_rows([short], tiny.tokenizer)
     assert sum(map(len, rows)) >= 4096 and all(len(row) >= 2 for row in rows)
     short.write_text(json.dumps({"text": "the quick brown fox"}) + "\n" + json.dumps({"text": "the fox jumps"}) + "\n")
-    with pytest.raises(InputError, match=r"--calibration: the text has \d+ tokens, 4096 are needed"):
+    with pytest.raises(InputError, match=r"--calibration: the text has \d+ tokens, but 4096 are needed"):
         calibration_rows([short], tiny.tokenizer)
 
 

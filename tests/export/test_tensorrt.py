@@ -245,11 +245,13 @@ def test_integers_of_a_quantized_bundle_are_taken_over(
     assert entry.engines["x"].block_size == 32  # of the integers, whatever the format would have taken
     with monkeypatch.context() as patch:
         patch.setattr(tensorrt_module, "FAR_WEIGHTS", 0.01)
-        with pytest.raises(InputError, match=r"is far from that of .*: give a bundle of the same model and balconies"):
+        with pytest.raises(InputError, match=r"differs too much from that of .*: give a bundle of the same model"):
             rounding_of(quantized, bundle)
     options = ExportOptions("tiny-qwen3", True, Scheme(4, 32, head_bits=4))
     export_bundle(tiny.exits.copy(), tiny.tokenizer, tmp_path / "signed", options, traced=tiny.traced)
-    with pytest.raises(InputError, match=r"has scales below 0, and TensorRT takes none: export one with .*positive"):
+    with pytest.raises(
+        InputError, match=r"has scales below 0, which TensorRT does not take: export one with .*positive"
+    ):
         rounding_of(Bundle.open(tmp_path / "signed"), bundle)
 
 
@@ -261,7 +263,7 @@ def test_what_cannot_be_built_is_one_line(tiny_copy: Callable[[str], Bundle], tm
         import_tensorrt("tensorrt")
     with pytest.raises(InputError, match="--context-length 999: this bundle takes 1 to 256"):
         write_graphs(bundle, "x", "rtx", Format(capacity=999))
-    with pytest.raises(InputError, match="32 inputs are no multiple of --block 64"):
+    with pytest.raises(InputError, match="32 inputs are not a multiple of --block 64"):
         write_graphs(bundle, "x", "rtx", Format("int4", capacity=64))
     with pytest.raises(BundleError, match="has no engines x, but none yet"):
         bundle.engine_directory("x")

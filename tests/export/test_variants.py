@@ -153,7 +153,7 @@ def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None
     model = make_tiny("llama")
     save_balconies(tmp_path, init_balconies(model, (2,), "mlp"), fingerprint(model))
     assert load_balconies(tmp_path, model)[2].kind == "mlp"
-    with pytest.raises(CheckpointError, match="holds balconies of kind 'mlp', not 'decoder'"):
+    with pytest.raises(CheckpointError, match="has balconies of kind 'mlp', not 'decoder'"):
         save_balconies(tmp_path, init_balconies(model, (3,)), fingerprint(model))
     index = tmp_path / "balconies.json"
     index.write_text(index.read_text().replace('"mlp"', '"lstm"'))
@@ -238,6 +238,6 @@ def test_what_cannot_be_extracted(make_tiny: Any, make_tokenizer: Any, tmp_path:
         extract(ExitModel.open(model, (2, 3)), tokenizer, 4, tmp_path / "out")
     with pytest.raises(InputError, match="its module is 'mlp': only 'decoder' and 'none'"):
         extract(ExitModel.open(model, (2,), kind="mlp"), tokenizer, 2, tmp_path / "out")
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         extract(ExitModel.open(model, (2,)), tokenizer, 2, tmp_path)
     assert submodel(ExitModel.open(model, (2,), kind="none"), 2).config.num_hidden_layers == 2

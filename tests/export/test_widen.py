@@ -59,7 +59,7 @@ def test_a_transposed_view_is_found_by_its_address(monkeypatch: Any) -> None:
         tensor = value.const_value
         assert isinstance(tensor, widen.Widened)
         assert np.array_equal(tensor.numpy(), wanted)
-        assert np.array_equal(np.concatenate(list(widen.pieces(tensor))), wanted)
+        assert np.array_equal(np.concatenate(list(widen.row_pieces(tensor))), wanted)
 
 
 def test_a_matrix_that_tracing_computes_is_refused(monkeypatch: Any) -> None:
