@@ -17,7 +17,7 @@ from tests.export.distilling import SEQ_LEN
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only waits, and sums come out the same in a child process."""
+    """Use one thread: on tiny matrices a second one only waits, and sums are the same in a child process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Balconies: parsing exits, initialisation, and the directory format with everything that may be wrong with it."""
+"""Balconies: parsing exits, initialization, and the directory format with all kinds of damage."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_fingerprint_names_the_model_and_not_its_precision(
     base = fingerprint(model)
     assert fingerprint(load_model(tiny_checkpoint)) == base
     assert fingerprint(load_model(tiny_checkpoint, dtype=torch.bfloat16)) == base
-    model.config.rms_norm_eps = float(torch.tensor(model.config.rms_norm_eps))  # as a GGUF file gives it back
+    model.config.rms_norm_eps = float(torch.tensor(model.config.rms_norm_eps))  # as read from a GGUF file
     assert fingerprint(model) == base
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1.05)
     assert fingerprint(model)["weights_sha256"] != base["weights_sha256"]
@@ -238,5 +238,5 @@ def test_rows_at_positions_are_those_of_the_whole_pass(
     assert slopes[0].keys() == slopes[1].keys()
     for key, slope in slopes[0].items():
         torch.testing.assert_close(slopes[1][key], slope, rtol=1e-4, atol=1e-5)
-    # no hook stays behind
+    # no hook is left
     torch.testing.assert_close(balcony(hidden, **arguments).flatten(0, 1)[where], whole, rtol=0, atol=0)

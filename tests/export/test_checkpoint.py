@@ -1,4 +1,4 @@
-"""Reading base models: what is accepted, what is refused and with which words."""
+"""Reading base models: accepted and refused sources, and the messages."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_truncated_gguf_is_named(demo: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scaling", ["tensor", "yarn", "none"])
 def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Path) -> None:
-    """transformers reads neither the tensor of Llama 3's factors nor the type of a scaling: the model would come out wrong."""
+    """transformers reads neither Llama 3's tensor of factors nor the type of a scaling, so the model would be wrong."""
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     name = "rope_freqs.weight" if scaling == "tensor" else "output_norm.weight"
     writer.add_tensor(name, np.ones(8, np.float32))

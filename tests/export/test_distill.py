@@ -1,4 +1,4 @@
-"""Distillation step by step: what a step sees, and what training does with it."""
+"""Distillation step by step: rows, positions and loss of a step, and the result of training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_the_copied_last_layer_at_the_last_exit_is_the_full_model(
     architecture: str, make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
 ) -> None:
-    # after N - 1 layers, last layer and final norm are what the full model does: any wrong state, mask or rope shows
+    # after N - 1 layers, the last layer and the final norm give the full model: a wrong state, mask or rope would show
     trainer = trainer_of(make_tiny(architecture), corpus, tmp_path, exits=(2, 4), positions=0)
     held_out = trainer.evaluate()
     assert held_out[4][0] == pytest.approx(0.0, abs=2e-6)
@@ -66,13 +66,13 @@ def test_massive_activations_are_no_targets(make_tiny: Callable[..., Any], corpu
     states = trainer.states.of(rows.tokens)
     seeds = [[row] for row in range(len(rows.tokens))]
     before = trainer.positions_of(rows, states, seeds).tolist()
-    for exit_ in (0, 1):  # at any exit: the deeper one alone may have it
+    for exit_ in (0, 1):  # at any exit, for example only at the deeper one
         marked = states.clone()
         marked[exit_, 0, 5, 3] = 25_856.0
         after = trainer.positions_of(rows, marked, seeds).tolist()
         assert sorted(set(before) - set(after)) == [5]
     assert 0 not in before
-    # padding says nothing about what is usual: here most of a row is padding of small states
+    # padding does not count for the median: here most of a row is padding with small states
     short = Rows(rows.tokens[:1], np.array([8], dtype=np.int32))
     quiet = states[:, :1].clone()
     quiet[:, :, 8:] *= 1e-3
@@ -91,7 +91,7 @@ def test_sampled_positions_are_distinct_and_follow_from_the_row(
     assert first != trainer.positions_of(rows, states, [[1, place] for _, place in seeds]).tolist()
     per_row = np.bincount(np.array(first) // SEQ_LEN, minlength=len(corpus.held_out.tokens))
     assert per_row.tolist() == [min(4, length - 1) for length in rows.lengths]
-    # a full row shows all of its positions before one comes again, whatever its length is divided by
+    # a full row uses all of its positions before one is used again, whatever the number per step
     seen = np.concatenate([trainer.positions_of(rows, states, seeds, again).numpy() for again in range(6)])
     full = int(np.flatnonzero(rows.lengths == SEQ_LEN)[0])
     counts = np.bincount(seen[seen // SEQ_LEN == full] % SEQ_LEN, minlength=SEQ_LEN)

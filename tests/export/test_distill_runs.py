@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     ):
         trainer.run()
     with pytest.raises(TrainingError, match="step 2: the loss of exit 3 is nan"):
-        trainer.checkpoint()  # as after a step that went too far when a checkpoint was due
+        trainer.checkpoint()  # as after a step that was too large, when a checkpoint is due
     assert before == {file.name: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
 
 
@@ -202,7 +202,7 @@ def test_balconies_that_a_run_began_from_are_only_replaced_by_better_ones(
     first.run()
     files = [f"balcony_{exit_layer}.safetensors" for exit_layer in (2, 3)]
     before = [(tmp_path / "first" / file).read_bytes() for file in files]
-    # a rate that spoils them: what they were stays, in the directory that they lay in and in another one
+    # a rate that makes them worse: the old balconies stay, in their own directory and in another one
     for place in ("first", "second"):
         model = make_tiny("llama")
         begun = load_balconies(tmp_path / "first", model)
@@ -243,7 +243,7 @@ def test_out_of_memory_says_what_to_lower(
         TrainingError, match=r"out of memory at 2 rows of 24 tokens.*checkpoint is kept.*lower --micro-rows"
     ):
         trainer.run()
-    # and so it can be done
+    # with the lower setting the run works
     smaller = trainer_of(make_tiny("llama"), corpus, tmp_path, micro_rows=1)
     assert smaller.resume() and smaller.step == 2
     smaller.run()

@@ -1,4 +1,4 @@
-"""The statistics of evaluation by hand, what the manifest keeps of them, and data files that are wrong."""
+"""The statistics of evaluation computed by hand, their entries in the manifest, and wrong data files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_accuracies_and_perplexities_are_scored_by_example() -> None:
         assert found.value == pytest.approx(math.exp(2.0)) and found.stderr is not None
         assert run.summary(run) is None  # no accuracy
     assert found.stderr == pytest.approx(math.exp(2.0) * math.sqrt(4 / 3) / 2)
-    # points of 100 are no share: an average over them and accuracies would say nothing
+    # points out of 100 are not a share: an average of them and accuracies would be meaningless
     run = _run({"f": ["f"]}, harness("f", "f1", 50.0, [0.0, 100.0]))
     assert run.qualities["f"].metrics["f1"].value == 50.0 and run.summary(run) is None
 
@@ -129,7 +129,7 @@ def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> 
     two, three, five = recorded(2, 5, of=other_window)
     assert two == five and two is not None and two.text == other_window.text
     assert three is not None and three.text == {} and three.tasks == whole.tasks  # the same examples of the task
-    assert three.summary is None  # an average over other tasks than the others have now
+    assert three.summary is None  # an average over tasks that the other exits no longer have
     fewer = quality(9, 4, 7, "s")
     two, three, five = recorded(2, 5, of=fewer)
     assert two is not None and three is not None and two.tasks["s"].examples == 7 and two.tasks["t"].examples == 30

@@ -1,4 +1,4 @@
-"""Export is atomic and refuses by name what it cannot represent."""
+"""Export is atomic, and its refusals name the reason."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_outputs_that_exist_or_cannot_be_made_are_refused(tmp_path: Path) -> Non
             pytest.fail("nothing may be written")
     assert (tmp_path / "file").read_text() == "keep me"
     with fresh_directory(tmp_path / "no" / "such"):
-        pass  # what is missing on the way is made
+        pass  # missing parents are made
     assert (tmp_path / "no" / "such").is_dir()
 
 
@@ -171,7 +171,7 @@ def test_leftovers_of_a_killed_export_go_and_a_running_one_stays(tmp_path: Path)
     assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
     with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out") as running:
         assert list(tmp_path.iterdir()) == [running]
-        with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out"):  # of this process, too
+        with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out"):  # also of this process
             raise RuntimeError
         assert list(tmp_path.iterdir()) == [running]
         raise RuntimeError

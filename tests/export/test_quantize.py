@@ -1,4 +1,4 @@
-"""Quantized bundles: the grids and their packing against ONNX Runtime, GPTQ, verification, schedules, and choosing."""
+"""Quantized bundles: grids and packing against ONNX Runtime, GPTQ, verification, schedules, and the choice of a precision."""
 
 from __future__ import annotations
 
@@ -190,13 +190,13 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
         for index in range(20):
             layer, ids = apart.exit_layers[index // 4 % len(apart.exit_layers)], np.array([index])
             assert np.array_equal(*(sequence.step(layer, ids) for sequence in sequences))
-    # the token table gives what its blocks say, and those are near the weights: GPTQ moves single ones by some steps
+    # the token table gives the values of its blocks, which are near the weights; GPTQ moves single values by some steps
     table = TokenTable(Bundle.open(path))
     wanted = source.model.get_input_embeddings().weight.detach().numpy() * manifest.embedding.scale
     found = table[np.arange(len(wanted))]
-    for token in (5, 3, 5, *range(len(wanted))):  # more of them than are kept, some again
+    for token in (5, 3, 5, *range(len(wanted))):  # more rows than are kept, some of them twice
         assert np.array_equal(table.row(token), found[token])
-    steps = 1 if manifest.quantization.method == "nearest" else 6  # columns that come late take the errors of many
+    steps = 1 if manifest.quantization.method == "nearest" else 6  # late columns compensate the errors of many
     assert np.abs(found - wanted).max() <= steps * np.abs(wanted).max() / (6 if scheme.head_bits == 4 else 100)
     share = np.abs(found - wanted).mean() / np.abs(wanted).mean()
     assert share <= (0.12 if scheme.head_bits == 4 else 0.01)
@@ -205,7 +205,7 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
 @pytest.mark.parametrize("moment", [None, torch.eye(64)])
 def test_scales_above_zero_cost_a_level_and_no_more(moment: torch.Tensor | None) -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
-    weight[7] *= 1e-6  # next to nothing: half precision could not hold its scale
+    weight[7] *= 1e-6  # tiny values, whose scale is too small for half precision
     how = {"bits": 4, "size": 32, "symmetric": True, "moment": moment}
     signed, positive = quantize.quantize(weight, **how), quantize.quantize(weight, **how, positive=True)  # type: ignore[arg-type]
     assert (signed.scales < 0).any() and (positive.scales >= 2.0**-14 * 0.6).all()
@@ -423,7 +423,7 @@ def test_an_int8_cache_takes_a_quarter_and_schedules_agree(tiny: Any, tmp_path: 
             backlog = sequence.advance(3, [])
             scratch = engine.new_sequence(max_length=60)
             assert mean_kl(backlog[0], scratch.advance(3, ids)[0]) < 1e-4
-            # and the cursor still hides what was there before
+            # and rows after the cursor still have no effect
             sequence.rollback(20)
             again = sequence.advance(5, ids[20:])
             assert mean_kl(again[0], logits[-1][-1:]) < 1e-4

@@ -20,7 +20,7 @@ from balcony_edge.errors import InputError
 from balcony_export.graph.ir_tools import FAR_WEIGHTS, graph_spec, relative_distance
 from balcony_export.graph.weights import WeightFile
 from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
-from balcony_export.tensorrt.quantize import Rounding
+from balcony_export.tensorrt.integers import Rounding
 from balcony_runtime.backends.tensorrt_builder import Target
 from balcony_runtime.backends.token_table import unpacked
 

@@ -3,7 +3,7 @@
 Owns the rewrite from the set ``graphs`` (see :mod:`balcony_edge.bundle.manifest`) to the set of one engine directory: KV caches
 (B, H, S, d) with a fixed S, as TensorRT's cache update needs; ``Attention`` over heads with the explicit mask of the portable
 graphs (TensorRT's parser ignores ``nonpad_kv_seqlen``); activations in half precision, norms in float32; the token table as a
-graph; the most probable token next to the logits. Weights become integers in :mod:`.quantize`; :mod:`.plain` replaces operators
+graph; the most probable token next to the logits. Weights become integers in :mod:`.integers`; :mod:`.plain` replaces operators
 that TensorRT 10.3 lacks. Needs no torch, because it works on files.
 """
 
@@ -20,8 +20,8 @@ from onnx_ir.passes import common
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EnginePrecision, ModelSpec
 from balcony_export.graph.ir_tools import copy_with_outputs, initializer, insert_between
+from balcony_export.tensorrt.integers import Rounding, quantize_weights
 from balcony_export.tensorrt.plain import plain_operators, plain_soft_caps
-from balcony_export.tensorrt.quantize import Rounding, quantize_weights
 from balcony_runtime.backends.token_table import TokenTable
 
 #: Precision → type of activations, caches and float weights.
