@@ -131,9 +131,16 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     refused("only int8 and int4 are rounded", *common, "--calibration", text)
     refused("kv=8: needs --calibration", *common, "--precision", "int4,kv=8")
     refused("needs --evaluate TEXT and replaces --precision", *common, "--quality-budget", "kl=0.1")
-    refused("another text of that name", *common, "--evaluate", text, "--evaluate", text)
+    refused("another text has the same name", *common, "--evaluate", text, "--evaluate", text)
     refused(
-        "engines come from fp32 or fp16", *common, "--evaluate", text, "--quality-budget", "kl=1", "--tensorrt", "fp16"
+        "engines are built from fp32 or fp16",
+        *common,
+        "--evaluate",
+        text,
+        "--quality-budget",
+        "kl=1",
+        "--tensorrt",
+        "fp16",
     )
     refused("--quality-budget kl=x: must be kl= and nats", *common, "--quality-budget", "kl=x", "--evaluate", text)
     assert not bundle.exists()

@@ -235,10 +235,10 @@ def test_out_of_memory_says_what_to_lower(
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
     trainer.resume()
 
-    def fail(rows: Any) -> torch.Tensor:
+    def fail(*_: Any) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(trainer, "states_of", fail)
+    monkeypatch.setattr(trainer.states, "at", fail)
     with pytest.raises(
         TrainingError, match=r"out of memory at 2 rows of 24 tokens.*checkpoint is kept.*lower --micro-rows"
     ):
@@ -255,10 +255,10 @@ def test_an_error_that_is_not_about_memory_stays_what_it_is(
 ) -> None:
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
 
-    def fail(rows: Any) -> torch.Tensor:
+    def fail(*_: Any) -> torch.Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(trainer, "states_of", fail)
+    monkeypatch.setattr(trainer.states, "at", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         trainer.run()
 

@@ -230,7 +230,7 @@ def test_integers_of_a_quantized_bundle_are_taken_over(
         assert (scales > 0).all()  # as TensorRT needs
         error[name] = np.abs(values * np.repeat(scales, 32, 1) - weight).mean() / np.abs(weight).mean()
     assert error["nearest"] < error["gptq"] < 0.3  # GPTQ moves weights further, for better outputs
-    with pytest.raises(InputError, match="must be of int4,sym,head=4"):
+    with pytest.raises(InputError, match="must be int4,sym,head=4"):
         rounding_of(bundle, bundle)
     form = quantized.manifest.quantization
     assert form is not None

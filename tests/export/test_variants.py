@@ -158,7 +158,7 @@ def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None
     index = tmp_path / "balconies.json"
     index.write_text(index.read_text().replace('"mlp"', '"lstm"'))
     with pytest.raises(
-        CheckpointError, match=r"module 'lstm': this version reads format 1 and decoder, attention, mlp, none"
+        CheckpointError, match=r"module 'lstm': this version reads format 1 and modules decoder, attention, mlp, none"
     ):
         load_balconies(tmp_path, model)
 
