@@ -1,14 +1,15 @@
-"""``balcony-edge build``: TensorRT engines from a bundle, for GPUs that need not be there."""
+"""``balcony-edge build``: TensorRT engines from a bundle, also for GPUs of other machines."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-#: Rows of the caches by default, where the bundle's context is longer.
+#: Default for the rows of the caches, if the bundle's context is longer.
 CONTEXT_LENGTH = 2048
 
 if TYPE_CHECKING:
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote, of fp32 or fp16.")],
+    bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote, in fp32 or fp16.")],
     target: Annotated[
         Literal["rtx", "tensorrt"],
         typer.Option(
-            help="rtx: TensorRT-RTX, builds without a GPU; tensorrt: the enterprise one, JetPack's, on its GPU."
+            help="rtx: TensorRT-RTX, which builds without a GPU; tensorrt: the enterprise edition (JetPack), on its GPU."
         ),
     ] = "rtx",
     precision: Annotated[
         Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"],
-        typer.Option(help="Of weights; activations are half precision."),
+        typer.Option(help="Precision of weights; activations are in half precision."),
     ] = "fp16",
     operators: Annotated[
         Literal["fused", "plain"], typer.Option(help="plain: for TensorRT before 10.15, such as JetPack 6's 10.3.")
@@ -34,45 +35,46 @@ def build(
     context_length: Annotated[
         int | None,
         typer.Option(
-            help="Rows of the KV caches; attention pays for all of them (default: the bundle's context, at most 2048)."
+            help="Rows of the KV caches; attention time grows with them (default: the bundle's context, at most 2048)."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Members of every pass.")] = 1,
-    block: Annotated[int, typer.Option(help="int4: inputs that share a scale: 32, 64 or 128.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Number of sequences of every pass.")] = 1,
+    block: Annotated[int, typer.Option(help="int4: number of inputs that share a scale: 32, 64 or 128.")] = 64,
     rounded_as: Annotated[
-        Path | None, typer.Option(help="int4: take the integers of this int4 bundle, such as GPTQ made them.")
+        Path | None, typer.Option(help="int4: use the integers of this int4 bundle, for example from GPTQ.")
     ] = None,
     sm: Annotated[str, typer.Option(help="rtx: compute capabilities, such as 86,89,120 (default: all).")] = "",
     whole: Annotated[
-        bool, typer.Option("--whole", help="Also one engine of the whole backbone with all exits as outputs.")
+        bool, typer.Option("--whole", help="Also build one engine of the whole backbone with all exits as outputs.")
     ] = False,
     graphs_only: Annotated[
-        bool, typer.Option("--graphs-only", help="Write the graphs and leave building to the device.")
+        bool, typer.Option("--graphs-only", help="Only write the graphs; the device builds the engines.")
     ] = False,
     timing_cache: Annotated[
-        Path | None, typer.Option(help="tensorrt: file of kernel timings, kept between runs.")
+        Path | None, typer.Option(help="tensorrt: file of kernel timings, reused between runs.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Build one engine per stage, balcony and head into BUNDLE/tensorrt/. Graphs that are there already are taken."""
+    """Build one engine per stage, balcony and head into BUNDLE/tensorrt/. Existing graphs are reused."""
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.errors import InputError
 
     if block not in (32, 64, 128):
         raise InputError(f"--block {block}: give 32, 64 or 128")
     if rounded_as is not None and block != 64:
-        raise InputError("--block with --rounded-as: the bundle that is named has blocks of its own: leave it out")
+        raise InputError("--block with --rounded-as: the named bundle has its own block size: leave --block out")
     if (rounded_as is not None or block != 64) and precision != "int4":
         raise InputError(f"--precision {precision}: --block and --rounded-as are for int4: leave them out")
     if graphs_only and (sm or whole or timing_cache is not None):
-        raise InputError("--graphs-only: --sm, --whole and --timing-cache are about engines: leave them out")
+        raise InputError("--graphs-only: --sm, --whole and --timing-cache only affect engines: leave them out")
     if timing_cache is not None and target == "rtx":
-        raise InputError("--timing-cache: TensorRT-RTX times no kernels while it builds: leave it out")
+        raise InputError("--timing-cache: TensorRT-RTX does not time kernels while it builds: leave it out")
     capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
     rows = default_context(bundle) if context_length is None else context_length
-    wanted = {"context_length": rows, "batch_size": batch_size, "block_size": block}
+    wanted = EngineOptions(target, precision, operators, rows, batch_size, block)
     builder_options = None if graphs_only else {"compute_capabilities": capabilities, "timing_cache": timing_cache}
-    name = build_into(bundle, target, precision, operators, wanted, rounded_as, whole, builder_options)
+    build_into(bundle, wanted, builder_options, rounded_as=rounded_as, whole=whole)
+    name = wanted.name
     engines = Bundle.open(bundle, verify_hashes=False).manifest.engines[name]
     if as_json:
         facts = [engine_facts(engines, key) for key in engines.graphs]
@@ -83,43 +85,57 @@ def build(
 
 
 def default_context(bundle: Path) -> int:
-    """Rows of the caches where no number is given: those of the bundle's context, bounded."""
+    """Default for the rows of the caches: the bundle's context, at most ``CONTEXT_LENGTH``."""
     from balcony_edge.bundle.bundle import Bundle
 
     return min(CONTEXT_LENGTH, Bundle.open(bundle, verify_hashes=False).manifest.model.context_length)
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """An engine set: options of ``build`` of the same names."""
+
+    target: Literal["rtx", "tensorrt"]
+    precision: EnginePrecision
+    operators: Literal["fused", "plain"]
+    context_length: int
+    batch_size: int = 1
+    block_size: int = 64
+
+    @property
+    def name(self) -> str:
+        """Name of the set in a bundle."""
+        return f"{self.target}-{self.precision}" + ("-plain" if self.operators == "plain" else "")
+
+
 def build_into(
     path: Path,
-    target: Literal["rtx", "tensorrt"],
-    precision: EnginePrecision,
-    operators: Literal["fused", "plain"],
-    wanted: dict[str, int],
-    rounded_as: Path | None,
-    whole: bool,
+    wanted: EngineOptions,
     builder_options: dict[str, Any] | None,
-) -> str:
-    """Write graphs where they are missing and build them (not without ``builder_options``); returns the set's name.
+    *,
+    rounded_as: Path | None = None,
+    whole: bool = False,
+) -> None:
+    """Write an engine set's graphs if they are missing, and build the engines unless ``builder_options`` is None.
 
-    A set that was there stays as it is until the one that takes its place is whole.
+    An existing set stays as it is until the new one is complete.
     """
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
     from balcony_edge.cli.console import native_stderr_dropped, progress_bar
 
-    name = f"{target}-{precision}" + ("-plain" if operators == "plain" else "")
-    bundle = Bundle.open(path)
+    name, bundle = wanted.name, Bundle.open(path)
     with native_stderr_dropped(), progress_bar() as progress, new_engine_directory(path, name) as directory:
         builder = None
         if builder_options is not None:
             from balcony_runtime.backends.tensorrt_builder import Builder
 
-            builder = Builder(target, batch_size=wanted["batch_size"], **builder_options)
-        if rounded_as is not None or not _has_graphs(bundle, name, wanted, precision):
+            builder = Builder(wanted.target, batch_size=wanted.batch_size, **builder_options)
+        if rounded_as is not None or not _has_graphs(bundle, wanted):
             progress("writing graphs", 0.0)
-            engines = _make_graphs(bundle, directory, target, precision, operators, wanted, rounded_as)
+            engines = _make_graphs(bundle, directory, wanted, rounded_as)
         elif builder is None:
-            return name
+            return
         else:
             from balcony_runtime.backends.tensorrt_builder import link_files
 
@@ -133,40 +149,31 @@ def build_into(
                 directory, engines, builder, graphs, lambda what, done: progress(what, 0.3 + 0.7 * done)
             )
         record_engines(path, name, engines, directory)
-    return name
 
 
-def _has_graphs(bundle: Bundle, name: str, wanted: dict[str, int], precision: EnginePrecision) -> bool:
+def _has_graphs(bundle: Bundle, wanted: EngineOptions) -> bool:
     from balcony_edge.errors import BundleError
 
     try:
-        bundle.engine_directory(name)
-    except BundleError:  # none yet, or damaged: they are written again
+        bundle.engine_directory(wanted.name)
+    except BundleError:  # missing or damaged: they are written again
         return False
-    keys = [key for key in wanted if key != "block_size" or precision == "int4"]
-    return all(getattr(bundle.manifest.engines[name], key) == wanted[key] for key in keys)
+    keys = ("context_length", "batch_size", *(("block_size",) if wanted.precision == "int4" else ()))
+    return all(getattr(bundle.manifest.engines[wanted.name], key) == getattr(wanted, key) for key in keys)
 
 
-def _make_graphs(
-    bundle: Bundle,
-    directory: Path,
-    target: Literal["rtx", "tensorrt"],
-    precision: EnginePrecision,
-    operators: Literal["fused", "plain"],
-    wanted: dict[str, int],
-    rounded_as: Path | None,
-) -> EngineSet:
+def _make_graphs(bundle: Bundle, directory: Path, wanted: EngineOptions, rounded_as: Path | None) -> EngineSet:
     from balcony_edge.bundle.bundle import Bundle as Opened
     from balcony_export.tensorrt.engine_set import make_graphs, rounding_of
     from balcony_export.tensorrt.graphs import Format
 
-    form = Format(precision, operators, wanted["context_length"], wanted["block_size"])  # type: ignore[arg-type]
+    form = Format(wanted.precision, wanted.operators, wanted.context_length, wanted.block_size)  # type: ignore[arg-type]
     rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)
-    return make_graphs(bundle, directory, target, form, batch_size=wanted["batch_size"], rounding=rounding)
+    return make_graphs(bundle, directory, wanted.target, form, batch_size=wanted.batch_size, rounding=rounding)
 
 
 def engine_facts(engines: EngineSet, graph: str) -> dict[str, Any]:
-    """What is known of one engine; ``bytes`` is None where it was not built."""
+    """Facts about one engine; ``bytes`` is None if it was not built."""
     spec, engine = engines.graphs[graph], engines.engines.get(graph)
     return {
         "graph": graph,
@@ -184,7 +191,7 @@ def show_engines(name: str, engines: EngineSet) -> None:
 
     from balcony_edge.cli.console import stdout
 
-    made = f"{engines.builder} for {_capabilities(engines)}" if engines.engines else "graphs alone: build on the device"
+    made = f"{engines.builder} for {_capabilities(engines)}" if engines.engines else "graphs only: build on the device"
     title = f"tensorrt/{name}: {engines.operators} operators, caches of {engines.context_length} rows, {made}"
     table = Table("engine", "weights, MB", "with code, MB", "layers", "attention")
     for graph in engines.graphs:
@@ -199,4 +206,4 @@ def show_engines(name: str, engines: EngineSet) -> None:
 def _capabilities(engines: EngineSet) -> str:
     if engines.compute_capabilities:
         return f"compute capability {', '.join(engines.compute_capabilities)}"
-    return "every GPU it knows" if engines.target == "rtx" else "the GPU of the machine that built it"
+    return "every supported GPU" if engines.target == "rtx" else "the GPU of the machine that built it"

@@ -1,4 +1,4 @@
-"""``balcony-edge calibrate``: thresholds of confidence exits, with a promise."""
+"""``balcony-edge calibrate``: thresholds of confidence exits, with a guarantee."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ if TYPE_CHECKING:
 def calibrate(
     bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
     text: Annotated[
-        Path | None, typer.Option(help='Text like that of the replies: JSON Lines with "text", or .txt.')
+        Path | None, typer.Option(help='Text that resembles the replies: JSON Lines with "text", .txt or .raw.')
     ] = None,
     check: Annotated[
         Path | None,
-        typer.Option(help="Instead of --text: what the bundle's thresholds do on text that they have not seen."),
+        typer.Option(
+            help="Instead of --text: measure the bundle's thresholds on text that they were not calibrated on."
+        ),
     ] = None,
     max_disagreement: Annotated[
-        str, typer.Option(help="Most tokens that may exit early with another token than the full depth's: 2% or 0.02.")
+        str,
+        typer.Option(
+            help="Largest share of tokens that exit early with another token than the full depth: 2% or 0.02."
+        ),
     ] = "2%",
-    confidence: Annotated[str, typer.Option(help="Probability that the promise holds.")] = "95%",
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to calibrate on.")] = 20_000,
-    document_tokens: Annotated[int, typer.Option(min=8, help="Most tokens of one document.")] = 128,
+    confidence: Annotated[str, typer.Option(help="Probability that this limit holds.")] = "95%",
+    tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to calibrate on.")] = 20_000,
+    document_tokens: Annotated[
+        int, typer.Option(min=8, help="Largest number of tokens of one piece of a document.")
+    ] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Measure how sure each balcony must be, and write the thresholds into the bundle's manifest (not its fingerprint)."""
+    """Measure how confident each balcony must be, and write the thresholds into the bundle's manifest (not its fingerprint)."""
     from rich.table import Table
 
     from balcony_edge.bundle.bundle import Bundle
@@ -41,7 +48,7 @@ def calibrate(
     from balcony_runtime.engine import Engine
 
     if (text is None) == (check is None):
-        raise InputError("give --text to calibrate, or --check to see what the thresholds do on other text")
+        raise InputError("--text and --check: give exactly one: --text to calibrate, --check to test on other text")
     shares = [
         _share(name, value) for name, value in (("--max-disagreement", max_disagreement), ("--confidence", confidence))
     ]
@@ -78,7 +85,7 @@ def calibrate(
 
 
 def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_json: bool) -> None:
-    """Print what the bundle's thresholds do on a text, beside what they promise."""
+    """Print results of the bundle's thresholds on a text, next to the promised limit."""
     from rich.table import Table
 
     from balcony_edge.cli.console import progress_bar, stdout

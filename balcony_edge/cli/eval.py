@@ -1,4 +1,4 @@
-"""``balcony-edge eval``: what every exit is worth, on text and on tasks, beside the full model."""
+"""``balcony-edge eval``: quality of every exit on text and tasks, compared with the full model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,19 +23,24 @@ def evaluate(
         str, typer.Argument(metavar="MODEL_OR_BUNDLE", help="A bundle, or a model: directory, GGUF, hub name, 'demo'.")
     ],
     model: Annotated[
-        str | None, typer.Option(help="For a bundle: the model to compare its text with (default: its own full depth).")
+        str | None,
+        typer.Option(help="For a bundle: model to compare with on text (default: the bundle's own full depth)."),
     ] = None,
     balconies: Annotated[
-        Path | None, typer.Option(help="For a model: trained balconies; without them --exits are last-layer copies.")
+        Path | None,
+        typer.Option(help="For a model: trained balconies (default: --exits are copies of the last layer)."),
     ] = None,
-    exits: Annotated[str | None, typer.Option(help="Exit layers or depth factors beside the full depth.")] = None,
+    exits: Annotated[
+        str | None, typer.Option(help="Exit layers or depth factors to measure in addition to the full depth.")
+    ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help='Text: JSON Lines with "text", .txt or .raw (WikiText); repeatable.')
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
     data: Annotated[Path | None, typer.Option(help="Directory with the files of the offline tasks.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="First documents of a text, first examples of a task.")
+        int | None,
+        typer.Option(min=1, help="Number of documents of each text and examples of each task (default: all)."),
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per pass (default: the context, at most 1024).")] = None,
     output: Annotated[
@@ -55,10 +62,10 @@ def evaluate(
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
     if not text and not names:
-        raise InputError("nothing to evaluate on: give --text FILE, --tasks NAMES, or both")
+        raise InputError("no text and no task is given: give --text FILE, --tasks NAMES, or both")
     duplicates = [path.name for path in text or [] if sum(path.name == other.name for other in text or []) > 1]
     if duplicates:
-        raise InputError(f"--text: two files are called {duplicates[0]}: results are kept by name: rename one")
+        raise InputError(f"--text: two files have the name {duplicates[0]}, and results are kept by name: rename one")
     if output is not None:
         require_writable(output, f"--output {output}", InputError, "name another place")
     if Path(subject).name == MANIFEST:
@@ -67,16 +74,17 @@ def evaluate(
     if is_bundle and record:
         require_writable(Path(subject), subject, BundleError, "make it writable, or give --no-record")
     if is_bundle and balconies is not None:
-        raise InputError(f"{subject} is a bundle, which holds its balconies: leave --balconies out")
+        raise InputError(f"{subject} is a bundle, which has its own balconies: leave --balconies out")
     if not is_bundle and model is not None:
-        raise InputError(f"{subject} is a model, and compared with its own full depth: leave --model out")
+        raise InputError(f"{subject} is a model, which is compared with its own full depth: leave --model out")
     with progress_bar() as progress:
         progress("loading", 0.0)
         scorer = _open_bundle(subject, exits, threads) if is_bundle else _open_model(subject, balconies, exits, threads)
         if not is_bundle and exits is not None and balconies is None:
             stderr.print("[yellow]The exits are untrained copies of the last layer: give --balconies.[/]")
-        report = _measure(scorer, model, text or [], names, data, limit, window, threads, progress)
-    _show(report, as_json)  # first: what was measured is seen even where it cannot be kept
+        compare_with = None if model is None else partial(_open_model, model, None, None, threads)
+        report = _measure(scorer, compare_with, _Sources(text or [], names, data, limit, window), progress)
+    _show(report, as_json)  # first: results are shown even if they cannot be kept
     if output is not None:
         write_report(report, output)
     if is_bundle and record:
@@ -112,34 +120,40 @@ def _open_model(subject: str, balconies: Path | None, exits: str | None, threads
     return TorchScorer(ExitModel.open(loaded, layers, balconies), load_tokenizer(subject), name=name)
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """Texts and tasks to measure on: options of ``eval`` of the same names."""
+
+    text: list[Path]
+    tasks: list[str]
+    data: Path | None
+    limit: int | None
+    window: int | None
+
+
 def _measure(
     scorer: BundleScorer | TorchScorer,
-    model: str | None,
-    text: list[Path],
-    tasks: list[str],
-    data: Path | None,
-    limit: int | None,
-    window: int | None,
-    threads: int | None,
+    compare_with: Callable[[], TorchScorer] | None,
+    sources: _Sources,
     progress: Callable[[str, float], None],
 ) -> Report:
     from balcony_export.evaluate.report import build_report
     from balcony_export.evaluate.text import evaluate_text, tokenized_documents
 
     with closing(scorer):
-        documents = {path.name: tokenized_documents(path, scorer.tokenizer, limit) for path in text}
-        runs = {}  # tasks first: a name that is misspelt shows before the work
-        if tasks:
+        documents = {path.name: tokenized_documents(path, scorer.tokenizer, sources.limit) for path in sources.text}
+        runs = {}  # tasks first: misspelt names are reported before the work
+        if sources.tasks:
             from balcony_export.evaluate.tasks import evaluate_tasks
 
-            runs = evaluate_tasks(scorer, tasks, data=data, limit=limit, progress=progress)
-        reference = None if model is None else _open_model(model, None, None, threads)
+            runs = evaluate_tasks(scorer, sources.tasks, data=sources.data, limit=sources.limit, progress=progress)
+        reference = None if compare_with is None else compare_with()
         texts = {
             name: evaluate_text(
                 scorer,
                 found,
                 reference=reference,
-                window=window,
+                window=sources.window,
                 progress=lambda done, name=name: progress(name, done),  # type: ignore[misc]
             )
             for name, found in documents.items()
@@ -152,13 +166,13 @@ def _show(report: Report, as_json: bool) -> None:
     from rich.table import Table
 
     from balcony_edge.cli.console import stdout
-    from balcony_export.evaluate.report import as_document, grids
+    from balcony_export.evaluate.report import as_document, tables
 
     if as_json:
         print(json.dumps(as_document(report)))  # noqa: T201 - programs read this
         return
-    for grid in grids(report):
-        table = Table(*grid.header, title=grid.title, title_justify="left")
-        for row in grid.rows:
+    for content in tables(report):
+        table = Table(*content.header, title=content.title, title_justify="left")
+        for row in content.rows:
             table.add_row(*row)
         stdout.print(table)

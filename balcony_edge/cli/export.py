@@ -18,41 +18,41 @@ def export(
     exits: Annotated[str, typer.Option(help="Exit layers (14,17,20) or depth factors (0.5x,0.6x,0.7x).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
     balconies: Annotated[
-        Path | None, typer.Option(help="Trained balconies; without them they are copies of the last layer.")
+        Path | None, typer.Option(help="Directory of trained balconies (default: untrained copies of the last layer).")
     ] = None,
     exit_module: Annotated[
         Literal["decoder", "attention", "mlp", "none"] | None,
         typer.Option(
-            help="Without --balconies: what an exit holds before its norm (default: decoder). none: early exit, for LayerSkip "
+            help="Without --balconies: module of an exit before its norm (default: decoder). none: early exit, for LayerSkip "
             "and Sorted checkpoints."
         ),
     ] = None,
     precision: Annotated[
         str,
         typer.Option(
-            help="fp32, fp16, int8 or int4; the last two for CPUs, with what differs from "
-            "block=32,sym,head=8,level=4 behind them: int4,block=64,asym,head=4,level=1."
+            help="fp32, fp16, int8 or int4. int8 and int4 are for CPUs and may be followed by differences from "
+            "block=32,sym,head=8,level=4, such as int4,block=64,asym,head=4,level=1."
         ),
     ] = "fp32",
     calibration: Annotated[
         list[Path] | None,
-        typer.Option(help="Text (as for train) by which int8 and int4 are rounded: GPTQ; repeatable."),
+        typer.Option(help="Text (as for train) for rounding to int8 and int4 by GPTQ; repeatable."),
     ] = None,
     quality_budget: Annotated[
         str | None,
-        typer.Option(help="Instead of --precision: kl=0.02 takes the fastest one within so many nats of the model."),
+        typer.Option(help="Instead of --precision: kl=0.02 selects the fastest one within 0.02 nats of the model."),
     ] = None,
     evaluate: Annotated[
         list[Path] | None,
-        typer.Option(help="Text (as for eval): what each exit is worth on it goes into the manifest; repeatable."),
+        typer.Option(help="Text (as for eval) on which each exit is measured, for the manifest; repeatable."),
     ] = None,
     context_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a sequence (default: the model's, at most 8192).")
+        int | None, typer.Option(help="Largest number of tokens of a sequence (default: the model's, at most 8192).")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="What to call the model (default: from MODEL).")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model (default: from MODEL).")] = None,
     check: Annotated[
         bool,
-        typer.Option("--verify/--no-verify", help="Compare the bundle with the model; without, it takes less memory."),
+        typer.Option("--verify/--no-verify", help="Compare the bundle with the model. --no-verify needs less memory."),
     ] = True,
     tensorrt: Annotated[
         Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"] | None,
@@ -88,7 +88,7 @@ def export(
     _refuse_mismatches(kl, scheme, calibration, evaluate)
     with progress_bar() as progress:
         progress("loading the model", 0.0)
-        # what runs the model takes float32; what only writes it takes the checkpoint's own type, half the memory
+        # running the model needs float32; only writing it needs the checkpoint's own type, half the memory
         loaded = load_model(model, keep_dtype=not (check or calibration or evaluate))
         tokenizer = load_tokenizer(model)
         layers = parse_exits(exits, loaded.config.num_hidden_layers)
@@ -139,26 +139,25 @@ def _refuse_mismatches(
 
 
 def _warn(trained: bool, scheme: Literal["float32", "float16"] | Scheme) -> None:
-    """Say what the bundle will not do well."""
+    """Warn about weaknesses of the bundle."""
     from balcony_edge.cli.console import stderr
 
     if not trained:
         stderr.print(
-            "[yellow]The balconies are untrained copies of the last layer: the exits below the full depth babble. "
-            "Train them with `balcony-edge train` and export with --balconies.[/]"
+            "[yellow]The balconies are untrained copies of the last layer, so the exits below the full depth give nonsense. "
+            "Train balconies with `balcony-edge train` and export with --balconies.[/]"
         )
     if not isinstance(scheme, str) and scheme.unpacks:
         stderr.print(
             f"[yellow]{scheme}: at level 1 ONNX Runtime unpacks 8-bit weights at every token (15 times slower on the demo "
-            "model): take int4 with head=4, or level=4.[/]"
+            "model): use int4 with head=4, or level=4.[/]"
         )
 
 
 def _build_engines(output: Path, precision: EnginePrecision) -> None:
-    from balcony_edge.cli.build import build_into, default_context
+    from balcony_edge.cli.build import EngineOptions, build_into, default_context
 
-    wanted = {"context_length": default_context(output), "batch_size": 1, "block_size": 64}
-    build_into(output, "rtx", precision, "fused", wanted, None, False, {})
+    build_into(output, EngineOptions("rtx", precision, "fused", default_context(output)), {})
 
 
 def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> None:  # type: ignore[type-arg]

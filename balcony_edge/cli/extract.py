@@ -16,13 +16,13 @@ def extract(
     exit_: Annotated[str, typer.Option("--exit", help="Exit to extract: a layer (14) or a depth factor (0.5x).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
     balconies: Annotated[
-        Path | None, typer.Option(help="Trained balconies; without them a copy of the last layer.")
+        Path | None, typer.Option(help="Directory of trained balconies (default: an untrained copy of the last layer).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Write the sub-model of an exit: its layers, the balcony as the last one, norm and head. Every engine runs it.
+    """Write the sub-model of an exit: its layers, the balcony as the last one, norm and head. Any engine can run it.
 
-    Weights keep the checkpoint's own type; those of a GGUF file become float32.
+    Weights keep the checkpoint's type; those of a GGUF file become float32.
     """
     from balcony_edge.cli.console import stdout
     from balcony_edge.errors import InputError
@@ -36,7 +36,7 @@ def extract(
     loaded = load_model(model, keep_dtype=True)
     exits = parse_exits(exit_, loaded.config.num_hidden_layers, "--exit")
     if len(exits) != 1:
-        raise InputError(f"--exit {exit_}: extract writes one exit: name one, and run it again for the others")
+        raise InputError(f"--exit {exit_}: extract writes one exit: name one, and run it again for others")
     (exit_layer,) = exits
     small = write(ExitModel.open(loaded, exits, balconies), load_tokenizer(model), exit_layer, output)
     parameters = sum(p.numel() for p in small.parameters())

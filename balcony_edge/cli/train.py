@@ -25,65 +25,81 @@ def train(
         list[Path],
         typer.Option(help='JSON Lines with "text", "messages" or "instruction"; .txt; or a directory. Repeatable.'),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the balconies; others in it stay.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens, instead of --steps.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="End after this time, instead of --steps.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory of the balconies; other exits' balconies in it stay.")
+    ],
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Number of tokens, instead of --steps.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes to train, instead of --steps.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in the output.")] = False,
     start: Annotated[
-        Path | None, typer.Option(help="Trained balconies to start from instead of copies of the last layer.")
+        Path | None, typer.Option(help="Trained balconies to start from (default: copies of the last layer).")
     ] = None,
     exit_module: Annotated[
         Literal["decoder", "attention", "mlp", "none"],
-        typer.Option(help="What an exit holds before its norm: a decoder layer, one half of it, or nothing."),
+        typer.Option(help="Module of an exit before its norm: a decoder layer, one half of it, or nothing."),
     ] = "decoder",
-    init: Annotated[Literal["last", "random"], typer.Option(help="From the last layer, or drawn anew.")] = "last",
+    init: Annotated[
+        Literal["last", "random"], typer.Option(help="Initial weights: those of the last layer, or random ones.")
+    ] = "last",
     loss: Annotated[
-        Literal["kl", "kl+ce", "ce"], typer.Option(help="The full model's distribution, the text, or the paper's mix.")
+        Literal["kl", "kl+ce", "ce"],
+        typer.Option(help="Target: the full model's distribution (kl), the text (ce), or the paper's mix."),
     ] = "kl",
-    optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Of the matrices; norms: AdamW.")] = "muon",
+    optimizer: Annotated[
+        Literal["muon", "adamw"], typer.Option(help="Optimizer of the matrices; norms use AdamW.")
+    ] = "muon",
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-3,
-    vector_rate: Annotated[float | None, typer.Option(help="Of the norms (default: half of --rate).")] = None,
+    vector_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the norms (default: half of --rate).")
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     schedule: Annotated[Literal["trapezoidal", "cosine"], typer.Option(help="Decay of the rate.")] = "trapezoidal",
-    warmup_steps: Annotated[int, typer.Option(help="Steps of rising rate.")] = 50,
+    warmup_steps: Annotated[int, typer.Option(help="Number of steps with rising rate.")] = 50,
     decay_share: Annotated[float, typer.Option(help="Share of the steps with falling rate (trapezoidal).")] = 0.4,
     clip: Annotated[float, typer.Option(help="Largest gradient norm of a balcony.")] = 1.0,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 2,
     micro_rows: Annotated[
-        int | None, typer.Option(help="Rows per pass (default: all of them): accumulates gradients.")
+        int | None, typer.Option(help="Rows per pass (default: all rows of a step); fewer accumulate gradients.")
     ] = None,
-    positions: Annotated[int, typer.Option(help="Positions of a row that the loss samples; 0: all.")] = 0,
+    positions: Annotated[int, typer.Option(help="Number of positions of a row in the loss; 0: all.")] = 0,
     vocabulary: Annotated[
         int,
-        typer.Option(help="Tokens of the vocabulary that a step compares, half of them drawn anew each step; 0: all."),
+        typer.Option(help="Number of tokens that a step compares, half of them drawn anew each step; 0: all."),
     ] = 8192,
     mix: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE=SHARE", help="Share of a file's documents to use, 0 to 1. Repeatable."),
     ] = None,
     reuse: Annotated[
-        int, typer.Option(help="Steps that learn from one pass of the backbone, at other positions each.")
+        int, typer.Option(help="Number of steps that learn from one pass of the backbone, each at other positions.")
     ] = 1,
     window_steps: Annotated[
         int,
         typer.Option(
-            min=1, help="Steps whose states stay in memory for --reuse: the more, the later a row comes again."
+            min=1, help="Number of steps whose states stay in memory for --reuse; more steps delay the reuse of a row."
         ),
     ] = 64,
-    average: Annotated[float, typer.Option(help="Memory of the averaged weights.")] = 0.99,
-    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the passes; weights train in fp32.")] = "bf16",
-    cache_gb: Annotated[float, typer.Option(help="Keep states of the backbone on disk for later epochs.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of rows and the positions.")] = 0,
+    average: Annotated[float, typer.Option(help="Memory of the averaged weights, 0 to 1.")] = 0.99,
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="Type of the passes; weights are trained in fp32.")
+    ] = "bf16",
+    cache_gb: Annotated[
+        float, typer.Option(help="GB on disk for states of the backbone, which later epochs reuse.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of rows and positions.")] = 0,
     evaluate_every: Annotated[int, typer.Option(help="Steps between held-out evaluations.")] = 200,
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 5.0,
-    held_out_rows: Annotated[int, typer.Option(min=1, help="Rows of documents kept out of training.")] = 24,
+    held_out_rows: Annotated[int, typer.Option(min=1, help="Number of rows kept out of training.")] = 24,
     compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the loss (default: where a C++ compiler is).")
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the loss (default: if there is a C++ compiler)."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    pretraining_tokens: Annotated[int | None, typer.Option(help="Of the base model, for the table of costs.")] = None,
+    pretraining_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the base model's pretraining, for the table of costs.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Train one decoder layer per exit to predict what the frozen full model predicts."""
@@ -96,17 +112,17 @@ def train(
     from balcony_export.model.balcony import load_balconies, parse_exits
     from balcony_export.model.checkpoint import load_tokenizer, load_trainable
     from balcony_export.train.config import TrainConfig
-    from balcony_export.train.trainer import Trainer
+    from balcony_export.train.trainer import Start, Trainer
 
     if tokens is not None:
         if steps is not None:
-            raise InputError("--steps and --tokens: both say how long to train: give one of them")
+            raise InputError("--steps and --tokens: both set the length of the run: give one of them")
         steps = max(1, tokens // (batch_rows * seq_len))
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
     if steps is None and minutes is None:
-        raise InputError("how long to train: give --tokens, --steps or --minutes")
-    # before the processes meet in Trainer: behind that, transformers would leave all but the first without weights under FSDP
+        raise InputError("the length of the run is missing: give --tokens, --steps or --minutes")
+    # before Trainer joins the processes: after that, under FSDP, transformers would load weights in the first one only
     loaded = load_trainable(model, seq_len)
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
     _refuse_trained(output, layers, start)
@@ -145,14 +161,14 @@ def train(
     corpus = build_corpus(
         data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows, mix=_shares(mix or [])
     )
-    first_row = _first_row(start, layers, corpus)
-    trainer = Trainer(loaded, corpus, config, output, start=begun, first_row=first_row, compiled=compiled)
+    begin = None if begun is None else Start(begun, _rows_seen(start, layers, corpus))
+    trainer = Trainer(loaded, corpus, config, output, start=begin, compiled=compiled)
     if resume:
         if not trainer.resume():
-            raise TrainingError(f"{trainer.work}: holds no checkpoint: train without --resume first")
-        stderr.print(f"going on from step {trainer.step}")
+            raise TrainingError(f"{trainer.work}: has no checkpoint: train without --resume first")
+        stderr.print(f"continuing from step {trainer.step}")
     elif trainer.has_checkpoint():
-        raise TrainingError(f"{trainer.work}: holds a checkpoint: go on with --resume, or remove the directory")
+        raise TrainingError(f"{trainer.work}: has a checkpoint: continue with --resume, or remove the directory")
     before = {} if trainer.step else {e: kl for e, (kl, _) in trainer.evaluate().items()}
     if not trainer.processes.writes:
         trainer.run()
@@ -162,19 +178,19 @@ def train(
     _finish(trainer, model, pretraining_tokens, before, as_json)
 
 
-def _first_row(start: Path | None, layers: tuple[int, ...], corpus: Corpus) -> int:
-    """Rows of the corpus that the balconies to start from have learned from."""
+def _rows_seen(start: Path | None, layers: tuple[int, ...], corpus: Corpus) -> int:
+    """Number of rows of the corpus that the balconies to start from have learned from."""
     from balcony_edge.cli.console import stderr
     from balcony_export.model.balcony import rows_seen
 
     seen = 0 if start is None else rows_seen(start, layers, corpus.digest)
     if seen:
-        stderr.print(f"{start} has learned from {seen:,} of {len(corpus.train.tokens):,} rows: going on after them")
+        stderr.print(f"{start} has learned from {seen:,} of {len(corpus.train.tokens):,} rows: continuing after them")
     return seen
 
 
 def _shares(given: list[str]) -> dict[str, float]:
-    """``--mix`` as numbers by file name."""
+    """File name → share, from the values of ``--mix``."""
     from balcony_edge.errors import InputError
 
     shares: dict[str, float] = {}
@@ -192,21 +208,21 @@ def _shares(given: list[str]) -> dict[str, float]:
 
 
 def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:
-    """Refuse to write over balconies that another run left there, unless it is from them that this one starts."""
+    """Refuse to overwrite balconies of another run, unless this run starts from them."""
     from balcony_edge.errors import TrainingError
     from balcony_export.train.run_files import run_directory
 
     there = [layer for layer in layers if (output / f"balcony_{layer}.safetensors").exists()]
     if there and not run_directory(output, layers).exists() and (start is None or start.resolve() != output.resolve()):
         raise TrainingError(
-            f"{output}: holds balcony {there[0]} already: name another directory, remove it, or go on from it with --start"
+            f"{output}: already has balcony {there[0]}: name another directory, remove it, or continue from it with --start"
         )
 
 
 def _start(context: typer.Context, init: str, kind: BalconyKind, start: Path | None) -> tuple[str, BalconyKind]:
-    """What the balconies begin as, for the record of the run, and their kind."""
+    """Initial weights of the balconies, for the record of the run, and their kind."""
     from balcony_edge.errors import InputError
-    from balcony_export.model.balcony import identity
+    from balcony_export.model.balcony import digest_and_kind
 
     if start is None:
         return "last layer" if init == "last" else "random", kind
@@ -214,7 +230,7 @@ def _start(context: typer.Context, init: str, kind: BalconyKind, start: Path | N
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise InputError(f"{option}: the balconies that --start names have their own: leave it out")
-    digest, kind = identity(start)
+    digest, kind = digest_and_kind(start)
     return f"balconies {digest[:16]}", kind
 
 

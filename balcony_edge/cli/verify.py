@@ -1,4 +1,4 @@
-"""``balcony-edge verify``: compare a bundle with the model it was exported from."""
+"""``balcony-edge verify``: compare a bundle with the model that it was exported from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import typer
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
-    against: Annotated[str, typer.Option(help="The model it was exported from.")],
-    balconies: Annotated[Path | None, typer.Option(help="The balconies it was exported with.")] = None,
+    against: Annotated[str, typer.Option(help="Model that the bundle was exported from.")],
+    balconies: Annotated[Path | None, typer.Option(help="Balconies that it was exported with.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Compare logits of every exit with PyTorch: prefill, decode, and backbone.onnx. Exits 1 when a bound is broken."""
+    """Compare logits of every exit with PyTorch: prefill, decode, and backbone.onnx. Exit code 1 if a bound is exceeded."""
     from rich.table import Table
 
     from balcony_edge.bundle.bundle import Bundle

@@ -70,14 +70,16 @@ class JointConfig:
     def check(self) -> None:
         """Raise InputError for values that exclude each other."""
         if self.steps < 1 or self.batch_rows < 1 or not (self.rate > 0 and math.isfinite(self.rate)):
-            raise InputError(f"{self.steps} steps of {self.batch_rows} rows at {self.rate}: must be positive numbers")
+            raise InputError(
+                f"{self.steps} steps of {self.batch_rows} rows at rate {self.rate}: must be positive numbers"
+            )
         if self.objective == "sorted" and self.module != "none":
             raise InputError("--objective sorted: its exits have no module: give --exit-module none or leave it out")
 
 
 @dataclass(frozen=True)
 class ExitScore:
-    """An exit on held-out text: nats and share of tokens, against the text and against the model's own full depth."""
+    """Scores of an exit on held-out text: cross-entropy with the text, KL (nats) and agreement with the model's full depth."""
 
     cross_entropy: float
     kl: float
@@ -88,10 +90,10 @@ class JointTrainer:
     """One run. ``run()`` trains to the end, ``save()`` writes model and balconies.
 
     Args:
-        model: the base model, whose attention is ``sdpa`` or ``eager``; it is trained.
-        corpus: rows to train on and held-out rows.
-        config: the recipe.
-        balconies: of the exits; by default copies of the last layer, from random weights where the objective is ``scratch``.
+        model: The base model, with attention ``sdpa`` or ``eager``; it is trained.
+        corpus: Rows to train on and held-out rows.
+        config: The recipe.
+        balconies: Balconies of the exits; by default copies of the last layer, or random ones for the objective ``scratch``.
     """
 
     def __init__(
@@ -124,10 +126,10 @@ class JointTrainer:
         """Train all steps; returns the loss of each.
 
         Args:
-            report: told the step, its loss, and the seconds left.
+            report: Called with the step, its loss, and the seconds left.
 
         Raises:
-            TrainingError: the loss is not a number.
+            TrainingError: The loss is not finite.
         """
         losses = []
         begin, first = time.monotonic(), self.step
@@ -138,7 +140,7 @@ class JointTrainer:
         return losses
 
     def train_step(self) -> float:
-        """One optimizer step; returns the loss: a mean over positions, and over sub-models but for ``unfrozen`` (a sum)."""
+        """Make one step; returns the loss: a mean over positions, and over sub-models except for ``unfrozen`` (a sum)."""
         tokens, mask = self._batch(self.corpus.train, self._rows_of(self.step))
         logits = self._logits(tokens)
         if self._teacher is not None:
@@ -170,7 +172,7 @@ class JointTrainer:
         """Every exit and the full depth on the held-out rows.
 
         Raises:
-            TrainingError: one of them gives no number: the last step went too far.
+            TrainingError: One of them is not finite: the last step was too large.
         """
         sums = {e: [0.0, 0.0, 0.0] for e in self.exits.exit_layers}
         count = 0
@@ -186,7 +188,7 @@ class JointTrainer:
                 found[2] += int((logs.argmax(-1) == logits[-1].argmax(-1)).sum())
         for exit_layer, values in sums.items():
             if not all(map(math.isfinite, values)):
-                raise TrainingError(f"exit {exit_layer} gives no number any more: lower --rate and start again")
+                raise TrainingError(f"exit {exit_layer} is not finite any more: lower --rate and start again")
         return {e: ExitScore(*(value / count for value in values)) for e, values in sums.items()}
 
     def save(self, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -198,7 +200,7 @@ class JointTrainer:
         save_balconies(output, self.balconies, fingerprint(self.model), {"recipe": recipe, "steps": self.step})
 
     def _logits(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Of each exit and of the full depth  # each (B, T, V)"""
+        """Logits of each exit and of the full depth  # each (B, T, V)"""
         return [logits.float() for logits in self.exits.logits(tokens).values()]
 
     def _rows_of(self, step: int) -> npt.NDArray[np.int64]:
@@ -224,7 +226,7 @@ def train_jointly(options: argparse.Namespace) -> dict[str, ExitScore]:
     """Train, write the model and its balconies, and score every exit on held-out rows."""
     output: Path = options.output
     if (output / INDEX).exists():
-        raise InputError(f"{output}: holds balconies of another model: name another directory")
+        raise InputError(f"{output}: has balconies of another model: name another directory")
     if output.exists():
         refuse_existing(output / BASE)
     model, tokenizer = load_trainable(options.model, options.seq_len), load_tokenizer(options.model)

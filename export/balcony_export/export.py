@@ -73,7 +73,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Traced:
-    """A model's graphs before they are written: the portable set and the lowered one, empty where there is none."""
+    """A model's graphs before they are written: the portable set, and the lowered set, which may be empty."""
 
     spec: ModelSpec
     layers: tuple[int, ...]

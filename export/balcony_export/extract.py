@@ -1,7 +1,7 @@
 """The sub-model of one exit as an ordinary Hugging Face checkpoint: its backbone layers, then the balcony as the last layer.
 
-Owns the configuration of the smaller model and the names of its weights. With a balcony that is a decoder layer the result is a
-plain model of e + 1 layers, which every engine runs that runs the base model: the way out for who serves one fixed depth.
+Owns the configuration of the smaller model and the names of its weights. With a decoder layer as the balcony the result is a
+plain model of e + 1 layers. Every engine that runs the base model can run it, which suits a server of one fixed depth.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
     model, parts, balcony = exits.model, exits.parts, exits.balconies.get(exit_layer)
     if balcony is not None and balcony.kind not in ("decoder", "none"):
         raise InputError(
-            f"exit {exit_layer}: its module is '{balcony.kind}': only 'decoder' and 'none' are layers of a plain model"
+            f"exit {exit_layer}: its module is '{balcony.kind}': only 'decoder' and 'none' give a plain model"
         )
     layers: list[Any] = list(parts.layers[:exit_layer])
     if balcony is not None and balcony.layer is not None:
@@ -46,7 +46,7 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     for field in _PER_LAYER:
         if entries := getattr(config, field, None):
-            # a balcony attends as the last layer does, of which it began as a copy
+            # a balcony attends as the last layer does, because it began as a copy of it
             setattr(config, field, [*entries[:exit_layer], *entries[-1:] * (len(layers) - exit_layer)])
     config.num_hidden_layers = len(layers)
     small: PreTrainedModel = type(model)(config).eval()
@@ -88,7 +88,7 @@ def extract(exits: ExitModel, tokenizer: PreTrainedTokenizerBase, exit_layer: in
     difference = float(abs(got - want).max() / abs(want).max())
     if not difference <= TOLERANCE["float32"]:
         raise VerificationError(
-            f"exit {exit_layer}: the extracted model's logits are {difference:.1e} of the largest away from the exit's: "
+            f"exit {exit_layer}: the extracted model's logits differ from the exit's by {difference:.1e} of the largest: "
             "nothing was written; report the model's architecture"
         )
     with fresh_directory(output) as directory:

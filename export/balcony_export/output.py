@@ -1,7 +1,6 @@
-"""Directories that appear whole or not at all.
+"""Output directories that appear complete or not at all.
 
-Owns what happens to a directory under construction when writing fails or is interrupted, and the refusal of a target that
-cannot be made.
+Owns the cleanup when writing fails or is interrupted, and the refusal of a target that cannot be made.
 """
 
 from __future__ import annotations
@@ -20,27 +19,30 @@ from balcony_edge.files import partial_directory, require_writable
 
 
 def refuse_existing(output: Path) -> None:
-    """Refuse an output that exists or cannot be made; cheap, so that it comes before the work.
+    """Refuse an output that exists or cannot be made; cheap enough to call before the work begins.
 
     Raises:
-        InputError: one line.
+        InputError: The output exists or cannot be made.
     """
     if output.exists() or output.is_symlink():
-        raise InputError(f"{output}: exists already: name a directory that does not, or remove it first")
+        raise InputError(f"{output}: already exists: name another directory, or remove it first")
     require_writable(output.absolute().parent, str(output), InputError, "name another place")
 
 
 @contextmanager
 def fresh_directory(output: Path) -> Iterator[Path]:
-    """A directory of a temporary name next to ``output``, renamed to it at the end and removed when anything fails.
+    """A directory of a temporary name next to ``output``, renamed to it at the end and removed if anything fails.
 
-    Leftovers of a writer of the same name that was killed are removed first.
+    Leftovers of killed writers of the same output are removed first.
+
+    Raises:
+        InputError: The output exists or cannot be written.
     """
     refuse_existing(output)
     try:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with partial_directory(output.absolute()) as directory:
-            with _heeding_interrupts():
+            with _interrupts_kept():
                 yield directory
             directory.rename(output)
     except (OSError, SafetensorError) as error:
@@ -49,8 +51,8 @@ def fresh_directory(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _heeding_interrupts() -> Iterator[None]:
-    """Ctrl-C as ever, and once more at the end: an exception that a finalizer raises is dropped, and tracing runs many."""
+def _interrupts_kept() -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` again at the end: Python drops one that hits a finalizer, and tracing runs many of those."""
     interrupted = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
 """Compare a bundle with the model that it was made from: logits of every exit, prefill and decode, and backbone.onnx.
 
-Owns what «equal» means (ARCHITECTURE.md) and the prompts. The reference is PyTorch running transformers' own modules; the
-subject is the runtime that a device runs, so a verified bundle is verified end to end.
+Owns the meaning of «equal» (ARCHITECTURE.md) and the prompts. The reference is PyTorch with transformers' own modules. The
+bundle runs in the runtime that a device uses, so verification covers everything end to end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import VerificationError
-from balcony_export.graph.ir_tools import FAR_WEIGHTS, distance
+from balcony_export.graph.ir_tools import FAR_WEIGHTS, relative_distance
 from balcony_export.model.architecture import describe
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import stored_weights
@@ -31,15 +31,15 @@ from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.engine import Engine
 from balcony_runtime.text import TextCodec
 
-#: Largest difference of a logit as a share of the largest logit. float32: some hundred units in the last place. float16: ten
-#: units in the last place of a hidden state; a graph that is wrong is off by tens of percent. Quantized bundles are compared
-#: as float32 with the very weights that they hold, products of float activations (accuracy level 1).
+#: Largest allowed difference of a logit, as a share of the largest logit. float32: some hundred units in the last place.
+#: float16: ten units in the last place of a hidden state; a wrong graph differs by tens of percent. Quantized bundles are
+#: compared in float32, with the weights that they store and float activations (accuracy level 1).
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-4, "int4": 1e-4}
-#: At accuracy level 4 products round their inputs to 8 bits, and rounding amplifies whatever comes before it:
-#: there logits are compared as distributions. Mean KL from the exact form, nats a row: 0.01 on the demo model, up to 0.3 on
-#: tiny random ones, and a graph that is wrong is off by nats.
+#: At accuracy level 4 products round their inputs to 8 bits, which amplifies earlier differences, so logits are compared as
+#: distributions. Mean KL from the exact form, nats a row: 0.01 on the demo model, up to 0.3 on tiny random models, several
+#: nats for a wrong graph.
 ROUNDED_KL = 0.5
-#: Phases in which something beside the weights is rounded: activations, or keys and values.
+#: Phases in which not only weights are rounded, but also activations, or keys and values.
 ROUNDED = ("level 4", "int8 cache")
 #: Real text of several kinds: prose, numbers, code, another script.
 PROMPTS = (
@@ -56,25 +56,29 @@ DECODE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report: what was compared, how far apart it was, and the bound."""
+    """One line of the report: one comparison, its result and its bound.
+
+    Attributes:
+        max_difference: Largest difference of a logit, as a share of the largest logit; in phases of :data:`ROUNDED` the mean
+            KL, nats.
+        agreement: Share of rows with the same most probable token.
+    """
 
     exit_layer: int
     phase: str
     prompts: int
-    max_difference: (
-        float  # of a logit, as a share of the largest; where more than weights is rounded (`ROUNDED`) the mean KL, nats
-    )
+    max_difference: float
     agreement: float
     tolerance: float
 
     @property
     def exact(self) -> bool:
-        """Whether numbers were compared; otherwise distributions: something beside the weights is rounded."""
+        """Whether logits were compared one by one; otherwise distributions were compared."""
         return not self.phase.endswith(ROUNDED)
 
     @property
     def passed(self) -> bool:
-        """Whether the bound holds; a difference that is not a number does not pass."""
+        """Whether the bound holds; a difference that is not a number fails."""
         return self.max_difference <= self.tolerance
 
 
@@ -117,7 +121,7 @@ def verify(
     manifest = bundle.manifest
     if manifest.exit_layers != exits.exit_layers:
         raise VerificationError(
-            f"{directory}: has exits {manifest.exit_layers}, compared with balconies at {list(exits.balconies)}: "
+            f"{directory}: has exits {manifest.exit_layers}, but the balconies given are at {list(exits.balconies)}: "
             "name the model and the balconies that it was exported from"
         )
     _require_same_model(bundle, exits.model)
@@ -164,24 +168,24 @@ def _require_same_model(bundle: Bundle, model: PreTrainedModel) -> None:
     for size in sizes:
         if getattr(have, size) != getattr(given, size):
             raise VerificationError(
-                f"{bundle.path}: is of {have.name}, {size} {getattr(have, size)}, and the model that was given has "
+                f"{bundle.path}: was made from {have.name} with {size} {getattr(have, size)}, but the given model has "
                 f"{getattr(given, size)}: name {have.name} with --against"
             )
 
 
 def _same_ids(bundle: Bundle, codec: TextCodec, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text, which the bundle's tokenizer must give, too."""
+    """Tokens of a text, which must be the same from the bundle's tokenizer and the model's."""
     ids: list[int] = list(tokenizer(text).input_ids)
     if codec.encode(text, chat=False) != ids:
         raise VerificationError(
-            f"{bundle.path}: is of {bundle.manifest.model.name}, and its tokenizer gives other tokens than the given model's "
-            f"for {text[:30]!r}: name that model, or export it again"
+            f"{bundle.path}: was made from {bundle.manifest.model.name}, and its tokenizer gives other tokens for "
+            f"{text[:30]!r} than the given model's: name that model, or export it again"
         )
     return ids
 
 
 def _at_level_1(bundle: Bundle, directory: Path) -> Bundle:
-    """The same weights, and products that leave their inputs in float32: what can be compared number by number."""
+    """A bundle with the same weights whose products keep float32 inputs, so that logits can be compared one by one."""
     for spec in bundle.manifest.cpu.values():
         graph = onnx.load(str(bundle.file(spec.file)), load_external_data=False)
         for node in graph.graph.node:
@@ -212,11 +216,11 @@ def _with_stored_weights(bundle: Bundle, exits: ExitModel) -> ExitModel:
         return root.get_submodule(path).weight.data  # type: ignore[no-any-return]
 
     def take(name: str, weight: torch.Tensor, stored: npt.NDArray[np.float32]) -> None:
-        far = distance(stored, weight.numpy())
+        far = relative_distance(stored, weight.numpy())
         if not far <= FAR_WEIGHTS:
             raise VerificationError(
-                f"{bundle.path}: {name} is {far:.2g} of its size away from the model's: name the model and the balconies that "
-                "it was exported from, or export it again"
+                f"{bundle.path}: {name} differs from the model's by {far:.2g} of its size: name the model and the balconies "
+                "that it was exported from, or export it again"
             )
         weight.copy_(torch.from_numpy(stored))
 
@@ -237,26 +241,26 @@ def require_all_passed(checks: Sequence[Check], directory: Path, made_from: str)
     """Raise unless every check passed.
 
     Args:
-        checks: of one bundle.
-        directory: the bundle.
-        made_from: the model that the bundle names as its own.
+        checks: Checks of one bundle.
+        directory: The bundle.
+        made_from: Name of the model in the bundle's manifest.
 
     Raises:
-        VerificationError: names the worst check.
+        VerificationError: A check failed; the message names the first.
     """
     failed = [check for check in checks if not check.passed]
     if failed:
-        worst = failed[0]
-        what, unit = ("largest logit difference", " of the largest logit") if worst.exact else ("mean KL", " nats")
+        first = failed[0]
+        what, unit = ("largest logit difference", " of the largest logit") if first.exact else ("mean KL", " nats")
         raise VerificationError(
-            f"{directory}: exit {worst.exit_layer}, {worst.phase}: the {what} is {worst.max_difference:.1e}{unit}, "
-            f"allowed are {worst.tolerance:.0e}: it was made from {made_from}: compare it with that model and its balconies; "
+            f"{directory}: exit {first.exit_layer}, {first.phase}: the {what} is {first.max_difference:.1e}{unit}, more than "
+            f"the allowed {first.tolerance:.0e}: compare it with {made_from}, which it was made from, and its balconies; "
             "if you did, do not use this bundle, and report the model's architecture"
         )
 
 
 def _kl(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> float:
-    """Mean of KL(want ‖ got) over rows, nats; not a number where logits are none."""
+    """Mean of KL(want ‖ got) over rows, nats; NaN if a logit is NaN."""
     logs = [torch.from_numpy(rows).double().log_softmax(-1) for rows in (want, got)]
     return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
@@ -274,7 +278,7 @@ def _prefill(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray
 
 
 def _decode(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Logits of the last tokens, fed one by one behind a prefill of the others."""
+    """Logits of the last tokens, fed one by one after a prefill of the others."""
     sequence = engine.new_sequence(max_length=len(ids))
     first = max(len(ids) - DECODE_TOKENS, 1)
     rows = [sequence.advance(exit_layer, ids[:first])[0]]
@@ -284,7 +288,7 @@ def _decode(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[
 
 
 def _backbone(bundle: Bundle, exits: ExitModel, samples: Sequence[Sequence[int]]) -> _Logits:
-    """Logits from backbone.onnx's hidden states, with PyTorch's balconies and head behind them."""
+    """Logits from backbone.onnx's hidden states, through PyTorch's balconies and head."""
     manifest = bundle.manifest
     session = open_session(bundle.file("backbone.onnx"))
     names = [f"hidden_{e}" for e in manifest.exit_layers]

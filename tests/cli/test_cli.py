@@ -96,7 +96,7 @@ def test_verify_passes_and_fails(
     tiny.tokenizer.save_pretrained(tmp_path / "other")
     done = invoke("verify", exported, "--against", tmp_path / "other")
     assert done.returncode == 1 and "FAIL" in done.stdout
-    assert "of the largest logit, allowed are 1e-04: it was made from tiny-llama: compare it with that" in done.stderr
+    assert "of the largest logit, more than the allowed 1e-04: compare it with tiny-llama" in done.stderr
     wide = make_tiny("llama", hidden_size=48)
     wide.save_pretrained(tmp_path / "wide")
     tiny.tokenizer.save_pretrained(tmp_path / "wide")
@@ -131,9 +131,16 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     refused("only int8 and int4 are rounded", *common, "--calibration", text)
     refused("kv=8: needs --calibration", *common, "--precision", "int4,kv=8")
     refused("needs --evaluate TEXT and replaces --precision", *common, "--quality-budget", "kl=0.1")
-    refused("another text of that name", *common, "--evaluate", text, "--evaluate", text)
+    refused("another text has the same name", *common, "--evaluate", text, "--evaluate", text)
     refused(
-        "engines come from fp32 or fp16", *common, "--evaluate", text, "--quality-budget", "kl=1", "--tensorrt", "fp16"
+        "engines are built from fp32 or fp16",
+        *common,
+        "--evaluate",
+        text,
+        "--quality-budget",
+        "kl=1",
+        "--tensorrt",
+        "fp16",
     )
     refused("--quality-budget kl=x: must be kl= and nats", *common, "--quality-budget", "kl=x", "--evaluate", text)
     assert not bundle.exists()
@@ -228,13 +235,13 @@ def test_budgets_and_prompts_that_cannot_be(exported: Path, tmp_path: Path) -> N
         ("0", "exit layer 0"),
         ("5", "exit layer 5"),
         ("99", "exit layer 99"),
-        ("-1", "'-1' is no exit"),
+        ("-1", "'-1' is not an exit"),
         ("3,2", "ascending order"),
         ("2,2", "named twice"),
-        ("two", "'two' is no exit"),
-        ("", "'' is no exit"),
+        ("two", "'two' is not an exit"),
+        ("", "'' is not an exit"),
         ("1.5x", "exit layer"),
-        ("nanx", "is no exit"),
+        ("nanx", "is not an exit"),
     ],
 )
 def test_exits_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path, exits: str, pattern: str) -> None:
@@ -246,7 +253,7 @@ def test_models_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "b"
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused("is no model", "export", empty, "--exits", "2", "-o", output)
+    refused("is not a model", "export", empty, "--exits", "2", "-o", output)
     refused("does not exist", "export", tmp_path / "nowhere", "--exits", "2", "-o", output)
     cut = Path(shutil.copytree(tiny_checkpoint, tmp_path / "cut"))
     weights = cut / "model.safetensors"
@@ -257,10 +264,10 @@ def test_models_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
     done = invoke("export", other, "--exits", "2", "-o", output)
     assert done.returncode == 1 and "balcony-edge: " in done.stderr and "Traceback" not in done.stderr
-    refused("holds no balconies.json", "export", tiny_checkpoint, "--exits", "2", "-o", output, "--balconies", empty)
+    refused("has no balconies.json", "export", tiny_checkpoint, "--exits", "2", "-o", output, "--balconies", empty)
     refused("context length 9999", "export", tiny_checkpoint, "--exits", "2", "-o", output, "--context-length", "9999")
     (tmp_path / "there").mkdir()
-    refused("exists already", "export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "there")
+    refused("already exists", "export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "there")
     assert not output.exists() and not list(tmp_path.glob(".*partial*"))
 
 
@@ -273,7 +280,7 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert document["name"] == "rtx-fp16" and document["builder"].startswith("tensorrt_rtx ")
     assert all(engine["bytes"] > 0 for engine in document["engines"] if engine["graph"] != "backbone")
     done = invoke_here(*common, "--graphs-only", "--target", "tensorrt", "--operators", "plain")
-    assert done.returncode == 0 and "graphs alone: build on the device" in " ".join(done.stdout.split()), done
+    assert done.returncode == 0 and "graphs only: build on the device" in " ".join(done.stdout.split()), done
     done = invoke_here("inspect", bundle)
     assert done.returncode == 0 and "tensorrt/rtx-fp16" in done.stdout and "tensorrt/tensorrt-fp16-plain" in done.stdout
     assert "compute capability 86, 89" in " ".join(done.stdout.split())
@@ -297,9 +304,9 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert invoke_here(*common, "--sm", "86,89").returncode == 0
     for option in (("--sm", "86"), ("--whole",), ("--timing-cache", tmp_path / "t")):
         refused("--graphs-only: --sm, --whole and --timing-cache", *common, "--graphs-only", *option)
-    refused("--timing-cache: TensorRT-RTX times no kernels", *common, "--timing-cache", tmp_path / "t")
+    refused("--timing-cache: TensorRT-RTX does not time kernels", *common, "--timing-cache", tmp_path / "t")
     refused("--block with --rounded-as", *common, "--precision", "int4", "--block", "32", "--rounded-as", bundle)
-    refused("no multiple of --block 64", *common, "--precision", "int4")
+    refused("not a multiple of --block 64", *common, "--precision", "int4")
     refused("--block 7: give 32, 64 or 128", *common, "--precision", "int4", "--block", "7")
     refused("--block and --rounded-as are for int4", *common, "--block", "128")
     refused("tensorrt is not installed", *common, "--target", "tensorrt")
@@ -323,14 +330,14 @@ def test_extract(tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = invoke_here("verify", tmp_path / "b", "--against", tmp_path / "small")
     assert done.returncode == 0, done
     refused("exit layer 5: a model of 5 layers", "extract", tiny_checkpoint, "--exit", "5", "-o", tmp_path / "x")
-    refused("exists already", "extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "small")
+    refused("already exists", "extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "small")
     common = ("export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "x", "--exit-module", "mlp")
     refused("--exit-module with --balconies", *common, "--balconies", tmp_path)
 
 
 def test_training_needs_a_length(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
     common = ("train", tiny_checkpoint, "--exits", "2,3", "--data", text_file, "-o", tmp_path / "out")
-    refused("how long to train: give --tokens", *common)
+    refused("the length of the run is missing: give --tokens", *common)
 
 
 def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
@@ -381,7 +388,7 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     assert all(0 <= held["disagreement"] <= held["exit_share"] <= 1 for held in checked["exits"].values())
     done = invoke_here("calibrate", bundle, "--check", other)
     assert done.returncode == 0 and "thresholds from text.jsonl" in " ".join(done.stdout.split()), done
-    refused("give --text to calibrate, or --check", "calibrate", bundle)
+    refused("give exactly one: --text to calibrate", "calibrate", bundle)
     done = invoke_here("run", bundle, "the fox", "-n", "9", "--policy", "confident", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["quality"].keys() == {"2", "3"}, done
     refused("--max-disagreement 0: must be above 0", "calibrate", bundle, "--text", text, "--max-disagreement", "0")

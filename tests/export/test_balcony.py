@@ -1,4 +1,4 @@
-"""Balconies: parsing exits, initialisation, and the directory format with everything that may be wrong with it."""
+"""Balconies: parsing exits, initialization, and the directory format with all kinds of damage."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_exits_are_parsed(text: str, layers: int, exits: tuple[int, ...]) -> Non
         ("0", "exit layer 0: a model of 30 layers takes exits 1 to 29"),
         ("30", "exit layer 30: a model of 30 layers takes exits 1 to 29"),
         ("1.1x", "exit layer 32"),
-        ("fourteen", "'fourteen' is no exit"),
-        ("14,", "'' is no exit"),
-        ("-3", "'-3' is no exit"),
-        ("0.5", "'0.5' is no exit"),
+        ("fourteen", "'fourteen' is not an exit"),
+        ("14,", "'' is not an exit"),
+        ("-3", "'-3' is not an exit"),
+        ("0.5", "'0.5' is not an exit"),
     ],
 )
 def test_exits_that_make_no_sense_are_refused(text: str, words: str) -> None:
@@ -118,7 +118,7 @@ def test_fingerprint_names_the_model_and_not_its_precision(
     base = fingerprint(model)
     assert fingerprint(load_model(tiny_checkpoint)) == base
     assert fingerprint(load_model(tiny_checkpoint, dtype=torch.bfloat16)) == base
-    model.config.rms_norm_eps = float(torch.tensor(model.config.rms_norm_eps))  # as a GGUF file gives it back
+    model.config.rms_norm_eps = float(torch.tensor(model.config.rms_norm_eps))  # as read from a GGUF file
     assert fingerprint(model) == base
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1.05)
     assert fingerprint(model)["weights_sha256"] != base["weights_sha256"]
@@ -176,14 +176,14 @@ def _escape(path: Path) -> None:
     ("damage", "words"),
     [
         (_remove_file, r"balcony_3\.safetensors: is missing"),
-        (_flip_byte, r"balcony_3\.safetensors: has another sha256"),
-        (_poison, r"balcony 3: norm\.weight holds values that are not finite"),
-        (_reshape, r"norm\.weight is \(8,\), the base model wants \(32,\)"),
+        (_flip_byte, r"balcony_3\.safetensors: its sha256 differs"),
+        (_poison, r"balcony 3: norm\.weight has values that are not finite"),
+        (_reshape, r"norm\.weight is \(8,\), the base model needs \(32,\)"),
         (_edit("format_version", 9), "format 9"),
         (_edit("module", "lstm"), "module 'lstm'"),
         (_edit("exits", []), "is damaged"),
         (_escape, "is damaged"),
-        (lambda path: (path / "balconies.json").unlink(), r"holds no balconies\.json"),
+        (lambda path: (path / "balconies.json").unlink(), r"has no balconies\.json"),
         (_break_index, "is damaged"),
     ],
 )
@@ -194,13 +194,13 @@ def test_damaged_directories_are_named(model: Any, saved: Path, damage: Callable
 
 
 def test_an_exit_that_is_not_there_is_named(model: Any, saved: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no balcony for exit layer 4: it holds 2, 3"):
+    with pytest.raises(CheckpointError, match="has no balcony for exit layer 4: it has 2, 3"):
         load_balconies(saved, model, (2, 4))
 
 
 def test_another_base_model_is_refused_on_both_ways(make_tiny: Callable[..., Any], saved: Path) -> None:
     other = make_tiny("qwen3")
-    with pytest.raises(CheckpointError, match=r"belong to another base model \(model_type is qwen3, they want llama\)"):
+    with pytest.raises(CheckpointError, match=r"belong to another base model \(model_type is qwen3, they need llama\)"):
         load_balconies(saved, other)
     with pytest.raises(CheckpointError, match="belong to another base model"):
         save_balconies(saved, init_balconies(other, (1,)), fingerprint(other))
@@ -238,5 +238,5 @@ def test_rows_at_positions_are_those_of_the_whole_pass(
     assert slopes[0].keys() == slopes[1].keys()
     for key, slope in slopes[0].items():
         torch.testing.assert_close(slopes[1][key], slope, rtol=1e-4, atol=1e-5)
-    # no hook stays behind
+    # no hook is left
     torch.testing.assert_close(balcony(hidden, **arguments).flatten(0, 1)[where], whole, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Reading base models: what is accepted, what is refused and with which words."""
+"""Reading base models: accepted and refused sources, and the messages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_asked_precision_and_attention_are_used(tiny_checkpoint: Path) -> None:
 def test_weights_that_are_only_a_pickle_are_refused_unread(model_copy: Path) -> None:
     (model_copy / "model.safetensors").unlink()
     (model_copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(CheckpointError, match=r"only in pytorch_model\.bin, a pickle, which is never loaded"):
+    with pytest.raises(CheckpointError, match=r"only in pytorch_model\.bin, a pickle, and pickles are not loaded"):
         load_model(model_copy)
 
 
@@ -102,15 +102,15 @@ def _missing_shard(model: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_truncate, r"bytes long, its header promises \d+: download it again"),
-        (_cut_header, "is no safetensors file or cut short"),
+        (_truncate, r"bytes long, but its header says \d+: download it again"),
+        (_cut_header, "is not a safetensors file, or is cut short"),
         (_drop_weight, r"1 weights are missing, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
         (_break_config, r"config\.json: cannot be read as JSON"),
-        (_nameless_config, r"config\.json: names no model_type"),
+        (_nameless_config, r"config\.json: has no model_type"),
         (_unknown_type, "cannot be loaded .*no_such_model"),
         (
             _quantized_before,
-            r"its weights are quantized already \(gptq\): give the checkpoint that they were made from",
+            r"its weights are already quantized \(gptq\): give the checkpoint that they were made from",
         ),
         (_missing_shard, r"model-00001-of-00002\.safetensors is missing"),
     ],
@@ -127,9 +127,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no model")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(40))
     for source, words in {
-        tmp_path: "is no model: give a Hugging Face directory",
+        tmp_path: "is not a model: give a Hugging Face directory",
         tmp_path / "absent": "does not exist",
-        tmp_path / "notes.txt": "is no GGUF file",
+        tmp_path / "notes.txt": "is not a GGUF file",
         tmp_path / "cut.gguf": "cut short",
     }.items():
         if source == tmp_path:
@@ -141,7 +141,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_hub_that_cannot_be_reached_is_one_line() -> None:
-    with pytest.raises(CheckpointError, match=r"^no-such/model: no such path, and the hub did not give it") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"^no-such/model: is not a path, and the hub did not answer with a model"
+    ) as caught:
         load_model("no-such/model")
     assert "\n" not in str(caught.value)
 
@@ -168,7 +170,7 @@ def test_truncated_gguf_is_named(demo: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scaling", ["tensor", "yarn", "none"])
 def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Path) -> None:
-    """transformers reads neither the tensor of Llama 3's factors nor the type of a scaling: the model would come out wrong."""
+    """transformers reads neither Llama 3's tensor of factors nor the type of a scaling, so the model would be wrong."""
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     name = "rope_freqs.weight" if scaling == "tensor" else "output_norm.weight"
     writer.add_tensor(name, np.ones(8, np.float32))

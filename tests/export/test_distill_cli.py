@@ -1,4 +1,4 @@
-"""Distillation as a command: `balcony-edge train` on real files, exits one at a time, and what it refuses before it trains."""
+"""Distillation as a command: `balcony-edge train` on real files, exits one at a time, and refusals before the training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECIPE = ("--seq-len", "24", "--held-out-rows", "4", "--json", "--positions", "8
 
 
 def trained(model: Path, exits: str, text: Path, output: Path, *options: str) -> dict[str, Any]:
-    """What the command prints."""
+    """Output of the command."""
     command = ["train", str(model), "--exits", exits, "--data", str(text), "-o", str(output)]
     command += [*RECIPE, *options]
     result: dict[str, Any] = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)
@@ -43,16 +43,16 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     assert (document["steps"], document["tokens"], set(document["exits"])) == (5, 240, {"2", "3"})
     work = out / "run/2-3"
     assert (work / "curve.png").read_bytes()[:4] == b"\x89PNG"
-    refused(TrainingError, "go on with --resume", *command, "--tokens", "240")
+    refused(TrainingError, "continue with --resume", *command, "--tokens", "240")
     before = (work / "checkpoint.safetensors").read_bytes()
     assert trained(*command, "--steps", "7", "--resume")["steps"] == 7
     assert (work / "checkpoint.safetensors").read_bytes() != before
     assert trained(*command, "--minutes", "0.02", "--resume")["steps"] > 7
-    # from balconies in the very directory that it writes to, whose index its first checkpoint changes
+    # start from balconies in the output directory, whose index the first checkpoint changes
     (out / "run").rename(tmp_path / "old-run")
     assert trained(*command, "--steps", "2", "--start", str(out))["steps"] == 2
     (out / "run").rename(tmp_path / "run")
-    refused(TrainingError, "holds balcony 2 already", *command, "--steps", "2")
+    refused(TrainingError, "already has balcony 2", *command, "--steps", "2")
     (tmp_path / "run").rename(out / "run")
     assert trained(*command, "--steps", "4", "--start", str(out), "--resume")["steps"] == 4
 
@@ -65,8 +65,8 @@ def test_exits_are_added_one_at_a_time(tiny_checkpoint: Path, text_file: Path, t
     trained(tiny_checkpoint, "3", text_file, out, "--steps", "3")
     assert [(out / name).read_bytes() for name in files] == before
     assert set(json.loads((out / "balconies.json").read_text())["exits"]) == {"2", "3"}
-    refused(TrainingError, "holds balcony 3 already", tiny_checkpoint, "3,4", text_file, out, "--steps", "3")
-    # beside each other they become what they became alone
+    refused(TrainingError, "already has balcony 3", tiny_checkpoint, "3,4", text_file, out, "--steps", "3")
+    # trained together they get the same weights as alone
     together = tmp_path / "together"
     trained(tiny_checkpoint, "2,3", text_file, together, "--steps", "3")
     for name in ("balcony_2.safetensors", "balcony_3.safetensors"):
@@ -81,7 +81,7 @@ def test_every_way_of_attending_is_trained(
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    # Gemma 2 caps its scores, which PyTorch's fused attention cannot: transformers refuses that one for it
+    # Gemma 2 caps its scores, which PyTorch's fused attention cannot do, so transformers refuses it for this model
     make_tiny(architecture).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     document = trained(tmp_path / "model", "2", text_file, tmp_path / "out", "--steps", "2")

@@ -1,4 +1,4 @@
-"""The parts of distillation by themselves: the loss against its definition, data, the order of rows, schedules, recipes."""
+"""The parts of distillation: the loss against its definition, data, the order of rows, schedules, recipes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_loss_and_gradient_are_those_of_the_definition(softcap: float | None, co
 def test_a_part_of_the_vocabulary_holds_the_text_the_likeliest_and_others_that_represent_the_rest() -> None:
     generator = torch.Generator().manual_seed(2)
     weight, text = torch.randn(100, 16, generator=generator), torch.tensor([7, 7, 91, 3])
-    sample = VocabularySample(20, torch.arange(99, -1, -1))  # 99 is the likeliest
+    sample = VocabularySample(20, torch.arange(99, -1, -1))  # 99 is the most probable
     part = sample.draw(weight, text, [0, 1, 0])
     rows = [int((weight == row).all(dim=1).nonzero()) for row in part.weight]
     assert {3, 7, 91} <= set(rows[:10]) and set(rows[:10]) - {3, 7, 91} == set(range(93, 100))
@@ -72,7 +72,7 @@ def test_a_part_of_the_vocabulary_holds_the_text_the_likeliest_and_others_that_r
     assert part.offset[10:].tolist() == pytest.approx([math.log(90 / 10)] * 10)
     again, other = (sample.draw(weight, text, [0, step, 0]) for step in (1, 2))
     assert torch.equal(again.weight, part.weight) and not torch.equal(other.weight, part.weight)
-    # a text with more tokens than there is room for: the likeliest of them, and half is drawn all the same
+    # a text with more tokens than there is room for: the most probable of them, and half of the part is still drawn
     crowded = VocabularySample(20, torch.arange(99, -1, -1)).draw(weight, torch.arange(50), [0, 0])
     rows = [int((weight == row).all(dim=1).nonzero()) for row in crowded.weight]
     assert rows[:10] == list(range(49, 39, -1)) and len(set(rows)) == 20
@@ -153,7 +153,7 @@ def test_a_share_of_a_file_is_used_and_documents_of_every_file_are_held_out(
     assert part.sources["a.jsonl"] == whole.sources["a.jsonl"]
     assert (part.sources["b.jsonl"]["documents"], part.sources["b.jsonl"]["share"]) == (30, 0.25)
     assert part.digest != whole.digest
-    for corpus in (whole, part):  # what is held out of each file is its share of the tokens, and is not learned from
+    for corpus in (whole, part):  # every file gives its share of held-out tokens, which are not learned from
         tokens = {name: facts["tokens"] for name, facts in corpus.sources.items()}
         assert corpus.train.num_tokens + corpus.held_out.num_tokens <= sum(tokens.values())
         learned = {
@@ -163,7 +163,7 @@ def test_a_share_of_a_file_is_used_and_documents_of_every_file_are_held_out(
             row[:length].tobytes() for row, length in zip(corpus.held_out.tokens, corpus.held_out.lengths, strict=True)
         ]
         assert held and not learned & set(held)
-    with pytest.raises(InputError, match=r"--mix c\.jsonl: --data has no such file: it has a\.jsonl, b\.jsonl"):
+    with pytest.raises(InputError, match=r"--mix c\.jsonl: is not a file of --data: name one of a\.jsonl, b\.jsonl"):
         build_corpus([tmp_path], tokenizer, seq_len=32, mix={"c.jsonl": 0.5})
 
 
@@ -220,9 +220,9 @@ def test_packing_loses_and_doubles_nothing() -> None:
         ("list.jsonl", b"[1, 2]\n", r"list\.jsonl:1: has no .text. and no chat"),
         ("short.jsonl", b'{"text": "the fox jumps"}\n{"text": "a"}\n', r"short\.jsonl:2: has 1 token, and"),
         ("nothing.jsonl", b'{"text": ""}\n', r"nothing\.jsonl:1: has 0 tokens"),
-        ("one.txt", b"the quick brown fox jumps", r"1 document\(s\) and \d+ tokens: none can be held out"),
+        ("one.txt", b"the quick brown fox jumps", r"1 document\(s\) of \d+ tokens: too few to hold one out"),
         ("absent.jsonl", None, "cannot be read"),
-        (".", None, r"holds no \.jsonl or \.txt files"),
+        (".", None, r"has no \.jsonl or \.txt files"),
         ("text.jsonl", b'{"text": "half a pair \\ud800"}\n', r"text\.jsonl:1: is not JSON .*surrogates not allowed"),
         (
             "text.jsonl",
@@ -274,7 +274,7 @@ def test_schedules_have_their_shapes() -> None:
     )
     cosine = Schedule("cosine", 0, 100, 0.4)
     assert [cosine.factor(step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
-    trapezoid.replan(70, 110)  # in the decay, at 0.75: go on from there to the new end
+    trapezoid.replan(70, 110)  # in the decay, at 0.75: continue from there to the new end
     assert [trapezoid.factor(step) for step in (70, 90, 110)] == pytest.approx([0.75, 0.375, 0])
     early = Schedule("trapezoidal", 0, 1000, 0.5)
     early.replan(80, 100)  # the end comes near: the decay begins now
@@ -287,16 +287,16 @@ def test_schedules_have_their_shapes() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "a run needs one end"),
-        ({"steps": 1, "minutes": 1.0}, "a run needs one end"),
+        ({}, "a run needs exactly one of them"),
+        ({"steps": 1, "minutes": 1.0}, "a run needs exactly one of them"),
         ({"minutes": 1.0, "schedule": "cosine"}, "use trapezoidal"),
         ({"steps": 0}, "steps = 0: must be 1 or more"),
         ({"minutes": math.nan}, "must be more than 0"),
-        ({"steps": 1, "batch_rows": 3, "micro_rows": 2}, "must divide"),
+        ({"steps": 1, "batch_rows": 3, "micro_rows": 2}, "must be a multiple"),
         ({"steps": 1, "rate": math.nan}, "rate = nan"),
         ({"steps": 1, "clip": 0.0}, "clip = 0"),
         ({"steps": 1, "vocabulary": -1}, "vocabulary = -1"),
-        ({"steps": 1, "vocabulary": 1}, "vocabulary = 1: half of it is drawn"),
+        ({"steps": 1, "vocabulary": 1}, "vocabulary = 1: half of it is drawn at random"),
         ({"steps": 1, "vector_rate": -1.0}, "vector_rate = -1"),
         ({"steps": 1, "warmup_steps": -10}, "warmup_steps = -10"),
         ({"steps": 1, "cache_gb": math.nan}, "cache_gb = nan"),
@@ -359,7 +359,7 @@ def test_no_long_document_is_kept_out_whole(
     corpus = build_corpus(files, tokenizer, seq_len=24, held_out_rows=2)
     total = sum(source["tokens"] for source in corpus.sources.values())
     assert 24 < corpus.held_out.num_tokens <= 48  # two rows were asked for; every document is longer
-    assert corpus.train.num_tokens + corpus.held_out.num_tokens >= total - len(sizes)  # tails of one token go
+    assert corpus.train.num_tokens + corpus.held_out.num_tokens >= total - len(sizes)  # tails of one token are dropped
 
 
 def test_a_process_without_positions_gives_zeros_where_others_wait_for_it() -> None:

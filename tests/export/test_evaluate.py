@@ -1,32 +1,27 @@
-"""Evaluation against hand computations, PyTorch against bundles, and the harness's own adapter as the oracle.
-
-One tiny model and its hand computations serve all of it, so one file holds it.
-"""
+"""Evaluation against hand computations, PyTorch against bundles, tasks with their prompts, reports, and the command."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'")
 
-from lm_eval.api.instance import Instance
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Estimate
 from balcony_edge.bundle.quality import record_quality
-from balcony_edge.errors import BalconyError, InputError, VerificationError
+from balcony_edge.errors import BalconyError, VerificationError
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
-from balcony_export.evaluate.report import as_document, build_report, grids, markdown
-from balcony_export.evaluate.scorer import Block, BundleScorer, Request, TorchScorer
+from balcony_export.evaluate.report import as_document, build_report, markdown, tables
+from balcony_export.evaluate.scorer import BundleScorer, Request, TorchScorer
 from balcony_export.evaluate.tasks import evaluate_tasks, offline_tasks
 from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, tokenized_documents
 from balcony_export.model.balcony import fingerprint, save_balconies
@@ -38,18 +33,6 @@ TEXTS = (
     "over and over the brown fox jumps",
     "1969: the year of the balcony.\n\nThe dog said nothing.",
 )
-
-
-@pytest.fixture(scope="module")
-def bundle_scorer(tiny: Any) -> Iterator[BundleScorer]:
-    scorer = BundleScorer(Bundle.open(tiny.path))
-    yield scorer
-    scorer.close()
-
-
-@pytest.fixture(scope="module")
-def torch_scorer(tiny: Any) -> TorchScorer:
-    return TorchScorer(tiny.exits, tiny.tokenizer, name="tiny")
 
 
 def documents(tokenizer: Any, texts: tuple[str, ...] = TEXTS) -> list[TokenizedDocument]:
@@ -144,120 +127,6 @@ def test_blocks_and_prefixes_give_the_logits_of_a_whole_pass(
             torch.testing.assert_close(mine.logits[exit_layer], logits, rtol=1e-4, atol=1e-3)
 
 
-# ---- the adapter
-
-
-def instances(*pairs: tuple[Any, ...]) -> list[Any]:
-    return [Instance("loglikelihood", {}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
-
-
-@pytest.fixture(scope="module")
-def oracle(tiny: Any) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=4, device="cpu")
-
-
-def test_loglikelihoods_equal_the_harness_own_adapter(
-    oracle: Any, bundle_scorer: BundleScorer, torch_scorer: TorchScorer
-) -> None:
-    context = "Question: who jumps over the dog?\nAnswer:"
-    requests = instances(
-        *((context, f" {answer}") for answer in ("the fox", "the lazy dog", "a", "b", "nobody at all")),
-        (context + " ", "the fox"),  # a trailing space belongs to the continuation
-        ("", "the quick brown fox"),
-        ("x" * 700, " is too long for the context"),
-    )
-    wanted = oracle.loglikelihood(requests, disable_tqdm=True)
-    texts = instances(("the fox. " * 90,), ("dog",))
-    rolling = oracle.loglikelihood_rolling(texts, disable_tqdm=True)
-    for scorer in (bundle_scorer, torch_scorer):
-        lm = BalconyLM(sweep=Sweep(scorer))
-        found = lm.loglikelihood(requests)
-        np.testing.assert_allclose([a for a, _ in found], [a for a, _ in wanted], atol=1e-3, rtol=1e-6)
-        assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
-        np.testing.assert_allclose(lm.loglikelihood_rolling(texts), rolling, rtol=1e-6)
-
-
-def test_generation_equals_the_harness_own_adapter_and_stops(
-    oracle: Any, bundle_scorer: BundleScorer, torch_scorer: TorchScorer
-) -> None:
-    options = {"until": ["zzz"], "do_sample": False, "max_gen_toks": 24}
-    requests = instances(*(("the quick brown", options), ("a dog", options)))
-    wanted = oracle.generate_until(requests, disable_tqdm=True)
-    stop = wanted[0][5:7]
-    for scorer in (bundle_scorer, torch_scorer):
-        lm = BalconyLM(sweep=Sweep(scorer))
-        assert lm.generate_until(requests) == wanted
-        (cut,) = lm.generate_until(instances(("the quick brown", {"until": [stop], "max_gen_toks": 24})))
-        assert cut == wanted[0].split(stop)[0]
-    with pytest.raises(InputError, match="samples"):
-        lm.generate_until(instances(("a", {"do_sample": True, "temperature": 0.7})))
-    shallow = [
-        BalconyLM(sweep=Sweep(scorer), exit_layer=2).generate_until(requests)
-        for scorer in (bundle_scorer, torch_scorer)
-    ]
-    assert shallow[0] == shallow[1] != wanted
-
-
-def test_a_task_file_gives_the_harness_own_scores(
-    oracle: Any, bundle_scorer: BundleScorer, tmp_path: Path, tiny: Any
-) -> None:
-    """A YAML task over a local file, through lm_eval itself, on every exit; the full depth against the hf adapter."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    rows = [{"q": text[:20], "c": [text[20:30], "dog", "the fox"], "g": i % 3} for i, text in enumerate(TEXTS)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tiny.yaml").write_text(
-        "task: tiny\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\nnum_fewshot: 0\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
-        'doc_to_text: "Q: {{q}}\\nA:"\ndoc_to_choice: c\ndoc_to_target: g\n'
-        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    )
-    found = {}
-    models = {
-        "hf": (oracle, {}),
-        "bundle": ("balcony", {"bundle": str(tiny.path)}),
-        "shallow": ("balcony", {"bundle": str(tiny.path), "exit_layer": 2}),
-        "sweep": (BalconyLM(sweep=Sweep(bundle_scorer), exit_layer=2), {}),
-    }
-    for name, (model, arguments) in models.items():
-        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-        results = lm_eval.simple_evaluate(model, arguments, tasks=["tiny"], task_manager=manager, bootstrap_iters=0)
-        found[name] = [[answer[0] for answer in sample["filtered_resps"]] for sample in results["samples"]["tiny"]]
-    np.testing.assert_allclose(found["bundle"], found["hf"], atol=1e-4, rtol=1e-6)
-    np.testing.assert_allclose(found["shallow"], found["sweep"], atol=1e-4)
-    assert np.abs(np.subtract(found["shallow"], found["hf"])).max() > 0.1
-
-
-class Counting:
-    """A scorer that counts the requests that reach it."""
-
-    def __init__(self, scorer: Any) -> None:
-        self._scorer, self.requests = scorer, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._scorer, name)
-
-    def logits(self, requests: list[Request]) -> Iterator[Block]:
-        self.requests += len(requests)
-        return self._scorer.logits(requests)  # type: ignore[no-any-return]
-
-
-def test_exits_share_one_sweep(bundle_scorer: BundleScorer) -> None:
-    counting = Counting(bundle_scorer)
-    sweep = Sweep(counting)  # type: ignore[arg-type]
-    pairs = [([9, 8, 7], [3]), ([9, 8, 7], [4]), ([9, 8, 7], [5, 6, 5]), ([9, 8, 7, 5], [6, 5])]
-    answers = {e: sweep.answers(pairs, e) for e in (2, 3, 5)}
-    assert counting.requests == 2  # the first two are one input, and so are the last two
-    assert len({tuple(answer) for answer in answers.values()}) == 3
-    requests = instances(("the dog", " sits"), ("the dog", " jumps over"))
-    for exit_layer in (2, 3, 5):
-        BalconyLM(sweep=sweep, exit_layer=exit_layer).loglikelihood(requests)
-    assert counting.requests == 4
-
-
 # ---- tasks
 
 
@@ -303,10 +172,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Recording(Counting):
-    """Keeps the texts that were asked about."""
+class Recording:
+    """A scorer that keeps the texts of the requests."""
 
-    texts: list[str]
+    def __init__(self, scorer: Any) -> None:
+        self._scorer = scorer
+        self.texts: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scorer, name)
 
     def plan(self, requests: list[Request]) -> list[int]:
         self.texts = [self._scorer.tokenizer.decode(request.tokens) for request in requests]
@@ -379,9 +253,9 @@ def test_report_and_manifest(bundle_copy: Path, data: Path) -> None:
     kept = {exit_.exit_layer: exit_.quality for exit_ in after.manifest.exits}
     assert kept == report.qualities
     assert kept[2] is not None and set(kept[2].tasks) == {"arc_easy", "lambada_openai"}
-    tables = grids(report)
-    assert tables[0].header[:6] == ("exit", "depth", "# params", "ARC-E", "LAMBADA-Op", "avg (drop)")
-    assert [row[0] for row in tables[0].rows] == ["5", "3", "2"]
+    found = tables(report)
+    assert found[0].header[:6] == ("exit", "depth", "# params", "ARC-E", "LAMBADA-Op", "avg (drop)")
+    assert [row[0] for row in found[0].rows] == ["5", "3", "2"]
     assert "| 5 | 1.00× | 0.1M |" in markdown(report) and "LLM-1B" in markdown(report)
     document = as_document(report)
     assert [exit_["depth_factor"] for exit_ in document["exits"]] == [0.6, 0.8, 1.0]
@@ -418,17 +292,17 @@ def test_bad_tasks_and_exits(tmp_path: Path, bundle_scorer: BundleScorer, tiny: 
         "no task 'arc_eazy'", lambda: evaluate_tasks(bundle_scorer, ["arc_eazy"], data=data)
     )  # reads the harness's index
     refused("test.jsonl: is missing: --data", lambda: evaluate_tasks(bundle_scorer, ["arc_easy"], data=tmp_path))
-    refused("names no task", lambda: evaluate_tasks(bundle_scorer, [], data=data))
+    refused("--tasks: is empty", lambda: evaluate_tasks(bundle_scorer, [], data=data))
     broken = Path(shutil.copytree(data, tmp_path / "data"))
     (broken / "arc_easy/test.jsonl").write_text("{\n")
     refused("test.jsonl:1: is not JSON", lambda: evaluate_tasks(bundle_scorer, ["arc_easy"], data=broken))
     rows = (broken / "mmlu/test_dev50.jsonl").read_text().replace("rivers", "lakes")
     (broken / "mmlu/test_dev50.jsonl").write_text(rows)
-    refused("cannot be loaded .*holds no rows of lakes", lambda: evaluate_tasks(bundle_scorer, ["mmlu"], data=broken))
+    refused("cannot be loaded .*has no rows of lakes", lambda: evaluate_tasks(bundle_scorer, ["mmlu"], data=broken))
     refused("has no exit 4: it has 2, 3, 5", lambda: BundleScorer(Bundle.open(tiny.path), (4,)))
     refused("exit_layer = 4", lambda: BalconyLM(sweep=Sweep(bundle_scorer), exit_layer=4))
     refused("give either model", BalconyLM)
-    refused("a continuation of 300 tokens", lambda: Sweep(bundle_scorer).answers([([1], [2] * 300)], 5))
+    refused("a continuation has 300 tokens", lambda: Sweep(bundle_scorer).answers([([1], [2] * 300)], 5))
 
 
 def refused(pattern: str, action: Callable[[], Any]) -> None:
@@ -489,11 +363,11 @@ def test_command_refuses(command: Any, tiny: Any, tiny_checkpoint: Path, tmp_pat
     (tmp_path / "sub").mkdir()
     other = bad(tmp_path / "sub", "t.txt", b"the fox")
     cases: dict[str, tuple[Any, ...]] = {
-        "nothing to evaluate on": (tiny.path,),
+        "no text and no task is given": (tiny.path,),
         "has no exit 4": (tiny.path, "--exits", "4", "--text", text),
         "leave --balconies out": (tiny.path, "--balconies", tmp_path, "--text", text),
         "leave --model out": (tiny_checkpoint, "--model", "demo", "--text", text),
-        "two files are called t.txt": (tiny.path, "--text", text, "--text", other),
+        "two files have the name t.txt": (tiny.path, "--text", text, "--text", other),
         "cannot be written": (tiny.path, "--text", text, "--no-record", "-o", text / "x"),
     }
     for message, arguments in cases.items():

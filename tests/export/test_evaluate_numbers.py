@@ -1,4 +1,4 @@
-"""The statistics of evaluation by hand, what the manifest keeps of them, and data files that are wrong."""
+"""The statistics of evaluation computed by hand, their entries in the manifest, and wrong data files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from balcony_edge.bundle.manifest import Estimate, Quality, TaskQuality, TaskSum
 from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BundleError, InputError
 from balcony_export.evaluate.tasks import TaskRun, _run, _spec
-from balcony_export.evaluate.text import ratio
+from balcony_export.evaluate.text import ratio_of_sums
 
 ONE = Estimate(value=1.0)
 
 
 def test_standard_error_of_a_ratio() -> None:
     values = [1.0, 3.0, 2.0, 6.0]
-    found = ratio([(5 * v, 5) for v in values])  # clusters of equal size: the plain standard error of their means
+    found = ratio_of_sums(
+        [(5 * v, 5) for v in values]
+    )  # clusters of equal size: the plain standard error of their means
     assert found.value == 3.0 and found.stderr == pytest.approx(np.std(values, ddof=1) / 2)
-    assert ratio([(3.0, 4)]) == Estimate(value=0.75)
+    assert ratio_of_sums([(3.0, 4)]) == Estimate(value=0.75)
     # of unequal size: 1.5 per token, residuals 0.5, -3 and 2.5, and 3 / 2 of their squares over 10 tokens
-    unequal = ratio([(2.0, 1), (3.0, 4), (10.0, 5)])
+    unequal = ratio_of_sums([(2.0, 1), (3.0, 4), (10.0, 5)])
     assert unequal.value == pytest.approx(1.5)
     assert unequal.stderr == pytest.approx(math.sqrt(1.5 * 15.5) / 10)
 
@@ -66,7 +68,7 @@ def test_a_metric_of_the_whole_is_no_score_of_its_examples() -> None:
     assert run.scores == {} and run.summary(run) is None
     texts = _run({"wmt": ["wmt"]}, harness("wmt", "bleu", 12.5, [("a", "b"), ("c", "c")]))
     assert texts.qualities["wmt"].metrics == {"bleu": Estimate(value=12.5)} and texts.scores == {}
-    with pytest.raises(InputError, match="'glue' gives no score per example"):
+    with pytest.raises(InputError, match="'glue' has no score per example"):
         _run({"glue": ["cola"] * 2}, harness("cola", "mcc", -1.0, [(1, 0), (0, 1)]))
 
 
@@ -81,7 +83,7 @@ def test_accuracies_and_perplexities_are_scored_by_example() -> None:
         assert found.value == pytest.approx(math.exp(2.0)) and found.stderr is not None
         assert run.summary(run) is None  # no accuracy
     assert found.stderr == pytest.approx(math.exp(2.0) * math.sqrt(4 / 3) / 2)
-    # points of 100 are no share: an average over them and accuracies would say nothing
+    # points out of 100 are not a share: an average of them and accuracies would be meaningless
     run = _run({"f": ["f"]}, harness("f", "f1", 50.0, [0.0, 100.0]))
     assert run.qualities["f"].metrics["f1"].value == 50.0 and run.summary(run) is None
 
@@ -127,7 +129,7 @@ def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> 
     two, three, five = recorded(2, 5, of=other_window)
     assert two == five and two is not None and two.text == other_window.text
     assert three is not None and three.text == {} and three.tasks == whole.tasks  # the same examples of the task
-    assert three.summary is None  # an average over other tasks than the others have now
+    assert three.summary is None  # an average over tasks that the other exits no longer have
     fewer = quality(9, 4, 7, "s")
     two, three, five = recorded(2, 5, of=fewer)
     assert two is not None and three is not None and two.tasks["s"].examples == 7 and two.tasks["t"].examples == 30
@@ -168,7 +170,7 @@ def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> 
             "mmlu",
             "mmlu/dev_5shot.jsonl",
             b'{"subject": "law", "question": "q", "choices": "abcd", "answer": "A"}\n' * 4,
-            r"holds 4 rows of law: 5 are shown",
+            r"has 4 rows of law, but 5 are shown",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Export is atomic and refuses by name what it cannot represent."""
+"""Export is atomic, and its refusals name the reason."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_verification_is_required_of_every_check() -> None:
     good, bad = Check(2, "prefill", 1, 1e-6, 1.0, 1e-4), Check(5, "decode", 1, 0.5, 0.0, 1e-4)
     require_all_passed([good], Path("b"), "a-model")
     with pytest.raises(
-        VerificationError, match=r"b: exit 5, decode: .* 5\.0e-01 of the largest logit.* made from a-model"
+        VerificationError, match=r"b: exit 5, decode: .* 5\.0e-01 of the largest logit.* compare it with a-model"
     ):
         require_all_passed([good, bad], Path("b"), "a-model")
 
@@ -126,15 +126,15 @@ def test_verification_is_required_of_every_check() -> None:
 def test_outputs_that_exist_or_cannot_be_made_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("keep me")
     for output, pattern in (
-        (tmp_path / "file", "exists already"),
-        (tmp_path, "exists already"),
+        (tmp_path / "file", "already exists"),
+        (tmp_path, "already exists"),
         (tmp_path / "file" / "such", "is not a directory"),
     ):
         with pytest.raises(InputError, match=pattern), fresh_directory(output):
             pytest.fail("nothing may be written")
     assert (tmp_path / "file").read_text() == "keep me"
     with fresh_directory(tmp_path / "no" / "such"):
-        pass  # what is missing on the way is made
+        pass  # missing parents are made
     assert (tmp_path / "no" / "such").is_dir()
 
 
@@ -171,7 +171,7 @@ def test_leftovers_of_a_killed_export_go_and_a_running_one_stays(tmp_path: Path)
     assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
     with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out") as running:
         assert list(tmp_path.iterdir()) == [running]
-        with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out"):  # of this process, too
+        with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out"):  # also of this process
             raise RuntimeError
         assert list(tmp_path.iterdir()) == [running]
         raise RuntimeError

@@ -1,4 +1,4 @@
-"""Parity of every architecture at every exit, and what the graphs are made of."""
+"""Parity of every architecture at every exit, and the operators of the graphs."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_lowered_graphs_hold_one_fused_attention_a_layer_and_no_positions(export
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in attention.attribute}
         assert attributes["local_window_size"] == 7 and attributes["do_rotary"] == 1
     keys = onnx.load(path / "cpu_balcony_2_keys.onnx", load_external_data=False)
-    assert Counter(node.op_type for node in keys.graph.node)["MatMul"] == 2  # keys and values alone
+    assert Counter(node.op_type for node in keys.graph.node)["MatMul"] == 2  # only keys and values
 
 
 def test_heads_that_the_fused_attention_refuses_keep_the_portable_graphs(export_tiny: Callable[[str], Any]) -> None:

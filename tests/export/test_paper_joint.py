@@ -73,8 +73,8 @@ def test_joint_recipes_that_make_no_sense(make_tiny: Any) -> None:
         JointTrainer(model, corpus(), JointConfig((2,), "unfrozen", steps=1)).run()
     spoilt = JointTrainer(make_tiny("llama"), corpus(), JointConfig((2,), "unfrozen", steps=1))
     spoilt.run()
-    spoilt.balconies[2].norm.weight.data[0] = float("nan")  # as after a last step that went too far
-    with pytest.raises(TrainingError, match=r"exit 2 gives no number any more: lower --rate"):
+    spoilt.balconies[2].norm.weight.data[0] = float("nan")  # as after a last step that was too large
+    with pytest.raises(TrainingError, match=r"exit 2 is not finite any more: lower --rate"):
         spoilt.evaluate()
 
 
@@ -88,7 +88,7 @@ def test_the_command(
     assert document["exits"]["5"]["kl"] == 0 and document["exits"]["2"]["cross_entropy"] > 0
     loaded = load_model(document["model"])
     assert list(load_balconies(document["balconies"], loaded)) == [2, 3]
-    with pytest.raises(InputError, match="holds balconies of another model"):
+    with pytest.raises(InputError, match="has balconies of another model"):
         main([*command, "--objective", "unfrozen"])
     with pytest.raises(InputError, match="--objective sorted: its exits have no module"):
         main([*command, "-o", str(tmp_path / "other"), "--objective", "sorted", "--exit-module", "mlp"])

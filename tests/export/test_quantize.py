@@ -1,4 +1,4 @@
-"""Quantized bundles: the grids and their packing against ONNX Runtime, GPTQ, verification, schedules, and choosing."""
+"""Quantized bundles: grids and packing against ONNX Runtime, GPTQ, verification, schedules, and the choice of a precision."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from balcony_export.model.exits import ExitModel
 from balcony_export.precision import CANDIDATES, Judge, QualityBudget, export_within, parse_budget
 from balcony_export.quantize import blocks as quantize
 from balcony_export.quantize.blocks import Quantizer, Scheme, parse_precision
-from balcony_export.quantize.gptq import calibration_rows, compensated, second_moments
+from balcony_export.quantize.gptq import calibration_rows, round_with_compensation, second_moments
 from balcony_export.verify import verify
 from balcony_runtime.backends import token_table
 from balcony_runtime.backends.onnxruntime import open_session
@@ -112,7 +112,7 @@ def test_gptq_changes_the_outputs_less(inputs: int) -> None:
 def test_gptq_of_inputs_that_do_not_correlate_is_rounding_to_the_nearest() -> None:
     generator = torch.Generator().manual_seed(6)
     weight, sizes = torch.randn(8, 96, generator=generator), torch.rand(96, generator=generator)
-    values, scales, zeros = compensated(
+    values, scales, zeros = round_with_compensation(
         weight, sizes.diag(), lambda _: (torch.full((8, 3), 0.3), torch.full((8, 3), 8.0)), levels=16
     )
     assert torch.equal(values, (torch.round(weight / 0.3) + 8).clamp(0, 15))
@@ -173,7 +173,7 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     other = source.exits.copy()
     other.model.model.layers[1].mlp.up_proj.weight.data.neg_()
     with pytest.raises(
-        VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight is 2 of its size away from the model's"
+        VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight differs from the model's by 2 of its size"
     ):
         verify(path, other, source.tokenizer)
     phases = {check.phase for check in checks}
@@ -190,13 +190,13 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
         for index in range(20):
             layer, ids = apart.exit_layers[index // 4 % len(apart.exit_layers)], np.array([index])
             assert np.array_equal(*(sequence.step(layer, ids) for sequence in sequences))
-    # the token table gives what its blocks say, and those are near the weights: GPTQ moves single ones by some steps
+    # the token table gives the values of its blocks, which are near the weights; GPTQ moves single values by some steps
     table = TokenTable(Bundle.open(path))
     wanted = source.model.get_input_embeddings().weight.detach().numpy() * manifest.embedding.scale
     found = table[np.arange(len(wanted))]
-    for token in (5, 3, 5, *range(len(wanted))):  # more of them than are kept, some again
+    for token in (5, 3, 5, *range(len(wanted))):  # more rows than are kept, some of them twice
         assert np.array_equal(table.row(token), found[token])
-    steps = 1 if manifest.quantization.method == "nearest" else 6  # columns that come late take the errors of many
+    steps = 1 if manifest.quantization.method == "nearest" else 6  # late columns compensate the errors of many
     assert np.abs(found - wanted).max() <= steps * np.abs(wanted).max() / (6 if scheme.head_bits == 4 else 100)
     share = np.abs(found - wanted).mean() / np.abs(wanted).mean()
     assert share <= (0.12 if scheme.head_bits == 4 else 0.01)
@@ -205,7 +205,7 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
 @pytest.mark.parametrize("moment", [None, torch.eye(64)])
 def test_scales_above_zero_cost_a_level_and_no_more(moment: torch.Tensor | None) -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
-    weight[7] *= 1e-6  # next to nothing: half precision could not hold its scale
+    weight[7] *= 1e-6  # tiny values, whose scale is too small for half precision
     how = {"bits": 4, "size": 32, "symmetric": True, "moment": moment}
     signed, positive = quantize.quantize(weight, **how), quantize.quantize(weight, **how, positive=True)  # type: ignore[arg-type]
     assert (signed.scales < 0).any() and (positive.scales >= 2.0**-14 * 0.6).all()
@@ -331,7 +331,7 @@ def test_text_to_calibrate_on_may_be_short_pieces(tiny: Any, tmp_path: Path) -> 
     rows = calibration_rows([short], tiny.tokenizer)
     assert sum(map(len, rows)) >= 4096 and all(len(row) >= 2 for row in rows)
     short.write_text(json.dumps({"text": "the quick brown fox"}) + "\n" + json.dumps({"text": "the fox jumps"}) + "\n")
-    with pytest.raises(InputError, match=r"--calibration: the text has \d+ tokens, 4096 are needed"):
+    with pytest.raises(InputError, match=r"--calibration: the text has \d+ tokens, but 4096 are needed"):
         calibration_rows([short], tiny.tokenizer)
 
 
@@ -396,7 +396,7 @@ def test_the_quality_budget_takes_the_fastest_that_is_good_enough(tiny: Any, tmp
         wanted = CANDIDATES[first]
         assert manifest.precision == (wanted if isinstance(wanted, str) else f"int{wanted.bits}")
         assert manifest.exits[-1].quality is not None
-    with pytest.raises(InputError, match=r"--quality-budget kl=1e-12: float32 itself is .* away by rounding"):
+    with pytest.raises(InputError, match=r"--quality-budget kl=1e-12: float32 itself is .* away because of rounding"):
         within(1e-12, tmp_path / "none", said)
     with pytest.raises(InputError, match=r"--quality-budget kl=0: must be kl= and nats above 0"):
         parse_budget("kl=0")
@@ -423,7 +423,7 @@ def test_an_int8_cache_takes_a_quarter_and_schedules_agree(tiny: Any, tmp_path: 
             backlog = sequence.advance(3, [])
             scratch = engine.new_sequence(max_length=60)
             assert mean_kl(backlog[0], scratch.advance(3, ids)[0]) < 1e-4
-            # and the cursor still hides what was there before
+            # and rows after the cursor still have no effect
             sequence.rollback(20)
             again = sequence.advance(5, ids[20:])
             assert mean_kl(again[0], logits[-1][-1:]) < 1e-4

@@ -1,4 +1,4 @@
-"""Graphs for TensorRT and the engines built from them: the real builder, without a GPU, and the very files on ONNX Runtime."""
+"""Graphs for TensorRT and the engines built from them: the real builder, without a GPU, and the same files on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from balcony_export.quantize.blocks import Scheme
 from balcony_export.tensorrt import engine_set as tensorrt_module
 from balcony_export.tensorrt.engine_set import rounding_of, write_graphs
 from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
-from balcony_export.tensorrt.quantize import Rounding
+from balcony_export.tensorrt.integers import Rounding
 from balcony_export.verify import reference_logits
 from balcony_runtime.backends.tensorrt_builder import (
     PASSES,
@@ -76,7 +76,7 @@ def logits_of(bundle: Bundle, engines: str) -> dict[int, npt.NDArray[np.float32]
 def test_the_files_that_are_built_compute_what_pytorch_computes(
     export_tiny: Callable[[str], Any], tiny_copy: Callable[[str], Bundle], precision: Any, operators: Any
 ) -> None:
-    """Half precision within its bound, and integers as the model with the very weights that they stand for."""
+    """Half precision within its bound, and integers like the model with the weights that they represent."""
     exported, bundle = export_tiny("llama"), tiny_copy("llama")
     rounding = Rounding(32)
     form = Format(precision, operators, 64, 32)
@@ -96,7 +96,7 @@ def test_the_files_that_are_built_compute_what_pytorch_computes(
 
 
 def put_weights(bundle: Bundle, exits: ExitModel, head: torch.nn.Parameter) -> None:
-    """Give a model what the set's ``DequantizeLinear`` nodes stand for, multiplied out here."""
+    """Give a model the dequantized weights of the set's ``DequantizeLinear`` nodes."""
     for name, spec in bundle.manifest.engines["set"].graphs.items():
         if name == "backbone":
             continue
@@ -148,7 +148,7 @@ def test_engines_of_every_architecture_build(tiny_copy: Callable[[str], Bundle],
 
 
 def copies_in(engine: bytes, array: npt.NDArray[Any]) -> int:
-    """How often a weight lies in an engine: by a piece of one of its rows, in either orientation."""
+    """Number of copies of a weight in an engine, found by a piece of one of its rows, in either orientation."""
     found = 0
     for oriented in (array, array.T):
         row = np.ascontiguousarray(oriented)[len(oriented) // 2]
@@ -161,7 +161,7 @@ def copies_in(engine: bytes, array: npt.NDArray[Any]) -> int:
 
 @pytest.mark.parametrize("precision", ["fp16", "int4", "int8"])
 def test_every_weight_lies_in_an_engine_once(tiny_copy: Callable[[str], Bundle], precision: Any) -> None:
-    """Three optimization profiles share one copy: a profile of exactly one row would bring a second one."""
+    """Three optimization profiles share one copy; a profile of exactly one row would add a second copy."""
     bundle = tiny_copy("qwen2")
     manifest = write_graphs(bundle, "set", "rtx", Format(precision, "fused", 64, 32))
     graphs = [name for name in manifest.engines["set"].graphs if name != "backbone"]
@@ -228,10 +228,10 @@ def test_integers_of_a_quantized_bundle_are_taken_over(
     for name, rounding in (("gptq", taken), ("nearest", nearest)):
         values, scales = rounding.given["layers.1.mlp.up_proj.weight"]
         assert values.shape == weight.shape and values.min() >= -8 and values.max() <= 7
-        assert (scales > 0).all()  # TensorRT takes no others
+        assert (scales > 0).all()  # as TensorRT needs
         error[name] = np.abs(values * np.repeat(scales, 32, 1) - weight).mean() / np.abs(weight).mean()
-    assert error["nearest"] < error["gptq"] < 0.3  # GPTQ rounds further away, for the outputs' sake
-    with pytest.raises(InputError, match="must be of int4,sym,head=4"):
+    assert error["nearest"] < error["gptq"] < 0.3  # GPTQ moves weights further, for better outputs
+    with pytest.raises(InputError, match="must be int4,sym,head=4"):
         rounding_of(bundle, bundle)
     form = quantized.manifest.quantization
     assert form is not None
@@ -243,14 +243,16 @@ def test_integers_of_a_quantized_bundle_are_taken_over(
     entry = write_graphs(
         Bundle.open(shutil.copytree(tiny.path, tmp_path / "b")), "x", "rtx", Format("int4", capacity=64), rounding=taken
     )
-    assert entry.engines["x"].block_size == 32  # of the integers, whatever the format would have taken
+    assert entry.engines["x"].block_size == 32  # that of the integers, not of the format
     with monkeypatch.context() as patch:
         patch.setattr(tensorrt_module, "FAR_WEIGHTS", 0.01)
-        with pytest.raises(InputError, match=r"is far from that of .*: give a bundle of the same model and balconies"):
+        with pytest.raises(InputError, match=r"differs too much from that of .*: give a bundle of the same model"):
             rounding_of(quantized, bundle)
     options = ExportOptions("tiny-qwen3", True, Scheme(4, 32, head_bits=4))
     export_bundle(tiny.exits.copy(), tiny.tokenizer, tmp_path / "signed", options, traced=tiny.traced)
-    with pytest.raises(InputError, match=r"has scales below 0, and TensorRT takes none: export one with .*positive"):
+    with pytest.raises(
+        InputError, match=r"has scales below 0, which TensorRT does not take: export one with .*positive"
+    ):
         rounding_of(Bundle.open(tmp_path / "signed"), bundle)
 
 
@@ -262,7 +264,7 @@ def test_what_cannot_be_built_is_one_line(tiny_copy: Callable[[str], Bundle], tm
         import_tensorrt("tensorrt")
     with pytest.raises(InputError, match="--context-length 999: this bundle takes 1 to 256"):
         write_graphs(bundle, "x", "rtx", Format(capacity=999))
-    with pytest.raises(InputError, match="32 inputs are no multiple of --block 64"):
+    with pytest.raises(InputError, match="32 inputs are not a multiple of --block 64"):
         write_graphs(bundle, "x", "rtx", Format("int4", capacity=64))
     with pytest.raises(BundleError, match="has no engine set x"):
         bundle.engine_directory("x")
@@ -318,7 +320,7 @@ def test_a_failed_build_changes_nothing(tiny_copy: Callable[[str], Bundle]) -> N
 
 
 def test_a_build_that_is_killed_leaves_the_old_set_or_the_new_one(tiny_copy: Callable[[str], Bundle]) -> None:
-    """SIGKILL before every change of the file system that replacing a set makes, and then a build that is let through."""
+    """SIGKILL before each file system change of a replacement, and then an undisturbed build."""
     bundle = tiny_copy("llama")
     write_graphs(bundle, "set", "rtx", Format(capacity=64))
     home = bundle.path / "tensorrt"

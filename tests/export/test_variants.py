@@ -1,4 +1,4 @@
-"""Exit modules, losses and extraction: each variant trains, exports, verifies, generates, and leaves as a plain checkpoint."""
+"""Exit modules, losses and extraction: each variant trains, exports, verifies, generates, and becomes a plain checkpoint."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_random_start_is_another_and_as_large_and_follows_from_seed_and_exit(m
 
     last, drawn = weight(2, None), weight(2, 0)
     assert torch.equal(last, model.model.layers[-1].mlp.up_proj.weight) and not torch.equal(last, drawn)
-    torch.manual_seed(7)  # whatever the process drew before, and whichever exits are drawn beside it
+    torch.manual_seed(7)  # earlier random numbers and other exits make no difference
     assert torch.equal(drawn, weight(2, 0, 3))
     assert not torch.equal(drawn, weight(2, 1)) and not torch.equal(drawn, weight(3, 0))
     assert 0.5 < float(drawn.detach().std()) / model.config.initializer_range < 2
@@ -130,7 +130,7 @@ def test_a_random_start_is_another_and_as_large_and_follows_from_seed_and_exit(m
 
 @pytest.mark.parametrize("loss", ["ce", "kl+ce"])
 def test_the_text_as_teacher(make_tiny: Any, tmp_path: Path, loss: Any) -> None:
-    """Value and slope of the loss against PyTorch's own, and a run that trains by it."""
+    """Value and gradient of the loss against PyTorch's own, and a run that trains with it."""
     torch.manual_seed(1)
     full, student = torch.randn(2, 150, 16)
     weight, labels = torch.randn(40, 16), torch.randint(0, 40, (150,))
@@ -153,12 +153,12 @@ def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None
     model = make_tiny("llama")
     save_balconies(tmp_path, init_balconies(model, (2,), "mlp"), fingerprint(model))
     assert load_balconies(tmp_path, model)[2].kind == "mlp"
-    with pytest.raises(CheckpointError, match="holds balconies of kind 'mlp', not 'decoder'"):
+    with pytest.raises(CheckpointError, match="has balconies of kind 'mlp', not 'decoder'"):
         save_balconies(tmp_path, init_balconies(model, (3,)), fingerprint(model))
     index = tmp_path / "balconies.json"
     index.write_text(index.read_text().replace('"mlp"', '"lstm"'))
     with pytest.raises(
-        CheckpointError, match=r"module 'lstm': this version reads format 1 and decoder, attention, mlp, none"
+        CheckpointError, match=r"module 'lstm': this version reads format 1 and modules decoder, attention, mlp, none"
     ):
         load_balconies(tmp_path, model)
 
@@ -238,6 +238,6 @@ def test_what_cannot_be_extracted(make_tiny: Any, make_tokenizer: Any, tmp_path:
         extract(ExitModel.open(model, (2, 3)), tokenizer, 4, tmp_path / "out")
     with pytest.raises(InputError, match="its module is 'mlp': only 'decoder' and 'none'"):
         extract(ExitModel.open(model, (2,), kind="mlp"), tokenizer, 2, tmp_path / "out")
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         extract(ExitModel.open(model, (2,)), tokenizer, 2, tmp_path)
     assert submodel(ExitModel.open(model, (2,), kind="none"), 2).config.num_hidden_layers == 2

@@ -1,4 +1,4 @@
-"""A bfloat16 model exports to the very bytes of the same model in float32, without being held in float32."""
+"""A bfloat16 model exports to the same bytes as in float32, without being converted to float32 in memory."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_the_bytes_are_those_of_the_widened_model(
 ) -> None:
     narrow, wide = make_tiny(architecture), make_tiny(architecture)
     for model, dtype in ((narrow, torch.bfloat16), (wide, torch.float32)):
-        for parameter in model.parameters():  # and not the buffers: a checkpoint has none
+        for parameter in model.parameters():  # not the buffers, which a checkpoint does not have
             parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
     wanted = exported(wide, make_tokenizer(), tmp_path / "wide", precision)
     before = {name: (id(weight), weight.clone()) for name, weight in narrow.named_parameters()}
     monkeypatch.setattr(widen, "PIECE_BYTES", 1000)  # every weight in several pieces
-    monkeypatch.setattr(widen, "SMALL", 1024)  # what the tracer merges by value
+    monkeypatch.setattr(widen, "SMALL", 1024)  # limit below which the tracer merges equal tensors
     assert exported(narrow, make_tokenizer(), tmp_path / "narrow", precision) == wanted
     assert MANIFEST in wanted
     after = dict(narrow.named_parameters())
@@ -48,7 +48,7 @@ def test_the_bytes_are_those_of_the_widened_model(
 
 def test_a_transposed_view_is_found_by_its_address(monkeypatch: Any) -> None:
     monkeypatch.setattr(widen, "SMALL", 8)
-    linear = torch.nn.Linear(6, 6, dtype=torch.bfloat16)  # square: the shape does not tell
+    linear = torch.nn.Linear(6, 6, dtype=torch.bfloat16)  # square, so the shape does not show a transposition
     with widen.stand_ins([linear], torch.float32) as weights:
         array = linear.weight.detach().numpy()
         values = [ir.Value(name=name, const_value=ir.tensor(view)) for name, view in (("a", array), ("b", array.T))]
@@ -59,7 +59,7 @@ def test_a_transposed_view_is_found_by_its_address(monkeypatch: Any) -> None:
         tensor = value.const_value
         assert isinstance(tensor, widen.Widened)
         assert np.array_equal(tensor.numpy(), wanted)
-        assert np.array_equal(np.concatenate(list(widen.pieces(tensor))), wanted)
+        assert np.array_equal(np.concatenate(list(widen.row_pieces(tensor))), wanted)
 
 
 def test_a_matrix_that_tracing_computes_is_refused(monkeypatch: Any) -> None:

@@ -1,1 +1,1 @@
-"""Text files as documents, and documents as rows of tokens."""
+"""Files as documents, and documents as rows of tokens."""

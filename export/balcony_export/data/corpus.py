@@ -1,8 +1,8 @@
-"""From text files to rows of tokens: reading, the chat template, holding out documents, packing.
+"""From documents to rows of tokens: the chat template, held-out documents, packing.
 
-Owns which files may be trained on and every message about them. Rows are all of one length and begin where a document
-(or the next piece of a long one) begins, so that the model sees the starts that it will see in use; short documents
-share a row, best fit, and attention runs on across them as in the base models' own pretraining.
+Reading is :mod:`.documents`. All rows have one length and begin where a document (or the next piece of a long one) begins, so
+that the model sees the same beginnings as in use. Short documents share a row, best fit first, and attention runs across
+them as in the base models' own pretraining.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from balcony_edge.errors import InputError
 from balcony_export.data.documents import CHAT_FORMS, Document, files_in, read_documents, require_two_tokens
 
 _Tokens = npt.NDArray[np.int32]
-_BATCH = 512  # documents per call of the tokenizer: bounded memory, and its threads stay busy
+_BATCH = 512  # documents per call of the tokenizer: bounds its memory and keeps its threads busy
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed tokens. Row r holds ``lengths[r]`` tokens; what follows is padding that no loss may see."""
+    """Packed tokens. Row r has ``lengths[r]`` tokens; the rest of it is padding, which no loss may include."""
 
     tokens: npt.NDArray[np.int32]  # (R, T)
     lengths: npt.NDArray[np.int32]  # (R,)
@@ -43,27 +43,27 @@ class Rows:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training rows in a seeded order, rows of held-out documents, and what they were made from."""
+    """Training rows in a seeded order, rows of held-out documents, and their sources."""
 
     train: Rows
     held_out: Rows
     sources: dict[str, dict[str, Any]]  # file name -> documents, tokens, sha256
-    digest: str  # of the rows: a resumed run must see the same
+    digest: str  # SHA-256 of the rows, which a resumed run compares
 
 
 class Order:
-    """Which rows a step learns from: whole epochs in a seeded order, each row ``reuse`` times within a window of steps.
+    """Order of the rows of a run: whole epochs in a seeded order, each row ``reuse`` times within a window of steps.
 
-    A run is a stream of rows. Each window of it is passed ``reuse`` times, in another order each time, so that what is
-    costly to make of a row can be kept until its window is over.
+    A run is a stream of rows, divided into windows. Each window is passed ``reuse`` times, in another order each time. So
+    anything costly that was computed for a row can be dropped at the end of its window.
 
     Args:
-        count: rows of the corpus.
-        batch_rows: rows per step.
-        reuse: times that a row is learned from before the stream goes on.
-        window_steps: steps of a window's one pass, where rows are used again.
-        seed: of the epochs after the first (the corpus is shuffled already) and of the passes after the first.
-        first: rows of the corpus that earlier runs have learned from: the stream begins after them.
+        count: Number of rows of the corpus.
+        batch_rows: Rows per step.
+        reuse: Number of times that a row is learned from before the stream goes on.
+        window_steps: Steps of one pass of a window, if rows are reused.
+        seed: Seed of the later epochs (the corpus is already shuffled) and of the later passes of a window.
+        first: Number of rows that earlier runs have learned from; the stream begins after them.
     """
 
     def __init__(self, count: int, batch_rows: int, reuse: int, window_steps: int, seed: int, first: int = 0) -> None:
@@ -71,7 +71,7 @@ class Order:
         self.window = batch_rows * (window_steps if reuse > 1 else 1)  # rows
 
     def places(self, step: int) -> npt.NDArray[np.int64]:
-        """Places in the stream of the rows of a step, all of one window  # (B,)"""
+        """Places in the stream of the rows of a step, which are in one window  # (B,)"""
         window, index = divmod(step * self.batch_rows, self.window * self.reuse)
         again, index = divmod(index, self.window)
         order = np.arange(self.window)
@@ -81,11 +81,11 @@ class Order:
         return picked
 
     def turn(self, step: int) -> int:
-        """How often the rows of a step have been learned from before."""
+        """Number of earlier steps that learned from the rows of a step."""
         return step * self.batch_rows // self.window % self.reuse
 
     def seen(self, steps: int) -> int:
-        """Different places in the stream that the first steps learned from."""
+        """Number of places in the stream that the first ``steps`` steps learned from."""
         windows, rest = divmod(steps * self.batch_rows, self.window * self.reuse)
         return windows * self.window + min(rest, self.window)
 
@@ -110,21 +110,21 @@ def build_corpus(
     """Read, tokenize and pack.
 
     Args:
-        files: text to train on; a directory stands for the .jsonl and .txt files in it.
-        tokenizer: the base model's; its chat template renders instruction data.
-        seq_len: tokens per row.
-        seed: of the order of the rows.
-        held_out_rows: about how many rows of documents to keep out of training, of every file in proportion to its
-            tokens; the first by a hash of their text.
-        mix: file name → share of its documents to use, above 0 and up to 1; the first by a hash of their text. All of a
-            file that is not named.
+        files: Files to train on; a directory stands for the .jsonl and .txt files in it.
+        tokenizer: The base model's tokenizer, whose chat template renders chats.
+        seq_len: Tokens per row.
+        seed: Seed of the order of the rows.
+        held_out_rows: Approximate number of rows of documents to keep out of training. Every file gives documents in
+            proportion to its tokens, the first by a hash of their text.
+        mix: File name → share of its documents to use, above 0 and up to 1, the first by a hash of their text. Files that are
+            not in it are used whole.
 
     Raises:
-        InputError: a file that is missing, empty, not UTF-8 or of another form, or a document shorter than two
-            tokens, or too few to hold one out; a share that names no file.
+        InputError: A file cannot be used, a document has fewer than two tokens, there is too little text to hold a document
+            out, or a share names an unknown file.
     """
     if not files:
-        raise InputError(f"--data: no file was given: give {CHAT_FORMS}")
+        raise InputError(f"--data: no file is given: give {CHAT_FORMS}")
     read = _read(files_in(files), tokenizer, mix or {})
     documents = [one for _, given in read.values() for one in given]
     total = sum(len(document.tokens) for document in documents)
@@ -135,12 +135,13 @@ def build_corpus(
         held_of_file = _held_out(given, min(held_out_rows * seq_len * tokens // total, tokens // 10))
         learned += held_of_file[0]
         held += held_of_file[1]
-    judged = {document.key for document in held}  # the same text may come twice, in one file or in two
+    # the same text may occur twice, in one file or in two
+    judged = {document.key for document in held}
     learned = [document for document in learned if document.key not in judged]
     kept = [document.tokens for document in held]
     if held_out_rows and not kept:
         raise InputError(
-            f"--data: {len(documents)} document(s) and {total} tokens: none can be held out: give more text"
+            f"--data: {len(documents)} document(s) of {total} tokens: too few to hold one out: give more text"
         )
     learned.sort(key=lambda document: document.key)
     generator = np.random.default_rng(seed)
@@ -151,14 +152,14 @@ def build_corpus(
 
 
 class _KeyedDocument(NamedTuple):
-    key: str  # SHA-256 of its text: an order that neither file names nor places in a file change
+    key: str  # SHA-256 of its text: an order that does not depend on file names or on places in a file
     tokens: _Tokens
 
 
 def _read(
     paths: Iterator[Path], tokenizer: PreTrainedTokenizerBase, mix: Mapping[str, float]
 ) -> dict[str, tuple[dict[str, Any], list[_KeyedDocument]]]:
-    """``file name -> (facts for the record, its documents in the order of their keys)``"""
+    """``file name -> (entry for the record, documents in the order of their keys)``"""
     read: dict[str, tuple[dict[str, Any], list[_KeyedDocument]]] = {}
     used: set[str] = set()
     for path in paths:
@@ -167,7 +168,7 @@ def _read(
             require_two_tokens(where, ids)
             documents.append(_KeyedDocument(hashlib.sha256(text.encode()).hexdigest(), np.asarray(ids, dtype=np.int32)))
         if not documents:
-            raise InputError(f"{path}: holds no documents: give {CHAT_FORMS}")
+            raise InputError(f"{path}: has no documents: give {CHAT_FORMS}")
         documents.sort(key=lambda document: document.key)
         facts: dict[str, Any] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         if path.name in mix:
@@ -177,15 +178,15 @@ def _read(
         facts |= {"documents": len(documents), "tokens": sum(len(document.tokens) for document in documents)}
         read[path.name if path.name not in read else str(path)] = facts, documents
     if absent := sorted(mix.keys() - used):
-        raise InputError(f"--mix {absent[0]}: --data has no such file: it has {', '.join(read)}")
+        raise InputError(f"--mix {absent[0]}: is not a file of --data: name one of {', '.join(read)}")
     return read
 
 
 def _held_out(documents: list[_KeyedDocument], target: int) -> tuple[list[_KeyedDocument], list[_KeyedDocument]]:
-    """``(documents to learn from, what is kept out)`` of one file: its first documents, until ``target`` tokens are kept.
+    """``(documents to learn from, held-out documents)`` of one file: its first documents, until ``target`` tokens are held out.
 
-    A document is kept out whole, even where only its beginning is judged, unless it is longer than ``target`` and than a
-    hundredth of the file; where all are, the beginning of the shortest is kept out and the rest is learned from.
+    A document is held out whole, even if only its beginning is judged, unless it is longer than both ``target`` and a
+    hundredth of the file. If all documents are that long, the beginning of the shortest is held out.
     """
     longest = max(target, sum(len(document.tokens) for document in documents) // 100)
     learned: list[_KeyedDocument] = []
@@ -206,7 +207,7 @@ def _held_out(documents: list[_KeyedDocument], target: int) -> tuple[list[_Keyed
 
 
 def pack(documents: Sequence[npt.NDArray[np.int32]], seq_len: int, generator: np.random.Generator) -> Rows:
-    """Best fit, longest piece first, then the rows in a seeded order; no token is lost or doubled."""
+    """Pack by best fit, longest piece first, then put the rows in a seeded order; no token is lost or repeated."""
     pieces = [document[start : start + seq_len] for document in documents for start in range(0, len(document), seq_len)]
     pieces = [piece for piece in pieces if len(piece) >= 2]  # a tail of one token predicts nothing
     pieces.sort(key=len, reverse=True)
@@ -224,7 +225,7 @@ def pack(documents: Sequence[npt.NDArray[np.int32]], seq_len: int, generator: np
     tokens = np.zeros((len(contents), seq_len), dtype=np.int32)
     lengths = np.zeros(len(contents), dtype=np.int32)
     for target, row in enumerate(generator.permutation(len(contents))):
-        # longest first would always put the longest at the start of its row
+        # in the order of packing, the longest piece would always begin its row
         joined = np.concatenate([contents[row][index] for index in generator.permutation(len(contents[row]))])
         tokens[target, : len(joined)] = joined
         lengths[target] = len(joined)
@@ -250,7 +251,7 @@ def _tokenized(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a plain document: ``<|endoftext|>`` where the vocabulary has it, else the end-of-sequence token."""
+    """Token at the end of a plain document: ``<|endoftext|>`` if the vocabulary has it, else the end-of-sequence token."""
     vocabulary = tokenizer.get_vocab()
     if "<|endoftext|>" in vocabulary:
         return [vocabulary["<|endoftext|>"]]

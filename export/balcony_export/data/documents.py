@@ -56,7 +56,7 @@ def files_in(paths: Sequence[Path]) -> Iterator[Path]:
             continue
         inside = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".txt"))
         if not inside:
-            raise InputError(f"{path}: holds no .jsonl or .txt files: give {CHAT_FORMS}")
+            raise InputError(f"{path}: has no .jsonl or .txt files: give {CHAT_FORMS}")
         yield from inside
 
 

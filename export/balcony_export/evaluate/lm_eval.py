@@ -3,9 +3,9 @@
     lm_eval.simple_evaluate(model="balcony", model_args={"bundle": "bundle/", "exit_layer": 17}, tasks=[...])
     lm_eval.simple_evaluate(model="balcony", model_args={"model": "demo", "balconies": "balconies/", "exit_layer": 17}, ...)
 
-Importing this module registers it. The harness evaluates one model at a time, an exit; but the exits share their hidden
-states, so the adapters of one :class:`Sweep` share a cache by request: the first one computes all of them from one
-backbone pass, the others only look up. Tokenization, truncation and windows are those of the harness's own ``hf``
+Importing this module registers the adapter. The harness evaluates one model at a time, here one exit. Exits share their
+hidden states, so the adapters of one :class:`Sweep` share a cache: the first computes the answers of all exits from one
+backbone pass, and the others look them up. Tokenization, truncation and windows are those of the harness's own ``hf``
 adapter, so that scores can be compared digit by digit.
 """
 
@@ -32,9 +32,9 @@ try:
 except ImportError as error:
     raise MissingDependencyError("tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'") from error
 
-#: Tokens that ``generate_until`` writes unless a task says otherwise; the harness's own default.
+#: Largest number of tokens of ``generate_until`` unless a task sets one; the harness's own default.
 MAX_NEW_TOKENS = 256
-Answer = tuple[float, bool]  # log-likelihood of a continuation, and whether greedy decoding would have written it
+Answer = tuple[float, bool]  # log-likelihood of a continuation, and whether greedy decoding would give it
 Pair = tuple[list[int], list[int]]  # tokens of a context and of its continuation
 
 
@@ -42,8 +42,8 @@ class Sweep:
     """Log-likelihoods of continuations at all exits of a scorer, each computed once.
 
     Args:
-        scorer: the exits.
-        progress: called with the number of requests that were answered and of those that were asked.
+        scorer: Source of the exits' logits.
+        progress: Called with the number of answered requests and of all requests.
     """
 
     def __init__(self, scorer: Scorer, progress: Callable[[int, int], None] | None = None) -> None:
@@ -52,7 +52,7 @@ class Sweep:
         self._known: dict[bytes, dict[int, Answer]] = {}
 
     def answers(self, pairs: Sequence[Pair], exit_layer: int) -> list[Answer]:
-        """An answer per (context, continuation), both at least one token long."""
+        """One answer per (context, continuation), both of at least one token."""
         keys = [_key(pair) for pair in pairs]
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._known}
         if missing:
@@ -61,15 +61,15 @@ class Sweep:
 
     @torch.no_grad()
     def _compute(self, pairs: dict[bytes, Pair]) -> None:
-        # continuations that differ in their last token only have the same input: they share one pass
+        # continuations that differ only in their last token have the same input, so they share a pass
         groups: dict[tuple[int, ...], list[tuple[bytes, list[int]]]] = {}
         for key, (context, continuation) in pairs.items():
             if len(continuation) > self.scorer.context_length:
                 raise InputError(
-                    f"a continuation of {len(continuation)} tokens: {self.scorer.name} takes "
+                    f"a continuation has {len(continuation)} tokens: {self.scorer.name} takes "
                     f"{self.scorer.context_length}: leave this task out"
                 )
-            # too long for the context: cut from the left, as the harness's hf adapter does
+            # longer than the context: cut at the left, as the harness's hf adapter does
             inputs = (context + continuation)[-(self.scorer.context_length + 1) :][:-1]
             groups.setdefault(tuple(inputs), []).append((key, continuation))
         requests = [Request(tokens, max(len(c) for _, c in members)) for tokens, members in groups.items()]
@@ -94,7 +94,7 @@ class Sweep:
         rows: int,
         members: list[tuple[bytes, list[int]]],
     ) -> None:
-        """Add one block's share of the log-likelihoods; a continuation of L tokens asks the last L rows."""
+        """Add one block's part of the log-likelihoods; a continuation of L tokens is predicted by the last L rows."""
         normalizers, best = torch.logsumexp(logits, dim=-1), logits.argmax(-1)
         for key, continuation in members:
             offset = rows - len(continuation)  # row that predicts its first token
@@ -115,13 +115,13 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
 
     Args:
         model: Hugging Face directory, GGUF file, hub name or ``demo``; or
-        bundle: directory that ``balcony-edge export`` wrote.
-        balconies: the model's trained balconies.
-        exit_layer: of the answers; by default the full depth.
-        sweep: instead of model and bundle: shares scorer and cache with the adapters of other exits.
-        threads: of ONNX Runtime, for a bundle.
-        device: of the model: ``cuda`` by default where there is one.
-        max_length: tokens that a pass may see; by default the context length.
+        bundle: Directory that ``balcony-edge export`` wrote.
+        balconies: Directory of the model's trained balconies.
+        exit_layer: Exit that answers; by default the full depth.
+        sweep: Scorer and cache shared with the adapters of other exits, instead of model and bundle.
+        threads: Threads of ONNX Runtime, for a bundle.
+        device: Device of the model; by default ``cuda`` if there is one.
+        max_length: Largest number of tokens of a pass; by default the context length.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
         threads: int | str | None = None,
         device: str | None = None,
         max_length: int | str | None = None,
-        batch_size: int | str | None = None,  # the harness hands these two to every model; passes are sized by tokens
+        batch_size: int | str | None = None,  # the harness gives both to every model; here passes are sized by tokens
         max_batch_size: int | str | None = None,
     ) -> None:
         super().__init__()
@@ -157,18 +157,18 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context is conditioned on."""
+        """Token before a text that has no context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
     @property
     def max_length(self) -> int:
-        """Tokens that a pass may see."""
+        """Largest number of tokens of a pass."""
         return self.scorer.context_length
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's request cache."""
+        """Name of the tokenizer in the harness's request cache."""
         return self.scorer.name.replace("/", "__").replace(" ", "_")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -184,14 +184,14 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of a text; special tokens as the tokenizer adds them, unless the text begins with one already."""
+        """Tokens of a text, with the tokenizer's special tokens unless the text already begins with one."""
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return cast("list[int]", self.tokenizer.encode(string, verbose=False, **options))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
-        """See the harness's ``LM``; without its bar, since a sweep reports its own progress."""
+        """See the harness's ``LM``; without its progress bar, because a sweep reports progress itself."""
         return cast("list[Answer]", super().loglikelihood(requests, disable_tqdm=disable_tqdm))
 
     def _loglikelihood_tokens(
@@ -206,7 +206,7 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of whole texts, in windows that predict each token once with all the context that fits."""
+        """Log-likelihood of whole texts, in windows that predict each token once, with as much context as fits."""
         windows: list[tuple[int, Pair]] = []
         for index, request in enumerate(requests):
             rolling: Iterator[Any] = get_rolling_token_windows(
@@ -238,7 +238,7 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
         if options.get("do_sample") and options.get("temperature") != 0:
-            raise InputError("this task samples (do_sample), the adapter decodes greedily: set do_sample to false")
+            raise InputError("this task samples (do_sample), but the adapter decodes greedily: set do_sample to false")
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         limit = min(int(options.get("max_gen_toks", MAX_NEW_TOKENS)), self.max_length - 1)
@@ -257,7 +257,7 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
         return text
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
+        """Entries that the harness writes next to its results."""
         return {"model_name": self.scorer.name, "exit_layer": self.exit_layer}
 
 
@@ -269,7 +269,7 @@ def _open(
     threads: int | str | None,
     device: str | None,
 ) -> Scorer:
-    """The source that the harness's model arguments name, with the one exit that is wanted."""
+    """The scorer that the harness's model arguments describe, with one exit."""
     from balcony_export.model.checkpoint import load_model, load_tokenizer  # noqa: PLC0415 - only where a model is opened
 
     if (model is None) == (bundle is None):

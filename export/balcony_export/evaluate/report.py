@@ -1,7 +1,7 @@
-"""Evaluation results as people and programs read them: the paper's Table 1 form, Markdown, JSON, and the manifest.
+"""Evaluation results for people and programs: tables in the form of the paper's Table 1, Markdown, JSON, and the manifest.
 
-Owns no measurement. The full depth stands first, the exits below it from deep to shallow, as in the paper; what is lost
-against the full depth stands in brackets, and every mean has its standard error behind ±.
+Owns no measurement. The full depth comes first, then the exits from deep to shallow, as in the paper. The loss against the
+full depth is in brackets, and every mean has its standard error after ±.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: The paper's Table 4, LLM-1B, frozen base, 15.7 billion tokens: share of the parameters → share of the average, percent.
 PAPER_LLM_1B = {0.81: 92.6, 0.56: 79.8, 0.31: 70.3}
-#: How the paper's tables call the tasks.
+#: Task → its name in the paper's tables.
 _TITLES = {
     "arc_challenge": "ARC-C",
     "arc_easy": "ARC-E",
@@ -39,8 +39,8 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table before it is drawn."""
+class Table:
+    """Content of a table."""
 
     title: str
     header: tuple[str, ...]
@@ -49,7 +49,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class ExitReport:
-    """One exit: its size, and what was measured."""
+    """One exit: its size and its measurements."""
 
     exit_layer: int
     depth_factor: float
@@ -67,7 +67,7 @@ class Report:
 
     @property
     def qualities(self) -> dict[int, Quality]:
-        """Exit layer → what belongs into the manifest."""
+        """Exit layer → its entry in the manifest."""
         return {exit_.exit_layer: exit_.quality for exit_ in self.exits}
 
 
@@ -77,13 +77,13 @@ def build_report(
     text: Mapping[str, Mapping[int, TextQuality]],
     tasks: Mapping[int, TaskRun],
 ) -> Report:
-    """Put measurements together.
+    """Combine measurements.
 
     Args:
-        scorer: what was evaluated, its full depth included.
-        reference: name of the model that KL and agreement compare with.
-        text: file name → exit layer → quality.
-        tasks: exit layer → run, or nothing.
+        scorer: The evaluated scorer, with its full depth.
+        reference: Name of the model that KL and agreement compare with.
+        text: File name → exit layer → quality.
+        tasks: Exit layer → run; may be empty.
     """
     layers = scorer.exit_layers
     depth = layers[-1]
@@ -101,31 +101,31 @@ def build_report(
     return Report(scorer.name, reference, tuple(exits))
 
 
-def grids(report: Report) -> list[Grid]:
+def tables(report: Report) -> list[Table]:
     """The tables: tasks in the paper's form, then each text."""
     ordered = report.exits[::-1]
     full = ordered[0]
-    tables = []
+    found = []
     if full.quality.tasks:
         names = tuple(full.quality.tasks)
         titles = tuple(_title(name, full.quality.tasks[name]) for name in names)
         header = ("exit", "depth", "# params", *titles, "avg (drop)", "retention")
-        tables.append(Grid(f"Tasks, {report.model}", header, tuple(_task_row(exit_, names) for exit_ in ordered)))
+        found.append(Table(f"Tasks, {report.model}", header, tuple(_task_row(exit_, names) for exit_ in ordered)))
     for name, whole in full.quality.text.items():
         header = ("exit", "depth", "# params", "perplexity", "KL to the full model", "top-1 agreement")
         rows_of = f"{whole.documents} documents, {whole.tokens} tokens in windows of {whole.window}"
         title = f"{name}: {rows_of}, against {report.reference}"
         rows = tuple((*_lead(exit_), *_text_cells(exit_.quality.text[name])) for exit_ in ordered)
-        tables.append(Grid(title, header, rows))
-    return tables
+        found.append(Table(title, header, rows))
+    return found
 
 
 def markdown(report: Report) -> str:
-    """The tables as Markdown, with what the numbers are and the paper's row beside them."""
+    """The tables as Markdown, with notes on the numbers and the paper's own results."""
     parts = []
-    for grid in grids(report):
-        lines = [_line(grid.header), _line(["---"] * len(grid.header)), *(_line(row) for row in grid.rows)]
-        parts.append(f"**{grid.title}**\n\n" + "\n".join(lines))
+    for table in tables(report):
+        lines = [_line(table.header), _line(["---"] * len(table.header)), *(_line(row) for row in table.rows)]
+        parts.append(f"**{table.title}**\n\n" + "\n".join(lines))
     notes = [
         "# params: parameters that a token reads, without token table and LM head. ±: standard error (text: over "
         "documents; tasks: over examples; drop and retention: over pairs)."
@@ -155,10 +155,10 @@ def as_document(report: Report) -> dict[str, Any]:
 
 
 def write_report(report: Report, directory: Path) -> None:
-    """Write evaluation.json and evaluation.md into a directory, which is made.
+    """Write evaluation.json and evaluation.md into a directory, which is made if needed.
 
     Raises:
-        InputError: the directory cannot be written.
+        InputError: The directory cannot be written.
     """
     contents = {
         "evaluation.json": json.dumps(as_document(report), indent=1, ensure_ascii=False) + "\n",
@@ -199,7 +199,7 @@ def _text_cells(text: TextQuality) -> tuple[str, str, str]:
 
 
 def _plus_minus(estimate: Estimate, scale: float, digits: int) -> str:
-    form = f".{digits}f" if abs(estimate.value) < 1e5 else ".1e"  # the perplexity of an exit that babbles
+    form = f".{digits}f" if abs(estimate.value) < 1e5 else ".1e"  # perplexities of untrained exits
     text = f"{estimate.value * scale:{form}}"
     return text if estimate.stderr is None else f"{text} ± {estimate.stderr * scale:{form}}"
 

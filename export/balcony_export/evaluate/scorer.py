@@ -1,8 +1,8 @@
-"""Where logits come from: all exits of a model or of a bundle, for the rows that somebody asks about.
+"""Logits of all exits of a model or a bundle, for requested rows of requested texts.
 
-Owns the two sources behind one protocol. A hidden state is shared by all deeper exits, so each sweep runs the backbone
-once and every exit from it; logits leave in blocks of ``CHUNK`` rows, so that nothing of size (rows × vocabulary) is
-ever whole. What is done with them (perplexity, log-likelihoods) is :mod:`.text` and :mod:`.lm_eval`.
+Owns the protocol and its two sources. All deeper exits share a hidden state, so the backbone runs once and every exit
+starts from its states. Logits come in blocks of ``CHUNK`` rows, so that (rows × vocabulary) values never exist at once.
+Perplexity and log-likelihoods are computed from them in :mod:`.text` and :mod:`.lm_eval`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from balcony_runtime.text import special_tokens
 
 #: Rows of logits per block: 25 MB an exit for a vocabulary of 49,152.
 CHUNK = 128
-#: Padded tokens of one PyTorch pass: bounds its hidden states, and fills 2 cores or a GPU.
+#: Padded tokens of one PyTorch pass: enough for 2 cores or a GPU, with bounded hidden states.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)
 class Request:
-    """Input tokens, and how many of the last rows' logits are wanted: row r predicts token r + 1."""
+    """Input tokens, and the number of rows at their end whose logits are needed: row r predicts token r + 1."""
 
     tokens: tuple[int, ...]
     rows: int
@@ -37,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Block:
-    """Logits of some rows of one request: ``start`` counts from the first row that was asked for."""
+    """Logits of some rows of one request; ``start`` counts from the first requested row."""
 
     request: int
     start: int
@@ -51,11 +51,11 @@ class Scorer(Protocol):
     exit_layers: tuple[int, ...]
     context_length: int
     tokenizer: PreTrainedTokenizerBase
-    #: Parameters that one token at an exit reads, LM head and token table not counted (the paper's Table 1).
+    #: Exit layer → parameters that one token reads, without LM head and token table (the paper's Table 1).
     parameters: dict[int, int]
 
     def plan(self, requests: Sequence[Request]) -> list[int]:
-        """The order of requests that is cheapest to run."""
+        """Indices of the requests in the order that is cheapest to run."""
         ...
 
     def logits(self, requests: Sequence[Request]) -> Iterator[Block]:
@@ -63,17 +63,17 @@ class Scorer(Protocol):
         ...
 
     def greedy(self, exit_layer: int, prompt: Sequence[int], limit: int) -> Iterator[int]:
-        """At most ``limit`` most probable tokens after a prompt, one by one, all at one exit."""
+        """The most probable tokens after a prompt, one by one, at most ``limit``, all at one exit."""
         ...
 
 
 class BundleScorer:
-    """A bundle through the engine that runs on the device. Consecutive requests share their common prefix by rollback.
+    """A bundle in the engine that runs on the device. Consecutive requests share their common prefix by rollback.
 
     Args:
-        bundle: what to score.
-        exits: exit layers to score, the full depth among them or not; by default all.
-        threads: of ONNX Runtime's pool.
+        bundle: The bundle.
+        exits: Exit layers to score, with or without the full depth; by default all.
+        threads: Size of ONNX Runtime's thread pool.
     """
 
     def __init__(self, bundle: Bundle, exits: Sequence[int] | None = None, threads: int | None = None) -> None:
@@ -83,7 +83,7 @@ class BundleScorer:
             if exit_layer not in manifest.exit_layers:
                 there = ", ".join(map(str, manifest.exit_layers))
                 raise InputError(
-                    f"{bundle.path}: has no exit {exit_layer}: it has {there}: pick one of them or re-export with --exits"
+                    f"{bundle.path}: has no exit {exit_layer}: it has {there}: pick one of them or export again with --exits"
                 )
         self.name = f"{manifest.model.name} (bundle)"
         self.bundle = bundle
@@ -99,11 +99,11 @@ class BundleScorer:
         self._longest = 0
 
     def plan(self, requests: Sequence[Request]) -> list[int]:
-        """Lexicographic: requests with a common prefix follow one another."""
+        """Lexicographic order: requests with a common prefix follow one another."""
         return sorted(range(len(requests)), key=lambda index: requests[index].tokens)
 
     def logits(self, requests: Sequence[Request]) -> Iterator[Block]:
-        """See :class:`Scorer`. The context of several continuations is run once."""
+        """See :class:`Scorer`. A context that several requests share is run once."""
         room = max((len(request.tokens) for request in requests), default=0)
         for index, request in enumerate(requests):
             tokens, first = request.tokens, len(request.tokens) - request.rows
@@ -133,14 +133,14 @@ class BundleScorer:
         self._engine.close()
 
     def _resume(self, tokens: tuple[int, ...], first_stop: int, room: int) -> TokenSequence:
-        """The sequence, rolled back to what it has in common with ``tokens``; a fresh one where that is little."""
+        """The sequence, rolled back to its common prefix with ``tokens``, or a new one if the prefix is short."""
         sequence = self._sequence
         if sequence is not None:
             shared = _common_prefix(sequence.tokens[0].tolist(), tokens)
-            # attention pays for the capacity that the longest request bound: a short one should not
+            # attention pays for the capacity of the longest request so far, which would slow down short ones
             worn = self._longest > 2 * len(tokens) + CHUNK and shared < len(tokens) // 2
             if len(tokens) <= sequence.max_length and not worn:
-                # the last row before `first_stop` must be asked about, so nothing may stand behind it
+                # the row before `first_stop` gives logits, so the cache must end before it
                 sequence.rollback(min(shared, first_stop))
                 self._longest = max(self._longest, len(tokens))
                 return sequence
@@ -172,7 +172,7 @@ class TorchScorer:
         self._batch_tokens = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cpu"])
 
     def plan(self, requests: Sequence[Request]) -> list[int]:
-        """By length: little padding, and what does not fit into memory fails first."""
+        """Order by length: little padding, and a request that does not fit into memory fails first."""
         return sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class TorchScorer:
             tokens = torch.zeros(len(indices), longest, dtype=torch.long)
             for row, index in enumerate(indices):
                 tokens[row, : len(requests[index].tokens)] = torch.tensor(requests[index].tokens)
-            # causal: what is padded behind a row is never seen by it, so no mask is needed
+            # causal attention: no row sees the padding after it, so no mask is needed
             states = self._exits.run(tokens.to(self._device), self.exit_layers)
             normed = {e: self._exits.normed(e, states) for e in self.exit_layers}
             for row, index in enumerate(indices):
@@ -196,11 +196,11 @@ class TorchScorer:
                     )
 
     def close(self) -> None:
-        """Nothing to free: the model is the caller's."""
+        """Do nothing: the model belongs to the caller."""
 
     @torch.no_grad()
     def greedy(self, exit_layer: int, prompt: Sequence[int], limit: int) -> Iterator[int]:
-        """See :class:`Scorer`; backbone and balcony keep a KV cache each."""
+        """See :class:`Scorer`; backbone and balcony have a KV cache each."""
         caches = DynamicCache(), DynamicCache()
         new = torch.tensor([list(prompt)], device=self._device)
         for _ in range(limit):
@@ -223,12 +223,12 @@ class TorchScorer:
 
 
 def bundle_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:
-    """The bundle's tokenizer, with its special tokens and chat template, as transformers has it."""
+    """The bundle's tokenizer as one of transformers, with its special tokens and chat template."""
     path = bundle.file("tokenizer.json")
     try:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises a plain Exception for any damage
-        raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
+        raise BundleError(f"{path}: cannot be read as a tokenizer ({error}): export the bundle again") from error
     special: dict[str, Any] = special_tokens(bundle) if bundle.has_file("special_tokens.json") else {}
     model = bundle.manifest.model
     if model.eos_token_ids:

@@ -1,12 +1,13 @@
-"""Tasks of lm-evaluation-harness over all exits: where their examples come from, and scores with standard errors.
+"""Tasks of lm-evaluation-harness at all exits, with standard errors.
 
-Owns the offline tasks (offline_tasks/*.yaml: the harness's own format, with two keys more) and the statistics over tasks. All
-exits answer the same examples, so what an exit loses is measured on pairs: far sharper than the difference of two means.
+Owns the offline tasks (offline_tasks/*.yaml, in the harness's own format with two more keys) and the statistics over tasks.
+All exits answer the same examples, so the loss of an exit is estimated from pairs, which is much more precise than the
+difference of two means.
 
-    data_files   split → file below the data directory; only the libraries' "json" and "text" readers are used, nothing
-                 is fetched
-    shots        file, count, text (a template), by (a field that must agree): a context put before each example as
-                 {{shots}}, made of the first rows other than the example itself
+    data_files   split → file below the data directory; only the "json" and "text" readers of the library are used, and
+                 nothing is fetched
+    shots        file, count, text (a template), by (a field that must be equal): context before each example, as {{shots}},
+                 made of the first rows other than the example itself
 """
 
 from __future__ import annotations
@@ -50,8 +51,12 @@ _NORMALIZED = ("arc_challenge", "hellaswag", "hellaswag_10shot", "openbookqa")
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What one exit scored: a quality per task; per example, the model's answers and, where the table's metric is a mean
-    over examples, the scores (of a perplexity the log-likelihoods).
+    """Results of one exit.
+
+    Attributes:
+        qualities: Task → its metrics.
+        scores: Task → one score per example, if the table's metric is a mean over examples (log-likelihoods for a perplexity).
+        answers: Task → the model's answers to each example.
     """
 
     qualities: dict[str, TaskQuality]
@@ -59,10 +64,11 @@ class TaskRun:
     answers: dict[str, list[list[Any]]] = field(default_factory=dict)
 
     def summary(self, full: TaskRun) -> TaskSummary | None:
-        """Average over the tasks whose metric is an accuracy, drop and retention against the full depth; None without any.
+        """Average over the tasks whose metric is an accuracy, and its drop and retention relative to the full depth.
 
-        Standard errors come from pairs: the average's from the examples of each task, the drop's from differences, the
-        retention's r = average / full average from the residuals exit - r × full (delta method).
+        None without such tasks. Standard errors: the average's comes from the examples of each task, the drop's from the
+        differences of pairs, and that of the retention r = average / full average from the residuals exit - r × full (delta
+        method).
         """
         pairs = {task: (scores, full.scores[task]) for task, scores in self.scores.items() if task in full.scores}
         tasks = [task for task, pair in pairs.items() if all(((s >= 0) & (s <= 1)).all() for s in pair)]
@@ -84,7 +90,7 @@ class TaskRun:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Tasks in the harness's own form, and which of them stand below each name that was asked for."""
+    """Tasks in the harness's own form, and the names of the tasks that belong to each requested name."""
 
     harness: dict[str, dict[str, Any]]
     leaves: dict[str, tuple[str, ...]]
@@ -106,14 +112,14 @@ def evaluate_tasks(
     """Run tasks at every exit; the exits share one pass over the examples.
 
     Args:
-        scorer: the exits.
-        tasks: names of offline tasks (with ``data``) or of any task or group of the harness.
-        data: directory of the offline tasks' files.
-        limit: take the first so many examples of a task.
-        progress: called with what is done and the share of it.
+        scorer: Source of the exits' logits.
+        tasks: Names of offline tasks (with ``data``), or of tasks and groups of the harness.
+        data: Directory of the offline tasks' files.
+        limit: Number of examples per task; None for all.
+        progress: Called with the current step and the share that is done.
 
     Raises:
-        InputError: an unknown task, a missing file, or a task that the harness cannot load here.
+        InputError: A task is unknown, a file is missing, or the harness cannot load a task here.
     """
 
     def report(done: int, total: int) -> None:
@@ -126,16 +132,16 @@ def evaluate_tasks(
 
 
 def evaluate_model(lm: Any, tasks: Sequence[str], *, data: Path | None = None, limit: int | None = None) -> TaskRun:
-    """Run the same tasks with any model adapter of the harness, to compare an exit with it; see :func:`evaluate_tasks`."""
+    """Run the same tasks with any model adapter of the harness, to compare it with an exit; see :func:`evaluate_tasks`."""
     with _loaded(tasks, data) as loaded:
         return _evaluate(lm, loaded, limit)
 
 
 @contextlib.contextmanager
 def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
-    """The tasks, for as long as the readers' copies of their files are there."""
+    """The tasks; the readers' copies of their files are removed at the end."""
     if not tasks:
-        raise InputError("--tasks: names no task: give some, separated by commas")
+        raise InputError("--tasks: is empty: name tasks, separated by commas")
     for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -148,7 +154,7 @@ def _evaluate(lm: Any, loaded: Loaded, limit: int | None) -> TaskRun:
     for task in loaded.harness["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)  # the harness's own default, and the same shots for every model
+        task.set_fewshot_seed(seed=1234)  # the harness's default: every model gets the same shots
     with contextlib.redirect_stdout(io.StringIO()):  # the harness prints
         # no bootstrap: it forks processes; errors are computed from the examples
         results: Any = lm_eval.evaluate(lm=lm, task_dict=loaded.harness, limit=limit, bootstrap_iters=0)
@@ -160,7 +166,7 @@ def _percent(error: float | None) -> float | None:
 
 
 def _error(scores: Sequence[npt.NDArray[np.float64]]) -> float | None:
-    """Standard error of the mean over tasks of the mean over examples."""
+    """Standard error of the mean over tasks of the means over examples."""
     if any(len(values) < 2 for values in scores):
         return None
     variances = [float(values.var(ddof=1)) / len(values) for values in scores]
@@ -168,7 +174,7 @@ def _error(scores: Sequence[npt.NDArray[np.float64]]) -> float | None:
 
 
 def _spec(task: str, data: Path | None, cache: Path) -> str | dict[str, Any]:
-    """What the harness is asked to load: the name of one of its own tasks, or an offline task's configuration."""
+    """The name of one of the harness's own tasks, or the configuration of an offline task."""
     path = TASKS / f"{task}.yaml"
     if data is None or not path.is_file():
         return task
@@ -188,7 +194,7 @@ def _spec(task: str, data: Path | None, cache: Path) -> str | dict[str, Any]:
 
 
 def _fields(*templates: Any) -> set[str]:
-    """Fields of an example that a task's entries ask for: a template's variables, or a field by its bare name."""
+    """Fields of an example that a task's entries use: the variables of a template, or a field by its bare name."""
     environment, found = Environment(), set()
     for template in templates:
         if isinstance(template, str):
@@ -200,7 +206,7 @@ def _records(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     """The records of a JSON Lines file.
 
     Raises:
-        InputError: no UTF-8, no JSON, no line, or a line that lacks a field.
+        InputError: The file cannot be used, or a line lacks a field.
     """
     form = f"JSON Lines with {', '.join(sorted(fields))}"
     records = []
@@ -215,7 +221,7 @@ def _records(path: Path, fields: set[str]) -> list[dict[str, Any]]:
 def _data_file(data: Path, name: str) -> Path:
     path = data / name
     if not path.is_file():
-        raise InputError(f"{path}: is missing: --data must name the directory that holds {name}")
+        raise InputError(f"{path}: is missing: --data must name the directory that has {name}")
     return path.resolve()
 
 
@@ -226,18 +232,18 @@ def _with_shots(path: Path, shots: Mapping[str, Any]) -> Callable[[Any], Any]:
     pools: dict[Any, list[tuple[dict[str, Any], str]]] = {}
     for row in rows:
         pool = pools.setdefault(row[by] if by else None, [])
-        if len(pool) <= count:  # one more than is shown: an example is never its own shot
+        if len(pool) <= count:  # one more than are shown, because an example is never its own shot
             pool.append((row, apply_template(template, row)))
     for name, pool in pools.items():
         if len(pool) < count:
             raise InputError(
-                f"{path}: holds {len(pool)} rows{f' of {name}' if by else ''}: {count} are shown: give more"
+                f"{path}: has {len(pool)} rows{f' of {name}' if by else ''}, but {count} are shown: give more"
             )
 
     def add(example: dict[str, Any]) -> dict[str, str]:
         key = example[by] if by else None
         if key not in pools:
-            raise InputError(f"{path}: holds no rows of {key}: give {count} of every {by}")
+            raise InputError(f"{path}: has no rows of {key}: give {count} of every {by}")
         pool = pools[key]
         shown = [text for row, text in pool if any(example.get(key) != value for key, value in row.items())]
         return {"shots": "".join(shown[:count])}
@@ -249,7 +255,7 @@ def _with_shots(path: Path, shots: Mapping[str, Any]) -> Callable[[Any], Any]:
 
 
 def _manager(specs: Sequence[str | dict[str, Any]]) -> Any:
-    """The harness's task index; its own thousands of tasks are read only where one of them is asked for."""
+    """The harness's task index; its own thousands of tasks are read only if one of them is named."""
     named = [spec for spec in specs if isinstance(spec, str)]
     manager = TaskManager(include_defaults=bool(named))
     known = set(manager.all_tasks)
@@ -265,13 +271,13 @@ def _manager(specs: Sequence[str | dict[str, Any]]) -> Any:
 
 
 def _load(manager: Any, specs: Mapping[str, str | dict[str, Any]]) -> Loaded:
-    """Each name by itself, so that a group or tag is known by the tasks below it."""
+    """Load each name separately, so that the tasks of a group or tag are known."""
     harness: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     leaves = {}
     for name, spec in specs.items():
         try:
             found = manager.load([spec])
-        except Exception as error:  # a data set that is not there, or a file of another form: a dozen unrelated classes
+        except Exception as error:  # missing data sets and files of another form raise a dozen unrelated classes
             line = " ".join(str(error).split())[:200]
             raise InputError(
                 f"--tasks: the examples of '{name}' cannot be loaded ({line}): make the data set available, or give "
@@ -291,11 +297,11 @@ def _run(tasks: Mapping[str, Sequence[str]], results: Any) -> TaskRun:
         first = _aggregated(results["results"][leaves[0]])
         whole = first if len(leaves) == 1 else {}
         columns = {name: column for name in first if (column := _column(name, rows, whole.get(name))) is not None}
-        # a group has no aggregate of its own, and parts' aggregates of a metric that is no mean cannot be put together
+        # a group has no aggregate, and the aggregates of its parts can only be combined for means over examples
         metrics = {name: Estimate(value=value) for name, value in whole.items()}
         metrics |= {name: _estimate(name, column) for name, column in columns.items()}
         if not metrics:
-            raise InputError(f"--tasks: '{task}' gives no score per example that all its parts share: name its parts")
+            raise InputError(f"--tasks: '{task}' has no score per example that all its parts share: name its parts")
         metric = _primary(task, list(columns) or list(metrics))
         if metric in columns:
             scores[task] = columns[metric]
@@ -315,10 +321,10 @@ def _aggregated(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _column(metric: str, rows: Sequence[Mapping[str, Any]], aggregated: float | None) -> npt.NDArray[np.float64] | None:
-    """Per example what the metric is the mean of (of a perplexity: is exp(-mean) of); None where it is no such thing.
+    """Scores of the examples, whose mean is the metric (a perplexity is exp(-mean)); None if the metric is not such a mean.
 
-    The harness gives pairs of gold and prediction for metrics of the whole (``mcc``, ``f1``), texts for ``bleu``, and
-    a log-likelihood beside a count of words for perplexities by the word: none of them is a score of one example.
+    For metrics of the whole set (``mcc``, ``f1``) the harness gives pairs of gold and prediction, for ``bleu`` texts, and for
+    perplexities per word a log-likelihood with a count of words. None of these is a score of one example.
     """
     values = [row.get(metric) for row in rows]
     if not all(isinstance(value, int | float | np.number | np.bool_) for value in values):
@@ -329,7 +335,7 @@ def _column(metric: str, rows: Sequence[Mapping[str, Any]], aggregated: float | 
 
 
 def _estimate(metric: str, column: npt.NDArray[np.float64]) -> Estimate:
-    """A metric over examples with its standard error: their mean, or exp(-mean) of their log-likelihoods."""
+    """A metric with its standard error: the mean of the examples' scores, or exp(-mean) of their log-likelihoods."""
     mean = float(column.mean())
     error = float(column.std(ddof=1) / math.sqrt(len(column))) if len(column) > 1 else None
     if metric == "perplexity":

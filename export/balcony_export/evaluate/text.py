@@ -1,9 +1,9 @@
 """Text evaluation: perplexity, KL to the full model and top-1 agreement of every exit, with standard errors.
 
-Owns how text becomes documents and windows, and the statistics. Every token but a document's first is predicted exactly
-once, from at least one token before it: windows overlap by one token, whose second copy is context only. Means are over
-tokens; standard errors are those of a ratio of sums over clusters, since the tokens of one document are alike. A file that
-is one document is clustered by its windows. It does not know tasks (:mod:`.tasks`).
+Owns how documents become windows, and the statistics. Every token except a document's first is predicted exactly once, from at
+least one token before it: windows overlap by one token, whose second copy is context only. Means are over tokens. Standard
+errors are those of a ratio of sums over clusters, because the tokens of one document are correlated: a cluster is a document,
+or a window if there is only one document. Tasks are :mod:`.tasks`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from balcony_edge.errors import InputError, VerificationError
 from balcony_export.data.documents import read_documents, require_two_tokens
 from balcony_export.evaluate.scorer import Request, Scorer
 
-#: Tokens per window unless the context is shorter: twice what the shipped balconies were trained on.
+#: Tokens per window, unless the context is shorter: twice the rows that the shipped balconies were trained on.
 WINDOW = 1024
-#: Windows per call: what is held is their tokens, and progress moves.
+#: Windows per call of the scorer: bounds the logits' bookkeeping, and progress is reported after each.
 _WINDOWS = 16
 
 
@@ -39,7 +39,7 @@ class TokenizedDocument:
 
 @dataclass
 class _Sums:
-    """Of one cluster: predicted tokens and, for one exit, what they add up to."""
+    """Sums over the predicted tokens of one cluster at one exit."""
 
     tokens: int = 0
     nll: float = 0.0
@@ -79,15 +79,15 @@ def evaluate_text(
     """Quality of every exit on documents.
 
     Args:
-        scorer: the exits.
-        documents: at least one, each of two or more tokens.
-        reference: whose full depth KL and agreement compare with; by default the scorer's own.
-        window: tokens per pass; by default the context, at most ``WINDOW``.
-        progress: called with the share of windows done.
+        scorer: Source of the exits' logits.
+        documents: One or more documents, each of two or more tokens.
+        reference: Scorer whose full depth is compared with for KL and agreement; by default the same scorer.
+        window: Tokens per pass; by default the context, at most ``WINDOW``.
+        progress: Called with the share of windows that are done.
 
     Raises:
-        InputError: a window that the context does not hold, or a reference with another vocabulary.
-        VerificationError: an exit whose logits are not finite.
+        InputError: The window is longer than the context, or the reference has another vocabulary.
+        VerificationError: The logits of an exit are not finite.
     """
     size = _window(scorer if reference is None else reference, scorer, window)
     clustered = len(documents) == 1
@@ -121,11 +121,11 @@ def evaluate_text(
     return {e: _quality(list(found.values()), len(documents), size) for e, found in sums.items()}
 
 
-def ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
-    """Sum of numerators over sum of denominators of clusters, with the standard error of that ratio.
+def ratio_of_sums(parts: Sequence[tuple[float, float]]) -> Estimate:
+    """Sum of the clusters' numerators over the sum of their denominators, with the standard error of that ratio.
 
-    Linearized (Cochran, Sampling Techniques, 3rd ed., section 6.4): a cluster's residual is its numerator less what the
-    ratio predicts for its denominator.
+    Linearized (Cochran, Sampling Techniques, 3rd ed., section 6.4): a cluster's residual is its numerator minus the ratio
+    times its denominator.
     """
     count, total = len(parts), sum(n for _, n in parts)
     value = sum(x for x, _ in parts) / total
@@ -138,11 +138,11 @@ def ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
 def _window(reference: Scorer, scorer: Scorer, window: int | None) -> int:
     context = min(scorer.context_length, reference.context_length)
     if window is not None and not 2 <= window <= context:
-        raise InputError(f"--window {window}: this model takes 2 to {context}: give one of those")
+        raise InputError(f"--window {window}: this model takes 2 to {context}: give a number in this range")
     mine, theirs = len(scorer.tokenizer), len(reference.tokenizer)
     if mine != theirs:
         raise InputError(
-            f"--model: its tokenizer has {theirs} tokens, the bundle's {mine}: name the model that the bundle was made from"
+            f"--model: its tokenizer has {theirs} tokens, the bundle's has {mine}: name the model that the bundle was made from"
         )
     return window or min(context, WINDOW)
 
@@ -167,14 +167,14 @@ def _add(
 
 
 def _quality(clusters: Sequence[_Sums], documents: int, window: int) -> TextQuality:
-    nll = ratio([(c.nll, c.tokens) for c in clusters])
-    perplexity = math.exp(min(nll.value, 700.0))  # e^700 is the end of a float: an exit that babbles stays a number
+    nll = ratio_of_sums([(c.nll, c.tokens) for c in clusters])
+    perplexity = math.exp(min(nll.value, 700.0))  # e^709 overflows a float, and untrained exits can be that bad
     stderr = None if nll.stderr is None else perplexity * nll.stderr  # d exp(x) = exp(x) dx
     return TextQuality(
         documents=documents,
         tokens=sum(c.tokens for c in clusters),
         window=window,
         perplexity=Estimate(value=perplexity, stderr=stderr),
-        kl=ratio([(c.kl, c.tokens) for c in clusters]),
-        agreement=ratio([(c.hits, c.tokens) for c in clusters]),
+        kl=ratio_of_sums([(c.kl, c.tokens) for c in clusters]),
+        agreement=ratio_of_sums([(c.hits, c.tokens) for c in clusters]),
     )

@@ -1,6 +1,6 @@
 """The graphs without decoder layers, built node by node: the final norm of the full depth and the shared LM head.
 
-Owns how the token table serves the head without being stored or copied a second time.
+Owns how the head uses the token table without a second copy of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def build_norm(exits: ExitModel) -> ir.Model:
 def build_head(exits: ExitModel) -> ir.Model:
     """The LM head: ``hidden`` → ``logits`` in float32.
 
-    The weight stays [V, D] (``Gemm`` with transB), so that a tied token table is stored once and still gathered by rows.
+    The weight stays (V, D) (``Gemm`` with transB), so that a tied token table is stored once and its rows can be gathered.
     """
     parts, cap = exits.parts, exits.soft_cap
     weight, width = parts.head.weight, parts.embed.embedding_dim

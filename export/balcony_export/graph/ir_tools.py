@@ -1,4 +1,4 @@
-"""What several rewrites of ONNX graphs share: small edits, and a graph's entry in the manifest."""
+"""Small edits of ONNX graphs that several rewrites share, and a graph's entry in the manifest."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-#: The least scale that a half-precision number holds with all its digits; TensorRT takes none that is not above 0.
+#: Smallest scale with full precision in float16; TensorRT takes only scales above 0.
 SMALLEST_SCALE = 2.0**-14
-#: How far weights that were rounded may be from the model's, as a share of their size: 4 bits round to 0.1 of it.
+#: Largest relative distance of rounded weights from the model's: rounding to 4 bits gives about 0.1.
 FAR_WEIGHTS = 0.3
 
 
-def distance(stored: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> float:
-    """How far a weight as it is stored is from what it was, as a share of its size; infinite where the shapes differ."""
+def relative_distance(stored: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> float:
+    """Norm of the difference between a stored weight and the original, relative to the original; infinite if shapes differ."""
     if stored.shape != weight.shape:
         return math.inf
     return float(np.linalg.norm(stored - weight)) / max(float(np.linalg.norm(weight)), 1e-30)
 
 
-def constant(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    """An initializer of that name and value; one that is there already is taken."""
+def initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """The initializer of that name, which is added if the graph has none."""
     if name not in model.graph.initializers:
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
@@ -32,8 +32,8 @@ def constant(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.V
     return model.graph.initializers[name]
 
 
-def replaced(model: ir.Model, node: ir.Node, outputs: Sequence[ir.Value]) -> ir.Node:
-    """A copy of ``node`` with other outputs, put before it; ``node`` stays until nothing uses it."""
+def copy_with_outputs(model: ir.Model, node: ir.Node, outputs: Sequence[ir.Value]) -> ir.Node:
+    """Insert a copy of ``node`` with other outputs before it; the caller removes ``node``."""
     new = ir.Node(node.domain, node.op_type, list(node.inputs), list(node.attributes.values()), outputs=list(outputs))
     new.metadata_props.update(node.metadata_props)
     model.graph.insert_before(node, new)
@@ -41,7 +41,7 @@ def replaced(model: ir.Model, node: ir.Node, outputs: Sequence[ir.Value]) -> ir.
 
 
 def insert_between(model: ir.Model, new: ir.Node, before: ir.Value, chain: Sequence[ir.Node]) -> None:
-    """Let what used ``before`` use the end of ``chain`` behind ``new``; the node that made ``before`` goes."""
+    """Insert ``chain`` after ``new``, let its end replace ``before`` everywhere, and remove the node that made ``before``."""
     old = before.producer()
     assert old is not None
     last = chain[-1].outputs[0]
@@ -62,7 +62,7 @@ _ONNX_TO_DTYPE = {
 
 
 def graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
-    """What the manifest says about a graph (:class:`balcony_edge.bundle.manifest.GraphSpec`)."""
+    """A graph's entry in the manifest (:class:`balcony_edge.bundle.manifest.GraphSpec`)."""
 
     def table(values: Sequence[ir.Value]) -> list[dict[str, Any]]:
         specs = []
@@ -72,7 +72,7 @@ def graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
             specs.append({"name": value.name, "dtype": _ONNX_TO_DTYPE[value.dtype], "shape": shape})
         return specs
 
-    # rope tables are gathered by row, not read whole; shapes are no weights
+    # rope tables are gathered by row, so they are not read whole; integers are shapes, not weights
     tensors = {
         name: value.const_value
         for name, value in traced.graph.initializers.items()

@@ -1,10 +1,10 @@
-"""Lower traced graphs for ONNX Runtime on CPUs: fewer, larger operators, and a KV cache that is read as far as it is live.
+"""Lower traced graphs for ONNX Runtime on CPUs: fewer and larger operators, and only the live rows of the KV cache are read.
 
-Owns the rewrite of a stage or a balcony from standard operators to ONNX Runtime's own: ``GroupQueryAttention`` (rotary
-embedding, window and cache update inside; it pays for the live rows only, where ``Attention`` pays for the
-whole capacity that it is given) and ``SkipSimplifiedLayerNormalization`` (a residual sum and the norm behind it). The
-I/O tables of the lowered set are in :mod:`balcony_edge.bundle.manifest`. Weights stay the tensors of the portable set, so both
-sets of a bundle share them; :mod:`balcony_export.quantize.blocks` replaces them.
+Owns the rewrite of a stage or a balcony from standard operators to ONNX Runtime's own: ``GroupQueryAttention`` (includes rotary
+embedding, window and cache update, and its cost grows with the live rows, while that of ``Attention`` grows with the capacity)
+and ``SkipSimplifiedLayerNormalization`` (a residual sum and the norm after it). The I/O tables of the lowered set are in
+:mod:`balcony_edge.bundle.manifest`. Both sets of a bundle share their weights until :mod:`balcony_export.quantize.blocks`
+replaces those of the lowered set.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def can_lower(spec: ModelSpec) -> bool:
 
 
 def lower_all(graphs: Mapping[str, ir.Model], spec: ModelSpec) -> dict[str, ir.Model]:
-    """The lowered set of a bundle from its portable one, by the names of the I/O tables."""
+    """The lowered set of a bundle from its portable set, by the names of the I/O tables."""
     stages = [name for name in graphs if name.startswith("stage_")]
     lowered = {name: lower_stage(graphs[name], spec, graphs["norm"] if name == stages[-1] else None) for name in stages}
     for name, traced in graphs.items():
         if name.startswith("balcony_") and any(value.name == "rows" for value in traced.graph.inputs):
             lowered[name] = lower_balcony(traced, spec)
             lowered[f"{name}_keys"] = lower_keys(traced, spec)
-    # graphs without attention are what they are
+    # graphs without attention stay as they are
     return lowered | {name: graphs[name].clone() for name in graphs if name not in ("backbone", *lowered)}
 
 
@@ -42,9 +42,9 @@ def lower_stage(stage: ir.Model, spec: ModelSpec, norm: ir.Model | None = None) 
     """A stage for ONNX Runtime on CPUs.
 
     Args:
-        stage: as traced and cut; it is not changed.
-        spec: sizes of the model.
-        norm: the final norm's graph, for the last stage: its output ``normed`` becomes a second output.
+        stage: Graph of the stage as traced and cut; it is not changed.
+        spec: Sizes of the model.
+        norm: Graph of the final norm, for the last stage: its output ``normed`` becomes a second output.
     """
     model = stage.clone()
     if norm is not None:
@@ -53,7 +53,7 @@ def lower_stage(stage: ir.Model, spec: ModelSpec, norm: ir.Model | None = None) 
 
 
 def lower_balcony(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
-    """A balcony all of whose rows are asked about: what a decode step runs. Input ``rows`` stands for both."""
+    """The balcony of a decode step, where every row is a query: input ``rows`` also takes the place of ``queries``."""
     model = balcony.clone()
     rows, queries = (next(v for v in model.graph.inputs if v.name == name) for name in ("rows", "queries"))
     ir.convenience.replace_all_uses_with(queries, rows)
@@ -66,7 +66,7 @@ def lower_balcony(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
 
 
 def lower_keys(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
-    """The part of a balcony that leaves keys and values of its rows and asks nothing: what works off its backlog."""
+    """The part of a balcony that only writes keys and values of its rows, for rows that are pending."""
     presents = ["present_key", "present_value"]
     dims = {"queries": "rows", "past_value": "past_key"}
     model = passes.cut(
@@ -112,7 +112,7 @@ def _append_norm(model: ir.Model, norm: ir.Model) -> None:
 
 
 def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last: ir.Value, total: ir.Value) -> None:
-    """Replace an ``Attention`` with everything that leads to it from the projections."""
+    """Replace an ``Attention`` and everything between the projections and it."""
     query, present_key, present_value, _ = node.inputs
     writes = [_producer(present, "TensorScatter") for present in (present_key, present_value)]
     key, value = writes[0].inputs[1], writes[1].inputs[1]
@@ -150,10 +150,10 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
 
 
 def _skip_norms(model: ir.Model) -> None:
-    """Fuse ``Add`` and the norm behind it; the sum stays to be had.
+    """Fuse each ``Add`` with the norm after it; the sum stays available as an output.
 
-    At the start of a stage the sum was made in the stage before. There the fused operator adds nothing, hidden - hidden: a
-    norm by itself rounds otherwise, and the full model would depend on where the exits are.
+    A stage boundary has no residual to fuse, so add zero (``hidden - hidden``). A standalone norm rounds differently, and the
+    full model's output would depend on the choice of exits.
     """
     for node in list(model.graph):
         if node.op_type != "RMSNormalization":
@@ -174,7 +174,7 @@ def _skip_norms(model: ir.Model) -> None:
 def _fuse_norm(
     model: ir.Model, norm: ir.Node, place: ir.Node, inputs: list[ir.Value | None], old_sum: ir.Value | None
 ) -> None:
-    """Put one operator behind ``place`` that gives what ``norm`` gives, and ``old_sum`` where there is one."""
+    """Insert one operator after ``place`` that computes what ``norm`` computes, and ``old_sum`` if it is given."""
     replaced = [norm.outputs[0]] if old_sum is None else [norm.outputs[0], old_sum]
     fresh = [ir.Value(name=old.name, type=old.type, shape=old.shape) for old in replaced]
     outputs = fresh if old_sum is None else [fresh[0], ir.Value(name=""), ir.Value(name=""), fresh[1]]
@@ -187,7 +187,7 @@ def _fuse_norm(
 
 
 def _scatter_by_head(model: ir.Model, node: ir.Node, spec: ModelSpec) -> None:
-    """Let a cache update write (B, kv heads, T, head size) at axis 2."""
+    """Let a cache update write (B, KV heads, T, head size) at axis 2."""
     shape = ir.Value(
         name=f"{node.outputs[0].name}_by_head",
         const_value=ir.tensor([0, 0, spec.num_kv_heads, spec.head_dim], dtype=ir.DataType.INT64),

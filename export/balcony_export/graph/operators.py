@@ -1,11 +1,11 @@
 """Stand-ins that make transformers' decoder layers emit standard ONNX operators while they are traced.
 
-Owns: ``Attention`` and ``TensorScatter`` (opset 24), ``RotaryEmbedding`` and ``RMSNormalization`` (opset 23), each as one
-node, and :func:`tracing`, which puts them in the place of the modules' own arithmetic and takes them out again. It knows
-no architecture by name: what a norm or a rotary embedding computes is found by trying it.
+Owns ``Attention`` and ``TensorScatter`` (opset 24), ``RotaryEmbedding`` and ``RMSNormalization`` (opset 23), each as one node,
+and :func:`tracing`, which puts them in place of the modules' own arithmetic for a while. It knows no architecture by name: what
+a norm or a rotary embedding computes is found by a trial.
 
-Masks are explicit and positions are row indices: row r sees keys ≤ r (within its window), so rows past the cursor never
-count, and the same graph serves engines that ignore ``nonpad_kv_seqlen`` (TensorRT's parser does).
+Masks are explicit and positions are row indices: row r sees keys ≤ r (within its window). So rows after the cursor have no
+effect, and the graphs also work in engines that ignore ``nonpad_kv_seqlen`` (TensorRT's parser does).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _ATTENTION = "balcony_edge_trace"
 
 @dataclass(frozen=True)
 class RowPositions:
-    """What the layers of one pass share: the rows' positions, the capacity of the KV cache, and masks made on demand."""
+    """Positions of the rows of one pass and the capacity of the KV cache, with the masks that follow, made on demand."""
 
     positions: torch.Tensor  # (B, T) int64
     capacity: int
     masks: dict[int | None, torch.Tensor]
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """True where row r sees key k: k ≤ r, and k > r - window where there is one."""
+        """True where row r sees key k: k ≤ r, and k > r - window if there is a window  # (B, 1, T, S)"""
         if window not in self.masks:
             keys = torch.arange(self.capacity)[None, None, :]  # (1, 1, S)
             rows = self.positions[:, :, None]  # (B, T, 1)
@@ -50,14 +50,14 @@ class RowPositions:
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Half of a rotary table, handed to the layers in the place of ``cos`` or ``sin``."""
+    """Half of a rotary table, which the layers take instead of ``cos`` or ``sin``."""
 
     table: torch.Tensor  # (context, head_dim / 2)
     positions: torch.Tensor  # (B, T)
 
 
 class WritingCache:
-    """Stands in for transformers' cache: writes a layer's new rows into its past and returns the whole of it."""
+    """Replaces transformers' cache: writes a layer's new rows into its past and returns all of it."""
 
     def __init__(self, past: dict[int, tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor) -> None:
         self.past = past
@@ -80,7 +80,7 @@ class WritingCache:
 
 
 class ReadingCache:
-    """Ignores the keys and values it is offered: they stand in the cache already."""
+    """Replaces transformers' cache: ignores new keys and values, which are already in the cache."""
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.key, self.value = key, value
@@ -110,7 +110,7 @@ def _attention(
     if softcap is not None:
         attributes["softcap"] = float(softcap)
     if sliding_window is not None:
-        attributes[WINDOW] = int(sliding_window)  # not ONNX's: passes.note_windows takes it off
+        attributes[WINDOW] = int(sliding_window)  # not in ONNX: passes.note_windows removes it
     mask = attention_mask.mask(sliding_window)
     shape = (batch, rows, heads * head_dim)
     inputs = (_merge_heads(query), key, value, mask)
@@ -145,7 +145,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm_operator(norm: nn.Module) -> RMSNorm | None:
-    """The operator that computes what ``norm`` does, or None where it is no RMSNorm. Found by trying, not by name."""
+    """The operator that computes what ``norm`` does, found by a trial; None if it is not an RMSNorm."""
     weight = getattr(norm, "weight", None)
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if "RMSNorm" not in type(norm).__name__ or weight is None or epsilon is None:
@@ -158,12 +158,12 @@ def rms_norm_operator(norm: nn.Module) -> RMSNorm | None:
             if torch.allclose(found, unit * scale, rtol=1e-2, atol=1e-2):
                 return RMSNorm(scale.to(weight.dtype), float(epsilon))
     raise UnsupportedModelError(
-        f"{type(norm).__name__}: neither x·w nor x·(1 + w) after scaling: export cannot place it"
+        f"{type(norm).__name__}: computes neither x·w nor x·(1 + w) after scaling: export cannot represent it"
     )
 
 
 def _check_rotary(module: Any) -> None:
-    """Refuse a rotary embedding other than the half-rotation over the whole head that ``RotaryEmbedding`` computes."""
+    """Refuse rotary embeddings other than the half-rotation over the whole head that ``RotaryEmbedding`` computes."""
     query, angle = torch.linspace(-1, 1, 16).reshape(1, 1, 2, 8), torch.linspace(0, 3, 8).reshape(1, 2, 4)
     cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
     turned = torch.cat((-query[..., 4:], query[..., :4]), -1)
@@ -176,7 +176,7 @@ def _check_rotary(module: Any) -> None:
 
 @contextlib.contextmanager
 def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within, the decoder layers in ``modules`` emit standard operators; afterwards they are as before."""
+    """Let the decoder layers in ``modules`` emit standard operators until the end of the context."""
     AttentionInterface.register(_ATTENTION, _attention)
     source: Any = sys.modules[type(model).__module__]
     _check_rotary(source)

@@ -1,6 +1,6 @@
-"""Graph passes: functions from model to model with stated pre- and postconditions.
+"""Graph passes on traced models, with stated pre- and postconditions.
 
-They own the shape of the graphs after tracing; they know neither transformers nor files.
+They own the form of the graphs after tracing. They know neither transformers nor files.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-#: Attribute, then note, of an ``Attention``: how many keys a row sees, its own included. The mask says it in numbers.
+#: Name of an attribute, later a note, of ``Attention``: the number of keys that a row sees, its own included.
 WINDOW = "window"
 
 
 def name_weights(model: ir.Model, prefix: str = "") -> None:
     """Give every traced weight the dotted name of its module.
 
-    Precondition: the nodes carry the exporter's name scopes. Postcondition: a weight that a node of module ``a.b`` uses is
-    called ``<prefix>a.b.weight`` (``.bias`` for vectors); names stay unique. Folded constants lose the exporter's numbers.
+    Precondition: the nodes have the tracer's name scopes. Postcondition: a weight that a node of module ``a.b`` uses is
+    called ``<prefix>a.b.weight`` (``.bias`` for vectors); names stay unique. Folded constants lose the tracer's numbers.
     """
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
@@ -42,7 +42,7 @@ def name_weights(model: ir.Model, prefix: str = "") -> None:
 def note_windows(model: ir.Model) -> None:
     """Move the sliding window of each ``Attention`` from the tracer's attribute into the node's metadata (``WINDOW``).
 
-    Postcondition: every node is standard ONNX; the window is only a note for lowering, the mask is what counts.
+    Postcondition: every node is standard ONNX. The window is only a note for lowering: the mask contains it.
     """
     for node in model.graph:
         if node.op_type == "Attention" and (window := node.attributes.pop(WINDOW, None)) is not None:
@@ -50,10 +50,10 @@ def note_windows(model: ir.Model) -> None:
 
 
 def collapse_reshapes(model: ir.Model) -> None:
-    """Drop reshapes that cancel: heads are split and merged again around every rotary embedding and attention.
+    """Remove reshapes that cancel: tracing splits and merges heads around every rotary embedding and attention.
 
-    Precondition: shapes are annotated. Postcondition: no Reshape feeds a Reshape, and no Reshape returns the shape that
-    it was given; the values of all outputs are unchanged.
+    Precondition: shapes are annotated. Postcondition: no Reshape follows a Reshape or keeps the shape
+    of its input; the values of all outputs are unchanged.
     """
     for node in list(model.graph):
         if node.op_type != "Reshape":
@@ -78,17 +78,17 @@ def cut(model: ir.Model, name: str, inputs: Sequence[str], outputs: Sequence[str
     """The sub-graph between ``inputs`` and ``outputs`` as a model of its own; weights are shared, not copied.
 
     Args:
-        model: the whole graph; it is not changed.
-        name: name of the new graph.
-        inputs: values that become inputs, original inputs or intermediate values.
-        outputs: values that become outputs.
-        dims: for inputs of ``model`` that the part does not have: the input whose dimensions are the same. The exporter
-            reads each symbolic dimension from the first input that has it.
+        model: The whole graph; it is not changed.
+        name: Name of the new graph.
+        inputs: Values that become inputs: original inputs or intermediate values.
+        outputs: Values that become outputs.
+        dims: Input of ``model`` that the part lacks → an input of the part with the same dimensions. The tracer reads each
+            symbolic dimension from the first input that has it.
     """
     clone = model.clone()
     values = {value.name: value for value in clone.graph.inputs}
     for value in [value for node in clone.graph for value in node.outputs if value.name in inputs]:
-        # an intermediate value becomes an input: a new value in its place, so that nothing before it is needed
+        # an intermediate value becomes an input: a new value replaces it, so that nothing before it is needed
         fresh = ir.Value(name=value.name, type=value.type, shape=value.shape)
         ir.convenience.replace_all_uses_with(value, fresh, replace_graph_outputs=True)
         value.name = f"{value.name}_before_the_cut"
@@ -101,7 +101,7 @@ def cut(model: ir.Model, name: str, inputs: Sequence[str], outputs: Sequence[str
     graph.name = name
     part = ir.Model(graph, ir_version=model.ir_version)
     common.RemoveUnusedNodesPass()(part)
-    # extracting collects the weights in a set: in the order of their use two exports are equal to the byte
+    # extraction collects the weights in a set; in the order of their use, two exports are equal byte for byte
     used = [value for node in graph for value in node.inputs if value is not None and value.name in graph.initializers]
     graph.initializers.clear()
     for value in dict.fromkeys(used):
@@ -110,7 +110,7 @@ def cut(model: ir.Model, name: str, inputs: Sequence[str], outputs: Sequence[str
 
 
 def strip_metadata(model: ir.Model) -> None:
-    """Remove the exporter's stack traces and scopes: they hold paths of the machine that exported."""
+    """Remove the tracer's stack traces and scopes, which have paths of the exporting machine."""
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

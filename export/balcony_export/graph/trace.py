@@ -1,7 +1,7 @@
 """Trace the backbone and the balconies of a Hugging Face causal LM into ONNX graphs (opset 24).
 
-Owns how the layers are entered: with the rows, the KV cache and the rope tables of the I/O tables in
-:mod:`balcony_edge.bundle.manifest`. What they emit is :mod:`.operators`; the graphs without layers are :mod:`.head`.
+Owns how the layers are called for a trace, with the rows, KV caches and rope tables of the I/O tables in
+:mod:`balcony_edge.bundle.manifest`. The operators that they emit are :mod:`.operators`; graphs without layers are :mod:`.head`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPSET = 24
 
 
 class _Trace(nn.Module):
-    """Common to what is traced: the rope tables, and the call of one decoder layer."""
+    """Base of the traced modules: the rope tables, and the call of one decoder layer."""
 
     def __init__(self, exits: ExitModel, context_length: int) -> None:
         super().__init__()
@@ -63,10 +63,10 @@ class _Backbone(_Trace):
 
 
 class _BalconyTrace(_Trace):
-    """A balcony: keys and values for all T rows, the rest of the layer for the last Q of them only.
+    """A balcony: keys and values for all T rows, the rest of the layer for the last Q rows only.
 
-    The layer is entered twice. The first pass is there for its cache update; its output is not used and the exporter
-    drops what only it needed. The second pass asks with the query rows and reads the cache.
+    The layer is called twice. The first call is only for its cache update: its output is not used, and the tracer drops the
+    operations that only the output needs. The second call has the query rows and reads the cache.
     """
 
     def __init__(self, exits: ExitModel, context_length: int, balcony: Balcony) -> None:
@@ -93,7 +93,7 @@ class _BalconyTrace(_Trace):
 
 
 class _StatelessTrace(_Trace):
-    """An exit that attends to nothing: an MLP, or the norm alone."""
+    """An exit without attention: an MLP, or the norm alone."""
 
     def __init__(self, exits: ExitModel, context_length: int, balcony: Balcony) -> None:
         super().__init__(exits, context_length)
@@ -116,7 +116,7 @@ def _export(
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            # the exporter warns about its own internals (tree specs, axis names that unify); nothing of it is ours
+            # the tracer warns about its own internals (tree specs, axis names that unify)
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module.eval(),
@@ -134,7 +134,7 @@ def _export(
     return program.model
 
 
-# Sample sizes only give the symbols an example; all differ so that no two symbols unify by accident.
+# Sample sizes are only examples of the symbols. All differ, so that no two symbols unify by accident.
 _BATCH, _ROWS, _QUERIES, _CAPACITY = 2, 5, 3, 16
 
 
@@ -165,7 +165,7 @@ def trace_backbone(exits: ExitModel, context_length: int) -> ir.Model:
 def trace_balcony(exits: ExitModel, exit_layer: int, context_length: int) -> ir.Model:
     """Trace one balcony: ``rows``, ``queries``, ``start``, past → ``hidden``, present.
 
-    One that attends to nothing: ``hidden`` → ``normed``.
+    A balcony without attention: ``hidden`` → ``normed``.
     """
     parts, balcony = exits.parts, exits.balconies[exit_layer]
     dtype = parts.embed.weight.dtype

@@ -1,7 +1,7 @@
-"""``weights.bin``: the external data that all graphs of a bundle point into, every tensor stored once.
+"""``weights.bin``: the external data of all graphs of a bundle, every tensor stored once.
 
-Owns the file's layout (64-byte aligned tensors in the order in which they are added) and finds equal tensors by their
-content, so that a tied table, a shared rope table or a weight that two graphs use is one region of the file.
+Owns the file's layout (64-byte aligned tensors in the order in which they are added). Equal tensors are found by their
+content, so a tied table, a shared rope table or a weight that two graphs use is one region of the file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from balcony_edge.bundle.manifest import WEIGHTS
-from balcony_export.graph.widen import pieces
+from balcony_export.graph.widen import row_pieces
 
-#: Alignment of a tensor: a cache line, and what vector loads of every engine ask at most.
+#: Alignment of a tensor: a cache line, which satisfies the vector loads of every engine.
 ALIGNMENT = 64
 #: Tensors below this many bytes stay inside their graph.
 INLINE_BYTES = 1024
@@ -41,7 +41,7 @@ class WeightFile:
         self._file.close()
 
     def offset_of(self, tensor: ir.TensorProtocol) -> int:
-        """Byte offset of ``tensor``, which is written where no equal one was before."""
+        """Byte offset of ``tensor``, which is written if the file has no equal one yet."""
         digest = hashlib.sha256()
         for data in _bytes(tensor):
             digest.update(data)
@@ -54,7 +54,7 @@ class WeightFile:
         return self._offsets[key]
 
     def externalize(self, model: ir.Model) -> None:
-        """Move every large initializer of ``model`` into the file and leave a reference."""
+        """Move every large initializer of ``model`` into the file and leave a reference to it."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
             assert tensor is not None
@@ -72,9 +72,9 @@ class WeightFile:
 
 
 def _bytes(tensor: ir.TensorProtocol) -> Iterator[bytes]:
-    """What is stored of a tensor, a part at a time; values of less than a byte are packed, so those come whole."""
+    """Stored bytes of a tensor, in pieces; a tensor of values smaller than a byte is packed and comes in one piece."""
     if tensor.dtype.bitwidth < 8:
         yield tensor.tobytes()
         return
-    for piece in pieces(tensor):
+    for piece in row_pieces(tensor):
         yield piece.tobytes()

@@ -1,8 +1,8 @@
-"""Trace and write a model in a wider type than it is held in, so that an export needs little more than the checkpoint.
+"""Trace and write a model in a wider type than its own, so that an export needs little more memory than the checkpoint.
 
-A bfloat16 model that is widened first takes three times its size. Tracing reads no matrix: while it runs, each is replaced
-by reserved memory of the wide type, which takes no room as long as nobody touches it. Afterwards what views such memory
-becomes a :class:`Widened`, which converts the matrix it stands for a few rows at a time.
+Widening a whole bfloat16 model takes three times its size. But tracing reads no matrix: while it runs, each matrix is replaced
+by reserved memory of the wide type, which costs nothing until it is touched. Afterwards every tensor that views such memory
+becomes a :class:`Widened`, which converts the original matrix a few rows at a time.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import nn
 
 from balcony_edge.errors import CheckpointError
 
-#: Rows are taken by so many bytes at a time.
+#: Bytes of the rows that are converted at a time.
 PIECE_BYTES = 1 << 25
-#: Tensors of so many values are converted as they are: the tracer merges small ones whose values are equal.
+#: Tensors up to this many values are converted at once, because the tracer merges small tensors of equal values.
 SMALL = 1 << 14
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 
 
 class Widened(ir.LazyTensor):
-    """A matrix that reads as ``dtype`` and is held as it was."""
+    """A matrix that is read as ``dtype`` and kept in its own type."""
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype, name: str | None = None) -> None:
         super().__init__(
@@ -45,8 +45,8 @@ def tensor_as(weight: torch.Tensor, dtype: torch.dtype) -> ir.TensorProtocol:
     return ir.tensor(weight.detach()) if weight.dtype == dtype else Widened(weight.detach(), dtype)
 
 
-def pieces(tensor: ir.TensorProtocol) -> Iterator[npt.NDArray[np.generic]]:
-    """The rows of a tensor, ``PIECE_BYTES`` at a time, so that a large one is never held whole in a second form."""
+def row_pieces(tensor: ir.TensorProtocol) -> Iterator[npt.NDArray[np.generic]]:
+    """The rows of a tensor, ``PIECE_BYTES`` at a time, so that a large tensor is never copied whole."""
     count = int(tensor.shape[0])  # type: ignore[arg-type]
     step = max(1, PIECE_BYTES * count // max(1, tensor.nbytes))
     for first in range(0, count, step):
@@ -58,10 +58,10 @@ def pieces(tensor: ir.TensorProtocol) -> Iterator[npt.NDArray[np.generic]]:
 
 @contextmanager
 def stand_ins(roots: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[Mapping[int, torch.Tensor]]:
-    """Within: parameters of another type than ``dtype`` are of it: small ones converted, matrices reserved memory only.
+    """Give parameters the type ``dtype`` until the end of the context: small ones converted, matrices as reserved memory.
 
     Yields:
-        address of the reserved memory → the matrix that it stands for.
+        Address of the reserved memory → the matrix that it replaces.
     """
     made: dict[int, nn.Parameter] = {}
     found: dict[int, torch.Tensor] = {}
@@ -88,10 +88,10 @@ def stand_ins(roots: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[Mappin
 
 
 def widen(models: Iterable[ir.Model], weights: Mapping[int, torch.Tensor], dtype: torch.dtype) -> None:
-    """Replace what views a stand-in's memory, transposed or not, by the matrix that it stands for.
+    """Replace initializers that view reserved memory, transposed or not, by the original matrices.
 
     Raises:
-        CheckpointError: a matrix was computed from stand-ins while tracing: its values are not known.
+        CheckpointError: Tracing computed a matrix from reserved memory, so its values are unknown.
     """
     for value in [value for model in models for value in model.graph.initializers.values()]:
         tensor = value.const_value
@@ -107,6 +107,6 @@ def widen(models: Iterable[ir.Model], weights: Mapping[int, torch.Tensor], dtype
             assert value.const_value.shape == tensor.shape
         elif not (value.name or "").startswith("rope_"):
             raise CheckpointError(
-                f"weight {value.name}: tracing computes it from others, which a {next(iter(weights.values())).dtype} "
-                "checkpoint is not widened for: load it in float32"
+                f"weight {value.name}: tracing computes it from others, which does not work for a "
+                f"{next(iter(weights.values())).dtype} checkpoint: load it in float32"
             )

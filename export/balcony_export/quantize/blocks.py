@@ -2,7 +2,7 @@
 
 Owns the grids (blocks along the inputs, 4 or 8 bits, symmetric or with integer zero points), the packing, and the merging
 of products that share their input: q, k and v into the fused attention's packed input, gate and up into one product. A
-weight is quantized once however many graphs use it; the token table shares the LM head's blocks.
+weight is quantized once, however many graphs use it. The token table shares the LM head's blocks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
-from balcony_export.graph.ir_tools import SMALLEST_SCALE, constant
+from balcony_export.graph.ir_tools import SMALLEST_SCALE, initializer
 from balcony_export.graph.lower import MICROSOFT
-from balcony_export.graph.widen import pieces
-from balcony_export.quantize.gptq import compensated
+from balcony_export.graph.widen import row_pieces
+from balcony_export.quantize.gptq import round_with_compensation
 from balcony_runtime.backends.token_table import unpacked
 
-#: Shares of the full range that a block's scale is tried at, for the least squared error. Measured (docs/LOG.md): below 0.8
-#: where blocks are long and errors weighed, above 1 where the value of largest size need not be met.
+#: Candidates for a block's scale, relative to the scale that covers the full range; the one with the least squared error is
+#: taken. Measured (docs/LOG.md): below 0.8 for long blocks with weighted errors, above 1 where the largest value may be cut.
 SHRINKS = (1.0, 1.1, 1.05, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 0.66, 0.62)
 
 
@@ -36,15 +36,15 @@ class Scheme:
     """How weights become integers.
 
     Attributes:
-        bits: of the layers' weights.
-        block_size: inputs that share a scale.
-        down_block_size: the same for the MLPs' down projections, whose inputs are the widest; None: ``block_size``.
-        symmetric: zero point in the middle of the range; otherwise one integer per block.
-        head_bits: of the LM head and the token table.
-        accuracy_level: 4: activations are rounded to int8 too, the fast one; 1: they stay float32.
-        kv_bits: of the KV cache; 32: float32.
-        positive: scales above 0, as TensorRT wants them; otherwise a scale's sign chooses the end of the range that has one
-            step more.
+        bits: Bits of the layers' weights.
+        block_size: Number of inputs that share a scale.
+        down_block_size: The same for the MLPs' down projections, which have the most inputs; None for ``block_size``.
+        symmetric: Whether the zero point is the middle of the range; otherwise each block has an integer zero point.
+        head_bits: Bits of the LM head and the token table.
+        accuracy_level: 4 rounds activations to int8, which is faster; 1 keeps them in float32.
+        kv_bits: Bits of the KV cache; 32 is float32.
+        positive: Whether all scales are above 0, as TensorRT needs; otherwise the sign of a scale selects the end of the range
+            that has one more step.
     """
 
     bits: Literal[4, 8] = 4
@@ -58,7 +58,7 @@ class Scheme:
 
     @property
     def unpacks(self) -> bool:
-        """Whether ONNX Runtime makes float32 of 8-bit weights again at every token: it has no kernel that leaves them."""
+        """Whether ONNX Runtime converts 8-bit weights to float32 at every token, because it has no kernel that avoids this."""
         return self.accuracy_level == 1 and 8 in (self.bits, self.head_bits)
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class Scheme:
         )
 
     def block_size_of(self, name: str) -> int:
-        """Inputs that share a scale in a weight of this name."""
+        """Number of inputs that share a scale in a weight of this name."""
         return (self.down_block_size or self.block_size) if "down_proj" in name else self.block_size
 
 
@@ -85,7 +85,7 @@ class Blocks:
     block_size: int
 
     def dequantized(self, inputs: int) -> npt.NDArray[np.float32]:
-        """The matrix that is stored  # (N, inputs)"""
+        """The matrix that the blocks represent  # (N, inputs)"""
         rows, count = self.scales.shape
         values = unpacked(self.packed, self.bits).reshape(rows, count, -1)
         middle = np.float32(1 << (self.bits - 1))
@@ -95,7 +95,7 @@ class Blocks:
 
     @classmethod
     def gathered(cls, count: int, parts: Iterable[Blocks]) -> Blocks:
-        """One matrix of ``count`` rows, its parts one below the other; where they are made one by one, only one is held."""
+        """Stack ``parts`` into a matrix of ``count`` rows. They may be a generator; only one part is in memory at a time."""
         whole, done = None, 0  # type: Blocks | None, int
         for part in parts:
             if whole is None:
@@ -115,18 +115,24 @@ class Blocks:
 
 @dataclass
 class Quantizer:
-    """Quantizes by name, each weight once: nearest values, or GPTQ for the weights whose inputs' ``moments`` it is given."""
+    """Quantizes weights by name, each once.
+
+    Attributes:
+        scheme: The scheme.
+        moments: Weight name → second moments of its inputs, for GPTQ; other weights are rounded to the nearest values  # (K, K)
+        done: Weight name → its blocks so far.
+    """
 
     scheme: Scheme
     moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
     done: dict[str, Blocks] = field(default_factory=dict)
 
     def layer(self, name: str, weight: npt.NDArray[np.float32]) -> Blocks:
-        """A layer's weight  # (K, N)"""
+        """Quantize a layer's weight  # (K, N)"""
         return self._quantized(name, ir.tensor(weight.T), self.scheme.bits)
 
     def table(self, name: str, weight: ir.TensorProtocol) -> Blocks:
-        """The LM head's weight or the token table  # (V, D)"""
+        """Quantize the LM head's weight or the token table  # (V, D)"""
         return self._quantized(name, weight, self.scheme.head_bits)
 
     def _quantized(self, name: str, weight: ir.TensorProtocol, bits: int) -> Blocks:
@@ -139,7 +145,7 @@ class Quantizer:
                 positive=self.scheme.positive,
                 moment=self.moments.get(name),
             )
-            parts = (how(torch.tensor(rows)) for rows in pieces(weight))  # (N, K)
+            parts = (how(torch.tensor(rows)) for rows in row_pieces(weight))  # (N, K)
             self.done[name] = Blocks.gathered(int(weight.shape[0]), parts)  # type: ignore[arg-type]
         return self.done[name]
 
@@ -153,7 +159,10 @@ def quantize(
     moment: torch.Tensor | None = None,
     positive: bool = False,
 ) -> Blocks:
-    """Quantize (N, K) in blocks of ``size`` along K: by GPTQ with the inputs' ``moment`` (K, K), or to the nearest values."""
+    """Quantize a matrix (N, K) in blocks of ``size`` along K.
+
+    With the second ``moment`` (K, K) of its inputs by GPTQ, otherwise to the nearest values.
+    """
     levels = 1 << bits
     padding = -weight.shape[1] % size
     padded = torch.nn.functional.pad(weight, (0, padding))
@@ -165,7 +174,7 @@ def quantize(
 
     if moment is not None:
         moment = torch.nn.functional.pad(moment, (0, padding, 0, padding))
-        values, scales, zeros = compensated(padded, moment, grids, levels)
+        values, scales, zeros = round_with_compensation(padded, moment, grids, levels)
     else:
         scales, zeros = _grid(blocks, levels, symmetric, positive=positive)  # (N, blocks, 1)
         values = (torch.round(blocks / scales) + zeros).clamp_(0, levels - 1).reshape(padded.shape)
@@ -186,18 +195,18 @@ def _grid(
     importance: torch.Tensor | None = None,
     positive: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each row of values: of ``SHRINKS`` what has the least squared error, weighed by ``importance``.
+    """Scale and zero point of each row of values: the ``SHRINKS`` candidate of least squared error, weighted by ``importance``.
 
     (..., size) -> (..., 1), (..., 1)
     """
     middle = levels // 2
     low, high = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
     if symmetric:
-        # the value of largest size sits at the end of the range that has one step more; its sign chooses the end
+        # the largest value lies at the end of the range that has one more step; its sign selects the end
         largest = torch.where(high.abs() > low.abs(), high, low)
         full, zero = largest / -middle, torch.full_like(largest, middle)
         if positive:
-            # a block that is next to nothing becomes nothing: half precision must hold its scale
+            # a block of tiny values becomes zeros, because its scale must be a normal float16 number
             full = (largest.abs() / (middle - 1)).clamp(min=SMALLEST_SCALE)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
@@ -227,9 +236,9 @@ def _packed(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
 
 
 def stored_weights(bundle: Bundle) -> dict[str, npt.NDArray[np.float32]]:
-    """What a quantized bundle holds in the place of each weight, by its name in the traced graphs  # (N, K)
+    """The dequantized weights of a quantized bundle, by their names in the traced graphs  # (N, K)
 
-    The names of products that were merged are joined by ``+``: their rows lie one below the other.
+    The names of merged products are joined by ``+``, and their rows follow one another.
     """
     found: dict[str, npt.NDArray[np.float32]] = {}
     for spec in bundle.manifest.cpu.values():
@@ -248,10 +257,10 @@ def stored_weights(bundle: Bundle) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def quantize_graph(model: ir.Model, quantizer: Quantizer) -> None:
-    """Replace every product with a weight in a lowered graph.
+    """Quantize every product with a weight in a lowered graph.
 
-    Precondition: weights are named as :func:`balcony_export.graph.passes.name_weights` does. Postcondition: no ``MatMul`` or
-    ``Gemm`` with a weight is left; products of one input are one ``MatMulNBits`` where what follows allows it.
+    Precondition: :func:`balcony_export.graph.passes.name_weights` named the weights. Postcondition: no ``MatMul`` or ``Gemm``
+    with a weight is left; products of one input are merged into one ``MatMulNBits`` where the nodes after them allow it.
     """
     by_input: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
@@ -290,9 +299,9 @@ def _product(
     name = "+".join(names)
     bias = None
     if any(biases):
-        assert all(biases), "q, k and v have biases together or not at all"
+        assert all(biases), "either all of q, k and v have a bias or none"
         found = [_constant_input(add) for add in biases if add is not None]
-        bias = constant(model, f"{name}.bias", np.concatenate([value.const_value.numpy() for value in found]))  # type: ignore[union-attr]
+        bias = initializer(model, f"{name}.bias", np.concatenate([value.const_value.numpy() for value in found]))  # type: ignore[union-attr]
     source = nodes[0].inputs[0]
     assert source is not None and source.shape is not None
     node = _matmul_nbits(model, source, name, blocks, arrays[0].shape[0], quantizer.scheme.accuracy_level, bias)
@@ -307,9 +316,9 @@ def _matmul_nbits(
 ) -> ir.Node:
     operands: list[ir.Value | None] = [
         source,
-        constant(model, f"{name}.blocks", blocks.packed),
-        constant(model, f"{name}.scales", blocks.scales),
-        None if blocks.zeros is None else constant(model, f"{name}.zeros", blocks.zeros),
+        initializer(model, f"{name}.blocks", blocks.packed),
+        initializer(model, f"{name}.scales", blocks.scales),
+        None if blocks.zeros is None else initializer(model, f"{name}.zeros", blocks.zeros),
     ]
     operands += [None, bias] if bias is not None else []
     attributes = {
@@ -328,7 +337,7 @@ def _quantize_head(model: ir.Model, node: ir.Node, quantizer: Quantizer) -> None
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     blocks = quantizer.table("lm_head.weight", table.const_value)
     level = quantizer.scheme.accuracy_level
-    # Gemm takes two axes; without the reshapes around it no logits are copied
+    # Gemm needs two axes; without the reshapes around it no logits are copied
     before, (after,) = flat.producer(), node.outputs[0].consumers()
     assert before is not None and before.op_type == after.op_type == "Reshape" and before.inputs[0] is not None
     inputs = int(table.const_value.shape[1])  # type: ignore[arg-type]
@@ -342,7 +351,7 @@ def _quantize_head(model: ir.Model, node: ir.Node, quantizer: Quantizer) -> None
 
 
 def _attention_of(nodes: Sequence[ir.Node]) -> ir.Node | None:
-    """The fused attention that takes exactly these products as query, key and value."""
+    """The fused attention whose query, key and value are exactly these products, if there is one."""
     if len(nodes) != 3:
         return None
     (attention, *others) = {use.node for node in nodes for use in node.outputs[0].uses()}
@@ -371,7 +380,7 @@ def _width(node: ir.Node) -> int:
 def _split(model: ir.Model, merged: ir.Value, outputs: Sequence[ir.Value], widths: Sequence[int]) -> None:
     producer = merged.producer()
     assert producer is not None
-    sizes = constant(model, f"{merged.name}_widths", np.array(widths, np.int64))
+    sizes = initializer(model, f"{merged.name}_widths", np.array(widths, np.int64))
     parts = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in outputs]
     model.graph.insert_after(producer, ir.Node("", "Split", [merged, sizes], [ir.AttrInt64("axis", -1)], outputs=parts))
     for old, new in zip(outputs, parts, strict=True):
@@ -397,17 +406,17 @@ def _silu(model: ir.Model) -> None:
 
 
 def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:
-    """``fp32``, ``fp16``, or a scheme: ``int4`` or ``int8`` and what differs from the default, by commas.
+    """Parse ``fp32``, ``fp16``, or a scheme: ``int4`` or ``int8`` and the differences from the default, separated by commas.
 
     Raises:
-        InputError: something else.
+        InputError: The text is something else.
     """
     if text in ("fp32", "fp16"):
         return "float32" if text == "fp32" else "float16"
     first, *rest = text.split(",")
     allowed = (
         "fp32, fp16, or int4 or int8 and any of block=32|64|128, down=32|64|128|256, sym, asym, positive, head=4|8, "
-        "level=1|4, kv=8|32, by commas"
+        "level=1|4, kv=8|32, separated by commas"
     )
     if first not in ("int4", "int8"):
         raise InputError(f"--precision {text}: '{first}' is not known: give {allowed}")

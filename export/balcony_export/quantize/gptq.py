@@ -1,7 +1,7 @@
-"""GPTQ (Frantar et al., ICLR 2023): rounding a matrix so that its outputs on real inputs change least.
+"""GPTQ (Frantar et al., ICLR 2023): round a matrix so that its outputs on real inputs change least.
 
 Owns the second moments of every linear layer's inputs, taken from the float model and its balconies on calibration text,
-and the rounding that uses them. What a quantized block looks like is :mod:`.blocks`'s.
+and the rounding that uses them. The form of quantized blocks is :mod:`.blocks`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from balcony_edge.errors import InputError
 from balcony_export.data.corpus import build_corpus
 from balcony_export.model.exits import ExitModel
 
-#: Share of the mean second moment that is added to each: keeps channels that hardly ever fire from being rounded freely.
+#: Share of the mean second moment that is added to each, so that channels that hardly ever fire still count.
 DAMPING = 0.01
-#: Columns whose errors are handed on together.
+#: Columns whose errors are passed on together.
 BATCH = 128
-#: Rows that the first position of a text counts for: from 50 to 200 make no difference (docs/LOG.md).
+#: Weight of a text's first position, in rows; 50 to 200 make no difference (docs/LOG.md).
 SINK_ROWS = 100
-#: Layers that take the same inputs as another one: measured once.
+#: Layer → another layer with the same inputs, which are measured once.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-#: Rows and their tokens that second moments are taken over: some ten inputs for each of 1,536 channels.
+#: Rows of calibration text and their tokens: some ten inputs for each of 1,536 channels.
 CALIBRATION_ROWS, CALIBRATION_LENGTH, MIN_TOKENS = 32, 512, 4096
 
 
 def calibration_rows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Some ``CALIBRATION_ROWS`` rows of text files, packed and shuffled as for training.
+    """About ``CALIBRATION_ROWS`` rows of text files, packed and shuffled as for training.
 
     Raises:
-        InputError: a file that cannot be used, or too little text.
+        InputError: A file cannot be used, or there is too little text.
     """
     corpus = build_corpus(files, tokenizer, seq_len=CALIBRATION_LENGTH, held_out_rows=0)
     rows, total = [], 0  # type: list[list[int]], int
@@ -44,7 +44,7 @@ def calibration_rows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) 
         rows.append([int(token) for token in tokens[:length]])
         total += int(length)
     if total < MIN_TOKENS:
-        raise InputError(f"--calibration: the text has {total} tokens, {MIN_TOKENS} are needed: give more")
+        raise InputError(f"--calibration: the text has {total} tokens, but {MIN_TOKENS} are needed: give more")
     return rows
 
 
@@ -52,10 +52,10 @@ def calibration_rows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) 
 def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """``weight name → mean of x xᵀ`` over the inputs of each linear layer, named as in the traced graphs  # (K, K)
 
-    No row of inputs counts for more than its typical size would have it: activations of the first position are thousands of
-    times larger than others in some layers. But that position is the attention sink, which nearly every token
-    attends to: left out, or counted as one row of 512, its keys and values are rounded freely (errors of 88 % of a value) and
-    the model is worse off than with nearest rounding. It counts as ``SINK_ROWS`` rows.
+    Rows larger than the median are scaled down to it, because in some layers the activations of the first position are
+    thousands of times larger than the others. But that position is the attention sink, to which nearly every token attends.
+    If it is left out, or counts as one row of 512, its keys and values are rounded badly (errors of 88 % of a value), and the
+    model is worse than with nearest rounding. So it counts as ``SINK_ROWS`` rows.
     """
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
@@ -93,29 +93,29 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
     return means
 
 
-def compensated(
+def round_with_compensation(
     weight: torch.Tensor,
     moment: torch.Tensor,
     grids: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     levels: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round column by column, each column's error made good by those that are still to come.
+    """Round column by column; later columns compensate the error of each.
 
-    Columns with the largest inputs come first, while there are most others to make their errors good; the grids are those
-    of the weights as they were, so that blocks stay where they are (GPTQ's "act-order" with "static groups").
+    Columns with the largest inputs come first, while many others are left to compensate their errors. The grids are computed
+    from the original weights, so that blocks stay in place (GPTQ's "act-order" with "static groups").
 
     Args:
-        weight: (N, K), float32.
-        moment: of the inputs  # (K, K)
-        grids: scales and zero points of the blocks, (N, K / block) each, given the weight of each column's error  # (K,)
-        levels: number of values of a grid.
+        weight: The matrix, float32  # (N, K)
+        moment: Second moments of the inputs  # (K, K)
+        grids: Weight of each column's error (K,) → scales and zero points of the blocks, each (N, K / block).
+        levels: Number of values of a grid.
 
     Returns:
         Values 0 .. levels - 1 (N, K); scales and zero points (N, K / block).
     """
     moment = moment.clone()
     sizes = moment.diagonal()
-    silent = sizes == 0  # padding, and channels that never fired: they say nothing about the scale of the others
+    silent = sizes == 0  # padding, and channels that never fired; they do not count for the typical size
     typical = sizes[~silent].mean() if not silent.all() else torch.tensor(1.0)
     sizes[silent] = typical
     scales, zeros = grids(sizes)

@@ -1,8 +1,8 @@
-"""An int8 KV cache for quantized bundles: the scales, and the graphs that keep it.
+"""An int8 KV cache for quantized bundles: its scales, and the graphs that use it.
 
-Owns what a channel's scale is (its largest size on calibration text, measured by running the bundle with its float cache, so
-that rope, norms and rounded weights are all in it) and the rewrite of lowered graphs: ``GroupQueryAttention`` keeps keys and
-values as int8 itself; the graphs that only leave keys and values round them before the cache update.
+Owns the scale of a channel and the rewrite of lowered graphs. The scale comes from the largest value on calibration text,
+measured with the bundle's float cache, so that it includes rope, norms and rounded weights. ``GroupQueryAttention`` itself
+stores keys and values as int8; graphs that only write keys and values round them before the cache update.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from balcony_edge.errors import InputError
 from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from balcony_runtime.engine import Engine
 
-#: Room above the largest value that was seen, and the least scale: a channel that never fired.
+#: Factor on the largest measured value, and the smallest scale, for channels that never fired.
 HEADROOM, LEAST = 1.1, 1e-6
 #: Graph → cache input → scale of each channel  # (KV heads, head size)
 Scales = Mapping[str, Mapping[str, npt.NDArray[np.float32]]]
@@ -28,17 +28,17 @@ def require_text(given: Sequence[object] | None) -> None:
     """Refuse an int8 cache without text to calibrate it on.
 
     Raises:
-        InputError: there is none.
+        InputError: There is no text.
     """
     if not given:
-        raise InputError("--precision kv=8: needs --calibration: its text says how large keys and values are")
+        raise InputError("--precision kv=8: needs --calibration, whose text gives the range of keys and values: add it")
 
 
 def cache_scales(bundle: Bundle, rows: Sequence[Sequence[int]]) -> Scales:
     """Scales of every cache, from the bundle's own passes over ``rows`` of tokens.
 
     Raises:
-        InputError: there are no rows.
+        InputError: There are no rows.
     """
     require_text(rows)
     largest: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
@@ -63,7 +63,7 @@ def cache_scales(bundle: Bundle, rows: Sequence[Sequence[int]]) -> Scales:
 
 
 def quantize_caches(model: ir.Model, scales: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Let a lowered graph keep its caches as int8.
+    """Let a lowered graph store its caches as int8.
 
     Precondition: caches are inputs ``past_*`` and outputs ``present_*`` of ``GroupQueryAttention`` or ``TensorScatter``.
     """

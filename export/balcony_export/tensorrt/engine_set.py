@@ -1,7 +1,7 @@
 """Graphs for TensorRT in a bundle: ``tensorrt/<name>/``, from which engines are built here or on the device.
 
-Owns the directory and its entry in the manifest. What the graphs are is :mod:`.graphs`'s; engines are built by
-:mod:`balcony_runtime.backends.tensorrt_builder`, which needs nothing of this package.
+Owns the directory and its entry in the manifest. The graphs come from :mod:`.graphs`. Engines are built by
+:mod:`balcony_runtime.backends.tensorrt_builder`, which does not need this package.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from balcony_edge.bundle.bundle import Bundle, file_spec
 from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
 from balcony_edge.bundle.manifest import EngineSet, Manifest
 from balcony_edge.errors import InputError
-from balcony_export.graph.ir_tools import FAR_WEIGHTS, distance, graph_spec
+from balcony_export.graph.ir_tools import FAR_WEIGHTS, graph_spec, relative_distance
 from balcony_export.graph.weights import WeightFile
 from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
-from balcony_export.tensorrt.quantize import Rounding
+from balcony_export.tensorrt.integers import Rounding
 from balcony_runtime.backends.tensorrt_builder import Target
 from balcony_runtime.backends.token_table import unpacked
 
@@ -31,7 +31,7 @@ _EXPORT_ONE = "export one with --precision int4,positive,block=64,head=4 --calib
 def write_graphs(
     bundle: Bundle, name: str, target: Target, form: Format, *, batch_size: int = 1, rounding: Rounding | None = None
 ) -> Manifest:
-    """Write the graphs of an engine set and record them; a set of that name is replaced. Arguments: :func:`make_graphs`."""
+    """Write the graphs of an engine set and record them, replacing a set of that name. Arguments as in :func:`make_graphs`."""
     with new_engine_directory(bundle.path, name) as directory:
         engines = make_graphs(bundle, directory, target, form, batch_size=batch_size, rounding=rounding)
         return record_engines(bundle.path, name, engines, directory)
@@ -49,21 +49,23 @@ def make_graphs(
     """Write the graphs of an engine set into an empty directory; returns their entry for ``bundle.json``.
 
     Args:
-        bundle: one with graphs in standard ONNX.
-        directory: of :func:`balcony_edge.bundle.engine_sets.new_engine_directory`.
-        target: which TensorRT they are for.
-        form: precision, operators and capacity.
-        batch_size: members of every pass.
-        rounding: how weights become integers; to the nearest by default.
+        bundle: Bundle with graphs in standard ONNX.
+        directory: Directory of :func:`balcony_edge.bundle.engine_sets.new_engine_directory`.
+        target: TensorRT edition that builds the engines.
+        form: Precision, operators and capacity.
+        batch_size: Number of sequences of every pass.
+        rounding: Integers of the weights; by default they are rounded to the nearest.
 
     Raises:
-        BundleError: the bundle has no such graphs.
-        InputError: sizes that do not fit the model.
-        OSError: the directory cannot be written.
+        BundleError: The bundle has no such graphs.
+        InputError: The sizes do not fit the model.
+        OSError: The directory cannot be written.
     """
     context = bundle.manifest.model.context_length
     if not 1 <= form.capacity <= context:
-        raise InputError(f"--context-length {form.capacity}: this bundle takes 1 to {context}: give one of those")
+        raise InputError(
+            f"--context-length {form.capacity}: this bundle takes 1 to {context}: give a number in this range"
+        )
     graphs = tensorrt_graphs(bundle, form, rounding)
     with WeightFile(directory) as weights:
         for graph in graphs.values():
@@ -83,23 +85,25 @@ def make_graphs(
 
 
 def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
-    """The integers of a quantized bundle, such as GPTQ made them: both engines of a model then compute with the same.
+    """The integers of a quantized bundle, for example from GPTQ, so that both engines of a model compute with the same weights.
 
     Args:
-        quantized: symmetric int4 with scales above 0, head included.
-        bundle: the float bundle of the same model, exits and balconies.
+        quantized: Bundle in symmetric int4 with scales above 0, LM head included.
+        bundle: Float bundle of the same model, exits and balconies.
 
     Raises:
-        InputError: the two do not fit, or the integers are of a kind that TensorRT's kernels do not take.
+        InputError: The two do not match, or TensorRT's kernels do not take integers of this kind.
     """
     scheme, manifest = quantized.manifest.quantization, bundle.manifest
     fits = scheme is not None and scheme.bits == scheme.head_bits == 4 and scheme.symmetric
     if scheme is None or not fits or scheme.down_block_size not in (None, scheme.block_size):
         raise InputError(
-            f"--rounded-as {quantized.path}: must be of int4,sym,head=4 with blocks of one size: {_EXPORT_ONE}"
+            f"--rounded-as {quantized.path}: must be int4,sym,head=4 with blocks of one size: {_EXPORT_ONE}"
         )
     if (quantized.manifest.model, quantized.manifest.exit_layers) != (manifest.model, manifest.exit_layers):
-        raise InputError(f"--rounded-as {quantized.path}: is of another model or has other exits than {bundle.path}")
+        raise InputError(
+            f"--rounded-as {quantized.path}: is of another model than {bundle.path} or has other exits: give one that fits"
+        )
     weights = _weights(bundle)
     rounding = Rounding(scheme.block_size)
     for spec in quantized.manifest.cpu.values():
@@ -109,13 +113,13 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
             packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])  # type: ignore[union-attr]
             if not (scales > 0).all():
                 raise InputError(
-                    f"--rounded-as {quantized.path}: has scales below 0, and TensorRT takes none: {_EXPORT_ONE}"
+                    f"--rounded-as {quantized.path}: has scales below 0, which TensorRT does not take: {_EXPORT_ONE}"
                 )
             inputs = node.attributes["K"].as_int()
             if inputs % scheme.block_size:
                 raise InputError(
-                    f"--rounded-as {quantized.path}: {inputs} inputs are no multiple of its blocks of {scheme.block_size}, and "
-                    f"TensorRT takes whole ones: {_EXPORT_ONE}"
+                    f"--rounded-as {quantized.path}: {inputs} inputs are not a multiple of its blocks of {scheme.block_size}, "
+                    f"and TensorRT takes only whole blocks: {_EXPORT_ONE}"
                 )
             values = unpacked(packed, 4).reshape(len(packed), -1).astype(np.int8)[:, :inputs] - 8
             first = 0
@@ -125,10 +129,10 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
                 weight = weights[name]()
                 rows = slice(first, first + len(weight))
                 stored = values[rows] * np.repeat(scales[rows], scheme.block_size, axis=1)
-                if not distance(stored, weight) <= FAR_WEIGHTS:
+                if not relative_distance(stored, weight) <= FAR_WEIGHTS:
                     raise InputError(
-                        f"--rounded-as {quantized.path}: {name} is far from that of {bundle.path}: give a bundle of the same "
-                        "model and balconies"
+                        f"--rounded-as {quantized.path}: {name} differs too much from that of {bundle.path}: give a bundle of "
+                        "the same model and balconies"
                     )
                 rounding.given[name] = (values[rows], scales[rows])
                 first = rows.stop
@@ -136,7 +140,7 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
 
 
 def _weights(bundle: Bundle) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
-    """Name → what reads it (N, K), of every weight that is multiplied with."""
+    """Name of each weight of a product → function that reads it  # (N, K)"""
     found: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
     for spec in bundle.portable().manifest.graphs.values():
         for node in ir.load(bundle.file(spec.file)).graph:

@@ -1,10 +1,10 @@
-"""The graphs that TensorRT is given: a bundle's portable set with caches by head, in the precision to be built.
+"""The graphs for TensorRT: a bundle's portable set with caches by head, in the precision of the engines.
 
 Owns the rewrite from the set ``graphs`` (see :mod:`balcony_edge.bundle.manifest`) to the set of one engine directory: KV caches
-(B, H, S, d) with a fixed S, as TensorRT's cache update wants them; ``Attention`` over heads with the explicit mask that the
-portable graphs compute (its parser ignores ``nonpad_kv_seqlen``); activations in half precision around norms in float32; the
-token table as a graph; the most likely token beside the logits. Weights as integers are :mod:`.quantize`'s, operators
-that TensorRT 10.3 lacks :mod:`.plain`'s. Needs no torch: it works on files.
+(B, H, S, d) with a fixed S, as TensorRT's cache update needs; ``Attention`` over heads with the explicit mask of the portable
+graphs (TensorRT's parser ignores ``nonpad_kv_seqlen``); activations in half precision, norms in float32; the token table as a
+graph; the most probable token next to the logits. Weights become integers in :mod:`.integers`; :mod:`.plain` replaces operators
+that TensorRT 10.3 lacks. Needs no torch, because it works on files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EnginePrecision, ModelSpec
-from balcony_export.graph.ir_tools import constant, insert_between, replaced
+from balcony_export.graph.ir_tools import copy_with_outputs, initializer, insert_between
+from balcony_export.tensorrt.integers import Rounding, quantize_weights
 from balcony_export.tensorrt.plain import plain_operators, plain_soft_caps
-from balcony_export.tensorrt.quantize import Rounding, quantize_weights
 from balcony_runtime.backends.token_table import TokenTable
 
-#: Precision → type of activations, caches and of the weights that stay floats.
+#: Precision → type of activations, caches and float weights.
 ACTIVATIONS: dict[EnginePrecision, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
@@ -37,14 +37,14 @@ ACTIVATIONS: dict[EnginePrecision, ir.DataType] = {
 
 @dataclass(frozen=True)
 class Format:
-    """What the graphs are to be.
+    """Form of the graphs.
 
     Attributes:
-        precision: of weights; activations are half precision but for ``fp32``.
-        operators: ``fused``: Attention, RotaryEmbedding, RMSNormalization and TensorScatter as single nodes; ``plain``: spelled
-            out in operators of opset 21, which TensorRT 10.3 (JetPack 6) reads.
-        capacity: rows of the KV caches.
-        block_size: inputs that share a scale in ``int4``.
+        precision: Precision of weights; activations are in half precision except for ``fp32``.
+        operators: ``fused`` for Attention, RotaryEmbedding, RMSNormalization and TensorScatter as single nodes; ``plain`` for
+            the same in operators of opset 21, which TensorRT 10.3 (JetPack 6) reads.
+        capacity: Rows of the KV caches.
+        block_size: Number of inputs that share a scale in ``int4``.
     """
 
     precision: EnginePrecision = "fp16"
@@ -57,24 +57,24 @@ def tensorrt_graphs(bundle: Bundle, form: Format, rounding: Rounding | None = No
     """Every graph of a bundle in a form for TensorRT: ``embed``, ``backbone``, stages, balconies, ``norm`` and ``lm_head``.
 
     Args:
-        bundle: one with graphs in standard ONNX.
-        form: what they are to be.
-        rounding: how weights become integers; to the nearest by default.
+        bundle: Bundle with graphs in standard ONNX.
+        form: Form of the graphs.
+        rounding: Integers of the weights; by default they are rounded to the nearest.
 
     Raises:
-        BundleError: the bundle has no portable graphs.
+        BundleError: The bundle has no portable graphs.
     """
     portable = bundle.portable()
     spec = portable.manifest.model
     graphs = {"embed": build_embedding(portable)}
     for name, graph in portable.manifest.graphs.items():
         model = ir.external_data.load_to_model(ir.load(portable.file(graph.file)))
-        graphs[name] = rewritten(model, spec, form, rounding or Rounding(form.block_size))
+        graphs[name] = rewrite(model, spec, form, rounding or Rounding(form.block_size))
     return {name: _finished(model, name, form) for name, model in graphs.items()}
 
 
-def rewritten(model: ir.Model, spec: ModelSpec, form: Format, rounding: Rounding) -> ir.Model:
-    """One portable graph in another form; ``model`` is changed."""
+def rewrite(model: ir.Model, spec: ModelSpec, form: Format, rounding: Rounding) -> ir.Model:
+    """Rewrite one portable graph; ``model`` is changed."""
     _fix_capacity(model, form.capacity)
     _caches_by_head(model, spec, form.capacity)
     if form.precision in ("int8", "int4", "fp8"):
@@ -112,12 +112,12 @@ def _finished(model: ir.Model, name: str, form: Format) -> ir.Model:
 
 
 def _fix_capacity(model: ir.Model, capacity: int) -> None:
-    """What reads the rows of a cache from its shape reads a number; rope tables end where the caches do."""
+    """Replace the row count that is read from a cache's shape by a number, and cut rope tables to the capacity."""
     for node in list(model.graph):
         source = node.inputs[0] if node.inputs else None
         reads_rows = node.op_type == "Shape" and node.attributes["start"].as_int() == 1
         if reads_rows and source is not None and str(source.name).startswith("past_"):
-            number = constant(model, "capacity_rows", np.array([capacity], np.int64))
+            number = initializer(model, "capacity_rows", np.array([capacity], np.int64))
             ir.convenience.replace_all_uses_with(node.outputs[0], number)
             model.graph.remove(node, safe=True)
     for value in model.graph.initializers.values():
@@ -128,7 +128,7 @@ def _fix_capacity(model: ir.Model, capacity: int) -> None:
 
 
 def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
-    """Caches (B, H, S, d), written at axis 2; attention takes and gives heads."""
+    """Give caches the shape (B, H, S, d), written at axis 2, and attention inputs and outputs by head."""
     for node in list(model.graph):
         if node.op_type == "TensorScatter":
             _by_head(model, node, 1, spec.num_kv_heads, spec.head_dim)
@@ -136,13 +136,13 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
         elif node.op_type == "Attention":
             heads = node.attributes["q_num_heads"].as_int()
             _by_head(model, node, 0, heads, spec.head_dim)
-            for attribute in ("q_num_heads", "kv_num_heads"):  # they are for inputs whose heads are merged
+            for attribute in ("q_num_heads", "kv_num_heads"):  # only for inputs whose heads are merged
                 del node.attributes[attribute]
             before = node.outputs[0]
             split = ir.Value(name=f"{before.name}_by_head", type=before.type)
-            merged = replaced(model, node, [split])
+            merged = copy_with_outputs(model, node, [split])
             back = ir.Node("", "Transpose", [split], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
-            width = constant(model, f"merged_{heads}_heads", np.array([0, 0, heads * spec.head_dim], np.int64))
+            width = initializer(model, f"merged_{heads}_heads", np.array([0, 0, heads * spec.head_dim], np.int64))
             insert_between(model, merged, before, [back, ir.Node("", "Reshape", [back.outputs[0], width])])
     _own_masks(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -151,10 +151,10 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
 
 
 def _own_masks(model: ir.Model) -> None:
-    """Give every ``Attention`` a comparison of its own to mask by.
+    """Give every ``Attention`` a mask comparison of its own.
 
     TensorRT-RTX 1.7 fuses the comparison into the attention's kernel and refuses a graph where two kernels share one ("more
-    than one op named"). It also merges comparisons that are equal, so each counts keys and rows from another number on.
+    than one op named"). It also merges equal comparisons, so each adds a different offset to keys and rows.
     """
     taken: set[ir.Value] = set()
     for index, node in enumerate(list(model.graph)):
@@ -162,7 +162,7 @@ def _own_masks(model: ir.Model) -> None:
         if mask is None or mask not in taken:
             taken |= {mask} if mask is not None else set()
             continue
-        offset = constant(model, f"mask_{index}", np.array([index], np.int64))
+        offset = initializer(model, f"mask_{index}", np.array([index], np.int64))
         chain: list[ir.Node] = []
 
         def again(value: ir.Value, offset: ir.Value = offset, chain: list[ir.Node] = chain) -> ir.Value:
@@ -187,7 +187,7 @@ def _own_masks(model: ir.Model) -> None:
 
 def _by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_dim: int) -> None:
     """Turn an input (B, T, H·d) of a node into (B, H, T, d)."""
-    shape = constant(model, f"{heads}_heads", np.array([0, 0, heads, head_dim], np.int64))
+    shape = initializer(model, f"{heads}_heads", np.array([0, 0, heads, head_dim], np.int64))
     split = ir.Node("", "Reshape", [node.inputs[index], shape])
     swapped = ir.Node("", "Transpose", [split.outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
     model.graph.insert_before(node, [split, swapped])
@@ -195,7 +195,7 @@ def _by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_dim: i
 
 
 def _add_argmax(model: ir.Model) -> None:
-    """``argmax`` int64 (B, Q), beside ``logits``: a greedy step copies eight bytes back."""
+    """Add the output ``argmax`` int64 (B, Q) next to ``logits``, so that a greedy step copies back only eight bytes."""
     logits = model.graph.outputs[0]
     assert logits.shape is not None
     best = ir.Value(name="argmax", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(list(logits.shape)[:2]))
@@ -204,12 +204,12 @@ def _add_argmax(model: ir.Model) -> None:
     model.graph.outputs.append(best)
 
 
-#: What is left in float32: sums of squares of hidden states (25,856 in the demo model) leave the range of float16.
+#: Operators that stay in float32: squares of hidden states (up to 25,856 in the demo model) exceed the range of float16.
 _FLOAT32 = ("RMSNormalization",)
 
 
 def _to_precision(model: ir.Model, activations: ir.DataType) -> None:
-    """Activations, caches and float weights in ``activations``; norms in float32 between casts; logits in float32."""
+    """Convert activations, caches and float weights; norms stay in float32 between casts, and logits in float32."""
     kinds = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
     exact = {
         value for node in model.graph if node.op_type in _FLOAT32 for value in node.inputs[1:] if value is not None
@@ -227,7 +227,7 @@ def _to_precision(model: ir.Model, activations: ir.DataType) -> None:
             value.type = ir.TensorType(activations)
     for node in list(model.graph):
         if node.op_type == "Cast" and node.attributes["to"].as_int() in {kind.value for kind in kinds}:
-            # the portable head's: its result is a graph output or leads to one
+            # the cast of the portable head, whose result is a graph output or leads to one
             ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0], replace_graph_outputs=True)  # type: ignore[arg-type]
             model.graph.remove(node, safe=True)
     if activations == ir.DataType.FLOAT:
@@ -239,7 +239,7 @@ def _to_precision(model: ir.Model, activations: ir.DataType) -> None:
             node.replace_input_with(0, up.outputs[0])
             before = node.outputs[0]
             exact_output = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=before.shape)
-            norm = replaced(model, node, [exact_output])
+            norm = copy_with_outputs(model, node, [exact_output])
             insert_between(model, norm, before, [_cast(exact_output, activations)])
     for output in list(model.graph.outputs):
         if output.name == "logits":
@@ -252,7 +252,7 @@ def _logits_in_float32(model: ir.Model, logits: ir.Value) -> None:
     narrow = ir.Value(name="narrow_logits", type=logits.type, shape=logits.shape)
     position = list(producer.outputs).index(logits)
     assert position == 0
-    last = replaced(model, producer, [narrow])
+    last = copy_with_outputs(model, producer, [narrow])
     wide = _cast(narrow, ir.DataType.FLOAT)
     insert_between(model, last, logits, [wide])
 

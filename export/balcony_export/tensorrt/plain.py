@@ -1,7 +1,7 @@
-"""Attention, rotary embedding, norm and cache update spelled out in operators of opset 21.
+"""Attention, rotary embedding, norm and cache update in operators of opset 21.
 
-For TensorRT before 10.15 (JetPack 6 ships 10.3), whose parser knows none of the four. Every pattern keeps names, types and
-shapes of what it replaces, so that both sets of graphs have the same inputs and outputs.
+For TensorRT before 10.15 (JetPack 6 ships 10.3), whose parser knows none of the four. Every replacement keeps names, types and
+shapes, so that both sets of graphs have the same inputs and outputs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from balcony_export.graph.ir_tools import constant, insert_between
+from balcony_export.graph.ir_tools import initializer, insert_between
 
 OPSET, IR_VERSION = 21, 10
-#: What a key that a row must not see is scored: softmax makes 0 of it in float32.
+#: Score of a key that a row must not see: softmax turns it into 0 in float32.
 _UNSEEN = np.float32(-1e9)
 
 
 def plain_operators(model: ir.Model) -> None:
-    """Spell out every operator newer than opset 21 in ``model``; values of its outputs stay the same."""
+    """Replace every operator newer than opset 21 in ``model``; its outputs keep their values."""
     patterns: dict[str, Callable[[_Chain, ir.Node], None]] = {
         "RMSNormalization": _norm,
         "RotaryEmbedding": _rotary,
@@ -29,26 +29,26 @@ def plain_operators(model: ir.Model) -> None:
     }
     for node in list(model.graph):
         if node.op_type in patterns:
-            _spell_out(model, node, patterns[node.op_type])
+            _replace(model, node, patterns[node.op_type])
     model.graph.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
 
 
 def plain_soft_caps(model: ir.Model) -> None:
-    """Spell out every attention whose scores are capped (Gemma-2): no TensorRT has that in its fused one."""
+    """Replace every attention with capped scores (Gemma-2), which no TensorRT has as a fused operator."""
     for node in list(model.graph):
         if node.op_type == "Attention" and "softcap" in node.attributes:
-            _spell_out(model, node, _attention)
+            _replace(model, node, _attention)
 
 
-def _spell_out(model: ir.Model, node: ir.Node, pattern: Callable[[_Chain, ir.Node], None]) -> None:
+def _replace(model: ir.Model, node: ir.Node, pattern: Callable[[_Chain, ir.Node], None]) -> None:
     chain = _Chain(model, node)
     pattern(chain, node)
     insert_between(model, node, node.outputs[0], chain.nodes)
 
 
 class _Chain:
-    """Collects the nodes that take the place of one; each call adds a node and returns its output."""
+    """Collects the nodes that replace one node; each call adds a node and returns its output."""
 
     def __init__(self, model: ir.Model, node: ir.Node) -> None:
         self.model, self.nodes = model, list[ir.Node]()
@@ -66,10 +66,10 @@ class _Chain:
         return node.outputs
 
     def ints(self, *values: int) -> ir.Value:
-        return constant(self.model, f"ints_{'_'.join(map(str, values))}", np.array(values, np.int64))
+        return initializer(self.model, f"ints_{'_'.join(map(str, values))}", np.array(values, np.int64))
 
     def number(self, value: float) -> ir.Value:
-        return constant(self.model, f"float_{value:g}", np.array(value, np.float32))
+        return initializer(self.model, f"float_{value:g}", np.array(value, np.float32))
 
     def cast(self, value: ir.Value | None, to: ir.DataType) -> ir.Value:
         return self("Cast", value, to=to.value)
@@ -98,7 +98,7 @@ def _rotary(chain: _Chain, node: ir.Node) -> None:
 def _scatter(chain: _Chain, node: ir.Node) -> None:
     past, update, start = node.inputs
     count = chain("Squeeze", chain("Shape", update, start=2, end=3), chain.ints(0))
-    zero, one = (constant(chain.model, f"scalar_{value}", np.array(value, np.int64)) for value in (0, 1))
+    zero, one = (initializer(chain.model, f"scalar_{value}", np.array(value, np.int64)) for value in (0, 1))
     rows = chain("Unsqueeze", chain("Range", zero, count, one), chain.ints(0, 1, 3))  # (1, 1, T, 1)
     places = chain("Add", chain("Unsqueeze", start, chain.ints(1, 2, 3)), rows)  # (B, 1, T, 1)
     chain("ScatterElements", past, chain("Expand", places, chain("Shape", update)), update, axis=2)
@@ -109,7 +109,7 @@ def _attention(chain: _Chain, node: ir.Node) -> None:
     assert key is not None and key.shape is not None and key.dtype is not None
     kv_heads, capacity, width = (int(dim) for dim in list(key.shape)[1:])  # type: ignore[arg-type]
     heads = _heads_of(node)
-    # the query heads that share a key head are rows of one product
+    # query heads that share a key head become rows of one product
     grouped = chain("Reshape", query, chain.ints(0, kv_heads, -1, width))
     scores = chain("MatMul", grouped, chain("Transpose", key, perm=[0, 1, 3, 2]))
     scores = chain.cast(chain("Reshape", scores, chain.ints(0, heads, -1, capacity)), ir.DataType.FLOAT)
@@ -124,7 +124,7 @@ def _attention(chain: _Chain, node: ir.Node) -> None:
 
 
 def _heads_of(node: ir.Node) -> int:
-    """Query heads: the transposed reshape in front of the attention says them."""
+    """Number of query heads, from the shape of the reshape before the attention."""
     query = node.inputs[0]
     transpose = None if query is None else query.producer()
     reshape = None if transpose is None or transpose.inputs[0] is None else transpose.inputs[0].producer()

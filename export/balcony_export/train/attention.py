@@ -1,8 +1,8 @@
 """Causal attention of whole rows, for training on CPUs: two matrix products around a compiled softmax.
 
-Owns one attention function for transformers' interface. PyTorch's fused CPU kernel computes 512 rows of the demo model's
-nine heads in bfloat16 in 10 ms, this one in 3.6 (two cores with AVX-512 and BF16): the products run at the speed of any
-other product, query heads that share a key head are one product, and keys after a block of rows are left out.
+Owns one attention function for transformers' interface. PyTorch's fused CPU kernel computes 512 rows of the demo model's nine
+heads in bfloat16 in 10 ms, this function in 3.6 ms (two cores with AVX-512 and BF16). Its products are ordinary matrix
+products, query heads that share a key head form one product, and keys after a block of rows are left out.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "balcony_edge_blocks"
-#: Blocks of queries. The first half of the rows needs no key of the second: 2 spare a quarter of the arithmetic. 4 would
-#: spare three eighths, but their products are too small (4.3 ms instead of 3.6).
+#: Blocks of queries. The first half of the rows needs no key of the second, so 2 blocks save a quarter of the arithmetic. 4
+#: would save three eighths, but their products are too small (4.3 ms instead of 3.6).
 _BLOCKS = 2
 
 
 def can_compile() -> bool:
-    """Whether this machine has what ``torch.compile`` needs on a CPU: a C++ compiler and Python's headers."""
+    """Whether ``torch.compile`` works on this machine's CPU, which needs a C++ compiler and Python's headers."""
     return shutil.which("g++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
@@ -43,14 +43,14 @@ def _softmax_gradient(weights: torch.Tensor, gradient: torch.Tensor, scaling: fl
 
 @functools.cache
 def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    return torch.compile(function, dynamic=False)  # here: at import it would load the compiler for everybody
+    return torch.compile(function, dynamic=False)  # at import it would always load the compiler
 
 
 class _MaskedSoftmax(torch.autograd.Function):
     """softmax(scores × scaling + mask), computed in float32.
 
-    A function of its own, so that the compiler sees each shape once: with and without gradients, with and without
-    autocast it would compile again, and after eight times it gives up and runs the pieces one by one.
+    A custom function, so that the compiler sees each shape once. Otherwise it would compile again with and without gradients,
+    with and without autocast, and after eight times it gives up and runs the operations one by one.
     """
 
     @staticmethod
@@ -87,10 +87,10 @@ def block_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers' interface asks for it; what is not plain causal attention goes to PyTorch's kernel.
+    """Attention with transformers' interface; everything but plain causal attention goes to PyTorch's kernel.
 
     Returns:
-        The heads' outputs  # (B, T, H, d), and None for the weights that nobody asks for
+        The heads' outputs (B, T, H, d), and None for the attention weights.
     """
     batch, heads, rows, width = query.shape
     groups, block = key.shape[1], -(-rows // _BLOCKS)
@@ -114,9 +114,9 @@ def block_attention(
 
 
 def use_block_attention(model: PreTrainedModel, *modules: nn.Module) -> None:
-    """Let a model, and modules copied from its layers, attend in blocks where they would use PyTorch's fused kernel.
+    """Let a model, and modules copied from its layers, use :func:`block_attention` instead of PyTorch's fused kernel.
 
-    Others keep what they have: an eager attention may do what the fused kernel cannot (Gemma-2 caps its scores).
+    Models with eager attention keep it, because it may do what the fused kernel cannot (Gemma-2 caps its scores).
     """
     AttentionInterface.register(NAME, block_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,12 +1,11 @@
-"""Equation 2 of the paper without ever holding the vocabulary for all positions.
+"""Equation 2 of the paper, without (positions × vocabulary) values in memory.
 
-Owns the loss of every exit, KL(full ‖ exit) per position in float32, and its gradient with respect to the exit's hidden
-state. Both come from one pass over chunks of positions, in which the full model's logits are made once for all exits: the
-gradient of the KL with respect to an exit's logits is softmax(exit) - softmax(full), so nothing of size
-(positions × vocabulary) is kept for the backward pass.
+Owns the loss of every exit, KL(full ‖ exit) per position in float32, and its gradient with respect to the exit's hidden state.
+Both come from one pass over chunks of positions, in which the full model's logits are computed once for all exits. The gradient
+of the KL with respect to an exit's logits is softmax(exit) - softmax(full), so no logits are kept for the backward pass.
 
 A training step may compare the two distributions on a part of the vocabulary (:class:`VocabularyPart`, drawn by
-:class:`VocabularySample`): then neither needs the whole head. Judgements always take the whole vocabulary.
+:class:`VocabularySample`), which saves the rest of the head. Evaluation always uses the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from balcony_export.train.attention import can_compile
 #: 256; 128 rows of float32 logits are 25 MB.
 CHUNK = 128
 
-#: What an exit is trained on: the full model's distribution (equation 2), the text itself, or both.
+#: Target of the training: the full model's distribution (equation 2), the text itself, or both.
 LossKind = Literal["kl", "kl+ce", "ce"]
 #: Loss → weights of KL and of the cross-entropy. The mix is the paper's (section 4.3: "we set the KL loss weight to 0.001").
 LOSS_WEIGHTS: dict[LossKind, tuple[float, float]] = {"kl": (1.0, 0.0), "kl+ce": (0.001, 1.0), "ce": (0.0, 1.0)}
@@ -34,24 +33,24 @@ _Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tenso
 
 
 class VocabularyPart(NamedTuple):
-    """Tokens of the vocabulary that the loss compares, S of them."""
+    """The S tokens of the vocabulary that the loss compares."""
 
     weight: torch.Tensor  # (S, D), their rows of the LM head
-    offset: torch.Tensor  # (S,) float32, added to the logits: the log of how many tokens each of them represents
+    offset: torch.Tensor  # (S,) float32, added to the logits: log of the number of tokens that each represents
 
 
 class VocabularySample:
     """Draws the part of the vocabulary that a step compares.
 
-    Half of the part are the tokens of the step's own text, as far as there is room, and the tokens that the full
-    model finds likeliest on average. The other half is drawn evenly from the rest, anew for every step. Each drawn
-    token represents rest / drawn tokens, so the log of that ratio is added to its logit in the full model and in the
-    exit. docs/LOG.md ("Distillation") has the trials: a part of 8,192 of 49,152 tokens loses 1 % in KL at equal
-    tokens and spares 80 % of the heads' arithmetic.
+    Half of the part are the tokens of the step's own text, as far as there is room, and then the tokens that are most probable
+    on average in the full model. The other half is drawn uniformly from the rest, anew for every step. Each drawn token
+    represents rest / drawn tokens, so the log of that ratio is added to its logit in the full model and in the exit.
+    Measured (docs/LOG.md, "Distillation"): 8,192 of 49,152 tokens cost 1 % in KL at equal tokens and save 80 % of the heads'
+    arithmetic.
 
     Args:
-        size: tokens of a part, S.
-        ranking: all tokens of the vocabulary, the likeliest first  # (V,)
+        size: Number of tokens of a part, S.
+        ranking: All tokens of the vocabulary, the most probable first  # (V,)
     """
 
     def __init__(self, size: int, ranking: torch.Tensor) -> None:
@@ -59,12 +58,12 @@ class VocabularySample:
         self.ranking = ranking
 
     def draw(self, weight: torch.Tensor, text: torch.Tensor, seed: Sequence[int]) -> VocabularyPart:
-        """The part of a step.
+        """Draw the part of a step.
 
         Args:
-            weight: the LM head  # (V, D)
-            text: tokens of the step, repeats allowed  # (n,)
-            seed: of the drawn half.
+            weight: The LM head  # (V, D)
+            text: Tokens of the step, which may repeat  # (n,)
+            seed: Seed of the drawn half.
         """
         chosen = self._chosen(text.to(self.ranking.device))
         rest = torch.ones(len(self.ranking), dtype=torch.bool, device=self.ranking.device)
@@ -78,7 +77,7 @@ class VocabularySample:
         return VocabularyPart(weight[ids], offset)
 
     def _chosen(self, text: torch.Tensor) -> torch.Tensor:
-        """Tokens of the text, the likeliest of them first, then the likeliest others: half a part  # (S / 2,)"""
+        """Tokens of the text, then the others, each the most probable first, cut to half a part  # (S / 2,)"""
         in_text = torch.zeros(len(self.ranking), dtype=torch.bool, device=self.ranking.device)
         in_text[text] = True
         mask = in_text[self.ranking]
@@ -98,12 +97,12 @@ class HeadLoss:
     """KL through a frozen LM head.
 
     Args:
-        weight: the LM head  # (V, D)
-        dtype: in which logits are multiplied; softmax and sums are float32 in any case.
-        softcap: the model's ``final_logit_softcapping``, or None.
-        kind: what :meth:`backward` propagates.
-        compiled: fuse the softmax passes with ``torch.compile`` (8 times as fast on a CPU, 46 against 392 µs a
-            position); None: where a C++ compiler and Python's headers are.
+        weight: The LM head  # (V, D)
+        dtype: Type of the products that give logits; softmax and sums are float32 in any case.
+        softcap: The model's ``final_logit_softcapping``, or None.
+        compiled: Whether ``torch.compile`` fuses the softmax passes (8 times as fast on a CPU, 46 instead of 392 µs a
+            position); None for yes if the machine can compile.
+        kind: The loss that :meth:`backward` propagates.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class HeadLoss:
         self.whole = VocabularyPart(self.weight, torch.zeros(len(self.weight), device=self.weight.device))
 
     def logits(self, hidden: torch.Tensor, part: VocabularyPart | None = None) -> torch.Tensor:
-        """Logits as the model computes them, of the whole vocabulary or a part of it  # (n, D) -> (n, S)"""
+        """Logits as the model computes them, for the whole vocabulary or a part of it  # (n, D) -> (n, S)"""
         logits = hidden.to(self.dtype) @ (part or self.whole).weight.T
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
@@ -134,9 +133,9 @@ class HeadLoss:
         """For each exit, ``(KL per position, gradient of their sum)``  # (n,), (n, D)
 
         Args:
-            full: normed hidden states of the full model  # (n, D)
-            students: those of each exit  # (n, D)
-            part: tokens on which both are compared; by default all.
+            full: Normed hidden states of the full model  # (n, D)
+            students: Normed hidden states of each exit  # (n, D)
+            part: Tokens that are compared; by default all.
         """
         part = part or self.whole
 
@@ -160,13 +159,13 @@ class HeadLoss:
         part: VocabularyPart,
         also: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """KL chunk by chunk, and what ``also`` makes of both logits and the slope of the KL in the student's."""
+        """KL chunk by chunk, and the result of ``also`` on both logits and the gradient of the KL in the student's logits."""
         kls: list[list[torch.Tensor]] = [[] for _ in students]
         others: list[list[torch.Tensor]] = [[] for _ in students]
         total = full.shape[0]
         for start in range(0, total, CHUNK):
             count = min(CHUNK, total - start)
-            # one shape only, or every length would be compiled anew
+            # always the same shape, or the compiler would run for every length
             padding = (0, 0, 0, CHUNK - count if total > CHUNK else 0)
             targets = self.logits(nn.functional.pad(full[start : start + count], padding), part)
             for student, kl_parts, other_parts in zip(students, kls, others, strict=True):
@@ -195,7 +194,7 @@ class HeadLoss:
 
     @torch.no_grad()
     def ranking(self, full: torch.Tensor) -> torch.Tensor:
-        """All tokens, those that the full model finds likeliest on average first  # (n, D) -> (V,)"""
+        """All tokens, the most probable in the full model on average first  # (n, D) -> (V,)"""
         mean = torch.zeros(len(self.weight), device=self.weight.device)
         for start in range(0, len(full), CHUNK):
             mean += self.logits(full[start : start + CHUNK]).float().softmax(dim=-1).sum(dim=0)
@@ -208,13 +207,13 @@ class HeadLoss:
         labels: torch.Tensor | None = None,
         part: VocabularyPart | None = None,
     ) -> list[float]:
-        """Propagate each exit's sum of the loss over positions into whatever made its states; returns the sums.
+        """Backpropagate each exit's sum of the loss over positions from its states on; returns the sums.
 
         Args:
-            full: normed hidden states of the full model  # (n, D)
-            students: those of each exit  # (n, D)
-            labels: the next token at each position, where the loss asks for the text  # (n,)
-            part: tokens on which the KL compares them; by default all.
+            full: Normed hidden states of the full model  # (n, D)
+            students: Normed hidden states of each exit  # (n, D)
+            labels: Next token at each position, if the loss includes the text  # (n,)
+            part: Tokens that the KL compares; by default all.
         """
         kl_weight, ce_weight = self.weights_of
         detached = [student.detach() for student in students]

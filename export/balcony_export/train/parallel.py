@@ -1,8 +1,8 @@
-"""Several processes on one training run, as ``accelerate launch`` starts them.
+"""Several processes of one training run, as ``accelerate launch`` starts them.
 
-Owns the sharing only: each process takes its part of a step's passes, gradients and losses are summed, process 0 writes.
-A balcony is small (3.5M parameters for the demo model), so every process holds all of them. The frozen backbone lies whole on
-every device, or, with ``accelerate launch --use_fsdp``, in equal parts: a layer's weights are gathered for its pass (FSDP2).
+Owns only the sharing: each process takes its part of a step's passes, gradients and losses are summed, and process 0 writes. A
+balcony is small (3.5M parameters for the demo model), so every process has all of them. The frozen backbone is on every device
+as a whole or, with ``accelerate launch --use_fsdp``, in equal parts: the weights of a layer are gathered for its pass (FSDP2).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import distributed, nn
 
 
 class Processes:
-    """Which of how many processes this is; one of one without ``accelerate launch``."""
+    """Index of this process and number of processes, which is 1 without ``accelerate launch``."""
 
     def __init__(self) -> None:
-        # CUDA or the CPU: Apple's GPU lacks the float64 of the sums
+        # CUDA or the CPU: Apple's GPU has no float64, which the sums need
         state = PartialState(cpu=not torch.cuda.is_available())
         self.index: int = state.process_index
         self.count: int = state.num_processes
         self.device: torch.device = state.device
-        #: Whether the backbone's layers are spread over the processes.
+        #: Whether the backbone's layers are distributed over the processes.
         self.sharded = self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
     @property
@@ -34,8 +34,8 @@ class Processes:
         return self.index == 0
 
     def shard(self, model: nn.Module, decoder: Any) -> None:
-        """Put a frozen model on the devices, its decoder's layers in parts: the processes then make its passes together."""
-        from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - half a second that few need
+        """Move a frozen model to the devices, its decoder layers in parts; afterwards all processes make each pass together."""
+        from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - takes half a second, and few runs need it
         from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - likewise
 
         mesh = init_device_mesh(self.device.type, (self.count,))
@@ -43,7 +43,7 @@ class Processes:
         for layer in decoder.layers:
             own -= set(layer.parameters())
             fully_shard(layer, mesh=mesh)
-        # the decoder as their common root: they share its streams, and the next layer is gathered during a pass
+        # with the decoder as their root, layers share its streams, and the next layer is gathered during a pass
         fully_shard(decoder, mesh=mesh, ignored_params=own)
         model.to(self.device)
 
@@ -52,7 +52,7 @@ class Processes:
         return range(self.index, passes, self.count)
 
     def gradients(self, module: nn.Module) -> list[torch.Tensor]:
-        """Gradients of a module's parameters; a process that had none has zeros, or the others would wait for its part."""
+        """Gradients of a module's parameters. A process without any gives zeros, or the others would wait for it."""
         for parameter in module.parameters() if self.count > 1 else ():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

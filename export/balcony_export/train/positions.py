@@ -1,6 +1,6 @@
-"""Which positions of a row the loss of a distillation looks at.
+"""Positions of a row that count in the loss of a distillation.
 
-Owns the choice: no padding, no attention sink, and where a recipe samples, other positions each time that a row comes again.
+Owns the choice: no padding, no attention sink, and if a recipe samples, other positions each time that a row is used.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ import torch
 from balcony_export.data.corpus import Rows
 from balcony_export.train.loss import LossKind
 
-#: A position whose root mean square exceeds the row's median this many times carries a massive activation (the demo
-#: model: 25,856 in one channel of the first position, sometimes of the second; root mean square 1,005 beside 6 to 9).
-#: It is an attention sink: the balcony attends to it, but is not asked to predict from it.
+#: A position has a massive activation if its root mean square is more than this many times the row's median (demo model: 25,856
+#: in one channel of the first position, sometimes of the second; root mean square 1,005 instead of 6 to 9). It is an attention
+#: sink: the balcony attends to it, but it does not count in the loss.
 MASSIVE = 20.0
 
 
 def pick_positions(
     rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int, positions: int, loss: LossKind
 ) -> torch.Tensor:
-    """Flat indices of the positions that the loss sees: no padding, no massive activation at any exit, sampled  # (n,)
+    """Flat indices of the positions in the loss: no padding, no massive activation at any exit, sampled  # (n,)
 
-    Each row's seed gives an order of its positions, of which a pass takes the next ones: a row that is learned from
-    ``again`` shows other positions, until it has shown all.
+    Args:
+        rows: The rows  # (B, T)
+        states: Their states at the exits, and the final normed ones  # (exits + 1, B, T, D)
+        seeds: Seed of each row's order of positions. Each use of a row takes the next positions of that order.
+        again: Number of earlier uses of the rows.
+        positions: Number of positions per row; 0 for all.
+        loss: Kind of the loss.
     """
     seq_len = rows.tokens.shape[1]
     valid = torch.arange(seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
@@ -33,12 +38,12 @@ def pick_positions(
     usual = sizes.masked_fill(~valid, math.nan).nanmedian(dim=2, keepdim=True).values  # (exits, B, 1)
     valid &= (sizes < MASSIVE * usual).all(dim=0)
     valid[:, 0] = False  # the sink, massive or not
-    if loss != "kl":  # the text says nothing about the token behind the last one
+    if loss != "kl":  # the last token of a row has no next token
         valid &= torch.arange(seq_len)[None] < torch.from_numpy(rows.lengths)[:, None] - 1
     if not positions:
         return valid.flatten().nonzero()[:, 0]
     draws = np.stack([np.random.default_rng(seed).random(seq_len) for seed in seeds])
-    order = torch.from_numpy(draws).masked_fill(~valid, 2.0).argsort(dim=1)  # (B, T): those that count come first
+    order = torch.from_numpy(draws).masked_fill(~valid, 2.0).argsort(dim=1)  # (B, T), valid positions first
     turn = again * positions + torch.arange(positions)[None]  # (1, P)
     picked = order.gather(1, turn % valid.sum(dim=1, keepdim=True).clamp(min=1))  # (B, P)
     kept = torch.zeros_like(valid).scatter_(1, picked, True) & valid

@@ -1,4 +1,4 @@
-"""What a training run tells people: its progress, the paper's Table 2 for it, and its curves as a picture.
+"""Output of a training run for people: its progress, the paper's Table 2 for it, and a plot of its curves.
 
 Owns words and axes only; it reads the metrics that :mod:`.trainer` wrote.
 """
@@ -13,17 +13,26 @@ from typing import Any
 
 from balcony_edge.errors import InputError, MissingDependencyError
 
-#: Tokens that a base model was pretrained on, where its authors say so. SmolLM2-135M: 2T (model card).
+#: Base model → tokens of its pretraining, as published. SmolLM2-135M: 2T (model card).
 PRETRAINING_TOKENS = {"smollm2-135m": 2_000_000_000_000}
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step reports."""
+    """Figures of one training step.
+
+    Attributes:
+        step: Number of steps done.
+        total: Number of planned steps.
+        loss: Exit layer → loss of this step.
+        held_out: Exit layer → KL on the held-out rows, if it was measured after this step.
+        tokens_per_s: Speed of the last steps.
+        eta_s: Estimated time to the end, seconds.
+    """
 
     step: int
     total: int
-    loss: dict[int, float]  # exit layer -> KL of this step
+    loss: dict[int, float]
     held_out: dict[int, float] | None
     tokens_per_s: float
     eta_s: float
@@ -31,7 +40,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Cost:
-    """A row of the paper's Table 2."""
+    """Training cost: a row of the paper's Table 2."""
 
     exits: int
     parameters_per_balcony: int
@@ -40,11 +49,11 @@ class Cost:
 
     @property
     def share(self) -> float | None:
-        """Tokens of the training over tokens of the pretraining."""
+        """Tokens of the training divided by tokens of the pretraining; None if those are unknown."""
         return None if not self.pretraining_tokens else self.tokens / self.pretraining_tokens
 
     def lines(self) -> list[tuple[str, str]]:
-        """``(name, value)`` as Table 2 has them."""
+        """``(name, value)`` as in Table 2."""
         each, all_of_them = self.parameters_per_balcony / 1e6, self.exits * self.parameters_per_balcony / 1e6
         share = "unknown: give --pretraining-tokens" if self.share is None else f"{100 * self.share:.2g} %"
         return [
@@ -55,17 +64,17 @@ class Cost:
 
 
 def pretraining_tokens(name: str, given: int | None) -> int | None:
-    """What was given, or what is known of a base model by its name."""
+    """Tokens of the pretraining: the number given, or the published number of a base model, by its name."""
     if given is not None:
         return given
     return next((tokens for key, tokens in PRETRAINING_TOKENS.items() if key in name.lower()), None)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without a last one that is cut short.
+    """The lines of a metrics file, without a last line that is cut short.
 
     Raises:
-        InputError: there is no such file.
+        InputError: There is no such file.
     """
     if not path.is_file():
         raise InputError(f"{path}: does not exist: give the metrics.jsonl of a training run")
@@ -87,17 +96,17 @@ def plot_curves(
     before: Mapping[int, float] | None = None,
     after: Mapping[int, float] | None = None,
 ) -> None:
-    """Draw the loss over tokens, one line per exit (smoothed) with its held-out KL as points, as a PNG.
+    """Plot the loss over tokens as a PNG: one smoothed line per exit, with its held-out KL as points.
 
-    With ``before`` and ``after`` the picture of a run that is too short for points in between shows whether training helped.
+    ``before`` and ``after`` add points at both ends, so that even the plot of a short run shows whether training helped.
 
     Args:
-        metrics: lines of a run's metrics.jsonl.
-        output: the picture's path.
-        title: above it.
-        loss: what the run learned from (see ``TrainConfig``).
-        before: exit layer → held-out KL before the first step, nats.
-        after: the same of the balconies that were written.
+        metrics: Lines of a run's metrics.jsonl.
+        output: Path of the picture.
+        title: Title of the picture.
+        loss: Kind of the loss (see ``TrainConfig``).
+        before: Exit layer → held-out KL before the first step, nats.
+        after: Exit layer → held-out KL of the balconies that were written, nats.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -139,7 +148,7 @@ def plot_curves(
 
 
 def _smooth(values: Sequence[float], memory: float = 0.95) -> list[float]:
-    """Exponential average without the bias of its start."""
+    """Exponential moving average, corrected for its start."""
     out: list[float] = []
     average = weight = 0.0
     for value in values:

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: everything that the next step depends on, in one file.
 
-Owns the file: safetensors (nothing is pickled) with the counters as JSON in its metadata, written under a temporary
-name and renamed, so that a kill -9 at any moment leaves the last good one. What is random in a run follows from seed
-and step, so no generator state is kept.
+Owns the file: safetensors (nothing is pickled) with the counters as JSON in its metadata. It is written under a temporary name
+and renamed, so that a kill -9 at any moment leaves the last good file. Randomness in a run follows from seed and step, so
+no generator state is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def run_directory(output: Path, exits: tuple[int, ...]) -> Path:
-    """Where a run keeps checkpoint and metrics: runs for other exits lie beside it."""
+    """Directory of a run's checkpoint and metrics, next to those of runs for other exits."""
     return output / "run" / "-".join(map(str, exits))
 
 
@@ -34,7 +34,7 @@ def save_run(
     optimizers: dict[int, list[torch.optim.Optimizer]],
     state: dict[str, Any],
 ) -> None:
-    """Write the run's state; ``state`` is what is not a tensor (step, schedule, best loss, configuration)."""
+    """Write the run's state; ``state`` has everything that is not a tensor (step, schedule, best loss, configuration)."""
     tensors: dict[str, torch.Tensor] = {}
     for exit_layer, balcony in balconies.items():
         for name, value in balcony.state_dict().items():
@@ -52,7 +52,7 @@ def save_run(
 
 
 def read_state(directory: Path) -> dict[str, Any] | None:
-    """The state of the run in this directory, or None where no checkpoint lies."""
+    """The state of the run in this directory, or None if it has no checkpoint."""
     path = directory / CHECKPOINT
     if not path.is_file():
         return None
@@ -71,7 +71,7 @@ def load_run(
     averages: dict[int, dict[str, torch.Tensor]],
     optimizers: dict[int, list[torch.optim.Optimizer]],
 ) -> None:
-    """Put weights, averages and optimizer states back where :func:`save_run` took them from."""
+    """Restore the weights, averages and optimizer states that :func:`save_run` wrote."""
     slots: dict[tuple[int, int], dict[int, dict[str, torch.Tensor]]] = {}
     with safe_open(directory / CHECKPOINT, "pt") as file:
         for key in file.keys():  # noqa: SIM118  # safe_open has no iterator
@@ -92,7 +92,7 @@ def load_run(
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drop lines of the metrics from a step on: a kill may have come some steps past the checkpoint, or within a line."""
+    """Remove lines of the metrics from a step on: a killed run may have written lines, or half of one, after the checkpoint."""
     if path.is_file():
         kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _step_of(line) < step]
         write_file(path, "".join(f"{line}\n" for line in kept).encode())

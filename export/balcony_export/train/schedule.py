@@ -1,7 +1,7 @@
 """Learning rate over steps, and optimizers.
 
-Owns the schedule as a pure function of the step, with one event: a run that must end at a given time re-plans its last
-step while it goes. What was planned is part of a checkpoint, so that a resumed run repeats the same rates.
+Owns the schedule, a pure function of the step with one exception: a run that must end at a given time re-plans its last step
+on the way. The plan is part of a checkpoint, so that a resumed run repeats the same rates.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ OptimizerKind = Literal["muon", "adamw"]
 class Schedule:
     """Warm-up, then cosine or trapezoidal decay to zero at ``total`` steps.
 
-    Trapezoidal: constant until ``decay_start``, then linear. ``replan`` moves the end; before the decay has begun that
-    moves its start too, later the line goes on from the factor reached.
+    Trapezoidal: constant until ``decay_start``, then linear. ``replan`` moves the end. Before the decay has begun, that also
+    moves its start; later, the line continues from the current factor.
     """
 
     kind: ScheduleKind
@@ -34,7 +34,7 @@ class Schedule:
     decay_from: float = 1.0  # factor at decay_start
 
     def factor(self, step: int) -> float:
-        """Share of the peak rate at ``step``, counted from 0."""
+        """Fraction of the peak rate at ``step``, counted from 0."""
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if self.kind == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.total)))
@@ -44,7 +44,7 @@ class Schedule:
         return warm * self.decay_from * max(0.0, (self.total - step) / max(1, self.total - start))
 
     def replan(self, step: int, total: int) -> None:
-        """Let the run end after ``total`` steps; ``step`` is the next one. One that had ended begins at the full rate again."""
+        """Let the run end after ``total`` steps; ``step`` is the next. A run that had ended starts again at the full rate."""
         total = max(total, step + 1)
         if step >= self.total:
             self.decay_from, self.decay_start = 1.0, -1
@@ -64,11 +64,11 @@ class Schedule:
 def make_optimizers(
     parameters: Iterable[nn.Parameter], kind: OptimizerKind, rate: float, vector_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers of one balcony: matrices and vectors apart.
+    """Optimizers of one balcony, separate for matrices and vectors.
 
-    Muon (orthogonalised momentum) takes the matrices, its update scaled to the size of AdamW's so that one rate suits
-    both; norms always go to AdamW. The betas are those of the short runs of language models: with 0.999 the second
-    moment would remember the first steps, whose gradients are a hundred times larger, for a whole small run.
+    Muon (orthogonalized momentum) gets the matrices, with its update scaled to the size of AdamW's so that one rate suits both.
+    Norms always go to AdamW. Its betas suit short runs: with 0.999 the second moment would remember the first steps, whose
+    gradients are a hundred times larger, for a whole small run.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -80,7 +80,7 @@ def make_optimizers(
         optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
     else:
         optimizers = [torch.optim.AdamW(vectors, lr=vector_rate, **adamw)]
-        if matrices:  # an exit that is a norm alone has none
+        if matrices:  # an exit that is only a norm has none
             muon = torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             optimizers.insert(0, muon)
     for optimizer in optimizers:
@@ -90,6 +90,7 @@ def make_optimizers(
 
 
 def set_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set all learning rates to a fraction of their peaks."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor

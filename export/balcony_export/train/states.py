@@ -73,11 +73,11 @@ class StateCache:
     """States of rows on disk: (exits + 1) × T × D values a row (2.4 MB for the demo model at 512 tokens in bfloat16).
 
     Args:
-        path: of the file; a bitmap of the rows that it holds lies beside it.
-        capacity: rows that it may hold: those with an index below it.
-        shape: of one row's states  # (exits + 1, T, D)
-        dtype: of the states.
-        key: names the model, the exits and the tokens; a file with another key is started afresh.
+        path: Path of the file; a map of the rows that it has is kept next to it.
+        capacity: Number of rows of the file, which are the rows with an index below it.
+        shape: Shape of one row's states  # (exits + 1, T, D)
+        dtype: Type of the states.
+        key: Identifies the model, the exits and the tokens; a file with another key is replaced.
     """
 
     def __init__(self, path: Path, capacity: int, shape: tuple[int, int, int], dtype: torch.dtype, key: str) -> None:
@@ -104,26 +104,27 @@ class StateCache:
     def within(
         cls, gigabytes: float, path: Path, most: int, shape: tuple[int, int, int], dtype: torch.dtype, key: str
     ) -> StateCache | None:
-        """A cache of at most ``most`` rows in so many GB; None where not one fits."""
+        """A cache of at most ``most`` rows in ``gigabytes`` GB; None if not a single row fits."""
         capacity = min(int(gigabytes * 1e9 / (dtype.itemsize * math.prod(shape))), most)
         return cls(path, capacity, shape, dtype, key) if capacity >= 1 else None
 
     def get(self, rows: npt.NDArray[np.int64]) -> torch.Tensor | None:
-        """States of these rows, or None when one of them is not there  # (exits + 1, B, T, D)"""
+        """States of these rows, or None if one of them is missing  # (exits + 1, B, T, D)"""
         if (rows >= self.capacity).any() or not self.filled[rows].all():
             return None
         return torch.from_numpy(self.values[rows]).view(self.dtype).transpose(0, 1)
 
     def put(self, rows: npt.NDArray[np.int64], states: torch.Tensor) -> None:
+        """Store states of rows, if there is room  # (exits + 1, B, T, D)"""
         values = states.transpose(0, 1).contiguous().cpu().view(self.bits).numpy()
         for index, row in enumerate(rows):
             if row < self.capacity:
                 self.values[row] = values[index]
-                self.filled[row] = 1  # after its values: a killed run leaves no row that is marked and half written
+                self.filled[row] = 1  # after its values, so that a killed run leaves no marked row that is half written
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make a file of zeros whose room on the disk is taken: writing to a mapped file that finds none kills the process."""
+    """Make a file of zeros with reserved disk space: without it, a write to the mapped file could kill the process."""
     try:
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):

@@ -1,13 +1,13 @@
 """Distillation of balconies (paper, sections 3 and 4.1): the frozen model teaches one decoder layer per exit.
 
-Owns the loop: which rows and positions a step sees, the loss (equation 2: the sum over exits of KL(full ‖ exit), a
-token mean over positions that are no padding), clipping, averaging, held-out evaluation, checkpoints. Data is
-:mod:`balcony_export.data.corpus`, the backbone's states :mod:`.states`, the loss :mod:`.loss`, rates and optimizers
-:mod:`.schedule`, the run's files :mod:`.run_files`, tables and plots :mod:`.report`.
+Owns the loop: the rows and positions of a step, the loss (equation 2: the sum over exits of KL(full ‖ exit), a token mean over
+positions without padding), clipping, averaging, held-out evaluation, checkpoints. Data is :mod:`balcony_export.data.corpus`,
+the backbone's states :mod:`.states`, the loss :mod:`.loss`, rates and optimizers :mod:`.schedule`, the run's files
+:mod:`.run_files`, tables and plots :mod:`.report`.
 
-Everything random follows from seed and step, and every exit has its own optimizer and its own clipping. So a resumed
-run repeats what the killed one would have done, and an exit trained alone is the one that is trained beside others,
-unless a position carries a massive activation at one of them only: none of them learns from it.
+Everything random follows from seed and step, so a resumed run repeats what the killed run would have done. Every exit has its
+own optimizer and clipping, so training exits together or alone gives the same weights, except that a position with a massive
+activation at any exit is skipped for all of them.
 """
 
 from __future__ import annotations
@@ -48,32 +48,41 @@ from balcony_export.train.schedule import Schedule, make_optimizers, set_rate
 from balcony_export.train.states import BackboneStates, StateCache
 
 METRICS = "metrics.jsonl"
-#: Rows on which the full model's likeliest tokens are ranked: 8,192 positions of 512-token rows rank the first 4,096 well.
+#: Rows on which the full model's most probable tokens are ranked: 8,192 positions rank the first 4,096 well.
 _RANKING_ROWS = 16
 
 
 class Judged(NamedTuple):
-    """An exit on the held-out rows."""
+    """Quality of an exit on the held-out rows."""
 
     kl: float
     agreement: float
-    averaged: bool  # whether it is the averaged weights that are worth this
+    averaged: bool  # whether the averaged weights were measured
+
+
+class Start(NamedTuple):
+    """Balconies that a run starts from, and the number of rows of the corpus that they have learned from."""
+
+    balconies: dict[int, Balcony]
+    rows_seen: int = 0
 
 
 class Trainer:
-    """One run. ``run()`` trains to the end; what it writes lies in ``output``.
+    """One run. ``run()`` trains to the end and writes into ``output``.
 
     Args:
-        model: the base model on the CPU, attention implementation ``sdpa`` or ``eager``; frozen, converted to the recipe's
-            precision, and put on the device of the process.
-        corpus: rows to train on and held-out rows.
-        config: the recipe.
-        output: directory for balconies, checkpoint and metrics.
-        start: balconies of all exits to go on from; by default copies of the last layer.
-        first_row: rows of the corpus that ``start`` has learned from: this run begins after them.
-        work: where checkpoint and metrics lie; by default in ``output``, by exits.
-        compiled: see :class:`HeadLoss`.
-        clock: monotonic seconds.
+        model: The base model on the CPU, with attention implementation ``sdpa`` or ``eager``. It is frozen, converted to the
+            recipe's precision, and moved to the device of the process.
+        corpus: Rows to train on and held-out rows.
+        config: The recipe.
+        output: Directory for balconies, checkpoint and metrics.
+        start: Balconies of all exits to start from; by default new ones, as the recipe says. The run begins after the rows
+            that they have seen.
+        work: Directory of checkpoint and metrics; by default below ``output``, named after the exits.
+        compiled: See :class:`HeadLoss`.
+
+    Attributes:
+        clock: Monotonic clock, seconds.
     """
 
     def __init__(
@@ -83,37 +92,38 @@ class Trainer:
         config: TrainConfig,
         output: Path,
         *,
-        start: dict[int, Balcony] | None = None,
-        first_row: int = 0,
+        start: Start | None = None,
         work: Path | None = None,
         compiled: bool | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config.check()
         self.processes = Processes()
         passes = config.batch_rows // config.micro_rows
         if passes % self.processes.count or (self.processes.count > 1 and config.minutes is not None):
             raise InputError(
-                f"{self.processes.count} processes with {passes} passes a step: the passes (rows a step / rows a pass) "
-                "must divide among the processes, and --minutes is for one process"
+                f"{self.processes.count} processes with {passes} passes a step: the number of passes (rows a step / rows a "
+                "pass) must be a multiple of the number of processes, and --minutes is only for one process"
             )
         if self.processes.sharded and config.reuse > 1:
             raise InputError(
-                f"--reuse {config.reuse} with a sharded backbone: its passes are made by all processes together, and rows that "
-                "come again need other passes on each: leave one of the two out"
+                f"--reuse {config.reuse} with a sharded backbone: all processes make each pass together, but reused rows need "
+                "different passes in each process: leave one of the two out"
             )
         if self.processes.count > 1 and config.cache_gb:
             raise InputError(
-                f"{self.processes.count} processes with --cache-gb: one file of states cannot serve them: leave it out"
+                f"{self.processes.count} processes with --cache-gb: the cache works for one process only: leave it out"
             )
-        self.config, self.corpus, self.output, self.clock = config, corpus, output, clock
+        self.config, self.corpus, self.output = config, corpus, output
+        self.clock: Callable[[], float] = time.monotonic
         self.work = work or run_directory(output, config.exits)
         self.base_facts = fingerprint(model)
         seed = config.seed if config.start == "random" else None
-        self.exits = ExitModel(model, start or init_balconies(model, config.exits, config.module, random=seed))
+        self.exits = ExitModel(
+            model, start.balconies if start else init_balconies(model, config.exits, config.module, random=seed)
+        )
         self.balconies = self.exits.balconies
         self.goes_on = start is not None
-        check_directory(output, self.base_facts, next(iter(self.balconies.values())).kind)  # not after the training
+        check_directory(output, self.base_facts, next(iter(self.balconies.values())).kind)  # before the training
         self.device = self.processes.device
         if not self.processes.sharded:
             model.to(self.device)  # type: ignore[arg-type]
@@ -138,10 +148,10 @@ class Trainer:
             )
             self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
         self.schedule = Schedule(config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share)
-        self.order = self._order(first_row)
+        self.order = self._order(start.rows_seen if start else 0)
         self.step = 0
-        self.wall_s = 0.0  # spent training, over all sessions of the run
-        self.best: dict[int, tuple[float, float]] = {}  # of what was written: exit -> held-out KL, agreement
+        self.wall_s = 0.0  # spent training, resumed parts included
+        self.best: dict[int, tuple[float, float]] = {}  # exit -> held-out KL and agreement of the written balcony
         self.states = BackboneStates(self.exits, corpus.train.tokens, config.micro_rows, self._open_cache())
         self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.sample = self._vocabulary_sample()
@@ -153,7 +163,7 @@ class Trainer:
         return Order(rows, config.batch_rows, config.reuse, config.window_steps, config.seed, first_row)
 
     def _vocabulary_sample(self) -> VocabularySample | None:
-        """How the vocabulary of a step is drawn, ranked on the first rows of the corpus; None where it is compared whole."""
+        """Sampler of a step's vocabulary, ranked on the first rows of the corpus; None to compare the whole vocabulary."""
         if not 0 < self.config.vocabulary < len(self.head.weight) or self.config.loss == "ce":
             return None
         rows, seen = self.corpus.train.take(_RANKING_ROWS), []
@@ -165,7 +175,7 @@ class Trainer:
         return VocabularySample(self.config.vocabulary, self.head.ranking(torch.cat(seen)))
 
     def _part(self) -> VocabularyPart | None:
-        """Tokens that this step compares: the same in all of its passes and processes."""
+        """Part of the vocabulary that this step compares, the same in all of its passes and processes."""
         if self.sample is None:
             return None
         text = self.corpus.train.tokens[self.order.rows(self.order.places(self.step))]
@@ -180,7 +190,7 @@ class Trainer:
         return StateCache.within(self.config.cache_gb, self.work / "states.bin", most, shape, self.dtype, key)
 
     def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
-        """Flat indices of the positions that the loss sees: :func:`pick_positions`  # (n,)"""
+        """Flat indices of the positions in the loss: see :func:`pick_positions`  # (n,)"""
         return pick_positions(rows, states, seeds, again, self.config.positions, self.config.loss).to(self.device)
 
     # -- one step
@@ -210,7 +220,7 @@ class Trainer:
                 self.exit_rows(self.balconies[exit_layer], states, index, where)
                 for index, exit_layer in enumerate(config.exits)
             ]
-            # the position behind each; of the very last one there is none, and no loss on the text asks for it
+            # the position after each; the very last one has none, and no loss on the text uses it
             following = (where + 1).clamp(max=picked.tokens.size - 1)
             labels = torch.from_numpy(picked.tokens).long().to(self.device).flatten()[following]
             sums[:-1] += sums.new_tensor(self.head.backward(full, students, labels, part))
@@ -230,7 +240,7 @@ class Trainer:
             for optimizer in self.optimizers[exit_layer]:
                 optimizer.step()
                 optimizer.zero_grad()
-            # a young average would remember the start: its memory grows with the steps
+            # the memory grows with the steps, or an early average would still contain the initial weights
             memory = min(config.average, (self.step + 1) / (self.step + 10))
             with torch.no_grad():
                 for name, value in balcony.state_dict().items():
@@ -240,7 +250,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, averaged: bool = False) -> dict[int, tuple[float, float]]:
-        """``exit layer -> (KL, top-1 agreement)`` on the held-out rows, at as many positions of each as in training."""
+        """``exit layer -> (KL, top-1 agreement)`` on the held-out rows, at as many positions of each row as in training."""
         totals = {e: [0.0, 0] for e in self.config.exits}
         count = 0
         swapped = self._swap_averages() if averaged else None
@@ -259,10 +269,10 @@ class Trainer:
         return {e: (kl / count, hits / count) for e, (kl, hits) in totals.items()}
 
     def judged(self) -> dict[int, Judged]:
-        """Every exit on the held-out rows: its averaged or its current weights, whichever are better.
+        """Quality of every exit on the held-out rows, with its averaged or its current weights, whichever are better.
 
         Raises:
-            TrainingError: an exit whose current weights give no number: the last step went too far.
+            TrainingError: The KL of an exit is not finite: the last step was too large.
         """
         raw, averaged = self.evaluate(), self.evaluate(averaged=True)
         for exit_layer, (kl, _) in raw.items():
@@ -270,7 +280,7 @@ class Trainer:
         return {e: min(Judged(*raw[e], False), Judged(*averaged[e], True), key=lambda one: one.kl) for e in raw}
 
     def _held_out_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """``(states, positions)`` of the held-out rows by passes; kept, 2.4 MB a row for the demo model."""
+        """``(states, positions)`` of the held-out rows, pass by pass. They are kept: 2.4 MB a row for the demo model."""
         if self._held_out is None:
             rows, size = self.corpus.held_out, self.config.micro_rows
             held_out = []
@@ -281,7 +291,7 @@ class Trainer:
                     (states, self.positions_of(part, states, [[start + row] for row in range(len(part.tokens))]))
                 )
             if not any(len(where) for _, where in held_out):
-                raise InputError("the held-out rows have no position that the loss looks at: give more text")
+                raise InputError("the held-out rows have no position for the loss: give more text")
             self._held_out = held_out
         return self._held_out
 
@@ -298,19 +308,19 @@ class Trainer:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the run has seen, repeats counted."""
+        """Tokens that the run has seen, with repeats."""
         return self.step * self.config.batch_rows * self.config.seq_len
 
     def has_checkpoint(self) -> bool:
-        """Whether a run lies in the work directory."""
+        """Whether the work directory has a checkpoint."""
         return (self.work / CHECKPOINT).is_file()
 
     def resume(self) -> bool:
-        """Go on from the checkpoint in the work directory; False where there is none."""
+        """Continue from the checkpoint in the work directory; returns False if there is none."""
         state = read_state(self.work)
         if state is None:
             return False
-        # what a run began from is in its weights by now
+        # the balconies that a run began from no longer matter
         self.config = replace(self.config, start=state["recipe"]["start"])
         recipe = self.config.recipe()
         differing = [key for key in recipe if recipe[key] != state["recipe"].get(key)]
@@ -328,16 +338,16 @@ class Trainer:
         planned = Schedule(**state["schedule"])
         if self.config.steps is not None and self.config.steps <= self.step and self.config.steps != planned.total:
             raise InputError(
-                f"{self.config.steps} steps (--steps or --tokens): {self.step} are done already: give more"
+                f"{self.config.steps} steps (--steps or --tokens): {self.step} are already done: give more"
             )
         if self.config.steps != planned.total:
-            planned.replan(self.step, self.config.steps or 10**9)  # with a deadline it is planned anew while it runs
+            planned.replan(self.step, self.config.steps or 10**9)  # with a deadline the plan changes during the run
         self.schedule = planned
         trim_metrics(self.work / METRICS, self.step)
         return True
 
     def checkpoint(self) -> dict[int, Judged]:
-        """Write the run's state, and the balconies that are better than those written before; returns what they are worth."""
+        """Write the run's state, and the balconies that are better than those written before; returns their quality."""
         found = self.judged()
         for exit_layer, (kl, agreement, averaged) in found.items() if self.processes.writes else ():
             if exit_layer not in self.best or kl <= self.best[exit_layer][0]:
@@ -366,7 +376,7 @@ class Trainer:
         balcony.load_state_dict(kept)
 
     def _begin(self) -> None:
-        """What was there before the first step: nothing that a run without a checkpoint left, and what it goes on from."""
+        """Remove the metrics of a run that left no checkpoint, and keep the balconies that this run starts from."""
         (self.work / METRICS).unlink(missing_ok=True)
         if not self.goes_on:
             return
@@ -376,7 +386,7 @@ class Trainer:
                 self._write(exit_layer, averaged=False)
 
     def facts(self, held_out: tuple[float, float]) -> dict[str, Any]:
-        """What balconies.json keeps of the training."""
+        """Record of the training for balconies.json."""
         return {
             "recipe": self.config.recipe(),
             "step": self.step,
@@ -387,14 +397,17 @@ class Trainer:
             "held_out_agreement": round(held_out[1], 4),
             "data": self.corpus.sources,
             "corpus": self.corpus.digest,
-            "rows": self.order.first + self.order.seen(self.step),  # of the corpus: the next run begins after them
+            "rows": self.order.first + self.order.seen(self.step),  # of the corpus; a next run begins after them
         }
 
     def run(self, report: Callable[[StepReport], None] = lambda progress: None) -> None:
         """Train to the planned end.
 
+        Args:
+            report: Called after every step.
+
         Raises:
-            TrainingError: a loss that is not finite, or no memory; the last checkpoint stays.
+            TrainingError: A loss is not finite, a file cannot be written, or memory ran out; the last checkpoint stays.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         started = last_checkpoint = self.clock()
@@ -402,12 +415,12 @@ class Trainer:
         first, before = self.step, self.wall_s
         window: list[tuple[float, int]] = [(started, self.step)]
         try:
-            # now: what cannot be judged is refused, and of several processes no clock says when
+            # now, to refuse rows that cannot be judged, and because several processes must do this at the same time
             self._held_out_states()
             if not self.step:
                 self._begin()
             while self.step < self.schedule.total if deadline is None else self.clock() < deadline:
-                factor = self.schedule.factor(self.step)  # a new plan, below, is for the steps after this one
+                factor = self.schedule.factor(self.step)  # a new plan, below, is for later steps
                 loss = self.train_step()
                 now = self.clock()
                 self.wall_s = before + now - started
@@ -433,7 +446,7 @@ class Trainer:
             self.checkpoint()
         except OSError as error:
             raise TrainingError(
-                f"{self.work}: writing failed ({error.strerror or error}): {self._kept()}: free space and go on with --resume"
+                f"{self.work}: writing failed ({error.strerror or error}): {self._kept()}: free space, then use --resume"
             ) from error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -443,7 +456,7 @@ class Trainer:
     def _require_finite(self, exit_layer: int, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingError(
-                f"step {self.step}: the loss of exit {exit_layer} is {loss}: {self._kept()}: begin again in "
+                f"step {self.step}: the loss of exit {exit_layer} is {loss}: {self._kept()}: start again in "
                 "another directory with a lower --rate" + (f", --start {self.output}" if self.best else "")
             )
 
@@ -452,10 +465,10 @@ class Trainer:
 
     def _out_of_memory(self) -> TrainingError:
         config = self.config
-        again = "another run may take a smaller --seq-len" + (" or --window-steps" if config.reuse > 1 else "")
+        again = "a new run may use a smaller --seq-len" + (" or --window-steps" if config.reuse > 1 else "")
         return TrainingError(
             f"step {self.step}: out of memory at {config.micro_rows} rows of {config.seq_len} tokens a pass: {self._kept()}: "
-            f"lower --micro-rows and go on with --resume; {again}"
+            f"lower --micro-rows and continue with --resume; {again}"
         )
 
     def _log(self, progress: StepReport, factor: float) -> None:

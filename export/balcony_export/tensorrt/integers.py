@@ -1,7 +1,7 @@
-"""Weights as integers for TensorRT: ``DequantizeLinear`` in front of each product, symmetric as its kernels want it.
+"""Integer weights for TensorRT: ``DequantizeLinear`` before each product, symmetric as TensorRT's kernels need.
 
-Owns the form: ``int4`` in blocks along the inputs, ``int8`` and ``fp8`` with a scale for each output. How values are rounded is
-:func:`balcony_export.quantize.blocks.quantize`'s, so that both engines of a bundle round alike.
+Owns the form: ``int4`` in blocks along the inputs, ``int8`` and ``fp8`` with a scale for each output. Rounding to ``int4`` uses
+:func:`balcony_export.quantize.blocks.quantize`, so that both engines of a bundle round alike.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import onnx_ir as ir
 
 from balcony_edge.bundle.manifest import EnginePrecision
 from balcony_edge.errors import InputError
-from balcony_export.graph.ir_tools import SMALLEST_SCALE, constant
+from balcony_export.graph.ir_tools import SMALLEST_SCALE, initializer
 
 
 @dataclass
 class Rounding:
-    """How weights become integers; each weight once, however many graphs use it.
+    """Integers of the weights; each weight is rounded once, however many graphs use it.
 
     Attributes:
-        block_size: inputs that share a scale in ``int4``.
-        given: name of a weight → its integers (N, K) and scales (N, blocks): what was rounded so far, here or before (by GPTQ).
+        block_size: Number of inputs that share a scale in ``int4``.
+        given: Weight name → integers (N, K) and scales (N, blocks) of the weights rounded so far, here or earlier (by GPTQ).
     """
 
     block_size: int = 64
@@ -32,7 +32,7 @@ class Rounding:
 
 
 def quantize_weights(model: ir.Model, precision: EnginePrecision, rounding: Rounding) -> None:
-    """Put a ``DequantizeLinear`` in the place of every weight that a ``MatMul`` or ``Gemm`` multiplies with."""
+    """Replace every weight of a ``MatMul`` or ``Gemm`` by a ``DequantizeLinear`` of its integers."""
     for node in list(model.graph):
         if node.op_type not in ("MatMul", "Gemm"):
             continue
@@ -43,8 +43,8 @@ def quantize_weights(model: ir.Model, precision: EnginePrecision, rounding: Roun
         array = weight.const_value.numpy().astype(np.float32)
         quantized, scale, attributes = _quantized(str(weight.name), array, rows_first, precision, rounding)
         operands = [
-            constant(model, f"{weight.name}.{precision}", quantized),
-            constant(model, f"{weight.name}.scales", scale),
+            initializer(model, f"{weight.name}.{precision}", quantized),
+            initializer(model, f"{weight.name}.scales", scale),
         ]
         dequantize = ir.Node("", "DequantizeLinear", operands, ir.convenience.convert_attributes(attributes))
         dequantize.outputs[0].type, dequantize.outputs[0].shape = weight.type, weight.shape
@@ -68,7 +68,7 @@ def _quantized(
         return values.astype(ml_dtypes.int4), scales, {"axis": inputs, "block_size": rounding.block_size}
     largest = np.abs(array).max(axis=inputs, keepdims=True)
     top, kind = (127.0, np.dtype(np.int8)) if precision == "int8" else (448.0, np.dtype(ml_dtypes.float8_e4m3fn))
-    scale = np.maximum(largest / top, SMALLEST_SCALE).astype(np.float32)  # also of a row of zeros
+    scale = np.maximum(largest / top, SMALLEST_SCALE).astype(np.float32)  # above 0 even for a row of zeros
     scaled = array / scale
     values = (np.rint(scaled) if precision == "int8" else scaled).astype(kind)
     return values, scale.reshape(-1), {"axis": 1 - inputs}
@@ -78,14 +78,14 @@ def _int4(
     name: str, rows: npt.NDArray[np.float32], block_size: int
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Integers (N, K) and scales above 0 (N, K / block), to the nearest on the grid of least squared error."""
-    import torch  # noqa: PLC0415 - the device builds engines of graphs that are there without it
+    import torch  # noqa: PLC0415 - a device builds engines from existing graphs without torch
 
     from balcony_export.quantize.blocks import quantize  # noqa: PLC0415 - likewise
     from balcony_runtime.backends.token_table import unpacked  # noqa: PLC0415 - likewise
 
     if rows.shape[1] % block_size:
         raise InputError(
-            f"{name}: {rows.shape[1]} inputs are no multiple of --block {block_size}: TensorRT takes whole blocks; "
+            f"{name}: {rows.shape[1]} inputs are not a multiple of --block {block_size}, and TensorRT takes only whole blocks: "
             "give another block size or precision"
         )
     blocks = quantize(torch.from_numpy(np.ascontiguousarray(rows)), 4, block_size, symmetric=True, positive=True)

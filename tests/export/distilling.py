@@ -1,0 +1,33 @@
+"""A short training run on tiny data, for the tests of distillation and the processes that they start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from balcony_export.data.corpus import Corpus
+from balcony_export.model.balcony import Balcony
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.trainer import METRICS, Start, Trainer
+
+SEQ_LEN = 24
+
+
+def trainer_of(
+    model: Any,
+    corpus: Corpus,
+    output: Path,
+    start: dict[int, Balcony] | None = None,
+    work: Path | None = None,
+    **options: Any,
+) -> Trainer:
+    values: dict[str, Any] = {"exits": (2, 3), "steps": 12, "seq_len": SEQ_LEN, "positions": 8, "warmup_steps": 2}
+    values |= {"rate": 3e-3, "vector_rate": 1e-3, "evaluate_every": 6, "checkpoint_minutes": 60.0, "precision": "fp32"}
+    values |= options
+    begin = None if start is None else Start(start)
+    return Trainer(model, corpus, TrainConfig(**values), output, start=begin, work=work, compiled=False)
+
+
+def losses_of(trainer: Trainer) -> list[dict[str, float]]:
+    return [json.loads(line)["loss"] for line in (trainer.work / METRICS).read_text().splitlines()]

@@ -1,0 +1,327 @@
+"""Distillation as a run: several processes, runs that are killed and resumed, and runs that end badly."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from balcony_edge.errors import CheckpointError, InputError, TrainingError
+from balcony_export.data.corpus import Corpus, Rows
+from balcony_export.model.balcony import load_balconies
+from balcony_export.train.report import StepReport
+from balcony_export.train.trainer import METRICS
+from tests.export.distilling import losses_of, trainer_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+_CHILD = """
+import sys, torch
+from pathlib import Path
+from balcony_edge.errors import InputError
+from balcony_export.data.corpus import build_corpus
+from tests.conftest import tiny_model, tiny_tokenizer
+from tests.export.distilling import trainer_of
+torch.set_num_threads(1)
+corpus = build_corpus([Path(sys.argv[-2])], tiny_tokenizer(), seq_len=24, held_out_rows=4)
+output = Path(sys.argv[-1])
+"""
+_KILLED = (
+    _CHILD
+    + """
+trainer_of(tiny_model("llama"), corpus, output, steps=400, checkpoint_minutes=1e-3).run()
+"""
+)
+_SHARED = (
+    _CHILD
+    + """
+trainer = trainer_of(tiny_model("llama"), corpus, output, steps=5, micro_rows=1)
+try:
+    trainer_of(tiny_model("llama"), corpus, output / "again", steps=5, micro_rows=1, reuse=2)
+    assert not trainer.processes.sharded
+except InputError as error:
+    assert trainer.processes.sharded and "--reuse 2 with a sharded backbone" in str(error)
+trainer.run()
+held = [getattr(p, "_local_tensor", p).numel() / p.numel() for p in trainer.exits.parts.layers.parameters()]
+(output / f"process {trainer.processes.index} of {trainer.processes.count}").write_text(f"{min(held)} to {max(held)}")
+"""
+)
+
+
+def _script(source: str, text_file: Path, output: Path) -> list[str]:
+    return [sys.executable, "-c", source, str(text_file), str(output)]
+
+
+def _environment() -> dict[str, str]:
+    root = Path(__file__).parents[2]
+    paths = [root, root / "export", root / "runtime"]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sharded", "held"), [("false", "1.0 to 1.0"), ("true", "0.5 to 0.5")])
+def test_two_processes_make_the_run_of_one(
+    sharded: str, held: str, make_tiny: Callable[..., Any], corpus: Corpus, text_file: Path, tmp_path: Path
+) -> None:
+    alone = trainer_of(make_tiny("llama"), corpus, tmp_path / "alone", steps=5, micro_rows=1)
+    alone.run()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # what `accelerate launch` sets for each of several GPUs; on CPUs alone it would start one process
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    world |= {"GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_FSDP": sharded}  # the latter from its --use_fsdp
+    children = [
+        subprocess.Popen(
+            _script(_SHARED, text_file, tmp_path / "shared"),
+            env=_environment() | world | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [child.wait(timeout=100) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    shared = [json.loads(line)["loss"] for line in (tmp_path / "shared/run/2-3" / METRICS).read_text().splitlines()]
+    assert [path.read_text() for path in (tmp_path / "shared").glob("process * of 2")] == [held, held]
+    assert len(shared) == 5
+    for one, two in zip(losses_of(alone), shared, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_killed_run_goes_on_with_the_same_curve(
+    make_tiny: Callable[..., Any], corpus: Corpus, text_file: Path, tmp_path: Path
+) -> None:
+    child = subprocess.Popen(_script(_KILLED, text_file, tmp_path), env=_environment())
+    metrics = tmp_path / "run/2-3" / METRICS
+    deadline = time.monotonic() + 120
+    while child.poll() is None and time.monotonic() < deadline:
+        if (
+            metrics.is_file()
+            and metrics.read_text().count("\n") > 25
+            and (metrics.parent / "checkpoint.safetensors").is_file()
+        ):
+            break
+        time.sleep(0.05)
+    assert child.poll() is None, "the run ended before it could be killed"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with metrics.open("a") as file:
+        file.write('{"step": 99')  # a line that the kill cut short
+    whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole", steps=400)
+    resumed = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=400)
+    assert resumed.resume()
+    reached = resumed.step
+    assert reached > 0
+    while resumed.step < reached + 10:
+        resumed.train_step()
+    while whole.step < resumed.step:
+        whole.train_step()
+    kept = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in kept] == list(range(reached))
+    for exit_layer in (2, 3):
+        for name, value in whole.balconies[exit_layer].state_dict().items():
+            assert torch.equal(value, resumed.balconies[exit_layer].state_dict()[name])
+            assert torch.equal(whole.averages[exit_layer][name], resumed.averages[exit_layer][name])
+
+
+def test_a_resumed_run_must_be_the_same_run(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+    trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2).run()
+    with pytest.raises(TrainingError, match="made with another rate"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path, steps=4, rate=1e-4).resume()
+    other = Corpus(corpus.train, corpus.held_out, {}, "another digest")
+    with pytest.raises(TrainingError, match="made with another data"):
+        trainer_of(make_tiny("llama"), other, tmp_path, steps=4).resume()
+    longer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=4)
+    assert longer.resume()
+    longer.run()
+    assert longer.step == 4
+    with pytest.raises(InputError, match=r"3 steps \(--steps or --tokens\): 4 are already done"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path, steps=3).resume()
+    assert trainer_of(make_tiny("llama"), corpus, tmp_path, steps=4).resume()  # a run that had ended
+    (longer.work / "checkpoint.safetensors").write_bytes(b"cut")
+    with pytest.raises(TrainingError, match=r"checkpoint\.safetensors: is damaged"):
+        longer.resume()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2).run()
+    before = {file.name: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    assert len(before) == 3
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=6)
+    trainer.resume()
+    trainer.balconies[3].norm.weight.data[0] = math.nan
+    with pytest.raises(
+        TrainingError, match=r"step 2: the loss of exit 3 is nan.*checkpoint is kept.*lower --rate, --start"
+    ):
+        trainer.run()
+    with pytest.raises(TrainingError, match="step 2: the loss of exit 3 is nan"):
+        trainer.checkpoint()  # as after a step that was too large, when a checkpoint is due
+    assert before == {file.name: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+
+
+def test_a_last_step_that_goes_too_far_writes_nothing(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=1, rate=1e30)
+    with pytest.raises(TrainingError, match=r"step 1: the loss of exit 2 is nan: there was no checkpoint yet"):
+        trainer.run()
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "balconies.json").exists()
+
+
+def test_held_out_rows_that_show_nothing_are_refused(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    rows = corpus.held_out
+    empty = Corpus(corpus.train, Rows(rows.tokens, np.ones_like(rows.lengths)), {}, "")
+    with pytest.raises(InputError, match="have no position for the loss"):
+        trainer_of(make_tiny("llama"), empty, tmp_path, steps=1).run()
+
+
+def test_balconies_that_a_run_began_from_are_only_replaced_by_better_ones(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    first = trainer_of(make_tiny("llama"), corpus, tmp_path / "first", steps=40)
+    first.run()
+    files = [f"balcony_{exit_layer}.safetensors" for exit_layer in (2, 3)]
+    before = [(tmp_path / "first" / file).read_bytes() for file in files]
+    # a rate that makes them worse: the old balconies stay, in their own directory and in another one
+    for place in ("first", "second"):
+        model = make_tiny("llama")
+        begun = load_balconies(tmp_path / "first", model)
+        spoilt = trainer_of(model, corpus, tmp_path / place, begun, rate=3.0, work=tmp_path / f"{place}-run")
+        spoilt.run()
+        assert [(tmp_path / place / file).read_bytes() for file in files] == before
+        assert spoilt.best[2] == pytest.approx(first.best[2], rel=0.01)
+        assert spoilt.evaluate()[2][0] > 1.2 * spoilt.best[2][0]
+
+
+def test_a_run_that_left_no_checkpoint_leaves_no_curve(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    killed = trainer_of(make_tiny("llama"), corpus, tmp_path)
+    killed.work.mkdir(parents=True)
+    killed._log(StepReport(1, 12, killed.train_step(), None, 0.0, 0.0), 1.0)
+    again = trainer_of(make_tiny("llama"), corpus, tmp_path)
+    again.run()
+    assert [json.loads(line)["step"] for line in (again.work / METRICS).read_text().splitlines()] == list(range(12))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_says_what_to_lower(
+    error: Exception, make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2)
+    trainer.run()
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
+    trainer.resume()
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(trainer.states, "at", fail)
+    with pytest.raises(
+        TrainingError, match=r"out of memory at 2 rows of 24 tokens.*checkpoint is kept.*lower --micro-rows"
+    ):
+        trainer.run()
+    # with the lower setting the run works
+    smaller = trainer_of(make_tiny("llama"), corpus, tmp_path, micro_rows=1)
+    assert smaller.resume() and smaller.step == 2
+    smaller.run()
+    assert smaller.step == 12
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(trainer.states, "at", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        trainer.run()
+
+
+def test_a_run_with_a_deadline_ends_at_it_with_a_rate_of_zero(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 2.0  # several readings a step: a step takes a few seconds of this clock
+        return now
+
+    options = {"steps": None, "minutes": 10.0, "exits": (2,), "optimizer": "adamw", "checkpoint_minutes": 10**6}
+    trainer = trainer_of(make_tiny("llama", num_hidden_layers=3), corpus, tmp_path, **options)
+    trainer.clock = clock
+    trainer.run()
+    lines = [json.loads(line) for line in (trainer.work / METRICS).read_text().splitlines()]
+    factors = [line["factor"] for line in lines]
+    assert now == pytest.approx(600, rel=0.05)
+    assert max(factors) == 1.0
+    assert factors[-1] < 0.05
+    decaying = sum(factor < 1.0 for factor in factors[2:]) / len(factors)
+    assert 0.3 < decaying < 0.5  # the decay's share, 0.4
+
+
+def test_a_deadline_is_not_planned_by_the_first_step_which_compiles(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"steps": None, "minutes": 3.0, "exits": (2,), "checkpoint_minutes": 10**6}
+    trainer = trainer_of(make_tiny("llama", num_hidden_layers=3), corpus, tmp_path, **options)
+    now, step = 0.0, trainer.train_step
+
+    def slow() -> dict[int, float]:
+        nonlocal now
+        now += 1.0 if trainer.step else 60.0
+        return step()
+
+    trainer.clock = lambda: now
+    monkeypatch.setattr(trainer, "train_step", slow)
+    trainer.run()
+    assert (trainer.step, now) == (121, 180.0)
+    assert trainer.schedule.factor(trainer.step - 1) < 0.05
+
+
+def test_an_output_that_cannot_hold_the_balconies_is_refused_before_the_training(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer_of(make_tiny("llama"), corpus, tmp_path / "out", steps=1).run()
+    with pytest.raises(CheckpointError, match="has balconies of kind 'decoder', not 'mlp'"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path / "out", module="mlp")
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(InputError, match="cannot be made"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path / "file")
+
+
+def test_a_disk_that_fills_up_is_one_line(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, small_disk: Path
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, steps=2000)
+    with pytest.raises(TrainingError, match=r"writing failed .No space left on device.: there was no checkpoint yet"):
+        trainer.run()
+    assert 0 < trainer.step < 2000
+    with pytest.raises(TrainingError, match=r"states\.bin: no room for .* lower --cache-gb"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, cache_gb=0.01)

@@ -1,0 +1,137 @@
+"""The adapter for lm-evaluation-harness, with the harness's own adapter as the oracle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'")
+
+from lm_eval.api.instance import Instance
+
+from balcony_edge.errors import InputError
+from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
+from balcony_export.evaluate.scorer import Block, BundleScorer, Request, TorchScorer
+
+TEXTS = (
+    "the quick brown fox jumps over the lazy dog and the balcony",
+    "a dog and a fox sat on the balcony; the dog was lazy, the fox was quick",
+    "over and over the brown fox jumps",
+    "1969: the year of the balcony.\n\nThe dog said nothing.",
+)
+
+
+def instances(*pairs: tuple[Any, ...]) -> list[Any]:
+    return [Instance("loglikelihood", {}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny: Any) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=4, device="cpu")
+
+
+def test_loglikelihoods_equal_the_harness_own_adapter(
+    oracle: Any, bundle_scorer: BundleScorer, torch_scorer: TorchScorer
+) -> None:
+    context = "Question: who jumps over the dog?\nAnswer:"
+    requests = instances(
+        *((context, f" {answer}") for answer in ("the fox", "the lazy dog", "a", "b", "nobody at all")),
+        (context + " ", "the fox"),  # a trailing space belongs to the continuation
+        ("", "the quick brown fox"),
+        ("x" * 700, " is too long for the context"),
+    )
+    wanted = oracle.loglikelihood(requests, disable_tqdm=True)
+    texts = instances(("the fox. " * 90,), ("dog",))
+    rolling = oracle.loglikelihood_rolling(texts, disable_tqdm=True)
+    for scorer in (bundle_scorer, torch_scorer):
+        lm = BalconyLM(sweep=Sweep(scorer))
+        found = lm.loglikelihood(requests)
+        np.testing.assert_allclose([a for a, _ in found], [a for a, _ in wanted], atol=1e-3, rtol=1e-6)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+        np.testing.assert_allclose(lm.loglikelihood_rolling(texts), rolling, rtol=1e-6)
+
+
+def test_generation_equals_the_harness_own_adapter_and_stops(
+    oracle: Any, bundle_scorer: BundleScorer, torch_scorer: TorchScorer
+) -> None:
+    options = {"until": ["zzz"], "do_sample": False, "max_gen_toks": 24}
+    requests = instances(*(("the quick brown", options), ("a dog", options)))
+    wanted = oracle.generate_until(requests, disable_tqdm=True)
+    stop = wanted[0][5:7]
+    for scorer in (bundle_scorer, torch_scorer):
+        lm = BalconyLM(sweep=Sweep(scorer))
+        assert lm.generate_until(requests) == wanted
+        (cut,) = lm.generate_until(instances(("the quick brown", {"until": [stop], "max_gen_toks": 24})))
+        assert cut == wanted[0].split(stop)[0]
+    with pytest.raises(InputError, match="samples"):
+        lm.generate_until(instances(("a", {"do_sample": True, "temperature": 0.7})))
+    shallow = [
+        BalconyLM(sweep=Sweep(scorer), exit_layer=2).generate_until(requests)
+        for scorer in (bundle_scorer, torch_scorer)
+    ]
+    assert shallow[0] == shallow[1] != wanted
+
+
+def test_a_task_file_gives_the_harness_own_scores(
+    oracle: Any, bundle_scorer: BundleScorer, tmp_path: Path, tiny: Any
+) -> None:
+    """A YAML task over a local file, through lm_eval itself, on every exit; the full depth against the hf adapter."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    rows = [{"q": text[:20], "c": [text[20:30], "dog", "the fox"], "g": i % 3} for i, text in enumerate(TEXTS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny.yaml").write_text(
+        "task: tiny\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\nnum_fewshot: 0\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        'doc_to_text: "Q: {{q}}\\nA:"\ndoc_to_choice: c\ndoc_to_target: g\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    found = {}
+    models = {
+        "hf": (oracle, {}),
+        "bundle": ("balcony", {"bundle": str(tiny.path)}),
+        "shallow": ("balcony", {"bundle": str(tiny.path), "exit_layer": 2}),
+        "sweep": (BalconyLM(sweep=Sweep(bundle_scorer), exit_layer=2), {}),
+    }
+    for name, (model, arguments) in models.items():
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        results = lm_eval.simple_evaluate(model, arguments, tasks=["tiny"], task_manager=manager, bootstrap_iters=0)
+        found[name] = [[answer[0] for answer in sample["filtered_resps"]] for sample in results["samples"]["tiny"]]
+    np.testing.assert_allclose(found["bundle"], found["hf"], atol=1e-4, rtol=1e-6)
+    np.testing.assert_allclose(found["shallow"], found["sweep"], atol=1e-4)
+    assert np.abs(np.subtract(found["shallow"], found["hf"])).max() > 0.1
+
+
+class Counting:
+    """A scorer that counts the requests that reach it."""
+
+    def __init__(self, scorer: Any) -> None:
+        self._scorer, self.requests = scorer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scorer, name)
+
+    def logits(self, requests: list[Request]) -> Iterator[Block]:
+        self.requests += len(requests)
+        return self._scorer.logits(requests)  # type: ignore[no-any-return]
+
+
+def test_exits_share_one_sweep(bundle_scorer: BundleScorer) -> None:
+    counting = Counting(bundle_scorer)
+    sweep = Sweep(counting)  # type: ignore[arg-type]
+    pairs = [([9, 8, 7], [3]), ([9, 8, 7], [4]), ([9, 8, 7], [5, 6, 5]), ([9, 8, 7, 5], [6, 5])]
+    answers = {e: sweep.answers(pairs, e) for e in (2, 3, 5)}
+    assert counting.requests == 2  # the first two are one input, and so are the last two
+    assert len({tuple(answer) for answer in answers.values()}) == 3
+    requests = instances(("the dog", " sits"), ("the dog", " jumps over"))
+    for exit_layer in (2, 3, 5):
+        BalconyLM(sweep=sweep, exit_layer=exit_layer).loglikelihood(requests)
+    assert counting.requests == 4
