@@ -52,8 +52,8 @@ RULES = """\
 - `exit_layer` leaves no choice of depth. It excludes `tpot_ms`, `ttft_ms`, `deadline_s`, `min_exit`, `max_exit`,
   `min_agreement`, `energy_j_per_token` and `memory_mb`. Ceilings on power, temperature and utilization are then held by
   pace alone.
-- `policy = "lossless"` excludes `exit_layer` and `max_exit`. `policy = "confident"` excludes `exit_layer` and needs a bundle
-  with thresholds (`balcony-edge calibrate`). The policies: [policies.md](policies.md).
+- Every `policy` except `plain` excludes `exit_layer`. `lossless` also excludes `max_exit`, and `confident` needs a bundle with
+  thresholds (`balcony-edge calibrate`). [policies.md](policies.md) describes the policies.
 - `min_exit` is at most `max_exit`, `min_pace_tps` at most `max_pace_tps`, and `temperature_c` below `critical_temperature_c`.
 - `max_pace_tps` must leave time for `tpot_ms` and for the deadline. `pacing = false` excludes both bounds of the pace.
 - `power_window_s` needs `power_w`; `power_rail` needs `power_w` or `energy_j_per_token`.

@@ -12,7 +12,7 @@ import asyncio
 from pathlib import Path
 
 import balcony_edge
-from balcony_runtime.reply import Reply, TokenStream
+from balcony_edge import Reply, TokenStream
 
 PROMPTS = ("Name three rivers.", "What is a balcony?")
 

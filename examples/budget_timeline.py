@@ -20,10 +20,8 @@ import matplotlib as mpl
 from rich.console import Console
 
 import balcony_edge
+from balcony_edge import LLM, Reply, SamplingParams, Token
 from balcony_edge.cli.console import depth_styles
-from balcony_runtime.decoding.sampling import SamplingParams
-from balcony_runtime.llm import LLM
-from balcony_runtime.reply import Reply, Token
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import balcony_edge
-from balcony_runtime.llm import LLM
+from balcony_edge import LLM
 
 MAX_PROMPT_BYTES = 64_000
 
