@@ -106,7 +106,7 @@ def train(
     import torch
 
     from balcony_edge.cli.console import stderr
-    from balcony_edge.device.machine import checked_threads
+    from balcony_edge.device.machine import checked_threads, has_bfloat16
     from balcony_edge.errors import InputError, TrainingError
     from balcony_export.data.corpus import build_corpus
     from balcony_export.model.balcony import load_balconies, parse_exits
@@ -163,6 +163,8 @@ def train(
     )
     begin = None if begun is None else Start(begun, _rows_seen(start, layers, corpus))
     trainer = Trainer(loaded, corpus, config, output, start=begin, compiled=compiled)
+    if precision == "bf16" and trainer.device.type == "cpu" and not has_bfloat16():
+        stderr.print("this CPU has no bfloat16 instructions: --precision fp32 trains about three times as fast")
     if resume:
         if not trainer.resume():
             raise TrainingError(f"{trainer.work}: has no checkpoint: train without --resume first")

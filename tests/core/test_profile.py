@@ -18,7 +18,7 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_edge.device.compare import compare_profiles
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
-from balcony_edge.device.machine import Machine, this_device
+from balcony_edge.device.machine import Machine, has_bfloat16, this_device
 from balcony_edge.device.profile import (
     BundleFacts,
     Conditions,
@@ -185,6 +185,22 @@ def test_a_device_is_read_from_its_files(tmp_path: Path) -> None:
     )
     empty = this_device(tmp_path / "none")
     assert empty.board is None and empty.memory_bytes is None and empty.cpus >= 1 and empty.cpu
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "has"),
+    [
+        ("flags\t\t: fpu avx512f avx512_vnni\n", False),
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_tile\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),
+        ("Features\t: fp asimd\n", False),
+        ("model name\t: unknown\n", True),
+    ],
+)
+def test_bfloat16_is_known_from_the_cpus_features(cpuinfo: str, has: bool, tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(cpuinfo)
+    assert has_bfloat16(tmp_path) is has
 
 
 def test_plan_says_which_exits_meet_a_target_and_how_surely() -> None:
