@@ -1,1 +1,1 @@
-"""The controller: from a budget and what was measured to the exit of the next token. Pure: no clock, sensor or engine."""
+"""The controller: chooses the exit of the next token from a budget and measurements. Pure: no clock, sensor or engine."""

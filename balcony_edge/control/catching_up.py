@@ -1,25 +1,25 @@
-"""Catching up: the way back to a deeper exit whose stages have a backlog.
+"""Catching up: how the controller returns to a deeper exit whose stages have pending rows (a backlog).
 
 Owns three answers: at which exit the tokens are made meanwhile (the *base*), which rows run next to a token (the *chunk*),
-and when the deeper exit (the *goal*) is entered. Pure arithmetic over prices and room; the rules of switching, of which
-this is the part for backlogs, are :mod:`.controller`'s.
+and when the deeper exit (the *goal*) is entered. Pure arithmetic over prices and room. The other rules of switching are
+in :mod:`.controller`.
 
-A goal is an exit that would hold the target but for its backlog. Each token at the base adds one row to each of the m
-consumers (stages, and the goal's balcony) on the way to the goal; the slack of a token at the base takes r_i rows of
-consumer i. A row needs 1 / r_i tokens at each consumer, so the backlog shrinks where the sum of 1 / r_i is below 1.
+A goal is an exit that would hold the target if it had no backlog. Each token at the base adds one row to each of the m
+consumers (stages, and the goal's balcony) on the way to the goal. The slack of a token at the base has time for r_i rows
+of consumer i. A row needs 1 / r_i tokens at each consumer, so the backlog shrinks if the sum of 1 / r_i is below 1.
 
-    base    the exit at hand, where its slack shrinks the backlog. A shallower exit where that costs less depth in all (a
-            *sprint*): a pass's first row reads the stage's weights, and in int4 a full step may leave no time for two.
-            A sprint must pay within as many tokens as the sequence has rows, or within ``HORIZON``: the length of a reply
-            is not known, and it is guessed to go on for as long as it has lasted
-    chunk   of the shallowest consumer whose rows fill the slack, so that first rows are paid for as rarely as can be; a
-            consumer is left alone until it has more than m rows
-    entry   when all of them are left alone. The goal's step then has a few rows more than its own. Where it fits it is
-            within the target; otherwise one token may take up to ``OVERDRAFT`` targets, if the credit is there
+    base    The present exit, if its slack shrinks the backlog. A shallower exit if that costs less depth in all (a
+            *sprint*): the first row of a pass reads the stage's weights, and in int4 a full step may leave no time for
+            two such reads. A sprint must pay within as many tokens as the sequence has rows, or within ``HORIZON``.
+            The length of a reply is unknown, so the estimate is that it goes on for as long as it has lasted
+    chunk   Rows of the shallowest consumer whose rows fill the slack, so that first rows are paid for as rarely as
+            possible. A consumer gets no chunk until it has more than m rows
+    entry   When no consumer needs a chunk. The goal's step then has a few rows more than its own. If it fits, it is
+            within the target; otherwise one token may take up to ``OVERDRAFT`` targets, if there is credit for it
 
-A sprint lasts until its goal is entered, would no longer hold the target, or comes no closer. After each one the next
-must wait, twice as long every time, until the deepest exit has been held for a while: where prices flatter the goal,
-or the target is within the noise of its price, exits would come and go.
+A sprint lasts until its goal is entered, would no longer hold the target, or comes no closer. After each sprint the next
+one must wait, twice as long every time, until the deepest exit has been held for a while. Without the wait, exits would
+alternate if the goal's price is too low, or if the target is within the noise of its price.
 """
 
 from __future__ import annotations
@@ -30,40 +30,41 @@ from typing import NamedTuple
 from balcony_edge.control.decision import CatchUp, Measurement, Observation, Outlook
 from balcony_edge.device.costs import CostModel, UnitCost
 
-#: Most that a late token on entry may cost, in rooms of its exit. From the shallowest of four exits a backlog that is
-#: worked off leaves up to nine rows at the deepest stage: 1.9 targets in int4, whose further rows are a quarter of the first.
+#: Largest cost of a late token at the entry, in rooms of its exit. A backlog that was worked off from the shallowest of
+#: four exits leaves up to nine rows at the deepest stage. In int4, where a further row costs a quarter of the first,
+#: these take 1.9 targets.
 OVERDRAFT = 2.0
-#: Share of the tokens' slack that new rows may take: what is left drains the backlog, at a tenth of its full speed or more.
+#: Largest share of the tokens' slack for new rows. The rest drains the backlog, at a tenth of its full speed or more.
 BUSY = 0.9
-#: A chunk of so many rows for every missing consumer drains the backlog well enough that no other base is looked at.
+#: Rows of a chunk per missing consumer that drain the backlog well enough: no other base is considered then.
 DRAINS_WELL = 3
-#: Factor by which another base must lose less depth on the way: prices of further rows are the least certain.
+#: Factor by which another base must lose less depth on the way, because prices of further rows are the least certain.
 ADVANTAGE = 1.5
-#: Least tokens within which a sprint must pay.
+#: Smallest number of tokens within which a sprint must pay.
 HORIZON = 512
 #: Rows beyond which the slack of a token counts as plenty.
 PLENTY = 64
 
 
-#: Share of the late tokens that a probability allows which may be spent on entering a deeper exit: noise takes the others.
+#: Share of the late tokens allowed by the probability that may be used to enter a deeper exit. Noise takes the others.
 CREDIT_SHARE = 0.5
-#: Tokens that the second sprint must wait for, and how often that may double.
+#: Wait before the second sprint, in tokens, and how often that wait may double.
 FIRST_WAIT, MOST_DOUBLINGS = 64, 4
-#: Tokens since the last switch where there was none; more than any dwell in use.
+#: Tokens since the last switch if there was none; more than any dwell in use.
 NEVER = 10**9
 #: Tokens in a row at the deepest exit after which earlier sprints are forgotten.
 HELD = 64
 
 
 class Recovery(NamedTuple):
-    """What the way back keeps from token to token.
+    """State of catching up that is kept from token to token.
 
     Attributes:
-        credit: late tokens that the asked probability has left over, at most one. Each token adds a part of its own, a late
-            one takes itself off; from 1 on a deeper exit may be entered by one late token.
-        goal: exit layer that a sprint leads to; None without a sprint.
+        credit: late tokens that the asked probability has left over, at most one. Each token adds a fraction, and a
+            late token subtracts one. From 1 on, one late token may be used to enter a deeper exit.
+        goal: exit layer at which the present sprint ends; None without a sprint.
         wait: tokens until another sprint may begin.
-        sprints: those since the deepest exit was held.
+        sprints: sprints since the deepest exit was last held.
     """
 
     credit: float = 1.0
@@ -72,7 +73,10 @@ class Recovery(NamedTuple):
     sprints: int = 0
 
     def counted(self, last: Measurement | None, tpot_ms: float, probability: float, held: int) -> Recovery:
-        """After a token that took ``last``; ``held`` is how many there were in a row at the deepest exit."""
+        """Return the state after a token with measurement ``last``.
+
+        ``held`` is the number of tokens in a row at the deepest exit.
+        """
         credit, sprints = self.credit, 0 if HELD <= held < NEVER else self.sprints
         wait = self.wait if self.goal is not None else max(self.wait - 1, 0)
         if last is not None and tpot_ms < math.inf:
@@ -83,7 +87,7 @@ class Recovery(NamedTuple):
         return Recovery(credit, self.goal, wait, sprints)
 
     def towards(self, goal: int | None) -> Recovery:
-        """With the goal of the sprint that the next token is part of; None where it is part of none."""
+        """Return the state with the goal of the next token's sprint, or with None if that token is not part of one."""
         if goal == self.goal:
             return self
         if self.goal is not None or goal is None:
@@ -93,14 +97,14 @@ class Recovery(NamedTuple):
 
 
 class Way(NamedTuple):
-    """The next token on the way to a goal; exits as indices.
+    """The next token on the way to a goal; exits are given as indices.
 
     Attributes:
-        exit: where it is made.
-        goal: the exit that it leads to; the same as ``exit`` where the goal is entered.
+        exit: exit at which the token is made.
+        goal: exit to be reached; the same as ``exit`` when the goal is entered.
         sprint: whether the token is part of a sprint.
-        chunk: rows to run next to it.
-        chunk_ms: their price.
+        chunk: rows to run next to the token.
+        chunk_ms: price of the chunk.
     """
 
     exit: int
@@ -110,7 +114,7 @@ class Way(NamedTuple):
     chunk_ms: float = 0.0
 
     def words(self, exits: tuple[int, ...]) -> str:
-        """Why, for the reason of a decision."""
+        """Explanation for the reason of a decision."""
         if self.exit == self.goal:
             return f"up to {exits[self.goal]} with its last pending rows: one token may be late"
         where = f" at {exits[self.exit]}: deeper exits leave no time for it" if self.sprint else ""
@@ -126,7 +130,7 @@ class _Consumer(NamedTuple):
     unit: int
     balcony: bool
     pending: int  # rows without the new one
-    ready: int  # of these, rows whose input is there
+    ready: int  # pending rows whose input is available
 
     def cost(self, costs: CostModel) -> UnitCost:
         return (costs.balconies if self.balcony else costs.stages)[self.unit]
@@ -145,14 +149,14 @@ def way_back(
     credit: bool,
     may_sprint: bool,
 ) -> Way | None:
-    """How the deepest exit that would hold the target is reached; None where nothing moves.
+    """Return the next token on the way to the deepest exit that would hold the target, or None if there is no way.
 
     Args:
-        costs: prices.
-        outlook: what the decision weighs.
-        seen: what it was made from.
-        chosen: exit index that the token would take otherwise.
-        present: that of the token before, if that was part of a sprint.
+        costs: cost model.
+        outlook: prices and room that the decision weighs.
+        seen: observation that the decision is made from.
+        chosen: exit index of the token without catching up.
+        present: exit index of the previous token if that was part of a sprint, else None.
         credit: whether one token may be late.
         may_sprint: whether a sprint may begin.
     """
@@ -160,17 +164,18 @@ def way_back(
         way = _onward(costs, outlook, seen, chosen, present, credit)
         if way is not None:
             return way
-        may_sprint = False  # this one was given up: its load has changed
+        may_sprint = False  # the sprint was given up because the load has changed
     way = _towards(costs, outlook, seen, chosen, False, may_sprint)
-    if way is None and credit:  # a late token is for what cannot be had without
+    if way is None and credit:  # use a late token only if there is no other way
         way = _towards(costs, outlook, seen, chosen, True, may_sprint)
     return way
 
 
 def _onward(costs: CostModel, outlook: Outlook, seen: Observation, chosen: int, base: int, credit: bool) -> Way | None:
-    """The next token of a sprint at ``base``; None where it leads nowhere any more."""
+    """Return the next token of a sprint at ``base``, or None if the sprint reaches no goal any more."""
     for goal in range(outlook.highest, chosen, -1):
-        if not outlook.holds(goal):  # within the hysteresis that it began above
+        # To begin, a sprint also needs the hysteresis free; to go on, it needs only the target.
+        if not outlook.holds(goal):
             continue
         if outlook.fits(goal):
             return None
@@ -182,7 +187,7 @@ def _onward(costs: CostModel, outlook: Outlook, seen: Observation, chosen: int, 
                 return Way(goal, goal)
             continue
         if entry_ms <= room_ms * OVERDRAFT and _tokens(costs, outlook, seen, consumers, base) < math.inf:
-            # without a chunk where a slow token left no slack
+            # There is no chunk if a slow token left no slack.
             return _with_chunk(costs, seen, base, goal, True, _chunk(costs, outlook, seen, missing, base))
     return None
 
@@ -190,11 +195,14 @@ def _onward(costs: CostModel, outlook: Outlook, seen: Observation, chosen: int, 
 def _towards(
     costs: CostModel, outlook: Outlook, seen: Observation, chosen: int, credit: bool, may_sprint: bool
 ) -> Way | None:
-    """The next token on the way to the deepest goal that can be reached, with or without a late token at its end."""
+    """Return the next token on the way to the deepest goal that can be reached.
+
+    ``credit`` says whether the token that enters the goal may be late.
+    """
     for goal in range(outlook.highest, chosen, -1):
         if not outlook.may_enter[goal]:
             continue
-        if outlook.fits(goal):  # only the dwell is in the way
+        if outlook.fits(goal):  # the exit waits only for the dwell
             return None
         consumers, room_ms = _consumers(seen, goal), outlook.room_ms[goal]
         late_ms = room_ms * OVERDRAFT if credit else room_ms
@@ -215,7 +223,8 @@ def _towards(
         missing = _missing(consumers, base)
         if _entry_ms(costs, outlook, seen, missing, goal) > late_ms:
             continue
-        if base < chosen and not outlook.fits(base):  # its own balcony lags behind: first that, from the exit at hand
+        # If the base's own balcony has a backlog, work that off first, from the present exit.
+        if base < chosen and not outlook.fits(base):
             behind = seen.balcony_rows[base] - seen.stage_rows[base]
             base, missing = chosen, [_Consumer(base, True, behind, behind)]
         chunk = _chunk(costs, outlook, seen, missing, base)
@@ -225,7 +234,7 @@ def _towards(
 
 
 def _worked_off(missing: list[_Consumer]) -> bool:
-    """Whether consumers have no more rows than the price of an entry allows for."""
+    """Whether no consumer has more rows than the price of an entry allows for."""
     return all(consumer.pending <= order * len(missing) for order, consumer in enumerate(missing, start=1))
 
 
@@ -237,12 +246,12 @@ def _with_chunk(costs: CostModel, seen: Observation, base: int, goal: int, sprin
 
 
 def _missing(consumers: list[_Consumer], base: int) -> list[_Consumer]:
-    """Those that a token at ``base`` adds a row to."""
+    """Consumers to which a token at ``base`` adds a row."""
     return [consumer for consumer in consumers if consumer.unit > base or consumer.balcony]
 
 
 def _entry_ms(costs: CostModel, outlook: Outlook, seen: Observation, missing: list[_Consumer], goal: int) -> float:
-    """Price of the goal's step with what the consumers on the way are left with."""
+    """Price of the goal's step with the rows that are still pending at the consumers on the way."""
     entry_ms = outlook.steady_ms[goal] + costs.switch_ms
     for order, consumer in enumerate(missing, start=1):
         unit, queries = consumer.cost(costs), consumer.queries
@@ -262,8 +271,9 @@ def _consumers(seen: Observation, goal: int) -> list[_Consumer]:
 def _chunk(
     costs: CostModel, outlook: Outlook, seen: Observation, missing: list[_Consumer], base: int
 ) -> CatchUp | None:
-    """Rows for the slack of a token at ``base``: those of the shallowest consumer that fill it, or of the one that comes
-    closest; None where none fits.
+    """Return the rows that fill the slack of a token at ``base``, or None if no row fits.
+
+    They belong to the shallowest consumer with enough rows, or to the consumer whose rows fill most of the slack.
     """
     slack_ms, best, fullest = _room_ms(outlook, base) - outlook.now_ms[base], None, 0.0
     for consumer in missing:
@@ -281,14 +291,14 @@ def _chunk(
 
 
 def _room_ms(outlook: Outlook, base: int) -> float:
-    """Of a step with a chunk next to it."""
+    """Room of a step with a chunk next to it."""
     return min(outlook.room_ms[base], outlook.room_ms[-1])
 
 
 def _base(
     costs: CostModel, outlook: Outlook, seen: Observation, consumers: list[_Consumer], goal: int, chosen: int
 ) -> int | None:
-    """The exit from which the backlog on the way to ``goal`` is worked off at the least loss of depth; None: from none."""
+    """Return the exit from which the backlog before ``goal`` is worked off at the least loss of depth, or None."""
     best, least = None, math.inf
     for base in range(chosen, outlook.lowest - 1, -1):
         tokens = _tokens(costs, outlook, seen, consumers, base)
@@ -302,8 +312,8 @@ def _base(
 
 
 def _tokens(costs: CostModel, outlook: Outlook, seen: Observation, consumers: list[_Consumer], base: int) -> float:
-    """Tokens at a base until the backlog is worked off; infinite where that never happens."""
-    # what its first step has pending is paid once, and is left out
+    """Tokens at a base until the backlog is worked off; infinite if that never happens."""
+    # The pending rows of the base's first step are paid once and are left out.
     slack_ms, busy, work = _room_ms(outlook, base) - outlook.steady_ms[base], 0.0, 0.0
     for consumer in _missing(consumers, base):
         rows = consumer.cost(costs).rows_within(slack_ms, PLENTY, seen.context_length, consumer.queries)

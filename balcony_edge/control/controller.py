@@ -1,12 +1,12 @@
-"""The controller: which exit the next token takes, how long it waits, and what backlog is worked off beside it.
+"""The controller: chooses the exit of the next token, its wait, and the pending rows to work off next to it.
 
 Pure: ``decide(state, observation) -> (state, decision)`` has no clock, sensor or engine in it, so that a recorded run
-replays exactly. This module owns the rules of switching. How slow the device is says :mod:`.slowdown`; what watts, degrees
-and utilization leave says the slow loop, :mod:`.governor`. It does not know where the costs come from, who measures, or
-how rows are run.
+replays exactly. This module owns the rules of switching. :mod:`.slowdown` estimates how slow the device is, and the slow
+loop in :mod:`.governor` says how much the ceilings on watts, degrees and utilization allow. This module does not know
+where the costs come from, how times are measured, or how rows are run.
 
-The choice. The room at an exit is the price, at slowdown 1, that holds every latency target with the asked probability. An
-exit *fits* when its next step, pending rows included, costs no more than the room. Then, in this order:
+The choice. The room at an exit is the largest price, at slowdown 1, that holds every latency target with the asked
+probability. An exit *fits* when its next step, pending rows included, costs no more than the room. The rules, in order:
 
     up     after the dwell: the deepest exit that fits and whose steady price leaves the hysteresis free
     stay   while the present exit fits
@@ -14,23 +14,23 @@ exit *fits* when its next step, pending rows included, costs no more than the ro
     else   the shallowest allowed exit (``best_effort``: the one whose gap comes closest, backlog included);
            ``infeasible`` if no allowed exit's steady price is within its room either
 
-An exit that would hold the target but for its backlog gets chunks of catch-up next to the steps at a shallower exit
-(:mod:`.catching_up`); the step that enters it may be late where the asked probability has left a late token over
+An exit that would hold the target without its backlog gets chunks of catch-up next to the steps at a shallower exit
+(:mod:`.catching_up`). The step that enters this exit may be late if the asked probability has left a late token over
 (``Recovery.credit``). A target that was raised by more than the hysteresis since the last decision does not wait
 for the dwell. The hysteresis shrinks with the uncertainty of the slowdown.
 
-The first token. ``ttft_ms`` holds the price of the prompt's rows at an exit; ``tpot_ms`` that of the steps after them.
+The first token. ``ttft_ms`` limits the price of the prompt's rows at an exit; ``tpot_ms`` limits the steps after them.
 
-Without a target for the gap a step still costs at most ``SPIKE`` steady steps of the deepest exit, or what ``min_pace_tps``
-allows: where a ceiling is lifted, the backlog goes in chunks, too.
+No target for the gap. A step still costs at most ``SPIKE`` steady steps of the deepest exit, or as much as
+``min_pace_tps`` allows. So the backlog is also worked off in chunks when a ceiling is lifted.
 
-A deadline is held by mixing an exit and the next shallower one over the tokens that remain, deep first: that order needs no
-catch-up, and what it leaves no reserve for is left by the exits further down and by a margin for what the rest
-may take longer than expected. Exit i fits when, after its step, the rest would be done in time one exit shallower.
+Deadline. It is held by mixing an exit and the next shallower one over the remaining tokens, deep tokens first, because
+that order needs no catch-up. The reserve lies in the exits further down, and in a margin for the case that the rest takes
+longer than expected. Exit i fits when, after its step, the rest would be done in time one exit shallower.
 
-For one state and observation a looser target with all other keys the same never gives a shallower exit, or it catches up
-from there to a deeper one: every set above only grows with it. Without a target the deepest allowed exit is taken at
-once, with whatever it has pending.
+For one state and observation, a looser target with all other keys the same never gives a shallower exit, unless the
+controller catches up from there to a deeper one: every set above only grows with the target. Without a target the deepest
+allowed exit is taken at once, with all its pending rows.
 """
 
 from __future__ import annotations
@@ -57,34 +57,36 @@ from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
 from balcony_edge.control.step_prices import StepPrices
 from balcony_edge.device.costs import CostModel
 
-#: The first step at a new exit runs its backlog, whose price per row is the least certain: it weighs a quarter.
+#: Noise factor of the first step at a new exit. It runs the backlog, whose price per row is the least certain, so its
+#: measurement weighs a quarter.
 SWITCH_NOISE = 4.0
-#: Bursts come in runs: the sum over n tokens varies as if so many of them were always hit together.
+#: Bursts come in runs: the sum over n tokens varies as if this many of them were always hit together.
 BURST_TOKENS = 16
-#: What the rest of a reply with a deadline may take longer than it looks, per deviation of the asked probability: a load that
-#: has not begun yet. 8 % at a probability of 0.9, 14 % at 0.99; a step of 1.4 in mid-reply is met then where it can be.
+#: Extra time for the rest of a reply with a deadline, per deviation of the asked probability, for a load that has not
+#: begun: 8 % at a probability of 0.9, 14 % at 0.99. A load of 1.4 that begins in mid-reply is then met where possible.
 UNSEEN_LOAD = 0.06
-#: Most that a step may cost where no gap is asked for, in full steps of the deepest exit at hand: the rest goes in chunks.
+#: Largest cost of a step if no gap is asked for, in full steps of the deepest allowed exit. More rows go in chunks.
 SPIKE = 2.0
-#: Variance of the slowdown above which it counts as unknown: then only what no luck could change is called infeasible.
+#: Variance of the slowdown above which it counts as unknown. A target is then infeasible only if no luck could meet it.
 KNOWN_VARIANCE = 0.05**2
-#: Deviation of the slowdown from which on the whole hysteresis is kept free, and the least share of it that is: a settled
-#: filter is at 0.012 (noise of 2 %), and 1.10 of the full depth's own time would leave 5 % free at none.
+#: Deviation of the slowdown from which the whole hysteresis is kept free, and the smallest share of it that is kept.
+#: A settled filter is at 0.012 (noise of 2 %), and a target of 1.10 times the full depth's own time would leave 5 % free
+#: at no exit.
 UNSURE, LEAST_HYSTERESIS = 0.02, 0.4
 
 
 class ControllerState(NamedTuple):
-    """What one decision leaves for the next.
+    """State that one decision passes to the next.
 
     Attributes:
-        exit_layer: where it took the token; None before the first.
-        tokens_since_switch: tokens taken there in a row, that one included; counted while there is a target.
-        catching_up: whether its step had a catch-up beside it.
-        tpot_ms: the target that it saw; infinite without one.
-        slowdown: the filter.
-        governor: the slow loop.
-        switched_s: when it changed the exit last.
-        recovery: of the way back to deeper exits.
+        exit_layer: exit layer of the last token; None before the first.
+        tokens_since_switch: tokens in a row at that exit, the last one included; counted while there is a target.
+        catching_up: whether the last step had a catch-up next to it.
+        tpot_ms: target of the last decision; infinite without one.
+        slowdown: slowdown filter.
+        governor: state of the slow loop.
+        switched_s: time of the last change of exit.
+        recovery: state of catching up.
     """
 
     exit_layer: int | None
@@ -98,26 +100,26 @@ class ControllerState(NamedTuple):
 
     @classmethod
     def initial(cls) -> ControllerState:
-        """Before the first token: nothing chosen, the profile taken at its word."""
+        """State before the first token: no exit is chosen, and the device profile counts as correct."""
         return cls(None, tokens_since_switch=NEVER, catching_up=False, tpot_ms=math.inf, slowdown=Slowdown())
 
     def for_next_reply(self) -> ControllerState:
-        """What the next reply starts from: nothing chosen, but what was learned of the device."""
+        """State at the start of the next reply: no exit is chosen, but what was learned about the device is kept."""
         fresh = ControllerState.initial()
         recovery = self.recovery._replace(goal=None)
         return fresh._replace(slowdown=self.slowdown.rested(), governor=self.governor, recovery=recovery)
 
 
 class _Plan(NamedTuple):
-    """What follows from a budget alone.
+    """Values that follow from a budget alone.
 
     Attributes:
-        budget: the budget.
-        lowest, highest: indices of the exits that it allows.
+        budget: budget of these values.
+        lowest, highest: indices of the shallowest and deepest exit that the budget allows.
         quantile: deviations above the mean that hold the asked probability.
         tpot_ms: target for the gap; infinite without one.
-        log_tpot: logarithm of it.
-        governed: whether there are ceilings that only sensors can see.
+        log_tpot: logarithm of ``tpot_ms``.
+        governed: whether there are ceilings that need sensors.
         gap_only: whether ``tpot_ms`` is the only target.
         stayed: reason for staying at the deepest exit, in words.
         fixed: decision for a budget without targets (the same object on every call), or None if there are targets.
@@ -136,7 +138,7 @@ class _Plan(NamedTuple):
 
 
 class _Scene(NamedTuple):
-    """What one decision weighs: prices per exit index, and the deepest index that the slow loop leaves."""
+    """Input of one decision: prices per exit index, and the deepest index that the slow loop allows (``highest``)."""
 
     plan: _Plan
     state: ControllerState
@@ -148,7 +150,7 @@ class _Scene(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        """Deviation of the logarithm of a step's time."""
+        """Standard deviation of the logarithm of a step's time."""
         return math.sqrt(self.slowdown.variance + self.slowdown.noise_variance)
 
 
@@ -164,7 +166,7 @@ class Controller:
         """Choose the exit of the next token.
 
         Raises:
-            BudgetError: the budget allows none of the exits (``Budget.for_bundle`` says so beforehand).
+            BudgetError: the budget allows none of the exits (``Budget.for_bundle`` checks this earlier).
         """
         seen, plan = observation, self._plan(observation.budget)
         current = None if state.exit_layer is None else self._index.get(state.exit_layer)
@@ -178,7 +180,7 @@ class Controller:
     def shortcut(
         self, budget: Budget, state: ControllerState, context_length: int, last: Measurement | None
     ) -> tuple[ControllerState, Decision] | None:
-        """What :meth:`decide` gives where there is nothing to weigh; None where there is.
+        """Return what :meth:`decide` would return if there is nothing to weigh, or None if there is.
 
         There is nothing to weigh in two cases: the budget has no target, or ``tpot_ms`` is its only target and the deepest
         allowed exit produced the previous token and still fits. The caller must check that this exit has no backlog.
@@ -187,7 +189,7 @@ class Controller:
         if plan.fixed is None:
             return self._stayed(plan, state, context_length, last)
         if state[:4] == (plan.fixed.exit_layer, 1, False, math.inf) and state.recovery.goal is None:
-            return state, plan.fixed  # the state is what it was after the token before
+            return state, plan.fixed  # the state did not change since the previous token
         after = state._replace(
             exit_layer=plan.fixed.exit_layer,
             tokens_since_switch=1,
@@ -297,7 +299,7 @@ class Controller:
             why = Because(outlook, exits, chosen, current, seen)
         period_ms, idle_ms = self._pace(plan, governor, seen, price_ms * factor)
         device = device_words(governor, budget, period_ms) if plan.governed else ()
-        stays = chosen == current or current is None  # the first choice is no switch: nothing has to dwell
+        stays = chosen == current or current is None  # the first choice is not a switch and starts no dwell
         after = ControllerState(
             exit_layer=exits[chosen],
             tokens_since_switch=state.tokens_since_switch + 1 if stays else 1,
@@ -323,25 +325,28 @@ class Controller:
         )
 
     def _within_reach(self, scene: _Scene, outlook: Outlook) -> bool:
-        """Whether some exit would hold the targets but for its backlog, with luck as long as the slowdown is not known."""
+        """Whether some exit would hold the targets without its backlog; with luck while the slowdown is unknown."""
         slowdown, luck = scene.slowdown, 1.0
-        if scene.seen.deadline_runs:  # a load that has not begun makes nothing infeasible
+        if scene.seen.deadline_runs:  # a load that has not begun must not make a target infeasible
             outlook = self._outlook(scene, unseen=0.0)
         if slowdown.variance > KNOWN_VARIANCE:
             luck = math.exp(scene.plan.quantile * max(scene.deviation - math.sqrt(NOISE_FLOOR), 0.0))
         return any(outlook.holds(index, luck) for index in range(scene.plan.lowest, outlook.highest + 1))
 
     def _outlook(self, scene: _Scene, unseen: float = UNSEEN_LOAD) -> Outlook:
-        """Room at every exit; ``unseen`` is the share of a deadline's rest to keep for a load that has not begun."""
+        """Compute the room at every exit.
+
+        ``unseen`` is the share of the time for the rest that a deadline keeps for a load that has not begun.
+        """
         plan, state, seen, slowdown, now_ms, steady_ms, highest = scene
         deviation = scene.deviation
         budget, first = plan.budget, seen.made_tokens == 0
         free = 1 - budget.hysteresis * min(max(math.sqrt(slowdown.variance) / UNSURE, LEAST_HYSTERESIS), 1.0)
         may_rise = state.tokens_since_switch >= budget.dwell_tokens
-        if plan.governed and budget.tpot_ms is None:  # what the slow loop gave shall not be taken twice a second
+        if plan.governed and budget.tpot_ms is None:  # depth that the slow loop allows must not change twice a second
             may_rise = may_rise and seen.now_s - state.switched_s >= CEILING_DWELL_S
         if budget.tpot_ms is None:
-            # nobody asks for a gap, and still no token shall pay for the whole backlog
+            # Even without a target for the gap, no single token should pay for the whole backlog.
             spike_ms = max(SPIKE * steady_ms[highest], 1000 / (budget.min_pace_tps or math.inf))
             room_ms = [math.inf if first else spike_ms] * len(slowdown.offsets)
             may_enter = [True] * len(now_ms)
@@ -350,11 +355,11 @@ class Controller:
             room_ms = [math.exp(log_room - offset) for offset in slowdown.offsets]
             may_enter = [price <= room * free for price, room in zip(steady_ms, room_ms, strict=False)]
             may_rise = may_rise or budget.tpot_ms * (1 - budget.hysteresis) > state.tpot_ms
-            if first:  # the prompt's rows are due at any exit: what the steps after it cost is what counts
+            if first:  # every exit has to run the prompt's rows, so only the steps after it count
                 room_ms = [
                     math.inf if price <= room else room for price, room in zip([*steady_ms, 0.0], room_ms, strict=True)
                 ]
-        limits_ms: list[float] | None = [math.inf] * len(room_ms) if first else None  # of the token itself
+        limits_ms: list[float] | None = [math.inf] * len(room_ms) if first else None  # limits of the token itself
         if first and budget.ttft_ms is not None:
             left_ms = max(budget.ttft_ms - (seen.now_s - seen.started_s) * 1000, 0.0)
             left_ms *= math.exp(-slowdown.mean - plan.quantile * deviation)
@@ -371,12 +376,16 @@ class Controller:
     def _deadline(
         self, plan: _Plan, seen: Observation, slowdown: Slowdown, unseen: float
     ) -> tuple[list[float], list[bool]]:
-        """Room per exit index, the catch-up's last, and whether there is time to stay for a dwell, from the time left.
+        """Compute the room from the time left, and whether there is time to stay at an exit for a dwell.
 
-        With m the mean slowdown, bursts included, the rest of n tokens at exit i takes n × steady_i × m, and with the
-        asked probability no more than a margin that grows with the root of n, and ``unseen`` of it for a load that has
-        not begun. m is the mean of the last 60 steps, or what the filter makes of the last few where that is more. The
-        prompt leaves time for the pace that is asked for; later the waits for it are cut where the time runs out.
+        Both are per exit index; the last entry of the room is that of a step with catch-up.
+
+        The rest of n tokens at exit i takes n × steady_i × m, where m is the mean slowdown, bursts included. m is the
+        mean of the last 60 steps, or the filter's estimate from the last few if that is larger. With the asked
+        probability the rest takes at most a margin longer: a part grows with the root of n, and the share ``unseen``
+        is for a load that has not begun.
+
+        The prompt leaves time for the pace that is asked for. Later, waits are cut when the time runs out.
         """
         left_ms, remaining = 1000 * seen.left_s, seen.remaining
         middle = seen.context_length + remaining // 2
@@ -418,7 +427,7 @@ class Controller:
         )
 
     def _pace(self, plan: _Plan, governor: Governor, seen: Observation, predicted_ms: float) -> tuple[float, float]:
-        """The least gap to the token before, and how much of the wait in it is for the backlog."""
+        """Return the smallest gap to the previous token, and the part of its wait that may be used for the backlog."""
         budget = plan.budget
         if not budget.pacing or seen.made_tokens == 0:
             return 0.0, 0.0
@@ -429,13 +438,13 @@ class Controller:
             period_ms = min(predicted_ms / share, 1000 / slowest_tps)
         if budget.max_pace_tps is not None:
             slow_ms = 1000 / budget.max_pace_tps
-            if seen.deadline_runs:  # no wait is worth a deadline
+            if seen.deadline_runs:  # a deadline is more important than a pace
                 slow_ms = min(slow_ms, (1 - PACE_MARGIN) * 1000 * max(seen.left_s, 0.0) / seen.remaining)
             period_ms = max(period_ms, slow_ms)
         return period_ms, max(share * period_ms - predicted_ms, 0.0)
 
     def _learn(self, state: ControllerState, last: Measurement | None) -> tuple[Slowdown, tuple[object, ...]]:
-        """The filter after the last step, and a remark for the reason where its measurement is no use."""
+        """Return the filter after the last step, and a remark for the reason if its measurement cannot be used."""
         slowdown = state.slowdown
         if len(slowdown.offsets) != len(self._costs.exits) + 1:
             slowdown = slowdown.for_exits(len(self._costs.exits))
@@ -455,7 +464,7 @@ def _quantile(probability: float) -> float:
 
 
 def _probability(limit_ms: float, price_ms: float, deviation: float) -> float:
-    """P(price × slowdown <= limit), where the limit is a price, too."""
+    """P(price × slowdown <= limit); the limit is also a price."""
     if price_ms <= 0 or limit_ms == math.inf:
         return 1.0
     if limit_ms <= 0:
@@ -464,15 +473,15 @@ def _probability(limit_ms: float, price_ms: float, deviation: float) -> float:
 
 
 def _otherwise(seen: Observation) -> Literal["shallowest", "closest", "deepest"]:
-    """What is taken where nothing fits."""
+    """Which exit is taken if none fits."""
     if seen.deadline_runs or seen.made_tokens == 0:
-        return "shallowest"  # the time for the rest, or for the prompt, is least there
+        return "shallowest"  # the rest, or the prompt, takes the least time there
     if seen.budget.tpot_ms is None:
-        return "deepest"  # a ceiling has taken depth away, and every balcony lags behind alike
+        return "deepest"  # a ceiling has reduced the depth, and every balcony has the same backlog
     return "closest" if seen.budget.on_infeasible == "best_effort" else "shallowest"
 
 
 def _needed_tps(budget: Budget, seen: Observation) -> float:
-    """Tokens a second that the latency targets need; 0 without one."""
+    """Tokens a second that the latency targets need; 0 without a latency target."""
     needed = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
     return max(needed, seen.remaining / max(seen.left_s, 1e-3)) if seen.deadline_runs else needed

@@ -1,7 +1,8 @@
-"""What a decision is made from and what it is: plain records, and the words for it.
+"""Records of a decision: its input, its result, and the text of its reason.
 
-Owns the types between runtime, controller and trace. It decides nothing. Named tuples, because one of each is made per
-token between two calls that leave the caches cold; the reason is put together when somebody reads it.
+Owns the types that pass between runtime, controller and trace. It decides nothing. The types are named tuples because one
+of each is made per token, between two calls that leave the caches cold. The text of the reason is built only when it is
+read.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from balcony_edge.device.readings import Reading
 
 
 class Measurement(NamedTuple):
-    """The last step. ``predicted_ms`` is its price at slowdown 1 (``Decision.price_ms``), catch-up included; the time that
-    was measured leaves waiting out.
+    """The last step.
+
+    Attributes:
+        exit_layer: exit layer of the step.
+        predicted_ms: price of the step at slowdown 1 (``Decision.price_ms``), catch-up included.
+        measured_ms: measured time of the step, without waiting.
     """
 
     exit_layer: int
@@ -28,14 +33,15 @@ class Observation(NamedTuple):
     """What the runtime knows before a step; the rows are those of :meth:`CostModel.steps_ms`.
 
     Attributes:
-        budget: what holds for this token.
-        context_length: rows before the last new one.
+        budget: budget of this token.
+        context_length: number of rows before the last new one.
         stage_rows, balcony_rows: rows due at each stage and balcony, the new ones included.
-        last: the step before; None where it says nothing about the next (none, a prefill, no prices).
-        made_tokens: tokens of this reply that are out; 0 before the prefill.
-        started_s, now_s: when the reply was asked for, and now, on one clock.
-        busy_s: time that all replies so far have spent in steps and on backlog.
-        readings: the latest of every sensor.
+        last: measurement of the previous step; None if it says nothing about the next step (no previous step, a prefill,
+            or no prices).
+        made_tokens: number of tokens of this reply so far; 0 before the prefill.
+        started_s, now_s: time of the request and present time, on one clock.
+        busy_s: time that all replies so far have spent on steps and pending rows.
+        readings: latest reading of every sensor.
     """
 
     budget: Budget
@@ -51,22 +57,22 @@ class Observation(NamedTuple):
 
     @property
     def deadline_runs(self) -> bool:
-        """Whether there is a deadline that this token counts for: those after the expected ones are free."""
+        """Whether a deadline applies to this token; it does not apply to tokens after the expected ones."""
         return self.budget.deadline_s is not None and self.made_tokens < (self.budget.expected_tokens or 0)
 
     @property
     def left_s(self) -> float:
-        """Until the deadline; below 0 behind it."""
+        """Seconds until the deadline; negative after it."""
         return (self.budget.deadline_s or 0.0) - (self.now_s - self.started_s)
 
     @property
     def remaining(self) -> int:
-        """Tokens that the deadline still waits for."""
+        """Number of tokens that the deadline still needs."""
         return max((self.budget.expected_tokens or 0) - self.made_tokens, 1)
 
 
 class CatchUp(NamedTuple):
-    """Pending rows to run through one stage in the gap of this token, before the step: their input is there already.
+    """Pending rows to run through one stage in the gap of this token, before the step. Their input already exists.
 
     With ``balcony`` the rows go through the balcony of exit index ``stage`` instead.
     """
@@ -80,18 +86,18 @@ class Decision(NamedTuple):
     """The next step.
 
     Attributes:
-        exit_layer: where the token is taken.
+        exit_layer: exit layer at which the token is taken.
         predicted_ms: expected time of step and catch-up on the device as it is now; 0 without a target.
-        price_ms: the same at slowdown 1; goes into the next :class:`Measurement`.
-        probability: P(step and catch-up meet the latency targets); 1 without one.
-        infeasible: no allowed exit can hold the targets, even without a backlog.
-        catch_up: backlog to work off beside the step.
-        period_ms: least gap to the token before; 0 where nothing asks for a pace.
-        idle_ms: of the wait within that gap, so much may be spent on the backlog.
-        words: the reason in parts; put together when it is read.
-        drafted: of a token that was drafted and checked with others: how many drafts its round had. 0 otherwise.
-        stops: whether the reply must end here, whatever ``on_infeasible`` says: the device is critically hot.
-        unseen: whether a ceiling is not held, because nothing measures it at the moment.
+        price_ms: expected time at slowdown 1; goes into the next :class:`Measurement`.
+        probability: P(step and catch-up meet the latency targets); 1 without a target.
+        infeasible: whether no allowed exit can hold the targets, even without a backlog.
+        catch_up: pending rows to run next to the step.
+        period_ms: smallest gap to the previous token; 0 if no pace is asked for.
+        idle_ms: part of the wait within that gap that may be spent on the backlog.
+        words: parts of the reason, joined when it is read.
+        drafted: number of drafts in the token's round, if the token was drafted and checked with others; 0 otherwise.
+        stops: whether the reply must end here regardless of ``on_infeasible``, because the device is critically hot.
+        unseen: whether a ceiling is not held because no sensor measures it at the moment.
     """
 
     exit_layer: int
@@ -118,11 +124,17 @@ class Decision(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """What one decision weighs: prices and room per exit index; allowed are the indices ``lowest`` to ``highest``.
+    """Prices and room per exit index that one decision weighs.
 
-    The last entry of ``room_ms`` is that of a step with catch-up. ``may_enter`` says of each exit whether it leaves free
-    what going there takes. ``first_ms`` is the room that the first token itself has, all rows of the prompt included (infinite
-    where nothing asks for it); None behind the first.
+    Attributes:
+        now_ms: price of the next step, pending rows included.
+        steady_ms: price of a step without pending rows.
+        room_ms: largest price that holds the targets; the last entry is for a step with catch-up.
+        may_enter: whether the exit leaves enough time free to be entered.
+        lowest, highest: shallowest and deepest allowed index.
+        may_rise: whether a deeper exit may be taken (the dwell is over).
+        first_ms: room of the first token itself, all rows of the prompt included (infinite if no target limits it); None
+            after the first token.
     """
 
     now_ms: list[float]
@@ -138,13 +150,16 @@ class Outlook(NamedTuple):
         return self.now_ms[index] <= self.room_ms[index]
 
     def holds(self, index: int, luck: float = 1.0) -> bool:
-        """Whether it would fit but for its backlog, with ``luck`` times the room. The prompt's rows are no backlog."""
+        """Whether the exit would fit without its backlog, in ``luck`` times the room.
+
+        The prompt's rows do not count as backlog.
+        """
         if self.first_ms is not None and self.now_ms[index] > self.first_ms[index] * luck:
             return False
         return self.steady_ms[index] <= self.room_ms[index] * luck
 
     def choose(self, current: int | None, otherwise: Literal["shallowest", "closest", "deepest"]) -> int:
-        """The rules of :mod:`.controller`; ``otherwise`` says what is taken where nothing fits."""
+        """Choose an exit by the rules of :mod:`.controller`; ``otherwise`` names the choice if none fits."""
         now_ms, room_ms, top = self.now_ms, self.room_ms, self.highest
         if current is not None:
             if self.may_rise:
@@ -161,7 +176,7 @@ class Outlook(NamedTuple):
 
 
 class Stayed(NamedTuple):
-    """The deepest exit that is allowed fits as before."""
+    """Reason of a token at the deepest allowed exit, which still fits."""
 
     budget: Budget
 
@@ -170,7 +185,7 @@ class Stayed(NamedTuple):
 
 
 class Because(NamedTuple):
-    """Why a step without catch-up was chosen where the targets can be held."""
+    """Reason of a step without catch-up, if the targets can be held."""
 
     outlook: Outlook
     exits: tuple[int, ...]
@@ -197,7 +212,7 @@ class Because(NamedTuple):
 
 
 def _within(budget: Budget, made_tokens: int, decision: Decision) -> str:
-    """What a token is held to, in words; ``tpot_ms`` is not among it where a ceiling makes the token wait for longer."""
+    """Targets of a token, in words; without ``tpot_ms`` if a ceiling makes the token wait for longer."""
     kept = budget.tpot_ms is not None and not _waits_longer(budget, decision.period_ms)
     targets = [f"{budget.tpot_ms:g} ms"] if kept else []
     if budget.ttft_ms is not None and made_tokens == 0:
@@ -214,12 +229,12 @@ def _waits_longer(budget: Budget, period_ms: float) -> bool:
 
 
 def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
-    """Each latency target that holds for a token, as a key of a budget file, with what is expected of it at an exit.
+    """Name each latency target of a token, as a key of a budget file, with the value that is expected at an exit.
 
     Args:
-        seen: what the decision is made from.
-        now_ms: the next step there, the prompt's rows included at the first token.
-        steady_ms: a step after it.
+        seen: observation that the decision is made from.
+        now_ms: expected time of the next step at the exit; at the first token it includes the prompt's rows.
+        steady_ms: expected time of a later step.
     """
     budget, words = seen.budget, []
     if budget.tpot_ms is not None:
@@ -239,7 +254,7 @@ def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
 
 
 def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[object, ...]:
-    """What the slow loop has to say about a token."""
+    """The slow loop's part of the reason for a token."""
     words = []
     if governor.critical(budget):
         limit = f"critical_temperature_c = {budget.critical_temperature_c:g}"

@@ -1,17 +1,21 @@
-"""The slow loop: ceilings on watts, joules, degrees, utilization, charge and memory become a busy share and a depth.
+"""The slow loop: turns ceilings on watts, joules, degrees, utilization, charge and memory into a busy share and a depth.
 
-Pure, and run at most ten times a second. Depth alone cannot hold watts: an unpaced loop keeps the device busy at every
-exit. So what is governed is our **busy share**, the part of the time in which a step runs; from it follow pace (share /
-cost of a step) and, where the pace would fall below what is asked of it, depth. This module owns that arithmetic. It does
-not know what a step costs (it is told) nor which exit a token takes (it says the deepest that may be taken).
+Pure, and run at most ten times a second. Depth alone cannot hold watts, because an unpaced loop keeps the device busy at
+every exit. So the slow loop governs our **busy share**, the part of the time in which a step runs. The pace follows from
+it (share / cost of a step). If the pace would fall below the pace asked for, the depth is reduced.
 
-Watts and utilization are taken as affine in the busy share (:mod:`.response`), and learned from readings and from the
-share that really was; so what others do is told apart from what we do, and there is no integrator that could wind up
-while another limit holds the share: the filter is fed with what was done, not with what was asked. Degrees answer too
-slowly for that; a PI controller holds them, whose integral stands still while its output is not what limits the
-share.
+This module owns that arithmetic. It is told what a step costs, and it does not choose the exit of a token: it only names
+the deepest exit that may be taken.
 
-A quantity that is asked for and not seen (absent, older than three seconds, or nonsense) is not held, and that is said.
+Watts and utilization are taken as affine in the busy share (:mod:`.response`). They are learned from readings and from the
+actual share, which separates our load from the load of other programs. The filter sees the share that was used, not the
+share that was asked for. So it has no integrator that could wind up while another limit holds the share.
+
+Degrees respond too slowly for that. A PI controller holds them; its integral does not change while another quantity limits
+the share.
+
+A quantity with a ceiling but without a usable reading (absent, older than three seconds, or nonsense) is not held, and the
+reason of the token says so.
 """
 
 from __future__ import annotations
@@ -25,22 +29,22 @@ from balcony_edge.control.observed import hottest_c, newest, unseen, utilization
 from balcony_edge.control.response import Load
 from balcony_edge.device.readings import Reading, Scope
 
-#: Least seconds between two ticks of the loop, and between two changes of the deepest exit allowed.
+#: Shortest time between two ticks of the loop, and between two changes of the deepest exit allowed.
 TICK_S, CEILING_DWELL_S = 0.1, 1.0
-#: A pause between replies after which ramps and half-filled averages begin anew: four of those averages.
+#: Pause between replies after which ramps and half-filled averages begin anew: four of those averages.
 PAUSE_S = 2.0
-#: Pace below which a stream is taken for hung, where the budget names none.
+#: Pace below which a stream looks hung to its reader; used if the budget names no pace.
 LEAST_PACE_TPS = 1.0
-#: Least busy share that is ever asked for: a hundredth, so that a pace follows from it.
+#: Smallest busy share: a hundredth, so that a pace always follows from it.
 LEAST_SHARE = 0.01
-#: A latency target is kept under pacing with so much of it free for jitter.
+#: Share of a latency target that is left free for jitter under pacing.
 PACE_MARGIN = 0.05
-#: PI controller: full share 5 °C below the set point when the integral is empty, which fills in 30 s; the set point is
-#: half a degree below the ceiling.
+#: PI controller: with an empty integral, the full share is allowed 5 °C below the set point. The integral fills in 30 s.
+#: The set point is half a degree below the ceiling.
 DEGREES_PER_SHARE, INTEGRAL_S, DEGREES_FREE = 5.0, 30.0, 0.5
-#: How far above its floor the charge, and below its ceiling the memory, begins to take depth away.
+#: Distances at which depth begins to be reduced: of the charge above its floor, and of the memory below its ceiling.
 CHARGE_RAMP, MEMORY_RAMP = 0.10, 0.05
-#: Seconds for which a ceiling must be out of reach before that is reported: the filter has learned by then.
+#: Time for which a ceiling must be out of reach before that is reported. The filter has learned by then.
 SETTLING_S = 5.0
 
 
@@ -48,19 +52,19 @@ class Governor(NamedTuple):
     """State and result of the slow loop.
 
     Attributes:
-        ticked_s: when it ran last.
-        power, cpu, gpu: what was learned of each; None before the first reading.
-        rail: whose power it is.
+        ticked_s: time of the last tick.
+        power, cpu, gpu: learned response of each quantity; None before the first reading.
+        rail: power rail that ``power`` belongs to.
         average_w: average power over the budget's window.
-        integral: of the temperature controller, as a busy share.
+        integral: integral of the temperature controller, as a busy share.
         share: busy share that is allowed, 0 to 1.
         ceiling: index of the deepest exit that may be taken.
-        changed_s: when ``ceiling`` changed.
-        short_s: since when a ceiling is out of reach; infinite where none is.
+        changed_s: time of the last change of ``ceiling``.
+        short_s: time since which a ceiling is out of reach; infinite if none is.
         binding: keys of the budget that limit share or depth.
-        lost: keys that are not held, because nothing measures them at the moment.
-        infeasible: what cannot be met, for how long it had to be; empty where all is.
-        critical_c: degrees of the hottest sensor where they reach the critical temperature, else None.
+        lost: keys that are not held because no sensor measures them at the moment.
+        infeasible: keys that have been out of reach for long enough to be reported; empty if all can be met.
+        critical_c: degrees of the hottest sensor if they reach the critical temperature, else None.
     """
 
     ticked_s: float = -math.inf
@@ -80,25 +84,25 @@ class Governor(NamedTuple):
     critical_c: float | None = None
 
     def critical(self, budget: Budget) -> bool:
-        """Whether the device is as hot as this budget calls critical."""
+        """Whether the device has reached the critical temperature of this budget."""
         limit_c = budget.critical_temperature_c
         return self.critical_c is not None and limit_c is not None and self.critical_c >= limit_c
 
     def unseen(self, budget: Budget) -> tuple[str, ...]:
-        """Keys of a budget that are not held; the last tick may have been for another one."""
+        """Keys of this budget that are not held; the last tick may have been for another budget."""
         return tuple(key for key in self.lost if getattr(budget, key) is not None)
 
 
 class Demand(NamedTuple):
-    """What the slow loop is told at a tick.
+    """Input of one tick of the slow loop.
 
     Attributes:
-        budget: the ceilings.
-        now_s, busy_s: the clock of the run, and our busy seconds on it.
-        readings: the latest of every sensor.
-        step_s: expected seconds of a step at each exit, as the device is now.
-        lowest, highest: indices of the exits that the budget allows.
-        pace_tps: tokens a second that latency targets need; 0 without any.
+        budget: budget with the ceilings.
+        now_s, busy_s: present time on the clock of the run, and our busy seconds so far.
+        readings: latest reading of every sensor.
+        step_s: expected seconds of a step at each exit, on the device as it is now.
+        lowest, highest: indices of the shallowest and deepest exit that the budget allows.
+        pace_tps: tokens a second that the latency targets need; 0 without a latency target.
         begins: whether a reply begins.
     """
 
@@ -114,7 +118,7 @@ class Demand(NamedTuple):
 
 
 def least_pace_tps(budget: Budget, pace_tps: float) -> float:
-    """Tokens a second below which pacing may not go: with ``priority = latency`` also what latency targets need."""
+    """Smallest pace in tokens a second; with ``priority = latency`` it is also fast enough for the latency targets."""
     least = LEAST_PACE_TPS if budget.min_pace_tps is None else budget.min_pace_tps
     if budget.max_pace_tps is not None:
         least = min(least, budget.max_pace_tps)
@@ -122,10 +126,10 @@ def least_pace_tps(budget: Budget, pace_tps: float) -> float:
 
 
 def govern(before: Governor, demand: Demand) -> Governor:
-    """One tick."""
+    """Run one tick of the slow loop."""
     budget, now_s = demand.budget, demand.now_s
     rested = (demand.begins and now_s - before.ticked_s > PAUSE_S) or now_s < before.ticked_s
-    if rested:  # or another clock
+    if rested:  # after a pause, or with another clock
         before = _rested(before)._replace(changed_s=min(before.changed_s, now_s - CEILING_DWELL_S))
     before, power_share = _power(before, demand)
     cpu, cpu_share = _utilized(before.cpu, demand, "cpu", budget.cpu_utilization)
@@ -138,12 +142,13 @@ def govern(before: Governor, demand: Demand) -> Governor:
         "cpu_utilization": cpu_share,
         "gpu_utilization": gpu_share,
         "temperature_c": heat_share,
-        # at the floor the pace falls as far as it may
+        # At the floor the pace falls to the smallest one allowed.
         "battery_floor_percent": LEAST_SHARE if charge_left is not None and charge_left <= 0 else None,
     }
     shares = {key: share for key, share in found.items() if share is not None}
     share = wanted = min([1.0, *shares.values()])
-    # up by a tenth at a time, so that a reading that is too low lets no burst through; down by half: no gap is hung
+    # The share rises by at most a tenth per tick, so that a reading that is too low does not allow a burst. It falls by
+    # at most half, so that no gap looks like a hung stream.
     share = max(share if rested else min(max(share, before.share / 2), before.share + 0.1), LEAST_SHARE)
     binding = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
     after = before._replace(
@@ -159,7 +164,7 @@ def govern(before: Governor, demand: Demand) -> Governor:
 
 
 def _rested(governor: Governor) -> Governor:
-    """After a pause between replies: what was learned of the device stays, what was under way is over."""
+    """State after a pause between replies: what was learned of the device is kept, running averages are dropped."""
 
     def restarted(load: Load | None) -> Load | None:
         return load and load.restarted()
@@ -169,9 +174,9 @@ def _rested(governor: Governor) -> Governor:
 
 
 def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], hopeless: bool) -> Governor:
-    """Depth from the share and the caps, with a dwell; and whether something is out of reach.
+    """Derive the depth from the share and the caps, with a dwell, and find what is out of reach.
 
-    ``hopeless``: a ceiling would not be held without us either.
+    ``hopeless``: whether a ceiling would be missed even without our load.
     """
     budget, now_s, step_s = demand.budget, demand.now_s, demand.step_s
     least_tps = LEAST_PACE_TPS if budget.min_pace_tps is None else budget.min_pace_tps
@@ -179,7 +184,7 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], ho
     ceiling, share = governor.ceiling, governor.share
     wanted = demand.lowest
     for index in range(min(cap, demand.highest), demand.lowest, -1):
-        # going deeper wants a tenth more than staying does
+        # Going deeper needs a tenth more share than staying.
         free = 1.1 if index > ceiling else 1.0
         if share >= 1 or share >= needed_tps * step_s[index] * free:
             wanted = index
@@ -203,7 +208,7 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], ho
 
 
 def _power(before: Governor, demand: Demand) -> tuple[Governor, float | None]:
-    """What was learned of the power, and the share that ``power_w`` allows."""
+    """Update what is known about the power; return it with the share that ``power_w`` allows."""
     budget, now_s = demand.budget, demand.now_s
     if budget.power_w is None and budget.energy_j_per_token is None:
         return before, None
@@ -215,12 +220,12 @@ def _power(before: Governor, demand: Demand) -> tuple[Governor, float | None]:
     after = before._replace(power=load, rail=budget.power_rail)
     if budget.power_w is None:
         return after, None
-    # what we draw now, as the filter has it: the gauge may be seconds late
+    # Use the filter's estimate of the present power, because the gauge may be seconds late.
     average_w = drawn_w = load.at(load.share(before.ticked_s, now_s))
     if math.isfinite(before.average_w) and math.isfinite(before.ticked_s):
         kept = math.exp(-max(now_s - before.ticked_s, 0.0) / budget.power_window_s)
         average_w = kept * before.average_w + (1 - kept) * drawn_w
-    # what the window's average has too much or too little is given back over the next one
+    # If the window's average is too high or too low, the next window makes up for it.
     aim_w = budget.power_w * 0.99
     aim_w += min(max(0.5 * (aim_w - average_w), -0.1 * aim_w), 0.1 * aim_w)
     return after._replace(average_w=average_w), load.share_within(aim_w)
@@ -229,7 +234,7 @@ def _power(before: Governor, demand: Demand) -> tuple[Governor, float | None]:
 def _utilized(
     before: Load | None, demand: Demand, scope: Scope, limit: float | None
 ) -> tuple[Load | None, float | None]:
-    """What was learned of the use of CPUs or GPU, and the share that its ceiling allows."""
+    """Update what is known about the use of CPUs or GPU; return it with the share that its ceiling allows."""
     sample = None if limit is None else utilization(demand.readings, scope, demand.now_s)
     if limit is None or sample is None:
         return before, None
@@ -238,7 +243,7 @@ def _utilized(
 
 
 def _temperature(before: Governor, demand: Demand) -> tuple[float, float | None, float | None]:
-    """The integral, the degrees if they are critical, and the share that ``temperature_c`` allows."""
+    """Return the integral, the degrees if they are critical, and the share that ``temperature_c`` allows."""
     limit_c, critical_c = demand.budget.temperature_c, demand.budget.critical_temperature_c
     asked = limit_c is not None or critical_c is not None
     degrees_c = hottest_c(demand.readings, demand.now_s) if asked else None
@@ -251,14 +256,17 @@ def _temperature(before: Governor, demand: Demand) -> tuple[float, float | None,
     integral = before.integral
     span_s = demand.now_s - before.ticked_s
     output = error + integral
-    # anti-windup: it grows only while degrees, and nothing else, hold the share below 1
+    # Anti-windup: the integral grows only while the temperature is what holds the share below 1.
     if math.isfinite(span_s) and (error < 0 or (output < 1 and "temperature_c" in before.binding)):
         integral = min(max(integral + error * min(span_s, 1.0) / INTEGRAL_S, 0.0), 1.0)
     return integral, critical, error + integral
 
 
 def _depth(demand: Demand, power: Load | None, charge_left: float | None) -> tuple[int, list[str]]:
-    """The deepest index that charge, memory and energy allow (below ``lowest`` if there is none), and what caps it."""
+    """Return the deepest index that charge, memory and energy allow, and the keys that limit it.
+
+    The index is below ``lowest`` if no index is allowed.
+    """
     caps = {
         "battery_floor_percent": _on_a_ramp(demand, charge_left),
         "memory_mb": _on_a_ramp(demand, _memory_left(demand)),
@@ -269,14 +277,14 @@ def _depth(demand: Demand, power: Load | None, charge_left: float | None) -> tup
 
 
 def _on_a_ramp(demand: Demand, room: float | None) -> int | None:
-    """The deepest index for a share of the room below a limit that is still free; None where all depth is allowed."""
+    """Deepest index for the free part of a ramp (``room``, 0 to 1); None if all depth is allowed."""
     if room is None or room >= 1:
         return None
     return demand.lowest - 1 if room <= 0 else demand.lowest + int(room * (demand.highest - demand.lowest + 1))
 
 
 def _charge_left(demand: Demand) -> float | None:
-    """Charge above the floor, in ramps; None without a floor, a reading, or a need while charging."""
+    """Charge above the floor, in ramps; None without a floor or a reading, and while the battery is charging."""
     floor_percent = demand.budget.battery_floor_percent
     reading = None if floor_percent is None else newest(demand.readings, "battery", "charge", demand.now_s, 1.0)
     if floor_percent is None or reading is None or reading.charging:
@@ -294,7 +302,7 @@ def _memory_left(demand: Demand) -> float | None:
 
 
 def _affordable(demand: Demand, power: Load | None) -> int | None:
-    """The deepest index whose tokens take no more energy than allowed; None where all are, or nothing measures power."""
+    """Deepest index whose tokens take no more energy than allowed; None if all are allowed or power is not measured."""
     budget, most_j = demand.budget, demand.budget.energy_j_per_token
     if most_j is None or power is None or watts(demand.readings, budget.power_rail, demand.now_s) is None:
         return None

@@ -1,6 +1,7 @@
-"""What the readings say of the quantities that a budget is about, and which of its keys nothing measures.
+"""Values of a budget's quantities in the sensors' readings, and the keys of a budget that no sensor measures.
 
-Owns the choice among readings: which are fresh, which can be, whose power adds up to a rail. It knows no controller.
+Owns the choice among readings: which are fresh, which are plausible, and which powers add up to a rail. It does not know
+the controller.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.response import MOST_W, Counter, Sample
 from balcony_edge.device.readings import Reading, Scope, adding_up
 
-#: A reading older than this is no reading: three ticks of a sensor that answers once a second.
+#: Age above which a reading is ignored: three ticks of a sensor that answers once a second.
 STALE_S = 3.0
-#: What a temperature sensor can say.
+#: Range of plausible temperatures.
 LEAST_C, MOST_C = -60, 200
 
 
 def watts(readings: Sequence[Reading], rail: Scope, now_s: float) -> Sample | None:
-    """Power of a rail, all of its parts; None where nothing measures it."""
+    """Power of a rail, summed over its parts; None if no sensor measures it."""
     found = [
         reading
         for reading in readings
@@ -40,7 +41,7 @@ def watts(readings: Sequence[Reading], rail: Scope, now_s: float) -> Sample | No
 
 
 def utilization(readings: Sequence[Reading], scope: Scope, now_s: float) -> Sample | None:
-    """Busy share of CPUs or GPU, and our own part of it where that is told apart."""
+    """Busy share of CPUs or GPU, and our own part of it if the sensor reports one."""
     reading = newest(readings, scope, "utilization", now_s, 1.0)
     if reading is None or reading.utilization is None:
         return None
@@ -49,13 +50,13 @@ def utilization(readings: Sequence[Reading], scope: Scope, now_s: float) -> Samp
 
 
 def hottest_c(readings: Sequence[Reading], now_s: float) -> float | None:
-    """Degrees of the hottest sensor."""
+    """Degrees of the hottest sensor; None without a plausible fresh reading."""
     degrees = (reading.celsius for reading in readings if reading.celsius is not None and _fresh(reading, now_s))
     return max((value for value in degrees if LEAST_C <= value <= MOST_C), default=None)
 
 
 def newest(readings: Sequence[Reading], scope: Scope, field: str, now_s: float, most: float) -> Reading | None:
-    """The first fresh reading of a scope whose ``field`` is there and at most ``most``."""
+    """First fresh reading of a scope whose ``field`` is present and between 0 and ``most``."""
     for reading in readings:
         if reading.scope == scope and _fresh(reading, now_s):
             value = getattr(reading, field)
@@ -65,7 +66,7 @@ def newest(readings: Sequence[Reading], scope: Scope, field: str, now_s: float, 
 
 
 def unseen(budget: Budget, readings: Sequence[Reading], now_s: float) -> tuple[str, ...]:
-    """Keys of a budget that ask for what no reading says, in the order of the budget's keys."""
+    """Keys of a budget whose quantity has no usable reading, in the order of the budget's keys."""
     seen = {
         **dict.fromkeys(("power_w", "energy_j_per_token"), watts(readings, budget.power_rail, now_s)),
         **dict.fromkeys(("temperature_c", "critical_temperature_c"), hottest_c(readings, now_s)),

@@ -1,17 +1,19 @@
-"""How a reading follows our own busy share: what others take, what we add, how late the gauge is, and how it averages.
+"""How a reading follows our own busy share: the load of others, our part, and the gauge's delay and averaging.
 
-Owns the filter behind ceilings on watts and utilization. It knows no budget: :mod:`.governor` asks which busy share leads to
-a limit. Watts and utilization are taken as affine in the busy share of the time that the gauge is showing:
+Owns the filter for ceilings on watts and utilization. It does not know the budget: :mod:`.governor` asks which busy share
+leads to a limit. Watts and utilization are taken as affine in the busy share of the time that the gauge shows:
 
     value(t) = base + gain × share between t - delay - average and t - delay
 
-Gauges differ by seconds: RAPL counts what was, NVML averages over one second, INA3221 over as much as it was told to, and a
-battery gauge shows a new value every one to ten seconds. Matched against the wrong time a filter learns that our share has
-no effect, and the pace swings between all and nothing. So one Kalman filter runs for each kind of gauge in ``GAUGES``; the one
-that predicted best is believed. While the share stands still they all say the same, and it does not matter which.
+Gauges differ by seconds. RAPL counts past energy, NVML averages over one second, INA3221 averages over a time that can be
+set, and a battery gauge shows a new value every one to ten seconds. A filter that matches readings with the wrong time
+learns that our share has no effect, and the pace swings between full and nothing.
 
-A gauge that shows the same value again and again has nothing new: only its changes are learned from, unless it stands still
-for ``STILL_S``. Between two values the filter says what we draw now (:meth:`Load.at`).
+So one Kalman filter runs for each kind of gauge in ``GAUGES``, and the one that predicted best is used. While the share
+does not change, they all give the same value, so the choice does not matter.
+
+A gauge that repeats its value gives no new information. Only its changes are learned from, unless the value stays the same
+for ``STILL_S``. Between two values the filter gives the present power (:meth:`Load.at`).
 """
 
 from __future__ import annotations
@@ -20,39 +22,39 @@ import bisect
 import math
 from typing import NamedTuple
 
-#: Readings are averaged over so long before the filter sees them: a sample of watts falls into a step or between two.
+#: Time over which readings are averaged for the filter, because a sample of watts falls into a step or between two.
 AVERAGE_S = 0.5
-#: Noise of an averaged reading, and what base and gain may gain from one to the next, in units of the ceiling.
+#: Noise of an averaged reading, and drift of base and gain from one reading to the next, in units of the ceiling.
 READING_VARIANCE, BASE_VARIANCE, GAIN_VARIANCE = 0.02**2, 0.02**2, 0.005**2
-#: (delay, average) in seconds of the gauges that are told apart.
+#: (delay, average) in seconds of each kind of gauge.
 GAUGES = (
     *((delay, average) for delay in (0.0, 0.5, 1.0, 2.0) for average in (0.0, 1.0, 2.0)),
     (0.0, 5.0),
     (0.0, 10.0),
 )
-#: Share of the past in the squared error by which gauges are compared, and what another must undercut.
+#: Weight of the past in the squared error by which gauges are compared, and the factor by which another must be better.
 ERROR_MEMORY, BETTER = 0.93, 0.6
-#: A gauge that showed its last value for so long shows what is at that moment, not a mean of what was since.
+#: A gauge that showed its previous value for at least this time shows instants, not means.
 HELD_S = 0.9
-#: A gauge whose value has not changed for so long measures what does not change: longer than any battery gauge is silent.
+#: A value that has not changed for this time is really constant. No battery gauge is silent for longer.
 STILL_S = 12.0
-#: What is remembered of our busy seconds: the longest delay and average, at this distance.
+#: Length of the history of our busy seconds (the longest delay plus average), and the distance of its entries.
 PAST_S, PAST_STEP_S = 13.0, 0.2
-#: Least span of a value that a gauge shows once in a while.
+#: Shortest span of a value that a gauge shows once in a while.
 INSTANT_S = 0.1
-#: No device that this is for draws so many watts: a broken sensor or counter.
+#: Upper bound of plausible power. No supported device draws more, so a higher value means a broken sensor or counter.
 MOST_W = 1e5
 
 
 class Counter(NamedTuple):
-    """Energy counters of the parts of a rail, summed, and when they were read."""
+    """Sum of the energy counters of a rail's parts, and the time of their reading."""
 
     joules: float
     time_s: float
     sources: tuple[str, ...]
 
     def mean_w(self, before: Counter | None) -> float | None:
-        """Average power since an earlier reading, over the counters' own times; None where the two do not compare."""
+        """Average power since an earlier reading, over the counters' own times; None if the two cannot be compared."""
         if before is None or before.sources != self.sources:
             return None
         seconds, joules = self.time_s - before.time_s, self.joules - before.joules
@@ -61,7 +63,7 @@ class Counter(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One reading of a quantity: its value, our own part where that is known, and the energy counter behind it."""
+    """One reading of a quantity: its value, our own part if that is known, and its energy counter if there is one."""
 
     value: float
     own: float | None = None
@@ -69,7 +71,7 @@ class Sample(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What one kind of gauge would mean, in units of the load's scale; the variances are of base and gain."""
+    """Estimate under the assumption of one kind of gauge, in units of the load's scale."""
 
     base: float = 0.5
     gain: float = 0.5
@@ -79,7 +81,7 @@ class Fit(NamedTuple):
     error: float = 0.0  # squared innovations, with forgetting
 
     def learn(self, share: float, value: float, own: float | None) -> Fit:
-        """With a reading; ``own`` is our part of it, where that is known."""
+        """Return the estimate after a reading; ``own`` is our part of it, or None if that is unknown."""
         innovation = value - self.base - self.gain * share
         drifted = self._replace(
             base_variance=self.base_variance + BASE_VARIANCE,
@@ -91,7 +93,7 @@ class Fit(NamedTuple):
         return drifted._observe(1.0, 0.0, max(value - own, 0.0))._observe(0.0, share, own)
 
     def _observe(self, per_base: float, per_gain: float, value: float) -> Fit:
-        """A Kalman update with ``value = per_base × base + per_gain × gain + noise``."""
+        """Return the estimate after a Kalman update with ``value = per_base × base + per_gain × gain + noise``."""
         to_base = self.base_variance * per_base + self.covariance * per_gain
         to_gain = self.covariance * per_base + self.gain_variance * per_gain
         total = per_base * to_base + per_gain * to_gain + READING_VARIANCE
@@ -106,18 +108,19 @@ class Fit(NamedTuple):
 
 
 class Load(NamedTuple):
-    """One quantity, what was learned of it, and the readings since the last update.
+    """One quantity: its learned response, and the readings since the last update.
 
     Attributes:
-        scale: what 1 means; the ceiling when the filter was made.
-        fits: one for each of ``GAUGES``.
-        best: index of the one that is believed.
-        past: (time, our busy seconds), oldest first.
-        shown, shown_s, held_s: the value that the gauge shows, since when, and how long it showed the one before.
-        since_s: when the average at hand began.
-        counter: the energy counters then; None where there is none.
-        total, own, samples, changes: sums of the samples since then and of our own part of them, their number, and how
-            many differed from the one before.
+        scale: value that counts as 1; the ceiling at the time when the filter was made.
+        fits: one estimate for each of ``GAUGES``.
+        best: index of the estimate in use.
+        past: pairs of (time, our busy seconds), oldest first.
+        shown, shown_s, held_s: value that the gauge shows, the time since which it does, and the duration of the previous
+            value.
+        since_s: start of the present average.
+        counter: energy counters at that start; None if there are none.
+        total, own: sum of the samples since then, and sum of our own part of them.
+        samples, changes: number of these samples, and number of those that differed from the previous one.
     """
 
     scale: float
@@ -135,7 +138,10 @@ class Load(NamedTuple):
     changes: int = 0
 
     def see(self, sample: Sample, now_s: float, busy_s: float) -> Load:
-        """With one more reading, taken when we had been busy for ``busy_s`` in all; learns when half a second is full."""
+        """Return the load after one more reading, taken when we had been busy for ``busy_s`` in total.
+
+        It learns each time the readings cover half a second.
+        """
         if now_s < self.since_s or now_s < self.shown_s:  # another clock
             return self.restarted()._replace(shown_s=-math.inf, past=()).see(sample, now_s, busy_s)
         after = self._remembering(now_s, busy_s)
@@ -145,7 +151,7 @@ class Load(NamedTuple):
         if not math.isfinite(self.since_s):
             return after._replace(since_s=now_s, counter=sample.counter)
         total, samples = self.total + sample.value, self.samples + 1
-        # of all samples or of none: a part of them would be too little
+        # Our part must be known for all samples or for none: the sum over only some of them would be too small.
         own = None if sample.own is None or (self.samples and self.own is None) else (self.own or 0.0) + sample.own
         if now_s - self.since_s < AVERAGE_S:
             return after._replace(total=total, own=own, samples=samples)
@@ -155,7 +161,7 @@ class Load(NamedTuple):
         if after.changes and after.held_s >= HELD_S:
             ends_s, span_s, value = after.shown_s, INSTANT_S, after.shown
             own, samples = sample.own, 1
-        elif counted_w is not None:  # samples only hit or miss a step
+        elif counted_w is not None:  # a counter is better than samples, which only hit or miss a step
             news = news or abs(counted_w - value) > 0.02 * value
             value = counted_w
         if news:
@@ -165,22 +171,22 @@ class Load(NamedTuple):
         return after.restarted()._replace(since_s=now_s, counter=sample.counter)
 
     def restarted(self) -> Load:
-        """Without the readings of an average that is not full."""
+        """Return the load without the readings of an unfinished average."""
         return self._replace(since_s=-math.inf, total=0.0, own=None, samples=0, changes=0)
 
     def share(self, begin_s: float, end_s: float) -> float:
-        """Our busy share between two times; before the first that is known we did nothing."""
+        """Our busy share between two times; it is 0 before the first known time."""
         if end_s <= begin_s:
             return 0.0
         return min(max((self._busy_s(end_s) - self._busy_s(begin_s)) / (end_s - begin_s), 0.0), 1.0)
 
     def share_within(self, limit: float) -> float:
-        """Busy share that leads to ``limit``; negative where others alone exceed it."""
+        """Busy share that leads to ``limit``; negative if the load of others alone exceeds it."""
         fit = self.fits[self.best]
         return (limit / self.scale - fit.base) / max(fit.gain, 0.02)
 
     def at(self, share: float) -> float:
-        """The quantity at a busy share."""
+        """Value of the quantity at a busy share."""
         fit = self.fits[self.best]
         return self.scale * (fit.base + fit.gain * share)
 
@@ -192,7 +198,7 @@ class Load(NamedTuple):
         return self._replace(past=(*past[max(oldest - 1, 0) :], (now_s, busy_s)))
 
     def _busy_s(self, time_s: float) -> float:
-        """Our busy seconds at a time, between those that are known on a line."""
+        """Our busy seconds at a time, interpolated linearly between known times."""
         past = self.past
         place = bisect.bisect_right(past, (time_s, math.inf))
         if place == 0 or place == len(past):

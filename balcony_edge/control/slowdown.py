@@ -1,12 +1,19 @@
-"""The slowdown filter: how many times slower than its profile the device is at the moment, and how sure that is.
+"""The slowdown filter: how many times slower than its profile the device is at the moment, and how certain that is.
 
-Owns the estimate and nothing else: it knows no target, exit or clock. measured / predicted of a step is the slowdown,
+Owns the estimate only; it does not know targets, exits or clocks. The slowdown is measured / predicted of a step. It is
 filtered as in ALERT (Wan et al., USENIX ATC'20): a Kalman filter whose process noise follows its own corrections.
-Differences from it: the filter runs on the logarithm (a slowdown is a factor: its noise is the same share at every load,
-and it is never negative); one surprising sample is taken for an outlier, two in a row on the same side, or many smaller
-ones, for a change of load; the measurement noise is also estimated; and every exit, and catching up, has a learned offset,
-so that the controller does not oscillate around an exit that the device profile makes look too cheap. The filter leaves
-outliers out. Mean and variance of the plain ratio include them: they say what many tokens take together.
+Differences from ALERT:
+
+- The filter runs on the logarithm. A slowdown is a factor: its noise is the same share at every load, and it is never
+  negative.
+- One surprising sample counts as an outlier. Two in a row on the same side, or many smaller ones, count as a change of
+  load.
+- The measurement noise is also estimated.
+- Every exit, and catching up, has a learned offset. Without it the controller would oscillate around an exit that is too
+  cheap in the device profile.
+
+The filter excludes outliers. Mean and variance of the plain ratio include them, because they describe the time of many
+tokens together.
 """
 
 from __future__ import annotations
@@ -18,25 +25,29 @@ from typing import NamedTuple
 ADAPTATION = 0.3
 #: Variance that the slowdown gains per token at rest: 1 % a token lets a slow ramp through.
 PROCESS_VARIANCE = 0.01**2
-#: Share of a new sample in the noise estimate: about 20 tokens, short against a reply and long against a burst.
+#: Weight of a new sample in the noise estimate: about 20 tokens, which is shorter than a reply and longer than a burst.
 NOISE_RATE = 0.05
-#: Least noise: timer and scheduler jitter of a decode step, 2 %; keeps a silent stretch from trusting itself blindly.
+#: Smallest noise: 2 %, the timer and scheduler jitter of a decode step. Without it, a quiet stretch would make the filter
+#: too certain.
 NOISE_FLOOR = 0.02**2
-#: The same for mean and variance of the plain ratio: about 60 tokens, so that a burst is remembered until the next one.
+#: Weight of a new sample in mean and variance of the plain ratio: about 60 tokens, so that one burst is remembered until
+#: the next.
 RATIO_RATE = 1 / 64
-#: A sample further than this many deviations from the prediction is surprising (1.2 % of normal samples).
+#: Number of deviations from the prediction beyond which a sample is surprising (1.2 % of normal samples).
 SURPRISE = 2.5
 #: Weight of the past in the drift, a leaky sum of normalised innovations (CUSUM with forgetting): about five tokens.
 DRIFT_DECAY = 0.8
-#: A drift beyond this is a change of load: 3.3 of its deviations 1 / sqrt(1 - DRIFT_DECAY²), once in 1,000 tokens at rest.
+#: Drift beyond which the load has changed: 3.3 of its deviations 1 / sqrt(1 - DRIFT_DECAY²). This happens by chance once
+#: in 1,000 tokens at rest.
 DRIFT_LIMIT = 5.5
-#: What a profile may get wrong between two exits: additive costs miss cache effects, 8 % at first sight.
+#: Error of a profile between two exits: additive costs miss cache effects; 8 % as a first estimate.
 EXIT_VARIANCE = 0.08**2
-#: The same between steps with and without catch-up: the marginal row is what varies most (4 % to 18 % of the first).
+#: Error of a profile between steps with and without catch-up: the price of a further row varies most (4 % to 18 % of the
+#: first row).
 CATCH_UP_VARIANCE = 0.25**2
-#: Share of its offset that an unused exit forgets in ``DECAY_TOKENS``: after some 250 tokens it is tried again.
+#: Share of its offset that an unused exit forgets in ``DECAY_TOKENS``. After some 250 tokens the exit is tried again.
 OFFSET_DECAY, DECAY_TOKENS = 1 / 16, 16
-#: Least variance after a pause between two replies: a load of another kind is seen within two tokens.
+#: Smallest variance after a pause between two replies, so that another load is noticed within two tokens.
 PAUSE_VARIANCE = 0.05**2
 #: A factor of a thousand either way is a broken clock or a suspended process: log samples are clipped there.
 LOG_SLOWDOWN_LIMIT = math.log(1000)
@@ -46,20 +57,20 @@ class Slowdown(NamedTuple):
     """log(measured / predicted) of a step at exit ``i`` is about ``mean + offsets[i]``.
 
     Attributes:
-        mean, variance: of the device's log slowdown.
-        process_variance: what it gains per token.
-        noise_variance: of one measurement.
-        offsets, offset_variances: what the profile gets wrong: one entry per exit, and the last for steps with
-            catch-up, whatever their exit; empty until the first decision.
+        mean, variance: mean and variance of the device's log slowdown.
+        process_variance: growth of ``variance`` per token.
+        noise_variance: variance of one measurement's noise.
+        offsets, offset_variances: errors of the profile: one entry per exit, and a last entry for steps with catch-up at
+            any exit; empty until the first decision.
         surprise: side (-1, 1) of the last measurement if that was surprising, else 0.
         drift: leaky sum of normalised innovations.
-        age: updates since the offsets were decayed.
-        ratio_mean, ratio_variance: of measured / predicted itself, outliers included, over about 60 tokens.
-        noise_rate: share of a new sample in the noise estimate: that of a plain mean over the start and what came since,
-            until it is ``NOISE_RATE``.
+        age: updates since the last decay of the offsets.
+        ratio_mean, ratio_variance: mean and variance of measured / predicted, outliers included, over about 60 tokens.
+        noise_rate: weight of a new sample in the noise estimate. It is the weight in a plain mean of all samples so far
+            until it falls to ``NOISE_RATE``.
     """
 
-    # At first the profile is trusted to 20 % (another power mode, another clock) and a sample to 10 %.
+    # At first the profile may be wrong by 20 % (another power mode, another clock) and a sample by 10 %.
     mean: float = 0.0
     variance: float = 0.2**2
     process_variance: float = PROCESS_VARIANCE
@@ -75,26 +86,26 @@ class Slowdown(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """How many times slower than its profile the device is."""
+        """Factor by which the device is slower than its profile."""
         return math.exp(self.mean)
 
     def rested(self) -> Slowdown:
-        """After a pause, in which the load may have changed: known no better than at first."""
+        """Return the filter after a pause, in which the load may have changed."""
         return self._replace(variance=max(self.variance, PAUSE_VARIANCE), surprise=0, drift=0.0)
 
     def for_exits(self, count: int) -> Slowdown:
-        """With offsets for this many exits; what was learned for another number is dropped."""
+        """Return the filter with offsets for this many exits; offsets for another number are dropped."""
         if len(self.offsets) == count + 1:
             return self
         return self._replace(offsets=(0.0,) * (count + 1), offset_variances=_resting_variances(count + 1))
 
     def update(self, index: int, log_ratio: float, noise_scale: float) -> Slowdown:
-        """After a step.
+        """Return the filter after a step.
 
         Args:
-            index: of the step's offset.
+            index: index of the step's offset.
             log_ratio: log(measured / predicted).
-            noise_scale: how many times noisier than usual the sample is.
+            noise_scale: factor by which the sample is noisier than usual.
         """
         log_ratio = min(max(log_ratio, -LOG_SLOWDOWN_LIMIT), LOG_SLOWDOWN_LIMIT)
         ratio_mean, ratio_variance = self._ratio(math.exp(log_ratio))
@@ -104,7 +115,7 @@ class Slowdown(NamedTuple):
         expected = prior + offset_variance + noise
         limit = SURPRISE**2 * expected
         side = 0 if innovation * innovation <= limit else 1 if innovation > 0 else -1
-        if side and side != self.surprise:  # an outlier until the next sample says the same
+        if side and side != self.surprise:  # an outlier, unless the next sample confirms it
             sample = (limit - prior - offset_variance) / noise_scale
             return self._replace(
                 variance=prior,
@@ -113,16 +124,16 @@ class Slowdown(NamedTuple):
                 ratio_mean=ratio_mean,
                 ratio_variance=ratio_variance,
             )
-        # bounded, so that one sample that is not yet an outlier cannot tip it alone
+        # The innovation is bounded here, so that a single sample that is not an outlier cannot exceed the limit alone.
         drift = DRIFT_DECAY * self.drift + innovation / math.sqrt(expected)
         changed = bool(side) or abs(drift) > DRIFT_LIMIT
-        if changed:  # what was known before counts for nothing
+        if changed:  # earlier knowledge does not count any more
             prior = max(prior, innovation * innovation)
         total = prior + offset_variance + noise
         gain, offset_gain = prior / total, offset_variance / total
         correction = gain * innovation
         residual = (1 - gain - offset_gain) * innovation
-        # With K the sum of the gains, E[residual²] = (1 - K) noise: K noise more is unbiased and not negative.
+        # With K the sum of the gains, E[residual²] = (1 - K) noise. Adding K noise makes it unbiased and not negative.
         sample = (residual * residual + (gain + offset_gain) * noise) / noise_scale
         noise_variance = self.noise_variance + self.noise_rate * (sample - self.noise_variance)
         process_variance = PROCESS_VARIANCE
@@ -146,13 +157,13 @@ class Slowdown(NamedTuple):
         )
 
     def _ratio(self, ratio: float) -> tuple[float, float]:
-        """Mean and variance of the plain ratio after one more, exponentially weighted (West 1979)."""
+        """Mean and variance of the plain ratio after one more sample, exponentially weighted (West 1979)."""
         surplus = ratio - self.ratio_mean
         step = RATIO_RATE * surplus
         return self.ratio_mean + step, (1 - RATIO_RATE) * (self.ratio_variance + step * surplus)
 
     def _offsets_after(self, index: int, gain: float, innovation: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Offsets and their variances after a step with one of them; every ``DECAY_TOKENS`` the others fade."""
+        """Offsets and variances after a step that used one of them; the others decay every ``DECAY_TOKENS``."""
         offsets, variances = list(self.offsets), list(self.offset_variances)
         if self.age + 1 == DECAY_TOKENS:
             kept = 1 - OFFSET_DECAY

@@ -1,6 +1,6 @@
-"""Prices of the next step at every exit, computed again only as the context grows.
+"""Prices of the next step at every exit, recomputed only when the context grows.
 
-Owns the cache over one cost model. Nothing here depends on a budget or on how slow the device is.
+Owns the cache over one cost model. Nothing here depends on a budget or on the slowdown of the device.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from balcony_edge.device.costs import CostModel
 
-#: Rows of context after which steady prices are computed again: attention over 16 keys is microseconds.
+#: Rows of context after which steady prices are recomputed: attention over 16 keys takes microseconds.
 CONTEXT_STEP = 16
 
 
 class _Steady(NamedTuple):
-    """Prices of one row everywhere, for a context of ``step`` × ``CONTEXT_STEP`` rows."""
+    """Prices with one row at every stage and balcony, for a context of ``step`` × ``CONTEXT_STEP`` rows."""
 
     step: int
     shared_ms: float
@@ -32,7 +32,7 @@ class StepPrices:
         self._steady = self._at(0)
 
     def steady_ms(self, context: int) -> list[float]:
-        """Prices without a backlog (those of a context at most ``CONTEXT_STEP`` rows shorter)."""
+        """Prices without a backlog, for a context that may be up to ``CONTEXT_STEP`` rows shorter."""
         if context // CONTEXT_STEP != self._steady.step:
             self._steady = self._at(context // CONTEXT_STEP * CONTEXT_STEP)
         return self._steady.exits_ms

@@ -1,8 +1,8 @@
-"""Traces: a run as JSON lines, and the same decisions from them again.
+"""Traces: a run recorded as JSON lines, from which the same decisions can be made again.
 
-Owns the file format: a header (``{"trace": 1, "costs": ...}``), a line for every budget from its first token on
-(``{"budget": ...}``), and a line a token with what the controller saw and what it decided; the first of a reply has the
-controller's ``state``, too. Readings stand only in lines where they changed. A trace holds neither text nor tokens.
+Owns the file format: a header (``{"trace": 1, "costs": ...}``), a line before the first token of every budget
+(``{"budget": ...}``), and a line per token with the controller's input and decision. The first line of a reply also has
+the controller's ``state``. Readings are written only when they changed. A trace holds neither text nor tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from balcony_edge.errors import BalconyError, InputError
 
 VERSION = 1
 _COSTS = pydantic.TypeAdapter(CostModel)
-#: A state knows "never" and "not yet" as numbers that JSON lacks: they stand there as words.
+#: A state has infinities and NaN for "never" and "not yet". JSON lacks these numbers, so they are written as strings.
 _STATE = pydantic.TypeAdapter(ControllerState, config=pydantic.ConfigDict(ser_json_inf_nan="strings"))
 _Count = Annotated[int, pydantic.Field(ge=0, le=MAX_ROWS)]
 _Millis = Annotated[float, pydantic.Field(ge=0, le=1e12)]
@@ -39,9 +39,9 @@ class TraceToken(NamedTuple):
     """One token of a trace.
 
     Attributes:
-        seen: what the controller saw.
-        line: its line, whose keys are documented in docs/controller.md.
-        start: what its reply started from, at the first token of a reply.
+        seen: observation of the controller.
+        line: line of the token in the file; docs/controller.md documents its keys.
+        start: state at the start of the reply, if the token is its first; else None.
     """
 
     seen: Observation
@@ -50,14 +50,14 @@ class TraceToken(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A recorded run: its tokens, and the costs that each was decided with."""
+    """A recorded run: its tokens, and the cost model of each token's decision."""
 
     tokens: tuple[TraceToken, ...]
     costs: tuple[CostModel, ...]
 
 
 class TraceWriter:
-    """Writes what the controller saw and decided, one line per token. A context manager that closes the file.
+    """Writes the controller's input and decision, one line per token. A context manager that closes the file.
 
     Example:
         with TraceWriter("run.jsonl") as trace:
@@ -80,7 +80,7 @@ class TraceWriter:
         self._readings: tuple[Reading, ...] = ()
 
     def begin(self, state: ControllerState) -> None:
-        """A reply begins, from what replies before it left."""
+        """Record that a reply begins, and the state from which it starts."""
         self._start = state
 
     def write(self, costs: CostModel, seen: Observation, decision: Decision, latency_ms: float, pending: int) -> None:
@@ -128,7 +128,7 @@ class TraceWriter:
         """Close the file.
 
         Raises:
-            InputError: the disk refuses what was still to be written.
+            InputError: the last data could not be written.
         """
         try:
             self._file.close()
@@ -148,10 +148,10 @@ class TraceWriter:
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:
-    """Read a trace; a last line that was cut off by a killed run is left out.
+    """Read a trace. A last line that was cut off when its run was killed is left out.
 
     Raises:
-        InputError: the file cannot be read, is no trace, or is of another version.
+        InputError: the file cannot be read, is not a trace, or is of another version.
     """
     name = os.fspath(path)
     try:
@@ -188,15 +188,15 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
             if number == len(lines) and tokens:
                 break
             raise InputError(
-                f"{name}: line {number} is no line of a trace ({_first(error)}): record it again"
+                f"{name}: line {number} is not a line of a trace ({_first(error)}): record it again"
             ) from error
     if not tokens:
-        raise InputError(f"{name}: holds no token: record one with `balcony-edge run --trace`")
+        raise InputError(f"{name}: contains no tokens: record a trace with `balcony-edge run --trace`")
     return Trace(tuple(tokens), tuple(priced))
 
 
 class _Line(pydantic.BaseModel):
-    """What an observation is made from, in a line of a trace, and what is shown of the decision."""
+    """Keys of a token's line: those of the observation, and those of the decision that are shown."""
 
     model_config = pydantic.ConfigDict(allow_inf_nan=False)
 
@@ -235,7 +235,7 @@ def _observation(line: dict[str, Any], costs: CostModel, budget: Budget, reading
 
 
 def _state(document: Any) -> ControllerState:
-    """A reply's first state; ValueError where the controller never left such a one."""
+    """Read a reply's first state; ValueError if the controller cannot have produced it."""
     state = _STATE.validate_python(document)
     slowdown = state.slowdown
     variances = (slowdown.variance, slowdown.process_variance, slowdown.ratio_variance, *slowdown.offset_variances)
@@ -248,14 +248,14 @@ def _state(document: Any) -> ControllerState:
         raise ValueError("state.slowdown: offsets and offset_variances differ in length")
     for load in (state.governor.power, state.governor.cpu, state.governor.gpu):
         if load is not None and not (len(load.fits) == len(GAUGES) and 0 <= load.best < len(GAUGES)):
-            raise ValueError("state.governor: a load with another number of gauges")
+            raise ValueError("state.governor: a load with a wrong number of gauges")
     if not (abs(state.recovery.credit) <= 1 and state.recovery.wait >= 0 and state.recovery.sprints >= 0):
-        raise ValueError("state.recovery: a credit beyond one token, or less than nothing to wait for")
+        raise ValueError("state.recovery: a credit beyond one token, or a negative wait or number of sprints")
     return state
 
 
 def _first(error: Exception) -> str:
-    """The first thing that is wrong, on one line."""
+    """First problem of an error, on one line."""
     if isinstance(error, pydantic.ValidationError):
         problem = error.errors(include_url=False)[0]
         return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"[:100]
@@ -263,7 +263,7 @@ def _first(error: Exception) -> str:
 
 
 def replay(trace: Trace) -> Iterator[Decision]:
-    """What the controller decides when it sees the trace again."""
+    """Yield the controller's decisions for the observations of a trace."""
     state, controller, costs = ControllerState.initial(), None, None  # type: ControllerState, Controller | None, CostModel | None
     for (seen, _, start), priced in zip(trace.tokens, trace.costs, strict=True):
         if controller is None or priced is not costs:

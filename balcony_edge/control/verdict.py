@@ -1,7 +1,7 @@
-"""Whether a budget was held: for each of its keys what was asked, what was reached, and by how much it was held or missed.
+"""Whether a budget was held: for each key the asked value, the reached value, and the margin between them.
 
-Owns the judgement of a reply after the fact, from the gaps and readings that it saw; it steers nothing. A key that nothing
-measured has no verdict, and says so.
+Owns the judgement of a reply after it has ended, from its gaps and readings; it steers nothing. A key without measurements
+has a verdict that says so.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from balcony_edge.control.observed import hottest_c, newest, utilization, watts
 from balcony_edge.control.response import Counter
 from balcony_edge.device.readings import Reading
 
-#: Readings are kept at this distance, seconds: as often as the slow loop looks at them.
+#: Seconds between the readings that are kept: the slow loop reads them at the same distance.
 KEPT_S = 0.1
 
 
-#: A pace that is held exactly is a little off in the mean: clocks and sleeps.
+#: Error of the mean pace that is allowed, because clocks and sleeps are not exact.
 PACE_TOLERANCE = 0.01
 _PACES = ("min_pace_tps", "max_pace_tps")
 
@@ -28,12 +28,12 @@ class Verdict(NamedTuple):
     """One key of a budget.
 
     Attributes:
-        key: its name.
-        asked: its value.
-        reached: what the reply came to, in the unit of the key; None where nothing measured it.
-        held: whether that is within what was asked; None where nothing measured it.
-        margin: share of ``asked`` that was left free, below 0 where it was missed; None where nothing measured it.
-        how: what ``reached`` is, in words.
+        key: name of the key.
+        asked: value of the key.
+        reached: value of the reply, in the unit of the key; None if it was not measured.
+        held: whether ``reached`` is within ``asked``; None if it was not measured.
+        margin: share of ``asked`` that was left free, negative if the key was missed; None if it was not measured.
+        how: description of ``reached`` ("mean", "highest").
     """
 
     key: str
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What the sensors said at a time."""
+    """Readings of the sensors at one time."""
 
     now_s: float
     watts: float | None
@@ -62,7 +62,7 @@ class _Seen(NamedTuple):
 
 
 class Watch:
-    """Follows one reply, and begins anew where its budget is replaced."""
+    """Follows one reply, and begins anew when its budget is replaced."""
 
     def __init__(self) -> None:
         self._budget: Budget | None = None
@@ -73,14 +73,14 @@ class Watch:
     def token(
         self, budget: Budget, now_s: float, latency_ms: float, readings: Sequence[Reading], *, first: bool
     ) -> None:
-        """One token is out.
+        """Record one token.
 
         Args:
-            budget: that it was decided for.
-            now_s: when the readings were taken.
-            latency_ms: gap to the token before; of the first, since the reply was asked for.
-            readings: the latest of every sensor; empty where the budget needs none.
-            first: whether it is the first of the reply.
+            budget: budget of its decision.
+            now_s: time of the readings.
+            latency_ms: gap to the previous token; for the first token, time since the request.
+            readings: latest reading of every sensor; empty if the budget needs none.
+            first: whether it is the first token of the reply.
         """
         if budget is not self._budget:
             self._budget, self._from_start = budget, first
@@ -89,7 +89,7 @@ class Watch:
         self.saw(now_s, readings)
 
     def saw(self, now_s: float, readings: Sequence[Reading]) -> None:
-        """What the sensors said, also where no token follows because the device is too hot."""
+        """Record the readings; also called when no token follows because the device is too hot."""
         budget = self._budget
         if budget is None:
             return
@@ -97,7 +97,7 @@ class Watch:
             self._seen.append(_seen(budget, now_s, readings))
 
     def verdicts(self) -> tuple[Verdict, ...]:
-        """For every target of the budget that held for the last token, in the order of its keys."""
+        """Verdicts for every target of the last token's budget, in the order of the budget's keys."""
         budget = self._budget
         if budget is None:
             return ()
@@ -126,20 +126,21 @@ class Watch:
             margin = None if reached is None else (reached - asked if at_least else asked - reached) / asked
             held = None if margin is None else margin >= (-PACE_TOLERANCE if key in _PACES else 0)
             if key == "critical_temperature_c" and margin is not None:
-                held = margin > 0  # at it the reply ends
+                held = margin > 0  # the reply ends as soon as the limit is reached
             found.append(Verdict(key, asked, reached, held, margin, how if reached is not None else "not measured"))
         return tuple(found)
 
     @property
     def _later_ms(self) -> list[float]:
-        """Gaps: what the first token took is none."""
+        """Gaps between tokens, without the time of the reply's first token."""
         return self._gaps_ms[1:] if self._from_start else self._gaps_ms
 
     def _tpot(self, budget: Budget) -> tuple[float | None, str]:
         gaps = sorted(self._later_ms)
         if not gaps:
             return None, ""
-        # the least gap that the asked share of all gaps does not exceed; 1e-9: 0.9 x 10 is 9, whatever floats say
+        # The smallest gap that the asked share of all gaps does not exceed. Subtracting 1e-9 absorbs rounding: 0.9 x 10
+        # must be 9.
         place = max(math.ceil(budget.probability * len(gaps) - 1e-9), 1) - 1
         return gaps[place], f"{budget.probability * 100:g} % of the gaps within"
 
@@ -168,7 +169,7 @@ class Watch:
         return None if least is None else 100 * least
 
     def _most_w(self, window_s: float) -> float | None:
-        """Highest mean power over a window; of a reply that is shorter, its mean."""
+        """Highest mean power over a window; the mean of the whole reply if that is shorter."""
         seen = [one for one in self._seen if one.watts is not None]
         means: list[float] = []
         begin = 0
@@ -203,7 +204,7 @@ def _seen(budget: Budget, now_s: float, readings: Sequence[Reading]) -> _Seen:
 
 
 def _mean_w(seen: Sequence[_Seen]) -> float:
-    """By the energy counter where there is one: samples only hit or miss a step."""
+    """Mean power, by the energy counter if there is one, because samples only hit or miss a step."""
     last = seen[-1].counter
     counted = None if last is None else last.mean_w(seen[0].counter)
     return sum(one.watts or 0.0 for one in seen) / len(seen) if counted is None else counted

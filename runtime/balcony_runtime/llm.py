@@ -1,7 +1,7 @@
 """Generation: a loaded bundle that turns prompts into text within a budget.
 
-Owns :class:`LLM` and how ids become streamed text: end of sequence, stop strings, limits. The loop
-is :mod:`balcony_runtime.decoding.loop`, the types that a user sees :mod:`.reply`, conversations :mod:`.chat`.
+Owns :class:`LLM` and turns ids into streamed text: end of sequence, stop strings, limits. The loop is
+:mod:`balcony_runtime.decoding.loop`; the types that a user sees are in :mod:`.reply`, conversations in :mod:`.chat`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from balcony_runtime.sensors import Sensors, device_sources
 from balcony_runtime.text import Message, StopStrings, TextCodec
 
 _log = logging.getLogger(__name__)
-#: Seconds that are waited for sensors that have just been started: energy counters and busy shares need two samples.
+#: Longest wait for sensors that have just been started: energy counters and busy shares need two samples.
 FIRST_READINGS_S = 1.0
 
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -47,8 +47,8 @@ Prompt = str | Sequence[Message] | Sequence[int]
 class LLM:
     """A loaded bundle that generates within a budget. A context manager that frees the engine.
 
-    The budget may be replaced at any time; it takes effect at the next token. Several threads may stream at once, each its
-    own replies; they share the engine and the budget.
+    The budget may be replaced at any time; it takes effect at the next token. Several threads may stream their own replies
+    at once; they share the engine and the budget.
 
     Example:
         with balcony_edge.load("bundle/") as llm:
@@ -64,15 +64,15 @@ class LLM:
         costs: CostModel | None = None,
         readings: Callable[[], tuple[Reading, ...]] | None = None,
     ) -> None:
-        """Take what :meth:`open` has loaded.
+        """Create an LLM from the parts that :meth:`open` loads.
 
         Args:
-            engine: runs the bundle.
-            codec: the bundle's tokenizer.
-            budget: what replies may cost.
-            costs: prices of this device; None: they are measured when a budget needs them.
-            readings: gives the latest reading of every sensor; None: the device's own, from the first budget on that needs
-                them.
+            engine: engine that runs the bundle.
+            codec: tokenizer of the bundle.
+            budget: limits of replies.
+            costs: prices of this device; None measures them when a budget needs them.
+            readings: function that gives the latest reading of every sensor; None uses the device's own sensors, from the
+                first budget that needs them.
         """
         self.engine, self._codec = engine, codec
         self._costs, self._ask_sensors = costs, readings
@@ -115,12 +115,12 @@ class LLM:
             _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
             return cls(engine, codec, asked, costs=costs)
         except BaseException:
-            engine.close()  # an accelerator's memory is not Python's
+            engine.close()  # Python does not free the memory of an accelerator
             raise
 
     @property
     def budget(self) -> Budget:
-        """What replies may cost; set it to a budget, the path of a budget file, or None for full depth."""
+        """Limits of replies; set it to a budget, the path of a budget file, or None for full depth."""
         return self._budget
 
     @budget.setter
@@ -139,7 +139,7 @@ class LLM:
         self._budget, self._resolved = budget, resolved
 
     def _check_seen(self, budget: Budget) -> None:
-        """Say which ceilings nothing on this device measures, and refuse them where the budget asks for an error."""
+        """Warn of ceilings that no sensor of this device measures; raise if the budget asks for an error."""
         starts, until_s = self._ask_sensors is None, time.monotonic() + FIRST_READINGS_S
         while missing := unseen(budget, self.readings(), time.monotonic()):
             if not starts or time.monotonic() >= until_s:
@@ -154,7 +154,7 @@ class LLM:
         _log.warning("%s: it is not held", text)
 
     def readings(self) -> tuple[Reading, ...]:
-        """The latest of every sensor; the first call starts those of the device."""
+        """Latest reading of every sensor; the first call starts the device's sensors."""
         with self._sensors_lock:
             if self._ask_sensors is None:
                 self._sensors = Sensors(device_sources()).start()
@@ -163,7 +163,7 @@ class LLM:
 
     @property
     def costs(self) -> CostModel:
-        """What each exit costs on this device; measured once, at the first use (about half a second)."""
+        """Cost model of the exits on this device; measured once, at the first use (about half a second)."""
         if self._costs is None:
             self._costs = costs = measure_prices(self.engine)
             steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
@@ -172,7 +172,7 @@ class LLM:
 
     @property
     def quality(self) -> dict[int, Telemetry]:
-        """Exit → of how many of its tokens the full depth was asked while it caught up, and with how many it disagreed."""
+        """Exit → number of its tokens that the full depth checked while it caught up, and number of disagreements."""
         return dict(self._learned.confident.telemetry)
 
     @property
@@ -183,7 +183,7 @@ class LLM:
     def encode(
         self, prompt: str | Sequence[Message], *, chat: bool | None = None, control_tokens: bool = True
     ) -> list[int]:
-        """Tokens of a prompt, as :meth:`stream` would see them."""
+        """Tokens of a prompt, as :meth:`stream` uses them."""
         return self._codec.encode(prompt, chat=chat, control_tokens=control_tokens)
 
     def stream(
@@ -203,29 +203,29 @@ class LLM:
         """Generate token by token.
 
         Args:
-            prompt: a text, chat messages, or token ids.
-            max_new_tokens: most tokens to make; by default as many as the context holds.
-            sampling: how to pick tokens; greedy by default.
+            prompt: text, chat messages, or token ids.
+            max_new_tokens: largest number of tokens to make; by default as many as the context holds.
+            sampling: parameters for picking tokens; greedy by default.
             stop: strings that end the reply; they are not part of its text.
-            logprobs: give each token its log-probability and those of this many most likely tokens.
-            chat: put a text into the chat template; by default where the bundle has one.
+            logprobs: number of most likely tokens to report with their log-probabilities, next to the token's own.
+            chat: whether to put a text into the chat template; by default if the bundle has one.
             control_tokens: whether the name of a control token in the prompt (such as ``<|im_end|>``) is that token, as in
                 transformers; False takes it as plain text.
-            ignore_eos: go on after the end-of-sequence token; for measurements.
-            sequence: one to continue: rows that its tokens share with the prompt are kept, the others rolled back.
-            trace: where to record what the controller saw and decided, a line a token.
+            ignore_eos: whether to go on after the end-of-sequence token; for measurements.
+            sequence: sequence to continue; rows that its tokens share with the prompt are kept, the others rolled back.
+            trace: writer that records the controller's input and decision, one line per token.
 
         Raises:
-            InputError: a prompt or parameter that cannot be used.
+            InputError: a prompt or parameter cannot be used.
             ContextLengthError: the prompt does not fit the context.
-            InfeasibleError: nothing meets the target and the budget asks for an error then.
+            InfeasibleError: no exit meets the target, and the budget asks for an error in that case.
         """
         ids = self._prompt_ids(prompt, chat, control_tokens)
         limit = self._new_tokens(len(ids), max_new_tokens, sequence)
         if logprobs is not None:
             whole("logprobs", logprobs, 0)
         if trace is not None:
-            self.readings()  # starts the sensors now, not in the first step
+            self.readings()  # start the sensors now, not during the first step
         if sequence is None:
             sequence = self.engine.new_sequence(max_length=len(ids) + limit)
         model = self.engine.manifest.model
@@ -248,7 +248,7 @@ class LLM:
         control_tokens: bool = True,
         ignore_eos: bool = False,
     ) -> Reply:
-        """Generate a whole reply; arguments and errors as for :meth:`stream`."""
+        """Generate a whole reply; arguments and errors are those of :meth:`stream`."""
         stream = self.stream(
             prompt,
             max_new_tokens=max_new_tokens,
@@ -271,10 +271,10 @@ class LLM:
         sampling: SamplingParams | None = None,
         chat: bool | None = None,
     ) -> list[str]:
-        """Replies to several prompts of equal length in tokens, advanced together at the budget's exits.
+        """Reply to several prompts of equal length in tokens, advanced together at the budget's exits.
 
         Raises:
-            InputError: prompts that differ in length; otherwise as :meth:`stream`.
+            InputError: prompts differ in length; the other errors are those of :meth:`stream`.
         """
         if isinstance(prompts, str):
             raise InputError("prompts: one text: give a list of prompts, or use generate()")
@@ -302,7 +302,7 @@ class LLM:
         return [self._codec.decode(reply) for reply in replies]
 
     def chat(self, *, system: str | None = None) -> Chat:
-        """A conversation that remembers its turns and reuses what they have in common.
+        """Begin a conversation that remembers its turns and reuses the rows that they have in common.
 
         Raises:
             InputError: the bundle has no chat template.
@@ -312,7 +312,7 @@ class LLM:
         return Chat(self, self.engine.new_sequence(), system)
 
     def close(self) -> None:
-        """Free the engine, and stop the sensors where they were started."""
+        """Free the engine, and stop the sensors if they were started."""
         self._close_sensors()
         self.engine.close()
 
@@ -419,14 +419,14 @@ class LLM:
 
 
 class _Request(NamedTuple):
-    """What one reply was asked to be, checked.
+    """Checked arguments of one reply.
 
     Attributes:
         ids: tokens of the prompt.
-        limit: most tokens to make.
-        sampler: picks them.
-        stop: finds the strings that end the reply.
-        logprobs: likeliest tokens to report at each place; None without log-probabilities.
+        limit: largest number of tokens to make.
+        sampler: sampler that picks the tokens.
+        stop: finder of the strings that end the reply.
+        logprobs: number of likeliest tokens to report at each place; None without log-probabilities.
         ends: tokens that end the reply.
         trace: record of the run.
     """
@@ -447,7 +447,7 @@ def _params(sampling: SamplingParams | None) -> SamplingParams:
 
 
 def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:
-    """Prices of a profile; warns where they are another device's, bundle's or engine's.
+    """Load the costs of a device profile; warn if it is for another device, bundle or engine.
 
     Raises:
         ProfileError: the file cannot be read, or is for other exits.
@@ -465,7 +465,7 @@ def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:
 
 
 def _shared_prefix(sequence: TokenSequence, ids: list[int]) -> int:
-    """Rows of ``sequence`` that a prompt can keep; at least its last token is always run."""
+    """Number of rows of ``sequence`` that a prompt can keep; the prompt's last token is always run."""
     known = sequence.tokens[0][: len(ids) - 1]
     differs = np.nonzero(known != np.array(ids[: len(known)], np.int64))[0]
     return int(differs[0]) if len(differs) else len(known)

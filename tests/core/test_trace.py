@@ -108,9 +108,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
         return [*start[:at], slowdown, *start[at + 1 :]]
 
     cases = {
-        "\n".join([*lines[:5], "{", *lines[5:]]): "line 6 is no line of a trace",
+        "\n".join([*lines[:5], "{", *lines[5:]]): "line 6 is not a line of a trace",
         "\n".join(lines[2:]): "has no header",
-        "\n".join(lines[:2]): "holds no token",
+        "\n".join(lines[:2]): "contains no tokens",
         "\n".join(['{"trace": 2}', *lines]): "trace version 2, must be 1: record it again",
         "\n".join([lines[0], '{"budget": {"tpot": 3}}', *lines[2:]]): "run.jsonl: line 2: tpot = 3: no such key",
     }
@@ -131,7 +131,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         ("state", changed("offsets", [0, 0]), "offsets and offset_variances differ"),
     ):
         broken = json.dumps(json.loads(lines[4]) | {key: value})
-        cases["\n".join([*lines[:4], broken, *lines[5:]])] = rf"line 5 is no line of a trace \(.*{message}"
+        cases["\n".join([*lines[:4], broken, *lines[5:]])] = rf"line 5 is not a line of a trace \(.*{message}"
     for text, message in cases.items():
         path.write_text(text)
         with pytest.raises(InputError, match=message):

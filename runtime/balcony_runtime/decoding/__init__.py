@@ -1,1 +1,1 @@
-"""From logits to tokens: the decode loop, sampling, and the policies that choose an exit."""
+"""Decoding: the decode loop, sampling, and the policies that choose an exit."""

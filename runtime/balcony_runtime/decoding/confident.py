@@ -1,13 +1,14 @@
-"""Confidence exits: try a shallow exit, and go to the full depth only where the balcony is unsure.
+"""Confidence exits: try a shallow exit, and run the full depth only if the balcony is unsure.
 
-Owns how sure a balcony is (three measures), the choice of where to try, and what happens online: whenever the full depth runs
-for an unsure token, the rows of tokens that exited early run with it, so its opinion of them can be had at the price of the LM
-head. Those checks are counted, reported as quality telemetry, and raise the threshold of an exit whose disagreement slips above
-what :mod:`.thresholds` promised (CALM: Schuster et al., NeurIPS 2022; the paper names confidence exits as future work).
+Owns the choice of the exit to try, the online checks, and what is learned from both. When the full depth runs for an
+unsure token, the pending rows of tokens that exited early run with it. So checking those tokens costs only the LM head.
+The checks are counted and reported as quality telemetry. They raise the threshold of an exit whose disagreement rises
+above the promise of :mod:`.thresholds` (CALM: Schuster et al., NeurIPS 2022; the paper names confidence exits as future
+work).
 
-The choice follows from prices, as self-speculation's does: an exit is tried where it is expected to be ``WORTH`` times as
-fast as plain full-depth tokens, with the share of tokens that exit there learned online; where it is not, one token in
-`PROBE_TOKENS` is tried all the same.
+The choice follows from prices, as in self-speculation. An exit is tried if it is expected to be ``WORTH`` times as fast as
+plain full-depth tokens; the share of tokens that exit there is learned online. If no exit is expected to pay, one token in
+`PROBE_TOKENS` is still tried.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from balcony_runtime.decoding.speculate import PLAN_TOKENS, PROBE_TOKENS, WORTH
 from balcony_runtime.decoding.thresholds import binomial_tail, measured
 from balcony_runtime.engine import TokenSequence
 
-#: Weight of the calibration's share of early exits, in tokens, and of the past at every further token.
+#: Weight of the calibration's share of early exits, in tokens, and weight of the past at every further token.
 PRIOR_TOKENS, MEMORY = 64.0, 0.995
-#: Most early tokens that one full-depth pass is asked about, and tokens between two such questions: the price stays below 1 %.
+#: Largest number of early tokens that one full-depth pass checks, and number of trials between two checks. With these
+#: values the price stays below 1 %.
 MOST_CHECKED, CHECK_EVERY = 4, 32
-#: A threshold is raised when so many or more disagreements would be this unlikely under the promise.
+#: Probability, under the promise, of at least as many disagreements as were seen; below it the threshold is raised.
 SLIPPED = 0.01
-#: How far a threshold moves then, as a share of what is left to certainty.
+#: Share of the distance to certainty by which a threshold is raised.
 RAISE = 0.3
 
 
 class Trial(NamedTuple):
-    """Where a token may exit early: exit, its threshold, and the expected speed-up over plain tokens."""
+    """A planned early exit: the exit, its threshold, and the expected speed-up over plain tokens."""
 
     exit_layer: int
     threshold: float
@@ -45,34 +47,34 @@ class Trial(NamedTuple):
 
 
 class Telemetry(NamedTuple):
-    """What the full depth thought of tokens that an exit gave: how many it was asked about, and with how many it disagreed."""
+    """Checks of an exit's tokens by the full depth: the number of checks, and the number of disagreements."""
 
     checked: int
     disagreed: int
 
 
 class Confident:
-    """Chooses trials and learns from them. One for all replies of a loaded bundle."""
+    """Chooses trials and learns from them. One object serves all replies of a loaded bundle."""
 
     def __init__(self, exits: tuple[int, ...], spec: ConfidenceSpec | None) -> None:
         self._exits, self.spec = exits, spec
         known = {} if spec is None else spec.thresholds
         self._thresholds = {e: known[e].threshold for e in exits[:-1] if e in known}
-        # (tokens that exited, tokens that tried) of each exit, the past fading
+        # Exit → (tokens that exited, tokens that tried), with exponential forgetting.
         self._counts = {e: (PRIOR_TOKENS * known[e].exit_share, PRIOR_TOKENS) for e in self._thresholds}
-        #: Exit → what the full depth thought of its tokens since its threshold was raised last, and ever.
+        #: Exit → checks of its tokens since its threshold was last raised, and checks in total.
         self._recent = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self.telemetry = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self._since_trial = self._since_check = self._plan_at = 0
 
     @property
     def thresholds(self) -> Mapping[int, float]:
-        """Exit layer → least confidence of a token that exits there, as raised so far."""
+        """Exit layer → smallest confidence of a token that exits there, as raised so far."""
         return self._thresholds
 
     @property
     def measure(self) -> ConfidenceMeasure:
-        """How confidence is measured."""
+        """Measure of confidence."""
         assert self.spec is not None
         return self.spec.measure
 
@@ -84,14 +86,14 @@ class Confident:
         allowed: tuple[int, ...],
         most_ms: float,
     ) -> Trial | None:
-        """Where the next token is worth trying, or None: a plain token is as fast.
+        """Return the trial for the next token, or None if a plain token is as fast.
 
         Args:
-            costs: prices.
-            context_length: rows before the new one.
-            balcony_rows: rows that each balcony has not seen, without the new one.
+            costs: prices of this device.
+            context_length: number of rows before the new one.
+            balcony_rows: pending rows of each balcony, without the new one.
             allowed: exits that the budget allows.
-            most_ms: what an unsure token may cost, at slowdown 1.
+            most_ms: longest time that an unsure token may take, at slowdown 1.
         """
         self._since_trial += 1
         if self._since_trial < min(self._plan_at, PROBE_TOKENS):
@@ -119,26 +121,26 @@ class Confident:
         return best
 
     def learn(self, exit_layer: int, exited: bool) -> None:
-        """After a trial."""
+        """Learn from a trial."""
         self._since_check += 1
         self._plan_at = 0
         before, tried = self._counts[exit_layer]
         self._counts[exit_layer] = (MEMORY * before + exited, MEMORY * tried + 1)
 
     def due(self, waiting: int) -> int:
-        """Of how many early tokens the full depth is to be asked, whose next pass takes in the rows of ``waiting``."""
+        """Number of early tokens to check in the next full-depth pass, which runs the rows of ``waiting`` early tokens."""
         if not waiting or self._since_check < CHECK_EVERY:
             return 0
         self._since_check = 0
         return min(waiting, MOST_CHECKED)
 
     def check(self, exit_layer: int, agreed: bool) -> None:
-        """Count the full depth's opinion of an early token, and raise the exit's threshold where the promise slips."""
+        """Count the check of an early token, and raise the exit's threshold if the promise no longer holds."""
         self.telemetry[exit_layer] = _counted(self.telemetry[exit_layer], agreed)
         recent = self._recent[exit_layer] = _counted(self._recent[exit_layer], agreed)
         if self.spec is None or exit_layer not in self._thresholds:
             return
-        # the promise is about all tokens, so of those that exit early a larger share may disagree
+        # The promise is about all tokens, so a larger share of the tokens that exit early may disagree.
         exited, tried = self._counts[exit_layer]
         allowed = min(self.spec.max_disagreement / max(exited / tried, 1e-3), 1.0)
         if 1 - binomial_tail(recent.disagreed - 1, recent.checked, allowed) < SLIPPED:
@@ -155,23 +157,23 @@ class EarlyExits:
     """Confidence exits in one reply: a :class:`Policy`.
 
     Args:
-        confident: choice and memory that all replies share.
+        confident: choice of trials and learned values, shared by all replies.
     """
 
     def __init__(self, confident: Confident) -> None:
         self._confident = confident
-        #: Place in the sequence → exit, of tokens that exited early and were not checked.
+        #: Place in the sequence → exit, for tokens that exited early and were not checked.
         self._unchecked: dict[int, int] = {}
 
     def attempt(self, turn: Turn) -> Made | None:
-        """One token: the trial's exit gives it if its balcony is sure, else the full depth. None without a trial."""
+        """Make one token at the trial's exit if its balcony is sure, else at the full depth. None without a trial."""
         sequence, costs = turn.sequence, turn.costs
         allowed = turn.budget.allowed_exits(costs.exits)
         trial = self._confident.plan(costs, sequence.length, sequence.balcony_rows, allowed, turn.most_ms)
         return None if trial is None else self._run(sequence, turn.ids, turn.sampler, trial)
 
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
-        """Nothing: trials are weighed by prices alone."""
+        """Do nothing: the choice of a trial depends on prices only."""
 
     def _run(self, sequence: TokenSequence, ids: IntArray, sampler: Sampler, trial: Trial) -> Made:
         policy, unchecked = self._confident, self._unchecked
@@ -184,15 +186,15 @@ class EarlyExits:
         if exited:
             unchecked[end] = trial.exit_layer
             return Made([sampler.pick(logits)], [logits], trial.exit_layer, words)
-        # the last early tokens in a row; a sampled token says nothing about the likeliest one
+        # Count the last early tokens in a row. Sampled tokens are not checked, because they need not be the likeliest.
         run = 0
         while sampler.greedy and end - run - 1 in unchecked:
             run += 1
         checked = policy.due(run)
         rows = sequence.advance(sequence.exits[-1], [], num_logits=checked + 1)[0]  # (checked + 1, V)
-        # the full depth would have said a token at the row before the token's place
+        # The full depth's choice for a token is at the row before the token's place.
         for place, said in zip(range(end - checked, end), rows[:-1].argmax(-1).tolist(), strict=True):
             policy.check(unchecked[place], said == int(sequence.tokens[0, place]))
-        unchecked.clear()  # their rows have gone through the deeper stages now
+        unchecked.clear()  # the deeper stages have now run their rows
         last = np.ascontiguousarray(rows[-1:])
         return Made([sampler.pick(last)], [last], sequence.exits[-1], words)

@@ -1,8 +1,8 @@
-"""The decode loop: asks the controller for an exit, waits where a pace is asked for, advances the sequence, picks a token.
+"""The decode loop: asks the controller for an exit, advances the sequence, picks a token, and waits if a pace is asked for.
 
 Owns the clocks (``perf_counter`` for durations, ``monotonic`` for moments) and the order of a step. A token's latency is the
-gap that its receiver sees, less the time that the receiver itself kept the loop waiting. It knows no text;
-:mod:`balcony_runtime.llm` turns ids into it.
+gap that its receiver sees, without the time for which the receiver kept the loop waiting. This module does not know text;
+:mod:`balcony_runtime.llm` turns ids into text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.engine import TokenSequence
 
-#: Rows of one portion of idle work: the most that whoever ends the idleness waits for is the end of one portion.
+#: Rows of one portion of idle work. Idle work can be ended at the end of each portion.
 IDLE_ROWS = 8
 
 
@@ -36,15 +36,15 @@ class Step(NamedTuple):
 
     Attributes:
         ids: tokens, (B,).
-        logits: that they were picked from, (B, V); the next step writes over them. None where nobody wants them and the engine
-            picks tokens itself.
-        decision: the controller's.
-        target_ms: the budget's ``tpot_ms`` when it decided.
-        latency_ms: from the request for the token to the token, waiting for its pace included.
-        caught_up_rows: backlog that was worked off in the same gap.
-        budget: that it was decided for.
-        readings: what the sensors said then; empty where the budget needs none.
-        read_s: when that was.
+        logits: logits from which they were picked, (B, V); the next step overwrites them. None if they are not needed and the
+            engine picks tokens itself.
+        decision: decision of the controller.
+        target_ms: ``tpot_ms`` of the budget at the time of the decision.
+        latency_ms: time from the request for the token to the token, waiting for its pace included.
+        caught_up_rows: pending rows that were worked off in the same gap.
+        budget: budget of the decision.
+        readings: readings of the sensors at the time of the decision; empty if the budget needs none.
+        read_s: time of the readings.
     """
 
     ids: IntArray
@@ -59,9 +59,9 @@ class Step(NamedTuple):
 
 
 class Learned:
-    """What replies leave for the next one: the controller's state, and the time that we kept the device busy.
+    """What is kept from reply to reply: the controller's state, our busy time on the device, and the policies.
 
-    Replies that run at once share it: each starts from what was left last, and all of them are our own load.
+    Replies that run at once share this object. Each reply starts from the latest state, and all of them count as our own load.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Learned:
 
 
 class Environment(NamedTuple):
-    """What a decoder asks, records and learns while it decodes.
+    """What a decoder needs around it: budget, prices, sensors, trace and learned values.
 
     Attributes:
         budget_and_costs: gives budget and prices before every step, so that a new budget takes effect at the next token.
@@ -142,12 +142,12 @@ class Decoder:
             done_ns = time.perf_counter_ns()
             last = self._learn(decision, (done_ns - begin_ns) / 1e6) if self._made and attempted is None else None
             learned.busy_ns += done_ns - begin_ns
-            if decision.period_ms:  # after the step, so that its excess is taken from the wait
+            if decision.period_ms:  # wait after the step, so that a slow step shortens the wait
                 learned.busy_ns += self._wait(decision, emitted_ns + int(decision.period_ms * 1e6))
                 done_ns = time.perf_counter_ns()
             latency_ms, emitted_ns = (done_ns - begin_ns) / 1e6, done_ns
             caught_up = 0
-            if not made.drafted:  # rows beyond the new ones are backlog; a round has none
+            if not made.drafted:  # rows beyond the new ones are backlog; a draft round has no backlog
                 new_rows = ids.shape[1] if ids.ndim == 2 else 1
                 caught_up = sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows
             given = decision
@@ -162,10 +162,10 @@ class Decoder:
                 latency_ms = 0.0  # the other tokens of a round came with the first
 
     def _decide(self, last: Measurement | None) -> Decision:
-        """The decision for the next token.
+        """Decide about the next token.
 
         Args:
-            last: the step before, if it says something about the next one.
+            last: measurement of the previous step, if it says something about the next one.
 
         Raises:
             InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
@@ -212,7 +212,10 @@ class Decoder:
         return self._learned.speculator if budget.speculates else None
 
     def _attempt(self, ids: IntArray, decision: Decision, begin_ns: int) -> Made | None:
-        """The policy's tokens instead of a plain full-depth step that has neither a pace nor a deadline."""
+        """Let the policy make the tokens; None if a plain step is due.
+
+        A policy applies only to full-depth steps without a pace or a deadline.
+        """
         sequence, budget, costs = self._sequence, self._budget, self._costs
         if self._policy is None or costs is None or not self._made or sequence.batch_size > 1:
             return None
@@ -223,7 +226,7 @@ class Decoder:
         return self._policy.attempt(Turn(sequence, ids, self._sampler, budget, costs, most_ms, begin_ns))
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:
-        """One token of each member at an exit, after the prompt (B, n) or the token before (B,)."""
+        """Make one token of each member at an exit, after the prompt (B, n) or the previous token (B,)."""
         sequence, sampler = self._sequence, self._sampler
         if ids.ndim == 2:
             logits = sequence.advance(exit_layer, ids)[:, -1]
@@ -234,7 +237,10 @@ class Decoder:
         return Made([sampler.pick(logits)], [logits], exit_layer)
 
     def _learn(self, decision: Decision, measured_ms: float) -> Measurement | None:
-        """After a plain step. Prefill is not measured: its price says nothing about the slowdown of the next step."""
+        """Learn from a plain step, and return its measurement for the controller.
+
+        Prefill is not measured, because its time says nothing about the slowdown of the next step.
+        """
         costs = self._costs
         if self._policy is not None and costs is not None and decision.exit_layer == costs.exits[-1]:
             expected_ms = decision.price_ms or costs.steady_ms(decision.exit_layer, self._sequence.length - 1)
@@ -270,6 +276,6 @@ def _catch_up(sequence: TokenSequence, chunk: CatchUp) -> None:
 
 
 def _unmeasured(exits: tuple[int, ...]) -> CostModel:
-    """Prices of 0, for budgets without a target: nothing is weighed against them."""
+    """Prices of 0, for budgets without a target, which do not use prices."""
     nothing = (UnitCost(0.0),) * len(exits)
     return CostModel(exits, nothing, nothing, nothing[0])

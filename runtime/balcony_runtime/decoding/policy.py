@@ -2,7 +2,7 @@
 
 Owns the protocol between the decode loop and a policy. :class:`~balcony_runtime.decoding.speculate.Speculator` drafts several
 tokens and checks them in one pass; :class:`~balcony_runtime.decoding.confident.EarlyExits` takes a shallow exit's token if
-its balcony is sure. A policy knows neither clocks that pace tokens nor the controller's rules.
+its balcony is sure. A policy does not know the pace of the tokens or the controller's rules.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Turn(NamedTuple):
     """One full-depth token that a policy may make.
 
     Attributes:
-        sequence: sequence of one member, without the token before.
-        ids: the token before, (1,).
+        sequence: sequence of one member, without the previous token.
+        ids: previous token, (1,).
         sampler: picks the tokens of the reply.
         budget: budget of this token.
         costs: prices of this device.
@@ -43,10 +43,10 @@ class Made(NamedTuple):
 
     Attributes:
         ids: tokens, each (B,).
-        logits: logits that each was picked from, (B, V); None if the engine picked the token itself.
-        exit_layer: exit that gave the last token.
+        logits: logits from which each was picked, (B, V); None if the engine picked the token itself.
+        exit_layer: exit of the last token.
         words: reason in plain words; empty for a plain step.
-        drafted: drafts of the round that gave the tokens; 0 without drafts.
+        drafted: number of drafts in the round that gave the tokens; 0 without drafts.
     """
 
     ids: list[IntArray]
@@ -57,12 +57,12 @@ class Made(NamedTuple):
 
 
 class Policy(Protocol):
-    """Another way to make full-depth tokens, where that is measured to be faster."""
+    """Another way to make full-depth tokens, used if it is measured to be faster."""
 
     def attempt(self, turn: Turn) -> Made | None:
-        """The tokens of this step, or None: a plain step is as fast, and nothing was run."""
+        """Make the tokens of this step, or return None without running anything if a plain step is as fast."""
         ...
 
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
-        """Take note of a plain full-depth step: its price at slowdown 1, and what it took."""
+        """Learn from a plain full-depth step: its price at slowdown 1, and its measured time."""
         ...

@@ -1,7 +1,7 @@
-"""A short measurement of what each graph costs on this device, for when there is no profile.
+"""Prices: a short measurement of what each graph costs on this device, used if there is no device profile.
 
-Owns the few passes that it takes (about a dozen decode steps) and how they become a cost model. Medians of interleaved
-repetitions: a neighbour's burst hits all graphs alike.
+Owns the few passes that are measured (about a dozen decode steps) and turns them into a cost model. Repetitions of all
+graphs are interleaved and their medians are used, so that a burst of another program's load hits all graphs alike.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_runtime.backends.base import State
 from balcony_runtime.engine import Engine
 
-#: Repetitions of each pass after a first one that is thrown away (it packs weights and touches memory).
+#: Repetitions of each pass, after a first one that is discarded because it packs weights and touches memory.
 REPEATS = 5
-#: Rows of the many-row pass: enough to see the marginal row, few enough to stay cheap.
+#: Rows of the many-row pass: enough to measure the price of a further row, and few enough to stay cheap.
 MANY_ROWS = 9
 #: Python's share of a step: decision, sampling, text, bindings (benchmarks/overhead.py measures 0.1 to 0.2 ms).
 OVERHEAD_MS = 0.15
@@ -38,7 +38,7 @@ def measure_prices(engine: Engine) -> CostModel:
     layers = manifest.exit_layers
     context = min(engine.max_length, 1024)
     many = min(MANY_ROWS, context)
-    # attention pays for the bound capacity, which only grows: a state for the short passes, another for the deep ones
+    # Attention pays for the bound capacity, which only grows, so short and deep passes need a state each.
     short, long = engine.backend.new_state(1, many), engine.backend.new_state(1, context)
     ranges = {"one": (short, 0, 1), "many": (short, 0, many), "deep": (long, context - 1, context)}
     passes: dict[tuple[str, int, str], tuple[State, Callable[[], object]]] = {}
@@ -53,7 +53,7 @@ def measure_prices(engine: Engine) -> CostModel:
         for key, (state, run) in passes.items():
             before = state.busy_ns
             run()
-            state.wait()  # a GPU has only been told so far
+            state.wait()  # on a GPU, the pass has only been queued so far
             if repeat:
                 samples[key].append((state.busy_ns - before) / 1e6)
     typical = {key: median(values) for key, values in samples.items()}

@@ -1,8 +1,8 @@
-"""From logits to the next token: bias and penalties, then temperature, top-k, top-p and min-p, with a seed.
+"""Sampling: turns logits into the next token with bias, penalties, temperature, top-k, top-p, min-p and a seed.
 
 Owns the order, which is that of transformers' processors and warpers: bias, repetition penalty, presence penalty (which
-transformers does not have), temperature, top-k, top-p on what is left, min-p on what is left. Log-probabilities are the
-model's own, taken before all of it. It knows nothing of exits.
+transformers does not have), temperature, top-k, top-p on the tokens left, min-p on the tokens left. Log-probabilities are
+the model's own, taken before all of these. This module does not know about exits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from balcony_edge.errors import InputError
 from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
 
-#: Of a bias or penalty: far beyond every logit, and so far below what float32 holds that no sum or product overflows.
+#: Largest bias or penalty. It is far beyond every logit, and small enough for float32 that no sum or product overflows.
 LARGEST = 1e6
 
 
@@ -83,19 +83,19 @@ class SamplingParams:
 
 
 class Proposal(NamedTuple):
-    """A drafted token and the distribution that it was drawn from, (V,); None where it is the likeliest one."""
+    """A drafted token and the distribution from which it was drawn, (V,); None if the token is the likeliest one."""
 
     token: int
     distribution: npt.NDArray[np.float64] | None
 
 
 class Sampler:
-    """Draws tokens with one stream of random numbers, and remembers what penalties count.
+    """Draws tokens with one stream of random numbers, and remembers the tokens that penalties count.
 
     Args:
-        params: how.
+        params: sampling parameters.
         prompt: tokens that the repetition penalty counts from the start, (B, n).
-        vocab_size: V.
+        vocab_size: size of the vocabulary, V.
 
     Raises:
         InputError: a bias for a token outside the vocabulary.
@@ -111,19 +111,19 @@ class Sampler:
             self._seen[self._members[:, None], prompt] = True
         if params.presence_penalty:
             self._made = np.zeros((prompt.shape[0], vocab_size), bool)
-        #: Whether it takes the largest of the logits as they are.
+        #: Whether the next token is always the one with the largest unchanged logit.
         self.greedy = params.temperature == 0 and self._seen is None and self._made is None and not params.logit_bias
         for token in params.logit_bias:
             if not 0 <= token < vocab_size:
                 raise InputError(f"logit_bias for token {token}: the vocabulary has 0 to {vocab_size - 1}")
 
     def pick(self, logits: FloatArray) -> IntArray:
-        """Next token of each sequence, (B,), from logits (B, V), which are left as they were.
+        """Pick the next token of each sequence, (B,), from logits (B, V), which are not changed.
 
         Raises:
-            InputError: logits that are not numbers; the model or its precision is at fault.
+            InputError: logits are not finite, because of the model or its precision.
         """
-        if self.greedy and len(logits) == 1:  # the common case, in as few calls as it takes
+        if self.greedy and len(logits) == 1:  # the common case, with as few calls as possible
             best = logits.argmax()
             if not math.isfinite(logits.item(best)):
                 raise not_finite()
@@ -131,7 +131,7 @@ class Sampler:
         adjusted = self._adjust(logits)
         if self._params.temperature == 0:
             ids: IntArray = adjusted.argmax(axis=-1)
-            # the largest of logits with a NaN among them is that NaN
+            # If one of the logits is NaN, argmax returns it.
             if not all(math.isfinite(row[best]) for row, best in zip(adjusted, ids, strict=True)):
                 raise not_finite()
         else:
@@ -139,7 +139,7 @@ class Sampler:
         return self._recorded(ids)
 
     def fork(self) -> Sampler:
-        """A sampler with the same memory of tokens, and from then on one of its own; random numbers come from one stream."""
+        """Return a copy with its own memory of tokens from now on; both draw random numbers from the same stream."""
         other = copy.copy(self)
         other._seen, other._made = (None if record is None else record.copy() for record in (self._seen, self._made))
         return other
@@ -154,7 +154,7 @@ class Sampler:
         return Proposal(token, _dense(ids, probabilities, len(logits)))
 
     def judge(self, logits: FloatArray, proposal: Proposal) -> int:
-        """The next token from logits (V,), distributed as :meth:`pick` would have it, and the proposal's where that can be.
+        """Pick the next token from logits (V,): the proposal's if possible, with the same distribution as :meth:`pick`.
 
         Accept the proposal with min(1, p / q); else draw from what p has more than q (Leviathan et al., 2023, theorem 1).
         """
@@ -164,7 +164,7 @@ class Sampler:
         token, offered = proposal.token, proposal.distribution
         if self._random.random() * offered[token] >= wanted[token]:
             rest = np.maximum(wanted - offered, 0.0)
-            if (total := rest.sum()) > 0:  # 0 where rounding alone keeps the two apart
+            if (total := rest.sum()) > 0:  # it is 0 if the two differ only by rounding
                 token = int(self._random.choice(len(rest), p=rest / total))
         self._recorded(np.array([token], np.int64))
         return token
@@ -197,14 +197,14 @@ class Sampler:
 
 
 def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, npt.NDArray[np.float64]]:
-    """Tokens that the filters leave and their probabilities, most likely first (temperature above 0).
+    """Tokens that pass the filters and their probabilities, most likely first (temperature above 0).
 
     Args:
-        logits: (V,), penalties and bias applied.
-        params: the filters.
+        logits: logits after penalties and bias, (V,).
+        params: sampling parameters with the filters.
 
     Raises:
-        InputError: logits that are not numbers.
+        InputError: logits are not finite.
     """
     if not np.isfinite(logits).all():
         raise not_finite()
@@ -213,11 +213,11 @@ def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, np
     ids = np.argpartition(logits, count - kept)[count - kept :] if kept < count else np.arange(count)
     ids = ids[np.argsort(-logits[ids], kind="stable")]
     below = logits[ids].astype(np.float64) - logits[ids[0]]
-    with np.errstate(over="ignore"):  # a temperature close to 0 leaves the likeliest token alone
+    with np.errstate(over="ignore"):  # with a temperature close to 0 only the likeliest token is left
         probabilities = np.exp(below / params.temperature)
     probabilities /= probabilities.sum()
     if params.top_p < 1:
-        # the token that crosses p stays, so at least one does
+        # Keep the token that crosses p, so that at least one is left.
         last = int(np.searchsorted(probabilities.cumsum(), params.top_p)) + 1
         ids, probabilities = ids[:last], probabilities[:last]
     if params.min_p > 0:
@@ -234,12 +234,12 @@ def _dense(ids: IntArray, probabilities: npt.NDArray[np.float64], size: int) -> 
 
 
 def log_probabilities(logits: FloatArray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """``(log P(token), the top most likely tokens with theirs)`` under the model's own distribution.
+    """``(log P(token), the most likely tokens with their log P)`` under the model's own distribution.
 
     Args:
-        logits: (V,), as the model gave them.
-        token: the token that was picked.
-        top: how many of the most likely tokens to list.
+        logits: logits of the model, unchanged, (V,).
+        token: token that was picked.
+        top: number of most likely tokens to list.
     """
     shifted = logits.astype(np.float64) - logits.max()
     logs = shifted - math.log(np.exp(shifted).sum())

@@ -1,15 +1,16 @@
-"""Lossless self-speculation: a shallow exit drafts, the full depth checks all drafts in one pass, the prefix that it agrees
-with is kept.
+"""Lossless self-speculation: a shallow exit drafts tokens, and the full depth checks all of them in one pass.
 
-Owns one round and the choice of where and how long to draft. Over lazy stages a round is `step` at the draft's exit, `advance`
-at the full depth with the logits of the last rows, and `rollback`: the drafts' rows are what the deeper stages have pending,
-so checking is catching up. Greedy replies are the full depth's own; sampled ones have its distribution (speculative sampling:
-Leviathan et al., ICML 2023; the paper names self-speculation as future work).
+The prefix of drafts that the full depth agrees with is kept. Greedy replies equal those of the full depth; sampled replies
+have its distribution (speculative sampling: Leviathan et al., ICML 2023; the paper names self-speculation as future work).
+
+Owns one round, and the choice of the exit and number of drafts. Over lazy stages a round is `step` at the draft's exit,
+`advance` at the full depth with the logits of the last rows, and `rollback`. The drafts' rows are pending in the deeper
+stages anyway, so checking them is catching up.
 
 The choice. With a the probability that a draft is kept, a round of g drafts gives 1 + a + ... + a^g tokens. Its price comes
-from the cost model, corrected by what rounds and plain steps were measured to take; a is learned for each exit, from the
-bundle's measured agreement on. A round is run only where it is expected to be `WORTH` times as fast as plain steps; where it
-is not, one is tried every `PROBE_TOKENS` tokens, so that what was learned does not stay wrong for ever.
+from the cost model, corrected by the measured times of rounds and plain steps. The probability a is learned for each exit
+and starts at the bundle's measured agreement. A round is run only if it is expected to be `WORTH` times as fast as plain
+steps. If it is not, one round is tried every `PROBE_TOKENS` tokens, so that a wrong estimate is corrected at some point.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from balcony_runtime.decoding.policy import Made, Turn
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.engine import TokenSequence
 
-#: Most drafts of a round: beyond that even nine of ten kept gain nothing.
+#: Largest number of drafts in a round: with more, even an acceptance of nine in ten gains nothing.
 MOST_DRAFTS = 8
-#: How many times as fast as plain steps a round must be expected to be: prices are some percent off.
+#: Expected speed-up over plain steps from which a round is run. It is above 1 because prices are some percent off.
 WORTH = 1.03
-#: Tokens after which a round is tried although it is not expected to pay: costs less than 0.5 % where it does not.
+#: Tokens after which a round is tried even if it is not expected to pay. A useless trial costs less than 0.5 %.
 PROBE_TOKENS = 512
-#: Tokens after which a choice that came to nothing is made again: it takes half a millisecond with cold caches.
+#: Tokens until the next choice after one that found no round: a choice takes half a millisecond with cold caches.
 PLAN_TOKENS = 16
-#: Weight of the bundle's agreement in the acceptance, in drafts, and of the past at every further round.
+#: Weight of the bundle's agreement in the acceptance, in drafts, and weight of the past at every further round.
 PRIOR_DRAFTS, MEMORY = 8.0, 0.97
 #: Acceptance of an exit that was never evaluated.
 UNKNOWN_AGREEMENT = 0.5
@@ -43,13 +44,13 @@ RATIO_RATE = 0.1
 
 
 class Round(NamedTuple):
-    """What a round is planned to be.
+    """A planned round.
 
     Attributes:
-        exit_layer: that drafts.
-        drafts: how many.
-        price_ms: of the whole round, by the cost model.
-        speedup: expected, over plain steps.
+        exit_layer: exit layer at which the drafts are made.
+        drafts: number of drafts.
+        price_ms: price of the whole round, by the cost model.
+        speedup: expected speed-up over plain steps.
     """
 
     exit_layer: int
@@ -59,7 +60,13 @@ class Round(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a round gave: tokens in order, the full depth's logits that each came from (n, V), and how many drafts were kept."""
+    """Result of a round.
+
+    Attributes:
+        tokens: tokens in order, n of them.
+        logits: logits of the full depth from which each token was taken, (n, V).
+        kept: number of drafts that were kept.
+    """
 
     tokens: list[int]
     logits: FloatArray
@@ -67,11 +74,11 @@ class Outcome(NamedTuple):
 
 
 class Speculator:
-    """Chooses rounds, runs them and learns from them: a :class:`Policy`. One for all replies of a loaded bundle."""
+    """Chooses rounds, runs them and learns from them: a :class:`Policy`. One object serves all replies of a bundle."""
 
     def __init__(self, exits: tuple[int, ...], agreement: Mapping[int, float | None]) -> None:
         self._exits = exits
-        # (drafts that were kept, drafts that were judged) of each exit, the past fading
+        # Exit → (drafts that were kept, drafts that were judged), with exponential forgetting.
         self._counts = {
             exit_layer: (PRIOR_DRAFTS * (agreement.get(exit_layer) or UNKNOWN_AGREEMENT), PRIOR_DRAFTS)
             for exit_layer in exits[:-1]
@@ -85,7 +92,7 @@ class Speculator:
         return kept / judged
 
     def attempt(self, turn: Turn) -> Made | None:
-        """The tokens of one round, or None: a plain step is as fast, or stages have a backlog."""
+        """Make the tokens of one round, or return None if a plain step is as fast or stages have a backlog."""
         sequence = turn.sequence
         if any(sequence.stage_rows):
             return None
@@ -94,7 +101,7 @@ class Speculator:
         if planned is None:
             return None
         backlog_ns = time.perf_counter_ns()
-        sequence.run_balcony(planned.exit_layer, sequence.length)  # rows that plain steps left to it
+        sequence.run_balcony(planned.exit_layer, sequence.length)  # rows that plain steps left pending
         backlog_ns = time.perf_counter_ns() - backlog_ns
         outcome = run_round(sequence, turn.ids, turn.sampler, planned)
         self.learn(planned, outcome.kept, (time.perf_counter_ns() - turn.begin_ns - backlog_ns) / 1e6)
@@ -109,14 +116,14 @@ class Speculator:
     def plan(
         self, costs: CostModel, context_length: int, balcony_rows: tuple[int, ...], room: int, most_ms: float
     ) -> Round | None:
-        """The round that is worth running now, or None: a plain step is as fast.
+        """Return the round that is worth running now, or None if a plain step is as fast.
 
         Args:
-            costs: prices.
-            context_length: rows before the new ones.
-            balcony_rows: rows that each balcony has not seen, without the new ones.
-            room: rows that the sequence can still take; a round of g drafts takes g + 1.
-            most_ms: what a round may cost, at slowdown 1.
+            costs: prices of this device.
+            context_length: number of rows before the new ones.
+            balcony_rows: pending rows of each balcony, without the new ones.
+            room: number of rows that the sequence can still take; a round of g drafts takes g + 1.
+            most_ms: longest time that a round may take, at slowdown 1.
         """
         if self._since_probe < min(self._plan_at, PROBE_TOKENS):
             return None
@@ -139,20 +146,20 @@ class Speculator:
         return found
 
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
-        """Correct the price of plain steps, and count one until the next probe."""
+        """Correct the price of plain steps, and count this step towards the next probe."""
         self._since_probe += 1
         self._plain_ratio += RATIO_RATE * (measured_ms / predicted_ms - self._plain_ratio)
 
     def learn(self, planned: Round, kept: int, measured_ms: float) -> None:
-        """After a round, which took so long without what the draft's balcony was behind."""
+        """Learn from a round; ``measured_ms`` excludes the time for the pending rows of the draft's balcony."""
         self._since_probe = self._plan_at = 0
         before, judged = self._counts[planned.exit_layer]
-        tried = min(kept + 1, planned.drafts)  # those after the first that was refused were never judged
+        tried = min(kept + 1, planned.drafts)  # drafts after the first refused one were never judged
         self._counts[planned.exit_layer] = (MEMORY * before + kept, MEMORY * judged + tried)
         self._round_ratio += RATIO_RATE * (measured_ms / planned.price_ms - self._round_ratio)
 
     def _check_ms(self, costs: CostModel, exit_layer: int, drafts: int, context_length: int) -> float:
-        """Price of the full depth's pass over the last draft, with the others pending behind the draft's exit."""
+        """Price of the full depth's pass over the last draft; the other rows are pending after the draft's exit."""
         index, count = self._exits.index(exit_layer), len(self._exits)
         rows = (1,) * (index + 1) + (drafts + 1,) * (count - index - 1)
         whole_ms = costs.step_ms(self._exits[-1], rows, (1,) * count, context_length)
@@ -160,13 +167,13 @@ class Speculator:
 
 
 def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: Round) -> Outcome:
-    """Draft, check, keep the prefix that the full depth agrees with, roll the rest back.
+    """Draft tokens, check them, keep the prefix that the full depth agrees with, and roll back the rest.
 
     Args:
-        sequence: its full depth and the draft's exit are up to date; of one member.
-        ids: the token that is not in the sequence yet, (1,).
-        sampler: of the reply; it remembers the tokens that are given out.
-        planned: where and how many.
+        sequence: sequence of one member, without pending rows at the full depth and the draft's exit.
+        ids: token that is not in the sequence yet, (1,).
+        sampler: sampler of the reply; it remembers the tokens that are given out.
+        planned: exit and number of drafts.
     """
     begin, drafter = sequence.length, sampler.fork()
     token, drafts = ids, []

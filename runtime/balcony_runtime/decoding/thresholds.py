@@ -1,10 +1,13 @@
-"""Thresholds of confidence exits with a promise: learned on text, tested on other text of the same kind.
+"""Thresholds of confidence exits, with a promise: learned on text and tested on other text of the same kind.
 
 Owns the measures of confidence, the test and the calibration of a bundle. The promise is CALM's (Schuster et al., NeurIPS
-2022), by learn-then-test: with the asked confidence, at most ``max_disagreement`` of all tokens exit early with another token
-than the full depth's. Half of the text chooses measure and candidate thresholds; on the other half they are tested from the
-strictest on, each by the exact binomial tail, and the last before the first that fails is taken (fixed-sequence testing, which
-needs no correction for the number of candidates). The test takes tokens for independent draws; neighbours are not quite.
+2022): with the asked confidence, at most ``max_disagreement`` of all tokens exit early with another token than the full
+depth's.
+
+The method is learn-then-test. Half of the text is used to choose the measure and the candidate thresholds. On the other
+half the candidates are tested by the exact binomial tail, beginning with the strictest. The last one before the first that
+fails is taken (fixed-sequence testing, which needs no correction for the number of candidates). The test assumes that
+tokens are independent draws, which is not quite true of neighbouring tokens.
 """
 
 from __future__ import annotations
@@ -22,20 +25,20 @@ from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.engine import Engine
 
 MEASURES: tuple[ConfidenceMeasure, ...] = get_args(ConfidenceMeasure)
-#: Thresholds that are tried, as quantiles of the confidence that was seen, from the strictest on.
+#: Number of candidate thresholds: quantiles of the observed confidence, beginning with the strictest.
 CANDIDATES = 200
-#: Rows whose logits are held at once.
+#: Number of rows whose logits are in memory at once.
 _CHUNK = 64
-#: Fewest tokens that a test makes sense with.
+#: Smallest number of tokens for a useful test.
 MIN_TOKENS = 400
 
 
 class Compared(NamedTuple):
-    """Exits over the same tokens.
+    """Comparison of the exits over the same tokens.
 
     Attributes:
         sure: measure → exit → confidence of every token.
-        agrees: exit → whether its likeliest token is the full depth's.
+        agrees: exit → whether its likeliest token is the full depth's, for every token.
     """
 
     sure: dict[ConfidenceMeasure, dict[int, npt.NDArray[np.float64]]]
@@ -43,9 +46,10 @@ class Compared(NamedTuple):
 
 
 def measured(logits: FloatArray, measure: ConfidenceMeasure) -> npt.NDArray[np.float64]:
-    """How sure logits (n, V) are, each from 0 to 1.
+    """Confidence of each row of logits (n, V), from 0 to 1.
 
-    ``top1``: the largest probability; ``margin``: it less the second; ``entropy``: 1 less the entropy as a share of log V.
+    ``top1`` is the largest probability, ``margin`` the largest minus the second largest, and ``entropy`` is 1 minus the
+    entropy as a share of log V.
     """
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     weights = np.exp(shifted)
@@ -63,7 +67,7 @@ def measured(logits: FloatArray, measure: ConfidenceMeasure) -> npt.NDArray[np.f
 
 
 def binomial_tail(most: int, draws: int, probability: float) -> float:
-    """P(X ≤ most) of a binomial of ``draws`` draws."""
+    """P(X ≤ most) of a binomial distribution with ``draws`` draws."""
     if most < 0:
         return 0.0
     if most >= draws or probability <= 0:
@@ -86,12 +90,12 @@ def last_accepted(
     max_disagreement: float,
     confidence: float,
 ) -> float | None:
-    """The last of the candidates, from the strictest on, before the first that the test does not accept; None: none is.
+    """Return the last candidate before the first one that the test rejects, or None if the first one is rejected.
 
     Args:
         sure: confidence of each token at the exit.
-        agrees: whether its likeliest token is the full depth's.
-        candidates: thresholds, falling; chosen without these tokens.
+        agrees: whether the exit's likeliest token is the full depth's, for each token.
+        candidates: thresholds in descending order, chosen without these tokens.
         max_disagreement: share of all tokens that may exit early with another token.
         confidence: probability that the promise holds.
     """
@@ -116,12 +120,12 @@ def calibrate_confidence(
     """Learn and test the thresholds of every exit.
 
     Args:
-        engine: of the bundle.
-        documents: tokens of text of the kind that replies will be of.
-        text: its name, for the record.
+        engine: engine of the bundle.
+        documents: tokens of documents that resemble the expected replies.
+        text: name of the text, for the record.
         max_disagreement: share of all tokens that may exit early with another token than the full depth's.
         confidence: probability that the promise holds.
-        progress: told which share of the text was seen.
+        progress: function called with the share of the text that is done.
 
     Raises:
         InputError: shares out of range, or too little text.
@@ -131,13 +135,13 @@ def calibrate_confidence(
 
 
 def learn(compared: Compared, text: str, max_disagreement: float, confidence: float) -> ConfidenceSpec:
-    """:func:`calibrate_confidence` from exits that were compared already: several promises need one look at the text."""
+    """:func:`calibrate_confidence` for exits that are already compared: several promises need only one pass over the text."""
     _refuse_bad_shares(max_disagreement, confidence)
     sure, agrees = compared
     count = len(next(iter(agrees.values())))
     if count < MIN_TOKENS:
         raise InputError(f"{text}: {count} tokens to calibrate on: give {MIN_TOKENS} or more, thousands are better")
-    # the caller gives documents of every kind of text in turn, so that both halves have all of them
+    # The caller gives documents of every kind of text in turn, so that both halves contain all kinds.
     tuning = np.zeros(count, bool)
     tuning[: count // 2] = True
     levels = np.linspace(1, 0, CANDIDATES + 1)
@@ -148,7 +152,8 @@ def learn(compared: Compared, text: str, max_disagreement: float, confidence: fl
         )
     measure = max(MEASURES, key=lambda name: shares[name])
     thresholds = {}
-    each = 1 - (1 - confidence) / len(agrees)  # so that all of them hold at once (Bonferroni): any exit may be used
+    # Any exit may be used, so all promises must hold at once (Bonferroni).
+    each = 1 - (1 - confidence) / len(agrees)
     for exit_layer in agrees:
         candidates = np.quantile(sure[measure][exit_layer][tuning], levels).tolist()
         held, fits = sure[measure][exit_layer][~tuning], agrees[exit_layer][~tuning]
@@ -176,7 +181,12 @@ def _refuse_bad_shares(max_disagreement: float, confidence: float) -> None:
 
 
 class Held(NamedTuple):
-    """What a threshold does on a text, as shares of all its tokens: how many exit early, and how many do so wrongly."""
+    """Effect of a threshold on a text, as shares of all its tokens.
+
+    Attributes:
+        exit_share: share of tokens that exit early.
+        disagreement: share of tokens that exit early with another token than the full depth's.
+    """
 
     exit_share: float
     disagreement: float
@@ -188,13 +198,16 @@ def held_out(
     spec: ConfidenceSpec,
     progress: Callable[[float], None] = lambda done: None,
 ) -> tuple[int, dict[int, Held]]:
-    """What thresholds do on text that they were not learned from: its tokens, and exit → shares of them.
+    """Measure the effect of thresholds on text from which they were not learned.
 
     Args:
-        engine: of the bundle.
-        documents: tokens of text.
+        engine: engine of the bundle.
+        documents: tokens of each document.
         spec: measure and thresholds.
-        progress: told which share of the text was seen.
+        progress: function called with the share of the text that is done.
+
+    Returns:
+        The number of tokens, and exit → effect of its threshold.
 
     Raises:
         InputError: too little text.
@@ -211,7 +224,7 @@ def held_out(
 
 
 def _largest_share(sure: npt.NDArray[np.float64], agrees: npt.NDArray[np.bool_], most: float) -> float:
-    """Largest share of tokens that can exit with at most ``most`` of all tokens wrong, as seen."""
+    """Largest share of these tokens that can exit early with at most the share ``most`` of all tokens wrong."""
     order = np.argsort(-sure, kind="stable")
     wrong = np.cumsum(~agrees[order]) / len(sure)
     return float((wrong <= most).sum() / len(sure))
@@ -220,7 +233,7 @@ def _largest_share(sure: npt.NDArray[np.float64], agrees: npt.NDArray[np.bool_],
 def compare_exits(
     engine: Engine, documents: Sequence[Sequence[int]], progress: Callable[[float], None] = lambda done: None
 ) -> Compared:
-    """Run every exit over documents of tokens; ``progress`` is told which share was seen."""
+    """Run every exit over documents of tokens; ``progress`` is called with the share that is done."""
     exits = engine.exit_layers
     sure: dict[ConfidenceMeasure, dict[int, list[npt.NDArray[np.float64]]]] = {
         measure: {e: [] for e in exits[:-1]} for measure in MEASURES
@@ -230,7 +243,7 @@ def compare_exits(
         sequence = engine.new_sequence(max_length=max(len(document), 1))
         for start in range(0, len(document), _CHUNK):
             rows = list(document[start : start + _CHUNK])
-            # the full depth first, so that shallower exits find their stages done
+            # Run the full depth first, so that the stages of the shallower exits are already done.
             wanted = sequence.advance(exits[-1], rows, num_logits=len(rows))[0].argmax(-1)
             for exit_layer in exits[:-1]:
                 logits = sequence.advance(exit_layer, [], num_logits=len(rows))[0]
