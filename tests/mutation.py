@@ -71,8 +71,14 @@ class Entry(NamedTuple):
     deselect: tuple[str, ...] = ()
 
 
-def mutate(copy: Path, file: str) -> list[Mutant]:
-    """Write all mutants of a file into the copy, and return them in the order of the code."""
+def mutate(copy: Path, file: str, sample: int) -> tuple[list[Mutant], int]:
+    """Write all mutants of a file into the copy; return a sample of them, in the order of the code, and how many there are.
+
+    Args:
+        copy: Copy of the tree.
+        file: The file, relative to the root.
+        sample: Mutants to draw; 0 is all.
+    """
     path = copy / file
     made = mutate_file_contents(file, path.read_text(encoding="utf-8"))
     path.write_text(made.code, encoding="utf-8")
@@ -83,12 +89,15 @@ def mutate(copy: Path, file: str) -> list[Mutant]:
         span = made.line_span_by_function_name[name]
         return [line.strip().replace(name, "") for line in lines[span.start - 1 : span.end]]
 
+    count = len(made.mutant_names)
     mutants = []
-    for name in made.mutant_names:
-        changed = list(difflib.ndiff(body(name.partition("__mutmut_")[0] + "__mutmut_orig"), body(name)))
-        old, new = (" ".join(line[2:] for line in changed if line.startswith(sign)) for sign in "-+")
+    for index in sorted(random.Random(SEED).sample(range(count), min(sample or count, count))):
+        name = made.mutant_names[index]
+        before, after = body(name.partition("__mutmut_")[0] + "__mutmut_orig"), body(name)
+        changed = list(difflib.unified_diff(before, after, n=0))[2:]  # without the names of the two
+        old, new = (" ".join(line[1:] for line in changed if line.startswith(sign)).strip() for sign in "-+")
         mutants.append(Mutant(f"{module}.{name}", file, old, new))
-    return mutants
+    return mutants, count
 
 
 class Session:
@@ -196,11 +205,8 @@ def run_entry(
         copy_tree(copy)
         tried, counts = [], {}
         for file in entry.files:
-            mutants = mutate(copy, file)
-            counts[file] = len(mutants)
-            most = entry.sample if sample is None else sample
-            chosen = random.Random(SEED).sample(range(len(mutants)), min(most or len(mutants), len(mutants)))
-            tried += [mutants[index] for index in sorted(chosen)]
+            mutants, counts[file] = mutate(copy, file, entry.sample if sample is None else sample)
+            tried += mutants
         arguments = [*OPTIONS, *entry.tests, *(f"--deselect={test}" for test in entry.deselect)]
 
         session = Session(tried, copy, equivalent)

@@ -90,3 +90,9 @@ def test_time_of_the_last_switch_is_kept_until_the_next() -> None:
         assert decision.exit_layer == 8
         # the short way leaves the time alone as well
         assert (after.switched_s, after.tokens_since_switch) == (switched_s, tokens)
+
+
+def test_a_backlog_alone_makes_no_target_infeasible() -> None:
+    seen = Observation(Budget(tpot_ms=12, min_exit=8), 0, (1, 1, 101), STEADY, None, made_tokens=5)
+    decision = Controller(COSTS).decide(sure(8), seen)[1]
+    assert (decision.exit_layer, decision.price_ms, decision.infeasible) == (8, 35.0, False)
