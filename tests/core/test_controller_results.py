@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.catching_up import HELD, Recovery
-from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.controller import CONTEXT_STEP, Controller, ControllerState
 from balcony_edge.control.decision import Decision, Observation
 from balcony_edge.control.governor import Governor
 from balcony_edge.control.slowdown import Slowdown
@@ -96,3 +97,19 @@ def test_a_backlog_alone_makes_no_target_infeasible() -> None:
     seen = Observation(Budget(tpot_ms=12, min_exit=8), 0, (1, 1, 101), STEADY, None, made_tokens=5)
     decision = Controller(COSTS).decide(sure(8), seen)[1]
     assert (decision.exit_layer, decision.price_ms, decision.infeasible) == (8, 35.0, False)
+
+
+def test_the_wait_before_the_first_token_is_taken_off_its_time() -> None:
+    # 1,010.3 ms, of which a second has gone: 10.04 with the margin of the filter, and the deepest exit takes 10
+    for now_s, exit_layer in ((6.0, 8), (6.001, 6)):
+        seen = Observation(Budget(ttft_ms=1010.3), 0, STEADY, STEADY, None, made_tokens=0, started_s=5.0, now_s=now_s)
+        assert Controller(COSTS).decide(sure(None), seen)[1].exit_layer == exit_layer
+
+
+def test_prices_are_those_of_the_context_rounded_down() -> None:
+    grows = replace(COSTS, stages=(UnitCost(3.0, 0.25, 10.0), *COSTS.stages[1:]))
+    budget, context = Budget(tpot_ms=1e3), 7 * CONTEXT_STEP
+    for length in (context, context + CONTEXT_STEP - 1):
+        seen = Observation(budget, length, STEADY, STEADY, None, made_tokens=5)
+        decision = Controller(grows).decide(sure(8), seen)[1]
+        assert decision.price_ms == pytest.approx(grows.steady_ms(8, context))
