@@ -113,3 +113,35 @@ def test_prices_are_those_of_the_context_rounded_down() -> None:
         seen = Observation(budget, length, STEADY, STEADY, None, made_tokens=5)
         decision = Controller(grows).decide(sure(8), seen)[1]
         assert decision.price_ms == pytest.approx(grows.steady_ms(8, context))
+
+
+def test_a_balconys_backlog_is_priced_at_its_context_with_one_query() -> None:
+    grows = replace(COSTS, balconies=(UnitCost(1.0, 0.125, 10.0), *COSTS.balconies[1:]))
+    rows, context = (5, 1, 1), 7 * CONTEXT_STEP
+    seen = Observation(Budget(tpot_ms=1e3, max_exit=4), context, STEADY, rows, None, made_tokens=5)
+    decision = Controller(grows).decide(sure(4), seen)[1]
+    assert decision.price_ms == pytest.approx(grows.step_ms(4, STEADY, rows, context))
+
+
+@pytest.mark.parametrize(
+    ("left_s", "remaining", "share", "period_ms"),
+    [
+        (5.0, 100, 0.1, 47.5),  # 20 tokens a second, with a twentieth for jitter
+        (0.5, 1, 0.01, 475.0),
+        (5.0, 1, 0.1, 100.0),  # there is time: the share of the device alone makes the gap
+    ],
+)
+def test_a_busy_share_leaves_the_pace_that_a_deadline_needs(
+    left_s: float, remaining: int, share: float, period_ms: float
+) -> None:
+    budget = Budget(
+        power_w=5,
+        deadline_s=10 + left_s,
+        expected_tokens=remaining + 1,
+        min_exit=8,
+        min_pace_tps=0.5,
+        priority="latency",
+    )
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=share))
+    seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
+    assert Controller(COSTS).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
