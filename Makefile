@@ -1,7 +1,8 @@
 # make demo   set up, export the demo model with its balconies, verify, generate while the budget changes; writes a PNG
 # make test   set up and run every check and test: what CI runs
 # make test-fast  the checks and the tests that need no model: an answer in two minutes
-# make test-deep  puts mistakes into the code and sees tests fail (half an hour)
+# make test-deep  puts mistakes into the code and sees tests fail: those of a list, then those made by rule (hours)
+# make test-mutation  those made by rule only; ONLY=costs for one module, SAMPLE=50 for fewer mutants of each
 # make test-gpu  on a machine with an NVIDIA GPU: the tests that need one, and a report with the card's name
 # make check  the checks without the tests: lint, format, types, import contracts
 # make reference  the public API as pages in .cache/reference, from the docstrings
@@ -10,13 +11,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+MUTATION := .venv/.mutation
 RUNS := .venv/.runs
 DEMO := .cache/demo
 NEWEST := .cache/newest
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test test-fast test-deep test-gpu check reference constraints format clean
+.PHONY: demo test test-fast test-deep test-mutation test-gpu check reference constraints format clean
 
 # what the demo needs; the checks need 850 MB more
 $(RUNS): pyproject.toml constraints.txt
@@ -53,6 +55,14 @@ test-fast: check
 
 test-deep: $(READY)
 	$(BIN)/python tests/mutants.py
+	$(MAKE) test-mutation
+
+$(MUTATION): $(READY)
+	$(INSTALL) --group mutation
+	touch $@
+
+test-mutation: $(MUTATION)
+	$(BIN)/python tests/mutation.py $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE))
 
 test-gpu: $(READY)
 	$(INSTALL) --editable '.[tensorrt]'

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balcony_edge.device.costs import Bend, CostModel, UnitCost
+from balcony_edge.device.costs import MAX_MS, MAX_ROWS, Bend, CostModel, UnitCost
 
 STAGE = UnitCost(first_row_ms=2.0, marginal_row_ms=0.5, context_ms_per_1k=1.0)
 COSTS = CostModel(
@@ -161,3 +161,31 @@ def test_what_bends_must_ascend() -> None:
         Bend(1, 1.0)
     with pytest.raises(ValueError, match="key_bucket = 0"):
         UnitCost(1.0, key_bucket=0)
+
+
+def test_limits_themselves_are_allowed() -> None:
+    assert UnitCost(MAX_MS).first_row_ms == MAX_MS
+    assert UnitCost(1.0, key_bucket=1, pass_rows=MAX_ROWS).key_bucket == 1
+    assert Bend(2, 1.0).rows == 2
+    assert Bend(MAX_ROWS, 1.0).rows == MAX_ROWS
+
+
+def test_a_long_number_is_cut_after_twenty_digits() -> None:
+    with pytest.raises(ValueError, match=r"pass_rows = 1{20}: must be"):
+        UnitCost(1.0, pass_rows=int("1" * 30))
+
+
+def test_each_pass_of_several_attends_to_the_keys_before_its_last_row() -> None:
+    # rows 8, 9 and 10 after ten others less: two at once over 9 keys each, then one over 10
+    assert UnitCost(1.0, 0.0, 1000.0, pass_rows=2).pass_ms(3, 10) == (1 + 2 * 9) + (1 + 10)
+
+
+def test_the_head_and_the_norm_take_one_row() -> None:
+    steep = replace(COSTS, head=UnitCost(3.0, 7.0), balconies=(COSTS.balconies[0], UnitCost(0.25, 9.0)))
+    assert steep.steady_ms(8, 0) == COSTS.steady_ms(8, 0)
+    assert steep.prefill_ms(8, 30) == COSTS.prefill_ms(8, 30)
+
+
+def test_rows_of_another_number_of_exits_are_refused() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        COSTS.steps_ms((1,), (1,), 0)

@@ -78,6 +78,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
         ({"repetition_penalty": 1e-308}, r"repetition_penalty = 1e-308"),
         ({"presence_penalty": -1e308}, r"presence_penalty = -1e\+308: must be a number within ±1e\+06"),
         ({"logit_bias": {1: -1e39}}, r"between ±1e\+06 each; use -100"),
+        ({"logit_bias": {1: 1e6}}, r"between ±1e\+06 each; use -100"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, float], pattern: str) -> None:
