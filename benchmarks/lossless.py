@@ -53,7 +53,7 @@ def spoilt_and_speculated(llm: LLM, prompt: list[int], turn: int) -> tuple[list[
 def measure(llm: LLM, prompts: list[list[int]]) -> dict[str, Any]:
     """Everything but the bars."""
     full = llm.exit_layers[-1]
-    llm._costs = always_paying(measure_prices(llm.engine))
+    llm.costs = always_paying(measure_prices(llm.engine))
     equal = compared = flips = speculated = 0
     for turn, prompt in enumerate(prompts):
         llm.budget = Budget()

@@ -66,7 +66,8 @@ class Policy(NamedTuple):
 
 
 def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
-    llm._costs, llm._budget, llm._resolved = policy.costs, policy.budget, policy.budget
+    llm.costs = policy.costs
+    llm._budget, llm._resolved = policy.budget, policy.budget
     llm._learned.confident = Confident(llm.exit_layers, policy.thresholds)
     replies, drafted, made, kept, early = [], 0, 0, 0, 0
     begin = time.perf_counter()

@@ -163,12 +163,28 @@ class LLM:
 
     @property
     def costs(self) -> CostModel:
-        """Cost model of the exits on this device; measured once, at the first use (about half a second)."""
+        """Cost model of the exits on this device; measured once, at the first use (about half a second), unless it was set.
+
+        Set prices of the same exits to decide with those instead, e.g. those of a simulation. They take effect at the next
+        token.
+
+        Raises:
+            InputError: the prices are for other exits.
+        """
         if self._costs is None:
             self._costs = costs = measure_prices(self.engine)
             steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
             _log.info("measured what a token costs: %s", steady)
         return self._costs
+
+    @costs.setter
+    def costs(self, value: CostModel) -> None:
+        if value.exits != self.exit_layers:
+            raise InputError(
+                f"costs: are for exits {', '.join(map(str, value.exits))}, but this bundle has "
+                f"{', '.join(map(str, self.exit_layers))}: give prices of the same exits"
+            )
+        self._costs = value
 
     @property
     def quality(self) -> dict[int, Telemetry]:

@@ -143,7 +143,7 @@ def test_a_trial_keeps_the_budgets_bounds_and_pays_for_a_balcony_that_is_behind(
 
 def test_bounds_of_depth_hold_for_early_exits(calibrated: Path) -> None:
     with balcony_edge.load(calibrated) as llm:
-        llm._costs = COSTS
+        llm.costs = COSTS
         llm.budget = Budget(policy="confident", min_exit=3)
         assert {t.exit_layer for t in llm.stream("the quick brown fox", max_new_tokens=60, ignore_eos=True)} == {5}
         llm.budget = Budget(policy="confident")
@@ -185,7 +185,7 @@ def calibrated(export_tiny: Callable[[str], Any], tmp_path: Path) -> Path:
 def test_replies_are_the_exits_own_tokens(calibrated: Path) -> None:
     """Every token is the likeliest of its exit, and tokens without enough confidence are the full depth's."""
     with balcony_edge.load(calibrated) as llm:
-        llm._costs = COSTS
+        llm.costs = COSTS
         llm.budget = Budget(policy="confident")
         tokens = list(llm.stream("the quick brown fox", max_new_tokens=120, ignore_eos=True))
         exits = {token.exit_layer for token in tokens}
@@ -222,7 +222,7 @@ def test_telemetry_counts_what_the_full_depth_would_have_said(
     monkeypatch.setattr("balcony_runtime.decoding.confident.MOST_CHECKED", 1000)
     monkeypatch.setattr("balcony_runtime.decoding.confident.RAISE", 0.0)
     with balcony_edge.load(calibrated) as llm:
-        llm._costs = COSTS
+        llm.costs = COSTS
         llm.budget = Budget(policy="confident")
         prompt = llm.encode("the dog and the fox")
         tokens = list(llm.stream(prompt, max_new_tokens=100, ignore_eos=True))
@@ -282,7 +282,7 @@ def test_thresholds_are_outside_the_fingerprint(calibrated: Path, tiny: Any) -> 
 
 def test_a_trace_of_early_exits_replays(calibrated: Path, tmp_path: Path) -> None:
     with balcony_edge.load(calibrated) as llm:
-        llm._costs = COSTS
+        llm.costs = COSTS
         llm.budget = Budget(policy="confident")
         with TraceWriter(tmp_path / "run.jsonl") as trace:
             exits = [token.exit_layer for token in llm.stream("a fox", max_new_tokens=60, ignore_eos=True, trace=trace)]

@@ -21,7 +21,6 @@ from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError
-from balcony_runtime import llm as generate_module
 from balcony_runtime.decoding import loop as decode_module
 from balcony_runtime.decoding.loop import Decoder, Environment
 from balcony_runtime.decoding.prices import measure_prices
@@ -113,13 +112,12 @@ def test_switching_up_runs_the_pending_rows_and_says_so(llm: LLM) -> None:
     assert [token.caught_up_rows for token in tokens] == [0] * 6 + [18, 0]
 
 
-def test_a_target_is_held_by_depth(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_is_held_by_depth(llm: LLM) -> None:
     """With given prices the exits follow the target; benchmarks test the effect of the machine's noise."""
     units = (UnitCost(1.0, 0.001), UnitCost(1.0, 0.001), UnitCost(2.0, 0.001))
     costs = CostModel((2, 3, 5), units, (UnitCost(0.5),) * 3, UnitCost(0.5))
-    monkeypatch.setattr(generate_module, "measure_prices", lambda engine: costs)
+    llm.costs = costs
     for target, exit_layer in ((100.0, 5), (4.4, 3), (2.3, 2)):
-        llm._costs = None
         llm.budget = Budget(tpot_ms=target)
         token = next(iter(llm.stream([1, 2], max_new_tokens=1)))
         assert (token.exit_layer, token.target_ms) == (exit_layer, target)
@@ -137,8 +135,7 @@ def test_a_target_is_held_by_depth(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
 def test_backlog_is_worked_off_beside_the_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a shallow start under a generous target, chunks lead to the full depth, and results stay exact."""
     unit = UnitCost(10.0, 1.0)
-    costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(1.0),) * 3, UnitCost(1.0))
-    monkeypatch.setattr(generate_module, "measure_prices", lambda engine: costs)
+    llm.costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(1.0),) * 3, UnitCost(1.0))
     clock = SimpleNamespace(
         perf_counter_ns=iter(range(0, 10**15, 30_000_000)).__next__, monotonic=time.monotonic
     )  # every step takes 30 ms
@@ -220,6 +217,19 @@ def test_calibration_prices_every_graph(llm: LLM) -> None:
     assert shallow > 0 and shallow < full * 10 and middle < full * 10
 
 
+def test_prices_can_be_given_and_must_be_for_the_bundles_exits(llm: LLM) -> None:
+    given = prices()
+    llm.costs = given
+    llm.budget = Budget(tpot_ms=5.0)
+    assert llm.costs is given
+    other = CostModel((4, 5), (UnitCost(1.0),) * 2, (UnitCost(1.0),) * 2, UnitCost(1.0))
+    with pytest.raises(
+        InputError, match="costs: are for exits 4, 5, but this bundle has 2, 3, 5: give prices of the same"
+    ):
+        llm.costs = other
+    assert llm.costs is given
+
+
 def test_the_library_logs_and_prints_nothing(
     tiny: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,16 +244,14 @@ def test_the_library_logs_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def prices(monkeypatch: pytest.MonkeyPatch, step_ms: float = 1.0) -> CostModel:
-    """Give every graph of the tiny model a fixed price, independent of this machine."""
+def prices(step_ms: float = 1.0) -> CostModel:
+    """Fixed prices of the tiny model's graphs, so that decisions do not depend on this machine."""
     unit = UnitCost(step_ms, step_ms / 100)
-    costs = CostModel((2, 3, 5), (unit,) * 3, (UnitCost(step_ms / 2),) * 3, UnitCost(step_ms / 2))
-    monkeypatch.setattr(generate_module, "measure_prices", lambda engine: costs)
-    return costs
+    return CostModel((2, 3, 5), (unit,) * 3, (UnitCost(step_ms / 2),) * 3, UnitCost(step_ms / 2))
 
 
-def test_pace_waits_and_the_wait_goes_to_the_backlog(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    prices(monkeypatch)
+def test_pace_waits_and_the_wait_goes_to_the_backlog(llm: LLM) -> None:
+    llm.costs = prices()
     sequence = llm.engine.new_sequence(max_length=120)
     llm.budget = Budget(exit_layer=2)
     list(llm.stream(list(range(1, 61)), max_new_tokens=10, ignore_eos=True, sequence=sequence))
@@ -258,8 +266,8 @@ def test_pace_waits_and_the_wait_goes_to_the_backlog(llm: LLM, monkeypatch: pyte
     assert tokens[-1].pending_rows == 0  # although no deeper exit was used
 
 
-def test_a_paced_stream_is_cancelled_in_the_middle_of_a_wait(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    prices(monkeypatch)
+def test_a_paced_stream_is_cancelled_in_the_middle_of_a_wait(llm: LLM) -> None:
+    llm.costs = prices()
     llm.budget = Budget(max_pace_tps=0.05)  # a token every 20 s
     stream = llm.stream([1, 2, 3], max_new_tokens=5, ignore_eos=True)
     next(stream)
@@ -285,14 +293,14 @@ def test_a_cancelled_wait_is_not_spent_on_backlog(llm: LLM) -> None:
     assert sequence.pending_rows == waiting and time.perf_counter_ns() - begin < 10**9
 
 
-def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any) -> None:
     """Readings of a board without a fan; the real sensors have tests of their own."""
-    prices(monkeypatch)
 
     def hot() -> tuple[Reading, ...]:
         return (Reading("board", "board", time.monotonic(), watts=9.0, celsius=80.0),)
 
     with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain._codec, Budget(), readings=hot) as llm:
+        llm.costs = prices()
         llm.budget = Budget(temperature_c=70, min_pace_tps=300)
         tokens = list(llm.stream([1, 2, 3], max_new_tokens=80, ignore_eos=True))
         assert "limited by temperature_c" in tokens[-1].reason
@@ -332,8 +340,8 @@ def test_a_ceiling_that_nothing_measures_is_said_counted_and_refused(
         assert llm.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True).unseen_tokens == 0
 
 
-def test_a_reply_says_whether_its_budget_was_held(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    prices(monkeypatch, step_ms=0.2)
+def test_a_reply_says_whether_its_budget_was_held(llm: LLM) -> None:
+    llm.costs = prices(step_ms=0.2)
     llm.budget = Budget(tpot_ms=5000.0, ttft_ms=1e-3, memory_mb=1e6)
     with llm.stream([1, 2, 3], max_new_tokens=8, ignore_eos=True) as stream:
         gaps = [token.latency_ms for token in stream]
@@ -345,8 +353,8 @@ def test_a_reply_says_whether_its_budget_was_held(llm: LLM, monkeypatch: pytest.
     assert llm.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True).verdicts[0].key == "critical_temperature_c"
 
 
-def test_a_recorded_run_replays(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prices(monkeypatch, step_ms=0.2)
+def test_a_recorded_run_replays(llm: LLM, tmp_path: Path) -> None:
+    llm.costs = prices(step_ms=0.2)
     llm.budget = Budget(tpot_ms=1.0, ttft_ms=50.0, dwell_tokens=2, cpu_utilization=0.99)
     with TraceWriter(tmp_path / "run.jsonl") as trace:
         tokens = []
@@ -386,7 +394,7 @@ def test_least_agreement_needs_an_evaluated_bundle(llm: LLM) -> None:
         (lambda llm: llm.stream("hi", max_new_tokens="2"), InputError, "max_new_tokens = '2': must be a whole number"),
         (lambda llm: llm.generate_batch([[1]], max_new_tokens=2.5), InputError, "max_new_tokens = 2.5"),
         (lambda llm: llm.stream("hi", logprobs=1.5), InputError, "logprobs = 1.5: must be a whole number"),
-        (lambda llm: llm.stream("hi", stop=None), InputError, "stop = None: must be a list of strings"),
+        (lambda llm: llm.stream("hi", stop=None), InputError, "stop = None: must be a list of non-empty strings"),
         (lambda llm: llm.chat(system=5), InputError, "system of type int: give a text"),
         (lambda llm: llm.chat().send(5), InputError, "message of type int: give a text"),
         (lambda llm: setattr(llm, "budget", "nowhere.toml"), BudgetError, "nowhere.toml: there is no such file"),

@@ -32,10 +32,10 @@ def costs(shallow_ms: float = 1.0, deep_ms: float = 50.0) -> CostModel:
 
 
 @pytest.fixture
-def llm(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def llm(tiny: Any) -> Any:
     """Prices under which rounds always pay, so that they run even with bad drafts."""
-    monkeypatch.setattr("balcony_runtime.llm.measure_prices", lambda engine: costs())
     with balcony_edge.load(tiny.path) as loaded:
+        loaded.costs = costs()
         yield loaded
 
 
@@ -142,10 +142,11 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
     assert made[:10] == wanted
 
 
-def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any) -> None:
     expensive = CostModel(EXITS, (UnitCost(9.0, 5.0),) * 3, (UnitCost(9.0, 5.0),) * 3, UnitCost(1.0, 1.0))
-    monkeypatch.setattr("balcony_runtime.llm.calibrate", lambda engine: expensive)
-    with balcony_edge.load(tiny.path, budget=Budget(policy="lossless")) as llm:
+    with balcony_edge.load(tiny.path) as llm:
+        llm.costs = expensive
+        llm.budget = Budget(policy="lossless")
         tokens = list(llm.stream([1, 2, 3], max_new_tokens=200, ignore_eos=True))
         assert not any(token.decision.drafted for token in tokens)
     speculator = Speculator(EXITS, {2: 0.3, 3: None, 5: 1.0})
