@@ -452,3 +452,24 @@ def test_more_threads_than_cpus_are_warned_of(tiny: Any, caplog: pytest.LogCaptu
         assert engine.backend.threads == cpus and caplog.text == ""
     with Engine.open(tiny.path, threads=cpus + 1):
         assert f"threads = {cpus + 1}, but this process may use {cpus} CPUs: fewer threads are faster" in caplog.text
+
+
+def test_rows_run_counts_each_row_of_each_stage(tiny_engine: Engine) -> None:
+    sequence = tiny_engine.new_sequence(max_length=16)
+    sequence.advance(2, [1, 2, 3])  # the first stage
+    assert sequence.rows_run == 3
+    sequence.step(2, np.array([4]))
+    assert sequence.rows_run == 3 + 1
+    sequence.advance(3, [5])  # the second stage has the four rows before to do as well
+    assert sequence.rows_run == 4 + 1 + 5
+    sequence.step(3, np.array([6]))
+    assert sequence.rows_run == 10 + 2
+
+
+def test_a_sequence_without_memory_says_its_size(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def new_state(*_: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(tiny_engine.backend, "new_state", new_state)
+    with pytest.raises(InputError, match="max_length = 16, batch_size = 2: there is not enough memory"):
+        tiny_engine.new_sequence(batch_size=2, max_length=16)
