@@ -92,7 +92,7 @@ def _export_full_depth(path: Path, bundle: Bundle) -> None:
 
 
 def idle(path: Path) -> dict[str, Any]:
-    """Measure setting of large pages → figures of a process under it, with both bars. Prints the table."""
+    """Run a process under each setting of large pages; returns setting → figures, with both bars. Prints the table."""
     before = _setting()
     report: dict[str, Any] = {}
     try:

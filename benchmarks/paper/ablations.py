@@ -1,12 +1,18 @@
-"""The paper's ablations and Table 4 over a small model that is trained here, an hour or less on two cores.
+"""The paper's ablations and Table 4 on a small model that is trained here, in an hour or less on two cores.
 
     python -m benchmarks.paper.ablations --data TEXT.jsonl [--steps 600] [--plot docs/ablations.png]
 
-A Llama of eight layers (3.5M parameters, a vocabulary of 2,048 made from the text) is trained on the text. Then, on as many
-rows each: balconies as the paper trains them; from random weights; MLP alone, attention alone, the norm alone; with the text as
-teacher (``ce``) and the paper's mix (``kl+ce``); with the backbone unfrozen; sorted fine-tuning. From scratch, with the base
-model's own budget (Table 4): balconies with the averaged loss, and the sorted objective. Every exit is scored on the same
-held-out rows: cross-entropy on the text (nats a token), KL and top-1 agreement to the variant's own full depth.
+A Llama of eight layers (3.5M parameters, a vocabulary of 2,048 made from the text) is trained on the text. The variants are
+then trained on it, all on the same number of rows:
+
+- balconies as the paper trains them, and balconies from random weights
+- the MLP alone, attention alone, the norm alone
+- the text as teacher (``ce``), and the paper's mix (``kl+ce``)
+- an unfrozen backbone, and sorted fine-tuning
+
+Two variants start from scratch, with the base model's own budget (Table 4): balconies with the averaged loss, and the sorted
+objective. Every exit is scored on the same held-out rows: cross-entropy on the text (nats a token), KL and top-1 agreement
+to the variant's own full depth.
 
 The last line is JSON: ``steps``, ``parameters``, ``variants`` (name → exit → ``cross_entropy``, ``kl``, ``agreement``),
 ``seconds``.
@@ -49,7 +55,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-#: Variant → what differs from the paper's balconies.
+#: Variant → changes of the recipe of the paper's balconies.
 FROZEN: dict[str, dict[str, Any]] = {
     "balcony (decoder, from the last layer, KL, frozen)": {},
     "random initialisation": {"start": "random"},
@@ -64,7 +70,7 @@ Scores = dict[int, ExitScore]
 
 
 def make_tokenizer(data: Path) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE of the text's own."""
+    """Train a byte-level BPE on the text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,7 +87,7 @@ def make_tokenizer(data: Path) -> transformers.PreTrainedTokenizerFast:
 def joint(
     model: PreTrainedModel, corpus: Corpus, objective: Any, steps: int, balconies: dict[int, Balcony] | None = None
 ) -> JointTrainer:
-    """A trainer of backbone and exits; with ``steps`` 0 one that only scores."""
+    """Train backbone and exits together, and return the trainer; with ``steps`` 0 it only scores."""
     module: Any = "none" if objective == "sorted" else "decoder"
     config = JointConfig(EXITS, objective, module, max(steps, 1), ROWS, rate=2e-3)
     trainer = JointTrainer(model, corpus, config, balconies)
@@ -91,7 +97,7 @@ def joint(
 
 
 def distilled(base: PreTrainedModel, corpus: Corpus, steps: int, **changes: Any) -> Scores:
-    """Balconies on the frozen base model: the paper's optimizer at a rate that suits so small a model."""
+    """Train balconies on the frozen base model, with the paper's optimizer at a rate that suits a small model."""
     with tempfile.TemporaryDirectory() as scratch:
         options = {
             "optimizer": "adamw",
@@ -112,7 +118,7 @@ def distilled(base: PreTrainedModel, corpus: Corpus, steps: int, **changes: Any)
 
 
 def variants(base: PreTrainedModel, corpus: Corpus, steps: int) -> dict[str, Callable[[], Scores]]:
-    """Variant → how its scores come about; ``steps`` is what the base model had, the others get half of it."""
+    """Variant → function that trains and scores it. ``steps`` are those of the base model; fine-tuning gets half."""
     half = max(steps // 2, 1)
     runs: dict[str, Callable[[], Scores]] = {
         name: lambda changes=changes: distilled(base, corpus, half, **changes)  # type: ignore[misc]
@@ -133,7 +139,7 @@ def variants(base: PreTrainedModel, corpus: Corpus, steps: int) -> dict[str, Cal
 
 
 def plot(found: dict[str, Scores], output: Path) -> None:
-    """Cross-entropy of every exit and the full depth, a line for each variant."""
+    """Draw the cross-entropy of every exit and the full depth, a line for each variant."""
     import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
 
     mpl.use("Agg")
@@ -141,7 +147,7 @@ def plot(found: dict[str, Scores], output: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     depths = list(next(iter(found.values())))
-    # a colour and a marker of its own for each line; smaller markers come later, so that equal lines show both
+    # Each line has its own colour and marker. Later markers are smaller, so that both of two equal lines are visible.
     colors = mpl.color_sequences["tab20"]
     for index, (name, scores) in enumerate(found.items()):
         style = "-" if index == 0 else ("--" if index < len(FROZEN) else ":")
@@ -158,7 +164,7 @@ def plot(found: dict[str, Scores], output: Path) -> None:
     axes.set_xlabel("exit layer (the last is the full depth)")
     axes.set_ylabel("held-out cross-entropy, nats a token")
     axes.set_xticks(depths)
-    figure.legend(fontsize=8, loc="outside right center")  # over the lines it would hide some
+    figure.legend(fontsize=8, loc="outside right center")  # inside, it would cover lines
     axes.grid(alpha=0.3)
     figure.savefig(output, dpi=110)
 
@@ -166,8 +172,8 @@ def plot(found: dict[str, Scores], output: Path) -> None:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="JSON Lines with a text each")
-    parser.add_argument("--steps", type=int, default=600, help="of the base model; variants get half")
+    parser.add_argument("--data", type=Path, required=True, help="JSON Lines with a text in each line")
+    parser.add_argument("--steps", type=int, default=600, help="steps of the base model; most variants get half")
     parser.add_argument("--only", nargs="+", help="variants to run")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -179,7 +185,7 @@ def main() -> None:
     config._attn_implementation = "sdpa"
     base = transformers.LlamaForCausalLM(config)
     depth = SIZES["num_hidden_layers"]
-    # the base model: the averaged loss over one sub-model, which is the model itself
+    # The base model is trained with the averaged loss over a single sub-model, which is the model itself.
     alone = JointTrainer(base, corpus, JointConfig((), "scratch", "none", options.steps, ROWS, rate=2e-3))
     alone.run()
     found: dict[str, Scores] = {}

@@ -2,13 +2,17 @@
 
     python -m benchmarks.paper.joint demo --objective unfrozen --exits 14,17,20 --data TEXT.jsonl --steps 1000 -o OUT
 
-Three objectives. ``unfrozen``: the paper's distillation without the freezing (section 4.3). The teacher is a copy of the model
-as it was, and the full depth learns from it like any exit; with its own moving full depth as the teacher, all of them would
-come to agree on nothing. ``sorted``: SortedLLaMA's, without modules at the exits: the mean cross-entropy of all sub-models.
-``scratch``: the same mean with balconies, from random weights (Table 4).
+There are three objectives:
 
-The result is a base model of its own in ``OUT/model``, as a Hugging Face checkpoint, and balconies for it in ``OUT``; every
-command of ``balcony-edge`` takes the two. For small models and short runs: weights and optimizer in float32, no resume.
+    unfrozen   The paper's distillation without freezing (section 4.3). The teacher is a copy of the original model, and the
+               full depth learns from it like any exit. With the moving full depth as the teacher, all outputs would agree
+               with one another but lose the original model
+    sorted     SortedLLaMA's objective without modules at the exits: the mean cross-entropy of all sub-models
+    scratch    The same mean with balconies, from random weights (Table 4)
+
+The result is a new base model in ``OUT/model``, as a Hugging Face checkpoint, and balconies for it in ``OUT``. Every command
+of ``balcony-edge`` takes the two. It is meant for small models and short runs: weights and optimizer are in float32, and
+a run cannot be resumed.
 
 The last line is JSON: ``model``, ``balconies``, ``exits`` (exit → ``cross_entropy``, ``kl``, ``agreement`` on held-out rows).
 """
@@ -47,16 +51,16 @@ from balcony_export.model.checkpoint import load_tokenizer, load_trainable, save
 from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory, refuse_existing
 
-#: How backbone and exits learn together.
+#: Objective of training backbone and exits together.
 Objective = Literal["unfrozen", "sorted", "scratch"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-#: Where the base model of a run lies, below its output.
+#: Directory of a run's base model, below its output.
 BASE = "model"
 
 
 @dataclass(frozen=True)
 class JointConfig:
-    """The recipe: AdamW with a warm-up of a twentieth and a cosine to zero, as the paper trains (section 4.1)."""
+    """The recipe: AdamW with a warm-up of a twentieth of the steps and a cosine to zero, as in the paper (section 4.1)."""
 
     exits: tuple[int, ...]
     objective: Objective
@@ -77,7 +81,13 @@ class JointConfig:
 
 @dataclass(frozen=True)
 class ExitScore:
-    """An exit on held-out text: nats and share of tokens, against the text and against the model's own full depth."""
+    """Scores of an exit on held-out text.
+
+    Attributes:
+        cross_entropy: cross-entropy on the text, in nats per token.
+        kl: KL to the model's own full depth, in nats per token.
+        agreement: share of tokens with the same top token as the full depth.
+    """
 
     cross_entropy: float
     kl: float
@@ -88,10 +98,10 @@ class JointTrainer:
     """One run. ``run()`` trains to the end, ``save()`` writes model and balconies.
 
     Args:
-        model: the base model, whose attention is ``sdpa`` or ``eager``; it is trained.
-        corpus: rows to train on and held-out rows.
-        config: the recipe.
-        balconies: of the exits; by default copies of the last layer, from random weights where the objective is ``scratch``.
+        model: base model with attention ``sdpa`` or ``eager``; it is trained.
+        corpus: training rows and held-out rows.
+        config: recipe.
+        balconies: balconies of the exits; by default copies of the last layer, or random weights for ``scratch``.
     """
 
     def __init__(
@@ -108,7 +118,7 @@ class JointTrainer:
         )
         self.exits = ExitModel(model, self.balconies)
         parameters: list[torch.nn.Parameter] = list(model.parameters())
-        if config.objective == "sorted":  # the exits share the final norm, which trains with the model
+        if config.objective == "sorted":  # the exits share the final norm, which is trained with the model
             for balcony in self.balconies.values():
                 balcony.norm = self.exits.parts.norm
         else:
@@ -124,7 +134,7 @@ class JointTrainer:
         """Train all steps; returns the loss of each.
 
         Args:
-            report: told the step, its loss, and the seconds left.
+            report: function called with the step, its loss, and the seconds left.
 
         Raises:
             TrainingError: the loss is not a number.
@@ -138,7 +148,10 @@ class JointTrainer:
         return losses
 
     def train_step(self) -> float:
-        """One optimizer step; returns the loss: a mean over positions, and over sub-models but for ``unfrozen`` (a sum)."""
+        """Run one optimizer step and return the loss.
+
+        The loss is a mean over positions. Over sub-models it is a mean, or a sum for ``unfrozen``.
+        """
         tokens, mask = self._batch(self.corpus.train, self._rows_of(self.step))
         logits = self._logits(tokens)
         if self._teacher is not None:
@@ -167,10 +180,10 @@ class JointTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[int, ExitScore]:
-        """Every exit and the full depth on the held-out rows.
+        """Score every exit and the full depth on the held-out rows.
 
         Raises:
-            TrainingError: one of them gives no number: the last step went too far.
+            TrainingError: a score is not a number, because the last step was too large.
         """
         sums = {e: [0.0, 0.0, 0.0] for e in self.exits.exit_layers}
         count = 0
@@ -186,7 +199,7 @@ class JointTrainer:
                 found[2] += int((logs.argmax(-1) == logits[-1].argmax(-1)).sum())
         for exit_layer, values in sums.items():
             if not all(map(math.isfinite, values)):
-                raise TrainingError(f"exit {exit_layer} gives no number any more: lower --rate and start again")
+                raise TrainingError(f"exit {exit_layer}: its scores are not numbers: lower --rate and start again")
         return {e: ExitScore(*(value / count for value in values)) for e, values in sums.items()}
 
     def save(self, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -198,7 +211,7 @@ class JointTrainer:
         save_balconies(output, self.balconies, fingerprint(self.model), {"recipe": recipe, "steps": self.step})
 
     def _logits(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Of each exit and of the full depth  # each (B, T, V)"""
+        """Logits of each exit and of the full depth  # each (B, T, V)"""
         return [logits.float() for logits in self.exits.logits(tokens).values()]
 
     def _rows_of(self, step: int) -> npt.NDArray[np.int64]:
@@ -214,7 +227,7 @@ class JointTrainer:
         return np.asarray(picked, dtype=np.int64)
 
     def _batch(self, rows: Rows, which: Sequence[int] | npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and which of them have a successor  # (B, T), (B, T)"""
+        """Tokens, and whether each has a successor  # (B, T), (B, T)"""
         tokens = torch.from_numpy(rows.tokens[which]).long()
         lengths = torch.from_numpy(rows.lengths[which])
         return tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None] - 1
@@ -262,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--objective", choices=OBJECTIVES, required=True)
     parser.add_argument("--exits", required=True, help="exit layers (14,17,20) or depth factors (0.5x,0.6x,0.7x)")
     parser.add_argument("--data", type=Path, action="append", required=True, help="text, as for `balcony-edge train`")
-    parser.add_argument("--output", "-o", type=Path, required=True, help="directory of the model and its balconies")
+    parser.add_argument("--output", "-o", type=Path, required=True, help="directory for the model and its balconies")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--exit-module", choices=KINDS, help="default: decoder, or none for sorted")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")

@@ -74,7 +74,7 @@ def test_joint_recipes_that_make_no_sense(make_tiny: Any) -> None:
     spoilt = JointTrainer(make_tiny("llama"), corpus(), JointConfig((2,), "unfrozen", steps=1))
     spoilt.run()
     spoilt.balconies[2].norm.weight.data[0] = float("nan")  # as after a last step that went too far
-    with pytest.raises(TrainingError, match=r"exit 2 gives no number any more: lower --rate"):
+    with pytest.raises(TrainingError, match=r"exit 2: its scores are not numbers: lower --rate"):
         spoilt.evaluate()
 
 
