@@ -1,1 +1,1 @@
-"""Measurements of Balcony Edge on a real bundle: see benchmarks/README.md. Not part of the distribution."""
+"""Measurements of Balcony Edge on a real bundle; see benchmarks/README.md. They are not part of the distribution."""

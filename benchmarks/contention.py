@@ -1,17 +1,18 @@
 """The controller on the real model while another process takes the CPU: the second half of :mod:`benchmarks.controller`.
 
-Owns the competitor, the alignment of runs and what counts as late. The competitor is a process pinned to one of our CPUs that
-sweeps an array (it takes cycles, cache and memory bandwidth) for a share of every 20 ms; the share follows a load of
-:mod:`balcony_edge.simulation.loads` on a clock that both know. Its array and priority are chosen by trial so that the
-shallowest exit still holds the target under it: the target is full depth on an idle machine / 0.9, and the slowed
-shallowest exit must cost no more than 0.9 of the target.
+Owns the competitor, the alignment of runs, and the definition of a late token. The competitor is a process pinned to one of
+our CPUs. It sweeps an array (which takes cycles, cache and memory bandwidth) for a share of every 20 ms. The share follows
+a load of :mod:`balcony_edge.simulation.loads` on a clock that both processes know.
 
-Each load is run under the controller, at the shallowest exit alone (twice) and at full depth alone, from the same moment of
-the load on. A token is *late* where its gap exceeds the target and no token that the shallowest exit made at that moment of
-the load did: what no exit could hold is nobody's miss. ``late_steady`` is the share of late tokens more than 200 tokens
-after a step of the load, ``late_after_step`` the most late ones among the 200 after one (loads without steps have only the
-first). The second run at the shallowest exit is scored like the others: what it has is what the machine does to the same
-steps another time.
+The competitor's priority is chosen by trial so that the shallowest exit still holds the target under it. The target is the
+time of full depth on an idle machine / 0.9. The slowed shallowest exit must cost no more than 0.9 of the target.
+
+Each load is run under the controller, at the shallowest exit alone (twice) and at full depth alone, always from the same
+moment of the load. A token is *late* if its gap exceeds the target and no token of the shallowest exit at that moment of
+the load exceeded it: a gap that no exit could hold is not counted. ``late_steady`` is the share of late tokens more than
+200 tokens after a step of the load. ``late_after_step`` is the largest number of late tokens among the 200 after a step
+(loads without steps have only ``late_steady``). The second run at the shallowest exit is scored like the others: it shows
+how much the same steps vary on this machine.
 
     python benchmarks/controller.py --real BUNDLE
 """
@@ -36,26 +37,27 @@ from balcony_edge.budget import Budget
 from balcony_edge.simulation.loads import Load, parse_load
 from balcony_runtime.llm import LLM
 
-#: Name → load, whose height above 1 is the competitor's share of each slice.
+#: Name → load; its height above 1 is the competitor's share of each slice.
 LOADS = {
     "square": "square:high=2,period_s=16",
     "bursts": "bursts:high=2,mean_s=0.3,every_s=2,seed=3",
     "ramp": "ramp:high=2,from_s=2,to_s=22",
 }
 SECONDS, QUICK_SECONDS = 32.0, 17.0
-#: Tokens after a step of the load that are counted apart.
+#: Tokens after a step of the load that are counted separately.
 AFTER_STEP = 200
-#: The competitor's slice, and the nice values that are tried, weakest first.
+#: Length of the competitor's slice, and the nice values that are tried, weakest first.
 SLICE_S, NICES = 0.02, (8, 6, 5, 4, 3, 2, 1, 0)
-#: Of the target, what full depth costs idle and the shallowest exit slowed.
+#: Share of the target that full depth takes on an idle machine, and that the slowed shallowest exit may take.
 SHARE = 0.9
-#: Asked of the controller: the bars allow 4 to 5 % late, and the scheduler's slices make steps under a competitor uneven.
+#: Probability asked of the controller. The bars allow 4 to 5 % late tokens, and the scheduler's slices make steps under a
+#: competitor uneven.
 PROBABILITY = 0.98
 PROMPT = [17] * 32
 
 
 class Gap(NamedTuple):
-    """A token: when it was asked for and out, on the load's clock, and at which exit it was made."""
+    """A token: the times of its request and its arrival on the load's clock, and its exit."""
 
     begin_s: float
     end_s: float
@@ -67,7 +69,7 @@ class Gap(NamedTuple):
 
 
 def compete(load: str, epoch_s: float, nice: int) -> None:
-    """The competitor: busy for the load's share of every slice, until it is killed."""
+    """Run the competitor: busy for the load's share of every slice, until it is killed."""
     os.nice(nice)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     share_at, swept = parse_load(load), np.ones(2**20, np.float32)
@@ -83,8 +85,8 @@ def compete(load: str, epoch_s: float, nice: int) -> None:
 
 @contextmanager
 def competitor(load: str, nice: int) -> Iterator[float]:
-    """A competing process; gives the moment at which its load's clock starts, a second from now."""
-    epoch_s = time.monotonic() + 1.0  # the competitor has started by then
+    """Run a competing process; yields the time at which its load's clock starts, a second from now."""
+    epoch_s = time.monotonic() + 1.0  # by then the competitor has started
     code = f"from benchmarks.contention import compete; compete({load!r}, {epoch_s!r}, {nice})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     try:
@@ -110,14 +112,14 @@ def _run(llm: LLM, budget: Budget, seconds: float, epoch_s: float) -> list[Gap]:
 
 
 def _typical_ms(llm: LLM, exit_layer: int, tokens: int = 60) -> float:
-    """Median gap at an exit, at the context that the middle of a run has."""
+    """Median gap at an exit, with the context of the middle of a run."""
     llm.budget = Budget(exit_layer=exit_layer)
     stream = llm.stream(PROMPT * 12, max_new_tokens=tokens, ignore_eos=True)
     return median([token.latency_ms for token in stream][1:])
 
 
 def _choose_nice(llm: LLM, target_ms: float) -> tuple[int, float]:
-    """The strongest competitor under which the shallowest exit costs no more than its share, and the slowdown."""
+    """Find the strongest competitor under which the shallowest exit costs no more than its share; also its slowdown."""
     shallowest = llm.exit_layers[0]
     idle_ms, chosen, slowdown = _typical_ms(llm, shallowest), NICES[0], 1.0
     for nice in NICES:
@@ -130,7 +132,7 @@ def _choose_nice(llm: LLM, target_ms: float) -> tuple[int, float]:
 
 
 def _late(run: list[Gap], shallowest: list[Gap], target_ms: float) -> list[bool]:
-    """Of each token, whether it was late where the shallowest exit, at that moment of the load, was not."""
+    """For each token, whether it was late although the shallowest exit was in time at that moment of the load."""
     ends = [gap.end_s for gap in shallowest]
 
     def held(gap: Gap) -> bool:
@@ -160,7 +162,7 @@ def _score(run: list[Gap], late: list[bool], steps: list[float]) -> dict[str, An
 
 
 def measure(bundle: Path, *, quick: bool) -> dict[str, Any]:
-    """Item ``real`` of the JSON line: the target, the slowdown, and a row per load."""
+    """Measure item ``real`` of the JSON line: the target, the slowdown, and a row per load."""
     seconds = QUICK_SECONDS if quick else SECONDS
     rows = []
     with LLM.open(bundle, budget=Budget(tpot_ms=1000.0)) as llm:
@@ -178,7 +180,7 @@ def measure(bundle: Path, *, quick: bool) -> dict[str, Any]:
             for policy, budget in budgets.items():
                 with competitor(load, nice) as epoch_s:
                     runs[policy] = _run(llm, budget, seconds, epoch_s)
-            # a burst is no step: the load is back before 200 tokens are out
+            # A burst is not a step: it ends before 200 tokens are made.
             steps = [] if name == "bursts" else _steps_of(parse_load(load), seconds)
             scores = {
                 policy: _score(run, _late(run, runs["shallowest"], target_ms), steps) for policy, run in runs.items()

@@ -1,25 +1,26 @@
-"""The controller against what could be: ``python benchmarks/controller.py [--quick] [--real BUNDLE]``.
+"""The controller compared with other policies: ``python benchmarks/controller.py [--quick] [--real BUNDLE]``.
 
-Simulated, a device whose prices are those of the demo model on two CPU cores, with 3 % noise; nothing is measured but the
-cost of a decision, so a busy machine does not matter. Under every load the controller runs beside
+The device is simulated: its prices are those of the demo model on two CPU cores, with 3 % noise. Only the cost of a decision
+is measured, so a busy machine does not matter. Under every load the controller is compared with
 
-    oracle      knows the load of every moment: the deepest exit whose price, without any backlog, holds the target then.
-                No policy can be deeper without being late more often, and none that pays for its backlog can be as deep
-    static      every exit by itself
-    threshold   what one writes first: a moving average of the gaps; above the target one exit down, eight tokens below
-                80 % of it one exit up
+    oracle      It knows the load at every moment and takes the deepest exit whose price, without any backlog, holds the
+                target then. A policy can be deeper only if it is late more often, and a policy that pays for its backlog
+                cannot be as deep
+    static      Every exit by itself
+    threshold   A simple rule on a moving average of the gaps: above the target one exit down; after eight tokens below
+                80 % of the target one exit up
 
-The first ``SETTLING`` tokens count for nobody: all of them learn then, and a session brings along what its replies before
-have learned. ``dominated_by`` names whom is better in one of misses and depth and at least as good in the other; what is
-closer than two standard errors of a share of misses is a tie. (On a constant load the best static exit is the best that
-there is, and nobody can tell beforehand which it is: there a tie is all that can be had.)
+The first ``SETTLING`` tokens are not counted: all policies learn then, and in a real session a reply starts with what
+earlier replies have learned. ``dominated_by`` names the policies that are better in misses or depth and at least as good in
+the other. Differences below two standard errors of the share of misses are ties. (On a constant load the best static exit
+is optimal, but it is not known beforehand, so a tie is the best possible result there.)
 
-Then the way back to the full depth after a load that has passed; power, temperature, deadlines, what a decision
-costs, and random budgets over random traces (tests/core/test_controller_properties.py).
+The other parts: the way back to the full depth after a load has ended; power, temperature and deadlines; the cost of a
+decision; and random budgets over random traces (tests/core/test_controller_properties.py).
 
 With ``--real BUNDLE`` the bundle runs under competing processes: :mod:`benchmarks.contention`. Stop everything else then.
 
-The last line on stdout is one JSON object, a table goes to stderr. Exit code 1 if a bar is missed.
+The last line on stdout is one JSON object; a table goes to stderr. Exit code 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -60,17 +61,17 @@ COSTS = CostModel(
     overhead_ms=0.15,
     switch_ms=0.5,
 )
-#: Full depth takes 0.8 of it on an idle device, the shallowest exit 0.9 at twice the load.
+#: Target of the comparison. Full depth takes 0.8 of it on an idle device, the shallowest exit 0.9 at twice the load.
 TARGET_MS = 27.0
 DEVICE = Physics(noise=0.03)
 PROFILE = Path(__file__).parents[1] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
-#: Seconds that watts take to come down from full power; windows of them are counted from then on.
+#: Seconds in which the power falls from its full value to the budget; windows are counted after that.
 SETTLING_S = 8
-#: Gauges for which power has bars: delays and averages of up to 2 s.
+#: Gauges with bars for power: delays and averages of up to 2 s.
 FAST_GAUGES = ("instant", "0.5 s late", "1 s late", "2 s late", "once a second", "mean of 1 s", "mean of 2 s")
-#: Tokens that are made before the counting begins.
+#: Number of tokens before the counting begins.
 SETTLING = 100
-#: Depths closer than this, in layers, are a tie.
+#: Difference of depth, in layers, below which two policies tie.
 DEPTH_TIE = 0.05
 LOADS = (
     "idle",
@@ -90,7 +91,7 @@ def controlled(load: str, seed: int, tokens: int) -> list[tuple[int, float]]:
 
 
 def driven(load: str, seed: int, tokens: int, choose: Callable[[float | None], int]) -> list[tuple[int, float]]:
-    """The same under a policy that sees the last gap."""
+    """``(exit, gap ms)`` of every token after the first under a policy that sees the last gap."""
     plant, out, gap = Plant(COSTS, DEVICE, parse_load(load), seed=seed), [], None  # type: Plant, list[tuple[int, float]], float | None
     for _ in range(tokens):
         exit_layer = choose(gap)
@@ -100,13 +101,16 @@ def driven(load: str, seed: int, tokens: int, choose: Callable[[float | None], i
 
 
 def oracle(load: str, seed: int, tokens: int) -> list[tuple[int, float]]:
-    """``(exit, gap ms)`` of every token after the first: steady prices, no backlog, the load known; the noise is not."""
+    """``(exit, gap ms)`` of every token after the first, at steady prices and without a backlog.
+
+    The oracle knows the load but not the noise.
+    """
     load_at, chance = parse_load(load), random.Random(seed)
     now_s, out = 0.0, []
     for context in range(64, 64 + tokens):
         prices = {exit_layer: COSTS.steady_ms(exit_layer, context) for exit_layer in COSTS.exits}
         factor = load_at(now_s)
-        # 90 % of the steps that the noise makes longer are in time, which is what the controller is asked for
+        # With this margin 90 % of the steps are in time, which is also the probability asked of the controller.
         held = [e for e, price in prices.items() if price * factor * (1 + 1.2816 * DEVICE.noise) <= TARGET_MS]
         exit_layer = max(held, default=COSTS.exits[0])
         gap_ms = prices[exit_layer] * factor * (1 + chance.gauss(0, DEVICE.noise))
@@ -116,7 +120,7 @@ def oracle(load: str, seed: int, tokens: int) -> list[tuple[int, float]]:
 
 
 def threshold() -> Callable[[float | None], int]:
-    """A moving average and a hysteresis."""
+    """A policy with a moving average and a hysteresis."""
     index, average, calm = len(COSTS.exits) - 1, None, 0  # type: int, float | None, int
 
     def choose(gap: float | None) -> int:
@@ -169,9 +173,11 @@ def compare(tokens: int, seeds: int) -> list[dict[str, Any]]:
 
 
 def way_back(seeds: int) -> list[dict[str, Any]]:
-    """Targets a little above the full depth's own time, with the int4 profile that is shipped: a further row costs a fourth of
-    the first there. Tokens from the end of a load of 1.7 (or from the start) until all later tokens are the full depth's,
-    and how many of 3,000 were late.
+    """The way back to the full depth, for targets a little above the full depth's own time.
+
+    The prices are those of the shipped int4 profile, where a further row costs a fourth of the first. A row holds the
+    tokens from the end of a load of 1.7 (or from the start) until all later tokens are made at the full depth, and how
+    many of 3,000 tokens were late.
     """
     costs = at_context(DeviceProfile.load(PROFILE).costs, 500)
     full_ms, rows = costs.steady_ms(costs.exits[-1], 0), []
@@ -194,7 +200,7 @@ def _passing(end_s: float) -> Callable[[float], float]:
 
 
 def at_context(costs: CostModel, context: int) -> CostModel:
-    """The same prices for a context that does not grow."""
+    """The same prices with a context of constant length."""
 
     def fixed(unit: UnitCost, queries: int | None) -> UnitCost:
         more = 0.0 if queries else context / 1000
@@ -214,14 +220,14 @@ def at_context(costs: CostModel, context: int) -> CostModel:
 
 
 def ceilings() -> dict[str, Any]:
-    """Power and temperature, held by depth and pace."""
+    """Measure power and temperature, which depth and pace must hold."""
     from benchmarks.controller_limits import windows  # noqa: PLC0415
 
     found: dict[str, Any] = {"power": []}
     for watts, least_tps, load in (
         (5, 1, "idle"),
         (5, 25, "idle"),
-        (4.4, 20, "square:high=1.5,period_s=20"),  # 20 slowed steps a second at the shallowest exit draw 4.2 W
+        (4.4, 20, "square:high=1.5,period_s=20"),  # at the shallowest exit, 20 slowed steps a second draw 4.2 W
         (6, 30, "idle"),
     ):
         plant = Plant(COSTS, DEVICE, parse_load(load))
@@ -244,7 +250,7 @@ def ceilings() -> dict[str, Any]:
 
 
 def deadlines(runs: int) -> dict[str, Any]:
-    """100 tokens in 1.2 times what the shallowest exit takes on average under bursts."""
+    """Measure deadlines: 100 tokens in 1.2 times the average time of the shallowest exit under bursts."""
 
     def end_s(budget: Budget, seed: int) -> tuple[float, float]:
         plant = Plant(COSTS, DEVICE, parse_load(f"bursts:high=1.5,mean_s=0.1,every_s=0.4,seed={seed}"), seed=seed)
@@ -259,7 +265,7 @@ def deadlines(runs: int) -> dict[str, Any]:
 
 
 def decision_cost() -> dict[str, float]:
-    """Microseconds of a decision, the least of 30 batches of 200; warm caches."""
+    """Microseconds of a decision with warm caches: the smallest mean of 30 batches of 200."""
     cases = {
         "stays": (Budget(tpot_ms=28.0), (1, 1, 1, 1), (9, 9, 9, 1)),
         "catches up": (Budget(tpot_ms=28.0), (1, 1, 1, 400), (200, 200, 1, 1)),
@@ -287,21 +293,23 @@ def decision_cost() -> dict[str, float]:
 
 
 def bars(found: dict[str, Any]) -> dict[str, bool]:
-    """What the controller must show."""
+    """The bars of the controller, and whether each holds."""
     held = {
         "depth >= 95 % of the oracle's": min(row["of_oracle"] for row in found["policies"]) >= 0.95,
         "dominated by no static exit and no threshold": not any(row["dominated_by"] for row in found["policies"]),
         "full depth again within 600 tokens after a load": max(r["back_tokens"] for r in found["way_back"]) <= 600,
         "<= 1 % late on the way": max(row["late"] for row in found["way_back"]) <= 30,
         "power within 5 % in every 5 s window": all(r["least"] >= 0.95 and r["most"] <= 1.05 for r in found["power"]),
-        "the same with gauges up to 2 s late": all(
+        "power within 5 % with gauges up to 2 s late": all(
             row["least"] >= 0.95 and row["most"] <= 1.05 for row in found["gauges"] if row["gauge"] in FAST_GAUGES
         ),
-        "gaps within twice their mean there": max(
+        "gaps within twice their mean with these gauges": max(
             r["gap_of_mean"] for r in found["gauges"] if r["gauge"] in FAST_GAUGES
         )
         <= 2,
-        "what nothing holds is said within 15 s": all(r["raises"] and r["said_s"] <= 15 for r in found["out_of_reach"]),
+        "unreachable ceilings reported within 15 s": all(
+            r["raises"] and r["said_s"] <= 15 for r in found["out_of_reach"]
+        ),
         "one exit change a second at most": all((r["switches_apart_s"] or 9) >= 1 for r in found["power"]),
         "overshoot <= 1 °C": all(row["most_c"] <= row["temperature_c"] + 1 for row in found["temperature"]),
         "unreachable power is reported": found["without_pacing_infeasible"],
@@ -317,14 +325,16 @@ def bars(found: dict[str, Any]) -> dict[str, bool]:
 
 def main() -> int:
     """Parse the command line, run, print; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="The controller against oracle, static exits and a threshold.")
-    parser.add_argument("--quick", action="store_true", help="fewer seeds and tokens: to see that it runs")
-    parser.add_argument("--budgets", type=int, default=10_000, help="random budgets over random traces")
-    parser.add_argument("--real", type=Path, metavar="BUNDLE", help="also under competing processes")
+    parser = argparse.ArgumentParser(description="The controller compared with oracle, static exits and a threshold.")
+    parser.add_argument("--quick", action="store_true", help="fewer seeds and tokens: checks only that it runs")
+    parser.add_argument("--budgets", type=int, default=10_000, help="number of random budgets over random traces")
+    parser.add_argument(
+        "--real", type=Path, metavar="BUNDLE", help="also measure this bundle under competing processes"
+    )
     parser.add_argument("--plot", type=Path, help="write a picture of three runs (needs [plot])")
     arguments = parser.parse_args()
     begin = time.perf_counter()
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds its neighbours and the tests
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it finds the other modules if it is run as a file
     from benchmarks.controller_limits import gauges, out_of_reach  # noqa: PLC0415
     from tests.core.test_controller_properties import soundness  # noqa: PLC0415
 

@@ -1,6 +1,6 @@
-"""Ceilings where it is hard, in simulation: power gauges that are seconds late, and limits that nothing can hold.
+"""Hard cases of ceilings, in simulation: power gauges that are seconds late, and limits that cannot be held.
 
-Rows of :mod:`benchmarks.controller`, which has their bars.
+:mod:`benchmarks.controller` reports the rows and has their bars.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from balcony_edge.simulation.loads import parse_load
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
 
-#: Name → what the gauge does: how old what it shows is, over how long it averages, how often it shows another value.
+#: Name → properties of the gauge: the age of its value, the time of its average, the period of new values.
 GAUGES: dict[str, dict[str, Any]] = {
     "instant": {},
     "0.5 s late": {"gauge_delay_s": 0.5},
@@ -46,7 +46,7 @@ def windows(run: list[SimulatedToken], after_s: float, window_s: float = 5.0) ->
 
 
 def gauges(costs: CostModel, device: Physics, power_w: float = 6.0) -> list[dict[str, Any]]:
-    """A power limit with every kind of gauge, on an idle device and under a load that comes and goes."""
+    """Measure a power limit with every kind of gauge, on an idle device and under a load that comes and goes."""
     rows = []
     for load in ("idle", "square:high=1.5,period_s=20"):
         for name, gauge in GAUGES.items():
@@ -69,7 +69,10 @@ def gauges(costs: CostModel, device: Physics, power_w: float = 6.0) -> list[dict
 
 
 def out_of_reach(costs: CostModel) -> list[dict[str, Any]]:
-    """Limits that nothing holds: after how many seconds they are said, with slow and fast steps, and whether they raise."""
+    """Measure limits that cannot be held, with slow and fast steps.
+
+    A row holds the seconds until the limit is reported as infeasible, and whether it raises an error if asked to.
+    """
     fast = replace(
         costs,
         stages=tuple(UnitCost(unit.first_row_ms / 4, unit.marginal_row_ms / 4) for unit in costs.stages),

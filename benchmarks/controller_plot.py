@@ -1,4 +1,4 @@
-"""The picture of :mod:`benchmarks.controller`: a square wave, a power budget and a temperature ceiling, as they pass."""
+"""The picture of :mod:`benchmarks.controller`: a square wave, a power budget and a temperature ceiling over time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plot(path: Path) -> None:
     times = [token.time_s for token in run]
     upper[1].plot(times, _mean_watts(run), color="C0", label="watts, mean of 5 s")
     upper[1].axhline(POWER_W, color="0.3", linestyle="--", label="budget")
-    upper[1].axvspan(0, SETTLING_S, color="0.9", label="coming down, not counted")
+    upper[1].axvspan(0, SETTLING_S, color="0.9", label="settling, not counted")
     upper[1].set_ylim(bottom=0)
     upper[1].set_title(f"power_w = {POWER_W:g}, load {load}", fontsize=9)
     budget = Budget(temperature_c=LIMIT_C, min_pace_tps=20)
@@ -44,7 +44,7 @@ def plot(path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         axes.set_xlabel("seconds")
-    lower[0].legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))  # lines are everywhere inside
+    lower[0].legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))  # outside, where no line is
     figure.savefig(path, dpi=110)
 
 

@@ -1,6 +1,6 @@
-"""Decode speed at every exit, and the chain of stages against one whole-depth graph.
+"""Decode speed at every exit, and the chain of stages compared with one whole-depth graph.
 
-Owns items (a) and (b) of :mod:`benchmarks.main_job`; both come out of the same rounds.
+Owns items (a) and (b) of :mod:`benchmarks.main_job`; both are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from benchmarks.whole_graph import WholeGraph
 
 #: Rows in the KV cache when a block of steps starts: a short chat and a long one.
 CONTEXTS = (64, 512)
-#: Steps of a block: the first two bring this case's weights into the caches, the median of the others counts.
+#: Steps of a block. The first two bring this case's weights into the caches; the median of the others counts.
 WARM_STEPS, STEPS = 2, 8
-#: The steps feed one fixed token (any will do: cost does not depend on it), but pay for the argmax as greedy does.
+#: Token of every step; the cost does not depend on it. A step includes the argmax, as in greedy decoding.
 TOKEN = 17
 #: Largest difference between the logits of chain and whole graph, as a share of the largest logit.
 TOLERANCE = 1e-4
@@ -37,12 +37,12 @@ class Step(NamedTuple):
 
 
 def prompt(length: int) -> list[int]:
-    """Fixed tokens: what they are makes no difference to what they cost."""
+    """Fixed tokens; the cost does not depend on their values."""
     return [100 + 7 * i % 1000 for i in range(length)]
 
 
 def measure(engine: Engine, bundle: Bundle, session: ort.InferenceSession, rounds: int) -> dict[str, Any]:
-    """Items ``decode`` and ``chain`` of the JSON line."""
+    """Measure items ``decode`` and ``chain`` of the JSON line."""
     layers = engine.exit_layers
     full = layers[-1]
     cases: dict[tuple[int, int], Callable[[], Step]] = {}
@@ -85,7 +85,7 @@ def measure(engine: Engine, bundle: Bundle, session: ort.InferenceSession, round
 
 
 def block(engine: Engine, exit_layer: int, context: int) -> Callable[[], Step]:
-    """A case for :func:`.rounds.interleave`: decode steps at an exit behind a prompt, the same ones each time."""
+    """A case for :func:`.rounds.interleave`: decode steps at an exit after a prompt, the same steps each time."""
     sequence = engine.new_sequence(max_length=context + WARM_STEPS + STEPS)
     sequence.advance(exit_layer, prompt(context))
     return partial(_block, sequence, exit_layer)
@@ -117,11 +117,16 @@ def _typical(steps: list[tuple[float, float]]) -> Step:
 
 
 def _difference(engine: Engine, whole: WholeGraph, context: int) -> float:
-    """Largest difference of the two's logits as a share of the largest: that they compute the same is not assumed."""
+    """Largest difference between the logits of chain and whole graph, as a share of the largest logit.
+
+    Exits with a message if the two do not compute the same.
+    """
     sequence = engine.new_sequence(max_length=context + 1)
     sequence.advance(engine.exit_layers[-1], prompt(context))
     ours, theirs = sequence.advance(engine.exit_layers[-1], [TOKEN]), whole.step(TOKEN)
     difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not difference <= TOLERANCE:
-        raise SystemExit(f"chain and whole graph differ by {difference:.1e} at {context} tokens: nothing to compare")
+        raise SystemExit(
+            f"chain and whole graph differ by {difference:.1e} at {context} tokens: they cannot be compared"
+        )
     return difference

@@ -1,16 +1,22 @@
-"""Figure 2 of the paper on our runtime: what a model gains in speed when it is cut in depth and when it is cut in width; and
-figure 4's plane on the demo model: what each way of making it smaller costs in quality.
+"""Figures 2 and 4 of the paper on our runtime: the speed of models cut in depth or width, and their loss of quality.
 
     python -m benchmarks.depth_vs_width [--rounds 5] [--text TEXT.jsonl --balconies DIR] [--plot FILE]
 
-Speed: random models of the demo model's shape, exported in float32 as bundles of the full depth alone, decode after 32 tokens
-in interleaved rounds. Depth takes layers away; width takes the MLP's inner size down to the hidden size, then heads (what
-Flextron and MatFormer nest). Parameters are those that a token reads, the LM head included.
+Speed (figure 2): random models of the demo model's shape are exported in float32 as bundles of the full depth alone. They
+decode after 32 tokens in interleaved rounds. A cut in depth removes layers. A cut in width reduces the MLP's inner size to
+the hidden size, then the number of heads (the dimensions that Flextron and MatFormer nest). Parameters are those that a
+token reads, the LM head included.
 
-Quality (with ``--text``): KL and top-1 agreement to the full model on held-out documents, for the shipped balconies' exits, for
-early exit (the first layers, then the final norm), for dropping a run of layers in the middle, for merging them into the layer
-before (LaCo: Yang et al., 2024) and for keeping the MLP's most active neurons. Nothing is trained but the balconies; with
-``--tune-steps`` all of them (a fresh balcony too) are shown before and after the same few documents of distillation.
+Quality (figure 4, with ``--text``): KL and top-1 agreement to the full model on held-out documents, for five methods:
+
+- the exits of the shipped balconies
+- early exit (the first layers, then the final norm)
+- dropping a run of layers in the middle
+- merging this run into the layer before it (LaCo: Yang et al., 2024)
+- keeping the MLP's most active neurons
+
+Only the balconies are trained. With ``--tune-steps`` all methods (the balcony starts fresh) are also shown before and after
+the same few documents of distillation.
 
 The last line is JSON: ``speed`` (cut → parameters, ``tokens_per_s``, ``speedup``), ``quality`` (method → parameters, ``kl``,
 ``agreement``).
@@ -44,21 +50,21 @@ from benchmarks.gpu import tokens_per_second
 from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
 
 TOKENS = 96
-#: Cut → what differs from the demo model's configuration.
+#: Cut → changes of the demo model's configuration.
 CUTS: dict[str, dict[str, int]] = {
     "full": {},
     **{f"depth {layers}": {"num_hidden_layers": layers} for layers in (25, 21, 18, 15, 10)},
     **{f"width: MLP {size}": {"intermediate_size": size} for size in (1152, 768, 576)},
     **{f"width: MLP 576, {heads} heads": {"intermediate_size": 576, "num_attention_heads": heads} for heads in (6, 3)},
 }
-#: Documents and tokens of each that quality is measured on.
+#: Number of documents for measuring quality, and tokens of each.
 DOCUMENTS, DOCUMENT_TOKENS = 24, 128
-#: What is tuned: the sub-models of this size, or the MLP of this one, which has as many parameters; at this rate.
+#: Exit and MLP size of the tuned sub-models, which have about equally many parameters, and their learning rate.
 TUNE_EXIT, TUNE_MLP, TUNE_RATE = 17, 576, 2e-4
 
 
 def export_cut(changes: dict[str, int], directory: Path) -> Path:
-    """A random model of a cut shape as a bundle."""
+    """Export a random model of a cut shape as a bundle."""
     config = copy.deepcopy(load_model(demo_model_path()).config)
     config.head_dim = config.hidden_size // config.num_attention_heads
     for key, value in changes.items():
@@ -94,7 +100,7 @@ def measure_speed(rounds: int) -> dict[str, Any]:
 
 
 def dropped(model: PreTrainedModel, count: int) -> PreTrainedModel:
-    """Without ``count`` layers in the middle: the last ones before the last four, which change the state least."""
+    """The model without the ``count`` layers before the last four, which change the state least."""
     small = copy.deepcopy(model)
     layers: Any = small.get_decoder().layers
     last = len(layers) - 4
@@ -103,7 +109,10 @@ def dropped(model: PreTrainedModel, count: int) -> PreTrainedModel:
 
 
 def merged(model: PreTrainedModel, count: int) -> PreTrainedModel:
-    """The same layers merged into the one before them: its weights plus what each of them differs from it by (LaCo)."""
+    """The model with the same layers merged into the layer before them.
+
+    The merged weights are those of that layer plus the difference of each merged layer from it (LaCo).
+    """
     small = copy.deepcopy(model)
     layers: Any = small.get_decoder().layers
     last = len(layers) - 4
@@ -127,7 +136,7 @@ def _with_layers(model: PreTrainedModel, layers: list[Any]) -> PreTrainedModel:
 
 
 def sliced(model: PreTrainedModel, size: int, documents: list[list[int]]) -> PreTrainedModel:
-    """Every MLP with its ``size`` neurons of largest mean activation on the documents."""
+    """The model with the ``size`` neurons of largest mean activation on the documents in every MLP."""
     small = copy.deepcopy(model)
     decoder: Any = small.get_decoder()
     activity = [torch.zeros(small.config.intermediate_size) for _ in decoder.layers]
@@ -154,7 +163,7 @@ def sliced(model: PreTrainedModel, size: int, documents: list[list[int]]) -> Pre
 
 @torch.no_grad()
 def quality(model: PreTrainedModel, small: PreTrainedModel, documents: list[list[int]]) -> dict[str, Any]:
-    """Parameters that a token reads, KL and agreement to the full model."""
+    """Number of parameters, KL and agreement to the full model."""
     kl, agreed, count = 0.0, 0, 0
     for document in documents:
         tokens = torch.tensor([document])
@@ -170,7 +179,7 @@ def quality(model: PreTrainedModel, small: PreTrainedModel, documents: list[list
 
 
 def tuned(model: PreTrainedModel, small: PreTrainedModel, rows: list[list[int]], steps: int) -> PreTrainedModel:
-    """The small model after some steps of distillation from the full one, a document each; what is frozen stays so."""
+    """Distil the full model into the small one, a document per step; frozen parameters stay frozen."""
     parameters = [p for p in small.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=TUNE_RATE, weight_decay=0.0)
     small.train()
@@ -179,7 +188,7 @@ def tuned(model: PreTrainedModel, small: PreTrainedModel, rows: list[list[int]],
         with torch.no_grad():
             want = torch.log_softmax(model(tokens, use_cache=False).logits[0].float(), -1)
         got = torch.log_softmax(small(tokens, use_cache=False).logits[0].float(), -1)
-        loss = (want.exp() * (want - got)).sum(-1)[1:].mean()  # the first position is a sink, no text
+        loss = (want.exp() * (want - got)).sum(-1)[1:].mean()  # without the first position, an attention sink
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
@@ -193,7 +202,7 @@ def tuned(model: PreTrainedModel, small: PreTrainedModel, rows: list[list[int]],
 def before_tuning(
     model: PreTrainedModel, exit_layer: int, chosen: list[list[int]]
 ) -> dict[str, Callable[[], PreTrainedModel]]:
-    """Methods at one size, as they are before anything was trained; of the balcony only the balcony can learn."""
+    """Method → sub-model of one size before training. In the balcony's sub-model only the balcony is trainable."""
     depth = model.config.num_hidden_layers
 
     def balcony() -> PreTrainedModel:
@@ -214,7 +223,7 @@ def before_tuning(
 
 
 def measure_quality(text: Path, directory: Path, tune_steps: int) -> dict[str, Any]:
-    """Method → what it costs; documents of the first half choose neurons and tune, those of the second half judge."""
+    """Method → quality. The first half of the documents is for choosing neurons and tuning, the second for judging."""
     model, tokenizer = load_model(demo_model_path()), load_tokenizer(demo_model_path())
     documents = islice(read_documents(text), 2 * DOCUMENTS)
     rows = [tokenizer(document.text).input_ids[:DOCUMENT_TOKENS] for document in documents]
@@ -223,7 +232,7 @@ def measure_quality(text: Path, directory: Path, tune_steps: int) -> dict[str, A
     depth = model.config.num_hidden_layers
     small: dict[str, Callable[[], PreTrainedModel]] = {"full": lambda: model}
     for exit_layer in exits.balconies:
-        count = depth - exit_layer - 1  # layers that the exit spares
+        count = depth - exit_layer - 1  # layers that the exit saves
         small[f"balcony {exit_layer}"] = partial(submodel, exits, exit_layer)
         small[f"early exit {exit_layer + 1}"] = partial(submodel, bare, exit_layer + 1)
         small[f"drop {count} layers"] = partial(dropped, model, count)
@@ -243,7 +252,7 @@ def measure_quality(text: Path, directory: Path, tune_steps: int) -> dict[str, A
 
 
 def plot(speed: dict[str, Any], planes: dict[str, Any], output: Path) -> None:
-    """Both figures side by side."""
+    """Draw both figures next to each other."""
     import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
 
     mpl.use("Agg")
@@ -282,11 +291,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--text", type=Path, help="JSON Lines with a text each, which the balconies were not trained on"
+        "--text", type=Path, help="JSON Lines with a text in each line, not used for training the balconies"
     )
     parser.add_argument("--balconies", type=Path, default=Path("balconies/smollm2-135m-instruct"))
     parser.add_argument(
-        "--tune-steps", type=int, default=0, help="also each method after so many documents of training"
+        "--tune-steps", type=int, default=0, help="also show each method after this many documents of training"
     )
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()

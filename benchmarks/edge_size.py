@@ -1,8 +1,8 @@
-"""Models of edge size: random checkpoints of real shapes exported, loaded and timed.
+"""Models of edge size: random checkpoints of real shapes are exported, loaded and timed.
 
     python -m benchmarks.edge_size DIR [--shape qwen3-0.6b llama-3.2-1b] [--precision fp32 int4,block=64]
 
-A checkpoint in shards with random weights stands in for the model: what is measured does not look at their values. Each
+The model is a checkpoint in shards with random weights, because the measured figures do not depend on their values. Each
 step is a process of its own, as users run it: ``balcony-edge export`` without its comparison, which needs both models at
 once, then a decode loop of every exit. Peak memory is the process's own largest resident set, imports included.
 
@@ -28,7 +28,7 @@ from benchmarks.rounds import interleave
 
 CONTEXT, ROUNDS = 64, 3
 EXPORT = "from balcony_edge.cli import main; main()"
-#: Shape → transformers' configuration class, and what it takes; Hugging Face's own config.json of each.
+#: Shape → transformers' configuration class and its arguments, from each model's config.json on Hugging Face.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-0.6b": (
         "Qwen3Config",
@@ -50,8 +50,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def write_checkpoint(shape: str, path: Path) -> None:
-    """A random checkpoint in bfloat16, in shards of half a gigabyte, with the demo model's tokenizer."""
-    import torch  # noqa: PLC0415 - only the process that makes it needs a workstation's packages
+    """Write a random checkpoint in bfloat16, in shards of half a gigabyte, with the demo model's tokenizer."""
+    import torch  # noqa: PLC0415 - only the process that writes a checkpoint needs a workstation's packages
     import transformers  # noqa: PLC0415 - likewise
 
     from balcony_export.model.checkpoint import demo_model_path, load_tokenizer  # noqa: PLC0415 - likewise
@@ -66,7 +66,7 @@ def write_checkpoint(shape: str, path: Path) -> None:
 
 
 def decode(bundle: Path) -> dict[str, Any]:
-    """Load time, milliseconds a token of every exit, and the process's peak."""
+    """Measure load time, milliseconds per token of every exit, and the peak memory of this process."""
     from balcony_runtime.engine import Engine  # noqa: PLC0415 - timed without the parent's imports
     from benchmarks.decode import block  # noqa: PLC0415 - likewise
 
@@ -86,10 +86,10 @@ def _peak_gb() -> float:
 
 
 def _in_a_process(*arguments: str) -> float:
-    """Run Python; the largest resident set in GB.
+    """Run Python in a process and return its largest resident set in GB.
 
     Raises:
-        CalledProcessError: it failed.
+        CalledProcessError: the process failed.
     """
     process = subprocess.Popen([sys.executable, *arguments])
     _, status, usage = os.wait4(process.pid, 0)
@@ -100,7 +100,7 @@ def _in_a_process(*arguments: str) -> float:
 
 
 def measure(shape: str, precision: str, directory: Path) -> dict[str, Any]:
-    """One shape at one precision; the checkpoint is kept, the bundle is not."""
+    """Measure one shape at one precision; the checkpoint is kept, the bundle is not."""
     checkpoint, bundle = directory / shape, directory / f"{shape}-bundle"
     if not checkpoint.is_dir():
         _in_a_process("-m", "benchmarks.edge_size", str(checkpoint), "--make", shape)
@@ -124,8 +124,8 @@ def measure(shape: str, precision: str, directory: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Parse the command line, run, print; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="Random models of real shapes; docs in the module's docstring.")
-    parser.add_argument("directory", type=Path, help="where checkpoints are kept; some GB")
+    parser = argparse.ArgumentParser(description="Random models of real shapes; see the module's docstring.")
+    parser.add_argument("directory", type=Path, help="directory for the checkpoints, some GB")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--precision", nargs="+", default=["fp32", "int4,block=64"])
     parser.add_argument("--make", choices=SHAPES, help=argparse.SUPPRESS)

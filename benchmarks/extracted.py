@@ -1,12 +1,14 @@
-"""Does an extracted exit run in other engines as it runs here? Greedy tokens of the same prompts, engine by engine.
+"""Whether an extracted exit gives the same greedy tokens in other engines as in our runtime.
 
     python -m benchmarks.extracted [--exit 14] [--balconies DIR] [--prompts 20] [--tokens 24]
 
-The exit of the demo model is extracted as a plain checkpoint, exported as a bundle of its own exit, converted to GGUF (float32,
-by the ``gguf`` package) for llama.cpp and by ONNX Runtime GenAI's own builder for GenAI. The peers' environments are those of
-``python -m benchmarks.peers --install``. The last line is JSON: ``exit``, and per engine ``version``, ``same_replies`` of all
-and ``same_tokens`` as a share (what follows a token that differs differs, too). Bar: every reply the same in float32 (greedy;
-two best logits that are closer than rounding may part).
+An exit of the demo model is extracted as a plain checkpoint and exported as a bundle. The checkpoint is also converted to
+GGUF for llama.cpp (float32, by the ``gguf`` package), and by ONNX Runtime GenAI's own builder for GenAI. The peers'
+environments are those of ``python -m benchmarks.peers --install``.
+
+The last line is JSON: ``exit``, and for each engine ``version``, ``same_replies`` (number of equal replies) and
+``same_tokens`` (share of equal tokens; after the first token that differs, the following ones usually also differ). Bar:
+every greedy reply in float32 is the same, unless the two best logits are closer than rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from balcony_runtime.llm import LLM
 from benchmarks.peer_workers.install import ROOT, python_of
 from benchmarks.peer_workers.process import Worker
 
-#: Name of a Hugging Face module → of its GGUF tensor, in a Llama's block.
+#: Name of a Hugging Face module → name of its GGUF tensor, within a block of a Llama.
 BLOCK = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -47,7 +49,7 @@ BLOCK = {
 
 
 def write_gguf(model: Any, source: Path, target: Path) -> None:
-    """A Llama as GGUF in float32, with the tokenizer and the metadata of the GGUF file that its base came from."""
+    """Write a Llama as GGUF in float32, with the tokenizer and the metadata of the GGUF file of its base model."""
     reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, "llama")
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type", "llama.block_count"):
@@ -61,7 +63,8 @@ def write_gguf(model: Any, source: Path, target: Path) -> None:
     for index, layer in enumerate(model.model.layers):
         for module, name in BLOCK.items():
             weight = layer.get_submodule(module).weight.detach().numpy()
-            if name in heads:  # llama.cpp rotates neighbouring values, Hugging Face the halves of a head
+            # llama.cpp rotates pairs of neighbouring values, Hugging Face rotates the two halves of a head.
+            if name in heads:
                 split = weight.reshape(heads[name], 2, weight.shape[0] // heads[name] // 2, -1)
                 weight = split.swapaxes(1, 2).reshape(weight.shape)
             writer.add_tensor(f"blk.{index}.{name}.weight", np.ascontiguousarray(weight))
@@ -74,7 +77,7 @@ def write_gguf(model: Any, source: Path, target: Path) -> None:
 def peer_replies(
     peer: str, module: str, model: Path, prompts: list[list[int]], tokens: int
 ) -> tuple[str, list[list[int]]]:
-    """What an engine writes, and its version."""
+    """Version of an engine and its replies."""
     with Worker(python_of(peer), module, model, {}, threads=2, huge_pages=False) as worker:
         replies = []
         for prompt in prompts:

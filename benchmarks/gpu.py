@@ -1,12 +1,14 @@
-"""Table 3 of the paper on a GPU: tokens a second of every exit, prompt 32, 2,048 new tokens, batch 1 and 2.
+"""Table 3 of the paper on a GPU: tokens a second of every exit, with a prompt of 32 and 2,048 new tokens, batch 1 and 2.
 
     python -m benchmarks.gpu BUNDLE [--device tensorrt|cuda] [--engines NAME] [--tokens 2048] [--graphs on off]
-    python -m benchmarks.gpu --shape llama-3-8b --output DIR    # a random model of that shape as a bundle, then as above
+    python -m benchmarks.gpu --shape llama-3-8b --output DIR    # export a random model of that shape, then run as above
 
-Every exit decodes the same random prompt; the fastest of ``--rounds`` counts, since a GPU is slowed down but never sped up.
-``--graphs on off`` runs TensorRT with and without CUDA graphs. The last line is JSON: ``gpu`` (name, driver, compute
-capability), ``engine``, ``runs`` (``batch``, ``exit_layer``, ``cuda_graphs``, ``tokens_per_s``, ``speedup`` over the full
-depth). Bar (issue «TensorRT»): 0.5× at least 1.8 times as fast as the full depth on the 8B shape.
+Every exit decodes the same random prompt. The fastest of ``--rounds`` counts, because other load can only slow a GPU down.
+``--graphs on off`` runs TensorRT with and without CUDA graphs.
+
+The last line is JSON: ``gpu`` (name, driver, compute capability), ``engine``, ``runs`` (``batch``, ``exit_layer``,
+``cuda_graphs``, ``tokens_per_s``, ``speedup`` over the full depth). Bar: the exit at 0.5× is at least 1.8 times as fast as
+the full depth on the 8B shape.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from balcony_runtime.backends.choose import open_backend
 from balcony_runtime.engine import Engine
 
 PROMPT_TOKENS = 32
-#: Shape → what `transformers.LlamaConfig` takes.
+#: Shape → arguments of `transformers.LlamaConfig`.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "hidden_size": 4096,
@@ -44,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def export_shape(shape: str, output: Path) -> None:
-    """A random model of a shape with exits at 0.5×, 0.6× and 0.7×, in float16."""
+    """Export a random model of a shape in float16, with exits at 0.5×, 0.6× and 0.7×."""
     import torch  # noqa: PLC0415 - only this step needs a workstation's packages
     import transformers  # noqa: PLC0415 - likewise
 
@@ -56,20 +58,20 @@ def export_shape(shape: str, output: Path) -> None:
     torch.set_default_dtype(torch.float16)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[shape])).eval()
     exits = parse_exits("0.5x,0.6x,0.7x", SHAPES[shape]["num_hidden_layers"])
-    tokenizer = load_tokenizer(demo_model_path())  # any: no text is made
+    tokenizer = load_tokenizer(demo_model_path())  # any tokenizer will do, because no text is made
     options = ExportOptions(shape, trained=False, precision="float16")
     export_bundle(ExitModel.open(model, exits), tokenizer, output, options)
 
 
 def tokens_per_second(engine: Engine, exit_layer: int, batch: int, tokens: int) -> float:
-    """Greedy decoding at one exit after a prompt."""
+    """Tokens a second of greedy decoding at one exit after a prompt."""
     sequence = engine.new_sequence(
         batch_size=batch, max_length=PROMPT_TOKENS + tokens
-    )  # refused where engines hold less
+    )  # raises if the engines hold less
     prompt = np.random.default_rng(0).integers(0, engine.manifest.model.vocab_size, (batch, PROMPT_TOKENS))
     ids = sequence.advance(exit_layer, prompt)[:, -1].argmax(-1)
     ids = sequence.step_best(exit_layer, ids)  # captures the step
-    count = sequence.max_length - sequence.length  # all but the two that came first
+    count = sequence.max_length - sequence.length  # all tokens except the first two
     begin = time.perf_counter()
     for _ in range(count):
         ids = sequence.step_best(exit_layer, ids)
@@ -77,7 +79,7 @@ def tokens_per_second(engine: Engine, exit_layer: int, batch: int, tokens: int) 
 
 
 def opened(bundle: Bundle, device: str, engines: str | None, graphs: bool) -> Backend:
-    """The backend, with or without CUDA graphs."""
+    """Open the backend, with or without CUDA graphs."""
     if device == "tensorrt" and not graphs:
         from balcony_runtime.backends import tensorrt  # noqa: PLC0415 - an extra
 
@@ -86,10 +88,10 @@ def opened(bundle: Bundle, device: str, engines: str | None, graphs: bool) -> Ba
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document."""
+    """Measure and return the JSON document."""
     bundle = Bundle.open(options.bundle)
     if options.device != "tensorrt" and "off" in options.graphs:
-        raise InputError(f"--graphs off with --device {options.device}: TensorRT alone captures steps: leave it out")
+        raise InputError(f"--graphs off with --device {options.device}: only TensorRT captures steps: leave it out")
     runs: list[dict[str, Any]] = []
     name = ""
     for graphs in options.graphs:
@@ -125,7 +127,7 @@ def main() -> None:
     if options.shape is not None:
         export_shape(options.shape, options.output)
     elif options.bundle is None:
-        raise BundleError("name a bundle, or --shape and --output to make one")
+        raise BundleError("no bundle: name one, or give --shape and --output to make one")
     else:
         print(json.dumps(measure(options)))
 

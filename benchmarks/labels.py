@@ -1,4 +1,4 @@
-"""Names next to the points of a picture, none over another name or another point."""
+"""Names next to the points of a picture, placed so that they cover no other name or point."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 from matplotlib.transforms import Bbox
 
-#: Where a name may stand, in points from its point: near places first, the right side before the left.
+#: Possible places of a name, as distances from its point: near places first, the right side before the left.
 _STEPS = (0, 9, -9, 20, -20, 32, -32, 46, -46)
 _PLACES = [(side * 9, up) for up, side in product(_STEPS, (1, -1))]
-#: Pixels that a point covers around its middle.
+#: Radius of a point in pixels.
 _RADIUS = 6
 
 
 def name_points(
     axes: Any, points: Sequence[tuple[float, float]], names: Sequence[str], colors: Sequence[Any] | None = None
 ) -> None:
-    """Write the name of every point next to it; a line leads to a name that has no room there.
+    """Write the name of every point next to it; if there is no room, write it further away with a line to its point.
 
     Args:
-        axes: drawn completely: scale, limits and legend decide what is free.
-        points: in data coordinates.
-        names: one for each.
-        colors: of the names; dark grey by default.
+        axes: axes that are otherwise complete, because scale, limits and legend decide which places are free.
+        points: points in data coordinates.
+        names: names of the points, one each.
+        colors: colors of the names; dark grey by default.
     """
     figure = axes.figure
     figure.draw_without_rendering()
@@ -62,7 +62,7 @@ def _label(axes: Any, point: tuple[float, float], name: str, place: tuple[float,
         ha="left" if place[0] > 0 else "right",
         va="center",
         fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},  # lines stay behind the name
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},  # covers lines under the name
         **look,
     )
 

@@ -1,14 +1,16 @@
-"""Is self-speculation lossless? Greedy replies by rounds against the full depth's own, with switches, budgets and rollbacks.
+"""Whether self-speculation is lossless: greedy replies by draft rounds compared with those of the full depth.
 
     python -m benchmarks.lossless BUNDLE --prompts TEXT.jsonl [--count 100]
 
-Each prompt gets ``TOKENS`` tokens at the full depth, and then again on a sequence of its own: some tokens from a shallow exit,
-rolled back, so that a backlog and stale rows are there; then the reply by rounds, which prices are made to pay for always, and
-every ``STRETCH`` tokens under another budget: rounds, plain steps, rounds under a latency target.
+Each prompt gets ``TOKENS`` tokens at the full depth, and then a second reply on another sequence. That sequence first gets
+some tokens from a shallow exit, which are rolled back, so that it has a backlog and stale rows. The reply follows by draft
+rounds, with prices under which rounds always pay. The budget changes every ``STRETCH`` tokens: rounds, plain steps, rounds
+under a latency target.
 
-Where products are exact (float32, int4 at accuracy level 1) the two must be the same tokens. At level 4 one row and many rows
-are rounded differently whatever the policy: that flip rate, the share of the full depth's own tokens that one pass over the
-same text would not have written, is what divergences are held against, a divergence being the first token that differs.
+If products are exact (float32, int4 at accuracy level 1), both replies must have the same tokens. At level 4 one row and many
+rows are rounded differently under any policy. The flip rate measures this: the share of the full depth's own tokens that a
+single pass over the same text would not choose. The rate of divergences (the first token that differs in a reply) is compared
+with the flip rate.
 
 The last line is JSON: ``replies``, ``equal``, ``compared`` (tokens up to the first that differs), ``divergence_rate``,
 ``flip_rate`` and ``flip_se``, ``speculated`` (share of tokens from rounds), ``bars``. Exit code 1 if a bar is missed.
@@ -31,12 +33,12 @@ from benchmarks.policies import always_paying, read_prompts
 from benchmarks.rounds import cpu_name
 
 TOKENS, STRETCH, SHALLOW_TOKENS = 128, 16, 6
-#: Budgets of the stretches of a reply; all of them ask for the full depth's tokens.
+#: Budgets of the stretches of a reply; all of them give the full depth's tokens.
 BUDGETS = (Budget(policy="lossless"), Budget(), Budget(policy="lossless", tpot_ms=1000.0))
 
 
 def spoilt_and_speculated(llm: LLM, prompt: list[int], turn: int) -> tuple[list[int], int]:
-    """A reply by rounds over a sequence with a backlog and rows that were rolled back; and how many tokens rounds gave."""
+    """Make a reply by rounds on a sequence with a backlog and rolled-back rows; also return the tokens from rounds."""
     sequence = llm.engine.new_sequence(max_length=len(prompt) + TOKENS)
     llm.budget = Budget(exit_layer=llm.exit_layers[turn % (len(llm.exit_layers) - 1)])
     for _ in llm.stream(prompt, max_new_tokens=SHALLOW_TOKENS, ignore_eos=True, sequence=sequence):
@@ -51,7 +53,7 @@ def spoilt_and_speculated(llm: LLM, prompt: list[int], turn: int) -> tuple[list[
 
 
 def measure(llm: LLM, prompts: list[list[int]]) -> dict[str, Any]:
-    """Everything but the bars."""
+    """Measure everything except the bars."""
     full = llm.exit_layers[-1]
     llm.costs = always_paying(measure_prices(llm.engine))
     equal = compared = flips = speculated = 0
@@ -81,7 +83,9 @@ def measure(llm: LLM, prompts: list[list[int]]) -> dict[str, Any]:
 
 def main() -> int:
     """Parse the command line, run, print; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="Self-speculation against the full depth; docs in the docstring.")
+    parser = argparse.ArgumentParser(
+        description="Self-speculation compared with the full depth; see the module's docstring."
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=Path, required=True, help='JSON Lines with "instruction" or "text"')
     parser.add_argument("--count", type=int, default=100)

@@ -1,18 +1,19 @@
 """The main job's figures on one bundle, in one run: ``python benchmarks/main_job.py BUNDLE [--quick] [--only ITEMS]``.
 
-The physics. A decode step multiplies one row by every weight on its way: about two floating-point operations for each
-weight that must come from memory, where a core could do some dozens. So a step takes as long as its weights take to
-arrive, and what an exit can save is what it does not read: the ideal speed-up of exit e is bytes_per_token(full) /
-bytes_per_token(e), balcony and LM head included. Less than that is overhead. More is possible where the shallower sweep
-fits a cache that the deeper one does not. The KV cache is not in the bytes (at 512 tokens 4 % of the demo model's). A pass
-of many rows reads the weights once for all of them: so rows that were skipped are cheap to catch up in one pass, and the
-price of a switch up is that of a prefill of the pending rows through the missing stages. A balcony that was not used needs
-keys and values of the rows since then, and nothing else of them.
+The physics of a decode step. It multiplies one row by every weight on its way. This is about two floating-point operations
+for each weight that must come from memory, while a core could do some dozens in that time. So a step takes as long as its
+weights take to arrive, and an exit saves the weights that it does not read. The ideal speed-up of exit e is
+bytes_per_token(full) / bytes_per_token(e), balcony and LM head included. A smaller speed-up is due to overhead. A larger one
+is possible if the shallower sweep fits into a cache and the deeper one does not. The bytes do not include the KV cache (at
+512 tokens 4 % of the demo model's bytes).
+
+The physics of a switch. A pass of many rows reads the weights once for all of them. So skipped rows are cheap to catch up
+in one pass, and a switch up costs as much as a prefill of the pending rows through the missing stages. A balcony that was
+not used needs only keys and values of the rows since then.
 
 How it is measured: :mod:`benchmarks.rounds` (interleaved rounds, medians, ratios within a round). Wall time around
-``TokenSequence.step`` with the argmax (decode) or ``TokenSequence.advance`` (switches), one process, the runtime's shared
-thread pool.
-Stop everything else; a run whose ``others_cpu_share`` is above some percent should be repeated.
+``TokenSequence.step`` with the argmax (decode) or ``TokenSequence.advance`` (switches), in one process with the runtime's
+shared thread pool. Stop everything else; repeat a run whose ``others_cpu_share`` is above some percent.
 
 The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:
 
@@ -21,16 +22,16 @@ The last line on stdout is one JSON object; the table goes to stderr. Exit code 
     chain[]        context; chain_ms: full depth through the stages (with --packed: joined); whole_ms: the same operators as
                    one graph (benchmarks/whole_graph.py); ratio = whole / chain; ort_ratio: the same of the time inside
                    ONNX Runtime; logits_difference of the two
-    switch_up[]    from_exit, pending; advance_ms: the full-depth step that runs the pending rows and its own;
-                   switch_ms = advance_ms less what its token needs whatever is pending (stages that do not lag, norm,
-                   head); prefill_ms: the pending rows (one fewer than switch_ms holds) through the missing stages by
-                   State.run_stage; ratio = switch_ms / prefill_ms; advance_ratio = advance_ms / prefill_ms; extra_ms =
-                   advance_ms less a full-depth step without backlog; extra_ratio = extra_ms / prefill_ms, the bar's: what a
-                   switch costs is what its step takes beyond one without a switch
-    switch_down[]  to_exit; switch_ms: the first step there after 512 tokens at full depth; steady_ms: a later one;
-                   extra_ms, and extra_full_tokens: the same in full-depth tokens (full_depth_ms)
-    memory         all_exits, full_depth: peak_rss_mb, peak_pss_mb, private_mb of a process each (benchmarks/memory.py);
-                   ratios of them; ratio: the largest
+    switch_up[]    from_exit, pending; advance_ms: the full-depth step with the pending rows and the new one;
+                   switch_ms: advance_ms minus the part that does not depend on pending rows (stages without a backlog,
+                   norm, head); prefill_ms: the pending rows (one fewer than in switch_ms) through the missing stages by
+                   State.run_stage; ratio = switch_ms / prefill_ms; advance_ratio = advance_ms / prefill_ms;
+                   extra_ms: advance_ms minus a full-depth step without a backlog; extra_ratio = extra_ms / prefill_ms,
+                   which has the bar: a switch costs the time by which its step is longer than one without a switch
+    switch_down[]  to_exit; switch_ms: the first step at the exit after 512 tokens at full depth; steady_ms: a later step;
+                   extra_ms: their difference; extra_full_tokens: extra_ms in full-depth tokens (full_depth_ms)
+    memory         all_exits, full_depth: peak_rss_mb, peak_pss_mb, private_mb of one process each (benchmarks/memory.py);
+                   ratios: all_exits / full_depth of each; ratio: the largest of them
     overhead[]     budget; median_us and p95_us of a step's time outside ONNX Runtime (benchmarks/overhead.py)
     bars           name → value, limit, holds; the worst case of each item
 """
@@ -54,26 +55,27 @@ from benchmarks.rounds import Neighbours, aligned, bar, cpu_name
 from benchmarks.whole_graph import open_whole_graph
 
 ITEMS = ("decode", "switch", "memory", "overhead")
-#: Rounds of each item: (full, quick). Alone on 2 cores a full run takes some 2 minutes, a quick one 1.
+#: Rounds of each item: (full, quick). On 2 cores without other load a full run takes some 2 minutes, a quick one 1.
 ROUNDS = {"decode": (11, 3), "switch": (5, 2), "memory": (2, 1), "overhead": (5, 2)}
 
 
 def run(
     path: Path, items: tuple[str, ...], *, quick: bool, full_depth: Path | None, packed: Path | None
 ) -> dict[str, Any]:
-    """Measure ``items`` of the bundle at ``path``; returns the document of the JSON line, without its bars."""
+    """Measure ``items`` of the bundle at ``path``; returns the document of the JSON line without its bars."""
     rounds = {item: counts[quick] for item, counts in ROUNDS.items()}
     bundle = Bundle.open(path)
     begin, neighbours = time.perf_counter(), Neighbours()
     found: dict[str, Any] = {}
-    if "memory" in items:  # before this process holds weights itself
+    if "memory" in items:  # measured before this process holds weights itself
         other = memory.open_full_depth(bundle, full_depth or path.with_name(f"{path.name}-full"))
         found["memory"] = memory.measure(bundle, other, rounds["memory"])
     if set(items) - {"memory"}:
         llm, backend = overhead.open_recording(bundle, packed)
         with llm:
             if "decode" in items:
-                with tempfile.TemporaryDirectory(dir=path.parent) as directory:  # beside the bundle: hard links
+                # The directory is next to the bundle, so that hard links work.
+                with tempfile.TemporaryDirectory(dir=path.parent) as directory:
                     session = open_whole_graph(bundle, Path(directory))
                     found |= decode.measure(llm.engine, bundle, session, rounds["decode"])
                     del session
@@ -99,11 +101,11 @@ def run(
 
 
 def bars(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The worst case of each item against what they must show."""
+    """Compare the worst case of each item with its bar."""
     bars: dict[str, dict[str, Any]] = {}
 
     if "decode" in found:
-        full = max(row["exit_layer"] for row in found["decode"])  # 1 by definition
+        full = max(row["exit_layer"] for row in found["decode"])  # left out: its speed-up is 1 by definition
         achieved = min(row["achieved"] for row in found["decode"] if row["exit_layer"] != full)
         bars["speed-up / predicted"] = bar(achieved, 0.9, at_least=True)
         bars["whole / chain"] = bar(min(row["ratio"] for row in found["chain"]), 0.98, at_least=True)
@@ -144,14 +146,12 @@ def _items(text: str) -> tuple[str, ...]:
 
 def main() -> int:
     """Parse the command line, measure, print; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(
-        description="Figures of the main job on one bundle; docs in the module's docstring."
-    )
+    parser = argparse.ArgumentParser(description="Figures of the main job on one bundle; see the module's docstring.")
     parser.add_argument("bundle", type=Path, help="directory that `balcony-edge export` wrote")
-    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not for figures")
+    parser.add_argument("--quick", action="store_true", help="few rounds: checks that it runs, not for figures")
     parser.add_argument("--only", type=_items, default=ITEMS, help=f"some of {','.join(ITEMS)} [default: all]")
     parser.add_argument("--full-depth", type=Path, help="bundle with the full depth only [default: BUNDLE-full]")
-    parser.add_argument("--packed", type=Path, help="run with packed weights, kept in this directory")
+    parser.add_argument("--packed", type=Path, help="directory for packed weights; runs with packed weights")
     arguments = parser.parse_args()
     document = run(
         arguments.bundle,

@@ -1,20 +1,20 @@
-"""One copy of the weights: what a process with every exit costs against one that has the full depth only.
+"""One copy of the weights: memory of a process with all exits compared with one that has the full depth only.
 
 Owns item (d) of :mod:`benchmarks.main_job`. Each bundle is measured in a process of its own (``python -m benchmarks.memory
-BUNDLE`` prints that process's figures): it loads the engine, prefills a prompt at full depth, then takes one token at each
-exit. Counted is everything the process holds, interpreter and libraries included:
+BUNDLE`` prints that process's figures). The process loads the engine, prefills a prompt at full depth, then takes one token
+at each exit. All memory of the process counts, interpreter and libraries included:
 
     peak_rss_mb      VmHWM: the kernel's own high-water mark of resident memory; mapped files count
     peak_pss_mb      proportional set size, the highest of samples every 10 ms: a page that n processes map counts 1/n
     private_mb       pages that only this process has, at the end
 
-``python -m benchmarks.memory BUNDLE --idle`` asks what conversations cost that wait: 1, 8 and 64 of them, each after one turn,
-and how long the first token of a short prompt takes with the context's whole length against one of 20 tokens. Each of the
-kernel's three settings for large pages is measured in a process of its own; setting them needs root.
+``python -m benchmarks.memory BUNDLE --idle`` measures waiting conversations: the memory of 1, 8 and 64 of them, each after
+one turn. It also measures the time to the first token of a short prompt, with the whole context and with a limit of 20
+tokens. Each of the kernel's three settings for large pages is measured in a process of its own; setting them needs root.
 
     used_mb          tokens in use × bytes of their keys, values and rows at the boundaries
     taken_mb         growth of the process's private memory
-    reported_mb      what the sequences say: ``memory_bytes``
+    reported_mb      sum of the sequences' ``memory_bytes``
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from benchmarks.rounds import aligned, bar, interleave, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS = 64
-#: Of a sentence of some 22 tokens: a turn of some 220.
+#: Repetitions of a sentence of some 22 tokens, which make a turn of some 220.
 IDLE_REPEATS = 9
 FIGURES = ("peak_rss_mb", "peak_pss_mb", "private_mb")
 
 
 def measure(bundle: Bundle, full_depth: Bundle, rounds: int) -> dict[str, Any]:
-    """Item ``memory`` of the JSON line: both processes' figures (medians) and the ratios between them."""
+    """Measure item ``memory`` of the JSON line: both processes' figures (medians) and the ratios between them."""
     pair = {"all_exits": bundle, "full_depth": full_depth}
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
     for _ in range(rounds):
@@ -61,22 +61,24 @@ def measure(bundle: Bundle, full_depth: Bundle, rounds: int) -> dict[str, Any]:
 
 
 def open_full_depth(bundle: Bundle, path: Path) -> Bundle:
-    """The bundle with the full depth only at ``path``; exported from the demo's model where there is none yet.
+    """Open the bundle with the full depth only at ``path``; export it from the demo's model if it does not exist.
 
-    Exits with a message where it is not of the same model and precision as ``bundle``.
+    Exits with a message if its model or precision differs from that of ``bundle``.
     """
     if not path.exists():
         _export_full_depth(path, bundle)
     found = Bundle.open(path, verify_hashes=False)
     ours, theirs = bundle.manifest, found.manifest
     if theirs.model != ours.model or theirs.precision != ours.precision or len(theirs.exits) != 1:
-        raise SystemExit(f"{path}: not the full depth alone of {bundle.path}: remove it, or name one with --full-depth")
+        raise SystemExit(
+            f"{path}: is not the full depth alone of {bundle.path}: remove it, or name another with --full-depth"
+        )
     return found
 
 
 def _export_full_depth(path: Path, bundle: Bundle) -> None:
-    from balcony_export.export import ExportOptions, export_bundle  # noqa: PLC0415 - likewise, and only if nothing is cached
-    from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer  # noqa: PLC0415 - torch is slow
+    from balcony_export.export import ExportOptions, export_bundle  # noqa: PLC0415 - torch is slow to import
+    from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer  # noqa: PLC0415 - likewise
     from balcony_export.model.exits import ExitModel  # noqa: PLC0415 - likewise
     from balcony_export.quantize.blocks import Scheme  # noqa: PLC0415 - likewise
 
@@ -90,7 +92,7 @@ def _export_full_depth(path: Path, bundle: Bundle) -> None:
 
 
 def idle(path: Path) -> dict[str, Any]:
-    """Setting of large pages → figures of a process under it, with both bars. Prints the table."""
+    """Run a process under each setting of large pages; returns setting → figures, with both bars. Prints the table."""
     before = _setting()
     report: dict[str, Any] = {}
     try:
@@ -122,14 +124,14 @@ def _setting() -> str:
 
 
 def _set(setting: str) -> bool:
-    """Whether the kernel has that setting now."""
+    """Try to set large pages; returns whether the kernel has that setting now."""
     with suppress(OSError):
         _LARGE_PAGES.write_text(setting, encoding="ascii")
     return _setting() == setting
 
 
 def _idle_here(path: Path) -> dict[str, Any]:
-    import balcony_edge  # noqa: PLC0415 - the child measures what loading this costs, too
+    import balcony_edge  # noqa: PLC0415 - the child also measures the memory of this import
 
     text = "The balcony looks over the river, and in the evening the lamps along the quay are lit one after the other. "
     with balcony_edge.load(path, verify_hashes=False) as llm:
@@ -144,7 +146,7 @@ def _idle_here(path: Path) -> dict[str, Any]:
                 pass
             return chat
 
-        speak()  # what is made once
+        speak()  # makes everything that is made only once
         gc.collect()
         before = _private_mb()
         for count in (1, 8, 64):
@@ -180,7 +182,7 @@ def _private_mb() -> float:
 
 
 def _run(path: Path) -> dict[str, float]:
-    from balcony_runtime.engine import Engine  # noqa: PLC0415 - the child measures what loading this costs, too
+    from balcony_runtime.engine import Engine  # noqa: PLC0415 - the child also measures the memory of this import
 
     with _peak_pss() as peak, Engine.open(path) as engine:
         sequence = engine.new_sequence(max_length=2 * PROMPT_TOKENS)
@@ -232,8 +234,8 @@ if __name__ == "__main__":
     parser.add_argument("bundle", type=Path)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--idle", action="store_true", help="of conversations that wait, under each setting of large pages"
+        "--idle", action="store_true", help="measure waiting conversations under each setting of large pages"
     )
-    which.add_argument("--idle-here", action="store_true", help="the same under the present setting alone")
+    which.add_argument("--idle-here", action="store_true", help="the same under the present setting only")
     options = parser.parse_args()
     print(json.dumps((idle if options.idle else _idle_here if options.idle_here else _run)(options.bundle)))

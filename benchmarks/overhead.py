@@ -1,17 +1,17 @@
-"""Python's share of a greedy decode step: everything but the calls into ONNX Runtime.
+"""Python's share of a greedy decode step: everything except the calls into ONNX Runtime.
 
-Owns item (e) of :mod:`benchmarks.main_job`. Tokens are taken from ``LLM.stream`` as a user takes them: the overhead of one
-is the wall time between asking for it and having it, less what ``State.busy_ns`` grew by, which counts the
-``run_with_iobinding`` calls. So decision, embedding, row copies, bindings, logits copy, argmax, detokenization and the
-generators are all in it.
+Owns item (e) of :mod:`benchmarks.main_job`. Tokens are taken from ``LLM.stream`` as a user takes them. The overhead of a
+token is the wall time from its request to its arrival, minus the growth of ``State.busy_ns``, which counts the
+``run_with_iobinding`` calls. So it includes decision, embedding, row copies, bindings, logits copy, argmax, detokenization
+and the generators.
 
-Why it is more than a profiler says: every pass streams its weights through the caches, so the interpreter's code and
-objects come back from the last-level cache each time that a call returns. With the engine stubbed out the same step takes
-60 to 80 µs; beside the real one it took 240 to 330 (2-core Xeon, nobody else). So what counts is how much memory Python
-touches, and how often it gets a turn between two calls.
+Why it is more than a profiler shows: every pass streams its weights through the caches. So the interpreter's code and
+objects come back from the last-level cache each time a call returns. With the engine stubbed out the same step takes
+60 to 80 µs; with the real one it took 240 to 330 (2-core Xeon without other load). So the overhead depends on the amount of
+memory that Python touches, and on the number of its turns between two calls.
 
-The budgets: a fixed exit (no target); a target that holds an exit in place (the controller weighs and stays); and a target
-between two exits, where it also switches and works off backlog.
+The budgets: a fixed exit (no target); a target that holds an exit in place (the controller decides and stays); and a target
+between two exits, where the controller also switches and works off a backlog.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from benchmarks.decode import prompt
 from benchmarks.rounds import interleave, p95
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 42
-#: The first token is the prefill, the second binds the decode step.
+#: Tokens that are not counted: the first is the prefill, the second binds the decode step.
 SKIPPED_TOKENS = 2
 #: A target that is never missed: the controller runs and stays at the deepest exit allowed.
 EASY_MS = 1000.0
 
 
 class RecordingBackend:
-    """A backend that remembers the state it made last, so that its ``busy_ns`` can be read beside a stream."""
+    """A backend that remembers the state it made last, so that its ``busy_ns`` can be read during a stream."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -54,12 +54,12 @@ class RecordingBackend:
         self.state: State | None = None
 
     def new_state(self, batch_size: int, max_length: int) -> State:
-        """As the backend behind it."""
+        """Make a state with the wrapped backend and remember it."""
         self.state = self._backend.new_state(batch_size, max_length)
         return self.state
 
     def close(self) -> None:
-        """Close the backend behind it."""
+        """Close the wrapped backend."""
         self._backend.close()
 
     def __enter__(self) -> Self:
@@ -72,18 +72,18 @@ class RecordingBackend:
 
 
 def open_recording(bundle: Bundle, packed: Path | None) -> tuple[LLM, RecordingBackend]:
-    """The public API over a backend whose states can be read."""
+    """Open the public API over a backend whose states can be read."""
     backend = RecordingBackend(OnnxRuntimeBackend(bundle, packed=packed))
     return LLM(Engine(backend), TextCodec(bundle), Budget()), backend
 
 
 def measure(llm: LLM, backend: RecordingBackend, rounds: int) -> list[dict[str, Any]]:
-    """Item ``overhead`` of the JSON line.
+    """Measure item ``overhead`` of the JSON line.
 
     Args:
-        llm: generates over ``backend``.
-        backend: tells how long the engine was busy.
-        rounds: replies per budget.
+        llm: LLM that generates over ``backend``.
+        backend: backend that tells how long the engine was busy.
+        rounds: number of replies per budget.
     """
     shallow, full = llm.exit_layers[0], llm.exit_layers[-1]
     costs = measure_prices(llm.engine)
@@ -107,12 +107,12 @@ def measure(llm: LLM, backend: RecordingBackend, rounds: int) -> list[dict[str, 
 
 
 def _reply(llm: LLM, backend: RecordingBackend, budget: Budget) -> list[float]:
-    """Overhead of each token of one reply, µs."""
+    """Overhead of each token of one reply, in µs."""
     llm.budget = budget
     stream = llm.stream(prompt(PROMPT_TOKENS), max_new_tokens=NEW_TOKENS, ignore_eos=True)
     state = backend.state
     if state is None:
-        raise AssertionError("stream() makes its sequence, and with it the state, when it is called")
+        raise AssertionError("stream() must make its sequence and state when it is called")
     overhead_us: list[float] = []
     while True:
         begin, busy_ns = time.perf_counter_ns(), state.busy_ns

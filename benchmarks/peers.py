@@ -1,44 +1,46 @@
-"""Our runtime at every exit beside other engines on the same model: speed, quality, memory and load time in one run.
+"""Our runtime at every exit compared with other engines on the same model: speed, quality, memory and load time.
 
     python benchmarks/peers.py --install                                  # the peers' environments and models, once
     python benchmarks/peers.py BUNDLE [BUNDLE ...] --text wiki.valid.raw  # measure, all bundles in the same rounds
 
-The physics. A decode step reads every weight once, so engines differ by the bytes that they sweep and by what they lose
-between the reads; fewer bits are faster and less exact, which is why each speed stands beside its KL. A reference in
-float32 is exact here only if it has the same weights: the demo's model is a Q4_1 file, so float32 means its dequantized
-weights, llama.cpp's Q4_1 as shipped loses nothing but what rounding activations costs, and what a fresh quantization is to
-be compared with is Q4_0.
+The physics. A decode step reads every weight once, so engines differ by the bytes that they read and by the time that they
+lose between the reads. Fewer bits are faster and less exact, so each speed is reported with its KL. A float32 reference is
+exact only if it has the same weights. The demo's model is a Q4_1 file, so float32 means its dequantized weights. llama.cpp's
+Q4_1 as shipped therefore only loses by rounding activations; a fresh quantization should be compared with Q4_0.
 
-How it is measured: every engine is a process of its own (benchmarks/peer_workers) that answers one request at a time. A
-process keeps the speed that it starts with: where its memory came to lie makes pairs of equal engines differ by up to a
-tenth. So every round starts all of them anew, runs every case once to warm up and once to count, every other round
-backwards; medians over the rounds, ratios within a round (:mod:`benchmarks.rounds`). Before each request the others get
-time to fall asleep, and each reports the CPU that it burnt idle. Prompts are token ids of ``--text``, others in every
-round, so that no prefix cache helps; replies are greedy and no end token ends them. A step's time is taken where the
-engine's user receives its token: around our ``TokenSequence.step``, llama.cpp's ``llama_decode`` and transformers' forward
-pass, each with numpy's argmax, in ONNX Runtime GenAI around ``generate_next_token``, in OpenVINO GenAI between calls of
-the streamer. Memory and load time are each process's before its round, on a warm disk. Quality comes after the last:
-rows of windows of ``--text`` taken by decode steps, as in a reply.
+Processes and rounds. Every engine is a process of its own (benchmarks/peer_workers) that answers one request at a time. A
+process keeps the speed that it starts with: the placement of its memory makes pairs of equal engines differ by up to a
+tenth. So every round starts all engines anew and runs every case once to warm up and once to count, every other round in
+reverse order. Figures are medians over the rounds, and ratios are taken within a round (:mod:`benchmarks.rounds`). Before
+each request the other engines get time to fall asleep, and each reports the CPU time that it used while idle.
+
+What is measured. Prompts are token ids of ``--text``, different in every round, so that no prefix cache helps. Replies are
+greedy, and end tokens do not end them. A step is timed at the point where the engine's user receives the token: around our
+``TokenSequence.step``, llama.cpp's ``llama_decode`` and transformers' forward pass, each with numpy's argmax; in ONNX
+Runtime GenAI around ``generate_next_token``; in OpenVINO GenAI between calls of the streamer. Memory and load time are those
+of each process before its round, on a warm disk. Quality is measured after the last round, on rows of windows of ``--text``
+that are produced by decode steps, as in a reply.
 
 The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:
 
     benchmark, cpu, threads, huge_pages, packed, rounds, others_cpu_share, load_1m, seconds, text, score_rows
-    cases[]    name; bundle and exit_layer of ours, null for a peer; version of the engine; config: what the figures depend
-               on (precision, block_size, head: what the LM head is stored as, activations of the products, spinning, ...)
-               weights_mb: of ours what a token at the exit reads, of a GGUF file its tensors, of others their files of weights
-               decode_32_tps, decode_512_tps: tokens a second after a prompt of so many; prefill_512_tps: rows a second
-               kl, kl_se: nats to transformers' float32, mean over the rows, and standard error over the windows (null for one);
-               agreement: share of rows with the same best token
-               load_s: the model, ready to go on after a first token (imports not counted); peak_rss_mb: VmHWM after a
-               prompt of 512 and its reply, imports included; private_mb: its pages that no other process shares;
-               loaded_mb, added_mb: what a second process with the model has again, above its imports (dirty pages),
-               after loading and after that reply
-               idle_cpu: CPU seconds a second between requests
-    exits[]    name; bytes: what the full depth reads / what the exit reads; decode_32, decode_512: the exit's speed / the full
-               depth's, median of the rounds' ratios; decode_32_of_bytes, decode_512_of_bytes: of what bytes predict
+    cases[]    name; bundle and exit_layer of ours, null for a peer; version of the engine; config: settings that the figures
+               depend on (precision, block_size, head: type of the stored LM head, activations of the products, spinning, ...)
+               weights_mb: for ours the bytes read per token at the exit, for a GGUF file its tensors, for others the files
+               of weights
+               decode_32_tps, decode_512_tps: tokens a second after a prompt of 32 or 512; prefill_512_tps: rows a second
+               kl: mean over the rows of the KL to transformers' float32, in nats; kl_se: standard error over the windows
+               (null for one window); agreement: share of rows with the same best token
+               load_s: time until the model is loaded and has made a first token (without imports); peak_rss_mb: VmHWM after
+               a prompt of 512 and its reply, imports included; private_mb: pages that no other process shares;
+               loaded_mb, added_mb: memory that a second process with the model needs again, above its imports (dirty
+               pages), after loading and after that reply
+               idle_cpu: CPU seconds per second between requests
+    exits[]    name; bytes: bytes read at full depth / bytes read at the exit; decode_32, decode_512: the exit's speed / the
+               full depth's, median of the rounds' ratios; decode_32_of_bytes, decode_512_of_bytes: these speed-ups / bytes
     ratios[]   ours, peer: names of cases, ours at full depth; decode_32, decode_512, prefill_512: our speed / the peer's,
-               the median of the rounds' ratios; kl_difference: our KL less the peer's; weights: our bytes / the peer's
-    bars       name → value, limit, holds: what every exit must show, and an int4 bundle at full depth
+               median of the rounds' ratios; kl_difference: our KL minus the peer's; weights: our bytes / the peer's
+    bars       name → value, limit, holds: for every exit, and for an int4 bundle at full depth
 """
 
 from __future__ import annotations
@@ -66,26 +68,26 @@ from benchmarks.peer_workers.process import Worker
 from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, interleave, ratio
 
 CONTEXTS = (32, 512)
-#: Steps of a reply: the first two bring this engine's weights into the caches, the median of the others counts.
+#: Steps of a reply. The first two bring this engine's weights into the caches; the median of the others counts.
 WARM_STEPS, STEPS = 2, 24
-#: Tokens of a window of scoring that are prefilled, and rows that it gives.
+#: Prefilled tokens of a window of scoring, and rows that it gives.
 WINDOW_PREFIX, WINDOW_ROWS = 32, 256
 REFERENCE = "transformers fp32"
-#: Pools that spin after a request sleep by then: measured, ggml's burns 90 ms of CPU, ONNX Runtime's 30, OpenVINO's 2.
+#: Wait until spinning pools sleep after a request. Measured: ggml's uses 90 ms of CPU time, ONNX Runtime's 30, OpenVINO's 2.
 SETTLE_S = 0.5
-#: Rounds, and windows of quality: (full, quick).
+#: Rounds, and windows for quality: (full, quick).
 ROUNDS, WINDOWS = (9, 1), (8, 1)
 
 
 class Subject(NamedTuple):
-    """One loaded model, and the cases that it is measured in: variant → name."""
+    """One model: the function that starts its worker, and its cases (variant → name)."""
 
     start: Callable[[], Worker]
     variants: dict[int | None, str]
 
 
 class Case(NamedTuple):
-    """What is known of a case before it is measured."""
+    """Properties of a case that are known before it is measured."""
 
     subject: str
     variant: int | None
@@ -94,14 +96,14 @@ class Case(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Token ids: prompts of the longest context, windows to score."""
+    """Token ids: prompts of the longest context, and windows to score."""
 
     prompts: list[list[int]]
     windows: list[list[int]]
 
 
 def read_text(path: Path, bundle: Bundle, prompts: int, windows: int) -> Text:
-    """Prompts from the start of a text file, windows spread evenly over the rest.
+    """Read prompts from the start of a text file, and windows spread evenly over the rest.
 
     Raises:
         InputError: the file cannot be read or is too short.
@@ -115,7 +117,7 @@ def read_text(path: Path, bundle: Bundle, prompts: int, windows: int) -> Text:
     rest = len(tokens) - prompts * longest
     if rest < windows * window:
         needed = prompts * longest + windows * window
-        raise InputError(f"--text {path}: holds {len(tokens)} tokens where {needed} are needed: give a longer text")
+        raise InputError(f"--text {path}: has {len(tokens)} tokens, but {needed} are needed: give a longer text")
     starts = [prompts * longest + index * (rest // windows) for index in range(windows)]
     return Text(
         [tokens[index * longest : (index + 1) * longest] for index in range(prompts)],
@@ -126,7 +128,7 @@ def read_text(path: Path, bundle: Bundle, prompts: int, windows: int) -> Text:
 def subjects_of(
     bundles: list[Bundle], models: list[install.PeerModel], threads: int, *, huge_pages: bool, packed: Path | None
 ) -> tuple[dict[str, Subject], dict[str, Case]]:
-    """What is loaded, and the cases in the order of the table."""
+    """The models to load, and their cases in the order of the table."""
     subjects: dict[str, Subject] = {}
     cases: dict[str, Case] = {}
     worker = partial(Worker, threads=threads, huge_pages=huge_pages)
@@ -154,7 +156,7 @@ def subjects_of(
 
 
 def measure(subjects: dict[str, Subject], cases: dict[str, Case], text: Text, *, quick: bool) -> list[dict[str, Any]]:
-    """All cases, without what their ratios need; see :func:`ratios` for those."""
+    """Measure all cases. Each row also holds the rounds' times under ``_ms``, which :func:`ratios` removes."""
     prompts = {
         (name, context): cycle([prompt[:context] for prompt in text.prompts]) for name in cases for context in CONTEXTS
     }
@@ -208,7 +210,7 @@ def measure(subjects: dict[str, Subject], cases: dict[str, Case], text: Text, *,
 
 
 def exit_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every exit of a bundle against its full depth, beside what the bytes that they read predict."""
+    """Speed-up of every exit over its bundle's full depth, and the speed-up that the bytes predict."""
     found: list[dict[str, Any]] = []
     full: dict[str, Any] = {}
     for row in (row for row in rows if row["bundle"] is not None):
@@ -229,7 +231,7 @@ def exit_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ratios(rows: list[dict[str, Any]], full_depths: set[str]) -> list[dict[str, Any]]:
-    """Every case of ``full_depths`` against every peer; takes the rounds' times out of ``rows``."""
+    """Compare every case of ``full_depths`` with every peer; removes the rounds' times from ``rows``."""
     times = {row["name"]: row.pop("_ms") for row in rows}
     found = []
     for ours in (row for row in rows if row["name"] in full_depths):
@@ -251,7 +253,7 @@ def ratios(rows: list[dict[str, Any]], full_depths: set[str]) -> list[dict[str, 
 def bars(
     rows: list[dict[str, Any]], found: list[dict[str, Any]], exits: list[dict[str, Any]], int4: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """What every exit must show, and the cases that are named in ``int4`` where the peer was measured."""
+    """Bars of every exit, and of the cases named in ``int4`` if the peer was measured."""
     bars: dict[str, dict[str, Any]] = {}
 
     for row in (row for row in found if row["ours"] in int4):
@@ -294,14 +296,14 @@ def show(document: dict[str, Any]) -> str:
 
 
 def _fresh(worker: Worker, subject: Subject, prompt: list[int]) -> dict[str, float]:
-    """Load time and memory of a process that has done nothing yet."""
+    """Load time and memory of a process that has just been started."""
     loaded_mb = worker.ask(do="memory")["added_mb"]
     worker.ask(do="generate", variant=next(reversed(subject.variants)), prompt=prompt, steps=STEPS)
     return {"load_s": worker.load_s, "loaded_mb": loaded_mb, **worker.ask(do="memory")}
 
 
 def _reply(worker: Worker, variant: int | None, prompts: Iterator[list[int]]) -> dict[str, Any]:
-    """One prompt's prefill, and the median of the steps of its reply."""
+    """Times of one reply: the prefill, and the median of the steps."""
     time.sleep(SETTLE_S)
     answer = worker.ask(do="generate", variant=variant, prompt=next(prompts), steps=WARM_STEPS + STEPS)
     return {"prefill_ms": answer["prefill_ms"], "step_ms": median(answer["step_ms"][WARM_STEPS:])}
@@ -310,7 +312,7 @@ def _reply(worker: Worker, variant: int | None, prompts: Iterator[list[int]]) ->
 def _quality(
     workers: dict[str, Worker], cases: dict[str, Case], windows: list[list[int]]
 ) -> dict[str, dict[str, float | None]]:
-    """KL and agreement of every case; the reference's rows go through a file, 200 MB for every 1,000."""
+    """KL and agreement of every case. The reference's rows are in a file of 200 MB for every 1,000 rows."""
     found: dict[str, dict[str, float | None]] = {}
     with tempfile.TemporaryDirectory(dir=install.CACHE) as directory:
         for name in sorted(cases, key=lambda name: name != REFERENCE):
@@ -344,13 +346,13 @@ def _selected(names: str) -> list[install.PeerModel]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the command line asks for; returns the document of the JSON line."""
+    """Run the measurements that the command line asks for; returns the document of the JSON line."""
     quick, models = arguments.quick, arguments.peers
     if absent := install.missing(models):
         raise InputError(f"{absent[0]}: is not installed: run with --install first, or name others with --peers")
     bundles = [Bundle.open(path) for path in arguments.bundles]
     if len({bundle.path.resolve().name for bundle in bundles}) < len(bundles):
-        raise InputError("two bundles have the same directory name, which the results go by: rename one")
+        raise InputError("two bundles have the same directory name, but the results need different names: rename one")
     text = read_text(arguments.text, bundles[0], ROUNDS[quick] + 1, WINDOWS[quick])
     begin, neighbours = time.perf_counter(), Neighbours()
     subjects, cases = subjects_of(
@@ -385,18 +387,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Parse the command line, install or measure, print; 1 if a bar is missed or the input is bad."""
-    parser = argparse.ArgumentParser(description="Our runtime beside other engines; docs in the module's docstring.")
+    parser = argparse.ArgumentParser(description="Our runtime compared with other engines; see the module's docstring.")
     parser.add_argument("bundles", nargs="*", type=Path, help="directories that `balcony-edge export demo` wrote")
-    parser.add_argument(
-        "--install", action="store_true", help="make the peers' environments and models that are missing"
-    )
-    parser.add_argument("--text", type=Path, help="text whose tokens are prompts and scored rows (WikiText-2 valid)")
+    parser.add_argument("--install", action="store_true", help="make the missing environments and models of the peers")
+    parser.add_argument("--text", type=Path, help="text for prompts and scored rows (WikiText-2 valid)")
     parser.add_argument("--peers", type=_selected, default=list(install.PEER_MODELS), help=",".join(install.WORKERS))
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="of every engine [default: the CPUs]")
-    parser.add_argument("--huge-pages", action="store_true", help="transparent huge pages for every engine's heap")
-    parser.add_argument("--packed", type=Path, help="ours with packed weights, kept in this directory")
-    parser.add_argument("--plot", type=Path, help="write tokens a second against KL as a PNG (needs [plot])")
-    parser.add_argument("--quick", action="store_true", help="one round: to see that it runs, not for figures")
+    parser.add_argument(
+        "--threads", type=int, default=available_cpus(), help="threads of every engine [default: number of CPUs]"
+    )
+    parser.add_argument("--huge-pages", action="store_true", help="use transparent huge pages for every engine's heap")
+    parser.add_argument("--packed", type=Path, help="directory for packed weights; ours runs with packed weights")
+    parser.add_argument("--plot", type=Path, help="write tokens a second over KL as a PNG (needs [plot])")
+    parser.add_argument("--quick", action="store_true", help="one round: checks that it runs, not for figures")
     arguments = parser.parse_args()
     if arguments.bundles and arguments.text is None:
         parser.error("--text: measuring needs a text: give one, such as WikiText-2's wiki.valid.raw")

@@ -1,19 +1,20 @@
-"""Policies side by side on the same prompts: plain, fixed exits, a budget between two exits, and self-speculation.
+"""Policies compared on the same prompts: plain, fixed exits, a budget between two exits, and self-speculation.
 
     python benchmarks/policies.py BUNDLE --prompts TEXT.jsonl
 
-Greedy replies of ``TOKENS`` tokens to the first texts of a file, in interleaved rounds (:mod:`benchmarks.rounds`). For each
-policy tokens a second (median over rounds of the whole), the ratio to plain within a round, and the share of tokens that are
-the full depth's own: each prefix of the reply is asked at the full depth afterwards. ``speculative, auto`` is what a user gets:
-rounds only where the runtime expects them to pay. ``speculative, forced`` shows what rounds cost here: its prices are replaced
-by ones under which they always pay. ``--calibrate TEXT`` learns thresholds of confidence exits on a text and adds ``confident``
-in the same two ways, forced once for each of ``PROMISES``: the curve of agreement against speed beside the fixed exits'.
-``--plot FILE`` draws tokens a second against agreement.
+Each policy makes greedy replies of ``TOKENS`` tokens to the first texts of a file, in interleaved rounds
+(:mod:`benchmarks.rounds`). Reported are tokens a second (median over the rounds of all prompts), the ratio to plain within
+a round, and the agreement: the share of tokens that the full depth would choose after the same prefix.
+
+``speculative, auto`` is what a user gets: draft rounds only if the runtime expects them to pay. ``speculative, forced`` shows
+the cost of rounds on this machine: its prices are replaced by ones under which rounds always pay. ``--calibrate TEXT`` learns
+thresholds of confidence exits on a text and adds ``confident`` in the same two ways, forced once for each of ``PROMISES``.
+The forced ones give a curve of agreement over speed, for comparison with the fixed exits. ``--plot FILE`` draws it.
 
 The last line on stdout is one JSON object: ``policies`` (name → ``tokens_per_s``, ``of_plain``, ``agreement``,
-``speculated``: share of tokens from rounds, ``kept``: drafts kept of those made, ``early``: share of tokens that exited early)
-and ``bars``: what is left on auto is at least 0.97 of plain, and lossless replies are the plain ones. Exit code 1 if one is
-missed.
+``speculated``: share of tokens from rounds, ``kept``: share of drafts kept, ``early``: share of tokens that exited early) and
+``bars``. The bars: policies on auto reach at least 0.97 of plain, and lossless replies equal the plain ones. Exit code 1 if
+one is missed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ CALIBRATION_TOKENS = 6000
 
 
 class Run(NamedTuple):
-    """One policy over all prompts, once."""
+    """Result of one policy over all prompts, once."""
 
     seconds: float
     replies: list[list[int]]
@@ -58,7 +59,7 @@ class Run(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A budget, the prices that it is decided with, and thresholds where it exits early."""
+    """A budget, the prices for its decisions, and the thresholds if it uses confidence exits."""
 
     budget: Budget
     costs: CostModel
@@ -94,18 +95,18 @@ def _agreement(llm: LLM, prompts: list[list[int]], replies: list[list[int]]) -> 
 
 
 def always_paying(costs: CostModel) -> CostModel:
-    """Prices under which a shallow step is free and a deep one is not, so that rounds and trials are always worth running."""
+    """Prices under which shallow steps are almost free and deep ones are not, so that rounds and trials always pay."""
     return replace(costs, stages=(UnitCost(1e-3), *(UnitCost(1e3) for _ in costs.exits[1:])))
 
 
 def read_prompts(llm: LLM, path: Path, count: int) -> list[list[int]]:
-    """Tokens of the first texts of a file, each cut to a few hundred letters."""
+    """Tokens of the first texts of a file, each cut to 400 characters."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
     return [llm.encode(str(record.get("instruction") or record.get("text"))[:400]) for record in records]
 
 
 def learned_thresholds(llm: LLM, path: Path) -> dict[float, ConfidenceSpec]:
-    """Promise → thresholds learned on the beginning of a text."""
+    """Learn thresholds on the beginning of a text; returns promise → thresholds."""
     texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
     documents: list[list[int]] = []
     while texts and sum(map(len, documents)) < CALIBRATION_TOKENS:
@@ -115,7 +116,7 @@ def learned_thresholds(llm: LLM, path: Path) -> dict[float, ConfidenceSpec]:
 
 
 def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[float, ConfidenceSpec]) -> dict[str, Any]:
-    """Everything but the bars."""
+    """Measure everything except the bars."""
     costs = measure_prices(llm.engine)
     exits, full = llm.exit_layers, llm.exit_layers[-1]
     deep_ms, below_ms = (costs.steady_ms(exit_layer, 128) for exit_layer in (full, exits[-2]))
@@ -152,7 +153,7 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[fl
 
 
 def plot(policies: dict[str, Any], output: Path) -> None:
-    """Agreement with the full depth against tokens a second: what each policy buys, and for what."""
+    """Draw the agreement of each policy with the full depth over its tokens a second."""
     import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
 
     mpl.use("Agg")
@@ -181,7 +182,7 @@ def plot(policies: dict[str, Any], output: Path) -> None:
 
 def main() -> int:
     """Parse the command line, run, print."""
-    parser = argparse.ArgumentParser(description="Policies side by side; docs in the module's docstring.")
+    parser = argparse.ArgumentParser(description="Comparison of policies; see the module's docstring.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=Path, required=True, help='JSON Lines with "instruction" or "text"')
     parser.add_argument("--rounds", type=int, default=ROUNDS)

@@ -1,14 +1,16 @@
-"""What each precision costs and keeps: quality of every exit beside bytes and speed.
+"""Comparison of precisions: quality of every exit, bytes and speed.
 
     python -m benchmarks.precisions --balconies balconies/smollm2-135m-instruct --evaluate wiki.valid.raw \
         --calibration wikipedia_sample.jsonl [--only "int4,block=64,head=4" ...] [--work DIR]
 
-The physics. A decode step reads every weight once, so bytes decide speed as long as the kernels keep up with the memory;
-level 1 and zero points are where they may not. What rounding costs is measured on the same tokens for all.
+The physics. A decode step reads every weight once, so the bytes decide the speed as long as the kernels are as fast as the
+memory. At accuracy level 1 and with zero points they may be slower. The loss by rounding is measured on the same tokens for
+all precisions.
 
-How it is measured: the demo model exported at each precision (kept in ``--work`` for the next run), quality by the judge of
-``export --evaluate`` (the first 8,192 tokens of the text), then decode steps after a short prompt in interleaved rounds
-(:mod:`benchmarks.rounds`), all bundles loaded in one process. ``gptq`` behind a precision: rounded with ``--calibration``.
+How it is measured: the demo model is exported at each precision (kept in ``--work`` for the next run). Quality comes from the
+judge of ``export --evaluate`` (the first 8,192 tokens of the text). Then decode steps after a short prompt are timed in
+interleaved rounds (:mod:`benchmarks.rounds`), with all bundles loaded in one process. The word ``gptq`` after a precision
+means that it is rounded with ``--calibration``.
 
 The last line is JSON: ``benchmark``, ``text``, ``others_cpu_share``, and ``precisions``: name → ``weights_mb`` (read per token
 at full depth), ``decode_tps`` (exit → tokens a second), ``speed`` (full depth, against float32 within the rounds), and ``kl``,
@@ -62,7 +64,7 @@ CONTEXT, ROUNDS = 32, 5
 
 
 def export_all(names: list[str], options: argparse.Namespace) -> dict[str, Bundle]:
-    """A bundle of each precision, its quality in its manifest."""
+    """Export a bundle of each precision, with its quality in its manifest."""
     bundles: dict[str, Bundle] = {}
     missing = [name for name in names if not _place(options.work, name).is_dir()]
     if missing:
@@ -92,7 +94,7 @@ def _place(work: Path, name: str) -> Path:
 
 
 def decode_ms(bundles: dict[str, Bundle]) -> dict[tuple[str, int], list[float]]:
-    """``(precision, exit) → milliseconds a decode step``, one value a round."""
+    """``(precision, exit) → milliseconds of a decode step``, one value per round."""
     with ExitStack() as stack:
         engines = {name: stack.enter_context(Engine.of(bundle)) for name, bundle in bundles.items()}
         cases = {(name, e): block(engine, e, CONTEXT) for name, engine in engines.items() for e in engine.exit_layers}
@@ -100,7 +102,7 @@ def decode_ms(bundles: dict[str, Bundle]) -> dict[tuple[str, int], list[float]]:
 
 
 def row_of(manifest: Manifest, text: str, times: dict[int, list[float]], float32_ms: list[float]) -> dict[str, Any]:
-    """What one precision came to."""
+    """Results of one precision."""
     full, qualities = manifest.exit_layers[-1], {}
     for exit_ in manifest.exits:
         assert exit_.quality is not None
@@ -118,12 +120,12 @@ def row_of(manifest: Manifest, text: str, times: dict[int, list[float]], float32
 
 def main() -> None:
     """Export what is missing, measure, print."""
-    parser = argparse.ArgumentParser(description="Precisions side by side; docs in the module's docstring.")
+    parser = argparse.ArgumentParser(description="Comparison of precisions; see the module's docstring.")
     parser.add_argument("--balconies", type=Path, required=True)
-    parser.add_argument("--evaluate", type=Path, required=True, help="text that judges (WikiText-2 valid)")
-    parser.add_argument("--calibration", type=Path, required=True, help="text that GPTQ rounds by")
+    parser.add_argument("--evaluate", type=Path, required=True, help="text for measuring quality (WikiText-2 valid)")
+    parser.add_argument("--calibration", type=Path, required=True, help="calibration text for GPTQ")
     parser.add_argument("--only", nargs="+", choices=PRECISIONS[1:], default=list(PRECISIONS[1:]), metavar="PRECISION")
-    parser.add_argument("--work", type=Path, default=Path(".cache/precisions"), help="where bundles are kept")
+    parser.add_argument("--work", type=Path, default=Path(".cache/precisions"), help="directory for the bundles")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     names = ["fp32", *options.only]

@@ -1,18 +1,19 @@
-"""Whether profiles can be believed: predictions of what they never saw, two in a row, and the same loop timed outside.
+"""Check of device profiles: predictions of unseen steps, two profiles in a row, and the same loop timed outside.
 
     python -m benchmarks.profile_check BUNDLE [--quick] [--keep DIR]
 
 Owns three figures and their bars, on one JSON line (exit code 1 if one is missed):
 
-    held_out     50 steps at exits, contexts and pending rows that no grid point has, drawn with a fixed seed: the profile's
-                 price against the step's median. Median error <= 5 %, 95th percentile <= 15 %. What a full-depth token takes
-                 in the same rounds, over what it took in the profile (`drift`), is the machine's and taken out of each.
-    two_in_a_row each in a process of its own, as a user makes them: the share of entries whose difference is within both
-                 intervals, sqrt(u1² + u2²), after what all of them differ by (`drift`) is taken out. At least 95 %.
-    outside      full-depth decode by a stopwatch around `next(stream)` in rounds that alternate with the profiler's own
-                 blocks, on a sequence of the same length: the ratio of the medians. 0.97 to 1.03.
+    held_out     50 steps at exits, contexts and pending rows that are not on the grid, drawn with a fixed seed: the profile's
+                 price compared with the step's median. Median error <= 5 %, 95th percentile <= 15 %. The time of a full-depth
+                 token in the same rounds, divided by its time in the profile (`drift`), is the machine's drift. Each error
+                 is corrected by it.
+    two_in_a_row Two profiles, each made in a process of its own, as a user makes them: the share of entries whose difference
+                 is within both intervals, sqrt(u1² + u2²), after correction by their common factor (`drift`). At least 95 %.
+    outside      Full-depth decode timed by a stopwatch around `next(stream)`, in rounds that alternate with the profiler's
+                 own blocks, on a sequence of the same length: the ratio of the medians. 0.97 to 1.03.
 
-A neighbour that takes CPU time shows in all three; `others_cpu_share` says how much there was.
+Other programs that take CPU time affect all three; `others_cpu_share` says how much they took.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ OUTSIDE_CONTEXT = 128
 
 
 def main() -> int:
-    """Run all three."""
+    """Run all three checks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the two profiles there")
-    parser.add_argument("--quick", action="store_true", help="quick profiles and ten combinations, to see that it runs")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="directory in which to keep the two profiles")
+    parser.add_argument("--quick", action="store_true", help="quick profiles and ten steps: checks only that it runs")
     arguments = parser.parse_args()
     neighbours = Neighbours()
     with tempfile.TemporaryDirectory() as directory:
@@ -70,7 +71,7 @@ def main() -> int:
 
 
 def held_out(llm: LLM, profile: DeviceProfile, count: int) -> dict[str, Any]:
-    """Steps with a backlog behind them, priced beforehand; the machine's own drift since the profile is taken out."""
+    """Compare the prices of steps with a backlog with their times; corrected by the machine's drift since the profile."""
     generator = random.Random(20261125)
     costs, exits = profile.costs, profile.costs.exits
     longest = min(LONGEST, llm.engine.manifest.model.context_length - MOST_PENDING - 2)
@@ -87,11 +88,13 @@ def held_out(llm: LLM, profile: DeviceProfile, count: int) -> dict[str, Any]:
         sequence = llm.engine.new_sequence(max_length=len(tokens) + 2)
         sequence.advance(exits[-1], tokens[:context])
         sequence.catch_up()
-        # the rows wait at the next shallower exit; at the shallowest, in its balcony
+        # The rows are pending after the next shallower exit; for the shallowest exit, in its balcony.
         before = exits[index - 1] if index else exits[-1]
         errors, now = [], []
         for number in range(ROUNDS + 1):
-            bench.decode(exits[-1], reference.context)  # the first tokens after a pass of many rows are slower
+            # Decode once uncounted: the first tokens after a pass of many rows are slower (docs/LOG.md, "The first tokens
+            # after a pass of many rows are slower").
+            bench.decode(exits[-1], reference.context)
             now += bench.decode(exits[-1], reference.context)[key]
             found = switched(llm, sequence, before, exits[index], tokens, pending)
             price_ms = costs.step_ms(exits[index], found.stage_rows, found.balcony_rows, found.position)
@@ -115,7 +118,7 @@ def held_out(llm: LLM, profile: DeviceProfile, count: int) -> dict[str, Any]:
 
 
 def two_in_a_row(first: DeviceProfile, second: DeviceProfile) -> dict[str, Any]:
-    """Share of the entries that agree within their intervals, what all differ by (the machine's drift) taken out."""
+    """Share of the entries that agree within their intervals, after correction by the machine's drift."""
     other = {entry.key: entry.timing for entry in second.entries}
     pairs = [(entry.timing, other[entry.key]) for entry in first.entries if entry.key in other and entry.timing.p50_ms]
     drift = median(b.p50_ms / a.p50_ms for a, b in pairs)
@@ -138,7 +141,7 @@ def two_in_a_row(first: DeviceProfile, second: DeviceProfile) -> dict[str, Any]:
 
 
 def outside(llm: LLM) -> dict[str, Any]:
-    """The profiler's decode blocks against a stopwatch, turn by turn."""
+    """Compare the profiler's decode blocks with a stopwatch, in alternation."""
     full, context = llm.exit_layers[-1], min(OUTSIDE_CONTEXT, llm.engine.manifest.model.context_length // 4)
     grid = Grid.make(llm.engine.manifest.model.context_length, quick=True, depths=(context,))
     bench = Bench(llm, grid)

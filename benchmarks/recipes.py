@@ -1,11 +1,11 @@
-"""Which recipe distils best on a small budget? Every trial sees the same number of tokens and is judged on the same rows.
+"""Comparison of recipes for distillation on a small budget: same number of training tokens, same held-out rows.
 
     python benchmarks/recipes.py --data TEXT [--tokens 200000] [--only NAME ...] [--work DIR]
 
-Each trial differs from the shipped recipe in what its name says; ``paper`` is the paper's optimizer (AdamW at 5e-4, a
-cosine; section 4.1) on this budget. Rows, their order and the held-out rows are the same for all trials of one data
-choice, and the frozen backbone's states are kept between them. A trial that was run before with the same recipe, tokens
-and text is read from ``--work``.
+The name of each trial says how it differs from the shipped recipe; ``paper`` is the paper's optimizer (AdamW at 5e-4, a
+cosine; section 4.1) on this budget. Rows, their order and the held-out rows are the same for all trials with the same
+data, and they share the frozen backbone's states. A trial that was run before with the same recipe, tokens and text is
+read from ``--work``.
 
 The last line is JSON: ``tokens``, ``rows_held_out``, ``trials`` (name → ``kl`` and ``agreement`` per exit, ``kl_sum``,
 ``seconds``), ``against_paper`` (1 - shipped ``kl_sum`` / the paper's) and ``winner``.
@@ -49,7 +49,7 @@ def _scale_norm(factor: float) -> Callable[[Trainer], None]:
 
 
 def layer_of(balcony: Balcony) -> nn.Module:
-    """Its decoder layer."""
+    """Decoder layer of a balcony."""
     assert balcony.layer is not None
     return balcony.layer  # type: ignore[no-any-return]
 
@@ -74,7 +74,7 @@ def _next_norm(trainer: Trainer) -> None:
 
 
 class _SeesSinks(Trainer):
-    """The loss sees the massive activations too: the first position of each row, whatever else is sampled."""
+    """A trainer whose loss includes the massive activations: the first position of each row is always sampled."""
 
     def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
         where = super().positions_of(rows, torch.ones_like(states), seeds, again)
@@ -84,11 +84,11 @@ class _SeesSinks(Trainer):
 
 @dataclass(frozen=True)
 class Trial:
-    """How a trial differs from the shipped recipe."""
+    """Differences of a trial from the shipped recipe."""
 
     config: dict[str, Any] = field(default_factory=dict)
     start: Callable[[Trainer], None] = lambda trainer: None
-    data: str = "given"  # or "sampled": replies of the full model; "mixed": half of each
+    data: str = "given"  # or "sampled" (replies of the full model) or "mixed" (half of each)
     trainer: type[Trainer] = Trainer
 
 
@@ -172,7 +172,7 @@ def sample_replies(model: Any, tokenizer: Any, data: Path, output: Path, tokens:
 
 
 class Bench:
-    """The model, the texts and the rows that judge, shared by all trials."""
+    """The model, the texts and the held-out rows, shared by all trials."""
 
     def __init__(self, data: Path, work: Path, tokens: int) -> None:
         self.data, self.work, self.tokens = data, work, tokens
@@ -215,15 +215,15 @@ class Bench:
             steps=steps, warmup_steps=steps // 10, evaluate_every=10**9, checkpoint_minutes=10**9, cache_gb=1.2, **given
         )
         corpus = self.corpus(trial.data, config.seq_len)
-        # each converts a model of its own: rotary tables are made in float32, before that
+        # Each trainer converts its own copy of the model, whose rotary tables are made in float32 before that.
         return trial.trainer(copy.deepcopy(self.model), corpus, config, work / "balconies", work=work)
 
     def run(self, name: str) -> dict[str, Any]:
-        """Train, then judge: the averaged or the last weights, the better, as a checkpoint does."""
+        """Train and judge one trial; the better of the averaged and the last weights counts, as in a checkpoint."""
         trial = TRIALS[name]
         kept = self.work / "results.jsonl"
         seq_len = trial.config.get("seq_len", SEQ_LEN)
-        work = self.work / f"{trial.data}-{seq_len}"  # the states of the rows are shared there
+        work = self.work / f"{trial.data}-{seq_len}"  # trials with the same rows share their states here
         trainer = self._trainer(trial, work)
         key = json.dumps([name, self.tokens, asdict(trainer.config), trainer.corpus.digest])
         if kept.is_file():

@@ -1,9 +1,9 @@
-"""How a measurement is taken: interleaved rounds, medians, ratios within a round.
+"""The method of measurement: interleaved rounds, medians, ratios within a round.
 
-Owns what makes figures of a noisy machine comparable. Every round runs every case once, every other round backwards, so
-that a neighbour's burst and a drifting clock hit all cases alike; the first round is thrown away (it packs weights,
-touches memory and fills caches); a ratio is taken within each round and the median of the ratios is what counts. It
-knows nothing of models.
+Owns what makes figures of a noisy machine comparable. Every round runs every case once, every other round in reverse order,
+so that another program's burst and a drifting clock hit all cases alike. The first round is discarded, because it packs
+weights, touches memory and fills caches. A ratio is taken within each round, and the median of the ratios counts. This
+module does not know about models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Sample = TypeVar("Sample")
 
 
 def interleave(cases: Mapping[Key, Callable[[], Sample]], rounds: int) -> dict[Key, list[Sample]]:
-    """Run every case once a round; returns its samples in the order of the rounds, the warm-up round left out."""
+    """Run every case once per round; returns its samples in the order of the rounds, without the warm-up round."""
     samples: dict[Key, list[Sample]] = {key: [] for key in cases}
     for number in range(rounds + 1):
         order = list(cases)[:: 1 if number % 2 else -1]
@@ -37,24 +37,24 @@ def ratio(numerator_ms: Iterable[float], denominator_ms: Iterable[float]) -> flo
 
 
 def p95(values: Sequence[float]) -> float:
-    """The value that 95 % do not exceed."""
+    """Value that 95 % of the values do not exceed."""
     return sorted(values)[min(int(0.95 * len(values)), len(values) - 1)]
 
 
 def bar(value: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:
-    """What a figure must show, and whether it does: ``value``, ``limit``, ``holds``."""
+    """A figure with its limit, and whether it holds: ``value``, ``limit``, ``holds``."""
     holds = value >= limit if at_least else value <= limit
     return {"value": value, "limit": f"{'>=' if at_least else '<='} {limit:g}", "holds": holds}
 
 
 class Neighbours:
-    """What else the CPUs did meanwhile: a run with more than a few percent of it deserves to be repeated."""
+    """CPU use of other programs during a run; repeat a run in which they took more than a few percent."""
 
     def __init__(self) -> None:
         self._before = _cpu_seconds()
 
     def report(self) -> dict[str, Any]:
-        """``others_cpu_share`` of all CPU time since the object was made (None where /proc/stat is missing), ``load_1m``."""
+        """Shares since the object was made: ``others_cpu_share`` of all CPU time (None without /proc/stat), ``load_1m``."""
         before, after = self._before, _cpu_seconds()
         share = None
         if before is not None and after is not None:
@@ -76,7 +76,7 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
 
 
 def cpu_name() -> str:
-    """What /proc/cpuinfo calls the processor; elsewhere what Python knows."""
+    """Name of the processor in /proc/cpuinfo; on other systems the name that Python gives."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -1,10 +1,10 @@
-"""What sensors cost beside decoding: one look, the sampling threads' CPU time, and the hiccups that they cause in Python.
+"""Cost of the sensors during decoding: one look, the sampling threads' CPU time, and the delays of Python code.
 
     python benchmarks/sensors.py [--sysfs ROOT] [--seconds 20] [--resident-mb 500]
 
-Sampling runs in threads of this process, so it costs CPU time and, for as long as such a thread holds Python's lock, a
-delay of the decode loop. The CPU time is that of the whole process while its main thread sleeps. The delay is the longest
-iteration of a loop of 20 µs of Python, as a share of iterations above 1 ms, with sampling and without, in alternation.
+Sampling runs in threads of this process. So it costs CPU time, and it delays the decode loop while such a thread holds
+Python's lock. The CPU time is that of the whole process while its main thread sleeps. The delay is measured with a loop
+whose iterations take 20 µs of Python: the share of iterations above 1 ms, with and without sampling, in alternation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RATE_HZ = 5.0
 
 
 def look_us(sensors: Sensors, rounds: int = 2000) -> list[float]:
-    """Microseconds of each of many calls of ``latest()``, sorted."""
+    """Times of many calls of ``latest()`` in microseconds, sorted."""
     times = []
     for _ in range(rounds):
         began = time.perf_counter_ns()
@@ -31,7 +31,7 @@ def look_us(sensors: Sensors, rounds: int = 2000) -> list[float]:
 
 
 def hiccups(seconds: float) -> float:
-    """Share of iterations of a Python loop that took above 1 ms."""
+    """Share of iterations of a Python loop that took longer than 1 ms."""
     late = count = 0
     end = time.perf_counter() + seconds
     while (began := time.perf_counter()) < end:
@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--resident-mb", type=int, default=500)
     arguments = parser.parse_args()
-    ballast = bytearray(b"w") * (arguments.resident_mb * 1_000_000)  # private pages of 4 KiB: the kernel counts them
+    # Private pages of 4 KiB, which the kernel has to count when the memory sensor reads.
+    ballast = bytearray(b"w") * (arguments.resident_mb * 1_000_000)
     shares: list[float] = []
     loops: dict[str, list[float]] = {"with": [], "without": []}
     for _ in range(3):

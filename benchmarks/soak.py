@@ -4,10 +4,11 @@
 
 Each round draws a budget (none, a fixed exit, a target that changes in the middle of a reply), a prompt and a way to use the
 engine: a reply read to its end, one cancelled or closed half-way, a batch, a conversation with idle catch-up, or a bare
-sequence that is advanced and rolled back. Resident memory (VmRSS) is read after 10,000 tokens (a tenth of fewer) and at the
-end, each time after a garbage collection. Ends in one JSON line; exit code 1 when memory grew by more than allowed.
+sequence that is advanced and rolled back. Resident memory (VmRSS) is read after 10,000 tokens (after a tenth of the tokens
+if that is less) and at the end, each time after a garbage collection. The output ends with one JSON line; exit code 1 if
+memory grew by more than allowed.
 
-Resident memory counts what the allocator keeps for later, too; that it stays flat says that nothing piles up.
+Resident memory includes memory that the allocator keeps for later. If it stays flat, nothing leaks.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
 
-#: Tokens after which everything that grows once (arenas, caches, code paths) has grown.
+#: Tokens after which arenas, caches and code paths have reached their final size.
 SETTLED_TOKENS = 10_000
-#: Longest prompt and reply of a round, in tokens; less where the context is shorter.
+#: Longest prompt and reply of a round, in tokens; shorter if the context is short.
 LONGEST = 96
 
 
 class Soak:
-    """Rounds of mixed use on one loaded bundle; every method makes some tokens and returns how many."""
+    """Rounds of mixed use on one loaded bundle. Every kind of round makes some tokens and returns their number."""
 
     def __init__(self, llm: LLM, seed: int) -> None:
         self.llm, self.random = llm, random.Random(seed)
@@ -55,7 +56,7 @@ class Soak:
         self.kinds = kinds
 
     def round(self) -> int:
-        """One round of a kind drawn at random; the tokens that it made."""
+        """Run one round of a random kind; returns the number of tokens that it made."""
         kind = self.random.choice(self.kinds)
         self.rounds[kind.__name__] += 1
         self.llm.budget = self.budget()
@@ -85,7 +86,7 @@ class Soak:
         return SamplingParams(temperature=1.0, top_k=40, min_p=0.01, repetition_penalty=1.1, seed=seed)
 
     def reply(self) -> int:
-        """A reply to its end; the budget changes in the middle of it."""
+        """Read a reply to its end; the budget changes in the middle."""
         change = self.random.randint(1, self.longest)
         made = 0
         for made, _ in enumerate(self._stream(), 1):
@@ -94,7 +95,7 @@ class Soak:
         return made
 
     def cancelled(self) -> int:
-        """A reply that is told to stop half-way."""
+        """Cancel a reply half-way."""
         stream = self._stream()
         made, last = 0, self.random.randint(1, self.longest)
         for made, _ in enumerate(stream, 1):
@@ -103,7 +104,7 @@ class Soak:
         return made
 
     def closed(self) -> int:
-        """A reply that is dropped half-way."""
+        """Close a reply half-way."""
         last = self.random.randint(1, self.longest)
         with self._stream() as stream:
             for made, _ in enumerate(stream, 1):
@@ -112,7 +113,7 @@ class Soak:
         return len(stream.reply.tokens)
 
     def rollbacks(self) -> int:
-        """A bare sequence under a random schedule of exits, chunks and rollbacks."""
+        """Run a bare sequence with a random schedule of exits, chunks and rollbacks."""
         sequence = self.llm.engine.new_sequence(max_length=2 * self.longest)
         made = 0
         for _ in range(self.random.randint(1, 24)):
@@ -127,14 +128,14 @@ class Soak:
         return made
 
     def batch(self) -> int:
-        """Several replies together."""
+        """Generate several replies together."""
         length, count, new = self.random.randint(1, 16), self.random.randint(2, 4), self.random.randint(1, 24)
         prompts = [[self.random.randrange(self.vocabulary) for _ in range(length)] for _ in range(count)]
         self.llm.generate_batch(prompts, max_new_tokens=new, sampling=self.sampling())
         return count * new
 
     def conversation(self) -> int:
-        """Turns that reuse one another's rows, with idle catch-up between them."""
+        """Run turns of a conversation that reuse one another's rows, with idle catch-up between them."""
         chat = self.llm.chat(system="Be brief.")
         made = 0
         for turn in range(self.random.randint(1, 3)):

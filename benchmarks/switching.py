@@ -1,7 +1,7 @@
-"""What a switch of exits costs: up with a backlog in the missing stages, down with one in the balcony.
+"""Cost of a switch of exits: up with a backlog in the missing stages, down with a backlog in the balcony.
 
-Owns item (c) of :mod:`benchmarks.main_job`. Every sample has a fresh sequence, so that growing a cache and binding it
-again is paid where a reply would pay it; what a switch is compared with is measured right after it on the same rows.
+Owns item (c) of :mod:`benchmarks.main_job`. Every sample has a fresh sequence, so that growing and rebinding a cache is paid
+at the same points as in a reply. The times for comparison are measured right after the switch on the same rows.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from balcony_runtime.engine import Engine
 from benchmarks.decode import TOKEN, prompt
 from benchmarks.rounds import interleave, ratio
 
-#: Tokens at full depth before the stretch at the shallow exit.
+#: Tokens at full depth before the tokens at the shallow exit.
 CONTEXT = 192
 PENDING = (1, 16, 128)
 #: Tokens at full depth before a switch down.
 DEEP_TOKENS = 512
-#: Steady steps beside a switch down.
+#: Number of steady steps for comparison with a switch down.
 STEADY_STEPS = 5
 
 
 class _Up(NamedTuple):
-    advance_ms: float  # the step that switches: pending rows and the new one
-    own_ms: float  # what its token needs whatever is pending: the stages that do not lag, the norm, the head
-    prefill_ms: float  # the pending rows, and only they, through the missing stages
+    advance_ms: float  # the step that switches, with the pending rows and the new one
+    own_ms: float  # the part without pending rows: stages without a backlog, norm, head
+    prefill_ms: float  # only the pending rows, through the missing stages
     steady_ms: float  # a full-depth step without a backlog
 
 
@@ -41,7 +41,7 @@ class _Down(NamedTuple):
 
 
 def measure(engine: Engine, rounds: int) -> dict[str, Any]:
-    """Items ``switch_up`` and ``switch_down`` of the JSON line."""
+    """Measure items ``switch_up`` and ``switch_down`` of the JSON line."""
     shallow = engine.exit_layers[:-1]
     ups: dict[tuple[int, int], Callable[[], _Up]] = {
         (exit_layer, pending): partial(_up, engine, exit_layer, pending)
@@ -61,9 +61,8 @@ def _up(engine: Engine, exit_layer: int, pending: int) -> _Up:
     tokens = prompt(CONTEXT + pending)
     sequence = engine.new_sequence(max_length=CONTEXT + pending + 2)
     sequence.advance(full, tokens[: CONTEXT - 1])
-    sequence.advance(
-        full, tokens[CONTEXT - 1 : CONTEXT]
-    )  # a step, so that the bindings of steps are there as in a reply
+    # Run a step, so that the bindings of steps exist, as in a reply.
+    sequence.advance(full, tokens[CONTEXT - 1 : CONTEXT])
     if pending > 1:
         sequence.advance(exit_layer, tokens[CONTEXT:-1])
     sequence.advance(exit_layer, tokens[-1:])
@@ -104,11 +103,11 @@ def _up_row(exit_layer: int, pending: int, samples: list[_Up]) -> dict[str, Any]
 def _down(engine: Engine, exit_layer: int) -> _Down:
     full, ids = engine.exit_layers[-1], np.array([TOKEN])
     sequence = engine.new_sequence(max_length=DEEP_TOKENS + 1 + STEADY_STEPS)
-    sequence.advance(full, prompt(DEEP_TOKENS))  # leaves what 512 steps at full depth leave: 512 rows for the balcony
+    sequence.advance(full, prompt(DEEP_TOKENS))  # like 512 steps at full depth: 512 rows are pending in the balcony
     switch_ms = _timed(lambda: sequence.advance(exit_layer, [TOKEN]))
     steady_ms = [_timed(lambda: sequence.step(exit_layer, ids)) for _ in range(STEADY_STEPS)]
     sequence.rollback(DEEP_TOKENS + 1)
-    sequence.advance(full, [])  # the row that only the shallow stages saw
+    sequence.advance(full, [])  # run the row that only the shallow stages have run
     full_ms = [_timed(lambda: sequence.step(full, ids)) for _ in range(STEADY_STEPS)]
     return _Down(switch_ms, median(steady_ms), median(full_ms))
 

@@ -1,8 +1,9 @@
-"""The peer of the chain of stages: the whole depth as ONE graph, with the same operators and the same care.
+"""The whole depth as one graph with the same operators, for comparison with the chain of stages.
 
-Owns how it is built and stepped. The graphs that a full-depth token runs, one behind the other in a single graph: one
-session, no boundary, nothing that an exit would need. It runs on the process's shared thread pool with the session options
-of the runtime, its KV cache is bound in place with the runtime's capacity, and its decode step is bound once.
+Owns how this graph is built and stepped. It joins the graphs of a full-depth token into a single graph: one session, no
+stage boundary, and nothing that only exits need. The comparison is fair: it runs on the process's shared thread pool with
+the session options of the runtime, its KV cache is bound in place with the runtime's capacity, and its decode step is bound
+once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from balcony_runtime.backends.token_table import TokenTable
 
 
 def write_whole_graph(bundle: Bundle, directory: Path) -> Path:
-    """Write the graph into ``directory``, with the bundle's weights beside it as a hard link (a copy where that fails)."""
+    """Write the graph into ``directory``, with a hard link to the bundle's weights (or a copy if that fails)."""
     manifest, path = bundle.manifest, directory / "whole.onnx"
     path.write_bytes(joined_step(manifest, manifest.model.num_layers, bundle.path, keep=("present_", "logits")))
     try:
@@ -37,7 +38,7 @@ def write_whole_graph(bundle: Bundle, directory: Path) -> Path:
 
 
 class WholeGraph:
-    """One sequence over the whole-depth graph. ``ort_ns`` counts the time inside ONNX Runtime, as ``State.busy_ns`` does."""
+    """One sequence on the whole-depth graph. ``ort_ns`` counts the time inside ONNX Runtime, like ``State.busy_ns``."""
 
     def __init__(self, bundle: Bundle, session: ort.InferenceSession, tokens: list[int]) -> None:
         """Prefill ``tokens`` and bind the decode step that follows, up to the next multiple of the runtime's bucket."""
@@ -63,7 +64,7 @@ class WholeGraph:
         self._decode = bound_run(self._session, self._bind(self._row, self._logits))
 
     def step(self, token: int) -> FloatArray:
-        """Logits (1, 1, V) after one more token, at the same row each time; the next call writes over them."""
+        """Logits (1, 1, V) after one more token, always at the same row; the next call overwrites them."""
         self._row[0, 0] = self._table.row(token)
         begin = time.perf_counter_ns()
         self._decode()
@@ -88,9 +89,10 @@ class WholeGraph:
 
 
 def open_whole_graph(bundle: Bundle, directory: Path) -> ort.InferenceSession:
-    """A session as the runtime makes them, over the graph written to ``directory``."""
+    """Write the graph to ``directory`` and open it in a session like those of the runtime."""
     return open_session(write_whole_graph(bundle, directory))
 
 
 def _value(array: Any) -> Any:
-    return ort.OrtValue.ortvalue_from_numpy(array)  # wraps the array on the CPU, no copy: it must outlive the binding
+    # The value wraps the array on the CPU without a copy, so the array must outlive the binding.
+    return ort.OrtValue.ortvalue_from_numpy(array)

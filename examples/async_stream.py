@@ -2,7 +2,7 @@
 
     python examples/async_stream.py BUNDLE [--tokens 40] [--seconds 10]
 
-``async for`` runs each step in a worker thread, so the loop stays free; both replies share the engine and the budget.
+``async for`` runs each step in a worker thread, so the loop stays free. Both replies share the engine and the budget.
 """
 
 from __future__ import annotations

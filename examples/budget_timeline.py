@@ -57,14 +57,14 @@ def generate(llm: LLM, prompt: str, count: int, console: Console) -> Reply:
 
 
 def exit_runs(tokens: tuple[Token, ...]) -> str:
-    """The exits in order, runs of one exit folded: ``30 ×40, 14 ×20, ...``."""
+    """The exits in order, with runs of the same exit counted: ``30 ×40, 14 ×20, ...``."""
     starts = [0] + [i + 1 for i, (a, b) in enumerate(pairwise(tokens)) if a.exit_layer != b.exit_layer]
     ends = [*starts[1:], len(tokens)]
     return ", ".join(f"{tokens[a].exit_layer} ×{b - a}" for a, b in zip(starts, ends, strict=True))
 
 
 def plot(reply: Reply, llm: LLM, output: Path) -> None:
-    """Two panels over the token index: milliseconds against the target, and the exit with the rows still pending."""
+    """Draw two panels over the token index: milliseconds with the target, and the exit with the pending rows."""
     colours = dict(zip(llm.exit_layers, ("#d1495b", "#edae49", "#66a182", "#2e4057"), strict=False))
     tokens = reply.tokens[1:]  # the first token's time is the prompt's
     index = range(1, len(tokens) + 1)

@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._answer(prompt)
         except (BrokenPipeError, ConnectionResetError):
-            self.log_message("the reader left")
+            self.log_message("the reader disconnected")
 
     def _answer(self, prompt: str) -> None:
         try:
@@ -62,7 +62,7 @@ def main() -> None:
     """Run the example until Ctrl-C."""
     parser = argparse.ArgumentParser(description="Serve replies as plain text.")
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=8765, help="port; 0 takes a free one")
     parser.add_argument("--tokens", type=int, default=100)
     options = parser.parse_args()
     with balcony_edge.load(options.bundle) as llm, Server(options.port, llm, options.tokens) as server:
@@ -70,7 +70,7 @@ def main() -> None:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print("waiting for replies under way")
+            print("waiting for unfinished replies")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_a_server_answers_refuses_and_ends(tiny: Any, interruptible: Any) -> Non
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "waiting for replies under way" in out and "Traceback" not in err
+    assert "waiting for unfinished replies" in out and "Traceback" not in err
 
 
 def test_the_budget_timeline(tiny: Any, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_prompts_differ_and_windows_do_not_overlap_them(
     assert text.windows[0] != text.windows[1]
 
     path.write_text("the fox", encoding="utf-8")
-    with pytest.raises(InputError, match=r"text\.txt: holds \d+ tokens where 598 are needed: give a longer text"):
+    with pytest.raises(InputError, match=r"text\.txt: has \d+ tokens, but 598 are needed: give a longer text"):
         peers.read_text(path, bundle, prompts=3, windows=2)
     with pytest.raises(InputError, match="cannot be read"):
         peers.read_text(tmp_path / "absent", bundle, prompts=1, windows=1)

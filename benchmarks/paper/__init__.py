@@ -1,1 +1,1 @@
-"""The paper's baselines and ablations, trained and scored here."""
+"""The paper's baselines and ablations, trained and scored."""

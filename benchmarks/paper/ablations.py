@@ -50,7 +50,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-#: Variant → what differs from the paper's balconies.
+#: Variant → changes of the recipe of the paper's balconies.
 FROZEN: dict[str, dict[str, Any]] = {
     "balcony (decoder, from the last layer, KL, frozen)": {},
     "random initialisation": {"start": "random"},
@@ -134,7 +134,7 @@ def variants(base: PreTrainedModel, corpus: Corpus, steps: int) -> dict[str, Cal
 
 
 def plot(found: dict[str, Scores], output: Path) -> None:
-    """Cross-entropy of every exit and the full depth, a line for each variant."""
+    """Draw the cross-entropy of every exit and the full depth, a line for each variant."""
     import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
 
     mpl.use("Agg")

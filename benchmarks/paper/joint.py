@@ -2,13 +2,17 @@
 
     python -m benchmarks.paper.joint demo --objective unfrozen --exits 14,17,20 --data TEXT.jsonl --steps 1000 -o OUT
 
-Three objectives. ``unfrozen``: the paper's distillation without the freezing (section 4.3). The teacher is a copy of the model
-as it was, and the full depth learns from it like any exit; with its own moving full depth as the teacher, all of them would
-come to agree on nothing. ``sorted``: SortedLLaMA's, without modules at the exits: the mean cross-entropy of all sub-models.
-``scratch``: the same mean with balconies, from random weights (Table 4).
+There are three objectives:
 
-The result is a base model of its own in ``OUT/model``, as a Hugging Face checkpoint, and balconies for it in ``OUT``; every
-command of ``balcony-edge`` takes the two. For small models and short runs: weights and optimizer in float32, no resume.
+    unfrozen   The paper's distillation without freezing (section 4.3). The teacher is a copy of the original model, and the
+               full depth learns from it like any exit. With the moving full depth as the teacher, all outputs would agree
+               with one another but lose the original model
+    sorted     SortedLLaMA's objective without modules at the exits: the mean cross-entropy of all sub-models
+    scratch    The same mean with balconies, from random weights (Table 4)
+
+The result is a new base model in ``OUT/model``, as a Hugging Face checkpoint, and balconies for it in ``OUT``. Every command
+of ``balcony-edge`` takes the two. It is meant for small models and short runs: weights and optimizer are in float32, and
+a run cannot be resumed.
 
 The last line is JSON: ``model``, ``balconies``, ``exits`` (exit → ``cross_entropy``, ``kl``, ``agreement`` on held-out rows).
 """
@@ -47,16 +51,16 @@ from balcony_export.model.checkpoint import load_tokenizer, load_trainable, save
 from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory, refuse_existing
 
-#: How backbone and exits learn together.
+#: Objective of training backbone and exits together.
 Objective = Literal["unfrozen", "sorted", "scratch"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-#: Where the base model of a run lies, below its output.
+#: Directory of a run's base model, below its output.
 BASE = "model"
 
 
 @dataclass(frozen=True)
 class JointConfig:
-    """The recipe: AdamW with a warm-up of a twentieth and a cosine to zero, as the paper trains (section 4.1)."""
+    """The recipe: AdamW with a warm-up of a twentieth of the steps and a cosine to zero, as in the paper (section 4.1)."""
 
     exits: tuple[int, ...]
     objective: Objective
@@ -110,7 +114,7 @@ class JointTrainer:
         )
         self.exits = ExitModel(model, self.balconies)
         parameters: list[torch.nn.Parameter] = list(model.parameters())
-        if config.objective == "sorted":  # the exits share the final norm, which trains with the model
+        if config.objective == "sorted":  # the exits share the final norm, which is trained with the model
             for balcony in self.balconies.values():
                 balcony.norm = self.exits.parts.norm
         else:
@@ -169,7 +173,7 @@ class JointTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[int, ExitScore]:
-        """Every exit and the full depth on the held-out rows.
+        """Score every exit and the full depth on the held-out rows.
 
         Raises:
             TrainingError: One of them is not finite: the last step was too large.
@@ -216,7 +220,7 @@ class JointTrainer:
         return np.asarray(picked, dtype=np.int64)
 
     def _batch(self, rows: Rows, which: Sequence[int] | npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and which of them have a successor  # (B, T), (B, T)"""
+        """Tokens, and whether each has a successor  # (B, T), (B, T)"""
         tokens = torch.from_numpy(rows.tokens[which]).long()
         lengths = torch.from_numpy(rows.lengths[which])
         return tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None] - 1
@@ -264,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--objective", choices=OBJECTIVES, required=True)
     parser.add_argument("--exits", required=True, help="exit layers (14,17,20) or depth factors (0.5x,0.6x,0.7x)")
     parser.add_argument("--data", type=Path, action="append", required=True, help="text, as for `balcony-edge train`")
-    parser.add_argument("--output", "-o", type=Path, required=True, help="directory of the model and its balconies")
+    parser.add_argument("--output", "-o", type=Path, required=True, help="directory for the model and its balconies")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--exit-module", choices=KINDS, help="default: decoder, or none for sorted")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")

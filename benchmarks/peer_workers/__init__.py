@@ -1,1 +1,1 @@
-"""The engines of :mod:`benchmarks.peers`, one module and one environment each: see its docstring."""
+"""The engines of :mod:`benchmarks.peers`, each with its own module and environment; see its docstring."""

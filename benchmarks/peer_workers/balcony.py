@@ -19,7 +19,7 @@ class BalconyEdge(Stepper):
     version = f"onnxruntime {ort.__version__}"
 
     def __init__(self, model: Path, threads: int, options: dict[str, Any]) -> None:
-        bundle = Bundle.open(model, verify_hashes=False)  # no peer reads its file twice
+        bundle = Bundle.open(model, verify_hashes=False)  # the peers do not read their files twice either
         self._engine = Engine.of(bundle, threads=threads, packed=options.get("packed"))
         self._max_length = min(MAX_LENGTH, bundle.manifest.model.context_length)
         self._sequence: TokenSequence | None = None

@@ -1,8 +1,9 @@
-"""Environments and model files of the peers, under ``.cache/peers``: made once, by one command.
+"""Environments and model files of the peers, under ``.cache/peers``: one command makes them once.
 
 Each peer has a virtual environment of its own with the pinned versions of ``requirements/NAME.txt``. Each model is made
 inside its peer's environment from the demo's model: llama.cpp's from the GGUF file, the others from a Hugging Face
-directory that holds the same weights, dequantized. What exists is kept; what is half-made never has its final name.
+directory that holds the same weights, dequantized. Existing files are kept. A file gets its final name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "peers"
 MODELS = CACHE / "models"
 CHECKPOINT = MODELS / "checkpoint"
-#: llama.cpp v0.5.0, prebuilt with a CPU backend for every x86-64 generation.
+#: npm package with llama.cpp v0.5.0, prebuilt with a CPU backend for every x86-64 generation.
 NATIVE = "@node-llama-cpp/linux-x64@3.22.1"
 #: Environment → the module of :mod:`benchmarks.peer_workers` that runs in it.
 WORKERS = {
@@ -41,11 +42,12 @@ class PeerModel:
     """One model of one peer.
 
     Attributes:
-        name: in the results.
-        peer: its environment.
-        path: the file or directory; the demo's own GGUF where it is None.
-        make: a command of the environment that makes it from ``{source}`` at ``{target}``; None: nothing to make.
-        options: handed to the worker and reported: what its figures depend on.
+        name: name in the results.
+        peer: environment of the model.
+        path: file or directory; None for the demo's own GGUF.
+        make: command of the environment that makes the model from ``{source}`` at ``{target}``; None if there is nothing
+            to make.
+        options: settings that the figures depend on; passed to the worker and reported.
     """
 
     name: str
@@ -55,7 +57,7 @@ class PeerModel:
     options: dict[str, Any] = field(default_factory=dict)
 
     def located(self) -> Path:
-        """Where it lies."""
+        """Path of the model."""
         if self.path is not None:
             return self.path
         from balcony_export.model.checkpoint import demo_model_path  # noqa: PLC0415 - torch is slow to import
@@ -63,7 +65,7 @@ class PeerModel:
         return demo_model_path()
 
     def weight_bytes(self) -> int:
-        """Bytes of its tensors (GGUF) or of the files that hold nothing else."""
+        """Bytes of the tensors in a GGUF file, or of the weight files in a directory."""
         path = self.located()
         if path.is_file():
             return sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
@@ -86,7 +88,7 @@ _OPENVINO = (
     *("--weight-format", "int4", "--group-size", "64", "--ratio", "1.0", "{target}"),
 )
 
-#: In the order of the table. Head: what the token table, which is the LM head, is stored as.
+#: Models in the order of the table. ``head`` is the type of the stored token table, which is also the LM head.
 PEER_MODELS = (
     PeerModel(
         "llama.cpp Q4_0", "llama-cpp", MODELS / "q4_0.gguf", _gguf("q4_0"),
@@ -125,17 +127,19 @@ def python_of(peer: str) -> Path:
 
 
 def missing(models: tuple[PeerModel, ...] = PEER_MODELS) -> list[str]:
-    """Environments and models that are not there yet."""
+    """Names of the environments and models that do not exist yet."""
     there = {model.peer: (CACHE / model.peer / "ready").exists() for model in models}
     absent = [peer for peer, ready in there.items() if not ready]
     return absent + [model.name for model in models if model.path is not None and not model.path.exists()]
 
 
 def install(models: tuple[PeerModel, ...] = PEER_MODELS) -> None:
-    """Make what is missing; prints each command on stderr. Needs the extra ``[export]``, pip's index and, once, npm.
+    """Make the missing environments and models; prints each command on stderr.
+
+    It needs the extra ``[export]``, pip's index and, once, npm.
 
     Raises:
-        MissingDependencyError: a command failed; its own output tells why.
+        MissingDependencyError: a command failed; its own output says why.
     """
     for peer in dict.fromkeys(model.peer for model in models):
         if not (CACHE / peer / "ready").exists():
@@ -155,7 +159,7 @@ def install(models: tuple[PeerModel, ...] = PEER_MODELS) -> None:
 def _environment(peer: str) -> None:
     home = CACHE / peer
     _remove(home)
-    # without pip of its own: this environment's pip installs into it
+    # The environment needs no pip: the pip of the running environment installs into it.
     _run([sys.executable, "-m", "venv", "--without-pip", home])
     requirements = Path(__file__).with_name("requirements") / f"{peer}.txt"
     _run([sys.executable, "-m", "pip", "--python", python_of(peer), "install", "--quiet", "-r", requirements])
@@ -169,7 +173,7 @@ def _environment(peer: str) -> None:
 
 
 def _checkpoint() -> None:
-    """The demo's model, dequantized, as a Hugging Face directory that transformers 4 and 5 read alike."""
+    """Write the demo's model, dequantized, as a Hugging Face directory that transformers 4 and 5 both read."""
     from balcony_export.model.checkpoint import (  # noqa: PLC0415 - torch is slow
         demo_model_path,
         load_model,

@@ -1,8 +1,8 @@
 """llama.cpp as a worker, and the requantization of a GGUF file.
 
-The libraries are those of the npm package @node-llama-cpp/linux-x64, prebuilt for every x86-64 generation (the CPU backend
-is chosen at load; AVX-512, VNNI and AMX where the CPU has them); PyPI's prebuilt wheels stop at AVX2. The structures are
-the declarations of llama-cpp-py-sync, pinned to a release of the same interface, whose own library stays unused.
+The libraries are those of the npm package @node-llama-cpp/linux-x64, prebuilt for every x86-64 generation. The CPU backend
+is chosen at load, with AVX-512, VNNI and AMX if the CPU has them; PyPI's prebuilt wheels stop at AVX2. The structures are
+the declarations of llama-cpp-py-sync, pinned to a release of the same interface; the library of that package is not used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from llama_cpp_py_sync._cffi_bindings import ffi
 
 from benchmarks.peer_workers.worker import MAX_LENGTH, FloatArray, Stepper, serve
 
-#: Where `--install` unpacks the npm package, in this environment.
+#: Directory in this environment into which `--install` unpacks the npm package.
 NATIVE = Path(sys.prefix) / "native" / "package" / "bins" / "linux-x64"
-#: enum llama_ftype of llama.h
+#: Values of enum llama_ftype in llama.h.
 FILE_TYPES = {"q4_0": 2, "q8_0": 7}
 _GGML = """
 typedef struct ggml_backend_reg * reg_t;
@@ -33,7 +33,7 @@ void * ggml_backend_reg_get_proc_address(reg_t reg, const char * name);
 
 
 class _Library:
-    """The loaded libraries: ``llama`` with its declarations, and what of ggml a thread pool needs."""
+    """The loaded libraries: ``llama`` with its declarations, and the functions of ggml for a thread pool."""
 
     def __init__(self) -> None:
         self._ggml = FFI()
@@ -56,12 +56,12 @@ class _Library:
         self.version = f"llama.cpp {llama.name.removeprefix('libllama.').removesuffix('.so')}"
 
     def thread_pool(self, threads: int) -> Any:
-        """A pool that lives as long as the process; without one llama.cpp starts threads anew for every token."""
+        """Make a pool that lives as long as the process; without it llama.cpp starts new threads for every token."""
         params = self._ggml.new("struct ggml_threadpool_params *", self._params(threads))
         return ffi.cast("ggml_threadpool_t", int(self._ggml.cast("intptr_t", self._new_pool(params))))
 
     def _check_layout(self) -> None:
-        """Stop where the declarations are not the library's: its defaults would not stand in their places."""
+        """Exit if the declarations differ from the library: then its default values are not at the expected places."""
         model, context = self.llama.llama_model_default_params(), self.llama.llama_context_default_params()
         quantize = self.llama.llama_model_quantize_default_params()
         found = (context.n_ctx, context.type_k, context.type_v, context.offload_kqv, context.kv_unified)
@@ -70,7 +70,7 @@ class _Library:
 
 
 class LlamaCpp(Stepper):
-    """One GGUF file, with llama.cpp's own defaults for everything that is not named here."""
+    """One GGUF file, with llama.cpp's own defaults for all other settings."""
 
     def __init__(self, model: Path, threads: int, options: dict[str, Any]) -> None:
         library = _Library()
@@ -82,7 +82,7 @@ class LlamaCpp(Stepper):
         params.n_ctx, params.n_threads, params.n_threads_batch = MAX_LENGTH, threads, threads
         self._context = self._llama.llama_init_from_model(self._model, params)
         if self._context == ffi.NULL:
-            raise SystemExit(f"{model}: llama.cpp cannot load it")
+            raise SystemExit(f"{model}: llama.cpp cannot load this file")
         pool = library.thread_pool(threads)
         self._llama.llama_attach_threadpool(self._context, pool, pool)
         self._vocabulary = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
@@ -101,7 +101,7 @@ class LlamaCpp(Stepper):
     def _decode(self, tokens: list[int]) -> FloatArray:
         ids = ffi.new("llama_token[]", tokens)
         if self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(ids, len(tokens))):
-            raise SystemExit(f"llama.cpp: no room for {len(tokens)} tokens")
+            raise SystemExit(f"llama.cpp: no room for {len(tokens)} more tokens")
         logits = self._llama.llama_get_logits_ith(self._context, -1)
         return np.frombuffer(ffi.buffer(logits, 4 * self._vocabulary), np.float32)
 
@@ -112,7 +112,7 @@ def convert(kind: str, source: Path, target: Path) -> None:
     params = ffi.new("llama_model_quantize_params *", llama.llama_model_quantize_default_params())
     params.ftype, params.allow_requantize = FILE_TYPES[kind], True
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
-        raise SystemExit(f"{source}: llama.cpp cannot requantize it")
+        raise SystemExit(f"{source}: llama.cpp cannot requantize this file")
 
 
 def _features(llama: Any) -> str:

@@ -15,7 +15,7 @@ from benchmarks.peer_workers.worker import MAX_LENGTH, FloatArray, Peer, Timing,
 
 
 class OnnxRuntimeGenAI(Peer):
-    """One directory of the model builder; KV cache shared between past and present, as by default."""
+    """One directory of the model builder; past and present share the KV cache, as by default."""
 
     version = f"onnxruntime-genai {og.__version__}"
 
@@ -28,8 +28,8 @@ class OnnxRuntimeGenAI(Peer):
         self.generate([0], 0, None)
 
     def generate(self, prompt: list[int], steps: int, variant: int | None) -> Timing:
-        """See :class:`Peer`; the engine's own greedy loop."""
-        generator = self._new(min_length=len(prompt) + steps + 1)  # no end token ends it
+        """See :class:`Peer`; uses the engine's own greedy loop."""
+        generator = self._new(min_length=len(prompt) + steps + 1)  # so that an end token does not end the reply
         clock, tokens = [time.perf_counter_ns()], []
         generator.append_tokens(np.array([prompt], np.int32))
         for _ in range(steps + 1):

@@ -14,8 +14,8 @@ import openvino_genai
 from benchmarks.peer_workers.worker import FloatArray, Peer, Timing, serve, timing
 
 
-class _Clock(openvino_genai.StreamerBase):  # type: ignore[misc]  # ships no types
-    """Notes when each token arrives."""
+class _Clock(openvino_genai.StreamerBase):  # type: ignore[misc]  # the package has no types
+    """Records the time at which each token arrives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,10 @@ class _Clock(openvino_genai.StreamerBase):  # type: ignore[misc]  # ships no typ
 
 
 class OpenVINOGenAI(Peer):
-    """One directory of optimum-intel. Speed is the pipeline's; rows come from the same graph with the same properties."""
+    """One directory of optimum-intel.
+
+    Speed is measured on the pipeline; rows come from the same graph with the same properties.
+    """
 
     version = f"openvino-genai {openvino_genai.__version__}"
 
@@ -46,7 +49,7 @@ class OpenVINOGenAI(Peer):
         self.generate([0], 0, None)
 
     def generate(self, prompt: list[int], steps: int, variant: int | None) -> Timing:
-        """See :class:`Peer`; the engine's own greedy loop, timed as its tokens arrive."""
+        """See :class:`Peer`; uses the engine's own greedy loop, timed by the arrival of its tokens."""
         ids = np.array([prompt], np.int64)
         inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
         settings = openvino_genai.GenerationConfig(max_new_tokens=steps + 1, ignore_eos=True, do_sample=False)

@@ -1,4 +1,4 @@
-"""The picture of :mod:`benchmarks.peers`: tokens a second against what they lose."""
+"""The picture of :mod:`benchmarks.peers`: tokens a second over the loss of quality."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.labels import name_points
 
-#: KL below which the axis is linear: float32 engines differ from one another by less.
+#: KL below which the axis is linear, because float32 engines differ from one another by less.
 LINEAR_KL = 1e-3
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Write the picture of a document of :mod:`benchmarks.peers`: our exits joined by a line, each peer a point."""
+    """Draw a document of :mod:`benchmarks.peers`: a line joins our exits, and each peer is a point."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     bundles = dict.fromkeys(case["bundle"] for case in document["cases"] if case["bundle"] is not None)

@@ -1,4 +1,4 @@
-"""The other end of :mod:`.worker`: starts one engine's process, loads its model and asks it."""
+"""The client of :mod:`.worker`: starts one engine's process, loads its model and sends requests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Worker:
     """A process with one model loaded. A context manager that ends it.
 
     Attributes:
-        load_s: what loading took, imports not counted.
-        config: what figures depend on, by the worker's own word.
-        version: of the engine.
+        load_s: load time, without imports.
+        config: settings that the figures depend on, as the worker reports them.
+        version: version of the engine.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class Worker:
         self.load_s: float = answer["load_s"]
         self.config: dict[str, Any] = answer["config"]
         self.version: str = answer["version"]
-        self._idle_s = self._idle_cpu_s = 0.0  # what was before is the import
+        self._idle_s = self._idle_cpu_s = 0.0  # drop the time of the imports
 
     @property
     def idle_cpu(self) -> float:
-        """CPU seconds a second that it burnt between requests: near 0 unless its pool spins."""
+        """CPU seconds per second between requests: near 0 unless the engine's pool spins."""
         return self._idle_cpu_s / self._idle_s
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """One request and its answer.
+        """Send one request and return its answer.
 
         Raises:
-            VerificationError: the process ended instead; what it wrote to stderr tells why.
+            VerificationError: the process ended instead; its output on stderr says why.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -73,7 +73,7 @@ class Worker:
         return answer
 
     def _end(self) -> None:
-        self._process.communicate()  # its input ends, and so does it
+        self._process.communicate()  # closes its input, which ends the process
 
     def __enter__(self) -> Self:
         return self

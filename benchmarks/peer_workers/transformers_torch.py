@@ -1,4 +1,4 @@
-"""transformers on PyTorch as a worker; its float32 is the reference of every other's KL."""
+"""transformers on PyTorch as a worker; its float32 model is the reference for the KL of all engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.peer_workers.worker import FloatArray, Stepper, serve
 
 
 class TransformersTorch(Stepper):
-    """A Hugging Face directory in eager mode; a dynamic cache, and logits of the last row only, as ``generate`` asks."""
+    """A Hugging Face directory in eager mode, with a dynamic cache and logits of the last row only, as in ``generate``."""
 
     version = f"transformers {transformers.__version__}, torch {torch.__version__}"
 

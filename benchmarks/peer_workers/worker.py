@@ -1,8 +1,9 @@
-"""What every engine answers over stdin and stdout, and how its distributions are compared.
+"""The protocol of the workers over stdin and stdout, and the comparison of their distributions.
 
-A worker is one process with one engine and one model. It imports its engine, then takes one JSON object a line and
-answers each with one; it ends with its input. Everything that an engine prints goes to stderr. Requests, and what comes
-back beside ``idle_s`` since the last answer and ``idle_cpu_s``, what a pool that spins burnt meanwhile:
+A worker is one process with one engine and one model. It imports its engine, then reads one JSON object per line and
+answers each with one. It ends when its input ends. Everything that an engine prints goes to stderr. Every answer holds
+``idle_s``, the time since the last answer, and ``idle_cpu_s``, the CPU time that a spinning pool used meanwhile. The
+requests, and the other keys of their answers:
 
     {"do": "load", "model": PATH, "threads": N, "options": {...}}     load_s, config, version
     {"do": "generate", "variant": V, "prompt": [...], "steps": N}     prefill_ms, step_ms (N of them), tokens
@@ -10,8 +11,9 @@ back beside ``idle_s`` since the last answer and ``idle_cpu_s``, what a pool tha
     {"do": "score", "variant": V, "windows": [[...]], "first": N, "reference": PATH, "write": BOOL}
                                                                       kl (of each window), agreement
 
-``variant`` is what one loaded model can do in several ways: an exit of ours, null elsewhere. Tokens are ids, so that
-tokenizers make no difference. Imports numpy and the standard library only: it runs in every environment.
+``variant`` selects one of several ways to run a loaded model: an exit of ours, null for the peers. Tokens are ids, so that
+tokenizers make no difference. This module imports numpy and the standard library only, because it runs in every
+environment.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
-#: Tokens that every engine makes room for: the longest prompt, its reply, and a window of scoring.
+#: Context of every engine in tokens, enough for the longest prompt with its reply and for a window of scoring.
 MAX_LENGTH = 1024
 
 
 class Timing(NamedTuple):
-    """One greedy reply: the prefill with its first token, and the steps of the tokens after it."""
+    """Times of one greedy reply: the prefill with the first token, and the steps of the later tokens."""
 
     prefill_ms: float
     step_ms: list[float]
@@ -43,14 +45,19 @@ class Timing(NamedTuple):
 
 
 class Peer(ABC):
-    """One engine with one model loaded. ``config`` says what figures depend on; ``version`` is the engine's."""
+    """One engine with one model loaded.
+
+    Attributes:
+        version: version of the engine.
+        config: settings that the figures depend on.
+    """
 
     version: str
     config: dict[str, Any]
 
     @abstractmethod
     def generate(self, prompt: list[int], steps: int, variant: int | None) -> Timing:
-        """A new sequence: prefill, then ``steps`` greedy steps, none ended by an end token."""
+        """Run a new sequence: prefill, then ``steps`` greedy steps; an end token does not end it."""
 
     @abstractmethod
     def rows(self, tokens: list[int], first: int, variant: int | None) -> Iterator[FloatArray]:
@@ -58,7 +65,7 @@ class Peer(ABC):
 
 
 class Stepper(Peer):
-    """A peer whose engine hands out logits: its loop is the same three lines everywhere."""
+    """A peer whose engine returns logits; all of them share the decode loop."""
 
     @abstractmethod
     def prefill(self, tokens: list[int], variant: int | None) -> FloatArray:
@@ -66,7 +73,7 @@ class Stepper(Peer):
 
     @abstractmethod
     def step(self, token: int) -> FloatArray:
-        """Append a token; returns its logits, (V,), good until the next call."""
+        """Append a token; returns its logits, (V,), valid until the next call."""
 
     def generate(self, prompt: list[int], steps: int, variant: int | None) -> Timing:
         """See :class:`Peer`."""
@@ -86,7 +93,7 @@ class Stepper(Peer):
 
 
 def timing(clock_ns: list[int], tokens: list[int]) -> Timing:
-    """From the instants of the start and of each token."""
+    """Compute the times of a reply from the instants of its start and of each token."""
     prefill_ms, *step_ms = (round((after - before) / 1e6, 4) for before, after in pairwise(clock_ns))
     return Timing(prefill_ms, step_ms, tokens)
 
@@ -104,12 +111,12 @@ def score(
     """Mean KL(reference ‖ peer) in nats of each window, and the share of all rows with the same best token.
 
     Args:
-        peer: whose rows are scored.
+        peer: peer whose rows are scored.
         windows: token windows; each gives a row after ``first`` tokens and one after each later token.
-        first: tokens of a window that are prefilled.
-        variant: see :class:`Peer`.
+        first: number of tokens of a window that are prefilled.
+        variant: exit of our runtime; None for the peers.
         reference: file of the reference's log-probabilities, float32 (rows, V).
-        write: write that file first: the peer is the reference.
+        write: whether to write that file first, because the peer is the reference.
     """
     if write:
         with reference.open("wb") as file:
@@ -130,8 +137,11 @@ def score(
 
 
 def memory_mb() -> dict[str, float]:
-    """``peak_rss`` (VmHWM), ``private`` (pages of this process alone, mapped files among them) and ``dirty`` (of those,
-    what no file backs: a second process with the same model has them again), in MB of 1,000,000 bytes; Linux."""
+    """Memory of this process in MB of 1,000,000 bytes, on Linux.
+
+    ``peak_rss`` is VmHWM. ``private`` counts the pages of this process alone, mapped files included. ``dirty`` counts the
+    private pages without a file, which a second process with the same model needs again.
+    """
     values = {}
     for path in ("/proc/self/status", "/proc/self/smaps_rollup"):
         for line in Path(path).read_text(encoding="ascii").splitlines():
@@ -148,7 +158,7 @@ def memory_mb() -> dict[str, float]:
 def serve(load: Callable[[Path, int, dict[str, Any]], Peer]) -> None:
     """Answer requests until the input ends. ``load(model, threads, options)`` makes the peer."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)  # what engines print must not mix with answers
+        os.dup2(2, 1)  # keeps the output of engines apart from the answers
         bare = memory_mb()
         peer: Peer | None = None
         at, cpu = time.perf_counter(), time.process_time()
@@ -167,7 +177,7 @@ def serve(load: Callable[[Path, int, dict[str, Any]], Peer]) -> None:
                     "added_mb": now["dirty"] - bare["dirty"],
                 }
             elif peer is None:
-                raise SystemExit("load comes first")
+                raise SystemExit("no model is loaded: send a load request first")
             elif request["do"] == "generate":
                 answer = peer.generate(request["prompt"], request["steps"], request["variant"])._asdict()
             else:
