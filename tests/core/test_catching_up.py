@@ -17,6 +17,7 @@ from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
+from tests.prices import MARGIN, SETTLED_DEVIATION
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
 # Steady prices 10, 14 and 21 ms; a further row costs a fourth of the first, as in int4.
@@ -27,15 +28,13 @@ STEEP = CostModel(
     head=UnitCost(3.0),
     switch_ms=0.5,
 )
-#: Room of a step under the filter below, as a share of the target: exp(-z(0.9) × 0.02).
-MARGIN = math.exp(-1.2815515655446004 * 0.02)
 TARGET = Budget(tpot_ms=23 / MARGIN)
 FRESH = Recovery()
 
 
 def at(exit_layer: int, recovery: Recovery = FRESH, tokens: int = 100) -> ControllerState:
     """A state whose filter is sure."""
-    slowdown = Slowdown(variance=0.0, noise_variance=0.02**2)
+    slowdown = Slowdown(variance=0.0, noise_variance=SETTLED_DEVIATION**2)
     state = ControllerState(exit_layer, tokens, catching_up=False, tpot_ms=TARGET.tpot_ms or 0.0, slowdown=slowdown)
     return state._replace(recovery=recovery)
 

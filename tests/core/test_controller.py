@@ -1,19 +1,13 @@
-"""The controller: exact decisions, the filter, and a simulated plant under loads that change.
-
-The plant and its loads serve every test below them, so one file holds both.
-"""
+"""The controller's single decisions, worked out by hand; test_controller_under_load.py runs it on a simulated device."""
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from balcony_edge.budget import Budget, load_budget
+from balcony_edge.budget import Budget
 from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
 from balcony_edge.control.governor import CEILING_DWELL_S, Governor
@@ -21,22 +15,14 @@ from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError
+from tests.prices import MARGIN, SETTLED_DEVIATION, SMALL
 
-# Steady prices 5, 7 and 10 ms: 1 ms of head, stages of 3, 2 and 3.5 ms, balconies of 1 ms, a norm of 0.5 ms.
-SMALL = CostModel(
-    exits=(4, 6, 8),
-    stages=(UnitCost(3.0, 0.25), UnitCost(2.0, 0.25), UnitCost(3.5, 0.25)),
-    balconies=(UnitCost(1.0, 0.125), UnitCost(1.0, 0.125), UnitCost(0.5)),
-    head=UnitCost(1.0),
-)
 STEADY = (1, 1, 1)
-#: Room for a step at slowdown 1 with the settled filter below: exp(-z(0.9) × 0.02) of the target.
-MARGIN = math.exp(-1.2815515655446004 * 0.02)
 
 
 def settled(exit_layer: int | None, tokens: int = 100, tpot_ms: float = 0.0, mean: float = 0.0) -> ControllerState:
-    """A state whose filter is sure: deviation 0.02 in all."""
-    slowdown = Slowdown(mean=mean, variance=0.0, noise_variance=0.02**2)
+    """A state whose filter is sure."""
+    slowdown = Slowdown(mean=mean, variance=0.0, noise_variance=SETTLED_DEVIATION**2)
     return ControllerState(exit_layer, tokens, catching_up=False, tpot_ms=tpot_ms or math.inf, slowdown=slowdown)
 
 
@@ -282,166 +268,3 @@ def test_measurement_that_cannot_be_is_ignored_and_said(measured_ms: float) -> N
 @pytest.mark.parametrize("last", [Measurement(8, 0.0, 5.0), Measurement(8, math.nan, 5.0), Measurement(7, 5.0, 5.0)])
 def test_prediction_or_exit_that_cannot_be_is_ignored(last: Measurement) -> None:
     assert decide(settled(8), Budget(tpot_ms=12), last=last).reason.endswith("ignored")
-
-
-# --- A plant: the rows and cursors of lazy stages, true costs, a load trace and noise. ----------------------------
-
-
-def layers(count: int) -> UnitCost:
-    """Decoder layers of the demo model's proportions: 4 % a further row, attention that grows with the context."""
-    return UnitCost(0.6 * count, 0.024 * count, 0.03 * count)
-
-
-DEMO = CostModel(
-    exits=(14, 17, 20, 30),
-    stages=(layers(14), layers(3), layers(3), layers(10)),
-    balconies=(layers(1), layers(1), layers(1), UnitCost(0.05)),
-    head=UnitCost(3.0),
-    overhead_ms=0.15,
-)
-
-
-class Plant:
-    """One sequence. Its prompt was run through the stages up to index ``prefilled``; the rest is backlog."""
-
-    def __init__(self, *, true: CostModel = DEMO, noise: float = 0.0, prompt: int = 64, prefilled: int = 3) -> None:
-        self.true, self.noise, self.length = true, noise, prompt
-        self.stages = [prompt if i <= prefilled else 0 for i in range(4)]
-        self.balconies = [0, 0, 0]
-        self.controller, self.state = Controller(DEMO), ControllerState.initial()
-        self.rng = random.Random(7)
-        self.last: Measurement | None = None
-        self.exits: list[int] = []
-        self.times_ms: list[float] = []
-
-    def rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        new = self.length + 1
-        return tuple(new - cursor for cursor in self.stages), (*(new - cursor for cursor in self.balconies), 1)
-
-    def step(self, budget: Budget, load: float) -> Decision:
-        stage_rows, balcony_rows = self.rows()
-        observation = Observation(budget, self.length, stage_rows, balcony_rows, self.last)
-        self.state, decision = self.controller.decide(self.state, observation)
-        spent_ms = self._catch_up(decision.catch_up) if decision.catch_up else 0.0
-        index = DEMO.exits.index(decision.exit_layer)
-        spent_ms += self.true.step_ms(decision.exit_layer, *self.rows(), self.length)
-        self.length += 1
-        self.stages[: index + 1] = [self.length] * (index + 1)
-        if index < 3:
-            self.balconies[index] = self.length
-        spent_ms *= load * math.exp(self.rng.gauss(0, self.noise))
-        self.last = Measurement(decision.exit_layer, decision.price_ms, spent_ms)
-        self.exits.append(decision.exit_layer)
-        self.times_ms.append(spent_ms)
-        return decision
-
-    def _catch_up(self, chunk: CatchUp) -> float:
-        """Run a chunk; every row of it must be pending and have its input."""
-        cursors = self.balconies if chunk.balcony else self.stages
-        ready = self.stages[chunk.stage] if chunk.balcony else self.stages[chunk.stage - 1]
-        assert 0 < chunk.rows <= ready - cursors[chunk.stage]
-        cursors[chunk.stage] += chunk.rows
-        unit = (self.true.balconies if chunk.balcony else self.true.stages)[chunk.stage]
-        return unit.pass_ms(chunk.rows, self.length, 1 if chunk.balcony else None)
-
-    def run(self, budget: Budget, load: Callable[[int], float], tokens: int) -> Plant:
-        for token in range(tokens):
-            self.step(budget, load(token))
-        return self
-
-    def late(self, tpot_ms: float, start: int = 0) -> int:
-        return sum(time_ms > tpot_ms for time_ms in self.times_ms[start:])
-
-    def switches(self, start: int = 0) -> int:
-        return sum(a != b for a, b in zip(self.exits[start:], self.exits[start + 1 :], strict=False))
-
-
-def oracle(tpot_ms: float, load: float, context_length: int, margin: float = 1.0) -> int:
-    """Deepest exit whose true steady time holds the target; the shallowest where none does."""
-    held = [e for e in DEMO.exits if DEMO.steady_ms(e, context_length) * load <= tpot_ms * margin]
-    return max(held, default=DEMO.exits[0])
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.02])
-@pytest.mark.parametrize(("tpot_ms", "load"), [(40, 1.0), (27, 1.0), (20, 1.0), (40, 2.2), (40, 1.5)])
-def test_steady_load_settles_at_the_oracles_exit(tpot_ms: float, load: float, noise: float) -> None:
-    budget = Budget(tpot_ms=tpot_ms)
-    plant = Plant(noise=noise).run(budget, lambda _: load, 264)
-    assert oracle(tpot_ms, load, 64) == oracle(tpot_ms, load, 328, margin=0.88), "a target between two answers"
-    assert set(plant.exits[64:]) == {oracle(tpot_ms, load, 200)}
-    assert plant.switches() <= 64 / budget.dwell_tokens
-    assert plant.late(tpot_ms, start=64) <= 200 * noise  # none without noise
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.02])
-@pytest.mark.parametrize("tpot_ms", [28.0, 25.0, 22.0])
-@pytest.mark.parametrize("load", [1.3, 1.5])
-def test_misses_stop_within_eight_tokens_after_a_step(load: float, tpot_ms: float, noise: float) -> None:
-    plant = Plant(noise=noise).run(Budget(tpot_ms=tpot_ms), lambda token: load if token >= 100 else 1.0, 300)
-    assert plant.late(tpot_ms, start=108) <= (0 if noise == 0 else 0.1 * 192)
-    assert plant.late(tpot_ms, start=100) - plant.late(tpot_ms, start=108) <= 4
-
-
-def test_square_wave_costs_a_few_tokens_an_edge() -> None:
-    def load(token: int) -> float:
-        return 1.7 if token // 60 % 2 else 1.0
-
-    plant = Plant(noise=0.02).run(Budget(tpot_ms=28), load, 480)
-    best = [oracle(28, load(token), 64 + token) for token in range(480)]
-    assert plant.late(28) <= 4 * 4  # four rising edges
-    assert sum(plant.exits) >= 0.88 * sum(best)
-    assert plant.switches() <= 480 / 8
-    shallowest_late = sum(DEMO.steady_ms(14, 300) * load(token) > 28 for token in range(480))
-    assert shallowest_late == 0
-
-
-def test_bursts_of_one_token_do_not_move_the_exit() -> None:
-    plant = Plant().run(Budget(tpot_ms=28), lambda token: 4.0 if token % 17 == 16 else 1.0, 300)
-    assert set(plant.exits[16:]) == {30}
-
-
-@pytest.mark.parametrize("prompt", [100, 1000])
-def test_backlog_of_a_shallow_prefill_is_worked_off_without_a_late_token(prompt: int) -> None:
-    plant = Plant(prompt=prompt, prefilled=0).run(Budget(tpot_ms=28), lambda _: 1.0, 300)
-    assert plant.late(28, start=1) == 0  # the first token pays for the prompt's rows in its balcony
-    assert plant.exits[-1] == 30
-    assert plant.stages == [plant.length] * 4
-
-
-def test_balcony_backlog_does_not_lock_an_exit_out() -> None:
-    plant = Plant(prompt=1500).run(Budget(tpot_ms=40), lambda _: 1.0, 50)
-    assert plant.exits[-1] == 30
-    plant.run(Budget(tpot_ms=40, max_exit=20, min_exit=14), lambda _: 1.9, 150)
-    assert plant.exits[-1] == 20  # 1,500 pending rows of its balcony are 36 ms × 1.9 in one pass
-    assert plant.late(40, start=60) == 0
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.03])
-def test_profile_that_flatters_the_full_depth_does_not_make_it_flap(noise: float) -> None:
-    true = replace(DEMO, stages=(*DEMO.stages[:3], UnitCost(0.6 * 10 * 1.9, 0.024 * 10, 0.03 * 10)))
-    plant = Plant(true=true, noise=noise).run(Budget(tpot_ms=28), lambda _: 1.0, 600)
-    # without offsets 32; the target is 1.04 of the full depth's own time, and each sprint back to it waits twice as long
-    assert plant.switches() <= 16
-    assert plant.late(28) <= 12
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.03])
-def test_profile_that_flatters_pending_rows_does_not_make_catching_up_late(noise: float) -> None:
-    true = replace(DEMO, stages=tuple(replace(s, marginal_row_ms=10 * s.marginal_row_ms) for s in DEMO.stages))
-    plant = Plant(true=true, noise=noise, prompt=500, prefilled=0).run(Budget(tpot_ms=26), lambda _: 1.0, 400)
-    assert plant.late(26, start=10) <= 30  # 39 may be
-
-
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "profiles").glob("*.toml")), ids=lambda p: p.stem)
-def test_every_shipped_file_is_held_where_it_can_be(path: Path) -> None:
-    budget = load_budget(path)
-    plant = Plant(noise=0.03).run(budget, lambda token: 1.6 if token // 100 % 2 else 1.0, 400)
-    if budget.tpot_ms is None:
-        assert set(plant.exits) == {30}
-    else:
-        assert plant.late(budget.tpot_ms) <= 0.05 * 400
-
-
-def test_same_trace_gives_the_same_decisions() -> None:
-    first, second = (Plant(noise=0.1).run(Budget(tpot_ms=25), lambda t: 1 + t % 50 / 50, 120) for _ in range(2))
-    assert (first.exits, first.state) == (second.exits, second.state)

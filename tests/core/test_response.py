@@ -18,7 +18,9 @@ from balcony_edge.errors import BudgetError, InfeasibleError
 from balcony_edge.simulation.loads import parse_load
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
+from tests.prices import windows_w
 
+#: Nearly the demo model's prices, without attention, so that a step takes as long at the end of a run as at its beginning.
 COSTS = CostModel(
     exits=(14, 17, 20, 30),
     stages=(UnitCost(8.4, 0.34), UnitCost(1.8, 0.07), UnitCost(1.8, 0.07), UnitCost(6.0, 0.24)),
@@ -31,19 +33,6 @@ def run(
     budget: Budget, device: Physics, seconds: float, load: str = "idle", costs: CostModel = COSTS
 ) -> list[SimulatedToken]:
     return simulate(costs, Plant(costs, device, parse_load(load)), budget, tokens=10**6, seconds=seconds)
-
-
-def windows_w(tokens: list[SimulatedToken], after_s: float, window_s: float = 5.0) -> list[float]:
-    """Mean watts of every window of the device itself, not of its gauge."""
-    found = []
-    for begin in range(0, len(tokens), 5):
-        joules = seconds = 0.0
-        for token in tokens[begin + 1 :] if tokens[begin].time_s >= after_s else ():
-            joules, seconds = joules + token.watts * token.latency_ms / 1000, seconds + token.latency_ms / 1000
-            if seconds >= window_s:
-                found.append(joules / seconds)
-                break
-    return found
 
 
 @pytest.mark.parametrize("load", ["idle", "square:high=1.5,period_s=20"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -16,32 +15,14 @@ from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import Measurement, Observation
 from balcony_edge.control.governor import Demand, Governor, govern
 from balcony_edge.control.response import GAUGES, Fit, Load
-from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError, InputError
 from balcony_edge.simulation.loads import parse_load, recorded
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, explain, simulate, summary
+from tests.prices import BOARD, DEMO, windows_w
 
 PROFILES = Path(__file__).parents[2] / "profiles"
-
-
-def layers(count: int) -> UnitCost:
-    """Decoder layers of the demo model's proportions: 4 % a further row, attention that grows with the context."""
-    return UnitCost(0.6 * count, 0.024 * count, 0.03 * count)
-
-
-# Steady prices at 64 rows of context: 12.1, 14.0, 15.8 and 21.3 ms.
-DEMO = CostModel(
-    exits=(14, 17, 20, 30),
-    stages=(layers(14), layers(3), layers(3), layers(10)),
-    balconies=(layers(1), layers(1), layers(1), UnitCost(0.05)),
-    head=UnitCost(3.0),
-    overhead_ms=0.15,
-    switch_ms=0.25,
-)
-#: 8 W while a step runs, 2 W else; 6 K/W, so 73 °C and 37 °C.
-BOARD = Physics()
 
 
 def run(
@@ -55,19 +36,6 @@ def run(
 ) -> list[SimulatedToken]:
     plant = Plant(DEMO, device, parse_load(load), **keys)
     return simulate(DEMO, plant, budget, tokens=tokens, seconds=seconds)
-
-
-def windows_w(tokens: list[SimulatedToken], after_s: float, window_s: float = 5.0) -> list[float]:
-    """Average power over every window of so many seconds that begins with a token."""
-    times, joules = [token.time_s for token in tokens], [0.0]
-    for before, token in zip([0.0, *times], tokens, strict=False):
-        joules.append(joules[-1] + token.watts * (token.time_s - before))
-    found = []
-    for begin in range(bisect.bisect(times, after_s), len(times)):
-        end = bisect.bisect(times, times[begin] + window_s) - 1
-        if end + 1 < len(times):
-            found.append((joules[end + 1] - joules[begin + 1]) / (times[end] - times[begin]))
-    return found
 
 
 def switch_times(tokens: list[SimulatedToken], after_s: float = 0.0) -> list[float]:

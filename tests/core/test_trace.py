@@ -12,24 +12,17 @@ from balcony_edge.control.controller import ControllerState
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
-from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import InputError
 from balcony_edge.simulation.loads import parse_load
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
-
-COSTS = CostModel(
-    (4, 6, 8),
-    (UnitCost(6.0, 0.25, 0.3), UnitCost(4.0, 0.25, 0.2), UnitCost(7.0, 0.25, 0.3)),
-    (UnitCost(1.0, 0.125), UnitCost(1.0, 0.125), UnitCost(0.5)),
-    UnitCost(1.0),
-)
+from tests.prices import DEMO
 
 
 def record(path: Path, budget: Budget, load: str, tokens: int = 300) -> list[Decision]:
-    plant = Plant(COSTS, Physics(noise=0.1), parse_load(load), seed=3)
+    plant = Plant(DEMO, Physics(noise=0.1), parse_load(load), seed=3)
     with TraceWriter(path) as writer:
-        return [token.decision for token in simulate(COSTS, plant, budget, tokens=tokens, trace=writer)]
+        return [token.decision for token in simulate(DEMO, plant, budget, tokens=tokens, trace=writer)]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +111,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         ("last", [30, float("inf"), 5], "last.1: Input should be a finite number"),
         ("last", "abc", "last: Input should be a valid tuple"),
         ("now_s", None, "now_s: Input should be a valid number"),
-        ("stage_rows", [1], "rows of 1 stages for 3 exits"),
+        ("stage_rows", [1], "rows of 1 stages for 4 exits"),
         ("context_length", -1, "context_length: Input should be greater than or equal to 0"),
         ("context_length", 10**400, "context_length: "),
         ("exit_layer", None, "exit_layer: Input should be a valid integer"),
