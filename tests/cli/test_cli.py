@@ -101,7 +101,7 @@ def test_verify_passes_and_fails(
     wide.save_pretrained(tmp_path / "wide")
     tiny.tokenizer.save_pretrained(tmp_path / "wide")
     refused(
-        f"{exported}: is of tiny-llama, hidden_size 32, and the model that was given has 48: name tiny-llama",
+        f"{exported}: was made from tiny-llama with hidden_size 32, but the given model has 48: name tiny-llama",
         *("verify", exported, "--against", tmp_path / "wide"),
     )
 
