@@ -9,20 +9,15 @@ import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.catching_up import HELD, Recovery
-from balcony_edge.control.controller import CONTEXT_STEP, Controller, ControllerState
+from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import Decision, Observation
 from balcony_edge.control.governor import Governor
 from balcony_edge.control.slowdown import Slowdown
-from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.control.step_prices import CONTEXT_STEP
+from balcony_edge.device.costs import UnitCost
 from balcony_edge.device.readings import Reading
+from tests.prices import SMALL
 
-#: Steady prices of 5, 7 and 10 ms.
-COSTS = CostModel(
-    exits=(4, 6, 8),
-    stages=(UnitCost(3.0, 0.25), UnitCost(2.0, 0.25), UnitCost(3.5, 0.25)),
-    balconies=(UnitCost(1.0, 0.125), UnitCost(1.0, 0.125), UnitCost(0.5)),
-    head=UnitCost(1.0),
-)
 STEADY = (1, 1, 1)
 WATT = (Reading("x", "board", 10.0, watts=1.0),)
 
@@ -35,7 +30,7 @@ def sure(exit_layer: int | None, tokens: int = 100) -> ControllerState:
 
 def test_without_a_target_a_decision_predicts_nothing_and_the_state_starts_over() -> None:
     state = sure(8)._replace(catching_up=True, recovery=Recovery(goal=8))
-    after, decision = Controller(COSTS).decide(state, Observation(Budget(), 0, STEADY, STEADY))
+    after, decision = Controller(SMALL).decide(state, Observation(Budget(), 0, STEADY, STEADY))
     words = ("deepest allowed exit, no target",)
     assert decision == Decision(8, 0.0, 0.0, 1.0, False, None, 0.0, 0.0, words)
     assert after == state._replace(
@@ -45,7 +40,7 @@ def test_without_a_target_a_decision_predicts_nothing_and_the_state_starts_over(
 
 def test_the_short_way_plans_a_budget_that_it_meets_first() -> None:
     budget = Budget(tpot_ms=12)
-    stayed = Controller(COSTS).stays(budget, sure(8), 0, None)
+    stayed = Controller(SMALL).shortcut(budget, sure(8), 0, None)
     assert stayed is not None
     assert stayed[0].tokens_since_switch == 101
     assert stayed[1].exit_layer == 8 and stayed[1].price_ms == 10.0
@@ -56,14 +51,14 @@ def test_the_deepest_exit_held_for_long_forgets_earlier_sprints() -> None:
     for exit_layer, tokens, sprints in ((8, HELD, 0), (8, HELD - 1, 3), (6, HELD, 3)):
         state = sure(exit_layer, tokens)._replace(recovery=Recovery(sprints=3))
         seen = Observation(budget, 0, STEADY, STEADY, None, made_tokens=5)
-        assert Controller(COSTS).decide(state, seen)[0].recovery.sprints == sprints
+        assert Controller(SMALL).decide(state, seen)[0].recovery.sprints == sprints
 
 
 @pytest.mark.parametrize(("short", "infeasible"), [((), False), (("power_w",), True)])
 def test_a_ceiling_out_of_reach_makes_a_decision_infeasible(short: tuple[str, ...], infeasible: bool) -> None:
     state = sure(8)._replace(governor=Governor(ticked_s=9.95, infeasible=short))
     seen = Observation(Budget(power_w=5), 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, WATT)
-    decision = Controller(COSTS).decide(state, seen)[1]
+    decision = Controller(SMALL).decide(state, seen)[1]
     assert decision.infeasible is infeasible
 
 
@@ -71,8 +66,8 @@ def test_a_ceiling_out_of_reach_makes_a_decision_infeasible(short: tuple[str, ..
 def test_a_decision_says_whether_a_ceiling_of_its_budget_is_unseen(lost: tuple[str, ...], unseen: bool) -> None:
     state = sure(8)._replace(governor=Governor(ticked_s=9.95, lost=lost))
     seen = Observation(Budget(power_w=5), 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, WATT)
-    assert Controller(COSTS).decide(state, seen)[1].unseen is unseen
-    assert Controller(COSTS).decide(state, seen._replace(budget=Budget(tpot_ms=12)))[1].unseen is False
+    assert Controller(SMALL).decide(state, seen)[1].unseen is unseen
+    assert Controller(SMALL).decide(state, seen._replace(budget=Budget(tpot_ms=12)))[1].unseen is False
 
 
 def test_a_critically_hot_device_stops_the_reply_that_names_the_limit() -> None:
@@ -80,14 +75,14 @@ def test_a_critically_hot_device_stops_the_reply_that_names_the_limit() -> None:
     for limit_c, stops in ((90.0, True), (92.0, False)):
         budget = Budget(temperature_c=80, critical_temperature_c=limit_c)
         seen = Observation(budget, 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0)
-        assert Controller(COSTS).decide(state, seen)[1].stops is stops
+        assert Controller(SMALL).decide(state, seen)[1].stops is stops
 
 
 def test_time_of_the_last_switch_is_kept_until_the_next() -> None:
     for exit_layer, switched_s, tokens in ((8, 3.0, 101), (6, 10.0, 1), (None, 3.0, 101)):
         state = sure(exit_layer)._replace(switched_s=3.0)
         seen = Observation(Budget(tpot_ms=12), 0, STEADY, STEADY, None, 5, 0.0, 10.0)
-        after, decision = Controller(COSTS).decide(state, seen)
+        after, decision = Controller(SMALL).decide(state, seen)
         assert decision.exit_layer == 8
         # the short way leaves the time alone as well
         assert (after.switched_s, after.tokens_since_switch) == (switched_s, tokens)
@@ -95,7 +90,7 @@ def test_time_of_the_last_switch_is_kept_until_the_next() -> None:
 
 def test_a_backlog_alone_makes_no_target_infeasible() -> None:
     seen = Observation(Budget(tpot_ms=12, min_exit=8), 0, (1, 1, 101), STEADY, None, made_tokens=5)
-    decision = Controller(COSTS).decide(sure(8), seen)[1]
+    decision = Controller(SMALL).decide(sure(8), seen)[1]
     assert (decision.exit_layer, decision.price_ms, decision.infeasible) == (8, 35.0, False)
 
 
@@ -103,11 +98,11 @@ def test_the_wait_before_the_first_token_is_taken_off_its_time() -> None:
     # 1,010.3 ms, of which a second has gone: 10.04 with the margin of the filter, and the deepest exit takes 10
     for now_s, exit_layer in ((6.0, 8), (6.001, 6)):
         seen = Observation(Budget(ttft_ms=1010.3), 0, STEADY, STEADY, None, made_tokens=0, started_s=5.0, now_s=now_s)
-        assert Controller(COSTS).decide(sure(None), seen)[1].exit_layer == exit_layer
+        assert Controller(SMALL).decide(sure(None), seen)[1].exit_layer == exit_layer
 
 
 def test_prices_are_those_of_the_context_rounded_down() -> None:
-    grows = replace(COSTS, stages=(UnitCost(3.0, 0.25, 10.0), *COSTS.stages[1:]))
+    grows = replace(SMALL, stages=(UnitCost(3.0, 0.25, 10.0), *SMALL.stages[1:]))
     budget, context = Budget(tpot_ms=1e3), 7 * CONTEXT_STEP
     for length in (context, context + CONTEXT_STEP - 1):
         seen = Observation(budget, length, STEADY, STEADY, None, made_tokens=5)
@@ -116,7 +111,7 @@ def test_prices_are_those_of_the_context_rounded_down() -> None:
 
 
 def test_a_balconys_backlog_is_priced_at_its_context_with_one_query() -> None:
-    grows = replace(COSTS, balconies=(UnitCost(1.0, 0.125, 10.0), *COSTS.balconies[1:]))
+    grows = replace(SMALL, balconies=(UnitCost(1.0, 0.125, 10.0), *SMALL.balconies[1:]))
     rows, context = (5, 1, 1), 7 * CONTEXT_STEP
     seen = Observation(Budget(tpot_ms=1e3, max_exit=4), context, STEADY, rows, None, made_tokens=5)
     decision = Controller(grows).decide(sure(4), seen)[1]
@@ -144,4 +139,4 @@ def test_a_busy_share_leaves_the_pace_that_a_deadline_needs(
     )
     state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=share))
     seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
-    assert Controller(COSTS).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
+    assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
