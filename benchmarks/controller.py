@@ -175,9 +175,9 @@ def compare(tokens: int, seeds: int) -> list[dict[str, Any]]:
 def way_back(seeds: int) -> list[dict[str, Any]]:
     """The way back to the full depth, for targets a little above the full depth's own time.
 
-    The prices are those of the shipped int4 profile, where a further row costs a fourth of the first. A row holds the
-    tokens from the end of a load of 1.7 (or from the start) until all later tokens are made at the full depth, and how
-    many of 3,000 tokens were late.
+    The prices are those of the shipped int4 profile, where a further row costs a fourth of the first. ``back_tokens``
+    counts from the end of a load of 1.7 (or from the start) until all later tokens are made at the full depth. ``late``
+    counts the late ones among 3,000 tokens.
     """
     costs = at_context(DeviceProfile.load(PROFILE).costs, 500)
     full_ms, rows = costs.steady_ms(costs.exits[-1], 0), []

@@ -70,8 +70,8 @@ SPIKE = 2.0
 #: Variance of the slowdown above which it counts as unknown. A target is then infeasible only if no luck could meet it.
 KNOWN_VARIANCE = 0.05**2
 #: Deviation of the slowdown from which the whole hysteresis is kept free, and the smallest share of it that is kept.
-#: A settled filter is at 0.012 (noise of 2 %), and a target of 1.10 times the full depth's own time would leave 5 % free
-#: at no exit.
+#: A settled filter is at 0.012 (noise of 2 %). With a target of 1.10 times the full depth's own time, the full depth would
+#: otherwise never leave 5 % free (docs/LOG.md, "The way back in int4").
 UNSURE, LEAST_HYSTERESIS = 0.02, 0.4
 
 

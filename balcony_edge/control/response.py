@@ -5,8 +5,8 @@ leads to a limit. Watts and utilization are taken as affine in the busy share of
 
     value(t) = base + gain × share between t - delay - average and t - delay
 
-Gauges differ by seconds. RAPL counts past energy, NVML averages over one second, INA3221 averages over a time that can be
-set, and a battery gauge shows a new value every one to ten seconds. A filter that matches readings with the wrong time
+Gauges differ by seconds. RAPL counts past energy, NVML averages over one second, and INA3221 averages over a time that can
+be set. A battery gauge shows a new value every one to ten seconds. A filter that matches readings with the wrong time
 learns that our share has no effect, and the pace swings between full and nothing.
 
 So one Kalman filter runs for each kind of gauge in ``GAUGES``, and the one that predicted best is used. While the share
