@@ -1,7 +1,7 @@
 # make demo   set up, export the demo model with its balconies, verify, generate while the budget changes; writes a PNG
 # make test   set up and run every check and test: what CI runs
 # make test-fast  the checks and the tests that need no model: an answer in two minutes
-# make test-deep  puts mistakes into the code and sees tests fail (half an hour)
+# make test-deep  puts mistakes into the code and sees tests fail (half an hour), and runs the property tests on new examples
 # make test-gpu  on a machine with an NVIDIA GPU: the tests that need one, and a report with the card's name
 # make check  the checks without the tests: lint, format, types, import contracts
 # make constraints  renews constraints.txt, the versions that the environment of demo and tests is made of
@@ -52,6 +52,7 @@ test-fast: check
 
 test-deep: $(READY)
 	$(BIN)/python tests/mutants.py
+	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=explore --timeout 7200
 
 test-gpu: $(READY)
 	$(INSTALL) --editable '.[tensorrt]'
