@@ -1,8 +1,8 @@
 # make demo   set up, export the demo model with its balconies, verify, generate while the budget changes; writes a PNG
 # make test   set up and run every check and test: what CI runs
 # make test-fast  the checks and the tests that need no model: an answer in two minutes
-# make test-deep  puts mistakes into the code and sees tests fail: those of a list, then those made by rule (hours)
-# make test-mutation  those made by rule only; ONLY=costs for one module, SAMPLE=50 for fewer mutants of each
+# make test-deep  mistakes on purpose, of a list and made by rule, that tests must find; property tests on new examples (hours)
+# make test-mutation  the mistakes made by rule only; ONLY=costs for one module, SAMPLE=50 for fewer mutants of each
 # make test-gpu  on a machine with an NVIDIA GPU: the tests that need one, and a report with the card's name
 # make check  the checks without the tests: lint, format, types, import contracts
 # make reference  the public API as pages in .cache/reference, from the docstrings
@@ -55,6 +55,7 @@ test-fast: check
 
 test-deep: $(READY)
 	$(BIN)/python tests/mutants.py
+	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=explore --timeout 7200
 	$(MAKE) test-mutation
 
 $(MUTATION): $(READY)

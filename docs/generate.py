@@ -1,4 +1,5 @@
-"""Write the generated pages: docs/cli.md from every verb's ``--help``, docs/budget-file.md from the fields of `Budget`.
+"""Write the generated pages: docs/cli.md from every verb's ``--help``, docs/budget-file.md from the fields of `Budget`, and
+docs/errors.md from the bad inputs that the tests run.
 
 python docs/generate.py [--check]
 
@@ -58,6 +59,21 @@ RULES = """\
 - `max_pace_tps` must leave time for `tpot_ms` and for the deadline. `pacing = false` excludes both bounds of the pace.
 - `power_window_s` needs `power_w`; `power_rail` needs `power_w` or `energy_j_per_token`.
 """
+ERRORS = """\
+# Errors
+
+*Written by `python docs/generate.py` from `tests/refusals.py`; a test runs every line of the table, and another one fails when
+this page is stale.*
+
+An error that the user can cure is one line on stderr: what was given, what is allowed, what to do. The exit code is 1, or 2 for
+usage and 130 for Ctrl-C. In Python the same line is the message of a `balcony_edge.BalconyError`
+([the classes](python-api.md#errors)); anything else that is raised is a bug and keeps its traceback.
+
+A command that fails leaves no half-written file or directory behind. That includes a full disk and Ctrl-C. The leftovers of an
+export that was killed are removed by the next one.
+
+In this table `…` stands for text that depends on the machine or the file.
+"""
 
 
 def cli_page() -> str:
@@ -108,7 +124,24 @@ def budget_page() -> str:
     return "\n".join([BUDGET_FILE, "## Keys", "", *rows, "", RULES])
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_page, "budget-file.md": budget_page}
+def errors_page() -> str:
+    """Errors: one row per bad input that has a description."""
+    sys.path.insert(0, str(DOCS.parent))  # the tests are not installed
+    from tests.refusals import REFUSALS  # noqa: PLC0415 - found only now
+
+    rows = ["| given | answer |", "|---|---|"]
+    for refusal in REFUSALS:
+        if refusal.given is not None:
+            # a message with backticks of its own needs a longer fence
+            fence = "``" if "`" in refusal.message else "`"
+            message = refusal.message.replace("|", "\\|")
+            rows.append(
+                f"| {refusal.given} | {fence}{' ' * (len(fence) - 1)}{message}{' ' * (len(fence) - 1)}{fence} |"
+            )
+    return "\n".join([ERRORS, *rows, ""])
+
+
+PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_page, "budget-file.md": budget_page, "errors.md": errors_page}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from balcony_edge.errors import BalconyError
@@ -35,6 +36,10 @@ from balcony_runtime.engine import Engine
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(2)
+# `make test` runs the same few examples every time; `make test-deep` runs many new ones (--hypothesis-profile=explore)
+settings.register_profile("test", derandomize=True, deadline=None, max_examples=100)
+settings.register_profile("explore", derandomize=False, deadline=None, max_examples=2000)
+settings.load_profile("test")
 
 VOCABULARY = 320
 EXITS = (2, 3)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from balcony_edge.bundle.bundle import Bundle, fingerprint
@@ -33,6 +33,7 @@ from balcony_export.model.balcony import INDEX, init_balconies, load_balconies, 
 from balcony_export.model.balcony import fingerprint as base_of
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine, TokenSequence
+from tests.properties import examples
 
 FUZZ = Path(__file__).with_name("fuzz_bundle.py")
 
@@ -64,9 +65,7 @@ _json = st.recursive(
 )
 
 
-@settings(
-    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_in_the_manifest(tiny: Any, forged: Path, data: st.DataObject) -> None:
     """One value, anywhere in the manifest, becomes any JSON value."""
@@ -89,9 +88,7 @@ def test_any_value_in_the_manifest(tiny: Any, forged: Path, data: st.DataObject)
         assert manifest.exit_layers == (2, 3, 5)
 
 
-@settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=_json)
 def test_any_document_as_manifest(forged: Path, document: Any) -> None:
     (forged / MANIFEST).write_text(json.dumps(document), encoding="utf-8")

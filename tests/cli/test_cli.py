@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -23,42 +21,11 @@ from tokenizers.processors import TemplateProcessing
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
-from balcony_edge.cli import main, reported
+from balcony_edge.cli import reported
 from balcony_edge.cli.calibrate import _documents
 from balcony_edge.errors import EngineBuildError
 from balcony_runtime.backends import tensorrt_builder
-
-COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
-
-
-def invoke(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300, **options
-    )
-
-
-def invoke_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which has already imported torch: a refusal then does not take six seconds of imports."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.setattr(sys, "argv", ["balcony-edge", *map(str, arguments)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
-
-
-def refused(pattern: str, *arguments: str | Path, code: int = 1) -> None:
-    """One line on stderr, nothing on stdout."""
-    done = invoke_here(*arguments)
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    assert (done.returncode, done.stdout) == (code, ""), done
-    if code == 1:
-        assert len(lines) == 1 and lines[0].startswith("balcony-edge: "), lines
-    assert pattern in done.stderr, done.stderr
+from tests.command import COMMAND, invoke, invoke_here, refused
 
 
 @pytest.fixture(scope="session")
@@ -206,29 +173,6 @@ def test_targets_out_of_range(exported: Path, value: str) -> None:
     refused("must be a finite number above 0", "run", exported, "hi", "--tpot-ms", value)
 
 
-def test_budgets_and_prompts_that_cannot_be(exported: Path, tmp_path: Path) -> None:
-    refused("exit_layer = 4, but this bundle has exits 2, 3, 5", "run", exported, "hi", "--exit", "4")
-    refused("the prompt is empty", "run", exported, "  ")
-    refused("this bundle's context holds 256", "run", exported, "fox " * 400)
-    refused("there is no such file", "run", exported, "hi", "--budget", tmp_path / "none.toml")
-    refused("these are two budgets", "run", exported, "hi", "--budget", tmp_path / "none.toml", "--exit", "2")
-    (tmp_path / "l.toml").write_text('policy = "lossless"\n')
-    refused(
-        "policy = 'lossless' with --policy plain",
-        "run",
-        exported,
-        "hi",
-        "--budget",
-        tmp_path / "l.toml",
-        "--policy",
-        "plain",
-    )
-    refused("max_new_tokens = 0", "run", exported, "hi", "-n", "0")
-    refused("temperature = -1.0", "run", exported, "hi", "--temperature", "-1")
-    refused("Missing argument 'bundle'", "run", code=2)
-    refused("No such option", "run", exported, "hi", "--speed", code=2)
-
-
 @pytest.mark.parametrize(
     ("exits", "pattern"),
     [
@@ -247,28 +191,6 @@ def test_budgets_and_prompts_that_cannot_be(exported: Path, tmp_path: Path) -> N
 def test_exits_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path, exits: str, pattern: str) -> None:
     refused(pattern, "export", tiny_checkpoint, "--exits", exits, "-o", tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_models_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    output = tmp_path / "b"
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    refused("is not a model", "export", empty, "--exits", "2", "-o", output)
-    refused("does not exist", "export", tmp_path / "nowhere", "--exits", "2", "-o", output)
-    cut = Path(shutil.copytree(tiny_checkpoint, tmp_path / "cut"))
-    weights = cut / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    refused("model.safetensors", "export", cut, "--exits", "2", "-o", output)
-    config = json.loads((tiny_checkpoint / "config.json").read_text())
-    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
-    done = invoke("export", other, "--exits", "2", "-o", output)
-    assert done.returncode == 1 and "balcony-edge: " in done.stderr and "Traceback" not in done.stderr
-    refused("has no balconies.json", "export", tiny_checkpoint, "--exits", "2", "-o", output, "--balconies", empty)
-    refused("context length 9999", "export", tiny_checkpoint, "--exits", "2", "-o", output, "--context-length", "9999")
-    (tmp_path / "there").mkdir()
-    refused("already exists", "export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "there")
-    assert not output.exists() and not list(tmp_path.glob(".*partial*"))
 
 
 def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,17 +336,6 @@ def test_under_optimums_command_line(
     with pytest.raises(SystemExit) as stop:
         optimum()
     assert stop.value.code == 1 and capsys.readouterr().err.startswith("balcony-edge: ")
-
-
-def test_bundles_that_cannot_be(exported: Path, tmp_path: Path) -> None:
-    broken = Path(shutil.copytree(exported, tmp_path / "broken"))
-    data = bytearray((broken / "weights.bin").read_bytes())
-    data[1000] ^= 4
-    (broken / "weights.bin").write_bytes(bytes(data))
-    refused("weights.bin: SHA-256", "run", broken, "hi")
-    refused("weights.bin: SHA-256", "inspect", broken)
-    refused("no such directory", "inspect", tmp_path / "nowhere")
-    refused("is not a bundle", "run", tmp_path, "hi")
 
 
 def test_ctrl_c_in_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, interruptible: Any) -> None:

@@ -7,31 +7,20 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import Measurement, Observation
 from balcony_edge.control.slowdown import Slowdown
-from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError
+from tests.prices import DEMO
+from tests.properties import CHANCE, examples
 
-
-def layers(count: int) -> UnitCost:
-    """Decoder layers of the demo model's proportions."""
-    return UnitCost(0.6 * count, 0.024 * count, 0.03 * count)
-
-
-DEMO = CostModel(
-    exits=(14, 17, 20, 30),
-    stages=(layers(14), layers(3), layers(3), layers(10)),
-    balconies=(layers(1), layers(1), layers(1), UnitCost(0.05)),
-    head=UnitCost(3.0),
-    overhead_ms=0.15,
-    switch_ms=0.25,
-)
+#: Examples draw many numbers, and budgets whose keys contradict one another are drawn again.
+LARGE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 def a_state(rng: random.Random) -> ControllerState:
@@ -78,10 +67,29 @@ def an_observation(rng: random.Random) -> Observation:
     )
 
 
+def a_way_back(rng: random.Random, seen: Observation) -> tuple[ControllerState, Observation]:
+    """A sure filter, a shallow exit and a target with room: chunks of the backlog are likely."""
+    slowdown = Slowdown(variance=0.0, noise_variance=0.02**2)
+    tpot_ms = rng.uniform(22, 60)
+    state = ControllerState(rng.choice([14, 17, 20]), 100, catching_up=False, tpot_ms=tpot_ms, slowdown=slowdown)
+    rows = [1, 1, 1, 1 + rng.randrange(1, 3000)]
+    budget = Budget(tpot_ms=tpot_ms)
+    return state, seen._replace(
+        budget=budget, context_length=3000, stage_rows=rows, balcony_rows=(1, 1, 1, 1), last=None
+    )
+
+
+@pytest.mark.hypothesis
 def test_any_state_and_observation_give_a_sound_decision() -> None:
-    rng, controller, chunks = random.Random(11), Controller(DEMO), 0
-    for _ in range(2000):
+    controller, chunks = Controller(DEMO), 0
+
+    @examples(400, suppress_health_check=LARGE)
+    @given(CHANCE, st.booleans())
+    def sound(rng: random.Random, likely: bool) -> None:
+        nonlocal chunks
         state, seen = a_state(rng), an_observation(rng)
+        if likely:
+            state, seen = a_way_back(rng, seen)
         after, decision = controller.decide(state, seen)
         budget = seen.budget
         assert decision.exit_layer in budget.allowed_exits(DEMO.exits)
@@ -103,6 +111,8 @@ def test_any_state_and_observation_give_a_sound_decision() -> None:
             assert 0 < chunk.rows <= pending
             assert decision.probability >= budget.probability - 1e-9  # within the slack: the target still holds
             assert budget.tpot_ms is not None
+
+    sound()
     assert chunks >= 20
 
 
@@ -113,9 +123,14 @@ class _Weighing(Controller):
         return None
 
 
+@pytest.mark.hypothesis
 def test_the_short_way_says_what_weighing_says() -> None:
-    rng, controller, weighing, stayed = random.Random(5), Controller(DEMO), _Weighing(DEMO), 0
-    for _ in range(4000):
+    controller, weighing, stayed = Controller(DEMO), _Weighing(DEMO), 0
+
+    @examples(400, suppress_health_check=LARGE)
+    @given(CHANCE)
+    def agrees(rng: random.Random) -> None:
+        nonlocal stayed
         state, seen = a_state(rng), an_observation(rng)
         at = DEMO.exits.index(seen.budget.allowed_exits(DEMO.exits)[-1])
         state = state._replace(exit_layer=DEMO.exits[at])
@@ -125,7 +140,7 @@ def test_the_short_way_says_what_weighing_says() -> None:
         )
         short = controller.shortcut(seen.budget, state, seen.context_length, seen.last)
         if short is None:
-            continue
+            return
         stayed += 1
         after, decision = weighing.decide(state, seen)
         assert controller.decide(state, seen) == short
@@ -136,7 +151,9 @@ def test_the_short_way_says_what_weighing_says() -> None:
         assert [getattr(short[1], name) for name in numbers] == pytest.approx(
             [getattr(decision, name) for name in numbers]
         )
-    assert stayed > 500
+
+    agrees()
+    assert stayed > 50
 
 
 def a_whole_budget(rng: random.Random) -> Budget:
@@ -197,34 +214,36 @@ def some_readings(rng: random.Random, now_s: float) -> tuple[Reading, ...]:
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_budgets_and_traces_stay_sound(seed: int) -> None:
-    """benchmarks/controller.py does the same for 10,000 budgets."""
-    assert soundness(Controller(DEMO), range(seed * 100, seed * 100 + 100)) == 100 * 25
+@examples(50, suppress_health_check=LARGE)
+@given(CHANCE)
+def test_random_budgets_and_traces_stay_sound(rng: random.Random) -> None:
+    follow(Controller(DEMO), rng, decisions=8)
 
 
 def soundness(controller: Controller, seeds: range) -> int:
-    """Random budgets over random observations that follow one another; returns the decisions made."""
-    decisions = 0
+    """Follow one random budget for each seed; returns the decisions made. benchmarks/controller.py takes 10,000."""
     for seed in seeds:
-        rng = random.Random(seed)
-        budget, state, now_s, busy_s = a_whole_budget(rng), ControllerState.initial(), 0.0, 0.0
-        allowed = budget.allowed_exits(DEMO.exits)
-        for made in range(25):
-            seen = an_observation(rng)._replace(
-                budget=budget, made_tokens=made, now_s=now_s, busy_s=busy_s, readings=some_readings(rng, now_s)
-            )
-            state, decision = controller.decide(state, seen)
-            decisions += 1
-            numbers = (decision.predicted_ms, decision.price_ms, decision.period_ms, decision.idle_ms)
-            assert decision.exit_layer in allowed
-            assert all(math.isfinite(number) and number >= 0 for number in numbers), decision
-            assert 0 <= decision.probability <= 1
-            assert "nan" not in decision.reason.split("measurement of")[0] and "\n" not in decision.reason
-            assert 0 < state.governor.share <= 1
-            gap_s = 10 ** rng.uniform(-4, 1)
-            now_s, busy_s = now_s + gap_s, busy_s + gap_s * rng.random()
-    return decisions
+        follow(controller, random.Random(seed), decisions=25)
+    return 25 * len(seeds)
+
+
+def follow(controller: Controller, rng: random.Random, decisions: int) -> None:
+    """A random budget over random observations that follow one another: every decision must be sound."""
+    budget, state, now_s, busy_s = a_whole_budget(rng), ControllerState.initial(), 0.0, 0.0
+    allowed = budget.allowed_exits(DEMO.exits)
+    for made in range(decisions):
+        seen = an_observation(rng)._replace(
+            budget=budget, made_tokens=made, now_s=now_s, busy_s=busy_s, readings=some_readings(rng, now_s)
+        )
+        state, decision = controller.decide(state, seen)
+        numbers = (decision.predicted_ms, decision.price_ms, decision.period_ms, decision.idle_ms)
+        assert decision.exit_layer in allowed
+        assert all(math.isfinite(number) and number >= 0 for number in numbers), decision
+        assert 0 <= decision.probability <= 1
+        assert "nan" not in decision.reason.split("measurement of")[0] and "\n" not in decision.reason
+        assert 0 < state.governor.share <= 1
+        gap_s = 10 ** rng.uniform(-4, 1)
+        now_s, busy_s = now_s + gap_s, busy_s + gap_s * rng.random()
 
 
 #: Key → how a looser value comes from a value and a factor of 1 or more.
@@ -241,10 +260,9 @@ LOOSER: dict[str, Any] = {
 }
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.integers(0, 2**32), st.floats(1.0, 3.0))
-def test_any_looser_key_never_gives_less_depth(seed: int, factor: float) -> None:
-    rng = random.Random(seed)
+@examples(60, suppress_health_check=LARGE)
+@given(CHANCE, st.floats(1.0, 3.0))
+def test_any_looser_key_never_gives_less_depth(rng: random.Random, factor: float) -> None:
     budget = a_whole_budget(rng)
     controller, state, seen = Controller(DEMO), a_state(rng), an_observation(rng)
     given_keys = [key for key in LOOSER if getattr(budget, key) is not None]
@@ -267,10 +285,9 @@ def test_any_looser_key_never_gives_less_depth(seed: int, factor: float) -> None
     assert exits == sorted(exits), (key, budget, looser)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.integers(0, 2**32), st.floats(1.0, 400.0), st.floats(1.0, 3.0))
-def test_looser_target_never_gives_less_depth(seed: int, tpot_ms: float, looser: float) -> None:
-    rng = random.Random(seed)
+@examples(150, suppress_health_check=LARGE)
+@given(CHANCE, st.floats(1.0, 400.0), st.floats(1.0, 3.0))
+def test_looser_target_never_gives_less_depth(rng: random.Random, tpot_ms: float, looser: float) -> None:
     state, seen = a_state(rng), an_observation(rng)
     exits = []
     for target_ms in (tpot_ms, tpot_ms * looser, None):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from balcony_edge.bundle.bundle import Bundle
@@ -28,6 +28,7 @@ from balcony_export.tensorrt.graphs import Format
 from balcony_runtime import engine as engine_module
 from balcony_runtime.backends.tensorrt_builder import Builder, build_engines
 from balcony_runtime.engine import Engine, TokenSequence
+from tests.properties import examples
 
 EXITS = (2, 3, 5)
 #: The largest difference for float32, as a share of the largest logit.
@@ -164,9 +165,9 @@ def test_any_schedule_equals_a_pass_from_scratch(
 ) -> None:
     bundle = with_engine_sets(architecture)
     with Engine.of(bundle.portable()) as reference, BACKENDS[backend](bundle) as engine:
-        examples = 25 if architecture == "llama" else 12
+        count = 25 if architecture == "llama" else 12
 
-        @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+        @examples(count, suppress_health_check=[HealthCheck.too_slow])
         @given(actions, st.integers(1, 40), st.integers(0, 2**31))
         def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int) -> None:
             sequence = engine.new_sequence(max_length=128)

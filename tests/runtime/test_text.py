@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -18,6 +18,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.text import StopStrings, TextCodec, TextStream
+from tests.properties import examples
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def byte_fallback() -> Tokenizer:
     return tokenizer
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@examples(500)
 @given(st.lists(st.sampled_from([1, 2, *(3 + byte for byte in b"\na\xe2\x82\xac\xf0\x9f\x98\x80")]), max_size=14))
 def test_bytes_that_never_become_a_character_end_no_stream(tokens: list[int]) -> None:
     tokenizer = byte_fallback()
@@ -161,7 +162,7 @@ def test_bytes_that_never_become_a_character_end_no_stream(tokens: list[int]) ->
     assert len(streamed.encode()) <= len(whole.encode())
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@examples(1000)
 @given(st.lists(st.integers(0, 319), max_size=40))
 def test_streamed_text_is_the_text_decoded_at_once(codec: TextCodec, tokens: list[int]) -> None:
     stream = codec.stream()
@@ -169,7 +170,7 @@ def test_streamed_text_is_the_text_decoded_at_once(codec: TextCodec, tokens: lis
     assert "".join(pieces) + stream.flush() == codec.decode(tokens)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@examples(100)
 @given(st.text(max_size=30))
 def test_no_piece_of_real_text_holds_half_a_character(codec: TextCodec, text: str) -> None:
     stream = codec.stream()
@@ -370,7 +371,7 @@ def test_a_damaged_tokenizer_is_named(bundle_copy: Path) -> None:
         TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(300)
 @given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.integers(1, 4))
 def test_stop_strings_cut_as_if_the_text_were_whole(text: str, stops: list[str], size: int) -> None:
     watch, shown = StopStrings(stops), ""

@@ -1,0 +1,60 @@
+"""Every bad input of tests/refusals.py gets its one line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from tests.command import invoke_here
+from tests.refusals import REFUSALS, Refusal, lay_out
+
+
+@pytest.fixture(scope="module")
+def directory(tiny: Any, make_tiny: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with what the commands name."""
+    path = tmp_path_factory.mktemp("refusals")
+    lay_out(path, tiny_checkpoint, tiny.path)
+    broken = make_tiny("llama")
+    broken.model.layers[3].mlp.up_proj.weight.data[0, 0] = float("nan")
+    config = transformers.MixtralConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=320,
+    )
+    for name, model in (("nan", broken), ("moe", transformers.MixtralForCausalLM(config))):
+        model.save_pretrained(path / name)
+        tiny.tokenizer.save_pretrained(path / name)
+    return path
+
+
+def files(directory: Path) -> list[Path]:
+    """All files; ``build`` leaves the directory for engine sets behind, empty."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: " ".join(refusal.arguments)[:60])
+def test_bad_input_is_refused_by_its_line(refusal: Refusal, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
+    before = files(directory)
+    done = invoke_here(*refusal.arguments)
+    assert (done.returncode, done.stdout) == (1, ""), done
+    line = ".*".join(map(re.escape, f"balcony-edge: {refusal.message}".split("…")))
+    assert re.fullmatch(line, done.stderr.strip()), done.stderr
+    assert files(directory) == before, "a refused command left a file behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("run",), "Missing argument 'bundle'"), (("run", "bundle", "hi", "--speed"), "No such option")],
+)
+def test_wrong_usage_ends_with_2(arguments: tuple[str, ...], message: str) -> None:
+    done = invoke_here(*arguments)
+    assert (done.returncode, done.stdout) == (2, "") and message in done.stderr, done

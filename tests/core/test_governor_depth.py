@@ -1,0 +1,122 @@
+"""How the slow loop turns charge, memory, energy and a busy share into a depth, one tick at a time."""
+
+from __future__ import annotations
+
+import pytest
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.governor import CEILING_DWELL_S, LEAST_SHARE, SETTLING_S, Demand, Governor, govern
+from balcony_edge.control.response import GAUGES, Fit, Load
+from balcony_edge.device.readings import Reading
+
+STEPS_S = (0.012, 0.014, 0.016, 0.021)
+LOWEST, HIGHEST = 0, 3
+
+
+def tick(budget: Budget, *readings: Reading, before: Governor | None = None, pace_tps: float = 0.0) -> Governor:
+    """One tick at second 10."""
+    return govern(before or Governor(), Demand(budget, 10.0, 10.0, readings, STEPS_S, LOWEST, HIGHEST, pace_tps))
+
+
+@pytest.mark.parametrize(
+    ("charge", "ceiling", "infeasible"),
+    [
+        (0.31, 3, ()),  # above the ramp of ten points
+        (0.29, 3, ()),  # a ramp has as many parts as there are exits
+        (0.26, 2, ()),
+        (0.23, 1, ()),
+        (0.21, 0, ()),
+        (0.20, 0, ("battery_floor_percent",)),  # at the floor no depth is allowed, so the shallowest exit is too deep
+    ],
+)
+def test_charge_above_the_floor_is_a_ramp_of_depth(charge: float, ceiling: int, infeasible: tuple[str, ...]) -> None:
+    battery = Reading("b", "battery", 10.0, charge=charge, charging=False)
+    after = tick(Budget(battery_floor_percent=20), battery)
+    assert (after.ceiling, after.infeasible) == (ceiling, infeasible)
+
+
+def test_a_battery_that_charges_takes_no_depth() -> None:
+    battery = Reading("b", "battery", 10.0, charge=0.1, charging=True)
+    after = tick(Budget(battery_floor_percent=20), battery)
+    assert (after.ceiling, after.infeasible) == (HIGHEST, ())
+
+
+@pytest.mark.parametrize(
+    ("memory_mb", "ceiling", "infeasible"),
+    [(94, 3, ()), (97, 2, ()), (98, 1, ()), (99.5, 0, ()), (100, 0, ("memory_mb",))],
+)
+def test_memory_below_the_ceiling_is_a_ramp_of_depth(
+    memory_mb: float, ceiling: int, infeasible: tuple[str, ...]
+) -> None:
+    process = Reading("p", "process", 10.0, memory_bytes=int(memory_mb * 1e6))
+    after = tick(Budget(memory_mb=100), process)
+    assert (after.ceiling, after.infeasible) == (ceiling, infeasible)
+
+
+@pytest.mark.parametrize(
+    ("joules", "pace_tps", "ceiling", "infeasible"),
+    [
+        # 2 W without a step and 6 W more while one runs: unpaced tokens take 0.096, 0.112, 0.128 and 0.168 J
+        (0.17, None, 3, ()),
+        (0.13, None, 2, ()),
+        (0.12, None, 1, ()),
+        (0.10, None, 0, ()),
+        (0.09, None, 0, ("energy_j_per_token",)),
+        # at 25 tokens a second 2 W × 40 ms are spent anyway: 0.152, 0.164, 0.176 and 0.206 J
+        (0.17, 25, 1, ()),
+        (0.15, 25, 0, ("energy_j_per_token",)),
+    ],
+)
+def test_the_deepest_exit_whose_tokens_are_affordable(
+    joules: float, pace_tps: float | None, ceiling: int, infeasible: tuple[str, ...]
+) -> None:
+    sure = Load(1.0, fits=(Fit(2.0, 6.0, 1e-9, 0.0, 1e-9),) * len(GAUGES))
+    budget = Budget(energy_j_per_token=joules, max_pace_tps=pace_tps)
+    board = Reading("w", "board", 10.0, watts=8.0)
+    after = tick(budget, board, before=Governor(power=sure, rail=budget.power_rail))
+    assert (after.ceiling, after.infeasible) == (ceiling, infeasible)
+
+
+def test_energy_takes_no_depth_where_nothing_measures_power() -> None:
+    after = tick(Budget(energy_j_per_token=0.01))
+    assert after.ceiling == HIGHEST and after.lost == ("energy_j_per_token",)
+
+
+@pytest.mark.parametrize(("since_s", "ceiling"), [(CEILING_DWELL_S - 0.01, 3), (CEILING_DWELL_S, 1)])
+def test_a_ceiling_changes_only_after_its_dwell(since_s: float, ceiling: int) -> None:
+    process = Reading("p", "process", 10.0, memory_bytes=98_000_000)
+    before = Governor(ticked_s=9.9, ceiling=3, changed_s=10.0 - since_s)
+    assert tick(Budget(memory_mb=100), process, before=before).ceiling == ceiling
+
+
+def heat(celsius: float) -> Reading:
+    return Reading("t", "cpu", 10.0, celsius=celsius)
+
+
+@pytest.mark.parametrize(("ceiling", "after"), [(3, 3), (2, 2)])
+def test_going_deeper_needs_a_tenth_more_share_than_staying(ceiling: int, after: int) -> None:
+    # 40 tokens a second with 5 % free need a share of 0.884 at the deepest exit; the tick allows 0.9
+    budget = Budget(temperature_c=60)
+    before = Governor(ticked_s=9.9, share=0.9, ceiling=ceiling, integral=0.9, binding=("temperature_c",))
+    found = tick(budget, heat(59.5), before=before, pace_tps=40.0)
+    assert found.share == pytest.approx(0.9)
+    assert found.ceiling == after
+
+
+@pytest.mark.parametrize(
+    ("short_s", "infeasible"), [(10.0 - SETTLING_S + 0.1, ()), (10.0 - SETTLING_S, ("temperature_c",))]
+)
+def test_a_ceiling_is_infeasible_only_after_it_was_out_of_reach_for_a_while(
+    short_s: float, infeasible: tuple[str, ...]
+) -> None:
+    # the least pace, one token a second, needs a share of 0.012 at the shallowest exit
+    before = Governor(ticked_s=9.9, share=LEAST_SHARE, short_s=short_s)
+    found = tick(Budget(temperature_c=60), heat(90.0), before=before)
+    assert (found.share, found.ceiling, found.infeasible) == (LEAST_SHARE, 0, infeasible)
+    assert tick(Budget(temperature_c=60), heat(20.0), before=before).short_s == pytest.approx(float("inf"))
+
+
+def test_a_pace_that_the_share_cannot_give_makes_latency_infeasible() -> None:
+    before = Governor(ticked_s=9.9, share=0.4, short_s=0.0, integral=0.4, binding=("temperature_c",))
+    found = tick(Budget(temperature_c=60), heat(59.5), before=before, pace_tps=50.0)
+    assert found.infeasible == ("latency",)  # 50 tokens a second need a share of 0.6 at the shallowest exit
