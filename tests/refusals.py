@@ -101,7 +101,7 @@ REFUSALS = (
     ),
     Refusal(
         _export("empty"),
-        "empty: is no model: give a Hugging Face directory (config.json and safetensors), a .gguf file or a hub name",
+        "empty: is not a model: give a Hugging Face directory (config.json and safetensors), a .gguf file or a hub name",
         "a directory that is not a model",
     ),
     Refusal(
@@ -112,12 +112,12 @@ REFUSALS = (
     ),
     Refusal(
         _export("cut"),
-        "cut/model.safetensors: is 292844 bytes long, its header promises 292944: download it again",
+        "cut/model.safetensors: is 292844 bytes long, but its header says 292944: download it again",
         "truncated weights",
     ),
     Refusal(
         _export("moe"),
-        "model type 'mixtral': mixture-of-experts layers are not supported yet: export takes llama, mistral, qwen2, …",
+        "model type 'mixtral': mixture-of-experts layers are not supported yet: export supports llama, mistral, qwen2, …",
         "a mixture-of-experts model",
     ),
     Refusal(
@@ -131,15 +131,15 @@ REFUSALS = (
     ),
     Refusal(
         _export("model", "--balconies", "empty"),
-        "empty: holds no balconies.json: give a directory that `balcony-edge train` wrote",
+        "empty: has no balconies.json: give a directory that `balcony-edge train` wrote",
     ),
     Refusal(
         _export("model", "--context-length", "9999"),
-        "context length 9999: this model takes 2 to 256: give one of those",
+        "context length 9999: this model takes 2 to 256: give a number in this range",
     ),
     Refusal(
         _export("model", "-o", "bundle"),
-        "bundle: exists already: name a directory that does not, or remove it first",
+        "bundle: already exists: name another directory, or remove it first",
         "an output that exists",
     ),
     Refusal(
@@ -241,7 +241,7 @@ REFUSALS = (
     ),
     Refusal(
         ("replay", "trace.jsonl"),
-        "trace.jsonl: holds no token: record one with `balcony-edge run --trace`",
+        "trace.jsonl: contains no tokens: record a trace with `balcony-edge run --trace`",
         "a trace without a token",
     ),
     Refusal(
