@@ -165,7 +165,7 @@ print(json.dumps([sorted(before), sorted(after), looked_s, time.perf_counter() -
     before, after, looked_s, closed_s = ask(library, program)
     assert "nvml:0" in before and "psutil:cpu" in before
     assert "nvml:0" not in after and "psutil:cpu" in after
-    assert looked_s < 0.05
+    assert looked_s < 0.9, "a look must not wait for the hung thread, as close() does"
     assert 0.9 < closed_s < 10.0  # close() waits a second for the hung thread
 
 
