@@ -72,6 +72,18 @@ def test_the_log_is_cited_by_a_link(page: Path) -> None:
     )
 
 
+def test_code_cites_headings_of_the_log() -> None:
+    log = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")
+    headings = set(re.findall(r"^#+ (.+)$", log, re.MULTILINE))
+    for folder in ("balcony_edge", "export", "runtime", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = re.sub(
+                r"\s*\n\s*(#:?)?\s*", " ", path.read_text(encoding="utf-8")
+            )  # citations may be broken over lines
+            cited = re.findall(r"docs/LOG\.md(?:, \"([^\"]+)\")?", text)
+            assert set(cited) <= headings, f"{path.relative_to(ROOT)}: name a heading of docs/LOG.md after it"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_in_pages_compiles(page: Path) -> None:
     for language, code in FENCE.findall(page.read_text(encoding="utf-8")):

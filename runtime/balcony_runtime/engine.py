@@ -26,7 +26,8 @@ from balcony_runtime.backends.base import Backend, FloatArray, IntArray
 from balcony_runtime.backends.choose import DeviceName, open_backend
 
 #: Most rows of one pass, so that a layer's working set stays in the second-level cache and the arena stays small.
-#: Measured (docs/LOG.md): passes of 512 rows are 3 to 6 % slower in int4 and take 33 MB more; 128 rows are slower in float32.
+#: Measured: passes of 512 rows are 3 to 6 % slower in int4 and take 33 MB more; 128 rows are slower in float32
+#: (docs/LOG.md, "Passes of 256 rows instead of 512").
 MAX_PASS_ROWS = 256
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -27,7 +27,8 @@ from balcony_export.quantize.gptq import round_with_compensation
 from balcony_runtime.backends.token_table import unpacked
 
 #: Candidates for a block's scale, relative to the scale that covers the full range; the one with the least squared error is
-#: taken. Measured (docs/LOG.md): below 0.8 for long blocks with weighted errors, above 1 where the largest value may be cut.
+#: taken. Below 0.8 for long blocks with weighted errors, above 1 where the largest value may be cut
+#: (docs/LOG.md, "GPTQ in the order of the inputs' sizes").
 SHRINKS = (1.0, 1.1, 1.05, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 0.66, 0.62)
 
 

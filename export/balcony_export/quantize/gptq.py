@@ -22,7 +22,8 @@ from balcony_export.model.exits import ExitModel
 DAMPING = 0.01
 #: Columns whose errors are passed on together.
 BATCH = 128
-#: Weight of a text's first position, in rows; 50 to 200 make no difference (docs/LOG.md).
+#: Weight of a text's first position, in rows; 50 to 200 make no difference
+#: (docs/LOG.md, "GPTQ must know about the attention sink").
 SINK_ROWS = 100
 #: Layer → another layer with the same inputs, which are measured once.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}

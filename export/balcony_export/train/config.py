@@ -1,6 +1,7 @@
 """The recipe of a training run, as one frozen record.
 
-Owns names, defaults and the rules across fields. docs/LOG.md has the experiments behind the defaults.
+Owns names, defaults and the rules across fields. The experiments behind the defaults are in docs/LOG.md,
+"Distillation".
 """
 
 from __future__ import annotations
