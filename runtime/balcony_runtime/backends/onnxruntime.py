@@ -2,8 +2,8 @@
 
 Owns sessions and the thread pool; :mod:`.onnxruntime_state` owns arrays and bindings. Two measurements explain its form.
 Sessions with a pool each spin against one another (32 tokens a second, compared with 174 on one pool), so all share one
-(docs/LOG.md, "One shared pool has a price for the host"). A decode step through prebound arrays costs 15 µs of Python a session,
-compared with 100 µs for ``run(numpy)``.
+(docs/LOG.md, "One shared pool has a price for the host"). A decode step through prebound arrays costs 15 µs of Python a
+session, compared with 100 µs for ``run(numpy)``.
 """
 
 from __future__ import annotations
