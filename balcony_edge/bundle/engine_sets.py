@@ -6,6 +6,7 @@ not know what graphs and engines hold: ``balcony_export.tensorrt`` and ``balcony
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ def new_engine_directory(bundle: Path, name: str) -> Iterator[Path]:
             yield part
     except OSError as error:
         raise BundleError(f"{home}: cannot be written ({error.strerror}): free space or make it writable") from error
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty, or it was never made
+            home.rmdir()
 
 
 def record_engines(bundle: Path, name: str, engines: EngineSet, made: Path) -> Manifest:
