@@ -356,7 +356,7 @@ def test_a_manifest_that_lies_about_quantization_is_refused(tiny: Any, tmp_path:
         Bundle.open(path).portable()
     manifest = json.loads((path / "bundle.json").read_text())
     for change, message in (
-        ({"quantization": None}, "quantization and embedding.blocks must be there"),
+        ({"quantization": None}, "quantization and embedding.blocks must be present"),
         ({"precision": "int8"}, r"quantization.bits = 4 differs from the precision int8"),
         ({"quantization": {**manifest["quantization"], "accuracy_level": 1}}, "the fingerprint differs"),
     ):
