@@ -15,7 +15,7 @@ from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
-from balcony_runtime.decoding.speculate import PROBE_TOKENS, Round, Speculator, run_round
+from balcony_runtime.decoding.speculate import MEMORY, PRIOR_DRAFTS, PROBE_TOKENS, Round, Speculator, run_round
 from balcony_runtime.llm import LLM
 
 EXITS = (2, 3, 5)
@@ -212,3 +212,23 @@ def test_a_trace_of_rounds_replays(llm: LLM, tmp_path: Path) -> None:
     assert any(
         "drafted" in json.loads(line).get("reason", "") for line in (tmp_path / "t.jsonl").read_text().splitlines()
     )
+
+
+def test_drafts_after_a_refused_one_are_not_judged() -> None:
+    speculator = Speculator(EXITS, {2: 0.5, 3: 0.5})
+    speculator.learn(Round(2, 4, 1.0, 1.0), kept=1, measured_ms=1.0)
+    # of four drafts one was kept and the next refused; the two after it say nothing
+    assert speculator.acceptance(2) == pytest.approx((MEMORY * PRIOR_DRAFTS * 0.5 + 1) / (MEMORY * PRIOR_DRAFTS + 2))
+    assert speculator.acceptance(3) == 0.5
+
+
+def test_the_check_pays_for_the_heads_rows_of_all_drafts() -> None:
+    cheap, dear = UnitCost(0.001), UnitCost(10.0, 0.0)
+    prices = CostModel(EXITS, (cheap, cheap, dear), (cheap, cheap, cheap), head=UnitCost(0.5, 0.25))
+    planned = Speculator(EXITS, {2: 0.9, 3: 0.0}).plan(prices, 100, (0, 0, 0), room=50, most_ms=1e9)
+    assert planned is not None and planned.exit_layer == 2
+    index = EXITS.index(2)
+    rows = (1,) * (index + 1) + (planned.drafts + 1,) * (len(EXITS) - index - 1)
+    check_ms = prices.step_ms(EXITS[-1], rows, (1,) * len(EXITS), 100)
+    check_ms += prices.head.pass_ms(planned.drafts + 1, 100) - prices.head.pass_ms(1, 100)
+    assert planned.price_ms == pytest.approx(planned.drafts * prices.steady_ms(2, 100) + check_ms)
