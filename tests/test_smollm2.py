@@ -79,6 +79,7 @@ def test_every_exit_equals_pytorch(demo: Any) -> None:
         assert check.passed and check.agreement == 1.0, check
 
 
+@pytest.mark.timeout(2400)  # 20 replies from two engines: two minutes alone, more next to other work
 def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM) -> None:
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
