@@ -273,7 +273,7 @@ class Controller:
                 governor = self._tick(plan, governor, slowdown, steady_ms, seen)
             highest = max(min(highest, governor.ceiling), plan.lowest)
         scene = _Scene(plan, state, seen, slowdown, now_ms, steady_ms, highest)
-        outlook = self._outlook(scene)
+        outlook, deviation = self._outlook(scene), scene.deviation
         held = current if current is not None and plan.lowest <= current <= highest else None
         chosen = outlook.choose(held, _otherwise(seen))
         infeasible = not outlook.fits(chosen) and not self._within_reach(scene, outlook)
@@ -288,7 +288,7 @@ class Controller:
         offset_index = chosen if catch_up is None else -1
         price_ms = now_ms[chosen] + chunk_ms
         factor = math.exp(slowdown.mean + slowdown.offsets[offset_index])
-        limit_ms = outlook.room_ms[offset_index] * math.exp(plan.quantile * scene.deviation)
+        limit_ms = outlook.room_ms[offset_index] * math.exp(plan.quantile * deviation)
         if way is not None:
             why: object = way.words(exits)
         elif infeasible:
@@ -314,7 +314,7 @@ class Controller:
             exit_layer=exits[chosen],
             predicted_ms=price_ms * factor,
             price_ms=price_ms,
-            probability=_probability(limit_ms, price_ms, scene.deviation),
+            probability=_probability(limit_ms, price_ms, deviation),
             infeasible=infeasible or (plan.governed and bool(governor.infeasible)),
             catch_up=catch_up,
             period_ms=period_ms,
