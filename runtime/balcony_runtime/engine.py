@@ -22,7 +22,7 @@ import numpy as np
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_runtime.backends.base import Backend, FloatArray, IntArray
+from balcony_runtime.backends.base import Backend, FloatArray, IntArray, State
 from balcony_runtime.backends.choose import DeviceName, open_backend
 
 #: Most rows of one pass, so that a layer's working set stays in the second-level cache and the arena stays small.
@@ -142,7 +142,7 @@ def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable
 
     @functools.wraps(method)
     def call(self: TokenSequence, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with self._lock:
+        with self.lock:
             self._engine.refuse_closed()
             return method(self, *args, **kwargs)
 
@@ -157,18 +157,22 @@ class TokenSequence:
     Threads take turns: one may work off backlog while another decodes (:meth:`.chat.Chat.catching_up`).
     """
 
-    def __init__(self, engine: Engine, batch_size: int, max_length: int) -> None:
-        self._engine, self._lock = engine, threading.RLock()
+    def __init__(self, engine: Engine, batch_size: int, max_length: int, state: State | None = None) -> None:
+        #: Held by the thread that uses the sequence.
+        self.lock = threading.RLock()
+        self._engine = engine
         self._layers = engine.exit_layers
         self.batch_size, self.max_length = batch_size, max_length
         self.length = 0
-        self.state = engine.backend.new_state(batch_size, max_length)
+        self.state = state or engine.backend.new_state(batch_size, max_length)
         self._tokens = np.empty((batch_size, max_length), np.int64)  # pages take memory when tokens are written
         self._indices = {layer: index for index, layer in enumerate(self._layers)}
-        self._stage_cursor = [0] * len(self._layers)
+        #: Number of rows that each stage has taken in; a shared pass (:mod:`.scheduling.pool`) moves it, too.
+        self.stage_cursor = [0] * len(self._layers)
         #: Rows run by all stages together, including those rolled back later; its growth is the cost of a step in rows.
         self.rows_run = 0
-        self._balcony_cursor = [0] * (len(self._layers) - 1)
+        #: The same of each balcony.
+        self.balcony_cursor = [0] * (len(self._layers) - 1)
         # Only balconies with attention have a KV cache and can have a backlog; the norm and other balconies keep no rows.
         cached = engine.manifest.cached_exits
         self._cached = tuple(layer in cached for layer in self._layers)
@@ -186,12 +190,12 @@ class TokenSequence:
     @property
     def stage_rows(self) -> tuple[int, ...]:
         """Number of rows that each stage has not taken in yet."""
-        return tuple(self.length - cursor for cursor in self._stage_cursor)
+        return tuple(self.length - cursor for cursor in self.stage_cursor)
 
     @property
     def balcony_rows(self) -> tuple[int, ...]:
         """Number of rows that each exit's balcony has not taken in yet; 0 for exits without a cached balcony."""
-        pairs = zip((*self._balcony_cursor, 0), self._cached, strict=True)
+        pairs = zip((*self.balcony_cursor, 0), self._cached, strict=True)
         return tuple(self.length - cursor if cached else 0 for cursor, cached in pairs)
 
     @_exclusive
@@ -222,9 +226,8 @@ class TokenSequence:
                 f"{total} tokens: this sequence holds {self.max_length}: shorten the prompt or raise max_length"
             )
         if tokens.shape[1]:
-            self._tokens[:, self.length : total] = tokens
             self.state.embed(tokens, self.length)
-            self.length = total
+            self.note(tokens)
         for stage in range(index + 1):
             self.run_stage(stage, self.length)
         logits = []
@@ -233,6 +236,12 @@ class TokenSequence:
             self._run_exit(index, first, stop)
             logits.append(self.state.logits(stop - first))
         return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
+
+    def note(self, tokens: IntArray | int) -> None:
+        """Count tokens (B, n), or the token of the only member, whose embeddings the state has."""
+        total = self.length + (1 if isinstance(tokens, int) else tokens.shape[1])
+        self._tokens[:, self.length : total] = tokens
+        self.length = total
 
     @_exclusive
     def step(self, exit_layer: int, ids: IntArray) -> FloatArray:
@@ -270,9 +279,9 @@ class TokenSequence:
     def up_to_date(self, exit_layer: int) -> bool:
         """Whether all graphs of an exit have taken in all rows and one more row fits, so that a step can use the fast path."""
         index, row = self._indices.get(exit_layer), self.length
-        if index is None or self._stage_cursor[index] < row or row >= self.max_length:
+        if index is None or self.stage_cursor[index] < row or row >= self.max_length:
             return False
-        return not self._cached[index] or self._balcony_cursor[index] == row
+        return not self._cached[index] or self.balcony_cursor[index] == row
 
     def _stepped(self, decode: Callable[[int, IntArray, int], Any], exit_layer: int, ids: IntArray) -> Any:
         """Fast path of a step at an exit that is up to date."""
@@ -281,23 +290,23 @@ class TokenSequence:
         self._tokens[:, row] = ids
         # The length moves before the cursors: an interrupt in between leaves pending rows, not rows that only seem done.
         self.length = row = row + 1
-        self._stage_cursor[: index + 1] = [row] * (index + 1)
-        if index < len(self._balcony_cursor):
-            self._balcony_cursor[index] = row
+        self.stage_cursor[: index + 1] = [row] * (index + 1)
+        if index < len(self.balcony_cursor):
+            self.balcony_cursor[index] = row
         self.rows_run += index + 1
         return found
 
     def rows_due(self, new: int) -> tuple[list[int], list[int]]:
         """Number of rows that each stage and each balcony would run for ``new`` more rows; 1 for graphs that keep no rows."""
         total = self.length + new
-        pairs = zip((*self._balcony_cursor, 0), self._cached, strict=True)
+        pairs = zip((*self.balcony_cursor, 0), self._cached, strict=True)
         balconies = [total - cursor if cached else 1 for cursor, cached in pairs]
-        return [total - cursor for cursor in self._stage_cursor], balconies
+        return [total - cursor for cursor in self.stage_cursor], balconies
 
     @property
     def pending_rows(self) -> int:
         """Number of rows that the deepest stage has not taken in yet."""
-        return self.length - self._stage_cursor[-1]
+        return self.length - self.stage_cursor[-1]
 
     @_exclusive
     def run_stage(self, stage: int, max_rows: int) -> int:
@@ -312,13 +321,13 @@ class TokenSequence:
         stage, max_rows = whole("stage", stage, 0), whole("max_rows", max_rows, 0)
         if stage >= len(self._layers):
             raise InputError(f"stage = {stage}: this bundle has stages 0 to {len(self._layers) - 1}: give one of those")
-        source = self.length if stage == 0 else self._stage_cursor[stage - 1]
-        begin = self._stage_cursor[stage]
+        source = self.length if stage == 0 else self.stage_cursor[stage - 1]
+        begin = self.stage_cursor[stage]
         end = min(source, begin + max_rows)
         for start in range(begin, end, MAX_PASS_ROWS):
             stop = min(start + MAX_PASS_ROWS, end)
             self.state.run_stage(stage, start, stop)
-            self._stage_cursor[stage] = stop
+            self.stage_cursor[stage] = stop
             self.rows_run += stop - start
         return max(end - begin, 0)
 
@@ -328,12 +337,12 @@ class TokenSequence:
         index = self._index(exit_layer)
         if not self._cached[index]:
             return 0
-        begin = self._balcony_cursor[index]
-        end = min(self._stage_cursor[index], begin + whole("max_rows", max_rows, 0))
+        begin = self.balcony_cursor[index]
+        end = min(self.stage_cursor[index], begin + whole("max_rows", max_rows, 0))
         for start in range(begin, end, MAX_PASS_ROWS):
             stop = min(start + MAX_PASS_ROWS, end)
             self.state.run_exit(index, start, stop, 0)
-            self._balcony_cursor[index] = stop
+            self.balcony_cursor[index] = stop
         return max(end - begin, 0)
 
     @_exclusive
@@ -362,8 +371,8 @@ class TokenSequence:
         length = whole("length", length)
         if not 0 <= length <= self.length:
             raise InputError(f"rollback to {length}: the sequence has {self.length} rows: give 0 to {self.length}")
-        self._stage_cursor = [min(cursor, length) for cursor in self._stage_cursor]
-        self._balcony_cursor = [min(cursor, length) for cursor in self._balcony_cursor]
+        self.stage_cursor = [min(cursor, length) for cursor in self.stage_cursor]
+        self.balcony_cursor = [min(cursor, length) for cursor in self.balcony_cursor]
         self.length = length  # last, so that an interrupt leaves no cursor past the length
 
     def _run_exit(self, index: int, first: int, stop: int) -> None:
@@ -372,11 +381,11 @@ class TokenSequence:
             self.state.run_exit(index, first, stop, stop - first)
             return
         # Run rows without queries in earlier passes, so that all query rows fit into the last pass.
-        while (begin := self._balcony_cursor[index]) < first and stop - begin > MAX_PASS_ROWS:
+        while (begin := self.balcony_cursor[index]) < first and stop - begin > MAX_PASS_ROWS:
             self.run_balcony(self._layers[index], min(MAX_PASS_ROWS, first - begin))
         # Query rows that the balcony has already taken in run again; it writes the same keys and values.
         self.state.run_exit(index, min(begin, first), stop, stop - first)
-        self._balcony_cursor[index] = max(begin, stop)
+        self.balcony_cursor[index] = max(begin, stop)
 
     def _index(self, exit_layer: int) -> int:
         index = self._indices.get(exit_layer) if isinstance(exit_layer, int | np.integer) else None

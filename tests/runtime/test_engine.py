@@ -245,11 +245,11 @@ def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_rows_to_do(tiny: Any) 
         for act in ("rollback", "step"):
             sequence = engine.new_sequence()
             sequence.advance(5, [1, 2, 3, 4])
-            cursors = sequence._stage_cursor
-            sequence._stage_cursor = Interrupting(cursors)
+            cursors = sequence.stage_cursor
+            sequence.stage_cursor = Interrupting(cursors)
             with pytest.raises(KeyboardInterrupt):
                 sequence.rollback(2) if act == "rollback" else sequence.step(5, np.array([5]))
-            sequence._stage_cursor = cursors
+            sequence.stage_cursor = cursors
             assert sequence.length == (4 if act == "rollback" else 5)
             got = sequence.advance(5, [6])[0, 0]
             want = engine.new_sequence().advance(5, sequence.tokens)[0, 0]

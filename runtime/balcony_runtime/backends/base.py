@@ -7,6 +7,7 @@ and the backend runs them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -69,6 +70,64 @@ class State(Protocol):
         ...
 
 
+class Pool(Protocol):
+    """Memory of several members, each of which is a :class:`State` of batch 1, and passes that neighbouring members share.
+
+    A shared pass takes one row of each of ``count`` members from ``first`` on: the one that :meth:`begin` or :meth:`place` chose,
+    as the passes of earlier stages have changed it. Nothing of it is stored before :meth:`keep`.
+    """
+
+    members: int
+
+    @property
+    def busy_ns(self) -> int:
+        """Nanoseconds spent inside the engine by shared passes."""
+        ...
+
+    def state(self, member: int) -> State:
+        """The memory of one member."""
+        ...
+
+    def begin(self, members: IntArray, tokens: IntArray, rows: IntArray, total: int) -> None:
+        """Begin a step: write one token of each member to a row of its boundary 0, and choose this row for the next passes.
+
+        ``total`` is more than the number of any row that a pass of this step takes.
+        """
+        ...
+
+    def place(self, boundary: int, member: int, row: int) -> None:
+        """Choose an earlier row of one member, as it lies at a boundary, for the next passes."""
+        ...
+
+    def run_stage(self, stage: int, first: int, count: int) -> None:
+        """Run the chosen rows through a stage and keep their keys and values."""
+        ...
+
+    def run_exit(self, exit_index: int, first: int, count: int) -> None:
+        """Run the chosen rows through the exit's balcony or norm, each as its own query. The last stage includes the norm."""
+        ...
+
+    def keep(self, members: IntArray, rows: IntArray, stages: slice) -> None:
+        """Store what some stages made of the chosen rows, at the boundaries after these stages."""
+        ...
+
+    def result(self, exit_index: int, members: IntArray, rows: IntArray) -> None:
+        """Remember the results of an exit, before other passes take the members along."""
+        ...
+
+    def logits(self, members: IntArray) -> FloatArray:
+        """Logits (n, V) of the remembered results, in an array that the next call overwrites."""
+        ...
+
+    def copy_rows(self, source: int, target: int, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> None:
+        """Copy the first rows of one member to another: that many of each stage and of each balcony."""
+        ...
+
+    def clear(self, member: int) -> None:
+        """Give a member's memory back; its rows are lost, and its state must not be used any more."""
+        ...
+
+
 class Backend(Protocol):
     """An engine with its graphs loaded. A context manager that frees them."""
 
@@ -81,6 +140,10 @@ class Backend(Protocol):
 
     def new_state(self, batch_size: int, max_length: int) -> State:
         """Memory for one sequence of ``batch_size`` members and at most ``max_length`` tokens each."""
+        ...
+
+    def new_pool(self, members: int, max_length: int) -> Pool | None:
+        """Memory for several sequences that can share passes; None if this backend's graphs cannot share one."""
         ...
 
     def close(self) -> None:

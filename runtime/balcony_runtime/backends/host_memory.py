@@ -9,8 +9,11 @@ writing to it. Each array is therefore a memory mapping of its own with small pa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,8 @@ import numpy.typing as npt
 _OPTIONS: dict[str, Any] = {}
 if hasattr(mmap, "MAP_ANONYMOUS"):
     _OPTIONS["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+#: Private anonymous pages are zeros again after this call on Linux; elsewhere that is not promised.
+_MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 
 def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -43,3 +48,17 @@ def touched_bytes(array: npt.NDArray[Any], axis: int, rows: int) -> int:
     lead, row_bytes = math.prod(array.shape[:axis]), array.strides[axis]
     pages = -(-rows * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
     return min(lead * pages, -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+
+
+def give_back(arrays: Iterable[npt.NDArray[Any]]) -> None:
+    """Return the whole pages of contiguous parts of arrays from :func:`zeros` to the system; they read as zeros again.
+
+    Does nothing where the system has no such call.
+    """
+    if _MADVISE is None:
+        return
+    for array in arrays:
+        begin = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            _MADVISE(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)

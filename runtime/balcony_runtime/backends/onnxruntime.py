@@ -28,6 +28,8 @@ if checked_onnxruntime():  # refuses an unusable installation before the modules
     import onnxruntime as ort
 
 from balcony_runtime.backends.graph_file import check_graph
+from balcony_runtime.backends.onnxruntime_memory import Memory
+from balcony_runtime.backends.onnxruntime_pool import OnnxRuntimePool
 from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
 from balcony_runtime.backends.packed_weights import packed_graphs
 from balcony_runtime.backends.token_table import TokenTable
@@ -194,7 +196,11 @@ class OnnxRuntimeBackend:
 
     def new_state(self, batch_size: int, max_length: int) -> OnnxRuntimeState:
         """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`."""
-        return OnnxRuntimeState(self, batch_size, max_length)
+        return OnnxRuntimeState(self, Memory.allocate(self.manifest, self.dtype, batch_size, max_length))
+
+    def new_pool(self, members: int, max_length: int) -> OnnxRuntimePool | None:
+        """Memory for sequences that share passes; only the lowered graphs can take members at lengths of their own."""
+        return OnnxRuntimePool(self, members, max_length) if self.manifest.cpu else None
 
     def close(self) -> None:
         """Free the sessions."""

@@ -1,8 +1,7 @@
-"""One sequence's memory for ONNX Runtime: row buffers, KV caches, and the bindings of graphs to them.
+"""One sequence on ONNX Runtime: the bindings of graphs to its rows and caches, and the passes over them.
 
-Owns the binding of arrays. Standard ``Attention`` computes over the whole key length that is bound, so its caches are bound as
-prefixes of bucketed length. The lowered set's ``GroupQueryAttention`` reads only live rows, so its caches are bound once, at
-full length. Sessions and weights are in :mod:`.onnxruntime`, allocation in :mod:`.host_memory`.
+Owns the binding of arrays. The arrays themselves are in :mod:`.onnxruntime_memory`, sessions and weights in
+:mod:`.onnxruntime`, passes that several sequences share in :mod:`.onnxruntime_pool`.
 """
 
 from __future__ import annotations
@@ -21,108 +20,16 @@ from balcony_edge.bundle.manifest import GraphSpec
 from balcony_edge.errors import BundleError
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.backends.host_memory import touched_bytes, zeros
+from balcony_runtime.backends.onnxruntime_memory import Cache, Memory, value_of
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-#: Step of the bound KV capacity, in rows: ``Attention`` computes over at most this many rows more than the live ones.
-BUCKET = 128
 _clock_ns = time.perf_counter_ns
 #: Options of the runs of a decode step: made once, and without the final wait for devices. This saves 35 µs a step
 #: (docs/LOG.md, "A run's options, made once").
-_RUN_OPTIONS = ort.RunOptions()
-_RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
-
-
-class _Held(NamedTuple):
-    """Storage of a cache: capacity in rows, the arrays, and the same arrays as values for bindings."""
-
-    capacity: int
-    arrays: list[npt.NDArray[Any]]
-    values: list[Any]
-
-
-class _Cache:
-    """KV tensors of one graph, or of a balcony's two graphs."""
-
-    #: Axis of the tensors along which rows lie.
-    rows_axis: int
-
-    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
-        pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_")]
-        self.names = [tensor.name for tensor in pasts]
-        self.dtypes = [tensor.dtype for tensor in pasts]
-        self.batch_size = batch_size
-        self.sizes = [dim for dim in pasts[0].shape if isinstance(dim, int)]
-        self.max_capacity = _bucketed(max_length)
-        self.rows = 0  # number of rows written so far
-        self.held = _Held(0, [], [])
-
-    def grow(self, rows: int) -> None:
-        """Make room for ``rows`` rows, more than the present capacity; earlier bindings must be made again.
-
-        ``held`` is replaced as a whole and last, so after an interrupt it is still the old one.
-        """
-        raise NotImplementedError  # only caches that are bound as prefixes grow
-
-    def touched_bytes(self) -> int:
-        """Bytes of memory that the rows so far take."""
-        return sum(touched_bytes(array, self.rows_axis, self.rows) for array in self.held.arrays)
-
-    def bind(self, binding: Any, member: int | None = None) -> None:
-        """Bind the tensors of all members of a batch, or of one member."""
-        values = self.held.values
-        if member is not None:
-            values = [_value(array[member : member + 1]) for array in self.held.arrays]
-        for name, value in zip(self.names, values, strict=True):
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_", "present_", 1), value)
-
-    def largest(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Input → largest absolute value of each channel."""
-        raise NotImplementedError  # only caches with an axis of heads support it
-
-
-class _PrefixCache(_Cache):
-    """Cache (B, S, F). With one member, growing binds a longer prefix and moves nothing; a larger batch is copied."""
-
-    rows_axis = 1
-
-    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
-        super().__init__(graph, batch_size, max_length)
-        self._whole = [zeros((1, self.max_capacity, *self.sizes), dtype) for dtype in self.dtypes if batch_size == 1]
-
-    def grow(self, rows: int) -> None:
-        capacity, old = min(_bucketed(rows), self.max_capacity), self.held
-        arrays = [whole[:, :capacity] for whole in self._whole]
-        if not arrays:
-            arrays = [zeros((self.batch_size, capacity, *self.sizes), dtype) for dtype in self.dtypes]
-            for new, array in zip(arrays, old.arrays, strict=False):  # at first there are no old arrays
-                new[:, : old.capacity] = array
-            self.rows = max(self.rows, old.capacity)
-        self.held = _Held(capacity, arrays, [_value(array) for array in arrays])
-
-
-class _WholeCache(_Cache):
-    """Cache (B, H, S, d), bound whole and once; pages that no row has reached take no memory."""
-
-    rows_axis = 2
-
-    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
-        super().__init__(graph, batch_size, max_length)
-        heads, head_dim = self.sizes
-        arrays = [zeros((batch_size, heads, self.max_capacity, head_dim), dtype) for dtype in self.dtypes]
-        self.held = _Held(self.max_capacity, arrays, [_value(array) for array in arrays])
-
-    def largest(self) -> dict[str, npt.NDArray[np.float32]]:
-        return {
-            name: np.abs(array[:, :, : self.rows]).max(axis=(0, 2)).astype(np.float32)
-            for name, array in zip(self.names, self.held.arrays, strict=True)
-        }
-
-
-def _bucketed(rows: int) -> int:
-    return -(-rows // BUCKET) * BUCKET
+RUN_OPTIONS = ort.RunOptions()
+RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
 
 class _Program(NamedTuple):
@@ -155,7 +62,7 @@ class _Graph:
     """
 
     def __init__(
-        self, name: str, spec: GraphSpec, cache: _Cache | None, inputs: dict[str, Any], outputs: dict[str, Any]
+        self, name: str, spec: GraphSpec, cache: Cache | None, inputs: dict[str, Any], outputs: dict[str, Any]
     ) -> None:
         self.name, self.spec, self.cache, self.inputs, self.outputs = name, spec, cache, inputs, outputs
         self.one_row: Any = None
@@ -183,18 +90,16 @@ class OnnxRuntimeState:
     arrays of their own.
     """
 
-    def __init__(self, backend: OnnxRuntimeBackend, batch_size: int, max_length: int) -> None:
+    def __init__(self, backend: OnnxRuntimeBackend, memory: Memory) -> None:
         manifest = backend.manifest
-        self._backend, self._batch = backend, batch_size
+        self._backend, self._memory = backend, memory
+        self._rows, self._row = memory.rows, memory.row
+        self._batch = batch_size = len(memory.hidden)
         self.busy_ns = 0
-        dim, dtype = manifest.model.hidden_size, backend.dtype
         layers = manifest.exit_layers
         self._layers = (0, *layers)  # layer of each boundary
-        boundaries = len(self._layers)
-        self._rows = zeros((boundaries, batch_size, _bucketed(max_length), dim), dtype)
-        self._row = np.zeros((boundaries, batch_size, 1, dim), dtype)  # the one row of a bound pass, at each boundary
-        self._row_values = [_value(row) for row in self._row]
-        self._hidden = _value(np.zeros((batch_size, 1, dim), dtype))
+        self._row_values = [value_of(row) for row in self._row]
+        self._hidden = value_of(memory.hidden)
         self._logits = zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
         # Position of a pass, as inputs of its graph: start and last of each member, and the total, in one buffer.
         self._place = Struct(f"={batch_size}q{batch_size + 1}i")
@@ -202,11 +107,11 @@ class OnnxRuntimeState:
         start = np.frombuffer(self._standing, np.int64, batch_size)
         self._last = np.frombuffer(self._standing, np.int32, batch_size, start.nbytes)
         total = np.frombuffer(self._standing, np.int32, 1, start.nbytes + self._last.nbytes).reshape(())
-        self._where = {"start": _value(start), "last": _value(self._last), "total": _value(total)}
-        specs, make = manifest.runnable, _WholeCache if manifest.cpu else _PrefixCache
+        self._where = {"start": value_of(start), "last": value_of(self._last), "total": value_of(total)}
+        specs = manifest.runnable
         self._graphs: dict[str, _Graph] = {}
 
-        def graph(name: str, inputs: dict[str, Any], outputs: dict[str, Any], cache: _Cache | None) -> _Graph:
+        def graph(name: str, inputs: dict[str, Any], outputs: dict[str, Any], cache: Cache | None) -> _Graph:
             self._graphs[name] = _Graph(name, specs[name], cache, inputs, outputs)
             return self._graphs[name]
 
@@ -215,18 +120,18 @@ class OnnxRuntimeState:
             name = f"stage_{stage}"
             inputs = {f"hidden_{first}": self._row_values[stage]}
             outputs = {f"hidden_{last}": self._row_values[stage + 1], "normed": self._hidden}
-            self._stages.append(graph(name, inputs, outputs, make(specs[name], batch_size, max_length)))
+            self._stages.append(graph(name, inputs, outputs, memory.caches[name]))
         self._exits = []
         for layer, row in zip(layers, self._row_values[1:], strict=True):
             name = manifest.exit_graph(layer)
-            cache = make(specs[name], batch_size, max_length) if layer in manifest.cached_exits else None
+            cache = memory.caches.get(name)
             inputs, outputs = (
                 {"rows": row, "queries": row, "hidden": row},
                 dict.fromkeys(("hidden", "normed"), self._hidden),
             )
             keys = graph(f"{name}_keys", {}, {}, cache) if f"{name}_keys" in specs else None
             self._exits.append(_Exit(graph(name, inputs, outputs, cache), keys))
-        self._head = graph("lm_head", {"hidden": self._hidden}, {"logits": _value(self._logits)}, None)
+        self._head = graph("lm_head", {"hidden": self._hidden}, {"logits": value_of(self._logits)}, None)
         #: Graphs of a decode step at each exit, in order.
         self._paths = [[self._graphs[name] for name in manifest.path_graphs(layer)] for layer in layers]
         self._decoded: dict[int, int] = {}  # exit → number of rows that its decode steps have reached
@@ -249,6 +154,14 @@ class OnnxRuntimeState:
         """Graph → input → largest absolute value of each channel of its cache, over members and rows, (H, d)."""
         self._reserve_decoded()
         return {graph.name: graph.cache.largest() for graph in self._graphs.values() if graph.cache is not None}
+
+    def reached(self, exit_index: int, rows: int) -> None:
+        """Count the rows that shared passes have written on the way to an exit."""
+        self._decoded[exit_index] = rows
+
+    def copied(self, graph: str, rows: int) -> None:
+        """Count rows that were copied to the cache of a graph."""
+        self._memory.caches[graph].rows = rows
 
     def _reserve_decoded(self) -> None:
         """Count the rows of decode steps in the caches; the steps themselves do not, to save time."""
@@ -273,7 +186,7 @@ class OnnxRuntimeState:
                 run()
                 busy_ns += _clock_ns() - begin
         except RuntimeError as error:
-            raise _failed("a decode step", error) from error
+            raise failed("a decode step", error) from error
         self.busy_ns += busy_ns
         self._decoded[exit_index] = row + 1
         self._rows[: exit_index + 2, :, row] = program.made
@@ -366,11 +279,11 @@ class OnnxRuntimeState:
             runs = [bound_run(self._backend.sessions[graph.name], self._one_row(graph)) for graph in graphs]
         return _Program(good_for, runs, self._row[0, 0, 0], self._row[: exit_index + 2, :, 0], self._logits[:, 0])
 
-    def _path_binding(self, session: ort.InferenceSession, caches: list[_Cache]) -> Any:
+    def _path_binding(self, session: ort.InferenceSession, caches: list[Cache]) -> Any:
         """The binding of a whole decode step, from the token's row to the logits; it also writes every boundary on the way."""
         values = {f"hidden_{layer}": value for layer, value in zip(self._layers, self._row_values, strict=True)}
-        values |= {**self._where, "logits": _value(self._logits)}
-        binding = _bound(session, session.get_inputs(), session.get_outputs(), values, values)
+        values |= {**self._where, "logits": value_of(self._logits)}
+        binding = bound(session, session.get_inputs(), session.get_outputs(), values, values)
         for cache in caches:
             cache.bind(binding)
         return binding
@@ -398,7 +311,7 @@ class OnnxRuntimeState:
     ) -> None:
         """Run one pass over arrays that are bound only for it, each (B, rows, width)."""
         if not graph.fused or self._batch == 1 or int(self._last[0]) + 1 == next(iter(inputs.values())).shape[1]:
-            values, results = ({key: _value(array) for key, array in part.items()} for part in (inputs, outputs))
+            values, results = ({key: value_of(array) for key, array in part.items()} for part in (inputs, outputs))
             if graph.many_rows is None:
                 graph.many_rows = self._bind(graph, values, results)
             else:  # the cache stays bound, which saves most of the work
@@ -408,15 +321,15 @@ class OnnxRuntimeState:
         # GroupQueryAttention accepts several new rows after earlier ones only for one sequence at a time.
         for member in range(self._batch):
             one = slice(member, member + 1)
-            values, results = ({key: _value(array[one]) for key, array in part.items()} for part in (inputs, outputs))
-            self._run(graph, self._bind(graph, {**values, "last": _value(self._last[one])}, results, member))
+            values, results = ({key: value_of(array[one]) for key, array in part.items()} for part in (inputs, outputs))
+            self._run(graph, self._bind(graph, {**values, "last": value_of(self._last[one])}, results, one))
 
-    def _bind(self, graph: _Graph, inputs: dict[str, Any], outputs: dict[str, Any], member: int | None = None) -> Any:
+    def _bind(self, graph: _Graph, inputs: dict[str, Any], outputs: dict[str, Any], members: slice | None = None) -> Any:
         """Bind those of ``inputs``, ``outputs`` and the inputs of position that the graph has, and its cache."""
         session, spec = self._backend.sessions[graph.name], graph.spec
-        binding = _bound(session, spec.inputs, spec.outputs, {**self._where, **inputs}, outputs)
+        binding = bound(session, spec.inputs, spec.outputs, {**self._where, **inputs}, outputs)
         if graph.cache is not None:
-            graph.cache.bind(binding, member)
+            graph.cache.bind(binding, members)
         return binding
 
     def _run(self, graph: _Graph, binding: Any) -> None:
@@ -424,7 +337,7 @@ class OnnxRuntimeState:
         try:
             bound_run(self._backend.sessions[graph.name], binding)()
         except RuntimeError as error:
-            raise _failed(graph.spec.file, error) from error
+            raise failed(graph.spec.file, error) from error
         self.busy_ns += time.perf_counter_ns() - begin
 
 
@@ -437,11 +350,11 @@ def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], objec
     run = getattr(getattr(session, "_sess", None), "run_with_iobinding", None)
     inner = getattr(binding, "_iobinding", None)
     if run is None or inner is None:
-        return partial(session.run_with_iobinding, binding, _RUN_OPTIONS)
-    return partial(run, inner, _RUN_OPTIONS)
+        return partial(session.run_with_iobinding, binding, RUN_OPTIONS)
+    return partial(run, inner, RUN_OPTIONS)
 
 
-def _bound(
+def bound(
     session: ort.InferenceSession,
     asked: Iterable[Any],
     given: Iterable[Any],
@@ -465,11 +378,7 @@ def _bind_ports(
             binding.bind_ortvalue_output(port.name, outputs[port.name])
 
 
-def _failed(what: str, error: RuntimeError) -> BundleError:
+def failed(what: str, error: RuntimeError) -> BundleError:
     """The error for a failed run. The tables fit, so the cause is inside a graph, or memory ran out."""
     line = (str(error).strip().splitlines() or ["no message"])[0][:200]
     return BundleError(f"{what}: ONNX Runtime failed while running it ({line}): free memory, or export again")
-
-
-def _value(array: npt.NDArray[Any]) -> Any:
-    return ort.OrtValue.ortvalue_from_numpy(array)  # wraps the array on the CPU, no copy

@@ -1,0 +1,170 @@
+"""Main memory of sequences for ONNX Runtime: row buffers and KV caches, as arrays and as values for bindings.
+
+Owns the arrays. Standard ``Attention`` computes over the whole key length that is bound, so its caches are bound as prefixes of
+bucketed length. The lowered set's ``GroupQueryAttention`` reads only live rows, so its caches are bound once, at full length;
+only these can be shared out to the members of a pool. Which rows go through which graph is decided in :mod:`balcony_runtime.engine`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from balcony_edge.bundle.manifest import GraphSpec, Manifest
+from balcony_runtime.backends.host_memory import touched_bytes, zeros
+
+#: Step of the bound KV capacity, in rows: ``Attention`` computes over at most this many rows more than the live ones.
+BUCKET = 128
+
+
+class _Held(NamedTuple):
+    """Storage of a cache: capacity in rows, the arrays, and the same arrays as values for bindings."""
+
+    capacity: int
+    arrays: list[npt.NDArray[Any]]
+    values: list[Any]
+
+
+class Cache:
+    """KV tensors of one graph, or of a balcony's two graphs."""
+
+    #: Axis of the tensors along which rows lie.
+    rows_axis: int
+
+    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
+        pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_")]
+        self.names = [tensor.name for tensor in pasts]
+        self.dtypes = [tensor.dtype for tensor in pasts]
+        self.batch_size = batch_size
+        self.sizes = [dim for dim in pasts[0].shape if isinstance(dim, int)]
+        self.max_capacity = bucketed(max_length)
+        self.rows = 0  # number of rows written so far
+        self.held = _Held(0, [], [])
+
+    def grow(self, rows: int) -> None:
+        """Make room for ``rows`` rows, more than the present capacity; earlier bindings must be made again.
+
+        ``held`` is replaced as a whole and last, so after an interrupt it is still the old one.
+        """
+        raise NotImplementedError  # only caches that are bound as prefixes grow
+
+    def touched_bytes(self) -> int:
+        """Bytes of memory that the rows so far take."""
+        return sum(touched_bytes(array, self.rows_axis, self.rows) for array in self.held.arrays)
+
+    def bind(self, binding: Any, members: slice | None = None) -> None:
+        """Bind the tensors of all members of a batch, or of some."""
+        values = self.held.values
+        if members is not None:
+            values = [value_of(array[members]) for array in self.held.arrays]
+        for name, value in zip(self.names, values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_", "present_", 1), value)
+
+    def member(self, index: int) -> Cache:
+        """The part of one member, over the same memory."""
+        raise NotImplementedError  # prefixes of different lengths cannot share a pass
+
+    def largest(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Input → largest absolute value of each channel."""
+        raise NotImplementedError  # only caches with an axis of heads support it
+
+
+class _PrefixCache(Cache):
+    """Cache (B, S, F). With one member, growing binds a longer prefix and moves nothing; a larger batch is copied."""
+
+    rows_axis = 1
+
+    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
+        super().__init__(graph, batch_size, max_length)
+        self._whole = [zeros((1, self.max_capacity, *self.sizes), dtype) for dtype in self.dtypes if batch_size == 1]
+
+    def grow(self, rows: int) -> None:
+        capacity, old = min(bucketed(rows), self.max_capacity), self.held
+        arrays = [whole[:, :capacity] for whole in self._whole]
+        if not arrays:
+            arrays = [zeros((self.batch_size, capacity, *self.sizes), dtype) for dtype in self.dtypes]
+            for new, array in zip(arrays, old.arrays, strict=False):  # at first there are no old arrays
+                new[:, : old.capacity] = array
+            self.rows = max(self.rows, old.capacity)
+        self.held = _Held(capacity, arrays, [value_of(array) for array in arrays])
+
+
+class _WholeCache(Cache):
+    """Cache (B, H, S, d), bound whole and once; pages that no row has reached take no memory."""
+
+    rows_axis = 2
+
+    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
+        super().__init__(graph, batch_size, max_length)
+        heads, head_dim = self.sizes
+        self._hold([zeros((batch_size, heads, self.max_capacity, head_dim), dtype) for dtype in self.dtypes])
+
+    def _hold(self, arrays: list[npt.NDArray[Any]]) -> None:
+        self.held = _Held(self.max_capacity, arrays, [value_of(array) for array in arrays])
+
+    def member(self, index: int) -> _WholeCache:
+        one = copy.copy(self)
+        one.batch_size = 1
+        one._hold([array[index : index + 1] for array in self.held.arrays])
+        return one
+
+    def largest(self) -> dict[str, npt.NDArray[np.float32]]:
+        return {
+            name: np.abs(array[:, :, : self.rows]).max(axis=(0, 2)).astype(np.float32)
+            for name, array in zip(self.names, self.held.arrays, strict=True)
+        }
+
+
+def bucketed(rows: int) -> int:
+    """The next whole number of buckets."""
+    return -(-rows // BUCKET) * BUCKET
+
+
+class Memory(NamedTuple):
+    """Rows and caches of the members of a batch or of a pool.
+
+    Attributes:
+        rows: rows at every boundary, (boundaries, B, S, D).
+        row: the one row of a bound pass, at every boundary, (boundaries, B, 1, D).
+        hidden: input of the head in a bound pass, (B, 1, D).
+        caches: graph → its KV cache.
+    """
+
+    rows: npt.NDArray[Any]
+    row: npt.NDArray[Any]
+    hidden: npt.NDArray[Any]
+    caches: dict[str, Cache]
+
+    @classmethod
+    def allocate(cls, manifest: Manifest, dtype: npt.DTypeLike, batch_size: int, max_length: int) -> Self:
+        """Memory for a bundle's graphs, whose pages are taken when rows are written.
+
+        Raises:
+            MemoryError: the address space has no room for it.
+        """
+        boundaries, dim = len(manifest.exit_layers) + 1, manifest.model.hidden_size
+        make = _WholeCache if manifest.cpu else _PrefixCache
+        names = [f"stage_{stage}" for stage in range(boundaries - 1)]
+        names += [manifest.exit_graph(layer) for layer in manifest.cached_exits]
+        return cls(
+            zeros((boundaries, batch_size, bucketed(max_length), dim), dtype),
+            np.zeros((boundaries, batch_size, 1, dim), dtype),
+            np.zeros((batch_size, 1, dim), dtype),
+            {name: make(manifest.runnable[name], batch_size, max_length) for name in names},
+        )
+
+    def member(self, index: int) -> Memory:
+        """The part of one member, over the same memory."""
+        one = slice(index, index + 1)
+        caches = {name: cache.member(index) for name, cache in self.caches.items()}
+        return Memory(self.rows[:, one], self.row[:, one], self.hidden[one], caches)
+
+
+def value_of(array: npt.NDArray[Any]) -> Any:
+    """The array as a value of ONNX Runtime, without a copy."""
+    return ort.OrtValue.ortvalue_from_numpy(array)

@@ -1,0 +1,162 @@
+"""A KV pool on ONNX Runtime: the members' memory, and passes that take one new row of several members at once.
+
+Owns the arrays of the pool and the bindings over ranges of members. ``GroupQueryAttention`` takes one new row of each member at
+a length of its own, over a contiguous range of the caches' first axis. Passes of several rows take one member at a time; they
+run on the member's own :class:`.onnxruntime_state.OnnxRuntimeState` over the same memory. Which members share a pass is decided
+in :mod:`balcony_runtime.scheduling.pool`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.backends.host_memory import give_back, zeros
+from balcony_runtime.backends.onnxruntime_memory import Cache, Memory, value_of
+from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState, bound, bound_run, failed
+
+if TYPE_CHECKING:
+    from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+#: Bindings that are kept: one for each graph and range of members in use.
+MOST_BINDINGS = 512
+
+
+class OnnxRuntimePool:
+    """Memory of several members; implements :class:`balcony_runtime.backends.base.Pool`."""
+
+    def __init__(self, backend: OnnxRuntimeBackend, members: int, max_length: int) -> None:
+        manifest = backend.manifest
+        self._backend, self.members = backend, members
+        # One more row than a sequence holds: a member that a pass carries along at its full length writes there.
+        self._memory = Memory.allocate(manifest, backend.dtype, members, max_length + 1)
+        self._layers = (0, *manifest.exit_layers)
+        self._specs = manifest.runnable
+        self._exit_names = [manifest.exit_graph(layer) for layer in manifest.exit_layers]
+        self._states: list[OnnxRuntimeState | None] = [None] * members
+        self._start = np.zeros(members, np.int64)
+        self._last = np.zeros(members, np.int32)
+        self._total = np.zeros((), np.int32)
+        # Results of the members' exits: a later pass of the same step may carry a member along and overwrite its hidden state.
+        self._found = np.zeros((members, 1, manifest.model.hidden_size), self._memory.hidden.dtype)
+        self._asked = np.zeros_like(self._found)
+        self._logits = zeros((members, 1, manifest.model.vocab_size), np.float32)
+        self._stage_run = lru_cache(MOST_BINDINGS)(self._bind_stage)
+        self._exit_run = lru_cache(MOST_BINDINGS)(self._bind_exit)
+        self._head_run = lru_cache(members)(self._bind_head)
+        self.busy_ns = 0
+
+    def state(self, member: int) -> OnnxRuntimeState:
+        """The memory of one member, as a sequence uses it."""
+        state = self._states[member]
+        if state is None:
+            state = self._states[member] = OnnxRuntimeState(self._backend, self._memory.member(member))
+        return state
+
+    def begin(self, members: IntArray, tokens: IntArray, rows: IntArray, total: int) -> None:
+        """Write one token of each member to boundary 0; see :class:`.base.Pool`."""
+        embedded = self._backend.table[tokens]
+        self._memory.rows[0][members, rows] = embedded
+        self._memory.row[0][members, 0] = embedded
+        self._start[members] = self._last[members] = rows
+        self._total[()] = total
+
+    def place(self, boundary: int, member: int, row: int) -> None:
+        """Make an earlier row of a boundary the member's row of the next pass."""
+        self._memory.row[boundary, member, 0] = self._memory.rows[boundary, member, row]
+        self._start[member] = self._last[member] = row
+
+    def run_stage(self, stage: int, first: int, count: int) -> None:
+        """Run the rows of neighbouring members through a stage."""
+        self._run(self._stage_run(stage, first, count), f"stage_{stage}")
+
+    def run_exit(self, exit_index: int, first: int, count: int) -> None:
+        """Run the rows of neighbouring members through a balcony or the norm."""
+        self._run(self._exit_run(exit_index, first, count), self._exit_names[exit_index])
+
+    def keep(self, members: IntArray, rows: IntArray, stages: slice) -> None:
+        """Store what stages made of the members' rows, at the boundaries after them."""
+        after = slice(stages.start + 1, stages.stop + 1)
+        self._memory.rows[after][:, members, rows] = self._memory.row[after][:, members, 0]
+
+    def result(self, exit_index: int, members: IntArray, rows: IntArray) -> None:
+        """Remember the results of the members' exits for :meth:`logits`."""
+        self._found[members] = self._memory.hidden[members]
+        for member, row in zip(members.tolist(), rows.tolist(), strict=True):
+            self.state(member).reached(exit_index, row + 1)
+
+    def logits(self, members: IntArray) -> FloatArray:
+        """Logits of the remembered results, (n, V), in an array that the next call overwrites."""
+        count = len(members)
+        self._asked[:count] = self._found[members]
+        self._run(self._head_run(count), "lm_head")
+        return self._logits[:count, 0]
+
+    def copy_rows(self, source: int, target: int, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> None:
+        """Copy the first rows of one member to another; see :class:`.base.Pool`."""
+        manifest, memory = self._backend.manifest, self._memory
+        memory.rows[0, target, : stage_rows[0]] = memory.rows[0, source, : stage_rows[0]]
+        for stage, rows in enumerate(stage_rows):  # the boundary after a stage has as many rows as the stage has taken in
+            memory.rows[stage + 1, target, :rows] = memory.rows[stage + 1, source, :rows]
+            self._copy_cache(f"stage_{stage}", source, target, rows)
+        for layer, rows in zip(manifest.exit_layers, balcony_rows, strict=False):
+            if layer in manifest.cached_exits:
+                self._copy_cache(manifest.exit_graph(layer), source, target, rows)
+
+    def _copy_cache(self, name: str, source: int, target: int, rows: int) -> None:
+        for array in self._memory.caches[name].held.arrays:
+            array[target, :, :rows] = array[source, :, :rows]
+        self.state(target).copied(name, rows)
+
+    def clear(self, member: int) -> None:
+        """Give the member's memory back to the system; its rows are lost."""
+        state, memory = self._states[member], self._memory
+        if state is None:
+            return
+        self._states[member] = None
+        arrays = [array for cache in memory.caches.values() for array in cache.held.arrays]
+        give_back([array[member] for array in arrays] + [rows[member] for rows in memory.rows])
+
+    def _run(self, run: Callable[[], object], name: str) -> None:
+        begin = time.perf_counter_ns()
+        try:
+            run()
+        except RuntimeError as error:
+            raise failed(self._specs[name].file, error) from error
+        self.busy_ns += time.perf_counter_ns() - begin
+
+    def _bind_stage(self, stage: int, first: int, count: int) -> Callable[[], object]:
+        members, row, layers = slice(first, first + count), self._memory.row, self._layers
+        inputs = {f"hidden_{layers[stage]}": row[stage][members]}
+        outputs = {f"hidden_{layers[stage + 1]}": row[stage + 1][members], "normed": self._memory.hidden[members]}
+        return self._bind(f"stage_{stage}", members, inputs, outputs)
+
+    def _bind_exit(self, exit_index: int, first: int, count: int) -> Callable[[], object]:
+        members = slice(first, first + count)
+        row, hidden = self._memory.row[exit_index + 1][members], self._memory.hidden[members]
+        name = self._exit_names[exit_index]
+        inputs = dict.fromkeys(("rows", "queries", "hidden"), row)
+        return self._bind(name, members, inputs, dict.fromkeys(("hidden", "normed"), hidden))
+
+    def _bind_head(self, count: int) -> Callable[[], object]:
+        outputs = {"logits": self._logits[:count]}
+        return self._bind("lm_head", slice(0, count), {"hidden": self._asked[:count]}, outputs)
+
+    def _bind(
+        self, name: str, members: slice, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]
+    ) -> Callable[[], object]:
+        """A call that runs a graph over a range of members."""
+        session, spec = self._backend.sessions[name], self._specs[name]
+        given = {**inputs, "start": self._start[members], "last": self._last[members], "total": self._total}
+        values, results = ({key: value_of(array) for key, array in part.items()} for part in (given, outputs))
+        binding = bound(session, spec.inputs, spec.outputs, values, results)
+        cache: Cache | None = self._memory.caches.get(name)
+        if cache is not None:
+            cache.bind(binding, members)
+        return bound_run(session, binding)

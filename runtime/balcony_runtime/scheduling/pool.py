@@ -1,0 +1,266 @@
+"""Sequences that share passes: members of a KV pool, and the step of several of them at exits of their own.
+
+Owns which members share a pass. All members run stage 0; those at a shallow exit leave to their balcony, and the others go on in
+a smaller batch. A member is a :class:`TokenSequence` like any other: its pending rows are the rebatching buffer, so nothing is
+approximated, and what it does alone (prompts, backlog, speculation) it does as a sequence of its own.
+
+A pass takes a contiguous range of members. A member inside the range that has no row of its own for this graph works off one of
+its pending rows, or takes a dead row past its cursor. Up to ``MOST_DEAD`` dead rows in a gap cost less than a second pass.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import numpy as np
+
+from balcony_edge.errors import ContextLengthError
+from balcony_runtime.backends.base import FloatArray, Pool
+from balcony_runtime.engine import Engine, TokenSequence
+
+#: Dead rows in one gap of a range that cost less than another pass. A further row costs 4 % (float32) to 25 % (int4) of the first.
+MOST_DEAD = 3
+
+
+class Move(NamedTuple):
+    """One token of one member.
+
+    Attributes:
+        sequence: sequence of the pool.
+        exit_layer: exit whose logits are asked for.
+        token: token to append.
+    """
+
+    sequence: TokenSequence
+    exit_layer: int
+    token: int
+
+
+class SequencePool:
+    """Sequences over one KV pool. Threads may take and give back members at once; one thread at a time steps.
+
+    Args:
+        engine: engine of the sequences; its backend must offer a pool.
+        pool: memory of the members.
+    """
+
+    def __init__(self, engine: Engine, pool: Pool) -> None:
+        self._engine, self._pool = engine, pool
+        self._lock = threading.Lock()
+        self._members: list[TokenSequence | None] = [None] * pool.members
+        self._places: dict[TokenSequence, int] = {}
+        self._layers = engine.exit_layers
+        cached = engine.manifest.cached_exits
+        self._cached = tuple(layer in cached for layer in self._layers)
+
+    @classmethod
+    def of(cls, engine: Engine, members: int) -> SequencePool | None:
+        """A pool for sequences of an engine, or None if its graphs cannot share passes.
+
+        Raises:
+            MemoryError: the address space has no room for it.
+        """
+        pool = engine.backend.new_pool(members, engine.max_length)
+        return None if pool is None else cls(engine, pool)
+
+    @property
+    def members(self) -> tuple[TokenSequence | None, ...]:
+        """The sequence of every member; None where the member is free."""
+        return tuple(self._members)
+
+    @property
+    def busy_ns(self) -> int:
+        """Nanoseconds spent inside the engine by shared passes."""
+        return self._pool.busy_ns
+
+    def take(self) -> TokenSequence | None:
+        """A new, empty sequence in the first free member; None if all are taken."""
+        with self._lock:
+            for member, holder in enumerate(self._members):
+                if holder is None:
+                    state = self._pool.state(member)
+                    sequence = TokenSequence(self._engine, 1, self._engine.max_length, state)
+                    self._members[member], self._places[sequence] = sequence, member
+                    return sequence
+        return None
+
+    def give_back(self, sequence: TokenSequence) -> None:
+        """Free the member of a sequence, which must not be used any more; does nothing if it is not of this pool."""
+        with self._lock, sequence.lock:
+            member = self._places.pop(sequence, None)
+            if member is not None:
+                self._members[member] = None
+                self._pool.clear(member)
+
+    def copy_rows(self, source: TokenSequence, target: TokenSequence, rows: int) -> None:
+        """Give an empty sequence the first rows of another one, as far as each stage and balcony has them."""
+        with source.lock, target.lock:
+            stages = [min(cursor, rows) for cursor in source.stage_cursor]
+            balconies = [min(cursor, rows) for cursor in source.balcony_cursor]
+            self._pool.copy_rows(self._places[source], self._places[target], stages, balconies)
+            target.note(source.tokens[:, : stages[0]])
+            target.stage_cursor, target.balcony_cursor = stages, balconies
+
+    def step(self, moves: Sequence[Move]) -> FloatArray:
+        """Append one token to each of some members and return the logits at the exits asked for.
+
+        Args:
+            moves: at most one move for each sequence.
+
+        Returns:
+            Logits (n, V) in the order of ``moves``, in an array that the next step overwrites.
+
+        Raises:
+            ContextLengthError: a sequence is full; nothing is appended to any.
+        """
+        self._engine.refuse_closed()
+        at = {self._places[move.sequence]: self._layers.index(move.exit_layer) for move in moves}
+        with ExitStack() as held:
+            for member in sorted(at):  # the same order in every thread
+                held.enter_context(self._of(member).lock)
+            for move in moves:
+                if move.sequence.length >= move.sequence.max_length:
+                    raise ContextLengthError(
+                        f"a sequence of {move.sequence.length} tokens is full: end it, or begin it with a shorter prompt"
+                    )
+            members, rows = np.array(list(at)), np.array([move.sequence.length for move in moves])
+            total = max(sequence.length for sequence in self._members if sequence is not None) + 1
+            self._pool.begin(members, np.array([move.token for move in moves]), rows, total)
+            for move in moves:
+                move.sequence.note(move.token)
+            self._run(at)
+            return self._pool.logits(members)
+
+    def _run(self, at: Mapping[int, int]) -> None:
+        """Run the last row of members up to their exits (member → exit index); results are remembered in the pool."""
+        alone: set[int] = set()  # members whose earlier rows are pending: their passes take several rows
+        joined: dict[int, int] = {}  # member → number of stages that its row went through in shared passes
+        for stage in range(max(at.values()) + 1):
+            together = []
+            for member, index in at.items():
+                sequence = self._of(member)
+                if index < stage:
+                    continue
+                if member in alone or sequence.length - sequence.stage_cursor[stage] > 1:
+                    if member not in alone:
+                        self._keep({member: joined.pop(member, 0)})
+                        alone.add(member)
+                    sequence.run_stage(stage, sequence.length)
+                else:
+                    together.append(member)
+            self._run_stage(stage, together)
+            joined.update(dict.fromkeys(together, stage + 1))
+            if leaving := [member for member, index in at.items() if index == stage]:
+                self._keep({member: joined.pop(member) for member in leaving if member in joined})
+                self._run_exit(stage, leaving, alone, set(joined))
+
+    def _keep(self, joined: Mapping[int, int]) -> None:
+        """Store the last rows of members that went through that many stages in shared passes, and move the cursors."""
+        for stages in set(joined.values()) - {0}:
+            members = [member for member, count in joined.items() if count == stages]
+            rows = [self._of(member).length - 1 for member in members]
+            self._pool.keep(np.array(members), np.array(rows), slice(0, stages))
+            for member, row in zip(members, rows, strict=True):
+                sequence = self._of(member)
+                sequence.stage_cursor[:stages] = [row + 1] * stages
+                sequence.rows_run += stages
+
+    def _run_stage(self, stage: int, members: list[int]) -> None:
+        for first, count, carried in self._ranges(members, stage, lambda it: self._stage_rows(it, stage), set()):
+            self._pool.run_stage(stage, first, count)
+            for member, row in carried.items():
+                sequence = self._of(member)
+                self._pool.keep(np.array([member]), np.array([row]), slice(stage, stage + 1))
+                sequence.stage_cursor[stage] = row + 1
+                sequence.rows_run += 1
+
+    @staticmethod
+    def _stage_rows(sequence: TokenSequence, stage: int) -> tuple[int, int]:
+        """Rows that a stage has taken in, and rows that it could take in."""
+        return sequence.stage_cursor[stage], sequence.stage_cursor[stage - 1] if stage else sequence.length
+
+    def _balcony_rows(self, sequence: TokenSequence, index: int) -> tuple[int, int]:
+        """The same of a balcony; a norm has none to take in."""
+        return (sequence.balcony_cursor[index], sequence.stage_cursor[index]) if self._cached[index] else (0, 0)
+
+    def _run_exit(self, index: int, members: list[int], alone: set[int], going_on: set[int]) -> None:
+        """Run the last rows of members through an exit.
+
+        Args:
+            index: index of the exit.
+            members: members that leave here.
+            alone: members whose rows ran in passes of their own.
+            going_on: members whose rows go on to deeper stages in shared passes.
+        """
+        cached, last_stage = self._cached[index], index == len(self._layers) - 1
+        for member in members:
+            sequence = self._of(member)
+            behind = cached and sequence.balcony_cursor[index] < sequence.length - 1
+            if behind:
+                sequence.run_balcony(self._layers[index], sequence.length - 1 - sequence.balcony_cursor[index])
+            if behind or member in alone:  # passes of its own have left another row in place
+                self._pool.place(index + 1, member, sequence.length - 1)
+        due = [member for member in members if member in alone] if last_stage else members
+        for first, count, carried in self._ranges(due, index + 1, lambda it: self._balcony_rows(it, index), going_on):
+            self._pool.run_exit(index, first, count)
+            for member, row in carried.items():
+                self._of(member).balcony_cursor[index] = row + 1
+        self._pool.result(index, np.array(members), np.array([self._of(member).length - 1 for member in members]))
+        if cached:
+            for member in members:
+                self._of(member).balcony_cursor[index] = self._of(member).length
+
+    def _ranges(
+        self, members: list[int], boundary: int, rows: Callable[[TokenSequence], tuple[int, int]], going_on: set[int]
+    ) -> Iterator[tuple[int, int, dict[int, int]]]:
+        """Split members into contiguous ranges.
+
+        Args:
+            members: members with a row for this pass.
+            boundary: boundary at which the rows of the pass lie.
+            rows: rows that a sequence's consumer has taken in, and rows that it could take in.
+            going_on: members whose chosen row must stay; it is the one that they take along.
+
+        Yields:
+            First member, number of members, and the pending rows that members in between work off (member → row).
+        """
+        asked = sorted(members)
+        while asked:
+            first = last = asked.pop(0)
+            carried: dict[int, int] = {}
+            with ExitStack() as held:
+                while asked and (between := self._carried(range(last + 1, asked[0]), rows, held)) is not None:
+                    for member, (done, ready) in between.items():
+                        row = self._of(member).length - 1 if member in going_on else done
+                        if member not in going_on:
+                            self._pool.place(boundary, member, row)
+                        if row == done < ready:
+                            carried[member] = row
+                    last = asked.pop(0)
+                yield first, last - first + 1, carried
+
+    def _carried(
+        self, between: range, rows: Callable[[TokenSequence], tuple[int, int]], held: ExitStack
+    ) -> dict[int, tuple[int, int]] | None:
+        """``rows`` of the members between two others, which a range takes along; None: begin another range instead."""
+        found, dead = {}, 0
+        for member in between:
+            sequence, done, ready = self._members[member], 0, 0
+            if sequence is not None:
+                if not sequence.lock.acquire(blocking=False):
+                    return None  # another thread is using it
+                held.callback(sequence.lock.release)
+                done, ready = rows(sequence)
+            dead += done >= ready
+            if dead > MOST_DEAD:
+                return None
+            found[member] = (done, ready)
+        return found
+
+    def _of(self, member: int) -> TokenSequence:
+        sequence = self._members[member]
+        assert sequence is not None, member  # the members of a step are taken
+        return sequence
