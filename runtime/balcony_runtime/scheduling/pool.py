@@ -195,7 +195,10 @@ class SequencePool:
             alone: members whose rows ran in passes of their own.
             going_on: members whose rows go on to deeper stages in shared passes.
         """
-        cached, last_stage = self._cached[index], index == len(self._layers) - 1
+        cached = self._cached[index]
+        if index == len(self._layers) - 1:  # the last stage includes the norm
+            self._take_results(index, [member for member in members if member not in alone])
+            members = [member for member in members if member in alone]
         for member in members:
             sequence = self._of(member)
             behind = cached and sequence.balcony_cursor[index] < sequence.length - 1
@@ -203,15 +206,18 @@ class SequencePool:
                 sequence.run_balcony(self._layers[index], sequence.length - 1 - sequence.balcony_cursor[index])
             if behind or member in alone:  # passes of its own have left another row in place
                 self._pool.place(index + 1, member, sequence.length - 1)
-        due = [member for member in members if member in alone] if last_stage else members
-        for first, count, carried in self._ranges(due, index + 1, lambda it: self._balcony_rows(it, index), going_on):
+        for first, count, carried in self._ranges(members, index + 1, lambda it: self._balcony_rows(it, index), going_on):
             self._pool.run_exit(index, first, count)
             for member, row in carried.items():
                 self._of(member).balcony_cursor[index] = row + 1
-        self._pool.result(index, np.array(members), np.array([self._of(member).length - 1 for member in members]))
+        self._take_results(index, members)
         if cached:
             for member in members:
                 self._of(member).balcony_cursor[index] = self._of(member).length
+
+    def _take_results(self, index: int, members: list[int]) -> None:
+        if members:
+            self._pool.result(index, np.array(members), np.array([self._of(member).length - 1 for member in members]))
 
     def _ranges(
         self, members: list[int], boundary: int, rows: Callable[[TokenSequence], tuple[int, int]], going_on: set[int]
