@@ -72,6 +72,7 @@ _ALLOWED = {
         "must be 'plain', 'speculative', 'confident' or 'lossless'",
         "give how a full-depth token is made, e.g. 'speculative' to let a shallow exit draft it",
     ),
+    "weight": (_POSITIVE, "give 1 for a reply like the others, and more for one whose depth matters more"),
     "priority": ("must be 'limits' or 'latency'", "give what wins where ceilings and latency cannot both be kept"),
     "dwell_tokens": ("must be a whole number, 0 or more", "give the tokens to stay before going deeper, e.g. 8"),
     "hysteresis": ("must be at least 0 and at most 0.5", "give the share of the target to keep free, e.g. 0.05"),
@@ -160,6 +161,8 @@ class Budget(BaseModel):
     memory_mb: Positive | None = None
     """Ceiling of this process's memory, in MB. Depth falls over the last 5 %; at the ceiling the budget is infeasible."""
 
+    weight: Positive = 1.0
+    """How much the depth of this reply counts where several replies share the device and one of them must give."""
     priority: Literal["limits", "latency"] = "limits"
     """Which of the two is kept if ceilings (power, degrees, utilization) and latency targets contradict each other."""
     dwell_tokens: Annotated[int, Field(strict=True, ge=0)] = 8

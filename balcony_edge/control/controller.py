@@ -228,7 +228,7 @@ class Controller:
             exit_layer=exits[chosen],
             predicted_ms=predicted_ms,
             price_ms=price_ms,
-            probability=_probability(plan.tpot_ms, predicted_ms, deviation),
+            probability=probability_of(plan.tpot_ms, predicted_ms, deviation),
             words=plan.stayed + words,
         )
 
@@ -251,7 +251,7 @@ class Controller:
             budget=budget,
             lowest=lowest,
             highest=highest,
-            quantile=_quantile(budget.probability),
+            quantile=quantile_of(budget.probability),
             tpot_ms=tpot_ms,
             log_tpot=math.log(tpot_ms),
             governed=governed,
@@ -314,7 +314,7 @@ class Controller:
             exit_layer=exits[chosen],
             predicted_ms=price_ms * factor,
             price_ms=price_ms,
-            probability=_probability(limit_ms, price_ms, deviation),
+            probability=probability_of(limit_ms, price_ms, deviation),
             infeasible=infeasible or (plan.governed and bool(governor.infeasible)),
             catch_up=catch_up,
             period_ms=period_ms,
@@ -459,11 +459,12 @@ class Controller:
 
 
 @lru_cache(maxsize=64)
-def _quantile(probability: float) -> float:
+def quantile_of(probability: float) -> float:
+    """Deviations above the mean that hold a probability."""
     return NormalDist().inv_cdf(probability)
 
 
-def _probability(limit_ms: float, price_ms: float, deviation: float) -> float:
+def probability_of(limit_ms: float, price_ms: float, deviation: float) -> float:
     """P(price × slowdown <= limit); the limit is also a price."""
     if price_ms <= 0 or limit_ms == math.inf:
         return 1.0

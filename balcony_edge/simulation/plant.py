@@ -1,5 +1,7 @@
 """The plant, a simulated device: true costs, a changing load, power, heat, a battery, and sensors that sample them.
 
+:class:`SimulatedDevice` is the device; :class:`Plant` has one sequence on it, and :mod:`.company` several.
+
 Owns the physics for trying a budget without the device. It knows no budget and no controller: it runs the step that it is told
 to run and returns the step's time. Time is simulated and passes as fast as Python computes.
 
@@ -91,33 +93,20 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-class Plant:
-    """One sequence on a simulated device.
+class SimulatedDevice:
+    """Time, power, heat and sensors of a device on which steps run.
 
     Args:
         costs: true prices.
         physics: constants of the device.
         load: function from seconds since the start to a slowdown.
-        prompt_tokens: number of rows of the prompt, which the first step runs.
         seed: seed of the noise.
     """
 
-    def __init__(
-        self,
-        costs: CostModel,
-        physics: Physics,
-        load: Callable[[float], float],
-        *,
-        prompt_tokens: int = 64,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, costs: CostModel, physics: Physics, load: Callable[[float], float], seed: int = 0) -> None:
         self.costs, self.physics, self._load = costs, physics, load
         self._random = random.Random(seed)
-        self._new = prompt_tokens
-        self.length = 0
-        self._stages = [0] * len(costs.exits)
-        self._balconies = [0] * (len(costs.exits) - 1)
-        self.now_s, self.busy_s, self.emitted_s = 0.0, 0.0, 0.0
+        self.now_s, self.busy_s = 0.0, 0.0
         self.joules, self.celsius = 0.0, physics.ambient_c + physics.kelvin_per_watt * physics.idle_w
         self.charge, self.throttled, self.rows_run = physics.charge, False, 0
         self._sampled_s, self._sampled_j, self._sampled_busy_s = 0.0, 0.0, 0.0
@@ -125,71 +114,13 @@ class Plant:
         self._shown_s, self._shown_w, self._summed_j = -math.inf, physics.idle_w, 0.0
         self.readings = self._sample(physics.idle_w, 0.0)
 
-    def rows_due(self) -> tuple[list[int], list[int]]:
-        """Number of rows that each stage and each balcony would run at the next step."""
-        total = self.length + self._new
-        return [total - cursor for cursor in self._stages], [*(total - cursor for cursor in self._balconies), 1]
-
-    @property
-    def pending_rows(self) -> int:
-        """Number of rows that the deepest stage has not taken in yet."""
-        return self.length - self._stages[-1]
-
-    def step(
-        self, exit_layer: int, catch_up: CatchUp | None = None, *, period_ms: float = 0.0, idle_ms: float = 0.0
-    ) -> tuple[float, float]:
-        """Catch up, run one step, and wait until its token is due; ``idle_ms`` of the wait go to the backlog.
-
-        Returns:
-            ``(gap since the previous token, step with its catch-up)``, ms.
-        """
-        begin_s = self.now_s
-        if catch_up is not None:
-            price_ms = self._run(catch_up.stage, catch_up.rows, balcony=catch_up.balcony)
-            self._pass(self._slowed(price_ms) / 1000, busy=True)
-        index = self.costs.exits.index(exit_layer)
-        price_ms = self.costs.steps_ms(*self.rows_due(), self.length + self._new - 1)[index]
-        self.length += self._new
-        self._new = 1
-        for stage in range(index + 1):
-            self.rows_run += self.length - self._stages[stage]
-            self._stages[stage] = self.length
-        if index < len(self._balconies):
-            self._balconies[index] = self.length
+    def work(self, price_ms: float) -> None:
+        """Run something of that price."""
         self._pass(self._slowed(price_ms) / 1000, busy=True)
-        step_ms = (self.now_s - begin_s) * 1000
-        due_s = self.emitted_s + period_ms / 1000
-        self._work_off(min(due_s, self.now_s + idle_ms / 1000))
-        self._pass(due_s - self.now_s, busy=False)
-        gap_ms, self.emitted_s = (self.now_s - self.emitted_s) * 1000, self.now_s
-        return gap_ms, step_ms
 
-    def _run(self, stage: int, rows: int, *, balcony: bool = False) -> float:
-        """Run pending rows through one graph and return the price. Asking for more rows than are ready is a bug."""
-        cursors = self._balconies if balcony else self._stages
-        ready = self._stages[stage] if balcony else self._stages[stage - 1] if stage else self.length
-        if not 0 < rows <= ready - cursors[stage]:
-            raise AssertionError(f"{rows} rows of stage {stage} asked for, {ready - cursors[stage]} are ready")
-        cursors[stage] += rows
-        self.rows_run += 0 if balcony else rows
-        unit = (self.costs.balconies if balcony else self.costs.stages)[stage]
-        return unit.pass_ms(rows, self.length, 1 if balcony else None)
-
-    def _work_off(self, until_s: float) -> None:
-        """Run portions of the backlog, shallowest stage first and balconies last, while there is time for a whole one."""
-        while self.now_s < until_s:
-            waiting = [(i, self._stages[i - 1] - self._stages[i], False) for i in range(1, len(self._stages))]
-            waiting += [(i, self._stages[i] - done, True) for i, done in enumerate(self._balconies)]
-            portion = next(((i, min(rows, IDLE_ROWS), balcony) for i, rows, balcony in waiting if rows), None)
-            if portion is None:
-                return
-            index, rows, balcony = portion
-            seconds = self._slowed(self._run(index, rows, balcony=balcony)) / 1000
-            if self.now_s + seconds > until_s:
-                (self._balconies if balcony else self._stages)[index] -= rows
-                self.rows_run -= 0 if balcony else rows
-                return
-            self._pass(seconds, busy=True)
+    def wait(self, seconds: float) -> None:
+        """Do nothing for some time."""
+        self._pass(seconds, busy=False)
 
     def _slowed(self, price_ms: float) -> float:
         factor = self._load(self.now_s) * (self.physics.throttle_factor if self.throttled else 1.0)
@@ -275,3 +206,97 @@ class Plant:
             return self._past[-1][1]
         (begin_s, begin_j), (end_s, end_j) = self._past[place - 1 : place + 1]
         return begin_j + (end_j - begin_j) * (time_s - begin_s) / (end_s - begin_s)
+
+
+class Plant(SimulatedDevice):
+    """One sequence on a simulated device.
+
+    Args:
+        costs: true prices.
+        physics: constants of the device.
+        load: function from seconds since the start to a slowdown.
+        prompt_tokens: number of rows of the prompt, which the first step runs.
+        seed: seed of the noise.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel,
+        physics: Physics,
+        load: Callable[[float], float],
+        *,
+        prompt_tokens: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(costs, physics, load, seed)
+        self._new = prompt_tokens
+        self.length = 0
+        self._stages = [0] * len(costs.exits)
+        self._balconies = [0] * (len(costs.exits) - 1)
+        self.emitted_s = 0.0
+
+    def rows_due(self) -> tuple[list[int], list[int]]:
+        """Number of rows that each stage and each balcony would run at the next step."""
+        total = self.length + self._new
+        return [total - cursor for cursor in self._stages], [*(total - cursor for cursor in self._balconies), 1]
+
+    @property
+    def pending_rows(self) -> int:
+        """Number of rows that the deepest stage has not taken in yet."""
+        return self.length - self._stages[-1]
+
+    def step(
+        self, exit_layer: int, catch_up: CatchUp | None = None, *, period_ms: float = 0.0, idle_ms: float = 0.0
+    ) -> tuple[float, float]:
+        """Catch up, run one step, and wait until its token is due; ``idle_ms`` of the wait go to the backlog.
+
+        Returns:
+            ``(gap since the previous token, step with its catch-up)``, ms.
+        """
+        begin_s = self.now_s
+        if catch_up is not None:
+            price_ms = self._run(catch_up.stage, catch_up.rows, balcony=catch_up.balcony)
+            self.work(price_ms)
+        index = self.costs.exits.index(exit_layer)
+        price_ms = self.costs.steps_ms(*self.rows_due(), self.length + self._new - 1)[index]
+        self.length += self._new
+        self._new = 1
+        for stage in range(index + 1):
+            self.rows_run += self.length - self._stages[stage]
+            self._stages[stage] = self.length
+        if index < len(self._balconies):
+            self._balconies[index] = self.length
+        self.work(price_ms)
+        step_ms = (self.now_s - begin_s) * 1000
+        due_s = self.emitted_s + period_ms / 1000
+        self._work_off(min(due_s, self.now_s + idle_ms / 1000))
+        self.wait(due_s - self.now_s)
+        gap_ms, self.emitted_s = (self.now_s - self.emitted_s) * 1000, self.now_s
+        return gap_ms, step_ms
+
+    def _run(self, stage: int, rows: int, *, balcony: bool = False) -> float:
+        """Run pending rows through one graph and return the price. Asking for more rows than are ready is a bug."""
+        cursors = self._balconies if balcony else self._stages
+        ready = self._stages[stage] if balcony else self._stages[stage - 1] if stage else self.length
+        if not 0 < rows <= ready - cursors[stage]:
+            raise AssertionError(f"{rows} rows of stage {stage} asked for, {ready - cursors[stage]} are ready")
+        cursors[stage] += rows
+        self.rows_run += 0 if balcony else rows
+        unit = (self.costs.balconies if balcony else self.costs.stages)[stage]
+        return unit.pass_ms(rows, self.length, 1 if balcony else None)
+
+    def _work_off(self, until_s: float) -> None:
+        """Run portions of the backlog, shallowest stage first and balconies last, while there is time for a whole one."""
+        while self.now_s < until_s:
+            waiting = [(i, self._stages[i - 1] - self._stages[i], False) for i in range(1, len(self._stages))]
+            waiting += [(i, self._stages[i] - done, True) for i, done in enumerate(self._balconies)]
+            portion = next(((i, min(rows, IDLE_ROWS), balcony) for i, rows, balcony in waiting if rows), None)
+            if portion is None:
+                return
+            index, rows, balcony = portion
+            seconds = self._slowed(self._run(index, rows, balcony=balcony)) / 1000
+            if self.now_s + seconds > until_s:
+                (self._balconies if balcony else self._stages)[index] -= rows
+                self.rows_run -= 0 if balcony else rows
+                return
+            self._pass(seconds, busy=True)

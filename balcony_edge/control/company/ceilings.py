@@ -1,0 +1,48 @@
+"""Ceilings of several budgets on one device: the strictest of each holds for all.
+
+Owns the merging. Watts, degrees and utilization are those of the device, so a reply cannot have more of them than another one
+allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from balcony_edge.budget import Budget
+
+#: Ceilings of which the lowest holds, and the one of which the highest holds.
+_LOWEST = ("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization", "memory_mb", "energy_j_per_token")
+_HIGHEST = "battery_floor_percent"
+
+
+def merged_ceilings(budgets: Sequence[Budget]) -> Budget:
+    """One budget with the strictest ceilings of several, and nothing else of them.
+
+    The lowest ``power_w`` counts with its own rail and window.
+    """
+    return _merged(frozenset(budget for budget in budgets if budget.needs_sensors))
+
+
+@lru_cache(maxsize=64)
+def _merged(budgets: frozenset[Budget]) -> Budget:
+    if not budgets:
+        return Budget()
+    kept: dict[str, object] = {}
+    for key in _LOWEST:
+        given = [value for budget in budgets if (value := getattr(budget, key)) is not None]
+        if given:
+            kept[key] = min(given)
+    floors = [budget.battery_floor_percent for budget in budgets if budget.battery_floor_percent is not None]
+    if floors:
+        kept[_HIGHEST] = max(floors)
+    powered = [budget for budget in budgets if budget.power_w is not None]
+    if powered:
+        strictest = min(powered, key=lambda budget: budget.power_w or 0.0)
+        kept |= {key: getattr(strictest, key) for key in ("power_w", "power_rail", "power_window_s")}
+    hottest, critical = kept.get("temperature_c"), kept.get("critical_temperature_c")
+    if isinstance(hottest, float) and isinstance(critical, float) and hottest >= critical:
+        del kept["temperature_c"]  # the critical temperature of another budget is below it and acts first
+    if any(not budget.pacing for budget in budgets):
+        kept["pacing"] = False
+    return Budget.model_validate(kept)

@@ -1,0 +1,216 @@
+"""Several streams on a simulated device: arrivals, the joint controller in the loop, and what each stream got.
+
+Owns the cursors of the simulated streams and the arrivals. The device is :class:`.plant.SimulatedDevice`; the decisions are those of
+the real :class:`~balcony_edge.control.company.joint.JointController`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.joint import JointController
+from balcony_edge.control.company.prices import Entry, round_ms
+from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen
+from balcony_edge.control.decision import Measurement
+from balcony_edge.device.costs import CostModel
+from balcony_edge.simulation.plant import Physics, SimulatedDevice
+
+
+class Arrival(NamedTuple):
+    """A request: its time, the rows of its prompt, the tokens of its reply, and its budget."""
+
+    time_s: float
+    prompt_tokens: int
+    new_tokens: int
+    budget: Budget
+
+
+@dataclass(slots=True)
+class SimulatedStream:
+    """A request and what became of it.
+
+    Attributes:
+        arrival: the request.
+        exits: exit layer of each token.
+        gaps_ms: gap before each token; the first is the time to first token.
+        refused_s: time at which it was refused; None if it was not.
+    """
+
+    arrival: Arrival
+    stages: list[int]
+    balconies: list[int]
+    length: int
+    exits: list[int] = field(default_factory=list)
+    gaps_ms: list[float] = field(default_factory=list)
+    emitted_s: float = 0.0
+    refused_s: float | None = None
+
+    @property
+    def late_tokens(self) -> int:
+        """Number of tokens after the first that missed ``tpot_ms``."""
+        target_ms = self.arrival.budget.tpot_ms or math.inf
+        return sum(gap > target_ms for gap in self.gaps_ms[1:])
+
+    @property
+    def done(self) -> bool:
+        return self.refused_s is not None or len(self.exits) == self.arrival.new_tokens
+
+
+def poisson(
+    rate: float, seconds: float, classes: Sequence[Arrival], *, seed: int = 0, burst: int = 1
+) -> list[Arrival]:
+    """Requests that arrive at random, ``burst`` at once, ``rate`` of them a second on average.
+
+    Each takes prompt, reply and budget from one of the ``classes``, whose own times do not count.
+    """
+    chooser, now_s = random.Random(seed), 0.0
+    found: list[Arrival] = []
+    while True:
+        now_s += chooser.expovariate(rate / burst)
+        if now_s >= seconds:
+            return found
+        found += [chooser.choice(classes)._replace(time_s=now_s) for _ in range(burst)]
+
+
+class CompanyPlant(SimulatedDevice):
+    """Several sequences on a simulated device."""
+
+    def stream(self, arrival: Arrival) -> SimulatedStream:
+        exits = len(self.costs.exits)
+        return SimulatedStream(arrival, [0] * exits, [0] * (exits - 1), arrival.prompt_tokens, emitted_s=arrival.time_s)
+
+    @staticmethod
+    def rows_due(stream: SimulatedStream) -> tuple[list[int], list[int]]:
+        """Rows that each stage and each balcony would run for the stream's next token."""
+        total = stream.length + (1 if stream.exits else 0)
+        return [total - cursor for cursor in stream.stages], [*(total - cursor for cursor in stream.balconies), 1]
+
+    def run_chunk(self, stream: SimulatedStream, chunk: Chunk) -> None:
+        """Run pending rows of a stream. Asking for rows that are not ready is a bug."""
+        for stage in chunk.stages:
+            ready = stream.stages[stage - 1] if stage else stream.length
+            rows = min(chunk.rows, ready - stream.stages[stage])
+            if rows <= 0:
+                raise AssertionError(f"{chunk.rows} rows of stage {stage} asked for, none is ready")
+            stream.stages[stage] += rows
+            self.work(self.costs.stages[stage].pass_ms(rows, stream.length))
+        if chunk.balcony is not None:
+            rows = min(chunk.rows, stream.stages[chunk.balcony] - stream.balconies[chunk.balcony])
+            stream.balconies[chunk.balcony] += rows
+            self.work(self.costs.balconies[chunk.balcony].pass_ms(rows, stream.length, 1))
+
+    def step(self, moves: Sequence[tuple[SimulatedStream, int]]) -> None:
+        """Make a token of each of some streams at an exit index."""
+        entries = []
+        for stream, index in moves:
+            stages, balconies = self.rows_due(stream)
+            entries.append(Entry(index, stages, balconies, stream.length))
+        self.work(round_ms(self.costs, entries))
+        for stream, index in moves:
+            stream.length += 1 if stream.exits else 0
+            stream.stages[: index + 1] = [stream.length] * (index + 1)
+            if index < len(stream.balconies):
+                stream.balconies[index] = stream.length
+            stream.exits.append(self.costs.exits[index])
+            stream.gaps_ms.append(1000 * (self.now_s - stream.emitted_s))
+            stream.emitted_s = self.now_s
+
+
+Decide = Callable[[CompanyState, RoundSeen], tuple[CompanyState, Round]]
+
+
+def simulate_company(
+    costs: CostModel,
+    arrivals: Sequence[Arrival],
+    *,
+    quality: Sequence[float],
+    true_costs: CostModel | None = None,
+    physics: Physics | None = None,
+    load: Callable[[float], float] | None = None,
+    most_streams: int = 16,
+    seed: int = 0,
+    decide: Decide | None = None,
+) -> list[SimulatedStream]:
+    """Run requests on a simulated device until all have ended.
+
+    Args:
+        costs: prices that the controller knows.
+        arrivals: the requests, by time.
+        quality: agreement of each exit with the full depth.
+        true_costs: prices of the device; those of the controller by default.
+        physics, load: as for :class:`.plant.SimulatedDevice`.
+        most_streams: largest number of streams at once; later requests wait.
+        seed: seed of the noise.
+        decide: another controller to compare with.
+
+    Returns:
+        One stream for every request, in their order.
+    """
+    plant = CompanyPlant(true_costs or costs, physics or Physics(), load or (lambda _: 1.0), seed)
+    decide = decide or JointController(costs, quality).decide
+    state, last = CompanyState(), None  # type: CompanyState, Measurement | None
+    streams = [plant.stream(arrival) for arrival in arrivals]
+    waiting, active = list(range(len(streams))), []  # type: list[int], list[int]
+    while waiting or active:
+        while waiting and streams[waiting[0]].arrival.time_s <= plant.now_s and len(active) < most_streams:
+            active.append(waiting.pop(0))
+        if not active:
+            plant.wait(streams[waiting[0]].arrival.time_s - plant.now_s)
+            last = None
+            continue
+        seen = RoundSeen(
+            tuple(_seen(plant, key, streams[key]) for key in active), last, plant.now_s, plant.busy_s, plant.readings
+        )
+        state, found = decide(state, seen)
+        for key, _ in found.refused:
+            streams[key].refused_s = plant.now_s
+        begin_s = plant.now_s
+        gone = {key for key, _ in found.refused}
+        if found.chunk is not None and found.chunk.key not in gone:
+            plant.run_chunk(streams[found.chunk.key], found.chunk)
+        index = {layer: place for place, layer in enumerate(costs.exits)}
+        moves = [
+            (streams[move.key], index[move.decision.exit_layer]) for move in found.moves if move.key not in gone
+        ]
+        if moves:
+            plant.step(moves)
+        measured_ms = 1000 * (plant.now_s - begin_s)
+        last = None
+        if measured_ms > 0 and not gone and all(len(stream.exits) > 1 for stream, _ in moves):
+            last = Measurement(costs.exits[found.deepest], found.price_ms, measured_ms)
+        next_s = streams[waiting[0]].arrival.time_s if waiting else math.inf
+        plant.wait(min(found.wait_ms / 1000, max(next_s - plant.now_s, 0.0)))
+        active = [key for key in active if not streams[key].done]
+        state = state.without({key for key in state.streams if key not in active})
+    return streams
+
+
+def _seen(plant: CompanyPlant, key: int, stream: SimulatedStream) -> StreamSeen:
+    stages, balconies = plant.rows_due(stream)
+    context = stream.length if stream.exits else stream.length - 1
+    arrival = stream.arrival
+    return StreamSeen(
+        key, arrival.budget, context, stages, balconies, len(stream.exits), arrival.time_s, stream.emitted_s
+    )
+
+
+def summary(streams: Sequence[SimulatedStream], costs: CostModel, quality: Sequence[float]) -> Mapping[str, float]:
+    """Figures of a run: tokens, share of late tokens, mean depth and agreement, 95th percentile of the first token's time."""
+    agreement = dict(zip(costs.exits, quality, strict=True))
+    exits = [layer for stream in streams for layer in stream.exits]
+    later = sum(max(len(stream.exits) - 1, 0) for stream in streams if stream.arrival.budget.tpot_ms is not None)
+    firsts = sorted(stream.gaps_ms[0] for stream in streams if stream.gaps_ms)
+    return {
+        "streams": len(streams),
+        "refused": sum(stream.refused_s is not None for stream in streams),
+        "tokens": len(exits),
+        "late_share": sum(stream.late_tokens for stream in streams) / max(later, 1),
+        "mean_depth": sum(exits) / max(len(exits), 1) / costs.exits[-1],
+        "mean_agreement": sum(agreement[layer] for layer in exits) / max(len(exits), 1),
+        "ttft_p95_ms": firsts[int(0.95 * (len(firsts) - 1))] if firsts else math.nan,
+    }
