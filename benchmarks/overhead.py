@@ -58,6 +58,9 @@ class RecordingBackend:
         self.state = self._backend.new_state(batch_size, max_length)
         return self.state
 
+    def new_pool(self, members: int, max_length: int) -> None:
+        """Nothing: what is recorded is one sequence."""
+
     def close(self) -> None:
         """Close the wrapped backend."""
         self._backend.close()

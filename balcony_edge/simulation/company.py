@@ -1,7 +1,7 @@
 """Several streams on a simulated device: arrivals, the joint controller in the loop, and what each stream got.
 
-Owns the cursors of the simulated streams and the arrivals. The device is :class:`.plant.SimulatedDevice`; the decisions are those of
-the real :class:`~balcony_edge.control.company.joint.JointController`.
+Owns the cursors of the simulated streams and the arrivals. The device is :class:`.plant.SimulatedDevice`, and the controller
+is the real :class:`~balcony_edge.control.company.joint.JointController`.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ class SimulatedStream:
         return self.refused_s is not None or len(self.exits) == self.arrival.new_tokens
 
 
-def poisson(
-    rate: float, seconds: float, classes: Sequence[Arrival], *, seed: int = 0, burst: int = 1
-) -> list[Arrival]:
+def poisson(rate: float, seconds: float, classes: Sequence[Arrival], *, seed: int = 0, burst: int = 1) -> list[Arrival]:
     """Requests that arrive at random, ``burst`` at once, ``rate`` of them a second on average.
 
     Each takes prompt, reply and budget from one of the ``classes``, whose own times do not count.
@@ -174,9 +172,7 @@ def simulate_company(
         if found.chunk is not None and found.chunk.key not in gone:
             plant.run_chunk(streams[found.chunk.key], found.chunk)
         index = {layer: place for place, layer in enumerate(costs.exits)}
-        moves = [
-            (streams[move.key], index[move.decision.exit_layer]) for move in found.moves if move.key not in gone
-        ]
+        moves = [(streams[move.key], index[move.decision.exit_layer]) for move in found.moves if move.key not in gone]
         if moves:
             plant.step(moves)
         measured_ms = 1000 * (plant.now_s - begin_s)

@@ -57,7 +57,7 @@ class Chat:
         user: Message = {"role": "user", "content": text}
         stream = self._llm.stream([*self.messages, user], sequence=self.sequence, **options)
         self._speaking = TokenStream(
-            self._recorded(user, stream), stream.reply.prompt_tokens, stream.cancelled, stream.watch
+            self._recorded(user, stream), stream.reply.prompt_tokens, stream.cancelled, stream.limits, stream.watch
         )
         return self._speaking
 

@@ -221,13 +221,7 @@ class TokenSequence:
         total = self.length + tokens.shape[1]
         if not 1 <= whole("num_logits", num_logits) <= total:
             raise InputError(f"num_logits = {num_logits}: the sequence has {total} rows: ask for 1 to {total}")
-        if total > self.max_length:
-            raise ContextLengthError(
-                f"{total} tokens: this sequence holds {self.max_length}: shorten the prompt or raise max_length"
-            )
-        if tokens.shape[1]:
-            self.state.embed(tokens, self.length)
-            self.note(tokens)
+        self.append(tokens)
         for stage in range(index + 1):
             self.run_stage(stage, self.length)
         logits = []
@@ -236,6 +230,27 @@ class TokenSequence:
             self._run_exit(index, first, stop)
             logits.append(self.state.logits(stop - first))
         return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
+
+    @_exclusive
+    def append(self, tokens: IntArray | Sequence[int]) -> None:
+        """Append tokens, (n,) or (B, n), without running them: all their rows are then pending.
+
+        Raises:
+            InputError: a token is outside the vocabulary.
+            ContextLengthError: the tokens do not fit; nothing is appended.
+        """
+        checked = self._checked(tokens)
+        if self.length + checked.shape[1] > self.max_length:
+            raise self.full(checked.shape[1])
+        if checked.shape[1]:
+            self.state.embed(checked, self.length)
+            self.note(checked)
+
+    def full(self, more: int = 1) -> ContextLengthError:
+        """The error for that many more tokens than the sequence can hold."""
+        return ContextLengthError(
+            f"{self.length + more} tokens: this sequence holds {self.max_length}: shorten the prompt or raise max_length"
+        )
 
     def note(self, tokens: IntArray | int) -> None:
         """Count tokens (B, n), or the token of the only member, whose embeddings the state has."""

@@ -1,15 +1,18 @@
 """Generation: a loaded bundle that turns prompts into text within a budget.
 
-Owns :class:`LLM` and turns ids into streamed text: end of sequence, stop strings, limits. The loop is
-:mod:`balcony_runtime.decoding.loop`; the types that a user sees are in :mod:`.reply`, conversations in :mod:`.chat`.
+Owns :class:`LLM`. The decode loop is :mod:`balcony_runtime.decoding.loop`, the rounds of several replies are
+:mod:`balcony_runtime.scheduling.scheduler`, and :mod:`.telling` turns steps into text. The types that a user sees are in
+:mod:`.reply`, conversations in :mod:`.chat`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self, Unpack
@@ -26,15 +29,16 @@ from balcony_edge.device.machine import this_device
 from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError, ProfileError
-from balcony_runtime.backends.base import IntArray
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
-from balcony_runtime.decoding.loop import Decoder, Environment, Learned
+from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.prices import measure_prices
-from balcony_runtime.decoding.sampling import Sampler, SamplingParams, log_probabilities
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence, refuse_foreign, whole
-from balcony_runtime.reply import FinishReason, Reply, Token, TokenStream
+from balcony_runtime.reply import Limits, Reply, Token, TokenStream
+from balcony_runtime.scheduling.scheduler import Scheduler, Stream
 from balcony_runtime.sensors import Sensors, device_sources
+from balcony_runtime.telling import Request, told
 from balcony_runtime.text import Message, StopStrings, TextCodec
 
 _log = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ _log = logging.getLogger(__name__)
 FIRST_READINGS_S = 1.0
 
 Prompt = str | Sequence[Message] | Sequence[int]
+_ONE = (Budget, str, os.PathLike)
 
 
 class LLM:
@@ -80,6 +85,10 @@ class LLM:
         self._sensors_lock = threading.Lock()
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
+        quality = [self._agreement[layer] or layer / engine.exit_layers[-1] for layer in engine.exit_layers]
+        self._scheduler = Scheduler(
+            engine, self._learned, lambda: self._costs, self.readings, np.maximum.accumulate(quality).tolist()
+        )
         try:
             self.budget = budget
         except BaseException:
@@ -126,6 +135,10 @@ class LLM:
     @budget.setter
     def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
         budget = parse_budget(value)
+        self._budget, self._resolved = budget, self._checked(budget)
+
+    def _checked(self, budget: Budget) -> Budget:
+        """The budget for this bundle, once prices and sensors that it needs are there."""
         resolved = budget.for_bundle(self._agreement)
         if budget.policy == "confident" and self.engine.manifest.confidence is None:
             raise BudgetError(
@@ -136,7 +149,7 @@ class LLM:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
         if budget.needs_sensors:
             self._check_seen(budget)
-        self._budget, self._resolved = budget, resolved
+        return resolved
 
     def _check_seen(self, budget: Budget) -> None:
         """Warn of ceilings that no sensor of this device measures; raise if the budget asks for an error."""
@@ -206,6 +219,7 @@ class LLM:
         self,
         prompt: Prompt,
         *,
+        budget: Budget | str | os.PathLike[str] | None = None,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
@@ -220,6 +234,7 @@ class LLM:
 
         Args:
             prompt: text, chat messages, or token ids.
+            budget: limits of this reply, or the path of a budget file; by default those of :attr:`budget`.
             max_new_tokens: largest number of tokens to make; by default as many as the context holds.
             sampling: parameters for picking tokens; greedy by default.
             stop: strings that end the reply; they are not part of its text.
@@ -242,20 +257,18 @@ class LLM:
             whole("logprobs", logprobs, 0)
         if trace is not None:
             self.readings()  # start the sensors now, not during the first step
-        if sequence is None:
-            sequence = self.engine.new_sequence(max_length=len(ids) + limit)
-        model = self.engine.manifest.model
-        sampler = Sampler(_params(sampling), np.array([ids], np.int64), model.vocab_size)
-        ends = frozenset() if ignore_eos else frozenset(model.eos_token_ids)
-        cancelled = threading.Event()
-        watch = Watch()
-        asked = _Request(ids, limit, sampler, StopStrings(stop), logprobs, ends, trace)
-        return TokenStream(self._tokens(sequence, asked, cancelled, watch), len(ids), cancelled, watch)
+        self.engine.refuse_closed()
+        limits = self._limits(budget)
+        asked = self._request(ids, limit, sampling, StopStrings(stop), logprobs, ignore_eos, trace)
+        cancelled, watch = threading.Event(), Watch()
+        tokens = self._tokens(sequence, asked, limits, cancelled, watch)
+        return TokenStream(tokens, len(ids), cancelled, limits, watch)
 
     def generate(
         self,
         prompt: Prompt,
         *,
+        budget: Budget | str | os.PathLike[str] | None = None,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
@@ -267,6 +280,7 @@ class LLM:
         """Generate a whole reply; arguments and errors are those of :meth:`stream`."""
         stream = self.stream(
             prompt,
+            budget=budget,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop,
@@ -284,33 +298,88 @@ class LLM:
         prompts: Sequence[Prompt],
         *,
         max_new_tokens: int,
+        budget: Budget | str | os.PathLike[str] | Sequence[Budget | None] | None = None,
         sampling: SamplingParams | None = None,
         chat: bool | None = None,
     ) -> list[str]:
-        """Reply to several prompts of equal length in tokens, advanced together at the budget's exits.
+        """Reply to several prompts at once; they share passes, and every reply is held to its own budget.
+
+        Args:
+            prompts: prompts of any lengths.
+            max_new_tokens: largest number of tokens of each reply.
+            budget: limits of each reply: one for all, or one for each prompt; by default those of :attr:`budget`.
+            sampling: parameters for picking tokens; greedy by default.
+            chat: whether to put texts into the chat template, as for :meth:`stream`.
 
         Raises:
-            InputError: prompts differ in length; the other errors are those of :meth:`stream`.
+            InputError: the prompts are one text, or there is not one budget for each; the others are those of :meth:`stream`.
         """
         if isinstance(prompts, str):
             raise InputError("prompts: one text: give a list of prompts, or use generate()")
+        budgets = [budget] * len(prompts) if budget is None or isinstance(budget, _ONE) else list(budget)
+        if len(budgets) != len(prompts):
+            raise InputError(f"budget: {len(budgets)} for {len(prompts)} prompts: give one for all, or one for each")
+        if not self._scheduler.shares:
+            return self._in_lockstep(prompts, max_new_tokens, self._limits(budgets[0]), sampling, chat)
+        replies = ["" for _ in prompts]
+        with contextlib.ExitStack() as held:
+            opened: dict[Stream, _Fed] = {}
+            for place, (prompt, own) in enumerate(zip(prompts, budgets, strict=True)):
+                ids = self._prompt_ids(prompt, chat)
+                limit = self._new_tokens(len(ids), max_new_tokens)
+                asked = self._request(ids, limit, sampling)
+                limits, cancelled, watch = self._limits(own), threading.Event(), Watch()
+                sequence = held.enter_context(self._sequence(len(ids) + limit))
+                decoder = self._decoder(sequence, asked, limits, cancelled)
+                stream = self._scheduler.join(decoder, sequence)
+                held.callback(self._scheduler.leave, stream)
+                fed: deque[Step] = deque()
+                text = self._codec.stream()
+                steps = iter(fed.popleft, None)
+                tokens = told(steps, sequence, asked, limits, cancelled, watch, text, self.readings)
+                opened[stream] = _Fed(place, fed, tokens)
+                self._scheduler.ask(stream)
+            while opened:
+                for stream in self._scheduler.wait(list(opened)):
+                    place, fed, tokens = opened[stream]
+                    fed.extend(stream.steps())
+                    while fed and stream in opened:
+                        token = next(tokens)
+                        replies[place] += token.text
+                        if token.finish_reason is not None:
+                            del opened[stream]
+                            self._scheduler.leave(stream)
+                    if stream in opened:
+                        self._scheduler.ask(stream)
+        return replies
+
+    def _in_lockstep(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        limits: Limits,
+        sampling: SamplingParams | None,
+        chat: bool | None,
+    ) -> list[str]:
+        """Reply to prompts of equal length in one batch, for engines whose members all have the same length."""
         batch = [self._prompt_ids(prompt, chat) for prompt in prompts]
         lengths = {len(ids) for ids in batch}
         if len(lengths) != 1:
             raise InputError(
-                f"prompts of {sorted(lengths)} tokens: a batch takes prompts of equal length: pad or split it"
+                f"prompts of {sorted(lengths)} tokens: this engine takes batches of equal length: pad them, or split the batch"
             )
         limit = self._new_tokens(lengths.pop(), max_new_tokens)
         sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + limit)
+        asked = self._request(batch[0], limit, sampling)
         rows = np.array(batch, np.int64)
-        sampler = Sampler(_params(sampling), rows, self.engine.manifest.model.vocab_size)
+        asked = asked._replace(sampler=Sampler(_params(sampling), rows, self.engine.manifest.model.vocab_size))
+        environment = Environment(lambda: (limits.resolved, self._costs), self.readings, learned=self._learned)
+        decoder = Decoder(sequence, rows, asked.sampler, environment)
         replies: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        ends = frozenset(self.engine.manifest.model.eos_token_ids)
-        decoder = self._decoder(sequence, rows, sampler, threading.Event())
         for _, step in zip(range(limit), decoder.steps(), strict=False):
             for member, token in enumerate(step.ids.tolist()):
-                ended[member] = ended[member] or token in ends
+                ended[member] = ended[member] or token in asked.ends
                 if not ended[member]:
                     replies[member].append(token)
             if all(ended):
@@ -372,88 +441,70 @@ class LLM:
         room = context - prompt_tokens
         return room if max_new_tokens is None else min(max_new_tokens, room)
 
+    def _limits(self, budget: Budget | str | os.PathLike[str] | None) -> Limits:
+        return Limits(lambda: (self._budget, self._resolved), self._checked, budget)
+
+    def _request(
+        self,
+        ids: list[int],
+        limit: int,
+        sampling: SamplingParams | None,
+        stop: StopStrings | None = None,
+        logprobs: int | None = None,
+        ignore_eos: bool = False,
+        trace: TraceWriter | None = None,
+    ) -> Request:
+        model = self.engine.manifest.model
+        sampler = Sampler(_params(sampling), np.array([ids], np.int64), model.vocab_size)
+        ends = frozenset() if ignore_eos else frozenset(model.eos_token_ids)
+        return Request(ids, limit, sampler, stop or StopStrings(()), logprobs, ends, trace)
+
+    @contextlib.contextmanager
+    def _sequence(self, max_length: int) -> Iterator[TokenSequence]:
+        """A sequence for one reply, which shares passes if there is room for it."""
+        member = self._scheduler.new_sequence()
+        try:
+            yield member or self.engine.new_sequence(max_length=max_length)
+        finally:
+            if member is not None:
+                self._scheduler.free(member)
+
     def _tokens(
-        self, sequence: TokenSequence, asked: _Request, cancelled: threading.Event, watch: Watch
+        self,
+        sequence: TokenSequence | None,
+        asked: Request,
+        limits: Limits,
+        cancelled: threading.Event,
+        watch: Watch,
     ) -> Iterator[Token]:
-        text, stop = self._codec.stream(), asked.stop
+        with contextlib.ExitStack() as held:
+            if sequence is None:
+                sequence = held.enter_context(self._sequence(len(asked.ids) + asked.limit))
+            decoder = self._decoder(sequence, asked, limits, cancelled)
+            # A trace records the decisions about one stream, so a stream that is recorded shares no rounds.
+            steps = decoder.steps() if asked.trace is not None else self._scheduler.steps(decoder, sequence)
+            held.enter_context(contextlib.closing(steps))
+            yield from told(steps, sequence, asked, limits, cancelled, watch, self._codec.stream(), self.readings)
+
+    def _decoder(self, sequence: TokenSequence, asked: Request, limits: Limits, cancelled: threading.Event) -> Decoder:
+        """A decoder for a prompt, of which the sequence keeps the rows that it has."""
+
+        def budget_and_costs() -> tuple[Budget, CostModel | None]:
+            return limits.resolved, self._costs
+
         sequence.rollback(_shared_prefix(sequence, asked.ids))
         prompt = np.array([asked.ids[sequence.length :]], np.int64)
-        decoder = self._decoder(sequence, prompt, asked.sampler, cancelled, asked.trace, asked.logprobs is not None)
-        steps = decoder.steps()
-        for count in range(1, asked.limit + 1):
-            if cancelled.is_set():
-                return
-            try:
-                step = next(steps)
-            except InfeasibleError:
-                watch.saw(time.monotonic(), self.readings() if self._resolved.needs_sensors else ())
-                raise
-            watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
-            token = int(step.ids[0])
-            finish: FinishReason | None = "stop" if token in asked.ends else "length" if count == asked.limit else None
-            piece = "" if finish == "stop" else text.push(token)
-            piece, hit = stop.push(piece + (text.flush() if finish is not None else ""))
-            if hit:
-                finish = "stop"
-            elif finish is not None:
-                piece += stop.flush()
-            log_p, best = None, ()  # type: float | None, tuple[tuple[int, float], ...]
-            if asked.logprobs is not None and step.logits is not None:
-                log_p, best = log_probabilities(step.logits[0], token, asked.logprobs)
-            decision = step.decision
-            yield Token(
-                token,
-                piece,
-                decision.exit_layer,
-                step.latency_ms,
-                decision.predicted_ms if step.target_ms is not None else None,
-                step.target_ms,
-                step.caught_up_rows,
-                sequence.pending_rows,
-                decision,
-                log_p,
-                best,
-                finish,
-            )
-            if finish is not None:
-                return
-
-    def _decoder(
-        self,
-        sequence: TokenSequence,
-        prompt: IntArray,
-        sampler: Sampler,
-        cancelled: threading.Event,
-        trace: TraceWriter | None = None,
-        keep_logits: bool = False,
-    ) -> Decoder:
-        def budget_and_costs() -> tuple[Budget, CostModel | None]:
-            return self._resolved, self._costs
-
-        environment = Environment(budget_and_costs, self.readings, cancelled.wait, trace, self._learned, keep_logits)
-        return Decoder(sequence, prompt, sampler, environment)
+        keep = asked.logprobs is not None
+        environment = Environment(budget_and_costs, self.readings, cancelled.wait, asked.trace, self._learned, keep)
+        return Decoder(sequence, prompt, asked.sampler, environment)
 
 
-class _Request(NamedTuple):
-    """Checked arguments of one reply.
+class _Fed(NamedTuple):
+    """A reply of a batch: its place, steps that are not told yet, and its tokens."""
 
-    Attributes:
-        ids: tokens of the prompt.
-        limit: largest number of tokens to make.
-        sampler: sampler that picks the tokens.
-        stop: finder of the strings that end the reply.
-        logprobs: number of likeliest tokens to report at each place; None without log-probabilities.
-        ends: tokens that end the reply.
-        trace: record of the run.
-    """
-
-    ids: list[int]
-    limit: int
-    sampler: Sampler
-    stop: StopStrings
-    logprobs: int | None
-    ends: frozenset[int]
-    trace: TraceWriter | None
+    place: int
+    steps: deque[Step]
+    tokens: Iterator[Token]
 
 
 def _params(sampling: SamplingParams | None) -> SamplingParams:

@@ -7,13 +7,15 @@ Owns these types and the ways to consume a stream: iteration, asynchronous itera
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
+from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.verdict import Verdict, Watch
 
@@ -116,6 +118,44 @@ class Reply:
         return sum(token.late for token in self.tokens[1:])
 
 
+class Limits:
+    """The budget of one reply: its own, or the one that the LLM has at the moment.
+
+    Args:
+        default: gives the LLM's budget, as it was set and as it is for this bundle.
+        resolve: checks a budget and gives it as it is for this bundle.
+        own: budget of this reply; None for the LLM's.
+    """
+
+    def __init__(
+        self,
+        default: Callable[[], tuple[Budget, Budget]],
+        resolve: Callable[[Budget], Budget],
+        own: Budget | str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._default, self._resolve = default, resolve
+        self._own: tuple[Budget, Budget] | None = None
+        self.replace(own)
+
+    @property
+    def budget(self) -> Budget:
+        """The budget as it was set."""
+        return (self._own or self._default())[0]
+
+    @property
+    def resolved(self) -> Budget:
+        """The budget as it is for this bundle."""
+        return (self._own or self._default())[1]
+
+    def replace(self, value: Budget | str | os.PathLike[str] | None) -> None:
+        """Set another one; errors as for :attr:`LLM.budget`."""
+        if value is None:
+            self._own = None
+        else:
+            budget = parse_budget(value)
+            self._own = budget, self._resolve(budget)
+
+
 class TokenStream(Iterator[Token]):
     """Tokens as they are made. One thread at a time may use it; any thread may call :meth:`cancel`.
 
@@ -129,14 +169,20 @@ class TokenStream(Iterator[Token]):
         tokens: source of the tokens; the stream closes it.
         prompt_tokens: number of tokens of the prompt.
         cancelled: event that :meth:`cancel` sets; the source ends when it is set.
+        limits: budget of the reply.
         watch: record of the budget, which the source updates with each token; it gives the verdicts.
     """
 
     def __init__(
-        self, tokens: Iterator[Token], prompt_tokens: int, cancelled: threading.Event, watch: Watch | None = None
+        self,
+        tokens: Iterator[Token],
+        prompt_tokens: int,
+        cancelled: threading.Event,
+        limits: Limits,
+        watch: Watch | None = None,
     ) -> None:
         self._source, self._prompt_tokens, self.cancelled = tokens, prompt_tokens, cancelled
-        self.watch = watch or Watch()
+        self.limits, self.watch = limits, watch or Watch()
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
         self._step = threading.RLock()  # held while a thread runs the source
@@ -174,6 +220,18 @@ class TokenStream(Iterator[Token]):
         """The generation so far."""
         text = "".join(token.text for token in self._tokens)
         return Reply(text, tuple(self._tokens), self._prompt_tokens, self._finish_reason, self.watch.verdicts())
+
+    @property
+    def budget(self) -> Budget:
+        """Limits of this reply; set it to a budget, the path of a budget file, or None for the budget of the LLM.
+
+        A new one takes effect at the next token, and begins the verdicts anew.
+        """
+        return self.limits.budget
+
+    @budget.setter
+    def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
+        self.limits.replace(value)
 
     def cancel(self) -> None:
         """End the stream before its next token; may be called from any thread."""

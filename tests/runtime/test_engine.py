@@ -80,10 +80,10 @@ def test_an_interrupt_at_any_point_of_a_growing_cache_leaves_the_logits_right(
     tiny: Any, tiny_engine: Engine, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C at every instruction of growing, and at every line around it; the sequence then continues unharmed."""
-    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_state.BUCKET", 8)
+    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_memory.BUCKET", 8)
     tokens = np.random.default_rng(3).integers(0, 320, (batch, 20))
     want = {e: tiny_engine.new_sequence(batch_size=batch).advance(e, tokens)[:, 0] for e in (2, 5)}
-    growing = {"grow", "_reserve", "_bucketed", "zeros", "touched_bytes"}
+    growing = {"grow", "_reserve", "bucketed", "zeros", "touched_bytes"}
 
     class Interrupts:
         def __init__(self, at: int) -> None:
@@ -215,7 +215,7 @@ def test_decode_steps_follow_a_cache_that_has_grown(
     tiny: Any, tiny_engine: Engine, batch: int, exit_layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Later rows must not be written to arrays that an earlier step was bound to."""
-    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_state.BUCKET", 8)
+    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_memory.BUCKET", 8)
     tokens = np.random.default_rng(8).integers(0, 320, (batch, 40))
     with Engine.of(Bundle.open(tiny.path).portable()) as engine:
         sequence = engine.new_sequence(batch_size=batch)

@@ -12,7 +12,14 @@ from functools import lru_cache
 from balcony_edge.budget import Budget
 
 #: Ceilings of which the lowest holds, and the one of which the highest holds.
-_LOWEST = ("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization", "memory_mb", "energy_j_per_token")
+_LOWEST = (
+    "temperature_c",
+    "critical_temperature_c",
+    "gpu_utilization",
+    "cpu_utilization",
+    "memory_mb",
+    "energy_j_per_token",
+)
 _HIGHEST = "battery_floor_percent"
 
 

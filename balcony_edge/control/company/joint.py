@@ -1,6 +1,6 @@
 """The joint controller: which streams get a token in the next round, at which exits, and which pending rows run next to it.
 
-Pure, like :mod:`balcony_edge.control.controller`: ``decide(state, seen) -> (state, round)`` has no clock, sensor or engine in it.
+Pure, like :mod:`balcony_edge.control.controller`: ``decide(state, seen) -> (state, round)`` has no clock, sensor or engine.
 One stream alone is decided by that controller; this one decides as soon as several ask.
 
 **Targets.** A stream with ``tpot_ms`` is due that long after its last token, one with a deadline after its share of the time
@@ -122,7 +122,10 @@ class JointController:
         factor = math.exp(slowdown.mean + self._offset(slowdown, chosen, chunk is not None))
         found = Round(
             moves=tuple(
-                Move(view.stream.key, self._decision(view, index, price_ms, factor, slowdown, len(chosen), governor, ceilings))
+                Move(
+                    view.stream.key,
+                    self._decision(view, index, price_ms, factor, slowdown, len(chosen), governor, ceilings),
+                )
                 for view, index in chosen
             ),
             refused=self._refused(views, slowdown, governor, ceilings, price_ms * factor),
@@ -134,9 +137,7 @@ class JointController:
         )
         return self._after(state, seen, views, chosen, chunk, slowdown, governor, made_for), found
 
-    def _view(
-        self, stream: StreamSeen, state: CompanyState, slowdown: Slowdown, now_s: float, ceiling: int
-    ) -> _View:
+    def _view(self, stream: StreamSeen, state: CompanyState, slowdown: Slowdown, now_s: float, ceiling: int) -> _View:
         budget, known = stream.budget, state.streams.get(stream.key)
         lowest, highest = self._allowed(budget)
         highest = max(min(highest, ceiling), lowest)
@@ -328,7 +329,8 @@ class JointController:
             self._costs, [Entry(index, ones, ones, view.stream.context_length) for view, index in chosen]
         )
         claims = [
-            Claim(view.lowest, index, view.stream.budget.weight, view.stream.context_length, True) for view, index in chosen
+            Claim(view.lowest, index, view.stream.budget.weight, view.stream.context_length, True)
+            for view, index in chosen
         ]
         exits, _ = assign(self._costs, self._quality, claims, limit_ms - max(price_ms - steady_ms, 0.0), 0)
         lowered = [(view, index) for (view, _), index in zip(chosen, exits, strict=True)]
@@ -358,7 +360,7 @@ class JointController:
     ) -> tuple[list[tuple[_View, int]], Chunk | None, float]:
         """Let a stream enter the deeper exit that it is assigned, or work off rows on the way to it."""
         rising = [(view, index) for view, index in chosen if view.rising() and index == view.at]
-        for view, index in rising:
+        for view, _ in rising:
             if view.tokens < view.stream.budget.dwell_tokens:
                 continue
             risen = [(one, view.goal if one is view else at) for one, at in chosen]
@@ -463,7 +465,14 @@ class JointController:
         found = []
         for view in views:
             decision = self._decision(
-                view, view.lowest, predicted_ms / slowdown.factor, slowdown.factor, slowdown, len(views), governor, ceilings
+                view,
+                view.lowest,
+                predicted_ms / slowdown.factor,
+                slowdown.factor,
+                slowdown,
+                len(views),
+                governor,
+                ceilings,
             )
             if decision.ends(view.stream.budget):
                 found.append((view.stream.key, decision))

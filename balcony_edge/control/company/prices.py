@@ -15,7 +15,7 @@ from balcony_edge.device.costs import CostModel, UnitCost
 class Entry(NamedTuple):
     """One stream's token in a round: exit index, rows due at each stage and balcony, and rows of context."""
 
-    index: int
+    exit_index: int
     stage_rows: Sequence[int]
     balcony_rows: Sequence[int]
     context: int
@@ -36,18 +36,18 @@ def round_ms(costs: CostModel, entries: Sequence[Entry]) -> float:
     if not entries:
         return 0.0
     total_ms = costs.overhead_ms + shared_ms(costs.head, len(entries), 0)
-    for stage in range(max(entry.index for entry in entries) + 1):
+    for stage in range(max(entry.exit_index for entry in entries) + 1):
         unit, rows, context = costs.stages[stage], 0, 0
         for entry in entries:
-            if entry.index < stage:
+            if entry.exit_index < stage:
                 continue
             if entry.stage_rows[stage] == 1:
                 rows, context = rows + 1, context + entry.context
             else:
                 total_ms += unit.pass_ms(entry.stage_rows[stage], entry.context)
         total_ms += shared_ms(unit, rows, context)
-    for index in {entry.index for entry in entries}:
-        leaving = [entry for entry in entries if entry.index == index]
+    for index in {entry.exit_index for entry in entries}:
+        leaving = [entry for entry in entries if entry.exit_index == index]
         unit = costs.balconies[index]
         total_ms += shared_ms(unit, len(leaving), sum(entry.context for entry in leaving))
         for entry in leaving:

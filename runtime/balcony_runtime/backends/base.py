@@ -73,8 +73,8 @@ class State(Protocol):
 class Pool(Protocol):
     """Memory of several members, each of which is a :class:`State` of batch 1, and passes that neighbouring members share.
 
-    A shared pass takes one row of each of ``count`` members from ``first`` on: the one that :meth:`begin` or :meth:`place` chose,
-    as the passes of earlier stages have changed it. Nothing of it is stored before :meth:`keep`.
+    A shared pass takes one row of each of ``count`` members from ``first`` on: the one that :meth:`begin` or :meth:`place`
+    chose, as the passes of earlier stages have changed it. Nothing of it is stored before :meth:`keep`.
     """
 
     members: int

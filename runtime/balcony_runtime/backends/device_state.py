@@ -72,6 +72,9 @@ class DeviceBackend:
             self.device.free(self.returned.popleft())
         return self.device.allocate(shape, dtype)
 
+    def new_pool(self, members: int, max_length: int) -> None:
+        """Nothing: the members of an engine's batch have the same length."""
+
     def close(self) -> None:
         """Free engines and memory."""
         self.executor.close()

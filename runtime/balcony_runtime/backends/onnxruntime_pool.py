@@ -102,7 +102,9 @@ class OnnxRuntimePool:
         """Copy the first rows of one member to another; see :class:`.base.Pool`."""
         manifest, memory = self._backend.manifest, self._memory
         memory.rows[0, target, : stage_rows[0]] = memory.rows[0, source, : stage_rows[0]]
-        for stage, rows in enumerate(stage_rows):  # the boundary after a stage has as many rows as the stage has taken in
+        for stage, rows in enumerate(
+            stage_rows
+        ):  # the boundary after a stage has as many rows as the stage has taken in
             memory.rows[stage + 1, target, :rows] = memory.rows[stage + 1, source, :rows]
             self._copy_cache(f"stage_{stage}", source, target, rows)
         for layer, rows in zip(manifest.exit_layers, balcony_rows, strict=False):

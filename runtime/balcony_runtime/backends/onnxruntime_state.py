@@ -324,7 +324,9 @@ class OnnxRuntimeState:
             values, results = ({key: value_of(array[one]) for key, array in part.items()} for part in (inputs, outputs))
             self._run(graph, self._bind(graph, {**values, "last": value_of(self._last[one])}, results, one))
 
-    def _bind(self, graph: _Graph, inputs: dict[str, Any], outputs: dict[str, Any], members: slice | None = None) -> Any:
+    def _bind(
+        self, graph: _Graph, inputs: dict[str, Any], outputs: dict[str, Any], members: slice | None = None
+    ) -> Any:
         """Bind those of ``inputs``, ``outputs`` and the inputs of position that the graph has, and its cache."""
         session, spec = self._backend.sessions[graph.name], graph.spec
         binding = bound(session, spec.inputs, spec.outputs, {**self._where, **inputs}, outputs)

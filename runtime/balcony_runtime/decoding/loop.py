@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.manifest import ConfidenceSpec
+from balcony_edge.control.company.seen import StreamSeen
 from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
+from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.control.trace import TraceWriter
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
@@ -27,6 +29,8 @@ from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.engine import TokenSequence
 
+#: Latest reading of every sensor, and the time at which they were read.
+Readings = tuple[tuple[Reading, ...], float]
 #: Rows of one portion of idle work. Idle work can be ended at the end of each portion.
 IDLE_ROWS = 8
 
@@ -105,61 +109,70 @@ class Decoder:
     """
 
     def __init__(self, sequence: TokenSequence, prompt: IntArray, sampler: Sampler, environment: Environment) -> None:
-        self._sequence, self._prompt, self._sampler, self._environment = sequence, prompt, sampler, environment
+        self._sequence, self._sampler, self._environment = sequence, sampler, environment
+        #: Rows to append before the next token: the prompt (B, n), later the previous token (B,).
+        self._ids = prompt
+        self._last: Measurement | None = None
+        self._emitted_ns = 0
+        self._appended = False  # whether the sequence has the prompt's tokens, of which rows may be pending
         self._learned = environment.learned or Learned(sequence.exits, {})
         self._picks_inside = sequence.picks_inside and sampler.greedy and not environment.keep_logits
         self._early_exits = EarlyExits(self._learned.confident)
         self._budget, self._costs = Budget(), None  # type: Budget, CostModel | None
         self._policy: Policy | None = None
         self._senses = False
-        self._unmeasured = _unmeasured(sequence.exits)
+        self._unmeasured = unmeasured(sequence.exits)
         self._controller = Controller(self._unmeasured)
         self._state, self._decision = self._learned.state.for_next_reply(), None  # type: ControllerState, Decision | None
         self._seen: Observation | None = None
-        self._read: tuple[tuple[Reading, ...], float] = (), 0.0
+        self._read: Readings = (), 0.0
         self._started_s = time.monotonic()
         self._made = 0
         if environment.trace is not None:
             environment.trace.begin(self._state)
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Generator[Step]:
         """Decode without end; the caller stops asking.
 
         Raises:
             InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
             ContextLengthError: the sequence is full.
         """
-        sequence, exits, learned = self._sequence, self._sequence.exits, self._learned
-        ids, emitted_ns = self._prompt, 0
-        last: Measurement | None = None
         while True:
-            begin_ns, rows_before = time.perf_counter_ns(), sequence.rows_run
-            decision = self._decide(last)
-            if decision.catch_up is not None:
-                _catch_up(sequence, decision.catch_up)
-            attempted = self._attempt(ids, decision, begin_ns)
-            made = attempted or self._step(ids, decision.exit_layer)
+            yield from self.step()
+
+    def step(self) -> list[Step]:
+        """Make the next token, or the next tokens if a policy makes several at once; errors as for :meth:`steps`."""
+        sequence, exits, learned, ids = self._sequence, self._sequence.exits, self._learned, self._ids
+        begin_ns, rows_before, new_rows = time.perf_counter_ns(), sequence.rows_run, self._new_rows
+        decision = self._decide(self._last)
+        if decision.catch_up is not None:
+            _catch_up(sequence, decision.catch_up)
+        attempted = self._attempt(ids, decision, begin_ns)
+        made = attempted or self._step(ids, decision.exit_layer)
+        done_ns = time.perf_counter_ns()
+        measured = self._made and attempted is None
+        self._last = self._learn(decision, (done_ns - begin_ns) / 1e6) if measured else None
+        learned.busy_ns += done_ns - begin_ns
+        if decision.period_ms:  # wait after the step, so that a slow step shortens the wait
+            learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
             done_ns = time.perf_counter_ns()
-            last = self._learn(decision, (done_ns - begin_ns) / 1e6) if self._made and attempted is None else None
-            learned.busy_ns += done_ns - begin_ns
-            if decision.period_ms:  # wait after the step, so that a slow step shortens the wait
-                learned.busy_ns += self._wait(decision, emitted_ns + int(decision.period_ms * 1e6))
-                done_ns = time.perf_counter_ns()
-            latency_ms, emitted_ns = (done_ns - begin_ns) / 1e6, done_ns
-            caught_up = 0
-            if not made.drafted:  # rows beyond the new ones are backlog; a draft round has no backlog
-                new_rows = ids.shape[1] if ids.ndim == 2 else 1
-                caught_up = sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows
-            given = decision
-            if attempted is not None:
-                words = (made.words, *decision.words)
-                given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
-            self._record(given, decision.exit_layer, latency_ms)
-            target_ms = self._budget.tpot_ms
-            for ids, logits in zip(made.ids, made.logits, strict=True):
-                self._made += 1
-                yield Step(ids, logits, given, target_ms, latency_ms, caught_up, self._budget, *self._read)
-                latency_ms = 0.0  # the other tokens of a round came with the first
+        latency_ms, self._emitted_ns = (done_ns - begin_ns) / 1e6, done_ns
+        caught_up = 0
+        if not made.drafted:  # rows beyond the new ones are backlog; a draft round has no backlog
+            caught_up = sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows
+        given = decision
+        if attempted is not None:
+            words = (made.words, *decision.words)
+            given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
+        self._record(given, decision.exit_layer, latency_ms)
+        steps, target_ms = [], self._budget.tpot_ms
+        for step_ids, logits in zip(made.ids, made.logits, strict=True):
+            steps.append(Step(step_ids, logits, given, target_ms, latency_ms, caught_up, self._budget, *self._read))
+            latency_ms = 0.0  # the other tokens of a round came with the first
+        self._ids = made.ids[-1]
+        self._made += len(steps)
+        return steps
 
     def _decide(self, last: Measurement | None) -> Decision:
         """Decide about the next token.
@@ -190,7 +203,7 @@ class Decoder:
     def _observe(self, budget: Budget, last: Measurement | None) -> Observation:
         environment, sequence, now_s = self._environment, self._sequence, time.monotonic()
         self._read = environment.readings() if self._senses or environment.trace is not None else (), now_s
-        rows = 1 if self._made else self._prompt.shape[1]
+        rows = self._new_rows
         stage_rows, balcony_rows = sequence.rows_due(rows)
         self._seen = Observation(
             budget,
@@ -205,6 +218,54 @@ class Decoder:
             readings=self._read[0],
         )
         return self._seen
+
+    @property
+    def _new_rows(self) -> int:
+        """Number of rows that the next token appends to the sequence."""
+        return 1 if self._made else 0 if self._appended else self._ids.shape[1]
+
+    def seen(self, key: int, asked_s: float) -> StreamSeen:
+        """What a joint decision must know of this stream; the prompt's tokens then belong to the sequence.
+
+        Args:
+            key: number of the stream.
+            asked_s: time at which its next token was asked for, on ``time.monotonic``.
+        """
+        self._budget, _ = self._environment.budget_and_costs()
+        sequence = self._sequence
+        if not self._made and not self._appended:
+            sequence.append(self._ids)
+            self._appended = True
+        stage_rows, balcony_rows = sequence.rows_due(self._new_rows)
+        context = sequence.length + self._new_rows - 1
+        started_s = self._started_s
+        return StreamSeen(key, self._budget, context, stage_rows, balcony_rows, self._made, started_s, asked_s)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the first token has been made."""
+        return self._made > 0
+
+    @property
+    def last_token(self) -> int:
+        """The token that the next step of the only member begins with."""
+        return int(self._ids[0])
+
+    def take(self, logits: FloatArray, decision: Decision, latency_ms: float, read: Readings) -> Step:
+        """Take the logits (1, V) of a round as the next token's, as if :meth:`step` had made them."""
+        ids = self._sampler.pick(logits)
+        kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
+        step = Step(ids, kept, decision, self._budget.tpot_ms, latency_ms, 0, self._budget, *read)
+        self._ids, self._last, self._emitted_ns = ids, None, time.perf_counter_ns()
+        self._made += 1
+        return step
+
+    def follow(self, exit_layer: int, slowdown: Slowdown) -> None:
+        """Go on alone after a token in company: from its exit, and with what the rounds have learned about the device."""
+        state = self._state
+        learned = state.slowdown._replace(mean=slowdown.mean, variance=slowdown.variance, surprise=0, drift=0.0)
+        self._state = state._replace(exit_layer=exit_layer, tokens_since_switch=1, catching_up=False, slowdown=learned)
+        self._decision = None
 
     def _policy_of(self, budget: Budget) -> Policy | None:
         if budget.policy == "confident":
@@ -229,7 +290,7 @@ class Decoder:
         """Make one token of each member at an exit, after the prompt (B, n) or the previous token (B,)."""
         sequence, sampler = self._sequence, self._sampler
         if ids.ndim == 2:
-            logits = sequence.advance(exit_layer, ids)[:, -1]
+            logits = sequence.advance(exit_layer, ids[:, : self._new_rows])[:, -1]
         elif self._picks_inside:
             return Made([sequence.step_best(exit_layer, ids)], [None], exit_layer)
         else:
@@ -275,7 +336,7 @@ def _catch_up(sequence: TokenSequence, chunk: CatchUp) -> None:
         sequence.run_stage(chunk.stage, chunk.rows)
 
 
-def _unmeasured(exits: tuple[int, ...]) -> CostModel:
+def unmeasured(exits: tuple[int, ...]) -> CostModel:
     """Prices of 0, for budgets without a target, which do not use prices."""
     nothing = (UnitCost(0.0),) * len(exits)
     return CostModel(exits, nothing, nothing, nothing[0])

@@ -1,7 +1,7 @@
 """Sequences that share passes: members of a KV pool, and the step of several of them at exits of their own.
 
-Owns which members share a pass. All members run stage 0; those at a shallow exit leave to their balcony, and the others go on in
-a smaller batch. A member is a :class:`TokenSequence` like any other: its pending rows are the rebatching buffer, so nothing is
+Owns which members share a pass. All run stage 0; those at a shallow exit leave to their balcony, and the others go on in a
+smaller batch. A member is a :class:`TokenSequence` like any other: its pending rows are the rebatching buffer, so nothing is
 approximated, and what it does alone (prompts, backlog, speculation) it does as a sequence of its own.
 
 A pass takes a contiguous range of members. A member inside the range that has no row of its own for this graph works off one of
@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from balcony_edge.errors import ContextLengthError
 from balcony_runtime.backends.base import FloatArray, Pool
 from balcony_runtime.engine import Engine, TokenSequence
 
-#: Dead rows in one gap of a range that cost less than another pass. A further row costs 4 % (float32) to 25 % (int4) of the first.
+#: Dead rows in one gap that cost less than another pass: a further row costs 4 % (float32) to 25 % (int4) of the first.
 MOST_DEAD = 3
 
 
@@ -95,6 +94,10 @@ class SequencePool:
                 self._members[member] = None
                 self._pool.clear(member)
 
+    def holds(self, sequence: TokenSequence) -> bool:
+        """Whether the sequence is a member of this pool."""
+        return sequence in self._places
+
     def copy_rows(self, source: TokenSequence, target: TokenSequence, rows: int) -> None:
         """Give an empty sequence the first rows of another one, as far as each stage and balcony has them."""
         with source.lock, target.lock:
@@ -123,9 +126,7 @@ class SequencePool:
                 held.enter_context(self._of(member).lock)
             for move in moves:
                 if move.sequence.length >= move.sequence.max_length:
-                    raise ContextLengthError(
-                        f"a sequence of {move.sequence.length} tokens is full: end it, or begin it with a shorter prompt"
-                    )
+                    raise move.sequence.full()
             members, rows = np.array(list(at)), np.array([move.sequence.length for move in moves])
             total = max(sequence.length for sequence in self._members if sequence is not None) + 1
             self._pool.begin(members, np.array([move.token for move in moves]), rows, total)
@@ -206,7 +207,9 @@ class SequencePool:
                 sequence.run_balcony(self._layers[index], sequence.length - 1 - sequence.balcony_cursor[index])
             if behind or member in alone:  # passes of its own have left another row in place
                 self._pool.place(index + 1, member, sequence.length - 1)
-        for first, count, carried in self._ranges(members, index + 1, lambda it: self._balcony_rows(it, index), going_on):
+        for first, count, carried in self._ranges(
+            members, index + 1, lambda it: self._balcony_rows(it, index), going_on
+        ):
             self._pool.run_exit(index, first, count)
             for member, row in carried.items():
                 self._of(member).balcony_cursor[index] = row + 1

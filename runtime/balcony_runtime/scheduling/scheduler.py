@@ -1,0 +1,323 @@
+"""The scheduler: steps all streams of one engine, whichever thread asks for the next token.
+
+Owns the turns. Every consumer asks for its own next token; one of the waiting threads leads and runs a round for all that ask
+(:mod:`balcony_edge.control.company.joint` decides it), the others wait for what it brings them. So there is no thread between a
+stream and its consumer: a stream that is alone is stepped by its own decoder, as if there were no scheduler. A stream whose
+consumer does not ask is not stepped and holds nobody up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+
+import numpy as np
+
+from balcony_edge.control.company.joint import JointController
+from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen
+from balcony_edge.control.decision import Decision, Measurement
+from balcony_edge.device.costs import CostModel
+from balcony_edge.device.readings import Reading
+from balcony_edge.errors import BalconyError, InfeasibleError
+from balcony_runtime.decoding.loop import Decoder, Learned, Step, unmeasured
+from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.scheduling.pool import Move, SequencePool
+
+#: Members of the KV pool; streams beyond them have memory of their own and share no passes.
+MEMBERS = 16
+#: Longest time that a round waits for the streams of the round before it, whose consumers are at their tokens.
+GATHER_S = 0.001
+#: Longest sleep between two looks at whether a stream has ended.
+NAP_S = 0.02
+
+
+class Stream:
+    """A reply in progress, as the scheduler sees it.
+
+    Attributes:
+        key: its number.
+        decoder: its decoder.
+        sequence: its sequence.
+    """
+
+    def __init__(self, key: int, decoder: Decoder, sequence: TokenSequence) -> None:
+        self.key, self.decoder, self.sequence = key, decoder, sequence
+        self.asked_s = 0.0
+        self.asks = False
+        self.found: list[Step] = []
+        self.error: BaseException | None = None
+
+    def steps(self) -> list[Step]:
+        """The answer: the next steps.
+
+        Raises:
+            BalconyError: the stream cannot go on.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.found
+
+    def answer(self, steps: list[Step]) -> None:
+        self.found, self.asks = steps, False
+
+    def fail(self, error: BaseException) -> None:
+        self.error, self.asks = error, False
+
+
+class Scheduler:
+    """Runs the streams of one engine in rounds.
+
+    Args:
+        engine: engine of all sequences.
+        learned: what replies learn about the device, shared with the decoders.
+        costs: gives the prices, or None while no budget needs them.
+        readings: gives the latest reading of every sensor.
+        quality: agreement of each exit with the full depth, ascending.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        learned: Learned,
+        costs: Callable[[], CostModel | None],
+        readings: Callable[[], tuple[Reading, ...]],
+        quality: Sequence[float],
+    ) -> None:
+        self._engine, self._learned, self._costs, self._readings = engine, learned, costs, readings
+        self._quality = tuple(quality)
+        self._turn = threading.Condition()
+        self._streams: dict[int, Stream] = {}
+        self._keys = itertools.count()
+        self._leading = False
+        self._running: Sequence[Stream] = ()
+        self._company: frozenset[int] = frozenset()  # streams of the last round
+        self._controller: JointController | None = None
+        self._priced: CostModel | None = None
+        self._state, self._last = CompanyState(), None  # type: CompanyState, Measurement | None
+        self._not_before_s = 0.0
+        self._pool: SequencePool | None = None
+        self._pool_lock = threading.Lock()
+        self._pool_made = False
+
+    @property
+    def shares(self) -> bool:
+        """Whether the engine can share passes between sequences."""
+        with self._pool_lock:
+            if not self._pool_made:
+                self._pool, self._pool_made = SequencePool.of(self._engine, MEMBERS), True
+        return self._pool is not None
+
+    def new_sequence(self) -> TokenSequence | None:
+        """A sequence that can share passes with others; None if there is no room, or the engine cannot share passes."""
+        return self._pool.take() if self.shares and self._pool is not None else None
+
+    def free(self, sequence: TokenSequence) -> None:
+        """Give a sequence of :meth:`new_sequence` back."""
+        if self._pool is not None:
+            self._pool.give_back(sequence)
+
+    def steps(self, decoder: Decoder, sequence: TokenSequence) -> Generator[Step]:
+        """The steps of one stream; it belongs to the company from the first one to the end of the iterator.
+
+        Raises:
+            InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
+            ContextLengthError: the sequence is full.
+        """
+        stream = self.join(decoder, sequence)
+        try:
+            while True:
+                self.ask(stream)
+                self.wait([stream])
+                yield from stream.steps()
+        finally:
+            self.leave(stream)
+
+    def join(self, decoder: Decoder, sequence: TokenSequence) -> Stream:
+        """Add a stream."""
+        with self._turn:
+            stream = Stream(next(self._keys), decoder, sequence)
+            self._streams[stream.key] = stream
+            return stream
+
+    def ask(self, stream: Stream) -> None:
+        """Ask for the next token of a stream; :meth:`wait` brings it."""
+        with self._turn:
+            stream.asked_s, stream.asks = time.monotonic(), True
+            self._turn.notify_all()
+
+    def wait(self, streams: Sequence[Stream]) -> list[Stream]:
+        """Wait until one of the streams has an answer, and return those that have; leads rounds if no other thread does."""
+        with self._turn:
+            while not (answered := [stream for stream in streams if not stream.asks]):
+                if self._leading:
+                    self._turn.wait()
+                    continue
+                self._leading = True
+                try:
+                    self._lead()
+                finally:
+                    self._leading = False
+                    self._turn.notify_all()
+            return answered
+
+    def leave(self, stream: Stream) -> None:
+        """Remove a stream; waits for a round of another thread that uses it."""
+        with self._turn:
+            stream.asks = False
+            while stream in self._running:
+                self._turn.wait(NAP_S)
+            self._streams.pop(stream.key, None)
+            self._turn.notify_all()
+
+    def _lead(self) -> None:
+        """Run one round for all streams that ask. Holds the lock at both ends, and not while the round runs."""
+        self._gather()
+        asking = [stream for stream in self._streams.values() if stream.asks]
+        self._running = asking
+        self._turn.release()
+        try:
+            if len(asking) == 1:
+                self._alone(asking[0])
+            else:
+                self._round(asking)
+        finally:
+            self._turn.acquire()
+            self._running = ()
+
+    def _gather(self) -> None:
+        """Wait a moment for the streams of the last round, so that they stay together."""
+        until_s = time.monotonic() + GATHER_S
+        while any(key in self._company and not stream.asks for key, stream in self._streams.items()):
+            left_s = until_s - time.monotonic()
+            if left_s <= 0 or not self._turn.wait(left_s):
+                return
+
+    def _alone(self, stream: Stream) -> None:
+        self._company = frozenset()
+        self._last = None
+        try:
+            stream.answer(stream.decoder.step())
+        except BalconyError as error:
+            stream.fail(error)
+
+    def _round(self, asking: Sequence[Stream]) -> None:
+        lengths = {stream.key: stream.sequence.length for stream in asking}
+        try:
+            self._run(asking)
+        except BalconyError as error:  # a shared pass failed
+            for stream in asking:
+                if stream.asks:
+                    stream.fail(error)
+        except BaseException:
+            # The streams ask again: what this round has appended without an answer goes.
+            for stream in asking:
+                if stream.asks and stream.decoder.begun:
+                    stream.sequence.rollback(min(lengths[stream.key], stream.sequence.length))
+            raise
+
+    def _run(self, asking: Sequence[Stream]) -> None:
+        if (pause_s := self._not_before_s - time.monotonic()) > 0:
+            time.sleep(min(pause_s, NAP_S))
+            return
+        controller = self._joint()
+        streams, seen = self._seen(asking)
+        if not streams:
+            return
+        self._state, found = controller.decide(self._state, seen)
+        self._learned.state = self._learned.state._replace(governor=self._state.governor)
+        for key, decision in found.refused:
+            streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
+        begin_ns = time.perf_counter_ns()
+        if found.chunk is not None and found.chunk.key in streams:
+            self._work_off(streams[found.chunk.key], found.chunk)
+        moves = {move.key: move.decision for move in found.moves if move.key in streams}
+        logits = self._step({streams[key]: decision for key, decision in moves.items()})
+        done_ns = time.perf_counter_ns()
+        self._learned.busy_ns += done_ns - begin_ns
+        first = any(not stream.decoder.begun for stream in logits)
+        self._last = None
+        if found.price_ms and not first and not found.refused:
+            exit_layer = self._engine.exit_layers[found.deepest]
+            self._last = Measurement(exit_layer, found.price_ms, (done_ns - begin_ns) / 1e6)
+        self._company = frozenset(moves)
+        now_s = time.monotonic()
+        for stream, row in logits.items():
+            self._hand_over(stream, row, moves[stream.key], now_s, (seen.readings, seen.now_s))
+        self._not_before_s = now_s + found.wait_ms / 1000
+        self._state = self._state.without([key for key in self._state.streams if key not in self._streams])
+
+    def _joint(self) -> JointController:
+        costs = self._costs()
+        if costs is not self._priced or self._controller is None:
+            self._priced = costs
+            self._controller = JointController(costs or unmeasured(self._engine.exit_layers), self._quality)
+            self._state, self._last = CompanyState(self._learned.state.slowdown), None
+        return self._controller
+
+    def _seen(self, asking: Sequence[Stream]) -> tuple[dict[int, Stream], RoundSeen]:
+        """What the controller must know; a stream that cannot go on fails alone."""
+        streams, found = {}, []
+        for stream in asking:
+            try:
+                found.append(stream.decoder.seen(stream.key, stream.asked_s))
+                streams[stream.key] = stream
+            except BalconyError as error:
+                stream.fail(error)
+        senses = any(one.budget.needs_sensors for one in found)
+        now_s, busy_s = time.monotonic(), self._learned.busy_ns / 1e9
+        return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, self._readings() if senses else ())
+
+    def _work_off(self, stream: Stream, chunk: Chunk) -> None:
+        sequence = stream.sequence
+        for stage in chunk.stages:
+            sequence.run_stage(stage, chunk.rows)
+        if chunk.balcony is not None:
+            sequence.run_balcony(self._engine.exit_layers[chunk.balcony], chunk.rows)
+
+    def _step(
+        self, moves: Mapping[Stream, Decision]
+    ) -> dict[Stream, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+        """Run the round's tokens: those of the pool together, prompts and others one by one. Gives logits (1, V)."""
+        together: list[Stream] = []
+        logits = {}
+        for stream, decision in moves.items():
+            sequence = stream.sequence
+            if stream.decoder.begun and self._pool is not None and self._pool.holds(sequence):
+                together.append(stream)
+                continue
+            try:
+                if stream.decoder.begun:
+                    ids = np.array([stream.decoder.last_token])
+                    logits[stream] = sequence.step(decision.exit_layer, ids).copy()
+                else:
+                    logits[stream] = sequence.advance(decision.exit_layer, ())[:, -1]
+            except BalconyError as error:
+                stream.fail(error)
+        full = [stream for stream in together if stream.sequence.length >= stream.sequence.max_length]
+        for stream in full:
+            stream.fail(stream.sequence.full())
+        together = [stream for stream in together if stream not in full]
+        if together and self._pool is not None:
+            rows = self._pool.step(
+                [Move(one.sequence, moves[one].exit_layer, one.decoder.last_token) for one in together]
+            )
+            logits |= {stream: rows[place : place + 1] for place, stream in enumerate(together)}
+        return logits
+
+    def _hand_over(
+        self,
+        stream: Stream,
+        logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+        decision: Decision,
+        now_s: float,
+        read: tuple[tuple[Reading, ...], float],
+    ) -> None:
+        try:
+            step = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
+        except BalconyError as error:
+            stream.fail(error)
+            return
+        stream.decoder.follow(decision.exit_layer, self._state.slowdown)
+        stream.answer([step])
