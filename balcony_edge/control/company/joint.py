@@ -44,6 +44,8 @@ ELASTIC = 4
 PROMPT_SHARE = 0.3
 #: Longest round in milliseconds when nobody has a target but somebody waits for a prompt of somebody else.
 CALM_MS = 250.0
+#: Rounds like this one for which a stream must be able to wait, to be left out for the sake of pending rows.
+BEHIND_ROUNDS = 3.0
 #: Rows beyond which the time for a chunk counts as plenty.
 PLENTY = 64
 #: Share of the time left that a deadline keeps for a load that has not begun, per deviation of its probability.
@@ -58,6 +60,7 @@ class _View(NamedTuple):
         lowest, highest: indices of the exits allowed.
         period_ms: longest gap between its tokens; infinite without a target.
         room_ms: time until it is due.
+        waited_ms: time since it asked for its token.
         at: exit of its last token; None before the first.
         goal: exit that it is assigned.
         met: whether the assignment holds its targets.
@@ -69,6 +72,7 @@ class _View(NamedTuple):
     highest: int
     period_ms: float
     room_ms: float
+    waited_ms: float
     at: int | None
     goal: int
     met: bool
@@ -157,6 +161,7 @@ class JointController:
             highest,
             period_ms * scale,
             max(room_ms, 0.0) * scale,
+            1000 * (now_s - stream.emitted_s) * scale,
             index,
             highest if known is None else max(min(known.goal, highest), lowest),
             known.met if known is not None else True,
@@ -275,7 +280,7 @@ class JointController:
         steps = [view for view in ready if not view.first]
         chosen = [(view, view.goal if view.at is None else min(view.goal, view.at)) for view in steps]
         price_ms = self._price(chosen)
-        chosen, price_ms, left = self._leave_out(chosen, price_ms)
+        chosen, price_ms, left = self._leave_out(chosen, price_ms, any(view.rising() for view in steps))
         waiting += left
         limit_ms = min((view.bound_ms for view, _ in chosen), default=math.inf)
         # Who waits must still get its token in a round like this one.
@@ -293,13 +298,16 @@ class JointController:
         return self._with_backlog(chosen, price_ms, slack_ms)
 
     def _leave_out(
-        self, chosen: list[tuple[_View, int]], price_ms: float
+        self, chosen: list[tuple[_View, int]], price_ms: float, behind: bool
     ) -> tuple[list[tuple[_View, int]], float, list[_View]]:
-        """Leave out streams that can wait for the next round, while this one takes too long."""
+        """Leave out streams that can wait for the next round, while this one takes too long.
+
+        If somebody is ``behind``, all of them are left out: their targets are kept anyway, and the time goes to pending rows.
+        """
         left: list[_View] = []
-        while len(chosen) > 1 and price_ms > min(view.bound_ms for view, _ in chosen):
+        while len(chosen) > 1 and (behind or price_ms > min(view.bound_ms for view, _ in chosen)):
             laxest = max(chosen, key=lambda one: (self._patience_ms(one[0]), one[0].stream.key))
-            if self._patience_ms(laxest[0]) < 2 * price_ms:
+            if self._patience_ms(laxest[0]) < (BEHIND_ROUNDS if behind else 2) * price_ms:
                 break
             chosen = [one for one in chosen if one is not laxest]
             left.append(laxest[0])
@@ -312,11 +320,7 @@ class JointController:
             return view.bound_ms
         ones = (1,) * len(self._costs.exits)
         round_of_one = round_ms(self._costs, [Entry(view.goal, ones, ones, view.stream.context_length)])
-        return max(ELASTIC * round_of_one - self._waited_ms(view), 0.0)
-
-    @staticmethod
-    def _waited_ms(view: _View) -> float:
-        return view.period_ms - view.room_ms if view.period_ms < math.inf else 0.0
+        return max(ELASTIC * round_of_one - view.waited_ms, 0.0)
 
     def _lowered(
         self, chosen: list[tuple[_View, int]], price_ms: float, limit_ms: float
@@ -360,13 +364,14 @@ class JointController:
     ) -> tuple[list[tuple[_View, int]], Chunk | None, float]:
         """Let a stream enter the deeper exit that it is assigned, or work off rows on the way to it."""
         rising = [(view, index) for view, index in chosen if view.rising() and index == view.at]
-        for view, _ in rising:
+        for view, index in rising:
             if view.tokens < view.stream.budget.dwell_tokens:
                 continue
-            risen = [(one, view.goal if one is view else at) for one, at in chosen]
-            risen_ms = self._price(risen)
-            if risen_ms - price_ms <= slack_ms:
-                return risen, None, risen_ms
+            for entered in range(view.goal, index, -1):
+                risen = [(one, entered if one is view else at) for one, at in chosen]
+                risen_ms = self._price(risen)
+                if risen_ms - price_ms <= slack_ms:
+                    return risen, None, risen_ms
         # One after another: a stream that has caught up leaves no more rows.
         for view, index in sorted(rising, key=lambda one: (self._rows_left(one[0]), one[0].stream.key)):
             if (chunk := self._backlog(view, index, slack_ms)) is not None:
