@@ -10,6 +10,7 @@ that is not a ``BalconyError`` is a bug and keeps its traceback.
     ├── EngineBuildError      a graph that TensorRT cannot read or build
     ├── BudgetError           a target or a budget file that makes no sense
     │   └── InfeasibleError   a target that nothing can meet, if the budget asks for an error
+    ├── BusyError             more replies at once than the device can hold to their targets
     ├── ProfileError          a device profile that cannot be measured, read or written
     ├── ContextLengthError    more tokens than the context holds
     ├── InputError            a prompt, a sampling parameter, an exit or a path that cannot be used
@@ -46,6 +47,10 @@ class BudgetError(BalconyError):
 
 class InfeasibleError(BudgetError):
     """Nothing meets the budget and its ``on_infeasible`` is ``error``."""
+
+
+class BusyError(BalconyError):
+    """The replies in progress leave no time for another one with its targets; a later try may succeed."""
 
 
 class ProfileError(BalconyError):

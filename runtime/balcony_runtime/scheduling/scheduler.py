@@ -20,7 +20,7 @@ from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BalconyError, InfeasibleError
+from balcony_edge.errors import BalconyError, BusyError, InfeasibleError
 from balcony_runtime.decoding.loop import Decoder, Learned, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.pool import Move, SequencePool
@@ -29,6 +29,8 @@ from balcony_runtime.scheduling.pool import Move, SequencePool
 MEMBERS = 16
 #: Longest time that a round waits for the streams of the round before it, whose consumers are at their tokens.
 GATHER_S = 0.001
+#: Most streams that wait for others to end; one more is refused.
+MOST_WAITING = 64
 #: Longest sleep between two looks at whether a stream has ended.
 NAP_S = 0.02
 
@@ -46,6 +48,7 @@ class Stream:
         self.key, self.decoder, self.sequence = key, decoder, sequence
         self.asked_s = 0.0
         self.asks = False
+        self.admitted = False
         self.found: list[Step] = []
         self.error: BaseException | None = None
 
@@ -135,8 +138,15 @@ class Scheduler:
             self.leave(stream)
 
     def join(self, decoder: Decoder, sequence: TokenSequence) -> Stream:
-        """Add a stream."""
+        """Add a stream. It waits until the shallowest exits would hold everybody's targets.
+
+        Raises:
+            BusyError: too many streams wait already.
+        """
         with self._turn:
+            waiting = sum(not stream.admitted for stream in self._streams.values())
+            if waiting >= MOST_WAITING:
+                raise BusyError(f"{waiting} replies wait for others to end: try again later")
             stream = Stream(next(self._keys), decoder, sequence)
             self._streams[stream.key] = stream
             return stream
@@ -174,7 +184,11 @@ class Scheduler:
     def _lead(self) -> None:
         """Run one round for all streams that ask. Holds the lock at both ends, and not while the round runs."""
         self._gather()
-        asking = [stream for stream in self._streams.values() if stream.asks]
+        asking = [
+            stream for stream in self._streams.values() if stream.asks and (stream.admitted or self._admit(stream))
+        ]
+        if not asking:
+            return  # those that waited were refused
         self._running = asking
         self._turn.release()
         try:
@@ -185,6 +199,25 @@ class Scheduler:
         finally:
             self._turn.acquire()
             self._running = ()
+
+    def _admit(self, stream: Stream) -> bool:
+        """Admit a stream if there is time for it, in the order of their requests; refuse it if its budget asks for that."""
+        others = [one for one in self._streams.values() if one.admitted]
+        if others:
+            seen = [one.decoder.seen(one.key, one.asked_s) for one in others]
+            try:
+                newcomer = stream.decoder.seen(stream.key, stream.asked_s)
+                now = RoundSeen(tuple(seen), None, time.monotonic())
+                reason = self._joint().refusal(self._state, now, newcomer)
+            except BalconyError as error:
+                stream.fail(error)
+                return False
+            if reason is not None:
+                if newcomer.budget.on_infeasible == "error":
+                    stream.fail(BusyError(reason))
+                return False
+        stream.admitted = True
+        return True
 
     def _gather(self) -> None:
         """Wait a moment for the streams of the last round, so that they stay together."""

@@ -1,0 +1,164 @@
+"""Goals: the exit that each stream of a company is assigned, until streams, budgets or the device change.
+
+Owns when an assignment is made again, what it must leave room for, and which target is given up if not all can be held. The
+search for exits is :mod:`.assignment`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from balcony_edge.control.company.assignment import Claim, assign
+from balcony_edge.control.company.prices import Entry, round_ms
+from balcony_edge.control.company.seen import CompanyState
+from balcony_edge.control.company.view import View, scale_of, targets_of
+from balcony_edge.control.controller import KNOWN_VARIANCE
+from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
+from balcony_edge.device.costs import CostModel
+
+#: Rounds after which the assignment is made again, because contexts have grown.
+REASSIGN = 32
+#: Change of the slowdown's logarithm after which it is made again.
+DRIFT = 0.02
+#: A stream without a target gets a token at least in every fourth round.
+ELASTIC = 4
+#: Share of a round that a prompt without ``ttft_ms`` gets.
+PROMPT_SHARE = 0.3
+
+
+class Goals:
+    """Assignments over one cost model.
+
+    Args:
+        costs: prices of the device.
+        quality: agreement of each exit with the full depth, ascending.
+    """
+
+    def __init__(self, costs: CostModel, quality: Sequence[float]) -> None:
+        self._costs, self._quality = costs, quality
+
+    def assigned(
+        self, state: CompanyState, views: list[View], slowdown: Slowdown
+    ) -> tuple[tuple[object, ...], list[View]]:
+        """Give every stream its goal; a new assignment only if something has changed."""
+        drift = round(math.log(scale_of(slowdown, 0.9)) / DRIFT)
+        who = tuple((view.stream.key, id(view.stream.budget), view.first, view.highest) for view in views)
+        due = state.round // REASSIGN
+        before = state.assigned_for
+        if before[:1] == (who,) and before[2:] == (due,) and abs(before[1] - drift) <= 1:  # type: ignore[operator]
+            return before, views
+        met = dict.fromkeys((view.stream.key for view in views), True)
+        while True:
+            holding = [view for view in views if met[view.stream.key]]
+            exits, free, fits = self._goals(views, met, slowdown)
+            if fits or not holding:
+                break
+            met[self._gives_up(holding).stream.key] = False
+        found = [
+            view._replace(goal=self._goal(view, now, up, state), met=met[view.stream.key])
+            for view, now, up in zip(views, exits, free, strict=True)
+        ]
+        return (who, drift, due), found
+
+    def _goal(self, view: View, now: int, up: int, state: CompanyState) -> int:
+        """The goal after an assignment to exit ``now``, and to ``up`` with the hysteresis free."""
+        if view.stream.key not in state.streams:
+            return up
+        if now < view.goal:
+            return now
+        may_rise = view.tokens >= view.stream.budget.dwell_tokens
+        return max(up, view.goal) if may_rise else view.goal
+
+    def _goals(
+        self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown
+    ) -> tuple[list[int], list[int], bool]:
+        """Exits within the shortest target, the same with the hysteresis free, and whether they hold it."""
+        claims, limit_ms, lax_rows = self._claims(views, met)
+        if limit_ms == math.inf:
+            return [view.highest for view in views], [view.highest for view in views], True
+        luck = 1.0
+        if slowdown.variance > KNOWN_VARIANCE:  # a target is out of reach only if no luck could meet it
+            luck = math.exp(max(math.sqrt(slowdown.variance + slowdown.noise_variance) - math.sqrt(NOISE_FLOOR), 0.0))
+        prompt = first_due([view for view in views if view.first])
+        tops = [0] if prompt is None else range(prompt.highest, prompt.lowest - 1, -1)
+        exits, price_ms, spare_ms = [view.lowest for view in views], math.inf, limit_ms
+        for top in tops:
+            spare_ms = limit_ms - (0.0 if prompt is None else self._reserve_ms(prompt, top, limit_ms))
+            if spare_ms <= 0:
+                continue
+            capped = [
+                claim._replace(highest=min(claim.highest, top)) if view is prompt else claim
+                for view, claim in zip(views, claims, strict=True)
+            ]
+            exits, price_ms = assign(self._costs, self._quality, capped, spare_ms, lax_rows)
+            if price_ms <= spare_ms:
+                break
+        hysteresis = min((view.stream.budget.hysteresis for view in views), default=0.0)
+        free, _ = assign(self._costs, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows)
+        return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], price_ms <= spare_ms * luck
+
+    @staticmethod
+    def _claims(views: Sequence[View], met: Mapping[int, bool]) -> tuple[list[Claim], float, int]:
+        """Claims on a round, its longest time, and the number of streams that are not tight for which it must have room."""
+        limit_ms = min((view.period_ms for view in views if met[view.stream.key]), default=math.inf)
+        claims, places = [], 0.0
+        for view in views:
+            period_ms = view.period_ms if met[view.stream.key] else math.inf
+            tight = period_ms < 2 * limit_ms or limit_ms == math.inf
+            places += 0.0 if tight else max(limit_ms / period_ms, 1 / ELASTIC if period_ms == math.inf else 0.0)
+            budget = view.stream.budget
+            claims.append(Claim(view.lowest, view.highest, budget.weight, view.stream.context_length, tight))
+        return claims, limit_ms, min(math.ceil(places - 1e-9), sum(not claim.tight for claim in claims))
+
+    def _alone_ms(self, view: View) -> float:
+        """Price of a round of this stream alone, at its shallowest exit."""
+        ones = (1,) * len(self._costs.exits)
+        return round_ms(self._costs, [Entry(view.lowest, ones, ones, view.stream.context_length)])
+
+    def _reserve_ms(self, prompt: View, index: int, limit_ms: float) -> float:
+        """Time of a round that the rows of a prompt need at an exit."""
+        budget = prompt.stream.budget
+        if budget.ttft_ms is None or not prompt.met:
+            return PROMPT_SHARE * limit_ms
+        rounds = max(prompt.room_ms // limit_ms, 1)
+        rows = math.ceil(prompt.stream.stage_rows[0] / rounds)
+        return sum(self._costs.stages[stage].pass_ms(rows, prompt.stream.context_length) for stage in range(index + 1))
+
+    def _gives_up(self, holding: Sequence[View]) -> View:
+        """The stream whose target is given up: one that could not be held alone, else the newest of the least weight."""
+        with_target = [view for view in holding if view.period_ms < math.inf] or list(holding)
+        return min(
+            with_target,
+            key=lambda view: (self._alone_ms(view) <= view.period_ms, view.stream.budget.weight, -view.stream.key),
+        )
+
+    def refusal(self, views: Sequence[View], factor: float) -> str | None:
+        """Why the last of some streams cannot join the others now; None if it can.
+
+        It can if the shallowest exits hold the targets of all, itself included. A target that it could not hold even alone is
+        no reason: its decisions say so. ``factor`` is the slowdown.
+        """
+        own = views[-1]
+        if self._alone_ms(own) > own.period_ms:
+            return None
+        held = [view for view in views if view.met]
+        claims, limit_ms, lax_rows = self._claims(held, dict.fromkeys((view.stream.key for view in held), True))
+        shallow = [claim._replace(highest=claim.lowest) for claim in claims]
+        _, price_ms = assign(self._costs, self._quality, shallow, limit_ms, lax_rows)
+        if price_ms <= limit_ms:
+            return None
+        takes = f"a round of {len(held)} streams takes {price_ms * factor:.3g} ms at their shallowest exits"
+        if own.period_ms > limit_ms:
+            target = min(view.stream.budget.tpot_ms or math.inf for view in held)
+            return f"{takes}, and another one's target is {target:g} ms: wait until it ends"
+        needed_ms = own.stream.budget.tpot_ms or 0.0
+        needed_ms *= price_ms / own.period_ms
+        return f"{targets_of(own.stream.budget)}: {takes}: wait, or ask for tpot_ms = {math.ceil(needed_ms)} or more"
+
+
+def first_due(prompts: Sequence[View]) -> View | None:
+    """The prompt to work on: the one that is due first, then the oldest."""
+    if not prompts:
+        return None
+    return min(prompts, key=lambda view: (view.bound_ms, view.stream.started_s, view.stream.key))

@@ -1,0 +1,111 @@
+"""A stream as the joint decision sees it: its exits, and its targets in milliseconds at slowdown 1.
+
+Owns what follows from a budget and the slowdown. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.prices import Entry
+from balcony_edge.control.company.seen import StreamSeen, StreamState
+from balcony_edge.control.controller import quantile_of
+from balcony_edge.control.slowdown import Slowdown
+
+#: Share of the time left that a deadline keeps for a load that has not begun, per deviation of its probability.
+UNSEEN_LOAD = 0.06
+
+
+class View(NamedTuple):
+    """A stream and what follows from its budget, in milliseconds at slowdown 1.
+
+    Attributes:
+        stream: the stream.
+        lowest, highest: indices of the exits allowed.
+        period_ms: longest gap between its tokens; infinite without a target.
+        room_ms: time until it is due.
+        waited_ms: time since it asked for its token.
+        at: exit of its last token; None before the first.
+        goal: exit that it is assigned.
+        met: whether the assignment holds its targets.
+        tokens: tokens since its exit changed.
+    """
+
+    stream: StreamSeen
+    lowest: int
+    highest: int
+    period_ms: float
+    room_ms: float
+    waited_ms: float
+    at: int | None
+    goal: int
+    met: bool
+    tokens: int
+
+    @property
+    def first(self) -> bool:
+        """Whether its prompt is still to be run."""
+        return self.stream.made_tokens == 0
+
+    @property
+    def bound_ms(self) -> float:
+        """Time until it is due, if anything can be promised."""
+        return self.room_ms if self.met else math.inf
+
+    def entry(self, index: int) -> Entry:
+        seen = self.stream
+        return Entry(index, seen.stage_rows, seen.balcony_rows, seen.context_length)
+
+    def rising(self) -> bool:
+        return self.at is not None and self.goal > self.at
+
+
+def view_of(
+    stream: StreamSeen, known: StreamState | None, bounds: tuple[int, int], slowdown: Slowdown, now_s: float
+) -> View:
+    """The view of a stream.
+
+    Args:
+        stream: what was seen of it.
+        known: its state; None for a new one.
+        bounds: indices of the shallowest and deepest exit that it may use now.
+        slowdown: slowdown of the device.
+        now_s: present time.
+    """
+    budget, (lowest, highest) = stream.budget, bounds
+    scale = scale_of(slowdown, budget.probability)
+    period_ms = budget.tpot_ms or math.inf
+    if budget.deadline_s is not None and stream.made_tokens < (budget.expected_tokens or 0):
+        left_ms = 1000 * (budget.deadline_s - (now_s - stream.started_s))
+        left_ms *= 1 - UNSEEN_LOAD * max(quantile_of(budget.probability), 0.0)
+        period_ms = min(period_ms, max(left_ms, 0.0) / max((budget.expected_tokens or 0) - stream.made_tokens, 1))
+    room_ms = period_ms - 1000 * (now_s - stream.emitted_s)
+    if not stream.made_tokens:
+        room_ms = math.inf if budget.ttft_ms is None else budget.ttft_ms - 1000 * (now_s - stream.started_s)
+    index = None if known is None or known.at is None else min(known.at, highest)
+    return View(
+        stream,
+        lowest,
+        highest,
+        period_ms * scale,
+        max(room_ms, 0.0) * scale,
+        1000 * (now_s - stream.emitted_s) * scale,
+        index,
+        highest if known is None else max(min(known.goal, highest), lowest),
+        known.met if known is not None else True,
+        known.tokens if known is not None else 1 << 30,
+    )
+
+
+def scale_of(slowdown: Slowdown, probability: float) -> float:
+    """Factor from milliseconds to milliseconds at slowdown 1 that hold with a probability."""
+    deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
+    return math.exp(-slowdown.mean - quantile_of(probability) * deviation)
+
+
+def targets_of(budget: Budget) -> str:
+    """The latency targets of a budget, in words."""
+    keys = [key for key in ("tpot_ms", "ttft_ms", "deadline_s") if getattr(budget, key) is not None]
+    return " and ".join(f"{key} = {getattr(budget, key):g}" for key in keys) or "its ceilings"
