@@ -329,7 +329,7 @@ class LLM:
                 limit = self._new_tokens(len(ids), max_new_tokens)
                 asked = self._request(ids, limit, sampling)
                 limits, cancelled, watch = self._limits(own), threading.Event(), Watch()
-                sequence = held.enter_context(self._sequence(len(ids) + limit))
+                sequence = held.enter_context(self._sequence(ids, limit))
                 decoder = self._decoder(sequence, asked, limits, cancelled)
                 stream = self._scheduler.join(decoder, sequence)
                 held.callback(self._scheduler.leave, stream)
@@ -460,11 +460,11 @@ class LLM:
         return Request(ids, limit, sampler, stop or StopStrings(()), logprobs, ends, trace)
 
     @contextlib.contextmanager
-    def _sequence(self, max_length: int) -> Iterator[TokenSequence]:
-        """A sequence for one reply, which shares passes if there is room for it."""
-        member = self._scheduler.new_sequence()
+    def _sequence(self, ids: list[int], limit: int) -> Iterator[TokenSequence]:
+        """A sequence for one reply, which shares passes and prefixes if there is room for it."""
+        member = self._scheduler.new_sequence(ids)
         try:
-            yield member or self.engine.new_sequence(max_length=max_length)
+            yield member or self.engine.new_sequence(max_length=len(ids) + limit)
         finally:
             if member is not None:
                 self._scheduler.free(member)
@@ -479,7 +479,7 @@ class LLM:
     ) -> Iterator[Token]:
         with contextlib.ExitStack() as held:
             if sequence is None:
-                sequence = held.enter_context(self._sequence(len(asked.ids) + asked.limit))
+                sequence = held.enter_context(self._sequence(asked.ids, asked.limit))
             decoder = self._decoder(sequence, asked, limits, cancelled)
             # A trace records the decisions about one stream, so a stream that is recorded shares no rounds.
             steps = decoder.steps() if asked.trace is not None else self._scheduler.steps(decoder, sequence)

@@ -34,8 +34,7 @@ class OnnxRuntimePool:
     def __init__(self, backend: OnnxRuntimeBackend, members: int, max_length: int) -> None:
         manifest = backend.manifest
         self._backend, self.members = backend, members
-        # One more row than a sequence holds: a member that a pass carries along at its full length writes there.
-        self._memory = Memory.allocate(manifest, backend.dtype, members, max_length + 1)
+        self._memory = Memory.allocate(manifest, backend.dtype, members, max_length)
         self._layers = (0, *manifest.exit_layers)
         self._specs = manifest.runnable
         self._exit_names = [manifest.exit_graph(layer) for layer in manifest.exit_layers]

@@ -17,11 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from balcony_runtime.backends.base import FloatArray, Pool
+from balcony_runtime.backends.base import FloatArray, IntArray, Pool
 from balcony_runtime.engine import Engine, TokenSequence
 
 #: Dead rows in one gap that cost less than another pass: a further row costs 4 % (float32) to 25 % (int4) of the first.
 MOST_DEAD = 3
+#: Rows from which a common prefix is worth looking for.
+LEAST_SHARED = 32
+#: Bytes of ended sequences that are kept by default: about 4,500 rows of the demo model in float32.
+KEPT_BYTES = 256 << 20
 
 
 class Move(NamedTuple):
@@ -51,6 +55,9 @@ class SequencePool:
         self._lock = threading.Lock()
         self._members: list[TokenSequence | None] = [None] * pool.members
         self._places: dict[TokenSequence, int] = {}
+        self._ended: list[TokenSequence] = []  # oldest first
+        #: Most bytes of sequences that have ended; 0 keeps none.
+        self.kept_bytes = KEPT_BYTES
         self._layers = engine.exit_layers
         cached = engine.manifest.cached_exits
         self._cached = tuple(layer in cached for layer in self._layers)
@@ -75,37 +82,82 @@ class SequencePool:
         """Nanoseconds spent inside the engine by shared passes."""
         return self._pool.busy_ns
 
-    def take(self) -> TokenSequence | None:
-        """A new, empty sequence in the first free member; None if all are taken."""
+    def take(self, tokens: Sequence[int] = ()) -> TokenSequence | None:
+        """A sequence for a prompt, with the rows of the longest prefix that another member has; None if all are in use.
+
+        A sequence that has ended gives its rows away; one that is in use is copied from.
+        """
         with self._lock:
-            for member, holder in enumerate(self._members):
-                if holder is None:
-                    state = self._pool.state(member)
-                    sequence = TokenSequence(self._engine, 1, self._engine.max_length, state)
-                    self._members[member], self._places[sequence] = sequence, member
-                    return sequence
+            wanted = np.array(tokens[: max(len(tokens) - 1, 0)], np.int64)  # the prompt's last token is always run
+            donor, shared = self._longest(wanted)
+            if donor is not None and donor in self._ended:
+                self._ended.remove(donor)
+                donor.rollback(shared)
+                return donor
+            sequence = self._empty()
+            if (
+                donor is not None
+                and sequence is not None
+                and donor in self._places
+                and donor.lock.acquire(blocking=False)
+            ):
+                try:
+                    self._copy_rows(donor, sequence, shared)
+                finally:
+                    donor.lock.release()
+            return sequence
+
+    def _empty(self) -> TokenSequence | None:
+        """An empty sequence in a free member, or in that of the sequence that ended first."""
+        if None not in self._members and self._ended:
+            self._clear(self._ended.pop(0))
+        for member, holder in enumerate(self._members):
+            if holder is None:
+                state = self._pool.state(member)
+                sequence = TokenSequence(self._engine, 1, self._engine.max_length, state)
+                self._members[member], self._places[sequence] = sequence, member
+                return sequence
         return None
 
+    def _longest(self, wanted: IntArray) -> tuple[TokenSequence | None, int]:
+        """The member that shares the longest prefix with some tokens, and its length; None below ``LEAST_SHARED`` rows."""
+        best, longest = None, LEAST_SHARED - 1
+        for sequence in self._places:
+            known = sequence.tokens[0][: len(wanted)]
+            differs = np.nonzero(known != wanted[: len(known)])[0]
+            shared = int(differs[0]) if len(differs) else len(known)
+            if shared > longest:
+                best, longest = sequence, shared
+        return best, longest
+
     def give_back(self, sequence: TokenSequence) -> None:
-        """Free the member of a sequence, which must not be used any more; does nothing if it is not of this pool."""
+        """End the use of a sequence, whose rows stay for prompts that begin alike; does nothing if it is not of this pool."""
         with self._lock, sequence.lock:
-            member = self._places.pop(sequence, None)
-            if member is not None:
-                self._members[member] = None
-                self._pool.clear(member)
+            if sequence not in self._places or sequence in self._ended:
+                return
+            if sequence.length < LEAST_SHARED or not self.kept_bytes:
+                self._clear(sequence)
+                return
+            self._ended.append(sequence)
+            while sum(one.state.memory_bytes for one in self._ended) > self.kept_bytes:
+                self._clear(self._ended.pop(0))
+
+    def _clear(self, sequence: TokenSequence) -> None:
+        member = self._places.pop(sequence)
+        self._members[member] = None
+        self._pool.clear(member)
 
     def holds(self, sequence: TokenSequence) -> bool:
         """Whether the sequence is a member of this pool."""
         return sequence in self._places
 
-    def copy_rows(self, source: TokenSequence, target: TokenSequence, rows: int) -> None:
+    def _copy_rows(self, source: TokenSequence, target: TokenSequence, rows: int) -> None:
         """Give an empty sequence the first rows of another one, as far as each stage and balcony has them."""
-        with source.lock, target.lock:
-            stages = [min(cursor, rows) for cursor in source.stage_cursor]
-            balconies = [min(cursor, rows) for cursor in source.balcony_cursor]
-            self._pool.copy_rows(self._places[source], self._places[target], stages, balconies)
-            target.note(source.tokens[:, : stages[0]])
-            target.stage_cursor, target.balcony_cursor = stages, balconies
+        stages = [min(cursor, rows) for cursor in source.stage_cursor]
+        balconies = [min(cursor, rows) for cursor in source.balcony_cursor]
+        self._pool.copy_rows(self._places[source], self._places[target], stages, balconies)
+        target.note(source.tokens[:, : stages[0]])
+        target.stage_cursor, target.balcony_cursor = stages, balconies
 
     def step(self, moves: Sequence[Move]) -> FloatArray:
         """Append one token to each of some members and return the logits at the exits asked for.
@@ -128,7 +180,8 @@ class SequencePool:
                 if move.sequence.length >= move.sequence.max_length:
                     raise move.sequence.full()
             members, rows = np.array(list(at)), np.array([move.sequence.length for move in moves])
-            total = max(sequence.length for sequence in self._members if sequence is not None) + 1
+            longest = max(sequence.length for sequence in self._places) + 1
+            total = min(longest, self._engine.max_length)
             self._pool.begin(members, np.array([move.token for move in moves]), rows, total)
             for move in moves:
                 move.sequence.note(move.token)
@@ -243,7 +296,9 @@ class SequencePool:
             with ExitStack() as held:
                 while asked and (between := self._carried(range(last + 1, asked[0]), rows, held)) is not None:
                     for member, (done, ready) in between.items():
-                        row = self._of(member).length - 1 if member in going_on else done
+                        # A full sequence has no row after its cursor: its last row runs again and writes the same values.
+                        free = min(done, self._engine.max_length - 1)
+                        row = self._of(member).length - 1 if member in going_on else free
                         if member not in going_on:
                             self._pool.place(boundary, member, row)
                         if row == done < ready:

@@ -112,9 +112,12 @@ class Scheduler:
                 self._pool, self._pool_made = SequencePool.of(self._engine, MEMBERS), True
         return self._pool is not None
 
-    def new_sequence(self) -> TokenSequence | None:
-        """A sequence that can share passes with others; None if there is no room, or the engine cannot share passes."""
-        return self._pool.take() if self.shares and self._pool is not None else None
+    def new_sequence(self, tokens: Sequence[int] = ()) -> TokenSequence | None:
+        """A sequence that can share passes with others, and may have the first rows of a prompt already.
+
+        None if there is no room, or the engine cannot share passes.
+        """
+        return self._pool.take(tokens) if self.shares and self._pool is not None else None
 
     def free(self, sequence: TokenSequence) -> None:
         """Give a sequence of :meth:`new_sequence` back."""
