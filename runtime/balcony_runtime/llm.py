@@ -7,15 +7,13 @@ Owns :class:`LLM`. The decode loop is :mod:`balcony_runtime.decoding.loop`, the 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NamedTuple, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 
@@ -23,29 +21,28 @@ from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.observed import unseen
 from balcony_edge.control.trace import TraceWriter
-from balcony_edge.control.verdict import Watch
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.machine import this_device
 from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BudgetError, ContextLengthError, InfeasibleError, InputError, ProfileError
+from balcony_edge.errors import BalconyError, BudgetError, InfeasibleError, InputError, ProfileError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
-from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
+from balcony_runtime.decoding.loop import Decoder, Environment, Learned
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
-from balcony_runtime.engine import Engine, EngineOptions, TokenSequence, refuse_foreign, whole
-from balcony_runtime.reply import Limits, Reply, Token, TokenStream
-from balcony_runtime.scheduling.scheduler import Scheduler, Stream
+from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
+from balcony_runtime.reply import Reply, TokenStream
+from balcony_runtime.requests import Prompt, Requests
+from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.sensors import Sensors, device_sources
-from balcony_runtime.telling import Request, told
-from balcony_runtime.text import Message, StopStrings, TextCodec
+from balcony_runtime.text import Message, TextCodec
+from balcony_runtime.together import Together
 
 _log = logging.getLogger(__name__)
 #: Longest wait for sensors that have just been started: energy counters and busy shares need two samples.
 FIRST_READINGS_S = 1.0
 
-Prompt = str | Sequence[Message] | Sequence[int]
 _ONE = (Budget, str, os.PathLike)
 
 
@@ -86,9 +83,11 @@ class LLM:
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
         quality = [self._agreement[layer] or layer / engine.exit_layers[-1] for layer in engine.exit_layers]
-        self._scheduler = Scheduler(
+        scheduler = Scheduler(
             engine, self._learned, lambda: self._costs, self.readings, np.maximum.accumulate(quality).tolist()
         )
+        #: Turns prompts and options into replies.
+        self._requests = Requests(engine, codec, scheduler, self._learned, self)
         try:
             self.budget = budget
         except BaseException:
@@ -135,9 +134,19 @@ class LLM:
     @budget.setter
     def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
         budget = parse_budget(value)
-        self._budget, self._resolved = budget, self._checked(budget)
+        self._budget, self._resolved = budget, self.checked(budget)
 
-    def _checked(self, budget: Budget) -> Budget:
+    @property
+    def budgets(self) -> tuple[Budget, Budget]:
+        """The budget as it was set, and as it is for this bundle."""
+        return self._budget, self._resolved
+
+    @property
+    def known_costs(self) -> CostModel | None:
+        """The cost model, if it was measured or set."""
+        return self._costs
+
+    def checked(self, budget: Budget) -> Budget:
         """The budget for this bundle, once prices and sensors that it needs are there."""
         resolved = budget.for_bundle(self._agreement)
         if budget.policy == "confident" and self.engine.manifest.confidence is None:
@@ -251,18 +260,20 @@ class LLM:
             ContextLengthError: the prompt does not fit the context.
             InfeasibleError: no exit meets the target, and the budget asks for an error in that case.
         """
-        ids = self._prompt_ids(prompt, chat, control_tokens)
-        limit = self._new_tokens(len(ids), max_new_tokens, sequence)
-        if logprobs is not None:
-            whole("logprobs", logprobs, 0)
-        if trace is not None:
-            self.readings()  # start the sensors now, not during the first step
-        self.engine.refuse_closed()
-        limits = self._limits(budget)
-        asked = self._request(ids, limit, sampling, StopStrings(stop), logprobs, ignore_eos, trace)
-        cancelled, watch = threading.Event(), Watch()
-        tokens = self._tokens(sequence, asked, limits, cancelled, watch)
-        return TokenStream(tokens, len(ids), cancelled, limits, watch)
+        request = self._requests.of(
+            prompt,
+            budget=budget,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            logprobs=logprobs,
+            chat=chat,
+            control_tokens=control_tokens,
+            ignore_eos=ignore_eos,
+            sequence=sequence,
+            trace=trace,
+        )
+        return request.stream(self._requests.tokens(request, sequence))
 
     def generate(
         self,
@@ -319,67 +330,54 @@ class LLM:
         budgets = [budget] * len(prompts) if budget is None or isinstance(budget, _ONE) else list(budget)
         if len(budgets) != len(prompts):
             raise InputError(f"budget: {len(budgets)} for {len(prompts)} prompts: give one for all, or one for each")
-        if not self._scheduler.shares:
-            return self._in_lockstep(prompts, max_new_tokens, self._limits(budgets[0]), sampling, chat)
-        replies = ["" for _ in prompts]
-        with contextlib.ExitStack() as held:
-            opened: dict[Stream, _Fed] = {}
-            for place, (prompt, own) in enumerate(zip(prompts, budgets, strict=True)):
-                ids = self._prompt_ids(prompt, chat)
-                limit = self._new_tokens(len(ids), max_new_tokens)
-                asked = self._request(ids, limit, sampling)
-                limits, cancelled, watch = self._limits(own), threading.Event(), Watch()
-                sequence = held.enter_context(self._sequence(ids, limit))
-                decoder = self._decoder(sequence, asked, limits, cancelled)
-                stream = self._scheduler.join(decoder, sequence)
-                held.callback(self._scheduler.leave, stream)
-                fed: deque[Step] = deque()
-                text = self._codec.stream()
-                steps = iter(fed.popleft, None)
-                tokens = told(steps, sequence, asked, limits, cancelled, watch, text, self.readings)
-                opened[stream] = _Fed(place, fed, tokens)
-                self._scheduler.ask(stream)
-            while opened:
-                for stream in self._scheduler.wait(list(opened)):
-                    place, fed, tokens = opened[stream]
-                    fed.extend(stream.steps())
-                    while fed and stream in opened:
-                        token = next(tokens)
-                        replies[place] += token.text
-                        if token.finish_reason is not None:
-                            del opened[stream]
-                            self._scheduler.leave(stream)
-                    if stream in opened:
-                        self._scheduler.ask(stream)
-        return replies
+        if not self._requests.scheduler.shares:
+            return self._in_lockstep(prompts, max_new_tokens, budgets[0], sampling, chat)
+        with self.together() as replies:
+            streams = [
+                replies.add(prompt, budget=own, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
+                for prompt, own in zip(prompts, budgets, strict=True)
+            ]
+            while replies.open:
+                for _, found in replies.step():
+                    if isinstance(found, BalconyError):
+                        raise found
+            return [stream.reply.text for stream in streams]
+
+    def together(self) -> Together:
+        """Several replies that one thread drives; see :class:`.together.Together`."""
+        return Together(self._requests)
 
     def _in_lockstep(
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        limits: Limits,
+        budget: Budget | str | os.PathLike[str] | None,
         sampling: SamplingParams | None,
         chat: bool | None,
     ) -> list[str]:
         """Reply to prompts of equal length in one batch, for engines whose members all have the same length."""
-        batch = [self._prompt_ids(prompt, chat) for prompt in prompts]
-        lengths = {len(ids) for ids in batch}
+        requests = [
+            self._requests.of(prompt, budget=budget, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
+            for prompt in prompts
+        ]
+        lengths = {len(request.ids) for request in requests}
         if len(lengths) != 1:
             raise InputError(
                 f"prompts of {sorted(lengths)} tokens: this engine takes batches of equal length: pad them, or split the batch"
             )
-        limit = self._new_tokens(lengths.pop(), max_new_tokens)
-        sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + limit)
-        asked = self._request(batch[0], limit, sampling)
+        batch, first = [request.ids for request in requests], requests[0]
+        sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + first.limit)
         rows = np.array(batch, np.int64)
-        asked = asked._replace(sampler=Sampler(_params(sampling), rows, self.engine.manifest.model.vocab_size))
-        environment = Environment(lambda: (limits.resolved, self._costs), self.readings, learned=self._learned)
-        decoder = Decoder(sequence, rows, asked.sampler, environment)
+        sampler = Sampler(sampling or SamplingParams(), rows, self.engine.manifest.model.vocab_size)
+        environment = Environment(
+            lambda: (first.limits.resolved, self._costs), self.readings, learned=self._learned, keep_logits=False
+        )
+        decoder = Decoder(sequence, rows, sampler, environment)
         replies: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        for _, step in zip(range(limit), decoder.steps(), strict=False):
+        for _, step in zip(range(first.limit), decoder.steps(), strict=False):
             for member, token in enumerate(step.ids.tolist()):
-                ended[member] = ended[member] or token in asked.ends
+                ended[member] = ended[member] or token in first.ends
                 if not ended[member]:
                     replies[member].append(token)
             if all(ended):
@@ -413,105 +411,6 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _prompt_ids(self, prompt: Prompt, chat: bool | None, control_tokens: bool = True) -> list[int]:
-        ids_given = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes | bytearray)
-        if ids_given and len(prompt) and isinstance(prompt[0], int | np.integer):
-            try:
-                ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-            except (TypeError, ValueError) as error:
-                raise InputError(
-                    f"prompt: token ids and something else ({error}): give integers, a text, or messages"
-                ) from error
-            refuse_foreign(np.array(ids), self.engine.manifest.model.vocab_size)
-            return ids
-        return self._codec.encode(prompt, chat=chat, control_tokens=control_tokens)  # type: ignore[arg-type]
-
-    def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None = None) -> int:
-        context = self.engine.max_length if sequence is None else sequence.max_length
-        if max_new_tokens is not None:
-            whole("max_new_tokens", max_new_tokens, 1)
-        if prompt_tokens >= context:
-            whose, cure = "bundle", "export with a larger --context-length"
-            if context < self.engine.max_length:
-                whose, cure = "sequence", "give it a larger max_length"
-            raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens and this {whose}'s context holds {context}: "
-                f"shorten the prompt, or {cure}"
-            )
-        room = context - prompt_tokens
-        return room if max_new_tokens is None else min(max_new_tokens, room)
-
-    def _limits(self, budget: Budget | str | os.PathLike[str] | None) -> Limits:
-        return Limits(lambda: (self._budget, self._resolved), self._checked, budget)
-
-    def _request(
-        self,
-        ids: list[int],
-        limit: int,
-        sampling: SamplingParams | None,
-        stop: StopStrings | None = None,
-        logprobs: int | None = None,
-        ignore_eos: bool = False,
-        trace: TraceWriter | None = None,
-    ) -> Request:
-        model = self.engine.manifest.model
-        sampler = Sampler(_params(sampling), np.array([ids], np.int64), model.vocab_size)
-        ends = frozenset() if ignore_eos else frozenset(model.eos_token_ids)
-        return Request(ids, limit, sampler, stop or StopStrings(()), logprobs, ends, trace)
-
-    @contextlib.contextmanager
-    def _sequence(self, ids: list[int], limit: int) -> Iterator[TokenSequence]:
-        """A sequence for one reply, which shares passes and prefixes if there is room for it."""
-        member = self._scheduler.new_sequence(ids)
-        try:
-            yield member or self.engine.new_sequence(max_length=len(ids) + limit)
-        finally:
-            if member is not None:
-                self._scheduler.free(member)
-
-    def _tokens(
-        self,
-        sequence: TokenSequence | None,
-        asked: Request,
-        limits: Limits,
-        cancelled: threading.Event,
-        watch: Watch,
-    ) -> Iterator[Token]:
-        with contextlib.ExitStack() as held:
-            if sequence is None:
-                sequence = held.enter_context(self._sequence(asked.ids, asked.limit))
-            decoder = self._decoder(sequence, asked, limits, cancelled)
-            # A trace records the decisions about one stream, so a stream that is recorded shares no rounds.
-            steps = decoder.steps() if asked.trace is not None else self._scheduler.steps(decoder, sequence)
-            held.enter_context(contextlib.closing(steps))
-            yield from told(steps, sequence, asked, limits, cancelled, watch, self._codec.stream(), self.readings)
-
-    def _decoder(self, sequence: TokenSequence, asked: Request, limits: Limits, cancelled: threading.Event) -> Decoder:
-        """A decoder for a prompt, of which the sequence keeps the rows that it has."""
-
-        def budget_and_costs() -> tuple[Budget, CostModel | None]:
-            return limits.resolved, self._costs
-
-        sequence.rollback(_shared_prefix(sequence, asked.ids))
-        prompt = np.array([asked.ids[sequence.length :]], np.int64)
-        keep = asked.logprobs is not None
-        environment = Environment(budget_and_costs, self.readings, cancelled.wait, asked.trace, self._learned, keep)
-        return Decoder(sequence, prompt, asked.sampler, environment)
-
-
-class _Fed(NamedTuple):
-    """A reply of a batch: its place, steps that are not told yet, and its tokens."""
-
-    place: int
-    steps: deque[Step]
-    tokens: Iterator[Token]
-
-
-def _params(sampling: SamplingParams | None) -> SamplingParams:
-    if sampling is not None and not isinstance(sampling, SamplingParams):
-        raise InputError(f"sampling = {sampling!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
-    return sampling or SamplingParams()
-
 
 def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:
     """Load the costs of a device profile; warn if it is for another device, bundle or engine.
@@ -529,10 +428,3 @@ def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:
     for doubt in (*profile.doubts, *mismatches):
         _log.warning("%s: %s: its prices may not hold here", os.fspath(path), doubt)
     return profile.costs
-
-
-def _shared_prefix(sequence: TokenSequence, ids: list[int]) -> int:
-    """Number of rows of ``sequence`` that a prompt can keep; the prompt's last token is always run."""
-    known = sequence.tokens[0][: len(ids) - 1]
-    differs = np.nonzero(known != np.array(ids[: len(known)], np.int64))[0]
-    return int(differs[0]) if len(differs) else len(known)

@@ -5,51 +5,26 @@ Owns what ends a reply and what a :class:`~balcony_runtime.reply.Token` says. It
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-from balcony_edge.control.trace import TraceWriter
-from balcony_edge.control.verdict import Watch
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError
 from balcony_runtime.decoding.loop import Step
-from balcony_runtime.decoding.sampling import Sampler, log_probabilities
+from balcony_runtime.decoding.sampling import log_probabilities
 from balcony_runtime.engine import TokenSequence
-from balcony_runtime.reply import FinishReason, Limits, Token
-from balcony_runtime.text import StopStrings, TextStream
+from balcony_runtime.reply import FinishReason, Token
+from balcony_runtime.text import TextStream
 
-
-class Request(NamedTuple):
-    """Checked arguments of one reply.
-
-    Attributes:
-        ids: tokens of the prompt.
-        limit: largest number of tokens to make.
-        sampler: sampler that picks the tokens.
-        stop: finder of the strings that end the reply.
-        logprobs: number of likeliest tokens to report at each place; None without log-probabilities.
-        ends: tokens that end the reply.
-        trace: record of the run.
-    """
-
-    ids: list[int]
-    limit: int
-    sampler: Sampler
-    stop: StopStrings
-    logprobs: int | None
-    ends: frozenset[int]
-    trace: TraceWriter | None
+if TYPE_CHECKING:
+    from balcony_runtime.requests import Request
 
 
 def told(
     steps: Iterator[Step],
     sequence: TokenSequence,
     asked: Request,
-    limits: Limits,
-    cancelled: threading.Event,
-    watch: Watch,
     text: TextStream,
     readings: Callable[[], tuple[Reading, ...]],
 ) -> Iterator[Token]:
@@ -59,22 +34,19 @@ def told(
         steps: steps of the decoder.
         sequence: its sequence.
         asked: what was asked for.
-        limits: budget of the reply.
-        cancelled: event that ends the reply before its next token.
-        watch: record of the budget.
         text: decoder of the text.
         readings: gives the latest reading of every sensor.
     """
     stop = asked.stop
     for count in range(1, asked.limit + 1):
-        if cancelled.is_set():
+        if asked.cancelled.is_set():
             return
         try:
             step = next(steps)
         except InfeasibleError:
-            watch.saw(time.monotonic(), readings() if limits.resolved.needs_sensors else ())
+            asked.watch.saw(time.monotonic(), readings() if asked.limits.resolved.needs_sensors else ())
             raise
-        watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
+        asked.watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
         token = int(step.ids[0])
         finish: FinishReason | None = "stop" if token in asked.ends else "length" if count == asked.limit else None
         piece = "" if finish == "stop" else text.push(token)

@@ -15,6 +15,7 @@ import torch
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.governor import TICK_S
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
@@ -25,7 +26,9 @@ from balcony_runtime.decoding import loop as decode_module
 from balcony_runtime.decoding.loop import Decoder, Environment
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
+from balcony_runtime.text import TextCodec
 
 
 @pytest.fixture
@@ -166,7 +169,7 @@ def test_prompts_that_do_not_fit(llm: LLM) -> None:
     for token in (99999, -1):
         with pytest.raises(InputError, match=f"token {token}: the vocabulary has 0 to"):
             llm.stream([1, token], sampling=penalty)
-    with pytest.raises(InputError, match="the prompt is empty"):
+    with pytest.raises(InputError, match="no messages were given"):
         llm.stream("")
     short = llm.engine.new_sequence(max_length=8)
     tokens = list(llm.stream([1, 2, 3], sequence=short, ignore_eos=True))
@@ -193,12 +196,28 @@ def test_sampling_is_reproducible(llm: LLM) -> None:
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_batches_of_equal_length(llm: LLM) -> None:
-    prompts = [[1, 2, 3], [4, 5, 6], [200, 7, 30]]
-    together = llm.generate_batch(prompts, max_new_tokens=16)
-    assert together == [llm.generate(prompt, max_new_tokens=16).text for prompt in prompts]
-    with pytest.raises(InputError, match=r"prompts of \[1, 2\] tokens: a batch takes prompts of equal length"):
-        llm.generate_batch([[1], [1, 2]], max_new_tokens=2)
+def test_a_batch_of_any_lengths_and_a_budget_for_each(llm: LLM) -> None:
+    prompts = [[1, 2, 3], [4, 5], [200, 7, 30, 8, 9]]
+    budgets = [Budget(exit_layer=2), None, Budget(exit_layer=3)]
+    together = llm.generate_batch(prompts, max_new_tokens=16, budget=budgets)
+    alone = [llm.generate(one, max_new_tokens=16, budget=own).text for one, own in zip(prompts, budgets, strict=True)]
+    assert together == alone
+    assert len(set(alone)) == 3
+    with pytest.raises(InputError, match="budget: 1 for 2 prompts: give one for all, or one for each"):
+        llm.generate_batch([[1], [1, 2]], max_new_tokens=2, budget=[None])
+    with pytest.raises(InputError, match="no messages were given"):
+        llm.generate_batch([[1], []], max_new_tokens=2)
+
+
+def test_a_batch_in_lockstep_takes_prompts_of_equal_length(tiny: Any) -> None:
+    """The portable graphs cannot take members at lengths of their own."""
+    with Engine.of(Bundle.open(tiny.path).portable()) as engine:
+        llm = LLM(engine, TextCodec(Bundle.open(tiny.path)), Budget())
+        prompts = [[1, 2, 3], [4, 5, 6], [200, 7, 30]]
+        together = llm.generate_batch(prompts, max_new_tokens=16)
+        assert together == [llm.generate(prompt, max_new_tokens=16).text for prompt in prompts]
+        with pytest.raises(InputError, match=r"prompts of \[1, 2\] tokens: this engine takes batches of equal length"):
+            llm.generate_batch([[1], [1, 2]], max_new_tokens=2)
 
 
 def test_text_and_chat_prompts(llm: LLM) -> None:

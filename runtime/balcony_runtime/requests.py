@@ -1,0 +1,205 @@
+"""Requests: from a prompt and its options to the reply that is decoded.
+
+Owns the checks of these arguments, and puts together sequence, sampler, decoder and text of a reply. Who steps it is decided in
+:mod:`balcony_runtime.scheduling.scheduler`; :mod:`.telling` turns steps into tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.trace import TraceWriter
+from balcony_edge.control.verdict import Watch
+from balcony_edge.device.costs import CostModel
+from balcony_edge.device.readings import Reading
+from balcony_edge.errors import ContextLengthError, InputError
+from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.engine import Engine, TokenSequence, refuse_foreign, whole
+from balcony_runtime.reply import Limits, Token, TokenStream
+from balcony_runtime.scheduling.scheduler import Scheduler
+from balcony_runtime.telling import told
+from balcony_runtime.text import Message, StopStrings, TextCodec
+
+Prompt = str | Sequence[Message] | Sequence[int]
+
+
+class Request(NamedTuple):
+    """Checked arguments of one reply.
+
+    Attributes:
+        ids: tokens of the prompt.
+        limit: largest number of tokens to make.
+        sampler: sampler that picks the tokens.
+        stop: finder of the strings that end the reply.
+        logprobs: number of likeliest tokens to report at each place; None without log-probabilities.
+        ends: tokens that end the reply.
+        trace: record of the run.
+        limits: budget of the reply.
+        cancelled: event that ends the reply before its next token.
+        watch: record of the budget.
+    """
+
+    ids: list[int]
+    limit: int
+    sampler: Sampler
+    stop: StopStrings
+    logprobs: int | None
+    ends: frozenset[int]
+    trace: TraceWriter | None
+    limits: Limits
+    cancelled: threading.Event
+    watch: Watch
+
+    def stream(self, tokens: Iterator[Token]) -> TokenStream:
+        """The stream of these tokens, as its user sees it."""
+        return TokenStream(tokens, len(self.ids), self.cancelled, self.limits, self.watch)
+
+
+class Surroundings(Protocol):
+    """What all replies share: :class:`~balcony_runtime.llm.LLM`."""
+
+    @property
+    def budgets(self) -> tuple[Budget, Budget]: ...
+    @property
+    def known_costs(self) -> CostModel | None: ...
+    def checked(self, budget: Budget) -> Budget: ...
+    def readings(self) -> tuple[Reading, ...]: ...
+
+
+class Requests:
+    """Makes replies over one engine.
+
+    Args:
+        engine: engine of the replies.
+        codec: tokenizer of the bundle.
+        scheduler: runs replies that are in progress at once.
+        learned: what replies learn about the device.
+        surroundings: budget, prices and sensors.
+    """
+
+    def __init__(
+        self, engine: Engine, codec: TextCodec, scheduler: Scheduler, learned: Learned, surroundings: Surroundings
+    ) -> None:
+        self._engine, self._codec, self.scheduler, self._learned = engine, codec, scheduler, learned
+        self._around = surroundings
+
+    def of(
+        self,
+        prompt: Prompt,
+        *,
+        budget: Budget | str | os.PathLike[str] | None = None,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        chat: bool | None = None,
+        control_tokens: bool = True,
+        ignore_eos: bool = False,
+        sequence: TokenSequence | None = None,
+        trace: TraceWriter | None = None,
+    ) -> Request:
+        """Check the arguments of :meth:`LLM.stream`; errors are those."""
+        ids = self._prompt_ids(prompt, chat, control_tokens)
+        limit = self._new_tokens(len(ids), max_new_tokens, sequence)
+        if logprobs is not None:
+            whole("logprobs", logprobs, 0)
+        if trace is not None:
+            self._around.readings()  # start the sensors now, not during the first step
+        if sampling is not None and not isinstance(sampling, SamplingParams):
+            raise InputError(f"sampling = {sampling!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
+        self._engine.refuse_closed()
+        model, around = self._engine.manifest.model, self._around
+        return Request(
+            ids=ids,
+            limit=limit,
+            sampler=Sampler(sampling or SamplingParams(), np.array([ids], np.int64), model.vocab_size),
+            stop=StopStrings(stop),
+            logprobs=logprobs,
+            ends=frozenset() if ignore_eos else frozenset(model.eos_token_ids),
+            trace=trace,
+            limits=Limits(lambda: around.budgets, around.checked, budget),
+            cancelled=threading.Event(),
+            watch=Watch(),
+        )
+
+    @contextlib.contextmanager
+    def sequence(self, request: Request) -> Iterator[TokenSequence]:
+        """A sequence for a reply, which shares passes and prefixes with others if there is room for it."""
+        member = self.scheduler.new_sequence(request.ids)
+        try:
+            yield member or self._engine.new_sequence(max_length=len(request.ids) + request.limit)
+        finally:
+            if member is not None:
+                self.scheduler.free(member)
+
+    def decoder(self, request: Request, sequence: TokenSequence) -> Decoder:
+        """A decoder of a reply; the sequence keeps the rows that it shares with the prompt."""
+        sequence.rollback(_shared_prefix(sequence, request.ids))
+        prompt, around = np.array([request.ids[sequence.length :]], np.int64), self._around
+        environment = Environment(
+            lambda: (request.limits.resolved, around.known_costs),
+            around.readings,
+            request.cancelled.wait,
+            request.trace,
+            self._learned,
+            keep_logits=request.logprobs is not None,
+        )
+        return Decoder(sequence, prompt, request.sampler, environment)
+
+    def told(self, request: Request, steps: Iterator[Step], sequence: TokenSequence) -> Iterator[Token]:
+        """The tokens of a reply from its steps."""
+        return told(steps, sequence, request, self._codec.stream(), self._around.readings)
+
+    def tokens(self, request: Request, sequence: TokenSequence | None) -> Iterator[Token]:
+        """The tokens of a reply that is stepped by whoever asks for them; ``sequence`` is one to continue."""
+        with contextlib.ExitStack() as held:
+            if sequence is None:
+                sequence = held.enter_context(self.sequence(request))
+            decoder = self.decoder(request, sequence)
+            # A trace records the decisions about one stream, so a stream that is recorded shares no rounds.
+            steps = decoder.steps() if request.trace is not None else self.scheduler.steps(decoder, sequence)
+            held.enter_context(contextlib.closing(steps))
+            yield from self.told(request, steps, sequence)
+
+    def _prompt_ids(self, prompt: Prompt, chat: bool | None, control_tokens: bool = True) -> list[int]:
+        ids_given = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes | bytearray)
+        if ids_given and len(prompt) and isinstance(prompt[0], int | np.integer):
+            try:
+                ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"prompt: token ids and something else ({error}): give integers, a text, or messages"
+                ) from error
+            refuse_foreign(np.array(ids), self._engine.manifest.model.vocab_size)
+            return ids
+        return self._codec.encode(prompt, chat=chat, control_tokens=control_tokens)  # type: ignore[arg-type]
+
+    def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None = None) -> int:
+        context = self._engine.max_length if sequence is None else sequence.max_length
+        if max_new_tokens is not None:
+            whole("max_new_tokens", max_new_tokens, 1)
+        if prompt_tokens >= context:
+            whose, cure = "bundle", "export with a larger --context-length"
+            if context < self._engine.max_length:
+                whose, cure = "sequence", "give it a larger max_length"
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens and this {whose}'s context holds {context}: "
+                f"shorten the prompt, or {cure}"
+            )
+        room = context - prompt_tokens
+        return room if max_new_tokens is None else min(max_new_tokens, room)
+
+
+def _shared_prefix(sequence: TokenSequence, ids: list[int]) -> int:
+    """Number of rows of ``sequence`` that a prompt can keep; the prompt's last token is always run."""
+    known = sequence.tokens[0][: len(ids) - 1]
+    differs = np.nonzero(known != np.array(ids[: len(known)], np.int64))[0]
+    return int(differs[0]) if len(differs) else len(known)

@@ -1,0 +1,134 @@
+"""Several replies that one thread drives, round by round: batches and servers.
+
+Owns the replies that are open and who asks for another token. The rounds are those of
+:mod:`balcony_runtime.scheduling.scheduler`, which also serves the streams of other threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from balcony_edge.budget import Budget
+from balcony_edge.errors import BalconyError
+from balcony_runtime.decoding.loop import Step
+from balcony_runtime.reply import Token, TokenStream
+from balcony_runtime.requests import Prompt, Requests
+from balcony_runtime.scheduling.scheduler import Stream
+
+
+class _Open(NamedTuple):
+    """A reply in progress: its tokens for the user, its stream in the scheduler, and steps that are not told yet."""
+
+    tokens: TokenStream
+    stream: Stream
+    steps: deque[Step]
+    held: ExitStack
+
+
+class Together:
+    """Replies in progress that share rounds. A context manager that ends them. One thread may use it.
+
+    Example:
+        with llm.together() as replies:
+            for question in questions:
+                replies.add(question, max_new_tokens=60)
+            while replies.open:
+                for stream, token in replies.step():
+                    ...  # a Token, or the BalconyError that ended the reply
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests, self._scheduler = requests, requests.scheduler
+        self._open: dict[TokenStream, _Open] = {}
+        self._paused: set[TokenStream] = set()
+
+    @property
+    def open(self) -> tuple[TokenStream, ...]:
+        """Replies that have not ended."""
+        return tuple(self._open)
+
+    def add(
+        self, prompt: Prompt, *, budget: Budget | str | os.PathLike[str] | None = None, **options: Any
+    ) -> TokenStream:
+        """Begin a reply; arguments and errors are those of :meth:`LLM.stream`, except ``sequence`` and ``trace``.
+
+        The stream that is returned gives the reply so far, takes another budget and can be cancelled; :meth:`step` iterates it.
+
+        Raises:
+            BusyError: too many replies wait already.
+        """
+        request, steps = self._requests.of(prompt, budget=budget, **options), deque[Step]()
+        with ExitStack() as held:
+            sequence = held.enter_context(self._requests.sequence(request))
+            stream = self._scheduler.join(self._requests.decoder(request, sequence), sequence)
+            held.callback(self._scheduler.leave, stream)
+            tokens = request.stream(self._requests.told(request, _taken(steps), sequence))
+            self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
+        self._scheduler.ask(stream)
+        return tokens
+
+    def pause(self, stream: TokenStream) -> None:
+        """Ask for no more tokens of a reply than those that are on the way, e.g. because its reader is slow."""
+        self._paused.add(stream)
+
+    def resume(self, stream: TokenStream) -> None:
+        """Ask for tokens again."""
+        if stream in self._paused:
+            self._paused.discard(stream)
+            if (one := self._open.get(stream)) is not None and not one.stream.asks:
+                self._scheduler.ask(one.stream)
+
+    def step(self) -> list[tuple[TokenStream, Token | BalconyError]]:
+        """Wait for the next tokens; a reply that ends, is cancelled or fails is closed.
+
+        Returns:
+            Tokens with their replies, or the error that ended a reply. Empty if no reply asks, or if those that do were
+            cancelled.
+        """
+        for tokens in [tokens for tokens in self._open if tokens.cancelled.is_set()]:
+            self._end(tokens)
+        asking = {one.stream: one for one in self._open.values() if one.tokens not in self._paused or one.stream.asks}
+        found: list[tuple[TokenStream, Token | BalconyError]] = []
+        for stream in self._scheduler.wait(list(asking)) if asking else ():
+            tokens, _, steps, _ = asking[stream]
+            try:
+                steps.extend(stream.steps())
+                while steps and tokens in self._open:
+                    found.append((tokens, token := next(tokens)))
+                    if token.finish_reason is not None:
+                        self._end(tokens)
+            except BalconyError as error:
+                found.append((tokens, error))
+                self._end(tokens)
+            if tokens in self._open and tokens not in self._paused:
+                self._scheduler.ask(stream)
+        return found
+
+    def _end(self, tokens: TokenStream) -> None:
+        one = self._open.pop(tokens)
+        self._paused.discard(tokens)
+        tokens.close()
+        one.held.close()
+
+    def close(self) -> None:
+        """End all replies."""
+        for tokens in self.open:
+            self._end(tokens)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _taken(steps: deque[Step]) -> Iterator[Step]:
+    while True:
+        yield steps.popleft()
