@@ -169,7 +169,7 @@ def test_prompts_that_do_not_fit(llm: LLM) -> None:
     for token in (99999, -1):
         with pytest.raises(InputError, match=f"token {token}: the vocabulary has 0 to"):
             llm.stream([1, token], sampling=penalty)
-    with pytest.raises(InputError, match="no messages were given"):
+    with pytest.raises(InputError, match="the prompt is empty"):
         llm.stream("")
     short = llm.engine.new_sequence(max_length=8)
     tokens = list(llm.stream([1, 2, 3], sequence=short, ignore_eos=True))

@@ -42,9 +42,11 @@ class Composer:
         waiting = [view for view in views if view not in ready]
         prompts = [view for view in ready if view.first]
         steps = [view for view in ready if not view.first]
-        chosen = [(view, view.goal if view.at is None else min(view.goal, view.at)) for view in steps]
+        aims = any(view.period_ms < math.inf or (view.first and view.room_ms < math.inf) for view in views)
+        # Without any target there is nothing to wait for: a deeper exit is taken at once, with all its pending rows.
+        chosen = [(view, view.present if aims else view.goal) for view in steps]
         price_ms = self._price(chosen)
-        chosen, price_ms, left = self._leave_out(chosen, price_ms, any(view.rising() for view in steps))
+        chosen, price_ms, left = self._leave_out(chosen, price_ms, any(view.present < view.goal for view in steps))
         waiting += left
         limit_ms = min((view.bound_ms for view, _ in chosen), default=math.inf)
         # Who waits must still get its token in a round like this one.
@@ -121,7 +123,7 @@ class Composer:
 
     def _with_backlog(self, chosen: Chosen, price_ms: float, slack_ms: float) -> tuple[Chosen, Chunk | None, float]:
         """Let a stream enter the deeper exit that it is assigned, or work off rows on the way to it."""
-        rising = [(view, index) for view, index in chosen if view.rising() and index == view.at]
+        rising = [(view, index) for view, index in chosen if index < view.goal and index == view.present]
         for view, index in rising:
             if view.tokens < view.stream.budget.dwell_tokens:
                 continue

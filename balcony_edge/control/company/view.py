@@ -58,8 +58,10 @@ class View(NamedTuple):
         seen = self.stream
         return Entry(index, seen.stage_rows, seen.balcony_rows, seen.context_length)
 
-    def rising(self) -> bool:
-        return self.at is not None and self.goal > self.at
+    @property
+    def present(self) -> int:
+        """Exit of its next token, unless there is time for a deeper one or too little for this one."""
+        return self.goal if self.at is None else min(self.goal, max(self.at, self.lowest))
 
 
 def view_of(

@@ -182,6 +182,8 @@ class Scheduler:
             while stream in self._running:
                 self._turn.wait(NAP_S)
             self._streams.pop(stream.key, None)
+            if not self._streams:
+                self._state = self._state.without(self._state.streams.keys())
             self._turn.notify_all()
 
     def _lead(self) -> None:
@@ -261,8 +263,7 @@ class Scheduler:
         streams, seen = self._seen(asking)
         if not streams:
             return
-        self._state, found = controller.decide(self._state, seen)
-        self._learned.state = self._learned.state._replace(governor=self._state.governor)
+        state, found = controller.decide(self._state, seen)
         for key, decision in found.refused:
             streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
         begin_ns = time.perf_counter_ns()
@@ -277,7 +278,8 @@ class Scheduler:
         if found.price_ms and not first and not found.refused:
             exit_layer = self._engine.exit_layers[found.deepest]
             self._last = Measurement(exit_layer, found.price_ms, (done_ns - begin_ns) / 1e6)
-        self._company = frozenset(moves)
+        self._company, self._state = frozenset(moves), state
+        self._learned.state = self._learned.state._replace(governor=state.governor)
         now_s = time.monotonic()
         for stream, row in logits.items():
             self._hand_over(stream, row, moves[stream.key], now_s, (seen.readings, seen.now_s))

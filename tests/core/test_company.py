@@ -1,0 +1,335 @@
+"""The joint decision about several streams: who steps, at which exits, and what else fits into a round."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.assignment import Claim, assign
+from balcony_edge.control.company.ceilings import merged_ceilings
+from balcony_edge.control.company.joint import JointController
+from balcony_edge.control.company.prices import Entry, chunk_ms, chunk_rows, round_ms
+from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen, StreamState
+from balcony_edge.control.decision import Measurement
+from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.device.readings import Reading
+from balcony_edge.simulation.company import Arrival, poisson, simulate_company, summary
+from tests.prices import DEMO, SETTLED_DEVIATION, SMALL
+from tests.properties import CHANCE, examples
+
+QUALITY = (0.5, 0.7, 1.0)
+#: A filter that has learned that the prices hold; at probability 0.9 a step may take 0.975 of a target.
+SETTLED = CompanyState(Slowdown(variance=1e-8, noise_variance=SETTLED_DEVIATION**2))
+ONES = (1, 1, 1)
+
+
+def stream(key: int, budget: Budget | None = None, **values: Any) -> StreamSeen:
+    """A stream that has caught up and asked for its token a moment ago."""
+    fields = {"context_length": 0, "stage_rows": ONES, "balcony_rows": ONES, "made_tokens": 9, "started_s": 0.0}
+    return StreamSeen(key=key, budget=budget or Budget(), **{**fields, "emitted_s": 10.0, **values})
+
+
+def decided(streams: Sequence[StreamSeen], state: CompanyState = SETTLED, **seen: Any) -> tuple[CompanyState, Round]:
+    return JointController(SMALL, QUALITY).decide(state, RoundSeen(tuple(streams), **{"now_s": 10.0, **seen}))
+
+
+def exits(found: Round) -> dict[int, int]:
+    return {move.key: move.decision.exit_layer for move in found.moves}
+
+
+def test_a_round_of_one_costs_what_a_step_costs() -> None:
+    for index, exit_layer in enumerate(SMALL.exits):
+        for stages, balconies in ((ONES, ONES), ((1, 4, 9), (3, 5, 1)), ((7, 7, 7), (7, 7, 1))):
+            price = round_ms(SMALL, [Entry(index, stages, balconies, 30)])
+            assert price == pytest.approx(SMALL.step_ms(exit_layer, stages, balconies, 30))
+
+
+def test_the_further_row_of_a_round_costs_a_further_row() -> None:
+    """Two at the full depth, one at exit 4: by hand from the prices of SMALL."""
+    entries = [Entry(2, ONES, ONES, 0), Entry(2, ONES, ONES, 0), Entry(0, ONES, ONES, 0)]
+    stages = (3 + 2 * 0.25) + (2 + 0.25) + (3.5 + 0.25)
+    assert round_ms(SMALL, entries) == pytest.approx(stages + 0.5 + 1.0 + 1.0)
+    # a stream with a backlog runs its rows of that stage in a pass of its own
+    behind = Entry(2, (1, 5, 5), ONES, 0)
+    assert round_ms(SMALL, [*entries, behind]) == pytest.approx(
+        (3 + 3 * 0.25) + 2.25 + (2 + 4 * 0.25) + 3.75 + (3.5 + 4 * 0.25) + 0.5 + 1.0 + 1.0
+    )
+    assert round_ms(SMALL, []) == 0.0
+
+
+def test_rows_of_a_chunk_fill_the_time() -> None:
+    assert chunk_ms(SMALL, (0, 1), 5, 0) == pytest.approx(3 + 1 + 2 + 1)
+    assert chunk_rows(SMALL, (0, 1), 7.0, 99, 0) == 5
+    assert chunk_rows(SMALL, (0, 1), 6.99, 99, 0) == 4
+    assert chunk_rows(SMALL, (0, 1), 7.0, 3, 0) == 3
+    assert chunk_rows(SMALL, (0, 1), 4.9, 99, 0) == 0
+
+
+@examples(60)
+@given(CHANCE, st.integers(1, 5), st.floats(4.0, 30.0))
+def test_an_assignment_loses_little_more_than_the_best_one(chance: Any, count: int, limit_ms: float) -> None:
+    """Compared with all assignments: it fits whenever one fits, and loses at most a third of a stream's depth more."""
+    claims = [
+        Claim(chance.randrange(2), 2, chance.choice([0.5, 1.0, 3.0]), chance.randrange(200), True) for _ in range(count)
+    ]
+    found, price_ms = assign(SMALL, QUALITY, claims, limit_ms, 0)
+
+    def price(chosen: Sequence[int]) -> float:
+        return round_ms(SMALL, [Entry(i, ONES, ONES, one.context) for i, one in zip(chosen, claims, strict=True)])
+
+    def loss(chosen: Sequence[int]) -> float:
+        return sum(claim.weight * (1 - QUALITY[i]) for claim, i in zip(claims, chosen, strict=True))
+
+    assert price_ms == pytest.approx(price(found))
+    assert all(claim.lowest <= i <= claim.highest for claim, i in zip(claims, found, strict=True))
+    every = itertools.product(*(range(claim.lowest, claim.highest + 1) for claim in claims))
+    fitting = [chosen for chosen in every if price(chosen) <= limit_ms]
+    if not fitting:
+        assert price_ms > limit_ms
+        return
+    assert price_ms <= limit_ms
+    best = min(loss(chosen) for chosen in fitting)
+    assert loss(found) <= best + max(claim.weight for claim in claims) / 2
+
+
+def test_the_deepest_of_the_others_have_room_in_a_round() -> None:
+    tight, lax = Claim(0, 2, 1.0, 0, True), Claim(0, 2, 1.0, 0, False)
+    one = round_ms(SMALL, [Entry(2, ONES, ONES, 0)])
+    two = round_ms(SMALL, [Entry(2, ONES, ONES, 0)] * 2)
+    assert assign(SMALL, QUALITY, [tight, lax, lax], one, 0) == ([2, 2, 2], pytest.approx(one))
+    assert assign(SMALL, QUALITY, [tight, lax, lax], two, 1) == ([2, 2, 2], pytest.approx(two))
+    found, price_ms = assign(SMALL, QUALITY, [tight, lax, lax], one, 1)
+    assert price_ms <= one and found != [2, 2, 2]
+
+
+def test_everybody_gets_the_full_depth_while_there_is_time() -> None:
+    # 3.25 + 2.25 + 3.75 + 0.5 + 1 = 10.75 ms; with 5 % free, a target of 11.7 ms has room for 10.84 ms and 11.5 ms for 10.65
+    _, found = decided([stream(0, Budget(tpot_ms=11.7)), stream(1)])
+    assert exits(found) == {0: 8, 1: 8} and found.chunk is None
+    assert found.price_ms == pytest.approx(10.75) and found.predicted_ms == pytest.approx(10.75)
+    assert found.moves[0].decision.reason == "a round of 2 streams takes 10.8 ms"
+    assert 0.9 < found.moves[0].decision.probability < 1 and found.moves[1].decision.probability == 1
+    _, found = decided([stream(0, Budget(tpot_ms=11.5)), stream(1)])
+    assert min(exits(found).values()) < 8
+
+
+def test_depth_is_taken_from_who_loses_least() -> None:
+    budgets = [Budget(tpot_ms=10.8, weight=weight) for weight in (3.0, 1.0)]
+    _, found = decided([stream(key, budget) for key, budget in enumerate(budgets)])
+    # one at the full depth and one at exit 6: 3.25 + 2.25 + 3.5 + 1 + 0.5 + 1 = 11.5 ms is too long; both at exit 6: 7.5 ms
+    assert exits(found) == {0: 6, 1: 6}
+    limits = [Budget(tpot_ms=12.5, weight=weight) for weight in (3.0, 1.0, 1.0)]
+    _, found = decided([stream(key, budget) for key, budget in enumerate(limits)])
+    # three at the full depth take 11.5 ms, and there is room for 11.58 ms
+    assert exits(found) == {0: 8, 1: 8, 2: 8}
+
+
+def test_streams_that_can_wait_are_left_out_before_depth_is_taken() -> None:
+    """Two tokens take 10.75 ms and one takes 10: with 10.3 ms left, the other stream waits for the next round."""
+    streams = [stream(0, Budget(tpot_ms=30.0), emitted_s=9.9803), stream(1, Budget(tpot_ms=40.0))]
+    _, found = decided(streams)
+    assert exits(found) == {0: 8} and found.price_ms == pytest.approx(10.0)
+    # once it cannot wait for another round, depth is taken instead
+    streams[1] = stream(1, Budget(tpot_ms=40.0), emitted_s=9.977)
+    _, found = decided(streams)
+    assert set(exits(found)) == {0, 1} and found.price_ms <= 0.976 * 10.3
+
+
+def test_a_stream_without_a_target_is_not_starved() -> None:
+    """The tight stream needs every round's time for its depth; the other one still gets a token every few rounds."""
+    state, now_s, last, served = SETTLED, 10.0, None, []  # type: CompanyState, float, Measurement | None, list[float]
+    asked = {0: now_s, 1: now_s}
+    for _ in range(60):
+        streams = [stream(0, Budget(tpot_ms=10.4), emitted_s=asked[0]), stream(1, emitted_s=asked[1])]
+        state, found = decided(streams, state, now_s=now_s, last=last)
+        now_s += found.price_ms / 1000
+        last = Measurement(SMALL.exits[found.deepest], found.price_ms, found.price_ms)
+        for key in exits(found):
+            asked[key] = now_s
+        if 1 in exits(found):
+            served.append(now_s)
+    gaps = [1000 * (b - a) for a, b in itertools.pairwise(served)]
+    assert len(served) >= 12 and max(gaps) <= 60
+
+
+def test_the_newest_of_the_least_weight_give_their_targets_up() -> None:
+    """Four at the shallowest exit take 6.1 ms and three 5.75 ms; 5.85 ms are left. Two have to give up, because those that
+    have given up still have a place in every round between them."""
+    budgets = [Budget(tpot_ms=6.0, weight=w) for w in (1.0, 2.0, 1.0, 2.0)]
+    state, found = decided([stream(key, budget) for key, budget in enumerate(budgets)])
+    assert [state.streams[key].met for key in range(4)] == [False, True, False, True]
+    unmet = {move.key: move.decision for move in found.moves}.get(2)
+    if unmet is not None:
+        assert unmet.infeasible and "infeasible in this company: tpot_ms = 6" in unmet.reason
+    assert not any(move.decision.infeasible for move in found.moves if move.key in {1, 3})
+
+
+def test_a_target_that_nobody_could_hold_drags_nobody_down() -> None:
+    """One at 1 ms beside one at 12 ms: the second keeps the depth that it has without the first's target."""
+    streams = [stream(0, Budget(tpot_ms=12.0)), stream(1, Budget(tpot_ms=1.0))]
+    state, found = decided(streams)
+    assert exits(found)[0] == 8 and not state.streams[1].met
+    refused = stream(1, Budget(tpot_ms=1.0, on_infeasible="error"))
+    _, found = decided([streams[0], refused])
+    assert [key for key, _ in found.refused] == [1]
+    assert found.refused[0][1].ends(refused.budget)
+    assert "infeasible in this company: tpot_ms = 1" in found.refused[0][1].reason
+
+
+def test_a_prompt_runs_in_chunks_between_the_tokens_of_others() -> None:
+    prompt = stream(1, Budget(), made_tokens=0, stage_rows=(40, 40, 40), balcony_rows=(40, 40, 1), context_length=39)
+    limit_ms = 25.0
+    _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), prompt])
+    assert set(exits(found)) == {0} and found.chunk is not None and found.chunk.key == 1
+    assert found.chunk.stages == (0, 1, 2) and found.price_ms <= 0.976 * limit_ms
+    more = found.chunk._replace(rows=found.chunk.rows + 1)
+    longer_ms = (
+        found.price_ms
+        + chunk_ms(SMALL, more.stages, more.rows, 39)
+        - chunk_ms(SMALL, more.stages, found.chunk.rows, 39)
+    )
+    assert longer_ms > 0.974 * limit_ms, "one more row would be late"
+    # the last rows bring the first token
+    rest = prompt._replace(stage_rows=(3, 3, 3), balcony_rows=(3, 3, 1))
+    _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), rest])
+    assert set(exits(found)) == {0, 1} and found.chunk is None
+
+
+def test_depth_makes_room_for_a_first_token_in_time() -> None:
+    """500 rows within 600 ms: 3 rows a millisecond at most, which the tokens of the other stream leave at exit 4 only."""
+    other = stream(0, Budget(tpot_ms=25.0))
+    prompt = {"made_tokens": 0, "stage_rows": (500,) * 3, "balcony_rows": (500, 500, 1), "context_length": 499}
+    _, relaxed = decided([other, stream(1, Budget(), started_s=10.0, **prompt)])
+    _, urgent = decided([other, stream(1, Budget(ttft_ms=600.0), started_s=10.0, **prompt)])
+    assert relaxed.chunk is not None and urgent.chunk is not None
+    assert urgent.chunk.rows > relaxed.chunk.rows and len(urgent.chunk.stages) < len(relaxed.chunk.stages)
+
+
+def test_a_backlog_gets_the_time_that_is_left() -> None:
+    """Exit 8 fits; 30 rows of stages 1 and 2 are pending. The chunk fills the round, and the exit is entered at its end."""
+    known = CompanyState(SETTLED.slowdown, streams={0: StreamState(0, 2, 50), 1: StreamState(2, 2, 50)})
+    behind = stream(0, Budget(tpot_ms=16.0), stage_rows=(1, 30, 30), balcony_rows=(1, 30, 1), context_length=60)
+    other = stream(1, Budget(tpot_ms=16.0))
+    state, found = decided([behind, other], known)
+    assert exits(found) == {0: 4, 1: 8} and found.chunk is not None
+    assert (found.chunk.key, found.chunk.stages, found.chunk.balcony) == (0, (1,), None)
+    assert 13 <= found.price_ms <= 0.976 * 16 and state.caught_up
+    assert "8 fits, with a backlog" in found.moves[0].decision.reason
+    _, found = decided([behind._replace(stage_rows=(1, 1, 3), balcony_rows=(1, 1, 1)), other], known)
+    assert exits(found) == {0: 8, 1: 8} and found.chunk is None
+
+
+def test_lax_streams_step_aside_for_a_backlog() -> None:
+    known = CompanyState(SETTLED.slowdown, streams={0: StreamState(0, 2, 50), 1: StreamState(2, 2, 50)})
+    behind = stream(0, Budget(tpot_ms=16.0), stage_rows=(1, 30, 30), balcony_rows=(1, 30, 1), context_length=60)
+    _, found = decided([behind, stream(1, Budget(tpot_ms=200.0))], known)
+    assert set(exits(found)) == {0} and found.chunk is not None and found.chunk.rows > 20
+
+
+def test_a_pace_is_not_exceeded() -> None:
+    paced = stream(0, Budget(max_pace_tps=10.0), emitted_s=9.95)
+    _, found = decided([paced, stream(1)])
+    assert set(exits(found)) == {1}
+    _, found = decided([paced])
+    assert not found.moves and found.wait_ms == pytest.approx(50.0)
+
+
+def test_the_strictest_ceilings_hold_for_all() -> None:
+    merged = merged_ceilings(
+        [
+            Budget(power_w=9.0, power_rail="cpu", temperature_c=80.0, tpot_ms=5.0),
+            Budget(power_w=7.0, power_window_s=10.0, battery_floor_percent=20.0),
+            Budget(temperature_c=70.0, battery_floor_percent=30.0, pacing=False),
+            Budget(tpot_ms=1.0),
+        ]
+    )
+    want = Budget(power_w=7.0, power_window_s=10.0, temperature_c=70.0, battery_floor_percent=30.0, pacing=False)
+    assert merged == want
+    assert merged_ceilings([Budget(tpot_ms=3.0)]) == Budget()
+    # a critical temperature below another budget's ceiling acts first
+    assert merged_ceilings([Budget(temperature_c=80.0), Budget(critical_temperature_c=75.0)]) == Budget(
+        critical_temperature_c=75.0
+    )
+
+
+def test_a_critical_temperature_ends_every_stream() -> None:
+    hot = (Reading("board", "board", 10.0, celsius=95.0),)
+    _, found = decided([stream(0, Budget(critical_temperature_c=90.0)), stream(1)], readings=hot)
+    assert [key for key, _ in found.refused] == [0, 1]
+    assert "critical_temperature_c = 90: the hottest sensor is at 95 °C" in found.refused[1][1].reason
+
+
+def test_admission_says_what_would_be_possible() -> None:
+    controller = JointController(SMALL, QUALITY)
+    three = RoundSeen(tuple(stream(key, Budget(tpot_ms=6.0)) for key in range(3)), now_s=10.0)
+    assert controller.refusal(SETTLED, RoundSeen(three.streams[:2], now_s=10.0), three.streams[2]) is None
+    reason = controller.refusal(SETTLED, three, stream(9, Budget(tpot_ms=6.0)))
+    assert reason is not None
+    assert "a round of 4 streams takes 6.12 ms at their shallowest exits" in reason and "tpot_ms = 7 or more" in reason
+    other = controller.refusal(SETTLED, three, stream(9, Budget()))
+    assert other is None or "another one's target is 6 ms: wait until it ends" in other
+    # what could not be held alone is not the others' fault
+    assert controller.refusal(SETTLED, three, stream(9, Budget(tpot_ms=1.0))) is None
+
+
+def test_rounds_teach_the_slowdown() -> None:
+    state = SETTLED
+    for _ in range(30):
+        last = Measurement(8, 10.0, 17.0)
+        state, _ = decided([stream(0, Budget(tpot_ms=40.0)), stream(1)], state, last=last)
+    assert state.slowdown.factor == pytest.approx(1.7, rel=0.03)
+    assert decided([stream(0)], state, last=Measurement(8, 10.0, math.inf))[0].slowdown == state.slowdown
+
+
+CLASSES = [
+    Arrival(0.0, prompt, tokens, budget)
+    for prompt, tokens, budget in (
+        (30, 60, Budget(tpot_ms=30.0)),
+        (60, 80, Budget(tpot_ms=60.0)),
+        (100, 60, Budget(tpot_ms=120.0, min_exit=17)),
+        (40, 50, Budget(deadline_s=4.0, expected_tokens=50)),
+        (20, 40, Budget()),
+        (20, 40, Budget(max_exit=20, max_pace_tps=8.0)),
+        (200, 20, Budget(ttft_ms=800.0)),
+        (20, 30, Budget(tpot_ms=2.0)),
+        (20, 30, Budget(tpot_ms=2.0, on_infeasible="error")),
+        (20, 40, Budget(power_w=5.0, tpot_ms=80.0)),
+    )
+]
+
+
+@examples(12)
+@given(st.integers(0, 10_000), st.floats(0.3, 4.0), st.integers(1, 6))
+def test_any_mix_of_streams_comes_to_its_end(seed: int, rate: float, burst: int) -> None:
+    arrivals = poisson(rate, 6.0, CLASSES, seed=seed, burst=burst)
+    quality = (0.6, 0.66, 0.74, 1.0)
+    streams = simulate_company(DEMO, arrivals, quality=quality, seed=seed)
+    for one in streams:
+        assert one.done and all(math.isfinite(gap) and gap > 0 for gap in one.gaps_ms)
+        assert set(one.exits) <= set(one.arrival.budget.allowed_exits(DEMO.exits))
+        assert one.refused_s is None or one.arrival.budget.on_infeasible == "error"
+    if streams:
+        assert 0 < summary(streams, DEMO, quality)["mean_depth"] <= 1
+
+
+def test_a_feasible_company_is_in_time() -> None:
+    """Three classes at a quarter of the device's capacity: at most a tenth late, as their probability says."""
+    classes = [Arrival(0.0, 30, 120, Budget(tpot_ms=target)) for target in (30.0, 45.0, 90.0)]
+    quality = (0.6, 0.66, 0.74, 1.0)
+    streams = simulate_company(DEMO, poisson(0.4, 30.0, classes, seed=4), quality=quality, seed=2)
+    found = summary(streams, DEMO, quality)
+    assert len(streams) > 6 and found["late_share"] <= 0.05 and found["mean_depth"] > 0.9
+
+
+def test_chunks_name_rows_that_exist() -> None:
+    """The plant refuses rows that are not ready; every mix above would stop there."""
+    streams = simulate_company(DEMO, [Arrival(0.0, 64, 5, Budget())], quality=(1, 1, 1, 1))
+    assert streams[0].exits == [30] * 5
+    assert Chunk(0, (1,), 3).balcony is None

@@ -1,0 +1,316 @@
+"""Many replies at once: each writes what it writes alone, is held to its own budget, and ends or fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputError
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.llm import LLM
+from balcony_runtime.reply import Reply, Token
+from balcony_runtime.scheduling import scheduler as scheduler_module
+from tests.prices import SMALL
+
+PROMPTS = [[1, 2, 3], [4, 5], [200, 7, 30, 8, 9], [11], [50, 60, 70, 80], [9, 9, 9], [300, 2], [17, 18, 19]]
+#: Prices of the tiny model's exits: 5, 7 and 10 ms. Four at the shallowest take 6.1 ms.
+PRICES = dataclasses.replace(SMALL, exits=(2, 3, 5))
+
+
+@pytest.fixture
+def llm(tiny: Any) -> Iterator[LLM]:
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+def ids(reply: Reply) -> list[int]:
+    return [token.id for token in reply.tokens]
+
+
+def free_members(llm: LLM) -> int:
+    """Members of the pool that no reply uses."""
+    pool = llm._requests.scheduler._pool
+    assert pool is not None
+    return sum(one is None or one in pool._ended for one in pool.members)
+
+
+def all_at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """Results of calls in a thread each; the threads begin together."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        barrier.wait(30)
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return [future.result(120) for future in [threads.submit(run, call) for call in calls]]
+
+
+def test_threads_write_what_they_write_alone(llm: LLM) -> None:
+    budgets = [Budget(exit_layer=layer) for layer in (2, 3, 5, 2, 5, 3, 5, 5)]
+    options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
+    alone = [ids(llm.generate(one, budget=own, **options)) for one, own in zip(PROMPTS, budgets, strict=True)]
+    rounds: list[int] = []
+    scheduler = llm._requests.scheduler
+    run = scheduler._round
+
+    def counted(asking: Any) -> None:
+        rounds.append(len(asking))
+        run(asking)
+
+    scheduler._round = counted  # type: ignore[method-assign]
+    together = all_at_once(
+        *(lambda i=i: llm.generate(PROMPTS[i], budget=budgets[i], **options) for i in range(len(PROMPTS)))
+    )
+    assert [ids(reply) for reply in together] == alone
+    assert [set(reply.tokens_per_exit) for reply in together] == [{own.exit_layer} for own in budgets]
+    assert max(rounds) >= 4, "streams of different threads share rounds"
+    assert free_members(llm) == scheduler_module.MEMBERS
+
+
+def test_sampling_penalties_and_policies_are_those_of_a_stream_alone(llm: LLM) -> None:
+    """Each stream keeps its own random numbers, penalties and stop strings; policies make full-depth tokens one by one."""
+    samplings = [SamplingParams(temperature=1.0, seed=seed, repetition_penalty=1.2) for seed in range(3)]
+    options: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "logprobs": 2}
+    alone = [llm.generate(PROMPTS[i], sampling=one, **options) for i, one in enumerate(samplings)]
+    plain = ids(llm.generate(PROMPTS[3], max_new_tokens=20, ignore_eos=True))
+    lossless = Budget(policy="lossless")
+    *sampled, drafted = all_at_once(
+        *(lambda i=i, one=one: llm.generate(PROMPTS[i], sampling=one, **options) for i, one in enumerate(samplings)),
+        lambda: llm.generate(PROMPTS[3], budget=lossless, max_new_tokens=20, ignore_eos=True),
+    )
+    assert [ids(reply) for reply in sampled] == [ids(reply) for reply in alone]
+    for got, want in zip(sampled, alone, strict=True):
+        for a, b in zip(got.tokens, want.tokens, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and len(a.top_logprobs) == 2
+    assert ids(drafted) == plain
+
+
+def test_a_streams_budget_changes_between_its_tokens(llm: LLM) -> None:
+    with llm.together() as replies:
+        first = replies.add([1, 2, 3], max_new_tokens=9, ignore_eos=True)
+        second = replies.add([4, 5], max_new_tokens=9, ignore_eos=True)
+        for count in range(9):
+            if count == 3:
+                first.budget = Budget(exit_layer=2)
+            if count == 6:
+                first.budget = None  # type: ignore[assignment]
+                llm.budget = Budget(exit_layer=3)
+            replies.step()
+        assert first.budget == second.budget == Budget(exit_layer=3)
+        assert [token.exit_layer for token in first.reply.tokens] == [5, 5, 5, 2, 2, 2, 3, 3, 3]
+        # a round runs one prompt, so the second stream is a token behind
+        assert [token.exit_layer for token in second.reply.tokens] == [5] * 5 + [3] * 3
+    with pytest.raises(balcony_edge.BudgetError, match="tpot_ms = -1"):
+        first.budget = Budget(tpot_ms=-1)
+    stream = llm.stream([1], budget=Budget(exit_layer=2), max_new_tokens=2)
+    assert next(stream).exit_layer == 2
+
+
+def test_each_reply_has_verdicts_on_its_own_budget(llm: LLM) -> None:
+    llm.costs = PRICES
+    replies = all_at_once(
+        lambda: llm.generate([1, 2], budget=Budget(tpot_ms=500.0), max_new_tokens=8, ignore_eos=True),
+        lambda: llm.generate([3], budget=Budget(ttft_ms=900.0), max_new_tokens=8, ignore_eos=True),
+        lambda: llm.generate([3], max_new_tokens=8, ignore_eos=True),
+    )
+    assert [[verdict.key for verdict in reply.verdicts] for reply in replies] == [["tpot_ms"], ["ttft_ms"], []]
+    assert all(verdict.held for reply in replies for verdict in reply.verdicts)
+    assert {token.target_ms for token in replies[0].tokens} == {500.0}
+
+
+def test_a_cancelled_stream_leaves_the_others_alone(llm: LLM) -> None:
+    want = ids(llm.generate([4, 5], max_new_tokens=30, ignore_eos=True))
+    cancelled = llm.stream([1, 2, 3], max_new_tokens=200, ignore_eos=True)
+    begun = threading.Event()
+
+    def consume() -> int:
+        for count, _ in enumerate(cancelled):
+            if count == 5:
+                begun.set()
+        return len(cancelled.reply.tokens)
+
+    def other() -> list[int]:
+        found = []
+        for token in llm.stream([4, 5], max_new_tokens=30, ignore_eos=True):
+            found.append(token.id)
+            if len(found) == 10:
+                begun.wait(30)
+                cancelled.cancel()
+        return found
+
+    made, found = all_at_once(consume, other)
+    assert found == want and 5 < made < 200 and cancelled.reply.finish_reason == "cancelled"
+    abandoned = llm.stream([7], max_new_tokens=50)
+    next(abandoned)
+    del abandoned
+    gc.collect()
+    assert free_members(llm) == scheduler_module.MEMBERS and not llm._requests.scheduler._streams
+
+
+def test_a_reader_that_does_not_ask_holds_nobody_up(llm: LLM) -> None:
+    slow = llm.stream([1, 2, 3], max_new_tokens=12, ignore_eos=True)
+    next(slow)
+    want = ids(llm.generate([4, 5], max_new_tokens=20, ignore_eos=True))
+    assert len(want) == 20
+    alone = llm.generate([1, 2, 3], max_new_tokens=12, ignore_eos=True)
+    assert [*ids(slow.reply), *(token.id for token in slow)] == ids(alone)
+
+
+def test_a_failure_is_one_streams_own(llm: LLM) -> None:
+    llm.costs = PRICES
+    with llm.together() as replies:
+        good = replies.add([1, 2], max_new_tokens=6, ignore_eos=True)
+        strict = replies.add([3], budget=Budget(tpot_ms=0.001, on_infeasible="error"), max_new_tokens=6)
+        found: dict[Any, list[Token | BalconyError]] = {good: [], strict: []}
+        while replies.open:
+            for stream, one in replies.step():
+                found[stream].append(one)
+        assert [type(one) for one in found[strict]][-1] is InfeasibleError
+        assert "tpot_ms = 0.001" in str(found[strict][-1])
+        assert [one.id for one in found[good] if isinstance(one, Token)] == ids(
+            llm.generate([1, 2], max_new_tokens=6, ignore_eos=True)
+        )
+        with pytest.raises(InputError, match="no messages were given"):
+            replies.add([])
+    with pytest.raises(InfeasibleError, match=r"tpot_ms = 0\.001"):
+        llm.generate_batch([[1], [2]], max_new_tokens=4, budget=[None, strict.budget])
+
+
+def test_one_stream_more_than_there_is_time_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three at 8 ms can be held at the shallowest exits, and a fourth cannot, as far as the prices say at the start."""
+    llm.costs = PRICES
+    target = Budget(tpot_ms=8.0)
+    with llm.together() as replies:
+        three = [replies.add([key], budget=target, max_new_tokens=3, ignore_eos=True) for key in (1, 2, 3)]
+        refused = replies.add([4], budget=Budget(tpot_ms=8.0, on_infeasible="error"), max_new_tokens=3, ignore_eos=True)
+        waits = replies.add([5], budget=target, max_new_tokens=3, ignore_eos=True)
+        first = replies.step()
+        errors = [one for stream, one in first if stream is refused]
+        assert [type(one) for one in errors] == [BusyError]
+        assert (
+            "a round of 4 streams takes 6.12 ms at their shallowest exits: wait, or ask for tpot_ms = 9 or more"
+            in str(errors[0])
+        )
+        assert not waits.reply.tokens
+        while replies.open:
+            replies.step()
+        assert [len(stream.reply.tokens) for stream in (*three, waits)] == [3] * 4
+        monkeypatch.setattr(scheduler_module, "MOST_WAITING", 2)
+        replies.add([1], max_new_tokens=1)
+        replies.add([2], max_new_tokens=1)
+        with pytest.raises(BusyError, match="2 replies wait for others to end: try again later"):
+            replies.add([3], max_new_tokens=1)
+    assert free_members(llm) == scheduler_module.MEMBERS
+
+
+def test_an_interrupted_round_takes_nothing_from_the_others(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C inside a shared pass: the tokens that it appended go, and the streams continue as if nothing had been."""
+    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+    alone = [ids(llm.generate(prompt, **options)) for prompt in PROMPTS[:3]]
+    with llm.together() as replies:
+        streams = [replies.add(prompt, **options) for prompt in PROMPTS[:3]]
+        for _ in range(4):
+            replies.step()
+        pool = llm._requests.scheduler._pool
+        assert pool is not None
+        for where in ("run_stage", "run_exit", "keep", "logits"):
+            with monkeypatch.context() as patch:
+                patch.setattr(pool._pool, where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                budgets = [Budget(exit_layer=2), None, None]
+                for stream, own in zip(streams, budgets, strict=True):
+                    stream.budget = own  # type: ignore[assignment]
+                with pytest.raises(KeyboardInterrupt):
+                    replies.step()
+                for stream in streams:
+                    stream.budget = None  # type: ignore[assignment]
+            replies.step()
+        while replies.open:
+            replies.step()
+        assert [ids(stream.reply) for stream in streams] == alone
+
+
+def test_replies_can_be_paused(llm: LLM) -> None:
+    with llm.together() as replies:
+        paused = replies.add([1, 2, 3], max_new_tokens=10, ignore_eos=True)
+        other = replies.add([4], max_new_tokens=6, ignore_eos=True)
+        replies.step()
+        replies.pause(paused)
+        while other in replies.open:
+            replies.step()
+        assert len(paused.reply.tokens) == 2, "the token that was on the way still comes"
+        replies.resume(paused)
+        replies.step()
+        paused.cancel()
+        assert replies.step() == [] and paused.reply.finish_reason == "cancelled" and len(paused.reply.tokens) == 3
+
+
+def test_asynchronous_streams_share_rounds_too(llm: LLM) -> None:
+    async def one(prompt: list[int]) -> list[int]:
+        return [token.id async for token in llm.stream(prompt, max_new_tokens=10, ignore_eos=True)]
+
+    async def several() -> list[list[int]]:
+        return await asyncio.gather(*(one(prompt) for prompt in PROMPTS[:4]))
+
+    found = asyncio.run(several())
+    assert found == [ids(llm.generate(prompt, max_new_tokens=10, ignore_eos=True)) for prompt in PROMPTS[:4]]
+
+
+def test_streams_that_come_and_go_leave_nothing_behind(llm: LLM) -> None:
+    """300 replies of six threads: whole ones, cancelled ones, abandoned ones and refused ones."""
+    random = np.random.default_rng(3)
+    plans = [
+        [(int(kind), int(n)) for kind, n in zip(*random.integers((0, 1), (4, 9), (50, 2)).T, strict=True)]
+        for _ in range(6)
+    ]
+
+    def work(plan: list[tuple[int, int]]) -> int:
+        tokens = 0
+        for kind, count in plan:
+            stream = llm.stream(
+                random.integers(0, 320, count).tolist(),
+                max_new_tokens=count,
+                ignore_eos=True,
+                budget=Budget(exit_layer=2 + kind % 2),
+            )
+            if kind == 0:
+                tokens += len(list(stream))
+            elif kind == 1:
+                next(stream)
+                stream.cancel()
+                tokens += 1 + len(list(stream))
+            elif kind == 2:
+                next(stream)
+                del stream
+                tokens += 1
+            else:
+                stream.close()
+        return tokens
+
+    assert sum(all_at_once(*(lambda plan=plan: work(plan) for plan in plans))) > 400
+    gc.collect()
+    scheduler = llm._requests.scheduler
+    assert (
+        free_members(llm) == scheduler_module.MEMBERS and not scheduler._streams and not scheduler._state.streams.keys()
+    )
+
+
+def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams without a place in the pool have memory of their own; their tokens are the same."""
+    monkeypatch.setattr(scheduler_module, "MEMBERS", 2)
+    want = [ids(llm.generate(prompt, max_new_tokens=8, ignore_eos=True)) for prompt in PROMPTS[:5]]
+    with llm.together() as replies:
+        streams = [replies.add(prompt, max_new_tokens=8, ignore_eos=True) for prompt in PROMPTS[:5]]
+        while replies.open:
+            replies.step()
+        assert [ids(stream.reply) for stream in streams] == want
