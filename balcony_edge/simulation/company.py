@@ -133,6 +133,7 @@ def simulate_company(
     most_streams: int = 16,
     seed: int = 0,
     decide: Decide | None = None,
+    plant_class: type[CompanyPlant] = CompanyPlant,
 ) -> list[SimulatedStream]:
     """Run requests on a simulated device until all have ended.
 
@@ -145,11 +146,12 @@ def simulate_company(
         most_streams: largest number of streams at once; later requests wait.
         seed: seed of the noise.
         decide: another controller to compare with.
+        plant_class: another device to compare with.
 
     Returns:
         One stream for every request, in their order.
     """
-    plant = CompanyPlant(true_costs or costs, physics or Physics(), load or (lambda _: 1.0), seed)
+    plant = plant_class(true_costs or costs, physics or Physics(), load or (lambda _: 1.0), seed)
     decide = decide or JointController(costs, quality).decide
     state, last = CompanyState(), None  # type: CompanyState, Measurement | None
     streams = [plant.stream(arrival) for arrival in arrivals]

@@ -252,7 +252,7 @@ def test_the_strictest_ceilings_hold_for_all() -> None:
     )
     want = Budget(power_w=7.0, power_window_s=10.0, temperature_c=70.0, battery_floor_percent=30.0, pacing=False)
     assert merged == want
-    assert merged_ceilings([Budget(tpot_ms=3.0)]) == Budget()
+    assert merged_ceilings([]) == merged_ceilings([Budget(tpot_ms=3.0)]) == Budget()
     # a critical temperature below another budget's ceiling acts first
     assert merged_ceilings([Budget(temperature_c=80.0), Budget(critical_temperature_c=75.0)]) == Budget(
         critical_temperature_c=75.0

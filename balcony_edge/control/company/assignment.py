@@ -122,6 +122,11 @@ def assign(
             return exits, price_ms
 
 
+def _cheaper(one: Claim, other: Claim) -> bool:
+    """Whether depth is better taken from ``one`` of two streams at the same exit: at equal weight, the longer context."""
+    return (one.weight, -one.context) < (other.weight, -other.context)
+
+
 def _cheapest(
     quality: Sequence[float], claims: Sequence[Claim], exits: Sequence[int], members: Sequence[int], counts: _Counts
 ) -> list[int] | None:
@@ -129,7 +134,11 @@ def _cheapest(
     best, least = None, float("inf")
     deepest = max((exits[i] for i in members), default=0)
     together = [i for i in members if exits[i] == deepest]
-    options = [[i] for i in members if exits[i] > claims[i].lowest]
+    givers: dict[int, int] = {}  # exit → the stream there that loses least
+    for i in members:
+        if exits[i] > claims[i].lowest and (exits[i] not in givers or _cheaper(claims[i], claims[givers[exits[i]]])):
+            givers[exits[i]] = i
+    options = [[i] for i in givers.values()]
     if len(together) > 1 and all(exits[i] > claims[i].lowest for i in together):
         options.append(together)
     for option in options:

@@ -24,17 +24,15 @@ _HIGHEST = "battery_floor_percent"
 
 
 def merged_ceilings(budgets: Sequence[Budget]) -> Budget:
-    """One budget with the strictest ceilings of several, and nothing else of them.
+    """One budget with the strictest ceilings of several, which have some, and nothing else of them.
 
     The lowest ``power_w`` counts with its own rail and window.
     """
-    return _merged(frozenset(budget for budget in budgets if budget.needs_sensors))
+    return _merged(frozenset(budgets))
 
 
 @lru_cache(maxsize=64)
 def _merged(budgets: frozenset[Budget]) -> Budget:
-    if not budgets:
-        return Budget()
     kept: dict[str, object] = {}
     for key in _LOWEST:
         given = [value for budget in budgets if (value := getattr(budget, key)) is not None]

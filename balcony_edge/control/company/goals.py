@@ -105,7 +105,7 @@ class Goals:
         claims, places = [], 0.0
         for view in views:
             period_ms = view.period_ms if met[view.stream.key] else math.inf
-            tight = period_ms < 2 * limit_ms or limit_ms == math.inf
+            tight = period_ms <= 2 * limit_ms  # also without any target, or after a deadline
             places += 0.0 if tight else max(limit_ms / period_ms, 1 / ELASTIC if period_ms == math.inf else 0.0)
             budget = view.stream.budget
             claims.append(Claim(view.lowest, view.highest, budget.weight, view.stream.context_length, tight))

@@ -37,6 +37,15 @@ from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel
 
 
+class _Known(NamedTuple):
+    """A budget, the indices of the shallowest and deepest exit that it allows, and whether it has ceilings."""
+
+    budget: Budget
+    lowest: int
+    highest: int
+    senses: bool
+
+
 class _Outcome(NamedTuple):
     """What the decisions about single streams have in common.
 
@@ -45,7 +54,7 @@ class _Outcome(NamedTuple):
         streams: number of streams that it serves.
         slowdown: slowdown filter.
         governor: state of the slow loop.
-        ceilings: ceilings of all budgets.
+        ceilings: ceilings of all budgets; None without any.
     """
 
     price_ms: float
@@ -53,7 +62,23 @@ class _Outcome(NamedTuple):
     streams: int
     slowdown: Slowdown
     governor: Governor
-    ceilings: Budget
+    ceilings: Budget | None
+
+
+class _Why(NamedTuple):
+    """Reason of a token in company, in words that are put together when it is read."""
+
+    predicted_ms: float
+    streams: int
+    unmet: Budget | None
+    fits: int | None
+
+    def __str__(self) -> str:
+        count = f"{self.streams} {'stream' if self.streams == 1 else 'streams'}"
+        why = f"a round of {count} takes {self.predicted_ms:.1f} ms"
+        if self.unmet is not None:
+            return f"infeasible in this company: {targets_of(self.unmet)}; {why}"
+        return why if self.fits is None else f"{why}; {self.fits} fits, with a backlog"
 
 
 class JointController:
@@ -68,7 +93,7 @@ class JointController:
         self._costs = costs
         self._goals, self._composer = Goals(costs, quality), Composer(costs, quality)
         self._index = {exit_layer: index for index, exit_layer in enumerate(costs.exits)}
-        self._bounds: dict[int, tuple[Budget, int, int]] = {}  # id of a budget → the budget and its exits
+        self._known_budgets: dict[int, _Known] = {}  # by their ids
 
     def decide(self, state: CompanyState, seen: RoundSeen) -> tuple[CompanyState, Round]:
         """Choose the next round.
@@ -77,7 +102,8 @@ class JointController:
             BudgetError: a budget allows none of the exits.
         """
         slowdown = self._learn(state, seen.last)
-        ceilings = merged_ceilings([stream.budget for stream in seen.streams])
+        governing = [stream.budget for stream in seen.streams if self._known(stream.budget).senses]
+        ceilings = merged_ceilings(governing) if governing else None
         governor = self._tick(state.governor, ceilings, slowdown, seen)
         assigned_for, views = self._goals.assigned(
             state, self._views(seen.streams, state, slowdown, seen.now_s, governor.ceiling), slowdown
@@ -114,41 +140,38 @@ class JointController:
     ) -> list[View]:
         views = []
         for stream in streams:
-            lowest, highest = self._allowed(stream.budget)
+            _, lowest, highest, _ = self._known(stream.budget)
             bounds = lowest, max(min(highest, ceiling), lowest)
             views.append(view_of(stream, state.streams.get(stream.key), bounds, slowdown, now_s))
         return views
 
-    def _allowed(self, budget: Budget) -> tuple[int, int]:
-        """Indices of the shallowest and deepest exit of a budget."""
-        known = self._bounds.get(id(budget))
-        if known is None or known[0] is not budget:
-            if len(self._bounds) > 256:
-                self._bounds.clear()
+    def _known(self, budget: Budget) -> _Known:
+        """What follows from a budget alone."""
+        known = self._known_budgets.get(id(budget))
+        if known is None or known.budget is not budget:
+            if len(self._known_budgets) > 256:
+                self._known_budgets.clear()
             allowed = budget.allowed_exits(self._costs.exits)
-            known = self._bounds[id(budget)] = budget, self._index[allowed[0]], self._index[allowed[-1]]
-        return known[1], known[2]
+            known = _Known(budget, self._index[allowed[0]], self._index[allowed[-1]], budget.needs_sensors)
+            self._known_budgets[id(budget)] = known
+        return known
 
     def _decision(self, view: View, index: int, outcome: _Outcome) -> Decision:
         price_ms, predicted_ms, streams, slowdown, governor, ceilings = outcome
         deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
         limit_ms = view.room_ms * math.exp(quantile_of(view.stream.budget.probability) * deviation)
-        governed = ceilings.needs_sensors
         exits = self._costs.exits
-        why = f"a round of {streams} {'stream' if streams == 1 else 'streams'} takes {predicted_ms:.1f} ms"
-        if not view.met:
-            why = f"infeasible in this company: {targets_of(view.stream.budget)}; {why}"
-        elif index < view.goal:
-            why = f"{why}; {exits[view.goal]} fits, with a backlog"
+        fits = exits[view.goal] if index < view.goal else None
+        why = _Why(predicted_ms, streams, None if view.met else view.stream.budget, fits)
         return Decision(
             exit_layer=exits[index],
             predicted_ms=predicted_ms,
             price_ms=price_ms,
             probability=probability_of(limit_ms, price_ms, deviation),
-            infeasible=not view.met or (governed and bool(governor.infeasible)),
-            words=(why, *(device_words(governor, ceilings, 0.0) if governed else ())),
-            stops=governed and governor.critical(ceilings),
-            unseen=governed and bool(governor.unseen(ceilings)),
+            infeasible=not view.met or (ceilings is not None and bool(governor.infeasible)),
+            words=(why, *(() if ceilings is None else device_words(governor, ceilings, 0.0))),
+            stops=ceilings is not None and governor.critical(ceilings),
+            unseen=ceilings is not None and bool(governor.unseen(ceilings)),
         )
 
     def _learn(self, state: CompanyState, last: Measurement | None) -> Slowdown:
@@ -161,15 +184,15 @@ class JointController:
         log_ratio = math.log(last.measured_ms) - math.log(last.predicted_ms)
         return slowdown.update(-1 if state.caught_up else self._index[last.exit_layer], log_ratio, 1.0)
 
-    def _tick(self, governor: Governor, ceilings: Budget, slowdown: Slowdown, seen: RoundSeen) -> Governor:
+    def _tick(self, governor: Governor, ceilings: Budget | None, slowdown: Slowdown, seen: RoundSeen) -> Governor:
         """The slow loop, for the ceilings of all streams together."""
-        if not ceilings.needs_sensors:
+        if ceilings is None:
             return Governor()
         if 0 <= seen.now_s - governor.ticked_s < TICK_S:
             return governor
         ones = (1,) * len(self._costs.exits)
         contexts = [stream.context_length for stream in seen.streams]
-        bounds = [self._allowed(stream.budget) for stream in seen.streams]
+        known = [self._known(stream.budget) for stream in seen.streams]
         return govern(
             governor,
             Demand(
@@ -183,8 +206,8 @@ class JointController:
                     / 1000
                     for index in range(len(self._costs.exits))
                 ],
-                lowest=min(lowest for lowest, _ in bounds),
-                highest=max(highest for _, highest in bounds),
+                lowest=min(one.lowest for one in known),
+                highest=max(one.highest for one in known),
                 pace_tps=max(
                     (1000 / stream.budget.tpot_ms for stream in seen.streams if stream.budget.tpot_ms), default=0.0
                 ),
@@ -196,11 +219,11 @@ class JointController:
 def _ends(view: View, outcome: _Outcome) -> bool:
     """Whether a stream ends here: its targets are out of reach and it asks for an error, or the device is too hot."""
     governor, ceilings = outcome.governor, outcome.ceilings
-    if ceilings.needs_sensors and governor.critical(ceilings):
+    if ceilings is not None and governor.critical(ceilings):
         return True
     if view.stream.budget.on_infeasible != "error":
         return False
-    return not view.met or (ceilings.needs_sensors and bool(governor.infeasible))
+    return not view.met or (ceilings is not None and bool(governor.infeasible))
 
 
 def _early_ms(view: View, now_s: float) -> float:
