@@ -72,6 +72,7 @@ _ALLOWED = {
         "must be 'plain', 'speculative', 'confident' or 'lossless'",
         "give how a full-depth token is made, e.g. 'speculative' to let a shallow exit draft it",
     ),
+    "kv_memory_mb": (_POSITIVE, "give megabytes for the keys, values and rows of all replies together, e.g. 200"),
     "weight": (_POSITIVE, "give 1 for a reply like the others, and more for one whose depth matters more"),
     "priority": ("must be 'limits' or 'latency'", "give what wins where ceilings and latency cannot both be kept"),
     "dwell_tokens": ("must be a whole number, 0 or more", "give the tokens to stay before going deeper, e.g. 8"),
@@ -161,6 +162,9 @@ class Budget(BaseModel):
     memory_mb: Positive | None = None
     """Ceiling of this process's memory, in MB. Depth falls over the last 5 %; at the ceiling the budget is infeasible."""
 
+    kv_memory_mb: Positive | None = None
+    """Bound of the keys, values and rows of all replies in progress, in MB. A reply waits until there is room for all the
+    tokens that it may make. It is a limit of the whole device: only that of the LLM's own budget counts."""
     weight: Positive = 1.0
     """How much the depth of this reply counts where several replies share the device and one of them must give."""
     priority: Literal["limits", "latency"] = "limits"

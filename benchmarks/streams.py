@@ -102,7 +102,7 @@ def alone_rate(llm: LLM, seed: int) -> float:
         scheduler.steps = through  # type: ignore[method-assign]
 
 
-def _without_company(decoder: Decoder, _: TokenSequence) -> Generator[Step]:
+def _without_company(decoder: Decoder, *_: object) -> Generator[Step]:
     return decoder.steps()
 
 

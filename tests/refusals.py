@@ -249,4 +249,9 @@ REFUSALS = (
         "load 'wave': must be one of idle, constant, step, ramp, square, bursts, or the file of a recorded trace",
         "a load that does not exist",
     ),
+    Refusal(
+        ("simulate", "--profile", "device.json", "--tpot-ms", "30", "--arrivals", "rate=0"),
+        "--arrivals rate=0: must have a rate of 0.001 to 1000 a second and a burst of 1 to 100: give e.g. rate=0.8,burst=3",
+        "arrivals at an impossible rate",
+    ),
 )

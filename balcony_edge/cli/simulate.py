@@ -14,6 +14,8 @@ import typer
 
 if TYPE_CHECKING:
     from balcony_edge.budget import Budget
+    from balcony_edge.cli.arrivals import Company
+    from balcony_edge.control.company.seen import Round
     from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.simulation.loads import Load
     from balcony_edge.simulation.plant import Physics
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 
 def simulate(
     profile: Annotated[Path, typer.Option(help="Device profile that `balcony-edge profile` wrote.")],
-    budget: Annotated[Path | None, typer.Option(help="Budget file (profiles/*.toml).")] = None,
+    budget: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Budget file (profiles/*.toml); repeatable with --arrivals, where each is a class of requests."
+        ),
+    ] = None,
     tpot_ms: Annotated[
         float | None, typer.Option(help="Target instead of a budget file: milliseconds between two tokens.")
     ] = None,
@@ -42,16 +49,24 @@ def simulate(
             "tau_s=40, throttle_c=80, battery_j=20000, charge=0.4, others_utilization=0.3, ..."
         ),
     ] = None,
+    arrivals: Annotated[
+        str | None,
+        typer.Option(
+            help="Simulate many streams at once: requests a second, as in rate=0.8, or rate=0.8,burst=3 for three at a time. "
+            "Each gets one of the budgets, --prompt-tokens and --tokens; requests come for --seconds."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     record: Annotated[Path | None, typer.Option(help="Write the run as a trace.")] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show for each interval at one exit why it was chosen.")
+        bool, typer.Option("--explain", help="Show for each interval at the same exits why they were chosen.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Try a budget offline under a load: exits, late tokens, watts and degrees."""
     from contextlib import nullcontext
 
+    from balcony_edge.cli.arrivals import explained, facts, parsed, show
     from balcony_edge.cli.budget import asked_budget
     from balcony_edge.cli.show import say_doubts
     from balcony_edge.control.trace import TraceWriter
@@ -60,22 +75,72 @@ def simulate(
     from balcony_edge.simulation import simulate as simulation
     from balcony_edge.simulation.plant import Plant
 
-    asked, measured = asked_budget(budget, tpot_ms), DeviceProfile.load(profile)
+    files = budget or []
+    if len(files) > 1 and arrivals is None:
+        raise BudgetError(f"--budget {files[0]} --budget {files[1]}: one reply has one budget: also give --arrivals")
+    asked, measured = asked_budget(files[0] if files else None, tpot_ms), DeviceProfile.load(profile)
     say_doubts(profile, measured)
     costs = measured.costs
+    if arrivals is not None:
+        if record is not None:
+            raise BudgetError("--record with --arrivals: a trace records one reply: leave out one of the two")
+        company = _company(
+            files, asked, measured, parsed(arrivals), (prompt_tokens, tokens, seconds), load(trace), seed, device
+        )
+        figures, rows = facts(company), explained(company) if explain else None
+        if as_json:
+            print(json.dumps(figures if rows is None else {**figures, "intervals": rows}))  # noqa: T201 - for programs
+        else:
+            show(figures, rows)
+        return
     try:
         resolved = asked.for_bundle(measured.agreement())
     except BudgetError as error:
-        raise BudgetError(f"{budget}: {error}") from None
+        raise BudgetError(f"{files[0]}: {error}" if files else str(error)) from None
     plant = Plant(costs, physics(device or [], measured, resolved), load(trace), prompt_tokens=prompt_tokens, seed=seed)
     with TraceWriter(record) if record is not None else nullcontext() as writer:
         run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
-    facts = simulation.summary(run, resolved)
+    found = simulation.summary(run, resolved)
     intervals = [interval._asdict() for interval in simulation.explain(run)] if explain else None
     if as_json:
-        print(json.dumps(facts if intervals is None else {**facts, "intervals": intervals}))  # noqa: T201 - for programs
+        print(json.dumps(found if intervals is None else {**found, "intervals": intervals}))  # noqa: T201 - for programs
         return
-    _show(facts, intervals)
+    _show(found, intervals)
+
+
+def _company(
+    files: list[Path],
+    own: Budget,
+    profile: DeviceProfile,
+    arriving: tuple[float, int],
+    sizes: tuple[int, int, float],
+    trace: Load,
+    seed: int,
+    device: list[str] | None,
+) -> Company:
+    """Run the requests of ``--arrivals`` on the profile's device."""
+    from balcony_edge.cli.arrivals import Company, classes
+    from balcony_edge.simulation.company import Arrival, poisson, simulate_company
+
+    agreement, (prompt_tokens, tokens, seconds) = profile.agreement(), sizes
+    named = {name: budget.for_bundle(agreement) for name, budget in classes(files, own).items()}
+    asked = [Arrival(0.0, prompt_tokens, tokens, budget) for budget in named.values()]
+    arrivals = poisson(arriving[0], seconds, asked, seed=seed, burst=arriving[1])
+    exits = profile.costs.exits
+    quality = [agreement.get(layer) or layer / exits[-1] for layer in exits]
+    constants = physics(device or [], profile, own)
+    rounds: list[tuple[float, Round]] = []
+    streams = simulate_company(
+        profile.costs,
+        arrivals,
+        quality=quality,
+        physics=constants,
+        load=trace,
+        seed=seed,
+        log=lambda *one: rounds.append(one),
+    )
+    names = {id(budget): name for name, budget in named.items()}
+    return Company(named, [(names[id(stream.arrival.budget)], stream) for stream in streams], rounds)
 
 
 def load(text: str) -> Load:

@@ -134,6 +134,7 @@ def simulate_company(
     seed: int = 0,
     decide: Decide | None = None,
     plant_class: type[CompanyPlant] = CompanyPlant,
+    log: Callable[[float, Round], object] | None = None,
 ) -> list[SimulatedStream]:
     """Run requests on a simulated device until all have ended.
 
@@ -147,6 +148,7 @@ def simulate_company(
         seed: seed of the noise.
         decide: another controller to compare with.
         plant_class: another device to compare with.
+        log: called with the time and each round.
 
     Returns:
         One stream for every request, in their order.
@@ -169,6 +171,8 @@ def simulate_company(
         state, found = decide(state, seen)
         for key, _ in found.refused:
             streams[key].refused_s = plant.now_s
+        if log is not None:
+            log(plant.now_s, found)
         begin_s = plant.now_s
         gone = {key for key, _ in found.refused}
         if found.chunk is not None and found.chunk.key not in gone:

@@ -84,7 +84,12 @@ class LLM:
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
         quality = [self._agreement[layer] or layer / engine.exit_layers[-1] for layer in engine.exit_layers]
         scheduler = Scheduler(
-            engine, self._learned, lambda: self._costs, self.readings, np.maximum.accumulate(quality).tolist()
+            engine,
+            self._learned,
+            lambda: self._costs,
+            self.readings,
+            np.maximum.accumulate(quality).tolist(),
+            self._kv_bytes,
         )
         #: Turns prompts and options into replies.
         self._requests = Requests(engine, codec, scheduler, self._learned, self)
@@ -135,6 +140,10 @@ class LLM:
     def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
         budget = parse_budget(value)
         self._budget, self._resolved = budget, self.checked(budget)
+
+    def _kv_bytes(self) -> float | None:
+        bound_mb = self._budget.kv_memory_mb
+        return None if bound_mb is None else 1e6 * bound_mb
 
     @property
     def budgets(self) -> tuple[Budget, Budget]:

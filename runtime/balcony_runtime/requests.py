@@ -58,6 +58,11 @@ class Request(NamedTuple):
     cancelled: threading.Event
     watch: Watch
 
+    @property
+    def rows(self) -> int:
+        """Most rows that its sequence will have."""
+        return len(self.ids) + self.limit
+
     def stream(self, tokens: Iterator[Token]) -> TokenStream:
         """The stream of these tokens, as its user sees it."""
         return TokenStream(tokens, len(self.ids), self.cancelled, self.limits, self.watch)
@@ -135,7 +140,7 @@ class Requests:
         """A sequence for a reply, which shares passes and prefixes with others if there is room for it."""
         member = self.scheduler.new_sequence(request.ids)
         try:
-            yield member or self._engine.new_sequence(max_length=len(request.ids) + request.limit)
+            yield member or self._engine.new_sequence(max_length=request.rows)
         finally:
             if member is not None:
                 self.scheduler.free(member)
@@ -165,7 +170,9 @@ class Requests:
                 sequence = held.enter_context(self.sequence(request))
             decoder = self.decoder(request, sequence)
             # A trace records the decisions about one stream, so a stream that is recorded shares no rounds.
-            steps = decoder.steps() if request.trace is not None else self.scheduler.steps(decoder, sequence)
+            steps = (
+                decoder.steps() if request.trace is not None else self.scheduler.steps(decoder, sequence, request.rows)
+            )
             held.enter_context(contextlib.closing(steps))
             yield from self.told(request, steps, sequence)
 

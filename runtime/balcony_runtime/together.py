@@ -65,7 +65,7 @@ class Together:
         request, steps = self._requests.of(prompt, budget=budget, **options), deque[Step]()
         with ExitStack() as held:
             sequence = held.enter_context(self._requests.sequence(request))
-            stream = self._scheduler.join(self._requests.decoder(request, sequence), sequence)
+            stream = self._scheduler.join(self._requests.decoder(request, sequence), sequence, request.rows)
             held.callback(self._scheduler.leave, stream)
             tokens = request.stream(self._requests.told(request, _taken(steps), sequence))
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())

@@ -150,6 +150,24 @@ def test_simulate_takes_watts_from_the_profile_and_physics_from_the_line(tmp_pat
     assert json.loads(invoke(*common, "--device", "busy_w=1"))["mean_w"] == pytest.approx(4.0)
 
 
+def test_simulate_with_arrivals_tells_what_each_class_got(tmp_path: Path) -> None:
+    """Two budgets, three requests at a time; the explanation has every round, and its exits are those of the classes."""
+    for name, text in (("tight", "tpot_ms = 20\n"), ("shallow", "exit_layer = 2\n")):
+        (tmp_path / f"{name}.toml").write_text(text)
+    budgets = ["--budget", tmp_path / "tight.toml", "--budget", tmp_path / "shallow.toml"]
+    common = ["simulate", "--profile", "p.json", *budgets, "--arrivals", "rate=4,burst=3", "-n", "30", "--seconds", "6"]
+    found = json.loads(invoke(*common, "--explain", "--json"))
+    tight, shallow = (found["classes"][name] for name in ("tight", "shallow"))
+    assert tight["requests"] + shallow["requests"] == found["streams"] >= 6
+    assert tight["tokens"] == 30 * tight["requests"] and 0 <= tight["late_share"] <= 0.1
+    assert set(shallow["tokens_per_exit"]) == {"2"} and shallow["late_share"] is None
+    assert sum(row["rounds"] for row in found["intervals"]) == found["rounds"]
+    assert "a round of 3 streams takes" in " ".join(row["reason"] for row in found["intervals"])
+    told = invoke(*common, "--explain")
+    assert "stream: exit" in told and "first token" in told
+    assert json.loads(invoke(*common, "--json")) == {key: found[key] for key in ("streams", "rounds", "classes")}
+
+
 def test_simulate_refuses(tmp_path: Path) -> None:
     budget = tmp_path / "b.toml"
     budget.write_text("")
@@ -158,6 +176,10 @@ def test_simulate_refuses(tmp_path: Path) -> None:
     refused("neither of --budget and --tpot-ms: a budget is a file or a target", *common[:3])
     refused("tpot_ms = -1", *common[:3], "--tpot-ms", "-1")
     refused("load 'wave': must be one of idle, constant, step", *common, "--trace", "wave")
+    refused("one reply has one budget: also give --arrivals", *common, "--budget", budget)
+    refused("--arrivals speed=3: 'speed=3' is not known: give e.g. rate=0.8", *common, "--arrivals", "speed=3")
+    refused("--arrivals rate=0: must have a rate of 0.001 to 1000 a second", *common, "--arrivals", "rate=0")
+    refused("--record with --arrivals: a trace records one reply", *common, "--arrivals", "rate=1", "--record", "x.jsonl")
     refused("--device mass=3: must be one of idle_w, busy_w", *common, "--device", "mass=3")
     for word, allowed in (
         ("busy_w=x", "busy_w must be 0 to 100000"),

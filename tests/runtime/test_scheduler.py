@@ -305,6 +305,44 @@ def test_streams_that_come_and_go_leave_nothing_behind(llm: LLM) -> None:
     )
 
 
+def test_memory_for_keys_and_values_is_bounded(llm: LLM) -> None:
+    """Room for 60 rows: two replies of 30 at a time, and never one of 61."""
+    scheduler = llm._requests.scheduler
+    assert scheduler.shares and scheduler._pool is not None
+    # 5 layers and 2 balconies of 2 × 2 heads × 16, and 4 boundaries of 32, in float32
+    assert scheduler._pool.row_bytes == 4 * (7 * 2 * 2 * 16 + 4 * 32)
+    llm.budget = Budget(kv_memory_mb=scheduler._pool.row_bytes * 60 / 1e6)
+    with llm.together() as replies:
+        streams = [replies.add([key], max_new_tokens=29, ignore_eos=True) for key in (1, 2, 3)]
+        for _ in range(10):
+            replies.step()
+        assert [len(stream.reply.tokens) > 0 for stream in streams] == [True, True, False]
+        # the third waits without a spin while the readers of the others are slow
+        for stream in streams[:2]:
+            replies.pause(stream)
+        replies.step()
+        waits: list[None] = []
+        nap = scheduler._turn.wait
+
+        def counted(seconds: float | None = None) -> bool:
+            waits.append(None)
+            if len(waits) == 5:
+                streams[0].close()
+                scheduler.leave(replies._open[streams[0]].stream)
+            return nap(seconds)
+
+        scheduler._turn.wait = counted  # type: ignore[method-assign]
+        replies.step()
+        scheduler._turn.wait = nap  # type: ignore[method-assign]
+        assert len(waits) >= 5 and streams[2].reply.tokens
+        replies.resume(streams[1])
+        while replies.open:
+            replies.step()
+        assert [len(stream.reply.tokens) for stream in streams[1:]] == [29] * 2
+        with pytest.raises(InputError, match="kv_memory_mb: 61 tokens do not fit, which has room for 60"):
+            replies.add([1], max_new_tokens=60)
+
+
 def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams without a place in the pool have memory of their own; their tokens are the same."""
     monkeypatch.setattr(scheduler_module, "MEMBERS", 2)

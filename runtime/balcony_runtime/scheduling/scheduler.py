@@ -20,7 +20,7 @@ from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BalconyError, BusyError, InfeasibleError
+from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputError
 from balcony_runtime.decoding.loop import Decoder, Learned, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.pool import Move, SequencePool
@@ -42,10 +42,11 @@ class Stream:
         key: its number.
         decoder: its decoder.
         sequence: its sequence.
+        rows: most rows that it will have.
     """
 
-    def __init__(self, key: int, decoder: Decoder, sequence: TokenSequence) -> None:
-        self.key, self.decoder, self.sequence = key, decoder, sequence
+    def __init__(self, key: int, decoder: Decoder, sequence: TokenSequence, rows: int) -> None:
+        self.key, self.decoder, self.sequence, self.rows = key, decoder, sequence, rows
         self.asked_s = 0.0
         self.asks = False
         self.admitted = False
@@ -78,6 +79,7 @@ class Scheduler:
         costs: gives the prices, or None while no budget needs them.
         readings: gives the latest reading of every sensor.
         quality: agreement of each exit with the full depth, ascending.
+        kv_bytes: gives the bound of all sequences' memory, or None without one.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class Scheduler:
         costs: Callable[[], CostModel | None],
         readings: Callable[[], tuple[Reading, ...]],
         quality: Sequence[float],
+        kv_bytes: Callable[[], float | None],
     ) -> None:
+        self._kv_bytes = kv_bytes
         self._engine, self._learned, self._costs, self._readings = engine, learned, costs, readings
         self._quality = tuple(quality)
         self._turn = threading.Condition()
@@ -124,14 +128,14 @@ class Scheduler:
         if self._pool is not None:
             self._pool.give_back(sequence)
 
-    def steps(self, decoder: Decoder, sequence: TokenSequence) -> Generator[Step]:
+    def steps(self, decoder: Decoder, sequence: TokenSequence, rows: int) -> Generator[Step]:
         """The steps of one stream; it belongs to the company from the first one to the end of the iterator.
 
         Raises:
             InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
             ContextLengthError: the sequence is full.
         """
-        stream = self.join(decoder, sequence)
+        stream = self.join(decoder, sequence, rows)
         try:
             while True:
                 self.ask(stream)
@@ -140,17 +144,27 @@ class Scheduler:
         finally:
             self.leave(stream)
 
-    def join(self, decoder: Decoder, sequence: TokenSequence) -> Stream:
-        """Add a stream. It waits until the shallowest exits would hold everybody's targets.
+    def join(self, decoder: Decoder, sequence: TokenSequence, rows: int) -> Stream:
+        """Add a stream. It waits until there is memory for its rows, and the shallowest exits would hold everybody's targets.
+
+        Args:
+            decoder: its decoder.
+            sequence: its sequence.
+            rows: most rows that it will have.
 
         Raises:
+            InputError: the rows would never fit into the memory that the budget leaves.
             BusyError: too many streams wait already.
         """
         with self._turn:
             waiting = sum(not stream.admitted for stream in self._streams.values())
             if waiting >= MOST_WAITING:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
-            stream = Stream(next(self._keys), decoder, sequence)
+            if (most := self._most_rows()) is not None and rows > most:
+                raise InputError(
+                    f"kv_memory_mb: {rows} tokens do not fit, which has room for {most}: ask for fewer tokens or raise it"
+                )
+            stream = Stream(next(self._keys), decoder, sequence, rows)
             self._streams[stream.key] = stream
             return stream
 
@@ -193,7 +207,9 @@ class Scheduler:
             stream for stream in self._streams.values() if stream.asks and (stream.admitted or self._admit(stream))
         ]
         if not asking:
-            return  # those that waited were refused
+            if any(stream.asks for stream in self._streams.values()):
+                self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
+            return
         self._running = asking
         self._turn.release()
         try:
@@ -208,6 +224,9 @@ class Scheduler:
     def _admit(self, stream: Stream) -> bool:
         """Admit a stream if there is time for it, in the order of their requests; refuse it if its budget asks for that."""
         others = [one for one in self._streams.values() if one.admitted]
+        most = self._most_rows()
+        if most is not None and sum(one.rows for one in others) + stream.rows > most:
+            return False
         if others:
             seen = [one.decoder.seen(one.key, one.asked_s) for one in others]
             try:
@@ -223,6 +242,11 @@ class Scheduler:
                 return False
         stream.admitted = True
         return True
+
+    def _most_rows(self) -> int | None:
+        """Rows that all streams together may have; None without a bound."""
+        bound = self._kv_bytes()
+        return None if bound is None or self._pool is None else int(bound) // self._pool.row_bytes
 
     def _gather(self) -> None:
         """Wait a moment for the streams of the last round, so that they stay together."""

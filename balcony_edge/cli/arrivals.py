@@ -1,0 +1,123 @@
+"""What ``balcony-edge simulate --arrivals`` does: several streams at once on a simulated device."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from balcony_edge.budget import Budget
+    from balcony_edge.control.company.seen import Round
+    from balcony_edge.simulation.company import SimulatedStream
+
+
+class Company(NamedTuple):
+    """A simulated company: its classes of budgets by name, its streams with the class of each, and its rounds by time."""
+
+    classes: dict[str, Budget]
+    streams: list[tuple[str, SimulatedStream]]
+    rounds: list[tuple[float, Round]]
+
+
+def parsed(text: str) -> tuple[float, int]:
+    """Arrivals a second and requests at once, of ``rate=0.8,burst=3``.
+
+    Raises:
+        InputError: a key is unknown, or a value is out of range.
+    """
+    from balcony_edge.errors import InputError
+
+    values = {"rate": math.nan, "burst": 1.0}
+    for part in text.split(","):
+        key, _, number = part.partition("=")
+        try:
+            if key not in values:
+                raise ValueError
+            values[key] = float(number)
+        except ValueError:
+            raise InputError(
+                f"--arrivals {text}: {part!r} is not known: give e.g. rate=0.8 or rate=0.8,burst=3"
+            ) from None
+    rate, burst = values["rate"], values["burst"]
+    if not 1e-3 <= rate <= 1e3 or not (1 <= burst <= 100 and burst.is_integer()):
+        raise InputError(
+            f"--arrivals {text}: must have a rate of 0.001 to 1000 a second and a burst of 1 to 100: give e.g. rate=0.8,burst=3"
+        )
+    return rate, int(burst)
+
+
+def classes(files: Sequence[Path], own: Budget) -> dict[str, Budget]:
+    """Name of each budget file → its budget; ``own`` if there is none."""
+    from balcony_edge.budget import load_budget
+
+    return {file.stem: load_budget(file) for file in files} or {"budget": own}
+
+
+def facts(company: Company) -> dict[str, Any]:
+    """Figures of each class and of all streams, JSON-ready."""
+    found: dict[str, Any] = {"streams": len(company.streams), "rounds": len(company.rounds), "classes": {}}
+    for name in company.classes:
+        streams = [stream for own, stream in company.streams if own == name]
+        exits = [layer for stream in streams for layer in stream.exits]
+        later = sum(max(len(stream.exits) - 1, 0) for stream in streams)
+        firsts = [stream.gaps_ms[0] for stream in streams if stream.gaps_ms]
+        target = company.classes[name].tpot_ms
+        found["classes"][name] = {
+            "requests": len(streams),
+            "refused": sum(stream.refused_s is not None for stream in streams),
+            "tokens": len(exits),
+            "late_share": sum(s.late_tokens for s in streams) / later if target is not None and later else None,
+            "mean_exit": mean(exits) if exits else None,
+            "tokens_per_exit": {str(layer): count for layer, count in sorted(Counter(exits).items())},
+            "ttft_ms": mean(firsts) if firsts else None,
+        }
+    return found
+
+
+def explained(company: Company) -> list[dict[str, Any]]:
+    """Stretches of rounds with the same streams at the same exits, and the reason of the last one."""
+    rows = []
+
+    def exits(one: tuple[float, Round]) -> tuple[tuple[int, int], ...]:
+        return tuple((move.key, move.decision.exit_layer) for move in one[1].moves)
+
+    for members, group in groupby(company.rounds, exits):
+        stretch = list(group)
+        last = stretch[-1][1]
+        reasons = list(dict.fromkeys(move.decision.reason for move in last.moves))
+        chunk = "" if last.chunk is None else f"; {last.chunk.rows} rows of stream {last.chunk.key} next to it"
+        rows.append(
+            {
+                "begin_s": stretch[0][0],
+                "rounds": len(stretch),
+                "exits": {str(key): layer for key, layer in members},
+                "round_ms": mean(found.predicted_ms for _, found in stretch),
+                "reason": ("; ".join(reasons) or "rows only") + chunk,
+            }
+        )
+    return rows
+
+
+def show(found: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
+    """Print what :func:`facts` and :func:`explained` found."""
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+
+    if rows is not None:
+        table = Table("from, s", "rounds", "stream: exit", "ms a round", "reason")
+        for row in rows:
+            members = " ".join(f"{key}:{layer}" for key, layer in row["exits"].items())
+            table.add_row(f"{row['begin_s']:.2f}", str(row["rounds"]), members, f"{row['round_ms']:.1f}", row["reason"])
+        stdout.print(table)
+    table = Table("budget", "requests", "refused", "tokens", "late", "mean exit", "first token, ms")
+    for name, one in found["classes"].items():
+        late = "" if one["late_share"] is None else f"{one['late_share']:.1%}"
+        depth, first = (("" if value is None else f"{value:.1f}") for value in (one["mean_exit"], one["ttft_ms"]))
+        table.add_row(name, str(one["requests"]), str(one["refused"]), str(one["tokens"]), late, depth, first)
+    stdout.print(table)
