@@ -40,6 +40,14 @@ def run(name: str, *arguments: str | Path, typed: str = "") -> str:
     return done.stdout
 
 
+def test_many_streams_answer_with_a_budget_each(tiny: Any) -> None:
+    told = run("many_streams.py", tiny.path)
+    assert told.count("tokens by exit: ") == 3 and told.count("no target") == 1
+    assert re.search(r"tpot_ms (held|missed), ttft_ms (held|missed)", told) and re.search(
+        r"deadline_s (held|missed)", told
+    )
+
+
 def test_stream(tiny: Any) -> None:
     out = run("stream.py", tiny.path, "--tokens", "8", "--tpot-ms", "1000")
     assert re.search(r"ended by (stop|length); tokens per exit: \{5: \d\}", out)

@@ -33,7 +33,7 @@ from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.reply import Reply, TokenStream
-from balcony_runtime.requests import Prompt, Requests
+from balcony_runtime.requests import Prompt, Requests, Surroundings
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.sensors import Sensors, device_sources
 from balcony_runtime.text import Message, TextCodec
@@ -83,16 +83,15 @@ class LLM:
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
         quality = [self._agreement[layer] or layer / engine.exit_layers[-1] for layer in engine.exit_layers]
-        scheduler = Scheduler(
-            engine,
-            self._learned,
-            lambda: self._costs,
-            self.readings,
-            np.maximum.accumulate(quality).tolist(),
-            self._kv_bytes,
+        around = Surroundings(
+            budgets=lambda: (self._budget, self._resolved),
+            check=self._checked,
+            costs=lambda: self._costs,
+            readings=self.readings,
         )
-        #: Turns prompts and options into replies.
-        self._requests = Requests(engine, codec, scheduler, self._learned, self)
+        ascending = np.maximum.accumulate(quality).tolist()
+        scheduler = Scheduler(engine, self._learned, around.costs, around.readings, ascending, self._kv_bytes)
+        self._requests = Requests(engine, codec, scheduler, self._learned, around)
         try:
             self.budget = budget
         except BaseException:
@@ -139,23 +138,13 @@ class LLM:
     @budget.setter
     def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
         budget = parse_budget(value)
-        self._budget, self._resolved = budget, self.checked(budget)
+        self._budget, self._resolved = budget, self._checked(budget)
 
     def _kv_bytes(self) -> float | None:
         bound_mb = self._budget.kv_memory_mb
         return None if bound_mb is None else 1e6 * bound_mb
 
-    @property
-    def budgets(self) -> tuple[Budget, Budget]:
-        """The budget as it was set, and as it is for this bundle."""
-        return self._budget, self._resolved
-
-    @property
-    def known_costs(self) -> CostModel | None:
-        """The cost model, if it was measured or set."""
-        return self._costs
-
-    def checked(self, budget: Budget) -> Budget:
+    def _checked(self, budget: Budget) -> Budget:
         """The budget for this bundle, once prices and sensors that it needs are there."""
         resolved = budget.for_bundle(self._agreement)
         if budget.policy == "confident" and self.engine.manifest.confidence is None:

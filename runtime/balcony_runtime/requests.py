@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,15 +68,20 @@ class Request(NamedTuple):
         return TokenStream(tokens, len(self.ids), self.cancelled, self.limits, self.watch)
 
 
-class Surroundings(Protocol):
-    """What all replies share: :class:`~balcony_runtime.llm.LLM`."""
+class Surroundings(NamedTuple):
+    """What all replies share.
 
-    @property
-    def budgets(self) -> tuple[Budget, Budget]: ...
-    @property
-    def known_costs(self) -> CostModel | None: ...
-    def checked(self, budget: Budget) -> Budget: ...
-    def readings(self) -> tuple[Reading, ...]: ...
+    Attributes:
+        budgets: gives the budget of replies that have none of their own, as it was set and as it is for this bundle.
+        check: checks a budget and gives it as it is for this bundle.
+        costs: gives the prices, or None while no budget needs them.
+        readings: gives the latest reading of every sensor.
+    """
+
+    budgets: Callable[[], tuple[Budget, Budget]]
+    check: Callable[[Budget], Budget]
+    costs: Callable[[], CostModel | None]
+    readings: Callable[[], tuple[Reading, ...]]
 
 
 class Requests:
@@ -130,7 +135,7 @@ class Requests:
             logprobs=logprobs,
             ends=frozenset() if ignore_eos else frozenset(model.eos_token_ids),
             trace=trace,
-            limits=Limits(lambda: around.budgets, around.checked, budget),
+            limits=Limits(around.budgets, around.check, budget),
             cancelled=threading.Event(),
             watch=Watch(),
         )
@@ -150,7 +155,7 @@ class Requests:
         sequence.rollback(_shared_prefix(sequence, request.ids))
         prompt, around = np.array([request.ids[sequence.length :]], np.int64), self._around
         environment = Environment(
-            lambda: (request.limits.resolved, around.known_costs),
+            lambda: (request.limits.resolved, around.costs()),
             around.readings,
             request.cancelled.wait,
             request.trace,
