@@ -19,6 +19,7 @@ from balcony_edge.errors import (
     BalconyError,
     BudgetError,
     BundleError,
+    BusyError,
     ContextLengthError,
     DeviceError,
     InfeasibleError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from balcony_runtime.engine import Engine
     from balcony_runtime.llm import LLM
     from balcony_runtime.reply import Reply, Token, TokenStream
+    from balcony_runtime.together import Together
 
 __all__ = [
     "LLM",
@@ -46,6 +48,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "BundleError",
+    "BusyError",
     "Chat",
     "ContextLengthError",
     "DeviceError",
@@ -57,6 +60,7 @@ __all__ = [
     "ProfileError",
     "Reply",
     "SamplingParams",
+    "Together",
     "Token",
     "TokenStream",
     "TraceWriter",
@@ -76,6 +80,7 @@ _LAZY = {
     "Reply": "balcony_runtime.reply",
     "Token": "balcony_runtime.reply",
     "TokenStream": "balcony_runtime.reply",
+    "Together": "balcony_runtime.together",
 }
 
 

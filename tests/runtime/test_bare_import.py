@@ -105,12 +105,12 @@ def test_public_names_are_these() -> None:
     import balcony_edge
 
     errors = {
-        *("BalconyError", "BudgetError", "BundleError", "ContextLengthError", "DeviceError", "InfeasibleError"),
-        *("InputError", "MissingDependencyError", "ProfileError"),
+        *("BalconyError", "BudgetError", "BundleError", "BusyError", "ContextLengthError", "DeviceError"),
+        *("InfeasibleError", "InputError", "MissingDependencyError", "ProfileError"),
     }
     others = {
         *("Budget", "Chat", "DeviceProfile", "Engine", "LLM", "Reply", "SamplingParams", "Token", "TokenStream"),
-        *("TraceWriter", "load", "load_budget"),
+        *("Together", "TraceWriter", "load", "load_budget"),
     }
     assert set(balcony_edge.__all__) == errors | others
     assert set(balcony_edge.__all__) <= set(dir(balcony_edge))
