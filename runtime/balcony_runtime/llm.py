@@ -19,6 +19,7 @@ import numpy as np
 
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.observed import unseen
 from balcony_edge.control.trace import TraceWriter
 from balcony_edge.device.costs import CostModel
@@ -340,6 +341,17 @@ class LLM:
                     if isinstance(found, BalconyError):
                         raise found
             return [stream.reply.text for stream in streams]
+
+    def record_rounds(self, trace: RoundTraceWriter | None) -> None:
+        """Record what the joint controller sees and decides about replies at once, or stop recording with None.
+
+        Example:
+            with RoundTraceWriter("rounds.jsonl") as trace:
+                llm.record_rounds(trace)
+                llm.generate_batch(prompts, max_new_tokens=50)
+                llm.record_rounds(None)
+        """
+        self._requests.scheduler.record(trace)
 
     def together(self) -> Together:
         """Several replies that one thread drives; see :class:`.together.Together`."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,13 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
 from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputError
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token
 from balcony_runtime.scheduling import scheduler as scheduler_module
+from tests.command import invoke_here
 from tests.prices import SMALL
 
 PROMPTS = [[1, 2, 3], [4, 5], [200, 7, 30, 8, 9], [11], [50, 60, 70, 80], [9, 9, 9], [300, 2], [17, 18, 19]]
@@ -303,6 +307,48 @@ def test_streams_that_come_and_go_leave_nothing_behind(llm: LLM) -> None:
     assert (
         free_members(llm) == scheduler_module.MEMBERS and not scheduler._streams and not scheduler._state.streams.keys()
     )
+
+
+def test_recorded_rounds_are_decided_again(llm: LLM, tmp_path: Path) -> None:
+    """Streams that come, change their budgets and go; the replay decides every round as it was decided."""
+    llm.costs = PRICES
+    path = tmp_path / "rounds.jsonl"
+    with RoundTraceWriter(path) as trace, llm.together() as replies:
+        llm.record_rounds(trace)
+        first = replies.add([1, 2, 3], budget=Budget(tpot_ms=40.0), max_new_tokens=30, ignore_eos=True)
+        replies.add([4], budget=Budget(tpot_ms=25.0, weight=2.0), max_new_tokens=12, ignore_eos=True)
+        for count in range(14):
+            if count == 6:
+                first.budget = Budget(tpot_ms=15.0)
+                replies.add([7, 8], max_new_tokens=20, ignore_eos=True)
+            replies.step()
+        while replies.open:
+            replies.step()
+        llm.record_rounds(None)
+    recorded = read_rounds(path)
+    assert len(recorded.rounds) > 20 and {len(one.seen.streams) for one in recorded.rounds} == {2, 3}
+    again = list(replay_rounds(recorded))
+    assert [{move.key: move.decision.exit_layer for move in found.moves} for found in again] == [
+        one.exits for one in recorded.rounds
+    ]
+    assert invoke_here("replay", path).stdout.startswith(
+        f"{len(again)} rounds of 3 streams; decisions that differ now: 0"
+    )
+    lines = path.read_text().splitlines()
+    changed = json.loads(lines[5])
+    changed["exits"] = dict.fromkeys(changed["exits"], 999)
+    path.write_text("\n".join([*lines[:5], json.dumps(changed), *lines[6:]]))
+    differing = json.loads(invoke_here("replay", path, "--json").stdout)["differences"]
+    assert [one["round"] for one in differing] == [4] and "a round of 2 streams" in differing[0]["again"]["reason"]
+    for text, message in (
+        (lines[0].replace('"rounds": 1', '"rounds": 7'), "version 7 of rounds, must be 1"),
+        ("\n".join([lines[0], "{}", lines[1]]), "line 2 is not a line of rounds"),
+        (lines[0], "contains no rounds"),
+        ('{"rounds": ', "not readable as a trace of rounds"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_rounds(path)
 
 
 def test_memory_for_keys_and_values_is_bounded(llm: LLM) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 import numpy as np
 
 from balcony_edge.control.company.joint import JointController
+from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
@@ -104,6 +105,7 @@ class Scheduler:
         self._priced: CostModel | None = None
         self._state, self._last = CompanyState(), None  # type: CompanyState, Measurement | None
         self._not_before_s = 0.0
+        self._trace: RoundTraceWriter | None = None
         self._pool: SequencePool | None = None
         self._pool_lock = threading.Lock()
         self._pool_made = False
@@ -127,6 +129,11 @@ class Scheduler:
         """Give a sequence of :meth:`new_sequence` back."""
         if self._pool is not None:
             self._pool.give_back(sequence)
+
+    def record(self, trace: RoundTraceWriter | None) -> None:
+        """Record all rounds from the next one on, or stop recording."""
+        with self._turn:
+            self._trace, self._state = trace, self._state._replace(assigned_for=())
 
     def steps(self, decoder: Decoder, sequence: TokenSequence, rows: int) -> Generator[Step]:
         """The steps of one stream; it belongs to the company from the first one to the end of the iterator.
@@ -287,7 +294,11 @@ class Scheduler:
         streams, seen = self._seen(asking)
         if not streams:
             return
-        state, found = controller.decide(self._state, seen)
+        ended = [key for key in self._state.streams if key not in self._streams]
+        before = self._state.without(ended)
+        state, found = controller.decide(before, seen)
+        if self._trace is not None and self._priced is not None:
+            self._trace.write(self._priced, self._quality, before, seen, found, ended)
         for key, decision in found.refused:
             streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
         begin_ns = time.perf_counter_ns()
@@ -308,7 +319,6 @@ class Scheduler:
         for stream, row in logits.items():
             self._hand_over(stream, row, moves[stream.key], now_s, (seen.readings, seen.now_s))
         self._not_before_s = now_s + found.wait_ms / 1000
-        self._state = self._state.without([key for key in self._state.streams if key not in self._streams])
 
     def _joint(self) -> JointController:
         costs = self._costs()

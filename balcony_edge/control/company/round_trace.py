@@ -1,0 +1,206 @@
+"""Traces of rounds: what the joint controller saw and decided, as JSON lines, from which the same rounds can be decided again.
+
+Owns the file format: a header (``{"rounds": 1, "costs": ..., "quality": ..., "state": ...}``), and a line for each round. A
+stream's budget is written when it is new, and readings when they changed. A trace holds neither text nor tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self
+
+import pydantic
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.joint import JointController
+from balcony_edge.control.company.seen import CompanyState, Round, RoundSeen, StreamSeen
+from balcony_edge.control.decision import Measurement
+from balcony_edge.device.costs import CostModel
+from balcony_edge.device.readings import Reading
+from balcony_edge.errors import BalconyError, InputError
+
+VERSION = 1
+_COSTS = pydantic.TypeAdapter(CostModel)
+_STATE = pydantic.TypeAdapter(CompanyState, config=pydantic.ConfigDict(ser_json_inf_nan="strings"))
+_STREAM = pydantic.TypeAdapter(StreamSeen)
+_AGAIN = "record it again with LLM.record_rounds"
+
+
+class RecordedRound(NamedTuple):
+    """A round of a trace: what was seen, the exits that were chosen (stream → exit layer), and who had ended before."""
+
+    seen: RoundSeen
+    exits: dict[int, int]
+    reason: str
+    ended: tuple[int, ...] = ()
+
+
+class RoundTrace(NamedTuple):
+    """A recorded company: the controller's prices and qualities, its first state, and the rounds."""
+
+    costs: CostModel
+    quality: tuple[float, ...]
+    state: CompanyState
+    rounds: tuple[RecordedRound, ...]
+
+
+class RoundTraceWriter:
+    """Writes rounds. A context manager that closes the file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._name = os.fspath(path)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise InputError(f"{self._name}: not writable ({error.strerror}): name another place") from error
+        self._costs: CostModel | None = None
+        self._budgets: dict[int, Budget] = {}
+        self._readings: tuple[Reading, ...] = ()
+
+    def write(
+        self,
+        costs: CostModel,
+        quality: Sequence[float],
+        state: CompanyState,
+        seen: RoundSeen,
+        found: Round,
+        ended: Sequence[int] = (),
+    ) -> None:
+        """Add a round.
+
+        Args:
+            costs: prices of the device.
+            quality: agreement of each exit with the full depth.
+            state: state before the round; the first one of a cost model must have no assignment yet.
+            seen: what was seen.
+            found: the round.
+            ended: streams that were taken out of the state since the last round.
+        """
+        if costs is not self._costs:
+            self._costs, self._budgets, self._readings = costs, {}, ()
+            known = json.loads(_STATE.dump_json(state))
+            self._line({"rounds": VERSION, "costs": asdict(costs), "quality": list(quality), "state": known})
+        self._budgets = {
+            key: budget for key, budget in self._budgets.items() if any(key == s.key for s in seen.streams)
+        }
+        streams = []
+        for stream in seen.streams:
+            line = stream._asdict()
+            if self._budgets.get(stream.key) is stream.budget:
+                del line["budget"]
+            else:
+                self._budgets[stream.key] = stream.budget
+                line["budget"] = stream.budget.model_dump(exclude_defaults=True)
+            streams.append(line)
+        document: dict[str, Any] = {
+            "now_s": seen.now_s,
+            "busy_s": seen.busy_s,
+            "last": seen.last,
+            "ended": list(ended),
+            "streams": streams,
+        }
+        if seen.readings != self._readings:
+            self._readings = seen.readings
+            document["readings"] = [reading.to_dict() for reading in seen.readings]
+        document["exits"] = {str(move.key): move.decision.exit_layer for move in found.moves}
+        document["chunk"] = None if found.chunk is None else found.chunk._asdict()
+        document["predicted_ms"] = found.predicted_ms
+        document["reason"] = "; ".join(dict.fromkeys(move.decision.reason for move in found.moves))
+        self._line(document)
+
+    def _line(self, document: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(document, allow_nan=False) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self._name}: writing failed ({error.strerror}): free space or name another place"
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_round_trace(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins like a trace of rounds."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return file.read(10) == '{"rounds":'
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
+    """Read the rounds of a trace's first cost model. A last line that was cut off is left out.
+
+    Raises:
+        InputError: the file cannot be read, is not such a trace, or is of another version.
+    """
+    name = os.fspath(path)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        header = json.loads(lines[0])
+        if header["rounds"] != VERSION:
+            raise InputError(f"{name}: version {header['rounds']!r:.40} of rounds, must be {VERSION}: {_AGAIN}")
+        costs, state = _COSTS.validate_python(header["costs"]), _STATE.validate_python(header["state"])
+        quality = tuple(float(value) for value in header["quality"])
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise InputError(f"{name}: not readable as a trace of rounds ({type(error).__name__}): {_AGAIN}") from error
+    budgets: dict[int, Budget] = {}
+    readings: tuple[Reading, ...] = ()
+    rounds: list[RecordedRound] = []
+    for number, text in enumerate(lines[1:], start=2):
+        try:
+            line = json.loads(text)
+            if "rounds" in line:
+                break
+            if "readings" in line:
+                readings = tuple(Reading.from_dict(reading) for reading in line["readings"])
+            streams = []
+            for stream in line["streams"]:
+                if "budget" in stream:
+                    budgets[stream["key"]] = Budget.model_validate(stream["budget"])
+                streams.append(_STREAM.validate_python({**stream, "budget": budgets[stream["key"]]}))
+            if any(len(stream.stage_rows) != len(costs.exits) for stream in streams):
+                raise ValueError("rows of another number of stages")
+            last = None if line["last"] is None else Measurement(*line["last"])
+            seen = RoundSeen(tuple(streams), last, float(line["now_s"]), float(line["busy_s"]), readings)
+            exits = {int(key): int(layer) for key, layer in line["exits"].items()}
+            rounds.append(RecordedRound(seen, exits, str(line["reason"]), tuple(map(int, line["ended"]))))
+        except BalconyError as error:
+            raise InputError(f"{name}: line {number}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if number == len(lines) and rounds:
+                break
+            raise InputError(
+                f"{name}: line {number} is not a line of rounds ({type(error).__name__}): {_AGAIN}"
+            ) from error
+    if not rounds:
+        raise InputError(f"{name}: contains no rounds: {_AGAIN}")
+    return RoundTrace(costs, quality, state, tuple(rounds))
+
+
+def replay_rounds(trace: RoundTrace) -> Iterator[Round]:
+    """Yield the joint controller's rounds for what a trace saw."""
+    controller, state = JointController(trace.costs, trace.quality), trace.state
+    for recorded in trace.rounds:
+        state, found = controller.decide(state.without(recorded.ended), recorded.seen)
+        yield found
