@@ -53,11 +53,11 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        ({"temperature": -1.0}, "temperature = -1.0"),
+        ({"temperature": -1.0}, "temperature = -1.0: must be a finite number, 0 or more: give 0 for greedy decoding"),
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"temperature": float("inf")}, "temperature = inf"),
-        ({"top_k": -1}, "top_k = -1"),
-        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"top_k": -1}, "top_k = -1: must be a whole number, 0 or more: give .* or 0 to keep all"),
+        ({"top_p": 0.0}, "top_p = 0.0: must be a number above 0 and at most 1: give .* or 1 to keep all"),
         ({"top_p": 1.1}, "top_p = 1.1"),
         ({"top_p": float("nan")}, "top_p = nan"),
         ({"seed": -1}, "seed = -1"),
