@@ -358,6 +358,7 @@ def test_values_at_the_ends_of_their_ranges_are_readings() -> None:
         assert (hottest_c([Reading("a", "cpu", 1.0, celsius=celsius)], 1.0) is not None) is counts
     for value, counts in ((0.0, True), (99_999.0, True), (1e5, False), (-0.1, False)):
         assert (watts([Reading("a", "cpu", 1.0, watts=value)], "cpu", 1.0) is not None) is counts
+    assert watts((Reading("a", "cpu", 1.0, watts=0.0),), "cpu", 1.0) == Sample(0.0)
     full = (Reading("a", "gpu", 1.0, utilization=1.1), Reading("b", "gpu", 1.0, utilization=1.0, own_utilization=1.0))
     assert utilization(full, "gpu", 1.0) == Sample(1.0, 1.0)  # the first that is plausible
     assert utilization(full[:1], "gpu", 1.0) is None
