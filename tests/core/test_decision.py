@@ -127,6 +127,7 @@ def test_where_no_exit_fits_the_caller_names_the_choice(
 
 def test_the_deeper_of_two_that_are_equally_close() -> None:
     assert outlook(PRICES, [5.0, 7.0, 9.0, 9.0, 30.0]).choose(None, "closest") == 2
+    assert outlook(PRICES, [9.0, 7.0, 9.0, 9.0, 30.0], lowest=1).choose(None, "closest") == 2  # exit 0 is not allowed
     assert outlook([0.0] * 4, [-1.0] * 5).choose(None, "closest") == 3  # steps that cost nothing
 
 
@@ -136,7 +137,7 @@ def test_an_exit_holds_what_its_steady_price_holds() -> None:
     assert not one.holds(3) and one.holds(3, luck=1.1)
     first = one._replace(first_ms=[25.0] * 4)
     assert not first.holds(0) and first.holds(0, luck=1.2)  # the prompt's rows are no backlog
-    assert first.holds(1)
+    assert first.holds(1) and one._replace(first_ms=[30.0] * 4).holds(0)
 
 
 def because(now: list[float], steady: list[float], chosen: int, current: int | None, **more: Any) -> str:
@@ -184,6 +185,12 @@ def test_targets_in_words(keys: dict[str, Any], made_tokens: int, words: str) ->
     seen = Observation(Budget(**keys), 64, (1,) * 4, (1,) * 4, made_tokens=made_tokens)
     reason = Because(outlook(PRICES, [math.inf] * 5), (4, 8, 12, 16), 3, 3, seen)
     assert Decision(16, words=(reason,)).reason == f"deepest exit {words} (p=1.00)"
+
+
+def test_a_token_after_the_first_says_nothing_of_the_first() -> None:
+    assert (
+        Decision(16, words=(Stayed(EVERY_TARGET),)).reason == "deepest exit within 20 ms and 50 tokens in 2 s (p=1.00)"
+    )
 
 
 EVERY_TARGET = Budget(tpot_ms=20, ttft_ms=500, deadline_s=2, expected_tokens=50)
