@@ -198,14 +198,15 @@ def way(
     balconies: tuple[int, ...] = (1, 1, 1),
     room_ms: float = 23.0,
     context: int = 500,
+    costs: CostModel = STEEP,
     **more: Any,
 ) -> Way | None:
     """The next token on the way back; the room of a step with a chunk is that of any step unless ``beside_ms`` is given."""
     arguments = {"chosen": 1, "present": None, "credit": False, "may_sprint": False}
     arguments |= {name: more.pop(name) for name in arguments.keys() & more.keys()}
     outlook = Outlook(
-        now_ms=STEEP.steps_ms(stages, balconies, context),
-        steady_ms=STEEP.steps_ms((1, 1, 1), (1, 1, 1), context),
+        now_ms=costs.steps_ms(stages, balconies, context),
+        steady_ms=costs.steps_ms((1, 1, 1), (1, 1, 1), context),
         room_ms=[room_ms] * 3 + [more.pop("beside_ms", room_ms)],
         may_enter=more.pop("may_enter", [True] * 3),
         lowest=more.pop("lowest", 0),
@@ -213,7 +214,7 @@ def way(
         may_rise=more.pop("may_rise", True),
     )
     assert not more
-    return way_back(STEEP, outlook, seen(stages, balconies, context=context), **arguments)  # type: ignore[arg-type]
+    return way_back(costs, outlook, seen(stages, balconies, context=context), **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +255,26 @@ def test_a_balcony_that_lags_behind_its_stage_is_on_the_way() -> None:
     # as many rows as its stage has: they go through both in one pass
     alone = way((1, 30, 30), (1, 30, 1), chosen=0, may_enter=[True, True, False])
     assert alone == Way(0, 1, False, CatchUp(1, 10), 13.0)
+
+
+@pytest.mark.parametrize(("rows", "found"), [(5, Way(1, 1)), (6, Way(0, 1, False, CatchUp(1, 5, balcony=True), 1.04))])
+def test_a_balconys_last_rows_are_those_that_come_on_the_way(rows: int, found: Way) -> None:
+    # Stage and balcony of exit 6 are on the way from exit 4: two rows at the first and four at the second may be left.
+    assert way((1, 1, 61), (1, rows, 1), room_ms=14.5, chosen=0, credit=True, may_enter=[True, True, False]) == found
+
+
+def test_a_balconys_chunk_attends_with_one_row() -> None:
+    """Its other rows only leave keys and values: 1 ms over 1,000 rows of context is paid once."""
+    costs = replace(STEEP, balconies=(UnitCost(1.0, 0.01), UnitCost(1.0, 0.01, 1.0), UnitCost(0.0)))
+    found = way((1, 1, 61), (1, 2001, 1), context=1000, costs=costs, chosen=0, may_enter=[True, True, False])
+    assert found == Way(0, 1, False, CatchUp(1, 1101, balcony=True), 13.0)
+
+
+@pytest.mark.parametrize(("may_sprint", "found"), [(False, Way(0, 2, False, CatchUp(1, 5), 8.0)), (True, None)])
+def test_a_base_is_sought_where_too_few_rows_go(may_sprint: bool, found: Way | None) -> None:
+    """From exit 4, 8 ms take five rows of stage 1 or one of stage 2: more rows come than go, whatever the base."""
+    got = way((1, 40, 80), room_ms=18.0, chosen=0, credit=True, may_sprint=may_sprint, may_enter=[True, False, True])
+    assert got == found
 
 
 def test_a_goal_that_may_not_be_entered_gives_way_to_the_next() -> None:
