@@ -8,8 +8,8 @@ owns the rest: the sample, the runs and the score. ``mutation.toml`` lists the m
 
 Each entry of the list is one session of pytest. The tests run once without a mutant, which prepares the shared fixtures (an
 export takes a minute) and shows which tests call which function. Then the process forks for each mutant. The fork runs the
-tests that call the mutated function until one fails: first those that found most mutants so far, then the shortest. A fork
-without a mutant comes first and must pass.
+tests that call the mutated function until one fails: first those that found most mutants so far, then the shortest. If none
+calls it, the fork runs all tests, because some start processes of their own. A fork without a mutant comes first and must pass.
 """
 
 from __future__ import annotations
@@ -152,8 +152,9 @@ class Session:
         found: Counter[tuple[str, pytest.Item]] = Counter()
         with (self._copy / RESULTS).open("a", encoding="utf-8") as results:
             for mutant in self._mutants:
+                # A function that no test calls here may be called in the processes that tests start.
                 items = sorted(
-                    callers[mutant.function],
+                    callers[mutant.function] or session.items,
                     key=lambda item: (-found[mutant.function, item], -found["", item], seconds[item]),
                 )
                 by = self._finds(mutant, session, items, LEAST_LIMIT_S + 4 * sum(seconds[item] for item in items))

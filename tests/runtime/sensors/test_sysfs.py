@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from balcony_runtime.sensors import Sample, Source
+from balcony_runtime.sensors import Sample, Source, device_sources
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.jetson import Jetson
 from balcony_runtime.sensors.rapl import Rapl
@@ -130,6 +130,24 @@ def test_server(sysfs_tree: Tree) -> None:
         "hwmon:coretemp:Package id 1": ("cpu", 64.0),
     }
     assert "no battery" in missing(look(Battery(root)))["battery"]
+
+
+def test_the_sources_of_a_device_read_one_tree_most_trusted_first(sysfs_tree: Tree) -> None:
+    found: dict[str, str] = {}
+    for tree in ("orin_nano", "laptop"):
+        sources = device_sources(sysfs_tree(tree))
+        assert [source.name for source in sources] == ["jetson", "nvml", "rapl", "battery", "thermal", "psutil"]
+        for source in sources:
+            if source.name not in ("nvml", "psutil"):
+                found |= {reading.source: source.name for reading in look(source).readings}
+    for part, source_name in {
+        "ina3221:VDD_IN": "jetson",
+        "rapl:package-0": "rapl",
+        "battery:BAT0+BAT1": "battery",
+        "thermal:tj-thermal": "thermal",
+        "hwmon:coretemp:Package id 0": "thermal",
+    }.items():
+        assert found[part] == source_name
 
 
 @pytest.mark.parametrize("source", [Jetson, Rapl, Battery, Thermal])
@@ -251,13 +269,86 @@ def test_a_weak_charger_hides_the_devices_draw(tmp_path: Path) -> None:
 
 
 def test_batteries_in_watt_hours_and_ampere_hours_are_weighted_in_one_unit(tmp_path: Path) -> None:
-    """BAT0: 10 of 50 Wh; BAT1: 4 of 5 Ah at 10 V, so 40 of 50 Wh. Without the voltage BAT1 would hardly count."""
-    battery(tmp_path, "BAT0", status="Full", energy_now=10_000_000, energy_full=50_000_000)
+    """BAT0: 20 of 100 Wh; BAT1: 4 of 5 Ah at 10 V, so 40 of 50 Wh. Without the voltage BAT1 would hardly count."""
+    battery(tmp_path, "BAT0", status="Full", energy_now=20_000_000, energy_full=100_000_000)
     battery(tmp_path, "BAT1", status="Full", charge_now=4_000_000, charge_full=5_000_000, voltage_min_design=10_000_000)
-    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", 0.5, True)
+    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", pytest.approx(0.4), True)
     (tmp_path / "class/power_supply/BAT1/voltage_min_design").unlink()  # without a voltage: the plain mean
-    put(tmp_path / "class/power_supply/BAT0/energy_full", 100_000_000)
-    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", pytest.approx(0.45), True)
+    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", pytest.approx(0.5), True)
+    put(tmp_path / "class/power_supply/BAT1/voltage_now", 10_000_000)  # the present one, if no nominal one is known
+    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", pytest.approx(0.4), True)
+
+
+@pytest.mark.parametrize(
+    ("now", "full", "charge"),
+    [
+        (100, 100, 1.0),
+        (109, 100, 1.0),
+        (110, 100, 1.1),
+        (0, 100, 0.0),
+        (50, 0, 0.42),
+    ],  # full = 0: the gauge knows nothing
+)
+def test_a_little_above_full_is_full_and_much_above_is_nonsense(
+    now: int, full: int, charge: float, tmp_path: Path
+) -> None:
+    battery(tmp_path, status="Full", energy_now=now, energy_full=full, capacity=42)
+    (reading,) = look(Battery(tmp_path)).readings
+    assert reading.charge == pytest.approx(charge)
+
+
+@pytest.mark.parametrize(
+    ("status", "charging"),
+    [("Charging", True), ("Full", True), ("Not charging", True), ("Discharging", False), ("Unknown", None)],
+)
+def test_a_battery_is_fed_by_its_status(status: str, charging: bool | None, tmp_path: Path) -> None:
+    battery(tmp_path, status=status, capacity=80)
+    (reading,) = look(Battery(tmp_path)).readings
+    assert reading.charging is charging
+
+
+def test_one_battery_that_drains_decides(tmp_path: Path) -> None:
+    """Watts and direction are those of the batteries that drain, while another one charges from them or is full."""
+    battery(tmp_path, "BAT0", status="Discharging", power_now=9_000_000, capacity=50)
+    battery(tmp_path, "BAT1", status="Charging", power_now=4_000_000, capacity=70)
+    battery(tmp_path, "BAT2", status="Full", power_now=1_000_000, capacity=90)
+    assert values(look(Battery(tmp_path))) == {
+        "battery:BAT0+BAT1+BAT2": ("battery", 9.0, pytest.approx(0.7), False),
+        "battery:drain": ("board", 9.0),
+    }
+    # one of two that drain measures nothing: no sum
+    put(tmp_path / "class/power_supply/BAT1/status", "Discharging")
+    put(tmp_path / "class/power_supply/BAT1/power_now", 0)
+    sample = look(Battery(tmp_path))
+    assert values(sample) == {"battery:BAT0+BAT1+BAT2": ("battery", pytest.approx(0.7), False)}
+    assert missing(sample) == {"battery:drain": "the battery's driver measures no current"}
+
+
+def test_a_battery_of_a_mouse_and_one_without_status_are_not_the_devices(tmp_path: Path) -> None:
+    battery(tmp_path, "BAT0", status="Discharging", power_now=5_000_000)
+    battery(tmp_path, "hidpp", status="Discharging", capacity=10, scope="Device")
+    battery(tmp_path, "BAT1", capacity=90)
+    sample = look(Battery(tmp_path))
+    assert values(sample) == {"battery:BAT0": ("battery", 5.0, False), "battery:drain": ("board", 5.0)}
+    assert missing(sample) == {
+        "battery:BAT1": "it reports no status: it was removed, or has no driver",
+        "battery:BAT0": "no charge: neither charge, energy nor capacity can be read",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "online", "drains"),
+    [("Mains", 1, False), ("USB", 1, False), ("Wireless", 1, False), ("Mains", 0, True), ("UPS", 1, True)],
+)
+def test_a_device_drains_its_battery_where_nothing_feeds_it(
+    kind: str, online: int, drains: bool, tmp_path: Path
+) -> None:
+    battery(tmp_path, status="Discharging", power_now=5_000_000, capacity=50)
+    battery(tmp_path, "supply", type=kind, online=online)
+    sample = look(Battery(tmp_path))
+    assert ("battery:drain" in values(sample)) is drains
+    if not drains:
+        assert missing(sample) == {"battery:drain": "the device does not run only on its battery"}
 
 
 def test_two_batteries_that_drain_add_up_and_one_taken_out_is_named(tmp_path: Path) -> None:
