@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from balcony_runtime.sensors import Sample, Source, device_sources
+from balcony_runtime.sensors import Absence, Sample, Source, device_sources
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.jetson import Jetson
 from balcony_runtime.sensors.rapl import Rapl
-from balcony_runtime.sensors.sysfs import number_or_none
+from balcony_runtime.sensors.sysfs import absence, number_or_none, numbered, read_number, text_or_none
 from balcony_runtime.sensors.thermal import Thermal
 
 Tree = Callable[[str], Path]
@@ -364,9 +365,54 @@ def test_two_batteries_that_drain_add_up_and_one_taken_out_is_named(tmp_path: Pa
     assert values(sample)["battery:BAT0"] == ("battery", 3.0, 0.25, False) and "BAT1" in "".join(missing(sample))
 
 
-def test_a_number_that_no_driver_prints_is_no_number(tmp_path: Path) -> None:
-    path = tmp_path / "temp"
-    path.write_text("9" * 400 + "\n")
-    assert number_or_none(path) is None
-    path.write_text("51000\n")
-    assert number_or_none(path) == 51000
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("51000", 51000), (" -256000 \0", -256000), (str(-(2**63)), -(2**63)), (str(2**64 - 1), 2**64 - 1)],
+)
+def test_numbers_that_drivers_print(text: str, number: int, tmp_path: Path) -> None:
+    put(tmp_path / "temp", text)
+    assert read_number(tmp_path / "temp") == number_or_none(tmp_path / "temp") == number
+
+
+@pytest.mark.parametrize("text", [str(-(2**63) - 1), str(2**64), "9" * 400])
+def test_a_number_that_no_driver_prints_is_no_number(text: str, tmp_path: Path) -> None:
+    put(tmp_path / "temp", text)
+    assert number_or_none(tmp_path / "temp") is None
+    with pytest.raises(ValueError, match="temp: has a number that no driver prints"):
+        read_number(tmp_path / "temp")
+
+
+def test_an_attribute_without_a_text_or_a_number_has_none(tmp_path: Path) -> None:
+    for text in ("", "  \0\n", "on"):
+        put(tmp_path / "state", text)
+        assert text_or_none(tmp_path / "state") == (text if text == "on" else None)
+        assert number_or_none(tmp_path / "state") is None
+    assert text_or_none(tmp_path / "nowhere") is None and number_or_none(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOENT, "x", "/sys/a"), "it does not exist (any more) (/sys/a)"),
+        (OSError(errno.ENODEV, "x", "/sys/a"), "the device is gone (/sys/a)"),
+        (
+            OSError(errno.EAGAIN, "x", "/sys/a"),
+            "the driver has no value now, as for a Tegra GPU that is powered down (/sys/a)",
+        ),
+        (OSError(errno.EACCES, "x", "/sys/a"), "permission denied (/sys/a)"),
+        (OSError(errno.ETIMEDOUT, "x"), "it does not answer"),
+        (OSError(errno.EIO, "Input/output error", "/sys/a"), "Input/output error (/sys/a)"),
+        (OSError("no number"), "no number"),
+        (ValueError("'on' is no number"), "its file does not contain a number: 'on' is no number"),
+    ],
+)
+def test_a_part_that_cannot_be_read_has_its_reason_in_words(error: OSError | ValueError, reason: str) -> None:
+    assert absence("ina238:VIN", error) == Absence("ina238:VIN", reason, "")
+    assert absence("ina238:VIN", error, "look").cure == "look"
+
+
+def test_entries_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("hwmon10", "hwmon2", "hwmon1", "hwmon", "hwmonx", "xhwmon3", "hwmon4.old"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in numbered(tmp_path, "hwmon")] == ["hwmon1", "hwmon2", "hwmon10"]
+    assert numbered(tmp_path / "nowhere", "hwmon") == []
