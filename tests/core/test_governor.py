@@ -238,10 +238,12 @@ def test_each_processor_has_its_own_ceiling(key: str, scope: Any) -> None:
     sure = {"cpu": known(0.1, 0.8, scale=1.0), "gpu": known(0.3, 0.5, scale=1.0)}
     before = Governor(ticked_s=0.9, share=0.55, **sure)
     readings = [Reading(f"{name}:0", name, 1.0, utilization=0.5) for name in ("cpu", "gpu")]  # type: ignore[arg-type]
-    after = govern(before, demand(Budget(**{key: 0.6}), 1.0, *readings))
+    after = govern(before, demand(Budget(**{key: 0.6}), 1.0, *readings, busy_s=0.4))
     base, gain = (0.1, 0.8) if scope == "cpu" else (0.3, 0.5)
     assert after.share == pytest.approx((0.585 - base) / gain)
     assert after.binding == (key,)
+    seen = after.cpu if scope == "cpu" else after.gpu
+    assert seen is not None and seen.past == ((1.0, 0.4),)
 
 
 def test_all_ceilings_that_hold_the_share_are_named() -> None:
