@@ -208,11 +208,23 @@ def test_value_and_share_are_each_others_answers() -> None:
     assert load._replace(best=1).at(0.4) == pytest.approx(SCALE * 0.7)
 
 
+@pytest.mark.parametrize(
+    ("times", "kept"),
+    [
+        ((0.0, 0.1, 0.2), (0.0, 0.2)),
+        ((0.0, 0.2, 0.25), (0.0, 0.2, 0.25)),  # the last one is always there
+        ((-0.1, 0.0, 0.2), (-0.1, 0.0, 0.2)),
+    ],
+)
+def test_an_entry_goes_if_it_is_near_to_both_others(times: tuple[float, ...], kept: tuple[float, ...]) -> None:
+    load = fed((time_s, Sample(1.0)) for time_s in times)
+    assert tuple(time_s for time_s, _ in load.past) == kept
+
+
 def test_the_past_has_entries_of_thirteen_seconds_and_few_of_them() -> None:
     load = fed(steady(3.0, 0, 301), busy=lambda time_s: time_s / 2)
     times = [time_s for time_s, _ in load.past]
     steps = [late - early for early, late in pairwise(times)]
-    assert fed([(0.0, Sample(1.0)), (0.1, Sample(1.0)), (0.2, Sample(1.0))]).past == ((0.0, 0.0), (0.2, 0.0))
     assert min(steps[:-1]) >= 0.2 - 1e-9 and max(steps) <= 0.3 + 1e-9 and times[-1] == 30.0
     assert times[0] < 30.0 - PAST_S <= times[1]  # one more, so that the oldest span is whole
     assert all(busy == time_s / 2 for time_s, busy in load.past)
