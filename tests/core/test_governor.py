@@ -396,3 +396,5 @@ def test_each_key_is_seen_by_its_own_readings() -> None:
         others = tuple(other for other in everything.values() if other != reading)
         assert key in unseen(budget, others, 1.0)
         assert key not in unseen(budget, (reading,), 1.0)
+    overfull = Reading("b", "battery", 1.0, charge=1.5)
+    assert unseen(Budget(battery_floor_percent=20), (overfull,), 1.0) == ("battery_floor_percent",)

@@ -159,6 +159,13 @@ def test_an_empty_tree_is_absent_with_a_reason(source: Callable[[Path], Source],
         assert sample.absences[0].part == source(root).name and len(sample.absences[0].reason) > 20
 
 
+def test_a_machine_without_rapl_is_told_what_to_try(tmp_path: Path) -> None:
+    (absent,) = look(Rapl(tmp_path)).absences
+    assert absent.cure == (
+        "on such a CPU: sudo modprobe intel_rapl_msr; Docker: run with --security-opt systempaths=unconfined"
+    )
+
+
 def test_labels_that_repeat_are_told_apart(tmp_path: Path) -> None:
     for index, celsius in enumerate((50, 51, 52)):
         put(tmp_path / f"class/thermal/thermal_zone{index}/type", "x86_pkg_temp")
