@@ -270,6 +270,26 @@ def test_a_balconys_chunk_attends_with_one_row() -> None:
     assert found == Way(0, 1, False, CatchUp(1, 1101, balcony=True), 13.0)
 
 
+def test_the_price_of_a_balconys_rows_is_that_of_one_query() -> None:
+    """With each row as a query the entry would be late, and more rows of the balcony would come than go."""
+    costs = replace(
+        STEEP,
+        stages=(UnitCost(6.0, 1.5), UnitCost(1.0, 0.1), UnitCost(8.0, 2.0)),
+        balconies=(UnitCost(1.0, 0.01), UnitCost(1.0, 0.01, 1.0), UnitCost(0.0)),
+    )
+    rows: Any = {"stages": (1, 1, 61), "balconies": (1, 1001, 1), "context": 1000, "costs": costs, "chosen": 0}
+    # a step at exit 6 takes 12 ms, and its entry 0.5 + 0.2 + 0.04 ms more
+    found = way(**rows, room_ms=12.755, may_enter=[True, True, False])
+    assert found is not None and found.chunk == CatchUp(1, 76, balcony=True)
+    onward = way(**rows, room_ms=12.505, present=0)
+    assert onward is not None and onward.sprint and onward.chunk == CatchUp(1, 51, balcony=True)
+
+
+def test_a_balcony_that_has_as_many_rows_as_its_stage_is_no_consumer() -> None:
+    found = way((1, 3, 3), (1, 3, 1), room_ms=14.5, chosen=0, credit=True, may_enter=[True, True, False])
+    assert found == Way(0, 1, False, CatchUp(1, 1), 4.0)
+
+
 @pytest.mark.parametrize(("may_sprint", "found"), [(False, Way(0, 2, False, CatchUp(1, 5), 8.0)), (True, None)])
 def test_a_base_is_sought_where_too_few_rows_go(may_sprint: bool, found: Way | None) -> None:
     """From exit 4, 8 ms take five rows of stage 1 or one of stage 2: more rows come than go, whatever the base."""

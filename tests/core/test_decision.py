@@ -209,6 +209,11 @@ EVERY_TARGET = Budget(tpot_ms=20, ttft_ms=500, deadline_s=2, expected_tokens=50)
         ),
         (EVERY_TARGET, 10, 15.0, 15.0, "tpot_ms = 20: a step takes 15.0 ms and deadline_s = 2: 50 tokens take 1.1 s"),
         (EVERY_TARGET, 10, 20.0, 40.0, "tpot_ms = 20: a step takes 40.0 ms and deadline_s = 2: 50 tokens take 2.08 s"),
+        (
+            EVERY_TARGET, 0, 600.0, 20.0,  # a step just within its target
+            "deadline_s = 2: 50 tokens take 2.08 s and ttft_ms = 500: the first token takes 1100.0 ms",
+        ),
+        (EVERY_TARGET, 49, 1500.0, 25.0, "tpot_ms = 20: a step takes 25.0 ms"),  # the last token just within the deadline
         (EVERY_TARGET, 50, 15.0, 15.0, "tpot_ms = 20: a step takes 15.0 ms"),  # the deadline is over
         (
             Budget(deadline_s=2, expected_tokens=50, max_pace_tps=30), 10, 20.0, 15.0,

@@ -257,5 +257,20 @@ def test_a_budget_set_within_a_reply_has_no_first_token() -> None:
     }  # fmt: skip
 
 
+def test_nothing_is_a_reading() -> None:
+    def idle(now_s: float) -> tuple[Reading, ...]:
+        return (
+            Reading("p", "process", now_s, memory_bytes=0),
+            Reading("c", "cpu", now_s, utilization=0.0),
+            Reading("a", "board", now_s, watts=0.0),
+        )
+
+    found = judged(Budget(memory_mb=100, cpu_utilization=0.5, power_w=5), [100.0] * 3, idle)
+    assert {key: verdict.reached for key, verdict in found.items()} == {
+        "power_w": 0.0, "cpu_utilization": 0.0, "memory_mb": 0.0
+    }  # fmt: skip
+    assert all(verdict.held and verdict.margin == 1.0 for verdict in found.values())
+
+
 def test_gaps_of_no_time_have_no_pace() -> None:
     assert judged(Budget(max_pace_tps=20), [100.0, 0.0, 0.0])["max_pace_tps"].held is None
