@@ -270,6 +270,16 @@ def test_a_rounds_price_and_speedup_by_hand() -> None:
     assert planned(speculator, prices, room=1) is None  # the token alone fills the sequence
 
 
+def test_the_exit_with_the_best_drafts_makes_them() -> None:
+    # Exit 3 takes 2.2 ms and the full depth 52.2: its drafts are kept nearly always, those of exit 2 hardly ever.
+    prices = CostModel(EXITS, (UnitCost(1.0), UnitCost(1.0), UnitCost(50.0)), (UnitCost(0.1),) * 3, UnitCost(0.1))
+    found = planned(Speculator(EXITS, {2: 0.05, 3: 0.95}), prices)
+    assert found is not None and (found.exit_layer, found.drafts) == (3, 8)
+    assert found.price_ms == pytest.approx(8 * 2.2 + 52.2)
+    found = planned(Speculator(EXITS, {2: 0.95, 3: 0.95}), prices)
+    assert found is not None and found.exit_layer == 2  # of the same acceptance, the cheaper one
+
+
 def test_measured_times_correct_the_expected_speedup() -> None:
     fresh, slow_steps, slow_rounds = (Speculator(EXITS, {2: 0.9, 3: 0.9}) for _ in range(3))
     wanted = planned(fresh, costs())
