@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ def test_time_in_passes_is_summed_up(tiny: Any, graphs: str, monkeypatch: pytest
     monkeypatch.setattr(onnxruntime_state, "bound_run", slow)
     with Engine.of(bundle if graphs == "lowered" else bundle.portable()) as engine:
         sequence = engine.new_sequence(max_length=16)
+        assert sequence.state.busy_ns == 0
         for act in (lambda: sequence.advance(5, [1, 2, 3]), lambda: sequence.step(5, np.array([4]))):
             before, begin_ns = sequence.state.busy_ns, time.perf_counter_ns()
             passes.clear()
@@ -71,6 +73,28 @@ def test_time_in_passes_is_summed_up(tiny: Any, graphs: str, monkeypatch: pytest
             busy_ns = sequence.state.busy_ns - before
             assert len(passes) >= 4  # three stages and the head, and the norm where it is a graph of its own
             assert len(passes) * 20e6 <= busy_ns <= time.perf_counter_ns() - begin_ns
+
+
+def test_a_decode_step_with_packed_weights_is_one_pass(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound, passes = onnxruntime_state.bound_run, []
+
+    def counted(session: Any, binding: Any) -> Callable[[], object]:
+        run = bound(session, binding)
+        return lambda: (run(), passes.append(1))
+
+    monkeypatch.setattr(onnxruntime_state, "bound_run", counted)
+    with Engine.open(tiny.path) as plain, Engine.open(tiny.path, packed=tmp_path) as engine:
+        for exit_layer in (2, 3, 5):
+            want, sequence = plain.new_sequence(max_length=16), engine.new_sequence(max_length=16)
+            want.advance(exit_layer, [1, 2, 3])
+            sequence.advance(exit_layer, [1, 2, 3])
+            for token in (4, 5):
+                passes.clear()
+                logits = sequence.step(exit_layer, np.array([token])).copy()
+                assert len(passes) == 1
+                np.testing.assert_allclose(logits, want.step(exit_layer, np.array([token])), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
