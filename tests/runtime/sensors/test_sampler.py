@@ -290,6 +290,8 @@ def test_closing_waits_for_all_hung_sources_together() -> None:
     began = time.monotonic()
     sensors.close(timeout_s=0.2)
     assert 0.2 <= time.monotonic() - began < 6
+    left = [thread for thread in threading.enumerate() if thread.name == "sensors-stepped"]
+    assert len(left) == 8 and all(thread.daemon for thread in left)  # they end with the process
     for source in sources:
         source.let()
 

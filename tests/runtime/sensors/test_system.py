@@ -84,6 +84,22 @@ def test_shares_are_those_of_the_time_since_the_last_read(machine: Machine) -> N
     assert "psutil:cpu" not in read(system, 12.5)  # no time has passed
 
 
+def test_a_system_that_does_not_tell_waits_from_idling_has_shares(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Times(NamedTuple):  # as on macOS
+        user: float
+        nice: float
+        system: float
+        idle: float
+
+    times = iter((Times(100.0, 0.0, 50.0, 1000.0), Times(101.0, 0.0, 51.0, 1002.0)))
+    monkeypatch.setattr(psutil, "cpu_times", lambda: next(times))
+    system = System()
+    read(system, 10.0)
+    assert read(system, 11.0)["psutil:cpu"].utilization == 0.5
+
+
 def test_a_tick_too_many_does_not_make_a_share_above_one(machine: Machine) -> None:
     system = System()
     read(system, 10.0)
