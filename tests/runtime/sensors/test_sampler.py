@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -282,6 +283,32 @@ def test_a_present_source_is_discovered_every_ten_seconds_and_an_absent_one_at_e
     sensors.close()
     # at seconds 0, 5 and 10, and then at once; the fourth read gives nothing, the sixth something again
     assert source.discoveries[:7] == [1, 1, 2, 2, 3, 4, 4]
+
+
+class _Silent:
+    """A source that has nothing, and remembers when it was asked."""
+
+    name = "silent"
+
+    def __init__(self) -> None:
+        self.asked_s: list[float] = []
+
+    def discover(self) -> None:
+        self.asked_s.append(time.monotonic())
+
+    def read(self, now_s: float) -> Sample:
+        return Sample()
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_absent_source_is_asked_less_and_less_often() -> None:
+    source = _Silent()
+    with Sensors([source], rate_hz=10):
+        eventually(lambda: len(source.asked_s) >= 4)
+    pauses = [late - early for early, late in pairwise(source.asked_s)]
+    assert pauses[0] >= 0.19 and pauses[1] >= 0.39 and pauses[2] >= 0.79  # 2, 4 and 8 periods
 
 
 def test_closing_waits_for_all_hung_sources_together() -> None:
