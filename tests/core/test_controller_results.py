@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,25 @@ def test_without_a_target_a_decision_predicts_nothing_and_the_state_starts_over(
     assert after == state._replace(
         tokens_since_switch=1, catching_up=False, tpot_ms=math.inf, recovery=Recovery(goal=None)
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exit_layer": 4},
+        {"tokens_since_switch": 7},
+        {"catching_up": True},
+        {"tpot_ms": 12.0},
+        {"recovery": Recovery(goal=8)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_without_a_target_the_short_way_keeps_a_state_that_says_so(change: dict[str, Any]) -> None:
+    controller = Controller(SMALL)
+    rested = sure(8, tokens=1)._replace(tpot_ms=math.inf)
+    kept = controller.shortcut(Budget(), rested, 0, None)
+    assert kept is not None and kept[0] is rested  # the same object: nothing is made for a token without a target
+    assert controller.shortcut(Budget(), rested._replace(**change), 0, None) == kept
 
 
 def test_the_short_way_plans_a_budget_that_it_meets_first() -> None:
