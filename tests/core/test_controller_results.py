@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -158,5 +158,15 @@ def test_a_busy_share_leaves_the_pace_that_a_deadline_needs(
         priority="latency",
     )
     state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=share))
+    seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
+    assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
+
+
+@pytest.mark.parametrize(("priority", "period_ms"), [("latency", 47.5), ("limits", 100.0)])
+def test_a_busy_share_leaves_the_pace_of_a_gap_if_latency_comes_first(
+    priority: Literal["latency", "limits"], period_ms: float
+) -> None:
+    budget = Budget(power_w=5, tpot_ms=50, min_exit=8, priority=priority)
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=0.1))
     seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
     assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
