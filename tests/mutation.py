@@ -1,6 +1,6 @@
 """Mutants made by rule: every operator, number, argument and assignment of a module is changed once, and a test must fail.
 
-    python tests/mutation.py [--only WORD ...] [--sample COUNT]
+    python tests/mutation.py [--only WORD ...] [--sample COUNT] [--seed NUMBER]
 
 mutmut makes the mutants: it writes a copy of each file that holds all of them, and an environment variable picks one. It leaves
 out constants of a module or class, properties, and text inside f-strings; ``mutants.py`` has mistakes of that kind. This module
@@ -8,8 +8,8 @@ owns the rest: the sample, the runs and the score. ``mutation.toml`` lists the m
 
 Each entry of the list is one session of pytest. The tests run once without a mutant, which prepares the shared fixtures (an
 export takes a minute) and shows which tests call which function. Then the process forks for each mutant. The fork runs the
-tests that call the mutated function until one fails: first those that found most mutants so far, then the shortest. A fork
-without a mutant comes first and must pass.
+tests that call the mutated function until one fails: first those that found most mutants so far, then the shortest. If none
+calls it, the fork runs all tests, because some start processes of their own. A fork without a mutant comes first and must pass.
 """
 
 from __future__ import annotations
@@ -71,13 +71,14 @@ class Entry(NamedTuple):
     deselect: tuple[str, ...] = ()
 
 
-def mutate(copy: Path, file: str, sample: int) -> tuple[list[Mutant], int]:
+def mutate(copy: Path, file: str, sample: int, seed: int) -> tuple[list[Mutant], int]:
     """Write all mutants of a file into the copy; return a sample of them, in the order of the code, and how many there are.
 
     Args:
         copy: Copy of the tree.
         file: The file, relative to the root.
         sample: Mutants to draw; 0 is all.
+        seed: Seed of the draw.
     """
     path = copy / file
     made = mutate_file_contents(file, path.read_text(encoding="utf-8"))
@@ -91,7 +92,7 @@ def mutate(copy: Path, file: str, sample: int) -> tuple[list[Mutant], int]:
 
     count = len(made.mutant_names)
     mutants = []
-    for index in sorted(random.Random(SEED).sample(range(count), min(sample or count, count))):
+    for index in sorted(random.Random(seed).sample(range(count), min(sample or count, count))):
         name = made.mutant_names[index]
         before, after = body(name.partition("__mutmut_")[0] + "__mutmut_orig"), body(name)
         changed = list(difflib.unified_diff(before, after, n=0))[2:]  # without the names of the two
@@ -151,8 +152,9 @@ class Session:
         found: Counter[tuple[str, pytest.Item]] = Counter()
         with (self._copy / RESULTS).open("a", encoding="utf-8") as results:
             for mutant in self._mutants:
+                # A function that no test calls here may be called in the processes that tests start.
                 items = sorted(
-                    callers[mutant.function],
+                    callers[mutant.function] or session.items,
                     key=lambda item: (-found[mutant.function, item], -found["", item], seconds[item]),
                 )
                 by = self._finds(mutant, session, items, LEAST_LIMIT_S + 4 * sum(seconds[item] for item in items))
@@ -193,7 +195,7 @@ class Session:
 
 
 def run_entry(
-    entry: Entry, sample: int | None, equivalent: set[tuple[str, str, str]]
+    entry: Entry, sample: int | None, seed: int, equivalent: set[tuple[str, str, str]]
 ) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
     """Try the mutants of an entry, and print those that survive, unless they are known to be equivalent.
 
@@ -205,7 +207,7 @@ def run_entry(
         copy_tree(copy)
         tried, counts = [], {}
         for file in entry.files:
-            mutants, counts[file] = mutate(copy, file, entry.sample if sample is None else sample)
+            mutants, counts[file] = mutate(copy, file, entry.sample if sample is None else sample, seed)
             tried += mutants
         arguments = [*OPTIONS, *entry.tests, *(f"--deselect={test}" for test in entry.deselect)]
 
@@ -244,6 +246,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make mutants by rule and see tests fail.")
     parser.add_argument("--only", nargs="+", default=[], help="words of the files to mutate")
     parser.add_argument("--sample", type=int, help="mutants of each file; 0 is all (default: as in mutation.toml)")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of the sample (default: {SEED})")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -254,7 +257,7 @@ def main() -> int:
         entry = Entry(**values)
         chosen = [file for file in entry.files if not arguments.only or any(word in file for word in arguments.only)]
         if chosen:
-            for result in run_entry(entry._replace(files=chosen), arguments.sample, equivalent):
+            for result in run_entry(entry._replace(files=chosen), arguments.sample, arguments.seed, equivalent):
                 scores.append(score_of(*result))
                 print(json.dumps(scores[-1]), flush=True)  # noqa: T201
     low = [score["file"] for score in scores if score["score"] < table["least_score"]]

@@ -227,10 +227,15 @@ REFUSALS = (
         "export with a larger --context-length",
         "a prompt longer than the context",
     ),
-    Refusal(("run", "bundle", "hi", "-n", "0"), "max_new_tokens = 0: must be at least 1", "`run -n 0`"),
+    Refusal(
+        ("run", "bundle", "hi", "-n", "0"),
+        "max_new_tokens = 0: must be at least 1: give the largest number of tokens to make, e.g. 256",
+        "`run -n 0`",
+    ),
     Refusal(
         ("run", "bundle", "hi", "--temperature", "-1"),
-        "temperature = -1.0: must be a finite number, 0 (greedy) or more",
+        "temperature = -1.0: must be a finite number, 0 or more: give 0 for greedy decoding, or a larger "
+        "number for more varied text, e.g. 0.7",
         "`run --temperature -1`",
     ),
     Refusal(

@@ -306,7 +306,7 @@ def _base(
         if base < chosen and not won > (costs.exits[chosen] - costs.exits[base]) * tokens:
             continue
         loss = (costs.exits[goal] - costs.exits[base]) * tokens
-        if loss * (1.0 if best is None else ADVANTAGE) < least:
+        if loss * ADVANTAGE < least:
             best, least = base, loss
     return best
 

@@ -256,9 +256,9 @@ def _temperature(before: Governor, demand: Demand) -> tuple[float, float | None,
     integral = before.integral
     span_s = demand.now_s - before.ticked_s
     output = error + integral
-    # Anti-windup: the integral grows only while the temperature is what holds the share below 1.
+    # Anti-windup: the integral grows only while the temperature is what holds the share below 1, so it stays below 1.
     if math.isfinite(span_s) and (error < 0 or (output < 1 and "temperature_c" in before.binding)):
-        integral = min(max(integral + error * min(span_s, 1.0) / INTEGRAL_S, 0.0), 1.0)
+        integral = max(integral + error * min(span_s, 1.0) / INTEGRAL_S, 0.0)
     return integral, critical, error + integral
 
 

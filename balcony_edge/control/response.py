@@ -142,8 +142,9 @@ class Load(NamedTuple):
 
         It learns each time the readings cover half a second.
         """
-        if now_s < self.since_s or now_s < self.shown_s:  # another clock
-            return self.restarted()._replace(shown_s=-math.inf, past=()).see(sample, now_s, busy_s)
+        if self.past and now_s < self.past[-1][0]:  # another clock
+            unseen = self.restarted()._replace(shown=math.nan, shown_s=-math.inf, past=())
+            return unseen.see(sample, now_s, busy_s)
         after = self._remembering(now_s, busy_s)
         if sample.value != self.shown:
             held_s = now_s - self.shown_s if math.isfinite(self.shown_s) else 0.0

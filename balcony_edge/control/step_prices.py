@@ -60,6 +60,6 @@ class StepPrices:
             step=context // CONTEXT_STEP,
             shared_ms=costs.overhead_ms + costs.head.pass_ms(1, context),
             stages_ms=[unit.pass_ms(1, context) for unit in costs.stages],
-            balconies_ms=[unit.pass_ms(1, context, 1) for unit in costs.balconies],
+            balconies_ms=[unit.pass_ms(1, context) for unit in costs.balconies],
             exits_ms=self.exact_ms(context),
         )

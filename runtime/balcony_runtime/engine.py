@@ -427,18 +427,24 @@ class TokenSequence:
         return tokens
 
 
-def whole(name: str, value: int, least: int | None = None) -> int:
+def whole(name: str, value: int, least: int | None = None, *, cure: str = "give a larger number") -> int:
     """Check that a value is an integer of at least ``least`` and return it.
 
+    Args:
+        name: name of the value, with which the message begins.
+        value: value to check.
+        least: smallest allowed value; None allows all.
+        cure: advice for a value below ``least``, with which that message ends.
+
     Raises:
-        InputError: the value is not an integer, or is less; the message begins with ``name``.
+        InputError: the value is not an integer, or is less than ``least``.
     """
     try:
         number = operator.index(value)
     except TypeError:
-        raise InputError(f"{name} = {value!r}: must be a whole number") from None
+        raise InputError(f"{name} = {value!r}: must be a whole number: give an integer") from None
     if least is not None and number < least:
-        raise InputError(f"{name} = {number}: must be at least {least}")
+        raise InputError(f"{name} = {number}: must be at least {least}: {cure}")
     return number
 
 

@@ -197,7 +197,7 @@ class Requests:
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None = None) -> int:
         context = self._engine.max_length if sequence is None else sequence.max_length
         if max_new_tokens is not None:
-            whole("max_new_tokens", max_new_tokens, 1)
+            whole("max_new_tokens", max_new_tokens, 1, cure="give the largest number of tokens to make, e.g. 256")
         if prompt_tokens >= context:
             whose, cure = "bundle", "export with a larger --context-length"
             if context < self._engine.max_length:

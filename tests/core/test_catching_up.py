@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.catching_up import CREDIT_SHARE, FIRST_WAIT, HELD, Recovery
+from balcony_edge.control.catching_up import CREDIT_SHARE, FIRST_WAIT, HELD, Recovery, Way, way_back
 from balcony_edge.control.controller import Controller, ControllerState
-from balcony_edge.control.decision import CatchUp, Measurement, Observation
+from balcony_edge.control.decision import CatchUp, Measurement, Observation, Outlook
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import DeviceProfile
@@ -187,3 +188,195 @@ def test_a_sprint_is_over_where_its_slack_takes_one_row() -> None:
     state = at(4, Recovery(goal=8, wait=FIRST_WAIT, sprints=1))
     after, decision = Controller(level).decide(state, seen((1, 10, 70), (1, 70, 1), budget))
     assert (decision.exit_layer, after.recovery.goal) == (6, None)
+
+
+# --- One token on the way, by hand: exits by index, steady prices 10, 14 and 21 ms. ---------------------------------
+
+
+def way(
+    stages: tuple[int, ...],
+    balconies: tuple[int, ...] = (1, 1, 1),
+    room_ms: float = 23.0,
+    context: int = 500,
+    costs: CostModel = STEEP,
+    **more: Any,
+) -> Way | None:
+    """The next token on the way back; the room of a step with a chunk is that of any step unless ``beside_ms`` is given."""
+    arguments = {"chosen": 1, "present": None, "credit": False, "may_sprint": False}
+    arguments |= {name: more.pop(name) for name in arguments.keys() & more.keys()}
+    outlook = Outlook(
+        now_ms=costs.steps_ms(stages, balconies, context),
+        steady_ms=costs.steps_ms((1, 1, 1), (1, 1, 1), context),
+        room_ms=[room_ms] * 3 + [more.pop("beside_ms", room_ms)],
+        may_enter=more.pop("may_enter", [True] * 3),
+        lowest=more.pop("lowest", 0),
+        highest=more.pop("highest", 2),
+        may_rise=more.pop("may_rise", True),
+    )
+    assert not more
+    return way_back(costs, outlook, seen(stages, balconies, context=context), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("room_ms", "beside_ms", "rows"),
+    [
+        (34.0, 34.0, 7),  # 20 ms beside a token at exit 6: 8 ms and six further rows of 2 ms
+        (33.9, 33.9, 6),
+        (26.0, 26.0, 3),
+        (34.0, 26.0, 3),  # a step with a chunk has less room
+        (24.0, 24.0, 2),
+        (22.0, 22.0, None),  # 21.5 ms and one row of 2 ms would be late at the entry
+    ],
+)
+def test_a_chunk_fills_the_slack_of_the_present_exit(room_ms: float, beside_ms: float, rows: int | None) -> None:
+    found = way((1, 1, 61), room_ms=room_ms, beside_ms=beside_ms)
+    assert found == (None if rows is None else Way(1, 2, False, CatchUp(2, rows), 8.0 + 2.0 * (rows - 1)))
+
+
+def test_the_shallowest_consumer_with_enough_rows_comes_first() -> None:
+    """From exit 4, 24 ms beside a token take 21 rows of stage 1 or 9 of stage 2."""
+    assert way((1, 40, 80), room_ms=34.0, chosen=0) == Way(0, 2, False, CatchUp(1, 21), 24.0)
+    # 9 of 21 rows fill less of the slack than 9 of 9
+    assert way((1, 10, 80), room_ms=34.0, chosen=0) == Way(0, 2, False, CatchUp(2, 9), 24.0)
+    # a consumer needs more rows than there are consumers
+    assert way((1, 3, 40), room_ms=34.0, chosen=0) == Way(0, 2, False, CatchUp(2, 9), 24.0)
+    assert way((1, 30, 32), room_ms=34.0, chosen=0) == Way(0, 2, False, CatchUp(1, 21), 24.0)
+    # neither fills it: 15 of 21 rows are more than 6 of 9
+    assert way((1, 16, 22), room_ms=34.0, chosen=0) == Way(0, 2, False, CatchUp(1, 15), 18.0)
+    assert way((1, 13, 21), room_ms=34.0, chosen=0) == Way(0, 2, False, CatchUp(2, 8), 22.0)
+
+
+def test_a_balcony_that_lags_behind_its_stage_is_on_the_way() -> None:
+    found = way((1, 1, 61), (1, 1001, 1), chosen=0, may_enter=[True, True, False])
+    assert found == Way(0, 1, False, CatchUp(1, 1000, balcony=True), 1 + 999 * 0.01)
+    # 13 ms beside a token at exit 4 take 1,201 of its rows
+    longer = way((1, 1, 61), (1, 2001, 1), chosen=0, may_enter=[True, True, False])
+    assert longer is not None and longer.chunk == CatchUp(1, 1201, balcony=True)
+    # as many rows as its stage has: they go through both in one pass
+    alone = way((1, 30, 30), (1, 30, 1), chosen=0, may_enter=[True, True, False])
+    assert alone == Way(0, 1, False, CatchUp(1, 10), 13.0)
+
+
+@pytest.mark.parametrize(("rows", "found"), [(5, Way(1, 1)), (6, Way(0, 1, False, CatchUp(1, 5, balcony=True), 1.04))])
+def test_a_balconys_last_rows_are_those_that_come_on_the_way(rows: int, found: Way) -> None:
+    # Stage and balcony of exit 6 are on the way from exit 4: two rows at the first and four at the second may be left.
+    assert way((1, 1, 61), (1, rows, 1), room_ms=14.5, chosen=0, credit=True, may_enter=[True, True, False]) == found
+
+
+def test_a_balconys_chunk_attends_with_one_row() -> None:
+    """Its other rows only leave keys and values: 1 ms over 1,000 rows of context is paid once."""
+    costs = replace(STEEP, balconies=(UnitCost(1.0, 0.01), UnitCost(1.0, 0.01, 1.0), UnitCost(0.0)))
+    found = way((1, 1, 61), (1, 2001, 1), context=1000, costs=costs, chosen=0, may_enter=[True, True, False])
+    assert found == Way(0, 1, False, CatchUp(1, 1101, balcony=True), 13.0)
+
+
+def test_the_price_of_a_balconys_rows_is_that_of_one_query() -> None:
+    """With each row as a query the entry would be late, and more rows of the balcony would come than go."""
+    costs = replace(
+        STEEP,
+        stages=(UnitCost(6.0, 1.5), UnitCost(1.0, 0.1), UnitCost(8.0, 2.0)),
+        balconies=(UnitCost(1.0, 0.01), UnitCost(1.0, 0.01, 1.0), UnitCost(0.0)),
+    )
+    rows: Any = {"stages": (1, 1, 61), "balconies": (1, 1001, 1), "context": 1000, "costs": costs, "chosen": 0}
+    # a step at exit 6 takes 12 ms, and its entry 0.5 + 0.2 + 0.04 ms more
+    found = way(**rows, room_ms=12.755, may_enter=[True, True, False])
+    assert found is not None and found.chunk == CatchUp(1, 76, balcony=True)
+    onward = way(**rows, room_ms=12.505, present=0)
+    assert onward is not None and onward.sprint and onward.chunk == CatchUp(1, 51, balcony=True)
+
+
+def test_a_balcony_that_has_as_many_rows_as_its_stage_is_no_consumer() -> None:
+    found = way((1, 3, 3), (1, 3, 1), room_ms=14.5, chosen=0, credit=True, may_enter=[True, True, False])
+    assert found == Way(0, 1, False, CatchUp(1, 1), 4.0)
+
+
+@pytest.mark.parametrize(("may_sprint", "found"), [(False, Way(0, 2, False, CatchUp(1, 5), 8.0)), (True, None)])
+def test_a_base_is_sought_where_too_few_rows_go(may_sprint: bool, found: Way | None) -> None:
+    """From exit 4, 8 ms take five rows of stage 1 or one of stage 2: more rows come than go, whatever the base."""
+    got = way((1, 40, 80), room_ms=18.0, chosen=0, credit=True, may_sprint=may_sprint, may_enter=[True, False, True])
+    assert got == found
+
+
+def test_a_goal_that_may_not_be_entered_gives_way_to_the_next() -> None:
+    assert way((1, 40, 80), room_ms=34.0, chosen=0, highest=1) == Way(0, 1, False, CatchUp(1, 21), 24.0)
+    assert way((1, 40, 80), room_ms=34.0, chosen=0, may_enter=[True, True, False]) == Way(
+        0, 1, False, CatchUp(1, 21), 24.0
+    )
+    assert way((1, 40, 80), room_ms=34.0, chosen=0, may_enter=[True, False, False]) is None
+    assert way((1, 40, 80), room_ms=34.0, chosen=2) is None  # the deepest has no goal
+
+
+@pytest.mark.parametrize(
+    ("room_ms", "more", "enters"),
+    [
+        (23.0, {"credit": True}, True),
+        (23.0, {"credit": False}, False),
+        (23.0, {"credit": True, "may_rise": False}, False),
+        (23.5, {"credit": True}, False),  # it fits: a token in time, for which only the dwell is missing
+        (11.7, {"credit": True}, False),  # more than two rooms
+        (11.75, {"credit": True}, True),
+    ],
+)
+def test_the_last_row_by_credit(room_ms: float, more: dict[str, Any], enters: bool) -> None:
+    """21 + 0.5 ms and one further row of 2 ms."""
+    found = way((1, 1, 2), room_ms=room_ms, **more)
+    assert found == (Way(2, 2) if enters else None)
+
+
+@pytest.mark.parametrize(
+    ("stages", "credit", "found"),
+    [
+        # 2 rows at the first consumer and 4 at the second are those that the entry pays for: 2 + 8 ms more than 21.5
+        ((1, 3, 5), True, Way(2, 2)),
+        ((1, 3, 5), False, None),
+        ((1, 3, 6), True, Way(0, 2, True, CatchUp(2, 3), 12.0)),
+        ((1, 4, 5), True, Way(0, 2, True, CatchUp(1, 3), 6.0)),
+        ((1, 3, 40), False, Way(0, 2, True, CatchUp(2, 3), 12.0)),
+        ((1, 20, 40), False, Way(0, 2, True, CatchUp(1, 10), 13.0)),
+    ],
+)
+def test_a_sprint_goes_on_until_its_goal_is_entered(stages: tuple[int, ...], credit: bool, found: Way | None) -> None:
+    assert way(stages, present=0, credit=credit) == found
+
+
+def test_a_sprint_without_slack_goes_on_without_a_chunk() -> None:
+    found = way((1, 3, 40), (1201, 1, 1), present=0)  # its balcony's 1,200 rows take 12 ms and leave 0.5
+    assert found == Way(0, 2, True)
+    assert found.words(STEEP.exits) == "8 fits, catching up at 4: deeper exits leave no time for it"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"present": None},  # no sprint, and none may begin
+        {"room_ms": 20.9},  # its goal would not hold the target any more
+        {"room_ms": 20.9, "credit": True},
+        {"beside_ms": 17.9},  # the slack takes no row of the last stage
+        {"lowest": 1},  # its exit is not allowed any more
+        {"chosen": 2},
+    ],
+)
+def test_a_sprint_ends(more: dict[str, Any]) -> None:
+    assert way((1, 3, 40), **{"present": 0, **more}) is None
+
+
+def test_a_sprint_goes_to_a_nearer_goal_if_the_far_one_is_lost() -> None:
+    """At 15 ms the deepest exit is out of reach, and from exit 4 exit 6 is not: 5 ms take two rows of stage 1."""
+    assert way((1, 20, 40), room_ms=15.0, chosen=0, present=0) == Way(0, 1, True, CatchUp(1, 2), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("way_of", "words"),
+    [
+        (Way(2, 2), "up to 8 with its last pending rows: one token may be late"),
+        (Way(1, 2), "8 fits, catching up"),
+        (Way(1, 2, False, CatchUp(2, 7)), "8 fits, catching up 7 rows of stage 2"),
+        (Way(0, 1, False, CatchUp(1, 9, balcony=True)), "6 fits, catching up 9 rows of balcony 6"),
+        (
+            Way(0, 2, True, CatchUp(1, 9)),
+            "8 fits, catching up 9 rows of stage 1 at 4: deeper exits leave no time for it",
+        ),
+    ],
+)
+def test_the_way_in_words(way_of: Way, words: str) -> None:
+    assert way_of.words(STEEP.exits) == words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 
@@ -36,6 +37,25 @@ def test_without_a_target_a_decision_predicts_nothing_and_the_state_starts_over(
     assert after == state._replace(
         tokens_since_switch=1, catching_up=False, tpot_ms=math.inf, recovery=Recovery(goal=None)
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exit_layer": 4},
+        {"tokens_since_switch": 7},
+        {"catching_up": True},
+        {"tpot_ms": 12.0},
+        {"recovery": Recovery(goal=8)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_without_a_target_the_short_way_keeps_a_state_that_says_so(change: dict[str, Any]) -> None:
+    controller = Controller(SMALL)
+    rested = sure(8, tokens=1)._replace(tpot_ms=math.inf)
+    kept = controller.shortcut(Budget(), rested, 0, None)
+    assert kept is not None and kept[0] is rested  # the same object: nothing is made for a token without a target
+    assert controller.shortcut(Budget(), rested._replace(**change), 0, None) == kept
 
 
 def test_the_short_way_plans_a_budget_that_it_meets_first() -> None:
@@ -138,5 +158,15 @@ def test_a_busy_share_leaves_the_pace_that_a_deadline_needs(
         priority="latency",
     )
     state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=share))
+    seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
+    assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
+
+
+@pytest.mark.parametrize(("priority", "period_ms"), [("latency", 47.5), ("limits", 100.0)])
+def test_a_busy_share_leaves_the_pace_of_a_gap_if_latency_comes_first(
+    priority: Literal["latency", "limits"], period_ms: float
+) -> None:
+    budget = Budget(power_w=5, tpot_ms=50, min_exit=8, priority=priority)
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=0.1))
     seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
     assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)

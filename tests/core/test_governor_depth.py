@@ -80,6 +80,10 @@ def test_the_deepest_exit_whose_tokens_are_affordable(
 def test_energy_takes_no_depth_where_nothing_measures_power() -> None:
     after = tick(Budget(energy_j_per_token=0.01))
     assert after.ceiling == HIGHEST and after.lost == ("energy_j_per_token",)
+    # nor where its sensor has been lost: what was learned of it may not hold any more
+    sure = Load(1.0, fits=(Fit(2.0, 6.0, 1e-9, 0.0, 1e-9),) * len(GAUGES))
+    after = tick(Budget(energy_j_per_token=0.01), before=Governor(power=sure, rail="board"))
+    assert after.ceiling == HIGHEST and after.lost == ("energy_j_per_token",)
 
 
 @pytest.mark.parametrize(("since_s", "ceiling"), [(CEILING_DWELL_S - 0.01, 3), (CEILING_DWELL_S, 1)])

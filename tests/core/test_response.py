@@ -127,6 +127,10 @@ def test_our_part_of_a_gauge_that_holds_its_value_is_the_one_of_that_value() -> 
         (Counter(10.0, 1.0, ("a", "b")), Counter(16.0, 3.0, ("a",)), None),  # a part that is gone
         (Counter(10.0, 1.0, ("a",)), Counter(16.0, 1.0, ("a",)), None),
         (Counter(10.0, 1.0, ("a",)), Counter(9.0, 2.0, ("a",)), None),
+        (Counter(10.0, 1.0, ("a",)), Counter(10.0, 2.0, ("a",)), 0.0),
+        (Counter(10.0, 1.0, ("a",)), Counter(10.5, 2.0, ("a",)), 0.5),
+        (Counter(0.0, 1.0, ("a",)), Counter(99_999.0, 2.0, ("a",)), 99_999.0),
+        (Counter(0.0, 1.0, ("a",)), Counter(100_000.0, 2.0, ("a",)), None),  # more than any device draws
         (None, Counter(9.0, 2.0, ("a",)), None),
     ],
 )

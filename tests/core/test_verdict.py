@@ -116,3 +116,161 @@ def test_without_a_counter_samples_are_averaged() -> None:
 
     found = judged(Budget(power_w=5, power_rail="cpu"), [100.0] * 101, plain)
     assert found["power_w"].reached == pytest.approx(6.0, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("keys", "gap_ms", "key", "held", "margin"),
+    [
+        ({"tpot_ms": 20}, 20.0, "tpot_ms", True, 0.0),
+        ({"tpot_ms": 20}, 20.1, "tpot_ms", False, -0.005),
+        ({"min_pace_tps": 20}, 40.0, "min_pace_tps", True, 0.25),
+        ({"min_pace_tps": 20}, 1000 / 19.81, "min_pace_tps", True, -0.0095),  # clocks are not exact: 1 % is allowed
+        ({"min_pace_tps": 20}, 1000 / 19.79, "min_pace_tps", False, -0.0105),
+        ({"max_pace_tps": 20}, 62.5, "max_pace_tps", True, 0.2),
+        ({"max_pace_tps": 20}, 1000 / 20.19, "max_pace_tps", True, -0.0095),
+        ({"max_pace_tps": 20}, 1000 / 20.21, "max_pace_tps", False, -0.0105),
+    ],
+)
+def test_a_target_is_held_up_to_its_value(
+    keys: dict[str, float], gap_ms: float, key: str, held: bool, margin: float
+) -> None:
+    verdict = judged(Budget(**keys), [100.0, *[gap_ms] * 9])[key]  # type: ignore[arg-type]
+    assert verdict.held is held
+    assert verdict.margin == pytest.approx(margin, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("celsius", "ceiling_held", "critical_held"), [(89.9, True, True), (90.0, True, False), (90.1, False, False)]
+)
+def test_a_ceiling_is_held_up_to_its_value_and_a_critical_one_below(
+    celsius: float, ceiling_held: bool, critical_held: bool
+) -> None:
+    heat = (Reading("t", "cpu", 1000.02, celsius=celsius),)
+    for budget, held in (
+        (Budget(temperature_c=90), ceiling_held),
+        (Budget(critical_temperature_c=90), critical_held),
+    ):
+        (verdict,) = judged(budget, [20.0, 20.0], lambda _: heat).values()
+        assert (verdict.reached, verdict.held, verdict.how) == (celsius, held, "highest")
+
+
+@pytest.mark.parametrize(("percent", "held"), [(20, True), (19, False), (30, True)])
+def test_a_charge_is_held_down_to_its_floor(percent: int, held: bool) -> None:
+    charges = iter([0.5, percent / 100, 0.6])
+
+    def battery(now_s: float) -> tuple[Reading, ...]:
+        return (Reading("b", "battery", now_s, charge=next(charges)),)
+
+    verdict = judged(Budget(battery_floor_percent=20), [100.0, 200.0, 200.0], battery)["battery_floor_percent"]
+    assert (verdict.reached, verdict.held, verdict.how) == (pytest.approx(percent), held, "lowest")
+    assert verdict.margin == pytest.approx((percent - 20) / 20)
+
+
+def test_readings_are_kept_every_tenth_of_a_second() -> None:
+    shares = iter([0.1, 0.9, 0.3, 0.9, 0.5])
+
+    def gpu(now_s: float) -> tuple[Reading, ...]:
+        return (Reading("g", "gpu", now_s, utilization=next(shares)),)
+
+    watch, budget = Watch(), Budget(gpu_utilization=0.5)
+    for now_s in (1.0, 1.0625, 1.125, 1.1875, 1.25):
+        watch.token(budget, now_s, 62.5, gpu(now_s), first=now_s == 1.0)
+    watch.saw(2.0, ())  # no readings are no zeros
+    (verdict,) = watch.verdicts()
+    assert (verdict.reached, verdict.held, verdict.how) == (pytest.approx(0.3), True, "mean")
+
+
+def test_each_processor_is_judged_by_its_own_readings() -> None:
+    def both(now_s: float) -> tuple[Reading, ...]:
+        return (Reading("g", "gpu", now_s, utilization=0.2), Reading("c", "cpu", now_s, utilization=0.6))
+
+    found = judged(Budget(gpu_utilization=0.5, cpu_utilization=0.5), [200.0] * 3, both)
+    assert (found["gpu_utilization"].reached, found["gpu_utilization"].margin) == pytest.approx((0.2, 0.6))
+    assert (found["cpu_utilization"].reached, found["cpu_utilization"].held) == (pytest.approx(0.6), False)
+
+
+@pytest.mark.parametrize(
+    ("window_s", "reached"),
+    [
+        (1.0, 10.0),  # seconds 2 to 3
+        (2.0, 7.0),  # seconds 1 to 3 or 2 to 4
+        (4.0, 5.5),
+        (60.0, 5.5),  # longer than the reply: the mean of all of it
+    ],
+)
+def test_the_highest_mean_power_over_the_window_by_the_counter(window_s: float, reached: float) -> None:
+    """4 W, for one of four seconds 10 W; the samples of watts miss it."""
+
+    def counted(now_s: float) -> tuple[Reading, ...]:
+        passed_s = now_s - 1000.0
+        joules = 4 * passed_s + 6 * min(max(passed_s - 2.0, 0.0), 1.0)
+        return (Reading("a", "board", now_s, watts=4.0, joules=joules),)
+
+    verdict = judged(Budget(power_w=5, power_window_s=window_s), [0.0, *[250.0] * 16], counted)["power_w"]
+    assert verdict.reached == pytest.approx(reached)
+    assert verdict.how == f"highest mean of {window_s:g} s"
+
+
+def test_the_highest_mean_power_over_the_window_by_samples() -> None:
+    powers = iter([8.0, 4.0, 4.0, 4.0, 6.0, 8.0, 8.0, 2.0])
+
+    def sampled(now_s: float) -> tuple[Reading, ...]:
+        return (Reading("a", "board", now_s, watts=next(powers)),)
+
+    verdict = judged(Budget(power_w=5, power_window_s=1), [0.0, *[500.0] * 7], sampled)["power_w"]
+    assert verdict.reached == pytest.approx((6 + 8 + 8) / 3)  # three samples within a second
+    assert verdict.held is False
+
+
+def test_joules_of_a_token_are_watts_times_its_mean_gap() -> None:
+    def board(now_s: float) -> tuple[Reading, ...]:
+        return (Reading("a", "board", now_s, watts=6.0),)
+
+    (verdict,) = judged(Budget(energy_j_per_token=0.2), [500.0, 20.0, 40.0], board).values()
+    assert verdict.reached == pytest.approx(6 * 0.03)  # without the time to the first token
+    assert (verdict.held, verdict.how) == (True, "mean")
+    assert verdict.margin == pytest.approx(0.1)
+    (lonely,) = judged(Budget(energy_j_per_token=0.2), [500.0], board).values()
+    assert (lonely.reached, lonely.how) == (None, "not measured")
+
+
+def test_a_deadline_counts_its_tokens_and_no_further_ones() -> None:
+    budget = Budget(deadline_s=1, expected_tokens=4)
+    (verdict,) = judged(budget, [400.0, *[200.0] * 9]).values()
+    assert (verdict.reached, verdict.held, verdict.how) == (pytest.approx(1.0), True, "4 tokens")
+    (early,) = judged(budget, [400.0, 100.0]).values()
+    assert (early.reached, early.how) == (pytest.approx(0.5), "2 tokens")
+
+
+def test_a_budget_set_within_a_reply_has_no_first_token() -> None:
+    watch, late = Watch(), Budget(ttft_ms=100, deadline_s=1, expected_tokens=4, min_pace_tps=20)
+    watch.saw(0.0, (Reading("t", "cpu", 0.0, celsius=50.0),))  # before any token: nothing to judge
+    assert watch.verdicts() == ()
+    watch.token(Budget(), 0.5, 500.0, (), first=True)
+    for now_s in (0.6, 0.7):
+        watch.token(late, now_s, 40.0, (), first=False)
+    ttft, deadline, pace = watch.verdicts()
+    assert (ttft.held, deadline.held) == (None, None)
+    assert (pace.reached, pace.held) == (pytest.approx(25.0), True)  # both gaps are between tokens
+    assert pace.to_dict() == {
+        "key": "min_pace_tps", "asked": 20, "reached": 25.0, "held": True, "margin": 0.25, "how": "mean"
+    }  # fmt: skip
+
+
+def test_nothing_is_a_reading() -> None:
+    def idle(now_s: float) -> tuple[Reading, ...]:
+        return (
+            Reading("p", "process", now_s, memory_bytes=0),
+            Reading("c", "cpu", now_s, utilization=0.0),
+            Reading("a", "board", now_s, watts=0.0),
+        )
+
+    found = judged(Budget(memory_mb=100, cpu_utilization=0.5, power_w=5), [100.0] * 3, idle)
+    assert {key: verdict.reached for key, verdict in found.items()} == {
+        "power_w": 0.0, "cpu_utilization": 0.0, "memory_mb": 0.0
+    }  # fmt: skip
+    assert all(verdict.held and verdict.margin == 1.0 for verdict in found.values())
+
+
+def test_gaps_of_no_time_have_no_pace() -> None:
+    assert judged(Budget(max_pace_tps=20), [100.0, 0.0, 0.0])["max_pace_tps"].held is None

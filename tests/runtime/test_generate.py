@@ -409,6 +409,11 @@ def test_least_agreement_needs_an_evaluated_bundle(llm: LLM) -> None:
         (lambda llm: llm.encode(None), InputError, "prompt of type NoneType"),
         (lambda llm: llm.generate_batch("ab", max_new_tokens=2), InputError, "prompts: one text: give a list"),
         (lambda llm: llm.stream("hi", sampling={"top_k": 1}), InputError, "sampling = .*: must be SamplingParams"),
+        (
+            lambda llm: llm.stream("hi", max_new_tokens=0),
+            InputError,
+            "max_new_tokens = 0: must be at least 1: give the largest number of tokens to make",
+        ),
         (lambda llm: llm.stream("hi", max_new_tokens=2.5), InputError, "max_new_tokens = 2.5: must be a whole number"),
         (lambda llm: llm.stream("hi", max_new_tokens="2"), InputError, "max_new_tokens = '2': must be a whole number"),
         (lambda llm: llm.generate_batch([[1]], max_new_tokens=2.5), InputError, "max_new_tokens = 2.5"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -53,11 +55,11 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        ({"temperature": -1.0}, "temperature = -1.0"),
+        ({"temperature": -1.0}, "temperature = -1.0: must be a finite number, 0 or more: give 0 for greedy decoding"),
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"temperature": float("inf")}, "temperature = inf"),
-        ({"top_k": -1}, "top_k = -1"),
-        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"top_k": -1}, "top_k = -1: must be a whole number, 0 or more: give .* or 0 to keep all"),
+        ({"top_p": 0.0}, "top_p = 0.0: must be a number above 0 and at most 1: give .* or 1 to keep all"),
         ({"top_p": 1.1}, "top_p = 1.1"),
         ({"top_p": float("nan")}, "top_p = nan"),
         ({"seed": -1}, "seed = -1"),
@@ -84,6 +86,84 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 def test_values_out_of_range_are_refused(options: dict[str, float], pattern: str) -> None:
     with pytest.raises(InputError, match=pattern):
         SamplingParams(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed", "cure"),
+    [
+        (
+            {"temperature": -1.0},
+            "a finite number, 0 or more",
+            "give 0 for greedy decoding, or a larger number for more varied text, e.g. 0.7",
+        ),
+        (
+            {"top_k": -1},
+            "a whole number, 0 or more",
+            "give the number of likeliest tokens to keep, e.g. 40, or 0 to keep all",
+        ),
+        (
+            {"top_p": 1.5},
+            "a number above 0 and at most 1",
+            "give the probability to keep, e.g. 0.95, or 1 to keep all tokens",
+        ),
+        (
+            {"min_p": 1.0},
+            "a number, at least 0 and below 1",
+            "give a share of the likeliest token's probability, e.g. 0.05, or 0 to keep all tokens",
+        ),
+        (
+            {"repetition_penalty": 0.0},
+            "a number from 1e-06 to 1e+06",
+            "give a number above 1 for fewer repetitions, e.g. 1.1, or 1 for no penalty",
+        ),
+        (
+            {"presence_penalty": 2e6},
+            "a number within ±1e+06",
+            "give a number above 0 for fewer repetitions, e.g. 0.5, or 0 for no penalty",
+        ),
+        (
+            {"seed": -1},
+            "a whole number, 0 or more, or None",
+            "give an integer for the same text each time, or leave it out",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_refused_value_is_named_with_what_is_allowed_and_what_to_do(
+    options: dict[str, Any], allowed: str, cure: str
+) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(InputError) as caught:
+        SamplingParams(**options)
+    assert str(caught.value) == f"{name} = {value!r}: must be {allowed}: {cure}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0},
+        {"repetition_penalty": 1e-6, "presence_penalty": -1e6, "top_p": 1e-9, "min_p": 0.999},
+        {"repetition_penalty": 1e6, "presence_penalty": 1e6, "logit_bias": {0: -999_999.0}},
+    ],
+)
+def test_values_at_the_ends_of_their_ranges_are_taken(options: dict[str, Any]) -> None:
+    params = SamplingParams(**options)
+    assert {name: getattr(params, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("options", "greedy"),
+    [
+        ({}, True),
+        ({"top_k": 5, "seed": 3}, True),
+        ({"temperature": 0.1}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"logit_bias": {3: 1.0}}, False),
+    ],
+)
+def test_a_sampler_is_greedy_if_it_takes_the_likeliest_token_as_it_is(options: dict[str, Any], greedy: bool) -> None:
+    assert Sampler(SamplingParams(**options), PROMPT, 5).greedy is greedy
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

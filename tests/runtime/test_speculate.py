@@ -15,7 +15,15 @@ from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
-from balcony_runtime.decoding.speculate import MEMORY, PRIOR_DRAFTS, PROBE_TOKENS, Round, Speculator, run_round
+from balcony_runtime.decoding.speculate import (
+    MEMORY,
+    PLAN_TOKENS,
+    PRIOR_DRAFTS,
+    PROBE_TOKENS,
+    Round,
+    Speculator,
+    run_round,
+)
 from balcony_runtime.llm import LLM
 
 EXITS = (2, 3, 5)
@@ -232,3 +240,91 @@ def test_the_check_pays_for_the_heads_rows_of_all_drafts() -> None:
     check_ms = prices.step_ms(EXITS[-1], rows, (1,) * len(EXITS), 100)
     check_ms += prices.head.pass_ms(planned.drafts + 1, 100) - prices.head.pass_ms(1, 100)
     assert planned.price_ms == pytest.approx(planned.drafts * prices.steady_ms(2, 100) + check_ms)
+
+
+ANY_MS = float("inf")
+
+
+def planned(speculator: Speculator, prices: CostModel, room: int = 100, most_ms: float = ANY_MS) -> Round | None:
+    return speculator.plan(prices, 50, NONE, room, most_ms)
+
+
+def test_a_rounds_price_and_speedup_by_hand() -> None:
+    # A plain step takes 10 + 20 + 40 + 0.5 + 2 ms. Two drafts at exit 2 take 2 × (10 + 0.5 + 2), and their check 10 ms, three
+    # rows of 20 + 2 × 1 and 40 + 2 × 3 ms, 0.5 ms for the norm and three rows of the head: 2 + 2 × 0.25.
+    prices = CostModel(
+        EXITS,
+        (UnitCost(10.0, 1.0), UnitCost(20.0, 1.0), UnitCost(40.0, 3.0)),
+        (UnitCost(0.5),) * 3,
+        UnitCost(2.0, 0.25),
+    )
+    speculator = Speculator(EXITS, {2: 0.8, 3: 0.1})
+    found = planned(speculator, prices, room=3)
+    assert found is not None and (found.exit_layer, found.drafts) == (2, 2)
+    assert found.price_ms == pytest.approx(25.0 + 81.0)
+    assert found.speedup == pytest.approx(72.5 * (1 + 0.8 + 0.64) / 106.0)
+    assert speculator.plan(prices, 50, NONE, 3, found.price_ms) == found  # just enough time
+    # for one draft there is time in any case
+    shorter = speculator.plan(prices, 50, NONE, 3, found.price_ms - 0.01)
+    assert shorter is not None and shorter.drafts == 1
+    assert planned(speculator, prices, room=1) is None  # the token alone fills the sequence
+
+
+def test_the_exit_with_the_best_drafts_makes_them() -> None:
+    # Exit 3 takes 2.2 ms and the full depth 52.2: its drafts are kept nearly always, those of exit 2 hardly ever.
+    prices = CostModel(EXITS, (UnitCost(1.0), UnitCost(1.0), UnitCost(50.0)), (UnitCost(0.1),) * 3, UnitCost(0.1))
+    found = planned(Speculator(EXITS, {2: 0.05, 3: 0.95}), prices)
+    assert found is not None and (found.exit_layer, found.drafts) == (3, 8)
+    assert found.price_ms == pytest.approx(8 * 2.2 + 52.2)
+    found = planned(Speculator(EXITS, {2: 0.95, 3: 0.95}), prices)
+    assert found is not None and found.exit_layer == 2  # of the same acceptance, the cheaper one
+
+
+def test_measured_times_correct_the_expected_speedup() -> None:
+    fresh, slow_steps, slow_rounds = (Speculator(EXITS, {2: 0.9, 3: 0.9}) for _ in range(3))
+    wanted = planned(fresh, costs())
+    assert wanted is not None
+    slow_steps.learn_plain(10.0, 15.0)  # a tenth of the way from 1 to 1.5
+    slow_rounds.learn(Round(3, 4, 10.0, 2.0), kept=0, measured_ms=30.0)  # and from 1 to 3
+    for speculator, factor in ((slow_steps, 1.05), (slow_rounds, 1 / 1.2)):
+        found = planned(speculator, costs())
+        assert found is not None and found.speedup == pytest.approx(wanted.speedup * factor)
+
+
+def test_all_drafts_that_were_kept_were_judged() -> None:
+    speculator = Speculator(EXITS, {2: 0.5, 3: 0.5})
+    speculator.learn(Round(3, 4, 1.0, 1.0), kept=4, measured_ms=1.0)
+    assert speculator.acceptance(3) == pytest.approx((MEMORY * PRIOR_DRAFTS * 0.5 + 4) / (MEMORY * PRIOR_DRAFTS + 4))
+    assert speculator.acceptance(2) == 0.5
+
+
+def test_a_choice_that_found_no_round_holds_for_a_while() -> None:
+    dear = CostModel(EXITS, (UnitCost(9.0, 5.0),) * 3, (UnitCost(9.0, 5.0),) * 3, UnitCost(1.0, 1.0))
+    speculator = Speculator(EXITS, {2: 0.3, 3: 0.3})
+    assert planned(speculator, dear) is None
+    for token in range(PLAN_TOKENS):
+        assert planned(speculator, costs()) is None, token  # rounds would pay now, but nobody looks
+        speculator.learn_plain(10.0, 10.0)
+    found = planned(speculator, costs())
+    assert found is not None
+    speculator.learn(found, found.drafts, found.price_ms)
+    assert planned(speculator, costs()) is not None  # after a round the next choice is made at once
+
+
+def test_a_trial_is_due_after_many_plain_tokens_and_once() -> None:
+    dear = CostModel(EXITS, (UnitCost(9.0, 5.0),) * 3, (UnitCost(9.0, 5.0),) * 3, UnitCost(1.0, 1.0))
+    speculator, chosen = Speculator(EXITS, {2: 0.3, 3: 0.3}), []
+    for token in range(2 * PROBE_TOKENS + 10):
+        if found := planned(speculator, dear):
+            chosen.append(token)
+            speculator.learn(found, 0, found.price_ms)
+        else:
+            speculator.learn_plain(10.0, 10.0)
+    assert chosen == [PROBE_TOKENS, 2 * PROBE_TOKENS + 1]
+
+
+def test_an_exit_that_was_never_evaluated_keeps_half_of_its_drafts() -> None:
+    speculator = Speculator(EXITS, {2: None})
+    assert speculator.acceptance(2) == speculator.acceptance(3) == 0.5
+    with pytest.raises(KeyError):
+        speculator.acceptance(5)  # the full depth drafts nothing

@@ -56,23 +56,55 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        checks: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-            "temperature": (Real, lambda value: value >= 0, "a finite number, 0 (greedy) or more"),
-            "top_k": (Integral, lambda value: value >= 0, "a whole number, 0 (keep all) or more"),
-            "top_p": (Real, lambda value: 0 < value <= 1, "a number above 0 and at most 1 (keep all)"),
-            "min_p": (Real, lambda value: 0 <= value < 1, "a number, at least 0 (keep all) and below 1"),
+        # parameter → its type, its range, what is allowed, and what to do
+        checks: dict[str, tuple[Any, Callable[[Any], bool], str, str]] = {
+            "temperature": (
+                Real,
+                lambda value: value >= 0,
+                "a finite number, 0 or more",
+                "give 0 for greedy decoding, or a larger number for more varied text, e.g. 0.7",
+            ),
+            "top_k": (
+                Integral,
+                lambda value: value >= 0,
+                "a whole number, 0 or more",
+                "give the number of likeliest tokens to keep, e.g. 40, or 0 to keep all",
+            ),
+            "top_p": (
+                Real,
+                lambda value: 0 < value <= 1,
+                "a number above 0 and at most 1",
+                "give the probability to keep, e.g. 0.95, or 1 to keep all tokens",
+            ),
+            "min_p": (
+                Real,
+                lambda value: 0 <= value < 1,
+                "a number, at least 0 and below 1",
+                "give a share of the likeliest token's probability, e.g. 0.05, or 0 to keep all tokens",
+            ),
             "repetition_penalty": (
                 Real,
                 lambda value: 1 / LARGEST <= value <= LARGEST,
-                f"a number from {1 / LARGEST:g} to {LARGEST:g}; 1 is none",
+                f"a number from {1 / LARGEST:g} to {LARGEST:g}",
+                "give a number above 1 for fewer repetitions, e.g. 1.1, or 1 for no penalty",
             ),
-            "presence_penalty": (Real, lambda value: abs(value) <= LARGEST, f"a number within ±{LARGEST:g}; 0 is none"),
-            "seed": (Integral | None, lambda value: value is None or value >= 0, "a whole number, 0 or more, or None"),
+            "presence_penalty": (
+                Real,
+                lambda value: abs(value) <= LARGEST,
+                f"a number within ±{LARGEST:g}",
+                "give a number above 0 for fewer repetitions, e.g. 0.5, or 0 for no penalty",
+            ),
+            "seed": (
+                Integral | None,
+                lambda value: value is None or value >= 0,
+                "a whole number, 0 or more, or None",
+                "give an integer for the same text each time, or leave it out",
+            ),
         }
-        for name, (kind, in_range, allowed) in checks.items():
+        for name, (kind, in_range, allowed, cure) in checks.items():
             value: Any = getattr(self, name)
             if not isinstance(value, kind) or (value is not None and not math.isfinite(value)) or not in_range(value):
-                raise InputError(f"{name} = {value!r}: must be {allowed}")
+                raise InputError(f"{name} = {value!r}: must be {allowed}: {cure}")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
         for token, bias in biases:
             if not isinstance(token, Integral) or not isinstance(bias, Real) or not abs(bias) < LARGEST:

@@ -31,9 +31,10 @@ static unsigned long long value(const char *name, unsigned long long otherwise) 
     return text && *text ? strtoull(text, NULL, 0) : otherwise;
 }
 
-static int refusal(const char *function) {
+static int refusal(const char *function, nvmlDevice device) {
     const char *list = getenv("NVML_UNSUPPORTED");
     if (!opened) return 1; /* UNINITIALIZED */
+    if (!device) return 2; /* INVALID_ARGUMENT */
     if (getenv("NVML_LOST")) return GPU_IS_LOST;
     if (list && (strcmp(list, "all") == 0 || strstr(list, function))) return NOT_SUPPORTED;
     return SUCCESS;
@@ -91,57 +92,50 @@ int nvmlDeviceGetName(nvmlDevice device, char *name, unsigned length) {
 int nvmlDeviceGetPowerUsage(nvmlDevice device, unsigned *milliwatts) {
     if (getenv("NVML_HANG")) sleep(30);
     *milliwatts = (unsigned)value("NVML_POWER_MW", 61500) * (unsigned)(size_t)device;
-    return refusal("PowerUsage");
+    return refusal("PowerUsage", device);
 }
 
 int nvmlDeviceGetTotalEnergyConsumption(nvmlDevice device, unsigned long long *millijoules) {
-    (void)device;
     *millijoules = value("NVML_ENERGY_MJ", 1234567);
-    return refusal("TotalEnergyConsumption");
+    return refusal("TotalEnergyConsumption", device);
 }
 
 int nvmlDeviceGetUtilizationRates(nvmlDevice device, nvmlUtilization *rates) {
-    (void)device;
     rates->gpu = (unsigned)value("NVML_BUSY", 85);
     rates->memory = 40;
-    return refusal("UtilizationRates");
+    return refusal("UtilizationRates", device);
 }
 
 int nvmlDeviceGetTemperature(nvmlDevice device, unsigned sensor, unsigned *celsius) {
-    (void)device;
     if (sensor != 0) return 2; /* INVALID_ARGUMENT: there is one sensor, the GPU's */
     *celsius = (unsigned)value("NVML_CELSIUS", 67);
-    return refusal("Temperature");
+    return refusal("Temperature", device);
 }
 
 int nvmlDeviceGetMemoryInfo(nvmlDevice device, nvmlMemory *memory) {
-    (void)device;
     memory->total = 8ull << 30;
     memory->used = 3ull << 30;
     memory->free = 5ull << 30;
-    return refusal("MemoryInfo");
+    return refusal("MemoryInfo", device);
 }
 
-static int clock_reasons(unsigned long long *reasons) {
+static int clock_reasons(nvmlDevice device, unsigned long long *reasons) {
     *reasons = value("NVML_REASONS", 0x1); /* idle */
-    return refusal("ClocksEventReasons");
+    return refusal("ClocksEventReasons", device);
 }
 
 #ifndef NVML_OLD_DRIVER
 int nvmlDeviceGetCurrentClocksEventReasons(nvmlDevice device, unsigned long long *reasons) {
-    (void)device;
-    return clock_reasons(reasons);
+    return clock_reasons(device, reasons);
 }
 #else
 int nvmlDeviceGetCurrentClocksThrottleReasons(nvmlDevice device, unsigned long long *reasons) {
-    (void)device;
-    return clock_reasons(reasons);
+    return clock_reasons(device, reasons);
 }
 #endif
 
 int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice device, unsigned *count, nvmlProcessInfo *infos) {
-    (void)device;
-    int code = refusal("ComputeRunningProcesses");
+    int code = refusal("ComputeRunningProcesses", device);
     unsigned users = user_pid() ? 1 : 0;
     if (code != SUCCESS) return code;
     if (*count < users) {
@@ -153,13 +147,13 @@ int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice device, unsigned *count, 
     return SUCCESS;
 }
 
-/* Samples at 10.0 s and 10.5 s of the driver's clock; those up to ``since`` µs are left out. */
+/* Samples at 10.0 s and 10.5 s of the driver's clock, 2 s earlier for the second GPU; those up to ``since`` µs are left out. */
 int nvmlDeviceGetProcessUtilization(nvmlDevice device, nvmlProcessSample *samples, unsigned *count,
                                     unsigned long long since) {
-    (void)device;
-    int code = refusal("ProcessUtilization");
+    int code = refusal("ProcessUtilization", device);
     unsigned pid = user_pid();
-    nvmlProcessSample all[] = {{pid, 10000000ull, 70, 0, 0, 0}, {pid, 10500000ull, 50, 0, 0, 0}};
+    unsigned long long end = 12500000ull - 2000000ull * (size_t)device;
+    nvmlProcessSample all[] = {{pid, end - 500000ull, 70, 0, 0, 0}, {pid, end, 50, 0, 0, 0}};
     unsigned fresh = 0;
     if (code != SUCCESS) return code;
     if (!pid || getenv("NVML_QUIET")) return NOT_FOUND;

@@ -112,6 +112,11 @@ def test_a_second_look_still_sees_the_last_second_of_samples(library: Path) -> N
     assert first["readings"][0]["own_utilization"] == second["readings"][0]["own_utilization"] == 0.6
 
 
+def test_each_gpu_has_its_own_last_second_of_samples(library: Path) -> None:
+    for look in ask(library, "print(json.dumps([look(), look()]))", pid="self", count=2):
+        assert [reading["own_utilization"] for reading in look["readings"]] == [0.6, 0.6]
+
+
 def test_limits_throttle_and_idling_does_not(library: Path) -> None:
     limits = {0x0: False, 0x1: False, 0x2: False, 0x4: True, 0x8: True, 0x10: False, 0x20: True, 0x41: True, 0x80: True,
               0x100: False}  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -194,6 +196,133 @@ def test_a_counter_that_fails_for_a_moment_is_not_replaced_by_a_sum() -> None:
     assert counted == sorted(counted)
 
 
+class Stepped:
+    """A source that reads when the test lets it; only its reads move the clock."""
+
+    name = "stepped"
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.discoveries = [0]  # how many there had been, at each read
+        self._samples: queue.Queue[tuple[Sample, float]] = queue.Queue()
+
+    def discover(self) -> None:
+        self.discoveries[-1] += 1
+
+    def read(self, now_s: float) -> Sample:
+        sample, takes_s = self._samples.get()
+        self.now_s += takes_s
+        self.discoveries.append(self.discoveries[-1])
+        return sample
+
+    def close(self) -> None:
+        pass
+
+    def let(self, *readings: Reading, takes_s: float = 0.05) -> None:
+        self._samples.put((Sample(readings), takes_s))
+
+    def give(self, sensors: Sensors, *readings: Reading, takes_s: float = 0.05) -> tuple[Reading, ...]:
+        """Let the source read once more, and return what is shown then."""
+        before = health(sensors, "stepped").samples
+        self.let(*readings, takes_s=takes_s)
+        eventually(lambda: health(sensors, "stepped").samples > before)
+        return sensors.latest()
+
+
+def test_watts_without_a_counter_are_summed_up_over_time() -> None:
+    source = Stepped()
+    sensors = Sensors([source], rate_hz=10, stale_s=50, clock=lambda: source.now_s).start(probe_s=0.0)
+    joules = []
+    # 4 W; after half a second 8 W; again; after the longest pause; after a longer one; after a moment
+    for time_s, watts in ((100.0, 4.0), (100.5, 8.0), (101.0, 8.0), (103.0, 6.0), (105.1, 6.0), (105.2, 6.0)):
+        (reading,) = source.give(sensors, Reading("a", "cpu", time_s, watts=watts))
+        joules.append(reading.joules)
+    assert joules == pytest.approx([0.0, 3.0, 7.0, 21.0, 0.0, 0.6])
+    (counted,) = source.give(sensors, Reading("b", "cpu", 105.2, watts=6.0, joules=77.0))
+    assert counted.joules == 77.0
+    (hot,) = source.give(sensors, Reading("c", "cpu", 105.2, celsius=50.0))
+    assert hot.joules is None
+    source.let()
+    sensors.close()
+
+
+def test_health_says_how_a_source_is() -> None:
+    source = Stepped()
+    sensors = Sensors([source], rate_hz=10, stale_s=2.0, clock=lambda: source.now_s)
+    fresh = health(sensors, "stepped")
+    assert (fresh.state, fresh.age_s, fresh.read_ms, fresh.samples) == ("starting", None, None, 0)
+    assert sensors.start(probe_s=0.0) is sensors
+    source.give(sensors, Reading("a", "cpu", 100.0, watts=-3.0), Reading("b", "cpu", 100.0, celsius=40.0))
+    present = health(sensors, "stepped")
+    assert (present.state, present.samples, present.dropped) == ("present", 1, 1)
+    assert present.last_dropped == "a: watts = -3"
+    assert (present.age_s, present.read_ms) == (0.0, pytest.approx(50.0))
+    source.now_s += 1.0
+    assert health(sensors, "stepped").age_s == pytest.approx(1.0)
+    source.give(sensors)
+    assert health(sensors, "stepped").state == "absent"
+    source.let()
+    sensors.close()
+
+
+def test_a_present_source_is_discovered_every_ten_seconds_and_an_absent_one_at_each_read() -> None:
+    source = Stepped()
+    sensors = Sensors([source], rate_hz=10, stale_s=50, clock=lambda: source.now_s).start(probe_s=0.0)
+    hot = Reading("a", "cpu", 100.0, celsius=40.0)
+    for readings, takes_s in (
+        ((hot,), 5.0),
+        ((hot,), 5.0),
+        ((hot,), 0.0),
+        ((), 0.0),
+        ((), 0.0),
+        ((hot,), 0.0),
+        ((hot,), 0.0),
+    ):
+        source.give(sensors, *readings, takes_s=takes_s)
+    source.let()
+    sensors.close()
+    # at seconds 0, 5 and 10, and then at once; the fourth read gives nothing, the sixth something again
+    assert source.discoveries[:7] == [1, 1, 2, 2, 3, 4, 4]
+
+
+class _Silent:
+    """A source that has nothing, and remembers when it was asked."""
+
+    name = "silent"
+
+    def __init__(self) -> None:
+        self.asked_s: list[float] = []
+
+    def discover(self) -> None:
+        self.asked_s.append(time.monotonic())
+
+    def read(self, now_s: float) -> Sample:
+        return Sample()
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_absent_source_is_asked_less_and_less_often() -> None:
+    source = _Silent()
+    with Sensors([source], rate_hz=10):
+        eventually(lambda: len(source.asked_s) >= 4)
+    pauses = [late - early for early, late in pairwise(source.asked_s)]
+    assert pauses[0] >= 0.19 and pauses[1] >= 0.39 and pauses[2] >= 0.79  # 2, 4 and 8 periods
+
+
+def test_closing_waits_for_all_hung_sources_together() -> None:
+    sources = [Stepped() for _ in range(8)]
+    sensors = Sensors(sources, rate_hz=10).start(probe_s=0.0)
+    began = time.monotonic()
+    sensors.close(timeout_s=0.2)
+    assert 0.2 <= time.monotonic() - began < 6
+    left = [thread for thread in threading.enumerate() if thread.name == "sensors-stepped"]
+    assert len(left) == 8 and all(thread.daemon for thread in left)  # they end with the process
+    for source in sources:
+        source.let()
+
+
 def test_old_readings_are_not_shown_and_order_is_that_of_the_sources() -> None:
     now_s = [100.0]
     recorded = Recorded([Reading("b", "cpu", 0.0, watts=1.0), Reading("a", "gpu", 0.0, watts=2.0)])
@@ -214,6 +343,11 @@ def test_old_readings_are_not_shown_and_order_is_that_of_the_sources() -> None:
 def test_rates_out_of_range(rate_hz: float, stale_s: float, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Sensors([], rate_hz=rate_hz, stale_s=stale_s)
+
+
+@pytest.mark.parametrize(("rate_hz", "stale_s"), [(10, 0.11), (2, 0.51), (0.1, 11.0)])
+def test_rates_at_the_ends_of_the_range(rate_hz: float, stale_s: float) -> None:
+    assert Sensors([], rate_hz=rate_hz, stale_s=stale_s).latest() == ()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from balcony_runtime.sensors import Sample, Source
+from balcony_runtime.sensors import Absence, Sample, Source, device_sources
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.jetson import Jetson
 from balcony_runtime.sensors.rapl import Rapl
-from balcony_runtime.sensors.sysfs import number_or_none
+from balcony_runtime.sensors.sysfs import absence, number_or_none, numbered, read_number, text_or_none
 from balcony_runtime.sensors.thermal import Thermal
 
 Tree = Callable[[str], Path]
@@ -132,12 +133,37 @@ def test_server(sysfs_tree: Tree) -> None:
     assert "no battery" in missing(look(Battery(root)))["battery"]
 
 
+def test_the_sources_of_a_device_read_one_tree_most_trusted_first(sysfs_tree: Tree) -> None:
+    found: dict[str, str] = {}
+    for tree in ("orin_nano", "laptop"):
+        sources = device_sources(sysfs_tree(tree))
+        assert [source.name for source in sources] == ["jetson", "nvml", "rapl", "battery", "thermal", "psutil"]
+        for source in sources:
+            if source.name not in ("nvml", "psutil"):
+                found |= {reading.source: source.name for reading in look(source).readings}
+    for part, source_name in {
+        "ina3221:VDD_IN": "jetson",
+        "rapl:package-0": "rapl",
+        "battery:BAT0+BAT1": "battery",
+        "thermal:tj-thermal": "thermal",
+        "hwmon:coretemp:Package id 0": "thermal",
+    }.items():
+        assert found[part] == source_name
+
+
 @pytest.mark.parametrize("source", [Jetson, Rapl, Battery, Thermal])
 def test_an_empty_tree_is_absent_with_a_reason(source: Callable[[Path], Source], tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "nowhere"):
         sample = look(source(root))
         assert sample.readings == () and len(sample.absences) == 1
         assert sample.absences[0].part == source(root).name and len(sample.absences[0].reason) > 20
+
+
+def test_a_machine_without_rapl_is_told_what_to_try(tmp_path: Path) -> None:
+    (absent,) = look(Rapl(tmp_path)).absences
+    assert absent.cure == (
+        "on such a CPU: sudo modprobe intel_rapl_msr; Docker: run with --security-opt systempaths=unconfined"
+    )
 
 
 def test_labels_that_repeat_are_told_apart(tmp_path: Path) -> None:
@@ -176,7 +202,7 @@ def test_rapl_without_a_pulse_is_absent(sysfs_tree: Tree) -> None:
     put(root / "class/powercap/intel-rapl:0/energy_uj", 81500000000 + 3000000)
     sample = rapl.read(1.5)
     assert [(r.source, r.joules, r.watts) for r in sample.readings] == [("rapl:package-0", 81503.0, 6.0)]
-    assert "does not move" in missing(sample)["rapl:psys"]
+    assert missing(sample) == {"rapl:psys": "its counter does not move: the firmware does not update it"}
 
 
 @pytest.fixture
@@ -251,13 +277,86 @@ def test_a_weak_charger_hides_the_devices_draw(tmp_path: Path) -> None:
 
 
 def test_batteries_in_watt_hours_and_ampere_hours_are_weighted_in_one_unit(tmp_path: Path) -> None:
-    """BAT0: 10 of 50 Wh; BAT1: 4 of 5 Ah at 10 V, so 40 of 50 Wh. Without the voltage BAT1 would hardly count."""
-    battery(tmp_path, "BAT0", status="Full", energy_now=10_000_000, energy_full=50_000_000)
+    """BAT0: 20 of 100 Wh; BAT1: 4 of 5 Ah at 10 V, so 40 of 50 Wh. Without the voltage BAT1 would hardly count."""
+    battery(tmp_path, "BAT0", status="Full", energy_now=20_000_000, energy_full=100_000_000)
     battery(tmp_path, "BAT1", status="Full", charge_now=4_000_000, charge_full=5_000_000, voltage_min_design=10_000_000)
-    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", 0.5, True)
+    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", pytest.approx(0.4), True)
     (tmp_path / "class/power_supply/BAT1/voltage_min_design").unlink()  # without a voltage: the plain mean
-    put(tmp_path / "class/power_supply/BAT0/energy_full", 100_000_000)
-    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", pytest.approx(0.45), True)
+    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", pytest.approx(0.5), True)
+    put(tmp_path / "class/power_supply/BAT1/voltage_now", 10_000_000)  # the present one, if no nominal one is known
+    assert values(look(Battery(tmp_path)))["battery:BAT0+BAT1"] == ("battery", pytest.approx(0.4), True)
+
+
+@pytest.mark.parametrize(
+    ("now", "full", "charge"),
+    [
+        (100, 100, 1.0),
+        (109, 100, 1.0),
+        (110, 100, 1.1),
+        (0, 100, 0.0),
+        (50, 0, 0.42),
+    ],  # full = 0: the gauge knows nothing
+)
+def test_a_little_above_full_is_full_and_much_above_is_nonsense(
+    now: int, full: int, charge: float, tmp_path: Path
+) -> None:
+    battery(tmp_path, status="Full", energy_now=now, energy_full=full, capacity=42)
+    (reading,) = look(Battery(tmp_path)).readings
+    assert reading.charge == pytest.approx(charge)
+
+
+@pytest.mark.parametrize(
+    ("status", "charging"),
+    [("Charging", True), ("Full", True), ("Not charging", True), ("Discharging", False), ("Unknown", None)],
+)
+def test_a_battery_is_fed_by_its_status(status: str, charging: bool | None, tmp_path: Path) -> None:
+    battery(tmp_path, status=status, capacity=80)
+    (reading,) = look(Battery(tmp_path)).readings
+    assert reading.charging is charging
+
+
+def test_one_battery_that_drains_decides(tmp_path: Path) -> None:
+    """Watts and direction are those of the batteries that drain, while another one charges from them or is full."""
+    battery(tmp_path, "BAT0", status="Discharging", power_now=9_000_000, capacity=50)
+    battery(tmp_path, "BAT1", status="Charging", power_now=4_000_000, capacity=70)
+    battery(tmp_path, "BAT2", status="Full", power_now=1_000_000, capacity=90)
+    assert values(look(Battery(tmp_path))) == {
+        "battery:BAT0+BAT1+BAT2": ("battery", 9.0, pytest.approx(0.7), False),
+        "battery:drain": ("board", 9.0),
+    }
+    # one of two that drain measures nothing: no sum
+    put(tmp_path / "class/power_supply/BAT1/status", "Discharging")
+    put(tmp_path / "class/power_supply/BAT1/power_now", 0)
+    sample = look(Battery(tmp_path))
+    assert values(sample) == {"battery:BAT0+BAT1+BAT2": ("battery", pytest.approx(0.7), False)}
+    assert missing(sample) == {"battery:drain": "the battery's driver measures no current"}
+
+
+def test_a_battery_of_a_mouse_and_one_without_status_are_not_the_devices(tmp_path: Path) -> None:
+    battery(tmp_path, "BAT0", status="Discharging", power_now=5_000_000)
+    battery(tmp_path, "hidpp", status="Discharging", capacity=10, scope="Device")
+    battery(tmp_path, "BAT1", capacity=90)
+    sample = look(Battery(tmp_path))
+    assert values(sample) == {"battery:BAT0": ("battery", 5.0, False), "battery:drain": ("board", 5.0)}
+    assert missing(sample) == {
+        "battery:BAT1": "it reports no status: it was removed, or has no driver",
+        "battery:BAT0": "no charge: neither charge, energy nor capacity can be read",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "online", "drains"),
+    [("Mains", 1, False), ("USB", 1, False), ("Wireless", 1, False), ("Mains", 0, True), ("UPS", 1, True)],
+)
+def test_a_device_drains_its_battery_where_nothing_feeds_it(
+    kind: str, online: int, drains: bool, tmp_path: Path
+) -> None:
+    battery(tmp_path, status="Discharging", power_now=5_000_000, capacity=50)
+    battery(tmp_path, "supply", type=kind, online=online)
+    sample = look(Battery(tmp_path))
+    assert ("battery:drain" in values(sample)) is drains
+    if not drains:
+        assert missing(sample) == {"battery:drain": "the device does not run only on its battery"}
 
 
 def test_two_batteries_that_drain_add_up_and_one_taken_out_is_named(tmp_path: Path) -> None:
@@ -273,9 +372,54 @@ def test_two_batteries_that_drain_add_up_and_one_taken_out_is_named(tmp_path: Pa
     assert values(sample)["battery:BAT0"] == ("battery", 3.0, 0.25, False) and "BAT1" in "".join(missing(sample))
 
 
-def test_a_number_that_no_driver_prints_is_no_number(tmp_path: Path) -> None:
-    path = tmp_path / "temp"
-    path.write_text("9" * 400 + "\n")
-    assert number_or_none(path) is None
-    path.write_text("51000\n")
-    assert number_or_none(path) == 51000
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("51000", 51000), (" -256000 \0", -256000), (str(-(2**63)), -(2**63)), (str(2**64 - 1), 2**64 - 1)],
+)
+def test_numbers_that_drivers_print(text: str, number: int, tmp_path: Path) -> None:
+    put(tmp_path / "temp", text)
+    assert read_number(tmp_path / "temp") == number_or_none(tmp_path / "temp") == number
+
+
+@pytest.mark.parametrize("text", [str(-(2**63) - 1), str(2**64), "9" * 400])
+def test_a_number_that_no_driver_prints_is_no_number(text: str, tmp_path: Path) -> None:
+    put(tmp_path / "temp", text)
+    assert number_or_none(tmp_path / "temp") is None
+    with pytest.raises(ValueError, match="temp: has a number that no driver prints"):
+        read_number(tmp_path / "temp")
+
+
+def test_an_attribute_without_a_text_or_a_number_has_none(tmp_path: Path) -> None:
+    for text in ("", "  \0\n", "on"):
+        put(tmp_path / "state", text)
+        assert text_or_none(tmp_path / "state") == (text if text == "on" else None)
+        assert number_or_none(tmp_path / "state") is None
+    assert text_or_none(tmp_path / "nowhere") is None and number_or_none(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOENT, "x", "/sys/a"), "it does not exist (any more) (/sys/a)"),
+        (OSError(errno.ENODEV, "x", "/sys/a"), "the device is gone (/sys/a)"),
+        (
+            OSError(errno.EAGAIN, "x", "/sys/a"),
+            "the driver has no value now, as for a Tegra GPU that is powered down (/sys/a)",
+        ),
+        (OSError(errno.EACCES, "x", "/sys/a"), "permission denied (/sys/a)"),
+        (OSError(errno.ETIMEDOUT, "x"), "it does not answer"),
+        (OSError(errno.EIO, "Input/output error", "/sys/a"), "Input/output error (/sys/a)"),
+        (OSError("no number"), "no number"),
+        (ValueError("'on' is no number"), "its file does not contain a number: 'on' is no number"),
+    ],
+)
+def test_a_part_that_cannot_be_read_has_its_reason_in_words(error: OSError | ValueError, reason: str) -> None:
+    assert absence("ina238:VIN", error) == Absence("ina238:VIN", reason, "")
+    assert absence("ina238:VIN", error, "look").cure == "look"
+
+
+def test_entries_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("hwmon10", "hwmon2", "hwmon1", "hwmon", "hwmonx", "xhwmon3", "hwmon4.old"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in numbered(tmp_path, "hwmon")] == ["hwmon1", "hwmon2", "hwmon10"]
+    assert numbered(tmp_path / "nowhere", "hwmon") == []
