@@ -202,6 +202,14 @@ def test_a_prompt_runs_in_chunks_between_the_tokens_of_others() -> None:
     assert set(exits(found)) == {0, 1} and found.chunk is None
 
 
+def test_a_prompt_leaves_time_for_who_waits() -> None:
+    """The other stream is due in 15 ms, and its pace wants no token yet: 14.6 ms are left for the prompt's rows."""
+    waits = stream(0, Budget(max_pace_tps=60.0, tpot_ms=20.0), emitted_s=9.995)
+    prompt = stream(1, Budget(), made_tokens=0, stage_rows=(200,) * 3, balcony_rows=(200, 200, 1), context_length=199)
+    _, found = decided([waits, prompt])
+    assert not found.moves and found.chunk is not None and 13.5 <= found.price_ms <= 14.7
+
+
 def test_depth_makes_room_for_a_first_token_in_time() -> None:
     """500 rows within 600 ms: 3 rows a millisecond at most, which the tokens of the other stream leave at exit 4 only."""
     other = stream(0, Budget(tpot_ms=25.0))
