@@ -79,9 +79,10 @@ def test_every_exit_equals_pytorch(demo: Any) -> None:
         assert check.passed and check.agreement == 1.0, check
 
 
-@pytest.mark.timeout(2400)  # 20 replies from two engines: two minutes alone, more next to other work
-def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM) -> None:
-    for prompt in PROMPTS:
+@pytest.mark.timeout(2400)  # 15 replies from two engines: two minutes alone, more next to other work
+@pytest.mark.parametrize("prompts", [PROMPTS[:5], pytest.param(PROMPTS[5:], marks=pytest.mark.deep)], ids=len)
+def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM, prompts: tuple[str, ...]) -> None:
+    for prompt in prompts:
         chat = [{"role": "user", "content": prompt}]
         rendered = demo.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = demo.tokenizer(rendered, add_special_tokens=False).input_ids
@@ -94,10 +95,11 @@ def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM) -> None
         assert llm.generate(prompt, max_new_tokens=TOKENS).text == expected, prompt
 
 
-def test_switching_is_exact(llm: LLM) -> None:
+@pytest.mark.parametrize(("seed", "schedules"), [(30, 1), pytest.param(31, 4, marks=pytest.mark.deep)])
+def test_switching_is_exact(llm: LLM, seed: int, schedules: int) -> None:
     """Random exits, chunks and rollbacks against passes from scratch, with what «equal» means for float32."""
-    random = np.random.default_rng(30)
-    for _ in range(4):
+    random = np.random.default_rng(seed)
+    for _ in range(schedules):
         sequence = llm.engine.new_sequence(max_length=256)
         sequence.advance(int(random.choice(llm.exit_layers)), random.integers(0, 49152, int(random.integers(1, 120))))
         for _ in range(12):
