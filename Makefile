@@ -55,7 +55,7 @@ test: check
 test-device: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' --ignore=tests/export --cov --cov-report=term-missing:skip-covered
 
-# Coverage is of the packages on the device, and would double the time of these tests.
+# Without coverage, which would add a third to the time of these tests and one point to the 93 % of the others.
 test-export: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' tests/export
 
