@@ -95,11 +95,10 @@ def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM, prompts
         assert llm.generate(prompt, max_new_tokens=TOKENS).text == expected, prompt
 
 
-@pytest.mark.parametrize(("seed", "schedules"), [(30, 1), pytest.param(31, 4, marks=pytest.mark.deep)])
-def test_switching_is_exact(llm: LLM, seed: int, schedules: int) -> None:
+def test_switching_is_exact(llm: LLM) -> None:
     """Random exits, chunks and rollbacks against passes from scratch, with what «equal» means for float32."""
-    random = np.random.default_rng(seed)
-    for _ in range(schedules):
+    random = np.random.default_rng(30)
+    for _ in range(4):
         sequence = llm.engine.new_sequence(max_length=256)
         sequence.advance(int(random.choice(llm.exit_layers)), random.integers(0, 49152, int(random.integers(1, 120))))
         for _ in range(12):
