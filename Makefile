@@ -1,7 +1,8 @@
 # make demo   set up, export the demo model with its balconies, verify, generate while the budget changes; writes a PNG
-# make test   set up and run every check and test: what CI runs
+# make test   set up and run every check and test but the deep ones: what CI runs
 # make test-fast  the checks and the tests that need no model: an answer in two minutes
-# make test-deep  mistakes on purpose, of a list and made by rule, that tests must find; property tests on new examples (hours)
+# make test-deep  the tests that take minutes; mistakes on purpose, of a list and made by rule, that tests must find; property
+#                 tests on new examples (hours)
 # make test-mutation  the mistakes made by rule only; ONLY=costs for one module, SAMPLE=50 for fewer mutants of each
 # make test-gpu  on a machine with an NVIDIA GPU: the tests that need one, and a report with the card's name
 # make check  the checks without the tests: lint, format, types, import contracts
@@ -18,7 +19,7 @@ NEWEST := .cache/newest
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test test-fast test-deep test-mutation test-gpu check reference constraints format clean
+.PHONY: demo test test-device test-workstation test-fast test-deep test-mutation test-gpu check reference constraints format clean
 
 # what the demo needs; the checks need 850 MB more
 $(RUNS): pyproject.toml constraints.txt
@@ -47,13 +48,24 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+WORKSTATION := tests/export tests/test_smollm2.py
+
+# In two processes, because most of the work has one thread; each shows its output when it ends, where make can do that.
 test: check
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-device test-workstation
+
+test-device: $(READY)
+	$(BIN)/python -m pytest -m 'not deep' $(WORKSTATION:%=--ignore=%) --cov --cov-report=term-missing:skip-covered
+
+# Without coverage, which would add a third to the time of these tests and one point to the 93 % of the others.
+test-workstation: $(READY)
+	$(BIN)/python -m pytest -m 'not deep' $(WORKSTATION)
 
 test-fast: check
-	$(BIN)/python -m pytest -q -m 'not model and not slow'
+	$(BIN)/python -m pytest -q -m 'not model and not slow and not deep'
 
 test-deep: $(READY)
+	$(BIN)/python -m pytest -q -m deep --timeout 7200
 	$(BIN)/python tests/mutants.py
 	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=explore --timeout 7200
 	$(MAKE) test-mutation

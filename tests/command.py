@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,11 @@ import pytest
 from balcony_edge.cli import main
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from balcony_edge.cli import main; main()"]
+
+
+def unmeasured() -> dict[str, str]:
+    """The environment of a process without coverage, which doubles the time of an export."""
+    return {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
 
 
 def invoke(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched from a hub
 
 import copy
+import gc
 import json
 import shutil
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -31,11 +33,13 @@ from balcony_export.export import ExportOptions, Traced, export_bundle, trace
 from balcony_export.model.balcony import Balcony, init_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.backends.cuda import compute_capability
+from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.engine import Engine
+from tests.traces import SharedTraces, unwatched
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # on tiny matrices a second thread only waits, and sums are the same in a child process
 # `make test` runs the same few examples every time; `make test-deep` runs many new ones (--hypothesis-profile=explore)
 settings.register_profile("test", derandomize=True, deadline=None, max_examples=100)
 settings.register_profile("explore", derandomize=False, deadline=None, max_examples=2000)
@@ -151,6 +155,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("model")
 
 
+def pytest_collection_finish() -> None:
+    """Take what the imports made out of the collector's sight: looking through it again and again costs a fifth of a run."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked ``gpu`` run where there is one."""
     if item.get_closest_marker("gpu") is not None:
@@ -172,6 +182,40 @@ def make_tokenizer() -> Callable[[], transformers.PreTrainedTokenizerFast]:
     return tiny_tokenizer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unwatched_tracer() -> Iterator[None]:
+    """Trace models without coverage and without collecting garbage."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", unwatched(torch.onnx.export))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_engine_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Make ONNX Runtime's pool with one thread: two spend half of their time waiting for each other on tiny matrices.
+
+    Programs that tests start take the default, a thread for each CPU.
+    """
+    path = tmp_path_factory.mktemp("pool") / "identity.onnx"
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "identity", value[:1], value[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
+    open_session(path, threads=1)
+
+
+@pytest.fixture(scope="session")
+def all_traces() -> SharedTraces:
+    """The traces of this session."""
+    return SharedTraces()
+
+
+@pytest.fixture
+def shared_traces(all_traces: SharedTraces) -> Iterator[None]:
+    """For a test of what comes before or after the tracer: a model that is equal to an earlier one is not traced again."""
+    with all_traces.shared():
+        yield
+
+
 @dataclass(frozen=True)
 class Exported:
     """A bundle with what it was made from."""
@@ -191,7 +235,7 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+def export_tiny(all_traces: SharedTraces, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     """Exports a tiny model by the name of its architecture, once a session. The balconies are unlike the last layer."""
     made: dict[str, Exported] = {}
 
@@ -205,7 +249,8 @@ def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exp
                     parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
             path = tmp_path_factory.mktemp("bundles") / architecture
             exits, options = ExitModel(model, balconies), ExportOptions(f"tiny-{architecture}", trained=True)
-            traced = trace(exits, options)
+            with all_traces.shared():
+                traced = trace(exits, options)
             export_bundle(exits, tokenizer, path, options, traced=traced)
             made[architecture] = Exported(path, exits, tokenizer, traced)
         return made[architecture]

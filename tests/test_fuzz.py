@@ -33,6 +33,7 @@ from balcony_export.model.balcony import INDEX, init_balconies, load_balconies, 
 from balcony_export.model.balcony import fingerprint as base_of
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine, TokenSequence
+from tests.command import unmeasured
 from tests.properties import examples
 
 FUZZ = Path(__file__).with_name("fuzz_bundle.py")
@@ -43,7 +44,7 @@ FUZZ = Path(__file__).with_name("fuzz_bundle.py")
 def test_damaged_bundles_work_or_are_refused(tiny: Any, tmp_path: Path, kind: str, count: int) -> None:
     """2,000 cases in all. What a forger made consistent may give other logits; nothing else may."""
     command = [sys.executable, "-W", "ignore", str(FUZZ), str(tiny.path), str(tmp_path), kind, "0", str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=unmeasured(), timeout=600)
     cases = [line.partition("\t")[::2] for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"{cases[-1:]}\n{done.stderr[-2000:]}"
     outcomes = Counter(outcome for _, outcome in cases)

@@ -100,7 +100,7 @@ def test_the_metadata_says_what_pyproject_says(wheel: Path) -> None:
         assert f"Provides-Extra: {extra}" in metadata
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_wheel_with_cpu_alone_runs_a_bundle(tiny: Any, wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
@@ -114,8 +114,7 @@ def test_the_wheel_with_cpu_alone_runs_a_bundle(tiny: Any, wheel: Path, tmp_path
         return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **options)
 
     done = call(bin_ / "python", "-m", "pip", "install", "--quiet", "--retries", "1", wheel)
-    if done.returncode and any(words in done.stderr for words in ("ConnectionError", "NewConnection", "No matching")):
-        pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
+    skip_without_an_index(done.stderr if done.returncode else "")
     assert done.returncode == 0, done.stderr
     # without an engine: what a bundle is can be seen, and loading names the cure
     assert call(bin_ / "balcony-edge", "inspect", tiny.path).returncode == 0
@@ -148,7 +147,29 @@ def test_the_wheel_with_cpu_alone_runs_a_bundle(tiny: Any, wheel: Path, tmp_path
     assert done.returncode == 1 and "onnxruntime 1.24.4 is too old: bundles need" in done.stderr, done.stderr
 
 
+def skip_without_an_index(error: str) -> None:
+    """Skip a test whose pip reached no package index."""
+    if any(words in error for words in ("ConnectionError", "NewConnection", "No matching")):
+        pytest.skip(f"no package index can be reached: {error.strip().splitlines()[-1]}")
+
+
+def dry_run(wheel: Path, extras: str, target: Path, *options: str) -> str:
+    """What pip says against installing the wheel with some extras; empty if nothing."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--retries", "1"]
+    command += ["--only-binary=:all:", "--target", str(target), *options, f"{wheel}[{extras}]"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    return done.stderr if done.returncode else ""
+
+
 @pytest.mark.slow
+def test_the_wheel_with_cpu_alone_installs(wheel: Path, tmp_path: Path) -> None:
+    """As far as an index says; `make test-deep` installs it in an empty environment and runs a bundle there."""
+    error = dry_run(wheel, "cpu", tmp_path / "none")
+    skip_without_an_index(error)
+    assert error == ""
+
+
+@pytest.mark.deep
 def test_every_extra_installs_on_every_python(wheel: Path, tmp_path: Path) -> None:
     """As far as an index says without installing. [cpu] and [gpu] exclude each other, the others go together."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -162,11 +183,8 @@ def test_every_extra_installs_on_every_python(wheel: Path, tmp_path: Path) -> No
 
     def resolve(case: tuple[str, str]) -> tuple[tuple[str, str], str]:
         python, extras = case
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
-        command += ["--only-binary=:all:", "--python-version", python, "--target", str(tmp_path / "none")]
-        command += ["--find-links", str(tmp_path), f"{wheel}[{extras}]"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-        return case, done.stderr if done.returncode else ""
+        options = ("--python-version", python, "--find-links", str(tmp_path))
+        return case, dry_run(wheel, extras, tmp_path / "none", *options)
 
     with ThreadPoolExecutor(4) as pool:
         found = dict(pool.map(resolve, [(python, extras) for python in pythons for extras in (together, "gpu")]))

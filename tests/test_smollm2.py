@@ -79,9 +79,10 @@ def test_every_exit_equals_pytorch(demo: Any) -> None:
         assert check.passed and check.agreement == 1.0, check
 
 
-@pytest.mark.timeout(2400)  # 20 replies from two engines: two minutes alone, more next to other work
-def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM) -> None:
-    for prompt in PROMPTS:
+@pytest.mark.timeout(2400)  # 15 replies from two engines: two minutes alone, more next to other work
+@pytest.mark.parametrize("prompts", [PROMPTS[:5], pytest.param(PROMPTS[5:], marks=pytest.mark.deep)], ids=len)
+def test_full_depth_writes_the_text_of_transformers(demo: Any, llm: LLM, prompts: tuple[str, ...]) -> None:
+    for prompt in prompts:
         chat = [{"role": "user", "content": prompt}]
         rendered = demo.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = demo.tokenizer(rendered, add_special_tokens=False).input_ids

@@ -25,14 +25,15 @@ from balcony_edge.cli import reported
 from balcony_edge.cli.calibrate import _documents
 from balcony_edge.errors import EngineBuildError
 from balcony_runtime.backends import tensorrt_builder
-from tests.command import COMMAND, invoke, invoke_here, refused
+from tests.command import COMMAND, invoke, invoke_here, refused, unmeasured
 
 
 @pytest.fixture(scope="session")
-def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(all_traces: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that the command line exported and verified."""
     path = tmp_path_factory.mktemp("cli") / "bundle"
-    done = invoke("export", tiny_checkpoint, "--exits", "0.6x,0.8x", "-o", path, "--json")
+    with all_traces.shared():
+        done = invoke_here("export", tiny_checkpoint, "--exits", "0.6x,0.8x", "-o", path, "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["exits"] == [2, 3, 5] and document["verified"] is True
@@ -41,7 +42,8 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_export_reports_for_people(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    done = invoke("export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "b", "--no-verify", "--precision", "fp16")
+    command = ("export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "b", "--no-verify", "--precision", "fp16")
+    done = invoke(*command, env=unmeasured())  # the one export in a process of its own that runs to its end
     assert done.returncode == 0, done.stderr
     assert "tiny-llama, exits 2, 5" in " ".join(done.stdout.split()) and "not verified" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
@@ -50,9 +52,9 @@ def test_export_reports_for_people(tiny_checkpoint: Path, tmp_path: Path) -> Non
 def test_verify_passes_and_fails(
     exported: Path, tiny_checkpoint: Path, make_tiny: Any, tmp_path: Path, tiny: Any
 ) -> None:
-    done = invoke("verify", exported, "--against", tiny_checkpoint)
+    done = invoke_here("verify", exported, "--against", tiny_checkpoint)
     assert done.returncode == 0 and done.stdout.count("pass") == 15, done
-    document = json.loads(invoke("verify", exported, "--against", tiny_checkpoint, "--json").stdout)
+    document = json.loads(invoke_here("verify", exported, "--against", tiny_checkpoint, "--json").stdout)
     assert {check["phase"] for check in document} == {
         *("prefill", "decode", "backbone.onnx"),
         *("prefill, portable", "decode, portable"),
@@ -61,7 +63,7 @@ def test_verify_passes_and_fails(
     other.model.layers[4].mlp.down_proj.weight.data *= 1.01
     other.save_pretrained(tmp_path / "other")
     tiny.tokenizer.save_pretrained(tmp_path / "other")
-    done = invoke("verify", exported, "--against", tmp_path / "other")
+    done = invoke_here("verify", exported, "--against", tmp_path / "other")
     assert done.returncode == 1 and "FAIL" in done.stdout
     assert "of the largest logit, more than the allowed 1e-04: compare it with tiny-llama" in done.stderr
     wide = make_tiny("llama", hidden_size=48)
@@ -73,25 +75,26 @@ def test_verify_passes_and_fails(
     )
 
 
+@pytest.mark.usefixtures("shared_traces")
 def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     text, bundle = tmp_path / "text.jsonl", tmp_path / "b"
     text.write_text(
         "".join(json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 4}) + "\n" for _ in range(200))
     )
     common = ["export", tiny_checkpoint, "--exits", "2,3", "-o", bundle]
-    done = invoke(*common, "--precision", "int8", "--calibration", text, "--evaluate", text)
+    done = invoke_here(*common, "--precision", "int8", "--calibration", text, "--evaluate", text)
     assert done.returncode == 0, done.stderr
     assert "exit 2 on text.jsonl: KL" in done.stdout and "verified on 4 prompts" in " ".join(done.stdout.split())
-    document = json.loads(invoke("inspect", bundle, "--json").stdout)
+    document = json.loads(invoke_here("inspect", bundle, "--json").stdout)
     assert document["exits"][-1]["exit_layer"] == 5
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert manifest["quantization"]["kv_bits"] == 32 and manifest["quantization"]["method"] == "gptq"
     assert manifest["exits"][0]["quality"]["text"]["text.jsonl"]["kl"]["value"] > 0.01
     assert manifest["exits"][2]["quality"]["text"]["text.jsonl"]["kl"]["value"] < 0.05
     assert "unpacks" not in done.stderr
-    assert invoke("run", bundle, "the fox", "-n", "5", "--json").returncode == 0
+    assert invoke_here("run", bundle, "the fox", "-n", "5", "--json").returncode == 0
     shutil.rmtree(bundle)
-    done = invoke(*common, "--precision", "int4,level=1", "--no-verify")
+    done = invoke_here(*common, "--precision", "int4,level=1", "--no-verify")
     assert done.returncode == 0 and "unpacks 8-bit weights" in done.stderr
     shutil.rmtree(bundle)
     refused("--precision int4,block=7: 'block=7' is not known", *common, "--precision", "int4,block=7")
@@ -116,7 +119,7 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_a_run_is_recorded_and_shares_packed_weights(exported: Path, tmp_path: Path) -> None:
     trace, packed = tmp_path / "run.jsonl", tmp_path / "packed"
     options = ("-n", "6", "--exit", "3", "--trace", trace, "--packed", packed, "--json")
-    done = invoke("run", exported, "the fox", *options)
+    done = invoke_here("run", exported, "the fox", *options)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     tokens = json.loads(done.stdout)["tokens"]
@@ -137,7 +140,7 @@ def test_inspect(exported: Path) -> None:
     assert done.returncode == 0
     for text in ("tiny-llama", "0.60×", "untrained", "past_key_2", "batch × rows × 32", "logits"):
         assert text in done.stdout, text
-    document = json.loads(invoke("inspect", exported, "--json").stdout)
+    document = json.loads(invoke_here("inspect", exported, "--json").stdout)
     assert [row["exit_layer"] for row in document["exits"]] == [2, 3, 5]
     reads = [row["bytes_read"] for row in document["exits"]]
     assert [row["ideal_speedup"] for row in document["exits"]] == [round(reads[-1] / read, 3) for read in reads]
@@ -148,10 +151,10 @@ def test_run(exported: Path) -> None:
     done = invoke("run", exported, "the fox", "-n", "12", "--exit", "3")
     assert done.returncode == 0, done.stderr
     assert "tokens after" in done.stderr and "ms a token" in done.stderr
-    text = json.loads(invoke("run", exported, "the fox", "-n", "12", "--exit", "3", "--json").stdout)["text"]
+    text = json.loads(invoke_here("run", exported, "the fox", "-n", "12", "--exit", "3", "--json").stdout)["text"]
     assert done.stdout == f"{text}\n"  # only the reply
     options = ("--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", "3")
-    done = invoke("run", exported, "the fox", "-n", "12", "--tpot-ms", "1000", "--json", *options)
+    done = invoke_here("run", exported, "the fox", "-n", "12", "--tpot-ms", "1000", "--json", *options)
     document = json.loads(done.stdout)
     assert document["new_tokens"] == len(document["tokens"]) <= 12
     assert document["text"] == "".join(token["text"] for token in document["tokens"])
@@ -163,7 +166,7 @@ def test_run(exported: Path) -> None:
     "profile", sorted(Path(__file__).parents[2].joinpath("profiles").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_run_with_every_shipped_profile(exported: Path, profile: Path) -> None:
-    done = invoke("run", exported, "the fox", "-n", "4", "--budget", profile, "--json")
+    done = invoke_here("run", exported, "the fox", "-n", "4", "--budget", profile, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["new_tokens"] >= 1
 
@@ -196,7 +199,7 @@ def test_exits_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path, exits: str,
 def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Path(shutil.copytree(exported, tmp_path / "b"))
     common = ("build", bundle, "--context-length", "64")
-    done = invoke(*common, "--sm", "86,89", "--json")
+    done = invoke_here(*common, "--sm", "86,89", "--json")
     assert done.returncode == 0 and done.stderr.strip() == "", done
     document = json.loads(done.stdout)
     assert document["name"] == "rtx-fp16" and document["builder"].startswith("tensorrt_rtx ")
@@ -242,6 +245,7 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused("norm.engine: 0 bytes", "run", bundle, "the fox", "--device", "cpu", "--engines", "rtx-fp16")
 
 
+@pytest.mark.usefixtures("shared_traces")
 def test_extract(tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = invoke_here("extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "small", "--json")
     assert done.returncode == 0, done
@@ -319,6 +323,7 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     refused('bad.jsonl:1: has no "text"', "calibrate", bundle, "--text", tmp_path / "bad.jsonl")
 
 
+@pytest.mark.usefixtures("shared_traces")
 def test_under_optimums_command_line(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,4 +409,4 @@ def test_help_of_every_verb() -> None:
     assert done.returncode == 0
     for verb in ("export", "verify", "inspect", "run", "train", "eval"):
         assert verb in done.stdout
-        assert invoke(verb, "--help").returncode == 0
+        assert invoke_here(verb, "--help").returncode == 0

@@ -16,6 +16,9 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from tests.command import invoke_here
+from tests.command import refused as refused_here
+
 COMMAND = [sys.executable, "-W", "error", "-c", "from balcony_edge.cli import main; main()"]
 
 
@@ -90,10 +93,8 @@ def test_a_system_message_with_a_prompt(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("pattern", "arguments"),
     [
-        ("the prompt is not valid UTF-8 at character 5", (b"the \xff fox",)),
         ("--file nowhere.txt: not readable (No such file or directory)", ("--file", "nowhere.txt")),
         ("--file with a prompt: these are two prompts", ("hi", "--file", "-")),
-        ("the prompt is empty", ()),
         ("--system with --raw", ("hi", "--raw", "--system", "be brief")),
         ("--logprobs without --json", ("hi", "--logprobs", "3")),
         ("--live with --json", ("hi", "--live", "--json")),
@@ -106,21 +107,26 @@ def test_a_system_message_with_a_prompt(tiny: Any) -> None:
         ),
     ],
 )
-def test_what_run_refuses(tiny: Any, pattern: str, arguments: tuple[str | bytes, ...]) -> None:
-    refused(pattern, "run", tiny.path, *arguments)
+def test_what_run_refuses(tiny: Any, pattern: str, arguments: tuple[str, ...]) -> None:
+    refused_here(pattern, "run", tiny.path, *arguments)
+
+
+def test_prompts_that_are_not_texts(tiny: Any) -> None:
+    refused("the prompt is not valid UTF-8 at character 5", "run", tiny.path, b"the \xff fox")
+    refused("the prompt is empty", "run", tiny.path)
 
 
 def test_input_that_is_not_utf_8(tiny: Any, tmp_path: Path) -> None:
     file = tmp_path / "latin.txt"
     file.write_bytes("Käse".encode("latin-1"))
-    refused(f"--file {file}: is not UTF-8 at byte 1", "run", tiny.path, "--file", file)
+    refused_here(f"--file {file}: is not UTF-8 at byte 1", "run", tiny.path, "--file", file)
 
 
 @pytest.mark.parametrize("verb", ["run", "inspect", "eval", "profile"])
 def test_the_manifest_in_place_of_the_bundle(tiny: Any, verb: str, text_file: Path) -> None:
     more = {"run": ["hi"], "eval": ["--text", str(text_file)]}.get(verb, [])
     wanted = f"{tiny.path}/bundle.json: is a file of a bundle: give the bundle's directory, {tiny.path}"
-    refused(wanted, verb, tiny.path / "bundle.json", *more)
+    refused_here(wanted, verb, tiny.path / "bundle.json", *more)
 
 
 def test_an_error_after_a_progress_bar_begins_on_the_first_line(tiny: Any, tmp_path: Path) -> None:
@@ -144,11 +150,11 @@ def test_results_that_cannot_be_kept_are_refused_before_the_work(
     read_only: Path, text_file: Path, tmp_path: Path
 ) -> None:
     why = f"{read_only}: cannot be written ({read_only} is read-only): make it writable"
-    refused(f"{why}, or give --no-record", "eval", read_only, "--text", text_file)
-    refused(why, "calibrate", read_only, "--text", text_file)
-    refused("cannot be written", "profile", read_only, "-o", read_only / "deep" / "p.json")
+    refused_here(f"{why}, or give --no-record", "eval", read_only, "--text", text_file)
+    refused_here(why, "calibrate", read_only, "--text", text_file)
+    refused_here("cannot be written", "profile", read_only, "-o", read_only / "deep" / "p.json")
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
-    done = invoke(
+    done = invoke_here(
         "eval", read_only, "--text", tmp_path / "t.txt", "--limit", "2", "--no-record", "-o", tmp_path / "a" / "b"
     )
     assert done.returncode == 0 and "agreement" in done.stdout.lower(), done
@@ -157,12 +163,12 @@ def test_results_that_cannot_be_kept_are_refused_before_the_work(
 
 def test_missing_directories_of_outputs_are_made(tiny: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     trace = tmp_path / "a" / "run.jsonl"
-    assert invoke("run", tiny.path, "the fox", "-n", "2", "--trace", trace).returncode == 0 and trace.is_file()
+    assert invoke_here("run", tiny.path, "the fox", "-n", "2", "--trace", trace).returncode == 0 and trace.is_file()
     small = tmp_path / "b" / "c" / "small"
-    done = invoke("extract", tiny_checkpoint, "--exit", "0.6x", "-o", small, "--json")
+    done = invoke_here("extract", tiny_checkpoint, "--exit", "0.6x", "-o", small, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["layers"] == 3 and (small / "config.json").is_file()
     (tmp_path / "file").write_text("")
-    refused("is not a directory", "extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "file" / "small")
+    refused_here("is not a directory", "extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "file" / "small")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -172,12 +178,12 @@ def test_an_extracted_exit_keeps_the_type_of_its_checkpoint(tiny: Any, tmp_path:
     config = json.loads((source / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     (source / "config.json").write_text(json.dumps(config))
     tiny.tokenizer.save_pretrained(source)
-    done = invoke("extract", source, "--exit", "2", "-o", small)
+    done = invoke_here("extract", source, "--exit", "2", "-o", small)
     assert done.returncode == 0, done.stderr
     with safe_open(small / "model.safetensors", "pt") as tensors:
         assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {dtype}  # noqa: SIM118 - not a mapping
     assert (small / "model.safetensors").stat().st_size < (source / "model.safetensors").stat().st_size
-    refused("--exit 2,3: extract writes one exit", "extract", source, "--exit", "2,3", "-o", tmp_path / "x")
+    refused_here("--exit 2,3: extract writes one exit", "extract", source, "--exit", "2,3", "-o", tmp_path / "x")
 
 
 def test_architectures_without_support_are_named(make_tokenizer: Any, tmp_path: Path) -> None:
@@ -196,7 +202,7 @@ def test_architectures_without_support_are_named(make_tokenizer: Any, tmp_path: 
         source = tmp_path / model.config.model_type
         model.save_pretrained(source)
         make_tokenizer().save_pretrained(source)
-        refused(
+        refused_here(
             f"model type '{model.config.model_type}': {why}", "export", source, "--exits", "2", "-o", tmp_path / "x"
         )
 
@@ -217,16 +223,17 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
 
 def test_the_context_of_engines_follows_the_bundle(tiny: Any, bundle_copy: Path) -> None:
     """The default must not be refused: this bundle's context is 256, less than the default's bound."""
-    done = invoke("build", bundle_copy, "--graphs-only", "--precision", "fp32")
+    done = invoke_here("build", bundle_copy, "--graphs-only", "--precision", "fp32")
     assert done.returncode == 0 and "caches of 256 rows" in done.stdout, done
-    refused(
+    refused_here(
         "--context-length 0: this bundle takes 1 to 256", "build", bundle_copy, "--graphs-only", "--context-length", "0"
     )
 
 
+@pytest.mark.usefixtures("shared_traces")
 def test_a_bundle_of_int4_is_not_sent_to_build(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "b"
-    done = invoke("export", tiny_checkpoint, "--exits", "2", "-o", bundle, "--no-verify", "--precision", "int4")
+    done = invoke_here("export", tiny_checkpoint, "--exits", "2", "-o", bundle, "--no-verify", "--precision", "int4")
     assert done.returncode == 0, done.stderr
     wanted = "precision int4 runs only on the CPU: run it with --device cpu, or export the model with --precision fp16"
-    refused(wanted, "run", bundle, "hi", "--device", "cuda")
+    refused_here(wanted, "run", bundle, "hi", "--device", "cuda")

@@ -7,21 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
 from tests.export.distilling import SEQ_LEN
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Use one thread: on tiny matrices a second one only waits, and sums are the same in a child process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

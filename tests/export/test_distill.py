@@ -17,9 +17,6 @@ from balcony_export.train.report import StepReport, plot_curves
 from balcony_export.train.trainer import METRICS
 from tests.export.distilling import SEQ_LEN, losses_of, trainer_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # -- the loss
 
 

@@ -23,10 +23,8 @@ from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.model.balcony import load_balconies
 from balcony_export.train.report import StepReport
 from balcony_export.train.trainer import METRICS
+from tests.command import unmeasured
 from tests.export.distilling import losses_of, trainer_of
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 _CHILD = """
 import sys, torch
@@ -68,7 +66,7 @@ def _script(source: str, text_file: Path, output: Path) -> list[str]:
 def _environment() -> dict[str, str]:
     root = Path(__file__).parents[2]
     paths = [root, root / "export", root / "runtime"]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    return unmeasured() | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -319,6 +317,7 @@ def test_an_output_that_cannot_hold_the_balconies_is_refused_before_the_training
 def test_a_disk_that_fills_up_is_one_line(
     make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, small_disk: Path
 ) -> None:
+    (small_disk / "other").write_bytes(bytes(72_000))  # three quarters, so that the curve fills the rest soon
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, steps=2000)
     with pytest.raises(TrainingError, match=r"writing failed .No space left on device.: there was no checkpoint yet"):
         trainer.run()

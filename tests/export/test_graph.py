@@ -100,7 +100,7 @@ def test_graphs_name_their_weights_and_no_path_of_the_exporter(export_tiny: Call
 
 
 def test_half_precision_stays_within_its_bound(tmp_path: Path, make_tiny: Any, make_tokenizer: Any) -> None:
-    model, tokenizer = make_tiny("qwen3"), make_tokenizer()
+    model, tokenizer = make_tiny("qwen3", num_hidden_layers=3), make_tokenizer()
     exits, output = ExitModel.open(model, (2,)), tmp_path / "half"
     options = ExportOptions("half", trained=False, precision="float16")
     manifest = export_bundle(exits, tokenizer, output, options)

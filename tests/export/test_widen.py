@@ -16,11 +16,12 @@ from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph import widen
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision
+from tests.traces import SharedTraces
 
 
 def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str, bytes]:
     options = ExportOptions("x", trained=False, precision=parse_precision(precision))
-    export_bundle(ExitModel.open(model, (2,)), tokenizer, path, options)
+    export_bundle(ExitModel.open(model, (1,)), tokenizer, path, options)
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
@@ -28,13 +29,23 @@ def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str
     ("architecture", "precision"), [("llama", "fp32"), ("gemma3", "fp32"), ("qwen2", "int4,asym"), ("llama", "int8")]
 )
 def test_the_bytes_are_those_of_the_widened_model(
-    architecture: str, precision: str, make_tiny: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+    architecture: str,
+    precision: str,
+    all_traces: SharedTraces,
+    make_tiny: Any,
+    make_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
-    narrow, wide = make_tiny(architecture), make_tiny(architecture)
+    sizes: dict[str, Any] = {"num_hidden_layers": 2}
+    if architecture == "gemma3":
+        sizes["layer_types"] = ["sliding_attention", "full_attention"]
+    narrow, wide = (make_tiny(architecture, **sizes) for _ in range(2))
     for model, dtype in ((narrow, torch.bfloat16), (wide, torch.float32)):
         for parameter in model.parameters():  # not the buffers, which a checkpoint does not have
             parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
-    wanted = exported(wide, make_tokenizer(), tmp_path / "wide", precision)
+    with all_traces.shared():
+        wanted = exported(wide, make_tokenizer(), tmp_path / "wide", precision)
     before = {name: (id(weight), weight.clone()) for name, weight in narrow.named_parameters()}
     monkeypatch.setattr(widen, "PIECE_BYTES", 1000)  # every weight in several pieces
     monkeypatch.setattr(widen, "SMALL", 1024)  # limit below which the tracer merges equal tensors
