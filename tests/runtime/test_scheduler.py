@@ -68,9 +68,9 @@ def test_threads_write_what_they_write_alone(llm: LLM) -> None:
     scheduler = llm._requests.scheduler
     run = scheduler._round
 
-    def counted(asking: Any) -> None:
+    def counted(asking: Any, begin_ns: int) -> None:
         rounds.append(len(asking))
-        run(asking)
+        run(asking, begin_ns)
 
     scheduler._round = counted  # type: ignore[method-assign]
     together = all_at_once(

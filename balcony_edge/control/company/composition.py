@@ -17,6 +17,8 @@ from balcony_edge.device.costs import CostModel
 
 #: Longest round in milliseconds when nobody has a target but somebody waits for a prompt of somebody else.
 CALM_MS = 250.0
+#: Longest time of rows next to a round, in targets of a stream that has given its target up.
+GIVEN_UP = 1.0
 #: Rounds like this one for which a stream must be able to wait, to be left out for the sake of pending rows.
 BEHIND_ROUNDS = 3.0
 #: Rows beyond which the time for a chunk counts as plenty.
@@ -54,7 +56,8 @@ class Composer:
         limit_ms = min([limit_ms, *waits_ms])
         if price_ms > limit_ms:
             chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
-        calm_ms = CALM_MS / factor
+        # A target that was given up still says how long a gap may not be.
+        calm_ms = min([CALM_MS / factor, *(GIVEN_UP * view.period_ms for view, _ in chosen)])
         slack_ms = min(limit_ms - price_ms, calm_ms if chosen else math.inf)
         prompt = first_due(prompts)
         if prompt is not None:

@@ -23,6 +23,8 @@ REASSIGN = 32
 DRIFT = 0.02
 #: A stream without a target gets a token at least in every fourth round.
 ELASTIC = 4
+#: Factor of the weight of a stream that has given its target up.
+UNMET = 0.1
 #: Share of a round that a prompt without ``ttft_ms`` gets.
 PROMPT_SHARE = 0.3
 
@@ -49,12 +51,9 @@ class Goals:
         if before[:1] == (who,) and before[2:] == (due,) and abs(before[1] - drift) <= 1:  # type: ignore[operator]
             return before, views
         met = dict.fromkeys((view.stream.key for view in views), True)
-        while True:
-            holding = [view for view in views if met[view.stream.key]]
-            exits, free, fits = self._goals(views, met, slowdown)
-            if fits or not holding:
-                break
-            met[self._gives_up(holding).stream.key] = False
+        exits, free, fits = self._goals(views, met, slowdown)
+        while not fits and any(met.values()):
+            met, (exits, free, fits) = self._given_up(views, met, slowdown)
         found = [
             view._replace(goal=self._goal(view, now, up, state), met=met[view.stream.key])
             for view, now, up in zip(views, exits, free, strict=True)
@@ -76,13 +75,16 @@ class Goals:
         """Exits within the shortest target, the same with the hysteresis free, and whether they hold it."""
         claims, limit_ms, lax_rows = self._claims(views, met)
         if limit_ms == math.inf:
-            return [view.highest for view in views], [view.highest for view in views], True
+            # Where every target was given up, the shallowest exits come closest to them.
+            exits = [view.lowest if view.period_ms < math.inf else view.highest for view in views]
+            return exits, exits, True
         luck = 1.0
         if slowdown.variance > KNOWN_VARIANCE:  # a target is out of reach only if no luck could meet it
             luck = math.exp(max(math.sqrt(slowdown.variance + slowdown.noise_variance) - math.sqrt(NOISE_FLOOR), 0.0))
         prompt = first_due([view for view in views if view.first])
         tops = [0] if prompt is None else range(prompt.highest, prompt.lowest - 1, -1)
-        exits, price_ms, spare_ms = [view.lowest for view in views], math.inf, limit_ms
+        price_ms, spare_ms = math.inf, limit_ms
+        exits = [view.lowest for view in views]
         for top in tops:
             spare_ms = limit_ms - (0.0 if prompt is None else self._reserve_ms(prompt, top, limit_ms))
             if spare_ms <= 0:
@@ -107,8 +109,8 @@ class Goals:
             period_ms = view.period_ms if met[view.stream.key] else math.inf
             tight = period_ms <= 2 * limit_ms  # also without any target, or after a deadline
             places += 0.0 if tight else max(limit_ms / period_ms, 1 / ELASTIC if period_ms == math.inf else 0.0)
-            budget = view.stream.budget
-            claims.append(Claim(view.lowest, view.highest, budget.weight, view.stream.context_length, tight))
+            weight = view.stream.budget.weight * (1.0 if met[view.stream.key] else UNMET)
+            claims.append(Claim(view.lowest, view.highest, weight, view.stream.context_length, tight))
         return claims, limit_ms, min(math.ceil(places - 1e-9), sum(not claim.tight for claim in claims))
 
     def _alone_ms(self, view: View) -> float:
@@ -125,13 +127,24 @@ class Goals:
         rows = math.ceil(prompt.stream.stage_rows[0] / rounds)
         return sum(self._costs.stages[stage].pass_ms(rows, prompt.stream.context_length) for stage in range(index + 1))
 
-    def _gives_up(self, holding: Sequence[View]) -> View:
-        """The stream whose target is given up: one that could not be held alone, else the newest of the least weight."""
-        with_target = [view for view in holding if view.period_ms < math.inf] or list(holding)
-        return min(
-            with_target,
-            key=lambda view: (self._alone_ms(view) <= view.period_ms, view.stream.budget.weight, -view.stream.key),
-        )
+    def _given_up(
+        self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown
+    ) -> tuple[dict[int, bool], tuple[list[int], list[int], bool]]:
+        """Give one more target up: one that could not be held alone, or the one without which the others can be held.
+
+        Of several such streams it is the newest of the least weight. If no single one is enough, it is the shortest target.
+        """
+        holding = [view for view in views if met[view.stream.key]]
+        with_target = [view for view in holding if view.period_ms < math.inf] or holding
+        with_target.sort(key=lambda view: (view.stream.budget.weight, -view.stream.key))
+        hopeless = [view for view in with_target if self._alone_ms(view) > view.period_ms]
+        for view in hopeless or with_target:
+            fewer = {**met, view.stream.key: False}
+            found = self._goals(views, fewer, slowdown)
+            if found[2] or hopeless:
+                return fewer, found
+        fewer = {**met, min(with_target, key=lambda view: view.period_ms).stream.key: False}
+        return fewer, self._goals(views, fewer, slowdown)
 
     def refusal(self, views: Sequence[View], factor: float) -> str | None:
         """Why the last of some streams cannot join the others now; None if it can.

@@ -295,6 +295,9 @@ class SequencePool:
             First member, number of members, and the pending rows that members in between work off (member → row).
         """
         asked = sorted(members)
+        if asked and asked[-1] - asked[0] == len(asked) - 1:  # no gaps, as is usual
+            yield asked[0], len(asked), {}
+            return
         while asked:
             first = last = asked.pop(0)
             carried: dict[int, int] = {}

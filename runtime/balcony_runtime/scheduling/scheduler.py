@@ -209,6 +209,7 @@ class Scheduler:
 
     def _lead(self) -> None:
         """Run one round for all streams that ask. Holds the lock at both ends, and not while the round runs."""
+        begin_ns = time.perf_counter_ns()  # what a stream waits for the others is part of its gap
         self._gather()
         asking = [
             stream for stream in self._streams.values() if stream.asks and (stream.admitted or self._admit(stream))
@@ -223,7 +224,7 @@ class Scheduler:
             if len(asking) == 1:
                 self._alone(asking[0])
             else:
-                self._round(asking)
+                self._round(asking, begin_ns)
         finally:
             self._turn.acquire()
             self._running = ()
@@ -271,10 +272,10 @@ class Scheduler:
         except BalconyError as error:
             stream.fail(error)
 
-    def _round(self, asking: Sequence[Stream]) -> None:
+    def _round(self, asking: Sequence[Stream], begin_ns: int) -> None:
         lengths = {stream.key: stream.sequence.length for stream in asking}
         try:
-            self._run(asking)
+            self._run(asking, begin_ns)
         except BalconyError as error:  # a shared pass failed
             for stream in asking:
                 if stream.asks:
@@ -286,7 +287,7 @@ class Scheduler:
                     stream.sequence.rollback(min(lengths[stream.key], stream.sequence.length))
             raise
 
-    def _run(self, asking: Sequence[Stream]) -> None:
+    def _run(self, asking: Sequence[Stream], begin_ns: int) -> None:
         if (pause_s := self._not_before_s - time.monotonic()) > 0:
             time.sleep(min(pause_s, NAP_S))
             return
@@ -301,13 +302,13 @@ class Scheduler:
             self._trace.write(self._priced, self._quality, before, seen, found, ended)
         for key, decision in found.refused:
             streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
-        begin_ns = time.perf_counter_ns()
+        work_ns = time.perf_counter_ns()
         if found.chunk is not None and found.chunk.key in streams:
             self._work_off(streams[found.chunk.key], found.chunk)
         moves = {move.key: move.decision for move in found.moves if move.key in streams}
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
         done_ns = time.perf_counter_ns()
-        self._learned.busy_ns += done_ns - begin_ns
+        self._learned.busy_ns += done_ns - work_ns
         first = any(not stream.decoder.begun for stream in logits)
         self._last = None
         if found.price_ms and not first and not found.refused:
