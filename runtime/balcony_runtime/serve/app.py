@@ -34,7 +34,7 @@ except ImportError as missing:
 
 #: Rules of the page: nothing from elsewhere, and no frame around it.
 _POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'; base-uri 'none'"
 )
 
