@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -225,15 +227,13 @@ def test_a_full_queue_and_the_time_limit(strict: Server) -> None:
     until(lambda: is_free(strict))
 
 
-def test_busy_replies_are_told_when_to_come_again(http: httpx.Client) -> None:
-    """The budget asks for an error, and another reply needs the time."""
-    tight = {"tpot_ms": 0.5, "on_infeasible": "error"}
-    with http.stream("POST", CHAT, json=SLOW | {"budget": {"tpot_ms": 0.4}}) as answer:
-        next(answer.iter_lines())
-        found = http.post(CHAT, json=HELLO | {"budget": tight})
-    if found.status_code != 200:  # a fast machine holds both
-        assert found.status_code in {422, 429}, found.text
-        assert found.status_code == 422 or found.headers["retry-after"]
+@pytest.mark.parametrize("stream", [False, True])
+def test_busy_replies_are_told_when_to_come_again(stream: bool, http: httpx.Client, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("balcony_runtime.scheduling.scheduler.MOST_WAITING", 0)
+        found = http.post(CHAT, json=HELLO | {"stream": stream})
+    assert (found.status_code, found.headers["x-balcony-reason"]) == (429, "overloaded")
+    assert found.json()["error"]["code"] == "overloaded" and int(found.headers["retry-after"]) >= 1
 
 
 def test_metrics(http: httpx.Client, server: Server) -> None:
@@ -262,8 +262,14 @@ def test_a_line_for_each_request(http: httpx.Client, server: Server, caplog: pyt
     with caplog.at_level(logging.INFO, logger="balcony_runtime.serve.requests"):
         http.post(CHAT, json=HELLO | {"model": "tiny:exit-2"})
         until(lambda: caplog.records)
-    line = json.loads(caplog.records[-1].getMessage())
-    assert line["status"] == 200 and line["tokens_per_exit"] == {"2": 6} and line["model"] == "tiny:exit-2"
+        line = json.loads(caplog.records[-1].getMessage())
+        assert line["status"] == 200 and line["tokens_per_exit"] == {"2": 6} and line["model"] == "tiny:exit-2"
+        caplog.clear()
+        http.post(CHAT, json={})
+        http.post(CHAT, json=HELLO | {"model": "tiny:strict"})
+        until(lambda: len(caplog.records) == 2)
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [(line["status"], line["reason"]) for line in lines] == [(400, "invalid_value"), (422, "infeasible")]
 
 
 def test_a_failure_of_the_decode_thread_is_an_answer(http: httpx.Client, server: Server, monkeypatch: Any) -> None:
@@ -272,6 +278,29 @@ def test_a_failure_of_the_decode_thread_is_an_answer(http: httpx.Client, server:
         found = http.post(CHAT, json=HELLO)
     assert (found.status_code, found.json()["error"]["code"]) == (500, "internal")
     assert http.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_a_server_that_stops_ends_what_takes_too_long(serve: Callable[..., Server]) -> None:
+    server = serve(drain_s=0.3)
+    slow = SLOW | {"budget": {"max_pace_tps": 20}}
+    with httpx.stream("POST", server.url + CHAT, json=slow, timeout=20) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.stop()
+        rest = [line for line in lines if line]
+    assert '"code":"stopped"' in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) < 100
+
+
+def test_tls(serve: Callable[..., Server], tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(command, check=True, capture_output=True)
+    url = serve(ssl_certfile=certificate, ssl_keyfile=key).url
+    with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=str(certificate))) as client:
+        assert url.startswith("https://") and client.get("/health").json() == {"status": "ok"}
 
 
 def test_props(http: httpx.Client) -> None:
@@ -286,7 +315,7 @@ def test_the_page_needs_nothing_from_elsewhere(http: httpx.Client) -> None:
         found.headers["content-type"].startswith("text/html")
         and "default-src 'none'" in found.headers["content-security-policy"]
     )
-    assert not re.findall(r"""(?:src|href)=["']?(?!#|data:)""", found.text) and "https://" not in found.text
+    assert not re.findall(r"""(?:src|href)=["']?(?!["'#]|data:)""", found.text) and "https://" not in found.text
 
 
 @pytest.mark.slow

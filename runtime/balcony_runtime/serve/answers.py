@@ -66,7 +66,7 @@ class Answer:
         self._scores: dict[Job, Scores] = {}
         self._first: tuple[Job, Item] | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._gone = self._closed = False
+        self._gone = self._closed = self._stopped = False
         self.status, self.reason = 200, ""
         self.begun_s = time.monotonic()
 
@@ -157,13 +157,15 @@ class Answer:
         """The next item, or None after some seconds without one.
 
         Raises:
-            RefusedError: the time limit has passed.
+            RefusedError: the time limit has passed, or the server stops.
             GoneError: the client has disconnected.
         """
         patience_s = time.monotonic() + seconds
         while True:
             if self._gone:
                 raise GoneError
+            if self._stopped:
+                raise self._failed(RefusedError(503, "the server has stopped: ask another one", "stopped"))
             if (found := self._channel.take()) is not None:
                 self._taken(found[0])
                 return found
@@ -173,6 +175,11 @@ class Answer:
             if now_s >= patience_s:
                 return None
             await self._channel.wait(min(self._until_s, patience_s) - now_s)
+
+    def stop(self) -> None:
+        """End the answer with an error, because the server does not wait for it any longer."""
+        self._stopped = True
+        self._channel.wake()
 
     @property
     def left_s(self) -> float:

@@ -16,7 +16,7 @@ from balcony_edge.errors import BalconyError, MissingDependencyError
 from balcony_runtime.engine import refuse_foreign
 from balcony_runtime.serve.answers import EventStream, GoneError
 from balcony_runtime.serve.asked import Fields, read_asked
-from balcony_runtime.serve.guard import Guard, answer_of
+from balcony_runtime.serve.guard import LOGGED, Guard, answer_of
 from balcony_runtime.serve.jobs import Job
 from balcony_runtime.serve.refusal import RefusedError, bad, refusal_of
 from balcony_runtime.serve.service import Service
@@ -123,6 +123,7 @@ class _Routes:
         asked = read_asked(await self._body(request), chat=chat)
         client = "" if request.client is None else request.client.host
         answer = await service.answer(asked, request.headers, client)
+        request.scope[LOGGED] = True
         try:
             answer.begin(request.receive)
             if asked.stream:

@@ -18,6 +18,8 @@ from balcony_runtime.serve.refusal import RefusedError, bad
 MOST_CHOICES = 128
 #: Most alternatives that are reported at each place.
 MOST_LOGPROBS = 20
+#: Largest number of a field, far beyond every range; integers in JSON have no bound.
+LARGEST_NUMBER = 1e15
 #: Tokens of a completion without ``max_tokens``, as OpenAI and vLLM have it.
 COMPLETION_TOKENS = 16
 #: Fields that would change the answer and that the runtime does not have → values that ask for nothing.
@@ -148,8 +150,10 @@ class Fields:
     def number(self, name: str) -> float | None:
         """A number, whose range the runtime checks, or None."""
         value = self.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise bad(name, value, "must be a number")
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST_NUMBER:
+            raise bad(name, value, f"must be a number within ±{LARGEST_NUMBER:g}")
         return value
 
     def tokens(self, name: str) -> list[int] | None:

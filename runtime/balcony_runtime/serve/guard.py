@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from urllib.parse import urlsplit
+import json
+import logging
+from urllib.parse import SplitResult, urlsplit
 
 from balcony_edge.errors import MissingDependencyError
 from balcony_runtime.serve.answers import Message, Receive, Send
@@ -24,6 +26,9 @@ except ImportError as missing:
         "starlette is not installed: pip install 'balcony-edge[serve]' for the server"
     ) from missing
 
+_log = logging.getLogger("balcony_runtime.serve.requests")
+#: Key in the scope of a request whose answer writes its own line.
+LOGGED = "balcony.logged"
 #: Paths that need no key: what a balancer asks, and the page, which has a field for the key.
 _OPEN = ("/health", "/")
 
@@ -54,8 +59,8 @@ class Guard:
         except ClientDisconnect:
             return
         finally:
-            if self._service.ready and seen:
-                self._count(scope["path"], seen[0])
+            if seen:
+                self._note(scope, seen[0])
 
     def _check(self, request: Request) -> None:
         if request.url.path not in _OPEN and self._api_key is not None:
@@ -69,22 +74,36 @@ class Guard:
                 )
         # A page of another site must not use a server on the visitor's own machine.
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             raise RefusedError(
                 403, f"origin {origin[:100]}: pages of other sites may not use this server", "foreign_origin"
             )
-        if self._loopback and self._api_key is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self._loopback and self._api_key is None and not is_loopback(_split(f"//{host}").hostname or ""):
             raise RefusedError(
                 403, f"host {host[:100]}: use localhost, or start the server with --api-key", "foreign_host"
             )
         if self._service.draining and request.method == "POST":
             raise RefusedError(503, "the server is stopping: use another one", "draining", headers={"retry-after": "5"})
 
-    def _count(self, path: str, message: Message) -> None:
-        headers = dict(message.get("headers", ()))
-        reason = headers.get(b"x-balcony-reason")
-        endpoint = path if path in self._paths else "other"
-        self._service.metrics.request(endpoint, message["status"], None if reason is None else reason.decode())
+    def _note(self, scope: Message, message: Message) -> None:
+        """Count an answer, and log it if it is an error that no reply has logged."""
+        reason = dict(message.get("headers", ())).get(b"x-balcony-reason", b"").decode()
+        status, path = message["status"], scope["path"]
+        if self._service.ready:
+            endpoint = path if path in self._paths else "other"
+            self._service.metrics.request(endpoint, status, reason or None)
+        if reason and LOGGED not in scope:
+            client = scope["client"][0] if scope.get("client") else ""
+            line = {"client": client, "method": scope["method"], "path": path[:100], "status": status, "reason": reason}
+            _log.info("%s", json.dumps(line))
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; those of nothing if it is not one."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def is_loopback(host: str) -> bool:

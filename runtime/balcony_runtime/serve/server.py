@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -83,6 +84,7 @@ class Server:
         self.service = Service(settings.name, settings.budgets, settings.limits)
         self._uvicorn = _Uvicorn(self._config(), self)
         self._failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def url(self) -> str:
@@ -109,6 +111,9 @@ class Server:
         """Take no more requests, wait for those in progress, and return from :meth:`run`. For any thread."""
         self.service.draining = True
         self._uvicorn.should_exit = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
+                self._loop.call_soon_threadsafe(self._loop.call_later, self._settings.drain_s, self.service.abort)
 
     @property
     def ready(self) -> bool:
@@ -140,12 +145,13 @@ class Server:
             server_header=False,
             lifespan="off",
             ws="none",
-            timeout_graceful_shutdown=max(round(settings.drain_s), 1),
+            timeout_graceful_shutdown=math.ceil(settings.drain_s) + 5,  # answers that are ended take a moment
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
         )
 
     async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
         loading = asyncio.create_task(self._load())
         await self._uvicorn.serve(sockets=[self._socket])
         await loading
@@ -187,7 +193,7 @@ class _Uvicorn(uvicorn.Server):
 
     def _end(self) -> None:
         if self.should_exit:
-            self.force_exit = True  # the second signal does not wait
+            self._owner.service.abort()
             return
         _log.info("stopping: waiting for requests in progress; another signal ends them")
         _notify("STOPPING=1")

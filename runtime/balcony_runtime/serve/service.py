@@ -7,6 +7,7 @@ Owns the slots and the bound of the queue. Everything here runs in the event loo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import time
@@ -68,6 +69,7 @@ class Service:
         self.draining = False
         self._loaded: tuple[LLM, Names, Worker, Metrics] | None = None
         self._jobs: dict[int, Job] = {}
+        self._answers: set[Answer] = set()
         self._keys = itertools.count()
         self._mean_s, self._slowdown = 1.0, 1.0
 
@@ -85,7 +87,8 @@ class Service:
         limits = self.limits
 
         def hand_over(found: Found) -> None:
-            loop.call_soon_threadsafe(self._deliver, found)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and no one waits for these
+                loop.call_soon_threadsafe(self._deliver, found)
 
         worker = Worker(llm, limits.parallel, limits.parallel + limits.queue, hand_over)
         metrics = Metrics(
@@ -188,7 +191,9 @@ class Service:
         def on_close(answer: Answer) -> None:
             self._closed(answer, model, client)
 
-        return Answer(asked, shapes, jobs, self._parts[2], self.limits.request_s, lambda: self.retry_s, on_close)
+        found = Answer(asked, shapes, jobs, self._parts[2], self.limits.request_s, lambda: self.retry_s, on_close)
+        self._answers.add(found)
+        return found
 
     def _prepare(self, asked: Asked, budget: Budget | None) -> tuple[list[list[int]], list[str], list[dict[str, Any]]]:
         """Tokens and texts of the prompts, and options of each reply to a prompt. Runs in a thread."""
@@ -218,7 +223,13 @@ class Service:
                 texts.append("")
         return prompts, texts, options
 
+    def abort(self) -> None:
+        """End all answers with an error."""
+        for answer in tuple(self._answers):
+            answer.stop()
+
     def _closed(self, answer: Answer, model: str, client: str) -> None:
+        self._answers.discard(answer)
         for job in answer.jobs:
             self._jobs.pop(job.key, None)
         seconds = time.monotonic() - answer.begun_s
