@@ -22,7 +22,7 @@ CLI = """\
 
 A problem is one line on stderr and exit code 1; a usage error is 2 and Ctrl-C 130. With `--json` a verb writes one JSON
 document to stdout and nothing else there. Environment variables change only the looks (`NO_COLOR`, `COLUMNS`),
-except those that `accelerate launch` sets for `train`.
+except those that `accelerate launch` sets for `train`, and `BALCONY_EDGE_API_KEY` of `serve`.
 """
 BUDGET_FILE = """\
 # Budget files

@@ -33,7 +33,9 @@ for package in (balcony_edge, balcony_runtime):
         try:
             importlib.import_module(module.name)
         except balcony_edge.BalconyError as error:
-            assert module.name.endswith((".cuda", ".tensorrt")) and "pip install 'balcony-edge[tensorrt]'" in str(error)
+            extra = "serve" if ".serve." in module.name else "tensorrt"
+            assert extra == "serve" or module.name.endswith((".cuda", ".tensorrt"))
+            assert f"pip install 'balcony-edge[{extra}]'" in str(error)
 with balcony_edge.load(sys.argv[1]) as llm:
     for exit_layer in llm.exit_layers:
         llm.budget = balcony_edge.Budget(exit_layer=exit_layer)

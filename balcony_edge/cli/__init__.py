@@ -29,6 +29,7 @@ from balcony_edge.cli.plan import plan
 from balcony_edge.cli.profile import profile
 from balcony_edge.cli.replay import replay
 from balcony_edge.cli.run import run
+from balcony_edge.cli.serve import serve
 from balcony_edge.cli.simulate import simulate
 from balcony_edge.cli.train import train
 from balcony_edge.cli.verify import verify
@@ -61,7 +62,7 @@ def _options(
 
 
 for verb in (
-    export, build, extract, verify, inspect, run, train, doctor, profile, plan, compare, simulate, replay, calibrate
+    export, build, extract, verify, inspect, run, serve, train, doctor, profile, plan, compare, simulate, replay, calibrate
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(budget.app, name="budget")

@@ -223,6 +223,10 @@ class LLM:
         """Tokens of a prompt, as :meth:`stream` uses them."""
         return self._codec.encode(prompt, chat=chat, control_tokens=control_tokens)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, without control tokens."""
+        return self._codec.decode(tokens)
+
     def stream(
         self,
         prompt: Prompt,

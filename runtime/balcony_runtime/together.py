@@ -102,6 +102,8 @@ class Together:
                     found.append((tokens, token := next(tokens)))
                     if token.finish_reason is not None:
                         self._end(tokens)
+            except StopIteration:  # another thread has cancelled it meanwhile
+                self._end(tokens)
             except BalconyError as error:
                 found.append((tokens, error))
                 self._end(tokens)

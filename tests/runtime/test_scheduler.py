@@ -259,6 +259,24 @@ def test_replies_can_be_paused(llm: LLM) -> None:
         assert replies.step() == [] and paused.reply.finish_reason == "cancelled" and len(paused.reply.tokens) == 3
 
 
+def test_a_reply_that_another_thread_cancels_ends_quietly(llm: LLM) -> None:
+    """The cancellation arrives while a round runs."""
+    with llm.together() as replies:
+        streams = [replies.add([key], max_new_tokens=9, ignore_eos=True) for key in (1, 2)]
+        for _ in range(3):
+            replies.step()
+        scheduler = llm._requests.scheduler
+        run = scheduler._round
+
+        def cancelled(*arguments: Any) -> None:
+            run(*arguments)
+            streams[0].cancel()
+
+        scheduler._round = cancelled  # type: ignore[method-assign]
+        assert [stream for stream, _ in replies.step()] == [streams[1]]
+        assert replies.open == (streams[1],) and streams[0].reply.finish_reason == "cancelled"
+
+
 def test_asynchronous_streams_share_rounds_too(llm: LLM) -> None:
     async def one(prompt: list[int]) -> list[int]:
         return [token.id async for token in llm.stream(prompt, max_new_tokens=10, ignore_eos=True)]

@@ -1,0 +1,75 @@
+"""``balcony-edge serve``: an HTTP server in OpenAI's shapes, with a budget for each request."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    budget: Annotated[
+        Path | None, typer.Option(help="Budget file for requests that ask for nothing; without it, full depth.")
+    ] = None,
+    budgets: Annotated[
+        Path | None, typer.Option(help="Directory of budget files (profiles/): each becomes the model NAME:file.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--served-model-name", help="Name of the model (default: the bundle's).")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="BALCONY_EDGE_API_KEY",
+            help="Key that requests must bring. Other users can see an option; a variable they cannot.",
+        ),
+    ] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate for TLS (PEM).")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Key of the certificate (PEM).")] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Most replies in progress; others wait in line.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, help="Most replies in line; one more is refused.")] = 64,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MB.")] = 8,
+    request_timeout: Annotated[float, typer.Option(min=1, help="Longest time of a request, in seconds.")] = 600.0,
+    drain_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for requests in progress when the server is told to stop.")
+    ] = 30.0,
+    profile: Annotated[
+        Path | None, typer.Option(help="Device profile; without it, prices are measured at the start.")
+    ] = None,
+    packed: Annotated[
+        Path | None,
+        typer.Option(help="Directory for packed weights, which processes share; written by the first run."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "nv", "tensorrt"],
+        typer.Option(help="auto: engines that fit the GPU, then ONNX Runtime on the GPU, then the CPU."),
+    ] = "auto",
+    engines: Annotated[str | None, typer.Option(help="Engine set to use, if the bundle has several.")] = None,
+) -> None:
+    """Serve a bundle over HTTP in OpenAI's shapes, with a budget for each request: in its body, headers or model name.
+
+    Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /metrics, /props, /slots,
+    and a page for people at /. One line of JSON for each request goes to stderr.
+    """
+    import balcony_edge
+    from balcony_runtime.serve.server import Server, Settings
+    from balcony_runtime.serve.service import Limits
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+    def open_llm() -> balcony_edge.LLM:
+        return balcony_edge.load(
+            bundle, budget=budget, profile=profile, packed=packed, threads=threads, device=device, engines=engines
+        )
+
+    limits = Limits(parallel, queue, max_body_mb << 20, request_timeout)
+    settings = Settings(host, port, name, budgets, api_key or None, ssl_certfile, ssl_keyfile, limits, drain_timeout)
+    Server(open_llm, settings).run()

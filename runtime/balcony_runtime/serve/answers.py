@@ -1,0 +1,296 @@
+"""Answers: the replies of one request from its first token to its end, whole or as server-sent events.
+
+Owns the life of an answer: the wait for its first item, slow readers, readers that go away, the time limit, and what is counted
+and logged at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from balcony_runtime.reply import Token
+from balcony_runtime.serve.asked import Asked
+from balcony_runtime.serve.jobs import FEW_BUFFERED, Channel, Cost, Ended, Item, Job, Scores
+from balcony_runtime.serve.refusal import RefusedError, refusal_of
+from balcony_runtime.serve.shapes import Shapes, prompt_tokens
+from balcony_runtime.serve.worker import Worker
+
+_log = logging.getLogger("balcony_runtime.serve.requests")
+#: Longest wait for the first item before a stream's headers are sent; an error that comes later is an event of the stream.
+OPENING_S = 5.0
+#: Seconds between comments in a stream that has nothing to say, so that proxies keep it open.
+KEEPALIVE_S = 15.0
+_DONE = b"data: [DONE]\n\n"
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class GoneError(Exception):
+    """The client has disconnected."""
+
+
+class Answer:
+    """The replies of one request. A context manager that ends them.
+
+    Args:
+        asked: the request.
+        shapes: its objects.
+        jobs: its replies, which share a channel.
+        worker: the decode thread.
+        limit_s: seconds after which the answer ends with an error.
+        retry_s: gives the seconds after which a client that is turned away may try again.
+        on_close: called once at the end.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        shapes: Shapes,
+        jobs: Sequence[Job],
+        worker: Worker,
+        limit_s: float,
+        retry_s: Callable[[], int],
+        on_close: Callable[[Answer], None],
+    ) -> None:
+        self.asked, self.shapes, self.jobs = asked, shapes, jobs
+        self._worker, self._retry_s, self._on_close = worker, retry_s, on_close
+        self._channel: Channel = jobs[0].channel
+        self._until_s, self._limit_s = time.monotonic() + limit_s, limit_s
+        self._scores: dict[Job, Scores] = {}
+        self._first: tuple[Job, Item] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._gone = self._closed = self._stopped = False
+        self.status, self.reason = 200, ""
+        self.begun_s = time.monotonic()
+
+    def begin(self, receive: Receive) -> None:
+        """Submit the replies, and watch for a client that goes away."""
+        self._watch = asyncio.create_task(self._watch_client(receive))
+        for job in self.jobs:
+            self._worker.submit(job)
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole answer.
+
+        Raises:
+            RefusedError: a reply failed.
+            GoneError: the client has disconnected.
+        """
+        while not all(job.ended for job in self.jobs):
+            if (found := await self._next(KEEPALIVE_S)) is not None:
+                self._take(*found)
+        return self.shapes.whole(self.jobs, [self._scores.get(job) for job in self.jobs])
+
+    async def opening(self) -> None:
+        """Wait a while for the first item, so that an answer that fails at once has an HTTP status of its own.
+
+        Raises:
+            RefusedError: the first reply failed.
+            GoneError: the client has disconnected.
+        """
+        found = await self._next(OPENING_S)
+        if found is not None and isinstance(found[1], BaseException):
+            raise self._failed(found[1])
+        self._first = found
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events.
+
+        Raises:
+            GoneError: the client has disconnected.
+        """
+        opened: set[Job] = set()
+        if self.asked.chat:
+            for job in self.jobs:
+                for piece in self.shapes.opening(job, None):
+                    yield _event(piece)
+        try:
+            while not all(job.ended for job in self.jobs):
+                found, self._first = self._first or await self._next(KEEPALIVE_S), None
+                if found is None:
+                    yield b": waiting\n\n"
+                    continue
+                for piece in self._pieces(found, opened):
+                    yield _event(piece)
+        except RefusedError as refusal:
+            yield _event(refusal.body) + _DONE
+            return
+        if self.asked.usage:
+            yield _event(self.shapes.closing(self.jobs))
+        yield _DONE
+
+    def _pieces(self, found: tuple[Job, Item], opened: set[Job]) -> list[dict[str, Any]]:
+        """Pieces of the stream for an item."""
+        job, item = found
+        self._take(job, item)
+        pieces = []
+        if not isinstance(item, Scores):
+            if job not in opened and not self.asked.chat:
+                pieces = self.shapes.opening(job, self._scores.get(job))
+            opened.add(job)
+            made = self.shapes.token(job, item) if isinstance(item, Token) else self.shapes.end(job, "length")
+            if made is not None:
+                pieces.append(made)
+        if pieces and all(one.ended for one in self.jobs):
+            pieces[-1] |= self.shapes.costs(self.jobs, [one.cost for one in self.jobs])
+        return pieces
+
+    def _take(self, job: Job, item: Item) -> None:
+        if isinstance(item, BaseException):
+            raise self._failed(item)
+        if isinstance(item, Scores):
+            self._scores[job] = item
+        elif isinstance(item, Ended):
+            job.ended = True
+        elif isinstance(item, Token):
+            job.shown.count(item)
+            job.ended = item.finish_reason is not None
+
+    async def _next(self, seconds: float) -> tuple[Job, Item] | None:
+        """The next item, or None after some seconds without one.
+
+        Raises:
+            RefusedError: the time limit has passed, or the server stops.
+            GoneError: the client has disconnected.
+        """
+        patience_s = time.monotonic() + seconds
+        while True:
+            if self._gone:
+                raise GoneError
+            if self._stopped:
+                raise self._failed(RefusedError(503, "the server has stopped: ask another one", "stopped"))
+            if (found := self._channel.take()) is not None:
+                self._taken(found[0])
+                return found
+            now_s = time.monotonic()
+            if now_s >= self._until_s:
+                raise self._failed(_too_long(self._limit_s))
+            if now_s >= patience_s:
+                return None
+            await self._channel.wait(min(self._until_s, patience_s) - now_s)
+
+    def stop(self) -> None:
+        """End the answer with an error, because the server does not wait for it any longer."""
+        self._stopped = True
+        self._channel.wake()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until a client that does not read is given up, a little after the time limit."""
+        return self._until_s - time.monotonic() + 1.0
+
+    def stalled(self) -> None:
+        """Note that the client did not read until the time limit."""
+        self._failed(_too_long(self._limit_s))
+
+    def _taken(self, job: Job) -> None:
+        job.buffered -= 1
+        if job.paused and job.buffered <= FEW_BUFFERED:
+            job.paused = False
+            self._worker.resume(job)
+
+    def _failed(self, error: BaseException) -> RefusedError:
+        refusal = refusal_of(error, self._retry_s())
+        self.status, self.reason = refusal.status, refusal.reason
+        return refusal
+
+    def fail(self, error: BaseException) -> None:
+        """End the answer because of an error that its endpoint met."""
+        if isinstance(error, asyncio.CancelledError):
+            self.status, self.reason = 503, "stopped"
+        elif not self.reason:
+            self._failed(error)
+        self.close()
+
+    async def _watch_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._channel.wake()
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what has not ended; may be called several times."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._watch is not None:
+            self._watch.cancel()
+        for job in self.jobs:
+            if not job.ended:
+                self._worker.cancel(job)
+        if self._gone and not all(job.ended for job in self.jobs):
+            self.status, self.reason = 499, "disconnected"  # nginx's number for a client that went away
+        self._on_close(self)
+
+    def log(self, client: str, model: str) -> None:
+        """Write the line of this request."""
+        cost = Cost.of([job.cost for job in self.jobs])
+        facts = cost.facts()
+        line = {
+            "id": self.shapes.id,
+            "client": client,
+            "model": model,
+            "status": self.status,
+            "reason": self.reason or None,
+            "stream": self.asked.stream,
+            "choices": len(self.jobs),
+            "prompt_tokens": prompt_tokens(self.jobs),
+            "tokens": cost.tokens,
+            "seconds": round(time.monotonic() - self.begun_s, 4),
+            **{key: facts[key] for key in ("ttft_ms", "mean_tpot_ms", "tokens_per_exit", "late_tokens")},
+        }
+        _log.info("%s", json.dumps(line))
+
+
+class EventStream:
+    """The response of a stream; ends the answer however the response ends."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """ASGI; ``receive`` is already watched by the answer."""
+        answer = self._answer
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),  # nginx
+        ]
+        try:
+            async with asyncio.timeout(answer.left_s):  # also where a client that does not read blocks the sending
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                async for event in answer.events():
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except GoneError:
+            pass
+        except TimeoutError:
+            answer.stalled()
+        except BaseException as error:
+            answer.fail(error)
+            raise
+        finally:
+            answer.close()
+
+
+def _too_long(limit_s: float) -> RefusedError:
+    return RefusedError(
+        504, f"the request took longer than {limit_s:g} s: ask for fewer tokens, or raise --request-timeout", "timeout"
+    )
+
+
+def _event(piece: object) -> bytes:
+    return b"data: " + json.dumps(piece, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -1,0 +1,238 @@
+"""The routes: paths of OpenAI, vLLM and llama.cpp's server.
+
+Owns the paths. Every error is OpenAI's object, whatever raised it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from balcony_edge.errors import BalconyError, MissingDependencyError
+from balcony_runtime.engine import refuse_foreign
+from balcony_runtime.serve.answers import EventStream, GoneError
+from balcony_runtime.serve.asked import Fields, read_asked
+from balcony_runtime.serve.guard import LOGGED, Guard, answer_of
+from balcony_runtime.serve.jobs import Job
+from balcony_runtime.serve.refusal import RefusedError, bad, refusal_of
+from balcony_runtime.serve.service import Service
+
+try:
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+except ImportError as missing:
+    raise MissingDependencyError(
+        "starlette is not installed: pip install 'balcony-edge[serve]' for the server"
+    ) from missing
+
+#: Rules of the page: nothing from elsewhere, and no frame around it.
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'"
+)
+
+
+def make_app(service: Service, api_key: str | None, *, loopback: bool) -> Guard:
+    """The application.
+
+    Args:
+        service: the loaded bundle, or one that is still loading.
+        api_key: key that requests must bring; None for none.
+        loopback: whether the server listens on a loopback address only.
+    """
+    routes = _Routes(service)
+    app = Starlette(
+        routes=[
+            Route("/", routes.page),
+            Route("/health", routes.health),
+            Route("/metrics", routes.metrics),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/completions", routes.completion, methods=["POST"]),
+            Route("/tokenize", routes.tokenize, methods=["POST"]),
+            Route("/detokenize", routes.detokenize, methods=["POST"]),
+            Route("/props", routes.props),
+            Route("/slots", routes.slots),
+            Route("/slots/{key:int}", routes.change_slot, methods=["POST"]),
+        ],
+        exception_handlers={
+            RefusedError: _refused,
+            BalconyError: _refused,
+            HTTPException: _unknown,
+            Exception: _refused,
+        },
+    )
+    return Guard(app, service, api_key, loopback)
+
+
+class _Routes:
+    """The endpoints."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._page = files("balcony_runtime.serve").joinpath("page.html").read_text(encoding="utf-8")
+
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(self._page, headers={"content-security-policy": _POLICY, "cache-control": "no-cache"})
+
+    async def health(self, request: Request) -> Response:
+        if self._service.draining:
+            raise RefusedError(503, "the server is stopping: use another one", "draining")
+        self._service.llm  # noqa: B018 - refuses while the model is loading
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._service.names.budgets]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self._service.names.budget(name, {}, None)
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        service = self._service
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.started_s,
+            "owned_by": "balcony-edge",
+            "max_model_len": service.llm.engine.max_length,
+            "budget": service.names.budgets[name].model_dump(exclude_unset=True),
+        }
+
+    async def chat(self, request: Request) -> Response | EventStream:
+        return await self._complete(request, chat=True)
+
+    async def completion(self, request: Request) -> Response | EventStream:
+        return await self._complete(request, chat=False)
+
+    async def _complete(self, request: Request, *, chat: bool) -> Response | EventStream:
+        service = self._service
+        service.llm  # noqa: B018 - refuses while the model is loading
+        asked = read_asked(await self._body(request), chat=chat)
+        client = "" if request.client is None else request.client.host
+        answer = await service.answer(asked, request.headers, client)
+        request.scope[LOGGED] = True
+        try:
+            answer.begin(request.receive)
+            if asked.stream:
+                await answer.opening()
+                return EventStream(answer)
+            whole = await answer.whole()
+        except GoneError:
+            answer.close()
+            return Response(status_code=499)  # no one reads it
+        except BaseException as error:
+            answer.fail(error)
+            raise
+        answer.close()
+        return JSONResponse(whole)
+
+    async def tokenize(self, request: Request) -> Response:
+        llm, fields = self._service.llm, Fields(await self._body(request))
+        messages, text = fields.get("messages"), fields.text("prompt") or fields.text("content")
+        if messages is not None:
+            ids = await asyncio.to_thread(llm.encode, messages, control_tokens=False)
+        elif text is not None:
+            ids = await asyncio.to_thread(llm.encode, text, chat=False)
+        else:
+            raise bad("content", None, "give a text as content (or prompt), or messages")
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.max_length})
+
+    async def detokenize(self, request: Request) -> Response:
+        llm, fields = self._service.llm, Fields(await self._body(request))
+        tokens = fields.tokens("tokens")
+        if tokens is None:
+            raise bad("tokens", None, "must be a list of token ids")
+        if tokens:
+            refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
+        text = llm.decode(tokens)
+        return JSONResponse({"content": text, "prompt": text})
+
+    async def props(self, request: Request) -> Response:
+        service, llm = self._service, self._service.llm
+        costs = llm.costs
+        return JSONResponse(
+            {
+                "model_alias": service.names.name,
+                "build_info": f"balcony-edge {version('balcony-edge')}",
+                "total_slots": service.limits.parallel,
+                "default_generation_settings": {"n_ctx": llm.engine.max_length, "params": {"temperature": 1.0}},
+                "exits": [
+                    {
+                        "exit": layer,
+                        "ms": round(costs.steady_ms(layer, 0), 3),
+                        "agreement": llm.engine.manifest.agreement[layer],
+                    }
+                    for layer in llm.exit_layers
+                ],
+                "budgets": {
+                    name: budget.model_dump(exclude_unset=True) for name, budget in service.names.budgets.items()
+                },
+            }
+        )
+
+    async def slots(self, request: Request) -> Response:
+        self._service.llm  # noqa: B018 - refuses while the model is loading
+        return JSONResponse([_slot(job) for job in self._service.slots])
+
+    async def change_slot(self, request: Request) -> Response:
+        fields = Fields(await self._body(request))
+        return JSONResponse(_slot(await self._service.rebudget(request.path_params["key"], fields.get("budget"))))
+
+    async def _body(self, request: Request) -> bytes:
+        """The body of a request, if it is not too large and comes in time."""
+        limits = self._service.limits
+        found = bytearray()
+        try:
+            async with asyncio.timeout(limits.body_s):
+                async for piece in request.stream():
+                    found += piece
+                    if len(found) > limits.body_bytes:
+                        raise RefusedError(
+                            413,
+                            f"the body has more than {limits.body_bytes} bytes: send less, or raise --max-body-mb",
+                            "body_too_large",
+                            headers={"connection": "close"},
+                        )
+        except TimeoutError:
+            raise RefusedError(
+                408, f"the body took longer than {limits.body_s:g} s: send it at once", "slow_body"
+            ) from None
+        return bytes(found)
+
+
+def _slot(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.key,
+        "is_processing": job.stream is not None,
+        "model": job.model,
+        "n_prompt_tokens": len(job.ids),
+        "n_decoded": job.cost.tokens,
+        "budget": None if job.budget is None else job.budget.model_dump(exclude_unset=True),
+        "balcony": job.cost.facts(),
+    }
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return answer_of(refusal_of(error))
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    allowed = (
+        "no such path; docs/server.md lists them" if status == 404 else "no such method; docs/server.md lists them"
+    )
+    word = "not_found" if status == 404 else "method_not_allowed"
+    return answer_of(RefusedError(status, f"{request.method} {request.url.path[:100]}: {allowed}", word))

@@ -1,0 +1,291 @@
+"""Bodies of requests: from OpenAI's fields, and those that vLLM and llama.cpp add, to what the runtime is asked for.
+
+Owns the fields, their ranges, and which foreign fields are refused because leaving them out would change the answer. All others
+are ignored, as vLLM does. Values that the runtime checks by itself (temperature, top_p, …) are not checked twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.serve.refusal import RefusedError, bad
+
+#: Most replies of one request: prompts times ``n``.
+MOST_CHOICES = 128
+#: Most alternatives that are reported at each place.
+MOST_LOGPROBS = 20
+#: Largest number of a field, far beyond every range; integers in JSON have no bound.
+LARGEST_NUMBER = 1e15
+#: Tokens of a completion without ``max_tokens``, as OpenAI and vLLM have it.
+COMPLETION_TOKENS = 16
+#: Fields that would change the answer and that the runtime does not have → values that ask for nothing.
+_FOREIGN: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "suffix": ("",),
+    "frequency_penalty": (0,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "prompt_logprobs": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "grammar": ("",),
+    "json_schema": (),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+}
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one request asks for.
+
+    Attributes:
+        chat: whether the prompt is a conversation.
+        model: name of the model; None for the default.
+        prompts: conversations, texts or lists of token ids.
+        n: number of replies to each prompt.
+        max_tokens: most tokens of each reply; None for as many as the context holds.
+        stop: strings that end a reply.
+        logprobs: number of likeliest tokens to report at each place; None without log-probabilities.
+        echo: whether a completion begins with its prompt.
+        ignore_eos: whether to go on after the end-of-sequence token.
+        as_ids: whether reported tokens are named ``token_id:17`` instead of by their text.
+        sampling: keywords of :class:`SamplingParams`, without the seed.
+        seed: seed of the first reply to a prompt; the others count up from it.
+        budget: object ``budget``, unchecked.
+        stream: whether the answer is sent token by token.
+        usage: whether the stream ends with the usage.
+        each_token: whether every piece of the stream carries the cost of its tokens.
+    """
+
+    chat: bool
+    model: str | None
+    prompts: Sequence[Any]
+    n: int = 1
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
+    ignore_eos: bool = False
+    as_ids: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    budget: Any = None
+    stream: bool = False
+    usage: bool = False
+    each_token: bool = False
+
+    def params(self, choice: int) -> SamplingParams:
+        """Sampling parameters of one reply to a prompt.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        return SamplingParams(**self.sampling, seed=None if self.seed is None else self.seed + choice)
+
+
+class Fields:
+    """The fields of a JSON object, read by type; null means that a field is not there.
+
+    Args:
+        body: bytes of the object.
+
+    Raises:
+        RefusedError: the body is not a JSON object.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        try:
+            found = json.loads(body, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(400, f"the body is not JSON ({error}): send one object", "invalid_json") from None
+        if not isinstance(found, dict):
+            raise RefusedError(400, f"the body is a JSON {type(found).__name__}: send one object", "invalid_json")
+        self._found: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
+
+    def get(self, name: str) -> Any:
+        """A value as it is; None if it is not there."""
+        return self._found.get(name)
+
+    def truth(self, name: str) -> bool:
+        """A truth value; False if it is not there."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise bad(name, value, "must be true or false")
+        return bool(value)
+
+    def whole(self, name: str, least: int, most: int) -> int | None:
+        """A whole number within bounds, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise bad(name, value, f"must be a whole number from {least} to {most}")
+        return value
+
+    def text(self, name: str) -> str | None:
+        """A text, or None."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise bad(name, value, "must be a text")
+        return value
+
+    def number(self, name: str) -> float | None:
+        """A number, whose range the runtime checks, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST_NUMBER:
+            raise bad(name, value, f"must be a number within ±{LARGEST_NUMBER:g}")
+        return value
+
+    def tokens(self, name: str) -> list[int] | None:
+        """A list of token ids, or None; the runtime checks that they are in the vocabulary."""
+        value: list[int] | None = self.get(name)
+        if value is not None and not is_tokens(value):
+            raise bad(name, value, "must be a list of token ids")
+        return value
+
+
+def read_asked(body: bytes, *, chat: bool) -> Asked:
+    """Read the body of a chat completion, or of a completion.
+
+    Raises:
+        RefusedError: the body cannot be used.
+    """
+    fields = Fields(body)
+    _refuse_foreign(fields)
+    prompts = [_messages(fields.get("messages"))] if chat else _prompts(fields.get("prompt"))
+    n = fields.whole("n", 1, MOST_CHOICES) or 1
+    if len(prompts) * n > MOST_CHOICES:
+        raise bad("n", n, f"{len(prompts)} prompts make {len(prompts) * n} replies; at most {MOST_CHOICES}: send less")
+    best_of = fields.whole("best_of", 1, MOST_CHOICES)
+    if best_of not in {None, n}:
+        raise bad("best_of", best_of, "is not supported; leave it out, and ask for n replies")
+    echo = not chat and fields.truth("echo")
+    stream = fields.truth("stream")
+    return Asked(
+        chat=chat,
+        model=fields.text("model"),
+        prompts=prompts,
+        n=n,
+        max_tokens=_max_tokens(fields, chat, echo),
+        stop=_stop(fields.get("stop")),
+        logprobs=_chat_logprobs(fields) if chat else fields.whole("logprobs", 0, MOST_LOGPROBS),
+        echo=echo,
+        ignore_eos=fields.truth("ignore_eos"),
+        as_ids=fields.truth("return_tokens_as_token_ids"),
+        sampling=_sampling(fields),
+        seed=fields.whole("seed", 0, 2**63 - 1),
+        budget=fields.get("budget"),
+        stream=stream,
+        usage=stream and _usage(fields),
+        each_token=fields.truth("timings_per_token"),
+    )
+
+
+def is_tokens(value: Any) -> bool:
+    """Whether a value is a list of whole numbers."""
+    return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _refuse_foreign(fields: Fields) -> None:
+    for name, harmless in _FOREIGN.items():
+        value = fields.get(name)
+        if value is not None and value not in harmless:
+            raise bad(name, value, "is not supported here; leave it out")
+
+
+def _messages(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise bad("messages", value, "must be a list of messages, e.g. [{'role': 'user', 'content': 'Hello'}]")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise bad("messages", message, "each must be an object with a text 'role' and a 'content'")
+    return value
+
+
+def _prompts(value: Any) -> list[Any]:
+    allowed = "must be a text, a list of texts, a list of token ids, or a list of such lists"
+    if isinstance(value, str) or (value and is_tokens(value)):
+        return [value]
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) or is_tokens(one) for one in value):
+        raise bad("prompt", value, allowed)
+    if not all(value):
+        raise bad("prompt", value, "one of the prompts is empty; leave it out")
+    return value
+
+
+def _max_tokens(fields: Fields, chat: bool, echo: bool) -> int | None:
+    least = 0 if echo else 1
+    for name in ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",):
+        value = fields.get(name)
+        if value is not None:
+            if value == 0 and not echo:
+                raise bad(name, value, "must be a whole number above 0; 0 needs echo in a completion")
+            return fields.whole(name, least, 2**31)
+    return None if chat else COMPLETION_TOKENS
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value or []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise bad("stop", value, "must be a text or a list of texts that are not empty")
+    return tuple(stops)
+
+
+def _chat_logprobs(fields: Fields) -> int | None:
+    top = fields.whole("top_logprobs", 0, MOST_LOGPROBS)
+    if not fields.truth("logprobs"):
+        if top:
+            raise bad("top_logprobs", top, "needs logprobs = true; add it")
+        return None
+    return top or 0
+
+
+def _sampling(fields: Fields) -> dict[str, Any]:
+    found: dict[str, Any] = {"temperature": 1.0}  # OpenAI's default; the Python API's is greedy
+    found |= {name: value for name in _NUMBERS if (value := fields.number(name)) is not None}
+    top_k = fields.whole("top_k", -1, 2**31)
+    if top_k is not None:
+        found["top_k"] = max(top_k, 0)  # vLLM's -1 keeps all
+    bias = fields.get("logit_bias")
+    if bias is not None:
+        allowed = "must map token ids to numbers; e.g. {'17': -100} bans token 17"
+        if not isinstance(bias, dict):
+            raise bad("logit_bias", bias, allowed)
+        try:
+            found["logit_bias"] = {int(token): value for token, value in bias.items()}
+        except ValueError:
+            raise bad("logit_bias", bias, allowed) from None
+    return found
+
+
+def _usage(fields: Fields) -> bool:
+    options = fields.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
+        raise bad("stream_options", options, "must be an object; e.g. {'include_usage': true}")
+    return bool(options.get("include_usage"))

@@ -1,0 +1,121 @@
+"""Who may use the server: keys, hosts and origins, and the count of all answers.
+
+Owns the checks before a route runs.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import logging
+from urllib.parse import SplitResult, urlsplit
+
+from balcony_edge.errors import MissingDependencyError
+from balcony_runtime.serve.answers import Message, Receive, Send
+from balcony_runtime.serve.refusal import RefusedError
+from balcony_runtime.serve.service import Service
+
+try:
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+except ImportError as missing:
+    raise MissingDependencyError(
+        "starlette is not installed: pip install 'balcony-edge[serve]' for the server"
+    ) from missing
+
+_log = logging.getLogger("balcony_runtime.serve.requests")
+#: Key in the scope of a request whose answer writes its own line.
+LOGGED = "balcony.logged"
+#: Paths that need no key: what a balancer asks, and the page, which has a field for the key.
+_OPEN = ("/health", "/")
+
+
+class Guard:
+    """Checks keys and hosts before a route runs, and counts answers."""
+
+    def __init__(self, app: Starlette, service: Service, api_key: str | None, loopback: bool) -> None:
+        self._app, self._service, self._api_key, self._loopback = app, service, api_key, loopback
+        self._paths = {route.path for route in app.routes if isinstance(route, Route)}
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return
+        seen: list[Message] = []
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen.append(message)
+            await send(message)
+
+        try:
+            self._check(Request(scope))
+            await self._app(scope, receive, counted)
+        except RefusedError as refusal:
+            await answer_of(refusal)(scope, receive, counted)
+        except ClientDisconnect:
+            return
+        finally:
+            if seen:
+                self._note(scope, seen[0])
+
+    def _check(self, request: Request) -> None:
+        if request.url.path not in _OPEN and self._api_key is not None:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+            if not hmac.compare_digest(given.encode(), self._api_key.encode()):
+                raise RefusedError(
+                    401,
+                    "the key is missing or wrong: send the header Authorization: Bearer KEY",
+                    "invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+        # A page of another site must not use a server on the visitor's own machine.
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if origin is not None and _split(origin).netloc != host:
+            raise RefusedError(
+                403, f"origin {origin[:100]}: pages of other sites may not use this server", "foreign_origin"
+            )
+        if self._loopback and self._api_key is None and not is_loopback(_split(f"//{host}").hostname or ""):
+            raise RefusedError(
+                403, f"host {host[:100]}: use localhost, or start the server with --api-key", "foreign_host"
+            )
+        if self._service.draining and request.method == "POST":
+            raise RefusedError(503, "the server is stopping: use another one", "draining", headers={"retry-after": "5"})
+
+    def _note(self, scope: Message, message: Message) -> None:
+        """Count an answer, and log it if it is an error that no reply has logged."""
+        reason = dict(message.get("headers", ())).get(b"x-balcony-reason", b"").decode()
+        status, path = message["status"], scope["path"]
+        if self._service.ready:
+            endpoint = path if path in self._paths else "other"
+            self._service.metrics.request(endpoint, status, reason or None)
+        if reason and LOGGED not in scope:
+            client = scope["client"][0] if scope.get("client") else ""
+            line = {"client": client, "method": scope["method"], "path": path[:100], "status": status, "reason": reason}
+            _log.info("%s", json.dumps(line))
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; those of nothing if it is not one."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def answer_of(refusal: RefusedError) -> JSONResponse:
+    """The response of a refusal."""
+    return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)

@@ -1,0 +1,205 @@
+"""Replies in progress as the event loop sees them: items that the decode thread has sent, and the cost so far.
+
+Owns the bounded buffer between the two threads, and the sums that answers, slots and metrics show. A reply whose reader is slow
+is paused; nothing here waits for a reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from balcony_edge.budget import Budget
+from balcony_runtime.reply import Token, TokenStream
+
+#: Tokens in the buffer of a reply from which it is paused, and below which it goes on.
+MOST_BUFFERED, FEW_BUFFERED = 64, 16
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of a prompt's tokens.
+
+    Attributes:
+        logprobs: of each token after those before it; None for the first.
+        best: likeliest tokens at each place with their log-probabilities; empty for the first.
+    """
+
+    logprobs: Sequence[float | None]
+    best: Sequence[Sequence[tuple[int, float]]]
+
+
+class Ended(NamedTuple):
+    """The end of a reply that makes no tokens."""
+
+
+Item = Token | Scores | Ended | BaseException
+
+
+class Job:
+    """One reply of an answer.
+
+    Args:
+        key: its number, that of its slot.
+        index: number of the choice in the answer.
+        ids: tokens of the prompt.
+        options: options of :meth:`Together.add`.
+        budget: its own budget; None for the server's.
+        score: number of likeliest tokens to report at each place of the prompt; None not to score it.
+        model: name under which it was asked for.
+    """
+
+    def __init__(
+        self,
+        key: int,
+        index: int,
+        ids: Sequence[int],
+        options: dict[str, Any],
+        *,
+        budget: Budget | None = None,
+        score: int | None = None,
+        model: str = "",
+    ) -> None:
+        self.key, self.index, self.ids, self.options = key, index, ids, options
+        self.budget, self.score, self.model = budget, score, model
+        #: Set by the decode thread when the reply begins.
+        self.stream: TokenStream | None = None
+        self.channel = Channel()
+        #: Cost of the tokens that were made, and of those that the answer has taken.
+        self.cost, self.shown = Cost(), Cost()
+        self.buffered, self.paused, self.ended = 0, False, False
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether tokens follow the prompt's scores."""
+        return self.options.get("max_new_tokens") != 0
+
+
+class Channel:
+    """Items of one or several replies on their way to an answer. The event loop alone uses it."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[Job, Item]] = deque()
+        self._some = asyncio.Event()
+
+    def put(self, job: Job, item: Item) -> None:
+        """Add an item."""
+        self._items.append((job, item))
+        self._some.set()
+
+    def wake(self) -> None:
+        """Let the reader look around although there is no item."""
+        self._some.set()
+
+    def take(self) -> tuple[Job, Item] | None:
+        """The next item, or None."""
+        if not self._items:
+            self._some.clear()
+            return None
+        return self._items.popleft()
+
+    async def wait(self, seconds: float) -> None:
+        """Wait for an item or :meth:`wake`, for at most some seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._some.wait()
+        except TimeoutError:
+            return
+
+
+class Cost:
+    """What a reply has cost so far; of several replies, the sum."""
+
+    def __init__(self) -> None:
+        self.asked_s = time.monotonic()
+        self.first_s: float | None = None
+        self.last_s = self.asked_s
+        self.tokens, self.gaps, self.gaps_ms, self.late, self.targets = 0, 0, 0.0, 0, 0
+        self.per_exit: Counter[int] = Counter()
+        self.last: Token | None = None
+
+    def count(self, token: Token) -> None:
+        """Count a token that has just arrived."""
+        self.last_s = time.monotonic()
+        if self.first_s is None:
+            self.first_s = self.last_s
+        else:
+            self.gaps += 1
+            self.gaps_ms += token.latency_ms
+            self.late += token.late
+            self.targets += token.target_ms is not None
+        self.tokens += 1
+        self.per_exit[token.exit_layer] += 1
+        self.last = token
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Milliseconds from the request to the first token, waiting included."""
+        return None if self.first_s is None else 1000 * (self.first_s - self.asked_s)
+
+    @classmethod
+    def of(cls, costs: Sequence[Cost]) -> Cost:
+        """The sum of several replies: the time of the slowest first token, and the reason of the last token."""
+        if len(costs) == 1:
+            return costs[0]
+        total = cls()
+        total.asked_s = min(cost.asked_s for cost in costs)
+        firsts = [cost.first_s for cost in costs if cost.first_s is not None]
+        total.first_s, total.last_s = max(firsts, default=None), max(cost.last_s for cost in costs)
+        for name in ("tokens", "gaps", "gaps_ms", "late", "targets"):
+            setattr(total, name, sum(getattr(cost, name) for cost in costs))
+        for cost in costs:
+            total.per_exit += cost.per_exit
+        total.last = max(costs, key=lambda cost: cost.last_s).last
+        return total
+
+    def timings(self, prompt_tokens: int) -> dict[str, Any]:
+        """llama.cpp's object ``timings``."""
+        prompt_ms, predicted_ms = (
+            self.ttft_ms or 0.0,
+            0.0 if self.first_s is None else 1000 * (self.last_s - self.first_s),
+        )
+        return {
+            "prompt_n": prompt_tokens,
+            "prompt_ms": prompt_ms,
+            "prompt_per_token_ms": prompt_ms / prompt_tokens if prompt_tokens else None,
+            "prompt_per_second": 1000 * prompt_tokens / prompt_ms if prompt_ms else None,
+            "predicted_n": self.tokens,
+            "predicted_ms": predicted_ms,
+            "predicted_per_token_ms": predicted_ms / self.gaps if self.gaps else None,
+            "predicted_per_second": 1000 * self.gaps / predicted_ms if predicted_ms else None,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """The object ``balcony``, without the verdicts."""
+        depth = sum(layer * count for layer, count in self.per_exit.items())
+        last = self.last
+        return {
+            "tokens_per_exit": {str(layer): count for layer, count in sorted(self.per_exit.items(), reverse=True)},
+            "mean_depth": depth / self.tokens if self.tokens else None,
+            "late_tokens": self.late if self.targets else None,
+            "ttft_ms": self.ttft_ms,
+            "mean_tpot_ms": self.gaps_ms / self.gaps if self.gaps else None,
+            "exit": None if last is None else last.exit_layer,
+            "latency_ms": None if last is None else last.latency_ms,
+            "target_ms": None if last is None else last.target_ms,
+            "pending_rows": None if last is None else last.pending_rows,
+            "reason": None if last is None else last.reason,
+        }
+
+
+def deliver(
+    found: Sequence[tuple[Job, Item]], pause: Callable[[Job], None], on_token: Callable[[Token, bool], None]
+) -> None:
+    """Hand the items of a step to their answers, and pause replies whose readers are slow. Runs in the event loop."""
+    for job, item in found:
+        if isinstance(item, Token):
+            on_token(item, job.cost.tokens == 0)
+            job.cost.count(item)
+        job.buffered += 1
+        job.channel.put(job, item)
+        if job.buffered >= MOST_BUFFERED and not job.paused:
+            job.paused = True
+            pause(job)

@@ -1,0 +1,104 @@
+"""Metrics for Prometheus, in a registry of their own; names of OpenTelemetry's GenAI conventions where there are any.
+
+Owns the names and the buckets. All methods are called in the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from balcony_edge.errors import MissingDependencyError
+from balcony_runtime.reply import Token
+from balcony_runtime.serve.jobs import Cost
+
+try:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+except ImportError as missing:
+    raise MissingDependencyError(
+        "prometheus-client is not installed: pip install 'balcony-edge[serve]' for the server"
+    ) from missing
+
+#: Seconds; OpenTelemetry's advice for the three histograms that have its names.
+_DURATIONS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+#: Seconds between two tokens; finer, because a budget asks for single milliseconds.
+_GAPS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+_MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
+
+
+class Metrics:
+    """What the server counts.
+
+    Args:
+        exits: exits of the bundle.
+        running: gives the number of replies in progress.
+        waiting: gives the number of replies that have not begun.
+        pending: gives the number of pending rows of all replies.
+        slowdown: gives how many times slower than its prices the device is.
+    """
+
+    def __init__(
+        self,
+        exits: tuple[int, ...],
+        *,
+        running: Callable[[], float],
+        waiting: Callable[[], float],
+        pending: Callable[[], float],
+        slowdown: Callable[[], float],
+    ) -> None:
+        registry = self._registry = CollectorRegistry()
+
+        def histogram(name: str, help_: str, buckets: tuple[float, ...], labels: tuple[str, ...] = _MODEL) -> Histogram:
+            return Histogram(name, help_, labels, buckets=buckets, registry=registry)
+
+        self._duration = histogram(
+            "gen_ai_server_request_duration_seconds", "Time of a request.", _DURATIONS, (*_MODEL, "error_type")
+        )
+        self._first = histogram("gen_ai_server_time_to_first_token_seconds", "Time to the first token.", _FIRST)
+        self._per_token = histogram(
+            "gen_ai_server_time_per_output_token_seconds", "Mean time of a token after the first.", _PER_TOKEN
+        )
+        self._gap = histogram("balcony_token_gap_seconds", "Gap between two tokens.", _GAPS, ())
+        self._requests = Counter("balcony_requests", "Requests by status.", ("endpoint", "status"), registry=registry)
+        self._prompt = Counter("balcony_prompt_tokens", "Tokens of prompts.", registry=registry)
+        tokens = Counter("balcony_tokens", "Tokens by the exit that made them.", ("exit",), registry=registry)
+        self._tokens = {layer: tokens.labels(str(layer)) for layer in exits}
+        self._late = Counter("balcony_late_tokens", "Tokens that missed their target.", registry=registry)
+        self._rejections = Counter(
+            "balcony_rejections", "Requests that were refused, by reason.", ("reason",), registry=registry
+        )
+        for name, help_, value in (
+            ("balcony_replies_running", "Replies in progress.", running),
+            ("balcony_replies_waiting", "Replies that have not begun.", waiting),
+            ("balcony_pending_rows", "Rows that the deepest stage has not taken in yet, of all replies.", pending),
+            ("balcony_slowdown", "How many times slower than its prices the device is.", slowdown),
+        ):
+            Gauge(name, help_, registry=registry).set_function(value)
+
+    def token(self, token: Token, *, first: bool) -> None:
+        """Count a token."""
+        self._tokens[token.exit_layer].inc()
+        if not first:
+            self._gap.observe(token.latency_ms / 1000)
+            if token.late:
+                self._late.inc()
+
+    def request(self, endpoint: str, status: int, reason: str | None) -> None:
+        """Count an answer to any request."""
+        self._requests.labels(endpoint, str(status)).inc()
+        if reason is not None:
+            self._rejections.labels(reason).inc()
+
+    def reply(self, operation: str, model: str, prompt_tokens: int, cost: Cost, seconds: float, error: str) -> None:
+        """Record the cost of an answer whose replies began."""
+        self._duration.labels(operation, model, error).observe(seconds)
+        self._prompt.inc(prompt_tokens)
+        if cost.ttft_ms is not None:
+            self._first.labels(operation, model).observe(cost.ttft_ms / 1000)
+        if cost.gaps:
+            self._per_token.labels(operation, model).observe(cost.gaps_ms / cost.gaps / 1000)
+
+    def text(self) -> bytes:
+        """The page that Prometheus reads."""
+        return generate_latest(self._registry)

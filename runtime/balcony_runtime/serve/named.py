@@ -1,0 +1,110 @@
+"""Names under which the model is served: each name has a budget, and a request may change single keys of it.
+
+Owns the folder of budget files and the order of the three ways to ask: the model's name, then headers, then the body.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from balcony_edge.budget import Budget, load_budget
+from balcony_edge.errors import BudgetError, InputError
+from balcony_runtime.serve.refusal import RefusedError, bad
+
+_log = logging.getLogger(__name__)
+#: Header → key of a budget. The later ones are llm-d's present names.
+HEADERS = {
+    "x-slo-ttft-ms": "ttft_ms",
+    "x-slo-tpot-ms": "tpot_ms",
+    "x-llm-d-slo-ttft-ms": "ttft_ms",
+    "x-llm-d-slo-tpot-ms": "tpot_ms",
+}
+
+
+class Names:
+    """The names of one bundle and their budgets.
+
+    Args:
+        name: name of the model; alone it stands for the server's own budget.
+        own: the server's own budget.
+        agreement: exit layer → share of tokens on which it agrees with the full depth, as in the manifest.
+        folder: directory of budget files, or None.
+
+    Raises:
+        BudgetError: a file is refused.
+        InputError: the folder cannot be read.
+    """
+
+    def __init__(self, name: str, own: Budget, agreement: Mapping[int, float | None], folder: Path | None) -> None:
+        self.name, self._own, self._agreement, self._folder = name, own, agreement, folder
+        self._budgets: dict[str, Budget] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Read the budget files again; if one is refused, all stay as they are."""
+        found = {f"exit-{layer}": Budget(exit_layer=layer) for layer in sorted(self._agreement)}
+        found["lossless"] = Budget(policy="lossless")
+        for path in self._files():
+            budget = load_budget(path)
+            try:
+                budget.for_bundle(self._agreement)
+            except BudgetError as error:
+                _log.warning("%s: is not offered: %s", path, error)
+                continue
+            found[path.stem] = budget
+        self._budgets = {self.name: self._own, **{f"{self.name}:{key}": budget for key, budget in found.items()}}
+
+    def _files(self) -> Sequence[Path]:
+        if self._folder is None:
+            return ()
+        if not self._folder.is_dir():
+            raise InputError(f"--budgets {self._folder}: is not a directory: give one with budget files (*.toml)")
+        return sorted(self._folder.glob("*.toml"))
+
+    @property
+    def budgets(self) -> Mapping[str, Budget]:
+        """Name → budget; the first is the model itself."""
+        return self._budgets
+
+    def budget(self, name: str | None, headers: Mapping[str, str], body: Any) -> Budget | None:
+        """The budget of a request; None for the server's own.
+
+        Args:
+            name: ``model`` of the request; None for the model itself.
+            headers: headers of the request, with lower-case names.
+            body: object ``budget`` of the request, or None.
+
+        Raises:
+            RefusedError: the model is unknown, or a header is not a number.
+            BudgetError: a key or a value is refused.
+        """
+        name = name or self.name
+        base = self._budgets.get(name)
+        if base is None:
+            close = difflib.get_close_matches(name, self._budgets, n=1)
+            cure = f"did you mean {close[0]}?" if close else "/v1/models lists them"
+            raise RefusedError(
+                404, f"model = {name!r}: there is no such model; {cure}", "model_not_found", param="model"
+            )
+        given = {key: _number(header, headers[header]) for header, key in HEADERS.items() if header in headers}
+        if body is not None and not isinstance(body, Mapping):
+            raise bad("budget", body, "must be an object with keys of a budget file; e.g. {'tpot_ms': 25}")
+        given |= body or {}
+        if not given:
+            return None if name == self.name else base
+        return Budget.model_validate(base.model_dump(exclude_unset=True) | given)
+
+
+def _number(header: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise bad(header, text, "must be a finite number above 0; give milliseconds, e.g. 25")
+    return value

@@ -1,0 +1,93 @@
+"""Refusals of the server: an HTTP status and OpenAI's error body, with the one line of the error that caused it.
+
+Owns which error has which status. It does not know the web framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from balcony_edge.errors import (
+    BalconyError,
+    BudgetError,
+    BusyError,
+    ContextLengthError,
+    InfeasibleError,
+    InputError,
+)
+
+#: Header that says why a request was turned away; the values are those of the metric ``balcony_rejections_total``.
+REASON = "x-balcony-reason"
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
+
+
+class RefusedError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: HTTP status.
+        message: one line: what was given, what is allowed, what to do.
+        reason: word for programs and metrics; ``error.code`` in the body.
+        param: field of the request that the error is about.
+        headers: headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        reason: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        message = message.encode("utf-8", "replace").decode()  # a request may hold lone surrogates
+        super().__init__(message)
+        self.status, self.message, self.reason, self.param = status, message, reason, param
+        self.headers = {REASON: reason, **(headers or {})}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.reason}}
+
+
+def bad(param: str, given: object, allowed: str) -> RefusedError:
+    """The refusal of a field: ``allowed`` says what it must be and what to do."""
+    shown = repr(given)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return RefusedError(400, f"{param} = {shown}: {allowed}", "invalid_value", param=param)
+
+
+def busy(message: str, reason: str, seconds: int) -> RefusedError:
+    """Too much to do at the moment; a retry after some seconds may succeed."""
+    return RefusedError(429, message, reason, headers={"retry-after": str(seconds)})
+
+
+#: Error of the runtime → status, reason, and the field that it is about. The first match counts.
+_KINDS: tuple[tuple[type[BalconyError], int, str, str | None], ...] = (
+    (InfeasibleError, 422, "infeasible", "budget"),
+    (BudgetError, 400, "invalid_budget", "budget"),
+    (ContextLengthError, 400, "context_length_exceeded", "prompt"),
+    (InputError, 400, "invalid_value", None),
+    (BalconyError, 500, "device", None),
+)
+
+
+def refusal_of(error: BaseException, retry_s: int = 1) -> RefusedError:
+    """The refusal for an error of the runtime.
+
+    Args:
+        error: what was raised.
+        retry_s: seconds after which a retry may succeed, if the device is busy.
+    """
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, BusyError):
+        return busy(str(error), "overloaded", retry_s)
+    for kind, status, reason, param in _KINDS:
+        if isinstance(error, kind):
+            return RefusedError(status, str(error), reason, param=param)
+    return RefusedError(500, "the server failed: its log has the cause; report it as a bug", "internal")

@@ -1,0 +1,229 @@
+"""The process around the application: sockets, TLS, signals, readiness.
+
+Owns the order of starting and stopping. The port opens first, so that ``/health`` can say that the model is loading. SIGTERM
+and Ctrl-C stop new requests and wait for those in progress; SIGHUP reads the budget files again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from balcony_edge.errors import BalconyError, InputError, MissingDependencyError
+from balcony_runtime.llm import LLM
+from balcony_runtime.serve.app import make_app
+from balcony_runtime.serve.guard import is_loopback
+from balcony_runtime.serve.service import Limits, Service
+
+try:
+    import uvicorn
+except ImportError as missing:
+    raise MissingDependencyError(
+        "uvicorn is not installed: pip install 'balcony-edge[serve]' for the server"
+    ) from missing
+
+_log = logging.getLogger(__name__)
+#: Bytes that the kernel keeps for a client that does not read; by default it keeps megabytes, and slow readers are seen late.
+SEND_BUFFER = 128 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where and how to serve.
+
+    Attributes:
+        host, port: address to listen on; port 0 takes a free one.
+        name: name of the model; None for the bundle's.
+        budgets: directory of budget files whose names become models.
+        api_key: key that requests must bring.
+        ssl_certfile, ssl_keyfile: certificate and key for TLS.
+        limits: bounds.
+        drain_s: longest wait for requests in progress when the server stops.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    name: str | None = None
+    budgets: Path | None = None
+    api_key: str | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    drain_s: float = 30.0
+
+
+class Server:
+    """One server. :meth:`run` serves until it is told to stop.
+
+    Args:
+        open_llm: loads the bundle.
+        settings: where and how to serve.
+
+    Raises:
+        InputError: the address cannot be used, or a key without a certificate was given.
+    """
+
+    def __init__(self, open_llm: Callable[[], LLM], settings: Settings) -> None:
+        self._open, self._settings = open_llm, settings
+        if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
+            raise InputError("--ssl-certfile and --ssl-keyfile: TLS needs both; give the other one, too")
+        for option, path in (("--ssl-certfile", settings.ssl_certfile), ("--ssl-keyfile", settings.ssl_keyfile)):
+            if path is not None and not path.is_file():
+                raise InputError(f"{option} {path}: there is no such file: name a PEM file")
+        self._socket = _listen(settings.host, settings.port)
+        self.service = Service(settings.name, settings.budgets, settings.limits)
+        self._uvicorn = _Uvicorn(self._config(), self)
+        self._failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def url(self) -> str:
+        """Address of the server."""
+        scheme = "http" if self._settings.ssl_certfile is None else "https"
+        host, port = self._socket.getsockname()[:2]
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def run(self) -> None:
+        """Serve until a signal or :meth:`stop`.
+
+        Raises:
+            BalconyError: the bundle cannot be loaded, or a budget file is refused.
+        """
+        try:
+            asyncio.run(self._serve())
+        finally:
+            self._socket.close()
+            self.service.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Take no more requests, wait for those in progress, and return from :meth:`run`. For any thread."""
+        self.service.draining = True
+        self._uvicorn.should_exit = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
+                self._loop.call_soon_threadsafe(self._loop.call_later, self._settings.drain_s, self.service.abort)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the bundle is loaded and the port is open."""
+        return self.service.ready and self._uvicorn.started
+
+    def reload(self) -> None:
+        """Read the budget files again; if one is refused, the log says so and all stay as they are."""
+        if not self.service.ready:
+            return
+        _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            self.service.names.read()
+            _log.info("budget files: %s", ", ".join(self.service.names.budgets))
+        except BalconyError as error:
+            _log.error("budget files are as before: %s", error)
+        _notify("READY=1")
+
+    def _config(self) -> uvicorn.Config:
+        settings = self._settings
+        host = settings.host
+        loopback = is_loopback(self._socket.getsockname()[0].partition("%")[0])
+        if not loopback and settings.api_key is None:
+            _log.warning("%s: anyone in the network may use this server: set --api-key", host)
+        return uvicorn.Config(
+            make_app(self.service, settings.api_key, loopback=loopback),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=math.ceil(settings.drain_s) + 5,  # answers that are ended take a moment
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+        )
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        loading = asyncio.create_task(self._load())
+        await self._uvicorn.serve(sockets=[self._socket])
+        await loading
+
+    async def _load(self) -> None:
+        begin = time.monotonic()
+        try:
+            await asyncio.to_thread(self.service.load, self._open, asyncio.get_running_loop())
+        except BaseException as error:
+            self._failure = error
+            self._uvicorn.should_exit = True
+            return
+        _log.info("ready after %.1f s on %s", time.monotonic() - begin, self.url)
+        _notify("READY=1\nSTATUS=Serving " + self.url)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn with our signals: its own would end the process before the engine is freed."""
+
+    def __init__(self, config: uvicorn.Config, owner: Server) -> None:
+        super().__init__(config)
+        self._owner = owner
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals, if this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        loop.add_signal_handler(signal.SIGHUP, self._owner.reload)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+
+    def _end(self) -> None:
+        if self.should_exit:
+            self._owner.service.abort()
+            return
+        _log.info("stopping: waiting for requests in progress; another signal ends them")
+        _notify("STOPPING=1")
+        self._owner.stop()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise InputError(
+            f"--host {host}: is not an address of this machine ({error.strerror}): give another"
+        ) from error
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
+    try:
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise InputError(f"{host}:{port}: cannot be listened on ({error.strerror}): give another --port") from error
+    return found
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, if it started this process (sd_notify)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
+        to.sendto(state.encode(), address)

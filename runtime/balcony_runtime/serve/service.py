@@ -1,0 +1,263 @@
+"""The service behind the routes: one loaded bundle, its names, and the replies in progress.
+
+Owns the slots and the bound of the queue. Everything here runs in the event loop, except :meth:`Service.prepare` and
+:meth:`Service.load`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from balcony_edge.budget import Budget
+from balcony_runtime.engine import refuse_foreign
+from balcony_runtime.llm import LLM
+from balcony_runtime.reply import Token
+from balcony_runtime.serve.answers import Answer
+from balcony_runtime.serve.asked import Asked
+from balcony_runtime.serve.jobs import Cost, Job, deliver
+from balcony_runtime.serve.metrics import Metrics
+from balcony_runtime.serve.named import Names
+from balcony_runtime.serve.refusal import RefusedError, busy
+from balcony_runtime.serve.shapes import Shapes, prompt_tokens
+from balcony_runtime.serve.worker import Found, Worker
+
+#: Longest time for which a refused client is asked to wait.
+MOST_RETRY_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the server.
+
+    Attributes:
+        parallel: most replies in progress.
+        queue: most replies that wait for those to end.
+        body_bytes: largest body of a request.
+        request_s: longest time of a request.
+        body_s: longest time for sending the body.
+    """
+
+    parallel: int = 16
+    queue: int = 64
+    body_bytes: int = 8 << 20
+    request_s: float = 600.0
+    body_s: float = 30.0
+
+
+class Service:
+    """One loaded bundle that answers requests.
+
+    Args:
+        name: name of the model; None for the bundle's.
+        budgets: directory of budget files, or None.
+        limits: bounds.
+    """
+
+    def __init__(self, name: str | None, budgets: Path | None, limits: Limits) -> None:
+        self._name, self.folder, self.limits = name, budgets, limits
+        self.started_s = int(time.time())
+        self.draining = False
+        self._loaded: tuple[LLM, Names, Worker, Metrics] | None = None
+        self._jobs: dict[int, Job] = {}
+        self._answers: set[Answer] = set()
+        self._keys = itertools.count()
+        self._mean_s, self._slowdown = 1.0, 1.0
+
+    def load(self, open_llm: Callable[[], LLM], loop: asyncio.AbstractEventLoop) -> None:
+        """Load the bundle and measure its prices, so that no budget of a request has to. Takes seconds; for a thread."""
+        llm = open_llm()
+        try:
+            llm.costs  # noqa: B018 - measured now, not while others decode
+            manifest = llm.engine.manifest
+            names = Names(self._name or manifest.model.name, llm.budget, manifest.agreement, self.folder)
+        except BaseException:
+            llm.close()
+            raise
+
+        limits = self.limits
+
+        def hand_over(found: Found) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and no one waits for these
+                loop.call_soon_threadsafe(self._deliver, found)
+
+        worker = Worker(llm, limits.parallel, limits.parallel + limits.queue, hand_over)
+        metrics = Metrics(
+            llm.exit_layers,
+            running=lambda: len(self._jobs) - self.waiting,
+            waiting=lambda: self.waiting,
+            pending=lambda: sum(0 if job.cost.last is None else job.cost.last.pending_rows for job in self.slots),
+            slowdown=lambda: self._slowdown,
+        )
+        worker.start()
+        self._loaded = llm, names, worker, metrics
+
+    def close(self) -> None:
+        """End all replies and free the engine."""
+        if self._loaded is not None:
+            llm, _, worker, _ = self._loaded
+            worker.stop()
+            llm.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the bundle is loaded."""
+        return self._loaded is not None
+
+    @property
+    def llm(self) -> LLM:
+        """The bundle; the server answers no request that needs it before it is loaded."""
+        return self._parts[0]
+
+    @property
+    def names(self) -> Names:
+        """Names and their budgets."""
+        return self._parts[1]
+
+    @property
+    def metrics(self) -> Metrics:
+        """Counters."""
+        return self._parts[3]
+
+    @property
+    def _parts(self) -> tuple[LLM, Names, Worker, Metrics]:
+        if self._loaded is None:
+            raise RefusedError(503, "the model is loading: try again soon", "loading", headers={"retry-after": "1"})
+        return self._loaded
+
+    @property
+    def slots(self) -> Sequence[Job]:
+        """Replies that have not ended."""
+        return tuple(self._jobs.values())
+
+    @property
+    def waiting(self) -> int:
+        """Number of replies that have not begun."""
+        return sum(job.stream is None for job in self._jobs.values())
+
+    @property
+    def retry_s(self) -> int:
+        """Seconds after which a place is likely to be free."""
+        rounds = (self.waiting + 1) / self.limits.parallel
+        return min(max(math.ceil(self._mean_s * rounds), 1), MOST_RETRY_S)
+
+    def _deliver(self, found: Found) -> None:
+        deliver(found, self._parts[2].pause, self._on_token)
+
+    def _on_token(self, token: Token, first: bool) -> None:
+        self.metrics.token(token, first=first)
+        decision = token.decision
+        if decision.price_ms > 0 and decision.predicted_ms > 0:
+            self._slowdown = decision.predicted_ms / decision.price_ms
+
+    async def answer(self, asked: Asked, headers: Mapping[str, str], client: str) -> Answer:
+        """The answer to a request, not begun.
+
+        Raises:
+            RefusedError: the queue is full, or the model is unknown.
+            BalconyError: a prompt, a budget or a parameter is refused.
+        """
+        if self.waiting >= self.limits.queue:
+            raise busy(f"{self.waiting} replies wait for others to end: try again later", "queue_full", self.retry_s)
+        budget = self.names.budget(asked.model, headers, asked.budget)
+        model = asked.model or self.names.name
+        prompts, texts, options = await asyncio.to_thread(self._prepare, asked, budget)
+        jobs = [
+            Job(
+                next(self._keys),
+                index,
+                prompts[index // asked.n],
+                options[index % asked.n],
+                budget=budget,
+                score=asked.logprobs if asked.echo else None,
+                model=model,
+            )
+            for index in range(len(prompts) * asked.n)
+        ]
+        for job in jobs:
+            job.channel = jobs[0].channel
+            self._jobs[job.key] = job
+        shapes = Shapes(asked, model, self.llm.decode, [texts[job.index // asked.n] for job in jobs])
+
+        def on_close(answer: Answer) -> None:
+            self._closed(answer, model, client)
+
+        found = Answer(asked, shapes, jobs, self._parts[2], self.limits.request_s, lambda: self.retry_s, on_close)
+        self._answers.add(found)
+        return found
+
+    def _prepare(self, asked: Asked, budget: Budget | None) -> tuple[list[list[int]], list[str], list[dict[str, Any]]]:
+        """Tokens and texts of the prompts, and options of each reply to a prompt. Runs in a thread."""
+        llm = self.llm
+        if budget is not None:
+            llm.checked(budget)
+        options = [
+            {
+                "max_new_tokens": asked.max_tokens,
+                "sampling": asked.params(choice),
+                "stop": asked.stop,
+                "logprobs": asked.logprobs,
+                "ignore_eos": asked.ignore_eos,
+            }
+            for choice in range(asked.n)
+        ]
+        prompts, texts = [], []
+        for prompt in asked.prompts:
+            if asked.chat:  # a message cannot end its turn by spelling a control token
+                prompts.append(llm.encode(prompt, control_tokens=False))
+            else:
+                prompts.append(llm.encode(prompt, chat=False) if isinstance(prompt, str) else prompt)
+                refuse_foreign(np.array(prompts[-1]), llm.engine.manifest.model.vocab_size)
+            if asked.echo:
+                texts.append(prompt if isinstance(prompt, str) else llm.decode(prompt))
+            else:
+                texts.append("")
+        return prompts, texts, options
+
+    def abort(self) -> None:
+        """End all answers with an error."""
+        for answer in tuple(self._answers):
+            answer.stop()
+
+    def _closed(self, answer: Answer, model: str, client: str) -> None:
+        self._answers.discard(answer)
+        for job in answer.jobs:
+            self._jobs.pop(job.key, None)
+        seconds = time.monotonic() - answer.begun_s
+        self._mean_s += 0.2 * (seconds - self._mean_s)
+        cost = Cost.of([job.cost for job in answer.jobs])
+        operation = "chat" if answer.asked.chat else "text_completion"
+        self.metrics.reply(operation, model, prompt_tokens(answer.jobs), cost, seconds, answer.reason)
+        answer.log(client, model)
+
+    async def rebudget(self, key: int, body: Any) -> Job:
+        """Give a reply in progress another budget, from the next token on.
+
+        Args:
+            key: number of its slot.
+            body: keys of a budget file; None for the server's own budget.
+
+        Raises:
+            RefusedError: there is no such reply.
+            BalconyError: the budget is refused.
+        """
+        budget = None if body is None else Budget.model_validate(body)
+        if budget is not None:
+            await asyncio.to_thread(self.llm.checked, budget)
+        job = self._jobs.get(key)
+        if job is None or job.ended:
+            raise RefusedError(
+                404, f"slot {key}: has no reply in progress; /slots lists those that have", "no_such_slot"
+            )
+        job.budget = budget
+        self._parts[2].rebudget(job, budget)
+        return job

@@ -1,0 +1,165 @@
+"""OpenAI's objects: chat completions and completions, whole and in pieces, with usage, timings and the cost of the replies.
+
+Owns the names of the fields. It knows neither threads nor the web framework.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from balcony_runtime.reply import Token
+from balcony_runtime.serve.asked import Asked
+from balcony_runtime.serve.jobs import Cost, Job, Scores
+
+Best = Sequence[tuple[int, float]]
+
+
+class Shapes:
+    """The objects of one answer.
+
+    Args:
+        asked: the request.
+        model: name of the model in the answer.
+        decode: text of token ids.
+        prompts: text of the prompt of every choice, for ``echo``.
+    """
+
+    def __init__(
+        self, asked: Asked, model: str, decode: Callable[[Sequence[int]], str], prompts: Sequence[str]
+    ) -> None:
+        self._asked, self._decode, self._prompts = asked, decode, prompts
+        self.id = ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+        self._offsets = [0] * len(prompts)  # characters of each choice so far, for text_offset
+
+    def opening(self, job: Job, scores: Scores | None) -> list[dict[str, Any]]:
+        """Pieces before the first token of a choice: the role of a message, or the prompt that is echoed."""
+        if self._asked.chat:
+            return [self._piece(job, {"role": "assistant", "content": ""}, None, None)]
+        if not self._asked.echo:
+            return []
+        return [self._piece(job, self._prompts[job.index], self.prompt_logprobs(job, scores), None)]
+
+    def token(self, job: Job, token: Token) -> dict[str, Any] | None:
+        """The piece of a token; None if it has nothing to say yet."""
+        asked = self._asked
+        if not token.text and token.finish_reason is None and asked.logprobs is None and not asked.each_token:
+            return None
+        logprobs = None if token.logprob is None else self.logprobs(job, [token])
+        text: Any = token.text
+        if asked.chat:
+            text = {"content": text} if text or token.finish_reason is None else {}
+        piece = self._piece(job, text, logprobs, token.finish_reason)
+        return piece | self.costs([job], [job.shown]) if asked.each_token else piece
+
+    def end(self, job: Job, reason: str) -> dict[str, Any]:
+        """The last piece of a choice that makes no tokens."""
+        return self._piece(job, "", None, reason)
+
+    def closing(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """The piece after the last one of every choice: the usage."""
+        return {**self._object(True, []), "usage": usage(jobs)}
+
+    def whole(self, jobs: Sequence[Job], scores: Sequence[Scores | None]) -> dict[str, Any]:
+        """The whole answer."""
+        choices = [self._choice(job, found) for job, found in zip(jobs, scores, strict=True)]
+        return {**self._object(False, choices), "usage": usage(jobs), **self.costs(jobs, [job.cost for job in jobs])}
+
+    def costs(self, jobs: Sequence[Job], costs: Sequence[Cost]) -> dict[str, Any]:
+        """llama.cpp's ``timings``, and ``balcony``: depth, lateness, the last reason and the verdicts."""
+        cost = Cost.of(costs)
+        facts = cost.facts() | {"slots": [job.key for job in jobs]}
+        ended = [job for job in jobs if job.ended and job.stream is not None]
+        facts["verdicts"] = [
+            verdict.to_dict() | {"index": job.index}
+            for job in ended
+            if job.stream is not None
+            for verdict in job.stream.watch.verdicts()
+        ]
+        return {"timings": cost.timings(prompt_tokens(jobs)), "balcony": facts}
+
+    def _choice(self, job: Job, scores: Scores | None) -> dict[str, Any]:
+        reply = None if job.stream is None else job.stream.reply
+        text = "" if reply is None else reply.text
+        tokens = () if reply is None else reply.tokens
+        reason = "length" if reply is None else reply.finish_reason
+        if self._asked.chat:
+            logprobs = None if self._asked.logprobs is None else self.logprobs(job, tokens)
+            message = {"role": "assistant", "content": text, "refusal": None}
+            return {"index": job.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        logprobs = self.prompt_logprobs(job, scores) if self._asked.echo else None
+        if self._asked.logprobs is not None:
+            made = self.logprobs(job, tokens)
+            logprobs = made if logprobs is None else {key: logprobs[key] + made[key] for key in made}
+        text = self._prompts[job.index] + text if self._asked.echo else text
+        return {"index": job.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def logprobs(self, job: Job, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Log-probabilities of tokens of a reply."""
+        if self._asked.chat:
+            content = [
+                self._entry(token.id, token.logprob)
+                | {"top_logprobs": [self._entry(*pair) for pair in token.top_logprobs]}
+                for token in tokens
+            ]
+            return {"content": content, "refusal": None}
+        return self._listed(job, [(token.id, token.logprob, token.top_logprobs) for token in tokens])
+
+    def prompt_logprobs(self, job: Job, scores: Scores | None) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens of an echoed prompt; None if they were not asked for."""
+        if scores is None:
+            return None
+        return self._listed(job, list(zip(job.ids, scores.logprobs, scores.best, strict=True)))
+
+    def _listed(self, job: Job, tokens: Sequence[tuple[int, float | None, Best]]) -> dict[str, Any]:
+        names, offsets, best = [], [], []
+        for token, logprob, likeliest in tokens:
+            names.append(name := self._name(token))
+            offsets.append(self._offsets[job.index])
+            self._offsets[job.index] += len(self._decode([token]))
+            found: dict[str, float] | None = None
+            if logprob is not None:  # different tokens may have one text: the likelier one counts
+                found = {}
+                for other, value in likeliest:
+                    found.setdefault(self._name(other), value)
+                found.setdefault(name, logprob)
+            best.append(found)
+        return {
+            "tokens": names,
+            "token_logprobs": [logprob for _, logprob, _ in tokens],
+            "top_logprobs": best,
+            "text_offset": offsets,
+        }
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self._decode([token])
+        return {"token": self._name(token), "logprob": logprob, "bytes": list(text.encode())}
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self._asked.as_ids else self._decode([token])
+
+    def _piece(self, job: Job, text: Any, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        key = "delta" if self._asked.chat else "text"
+        choice = {"index": job.index, key: text, "logprobs": logprobs, "finish_reason": reason}
+        piece = self._object(True, [choice])
+        return piece | {"usage": None} if self._asked.usage else piece
+
+    def _object(self, piece: bool, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        name = "text_completion"
+        if self._asked.chat:
+            name = "chat.completion.chunk" if piece else "chat.completion"
+        return {**self._head, "object": name, "choices": choices}
+
+
+def prompt_tokens(jobs: Sequence[Job]) -> int:
+    """Tokens of the prompts of an answer; a prompt with several replies counts once, as OpenAI has it."""
+    return sum(len(ids) for ids in {id(job.ids): job.ids for job in jobs}.values())
+
+
+def usage(jobs: Sequence[Job]) -> dict[str, int]:
+    """OpenAI's object ``usage``."""
+    prompts, made = prompt_tokens(jobs), sum(job.cost.tokens for job in jobs)
+    return {"prompt_tokens": prompts, "completion_tokens": made, "total_tokens": prompts + made}

@@ -1,0 +1,193 @@
+"""The decode thread: one thread that owns all replies in progress and sends their tokens to the event loop.
+
+Owns the order in which requests begin and the number that runs at once. A step's tokens go to the loop in one call. What other
+threads want from it they put into its inbox.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from queue import SimpleQueue
+
+from balcony_edge.budget import Budget
+from balcony_edge.errors import BalconyError
+from balcony_runtime.llm import LLM
+from balcony_runtime.reply import TokenStream
+from balcony_runtime.serve.jobs import Ended, Item, Job, Scores
+from balcony_runtime.serve.likelihood import scored
+from balcony_runtime.together import Together
+
+_log = logging.getLogger(__name__)
+Found = list[tuple[Job, Item]]
+
+
+class Worker:
+    """Runs jobs in a thread of its own.
+
+    Args:
+        llm: the loaded bundle; nothing else may decode with it.
+        parallel: most replies in progress; others wait in the order of their requests. Paused ones do not count.
+        most: most replies in progress, paused ones included.
+        deliver: takes the items of a step; called in the decode thread.
+    """
+
+    def __init__(self, llm: LLM, parallel: int, most: int, deliver: Callable[[Found], None]) -> None:
+        self._llm, self._parallel, self._most, self._deliver = llm, parallel, most, deliver
+        self._inbox: SimpleQueue[tuple[Callable[[Job], None], Job] | None] = SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._running: dict[TokenStream, Job] = {}
+        self._paused: set[Job] = set()
+        self._scoring: dict[Job, Generator[None, None, Scores]] = {}
+        self._found: Found = []
+        self._together: Together = llm.together()
+        self._thread = threading.Thread(target=self._run, name="balcony-decode", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all replies and the thread."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its items come through ``deliver``."""
+        self._inbox.put((self._waiting.append, job))
+
+    def cancel(self, job: Job) -> None:
+        """End a job; no item follows the ones that are on the way."""
+        self._inbox.put((self._cancel, job))
+
+    def pause(self, job: Job) -> None:
+        """Make no more tokens of a job for the time being."""
+        self._inbox.put((self._pause, job))
+
+    def resume(self, job: Job) -> None:
+        """Make tokens of a job again."""
+        self._inbox.put((self._resume, job))
+
+    def rebudget(self, job: Job, budget: Budget | None) -> None:
+        """Give a job another budget, which must have been checked; None for the server's."""
+        self._inbox.put((functools.partial(_rebudget, budget=budget), job))
+
+    def _run(self) -> None:
+        with self._together:
+            while self._read_inbox():
+                self._admit()
+                self._score()
+                self._step()
+                if self._found:
+                    found, self._found = self._found, []
+                    self._deliver(found)
+
+    def _read_inbox(self) -> bool:
+        """Do what others ask for; sleeps if there is nothing else to do. False if the thread must end."""
+        busy = self._found or self._scoring or (self._waiting and self._room) or len(self._running) > len(self._paused)
+        while not self._inbox.empty() or not busy:
+            message = self._inbox.get()
+            if message is None:
+                return False
+            act, job = message
+            act(job)
+            busy = True
+        return True
+
+    @property
+    def _room(self) -> bool:
+        begun = len(self._running) + len(self._scoring)
+        return begun - len(self._paused) < self._parallel and begun < self._most
+
+    def _admit(self) -> None:
+        while self._waiting and self._room:
+            job = self._waiting.popleft()
+            if job.score is None:
+                self._begin(job)
+                continue
+            try:
+                resolved = self._llm.budgets[1] if job.budget is None else self._llm.checked(job.budget)
+                exit_layer = resolved.allowed_exits(self._llm.exit_layers)[-1]
+            except BalconyError as error:
+                self._found.append((job, error))
+                continue
+            self._scoring[job] = scored(self._llm.engine, job.ids, exit_layer, job.score)
+
+    def _begin(self, job: Job) -> None:
+        if not job.makes_tokens:
+            self._found.append((job, Ended()))
+            return
+        try:
+            job.stream = self._together.add(job.ids, budget=job.budget, **job.options)
+        except Exception as error:
+            self._found.append((job, _told(error)))
+        else:
+            self._running[job.stream] = job
+
+    def _score(self) -> None:
+        """Run one piece of the oldest prompt that is being scored."""
+        for job, pieces in list(self._scoring.items())[:1]:
+            try:
+                next(pieces)
+            except StopIteration as done:
+                del self._scoring[job]
+                self._found.append((job, done.value))
+                self._begin(job)
+            except Exception as error:
+                del self._scoring[job]
+                self._found.append((job, _told(error)))
+
+    def _step(self) -> None:
+        if not self._together.open:
+            return
+        try:
+            for stream, item in self._together.step():  # also frees replies that were cancelled
+                job = self._running[stream]
+                self._found.append((job, item))
+                if isinstance(item, BalconyError) or item.finish_reason is not None:
+                    self._forget(job)
+        except Exception as error:  # a bug: the replies end, and the server goes on
+            told = _told(error)
+            for job in list(self._running.values()):
+                self._found.append((job, told))
+                self._forget(job)
+            self._together.close()
+
+    def _forget(self, job: Job) -> None:
+        if job.stream is not None:
+            self._running.pop(job.stream, None)
+        self._paused.discard(job)
+
+    def _cancel(self, job: Job) -> None:
+        self._scoring.pop(job, None)
+        if job in self._waiting:
+            self._waiting.remove(job)
+        if job.stream is not None and job.stream in self._running:
+            job.stream.cancel()
+            self._forget(job)
+
+    def _pause(self, job: Job) -> None:
+        if job.stream is not None and job.stream in self._running:
+            self._together.pause(job.stream)
+            self._paused.add(job)
+
+    def _resume(self, job: Job) -> None:
+        if job.stream is not None and job in self._paused:
+            self._paused.discard(job)
+            self._together.resume(job.stream)
+
+
+def _rebudget(job: Job, budget: Budget | None) -> None:
+    job.budget = budget
+    if job.stream is not None and not job.ended:
+        job.stream.budget = budget
+
+
+def _told(error: Exception) -> Exception:
+    """The error, after a bug's traceback has gone to the log."""
+    if not isinstance(error, BalconyError):
+        _log.error("the decode thread failed", exc_info=error)
+    return error

@@ -1,0 +1,68 @@
+"""A real server over the tiny bundle, on a free port, in a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import balcony_edge
+from balcony_runtime.serve.server import Server, Settings
+
+BUDGETS = {
+    "voice": "tpot_ms = 30\nprobability = 0.9\n",
+    "shallow": "exit_layer = 2\n",
+    "strict": 'tpot_ms = 0.000001\non_infeasible = "error"\n',
+}
+
+
+@pytest.fixture(scope="session")
+def serve(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts servers with settings of their own; they end with the session."""
+    folder = tmp_path_factory.mktemp("budgets")
+    for name, text in BUDGETS.items():
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+    running: list[tuple[Server, threading.Thread]] = []
+
+    def start(**settings: Any) -> Server:
+        server = Server(lambda: balcony_edge.load(tiny.path), Settings(port=0, budgets=folder, **settings))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        running.append((server, thread))
+        until = time.monotonic() + 60
+        while not server.ready:
+            assert time.monotonic() < until and thread.is_alive()
+            time.sleep(0.01)
+        return server
+
+    yield start
+    for server, _ in running:
+        server.stop()
+    for _, thread in running:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def server(serve: Callable[..., Server]) -> Server:
+    """The server that most tests share."""
+    return serve(name="tiny")
+
+
+@pytest.fixture(scope="session")
+def http(server: Server) -> Iterator[httpx.Client]:
+    """A plain client of it."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def budgets(server: Server) -> Path:
+    """Its folder of budget files."""
+    assert server.service.folder is not None
+    return server.service.folder

@@ -1,0 +1,141 @@
+"""What the server refuses, and how: every answer is OpenAI's error object."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from balcony_runtime.serve.server import Server
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+FOX: dict[str, Any] = {"prompt": "the fox", "max_tokens": 2}
+
+
+class Case(NamedTuple):
+    """A request and its answer: status, code, and a part of the message."""
+
+    path: str
+    body: Any
+    status: int
+    code: str
+    message: str
+    headers: dict[str, str] | None = None
+
+
+REFUSALS = [
+    Case(CHAT, b"{", 400, "invalid_json", "the body is not JSON"),
+    Case(CHAT, b"", 400, "invalid_json", "the body is not JSON"),
+    Case(CHAT, b"[1]", 400, "invalid_json", "the body is a JSON list: send one object"),
+    Case(CHAT, b"\xff\xfe\x00", 400, "invalid_json", "the body is not JSON"),
+    Case(CHAT, b"[" * 100_000, 400, "invalid_json", "the body is not JSON"),
+    Case(CHAT, b'{"temperature": NaN}', 400, "invalid_json", "NaN is not a JSON number"),
+    Case(CHAT, {}, 400, "invalid_value", "messages = None: must be a list of messages"),
+    Case(CHAT, {"messages": []}, 400, "invalid_value", "messages = []: must be a list"),
+    Case(CHAT, {"messages": ["hello"]}, 400, "invalid_value", "messages = 'hello': each must be an object"),
+    Case(CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "must be a mapping with 'role' and 'content'"),
+    Case(CHAT, {"messages": [{"role": "user", "content": 3}]}, 400, "invalid_value", "must be a text or a list"),
+    Case(CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_value", "not valid UTF-8"),
+    Case(CHAT, HELLO | {"model": "x\ud800"}, 404, "model_not_found", "there is no such model"),
+    Case(CHAT, HELLO | {"model": 7}, 400, "invalid_value", "model = 7: must be a text"),
+    Case(CHAT, HELLO | {"model": "tiny:voic"}, 404, "model_not_found", "did you mean tiny:voice?"),
+    Case(CHAT, HELLO | {"max_tokens": 0}, 400, "invalid_value", "max_tokens = 0: must be a whole number above 0"),
+    Case(CHAT, HELLO | {"max_completion_tokens": 1.5}, 400, "invalid_value", "max_completion_tokens = 1.5: must be"),
+    Case(CHAT, HELLO | {"n": 0}, 400, "invalid_value", "n = 0: must be a whole number from 1 to 128"),
+    Case(CHAT, HELLO | {"n": True}, 400, "invalid_value", "n = True: must be a whole number"),
+    Case(CHAT, HELLO | {"temperature": -1}, 400, "invalid_value", "temperature = -1: must be a finite number"),
+    Case(CHAT, HELLO | {"temperature": "hot"}, 400, "invalid_value", "temperature = 'hot': must be a number"),
+    Case(CHAT, HELLO | {"temperature": 10**400}, 400, "invalid_value", "must be a number within ±1e+15"),
+    Case(CHAT, HELLO | {"top_p": 0}, 400, "invalid_value", "top_p = 0: must be a number above 0"),
+    Case(CHAT, HELLO | {"top_k": -2}, 400, "invalid_value", "top_k = -2: must be a whole number from -1"),
+    Case(CHAT, HELLO | {"min_p": 1}, 400, "invalid_value", "min_p = 1: must be a number, at least 0"),
+    Case(CHAT, HELLO | {"seed": -1}, 400, "invalid_value", "seed = -1: must be a whole number from 0"),
+    Case(CHAT, HELLO | {"stop": [""]}, 400, "invalid_value", "stop = ['']: must be a text or a list of texts"),
+    Case(CHAT, HELLO | {"top_logprobs": 2}, 400, "invalid_value", "top_logprobs = 2: needs logprobs = true"),
+    Case(CHAT, HELLO | {"logprobs": 3}, 400, "invalid_value", "logprobs = 3: must be true or false"),
+    Case(CHAT, HELLO | {"logit_bias": [1]}, 400, "invalid_value", "logit_bias = [1]: must map token ids"),
+    Case(CHAT, HELLO | {"logit_bias": {"a": 1}}, 400, "invalid_value", "logit_bias = {'a': 1}: must map token ids"),
+    Case(CHAT, HELLO | {"logit_bias": {"9999": 1}}, 400, "invalid_value", "the vocabulary has 0 to 319"),
+    Case(CHAT, HELLO | {"tools": [{}]}, 400, "invalid_value", "tools = [{}]: is not supported here; leave it out"),
+    Case(CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "invalid_value", "is not supported here"),
+    Case(CHAT, HELLO | {"frequency_penalty": 1}, 400, "invalid_value", "frequency_penalty = 1: is not supported"),
+    Case(CHAT, HELLO | {"stream": "yes"}, 400, "invalid_value", "stream = 'yes': must be true or false"),
+    Case(CHAT, HELLO | {"stream": True, "stream_options": 1}, 400, "invalid_value", "stream_options = 1: must be"),
+    Case(CHAT, HELLO | {"budget": 5}, 400, "invalid_value", "budget = 5: must be an object"),
+    Case(CHAT, HELLO | {"budget": {"tpot_ms": -5}}, 400, "invalid_budget", "tpot_ms = -5: must be a finite number"),
+    Case(CHAT, HELLO | {"budget": {"exit": 2}}, 400, "invalid_budget", "exit = 2: no such key"),
+    Case(CHAT, HELLO | {"budget": {"exit_layer": 4}}, 400, "invalid_budget", "this bundle has exits 2, 3, 5"),
+    Case(CHAT, HELLO, 400, "invalid_value", "x-slo-tpot-ms = 'fast': must be", {"x-slo-tpot-ms": "fast"}),
+    Case(CHAT, HELLO, 400, "invalid_value", "x-llm-d-slo-ttft-ms = '-1': must be", {"x-llm-d-slo-ttft-ms": "-1"}),
+    Case(CHAT, HELLO, 403, "foreign_origin", "origin https://evil.example", {"origin": "https://evil.example"}),
+    Case(CHAT, HELLO, 403, "foreign_host", "host evil.example: use localhost", {"host": "evil.example"}),
+    Case(CHAT, HELLO, 403, "foreign_host", "host [::1: use localhost", {"host": "[::1"}),
+    Case(CHAT, HELLO, 403, "foreign_origin", "origin http://[: pages of other sites", {"origin": "http://["}),
+    Case(TEXT, {"prompt": None}, 400, "invalid_value", "prompt = None: must be a text, a list of texts"),
+    Case(TEXT, {"prompt": []}, 400, "invalid_value", "prompt = []: must be a text"),
+    Case(TEXT, {"prompt": [1, "a"]}, 400, "invalid_value", "prompt = [1, 'a']: must be"),
+    Case(TEXT, {"prompt": ["a", ""]}, 400, "invalid_value", "one of the prompts is empty"),
+    Case(TEXT, {"prompt": ""}, 400, "invalid_value", "the prompt is empty"),
+    Case(TEXT, {"prompt": [5000]}, 400, "invalid_value", "token 5000: the vocabulary has 0 to 319"),
+    Case(TEXT, {"prompt": [-1], "echo": True, "logprobs": 1}, 400, "invalid_value", "the vocabulary has 0 to 319"),
+    Case(TEXT, {"prompt": [7] * 300}, 400, "context_length_exceeded", "context holds 256"),
+    Case(TEXT, {"prompt": [7] * 300, "echo": True, "logprobs": 0}, 400, "context_length_exceeded", "1 to 256"),
+    Case(TEXT, FOX | {"max_tokens": 0}, 400, "invalid_value", "0 needs echo in a completion"),
+    Case(TEXT, FOX | {"logprobs": 21}, 400, "invalid_value", "logprobs = 21: must be a whole number from 0 to 20"),
+    Case(TEXT, FOX | {"suffix": "end"}, 400, "invalid_value", "suffix = 'end': is not supported"),
+    Case(TEXT, FOX | {"best_of": 2}, 400, "invalid_value", "best_of = 2: is not supported"),
+    Case(TEXT, {"prompt": ["a"] * 100, "n": 2}, 400, "invalid_value", "100 prompts make 200 replies"),
+    Case(TEXT, FOX | {"model": "tiny:strict"}, 422, "infeasible", "infeasible: tpot_ms = 1e-06"),
+    Case(TEXT, FOX | {"model": "tiny:strict", "stream": True}, 422, "infeasible", "infeasible: tpot_ms = 1e-06"),
+    Case("/tokenize", {}, 400, "invalid_value", "give a text as content"),
+    Case("/tokenize", {"content": 1}, 400, "invalid_value", "content = 1: must be a text"),
+    Case("/detokenize", {"tokens": [-1]}, 400, "invalid_value", "the vocabulary has 0 to 319"),
+    Case("/detokenize", {"tokens": "a"}, 400, "invalid_value", "tokens = 'a': must be a list of token ids"),
+    Case("/slots/123456", {"budget": None}, 404, "no_such_slot", "slot 123456: has no reply in progress"),
+    Case("/slots/1", {"budget": {"tpo_ms": 3}}, 400, "invalid_budget", "did you mean tpot_ms"),
+    Case("/v1/embeddings", {}, 404, "not_found", "POST /v1/embeddings: no such path"),
+    Case("/v1/models", {}, 405, "method_not_allowed", "POST /v1/models: no such method"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: f"{case.path} {str(case.body)[:50]} {case.headers or ''}")
+def test_a_bad_request_has_its_line(case: Case, http: httpx.Client) -> None:
+    content = case.body if isinstance(case.body, bytes) else json.dumps(case.body).encode()
+    found = http.post(case.path, content=content, headers=case.headers)
+    error = found.json()["error"]
+    assert (found.status_code, error["code"]) == (case.status, case.code), error
+    assert case.message in error["message"] and "\n" not in error["message"]
+    assert set(error) == {"message", "type", "param", "code"} and found.headers["x-balcony-reason"] == case.code
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "parallel_tool_calls": True},
+        {"tools": [], "response_format": {"type": "text"}, "frequency_penalty": 0, "n": None, "stop": None},
+        {"top_k": -1, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5, "top_p": 0.9, "seed": 1},
+        {"max_completion_tokens": 1, "max_tokens": None},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_other_fields_are_accepted(extra: dict[str, Any], http: httpx.Client) -> None:
+    assert http.post(CHAT, json=HELLO | extra).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"A" * 100_000 + b"\r\n\r\n"],
+    ids=["tls", "half a line", "another version", "no end"],
+)
+def test_rubbish_is_answered_and_the_server_goes_on(data: bytes, server: Server, http: httpx.Client) -> None:
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname or "", address.port or 0), 10) as connection:
+        connection.settimeout(10)
+        connection.sendall(data)
+        assert connection.recv(100).startswith(b"HTTP/1.1 4")
+    assert http.get("/health").json() == {"status": "ok"}

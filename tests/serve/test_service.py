@@ -1,0 +1,366 @@
+"""Budgets of requests, slots, queues, slow and lost clients, metrics, and the life of the process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from balcony_runtime.serve.jobs import MOST_BUFFERED
+from balcony_runtime.serve.server import Server
+from balcony_runtime.serve.service import Limits
+from tests.command import COMMAND, refused
+
+CHAT = "/v1/chat/completions"
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}
+#: A reply that takes about four seconds, and whose chunks are large.
+SLOW = HELLO | {"max_tokens": 200, "ignore_eos": True, "stream": True, "budget": {"max_pace_tps": 50}}
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_free(server: Server) -> bool:
+    """Whether nothing is in progress, and the pool holds only sequences that have ended."""
+    scheduler = server.service.llm._requests.scheduler
+    pool = scheduler._pool
+    busy = pool is not None and [one for one in pool.members if one is not None and one not in pool._ended]
+    return not server.service.slots and not scheduler._streams and not busy
+
+
+def connected(server: Server, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
+    """A raw connection that has sent a request."""
+    address = urlsplit(server.url)
+    connection = socket.socket()
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.connect((address.hostname, address.port))
+    connection.settimeout(20)
+    content = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("model", "headers", "budget", "expected"),
+    [
+        (None, {}, None, None),
+        ("tiny", {}, None, None),
+        ("tiny:voice", {}, None, {"tpot_ms": 30.0, "probability": 0.9}),
+        ("tiny:exit-3", {}, None, {"exit_layer": 3}),
+        ("tiny:lossless", {}, None, {"policy": "lossless"}),
+        ("tiny", {"x-slo-tpot-ms": "20"}, None, {"tpot_ms": 20.0}),
+        ("tiny", {"x-slo-tpot-ms": "20", "x-llm-d-slo-tpot-ms": "25"}, None, {"tpot_ms": 25.0}),
+        (
+            "tiny:voice",
+            {"X-LLM-D-SLO-TTFT-MS": "400"},
+            {"tpot_ms": 9},
+            {"tpot_ms": 9, "probability": 0.9, "ttft_ms": 400},
+        ),
+        ("tiny:voice", {"x-slo-tpot-ms": "20"}, {"tpot_ms": None}, {"tpot_ms": None, "probability": 0.9}),
+    ],
+)
+def test_a_budget_comes_by_name_by_header_and_in_the_body(
+    model: str | None, headers: dict[str, str], budget: Any, expected: Any, server: Server
+) -> None:
+    found = server.service.names.budget(model, httpx.Headers(headers), budget)
+    assert (None if found is None else found.model_dump(exclude_unset=True)) == expected
+
+
+def test_the_answer_says_how_the_budget_was_held(http: httpx.Client) -> None:
+    named = http.post(CHAT, json=HELLO | {"model": "tiny:exit-2"}).json()["balcony"]
+    assert named["tokens_per_exit"] == {"2": 6} and named["reason"] == "fixed exit"
+    timed = http.post(CHAT, json=HELLO, headers={"x-slo-tpot-ms": "5000", "x-slo-ttft-ms": "5000"}).json()["balcony"]
+    assert timed["late_tokens"] == 0 and timed["target_ms"] == 5000
+    assert {verdict["key"]: verdict["held"] for verdict in timed["verdicts"]} == {"tpot_ms": True, "ttft_ms": True}
+    late = http.post(CHAT, json=HELLO | {"budget": {"tpot_ms": 0.001}}).json()["balcony"]
+    assert late["tokens_per_exit"] == {"2": 6} and late["late_tokens"] == 5
+
+
+def test_budget_files_are_read_again(server: Server, budgets: Path, caplog: pytest.LogCaptureFixture) -> None:
+    new = budgets / "new.toml"
+    try:
+        new.write_text("exit_layer = 3\n", encoding="utf-8")
+        server.reload()
+        assert server.service.names.budget("tiny:new", {}, None).exit_layer == 3  # type: ignore[union-attr]
+        new.write_text("exit_layer = 4\n", encoding="utf-8")  # not an exit of this bundle
+        with caplog.at_level(logging.WARNING):
+            server.reload()
+        assert "is not offered" in caplog.text and "tiny:new" not in server.service.names.budgets
+        new.write_text("tpot = 4\n", encoding="utf-8")
+        (budgets / "voice.toml").touch()
+        server.reload()
+        assert "budget files are as before" in caplog.text and "tiny:voice" in server.service.names.budgets
+    finally:
+        new.unlink()
+        server.reload()
+
+
+def test_a_running_reply_takes_another_budget(http: httpx.Client, server: Server) -> None:
+    exits = []
+    with http.stream("POST", CHAT, json=SLOW | {"timings_per_token": True}) as answer:
+        for line in answer.iter_lines():
+            if '"balcony"' in line:
+                facts = json.loads(line.removeprefix("data: "))["balcony"]
+                exits.append(facts["exit"])
+                if len(exits) == 3:
+                    (slot,) = http.get("/slots").json()
+                    assert slot["id"] == facts["slots"][0] and slot["budget"] == {"max_pace_tps": 50}
+                    assert slot["is_processing"] and slot["model"] == "tiny"
+                    changed = http.post(f"/slots/{slot['id']}", json={"budget": {"exit_layer": 2}})
+                    assert changed.json()["budget"] == {"exit_layer": 2}
+    assert exits[:3] == [5] * 3 and exits[-1] == 2 and len(exits) == 200
+    until(lambda: is_free(server))
+
+
+def test_a_client_that_goes_away_ends_its_reply(server: Server) -> None:
+    for stream, count in ((True, 1), (False, 1), (True, 3)):
+        with connected(server, SLOW | {"stream": stream, "n": count}) as connection:
+            if stream:
+                assert connection.recv(10).startswith(b"HTTP/1.1 2")
+            until(lambda: server.service.slots and not server.service.waiting)
+            assert len(server.service.slots) == count
+        until(lambda: is_free(server))
+
+
+def test_a_half_closed_client_ends_its_reply(server: Server) -> None:
+    with connected(server, SLOW) as connection:
+        connection.recv(10)
+        connection.shutdown(socket.SHUT_WR)
+        until(lambda: is_free(server), 3)
+
+
+def test_a_stalled_client_is_paused_and_holds_nobody_up(server: Server, http: httpx.Client) -> None:
+    body = SLOW | {
+        "budget": {},
+        "n": 8,
+        "logprobs": True,
+        "top_logprobs": 20,
+        "temperature": 1,
+        "timings_per_token": True,
+    }
+    with connected(server, body, receive_buffer=4096) as connection:
+        until(lambda: sum(job.paused for job in server.service.slots) == 8)
+        assert http.post(CHAT, json=HELLO).status_code == 200  # by now the tokens that were on the way have come
+        made = [job.cost.tokens for job in server.service.slots]
+        time.sleep(0.3)
+        assert [job.cost.tokens for job in server.service.slots] == made and max(made) < 200
+        assert all(job.buffered <= MOST_BUFFERED + 4 for job in server.service.slots)
+        received = b""
+        while b"data: [DONE]" not in received[-100:]:
+            received += connection.recv(1 << 20)
+    assert received.count(b'"finish_reason":"length"') == 8
+    until(lambda: is_free(server))
+
+
+@pytest.fixture(scope="module")
+def strict(serve: Callable[..., Server]) -> Server:
+    """A server with a key and narrow bounds."""
+    limits = Limits(parallel=1, queue=1, body_bytes=2000, request_s=1.5, body_s=0.3)
+    return serve(name="tiny", api_key="secret", limits=limits)
+
+
+def test_bounds(strict: Server) -> None:
+    with httpx.Client(base_url=strict.url, timeout=20) as client:
+        assert client.get("/health").status_code == 200 and client.get("/").status_code == 200
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer sécret".encode()}):
+            found = client.get("/v1/models", headers=headers)  # type: ignore[arg-type]
+            assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
+        client.headers["authorization"] = "Bearer secret"
+        assert client.get("/v1/models", headers={"host": "edge.example"}).status_code == 200
+        large = client.post(CHAT, content=b" " * 3000)
+        assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
+
+        def slowly() -> Any:
+            yield b"{"
+            time.sleep(0.6)
+            yield b"}"
+
+        late = client.post(CHAT, content=slowly())
+        assert (late.status_code, late.json()["error"]["code"]) == (408, "slow_body")
+
+
+def test_a_full_queue_and_the_time_limit(strict: Server) -> None:
+    answers: list[httpx.Response] = []
+    slow = SLOW | {"budget": {"max_pace_tps": 20}}
+
+    def ask(stream: bool) -> None:
+        headers = {"authorization": "Bearer secret"}
+        answers.append(httpx.post(strict.url + CHAT, json=slow | {"stream": stream}, headers=headers, timeout=20))
+
+    threads = [threading.Thread(target=ask, args=[stream]) for stream in (True, False)]
+    threads[0].start()
+    until(lambda: len(strict.service.slots) == 1 and not strict.service.waiting)
+    threads[1].start()
+    until(lambda: strict.service.waiting == 1)
+    with httpx.Client(base_url=strict.url, headers={"authorization": "Bearer secret"}) as client:
+        full = client.post(CHAT, json=HELLO)
+        assert (full.status_code, full.headers["x-balcony-reason"]) == (429, "queue_full")
+        assert 1 <= int(full.headers["retry-after"]) <= 60
+        for thread in threads:
+            thread.join()
+        streamed = next(answer for answer in answers if answer.status_code == 200)
+        assert "took longer than 1.5 s" in streamed.text and streamed.text.endswith("data: [DONE]\n\n")
+        whole = next(answer for answer in answers if answer.status_code != 200)
+        assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
+        assert 'balcony_rejections_total{reason="queue_full"} 1.0' in client.get("/metrics").text
+    until(lambda: is_free(strict))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_busy_replies_are_told_when_to_come_again(stream: bool, http: httpx.Client, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("balcony_runtime.scheduling.scheduler.MOST_WAITING", 0)
+        found = http.post(CHAT, json=HELLO | {"stream": stream})
+    assert (found.status_code, found.headers["x-balcony-reason"]) == (429, "overloaded")
+    assert found.json()["error"]["code"] == "overloaded" and int(found.headers["retry-after"]) >= 1
+
+
+def test_metrics(http: httpx.Client, server: Server) -> None:
+    def value(line: str) -> float:
+        found = re.search(rf"^{re.escape(line)} (\S+)$", http.get("/metrics").text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    lines = (
+        'balcony_tokens_total{exit="2"}',
+        "balcony_late_tokens_total",
+        "balcony_token_gap_seconds_count",
+        'balcony_requests_total{endpoint="/v1/chat/completions",status="200"}',
+        'balcony_rejections_total{reason="invalid_budget"}',
+        'gen_ai_server_time_to_first_token_seconds_count{gen_ai_operation_name="chat",gen_ai_request_model="tiny"}',
+    )
+    before = [value(line) for line in lines]
+    http.post(CHAT, json=HELLO | {"budget": {"tpot_ms": 0.001}})
+    http.post(CHAT, json=HELLO | {"budget": {"tpo": 1}})
+    until(lambda: is_free(server))
+    assert [value(line) - old for line, old in zip(lines, before, strict=True)] == [6, 5, 5, 1, 1, 1]
+    assert value("balcony_replies_running") == value("balcony_pending_rows") == value("balcony_replies_waiting") == 0
+    assert value("balcony_slowdown") > 0
+
+
+def test_a_line_for_each_request(http: httpx.Client, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="balcony_runtime.serve.requests"):
+        http.post(CHAT, json=HELLO | {"model": "tiny:exit-2"})
+        until(lambda: caplog.records)
+        line = json.loads(caplog.records[-1].getMessage())
+        assert line["status"] == 200 and line["tokens_per_exit"] == {"2": 6} and line["model"] == "tiny:exit-2"
+        caplog.clear()
+        http.post(CHAT, json={})
+        http.post(CHAT, json=HELLO | {"model": "tiny:strict"})
+        until(lambda: len(caplog.records) == 2)
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [(line["status"], line["reason"]) for line in lines] == [(400, "invalid_value"), (422, "infeasible")]
+
+
+def test_a_failure_of_the_decode_thread_is_an_answer(http: httpx.Client, server: Server, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server.service.llm._requests, "of", lambda *_, **__: 1 / 0)
+        found = http.post(CHAT, json=HELLO)
+    assert (found.status_code, found.json()["error"]["code"]) == (500, "internal")
+    assert http.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_a_server_that_stops_ends_what_takes_too_long(serve: Callable[..., Server]) -> None:
+    server = serve(drain_s=0.3)
+    slow = SLOW | {"budget": {"max_pace_tps": 20}}
+    with httpx.stream("POST", server.url + CHAT, json=slow, timeout=20) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.stop()
+        rest = [line for line in lines if line]
+    assert '"code":"stopped"' in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) < 100
+
+
+def test_tls(serve: Callable[..., Server], tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(command, check=True, capture_output=True)
+    url = serve(ssl_certfile=certificate, ssl_keyfile=key).url
+    with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=str(certificate))) as client:
+        assert url.startswith("https://") and client.get("/health").json() == {"status": "ok"}
+
+
+def test_props(http: httpx.Client) -> None:
+    found = http.get("/props").json()
+    assert [one["exit"] for one in found["exits"]] == [2, 3, 5] and found["total_slots"] == 16
+    assert found["budgets"]["tiny:voice"] == {"tpot_ms": 30.0, "probability": 0.9}
+
+
+def test_the_page_needs_nothing_from_elsewhere(http: httpx.Client) -> None:
+    found = http.get("/")
+    assert (
+        found.headers["content-type"].startswith("text/html")
+        and "default-src 'none'" in found.headers["content-security-policy"]
+    )
+    assert not re.findall(r"""(?:src|href)=["']?(?!["'#]|data:)""", found.text) and "https://" not in found.text
+
+
+@pytest.mark.slow
+def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
+    """Readiness, 503 while loading, SIGHUP, and a SIGTERM that waits for the reply in progress."""
+    (tmp_path / "calm.toml").write_text("max_pace_tps = 40\n", encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(60)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "BALCONY_EDGE_API_KEY": "key"}
+        command = [*COMMAND, "serve", str(tiny.path), "--port", str(port), "--budgets", str(tmp_path)]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": "Bearer key"}) as client:
+                assert told.recv(1000).startswith(b"READY=1")
+                assert client.get("/health").status_code == 200
+                (tmp_path / "fresh.toml").write_text("exit_layer = 2\n", encoding="utf-8")
+                process.send_signal(signal.SIGHUP)
+                assert told.recv(1000).startswith(b"RELOADING=1") and told.recv(1000) == b"READY=1"
+                assert client.get("/v1/models/tiny-llama:fresh").status_code == 200
+                body = SLOW | {"model": "tiny-llama:calm", "budget": None, "max_tokens": 60}
+                with client.stream("POST", CHAT, json=body) as answer:
+                    lines = answer.iter_lines()
+                    next(lines)
+                    process.terminate()
+                    assert told.recv(1000) == b"STOPPING=1"
+                    assert [line for line in lines if line][-1] == "data: [DONE]"
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
+    assert '"tokens": 60' in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "is not a bundle"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: is not an address of this machine"),
+        (["--ssl-certfile", "cert.pem"], "--ssl-certfile and --ssl-keyfile: TLS needs both; give the other one, too"),
+        (["--ssl-certfile", "a.pem", "--ssl-keyfile", "b.pem"], "--ssl-certfile a.pem: there is no such file"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(arguments: list[str], message: str, tmp_path: Path) -> None:
+    refused(message, "serve", tmp_path, "--port", "0", *arguments)
