@@ -86,7 +86,7 @@ class LLM:
         quality = [self._agreement[layer] or layer / engine.exit_layers[-1] for layer in engine.exit_layers]
         around = Surroundings(
             budgets=lambda: (self._budget, self._resolved),
-            check=self._checked,
+            check=self.resolved,
             costs=lambda: self._costs,
             readings=self.readings,
         )
@@ -139,13 +139,21 @@ class LLM:
     @budget.setter
     def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
         budget = parse_budget(value)
-        self._budget, self._resolved = budget, self._checked(budget)
+        self._budget, self._resolved = budget, self.resolved(budget)
 
     def _kv_bytes(self) -> float | None:
         bound_mb = self._budget.kv_memory_mb
         return None if bound_mb is None else 1e6 * bound_mb
 
-    def _checked(self, budget: Budget) -> Budget:
+    def resolved(self, budget: Budget | None = None) -> Budget:
+        """A budget as it is for this bundle, once the prices and sensors that it needs are there; None for the LLM's own.
+
+        Raises:
+            BudgetError: the budget does not fit the bundle.
+            InfeasibleError: no sensor measures a ceiling, and the budget asks for an error in that case.
+        """
+        if budget is None:
+            return self._resolved
         """The budget for this bundle, once prices and sensors that it needs are there."""
         resolved = budget.for_bundle(self._agreement)
         if budget.policy == "confident" and self.engine.manifest.confidence is None:

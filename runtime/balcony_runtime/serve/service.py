@@ -199,7 +199,7 @@ class Service:
         """Tokens and texts of the prompts, and options of each reply to a prompt. Runs in a thread."""
         llm = self.llm
         if budget is not None:
-            llm.checked(budget)
+            llm.resolved(budget)
         options = [
             {
                 "max_new_tokens": asked.max_tokens,
@@ -252,7 +252,7 @@ class Service:
         """
         budget = None if body is None else Budget.model_validate(body)
         if budget is not None:
-            await asyncio.to_thread(self.llm.checked, budget)
+            await asyncio.to_thread(self.llm.resolved, budget)
         job = self._jobs.get(key)
         if job is None or job.ended:
             raise RefusedError(

@@ -109,7 +109,7 @@ class Worker:
                 self._begin(job)
                 continue
             try:
-                resolved = self._llm.budgets[1] if job.budget is None else self._llm.checked(job.budget)
+                resolved = self._llm.resolved(job.budget)
                 exit_layer = resolved.allowed_exits(self._llm.exit_layers)[-1]
             except BalconyError as error:
                 self._found.append((job, error))
