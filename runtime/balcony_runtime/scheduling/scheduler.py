@@ -315,7 +315,9 @@ class Scheduler:
             exit_layer = self._engine.exit_layers[found.deepest]
             self._last = Measurement(exit_layer, found.price_ms, (done_ns - begin_ns) / 1e6)
         self._company, self._state = frozenset(moves), state
-        self._learned.state = self._learned.state._replace(governor=state.governor)
+        known, learned = self._learned.state, state.slowdown
+        slowdown = known.slowdown._replace(mean=learned.mean, variance=learned.variance)
+        self._learned.state = known._replace(governor=state.governor, slowdown=slowdown)
         now_s = time.monotonic()
         for stream, row in logits.items():
             self._hand_over(stream, row, moves[stream.key], now_s, (seen.readings, seen.now_s))
