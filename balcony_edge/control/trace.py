@@ -56,12 +56,8 @@ class Trace(NamedTuple):
     costs: tuple[CostModel, ...]
 
 
-class TraceWriter:
-    """Writes the controller's input and decision, one line per token. A context manager that closes the file.
-
-    Example:
-        with TraceWriter("run.jsonl") as trace:
-            reply = list(llm.stream("Hello", trace=trace))
+class LinesWriter:
+    """A file of JSON lines. A context manager that closes it.
 
     Raises:
         InputError: the file cannot be written.
@@ -74,6 +70,49 @@ class TraceWriter:
         except OSError as error:
             raise InputError(f"{os.fspath(path)}: not writable ({error.strerror}): name another place") from error
         self._name = os.fspath(path)
+
+    def _line(self, document: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(document, allow_nan=False) + "\n")
+        except OSError as error:
+            raise self._full(error) from error
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            InputError: the last data could not be written.
+        """
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _full(self, error: OSError) -> InputError:
+        return InputError(f"{self._name}: writing failed ({error.strerror}): free space or name another place")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class TraceWriter(LinesWriter):
+    """Writes the controller's input and decision, one line per token. A context manager that closes the file.
+
+    Example:
+        with TraceWriter("run.jsonl") as trace:
+            reply = list(llm.stream("Hello", trace=trace))
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
         self._costs: CostModel | None = None
         self._start: ControllerState | None = None
         self._budget: Budget | None = None
@@ -117,34 +156,6 @@ class TraceWriter:
             self._readings = seen.readings
             line["readings"] = [reading.to_dict() for reading in seen.readings]
         self._line(line)
-
-    def _line(self, document: dict[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps(document, allow_nan=False) + "\n")
-        except OSError as error:
-            raise self._full(error) from error
-
-    def close(self) -> None:
-        """Close the file.
-
-        Raises:
-            InputError: the last data could not be written.
-        """
-        try:
-            self._file.close()
-        except OSError as error:
-            raise self._full(error) from error
-
-    def _full(self, error: OSError) -> InputError:
-        return InputError(f"{self._name}: writing failed ({error.strerror}): free space or name another place")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:

@@ -11,8 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import pydantic
 
@@ -20,6 +19,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.seen import CompanyState, Round, RoundSeen, StreamSeen
 from balcony_edge.control.decision import Measurement
+from balcony_edge.control.trace import LinesWriter
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, InputError
@@ -49,7 +49,7 @@ class RoundTrace(NamedTuple):
     rounds: tuple[RecordedRound, ...]
 
 
-class RoundTraceWriter:
+class RoundTraceWriter(LinesWriter):
     """Writes rounds. A context manager that closes the file.
 
     Raises:
@@ -57,12 +57,7 @@ class RoundTraceWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._name = os.fspath(path)
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise InputError(f"{self._name}: not writable ({error.strerror}): name another place") from error
+        super().__init__(path)
         self._costs: CostModel | None = None
         self._budgets: dict[int, Budget] = {}
         self._readings: tuple[Reading, ...] = ()
@@ -117,26 +112,6 @@ class RoundTraceWriter:
         document["predicted_ms"] = found.predicted_ms
         document["reason"] = "; ".join(dict.fromkeys(move.decision.reason for move in found.moves))
         self._line(document)
-
-    def _line(self, document: dict[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps(document, allow_nan=False) + "\n")
-        except OSError as error:
-            raise InputError(
-                f"{self._name}: writing failed ({error.strerror}): free space or name another place"
-            ) from error
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def is_round_trace(path: str | os.PathLike[str]) -> bool:
