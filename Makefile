@@ -19,7 +19,7 @@ NEWEST := .cache/newest
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test test-device test-workstation test-fast test-deep test-mutation test-gpu check reference constraints format clean
+.PHONY: demo test test-device test-workstation test-fast test-quick test-deep test-mutation test-gpu check reference constraints format clean
 
 # what the demo needs; the checks need 850 MB more
 $(RUNS): pyproject.toml constraints.txt
@@ -49,10 +49,12 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 WORKSTATION := tests/export tests/test_smollm2.py
+# two processes; each shows its output when it ends, where make can do that
+TWO := $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-# In two processes, because most of the work has one thread; each shows its output when it ends, where make can do that.
+# Most of the work has one thread, so two processes take half the time of one.
 test: check
-	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-device test-workstation
+	+$(TWO) test-device test-workstation
 
 test-device: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' $(WORKSTATION:%=--ignore=%) --cov --cov-report=term-missing:skip-covered
@@ -61,7 +63,10 @@ test-device: $(READY)
 test-workstation: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' $(WORKSTATION)
 
-test-fast: check
+test-fast: $(READY)
+	+$(TWO) check test-quick
+
+test-quick: $(READY)
 	$(BIN)/python -m pytest -q -m 'not model and not slow and not deep'
 
 test-deep: $(READY)
