@@ -19,7 +19,7 @@ NEWEST := .cache/newest
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test test-device test-workstation test-fast test-deep test-mutation test-gpu check reference constraints format clean
+.PHONY: demo test test-others test-export test-fast test-quick test-deep test-mutation test-gpu check reference constraints format clean
 
 # what the demo needs; the checks need 850 MB more
 $(RUNS): pyproject.toml constraints.txt
@@ -48,20 +48,24 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-WORKSTATION := tests/export tests/test_smollm2.py
+# two processes; each shows its output when it ends, where make can do that
+TWO := $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-# In two processes, because most of the work has one thread; each shows its output when it ends, where make can do that.
+# Most of the work has one thread, so two processes take half the time of one.
 test: check
-	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-device test-workstation
+	+$(TWO) test-others test-export
 
-test-device: $(READY)
-	$(BIN)/python -m pytest -m 'not deep' $(WORKSTATION:%=--ignore=%) --cov --cov-report=term-missing:skip-covered
+test-others: $(READY)
+	$(BIN)/python -m pytest -m 'not deep' --ignore=tests/export --cov --cov-report=term-missing:skip-covered
 
 # Without coverage, which would add a third to the time of these tests and one point to the 93 % of the others.
-test-workstation: $(READY)
-	$(BIN)/python -m pytest -m 'not deep' $(WORKSTATION)
+test-export: $(READY)
+	$(BIN)/python -m pytest -m 'not deep' tests/export
 
-test-fast: check
+test-fast: $(READY)
+	+$(TWO) check test-quick
+
+test-quick: $(READY)
 	$(BIN)/python -m pytest -q -m 'not model and not slow and not deep'
 
 test-deep: $(READY)

@@ -207,6 +207,7 @@ def test_architectures_without_support_are_named(make_tokenizer: Any, tmp_path: 
         )
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "no_proxy": "*"}
     refused(

@@ -187,6 +187,7 @@ def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Pat
         load_model(tmp_path / "m.gguf")
 
 
+@pytest.mark.slow
 def test_gguf_tokenizer_splits_digits_and_keeps_its_template(demo: Path) -> None:
     tokenizer = load_tokenizer(demo)
     # llama.cpp's ids for this text

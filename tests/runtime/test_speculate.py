@@ -93,6 +93,7 @@ def test_switches_budgets_and_a_continued_sequence_leave_it_exact(llm: LLM) -> N
         assert got == plain(llm, history, 6)
 
 
+@pytest.mark.slow
 def test_a_sampled_token_has_the_full_models_distribution() -> None:
     """Chi-square over 100,000 draws: tokens drafted from q and checked by p are distributed as p."""
     random = np.random.default_rng(0)
