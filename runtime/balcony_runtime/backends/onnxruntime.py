@@ -71,7 +71,7 @@ def open_session(
     with _pool_lock:
         if not _pool_asked:
             _pool_asked = True
-            with contextlib.suppress(RuntimeError):  # the host has already made a pool
+            with contextlib.suppress(Exception):  # the host has made a pool; the class of this error differs by version
                 ort.set_global_thread_pool_sizes(count, 1)
             ort.create_and_register_allocator(
                 ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
