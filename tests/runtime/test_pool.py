@@ -166,6 +166,35 @@ def test_a_member_that_another_thread_uses_is_not_taken_along(tiny_engine: Engin
         thread.join()
 
 
+def test_nobody_takes_a_member_during_a_step(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Member 1 is free and lies between two others: the pass writes there, and who wants it waits for the end of the step."""
+    pool = new_pool(tiny_engine)
+    random = np.random.default_rng(8)
+    common = random.integers(0, 320, LEAST_SHARED + 4).tolist()
+    one, between, other = (pool.take() for _ in range(3))
+    assert one is not None and between is not None and other is not None
+    one.advance(5, common)
+    other.advance(5, [1, 2, 3])
+    pool.give_back(between)
+    taken: list[TokenSequence | None] = []
+    thread = threading.Thread(target=lambda: taken.append(pool.take([*common, 7])))
+    run = pool._pool.run_stage
+
+    def slow(stage: int, first: int, count: int) -> None:
+        if stage == 0:
+            thread.start()
+            thread.join(0.2)
+            assert not taken
+        run(stage, first, count)
+
+    monkeypatch.setattr(pool._pool, "run_stage", slow)
+    check_step(tiny_engine, pool, [Move(one, 5, 3), Move(other, 5, 4)])
+    thread.join(30)
+    sequence = taken[0]
+    assert sequence is not None and pool.members[1] is sequence and sequence.length == len(common)
+    assert_equal(sequence.advance(5, [7]), from_scratch(tiny_engine, 5, sequence.tokens, 1))
+
+
 def test_a_full_sequence_stops_the_step_before_it_changes_anything(tiny_engine: Engine) -> None:
     pool = new_pool(tiny_engine)
     full, other = pool.take(), pool.take()

@@ -177,8 +177,9 @@ class SequencePool:
             ContextLengthError: a sequence is full; nothing is appended to any.
         """
         self._engine.refuse_closed()
-        at = {self._places[move.sequence]: self._layers.index(move.exit_layer) for move in moves}
-        with ExitStack() as held:
+        # A pass may write to members that lie between others, so nobody takes or frees one meanwhile.
+        with self._lock, ExitStack() as held:
+            at = {self._places[move.sequence]: self._layers.index(move.exit_layer) for move in moves}
             for member in sorted(at):  # the same order in every thread
                 held.enter_context(self._of(member).lock)
             for move in moves:
