@@ -205,7 +205,7 @@ def one_engine_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def all_traces() -> SharedTraces:
-    """The traces of this session."""
+    """The traces of this test run."""
     return SharedTraces()
 
 

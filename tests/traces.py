@@ -43,7 +43,7 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class SharedTraces:
-    """Traces of this session by all that goes into them: weights, buffers, rope tables, configuration and exits."""
+    """Traces of this test run by all that goes into them: weights, buffers, rope tables, configuration and exits."""
 
     def __init__(self) -> None:
         self._made: dict[bytes, ir.Model] = {}
