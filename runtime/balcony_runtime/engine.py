@@ -221,7 +221,7 @@ class TokenSequence:
         total = self.length + tokens.shape[1]
         if not 1 <= whole("num_logits", num_logits) <= total:
             raise InputError(f"num_logits = {num_logits}: the sequence has {total} rows: ask for 1 to {total}")
-        self.append(tokens)
+        self._append(tokens)
         for stage in range(index + 1):
             self.run_stage(stage, self.length)
         logits = []
@@ -239,12 +239,21 @@ class TokenSequence:
             InputError: a token is outside the vocabulary.
             ContextLengthError: the tokens do not fit; nothing is appended.
         """
-        checked = self._checked(tokens)
-        if self.length + checked.shape[1] > self.max_length:
-            raise self.full(checked.shape[1])
-        if checked.shape[1]:
-            self.state.embed(checked, self.length)
-            self.note(checked)
+        self._append(self._checked(tokens))
+
+    def _append(self, tokens: IntArray) -> None:
+        """The same for tokens (B, n) that were checked."""
+        if self.length + tokens.shape[1] > self.max_length:
+            raise self.full(tokens.shape[1])
+        if tokens.shape[1]:
+            self.state.embed(tokens, self.length)
+            self.note(tokens)
+
+    def shared_prefix(self, tokens: IntArray) -> int:
+        """Number of first tokens that the only member has in common with ``tokens`` (n,)."""
+        known = self._tokens[0, : min(self.length, len(tokens))]
+        differs = np.nonzero(known != tokens[: len(known)])[0]
+        return int(differs[0]) if len(differs) else len(known)
 
     def full(self, more: int = 1) -> ContextLengthError:
         """The error for that many more tokens than the sequence can hold."""

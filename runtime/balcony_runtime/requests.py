@@ -152,7 +152,7 @@ class Requests:
 
     def decoder(self, request: Request, sequence: TokenSequence) -> Decoder:
         """A decoder of a reply; the sequence keeps the rows that it shares with the prompt."""
-        sequence.rollback(_shared_prefix(sequence, request.ids))
+        sequence.rollback(sequence.shared_prefix(np.array(request.ids[:-1], np.int64)))  # the last token is always run
         prompt, around = np.array([request.ids[sequence.length :]], np.int64), self._around
         environment = Environment(
             lambda: (request.limits.resolved, around.costs()),
@@ -208,10 +208,3 @@ class Requests:
             )
         room = context - prompt_tokens
         return room if max_new_tokens is None else min(max_new_tokens, room)
-
-
-def _shared_prefix(sequence: TokenSequence, ids: list[int]) -> int:
-    """Number of rows of ``sequence`` that a prompt can keep; the prompt's last token is always run."""
-    known = sequence.tokens[0][: len(ids) - 1]
-    differs = np.nonzero(known != np.array(ids[: len(known)], np.int64))[0]
-    return int(differs[0]) if len(differs) else len(known)

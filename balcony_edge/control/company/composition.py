@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from balcony_edge.control.company.assignment import Claim, assign
 from balcony_edge.control.company.goals import ELASTIC, first_due
-from balcony_edge.control.company.prices import Entry, chunk_rows, round_ms
+from balcony_edge.control.company.prices import chunk_ms, chunk_rows, round_ms, steady_ms
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.company.view import View
 from balcony_edge.device.costs import CostModel
@@ -85,23 +85,19 @@ class Composer:
         """Time until the stream must have its token; a stream without a target waits for some rounds at most."""
         if view.bound_ms < math.inf:
             return view.bound_ms
-        ones = (1,) * len(self._costs.exits)
-        round_of_one = round_ms(self._costs, [Entry(view.goal, ones, ones, view.stream.context_length)])
+        round_of_one = steady_ms(self._costs, [(view.goal, view.stream.context_length)])
         return max(ELASTIC * round_of_one - view.waited_ms, 0.0)
 
     def _lowered(self, chosen: Chosen, price_ms: float, limit_ms: float) -> tuple[Chosen, float]:
         """Take depth for this round, where the least agreement is lost."""
         if not chosen:
             return chosen, price_ms
-        ones = (1,) * len(self._costs.exits)
-        steady_ms = round_ms(
-            self._costs, [Entry(index, ones, ones, view.stream.context_length) for view, index in chosen]
-        )
+        caught_up_ms = steady_ms(self._costs, [(index, view.stream.context_length) for view, index in chosen])
         claims = [
             Claim(view.lowest, index, view.stream.budget.weight, view.stream.context_length, True)
             for view, index in chosen
         ]
-        exits, _ = assign(self._costs, self._quality, claims, limit_ms - max(price_ms - steady_ms, 0.0), 0)
+        exits, _ = assign(self._costs, self._quality, claims, limit_ms - max(price_ms - caught_up_ms, 0.0), 0)
         lowered = [(view, index) for (view, _), index in zip(chosen, exits, strict=True)]
         lowered_ms = self._price(lowered)
         return (lowered, lowered_ms) if lowered_ms < price_ms else (chosen, price_ms)
@@ -121,7 +117,7 @@ class Composer:
             rows = 1
         if not rows:
             return chosen, None, price_ms
-        extra_ms = sum(self._costs.stages[stage].pass_ms(rows, context) for stage in stages)
+        extra_ms = chunk_ms(self._costs, stages, rows, context)
         return chosen, Chunk(prompt.stream.key, stages, rows), price_ms + extra_ms
 
     def _with_backlog(self, chosen: Chosen, price_ms: float, slack_ms: float) -> tuple[Chosen, Chunk | None, float]:
@@ -166,7 +162,7 @@ class Composer:
 
     def _chunk_ms(self, view: View, chunk: Chunk) -> float:
         context = view.stream.context_length
-        total_ms = sum(self._costs.stages[stage].pass_ms(chunk.rows, context) for stage in chunk.stages)
+        total_ms = chunk_ms(self._costs, chunk.stages, chunk.rows, context)
         if chunk.balcony is not None:
             total_ms += self._costs.balconies[chunk.balcony].pass_ms(chunk.rows, context, 1)
         return total_ms

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from balcony_edge.control.company.assignment import Claim, assign
-from balcony_edge.control.company.prices import Entry, round_ms
+from balcony_edge.control.company.prices import chunk_ms, steady_ms
 from balcony_edge.control.company.seen import CompanyState
 from balcony_edge.control.company.view import View, scale_of, targets_of
 from balcony_edge.control.controller import KNOWN_VARIANCE
@@ -115,8 +115,7 @@ class Goals:
 
     def _alone_ms(self, view: View) -> float:
         """Price of a round of this stream alone, at its shallowest exit."""
-        ones = (1,) * len(self._costs.exits)
-        return round_ms(self._costs, [Entry(view.lowest, ones, ones, view.stream.context_length)])
+        return steady_ms(self._costs, [(view.lowest, view.stream.context_length)])
 
     def _reserve_ms(self, prompt: View, index: int, limit_ms: float) -> float:
         """Time of a round that the rows of a prompt need at an exit."""
@@ -125,7 +124,7 @@ class Goals:
             return PROMPT_SHARE * limit_ms
         rounds = max(prompt.room_ms // limit_ms, 1)
         rows = math.ceil(prompt.stream.stage_rows[0] / rounds)
-        return sum(self._costs.stages[stage].pass_ms(rows, prompt.stream.context_length) for stage in range(index + 1))
+        return chunk_ms(self._costs, range(index + 1), rows, prompt.stream.context_length)
 
     def _given_up(
         self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown

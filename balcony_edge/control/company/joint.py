@@ -27,7 +27,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.ceilings import merged_ceilings
 from balcony_edge.control.company.composition import Chosen, Composer
 from balcony_edge.control.company.goals import Goals
-from balcony_edge.control.company.prices import Entry, round_ms
+from balcony_edge.control.company.prices import steady_ms
 from balcony_edge.control.company.seen import Chunk, CompanyState, Move, Round, RoundSeen, StreamSeen, StreamState
 from balcony_edge.control.company.view import View, targets_of, view_of
 from balcony_edge.control.controller import probability_of, quantile_of
@@ -190,7 +190,6 @@ class JointController:
             return Governor()
         if 0 <= seen.now_s - governor.ticked_s < TICK_S:
             return governor
-        ones = (1,) * len(self._costs.exits)
         contexts = [stream.context_length for stream in seen.streams]
         known = [self._known(stream.budget) for stream in seen.streams]
         return govern(
@@ -201,9 +200,7 @@ class JointController:
                 busy_s=seen.busy_s,
                 readings=seen.readings,
                 step_s=[
-                    round_ms(self._costs, [Entry(index, ones, ones, context) for context in contexts])
-                    * slowdown.factor
-                    / 1000
+                    steady_ms(self._costs, [(index, context) for context in contexts]) * slowdown.factor / 1000
                     for index in range(len(self._costs.exits))
                 ],
                 lowest=min(one.lowest for one in known),

@@ -6,7 +6,7 @@ stream or of another one, costs what a further row costs. Attention is paid for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from balcony_edge.device.costs import CostModel, UnitCost
@@ -54,6 +54,12 @@ def round_ms(costs: CostModel, entries: Sequence[Entry]) -> float:
             if (kept := entry.balcony_rows[index]) > 1:
                 total_ms += unit.pass_ms(kept, entry.context, 1) - unit.pass_ms(1, entry.context, 1)
     return total_ms
+
+
+def steady_ms(costs: CostModel, streams: Iterable[tuple[int, int]]) -> float:
+    """Price of a round of streams without pending rows: exit index and rows of context of each."""
+    ones = (1,) * len(costs.exits)
+    return round_ms(costs, [Entry(exit_index, ones, ones, context) for exit_index, context in streams])
 
 
 def chunk_ms(costs: CostModel, stages: Sequence[int], rows: int, context: int) -> float:

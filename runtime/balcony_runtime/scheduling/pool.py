@@ -123,9 +123,7 @@ class SequencePool:
         """The member that shares the longest prefix with some tokens, and its length; None below ``LEAST_SHARED`` rows."""
         best, longest = None, LEAST_SHARED - 1
         for sequence in self._places:
-            known = sequence.tokens[0][: len(wanted)]
-            differs = np.nonzero(known != wanted[: len(known)])[0]
-            shared = int(differs[0]) if len(differs) else len(known)
+            shared = sequence.shared_prefix(wanted)
             if shared > longest:
                 best, longest = sequence, shared
         return best, longest

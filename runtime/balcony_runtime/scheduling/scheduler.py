@@ -22,7 +22,8 @@ from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputError
-from balcony_runtime.decoding.loop import Decoder, Learned, Step, unmeasured
+from balcony_runtime.backends.base import FloatArray
+from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.pool import Move, SequencePool
 
@@ -351,9 +352,7 @@ class Scheduler:
         if chunk.balcony is not None:
             sequence.run_balcony(self._engine.exit_layers[chunk.balcony], chunk.rows)
 
-    def _step(
-        self, moves: Mapping[Stream, Decision]
-    ) -> dict[Stream, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    def _step(self, moves: Mapping[Stream, Decision]) -> dict[Stream, FloatArray]:
         """Run the round's tokens: those of the pool together, prompts and others one by one. Gives logits (1, V)."""
         together: list[Stream] = []
         logits = {}
@@ -384,10 +383,10 @@ class Scheduler:
     def _hand_over(
         self,
         stream: Stream,
-        logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+        logits: FloatArray,
         decision: Decision,
         now_s: float,
-        read: tuple[tuple[Reading, ...], float],
+        read: Readings,
     ) -> None:
         try:
             step = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
