@@ -311,6 +311,12 @@ class TokenSequence:
         """Fast path of a step at an exit that is up to date."""
         index, row = self._indices[exit_layer], self.length
         found = decode(index, ids, row)
+        self.decoded(index, ids)
+        return found
+
+    def decoded(self, index: int, ids: IntArray | int) -> None:
+        """Count a token of each member, whose row all graphs on the way to exit ``index`` have taken in."""
+        row = self.length
         self._tokens[:, row] = ids
         # The length moves before the cursors: an interrupt in between leaves pending rows, not rows that only seem done.
         self.length = row = row + 1
@@ -318,7 +324,6 @@ class TokenSequence:
         if index < len(self.balcony_cursor):
             self.balcony_cursor[index] = row
         self.rows_run += index + 1
-        return found
 
     def rows_due(self, new: int) -> tuple[list[int], list[int]]:
         """Number of rows that each stage and each balcony would run for ``new`` more rows; 1 for graphs that keep no rows."""

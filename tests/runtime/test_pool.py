@@ -56,10 +56,10 @@ def new_pool(engine: Engine, members: int = MEMBERS) -> SequencePool:
 
 def check_step(engine: Engine, pool: SequencePool, moves: list[Move]) -> None:
     """One shared step gives each sequence the logits of a pass from scratch over its own tokens."""
-    for move, logits in zip(moves, pool.step(moves).copy(), strict=True):
+    for move, logits in zip(moves, [row.copy() for row in pool.step(moves)], strict=True):
         sequence = move.sequence
         assert sequence.tokens[0, -1] == move.token
-        assert_equal(logits[None], from_scratch(engine, move.exit_layer, sequence.tokens, 1)[:, 0])
+        assert_equal(logits, from_scratch(engine, move.exit_layer, sequence.tokens, 1)[:, 0])
         check_cursors(sequence)
 
 
@@ -131,6 +131,46 @@ def test_mixed_exits_share_their_stages(tiny_engine: Engine, monkeypatch: pytest
     assert sequences[2].stage_rows == (0, 3, 4), (
         "member 2 has worked off a row of stage 1 for the price of a further row"
     )
+
+
+@pytest.mark.parametrize(
+    ("exits", "at_once"),
+    [
+        ([5, 5, 5], True),
+        ([2, 2, 2], True),
+        ([2, 3, 5], True),
+        ([5, 2, 2], True),
+        ([2, 5, 2], False),
+        ([5, 2, 5], False),
+    ],
+)
+def test_neighbours_without_pending_rows_step_at_once(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch, exits: list[int], at_once: bool
+) -> None:
+    pool = new_pool(tiny_engine)
+    sequences = [sequence for sequence in (pool.take() for _ in exits) if sequence is not None]
+    for count, sequence in enumerate(sequences):
+        sequence.advance(5, [1, 2, 3][: count + 1])
+        sequence.catch_up()
+    decode, calls = pool._pool.decode, []
+    monkeypatch.setattr(pool._pool, "decode", lambda *given: calls.append(given) or decode(*given))
+    moves = [Move(one, e, 7 + e) for one, e in zip(sequences, exits, strict=True)]
+    check_step(tiny_engine, pool, moves[::-1])  # the order of the moves is not that of the members
+    assert len(calls) == at_once
+    for sequence in sequences:  # what it stored serves later stages and balconies
+        sequence.catch_up()
+    check_step(tiny_engine, pool, [Move(one, 5, 3) for one in sequences])
+    assert len(calls) == at_once + 1
+    memory = sequences[0].state.memory_bytes
+    pool.give_back(sequences[1])
+    other = pool.take()
+    assert other is not None
+    other.advance(5, [4])
+    other.catch_up()
+    check_step(tiny_engine, pool, [Move(sequences[0], 2, 1), Move(other, 2, 2), Move(sequences[2], 5, 3)])
+    for token in range(40):
+        pool.step([Move(sequences[0], 2, token)])
+    assert sequences[0].state.memory_bytes > memory, "shared steps count the rows that they write"
 
 
 def test_members_far_apart_take_two_passes(tiny_engine: Engine) -> None:

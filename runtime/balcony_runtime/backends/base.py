@@ -90,8 +90,25 @@ class Pool(Protocol):
         """The memory of one member."""
         ...
 
+    def decode(self, first: int, exits: tuple[int, ...], tokens: Sequence[int], rows: Sequence[int]) -> FloatArray:
+        """Run one new row of each of neighbouring members through all graphs on the way to its exit, and store it.
+
+        Every graph has taken in the members' earlier rows. At every depth, the members that leave there are neighbours, and so
+        are those that go on.
+
+        Args:
+            first: first member.
+            exits: index of the exit of each member, (n,).
+            tokens: token of each member, (n,).
+            rows: number of the new row of each member, (n,).
+
+        Returns:
+            Logits (n, V), in an array that the next call overwrites.
+        """
+        ...
+
     def begin(self, members: IntArray, tokens: IntArray, rows: IntArray, total: int) -> None:
-        """Begin a step: write one token of each member to a row of its boundary 0, and choose this row for the next passes.
+        """Begin a step in single passes: write one token of each member to a row of its boundary 0, and choose it for them.
 
         ``total`` is more than the number of any row that a pass of this step takes.
         """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,29 @@ from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState, bound, 
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
+_clock_ns = time.perf_counter_ns
 #: Bindings that are kept: one for each graph and range of members in use.
 MOST_BINDINGS = 512
+
+
+class _Program(NamedTuple):
+    """A step of neighbouring members that have no pending rows.
+
+    Attributes:
+        runs: calls to make, graph by graph.
+        entries: destination of each member's token row, (D,).
+        made: rows of each member at all boundaries on its way, (boundaries, D).
+        stored: where these rows are kept, (boundaries, S, D).
+        states: states of the members.
+        logits: logits of the step, (n, V).
+    """
+
+    runs: list[Callable[[], object]]
+    entries: list[npt.NDArray[Any]]
+    made: list[npt.NDArray[Any]]
+    stored: list[npt.NDArray[Any]]
+    states: list[OnnxRuntimeState]
+    logits: FloatArray
 
 
 class OnnxRuntimePool:
@@ -52,6 +73,7 @@ class OnnxRuntimePool:
         self._stage_run = lru_cache(MOST_BINDINGS)(self._bind_stage)
         self._exit_run = lru_cache(MOST_BINDINGS)(self._bind_exit)
         self._head_run = lru_cache(members)(self._bind_head)
+        self._program = lru_cache(MOST_BINDINGS)(self._bind_program)
         self.busy_ns = 0
 
     def state(self, member: int) -> OnnxRuntimeState:
@@ -60,6 +82,29 @@ class OnnxRuntimePool:
         if state is None:
             state = self._states[member] = OnnxRuntimeState(self._backend, self._memory.member(member))
         return state
+
+    def decode(self, first: int, exits: tuple[int, ...], tokens: Sequence[int], rows: Sequence[int]) -> FloatArray:
+        """Run one new row of each of neighbouring members through all graphs on its way; see :class:`.base.Pool`."""
+        program = self._program(first, exits)
+        for entry, token in zip(program.entries, tokens, strict=True):
+            entry[:] = self._backend.table.row(token)
+        members = slice(first, first + len(exits))
+        self._start[members] = self._last[members] = rows
+        self._total[()] = max(rows) + 1
+        busy_ns = 0
+        try:
+            for run in program.runs:
+                begin = _clock_ns()
+                run()
+                busy_ns += _clock_ns() - begin
+        except RuntimeError as error:
+            raise failed("a decode step", error) from error
+        self.busy_ns += busy_ns
+        for stored, made, row in zip(program.stored, program.made, rows, strict=True):
+            stored[:, row] = made
+        for state, exit_index, row in zip(program.states, exits, rows, strict=True):
+            state.reached(exit_index, row + 1)
+        return program.logits
 
     def begin(self, members: IntArray, tokens: IntArray, rows: IntArray, total: int) -> None:
         """Write one token of each member to boundary 0; see :class:`.base.Pool`."""
@@ -124,6 +169,7 @@ class OnnxRuntimePool:
         if state is None:
             return
         self._states[member] = None
+        self._program.cache_clear()  # programs hold states
         arrays = [array for cache in memory.caches.values() for array in cache.held.arrays]
         give_back([array[member] for array in arrays] + [rows[member] for rows in memory.rows])
 
@@ -134,6 +180,28 @@ class OnnxRuntimePool:
         except RuntimeError as error:
             raise failed(self._specs[name].file, error) from error
         self.busy_ns += time.perf_counter_ns() - begin
+
+    def _bind_program(self, first: int, exits: tuple[int, ...]) -> _Program:
+        members = range(first, first + len(exits))
+        runs: list[Callable[[], object]] = []
+        for exit_index in range(max(exits) + 1):
+            reaching = [member for member, deepest in zip(members, exits, strict=True) if deepest >= exit_index]
+            leaving = [member for member, deepest in zip(members, exits, strict=True) if deepest == exit_index]
+            runs.append(self._stage_run(exit_index, reaching[0], len(reaching)))
+            if leaving and exit_index < len(self._exit_names) - 1:  # the last stage includes the norm
+                runs.append(self._exit_run(exit_index, leaving[0], len(leaving)))
+        here = slice(first, members.stop)
+        logits = self._logits[: len(exits)]
+        runs.append(self._bind("lm_head", here, {"hidden": self._memory.hidden[here]}, {"logits": logits}))
+        row, rows, ways = self._memory.row, self._memory.rows, [slice(0, exit_index + 2) for exit_index in exits]
+        return _Program(
+            runs,
+            entries=[row[0, member, 0] for member in members],
+            made=[row[way, member, 0] for member, way in zip(members, ways, strict=True)],
+            stored=[rows[way, member] for member, way in zip(members, ways, strict=True)],
+            states=[self.state(member) for member in members],
+            logits=logits[:, 0],
+        )
 
     def _bind_stage(self, stage: int, first: int, count: int) -> Callable[[], object]:
         members, row, layers = slice(first, first + count), self._memory.row, self._layers

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,7 @@ class SequencePool:
         #: Most bytes of sequences that have ended; 0 keeps none.
         self.kept_bytes = KEPT_BYTES
         self._layers = engine.exit_layers
+        self._indices = {layer: index for index, layer in enumerate(self._layers)}
         cached = engine.manifest.cached_exits
         self._cached = tuple(layer in cached for layer in self._layers)
 
@@ -162,14 +164,14 @@ class SequencePool:
         target.note(source.tokens[:, : stages[0]])
         target.stage_cursor, target.balcony_cursor = stages, balconies
 
-    def step(self, moves: Sequence[Move]) -> FloatArray:
+    def step(self, moves: Sequence[Move]) -> list[FloatArray]:
         """Append one token to each of some members and return the logits at the exits asked for.
 
         Args:
             moves: at most one move for each sequence.
 
         Returns:
-            Logits (n, V) in the order of ``moves``, in an array that the next step overwrites.
+            Logits (1, V) of each, in the order of ``moves``, in an array that the next step overwrites.
 
         Raises:
             ContextLengthError: a sequence is full; nothing is appended to any.
@@ -177,20 +179,36 @@ class SequencePool:
         self._engine.refuse_closed()
         # A pass may write to members that lie between others, so nobody takes or frees one meanwhile.
         with self._lock, ExitStack() as held:
-            at = {self._places[move.sequence]: self._layers.index(move.exit_layer) for move in moves}
-            for member in sorted(at):  # the same order in every thread
-                held.enter_context(self._of(member).lock)
-            for move in moves:
+            ordered = sorted((self._places[move.sequence], place) for place, move in enumerate(moves))
+            members = [member for member, _ in ordered]
+            moves = [moves[place] for _, place in ordered]
+            for move in moves:  # the same order in every thread
+                held.enter_context(move.sequence.lock)
                 if move.sequence.length >= move.sequence.max_length:
                     raise move.sequence.full()
-            members, rows = np.array(list(at)), np.array([move.sequence.length for move in moves])
-            longest = max(sequence.length for sequence in self._places) + 1
-            total = min(longest, self._engine.max_length)
-            self._pool.begin(members, np.array([move.token for move in moves]), rows, total)
-            for move in moves:
-                move.sequence.note(move.token)
-            self._run(at)
-            return self._pool.logits(members)
+            logits = self._step(members, moves)
+        found: list[FloatArray] = [logits] * len(moves)
+        for place, (_, asked) in enumerate(ordered):
+            found[asked] = logits[place : place + 1]
+        return found
+
+    def _step(self, members: list[int], moves: Sequence[Move]) -> FloatArray:
+        """The step of members in ascending order; gives logits (n, V)."""
+        exits = tuple([self._indices[move.exit_layer] for move in moves])
+        tokens, rows = [move.token for move in moves], [move.sequence.length for move in moves]
+        adjacent = members[-1] - members[0] < len(members) and neighbours(exits)
+        if adjacent and all(move.sequence.up_to_date(move.exit_layer) for move in moves):
+            logits = self._pool.decode(members[0], exits, tokens, rows)
+            for move, exit_index in zip(moves, exits, strict=True):
+                move.sequence.decoded(exit_index, move.token)
+            return logits
+        longest = max(sequence.length for sequence in self._places) + 1
+        places = np.array(members)
+        self._pool.begin(places, np.array(tokens), np.array(rows), min(longest, self._engine.max_length))
+        for move in moves:
+            move.sequence.note(move.token)
+        self._run(dict(zip(members, exits, strict=True)))
+        return self._pool.logits(places)
 
     def _run(self, at: Mapping[int, int]) -> None:
         """Run the last row of members up to their exits (member → exit index); results are remembered in the pool."""
@@ -335,3 +353,14 @@ class SequencePool:
         sequence = self._members[member]
         assert sequence is not None, member  # the members of a step are taken
         return sequence
+
+
+@lru_cache(maxsize=1024)
+def neighbours(exits: tuple[int, ...]) -> bool:
+    """Whether, at every depth, the members that leave there are neighbours, and so are those that go on."""
+
+    def adjacent(chosen: Callable[[int], bool]) -> bool:
+        places = [place for place, exit_index in enumerate(exits) if chosen(exit_index)]
+        return not places or places[-1] - places[0] == len(places) - 1
+
+    return all(adjacent(depth.__eq__) and adjacent(depth.__lt__) for depth in set(exits))

@@ -377,7 +377,7 @@ class Scheduler:
             rows = self._pool.step(
                 [Move(one.sequence, moves[one].exit_layer, one.decoder.last_token) for one in together]
             )
-            logits |= {stream: rows[place : place + 1] for place, stream in enumerate(together)}
+            logits |= dict(zip(together, rows, strict=True))
         return logits
 
     def _hand_over(
