@@ -3,6 +3,7 @@
     throughput   tokens a second of 1, 4 and 8 streams at the full depth, driven by one thread and by a thread each, compared
                  with one stream; rounds interleaved. One stream through the scheduler is compared with its decoder by itself
     mixed        streams at four exits in one round, compared with what their prices predict (rows and bytes)
+    exact        KL of logits in company to passes from scratch, compared with that of one-row steps by a stream alone
     python       time of a round that is spent outside the engine, for 1, 4 and 8 streams
     targets      four streams with different targets, one with a deadline, and prompts of 500 tokens that arrive meanwhile: late
                  tokens of each class, compared with threads that know nothing of one another (each has its own controller)
@@ -40,11 +41,13 @@ from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BalconyError
 from balcony_edge.simulation import company
+from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 from balcony_runtime.scheduling.pool import Move, SequencePool
+from benchmarks.peer_workers.worker import log_softmax
 from benchmarks.rounds import Neighbours, bar, cpu_name, interleave, ratio
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
@@ -175,6 +178,41 @@ def mixed(llm: LLM, rounds: int) -> dict[str, Any]:
         },
         "prices_of_measured_at_full_depth": round(1 / scale, 3),
     }
+
+
+def exact(llm: LLM, rounds: int) -> dict[str, Any]:
+    """Item ``exact``: KL to passes from scratch, in company and of a stream by itself, whose steps take other numbers of rows.
+
+    With int8 activations the number of rows in a pass changes the last bits, and rounding amplifies them.
+    """
+    random_numbers, exits, full = np.random.default_rng(3), llm.exit_layers, llm.exit_layers[-1]
+    pool = SequencePool.of(llm.engine, 8)
+    assert pool is not None, "this bundle's graphs share no passes"
+    sequences = [one for one in (pool.take() for _ in range(8)) if one is not None]
+    for sequence, ids in zip(sequences, prompts(llm, 8, 6), strict=True):
+        sequence.advance(exits[0], ids)
+    company, alone = [], []
+    for _ in range(rounds):
+        chosen = [sequence for sequence in sequences if random_numbers.random() < 0.8]
+        tokens = random_numbers.integers(3, llm.engine.manifest.model.vocab_size, len(chosen)).tolist()
+        layers = random_numbers.choice(exits, len(chosen)).tolist()
+        moves = [Move(*move) for move in zip(chosen, layers, tokens, strict=True)]
+        for move, logits in zip(moves, pool.step(moves) if moves else (), strict=True):
+            scratch = llm.engine.new_sequence().advance(move.exit_layer, move.sequence.tokens)[:, 0]
+            company.append(_kl(scratch, logits))
+    for sequence in sequences:
+        tokens = sequence.tokens[0]
+        many = llm.engine.new_sequence().advance(full, tokens, num_logits=rounds)[0]
+        one_row = llm.engine.new_sequence()
+        one_row.advance(full, tokens[: len(tokens) - rounds])
+        for row, token in enumerate(tokens[len(tokens) - rounds :]):
+            alone.append(_kl(many[row : row + 1], one_row.step(full, np.array([token]))))
+    return {"kl_in_company": float(f"{mean(company):.3g}"), "kl_alone": float(f"{mean(alone):.3g}")}
+
+
+def _kl(of: FloatArray, to: FloatArray) -> float:
+    before, after = (log_softmax(logits) for logits in (of, to))
+    return float((np.exp(before) * (before - after)).sum())
 
 
 def python_share(llm: LLM) -> dict[str, Any]:
@@ -398,6 +436,8 @@ def bars(found: dict[str, Any]) -> dict[str, Any]:
         held["mixed exits, predicted / measured"] = bar(
             min(measured["predicted_of_measured"].values()), 0.9, at_least=True
         )
+    if (measured := found.get("exact")) is not None:
+        held["KL in company / alone"] = bar(round(measured["kl_in_company"] / max(measured["kl_alone"], 1e-9), 2), 2.0)
     if (measured := found.get("python")) is not None:
         for count, microseconds in measured.items():
             held[f"µs outside the engine, {count} streams"] = bar(microseconds, 150 + 40 * int(count))
@@ -422,7 +462,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Several replies at once.")
     parser.add_argument("bundle", type=Path, nargs="?", help="bundle; without one only the simulation runs")
     parser.add_argument("--quick", action="store_true", help="few repetitions: checks only that it runs")
-    parser.add_argument("--only", default="throughput,mixed,python,targets,soak,simulation", help="items to run")
+    parser.add_argument("--only", default="throughput,mixed,exact,python,targets,soak,simulation", help="items to run")
     arguments = parser.parse_args()
     only, quick = set(arguments.only.split(",")), arguments.quick
     neighbours = Neighbours()
@@ -433,6 +473,7 @@ def main() -> int:
             items: dict[str, Callable[[], Any]] = {
                 "throughput": lambda: throughput(llm, 2 if quick else 7),
                 "mixed": lambda: mixed(llm, 1 if quick else 5),
+                "exact": lambda: exact(llm, 4 if quick else 24),
                 "python": lambda: python_share(llm),
                 "targets": lambda: targets(llm, 40 if quick else 300),
                 "soak": lambda: soak(llm, 500 if quick else 100_000),

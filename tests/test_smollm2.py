@@ -21,7 +21,9 @@ from balcony_export.model.checkpoint import demo_model_path, load_model, load_to
 from balcony_export.model.exits import ExitModel
 from balcony_export.train.loss import HeadLoss
 from balcony_export.verify import verify
+from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling.pool import Move, SequencePool
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +121,39 @@ def test_switching_is_exact(llm: LLM) -> None:
             assert np.abs(got - want).max() <= bound
             best = np.sort(want[0, 0])
             assert got.argmax() == want.argmax() or best[-1] - best[-2] <= 2 * bound
+
+
+def test_company_is_exact(llm: LLM) -> None:
+    """Eight streams share passes at exits of their own, come, go, roll back and share prefixes: each as if from scratch."""
+    random = np.random.default_rng(31)
+    pool = SequencePool.of(llm.engine, 8)
+    assert pool is not None
+    common = random.integers(0, 49152, 40).tolist()
+    streams: list[TokenSequence] = []
+    shared = 0
+    for turn in range(12):
+        if len(streams) < 8 and turn % 4 != 3:
+            for start in (common, []):
+                prompt = start + random.integers(0, 49152, int(random.integers(3, 30))).tolist()
+                if (sequence := pool.take(prompt)) is not None:
+                    shared += sequence.length
+                    sequence.advance(int(random.choice(llm.exit_layers)), prompt[sequence.length :])
+                    streams.append(sequence)
+        if turn % 5 == 4:
+            pool.give_back(streams.pop(int(random.integers(len(streams)))))
+            streams[0].rollback(streams[0].length - 2)
+        moves = [
+            Move(one, int(random.choice(llm.exit_layers)), int(random.integers(49152)))
+            for one in streams
+            if random.random() < 0.8
+        ]
+        for move, got in zip(moves, pool.step(moves) if moves else (), strict=True):
+            want = llm.engine.new_sequence(max_length=256).advance(move.exit_layer, move.sequence.tokens)[:, 0]
+            bound = 1e-4 * np.abs(want).max()
+            assert np.abs(got - want).max() <= bound
+            best = np.sort(want[0])
+            assert got.argmax() == want.argmax() or best[-1] - best[-2] <= 2 * bound
+    assert shared >= 40, "a prompt began with the rows of another stream"
 
 
 def test_the_shipped_balconies_are_this_models_and_predict_what_it_predicts(demo: Any) -> None:

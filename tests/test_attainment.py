@@ -1,0 +1,99 @@
+"""The judgement of benchmarks/attainment.py on hand-made records; the servers themselves run only in the benchmark."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from balcony_edge.errors import InputError
+from benchmarks.attainment import Answer, _answer, bars, judged, requests
+
+WORDS = [f"word{number}" for number in range(2000)]
+
+
+def packet(at_ms: int, document: Any) -> dict[str, Any]:
+    value = document if isinstance(document, str) else json.dumps(document)
+    return {"perf_ns": 1_000_000_000 + at_ms * 1_000_000, "packets": [{"name": "data", "value": value}]}
+
+
+def piece(text: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": text}}]}
+
+
+def test_requests_are_drawn_by_share_and_repeat_by_seed() -> None:
+    asked = requests(WORDS, 400, 3, "NAME")
+    assert asked == requests(WORDS, 400, 3, "NAME") != requests(WORDS, 400, 4, "NAME")
+    assert 0.6 < sum(kind == "voice" for kind, _ in asked) / 400 < 0.8
+    kind, body = asked[0]
+    assert body["max_tokens"] == {"voice": 48, "background": 150}[kind]
+    assert (
+        body["budget"]
+        == {"voice": {"ttft_ms": 500, "tpot_ms": 40}, "background": {"deadline_s": 30, "expected_tokens": 150}}[kind]
+    )
+    with pytest.raises(InputError, match="2 words: must be at least 1000: give a longer file"):
+        requests(["too", "short"], 1, 1, "NAME")
+
+
+def test_a_record_becomes_the_answer_that_the_client_saw() -> None:
+    asked = [("voice", {"max_tokens": 48}), ("background", {"max_tokens": 150})]
+    record: dict[str, Any] = {
+        "metadata": {"conversation_id": "session_000002"},  # the first request again
+        "start_perf_ns": 1_000_000_000,
+        "status": 200,
+        "responses": [
+            packet(100, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}),
+            packet(400, piece("a")),
+            packet(1340, piece("b")),
+            packet(1400, {"choices": [], "balcony": {"tokens_per_exit": {"14": 40, "30": 8}}}),
+            packet(1400, "[DONE]"),
+        ],
+    }
+    answer = _answer(asked, record)
+    assert answer == Answer("voice", "ab", 0.4, pytest.approx(0.02), 1.34, {14: 40, 30: 8})
+    assert answer.attained
+    record["responses"] = record["responses"][:-1]  # cut off
+    assert _answer(asked, record) == Answer("voice", None)
+    assert not _answer(asked, record).attained
+
+
+def test_targets_count_by_class() -> None:
+    assert Answer("voice", "", 0.5, 0.04, 99.0).attained
+    assert not Answer("voice", "", 0.501, 0.01, 1.0).attained
+    assert not Answer("voice", "", 0.1, 0.041, 1.0).attained
+    assert Answer("background", "", 9.0, 9.0, 30.0).attained
+    assert not Answer("background", "", 0.1, 0.1, 30.1).attained
+
+
+def test_figures_of_a_server() -> None:
+    answers = [
+        Answer("voice", "x", 0.1, 0.01, 1.0, {14: 48}),
+        Answer("voice", "x", 0.9, 0.01, 1.0, {30: 48}),
+        Answer("background", "x", 0.9, 0.01, 9.0, {14: 50, 30: 100}),
+        Answer("voice", None),
+    ]
+    found = judged(answers, 10.0, {14: 0.5, 30: 1.0})
+    assert (found["attained"], found["voice"], found["background"], found["errors"]) == (0.5, 0.333, 1.0, 1)
+    assert found["goodput"] == 0.2
+    assert found["quality_goodput"] == pytest.approx((48 * 0.5 + 50 * 0.5 + 100) / 10)
+    assert found["mean_depth"] == pytest.approx((98 * 14 + 148 * 30) / 246, abs=0.05)
+    assert (found["ttft_p95_ms"], found["tpot_p95_ms"]) == (900, 10.0)
+
+
+def test_bars_are_read_where_the_peer_fails() -> None:
+    points = [
+        {"server": server, "load": load, "attained": attained, "mean_depth": 15.0 / load}
+        for server, values in (
+            ("balcony-edge", (1.0, 0.97, 0.9)),
+            ("one slot", (1.0, 0.4, 0.1)),
+            ("four", (0.9, 0.6, 0.2)),
+        )
+        for load, attained in zip((0.5, 1.0, 2.0), values, strict=True)
+    ]
+    held = bars(points, 30)
+    assert held.pop("mean depth at the lowest load / full depth")["value"] == 1.0
+    ((name, found),) = held.items()
+    assert name.startswith("attained at 2 times") and found["value"] == 0.9 and not found["holds"]
+    first = [point for point in points if point["load"] == 0.5]
+    assert len(bars(first, 30)) == 1, "where no peer fails there is nothing to compare"
