@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.control.company import composition
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
 from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputError
 from balcony_runtime.decoding.sampling import SamplingParams
@@ -228,10 +230,10 @@ def test_an_interrupted_round_takes_nothing_from_the_others(llm: LLM, monkeypatc
             replies.step()
         pool = llm._requests.scheduler._pool
         assert pool is not None
-        for where in ("run_stage", "run_exit", "keep", "logits"):
+        for where in ("decode", "run_stage", "run_exit", "keep", "logits"):
             with monkeypatch.context() as patch:
                 patch.setattr(pool._pool, where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-                budgets = [Budget(exit_layer=2), None, None]
+                budgets = [None if where == "decode" else Budget(exit_layer=2), None, None]
                 for stream, own in zip(streams, budgets, strict=True):
                     stream.budget = own  # type: ignore[assignment]
                 with pytest.raises(KeyboardInterrupt):
@@ -242,6 +244,38 @@ def test_an_interrupted_round_takes_nothing_from_the_others(llm: LLM, monkeypatc
         while replies.open:
             replies.step()
         assert [ids(stream.reply) for stream in streams] == alone
+
+
+def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True}
+    prompt = [3 + 7 * place % 290 for place in range(200)]
+    assert llm._requests.scheduler.shares and llm._requests.scheduler._pool is not None
+    llm._requests.scheduler._pool.kept_bytes = 0  # the second run shall not begin with the rows of the first
+    alone = ids(llm.generate(prompt, **options))
+    llm.costs = PRICES
+    monkeypatch.setattr(composition, "CALM_MS", 50.0)  # 50 to 60 rows at these prices
+    scheduler, chunks, order = llm._requests.scheduler, [], []  # type: Any, list[int], list[int]
+    work_off, hand_over = scheduler._work_off, scheduler._hand_over
+    with ThreadPoolExecutor(1) as threads:
+
+        def worked_off(stream: Any, chunk: Any) -> None:
+            work_off(stream, chunk)
+            chunks.append(chunk.rows)
+            if len(chunks) == 1:
+                threads.submit(llm.generate, [5], budget=Budget(ttft_ms=500), max_new_tokens=1)
+                while not any(one.asks for one in list(scheduler._streams.values()) if one is not stream):
+                    time.sleep(0.001)
+
+        def handed_over(stream: Any, *rest: Any) -> None:
+            order.append(stream.sequence.length)
+            hand_over(stream, *rest)
+
+        monkeypatch.setattr(scheduler, "_work_off", worked_off)
+        monkeypatch.setattr(scheduler, "_hand_over", handed_over)
+        reply = llm.generate(prompt, **options)
+    assert ids(reply) == alone
+    assert len(chunks) >= 2 and sum(chunks) < 200
+    assert order[0] == 1, "the reply that came meanwhile has its token first"
 
 
 def test_replies_can_be_paused(llm: LLM) -> None:

@@ -15,7 +15,7 @@ from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.company.view import View
 from balcony_edge.device.costs import CostModel
 
-#: Longest round in milliseconds when nobody has a target but somebody waits for a prompt of somebody else.
+#: Longest round in milliseconds with rows of a prompt next to it, or of a prompt alone: who comes meanwhile waits so long.
 CALM_MS = 250.0
 #: Longest time of rows next to a round, in targets of a stream that has given its target up.
 GIVEN_UP = 1.0
@@ -58,7 +58,7 @@ class Composer:
             chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
         # A target that was given up still says how long a gap may not be.
         calm_ms = min([CALM_MS / factor, *(GIVEN_UP * view.period_ms for view, _ in chosen)])
-        slack_ms = min(limit_ms - price_ms, calm_ms if chosen else math.inf)
+        slack_ms = min(limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
         if prompt is not None:
             chosen, chunk, price_ms = self._with_prompt(prompt, chosen, price_ms, slack_ms)

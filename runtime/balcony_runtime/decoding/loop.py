@@ -224,6 +224,16 @@ class Decoder:
         """Number of rows that the next token appends to the sequence."""
         return 1 if self._made else 0 if self._appended else self._ids.shape[1]
 
+    @property
+    def rows_due(self) -> int:
+        """Number of rows that the first stage must take in before the next token."""
+        return self._sequence.rows_due(self._new_rows)[0][0]
+
+    @property
+    def budget(self) -> Budget:
+        """The budget of the next token."""
+        return self._environment.budget_and_costs()[0]
+
     def seen(self, key: int, asked_s: float) -> StreamSeen:
         """What a joint decision must know of this stream; the prompt's tokens then belong to the sequence.
 

@@ -31,6 +31,8 @@ from balcony_runtime.scheduling.pool import Move, SequencePool
 MEMBERS = 16
 #: Longest time that a round waits for the streams of the round before it, whose consumers are at their tokens.
 GATHER_S = 0.001
+#: Rows from which a prompt that has no target for its first token makes way for others, even if it is alone at first.
+LONG_PROMPT = 128
 #: Most streams that wait for others to end; one more is refused.
 MOST_WAITING = 64
 #: Longest sleep between two looks at whether a stream has ended.
@@ -222,7 +224,7 @@ class Scheduler:
         self._running = asking
         self._turn.release()
         try:
-            if len(asking) == 1:
+            if len(asking) == 1 and not self._makes_way(asking[0]):
                 self._alone(asking[0])
             else:
                 self._round(asking, begin_ns)
@@ -264,6 +266,13 @@ class Scheduler:
             left_s = until_s - time.monotonic()
             if left_s <= 0 or not self._turn.wait(left_s):
                 return
+
+    def _makes_way(self, stream: Stream) -> bool:
+        """Whether the stream's prompt runs in portions, so that a stream that comes meanwhile need not wait for all of it."""
+        decoder = stream.decoder
+        if decoder.begun or decoder.rows_due <= LONG_PROMPT or self._costs() is None:
+            return False
+        return decoder.budget.ttft_ms is None
 
     def _alone(self, stream: Stream) -> None:
         self._company = frozenset()
