@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,3 +125,43 @@ def test_the_format_page_names_every_key() -> None:
 
     assert MANIFEST in text
     assert not [key for key in sorted(keys(Manifest.model_json_schema())) if not re.search(rf"\b{key}\b", text)]
+
+
+def test_the_format_page_has_the_graphs_of_a_real_bundle(tiny: Any) -> None:
+    """Each graph of the set ``graphs`` has the inputs and outputs of its line in the table, no more and no fewer."""
+    text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `(stage_<i>|balcony_<e>|norm|lm_head)` \| (.+) \| (.+) \|$", text, re.MULTILINE)
+    written = {name: tuple(_tensors(part) for part in parts) for name, *parts in lines}
+    manifest = Manifest.model_validate_json((tiny.path / MANIFEST).read_text(encoding="utf-8"))
+    model = manifest.model
+    widths = {"D": model.hidden_size, "F": model.num_kv_heads * model.head_dim, "V": model.vocab_size}
+    symbols = {"B": "batch", "T": "rows", "Q": "queries", "S": "capacity", **widths}
+    seen = set()
+    for graph, spec in manifest.graphs.items():
+        if graph == "backbone":  # all stages in one graph
+            continue
+        kind = re.sub(r"^balcony_\d+$", "balcony_<e>", re.sub(r"^stage_\d+$", "stage_<i>", graph))
+        seen.add(kind)
+        for ports, told in zip((spec.inputs, spec.outputs), written[kind], strict=True):
+            there = [(_without_layer(port.name), port.dtype, tuple(port.shape)) for port in ports]
+            assert set(there) == {
+                (name, "float32" if dtype == "float" else dtype, tuple(symbols[size] for size in shape))
+                for name, dtype, shape in told
+            }, graph
+    assert seen == set(written)
+
+
+def _tensors(part: str) -> set[tuple[str, str, tuple[str, ...]]]:
+    """Tensors of a cell: name without its layer, type, shape."""
+    found = set()
+    for names, dtype, shape in re.findall(r"`([^`]+)` (\w+) \(([^)]*)\)", part):
+        for choice in re.sub(r".*\{(.*)\}.*", r"\1", names).split(",") if "{" in names else [""]:
+            name = re.sub(r"\{.*\}", choice, names)
+            found.add(
+                (re.sub(r"_<.*>$", "", name), dtype, tuple(dim for dim in shape.replace(" ", "").split(",") if dim))
+            )
+    return found
+
+
+def _without_layer(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
