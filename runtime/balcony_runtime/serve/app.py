@@ -195,22 +195,28 @@ class _Routes:
         """The body of a request, if it is not too large and comes in time."""
         limits = self._service.limits
         found = bytearray()
+        said = request.headers.get("content-length", "0")  # a whole number: h11 refuses others
         try:
             async with asyncio.timeout(limits.body_s):
+                if int(said) > limits.body_bytes:
+                    raise _too_large(limits.body_bytes)
                 async for piece in request.stream():
                     found += piece
                     if len(found) > limits.body_bytes:
-                        raise RefusedError(
-                            413,
-                            f"the body has more than {limits.body_bytes} bytes: send less, or raise --max-body-mb",
-                            "body_too_large",
-                            headers={"connection": "close"},
-                        )
+                        raise _too_large(limits.body_bytes)
         except TimeoutError:
             raise RefusedError(
                 408, f"the body took longer than {limits.body_s:g} s: send it at once", "slow_body"
             ) from None
         return bytes(found)
+
+
+def _too_large(most: int) -> RefusedError:
+    # The connection stays open for a while, and what still comes is thrown away: closed at once, it would be reset, and the
+    # client would not see the answer.
+    return RefusedError(
+        413, f"the body has more than {most} bytes: send less, or raise --max-body-mb", "body_too_large"
+    )
 
 
 def _slot(job: Job) -> dict[str, Any]:
