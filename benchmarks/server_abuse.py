@@ -2,10 +2,10 @@
 
     python -m benchmarks.server_abuse BUNDLE [--clients 1000] [--requests 10000] [--rounds 4]
 
-The server runs in this process, its clients in two others. Quiet and abused times alternate. In all of them four ordinary clients
-send small requests, one after the other; every second one is a stream. While they are abused, each of the 1,000 other clients
-does one of the things below again and again. Those that the server answers at once share a rate: without one, this benchmark would
-measure how fast its own clients are.
+The server runs in this process, its clients in two others. Quiet and abused times alternate. In all of them four ordinary
+clients send small requests, one after the other; every second one is a stream. While they are abused, each of the 1,000 other
+clients does one of the things below again and again. Those that the server answers at once share a rate: without one, this
+benchmark would measure how fast its own clients are.
 
 | client | what it does |
 |---|---|
@@ -19,10 +19,10 @@ measure how fast its own clients are.
 | 100 MB | announces a body of 100 MB, or sends one in chunks |
 | nested JSON | sends lists or objects in one another, 100,000 deep |
 
-The server's time limits are 10 seconds here, so that every limit is reached often. Bars: at the end no reply is in progress, no
-place in the pool is taken and no file is left open; resident memory does not grow from the first abused time to the last; and the
-99th percentile of the ordinary clients is at most 1.2 times that of the quiet times. The output ends with one JSON line; exit code
-1 if a bar is missed.
+The server's time limits are 10 seconds here, so that every limit is reached often. Bars: at the end no reply is in progress,
+no place in the pool is taken and no file is left open; resident memory does not grow from the first abused time to the last;
+and the 99th percentile of the ordinary clients is at most 1.2 times that of the quiet times. The output ends with one JSON
+line; exit code 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ import http.client
 import json
 import logging
 import multiprocessing
-import os
 import random
 import socket
 import statistics
@@ -83,7 +82,7 @@ def left_over(server: Server) -> dict[str, int]:
 
 def open_files() -> int:
     """File descriptors of this process."""
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 class Timed(NamedTuple):

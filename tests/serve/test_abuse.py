@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,10 +33,10 @@ def hasty(serve: Callable[..., Server]) -> Server:
 @pytest.fixture(autouse=True)
 def nothing_is_left(hasty: Server) -> Iterator[None]:
     """After every test: no reply, no place in the pool, no connection, no file."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     yield
     until(lambda: is_free(hasty) and not hasty._uvicorn.server_state.connections)
-    until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before)
 
 
 def connect(server: Server, data: bytes = b"", receive_buffer: int | None = None) -> socket.socket:
