@@ -68,10 +68,22 @@ def _text(about: str) -> Schema:
 
 
 _TOKENS: Schema = {"type": "array", "items": {"type": "integer"}}
+_PARTS: Schema = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    },
+}
 _MESSAGES: Schema = {
     "type": "array",
     "minItems": 1,
-    "items": {"type": "object", "required": ["role"], "properties": {"role": {"type": "string"}}},
+    "items": {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {"role": {"type": "string"}, "content": {"anyOf": [{"type": "string"}, _PARTS]}},
+    },
     "description": "The conversation.",
 }
 _BUDGET: Table = {"budget": {"type": "object", "description": "Keys of a budget file (docs/budget-file.md)."}}
