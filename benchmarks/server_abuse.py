@@ -21,9 +21,8 @@ benchmark would measure how fast its own clients are.
 
 The server's time limits are 10 seconds here, so that every limit is reached often. Bars: at the end no reply is in progress,
 no place in the pool is taken and no file is left open; resident memory does not grow from the first abused time to the last;
-and the 99th percentile of the ordinary clients is at most 1.2 times that of the quiet time before it (the median of the rounds).
-The output ends with one JSON
-line; exit code 1 if a bar is missed.
+and the 99th percentile of the ordinary clients is at most 1.2 times that of the quiet time before it (median of the
+rounds). The output ends with one JSON line; exit code 1 if a bar is missed.
 """
 
 from __future__ import annotations
