@@ -63,7 +63,7 @@ def serve(
     from balcony_runtime.serve.service import Limits
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are one for each request that is not HTTP
 
     def open_llm() -> balcony_edge.LLM:
         return balcony_edge.load(

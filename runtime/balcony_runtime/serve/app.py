@@ -15,9 +15,11 @@ import numpy as np
 from balcony_edge.errors import BalconyError, MissingDependencyError
 from balcony_runtime.engine import refuse_foreign
 from balcony_runtime.serve.answers import EventStream, GoneError
-from balcony_runtime.serve.asked import Fields, read_asked
+from balcony_runtime.serve.asked import read_asked
+from balcony_runtime.serve.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.guard import LOGGED, Guard, answer_of
 from balcony_runtime.serve.jobs import Job
+from balcony_runtime.serve.openapi import document
 from balcony_runtime.serve.refusal import RefusedError, bad, refusal_of
 from balcony_runtime.serve.service import Service
 
@@ -37,6 +39,14 @@ _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'; base-uri 'none'"
 )
+#: Path → fields of its body.
+_BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETION,
+    "/tokenize": TOKENIZE,
+    "/detokenize": DETOKENIZE,
+    "/slots/{key:int}": SLOT,
+}
 
 
 def make_app(service: Service, api_key: str | None, *, loopback: bool) -> Guard:
@@ -53,6 +63,7 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool) -> Guard:
             Route("/", routes.page),
             Route("/health", routes.health),
             Route("/metrics", routes.metrics),
+            Route("/openapi.json", routes.openapi),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
@@ -81,21 +92,31 @@ class _Routes:
         self._page = files("balcony_runtime.serve").joinpath("page.html").read_text(encoding="utf-8")
 
     async def page(self, request: Request) -> Response:
+        """The page for people."""
         return HTMLResponse(self._page, headers={"content-security-policy": _POLICY, "cache-control": "no-cache"})
 
     async def health(self, request: Request) -> Response:
+        """Whether the model is loaded and requests are taken."""
         if self._service.draining:
             raise RefusedError(503, "the server is stopping: use another one", "draining")
         self._service.llm  # noqa: B018 - refuses while the model is loading
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
+        """Metrics for Prometheus."""
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def openapi(self, request: Request) -> Response:
+        """This document."""
+        found = [route for route in request.app.routes if isinstance(route, Route)]
+        return JSONResponse(document(found, _BODIES))
+
     async def models(self, request: Request) -> Response:
+        """All names of the model, each with its budget."""
         return JSONResponse({"object": "list", "data": [self._model(name) for name in self._service.names.budgets]})
 
     async def model(self, request: Request) -> Response:
+        """One name of the model."""
         name = request.path_params["name"]
         self._service.names.budget(name, {}, None)
         return JSONResponse(self._model(name))
@@ -112,9 +133,11 @@ class _Routes:
         }
 
     async def chat(self, request: Request) -> Response | EventStream:
+        """The next message of a conversation, in the shape of OpenAI."""
         return await self._complete(request, chat=True)
 
     async def completion(self, request: Request) -> Response | EventStream:
+        """Completions of texts or token ids, in the shape of OpenAI."""
         return await self._complete(request, chat=False)
 
     async def _complete(self, request: Request, *, chat: bool) -> Response | EventStream:
@@ -140,7 +163,8 @@ class _Routes:
         return JSONResponse(whole)
 
     async def tokenize(self, request: Request) -> Response:
-        llm, fields = self._service.llm, Fields(await self._body(request))
+        """Token ids of a text or a conversation."""
+        llm, fields = self._service.llm, Fields(await self._body(request), TOKENIZE)
         messages, text = fields.get("messages"), fields.text("prompt") or fields.text("content")
         if messages is not None:
             ids = await asyncio.to_thread(llm.encode, messages, control_tokens=False)
@@ -151,7 +175,8 @@ class _Routes:
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.max_length})
 
     async def detokenize(self, request: Request) -> Response:
-        llm, fields = self._service.llm, Fields(await self._body(request))
+        """The text of token ids."""
+        llm, fields = self._service.llm, Fields(await self._body(request), DETOKENIZE)
         tokens = fields.tokens("tokens")
         if tokens is None:
             raise bad("tokens", None, "must be a list of token ids")
@@ -161,6 +186,7 @@ class _Routes:
         return JSONResponse({"content": text, "prompt": text})
 
     async def props(self, request: Request) -> Response:
+        """Exits, budgets and bounds."""
         service, llm = self._service, self._service.llm
         costs = llm.costs
         return JSONResponse(
@@ -184,33 +210,41 @@ class _Routes:
         )
 
     async def slots(self, request: Request) -> Response:
+        """Replies in progress."""
         self._service.llm  # noqa: B018 - refuses while the model is loading
         return JSONResponse([_slot(job) for job in self._service.slots])
 
     async def change_slot(self, request: Request) -> Response:
-        fields = Fields(await self._body(request))
+        """Another budget for a reply in progress."""
+        fields = Fields(await self._body(request), SLOT)
         return JSONResponse(_slot(await self._service.rebudget(request.path_params["key"], fields.get("budget"))))
 
     async def _body(self, request: Request) -> bytes:
         """The body of a request, if it is not too large and comes in time."""
         limits = self._service.limits
         found = bytearray()
+        said = request.headers.get("content-length", "0")  # a whole number: h11 refuses others
         try:
             async with asyncio.timeout(limits.body_s):
+                if int(said) > limits.body_bytes:
+                    raise _too_large(limits.body_bytes)
                 async for piece in request.stream():
                     found += piece
                     if len(found) > limits.body_bytes:
-                        raise RefusedError(
-                            413,
-                            f"the body has more than {limits.body_bytes} bytes: send less, or raise --max-body-mb",
-                            "body_too_large",
-                            headers={"connection": "close"},
-                        )
+                        raise _too_large(limits.body_bytes)
         except TimeoutError:
             raise RefusedError(
                 408, f"the body took longer than {limits.body_s:g} s: send it at once", "slow_body"
             ) from None
         return bytes(found)
+
+
+def _too_large(most: int) -> RefusedError:
+    # The connection stays open for a while, and what still comes is thrown away: closed at once, it would be reset, and the
+    # client would not see the answer.
+    return RefusedError(
+        413, f"the body has more than {most} bytes: send less, or raise --max-body-mb", "body_too_large"
+    )
 
 
 def _slot(job: Job) -> dict[str, Any]:

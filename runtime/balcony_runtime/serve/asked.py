@@ -1,54 +1,21 @@
 """Bodies of requests: from OpenAI's fields, and those that vLLM and llama.cpp add, to what the runtime is asked for.
 
-Owns the fields, their ranges, and which foreign fields are refused because leaving them out would change the answer. All others
-are ignored, as vLLM does. Values that the runtime checks by itself (temperature, top_p, …) are not checked twice.
+Owns the rules between fields. Their names and ranges are in ``fields``. Values that the runtime checks by itself (temperature,
+top_p, …) are not checked twice.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from balcony_runtime.decoding.sampling import SamplingParams
-from balcony_runtime.serve.refusal import RefusedError, bad
+from balcony_runtime.serve.fields import CHAT, COMPLETION, FOREIGN, MOST_CHOICES, Fields, is_tokens
+from balcony_runtime.serve.refusal import bad
 
-#: Most replies of one request: prompts times ``n``.
-MOST_CHOICES = 128
-#: Most alternatives that are reported at each place.
-MOST_LOGPROBS = 20
-#: Largest number of a field, far beyond every range; integers in JSON have no bound.
-LARGEST_NUMBER = 1e15
 #: Tokens of a completion without ``max_tokens``, as OpenAI and vLLM have it.
 COMPLETION_TOKENS = 16
-#: Fields that would change the answer and that the runtime does not have → values that ask for nothing.
-_FOREIGN: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "suffix": ("",),
-    "frequency_penalty": (0,),
-    "use_beam_search": (False,),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "allowed_token_ids": ([],),
-    "prompt_logprobs": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "grammar": ("",),
-    "json_schema": (),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
-}
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 
 
@@ -101,82 +68,19 @@ class Asked:
         return SamplingParams(**self.sampling, seed=None if self.seed is None else self.seed + choice)
 
 
-class Fields:
-    """The fields of a JSON object, read by type; null means that a field is not there.
-
-    Args:
-        body: bytes of the object.
-
-    Raises:
-        RefusedError: the body is not a JSON object.
-    """
-
-    def __init__(self, body: bytes) -> None:
-        try:
-            found = json.loads(body, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise RefusedError(400, f"the body is not JSON ({error}): send one object", "invalid_json") from None
-        if not isinstance(found, dict):
-            raise RefusedError(400, f"the body is a JSON {type(found).__name__}: send one object", "invalid_json")
-        self._found: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
-
-    def get(self, name: str) -> Any:
-        """A value as it is; None if it is not there."""
-        return self._found.get(name)
-
-    def truth(self, name: str) -> bool:
-        """A truth value; False if it is not there."""
-        value = self.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise bad(name, value, "must be true or false")
-        return bool(value)
-
-    def whole(self, name: str, least: int, most: int) -> int | None:
-        """A whole number within bounds, or None."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise bad(name, value, f"must be a whole number from {least} to {most}")
-        return value
-
-    def text(self, name: str) -> str | None:
-        """A text, or None."""
-        value = self.get(name)
-        if value is not None and not isinstance(value, str):
-            raise bad(name, value, "must be a text")
-        return value
-
-    def number(self, name: str) -> float | None:
-        """A number, whose range the runtime checks, or None."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST_NUMBER:
-            raise bad(name, value, f"must be a number within ±{LARGEST_NUMBER:g}")
-        return value
-
-    def tokens(self, name: str) -> list[int] | None:
-        """A list of token ids, or None; the runtime checks that they are in the vocabulary."""
-        value: list[int] | None = self.get(name)
-        if value is not None and not is_tokens(value):
-            raise bad(name, value, "must be a list of token ids")
-        return value
-
-
 def read_asked(body: bytes, *, chat: bool) -> Asked:
     """Read the body of a chat completion, or of a completion.
 
     Raises:
         RefusedError: the body cannot be used.
     """
-    fields = Fields(body)
+    fields = Fields(body, CHAT if chat else COMPLETION)
     _refuse_foreign(fields)
     prompts = [_messages(fields.get("messages"))] if chat else _prompts(fields.get("prompt"))
-    n = fields.whole("n", 1, MOST_CHOICES) or 1
+    n = fields.whole("n") or 1
     if len(prompts) * n > MOST_CHOICES:
         raise bad("n", n, f"{len(prompts)} prompts make {len(prompts) * n} replies; at most {MOST_CHOICES}: send less")
-    best_of = fields.whole("best_of", 1, MOST_CHOICES)
+    best_of = fields.whole("best_of")
     if best_of not in {None, n}:
         raise bad("best_of", best_of, "is not supported; leave it out, and ask for n replies")
     echo = not chat and fields.truth("echo")
@@ -188,12 +92,12 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         n=n,
         max_tokens=_max_tokens(fields, chat, echo),
         stop=_stop(fields.get("stop")),
-        logprobs=_chat_logprobs(fields) if chat else fields.whole("logprobs", 0, MOST_LOGPROBS),
+        logprobs=_chat_logprobs(fields) if chat else fields.whole("logprobs"),
         echo=echo,
         ignore_eos=fields.truth("ignore_eos"),
         as_ids=fields.truth("return_tokens_as_token_ids"),
         sampling=_sampling(fields),
-        seed=fields.whole("seed", 0, 2**63 - 1),
+        seed=fields.whole("seed"),
         budget=fields.get("budget"),
         stream=stream,
         usage=stream and _usage(fields),
@@ -201,17 +105,8 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
     )
 
 
-def is_tokens(value: Any) -> bool:
-    """Whether a value is a list of whole numbers."""
-    return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def _refuse_foreign(fields: Fields) -> None:
-    for name, harmless in _FOREIGN.items():
+    for name, harmless in FOREIGN.items():
         value = fields.get(name)
         if value is not None and value not in harmless:
             raise bad(name, value, "is not supported here; leave it out")
@@ -238,13 +133,12 @@ def _prompts(value: Any) -> list[Any]:
 
 
 def _max_tokens(fields: Fields, chat: bool, echo: bool) -> int | None:
-    least = 0 if echo else 1
     for name in ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",):
         value = fields.get(name)
         if value is not None:
             if value == 0 and not echo:
                 raise bad(name, value, "must be a whole number above 0; 0 needs echo in a completion")
-            return fields.whole(name, least, 2**31)
+            return fields.whole(name)
     return None if chat else COMPLETION_TOKENS
 
 
@@ -256,7 +150,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 def _chat_logprobs(fields: Fields) -> int | None:
-    top = fields.whole("top_logprobs", 0, MOST_LOGPROBS)
+    top = fields.whole("top_logprobs")
     if not fields.truth("logprobs"):
         if top:
             raise bad("top_logprobs", top, "needs logprobs = true; add it")
@@ -267,7 +161,7 @@ def _chat_logprobs(fields: Fields) -> int | None:
 def _sampling(fields: Fields) -> dict[str, Any]:
     found: dict[str, Any] = {"temperature": 1.0}  # OpenAI's default; the Python API's is greedy
     found |= {name: value for name in _NUMBERS if (value := fields.number(name)) is not None}
-    top_k = fields.whole("top_k", -1, 2**31)
+    top_k = fields.whole("top_k")
     if top_k is not None:
         found["top_k"] = max(top_k, 0)  # vLLM's -1 keeps all
     bias = fields.get("logit_bias")

@@ -87,6 +87,10 @@ def refusal_of(error: BaseException, retry_s: int = 1) -> RefusedError:
         return error
     if isinstance(error, BusyError):
         return busy(str(error), "overloaded", retry_s)
+    if isinstance(
+        error, RecursionError
+    ):  # the parser has a bound of its own, and what follows needs a little more stack
+        return RefusedError(400, "the body is nested too deeply: send an object of fewer levels", "invalid_json")
     for kind, status, reason, param in _KINDS:
         if isinstance(error, kind):
             return RefusedError(status, str(error), reason, param=param)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import threading
@@ -22,6 +23,7 @@ from pathlib import Path
 from balcony_edge.errors import BalconyError, InputError, MissingDependencyError
 from balcony_runtime.llm import LLM
 from balcony_runtime.serve.app import make_app
+from balcony_runtime.serve.connections import Connection, bounded
 from balcony_runtime.serve.guard import is_loopback
 from balcony_runtime.serve.service import Limits, Service
 
@@ -35,6 +37,10 @@ except ImportError as missing:
 _log = logging.getLogger(__name__)
 #: Bytes that the kernel keeps for a client that does not read; by default it keeps megabytes, and slow readers are seen late.
 SEND_BUFFER = 128 << 10
+#: Connections that the kernel holds until they are accepted. The event loop accepts so many at once, before it counts them.
+BACKLOG = 256
+#: File descriptors of the process that are no connections.
+OTHER_FILES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +150,9 @@ class Server:
             access_log=False,
             server_header=False,
             lifespan="off",
+            http=_connection_class(settings.limits),
             ws="none",
+            backlog=BACKLOG,
             timeout_graceful_shutdown=math.ceil(settings.drain_s) + 5,  # answers that are ended take a moment
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
@@ -200,10 +208,24 @@ class _Uvicorn(uvicorn.Server):
         self._owner.stop()
 
 
+def _connection_class(limits: Limits) -> type[Connection]:
+    """The connections; no more than the process may have files, so that accepting one never fails."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = (
+        limits.connections
+        if files == resource.RLIM_INFINITY
+        else min(limits.connections, files - BACKLOG - OTHER_FILES)
+    )
+    return bounded(limits.head_s, limits.unread_s, max(most, 1))
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # With the protocol: without it, asyncio does not set TCP_NODELAY, and a token waits for the client's next ACK (40 ms).
+        found = socket.socket(family, kind, protocol)
     except OSError as error:
         raise InputError(
             f"--host {host}: is not an address of this machine ({error.strerror}): give another"

@@ -44,14 +44,20 @@ class Limits:
         queue: most replies that wait for those to end.
         body_bytes: largest body of a request.
         request_s: longest time of a request.
+        head_s: longest time for sending the headers.
         body_s: longest time for sending the body.
+        unread_s: longest time for which a client may read nothing of an answer that fills its buffers.
+        connections: most connections, those without a request included.
     """
 
     parallel: int = 16
     queue: int = 64
     body_bytes: int = 8 << 20
     request_s: float = 600.0
+    head_s: float = 10.0
     body_s: float = 30.0
+    unread_s: float = 60.0
+    connections: int = 1024
 
 
 class Service:

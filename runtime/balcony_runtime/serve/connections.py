@@ -1,0 +1,123 @@
+"""Connections: how long one may be silent or unread, and how many there may be.
+
+Owns what uvicorn leaves without a bound: a connection that never sends a request or sends it slowly, bytes that no route
+reads, and answers that the client does not read. It knows no routes. Uvicorn itself bounds the size of the headers (64 kB) and
+the time between two requests (5 s).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import ClassVar
+
+from balcony_edge.errors import MissingDependencyError
+
+try:
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as missing:
+    raise MissingDependencyError(
+        "uvicorn is not installed: pip install 'balcony-edge[serve]' for the server"
+    ) from missing
+
+
+def bounded(head_s: float, unread_s: float, most: int) -> type[Connection]:
+    """The class of the connections of one server.
+
+    Args:
+        head_s: longest time from the first moment without a request to the end of the next request's headers.
+        unread_s: longest time for which a client may leave a full buffer unread.
+        most: most connections. One more closes the connection that has waited longest for a request.
+    """
+
+    class Bounded(Connection):
+        pass
+
+    Bounded.head_s, Bounded.unread_s, Bounded.most, Bounded.idle = head_s, unread_s, most, {}
+    return Bounded
+
+
+class Connection(H11Protocol):
+    """A connection with bounds; :func:`bounded` sets them."""
+
+    head_s: ClassVar[float]
+    unread_s: ClassVar[float]
+    most: ClassVar[int]
+    #: Connections without a request in progress, the longest idle one first.
+    idle: ClassVar[dict[Connection, None]]
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._expect()
+        if len(self.connections) > self.most:
+            next(iter(self.idle)).transport.abort()  # this one, if all others have a request in progress
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._calm_head()
+        self._calm_unread()
+        self.idle.pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of a request."""
+        super().data_received(data)
+        self._expect()
+
+    def on_response_complete(self) -> None:
+        """Note the end of an answer. Uvicorn's keep-alive time runs from here to the next byte."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._patience()
+        elif not self._busy:
+            self.idle[self] = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection; without waiting for a client that has not read the last answer."""
+        super().timeout_keep_alive_handler()
+        self._patience()
+
+    def pause_writing(self) -> None:
+        """The client does not read fast enough."""
+        super().pause_writing()
+        self._patience()
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        super().resume_writing()
+        self._calm_unread()
+        if self.transport.is_closing():  # what is left may be little, and still not be read
+            self._patience()
+
+    @property
+    def _busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect(self) -> None:
+        """Start the time for the next request's headers, unless it runs or a request is in progress."""
+        if self.transport.is_closing():
+            self._patience()
+        elif self._busy:
+            self._calm_head()
+            self.idle.pop(self, None)
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_s, self.transport.abort)
+            self.idle[self] = None
+
+    def _patience(self) -> None:
+        """Start the time for reading what was sent, unless it runs."""
+        if self._unread_timer is None and self.transport.get_write_buffer_size():
+            self._unread_timer = self.loop.call_later(self.unread_s, self.transport.abort)
+
+    def _calm_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _calm_unread(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None

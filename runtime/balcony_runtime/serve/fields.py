@@ -1,0 +1,204 @@
+"""Fields of the bodies: one table for each endpoint, and the reader that checks a body against it.
+
+Owns the names, types and ranges of the fields, in the words of JSON Schema: the reader and ``/openapi.json`` both use them. It
+also owns which foreign fields are refused because leaving them out would change the answer. All others are ignored, as vLLM
+does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from balcony_runtime.serve.refusal import RefusedError, bad
+
+#: Most replies of one request: prompts times ``n``.
+MOST_CHOICES = 128
+#: Most alternatives that are reported at each place.
+MOST_LOGPROBS = 20
+#: Largest number of a field, far beyond every range; integers in JSON have no bound.
+LARGEST_NUMBER = 1e15
+#: Fields that would change the answer and that the runtime does not have → values that ask for nothing.
+FOREIGN: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "suffix": ("",),
+    "frequency_penalty": (0,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "prompt_logprobs": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "grammar": ("",),
+    "json_schema": (),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+}
+
+Schema = Mapping[str, Any]
+Table = Mapping[str, Schema]
+
+
+def _truth(about: str) -> Schema:
+    return {"type": "boolean", "description": about}
+
+
+def _whole(about: str, least: int, most: int) -> Schema:
+    return {"type": "integer", "minimum": least, "maximum": most, "description": about}
+
+
+def _number(about: str) -> Schema:
+    return {"type": "number", "minimum": -LARGEST_NUMBER, "maximum": LARGEST_NUMBER, "description": about}
+
+
+def _text(about: str) -> Schema:
+    return {"type": "string", "description": about}
+
+
+_TOKENS: Schema = {"type": "array", "items": {"type": "integer"}}
+_PARTS: Schema = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    },
+}
+_MESSAGES: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {"role": {"type": "string"}, "content": {"anyOf": [{"type": "string"}, _PARTS]}},
+    },
+    "description": "The conversation.",
+}
+_BUDGET: Table = {"budget": {"type": "object", "description": "Keys of a budget file (docs/budget-file.md)."}}
+_COMMON: Table = {
+    "model": _text("A name of /v1/models."),
+    "n": _whole("Replies to each prompt.", 1, MOST_CHOICES),
+    "best_of": _whole("Must be n.", 1, MOST_CHOICES),
+    "max_tokens": _whole("Most tokens of a reply; 0 needs echo in a completion.", 0, 2**31),
+    "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "description": "Ends."},
+    "ignore_eos": _truth("Whether to go on after the end-of-sequence token."),
+    "return_tokens_as_token_ids": _truth("Whether reported tokens are named token_id:17."),
+    "temperature": _number("0 is greedy; 1 without it."),
+    "top_p": _number("Probability of the tokens that are kept."),
+    "min_p": _number("Least probability of a token that is kept, as a share of the likeliest one's."),
+    "top_k": _whole("Number of tokens that are kept; 0 and -1 keep all.", -1, 2**31),
+    "repetition_penalty": _number("Penalty of tokens in prompt or reply; 1 is none."),
+    "presence_penalty": _number("Penalty of tokens in the reply; 0 is none."),
+    "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}, "description": "Token id to bias."},
+    "seed": _whole("Seed of the first reply to a prompt; the others count up.", 0, 2**63 - 1),
+    "stream": _truth("Whether the answer comes token by token, as server-sent events."),
+    "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
+    "timings_per_token": _truth("Whether every piece of a stream carries timings and balcony."),
+    **_BUDGET,
+}
+#: Bodies: field → what it may be.
+CHAT: Table = {
+    "messages": _MESSAGES,
+    **_COMMON,
+    "max_completion_tokens": _whole("Most tokens of a reply; goes before max_tokens.", 1, 2**31),
+    "logprobs": _truth("Whether to report log-probabilities."),
+    "top_logprobs": _whole("Likeliest tokens at each place; needs logprobs.", 0, MOST_LOGPROBS),
+}
+COMPLETION: Table = {
+    "prompt": {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKENS]}}, _TOKENS],
+        "description": "A text, a list of texts, a list of token ids, or a list of such lists.",
+    },
+    **_COMMON,
+    "logprobs": _whole("Likeliest tokens at each place.", 0, MOST_LOGPROBS),
+    "echo": _truth("Whether the text begins with the prompt; with logprobs, the prompt is scored."),
+}
+TOKENIZE: Table = {"content": _text("A text."), "prompt": _text("The same."), "messages": _MESSAGES}
+DETOKENIZE: Table = {"tokens": {**_TOKENS, "description": "Token ids."}}
+SLOT: Table = _BUDGET
+
+
+class Fields:
+    """The fields of a JSON object, read by type; null means that a field is not there.
+
+    Args:
+        body: bytes of the object.
+        table: the fields that may be read.
+
+    Raises:
+        RefusedError: the body is not a JSON object.
+    """
+
+    def __init__(self, body: bytes, table: Table) -> None:
+        self._table = table
+        try:
+            found = json.loads(body, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(400, f"the body is not JSON ({error}): send one object", "invalid_json") from None
+        if not isinstance(found, dict):
+            raise RefusedError(400, f"the body is a JSON {type(found).__name__}: send one object", "invalid_json")
+        self._found: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
+
+    def get(self, name: str) -> Any:
+        """A value as it is; None if it is not there."""
+        return self._found.get(name)
+
+    def truth(self, name: str) -> bool:
+        """A truth value; False if it is not there."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise bad(name, value, "must be true or false")
+        return bool(value)
+
+    def whole(self, name: str) -> int | None:
+        """A whole number within the bounds of the table, or None."""
+        value, least, most = self.get(name), self._table[name]["minimum"], self._table[name]["maximum"]
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise bad(name, value, f"must be a whole number from {least} to {most}")
+        return value
+
+    def text(self, name: str) -> str | None:
+        """A text, or None."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise bad(name, value, "must be a text")
+        return value
+
+    def number(self, name: str) -> float | None:
+        """A number, whose range the runtime checks, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST_NUMBER:
+            raise bad(name, value, f"must be a number within ±{LARGEST_NUMBER:g}")
+        return value
+
+    def tokens(self, name: str) -> list[int] | None:
+        """A list of token ids, or None; the runtime checks that they are in the vocabulary."""
+        value: list[int] | None = self.get(name)
+        if value is not None and not is_tokens(value):
+            raise bad(name, value, "must be a list of token ids")
+        return value
+
+
+def is_tokens(value: Any) -> bool:
+    """Whether a value is a list of whole numbers."""
+    return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

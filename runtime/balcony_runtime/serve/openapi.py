@@ -1,0 +1,103 @@
+"""The server's own OpenAPI document, made from the routes and the tables of their fields.
+
+Owns the form of the document. Summaries are the first lines of the endpoints' docstrings.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from balcony_edge.errors import MissingDependencyError
+from balcony_runtime.serve.fields import FOREIGN, Table
+from balcony_runtime.serve.refusal import RefusedError
+
+try:
+    from starlette.routing import Route
+except ImportError as missing:
+    raise MissingDependencyError(
+        "starlette is not installed: pip install 'balcony-edge[serve]' for the server"
+    ) from missing
+
+#: Endpoints whose answer is not a JSON object → its types.
+_TYPES = {
+    "/": ("text/html",),
+    "/metrics": ("text/plain",),
+    "/v1/chat/completions": ("application/json", "text/event-stream"),
+    "/v1/completions": ("application/json", "text/event-stream"),
+}
+
+
+def document(routes: Sequence[Route], bodies: Mapping[str, Table]) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        routes: the endpoints.
+        bodies: path → fields of its body; a path without a body is not there.
+    """
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        path = re.sub(r":\w+}", "}", route.path)
+        for method in sorted(route.methods or ()):
+            if method != "HEAD":
+                paths.setdefault(path, {})[method.lower()] = _operation(route, bodies.get(route.path))
+    error = RefusedError(400, "", "").body["error"]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Balcony Edge", "version": version("balcony-edge")},
+        "paths": paths,
+        "components": {
+            "schemas": {
+                "Error": {
+                    "type": "object",
+                    "required": ["error"],
+                    "properties": {
+                        "error": {
+                            "type": "object",
+                            "required": list(error),
+                            "properties": {name: {"type": ["string", "null"]} for name in error},
+                        }
+                    },
+                }
+            },
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],
+    }
+
+
+def _operation(route: Route, fields: Table | None) -> dict[str, Any]:
+    types = _TYPES.get(route.path, ("application/json",))
+    operation: dict[str, Any] = {
+        "summary": (inspect.getdoc(route.endpoint) or "").partition("\n")[0],
+        "responses": {
+            "200": {"description": "The answer.", "content": {kind: {} for kind in types}},
+            "default": {
+                "description": "An error.",
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+            },
+        },
+    }
+    given = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "integer" if kind == "int" else "string"}}
+        for name, kind in re.findall(r"{(\w+):(\w+)}", route.path)
+    ]
+    if given:
+        operation["parameters"] = given
+    if fields is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body(fields)}}}
+    return operation
+
+
+def _body(fields: Table) -> dict[str, Any]:
+    properties: dict[str, Any] = {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in fields.items()}
+    if "stream" in fields:  # a completion
+        properties |= {
+            name: {"enum": [*harmless, None], "description": "Not supported: only values that ask for nothing."}
+            for name, harmless in FOREIGN.items()
+        }
+    required = [name for name in ("messages", "prompt", "tokens") if name in fields and "content" not in fields]
+    return {"type": "object", "properties": properties, "required": required}

@@ -1,0 +1,155 @@
+"""Clients that stall, send rubbish, go away or do not read: each is cut off in time, and nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from balcony_runtime.serve.server import Server
+from balcony_runtime.serve.service import Limits
+from tests.serve.test_service import CHAT, HELLO, SLOW, connected, is_free, until
+
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
+#: Time limits of the server in seconds, and the longest time until a client must be cut off.
+LIMIT_S, LATE_S = 0.6, 3.0
+
+
+@pytest.fixture(scope="module")
+def hasty(serve: Callable[..., Server]) -> Server:
+    """A server that gives up soon, with few connections."""
+    limits = Limits(head_s=LIMIT_S, body_s=LIMIT_S, unread_s=LIMIT_S, connections=12)
+    return serve(name="tiny", limits=limits)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(hasty: Server) -> Iterator[None]:
+    """After every test: no reply, no place in the pool, no connection, no file."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    yield
+    until(lambda: is_free(hasty) and not hasty._uvicorn.server_state.connections)
+    until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before)
+
+
+def connect(server: Server, data: bytes = b"", receive_buffer: int | None = None) -> socket.socket:
+    """A raw connection that has sent some bytes."""
+    address = urlsplit(server.url)
+    connection = socket.socket()
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.connect((address.hostname, address.port))
+    connection.settimeout(20)
+    connection.sendall(data)
+    return connection
+
+
+def all_of(connection: socket.socket) -> bytes:
+    """What the server sends until it closes the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(1 << 16):
+            found += piece
+    return found
+
+
+def test_a_silent_client_is_cut_off(hasty: Server) -> None:
+    begin = time.monotonic()
+    with connect(hasty) as connection:
+        assert all_of(connection) == b""
+    assert LIMIT_S - 0.1 < time.monotonic() - begin < LATE_S
+
+
+@pytest.mark.parametrize("after_a_request", [False, True], ids=["at once", "after a request"])
+def test_slow_headers_are_cut_off(hasty: Server, after_a_request: bool) -> None:
+    first = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" if after_a_request else b""
+    with connect(hasty, first) as connection:
+        if after_a_request:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        begin = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            for byte in HEAD + b"X-Slow: " + b"x" * 1000:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.02)
+        assert LIMIT_S - 0.1 < time.monotonic() - begin < LATE_S
+
+
+def test_a_body_that_no_route_reads_is_cut_off(hasty: Server) -> None:
+    """A GET may announce a body; it is answered, and the rest of the body must not keep the connection for ever."""
+    with connect(hasty, b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\nxx") as connection:
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"x")
+        begin = time.monotonic()
+        all_of(connection)
+        assert time.monotonic() - begin < LATE_S
+
+
+def test_half_a_body_is_an_error(hasty: Server) -> None:
+    with connect(hasty, HEAD + b'Content-Length: 1000\r\n\r\n{"messages": [') as connection:
+        assert b" 408 " in connection.recv(100)
+    with connect(hasty, HEAD + b"Content-Length: 1000\r\n\r\n{") as connection:
+        connection.shutdown(socket.SHUT_WR)
+        all_of(connection)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_large_body_is_refused_before_it_is_read(hasty: Server, chunked: bool) -> None:
+    """The answer can be read although the client goes on sending."""
+    size, piece = 100_000_000, b" " * 1_000_000
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
+    with connect(hasty, HEAD + f"{length}\r\n\r\n".encode()) as connection:
+        for _ in range(12):  # the bound is 8 MB
+            connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        answer = all_of(connection)
+    assert answer.startswith(b"HTTP/1.1 413") and b'"body_too_large"' in answer
+    found = httpx.post(hasty.url + CHAT, content=b" " * 30_000_000, timeout=20)
+    assert (found.status_code, found.json()["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("request_", ["page", "stream", "whole"])
+def test_a_client_that_does_not_read_is_cut_off(hasty: Server, request_: str) -> None:
+    many = {"n": 8, "logprobs": True, "top_logprobs": 20, "budget": {}}  # megabytes, more than the kernel keeps
+    if request_ == "page":
+        connection = connect(hasty, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200, receive_buffer=4096)
+    else:
+        body = json.dumps(SLOW | many | {"stream": request_ == "stream"}).encode()
+        connection = connect(hasty, HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body, receive_buffer=4096)
+    with connection:
+        until(lambda: hasty._uvicorn.server_state.connections)
+        until(lambda: not hasty._uvicorn.server_state.connections and is_free(hasty), 60)
+
+
+def test_one_connection_too_many_closes_the_one_that_has_waited_longest(hasty: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        busy = stack.enter_context(connected(hasty, SLOW))
+        assert busy.recv(10).startswith(b"HTTP/1.1 2")
+        silent = [stack.enter_context(connect(hasty)) for _ in range(11)]
+        until(lambda: len(hasty._uvicorn.server_state.connections) == 12)
+        assert httpx.post(hasty.url + CHAT, json=HELLO).status_code == 200
+        assert all_of(silent[0]) == b""
+        assert busy.recv(1000)
+
+
+@pytest.mark.parametrize("nested", ["[{}]", '{{"a":{}}}', '{{"tools":[{}]}}', '{{"messages":[{}]}}', '{{"budget":{}}}'])
+def test_deeply_nested_json_is_an_error(hasty: Server, nested: str) -> None:
+    """At every depth, also where the parser has just enough stack and what follows has not."""
+    begin, _, end = nested.replace("{{", "{").replace("}}", "}").partition("{}")
+    with httpx.Client(base_url=hasty.url) as client:
+        for depth in (100, *range(860, 1000, 10), 100_000):
+            found = client.post(CHAT, content=f"{begin * depth}1{end * depth}")
+            assert found.status_code == 400, depth
+
+
+def test_a_client_that_cancels_a_stream_leaves_nothing(hasty: Server) -> None:
+    body: dict[str, Any] = SLOW | {"budget": {}}
+    for events in range(6):
+        with connected(hasty, body) as connection, connection.makefile("rb") as lines:
+            for _ in range(2 * events):
+                lines.readline()

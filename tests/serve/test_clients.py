@@ -1,0 +1,129 @@
+"""Clients that people use: curl, and the requests that Open WebUI sends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from typing import Any
+
+import httpx
+import pytest
+
+from balcony_runtime.serve.server import Server
+from tests.serve.test_service import is_free, until
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}
+
+
+def curl(server: Server, *arguments: str, body: dict[str, Any] | None = None) -> str:
+    """What curl prints."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    command = ["curl", "--silent", "--show-error", "--max-time", "30", *arguments]
+    if body is not None:
+        command += ["--header", "Content-Type: application/json", "--data", json.dumps(body)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_curl_reads_a_stream(server: Server) -> None:
+    found = curl(server, "--no-buffer", f"{server.url}/v1/chat/completions", body=HELLO | {"stream": True})
+    *events, done, end = found.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "") and all(event.startswith("data: {") for event in events)
+    pieces = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert pieces[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert pieces[-1]["choices"][0]["finish_reason"] == "length" and pieces[-1]["balcony"]["tokens_per_exit"] == {
+        "5": 6
+    }
+    whole = json.loads(curl(server, f"{server.url}/v1/chat/completions", body=HELLO))
+    text = "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces)
+    assert text == whole["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (HELLO | {"temperature": -1, "stream": True}, 400, "invalid_value"),
+        (HELLO | {"model": "gpt-4"}, 404, "model_not_found"),
+        (HELLO | {"model": "tiny:strict", "stream": True}, 422, "infeasible"),
+    ],
+)
+def test_curl_sees_errors(server: Server, body: dict[str, Any], status: int, code: str) -> None:
+    """Also before a stream begins: ``curl --fail`` ends with an error."""
+    url, out = f"{server.url}/v1/chat/completions", "\n%{http_code} %header{x-balcony-reason}"
+    answer, _, end = curl(server, "--write-out", out, url, body=body).rpartition("\n")
+    assert end == f"{status} {code}" and json.loads(answer)["error"]["code"] == code
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        curl(server, "--fail", url, body=body)
+    assert failed.value.returncode == 22 and str(status) in failed.value.stderr
+
+
+def test_curl_sends_what_is_too_large(server: Server, tmp_path: Any) -> None:
+    """Curl asks before it sends a large body (Expect: 100-continue), and gets its answer."""
+    large = tmp_path / "large.json"
+    large.write_bytes(b" " * 20_000_000)
+    arguments = ["--output", "-", "--write-out", "%{http_code}", "--data-binary", f"@{large}"]
+    assert curl(server, *arguments, f"{server.url}/v1/completions").endswith("}413")
+
+
+#: Fields beyond OpenAI's in requests of Open WebUI 0.6, as its frontend and its background tasks send them.
+FRONTEND: dict[str, Any] = {
+    "chat_id": "0b3c",
+    "session_id": "Yh1",
+    "id": "a2f7",
+    "parent_id": "c9",
+    "params": {},
+    "tool_servers": [],
+    "tool_ids": None,
+    "files": None,
+    "filter_ids": [],
+    "features": {
+        "voice": False,
+        "image_generation": False,
+        "code_interpreter": False,
+        "web_search": False,
+        "memory": False,
+    },
+    "variables": {"{{USER_NAME}}": "Ada", "{{CURRENT_DATE}}": "2026-11-27"},
+    "model_item": {"id": "tiny", "object": "model", "owned_by": "openai", "openai": {"id": "tiny"}, "urlIdx": 0},
+    "background_tasks": {"title_generation": True, "tags_generation": True, "follow_up_generation": True},
+    "metadata": {"user_id": "1", "chat_id": "0b3c", "features": {}},
+}
+
+
+def test_open_webui_chats(http: httpx.Client, server: Server) -> None:
+    names = [model["id"] for model in http.get("/v1/models").json()["data"]]
+    assert "tiny" in names
+    turns: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+        {"role": "assistant", "content": "the fox"},
+        {"role": "user", "content": "again"},
+    ]
+    body = {
+        "model": "tiny",
+        "messages": turns,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 4,
+    }
+    with http.stream("POST", "/v1/chat/completions", json=body | FRONTEND) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert events[-1] == "[DONE]" and json.loads(events[-2])["usage"]["completion_tokens"] == 4
+
+
+def test_open_webui_makes_titles_and_can_be_stopped(http: httpx.Client, server: Server) -> None:
+    task = {
+        "task": "title_generation",
+        "task_body": {"model": "tiny", "messages": HELLO["messages"]},
+        "chat_id": "0b3c",
+    }
+    body = HELLO | {"model": "tiny", "stream": False, "max_completion_tokens": 5, "max_tokens": None, "metadata": task}
+    found = http.post("/v1/chat/completions", json=body | {"user": {"name": "Ada", "id": "1"}})
+    assert found.status_code == 200 and found.json()["usage"]["completion_tokens"] == 5
+    with http.stream(
+        "POST", "/v1/chat/completions", json=body | FRONTEND | {"stream": True, "max_completion_tokens": 200}
+    ):
+        pass  # the button that stops a reply closes the connection
+    until(lambda: is_free(server))
