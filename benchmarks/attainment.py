@@ -72,7 +72,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "voice": Kind(0.7, 40, 48, {"ttft_ms": TTFT_MS, "tpot_ms": TPOT_MS}),
-    "background": Kind(0.3, 250, 150, {"deadline_s": DEADLINE_S, "expected_tokens": 150}),
+    "background": Kind(0.3, 250, 150, {"deadline_s": DEADLINE_S}),
 }
 
 

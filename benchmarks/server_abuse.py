@@ -47,8 +47,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import balcony_edge
-from balcony_runtime.serve.server import Server, Settings
-from balcony_runtime.serve.service import Limits
+from balcony_runtime.serve.http.server import Server, Settings
+from balcony_runtime.serve.work.service import Limits
 from benchmarks.soak import resident_mb
 
 CHAT = "/v1/chat/completions"

@@ -59,8 +59,8 @@ def serve(
     and a page for people at /. One line of JSON for each request goes to stderr.
     """
     import balcony_edge
-    from balcony_runtime.serve.server import Server, Settings
-    from balcony_runtime.serve.service import Limits
+    from balcony_runtime.serve.http.server import Server, Settings
+    from balcony_runtime.serve.work.service import Limits
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are one for each request that is not HTTP

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 import balcony_edge
-from balcony_runtime.serve.server import Server, Settings
+from balcony_runtime.serve.http.server import Server, Settings
 
 BUDGETS = {
     "voice": "tpot_ms = 30\nprobability = 0.9\n",

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from balcony_runtime.serve.server import Server
-from balcony_runtime.serve.service import Limits
+from balcony_runtime.serve.http.server import Server
+from balcony_runtime.serve.work.service import Limits
 from tests.serve.test_service import CHAT, HELLO, SLOW, connected, is_free, until
 
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()

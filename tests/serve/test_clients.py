@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from balcony_runtime.serve.server import Server
+from balcony_runtime.serve.http.server import Server
 from tests.serve.test_service import is_free, until
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}
@@ -66,7 +66,7 @@ def test_curl_sends_what_is_too_large(server: Server, tmp_path: Any) -> None:
     assert curl(server, *arguments, f"{server.url}/v1/completions").endswith("}413")
 
 
-#: Fields beyond OpenAI's in requests of Open WebUI 0.6, as its frontend and its background tasks send them.
+#: Fields beyond OpenAI's that Open WebUI 0.6 sends, from its front end and its background tasks (written down, not captured).
 FRONTEND: dict[str, Any] = {
     "chat_id": "0b3c",
     "session_id": "Yh1",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from balcony_runtime.serve.server import Server
+from balcony_runtime.serve.http.server import Server
 
 pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'")
 pytest.importorskip("tenacity", reason="local-completions needs: pip install 'lm-eval[api]'")

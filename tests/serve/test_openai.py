@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from balcony_runtime.engine import Engine
-from balcony_runtime.serve.server import Server
+from balcony_runtime.serve.http.server import Server
 
 QUESTION: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
 LONG = "the quick brown fox jumps over the lazy dog and the balcony " * 6

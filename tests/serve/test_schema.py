@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from balcony_runtime.serve.server import Server
+from balcony_runtime.serve.http.server import Server
 from tests.serve.test_service import is_free, until
 
 

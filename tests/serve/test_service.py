@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from balcony_runtime.serve.jobs import MOST_BUFFERED
-from balcony_runtime.serve.server import Server
-from balcony_runtime.serve.service import Limits
+from balcony_runtime.serve.http.server import Server
+from balcony_runtime.serve.work.jobs import MOST_BUFFERED
+from balcony_runtime.serve.work.service import Limits
 from tests.command import COMMAND, refused
 
 CHAT = "/v1/chat/completions"
@@ -78,12 +78,14 @@ def connected(server: Server, body: dict[str, Any], receive_buffer: int | None =
             {"tpot_ms": 9, "probability": 0.9, "ttft_ms": 400},
         ),
         ("tiny:voice", {"x-slo-tpot-ms": "20"}, {"tpot_ms": None}, {"tpot_ms": None, "probability": 0.9}),
+        ("tiny", {}, {"deadline_s": 9}, {"deadline_s": 9, "expected_tokens": 70}),  # max_tokens of the request
+        ("tiny", {}, {"deadline_s": 9, "expected_tokens": 5}, {"deadline_s": 9, "expected_tokens": 5}),
     ],
 )
 def test_a_budget_comes_by_name_by_header_and_in_the_body(
     model: str | None, headers: dict[str, str], budget: Any, expected: Any, server: Server
 ) -> None:
-    found = server.service.names.budget(model, httpx.Headers(headers), budget)
+    found = server.service.names.budget(model, httpx.Headers(headers), budget, 70)
     assert (None if found is None else found.model_dump(exclude_unset=True)) == expected
 
 

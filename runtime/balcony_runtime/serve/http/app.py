@@ -14,14 +14,14 @@ import numpy as np
 
 from balcony_edge.errors import BalconyError, MissingDependencyError
 from balcony_runtime.engine import refuse_foreign
-from balcony_runtime.serve.answers import EventStream, GoneError
-from balcony_runtime.serve.asked import read_asked
-from balcony_runtime.serve.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
-from balcony_runtime.serve.guard import LOGGED, Guard, answer_of
-from balcony_runtime.serve.jobs import Job
-from balcony_runtime.serve.openapi import document
-from balcony_runtime.serve.refusal import RefusedError, bad, refusal_of
-from balcony_runtime.serve.service import Service
+from balcony_runtime.serve.bodies.asked import read_asked
+from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
+from balcony_runtime.serve.bodies.refusal import RefusedError, bad, refusal_of
+from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of
+from balcony_runtime.serve.http.openapi import document
+from balcony_runtime.serve.work.answers import EventStream, GoneError
+from balcony_runtime.serve.work.jobs import Job
+from balcony_runtime.serve.work.service import Service
 
 try:
     from starlette.applications import Starlette
@@ -89,7 +89,7 @@ class _Routes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._page = files("balcony_runtime.serve").joinpath("page.html").read_text(encoding="utf-8")
+        self._page = files("balcony_runtime.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
     async def page(self, request: Request) -> Response:
         """The page for people."""

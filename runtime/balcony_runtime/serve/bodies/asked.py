@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from balcony_runtime.decoding.sampling import SamplingParams
-from balcony_runtime.serve.fields import CHAT, COMPLETION, FOREIGN, MOST_CHOICES, Fields, is_tokens
-from balcony_runtime.serve.refusal import bad
+from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, FOREIGN, MOST_CHOICES, Fields, is_tokens
+from balcony_runtime.serve.bodies.refusal import bad
 
 #: Tokens of a completion without ``max_tokens``, as OpenAI and vLLM have it.
 COMPLETION_TOKENS = 16

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from balcony_edge.errors import BalconyError, InputError, MissingDependencyError
 from balcony_runtime.llm import LLM
-from balcony_runtime.serve.app import make_app
-from balcony_runtime.serve.connections import Connection, bounded
-from balcony_runtime.serve.guard import is_loopback
-from balcony_runtime.serve.service import Limits, Service
+from balcony_runtime.serve.http.app import make_app
+from balcony_runtime.serve.http.connections import Connection, bounded
+from balcony_runtime.serve.http.guard import is_loopback
+from balcony_runtime.serve.work.service import Limits, Service
 
 try:
     import uvicorn

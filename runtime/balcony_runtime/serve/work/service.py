@@ -22,14 +22,14 @@ from balcony_edge.budget import Budget
 from balcony_runtime.engine import refuse_foreign
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
-from balcony_runtime.serve.answers import Answer
-from balcony_runtime.serve.asked import Asked
-from balcony_runtime.serve.jobs import Cost, Job, deliver
-from balcony_runtime.serve.metrics import Metrics
-from balcony_runtime.serve.named import Names
-from balcony_runtime.serve.refusal import RefusedError, busy
-from balcony_runtime.serve.shapes import Shapes, prompt_tokens
-from balcony_runtime.serve.worker import Found, Worker
+from balcony_runtime.serve.bodies.asked import Asked
+from balcony_runtime.serve.bodies.named import Names
+from balcony_runtime.serve.bodies.refusal import RefusedError, busy
+from balcony_runtime.serve.work.answers import Answer
+from balcony_runtime.serve.work.jobs import Cost, Job, deliver
+from balcony_runtime.serve.work.metrics import Metrics
+from balcony_runtime.serve.work.shapes import Shapes, prompt_tokens
+from balcony_runtime.serve.work.worker import Found, Worker
 
 #: Longest time for which a refused client is asked to wait.
 MOST_RETRY_S = 60
@@ -174,7 +174,7 @@ class Service:
         """
         if self.waiting >= self.limits.queue:
             raise busy(f"{self.waiting} replies wait for others to end: try again later", "queue_full", self.retry_s)
-        budget = self.names.budget(asked.model, headers, asked.budget)
+        budget = self.names.budget(asked.model, headers, asked.budget, asked.max_tokens)
         model = asked.model or self.names.name
         prompts, texts, options = await asyncio.to_thread(self._prepare, asked, budget)
         jobs = [

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from balcony_runtime.reply import Token
-from balcony_runtime.serve.asked import Asked
-from balcony_runtime.serve.jobs import Cost, Job, Scores
+from balcony_runtime.serve.bodies.asked import Asked
+from balcony_runtime.serve.work.jobs import Cost, Job, Scores
 
 Best = Sequence[tuple[int, float]]
 

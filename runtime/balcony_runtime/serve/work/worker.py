@@ -17,8 +17,8 @@ from balcony_edge.budget import Budget
 from balcony_edge.errors import BalconyError
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
-from balcony_runtime.serve.jobs import Ended, Item, Job, Scores
-from balcony_runtime.serve.likelihood import scored
+from balcony_runtime.serve.work.jobs import Ended, Item, Job, Scores
+from balcony_runtime.serve.work.likelihood import scored
 from balcony_runtime.together import Together
 
 _log = logging.getLogger(__name__)

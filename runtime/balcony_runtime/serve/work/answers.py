@@ -14,11 +14,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping,
 from typing import Any
 
 from balcony_runtime.reply import Token
-from balcony_runtime.serve.asked import Asked
-from balcony_runtime.serve.jobs import FEW_BUFFERED, Channel, Cost, Ended, Item, Job, Scores
-from balcony_runtime.serve.refusal import RefusedError, refusal_of
-from balcony_runtime.serve.shapes import Shapes, prompt_tokens
-from balcony_runtime.serve.worker import Worker
+from balcony_runtime.serve.bodies.asked import Asked
+from balcony_runtime.serve.bodies.refusal import RefusedError, refusal_of
+from balcony_runtime.serve.work.jobs import FEW_BUFFERED, Channel, Cost, Ended, Item, Job, Scores
+from balcony_runtime.serve.work.shapes import Shapes, prompt_tokens
+from balcony_runtime.serve.work.worker import Worker
 
 _log = logging.getLogger("balcony_runtime.serve.requests")
 #: Longest wait for the first item before a stream's headers are sent; an error that comes later is an event of the stream.

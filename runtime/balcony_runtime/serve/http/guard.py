@@ -12,9 +12,9 @@ import logging
 from urllib.parse import SplitResult, urlsplit
 
 from balcony_edge.errors import MissingDependencyError
-from balcony_runtime.serve.answers import Message, Receive, Send
-from balcony_runtime.serve.refusal import RefusedError
-from balcony_runtime.serve.service import Service
+from balcony_runtime.serve.bodies.refusal import RefusedError
+from balcony_runtime.serve.work.answers import Message, Receive, Send
+from balcony_runtime.serve.work.service import Service
 
 try:
     from starlette.applications import Starlette

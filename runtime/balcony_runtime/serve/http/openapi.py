@@ -12,8 +12,8 @@ from importlib.metadata import version
 from typing import Any
 
 from balcony_edge.errors import MissingDependencyError
-from balcony_runtime.serve.fields import FOREIGN, Table
-from balcony_runtime.serve.refusal import RefusedError
+from balcony_runtime.serve.bodies.fields import FOREIGN, Table
+from balcony_runtime.serve.bodies.refusal import RefusedError
 
 try:
     from starlette.routing import Route

@@ -11,7 +11,7 @@ import numpy as np
 
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.engine import Engine
-from balcony_runtime.serve.jobs import Scores
+from balcony_runtime.serve.work.jobs import Scores
 
 #: Rows of one piece: 64 rows of a vocabulary of 49,152 take 13 MB.
 PIECE = 64

@@ -14,7 +14,7 @@ from typing import Any
 
 from balcony_edge.budget import Budget, load_budget
 from balcony_edge.errors import BudgetError, InputError
-from balcony_runtime.serve.refusal import RefusedError, bad
+from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 
 _log = logging.getLogger(__name__)
 #: Header → key of a budget. The later ones are llm-d's present names.
@@ -71,13 +71,16 @@ class Names:
         """Name → budget; the first is the model itself."""
         return self._budgets
 
-    def budget(self, name: str | None, headers: Mapping[str, str], body: Any) -> Budget | None:
+    def budget(
+        self, name: str | None, headers: Mapping[str, str], body: Any, most_tokens: int | None = None
+    ) -> Budget | None:
         """The budget of a request; None for the server's own.
 
         Args:
             name: ``model`` of the request; None for the model itself.
             headers: headers of the request, with lower-case names.
             body: object ``budget`` of the request, or None.
+            most_tokens: ``max_tokens`` of the request: a deadline without ``expected_tokens`` is for so many.
 
         Raises:
             RefusedError: the model is unknown, or a header is not a number.
@@ -97,7 +100,10 @@ class Names:
         given |= body or {}
         if not given:
             return None if name == self.name else base
-        return Budget.model_validate(base.model_dump(exclude_unset=True) | given)
+        found = base.model_dump(exclude_unset=True) | given
+        if found.get("deadline_s") is not None and most_tokens is not None:
+            found.setdefault("expected_tokens", most_tokens)
+        return Budget.model_validate(found)
 
 
 def _number(header: str, text: str) -> float:

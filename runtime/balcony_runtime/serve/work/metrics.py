@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from balcony_edge.errors import MissingDependencyError
 from balcony_runtime.reply import Token
-from balcony_runtime.serve.jobs import Cost
+from balcony_runtime.serve.work.jobs import Cost
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from balcony_runtime.serve.refusal import RefusedError, bad
+from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 
 #: Most replies of one request: prompts times ``n``.
 MOST_CHOICES = 128

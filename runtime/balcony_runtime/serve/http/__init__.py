@@ -1,0 +1,1 @@
+"""HTTP: routes, connections, and the process that serves them. It decodes nothing."""
