@@ -1,7 +1,7 @@
 """Requests with targets at rising load: our server compared with llama.cpp's.
 
     python -m benchmarks.attainment --install                      # llama.cpp's server and the load generator, once
-    python -m benchmarks.attainment BUNDLE --text wiki.valid.raw   # about 25 minutes; --plot FILE.png for the picture
+    python -m benchmarks.attainment BUNDLE --text wiki.valid.raw   # about 20 minutes; --plot FILE.png for the picture
 
 Two classes of requests arrive at random, as users do (Poisson): *voice* (first token within 500 ms, then 40 ms a token) and
 *background* (the whole reply within 30 s). The load is given as a multiple of what one model at full depth can do alone, one
@@ -49,7 +49,7 @@ from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import server
 from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, p95
 
-LOADS = (0.5, 1.0, 1.5, 2.0, 3.0)
+LOADS = (0.5, 1.0, 2.0, 3.0)
 #: Slots of llama.cpp's server: replies that it writes at once; further requests wait.
 SLOTS = (1, 4)
 #: Seconds during which requests arrive at each load, and seconds after which a request is given up.
