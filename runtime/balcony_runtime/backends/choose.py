@@ -12,7 +12,7 @@ from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.installed import checked_onnxruntime
 
 #: ``cpu``: ONNX Runtime on the CPU; ``cuda``, ``nv``: ONNX Runtime on an NVIDIA GPU by that provider; ``tensorrt``: engines.
-DeviceName = Literal["auto", "cpu", "cuda", "nv", "tensorrt"]
+DeviceName = Literal["auto", "cpu", "cuda", "nv", "tensorrt", "webgpu"]
 
 
 class Choice(NamedTuple):
@@ -77,6 +77,13 @@ def open_backend(
         from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
         return OnnxRuntimeBackend(bundle, threads=threads, packed=packed, verify_hashes=verify_hashes)
+    if device == "webgpu":
+        if packed is not None or engines is not None:
+            given = "engine sets" if packed is None else "packed weights"
+            raise InputError(f"--device webgpu: runs the bundle's own graphs, not {given}: leave them out")
+        from balcony_runtime.backends.webgpu.backend import WebGpuBackend  # noqa: PLC0415 - likewise
+
+        return WebGpuBackend(bundle)
     if packed is not None:
         raise InputError("packed weights are for the CPU: leave them out, or run with device cpu")
     engines = engines or _only(bundle, device)

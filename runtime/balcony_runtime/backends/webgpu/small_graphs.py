@@ -1,0 +1,92 @@
+"""The small graphs that move rows on a WebGPU device, made without the ONNX library.
+
+WebGPU's buffers are handles: Python can neither allocate one nor address a part of one. Four graphs of a few operators
+do that work on the device. B, S, T, D: members, rows of a buffer, rows of a pass, width.
+
+======  ===========================================================  ==========================================
+graph   inputs                                                       outputs
+======  ===========================================================  ==========================================
+zeros   ``zero`` scalar; ``shape`` int64 (n)                         ``new`` of that shape
+take    ``rows`` (B, S, D); ``at`` int64 (T)                         ``taken`` (B, T, D)
+put     ``rows_i`` (B, S, D); ``new_i`` (B, T, D);                   ``kept_i`` (B, S, D), the buffer of ``rows_i``
+        ``at`` int64 (B, T, 2), pairs of member and row
+pick    ``logits`` (B, T, V)                                         ``picked`` float32 (B, T, 2): the likeliest token,
+                                                                     and the sum of all logits
+======  ===========================================================  ==========================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from balcony_edge.bundle.manifest import DType
+from balcony_runtime.backends.joined_graph import encoded_field, encoded_varint
+
+#: Wire types of protobuf, and element types and attribute types of onnx.proto3.
+_VARINT, _BYTES = 0, 2
+_ELEMENTS: dict[str, int] = {"float32": 1, "int64": 7, "float16": 10}
+_INT_ATTRIBUTE = 2
+#: An opset that has all operators used here, and the file format that belongs to it.
+_OPSET, _IR_VERSION = 21, 10
+
+
+def zeros(dtype: DType) -> bytes:
+    """The graph that allocates a buffer of zeros."""
+    node = _node("Expand", ["zero", "shape"], ["new"])
+    return _model([node], {"zero": dtype, "shape": "int64"}, {"new": dtype})
+
+
+def take(dtype: DType) -> bytes:
+    """The graph that copies rows out of a buffer."""
+    node = _node("Gather", ["rows", "at"], ["taken"], axis=1)
+    return _model([node], {"rows": dtype, "at": "int64"}, {"taken": dtype})
+
+
+def put(dtype: DType, count: int) -> bytes:
+    """The graph that writes rows to ``count`` buffers, at the same places in each."""
+    nodes = [_node("ScatterND", [f"rows_{i}", "at", f"new_{i}"], [f"kept_{i}"]) for i in range(count)]
+    inputs: dict[str, DType] = {"at": "int64"}
+    for i in range(count):
+        inputs |= {f"rows_{i}": dtype, f"new_{i}": dtype}
+    return _model(nodes, inputs, {f"kept_{i}": dtype for i in range(count)})
+
+
+def pick() -> bytes:
+    """The graph that picks the likeliest token. The sum is NaN or infinite if any logit is, and is read with the token."""
+    nodes = [
+        _node("ArgMax", ["logits"], ["best"], axis=-1),
+        _node("Cast", ["best"], ["token"], to=_ELEMENTS["float32"]),  # exact: a vocabulary has fewer than 2^24 tokens
+        _node("ReduceSum", ["logits"], ["sum"], keepdims=1),
+        _node("Concat", ["token", "sum"], ["picked"], axis=-1),
+    ]
+    return _model(nodes, {"logits": "float32"}, {"picked": "float32"})
+
+
+def _model(nodes: Sequence[bytes], inputs: Mapping[str, DType], outputs: Mapping[str, DType]) -> bytes:
+    graph = b"".join(_message(1, node) for node in nodes) + _text(2, "small")
+    graph += b"".join(_message(11, _value(name, dtype)) for name, dtype in inputs.items())
+    graph += b"".join(_message(12, _value(name, dtype)) for name, dtype in outputs.items())
+    return _number(1, _IR_VERSION) + _message(8, _text(1, "") + _number(2, _OPSET)) + _message(7, graph)
+
+
+def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: int) -> bytes:
+    ports = b"".join(_text(1, name) for name in inputs) + b"".join(_text(2, name) for name in outputs)
+    parts = (_text(1, name) + _number(3, value) + _number(20, _INT_ATTRIBUTE) for name, value in attributes.items())
+    return ports + _text(4, operator) + b"".join(_message(5, part) for part in parts)
+
+
+def _value(name: str, dtype: DType) -> bytes:
+    """A ValueInfo: a name and a tensor type without a shape."""
+    return _text(1, name) + _message(2, _message(1, _number(1, _ELEMENTS[dtype])))
+
+
+def _message(number: int, content: bytes) -> bytes:
+    return encoded_field(number, _BYTES, content)
+
+
+def _text(number: int, content: str) -> bytes:
+    return encoded_field(number, _BYTES, content.encode())
+
+
+def _number(number: int, value: int) -> bytes:
+    return encoded_field(number, _VARINT, encoded_varint(value % (1 << 64)))  # a negative number has 64 bits
