@@ -120,12 +120,14 @@ BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
     "device-plain": lambda bundle: Engine.of(bundle, device="cpu", engines="tensorrt-fp32-plain"),
     "cuda-fused": lambda bundle: Engine.of(bundle, device="cuda", engines="rtx-fp32"),
     "tensorrt": on_tensorrt,
+    "webgpu": lambda bundle: Engine.of(bundle, device="webgpu"),
 }
-ON_GPU = ("cuda-fused", "tensorrt")
-CASES = [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in BACKENDS]
+#: Backend → mark of the hardware or package that it needs.
+NEEDS = {"cuda-fused": pytest.mark.gpu, "tensorrt": pytest.mark.gpu, "webgpu": pytest.mark.webgpu}
+CASES = [pytest.param(name, marks=NEEDS.get(name, ())) for name in BACKENDS]
 #: Joining graphs depends only on names, so two architectures are enough here; test_quantize.py has more.
 PAIRS = [
-    pytest.param(architecture, name, marks=pytest.mark.gpu if name in ON_GPU else ())
+    pytest.param(architecture, name, marks=NEEDS.get(name, ()))
     for architecture in ("llama", "qwen3", "gemma2", "gemma3", "smollm3")
     for name in BACKENDS
     if not name.startswith("packed") or architecture in ("llama", "gemma3")

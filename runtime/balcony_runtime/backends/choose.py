@@ -10,8 +10,10 @@ from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import BalconyError, BundleError, InputError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.installed import checked_onnxruntime
+from balcony_runtime.backends.webgpu import provider
 
-#: ``cpu``: ONNX Runtime on the CPU; ``cuda``, ``nv``: ONNX Runtime on an NVIDIA GPU by that provider; ``tensorrt``: engines.
+#: ``cpu``: ONNX Runtime on the CPU; ``cuda``, ``nv``: ONNX Runtime on an NVIDIA GPU by that provider; ``tensorrt``: engines;
+#: ``webgpu``: ONNX Runtime on any GPU with Vulkan, Metal or Direct3D 12.
 DeviceName = Literal["auto", "cpu", "cuda", "nv", "tensorrt", "webgpu"]
 
 
@@ -24,7 +26,21 @@ class Choice(NamedTuple):
 
 
 def choose(manifest: Manifest) -> Choice:
-    """The choice of ``auto`` on this machine: engines that fit its GPU, else ONNX Runtime on the GPU, else the CPU."""
+    """The choice of ``auto`` on this machine: engines that fit its GPU, else ONNX Runtime on the GPU, else the CPU.
+
+    WebGPU is taken only if its package is installed and there is a GPU; an adapter in software is slower than the CPU.
+    """
+    choice = _on_nvidia(manifest)
+    if choice.device != "cpu" or not provider.is_installed() or provider.misfit(manifest) is not None:
+        return choice
+    try:
+        return Choice("webgpu", None, f"ONNX Runtime has WebGPU, and there is a GPU: {provider.gpu_for_webgpu().name}")
+    except BalconyError as error:
+        return Choice("cpu", None, str(error))
+
+
+def _on_nvidia(manifest: Manifest) -> Choice:
+    """The choice between an NVIDIA GPU and the CPU."""
     if not manifest.engines:
         return Choice("cpu", None, "the bundle has no graphs for GPUs: make them with `balcony-edge build`")
     try:

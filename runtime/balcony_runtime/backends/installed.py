@@ -1,7 +1,7 @@
 """The installed ONNX Runtime: the module, or one line that names the problem and the cure.
 
-Owns the oldest version that runs bundles. The packages of :data:`PACKAGES` are builds of one module and overwrite each other, so
-an environment may contain two of them, half of one, or the wrong one.
+Owns the oldest version that runs bundles. The packages of :data:`PACKAGES` are builds of one module and overwrite each other,
+so an environment may contain two of them, half of one, or the wrong one.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def checked_onnxruntime() -> Any:
     """
     found = installed_packages()
     if len(found) > 1:
-        raise MissingDependencyError(
-            f"{' and '.join(found)} are both installed and overwrite each other: {_again()}"
-        )
+        raise MissingDependencyError(f"{' and '.join(found)} are both installed and overwrite each other: {_again()}")
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:

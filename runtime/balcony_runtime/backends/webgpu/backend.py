@@ -16,7 +16,8 @@ from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.backends.onnxruntime import check_io
 from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.backends.webgpu.device import WebGpuDevice
-from balcony_runtime.backends.webgpu.provider import Provider, find_provider
+from balcony_runtime.backends.webgpu.probe import most_rows
+from balcony_runtime.backends.webgpu.provider import Provider, find_provider, misfit
 from balcony_runtime.backends.webgpu.state import WebGpuState
 
 
@@ -31,7 +32,8 @@ class WebGpuBackend:
 
     def __init__(self, bundle: Bundle) -> None:
         self.manifest: Manifest = bundle.manifest
-        _refuse_unfit(bundle)
+        if (problem := misfit(self.manifest)) is not None:
+            raise BundleError(f"{bundle.path}: {problem}")
         provider = find_provider()
         _refuse_half(bundle, provider)
         #: The device does the work; one thread of the host starts it.
@@ -42,6 +44,8 @@ class WebGpuBackend:
         self.dtype = self.table.dtype
         self.device = WebGpuDevice(provider, self.manifest.embedding.dtype, len(self.manifest.exit_layers))
         try:
+            #: Most rows of a pass; None: any number.
+            self.most_rows = most_rows(self.device, self.manifest)
             for name, spec in self.manifest.runnable.items():
                 if name == "backbone" or name.endswith("_keys"):  # see WebGpuState.run_exit
                     continue
@@ -75,18 +79,6 @@ class WebGpuBackend:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _refuse_unfit(bundle: Bundle) -> None:
-    if not bundle.manifest.cpu:
-        raise BundleError(
-            f"{bundle.path}: has no graphs with fused attention, and WebGPU runs only those: run it with --device cpu"
-        )
-    if bundle.manifest.kv_dtype == "int8":
-        raise BundleError(
-            f"{bundle.path}: has an int8 KV cache, and WebGPU runs float caches: run it with --device cpu, or export the model "
-            "without kv=8"
-        )
 
 
 def _refuse_half(bundle: Bundle, provider: Provider) -> None:

@@ -48,26 +48,31 @@ class Value:
 class Pass:
     """A graph with its inputs and outputs bound, to be run many times. Each call of a method may move bytes to the device."""
 
-    __slots__ = ("_binding", "_graph", "_run")
+    __slots__ = ("_arrays", "_binding", "_graph", "_run")
 
     def __init__(self, graph: str, session: Any) -> None:
         self._graph = graph
         self._binding: Any = session.io_binding()
         self._run: Any = bound_run(session, self._binding)
+        self._arrays: dict[str, Array] = {}  # ONNX Runtime refers to their memory
 
     def give(self, name: str, value: Value | Array) -> None:
         """Bind an input. An array is copied to the device now, unless the graph reads the input on the host."""
         if isinstance(value, Value):
             self._binding.bind_ortvalue_input(name, value.ort)
         else:
+            self._arrays[name] = value
             self._binding.bind_ortvalue_input(name, value_of(value))
 
     def take(self, name: str, value: Value | Array | None) -> None:
         """Bind an output to a value, to an array (the bytes of every run are copied to it), or to new device memory (None)."""
         if value is None:
             self._binding.bind_output(name, "webgpu")
+        elif isinstance(value, Value):
+            self._binding.bind_ortvalue_output(name, value.ort)
         else:
-            self._binding.bind_ortvalue_output(name, value.ort if isinstance(value, Value) else value_of(value))
+            self._arrays[name] = value
+            self._binding.bind_ortvalue_output(name, value_of(value))
 
     def run(self) -> None:
         """Run the graph; with an array among its outputs, wait for it.

@@ -1,17 +1,18 @@
 """ONNX Runtime's WebGPU provider: which package has it, which adapter it finds, and what its errors mean.
 
-Two packages have it. The plugin ``onnxruntime-ep-webgpu`` (extra ``[webgpu]``) is a library that the plain ``onnxruntime`` loads;
-it takes a GPU that the system lists. The wheel ``onnxruntime-webgpu`` is another build of ONNX Runtime that takes the place of
-the plain one; it also takes an adapter in software.
+Two packages have it. The plugin ``onnxruntime-ep-webgpu`` (extra ``[webgpu]``) is a library that the plain ``onnxruntime``
+loads; it takes a GPU that the system lists. The wheel ``onnxruntime-webgpu`` is another build of ONNX Runtime that takes the
+place of the plain one; it also takes an adapter in software.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import threading
 import traceback
 from typing import Any, NamedTuple
 
+from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import DeviceError, MissingDependencyError
 from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
@@ -35,6 +36,20 @@ class Provider(NamedTuple):
     adapters: list[Adapter] | None
 
 
+def is_installed() -> bool:
+    """Whether a package has the provider."""
+    return importlib.util.find_spec("onnxruntime_ep_webgpu") is not None or _is_inside(checked_onnxruntime())
+
+
+def misfit(manifest: Manifest) -> str | None:
+    """Why WebGPU does not run a bundle, and the cure; None if it does."""
+    if not manifest.cpu:
+        return "has no graphs with fused attention, and WebGPU runs only those: run it with --device cpu"
+    if manifest.kv_dtype == "int8":
+        return "has an int8 KV cache, and WebGPU runs float caches: run it with --device cpu, or export the model without kv=8"
+    return None
+
+
 def find_provider() -> Provider:
     """The installed provider, registered with ONNX Runtime.
 
@@ -43,11 +58,9 @@ def find_provider() -> Provider:
         DeviceError: there is no Vulkan loader or no adapter.
     """
     ort = checked_onnxruntime()
-    inside = NAME in ort.get_available_providers()
-    plugin = None if inside else _plugin()
-    known = adapters()
-    if inside:
-        return Provider((NAME,), (), known)
+    if _is_inside(ort):
+        return Provider((NAME,), (), adapters())
+    plugin, known = _plugin(), adapters()
     with _registering:  # the library belongs to the process; the host may have registered it under another name
         found = _devices(ort)
         if not found:
@@ -66,6 +79,10 @@ def find_provider() -> Provider:
             "only the package onnxruntime-webgpu also runs on an adapter in software"
         )
     return Provider((), (found[0],), known)
+
+
+def _is_inside(ort: Any) -> bool:
+    return NAME in ort.get_available_providers()
 
 
 def _devices(ort: Any) -> list[Any]:

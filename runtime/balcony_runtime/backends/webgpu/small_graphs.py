@@ -1,18 +1,22 @@
 """The small graphs that move rows on a WebGPU device, made without the ONNX library.
 
-WebGPU's buffers are handles: Python can neither allocate one nor address a part of one. Four graphs of a few operators
-do that work on the device. B, S, T, D: members, rows of a buffer, rows of a pass, width.
+WebGPU's buffers are handles: Python can neither allocate one nor address a part of one. Graphs of a few operators do that work
+on the device. B, S, T, D: members, rows of a buffer, rows of a pass, width; N, H, d: query heads, KV heads, size of a head.
 
-======  ===========================================================  ==========================================
-graph   inputs                                                       outputs
-======  ===========================================================  ==========================================
-zeros   ``zero`` scalar; ``shape`` int64 (n)                         ``new`` of that shape
-take    ``rows`` (B, S, D); ``at`` int64 (T)                         ``taken`` (B, T, D)
-put     ``rows_i`` (B, S, D); ``new_i`` (B, T, D);                   ``kept_i`` (B, S, D), the buffer of ``rows_i``
-        ``at`` int64 (B, T, 2), pairs of member and row
-pick    ``logits`` (B, T, V)                                         ``picked`` float32 (B, T, 2): the likeliest token,
-                                                                     and the sum of all logits
-======  ===========================================================  ==========================================
+======  =============================================  =====================================================
+graph   inputs                                         outputs
+======  =============================================  =====================================================
+zeros   ``zero`` scalar; ``shape`` int64 (n)           ``new`` of that shape
+take    ``rows`` (B, S, D); ``at`` int64 (T)           ``taken`` (B, T, D)
+put     ``rows_i`` (B, S, D); ``new_i`` (B, T, D);     ``kept_i`` (B, S, D), bound to the buffer of ``rows_i``
+        ``at`` int64 (B, T, 2): member and row
+pick    ``logits`` (B, T, V)                           ``picked`` float32 (B, T, 2): the likeliest token, and
+                                                       the sum of all logits
+attend  ``query`` (B, T, N·d);                         ``attended`` (B, T, N·d);
+        ``key``, ``value`` (B, T, H·d);                ``present_key``, ``present_value`` (B, H, S, d), bound
+        ``past_key``, ``past_value`` (B, H, S, d);     to the buffers of the past
+        ``last`` int32 (B); ``total`` int32 scalar
+======  =============================================  =====================================================
 """
 
 from __future__ import annotations
@@ -24,8 +28,9 @@ from balcony_runtime.backends.joined_graph import encoded_field, encoded_varint
 
 #: Wire types of protobuf, and element types and attribute types of onnx.proto3.
 _VARINT, _BYTES = 0, 2
-_ELEMENTS: dict[str, int] = {"float32": 1, "int64": 7, "float16": 10}
+_ELEMENTS: dict[str, int] = {"float32": 1, "int32": 6, "int64": 7, "float16": 10}
 _INT_ATTRIBUTE = 2
+_FUSED = "com.microsoft"
 #: An opset that has all operators used here, and the file format that belongs to it.
 _OPSET, _IR_VERSION = 21, 10
 
@@ -62,17 +67,28 @@ def pick() -> bytes:
     return _model(nodes, {"logits": "float32"}, {"picked": "float32"})
 
 
+def attend(dtype: DType, heads: int, kv_heads: int) -> bytes:
+    """The graph that tests fused attention: one node as a bundle's graphs have it, without rotary embedding."""
+    inputs: dict[str, DType] = {"query": dtype, "key": dtype, "value": dtype, "past_key": dtype, "past_value": dtype}
+    outputs: dict[str, DType] = {"attended": dtype, "present_key": dtype, "present_value": dtype}
+    inputs |= {"last": "int32", "total": "int32"}
+    numbers = {"num_heads": heads, "kv_num_heads": kv_heads}
+    node = _node("GroupQueryAttention", list(inputs), list(outputs), domain=_FUSED, **numbers)
+    return _model([node], inputs, outputs)
+
+
 def _model(nodes: Sequence[bytes], inputs: Mapping[str, DType], outputs: Mapping[str, DType]) -> bytes:
     graph = b"".join(_message(1, node) for node in nodes) + _text(2, "small")
     graph += b"".join(_message(11, _value(name, dtype)) for name, dtype in inputs.items())
     graph += b"".join(_message(12, _value(name, dtype)) for name, dtype in outputs.items())
-    return _number(1, _IR_VERSION) + _message(8, _text(1, "") + _number(2, _OPSET)) + _message(7, graph)
+    opsets = (_message(8, _text(1, name) + _number(2, version)) for name, version in (("", _OPSET), (_FUSED, 1)))
+    return _number(1, _IR_VERSION) + b"".join(opsets) + _message(7, graph)
 
 
-def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: int) -> bytes:
+def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: int) -> bytes:
     ports = b"".join(_text(1, name) for name in inputs) + b"".join(_text(2, name) for name in outputs)
     parts = (_text(1, name) + _number(3, value) + _number(20, _INT_ATTRIBUTE) for name, value in attributes.items())
-    return ports + _text(4, operator) + b"".join(_message(5, part) for part in parts)
+    return ports + _text(4, operator) + _text(7, domain) + b"".join(_message(5, part) for part in parts)
 
 
 def _value(name: str, dtype: DType) -> bytes:

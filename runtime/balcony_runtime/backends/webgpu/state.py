@@ -57,7 +57,9 @@ class _Member:
         self._specs = manifest.runnable
         width, vocabulary, count = manifest.model.hidden_size, manifest.model.vocab_size, len(manifest.exit_layers)
         self.busy_ns = 0
-        self._ids = np.zeros(max_length, np.int64)  # boundary 0: the embeddings are looked up when stage 0 takes the rows
+        self._ids = np.zeros(
+            max_length, np.int64
+        )  # boundary 0: the embeddings are looked up when stage 0 takes the rows
 
         def zeros(shape: tuple[int, ...], dtype: DType = device.dtype) -> Value:
             return device.zeros(memory, shape, dtype)
@@ -109,18 +111,12 @@ class _Member:
 
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Run rows of one boundary to the next."""
-        rows, kept = self._rows_at(stage, start, stop), self._rows[stage]
         layer, after = self._layers[stage : stage + 2]
-        made = self._once(f"stage_{stage}", {f"hidden_{layer}": rows}, stop, f"hidden_{after}")
-        at = np.zeros((1, stop - start, 2), np.int64)
-        at[0, :, 1] = np.arange(start, stop)
-        put = self._device.new_pass(self._memory, "put_1")
-        put.give("at", at)
-        put.give("new_0", made)
-        put.give("rows_0", kept)
-        put.take("kept_0", kept)
-        self._run(put)
-        self._memory.free([made, *([rows] if isinstance(rows, Value) else [])], [put])
+        for first, last in self._passes(start, stop):
+            rows = self._rows_at(stage, first, last)
+            made = self._once(f"stage_{stage}", {f"hidden_{layer}": rows}, last, f"hidden_{after}")
+            self._put(self._rows[stage], made, first)
+            self._free(made, rows)
 
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary.
@@ -129,14 +125,25 @@ class _Member:
         """
         name = self._backend.manifest.exit_graph(self._layers[exit_index + 1])
         port, output = self._ports(name)
-        rows = self._rows_at(exit_index + 1, start if name in self._caches else stop - num_queries, stop)
-        made = self._once(name, {port: rows}, stop, output)
-        spare = [value for value in (rows, self._asked) if isinstance(value, Value)]
-        if 0 < num_queries < made.shape[1]:
-            spare.append(made)
-            made = self._taken(made, made.shape[1] - num_queries, made.shape[1])
-        self._asked = made
-        self._memory.free(spare)
+        asked = stop - num_queries
+        passes = self._passes(start, stop) if name in self._caches else [(asked, stop)]
+        parts: list[tuple[Value, int]] = []  # results of query rows, and the first row of each
+        for first, last in passes:
+            rows = self._rows_at(exit_index + 1, first, last)
+            made = self._once(name, {port: rows}, last, output)
+            self._free(rows)
+            if last <= asked or first < asked:
+                made, whole = self._taken(made, asked - first, last - first) if last > asked else None, made
+                self._free(whole)
+            if made is not None:
+                parts.append((made, max(first, asked) - asked))
+        self._free(self._asked)
+        self._asked = parts[0][0] if len(parts) == 1 else None
+        if len(parts) > 1:
+            self._asked = self._device.zeros(self._memory, (1, num_queries, self._rows[0].shape[2]), self._device.dtype)
+            for made, at in parts:
+                self._put(self._asked, made, at)
+                self._free(made)
 
     def logits(self) -> FloatArray:
         """Logits (Q, V) of the last exit."""
@@ -147,7 +154,8 @@ class _Member:
         head.take("logits", found)
         self._run(head)
         self._memory.free((), [head])
-        return found[0]
+        logits: FloatArray = found[0]
+        return logits
 
     def wait(self) -> None:
         """Wait for all passes so far, by reading a row in a pass after them."""
@@ -207,9 +215,10 @@ class _Member:
             keep.give(f"rows_{index}", rows)
             keep.take(f"kept_{index}", rows)
         heads = [self._device.new_pass(self._memory, "lm_head") for _ in range(2)]
-        for head, target in zip(heads, (self._found, self._logits), strict=True):
+        for head in heads:
             head.give("hidden", self._hidden)
-            head.take("logits", target)
+        heads[0].take("logits", self._found)
+        heads[1].take("logits", self._logits)
         pick = self._device.new_pass(self._memory, "pick")
         pick.give("logits", self._logits)
         pick.take("picked", self._picked)
@@ -225,6 +234,27 @@ class _Member:
             one.give("total", self._total)
             placed.append(one)
         return one
+
+    def _passes(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """First row and end of each pass over a range of rows."""
+        most = self._backend.most_rows or stop - start
+        return [(first, min(first + most, stop)) for first in range(start, stop, most)]
+
+    def _put(self, kept: Value, made: Value, start: int) -> None:
+        """Write rows (1, T, D) to a buffer, from a row on."""
+        at = np.zeros((1, made.shape[1], 2), np.int64)
+        at[0, :, 1] = np.arange(start, start + made.shape[1])
+        put = self._device.new_pass(self._memory, "put_1")
+        put.give("at", at)
+        put.give("new_0", made)
+        put.give("rows_0", kept)
+        put.take("kept_0", kept)
+        self._run(put)
+        self._memory.free((), [put])
+
+    def _free(self, *values: Value | Array | None) -> None:
+        """Free the device's values among these."""
+        self._memory.free([value for value in values if isinstance(value, Value)])
 
     def _once(self, name: str, inputs: dict[str, Value | Array], stop: int, output: str) -> Value:
         """Run a graph over rows up to ``stop`` and return an output in new device memory."""

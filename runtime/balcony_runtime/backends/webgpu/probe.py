@@ -1,0 +1,91 @@
+"""A test of fused attention on the device: for how many rows of a pass it is right.
+
+ONNX Runtime has several kernels for ``GroupQueryAttention`` on WebGPU and chooses by the number of rows. The one for many rows
+is wrong, without an error, where a subgroup of the adapter has fewer lanes than it expects: on Mesa's llvmpipe (8 lanes) all
+rows from the ninth on are noise (docs/LOG.md). So the kernels are compared with NumPy when a bundle is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.errors import DeviceError
+from balcony_runtime.backends.webgpu import small_graphs
+from balcony_runtime.backends.webgpu.device import Array, WebGpuDevice
+
+_log = logging.getLogger(__name__)
+
+#: Rows of a pass that are tried, the most first: any number; fewer than the long prompt's kernel takes (32 in the plugin
+#: 0.4.0); and one row at a time, which a decode step needs in any case.
+LIMITS = (64, 31, 1)
+#: Rows of the test: more than the lanes of any adapter's subgroup, and passes with earlier rows.
+_ROWS = 160
+#: Largest difference, as a share of the largest value. A kernel that is wrong differs by a tenth or more; float16 by 2e-3.
+_TOLERANCE = 2e-2
+
+
+def most_rows(device: WebGpuDevice, manifest: Manifest) -> int | None:
+    """Most rows of a pass for which attention is right; None for any number.
+
+    Raises:
+        DeviceError: attention is wrong even for one row, or the device failed.
+    """
+    model = manifest.model
+    heads, kv_heads, size = model.num_attention_heads, model.num_kv_heads, model.head_dim
+    device.open("attend", small_graphs.attend(device.dtype, heads, kv_heads))
+    random = np.random.default_rng(0)
+    query, key, value = (
+        random.standard_normal((1, _ROWS, count * size), np.float32).astype(device.dtype)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    want = _attended(query, key, value, size)
+    for limit in LIMITS:
+        wrong = np.abs(_on_device(device, query, key, value, size, limit) - want).max() / np.abs(want).max()
+        if wrong <= _TOLERANCE:
+            break
+        _log.info("attention over %d rows a pass differs by %.0e on this adapter", limit, wrong)
+    else:
+        raise DeviceError(
+            "WebGPU computes attention wrongly on this adapter: update the GPU's driver, or run with --device cpu"
+        )
+    return None if limit == LIMITS[0] else limit
+
+
+def _on_device(device: WebGpuDevice, query: Array, key: Array, value: Array, size: int, limit: int) -> Array:
+    """Attention over all rows in passes of at most ``limit`` rows, (1, T, N·d)."""
+    memory = device.new_memory(device)
+    shape = (1, key.shape[2] // size, query.shape[1], size)
+    pasts = {name: device.zeros(memory, shape, device.dtype) for name in ("past_key", "past_value")}
+    found = np.empty_like(query)
+    for start in range(0, query.shape[1], limit):
+        rows = slice(start, min(start + limit, query.shape[1]))
+        one = device.new_pass(memory, "attend")
+        for name, array in (("query", query), ("key", key), ("value", value)):
+            one.give(name, np.ascontiguousarray(array[:, rows]))
+        one.give("last", np.array([rows.stop - 1], np.int32))
+        one.give("total", np.array(rows.stop, np.int32))
+        for name, past in pasts.items():
+            one.give(name, past)
+            one.take(name.replace("past_", "present_"), past)
+        attended = np.empty_like(query[:, rows])
+        one.take("attended", attended)
+        one.run()
+        found[:, rows] = attended
+        memory.free((), [one])
+    memory.clear()
+    return found.astype(np.float32)
+
+
+def _attended(query: Array, key: Array, value: Array, size: int) -> Array:
+    """Causal attention with shared keys and values, in float32, (1, T, N·d)."""
+    rows, heads, kv_heads = query.shape[1], query.shape[2] // size, key.shape[2] // size
+    q = query.astype(np.float32).reshape(rows, kv_heads, heads // kv_heads, size)
+    k, v = (array.astype(np.float32).reshape(rows, kv_heads, size) for array in (key, value))
+    scores = np.einsum("thgd,shd->hgts", q, k) / np.sqrt(size)
+    scores[:, :, ~np.tri(rows, dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    found: Array = np.einsum("hgts,shd->thgd", weights / weights.sum(-1, keepdims=True), v).reshape(query.shape)
+    return found
