@@ -61,7 +61,8 @@ def test_a_missing_engine_names_its_cure(tiny: Any) -> None:
         ("__version__ = '1.24.4'; InferenceSession = RunOptions = None",
          "onnxruntime 1.24.4 is too old: bundles need 1.25 or newer: pip install --upgrade 'onnxruntime>=1.25'"),
         ("raise ImportError('libonnxruntime.so: no such file')",
-         "ONNX Runtime is damaged (libonnxruntime.so: no such file): pip uninstall onnxruntime onnxruntime-gpu onnxruntime-webgpu, then "
+         "ONNX Runtime is damaged (libonnxruntime.so: no such file): pip uninstall onnxruntime onnxruntime-gpu "
+         "onnxruntime-webgpu, then "
          "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"),
         ("# what an uninstallation left",
          "ONNX Runtime is damaged (it has no __version__): pip uninstall onnxruntime onnxruntime-gpu onnxruntime-webgpu, then "

@@ -8,10 +8,11 @@ batch has values of its own, because a part of a buffer cannot be bound.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -55,7 +56,8 @@ class _Member:
         self._backend, self._device, self._memory = backend, device, memory
         self._layers = (0, *manifest.exit_layers)  # layer of each boundary
         self._specs = manifest.runnable
-        width, vocabulary, count = manifest.model.hidden_size, manifest.model.vocab_size, len(manifest.exit_layers)
+        self._width = width = manifest.model.hidden_size
+        vocabulary, count = manifest.model.vocab_size, len(manifest.exit_layers)
         self.busy_ns = 0
         self._ids = np.zeros(
             max_length, np.int64
@@ -113,10 +115,9 @@ class _Member:
         """Run rows of one boundary to the next."""
         layer, after = self._layers[stage : stage + 2]
         for first, last in self._passes(start, stop):
-            rows = self._rows_at(stage, first, last)
-            made = self._once(f"stage_{stage}", {f"hidden_{layer}": rows}, last, f"hidden_{after}")
-            self._put(self._rows[stage], made, first)
-            self._free(made, rows)
+            with self._temporary():
+                rows = {f"hidden_{layer}": self._rows_at(stage, first, last)}
+                self._put(self._rows[stage], self._once(f"stage_{stage}", rows, last, f"hidden_{after}"), first)
 
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary.
@@ -125,46 +126,39 @@ class _Member:
         """
         name = self._backend.manifest.exit_graph(self._layers[exit_index + 1])
         port, output = self._ports(name)
-        asked = stop - num_queries
-        passes = self._passes(start, stop) if name in self._caches else [(asked, stop)]
-        parts: list[tuple[Value, int]] = []  # results of query rows, and the first row of each
-        for first, last in passes:
-            rows = self._rows_at(exit_index + 1, first, last)
-            made = self._once(name, {port: rows}, last, output)
-            self._free(rows)
-            if last <= asked or first < asked:
-                made, whole = self._taken(made, asked - first, last - first) if last > asked else None, made
-                self._free(whole)
-            if made is not None:
-                parts.append((made, max(first, asked) - asked))
-        self._free(self._asked)
-        self._asked = parts[0][0] if len(parts) == 1 else None
-        if len(parts) > 1:
-            self._asked = self._device.zeros(self._memory, (1, num_queries, self._rows[0].shape[2]), self._device.dtype)
-            for made, at in parts:
-                self._put(self._asked, made, at)
-                self._free(made)
+        begin = stop - num_queries  # first row whose result is wanted
+        self._memory.free([] if self._asked is None else [self._asked])
+        self._asked = None
+        if num_queries:
+            self._asked = self._device.zeros(self._memory, (1, num_queries, self._width), self._device.dtype)
+        for first, last in self._passes(start, stop) if name in self._caches else [(begin, stop)]:
+            with self._temporary():
+                made = self._once(name, {port: self._rows_at(exit_index + 1, first, last)}, last, output)
+                if self._asked is not None and last > begin:
+                    if first < begin:
+                        made = self._taken(made, begin - first, last - first)
+                    self._put(self._asked, made, max(first, begin) - begin)
 
     def logits(self) -> FloatArray:
         """Logits (Q, V) of the last exit."""
         assert self._asked is not None
         found = np.empty((1, self._asked.shape[1], self._found.shape[2]), np.float32)
-        head = self._device.new_pass(self._memory, "lm_head")
-        head.give("hidden", self._asked)
-        head.take("logits", found)
-        self._run(head)
-        self._memory.free((), [head])
+        with self._temporary():
+            head = self._device.new_pass(self._memory, "lm_head")
+            head.give("hidden", self._asked)
+            head.take("logits", found)
+            self._run(head)
         logits: FloatArray = found[0]
         return logits
 
     def wait(self) -> None:
         """Wait for all passes so far, by reading a row in a pass after them."""
-        one = self._device.new_pass(self._memory, "take")
-        one.give("rows", self._row[0])
-        one.give("at", np.zeros(1, np.int64))
-        one.take("taken", np.empty(self._row[0].shape, self._backend.dtype))
-        self._run(one)
-        self._memory.free((), [one])
+        with self._temporary():
+            one = self._device.new_pass(self._memory, "take")
+            one.give("rows", self._row[0])
+            one.give("at", np.zeros(1, np.int64))
+            one.take("taken", np.empty(self._row[0].shape, self._backend.dtype))
+            self._run(one)
 
     def _cache(self, name: str, zeros: Callable[..., Value], max_length: int) -> dict[str, Value]:
         """A graph's KV tensors (1, H, S, d) by the name of their input."""
@@ -235,6 +229,15 @@ class _Member:
             placed.append(one)
         return one
 
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[None]:
+        """Free the values and passes that are made inside, also after an error or an interrupt."""
+        values, passes = set(self._memory.values), set(self._memory.passes)
+        try:
+            yield
+        finally:
+            self._memory.free(self._memory.values - values, self._memory.passes - passes)
+
     def _passes(self, start: int, stop: int) -> list[tuple[int, int]]:
         """First row and end of each pass over a range of rows."""
         most = self._backend.most_rows or stop - start
@@ -250,11 +253,6 @@ class _Member:
         put.give("rows_0", kept)
         put.take("kept_0", kept)
         self._run(put)
-        self._memory.free((), [put])
-
-    def _free(self, *values: Value | Array | None) -> None:
-        """Free the device's values among these."""
-        self._memory.free([value for value in values if isinstance(value, Value)])
 
     def _once(self, name: str, inputs: dict[str, Value | Array], stop: int, output: str) -> Value:
         """Run a graph over rows up to ``stop`` and return an output in new device memory."""
@@ -267,9 +265,7 @@ class _Member:
             one.give(port, value)
         one.take(output, None)
         self._run(one)
-        made = one.made(self._memory)
-        self._memory.free((), [one])
-        return made
+        return one.made(self._memory)
 
     def _rows_at(self, boundary: int, start: int, stop: int) -> Value | Array:
         """Rows of a boundary, (1, T, D): embeddings in main memory, or a copy on the device."""
@@ -283,9 +279,7 @@ class _Member:
         one.give("at", np.arange(start, stop))
         one.take("taken", None)
         self._run(one)
-        made = one.made(self._memory)
-        self._memory.free((), [one])
-        return made
+        return one.made(self._memory)
 
     def _run(self, *passes: Pass) -> None:
         begin = time.perf_counter_ns()
@@ -311,8 +305,7 @@ class WebGpuState:
 
     def __init__(self, backend: WebGpuBackend, batch_size: int, max_length: int) -> None:
         self._device = backend.device
-        memory = backend.device.new_memory(self)
-        self._members = [_Member(backend, memory, max_length) for _ in range(batch_size)]
+        self._members = [_Member(backend, backend.device.new_memory(self), max_length) for _ in range(batch_size)]
 
     @property
     def busy_ns(self) -> int:
