@@ -169,7 +169,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             try:
                 find()
             except BalconyError as error:
-                pytest.skip(str(error))
+                pytest.skip(f"`make test-{marker}` runs it: {error}")
 
 
 @pytest.fixture(scope="session")

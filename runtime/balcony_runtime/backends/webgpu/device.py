@@ -161,12 +161,18 @@ class WebGpuDevice:
         self.sessions[name] = session
         return session
 
-    def new_memory(self, owner: object) -> Memory:
-        """An empty memory, freed some time after its owner is collected."""
+    def new_memory(self, owner: object = None) -> Memory:
+        """An empty memory, freed some time after its owner is collected; without an owner by :meth:`release`."""
         memory = Memory()
         self._memories.add(memory)
-        weakref.finalize(owner, self._returned.append, memory).atexit = False
+        if owner is not None:
+            weakref.finalize(owner, self._returned.append, memory).atexit = False
         return memory
+
+    def release(self, memory: Memory) -> None:
+        """Free a memory; it must not be used any more."""
+        memory.clear()
+        self._memories.discard(memory)
 
     def new_pass(self, memory: Memory, graph: str) -> Pass:
         """A pass of a graph, without inputs and outputs."""
@@ -202,9 +208,7 @@ class WebGpuDevice:
 
     def _free_returned(self) -> None:
         while self._returned:
-            memory = self._returned.popleft()
-            memory.clear()
-            self._memories.discard(memory)
+            self.release(self._returned.popleft())
 
 
 def _close(lock: Any, memories: set[Memory], sessions: dict[str, Any]) -> None:

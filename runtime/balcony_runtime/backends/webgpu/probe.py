@@ -56,7 +56,7 @@ def most_rows(device: WebGpuDevice, manifest: Manifest) -> int | None:
 
 def _on_device(device: WebGpuDevice, query: Array, key: Array, value: Array, size: int, limit: int) -> Array:
     """Attention over all rows in passes of at most ``limit`` rows, (1, T, N·d)."""
-    memory = device.new_memory(device)
+    memory = device.new_memory()
     shape = (1, key.shape[2] // size, query.shape[1], size)
     pasts = {name: device.zeros(memory, shape, device.dtype) for name in ("past_key", "past_value")}
     found = np.empty_like(query)
@@ -75,7 +75,7 @@ def _on_device(device: WebGpuDevice, query: Array, key: Array, value: Array, siz
         one.run()
         found[:, rows] = attended
         memory.free((), [one])
-    memory.clear()
+    device.release(memory)
     return found.astype(np.float32)
 
 

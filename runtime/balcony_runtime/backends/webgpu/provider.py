@@ -43,6 +43,8 @@ def is_installed() -> bool:
 
 def misfit(manifest: Manifest) -> str | None:
     """Why WebGPU does not run a bundle, and the cure; None if it does."""
+    if not manifest.cpu and manifest.precision == "float16":
+        return "is float16, which has no fused attention: export the model with --precision fp32 or int4, or run with --device cpu"
     if not manifest.cpu:
         return "has no graphs with fused attention, and WebGPU runs only those: run it with --device cpu"
     if manifest.kv_dtype == "int8":
