@@ -43,12 +43,13 @@ def is_installed() -> bool:
 
 def misfit(manifest: Manifest) -> str | None:
     """Why WebGPU does not run a bundle, and the cure; None if it does."""
+    elsewhere = "or run it with --device cpu"
     if not manifest.cpu and manifest.precision == "float16":
-        return "is float16, which has no fused attention: export the model with --precision fp32 or int4, or run with --device cpu"
+        return f"is float16, which has no fused attention: export the model with --precision fp32 or int4, {elsewhere}"
     if not manifest.cpu:
         return "has no graphs with fused attention, and WebGPU runs only those: run it with --device cpu"
     if manifest.kv_dtype == "int8":
-        return "has an int8 KV cache, and WebGPU runs float caches: run it with --device cpu, or export the model without kv=8"
+        return f"has an int8 KV cache, and WebGPU runs float caches: export the model without kv=8, {elsewhere}"
     return None
 
 
