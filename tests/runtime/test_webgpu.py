@@ -104,6 +104,10 @@ def test_adapters_that_are_missing_name_their_cure(monkeypatch: pytest.MonkeyPat
         ("Device lost: VK_ERROR_DEVICE_LOST", "the GPU was reset or removed: look at dmesg"),
         ("VK_ERROR_OUT_OF_DEVICE_MEMORY", "ask for a shorter context"),
         (
+            "n <= max was false. Too many storage buffers in shader",
+            "failed (Too many storage buffers in shader): ask for a",
+        ),
+        (
             "Program Cast requires f16 but the device does not support it",
             "export the model with --precision fp32 or int4",
         ),
@@ -289,7 +293,8 @@ def test_the_adapter_of_a_half_bundle_needs_16_bit_floats(tiny: Any, monkeypatch
 
 @pytest.mark.webgpu
 def test_attention_that_is_wrong_is_found(on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    device, manifest = on_webgpu.backend.device, on_webgpu.manifest  # type: ignore[attr-defined]
+    device = on_webgpu.backend.device  # type: ignore[attr-defined]
+    kinds = [{"num_heads": 4, "kv_num_heads": 2, "scale": 0.25, "local_window_size": 7}]
     right, asked = probe._on_device, []
 
     def wrong(*given: Any) -> Any:
@@ -298,10 +303,12 @@ def test_attention_that_is_wrong_is_found(on_webgpu: Engine, monkeypatch: pytest
 
     monkeypatch.setattr(probe, "_on_device", wrong)
     good = 1
-    assert probe.most_rows(device, manifest) == 1 and asked == [64, 31, 1]
+    assert probe.most_rows(device, kinds, 16) == 1 and asked == [64, 31, 1]
     good = 0
-    with pytest.raises(DeviceError, match="computes attention wrongly on this adapter: update the GPU's driver"):
-        probe.most_rows(device, manifest)
+    with pytest.raises(
+        DeviceError, match=r"computes this model's attention wrongly here \(num_heads 4, .* --device cpu"
+    ):
+        probe.most_rows(device, kinds, 16)
 
 
 def plays(

@@ -115,6 +115,12 @@ def encoded_field(number: int, kind: int, value: bytes) -> bytes:
     return encoded_varint(number << 3 | kind) + size + value
 
 
+def decoded_varint(encoded: bytes) -> int:
+    """The signed number of 64 bits that a varint encodes."""
+    value = _varint(encoded, 0)[0]
+    return value - (1 << 64) if value >> 63 else value
+
+
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:

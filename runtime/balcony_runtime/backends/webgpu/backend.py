@@ -12,7 +12,7 @@ from typing import Self
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import BundleError, DeviceError
-from balcony_runtime.backends.graph_file import check_graph
+from balcony_runtime.backends.graph_file import attributes_of, check_graph
 from balcony_runtime.backends.onnxruntime import check_io
 from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.backends.webgpu.device import WebGpuDevice
@@ -44,14 +44,18 @@ class WebGpuBackend:
         self.dtype = self.table.dtype
         self.device = WebGpuDevice(provider, self.manifest.embedding.dtype, len(self.manifest.exit_layers))
         try:
-            #: Most rows of a pass; None: any number.
-            self.most_rows = most_rows(self.device, self.manifest)
+            kinds: dict[tuple[tuple[str, float], ...], dict[str, float]] = {}
             for name, spec in self.manifest.runnable.items():
                 if name == "backbone" or name.endswith("_keys"):  # see WebGpuState.run_exit
                     continue
                 path = bundle.file(spec.file)
                 check_graph(path, self.manifest.files)
                 check_io(path, spec, self.device.open(name, path))
+                for kind in attributes_of(path, "GroupQueryAttention"):
+                    kind.pop("do_rotary", None)
+                    kinds[tuple(sorted(kind.items()))] = kind
+            #: Most rows of a pass; None: any number.
+            self.most_rows = most_rows(self.device, kinds.values(), self.manifest.model.head_dim)
         except BaseException:
             self.device.close()
             raise

@@ -8,6 +8,7 @@ a :class:`Pass`. Nothing here knows stages or exits.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import deque
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from balcony_edge.bundle.manifest import DType
 from balcony_edge.errors import BundleError, DeviceError, InputError
+from balcony_runtime.backends.device import ITEM_BYTES
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.onnxruntime_memory import value_of
 from balcony_runtime.backends.onnxruntime_state import bound_run
@@ -194,6 +196,9 @@ class WebGpuDevice:
             allocation.take("new", None)
             allocation.run()
             return allocation.made(memory)
+        except DeviceError as error:
+            size_mb = math.prod(shape) * ITEM_BYTES[dtype] / 1e6
+            raise DeviceError(f"{size_mb:.0f} MB of device memory in one piece: {error}") from error
         finally:
             memory.free((), [allocation])
 

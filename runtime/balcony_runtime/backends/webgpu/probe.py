@@ -2,16 +2,17 @@
 
 ONNX Runtime has several kernels for ``GroupQueryAttention`` on WebGPU and chooses by the number of rows. The one for many rows
 is wrong, without an error, where a subgroup of the adapter has fewer lanes than it expects: on Mesa's llvmpipe (8 lanes) all
-rows from the ninth on are noise (docs/LOG.md). So the kernels are compared with NumPy when a bundle is loaded.
+rows from the ninth on are noise, and no kernel applies a soft cap (docs/LOG.md). So the kernels are compared with NumPy when a
+bundle is loaded, for each kind of attention that it has.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import DeviceError
 from balcony_runtime.backends.webgpu import small_graphs
 from balcony_runtime.backends.webgpu.device import Array, WebGpuDevice
@@ -27,31 +28,39 @@ _ROWS = 160
 _TOLERANCE = 2e-2
 
 
-def most_rows(device: WebGpuDevice, manifest: Manifest) -> int | None:
+def most_rows(device: WebGpuDevice, kinds: Iterable[Mapping[str, float]], size: int) -> int | None:
     """Most rows of a pass for which attention is right; None for any number.
+
+    Args:
+        device: device to test.
+        kinds: attributes of each kind of attention that a bundle has.
+        size: size of a head.
 
     Raises:
         DeviceError: attention is wrong even for one row, or the device failed.
     """
-    model = manifest.model
-    heads, kv_heads, size = model.num_attention_heads, model.num_kv_heads, model.head_dim
-    device.open("attend", small_graphs.attend(device.dtype, heads, kv_heads))
+    return min((limit for kind in kinds if (limit := _most_rows(device, kind, size)) is not None), default=None)
+
+
+def _most_rows(device: WebGpuDevice, kind: Mapping[str, float], size: int) -> int | None:
+    heads, kv_heads = int(kind["num_heads"]), int(kind["kv_num_heads"])
+    device.open("attend", small_graphs.attend(device.dtype, **kind))
     random = np.random.default_rng(0)
     query, key, value = (
         random.standard_normal((1, _ROWS, count * size), np.float32).astype(device.dtype)
         for count in (heads, kv_heads, kv_heads)
     )
-    want = _attended(query, key, value, size)
+    want = _attended(query, key, value, size, kind)
     for limit in LIMITS:
         wrong = np.abs(_on_device(device, query, key, value, size, limit) - want).max() / np.abs(want).max()
         if wrong <= _TOLERANCE:
-            break
+            return None if limit == LIMITS[0] else limit
         _log.info("attention over %d rows a pass differs by %.0e on this adapter", limit, wrong)
-    else:
-        raise DeviceError(
-            "WebGPU computes attention wrongly on this adapter: update the GPU's driver, or run with --device cpu"
-        )
-    return None if limit == LIMITS[0] else limit
+    words = ", ".join(f"{name} {number:g}" for name, number in kind.items())
+    raise DeviceError(
+        f"WebGPU computes this model's attention wrongly here ({words}): run it with --device cpu, or update onnxruntime and "
+        "the GPU's driver"
+    )
 
 
 def _on_device(device: WebGpuDevice, query: Array, key: Array, value: Array, size: int, limit: int) -> Array:
@@ -79,13 +88,18 @@ def _on_device(device: WebGpuDevice, query: Array, key: Array, value: Array, siz
     return found.astype(np.float32)
 
 
-def _attended(query: Array, key: Array, value: Array, size: int) -> Array:
+def _attended(query: Array, key: Array, value: Array, size: int, kind: Mapping[str, float]) -> Array:
     """Causal attention with shared keys and values, in float32, (1, T, N·d)."""
     rows, heads, kv_heads = query.shape[1], query.shape[2] // size, key.shape[2] // size
     q = query.astype(np.float32).reshape(rows, kv_heads, heads // kv_heads, size)
     k, v = (array.astype(np.float32).reshape(rows, kv_heads, size) for array in (key, value))
-    scores = np.einsum("thgd,shd->hgts", q, k) / np.sqrt(size)
-    scores[:, :, ~np.tri(rows, dtype=bool)] = -np.inf
+    scores = np.einsum("thgd,shd->hgts", q, k) * (kind.get("scale") or size**-0.5)
+    if cap := kind.get("softcap"):
+        scores = cap * np.tanh(scores / cap)
+    seen = np.tri(rows, dtype=bool)
+    if (window := int(kind.get("local_window_size", -1))) > 0:
+        seen &= ~np.tri(rows, k=-window, dtype=bool)
+    scores[:, :, ~seen] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     found: Array = np.einsum("hgts,shd->thgd", weights / weights.sum(-1, keepdims=True), v).reshape(query.shape)
     return found

@@ -127,8 +127,8 @@ def failure(what: str, error: BaseException) -> DeviceError:
     low = text.lower()
     if "device lost" in low or "device is lost" in low or "devicelost" in low.replace("_", ""):
         cure = "the GPU was reset or removed: look at dmesg, then load the bundle again"
-    elif "memory" in low or "alloc" in low or "maxbuffersize" in low or "buffer size" in low:
-        cure = "there may be too little memory: ask for a shorter context, free memory of the GPU, or run with --device cpu"
+    elif "memory" in low or "alloc" in low or "storage buffers" in low:  # a buffer above a limit is split into many
+        cure = "ask for a shorter context or a smaller batch, free memory of the GPU, or run with --device cpu"
     elif "f16" in low:
         cure = "this adapter has no 16-bit floats: export the model with --precision fp32 or int4"
     else:
@@ -137,5 +137,6 @@ def failure(what: str, error: BaseException) -> DeviceError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's text without the place in ONNX Runtime's source, at most 200 characters."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.rpartition(" was false. ")[2][:200]

@@ -21,15 +21,16 @@ attend  ``query`` (B, T, N·d);                         ``attended`` (B, T, N·d
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 
 from balcony_edge.bundle.manifest import DType
 from balcony_runtime.backends.joined_graph import encoded_field, encoded_varint
 
 #: Wire types of protobuf, and element types and attribute types of onnx.proto3.
-_VARINT, _BYTES = 0, 2
+_VARINT, _BYTES, _FIXED32 = 0, 2, 5
 _ELEMENTS: dict[str, int] = {"float32": 1, "int32": 6, "int64": 7, "float16": 10}
-_INT_ATTRIBUTE = 2
+_FLOAT_ATTRIBUTE, _INT_ATTRIBUTE = 1, 2
 _FUSED = "com.microsoft"
 #: An opset that has all operators used here, and the file format that belongs to it.
 _OPSET, _IR_VERSION = 21, 10
@@ -67,13 +68,12 @@ def pick() -> bytes:
     return _model(nodes, {"logits": "float32"}, {"picked": "float32"})
 
 
-def attend(dtype: DType, heads: int, kv_heads: int) -> bytes:
-    """The graph that tests fused attention: one node as a bundle's graphs have it, without rotary embedding."""
+def attend(dtype: DType, **attributes: float) -> bytes:
+    """The graph that tests fused attention: one node with the attributes of a bundle's, without rotary embedding."""
     inputs: dict[str, DType] = {"query": dtype, "key": dtype, "value": dtype, "past_key": dtype, "past_value": dtype}
     outputs: dict[str, DType] = {"attended": dtype, "present_key": dtype, "present_value": dtype}
     inputs |= {"last": "int32", "total": "int32"}
-    numbers = {"num_heads": heads, "kv_num_heads": kv_heads}
-    node = _node("GroupQueryAttention", list(inputs), list(outputs), domain=_FUSED, **numbers)
+    node = _node("GroupQueryAttention", list(inputs), list(outputs), domain=_FUSED, **attributes)
     return _model([node], inputs, outputs)
 
 
@@ -85,10 +85,16 @@ def _model(nodes: Sequence[bytes], inputs: Mapping[str, DType], outputs: Mapping
     return _number(1, _IR_VERSION) + b"".join(opsets) + _message(7, graph)
 
 
-def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: int) -> bytes:
+def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: float) -> bytes:
     ports = b"".join(_text(1, name) for name in inputs) + b"".join(_text(2, name) for name in outputs)
-    parts = (_text(1, name) + _number(3, value) + _number(20, _INT_ATTRIBUTE) for name, value in attributes.items())
-    return ports + _text(4, operator) + _text(7, domain) + b"".join(_message(5, part) for part in parts)
+    parts = b"".join(_message(5, _attribute(name, value)) for name, value in attributes.items())
+    return ports + _text(4, operator) + _text(7, domain) + parts
+
+
+def _attribute(name: str, value: float) -> bytes:
+    if isinstance(value, int):
+        return _text(1, name) + _number(3, value) + _number(20, _INT_ATTRIBUTE)
+    return _text(1, name) + encoded_field(2, _FIXED32, struct.pack("<f", value)) + _number(20, _FLOAT_ATTRIBUTE)
 
 
 def _value(name: str, dtype: DType) -> bytes:
