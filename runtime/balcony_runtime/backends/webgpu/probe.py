@@ -19,8 +19,8 @@ from balcony_runtime.backends.webgpu.device import Array, WebGpuDevice
 
 _log = logging.getLogger(__name__)
 
-#: Most rows of a pass (None: any number) → sizes of passes that must be right, the most first. The plugin 0.4.0 takes the kernel
-#: for many rows from 32 on; where a sliding window is longer than the sequence, smaller passes take it, too.
+#: Most rows of a pass (None: any number) → sizes of passes that must be right, the most first. The plugin 0.4.0 takes the
+#: kernel for many rows from 32 on; where a sliding window is longer than the sequence, smaller passes take it, too.
 LIMITS: dict[int | None, tuple[int, ...]] = {None: (64, 31, 12, 3), 31: (31, 12, 3), 1: (1,)}
 #: Rows of the test: more than the lanes of any adapter's subgroup, and passes with earlier rows.
 _ROWS = 96
