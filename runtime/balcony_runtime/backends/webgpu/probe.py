@@ -2,8 +2,8 @@
 
 ONNX Runtime has several kernels for ``GroupQueryAttention`` on WebGPU and chooses by the number of rows. The one for many rows
 is wrong, without an error, where a subgroup of the adapter has fewer lanes than it expects: on Mesa's llvmpipe (8 lanes) all
-rows from the ninth on are noise, and no kernel applies a soft cap (docs/LOG.md). So the kernels are compared with NumPy when a
-bundle is loaded, for each kind of attention that it has.
+rows from the ninth on are noise, and no kernel applies a soft cap (docs/LOG.md, "Attention over many rows is wrong on
+llvmpipe"). So the kernels are compared with NumPy when a bundle is loaded, for each kind of attention that it has.
 """
 
 from __future__ import annotations
