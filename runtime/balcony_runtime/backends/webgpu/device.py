@@ -2,8 +2,8 @@
 
 A value in device memory must be freed before the session that made it; otherwise the process dies with a segmentation fault
 (ONNX Runtime 1.27; docs/LOG.md, "Device memory from Python"). Python promises no such order, not even at its exit. So a value
-and a binding are each held in one place, a :class:`Memory`, which the device can empty at any time; everything else refers to them through a :class:`Value` or
-a :class:`Pass`. Nothing here knows stages or exits.
+and a binding are each held in one place, a :class:`Memory`, which the device can empty at any time. Everything else refers to
+them through a :class:`Value` or a :class:`Pass`. Nothing here knows stages or exits.
 """
 
 from __future__ import annotations
