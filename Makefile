@@ -4,6 +4,7 @@
 # make test-deep  the tests that take minutes; mistakes on purpose, of a list and made by rule, that tests must find; property
 #                 tests on new examples (hours)
 # make test-mutation  the mistakes made by rule only; ONLY=costs for one module, SAMPLE=50 for fewer mutants of each
+# make test-webgpu  the tests on ONNX Runtime's WebGPU provider, on any adapter: Mesa's for CPUs will do; part of make test
 # make test-gpu  on a machine with an NVIDIA GPU: the tests that need one, and a report with the card's name
 # make check  the checks without the tests: lint, format, types, import contracts
 # make reference  the public API as pages in .cache/reference, from the docstrings
@@ -13,13 +14,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 MUTATION := .venv/.mutation
+WEBGPU := .cache/webgpu
 RUNS := .venv/.runs
 DEMO := .cache/demo
 NEWEST := .cache/newest
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test test-others test-export test-fast test-quick test-deep test-mutation test-gpu check reference constraints format clean
+.PHONY: demo test test-others test-export test-fast test-quick test-deep test-mutation test-gpu test-webgpu check reference constraints format clean
 
 # what the demo needs; the checks need 850 MB more
 $(RUNS): pyproject.toml constraints.txt
@@ -53,7 +55,7 @@ TWO := $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
 # Most of the work has one thread, so two processes take half the time of one.
 test: check
-	+$(TWO) test-others test-export
+	+$(TWO) test-others test-export test-webgpu
 
 test-others: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' --ignore=tests/export --cov --cov-report=term-missing:skip-covered
@@ -62,14 +64,27 @@ test-others: $(READY)
 test-export: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' tests/export
 
+# Another build of ONNX Runtime, in a directory of its own that comes before the environment's. Without it, or without an
+# adapter, the tests skip and name the command that brings it. One thread of llvmpipe leaves the other CPUs to the other tests.
+$(WEBGPU)/.ready: $(READY)
+	rm -rf $(WEBGPU)
+	-$(BIN)/python -m pip install --quiet --no-deps --target $(WEBGPU) --group webgpu
+	mkdir -p $(WEBGPU)
+	touch $@
+
+ON_WEBGPU := LP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(WEBGPU) $(BIN)/python -m pytest -q tests/runtime/test_webgpu.py
+test-webgpu: $(WEBGPU)/.ready
+	$(ON_WEBGPU) tests/runtime/test_conformance.py -m 'webgpu and not deep'
+
 test-fast: $(READY)
 	+$(TWO) check test-quick
 
 test-quick: $(READY)
 	$(BIN)/python -m pytest -q -m 'not model and not slow and not deep'
 
-test-deep: $(READY)
+test-deep: $(READY) $(WEBGPU)/.ready
 	$(BIN)/python -m pytest -q -m deep --timeout 7200
+	$(ON_WEBGPU) -m 'webgpu and deep' --timeout 7200
 	$(BIN)/python tests/mutants.py
 	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=explore --timeout 7200
 	$(MAKE) test-mutation

@@ -34,6 +34,7 @@ from balcony_export.model.balcony import Balcony, init_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.backends.cuda import compute_capability
 from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.backends.webgpu.provider import find_provider
 from balcony_runtime.engine import Engine
 from tests.traces import SharedTraces, unwatched
 
@@ -162,12 +163,13 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked ``gpu`` run where there is one."""
-    if item.get_closest_marker("gpu") is not None:
-        try:
-            compute_capability()
-        except BalconyError as error:
-            pytest.skip(str(error))
+    """Tests marked ``gpu`` or ``webgpu`` run where there is one."""
+    for marker, find in (("gpu", compute_capability), ("webgpu", find_provider)):
+        if item.get_closest_marker(marker) is not None:
+            try:
+                find()
+            except BalconyError as error:
+                pytest.skip(f"`make test-{marker}` runs it: {error}")
 
 
 @pytest.fixture(scope="session")

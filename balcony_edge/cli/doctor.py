@@ -56,7 +56,7 @@ def doctor(
 
 def engine_facts() -> list[dict[str, Any]]:
     """Facts of each engine: packages and versions, execution providers, and whether bundles run on it."""
-    return [_onnxruntime(), _cuda(), _tensorrt("tensorrt"), _tensorrt("tensorrt_rtx")]
+    return [_onnxruntime(), _webgpu(), _cuda(), _tensorrt("tensorrt"), _tensorrt("tensorrt_rtx")]
 
 
 def _onnxruntime() -> dict[str, Any]:
@@ -71,6 +71,31 @@ def _onnxruntime() -> dict[str, Any]:
         f"{module.__version__} (needs {OLDEST}): bundles run on the CPU; engine sets on a GPU with --device cuda or nv"
     )
     return {**facts, "providers": module.get_available_providers(), "used": "CPUExecutionProvider", "note": note}
+
+
+def _webgpu() -> dict[str, Any]:
+    """The adapters for WebGPU, and whether bundles run on one."""
+    from importlib.metadata import distributions
+
+    from balcony_runtime.backends.webgpu.adapters import adapters
+    from balcony_runtime.backends.webgpu.provider import NAME, find_provider
+
+    names = ("onnxruntime-ep-webgpu", "onnxruntime-webgpu")
+    packages = {name: dist.version for name in names for dist in distributions(name=name)}
+    facts: dict[str, Any] = {"engine": "webgpu", "packages": packages, "providers": [], "used": None, "adapters": []}
+    try:
+        found = adapters() or []
+    except BalconyError as error:
+        return {**facts, "note": str(error)}
+    facts["adapters"] = [asdict(adapter) for adapter in found]
+    seen = "; ".join(f"{a.name} ({a.kind}, {'with' if a.half else 'without'} 16-bit floats)" for a in found)
+    try:
+        find_provider()
+    except BalconyError as error:
+        return {**facts, "note": f"{seen or 'no list of adapters on this system'}: {error}"}
+    takes = "takes it" if any(adapter.is_gpu for adapter in found) else "takes the CPU, because none is a GPU"
+    note = f"{seen}: bundles run on it with --device webgpu; --device auto {takes}"
+    return {**facts, "providers": [NAME], "used": NAME, "note": note}
 
 
 def _cuda() -> dict[str, Any]:

@@ -72,12 +72,13 @@ def test_laptop_with_watts_by_a_counter(sysfs_tree: Callable[[str], Path]) -> No
 
 def test_engines_are_those_of_this_environment() -> None:
     report = diagnose()
-    ort, cuda, *tensorrt = report["engines"]
+    ort, webgpu, cuda, *tensorrt = report["engines"]
     import onnxruntime
 
     assert ort["packages"] == {"onnxruntime": onnxruntime.__version__}
     assert ort["note"].startswith(f"{onnxruntime.__version__} (needs 1.25): bundles run on the CPU")
     assert ort["used"] == "CPUExecutionProvider" and ort["providers"] == onnxruntime.get_available_providers()
+    assert webgpu["engine"] == "webgpu" and webgpu["note"]
     assert [engine["engine"] for engine in tensorrt] == ["tensorrt", "tensorrt_rtx"]
     assert (
         cuda["engine"] == "cuda"

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -60,10 +61,11 @@ def test_a_missing_engine_names_its_cure(tiny: Any) -> None:
         ("__version__ = '1.24.4'; InferenceSession = RunOptions = None",
          "onnxruntime 1.24.4 is too old: bundles need 1.25 or newer: pip install --upgrade 'onnxruntime>=1.25'"),
         ("raise ImportError('libonnxruntime.so: no such file')",
-         "ONNX Runtime is damaged (libonnxruntime.so: no such file): pip uninstall onnxruntime onnxruntime-gpu, then "
+         "ONNX Runtime is damaged (libonnxruntime.so: no such file): pip uninstall onnxruntime onnxruntime-gpu "
+         "onnxruntime-webgpu, then "
          "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"),
         ("# what an uninstallation left",
-         "ONNX Runtime is damaged (it has no __version__): pip uninstall onnxruntime onnxruntime-gpu, then "
+         "ONNX Runtime is damaged (it has no __version__): pip uninstall onnxruntime onnxruntime-gpu onnxruntime-webgpu, then "
          "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"),
     ],
 )  # fmt: skip
@@ -88,17 +90,24 @@ def test_an_engine_that_cannot_run_bundles_names_its_cure(
 
 
 def test_two_engines_that_overwrite_each_other_are_refused(tiny: Any, tmp_path: Any) -> None:
-    (tmp_path / "onnxruntime_gpu-1.32.0.dist-info").mkdir()
-    (tmp_path / "onnxruntime_gpu-1.32.0.dist-info" / "METADATA").write_text("Name: onnxruntime-gpu\nVersion: 1.32.0\n")
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        facts = tmp_path / f"{package.replace('-', '_')}-1.32.0.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text(f"Name: {package}\nVersion: 1.32.0\n")
     program = (
-        "import sys; sys.path.append(sys.argv[2])\n"
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
         "import balcony_edge\n"
         "try:\n    balcony_edge.load(sys.argv[1])\n"
         "except balcony_edge.BalconyError as error:\n    print(error)\n"
     )
     command = [sys.executable, "-c", program, str(tiny.path), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "are both installed and overwrite each other" in done.stdout and done.stdout.count("\n") == 1
+    assert "onnxruntime and onnxruntime-gpu are both installed and overwrite each other" in done.stdout
+    assert done.stdout.count("\n") == 1
+    # A build in another directory overwrites nothing: the first directory of the import path decides.
+    shutil.rmtree(tmp_path / "onnxruntime-1.32.0.dist-info")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 def test_public_names_are_these() -> None:

@@ -120,15 +120,18 @@ BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
     "device-plain": lambda bundle: Engine.of(bundle, device="cpu", engines="tensorrt-fp32-plain"),
     "cuda-fused": lambda bundle: Engine.of(bundle, device="cuda", engines="rtx-fp32"),
     "tensorrt": on_tensorrt,
+    "webgpu": lambda bundle: Engine.of(bundle, device="webgpu"),
 }
-ON_GPU = ("cuda-fused", "tensorrt")
-CASES = [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in BACKENDS]
+#: Backend → mark of the hardware or package that it needs.
+NEEDS = {"cuda-fused": pytest.mark.gpu, "tensorrt": pytest.mark.gpu, "webgpu": pytest.mark.webgpu}
+CASES = [pytest.param(name, marks=NEEDS.get(name, ())) for name in BACKENDS]
 #: Joining graphs depends only on names, so two architectures are enough here; test_quantize.py has more.
 PAIRS = [
-    pytest.param(architecture, name, marks=pytest.mark.gpu if name in ON_GPU else ())
+    pytest.param(architecture, name, marks=NEEDS.get(name, ()))
     for architecture in ("llama", "qwen3", "gemma2", "gemma3", "smollm3")
     for name in BACKENDS
     if not name.startswith("packed") or architecture in ("llama", "gemma3")
+    if name != "webgpu" or architecture == "llama"  # test_webgpu.py has the others
 ]
 
 
@@ -166,6 +169,8 @@ def test_any_schedule_equals_a_pass_from_scratch(
     bundle = with_engine_sets(architecture)
     with Engine.of(bundle.portable()) as reference, BACKENDS[backend](bundle) as engine:
         count = 25 if architecture == "llama" else 12
+        if backend == "webgpu":  # test_webgpu.py plays more of them
+            count = 3
 
         @examples(count, suppress_health_check=[HealthCheck.too_slow])
         @given(actions, st.integers(1, 40), st.integers(0, 2**31))

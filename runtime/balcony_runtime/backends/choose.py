@@ -10,9 +10,11 @@ from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import BalconyError, BundleError, InputError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.installed import checked_onnxruntime
+from balcony_runtime.backends.webgpu import provider
 
-#: ``cpu``: ONNX Runtime on the CPU; ``cuda``, ``nv``: ONNX Runtime on an NVIDIA GPU by that provider; ``tensorrt``: engines.
-DeviceName = Literal["auto", "cpu", "cuda", "nv", "tensorrt"]
+#: ``cpu``: ONNX Runtime on the CPU; ``cuda``, ``nv``: ONNX Runtime on an NVIDIA GPU by that provider; ``tensorrt``: engines;
+#: ``webgpu``: ONNX Runtime on any GPU with Vulkan, Metal or Direct3D 12.
+DeviceName = Literal["auto", "cpu", "cuda", "nv", "tensorrt", "webgpu"]
 
 
 class Choice(NamedTuple):
@@ -24,7 +26,21 @@ class Choice(NamedTuple):
 
 
 def choose(manifest: Manifest) -> Choice:
-    """The choice of ``auto`` on this machine: engines that fit its GPU, else ONNX Runtime on the GPU, else the CPU."""
+    """The choice of ``auto`` on this machine: engines that fit its GPU, else ONNX Runtime on the GPU, else the CPU.
+
+    WebGPU is taken only if its package is installed and there is a GPU; an adapter in software is slower than the CPU.
+    """
+    choice = _on_nvidia(manifest)
+    if choice.device != "cpu" or not provider.is_installed() or provider.misfit(manifest) is not None:
+        return choice
+    try:
+        return Choice("webgpu", None, f"ONNX Runtime has WebGPU, and there is a GPU: {provider.gpu_for_webgpu().name}")
+    except BalconyError as error:
+        return Choice("cpu", None, str(error))
+
+
+def _on_nvidia(manifest: Manifest) -> Choice:
+    """The choice between an NVIDIA GPU and the CPU."""
     if not manifest.engines:
         return Choice("cpu", None, "the bundle has no graphs for GPUs: make them with `balcony-edge build`")
     try:
@@ -77,6 +93,13 @@ def open_backend(
         from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
         return OnnxRuntimeBackend(bundle, threads=threads, packed=packed, verify_hashes=verify_hashes)
+    if device == "webgpu":
+        if packed is not None or engines is not None:
+            given = "engine sets" if packed is None else "packed weights"
+            raise InputError(f"--device webgpu: runs the bundle's own graphs, not {given}: leave them out")
+        from balcony_runtime.backends.webgpu.backend import WebGpuBackend  # noqa: PLC0415 - likewise
+
+        return WebGpuBackend(bundle)
     if packed is not None:
         raise InputError("packed weights are for the CPU: leave them out, or run with device cpu")
     engines = engines or _only(bundle, device)

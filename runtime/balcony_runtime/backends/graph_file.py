@@ -6,16 +6,18 @@ Weights in a file that the manifest does not list would be neither checked nor p
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from balcony_edge.errors import BundleError
-from balcony_runtime.backends.joined_graph import message_fields
+from balcony_runtime.backends.joined_graph import decoded_varint, message_fields
 
 #: Field numbers of onnx.proto3 (ONNX 1.20).
 _MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
 _NODE_OPERATOR, _NODE_ATTRIBUTE = 4, 5
+_ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT = 1, 2, 3
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _TENSOR_EXTERNAL, _ENTRY_KEY, _ENTRY_VALUE = 13, 1, 2
 
@@ -36,6 +38,27 @@ def check_graph(path: Path, files: Collection[str]) -> None:
         raise BundleError(f"{path}: not readable as a graph ({error}): export the bundle again") from error
     if problem is not None:
         raise BundleError(f"{path}: {problem}: use bundles that `balcony-edge export` made, or export it again")
+
+
+def attributes_of(path: Path, operator: str) -> Iterator[dict[str, float]]:
+    """Attribute → number of each node of an operator; other attributes are left out.
+
+    Args:
+        path: path of a graph that :func:`check_graph` has passed.
+        operator: type of the nodes.
+    """
+    graph = next(value for number, _, value in message_fields(path.read_bytes()) if number == _MODEL_GRAPH)
+    for number, _, node in message_fields(graph):
+        parts = list(message_fields(node)) if number == _GRAPH_NODE else []
+        if (_NODE_OPERATOR, operator.encode()) in ((part, value) for part, _, value in parts):
+            named = [{part: value for part, _, value in message_fields(v)} for p, _, v in parts if p == _NODE_ATTRIBUTE]
+            yield {
+                one[_ATTRIBUTE_NAME].decode(): decoded_varint(one[_ATTRIBUTE_INT])
+                if _ATTRIBUTE_INT in one
+                else struct.unpack("<f", one[_ATTRIBUTE_FLOAT])[0]
+                for one in named
+                if _ATTRIBUTE_INT in one or _ATTRIBUTE_FLOAT in one
+            }
 
 
 def _problems(model: bytes, files: Collection[str]) -> Iterator[str]:

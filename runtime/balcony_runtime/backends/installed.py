@@ -1,7 +1,7 @@
 """The installed ONNX Runtime: the module, or one line that names the problem and the cure.
 
-Owns the oldest version that runs bundles. The packages ``onnxruntime`` and ``onnxruntime-gpu`` are two builds of one module and
-overwrite each other, so an environment may contain both, half of one, or the wrong one.
+Owns the oldest version that runs bundles. The packages of :data:`PACKAGES` are builds of one module and overwrite each other,
+so an environment may contain two of them, half of one, or the wrong one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from balcony_edge.errors import MissingDependencyError
@@ -17,13 +19,16 @@ from balcony_edge.errors import MissingDependencyError
 #: 1.30 and newer, so texts in int4 differ (docs/platforms.md). pyproject.toml has the same number, and tests/test_packaging.py
 #: runs that version.
 OLDEST = "1.25"
-PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu")
 _INSTALL = "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"
 
 
 def installed_packages() -> dict[str, str]:
-    """Package → version of each installed build of ONNX Runtime."""
-    return {name: dist.version for name in PACKAGES for dist in importlib.metadata.distributions(name=name)}
+    """Package → version of each build of ONNX Runtime in the first directory of the import path that has one."""
+    builds = [(name, dist) for name in PACKAGES for dist in importlib.metadata.distributions(name=name)]
+    places = [str(dist.locate_file("")) for _, dist in builds]
+    first = next((place for entry in sys.path if (place := str(Path(entry))) in places), None)
+    return {name: dist.version for (name, dist), place in zip(builds, places, strict=True) if first in (place, None)}
 
 
 def checked_onnxruntime() -> Any:
@@ -34,9 +39,7 @@ def checked_onnxruntime() -> Any:
     """
     found = installed_packages()
     if len(found) > 1:
-        raise MissingDependencyError(
-            f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other: {_again()}"
-        )
+        raise MissingDependencyError(f"{' and '.join(found)} are both installed and overwrite each other: {_again()}")
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:

@@ -43,7 +43,7 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
         outside = [
             (number, kind, value) for number, kind, value in message_fields(part.model) if number != _MODEL_GRAPH
         ]
-        head = head or b"".join(_field(*field) for field in outside)
+        head = head or b"".join(encoded_field(*field) for field in outside)
         fields = list(
             message_fields(next(value for number, _, value in message_fields(part.model) if number == _MODEL_GRAPH))
         )
@@ -56,9 +56,9 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
         for number, kind, value in fields:
             if number == _GRAPH_NODE:
                 names = {_NODE_INPUT: renamed, _NODE_OUTPUT: renamed, _NODE_NAME: lambda n, p=part: f"{p.name}.{n}"}
-                body += _field(number, kind, _with_names(value, names))
+                body += encoded_field(number, kind, _with_names(value, names))
             elif number == _GRAPH_INITIALIZER:
-                body += _field(number, kind, _with_names(value, {_TENSOR_NAME: renamed}))
+                body += encoded_field(number, kind, _with_names(value, {_TENSOR_NAME: renamed}))
             elif number in (_GRAPH_VALUE_INFO, _GRAPH_INPUT, _GRAPH_OUTPUT):
                 name = renamed(_name(value, _VALUE_NAME))
                 new = number == _GRAPH_VALUE_INFO
@@ -69,10 +69,10 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
                     made.add(name)
                     new = name.startswith(kept)
                 if new:
-                    body += _field(number, kind, _with_names(value, {_VALUE_NAME: renamed}))
+                    body += encoded_field(number, kind, _with_names(value, {_VALUE_NAME: renamed}))
         produced |= made
-    body += _field(_GRAPH_NAME, _BYTES, b"joined")
-    return head + _field(_MODEL_GRAPH, _BYTES, bytes(body))
+    body += encoded_field(_GRAPH_NAME, _BYTES, b"joined")
+    return head + encoded_field(_MODEL_GRAPH, _BYTES, bytes(body))
 
 
 def _with_names(message: bytes, renames: Mapping[int, Callable[[str], str]]) -> bytes:
@@ -81,7 +81,7 @@ def _with_names(message: bytes, renames: Mapping[int, Callable[[str], str]]) -> 
     for number, kind, value in message_fields(message):
         if number in renames:
             value = renames[number](value.decode()).encode()  # noqa: PLW2901
-        result += _field(number, kind, value)
+        result += encoded_field(number, kind, value)
     return bytes(result)
 
 
@@ -109,9 +109,16 @@ def message_fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
         yield number, kind, message[begin:at]
 
 
-def _field(number: int, kind: int, value: bytes) -> bytes:
-    size = _as_varint(len(value)) if kind == _BYTES else b""
-    return _as_varint(number << 3 | kind) + size + value
+def encoded_field(number: int, kind: int, value: bytes) -> bytes:
+    """One field of a message; the value of a varint is already encoded."""
+    size = encoded_varint(len(value)) if kind == _BYTES else b""
+    return encoded_varint(number << 3 | kind) + size + value
+
+
+def decoded_varint(encoded: bytes) -> int:
+    """The signed number of 64 bits that a varint encodes."""
+    value = _varint(encoded, 0)[0]
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
@@ -125,7 +132,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _as_varint(value: int) -> bytes:
+def encoded_varint(value: int) -> bytes:
+    """A number of at least 0 as a varint."""
     result = bytearray()
     while value > 127:
         result.append(value & 127 | 128)

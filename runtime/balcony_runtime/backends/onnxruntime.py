@@ -39,13 +39,14 @@ _pool_asked = False
 
 
 def open_session(
-    path: Path,
+    path: Path | bytes,
     *,
     threads: int | None = None,
     profile_prefix: Path | None = None,
     pack_to: Path | None = None,
     optimize: bool = True,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
+    devices: Sequence[Any] = (),
     entries: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """Open a session on the process's shared thread pool and memory arena, which the first call makes.
@@ -55,12 +56,13 @@ def open_session(
     made any more, the session gets one of its own that does not spin.
 
     Args:
-        path: file of the graph.
+        path: file of the graph, or the graph itself.
         threads: size of the pool; by default the CPUs of this process.
         profile_prefix: prefix of the profile that ONNX Runtime writes; None: no profile.
         pack_to: file to which the graph is also written, with its packed weights in a file next to it.
         optimize: whether ONNX Runtime may change the graph; otherwise its nodes run as they are.
         providers: execution providers of ONNX Runtime, in order of preference.
+        devices: device of a provider from a registered library; it takes the place of ``providers``.
         entries: session configuration of ONNX Runtime.
 
     Raises:
@@ -92,6 +94,9 @@ def open_session(
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
+    if devices:
+        options.add_provider_for_devices(list(devices), {})
+        providers = ()
     options.use_per_session_threads = False
     # Graphs run one after another, so one arena can hold the activations of all; otherwise each session would keep its own.
     options.add_session_config_entry("session.use_env_allocators", "1")
@@ -107,15 +112,17 @@ def open_session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return _quiet_session(path, options, providers)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
-        raise BundleError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}): export it again") from error
+        name = "a graph in memory" if isinstance(path, bytes) else path
+        raise BundleError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)}): export it again") from error
 
 
-def _quiet_session(path: Path, options: Any, providers: Sequence[Any]) -> ort.InferenceSession:
+def _quiet_session(path: Path | bytes, options: Any, providers: Sequence[Any]) -> ort.InferenceSession:
+    graph = path if isinstance(path, bytes) else str(path)
     # With the fallback enabled, a session that fails prints a message and tries again with the same provider.
-    return ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
+    return ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
 
 
-def _check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None:
+def check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None:
     """Refuse a graph whose inputs or outputs differ from the manifest's table."""
     kinds = {
         "float32": "tensor(float)",
@@ -185,7 +192,7 @@ class OnnxRuntimeBackend:
             path = shared.get(name) or bundle.file(spec.file)
             prefix = None if profile_prefix is None else profile_prefix / name
             session = _open(path, path.parent if shared else None, threads=threads, profile_prefix=prefix)
-            _check_io(path, spec, session)
+            check_io(path, spec, session)
             self.sessions[name] = session
         for layer in bundle.manifest.exit_layers if shared else ():
             path = shared[f"path_{layer}"]

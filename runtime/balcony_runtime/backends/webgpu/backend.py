@@ -1,0 +1,96 @@
+"""The graphs of a bundle on a WebGPU device: ONNX Runtime's provider for Vulkan, Metal and Direct3D 12.
+
+Owns the sessions of a bundle's graphs. The graphs are those for CPUs, because their fused operators have kernels on WebGPU.
+Memory and the order of its end are in :mod:`.device`, the passes of a sequence in :mod:`.state`.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.errors import BundleError, DeviceError
+from balcony_runtime.backends.graph_file import attributes_of, check_graph
+from balcony_runtime.backends.onnxruntime import check_io
+from balcony_runtime.backends.token_table import TokenTable
+from balcony_runtime.backends.webgpu.device import WebGpuDevice
+from balcony_runtime.backends.webgpu.probe import most_rows
+from balcony_runtime.backends.webgpu.provider import Provider, find_provider, misfit
+from balcony_runtime.backends.webgpu.state import WebGpuState
+
+
+class WebGpuBackend:
+    """Sessions of one bundle on a WebGPU device; implements :class:`balcony_runtime.backends.base.Backend`.
+
+    Raises:
+        BundleError: a graph cannot be loaded, differs from the manifest, or has no form that WebGPU runs.
+        DeviceError: there is no adapter, or it cannot run the bundle.
+        MissingDependencyError: no package has the provider.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.manifest: Manifest = bundle.manifest
+        if (problem := misfit(self.manifest)) is not None:
+            raise BundleError(f"{bundle.path}: {problem}")
+        provider = find_provider()
+        _refuse_half(bundle, provider)
+        #: The device does the work; one thread of the host starts it.
+        self.threads = 1
+        self.max_length = self.manifest.model.context_length
+        self.picks_inside = True
+        self.table = TokenTable(bundle)
+        self.dtype = self.table.dtype
+        self.device = WebGpuDevice(provider, self.manifest.embedding.dtype, len(self.manifest.exit_layers))
+        try:
+            kinds: dict[tuple[tuple[str, float], ...], dict[str, float]] = {}
+            for name, spec in self.manifest.runnable.items():
+                if name == "backbone" or name.endswith("_keys"):  # see WebGpuState.run_exit
+                    continue
+                path = bundle.file(spec.file)
+                check_graph(path, self.manifest.files)
+                check_io(path, spec, self.device.open(name, path))
+                for kind in attributes_of(path, "GroupQueryAttention"):
+                    kind.pop("do_rotary", None)
+                    kinds[tuple(sorted(kind.items()))] = kind
+            #: Most rows of a pass; None: any number.
+            self.most_rows = most_rows(self.device, kinds.values(), self.manifest.model.head_dim)
+        except BaseException:
+            self.device.close()
+            raise
+
+    def new_state(self, batch_size: int, max_length: int) -> WebGpuState:
+        """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`.
+
+        Raises:
+            DeviceError: there is not enough memory.
+        """
+        with self.device.lock:
+            return WebGpuState(self, batch_size, max_length)
+
+    def new_pool(self, members: int, max_length: int) -> None:
+        """Nothing: a part of a buffer cannot be bound, so members of a pool could not share passes over ranges."""
+
+    def close(self) -> None:
+        """Free memory and sessions."""
+        self.device.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _refuse_half(bundle: Bundle, provider: Provider) -> None:
+    if bundle.manifest.embedding.dtype != "float16" or provider.adapters is None:
+        return
+    if not any(adapter.half for adapter in provider.adapters):
+        names = ", ".join(adapter.name for adapter in provider.adapters)
+        raise DeviceError(
+            f"{bundle.path}: needs an adapter with 16-bit floats, and {names} has none: export the model with --precision fp32 "
+            "or int4, or run with --device cpu"
+        )

@@ -1,0 +1,142 @@
+"""ONNX Runtime's WebGPU provider: which package has it, which adapter it finds, and what its errors mean.
+
+Two packages have it. The plugin ``onnxruntime-ep-webgpu`` (extra ``[webgpu]``) is a library that the plain ``onnxruntime``
+loads; it takes a GPU that the system lists. The wheel ``onnxruntime-webgpu`` is another build of ONNX Runtime that takes the
+place of the plain one; it also takes an adapter in software.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import traceback
+from typing import Any, NamedTuple
+
+from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.errors import DeviceError, MissingDependencyError
+from balcony_runtime.backends.installed import checked_onnxruntime
+from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
+
+NAME = "WebGpuExecutionProvider"
+_LIBRARY = "balcony-edge.webgpu"
+_registering = threading.Lock()
+
+
+class Provider(NamedTuple):
+    """The provider as sessions are opened with it.
+
+    Attributes:
+        names: providers of a session; empty if there are devices.
+        devices: device of the plugin's library; empty for the wheel.
+        adapters: adapters that Vulkan lists; None where WebGPU does not use Vulkan.
+    """
+
+    names: tuple[str, ...]
+    devices: tuple[Any, ...]
+    adapters: list[Adapter] | None
+
+
+def is_installed() -> bool:
+    """Whether a package has the provider."""
+    return importlib.util.find_spec("onnxruntime_ep_webgpu") is not None or _is_inside(checked_onnxruntime())
+
+
+def misfit(manifest: Manifest) -> str | None:
+    """Why WebGPU does not run a bundle, and the cure; None if it does."""
+    elsewhere = "or run it with --device cpu"
+    if not manifest.cpu and manifest.precision == "float16":
+        return f"is float16, which has no fused attention: export the model with --precision fp32 or int4, {elsewhere}"
+    if not manifest.cpu:
+        return "has no graphs with fused attention, and WebGPU runs only those: run it with --device cpu"
+    if manifest.kv_dtype == "int8":
+        return f"has an int8 KV cache, and WebGPU runs float caches: export the model without kv=8, {elsewhere}"
+    return None
+
+
+def find_provider() -> Provider:
+    """The installed provider, registered with ONNX Runtime.
+
+    Raises:
+        MissingDependencyError: no package has the provider.
+        DeviceError: there is no Vulkan loader or no adapter.
+    """
+    ort = checked_onnxruntime()
+    if _is_inside(ort):
+        return Provider((NAME,), (), adapters())
+    plugin, known = _plugin(), adapters()
+    with _registering:  # the library belongs to the process; the host may have registered it under another name
+        found = _devices(ort)
+        if not found:
+            try:
+                ort.register_execution_provider_library(_LIBRARY, plugin.get_library_path())
+            except Exception as error:  # its class differs by version
+                raise DeviceError(
+                    f"ONNX Runtime {ort.__version__} cannot load onnxruntime-ep-webgpu ({first_line(error)}): upgrade both, or "
+                    "run with --device cpu"
+                ) from error
+            found = _devices(ort)
+    if not found:
+        names = ", ".join(adapter.name for adapter in known or ()) or "no adapter"
+        raise DeviceError(
+            f"WebGPU needs a GPU, and this system lists none ({names}): install the GPU's driver, or run with --device cpu; "
+            "only the package onnxruntime-webgpu also runs on an adapter in software"
+        )
+    return Provider((), (found[0],), known)
+
+
+def _is_inside(ort: Any) -> bool:
+    return NAME in ort.get_available_providers()
+
+
+def _devices(ort: Any) -> list[Any]:
+    return [device for device in ort.get_ep_devices() if device.ep_name == NAME]
+
+
+def _plugin() -> Any:
+    try:
+        return importlib.import_module("onnxruntime_ep_webgpu")
+    except ImportError as error:
+        raise MissingDependencyError(
+            "--device webgpu: ONNX Runtime's WebGPU provider is not installed: pip install 'balcony-edge[webgpu]', or run with "
+            "--device cpu"
+        ) from error
+
+
+def gpu_for_webgpu() -> Adapter:
+    """The first GPU on which WebGPU runs here: an adapter in hardware, with a package that has the provider.
+
+    Raises:
+        DeviceError, MissingDependencyError: there is none; the message says why.
+    """
+    known = find_provider().adapters or []
+    for adapter in known:
+        if adapter.is_gpu:
+            return adapter
+    names = ", ".join(adapter.name for adapter in known) or "no adapter that this system lists"
+    raise DeviceError(f"WebGPU has no GPU here, only {names}")
+
+
+def failure(what: str, error: BaseException) -> DeviceError:
+    """The error for a failed call of the provider, with the cure that its text suggests.
+
+    The locals of the failed call's frames are cleared: they may hold values of the device, and whoever keeps the error would
+    keep them past the end of their session.
+    """
+    traceback.clear_frames(error.__traceback__)
+    text = f"{error} {error.__cause__ or ''}"
+    low = text.lower()
+    if "device lost" in low or "device is lost" in low or "devicelost" in low.replace("_", ""):
+        cure = "the GPU was reset or removed: look at dmesg, then load the bundle again"
+    elif "memory" in low or "alloc" in low or "storage buffers" in low:  # a buffer above a limit is split into many
+        cure = "ask for a shorter context or a smaller batch, free memory of the GPU, or run with --device cpu"
+    elif "f16" in low:
+        cure = "this adapter has no 16-bit floats: export the model with --precision fp32 or int4"
+    else:
+        cure = "update the GPU's driver, or run with --device cpu"
+    return DeviceError(f"{what}: WebGPU failed ({first_line(error)}): {cure}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without the place in ONNX Runtime's source, at most 200 characters."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.rpartition(" was false. ")[2][:200]

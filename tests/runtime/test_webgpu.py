@@ -1,0 +1,352 @@
+"""WebGPU: its small graphs, its errors and the choice of it anywhere; the backend where the provider is.
+
+The conformance suite also runs over this backend (tests/runtime/test_conformance.py). `make test-webgpu` brings the provider;
+any adapter will do, such as Mesa's for CPUs.
+"""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+
+import balcony_edge
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import BundleError, DeviceError, InputError, MissingDependencyError
+from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.quantize.blocks import parse_precision
+from balcony_runtime.backends.choose import choose
+from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.backends.webgpu import adapters as adapters_module
+from balcony_runtime.backends.webgpu import backend as backend_module
+from balcony_runtime.backends.webgpu import probe, provider, small_graphs
+from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
+from balcony_runtime.backends.webgpu.device import Pass
+from balcony_runtime.engine import Engine
+from tests.properties import examples
+from tests.runtime.test_conformance import actions, play
+
+SOFTWARE = Adapter("llvmpipe", "CPU", half=True)
+CARD = Adapter("a card", "discrete GPU", half=False)
+
+
+def ran(graph: bytes, **inputs: Any) -> list[Any]:
+    found: list[Any] = open_session(graph).run(None, inputs)
+    return found
+
+
+def test_small_graphs_move_rows() -> None:
+    rows = np.arange(24, dtype=np.float32).reshape(1, 6, 4)
+    (made,) = ran(small_graphs.zeros("float16"), zero=np.zeros((), np.float16), shape=np.array([2, 3]))
+    assert made.shape == (2, 3) and made.dtype == np.float16 and not made.any()
+    (taken,) = ran(small_graphs.take("float32"), rows=rows, at=np.array([4, 1]))
+    np.testing.assert_array_equal(taken, rows[:, [4, 1]])
+    new, at = -rows[:, :2], np.array([[[0, 5], [0, 0]]])
+    given = {"at": at, "rows_0": rows, "new_0": new, "rows_1": 2 * rows, "new_1": 3 * new}
+    kept = ran(small_graphs.put("float32", 2), **given)
+    for found, before, written in zip(kept, (rows, 2 * rows), (new, 3 * new), strict=True):
+        np.testing.assert_array_equal(found[:, [5, 0]], written)
+        np.testing.assert_array_equal(found[:, 1:5], before[:, 1:5])
+
+
+def test_the_pick_tells_when_a_logit_is_not_a_number() -> None:
+    logits = np.array([[[0.5, 3.0, -1.0]]], np.float32)
+    (picked,) = ran(small_graphs.pick(), logits=logits)
+    assert picked.tolist() == [[[1.0, 2.5]]]
+    for bad in (np.nan, np.inf):
+        logits[0, 0, 2] = bad
+        (picked,) = ran(small_graphs.pick(), logits=logits)
+        assert not np.isfinite(picked[0, 0, 1])
+
+
+def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Bundle.open(tiny.path).manifest
+    found = provider.Provider(("x",), (), [SOFTWARE, CARD])
+    monkeypatch.setattr(provider, "is_installed", lambda: True)
+    monkeypatch.setattr(provider, "find_provider", lambda: found)
+    assert choose(manifest) == ("webgpu", None, "ONNX Runtime has WebGPU, and there is a GPU: a card")
+    found.adapters.remove(CARD)  # type: ignore[union-attr]
+    assert choose(manifest) == ("cpu", None, "WebGPU has no GPU here, only llvmpipe")
+    portable = Bundle.open(tiny.path).portable().manifest
+    assert choose(portable).device == "cpu"
+
+
+def test_adapters_that_are_missing_name_their_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loader:
+        """A Vulkan loader without a driver."""
+
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            return lambda *_: -9  # VK_ERROR_INCOMPATIBLE_DRIVER
+
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    for load, cure in (
+        (missing, r"needs the Vulkan loader, and libvulkan.so.1 is missing: install it .* or run with --device cpu$"),
+        (lambda _: Loader(), r"needs an adapter, and Vulkan finds none: install the GPU's driver .* --device cpu$"),
+    ):
+        monkeypatch.setattr(adapters_module.ctypes, "CDLL", load)
+        with pytest.raises(DeviceError, match=cure):
+            adapters()
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"),
+    [
+        ("Device lost: VK_ERROR_DEVICE_LOST", "the GPU was reset or removed: look at dmesg"),
+        ("VK_ERROR_OUT_OF_DEVICE_MEMORY", "ask for a shorter context"),
+        (
+            "n <= max was false. Too many storage buffers in shader",
+            "failed (Too many storage buffers in shader): ask for a",
+        ),
+        (
+            "Program Cast requires f16 but the device does not support it",
+            "export the model with --precision fp32 or int4",
+        ),
+        ("", "update the GPU's driver"),
+    ],
+)
+def test_failures_are_one_line_with_a_cure(text: str, cure: str) -> None:
+    error = provider.failure("stage_0", RuntimeError(f"{text}\nmore"))
+    assert str(error).startswith("stage_0: WebGPU failed (") and cure in str(error) and "\n" not in str(error)
+
+
+def test_bundles_and_options_that_do_not_fit_are_refused(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="--device webgpu: runs the bundle's own graphs, not engine sets: leave them out"
+    ):
+        balcony_edge.load(tiny.path, device="webgpu", engines="rtx-fp16")
+    with pytest.raises(InputError, match="not packed weights: leave them out"):
+        balcony_edge.load(tiny.path, device="webgpu", packed=tmp_path / "packed")
+    with pytest.raises(BundleError, match=r"has no graphs with fused attention.* --device cpu"):
+        Engine.of(Bundle.open(tiny.path).portable(), device="webgpu")
+
+
+def test_a_missing_package_is_named(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider, "_is_inside", lambda _: False)
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_webgpu", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'balcony-edge\[webgpu\]', or run with --device cpu"):
+        balcony_edge.load(tiny.path, device="webgpu")
+
+
+@pytest.fixture(scope="module")
+def on_webgpu(tiny: Any) -> Iterator[Engine]:
+    """An engine over the tiny Llama."""
+    with Engine.open(tiny.path, device="webgpu") as engine:
+        yield engine
+
+
+class Moved:
+    """Counts the bytes of bound arrays: those that a step gives to the device, and those that it takes back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.up = self.down = 0
+        self._taken: dict[Pass, int] = {}
+        give, take, run = Pass.give, Pass.take, Pass.run
+
+        def counted_give(one: Pass, name: str, value: Any) -> None:
+            self.up += value.nbytes if isinstance(value, np.ndarray) else 0
+            give(one, name, value)
+
+        def counted_take(one: Pass, name: str, value: Any) -> None:
+            self._taken[one] = self._taken.get(one, 0) + (value.nbytes if isinstance(value, np.ndarray) else 0)
+            take(one, name, value)
+
+        def counted_run(one: Pass) -> None:
+            self.down += self._taken.get(one, 0)
+            run(one)
+
+        for name, method in (("give", counted_give), ("take", counted_take), ("run", counted_run)):
+            monkeypatch.setattr(Pass, name, method)
+
+
+@pytest.mark.webgpu
+def test_a_step_takes_one_embedding_to_the_device_and_brings_logits_or_a_token(
+    on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = Moved(monkeypatch)
+    model = on_webgpu.manifest.model
+    sequence = on_webgpu.new_sequence(max_length=32)
+    sequence.advance(5, [1, 2, 3])
+    for exit_layer, graphs in ((2, 2), (3, 3), (5, 3)):  # graphs with attention: stages up to the exit, and its balcony
+        for step, down in ((sequence.step, 4 * model.vocab_size), (sequence.step_best, 8)):
+            sequence.catch_up()
+            step(exit_layer, np.array([4]))  # binds
+            sequence.catch_up()
+            moved.up = moved.down = 0
+            step(exit_layer, np.array([5]))
+            assert moved.down == down
+            # the embedding; the position of the row for each graph, and of the rows that are kept
+            assert moved.up == 4 * model.hidden_size + 4 * graphs + 16
+
+
+@pytest.mark.webgpu
+def test_a_logit_that_is_not_a_number_is_refused(on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = on_webgpu.new_sequence(max_length=32)
+    sequence.advance(5, [1, 2, 3])
+    nothing = np.full(on_webgpu.manifest.model.hidden_size, np.nan, np.float32)
+    monkeypatch.setattr(on_webgpu.backend.table, "row", lambda _: nothing)  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="the logits hold NaN or infinity"):
+        sequence.step_best(5, np.array([4]))
+    sequence.rollback(3)
+
+
+@pytest.mark.webgpu
+def test_memory_goes_back_with_the_sequence_and_after_an_error(
+    on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories = on_webgpu.backend.device._memories  # type: ignore[attr-defined]
+
+    def held() -> int:
+        gc.collect()
+        sequence = on_webgpu.new_sequence(max_length=16)  # an allocation frees what was returned
+        count = sum(len(memory.values) + len(memory.passes) for memory in memories)
+        del sequence
+        return count
+
+    before = held()
+    sequence = on_webgpu.new_sequence(batch_size=2, max_length=16)
+    sequence.advance(3, [[1, 2, 3], [4, 5, 6]], num_logits=2)
+    sequence.step(3, np.array([7, 8]))
+    assert held() > before
+    state: Any = sequence.state
+    for member in state._members:
+        sizes = len(member._memory.values), len(member._memory.passes)
+        with monkeypatch.context() as patch, pytest.raises(DeviceError, match="lost"):
+            patch.setattr(member, "_put", lambda *_: (_ for _ in ()).throw(DeviceError("lost")))
+            member.run_stage(2, 0, 2)
+        assert (len(member._memory.values), len(member._memory.passes)) == sizes
+    del sequence, state, member
+    assert held() == before
+
+
+#: Ends of a process in which values of the device are still referred to in every way that there is.
+ENDS = """
+import gc, sys, threading
+import balcony_edge
+from balcony_edge.errors import BalconyError, InputError
+from balcony_runtime.engine import Engine
+import numpy as np
+
+def used(engine):
+    sequence = engine.new_sequence(max_length=16)
+    sequence.advance(2, [1, 2, 3])
+    sequence.step(2, np.array([4]))
+    return sequence
+
+for _ in range(2):  # sequences that live longer than their engine
+    engine = Engine.open(sys.argv[1], device="webgpu")
+    sequence, other = used(engine), used(engine)
+    del other
+    engine.close()
+    engine.close()
+    try:
+        sequence.step(2, np.array([5]))
+    except InputError as error:
+        assert "was closed" in str(error)
+engine = Engine.open(sys.argv[1], device="webgpu")
+thread = threading.Thread(target=lambda: [used(engine) for _ in range(3)])
+thread.start()
+thread.join()
+cycle = [engine, used(engine)]
+cycle.append(cycle)
+del cycle, engine
+gc.collect()
+kept = Engine.open(sys.argv[1], device="webgpu")  # never closed
+kept.myself, kept.sequence = kept, used(kept)
+other = Engine.open(sys.argv[1], device="webgpu")
+held = used(other)
+print("the end")
+if sys.argv[2] == "error":
+    raise ValueError("an error that nobody catches")
+"""
+
+
+@pytest.mark.webgpu
+@pytest.mark.parametrize("end", ["quiet", "error"])
+def test_no_end_of_a_process_is_a_crash(tiny: Any, end: str) -> None:
+    command = [sys.executable, "-c", ENDS, str(tiny.path), end]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.stdout == "the end\n" and done.returncode == (0 if end == "quiet" else 1), done.stderr
+
+
+@pytest.mark.webgpu
+def test_the_adapter_of_a_half_bundle_needs_16_bit_floats(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(tiny.path)
+    half = bundle.manifest.embedding.model_copy(update={"dtype": "float16"})
+    bundle.manifest = bundle.manifest.model_copy(update={"embedding": half})
+    found = provider.find_provider()._replace(adapters=[CARD])
+    monkeypatch.setattr(backend_module, "find_provider", lambda: found)
+    with pytest.raises(
+        DeviceError, match=r"needs an adapter with 16-bit floats, and a card has none: export the model"
+    ):
+        Engine.of(bundle, device="webgpu")
+
+
+@pytest.mark.webgpu
+def test_attention_that_is_wrong_is_found(on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = on_webgpu.backend.device  # type: ignore[attr-defined]
+    kinds = [{"num_heads": 4, "kv_num_heads": 2, "scale": 0.25, "local_window_size": 7}]
+    right, asked = probe._on_device, []
+
+    def wrong(*given: Any) -> Any:
+        asked.append(given[-1])
+        return right(*given) + (given[-1] > good)
+
+    monkeypatch.setattr(probe, "_on_device", wrong)
+    good = 1
+    assert probe.most_rows(device, kinds, 16) == 1 and asked == [64, 31, 1]
+    good = 0
+    with pytest.raises(
+        DeviceError, match=r"computes this model's attention wrongly here \(num_heads 4, .* --device cpu"
+    ):
+        probe.most_rows(device, kinds, 16)
+
+
+def plays(
+    export_tiny: Callable[[str], Any], path: Path, architecture: str, precision: str, count: int, length: int
+) -> None:
+    """Random schedules on WebGPU against passes from scratch on the CPU."""
+    source = export_tiny(architecture)
+    if precision != "fp32":
+        options = ExportOptions("q", True, parse_precision(precision))
+        export_bundle(source.exits.copy(), source.tokenizer, path, options, traced=source.traced)
+    path = source.path if precision == "fp32" else path
+    with Engine.open(path, device="cpu") as reference, Engine.open(path, device="webgpu") as engine:
+
+        @examples(count, suppress_health_check=[HealthCheck.too_slow])
+        @given(actions, st.integers(1, 40), st.integers(0, 2**31))
+        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int) -> None:
+            sequence = engine.new_sequence(max_length=128)
+            play(reference, sequence, [("advance", seed % 3, 1 + prefill % length), *schedule], seed)
+
+        schedules()
+
+
+@pytest.mark.webgpu
+def test_int4_switches_exactly(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    """With float activations, as on the CPU; level 4 rounds activations on the CPU, and only on some adapters."""
+    plays(export_tiny, tmp_path / "b", "llama", "int4,level=1", 3, 12)
+
+
+@pytest.mark.webgpu
+@pytest.mark.deep
+@pytest.mark.parametrize("precision", ["fp32", "int4,level=1", "int8,level=1"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "smollm3"])
+def test_many_schedules(export_tiny: Callable[[str], Any], tmp_path: Path, architecture: str, precision: str) -> None:
+    plays(export_tiny, tmp_path / "b", architecture, precision, 20, 40)
+
+
+@pytest.mark.webgpu
+@pytest.mark.deep
+def test_a_soft_cap_that_the_provider_ignores_is_refused(export_tiny: Callable[[str], Any]) -> None:
+    with pytest.raises(DeviceError, match=r"computes this model's attention wrongly here .*softcap 2.* --device cpu"):
+        Engine.open(export_tiny("gemma2").path, device="webgpu")
