@@ -28,10 +28,7 @@ def test_requests_are_drawn_by_share_and_repeat_by_seed() -> None:
     assert 0.6 < sum(kind == "voice" for kind, _ in asked) / 400 < 0.8
     kind, body = asked[0]
     assert body["max_tokens"] == {"voice": 48, "background": 150}[kind]
-    assert (
-        body["budget"]
-        == {"voice": {"ttft_ms": 500, "tpot_ms": 40}, "background": {"deadline_s": 30}}[kind]
-    )
+    assert body["budget"] == {"voice": {"ttft_ms": 500, "tpot_ms": 40}, "background": {"deadline_s": 30}}[kind]
     with pytest.raises(InputError, match="2 words: must be at least 1000: give a longer file"):
         requests(["too", "short"], 1, 1, "NAME")
 
