@@ -310,7 +310,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
         left.plot(loads, [100 * point["attained"] for point in points], "o-", label=title)
         right.plot(loads, [point["quality_goodput"] for point in points], "o-", label=title)
     left.set_ylabel("requests answered in time, %")
-    right.set_ylabel("tokens in time a second, weighted by agreement")
+    right.set_ylabel("tokens in time a second × agreement")
     for axes in (left, right):
         axes.set_xlabel("load, compared with one model at full depth")
         axes.set_ylim(bottom=0)
