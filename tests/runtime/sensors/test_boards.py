@@ -68,7 +68,15 @@ def test_a_pi_5_measures_its_rails(firmware: dict[str, str], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("flags", "throttled"),
-    [("0x0", False), ("0x1", False), ("0x2", True), ("0x4", True), ("0x8", True), ("0xe0000", False), ("0x50005", True)],
+    [
+        ("0x0", False),
+        ("0x1", False),
+        ("0x2", True),
+        ("0x4", True),
+        ("0x8", True),
+        ("0xe0000", False),
+        ("0x50005", True),
+    ],
 )
 def test_flags_of_now_count(flags: str, throttled: bool, firmware: dict[str, str], tmp_path: Path) -> None:
     firmware["get_throttled"] = f"throttled={flags}"

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ def by_source(sample: Sample) -> dict[str, Reading]:
 def queues(root: Path, time_ns: int, **runtime_ns: int) -> None:
     lines = [f"{name}\t{time_ns}\t7\t{runtime}" for name, runtime in runtime_ns.items()]
     put(root / STATS, "\n".join(["queue\ttimestamp\tjobs\truntime", *lines]))
+
+
+def later(reading: Reading, now_s: float) -> Reading:
+    """The same values at another time; a counter of energy has gone on."""
+    joules = reading.joules
+    if joules is not None and reading.watts is not None:
+        joules += reading.watts * (now_s - reading.time_s)
+    return replace(reading, time_s=now_s, joules=joules)
 
 
 def test_radeon_and_the_graphics_of_a_ryzen(sysfs_tree: Tree) -> None:
@@ -322,7 +331,7 @@ def test_readings_reach_the_governor_under_the_keys_of_an_nvidia_gpu(
         governor = Governor()
         for tick in range(30):  # the gauge stands above the ceiling whatever we do
             now_s = 11.0 + tick / 10
-            moved = [Reading(**{**reading.to_dict(), "time_s": now_s}) for reading in readings]
+            moved = [later(reading, now_s) for reading in readings]
             governor = govern(governor, Demand(one, now_s, now_s, moved, (0.01, 0.02), 0, 1, 0.0))
         assert governor.binding == (key,) and governor.share < 0.5, key
     assert (hottest_c(readings, 11.0) is not None) == ("temperature_c" in keys)
