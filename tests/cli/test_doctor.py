@@ -38,7 +38,9 @@ def test_orin_nano(sysfs_tree: Callable[[str], Path]) -> None:
     assert (readings["ina3221:VDD_IN"]["scope"], readings["ina3221:VDD_IN"]["watts"]) == ("board", 6.16)
     assert 0 <= readings["psutil:cpu"]["utilization"] <= 1
     sources = {source["source"]: source for source in report["sensors"]["sources"]}
-    assert list(sources) == ["jetson", "nvml", "rapl", "battery", "thermal", "psutil"]
+    assert list(sources) == [
+        "jetson", "raspberrypi", "macsmc", "nvml", "gpu", "rapl", "battery", "thermal", "psutil"
+    ]  # fmt: skip
     assert sources["thermal"]["last_dropped"] == "thermal:cv0-thermal: celsius = -256"
     assert [sources[name]["state"] for name in ("jetson", "rapl", "battery")] == ["present", "absent", "absent"]
     done = invoke("--sysfs", root)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from balcony_runtime.sensors.apple import AppleSmc
 from balcony_runtime.sensors.base import Absence, Sample, Source
 from balcony_runtime.sensors.battery import Battery
+from balcony_runtime.sensors.gpus import Gpus
 from balcony_runtime.sensors.jetson import Jetson
 from balcony_runtime.sensors.nvml import Nvml
 from balcony_runtime.sensors.rapl import Rapl
+from balcony_runtime.sensors.raspberrypi import RaspberryPi
 from balcony_runtime.sensors.recorded import Recorded, load_readings
 from balcony_runtime.sensors.sampler import Sensors, SourceHealth
 from balcony_runtime.sensors.system import System
@@ -36,6 +39,7 @@ def device_sources(sysfs: Path = Path("/sys")) -> tuple[Source, ...]:
     """Every source of this device, most trusted first: if two measure the same quantity, the first counts.
 
     Args:
-        sysfs: root of the sysfs tree for Jetson, RAPL, battery and thermal sources; NVML and psutil do not use it.
+        sysfs: root of the sysfs tree. NVML, psutil and the mailbox of a Raspberry Pi's firmware do not use it.
     """
-    return (Jetson(sysfs), Nvml(), Rapl(sysfs), Battery(sysfs), Thermal(sysfs), System())
+    boards = (Jetson(sysfs), RaspberryPi(sysfs), AppleSmc(sysfs))
+    return (*boards, Nvml(), Gpus(sysfs), Rapl(sysfs), Battery(sysfs), Thermal(sysfs), System())

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from balcony_edge.device.readings import Reading, Scope
 from balcony_runtime.sensors.base import Absence, Sample
-from balcony_runtime.sensors.sysfs import ATTRIBUTE_ERRORS, absence, entries, number_or_none, read_number, text_or_none
+from balcony_runtime.sensors.sysfs import (
+    ATTRIBUTE_ERRORS,
+    EnergyCounter,
+    absence,
+    entries,
+    number_or_none,
+    text_or_none,
+)
 
 _ZONE = re.compile(r"intel-rapl:\d+(:\d+)?")
 _CURE = (
@@ -23,27 +30,11 @@ _CURE = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Zone:
     source: str
     scope: Scope
-    path: Path
-    range_uj: int | None
-    last_uj: int | None = None
-    last_s: float = 0.0
-    total_uj: int = 0
-    moved: bool = False
-
-    def advance(self, now_s: float) -> tuple[float, float | None]:
-        """Read the counter: joules with wraps undone, and mean watts since the previous read (None at the first)."""
-        raw, last_s = read_number(self.path), self.last_s
-        delta = 0 if self.last_uj is None else raw - self.last_uj
-        if self.range_uj:
-            delta %= self.range_uj
-        first = self.last_uj is None
-        self.total_uj = raw if first else self.total_uj + delta
-        self.last_uj, self.last_s, self.moved = raw, now_s, self.moved or delta != 0
-        return self.total_uj / 1e6, None if first or now_s <= last_s else delta / 1e6 / (now_s - last_s)
+    counter: EnergyCounter
 
 
 class Rapl:
@@ -69,17 +60,17 @@ class Rapl:
             label = f"{text_or_none(self._directory / f'intel-rapl:{parent}' / 'name') or parent}/{label}"
         scope: Scope = "memory" if sub else "board" if label == "psys" else "cpu"
         range_uj = number_or_none(directory / "max_energy_range_uj")
-        return _Zone(f"rapl:{label}", scope, directory / "energy_uj", range_uj)
+        return _Zone(f"rapl:{label}", scope, EnergyCounter(directory / "energy_uj", range_uj))
 
     def read(self, now_s: float) -> Sample:
         readings, absences = [], []
         for zone in self._zones.values():
             try:
-                joules, watts = zone.advance(now_s)
+                joules, watts = zone.counter.advance(now_s)
             except ATTRIBUTE_ERRORS as error:
                 absences.append(absence(zone.source, error, _CURE if isinstance(error, PermissionError) else ""))
             else:
-                if watts is None or zone.moved:
+                if watts is None or zone.counter.moved:
                     readings.append(Reading(zone.source, zone.scope, now_s, watts=watts, joules=joules))
                 else:
                     absences.append(Absence(zone.source, "its counter does not move: the firmware does not update it"))

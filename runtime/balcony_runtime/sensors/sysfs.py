@@ -10,6 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,43 @@ def absence(part: str, error: OSError | ValueError, cure: str = "") -> Absence:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
         return Absence(part, f"{reason} ({error.filename})" if error.filename else reason, cure)
     return Absence(part, f"its file does not contain a number: {error}", cure)
+
+
+@dataclass(slots=True)
+class EnergyCounter:
+    """An attribute that counts µJ, read as joules and watts.
+
+    Attributes:
+        path: attribute that counts.
+        range_uj: value at which it starts again from 0; None if the driver does not tell.
+        moved: whether it has changed between two reads. A counter that never moves measures nothing.
+    """
+
+    path: Path
+    range_uj: int | None = None
+    moved: bool = False
+    _last_uj: int | None = None
+    _last_s: float = 0.0
+    _total_uj: int = 0
+
+    def advance(self, now_s: float) -> tuple[float, float | None]:
+        """Read the counter: joules with wraps and restarts undone, and mean watts since the previous read.
+
+        Watts are None at the first read, and at a restart: the energy around it is unknown.
+
+        Raises:
+            OSError, ValueError: as :func:`read_number`.
+        """
+        raw, last_s = read_number(self.path), self._last_s
+        known = self._last_uj is not None
+        delta = 0 if self._last_uj is None else raw - self._last_uj
+        if self.range_uj:
+            delta %= self.range_uj
+        elif delta < 0:
+            delta, known = 0, False
+        self._total_uj = raw if self._last_uj is None else self._total_uj + delta
+        self._last_uj, self._last_s, self.moved = raw, now_s, self.moved or delta != 0
+        return self._total_uj / 1e6, delta / 1e6 / (now_s - last_s) if known and now_s > last_s else None
 
 
 def entries(directory: Path) -> list[Path]:

@@ -137,7 +137,9 @@ def test_the_sources_of_a_device_read_one_tree_most_trusted_first(sysfs_tree: Tr
     found: dict[str, str] = {}
     for tree in ("orin_nano", "laptop"):
         sources = device_sources(sysfs_tree(tree))
-        assert [source.name for source in sources] == ["jetson", "nvml", "rapl", "battery", "thermal", "psutil"]
+        assert [source.name for source in sources] == [
+            "jetson", "raspberrypi", "macsmc", "nvml", "gpu", "rapl", "battery", "thermal", "psutil"
+        ]  # fmt: skip
         for source in sources:
             if source.name not in ("nvml", "psutil"):
                 found |= {reading.source: source.name for reading in look(source).readings}
