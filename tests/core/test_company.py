@@ -341,3 +341,23 @@ def test_chunks_name_rows_that_exist() -> None:
     streams = simulate_company(DEMO, [Arrival(0.0, 64, 5, Budget())], quality=(1, 1, 1, 1))
     assert streams[0].exits == [30] * 5
     assert Chunk(0, (1,), 3).balcony is None
+
+
+def test_a_deadline_that_has_passed_next_to_a_prompt_that_is_due() -> None:
+    """The first has no time left at all; it gives its target up, and the prompt's target is held."""
+    over = stream(1, Budget(deadline_s=2.0, expected_tokens=50), started_s=0.0)
+    prompt = stream(
+        2, Budget(ttft_ms=500.0), made_tokens=0, stage_rows=(30, 30, 30), balcony_rows=(30, 30, 1), started_s=9.9
+    )
+    state, found = decided([over, prompt])
+    assert not state.streams[1].met and state.streams[2].met
+    assert exits(found) or found.chunk is not None
+
+
+def test_patient_streams_step_aside_for_a_prompt_that_is_due() -> None:
+    """Who can wait for three rounds leaves its time to the rows of a prompt with ``ttft_ms``, to no other prompt's."""
+    steady = stream(1, Budget(tpot_ms=30.0), emitted_s=9.999)
+    patient = stream(2, Budget(tpot_ms=500.0))
+    rows = {"made_tokens": 0, "stage_rows": (80, 80, 80), "balcony_rows": (80, 80, 1)}
+    assert set(exits(decided([steady, patient, stream(3, Budget(ttft_ms=900.0), started_s=9.9, **rows)])[1])) == {1}
+    assert set(exits(decided([steady, patient, stream(3, Budget(), started_s=9.9, **rows)])[1])) == {1, 2}

@@ -48,7 +48,8 @@ class Composer:
         # Without any target there is nothing to wait for: a deeper exit is taken at once, with all its pending rows.
         chosen = [(view, view.present if aims else view.goal) for view in steps]
         price_ms = self._price(chosen)
-        chosen, price_ms, left = self._leave_out(chosen, price_ms, any(view.present < view.goal for view in steps))
+        behind = any(view.present < view.goal for view in steps) or any(view.room_ms < math.inf for view in prompts)
+        chosen, price_ms, left = self._leave_out(chosen, price_ms, behind)
         waiting += left
         limit_ms = min((view.bound_ms for view, _ in chosen), default=math.inf)
         # Who waits must still get its token in a round like this one.
@@ -69,7 +70,8 @@ class Composer:
     def _leave_out(self, chosen: Chosen, price_ms: float, behind: bool) -> tuple[Chosen, float, list[View]]:
         """Leave out streams that can wait for the next round, while this one takes too long.
 
-        If somebody is ``behind``, all of them are left out: their targets are kept anyway, and the time goes to pending rows.
+        If somebody is ``behind``, all of them are left out: their targets are kept anyway, and the time goes to pending rows, or
+        to the prompt of a stream with ``ttft_ms``.
         """
         left: list[View] = []
         while len(chosen) > 1 and (behind or price_ms > min(view.bound_ms for view, _ in chosen)):

@@ -25,6 +25,8 @@ DRIFT = 0.02
 ELASTIC = 4
 #: Factor of the weight of a stream that has given its target up.
 UNMET = 0.1
+#: Shortest time of a round that is reckoned with, in milliseconds: no round is as short.
+LEAST_MS = 1e-3
 #: Share of a round that a prompt without ``ttft_ms`` gets.
 PROMPT_SHARE = 0.3
 
@@ -103,7 +105,8 @@ class Goals:
     @staticmethod
     def _claims(views: Sequence[View], met: Mapping[int, bool]) -> tuple[list[Claim], float, int]:
         """Claims on a round, its longest time, and the number of streams that are not tight for which it must have room."""
-        limit_ms = min((view.period_ms for view in views if met[view.stream.key]), default=math.inf)
+        # A deadline that has passed leaves no time at all.
+        limit_ms = max(min((view.period_ms for view in views if met[view.stream.key]), default=math.inf), LEAST_MS)
         claims, places = [], 0.0
         for view in views:
             period_ms = view.period_ms if met[view.stream.key] else math.inf
