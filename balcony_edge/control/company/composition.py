@@ -70,8 +70,8 @@ class Composer:
     def _leave_out(self, chosen: Chosen, price_ms: float, behind: bool) -> tuple[Chosen, float, list[View]]:
         """Leave out streams that can wait for the next round, while this one takes too long.
 
-        If somebody is ``behind``, all of them are left out: their targets are kept anyway, and the time goes to pending rows, or
-        to the prompt of a stream with ``ttft_ms``.
+        If somebody is ``behind``, all of them are left out: their targets are kept anyway, and the time goes to pending rows,
+        or to the prompt of a stream with ``ttft_ms``.
         """
         left: list[View] = []
         while len(chosen) > 1 and (behind or price_ms > min(view.bound_ms for view, _ in chosen)):
