@@ -47,7 +47,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.device.machine import available_cpus
 from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import server
-from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, p95
+from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, p95, print_bars
 
 LOADS = (0.5, 1.0, 2.0, 3.0)
 #: Slots of llama.cpp's server: replies that it writes at once; further requests wait.
@@ -374,12 +374,11 @@ def main() -> int:
     columns = list(found["points"][0])
     for line in aligned([columns, *([point[key] for key in columns] for point in found["points"])]):
         print(line, file=sys.stderr)
-    for name, held in found["bars"].items():
-        print(f"  {'holds ' if held['holds'] else 'MISSED'}  {name}: {held['value']} {held['limit']}", file=sys.stderr)
+    missed = print_bars(found["bars"])
     if arguments.plot is not None:
         plot(found, arguments.plot)
     print(json.dumps(found, ensure_ascii=False))
-    return 0 if all(held["holds"] for held in found["bars"].values()) else 1
+    return missed
 
 
 if __name__ == "__main__":

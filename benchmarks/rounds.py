@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -45,6 +46,13 @@ def bar(value: float, limit: float, *, at_least: bool = False) -> dict[str, Any]
     """A figure with its limit, and whether it holds: ``value``, ``limit``, ``holds``."""
     holds = value >= limit if at_least else value <= limit
     return {"value": value, "limit": f"{'>=' if at_least else '<='} {limit:g}", "holds": holds}
+
+
+def print_bars(bars: Mapping[str, Mapping[str, Any]]) -> int:
+    """Print the bars on stderr; returns the exit code: 1 if one is missed."""
+    for name, held in bars.items():
+        print(f"  {'holds ' if held['holds'] else 'MISSED'}  {name}: {held['value']} {held['limit']}", file=sys.stderr)
+    return 0 if all(held["holds"] for held in bars.values()) else 1
 
 
 class Neighbours:

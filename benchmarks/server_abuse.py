@@ -76,8 +76,11 @@ def left_over(server: Server) -> dict[str, int]:
     """What a server that has nothing to do should not have: replies, and places in the pool that are taken."""
     scheduler = server.service.llm._requests.scheduler
     pool = scheduler._pool
-    taken = [] if pool is None else [one for one in pool.members if one is not None and one not in pool._ended]
-    return {"replies": len(server.service.slots), "streams": len(scheduler._streams), "places": len(taken)}
+    return {
+        "replies": len(server.service.slots),
+        "streams": len(scheduler._streams),
+        "places": 0 if pool is None else pool.in_use,
+    }
 
 
 def open_files() -> int:

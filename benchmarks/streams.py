@@ -48,7 +48,7 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 from balcony_runtime.scheduling.pool import Move, SequencePool
 from benchmarks.peer_workers.worker import log_softmax
-from benchmarks.rounds import Neighbours, bar, cpu_name, interleave, ratio
+from benchmarks.rounds import Neighbours, bar, cpu_name, interleave, print_bars, ratio
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 COUNTS = (4, 8)
@@ -332,7 +332,7 @@ def soak(llm: LLM, tokens: int) -> dict[str, Any]:
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(work, range(6)))
     pool = llm._requests.scheduler._pool
-    used = 0 if pool is None else sum(one is not None and one not in pool._ended for one in pool.members)
+    used = 0 if pool is None else pool.in_use
     early, late = median(sizes[len(sizes) // 4 : len(sizes) // 2]), median(sizes[-len(sizes) // 4 :])
     return {
         "tokens": made[0],
@@ -487,10 +487,9 @@ def main() -> int:
         for row in found["simulation"]["rows"]:
             print(json.dumps(row), file=sys.stderr)
     found |= {"neighbours": neighbours.report(), "bars": bars(found)}
-    for name, held in found["bars"].items():
-        print(f"  {'holds ' if held['holds'] else 'MISSED'}  {name}: {held['value']} {held['limit']}", file=sys.stderr)
+    missed = print_bars(found["bars"])
     print(json.dumps(found, ensure_ascii=False))
-    return 0 if all(held["holds"] for held in found["bars"].values()) else 1
+    return missed
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def free_members(llm: LLM) -> int:
     """Members of the pool that no reply uses."""
     pool = llm._requests.scheduler._pool
     assert pool is not None
-    return sum(one is None or one in pool._ended for one in pool.members)
+    return len(pool.members) - pool.in_use
 
 
 def all_at_once(*calls: Callable[[], Any]) -> list[Any]:

@@ -43,8 +43,7 @@ def is_free(server: Server) -> bool:
     """Whether nothing is in progress, and the pool holds only sequences that have ended."""
     scheduler = server.service.llm._requests.scheduler
     pool = scheduler._pool
-    busy = pool is not None and [one for one in pool.members if one is not None and one not in pool._ended]
-    return not server.service.slots and not scheduler._streams and not busy
+    return not server.service.slots and not scheduler._streams and not (pool is not None and pool.in_use)
 
 
 def connected(server: Server, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:

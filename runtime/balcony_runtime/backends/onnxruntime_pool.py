@@ -19,12 +19,11 @@ import numpy.typing as npt
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.backends.host_memory import give_back, zeros
 from balcony_runtime.backends.onnxruntime_memory import Cache, Memory, value_of
-from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState, bound, bound_run, failed
+from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState, bound, bound_run, failed, run_step
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-_clock_ns = time.perf_counter_ns
 #: Bindings that are kept: one for each graph and range of members in use.
 MOST_BINDINGS = 512
 
@@ -91,15 +90,7 @@ class OnnxRuntimePool:
         members = slice(first, first + len(exits))
         self._start[members] = self._last[members] = rows
         self._total[()] = max(rows) + 1
-        busy_ns = 0
-        try:
-            for run in program.runs:
-                begin = _clock_ns()
-                run()
-                busy_ns += _clock_ns() - begin
-        except RuntimeError as error:
-            raise failed("a decode step", error) from error
-        self.busy_ns += busy_ns
+        self.busy_ns += run_step(program.runs)
         for stored, made, row in zip(program.stored, program.made, rows, strict=True):
             stored[:, row] = made
         for state, exit_index, row in zip(program.states, exits, rows, strict=True):

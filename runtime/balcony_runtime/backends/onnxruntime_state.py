@@ -179,15 +179,7 @@ class OnnxRuntimeState:
         else:
             self._row[0, :, 0] = self._backend.table[ids]
         self._stand_at(row, row + 1)
-        busy_ns = 0
-        try:
-            for run in program.runs:
-                begin = _clock_ns()
-                run()
-                busy_ns += _clock_ns() - begin
-        except RuntimeError as error:
-            raise failed("a decode step", error) from error
-        self.busy_ns += busy_ns
+        self.busy_ns += run_step(program.runs)
         self._decoded[exit_index] = row + 1
         self._rows[: exit_index + 2, :, row] = program.made
         return program.logits
@@ -341,6 +333,23 @@ class OnnxRuntimeState:
         except RuntimeError as error:
             raise failed(graph.spec.file, error) from error
         self.busy_ns += time.perf_counter_ns() - begin
+
+
+def run_step(runs: Iterable[Callable[[], object]]) -> int:
+    """Make the calls of a decode step; returns the nanoseconds inside the engine.
+
+    Raises:
+        BundleError: a call failed.
+    """
+    busy_ns = 0
+    try:
+        for run in runs:
+            begin = _clock_ns()
+            run()
+            busy_ns += _clock_ns() - begin
+    except RuntimeError as error:
+        raise failed("a decode step", error) from error
+    return busy_ns
 
 
 def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], object]:

@@ -80,6 +80,11 @@ class SequencePool:
         return tuple(self._members)
 
     @property
+    def in_use(self) -> int:
+        """Number of members whose sequence was taken and not given back."""
+        return len(self._places) - len(self._ended)
+
+    @property
     def busy_ns(self) -> int:
         """Nanoseconds spent inside the engine by shared passes."""
         return self._pool.busy_ns

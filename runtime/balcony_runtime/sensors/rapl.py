@@ -70,10 +70,7 @@ class Rapl:
             except ATTRIBUTE_ERRORS as error:
                 absences.append(absence(zone.source, error, _CURE if isinstance(error, PermissionError) else ""))
             else:
-                if watts is None or zone.counter.moved:
-                    readings.append(Reading(zone.source, zone.scope, now_s, watts=watts, joules=joules))
-                else:
-                    absences.append(Absence(zone.source, "its counter does not move: the firmware does not update it"))
+                readings.append(Reading(zone.source, zone.scope, now_s, watts=watts, joules=joules))
         if not self._zones:
             reason = "no powercap zone: not an x86 CPU with RAPL, a virtual machine, or a container that masks it"
             cure = "on such a CPU: sudo modprobe intel_rapl_msr; Docker: run with --security-opt systempaths=unconfined"

@@ -88,12 +88,11 @@ class EnergyCounter:
     Attributes:
         path: attribute that counts.
         range_uj: value at which it starts again from 0; None if the driver does not tell.
-        moved: whether it has changed between two reads. A counter that never moves measures nothing.
     """
 
     path: Path
     range_uj: int | None = None
-    moved: bool = False
+    _moved: bool = False
     _last_uj: int | None = None
     _last_s: float = 0.0
     _total_uj: int = 0
@@ -104,7 +103,8 @@ class EnergyCounter:
         Watts are None at the first read, and at a restart: the energy around it is unknown.
 
         Raises:
-            OSError, ValueError: as :func:`read_number`.
+            OSError: it has not changed since the first read, so it measures nothing; or as :func:`read_number`.
+            ValueError: as :func:`read_number`.
         """
         raw, last_s = read_number(self.path), self._last_s
         known = self._last_uj is not None
@@ -114,8 +114,11 @@ class EnergyCounter:
         elif delta < 0:
             delta, known = 0, False
         self._total_uj = raw if self._last_uj is None else self._total_uj + delta
-        self._last_uj, self._last_s, self.moved = raw, now_s, self.moved or delta != 0
-        return self._total_uj / 1e6, delta / 1e6 / (now_s - last_s) if known and now_s > last_s else None
+        self._last_uj, self._last_s, self._moved = raw, now_s, self._moved or delta != 0
+        watts = delta / 1e6 / (now_s - last_s) if known and now_s > last_s else None
+        if watts is not None and not self._moved:
+            raise OSError("its counter does not move: the firmware does not update it")
+        return self._total_uj / 1e6, watts
 
 
 def entries(directory: Path) -> list[Path]:
