@@ -12,7 +12,7 @@ import functools
 import operator
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
@@ -22,7 +22,7 @@ import numpy as np
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_runtime.backends.base import Backend, FloatArray, IntArray, State
+from balcony_runtime.backends.base import Array, Backend, FloatArray, IntArray, State
 from balcony_runtime.backends.choose import DeviceName, open_backend
 
 #: Most rows of one pass, so that a layer's working set stays in the second-level cache and the arena stays small.
@@ -240,6 +240,47 @@ class TokenSequence:
             ContextLengthError: the tokens do not fit; nothing is appended.
         """
         self._append(self._checked(tokens))
+
+    def parts(self) -> dict[str, Array]:
+        """What stages and balconies have made of the rows that they have taken in; see :meth:`.backends.base.State.parts`.
+
+        Hold :attr:`lock` while the arrays are in use.
+        """
+        return self.state.parts(self.stage_cursor, self.balcony_cursor)
+
+    def begin_like(self, other: TokenSequence, rows: int) -> None:
+        """Give an empty sequence the first rows of another one, as far as each stage and balcony has them.
+
+        Hold the other's :attr:`lock`. Rows that stage 0 has not taken in are left out.
+        """
+        stages = [min(cursor, rows) for cursor in other.stage_cursor]
+        balconies = [min(cursor, rows) for cursor in other.balcony_cursor]
+        self.fill(other.tokens[:, : stages[0]], stages, balconies, other.state.parts(stages, balconies))
+
+    @_exclusive
+    def fill(
+        self,
+        tokens: IntArray,
+        stage_cursor: Sequence[int],
+        balcony_cursor: Sequence[int],
+        parts: Mapping[str, Array],
+    ) -> None:
+        """Give an empty sequence tokens (B, n) and the :meth:`parts` of one that began with them.
+
+        Args:
+            tokens: first tokens of that sequence.
+            stage_cursor, balcony_cursor: number of rows that each stage and each balcony has taken in, at most n.
+            parts: its parts for these cursors.
+
+        Raises:
+            ContextLengthError: the tokens do not fit.
+            InputError: the parts are those of other graphs.
+        """
+        if tokens.shape[1] > self.max_length:
+            raise self.full(tokens.shape[1])
+        self.state.fill(stage_cursor, balcony_cursor, parts)
+        self._append(tokens)
+        self.stage_cursor, self.balcony_cursor = list(stage_cursor), list(balcony_cursor)
 
     def _append(self, tokens: IntArray) -> None:
         """The same for tokens (B, n) that were checked."""

@@ -7,9 +7,9 @@ and the backend runs them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from balcony_edge.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
 
 class State(Protocol):
@@ -67,6 +68,21 @@ class State(Protocol):
 
     def logits(self, num_queries: int) -> FloatArray:
         """Logits (B, num_queries, V) of the last :meth:`run_exit`, as an array that the caller owns."""
+        ...
+
+    def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
+        """What stages and balconies have made of that many first rows: the rows at the boundaries, and keys and values.
+
+        With the tokens this is all that a sequence is. The arrays may be views, so they are good until the state is next used.
+        """
+        ...
+
+    def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
+        """Take over :meth:`parts` of another state of the same graphs.
+
+        Raises:
+            InputError: a part is missing, or has another shape or type.
+        """
         ...
 
 
@@ -138,10 +154,6 @@ class Pool(Protocol):
         """Logits (n, V) of the remembered results, in an array that the next call overwrites."""
         ...
 
-    def copy_rows(self, source: int, target: int, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> None:
-        """Copy the first rows of one member to another: that many of each stage and of each balcony."""
-        ...
-
     def clear(self, member: int) -> None:
         """Give a member's memory back; its rows are lost, and its state must not be used any more."""
         ...
@@ -174,6 +186,19 @@ class Backend(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def part_of(parts: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """One of :meth:`State.parts`, if it fits.
+
+    Raises:
+        InputError: it is missing, or has another shape or type.
+    """
+    part = parts.get(name)
+    if part is None or part.shape != shape or part.dtype != dtype:
+        found = "nothing" if part is None else f"{part.dtype} {part.shape}"
+        raise InputError(f"{name}: {found}, but these graphs have {np.dtype(dtype)} {shape}: use the graphs that made it")
+    return part
 
 
 def not_finite() -> InputError:

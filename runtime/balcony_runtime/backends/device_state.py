@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from balcony_edge.bundle.manifest import DType, EngineSet, Manifest
 from balcony_edge.errors import InputError
-from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
+from balcony_runtime.backends.base import Array, FloatArray, IntArray, not_finite, part_of
 from balcony_runtime.backends.device import ITEM_BYTES, Device, Executor, Region
 
 #: Most rows of one pass: the end of the largest optimization profile.
@@ -108,9 +108,13 @@ class _Cache:
 
     def tensors(self) -> dict[str, Region]:
         """Past and present tensors of the next pass."""
-        past, present = self.sides[self.side], self.sides[1 - self.side]
         names = [name.replace("past_", "present_", 1) for name in self._names]
-        return dict(zip(self._names, past, strict=True)) | dict(zip(names, present, strict=True))
+        return self.past | dict(zip(names, self.sides[1 - self.side], strict=True))
+
+    @property
+    def past(self) -> dict[str, Region]:
+        """Keys and values so far."""
+        return dict(zip(self._names, self.sides[self.side], strict=True))
 
     def turn(self) -> None:
         """Make the tensors that the last pass wrote the past of the next one."""
@@ -285,6 +289,33 @@ class DeviceState:
             self._run(self._head, {"hidden": self._asked, "logits": logits, "argmax": best})
             found: FloatArray = self._downloaded(logits)
         return found
+
+    @_alone
+    def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
+        """Copies of the rows at the boundaries after the stages, and of keys and values."""
+        return {
+            name: self._downloaded(region)[first] for name, region, first in self._reached(stage_rows, balcony_rows)
+        }
+
+    @_alone
+    def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
+        """Copy what another state has made to the device."""
+        for name, region, first in self._reached(stage_rows, balcony_rows):
+            whole = np.zeros(region.shape, region.dtype)
+            whole[first] = part_of(parts, name, whole[first].shape, whole.dtype)
+            self._device.upload(region, whole)
+
+    def _reached(
+        self, stage_rows: Sequence[int], balcony_rows: Sequence[int]
+    ) -> Iterator[tuple[str, Region, tuple[slice, ...]]]:
+        """Name and region of everything that has been made, and the index of its first rows."""
+        for stage, rows in enumerate(stage_rows):
+            yield f"hidden_{self._layers[stage + 1]}", self._rows[stage + 1], np.s_[:, :rows]
+        graphs = (*self._stages, *self._exits)
+        for graph, rows in zip(graphs, (*stage_rows, *balcony_rows), strict=False):
+            if graph.cache is not None and rows:
+                for name, region in graph.cache.past.items():
+                    yield f"{graph.name}.{name}", region, np.s_[:, :, :rows]
 
     @contextlib.contextmanager
     def _for_a_pass(self, shape: tuple[int, ...], dtype: DType) -> Iterator[Region]:

@@ -52,6 +52,11 @@ class Cache:
         """
         raise NotImplementedError  # only caches that are bound as prefixes grow
 
+    def first(self, rows: int) -> dict[str, npt.NDArray[Any]]:
+        """Input → its first rows, a view."""
+        index = (*(slice(None),) * self.rows_axis, slice(rows))
+        return {name: array[index] for name, array in zip(self.names, self.held.arrays, strict=True)}
+
     def touched_bytes(self) -> int:
         """Bytes of memory that the rows so far take."""
         return sum(touched_bytes(array, self.rows_axis, self.rows) for array in self.held.arrays)

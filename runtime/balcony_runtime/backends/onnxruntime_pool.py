@@ -136,24 +136,6 @@ class OnnxRuntimePool:
         self._run(self._head_run(count), "lm_head")
         return self._logits[:count, 0]
 
-    def copy_rows(self, source: int, target: int, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> None:
-        """Copy the first rows of one member to another; see :class:`.base.Pool`."""
-        manifest, memory = self._backend.manifest, self._memory
-        memory.rows[0, target, : stage_rows[0]] = memory.rows[0, source, : stage_rows[0]]
-        for stage, rows in enumerate(
-            stage_rows
-        ):  # the boundary after a stage has as many rows as the stage has taken in
-            memory.rows[stage + 1, target, :rows] = memory.rows[stage + 1, source, :rows]
-            self._copy_cache(f"stage_{stage}", source, target, rows)
-        for layer, rows in zip(manifest.exit_layers, balcony_rows, strict=False):
-            if layer in manifest.cached_exits:
-                self._copy_cache(manifest.exit_graph(layer), source, target, rows)
-
-    def _copy_cache(self, name: str, source: int, target: int, rows: int) -> None:
-        for array in self._memory.caches[name].held.arrays:
-            array[target, :, :rows] = array[source, :, :rows]
-        self.state(target).copied(name, rows)
-
     def clear(self, member: int) -> None:
         """Give the member's memory back to the system; its rows are lost."""
         state, memory = self._states[member], self._memory

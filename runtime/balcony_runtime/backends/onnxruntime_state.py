@@ -7,7 +7,7 @@ Owns the binding of arrays. The arrays themselves are in :mod:`.onnxruntime_memo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from balcony_edge.bundle.manifest import GraphSpec
 from balcony_edge.errors import BundleError
-from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.backends.base import Array, FloatArray, IntArray, part_of
 from balcony_runtime.backends.host_memory import touched_bytes, zeros
 from balcony_runtime.backends.onnxruntime_memory import Cache, Memory, value_of
 
@@ -159,10 +159,6 @@ class OnnxRuntimeState:
         """Count the rows that shared passes have written on the way to an exit."""
         self._decoded[exit_index] = rows
 
-    def copied(self, graph: str, rows: int) -> None:
-        """Count rows that were copied to the cache of a graph."""
-        self._memory.caches[graph].rows = rows
-
     def _reserve_decoded(self) -> None:
         """Count the rows of decode steps in the caches; the steps themselves do not, to save time."""
         for exit_index, rows in self._decoded.items():
@@ -252,6 +248,23 @@ class OnnxRuntimeState:
         logits = np.empty((self._batch, num_queries, self._logits.shape[2]), np.float32)
         self._run_rows(self._head, {"hidden": self._queries}, {"logits": logits})
         return logits
+
+    def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
+        """Views of the rows at the boundaries after the stages, and of keys and values."""
+        found: dict[str, Array] = {}
+        for stage, rows in enumerate(stage_rows):
+            found[f"hidden_{self._layers[stage + 1]}"] = self._rows[stage + 1, :, :rows]
+        graphs = [*self._stages, *(one.graph for one in self._exits)]
+        for graph, rows in zip(graphs, (*stage_rows, *balcony_rows), strict=False):
+            if graph.cache is not None and rows:
+                self._reserve(graph, rows)
+                found |= {f"{graph.name}.{name}": array for name, array in graph.cache.first(rows).items()}
+        return found
+
+    def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
+        """Copy what another state has made."""
+        for name, rows in self.parts(stage_rows, balcony_rows).items():
+            rows[:] = part_of(parts, name, rows.shape, rows.dtype)
 
     def _stand_at(self, start: int, stop: int) -> None:
         """Tell the graphs which rows the next pass takes."""

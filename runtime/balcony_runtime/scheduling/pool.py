@@ -109,7 +109,7 @@ class SequencePool:
                 and donor.lock.acquire(blocking=False)
             ):
                 try:
-                    self._copy_rows(donor, sequence, shared)
+                    sequence.begin_like(donor, shared)
                 finally:
                     donor.lock.release()
             return sequence
@@ -160,14 +160,6 @@ class SequencePool:
     def holds(self, sequence: TokenSequence) -> bool:
         """Whether the sequence is a member of this pool."""
         return sequence in self._places
-
-    def _copy_rows(self, source: TokenSequence, target: TokenSequence, rows: int) -> None:
-        """Give an empty sequence the first rows of another one, as far as each stage and balcony has them."""
-        stages = [min(cursor, rows) for cursor in source.stage_cursor]
-        balconies = [min(cursor, rows) for cursor in source.balcony_cursor]
-        self._pool.copy_rows(self._places[source], self._places[target], stages, balconies)
-        target.note(source.tokens[:, : stages[0]])
-        target.stage_cursor, target.balcony_cursor = stages, balconies
 
     def step(self, moves: Sequence[Move]) -> list[FloatArray]:
         """Append one token to each of some members and return the logits at the exits asked for.

@@ -12,13 +12,13 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 from balcony_edge.bundle.manifest import DType
-from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
+from balcony_runtime.backends.base import FloatArray, IntArray, not_finite, part_of
 from balcony_runtime.backends.webgpu.device import Array, Memory, Pass, Value
 
 if TYPE_CHECKING:
@@ -151,6 +151,40 @@ class _Member:
         logits: FloatArray = found[0]
         return logits
 
+    def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
+        """Copies of the rows at the boundaries after the stages, and of keys and values."""
+        found = {}
+        for name, value, first in self._reached(stage_rows, balcony_rows):
+            found[name] = (whole := np.empty(value.shape, self._backend.dtype))[first]
+            with self._temporary():
+                one = self._device.new_pass(self._memory, "take")
+                one.give("rows", value)
+                one.give("at", np.arange(value.shape[1]))
+                one.take("taken", whole)
+                self._run(one)
+        return found
+
+    def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
+        """Copy what another member has made to the device."""
+        for name, value, first in self._reached(stage_rows, balcony_rows):
+            whole = np.zeros(value.shape, self._backend.dtype)
+            whole[first] = part_of(parts, name, whole[first].shape, whole.dtype)
+            with self._temporary():
+                self._put(value, whole, 0)
+
+    def _reached(
+        self, stage_rows: Sequence[int], balcony_rows: Sequence[int]
+    ) -> Iterator[tuple[str, Value, tuple[slice, ...]]]:
+        """Name and value of everything that has been made, and the index of its first rows."""
+        layers = self._layers[1:]
+        for layer, value, rows in zip(layers, self._rows, stage_rows, strict=True):
+            yield f"hidden_{layer}", value, np.s_[:, :rows]
+        names = [f"stage_{stage}" for stage in range(len(layers))]
+        names += [self._backend.manifest.exit_graph(layer) for layer in layers]
+        for name, rows in zip(names, (*stage_rows, *balcony_rows), strict=False):
+            for past, value in self._caches.get(name, {}).items() if rows else ():
+                yield f"{name}.{past}", value, np.s_[:, :, :rows]
+
     def wait(self) -> None:
         """Wait for all passes so far, by reading a row in a pass after them."""
         with self._temporary():
@@ -243,7 +277,7 @@ class _Member:
         most = self._backend.most_rows or stop - start
         return [(first, min(first + most, stop)) for first in range(start, stop, most)]
 
-    def _put(self, kept: Value, made: Value, start: int) -> None:
+    def _put(self, kept: Value, made: Value | Array, start: int) -> None:
         """Write rows (1, T, D) to a buffer, from a row on."""
         at = np.zeros((1, made.shape[1], 2), np.int64)
         at[0, :, 1] = np.arange(start, start + made.shape[1])
@@ -349,6 +383,19 @@ class WebGpuState:
         """Run the balcony or the norm of an exit over rows of its boundary."""
         for member in self._members:
             member.run_exit(exit_index, start, stop, num_queries)
+
+    @_alone
+    def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
+        """Copies of the rows at the boundaries after the stages, and of keys and values."""
+        each = [member.parts(stage_rows, balcony_rows) for member in self._members]
+        return {name: np.concatenate([parts[name] for parts in each]) for name in each[0]}
+
+    @_alone
+    def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
+        """Copy what another state has made to the device."""
+        for index, member in enumerate(self._members):
+            own = {name: part[index : index + 1] for name, part in parts.items()}
+            member.fill(stage_rows, balcony_rows, own)
 
     @_alone
     def wait(self) -> None:
