@@ -105,6 +105,8 @@ def load(
     packed: str | os.PathLike[str] | None = None,
     device: DeviceName = "auto",
     engines: str | None = None,
+    prefix_mb: float = 256.0,
+    prefix_directory: str | os.PathLike[str] | None = None,
 ) -> LLM:
     """Load a bundle for generation.
 
@@ -125,6 +127,10 @@ def load(
             build`); ``webgpu`` (ONNX Runtime on a GPU with Vulkan, Metal or Direct3D 12); ``auto`` takes engines that fit the
             GPU, then the GPU through ONNX Runtime, then the CPU.
         engines: name of the engine set, if the bundle has several.
+        prefix_mb: megabytes of ended replies that are kept, because later prompts may begin like them; those that were not used
+            for longest go first.
+        prefix_directory: directory to which these are written when the LLM is closed, at most as many megabytes, and from which
+            the next process takes them. Files that were saved there by name are used as well, and stay.
 
     Raises:
         BundleError: the bundle is missing, damaged or does not match its manifest.
@@ -145,4 +151,6 @@ def load(
         packed=packed,
         device=device,
         engines=engines,
+        prefix_mb=prefix_mb,
+        prefix_directory=prefix_directory,
     )

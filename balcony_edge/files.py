@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from balcony_edge.errors import BalconyError
 
@@ -88,12 +89,22 @@ def write_atomically(path: Path, content: bytes, error_class: type[BalconyError]
         error_class: exception to raise if the file cannot be written; its message ends in ``cure``.
         cure: advice to the user.
     """
+    with atomic_file(path, error_class, cure) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path, error_class: type[BalconyError], cure: str) -> Iterator[BinaryIO]:
+    """A file under a temporary name next to ``path``, which replaces it at the end of the block, on the disk.
+
+    An error or an interrupt in the block leaves ``path`` as it was; arguments are those of :func:`write_atomically`.
+    """
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with partial_directory(path.absolute()) as part:
             temporary = part / path.name
             with temporary.open("wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

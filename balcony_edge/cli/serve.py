@@ -46,6 +46,13 @@ def serve(
         Path | None,
         typer.Option(help="Directory for packed weights, which processes share; written by the first run."),
     ] = None,
+    prefix_mb: Annotated[
+        float, typer.Option(min=0, help="Megabytes of ended replies that are kept for prompts that begin alike.")
+    ] = 256.0,
+    prefix_dir: Annotated[
+        Path | None,
+        typer.Option(help="Directory to keep them in from one start to the next, and for slots saved by name."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda", "nv", "tensorrt", "webgpu"],
@@ -67,7 +74,15 @@ def serve(
 
     def open_llm() -> balcony_edge.LLM:
         return balcony_edge.load(
-            bundle, budget=budget, profile=profile, packed=packed, threads=threads, device=device, engines=engines
+            bundle,
+            budget=budget,
+            profile=profile,
+            packed=packed,
+            threads=threads,
+            device=device,
+            engines=engines,
+            prefix_mb=prefix_mb,
+            prefix_directory=prefix_dir,
         )
 
     limits = Limits(parallel, queue, max_body_mb << 20, request_timeout)

@@ -1,19 +1,23 @@
 """A conversation over one sequence: a turn does not recompute the rows that it shares with earlier turns.
 
-Owns the history and the idle time: between turns, deeper stages catch up in portions.
+Owns the history and the idle time: between turns, deeper stages catch up in portions. A conversation can be saved to a file and
+go on in another process.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.decoding.loop import IDLE_ROWS
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.reply import Token, TokenStream
+from balcony_runtime.sessions import file
 from balcony_runtime.text import Message
 
 if TYPE_CHECKING:
@@ -57,7 +61,7 @@ class Chat:
         user: Message = {"role": "user", "content": text}
         stream = self._llm.stream([*self.messages, user], sequence=self.sequence, **options)
         self._speaking = TokenStream(
-            self._recorded(user, stream), stream.reply.prompt_tokens, stream.cancelled, stream.limits, stream.watch
+            self._recorded(user, stream), stream.prompt, stream.cancelled, stream.limits, stream.watch
         )
         return self._speaking
 
@@ -75,6 +79,48 @@ class Chat:
                 self.messages += [user, {"role": "assistant", "content": stream.reply.text}]
         if last is not None:
             yield last
+
+    def save(self, path: str | os.PathLike[str], *, int8: bool = False) -> int:
+        """Save the conversation with all that was computed for it; a file of that name is replaced as a whole.
+
+        An earlier reply that was not consumed to its end is ended.
+
+        Args:
+            path: file to write.
+            int8: whether to store keys and values in 8 bits: a third of the bytes, but replies may then differ.
+
+        Returns:
+            Bytes of the file.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        self._silence()
+        engine, system = self._llm.engine, len(self._system)
+        return file.save(
+            Path(path), engine, self.sequence, messages=[dict(one) for one in self.messages], system=system, int8=int8
+        )
+
+    @classmethod
+    def load(cls, llm: LLM, path: str | os.PathLike[str]) -> Chat:
+        """Go on with a conversation that :meth:`save` wrote, where it was.
+
+        Raises:
+            InputError: the file cannot be read, is damaged, or was saved with another bundle; or the bundle has no chat
+                template.
+            ContextLengthError: this engine's context is too short for it.
+
+        Example:
+            chat = balcony_edge.Chat.load(llm, "talk.session")
+        """
+        notes = file.look(Path(path), llm.engine).notes
+        if notes.messages is None:
+            raise InputError(f"{path}: has no messages: load it with LLM.load_prefix")
+        chat = llm.chat()
+        file.load(Path(path), llm.engine, chat.sequence)
+        chat.messages = list(notes.messages)
+        chat._system = chat.messages[: notes.system]
+        return chat
 
     def reset(self) -> None:
         """Forget the conversation, except for the system message."""

@@ -8,12 +8,14 @@ Owns :class:`LLM`. The decode loop is :mod:`balcony_runtime.decoding.loop`, the 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -23,26 +25,35 @@ from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.observed import unseen
 from balcony_edge.control.trace import TraceWriter
 from balcony_edge.device.costs import CostModel
-from balcony_edge.device.machine import this_device
-from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BalconyError, BudgetError, InfeasibleError, InputError, ProfileError
+from balcony_edge.errors import BalconyError, BudgetError, InfeasibleError, InputError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned
-from balcony_runtime.decoding.prices import measure_prices
+from balcony_runtime.decoding.prices import measure_prices, profiled_prices
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.reply import Reply, TokenStream
 from balcony_runtime.requests import Prompt, Requests, Surroundings
-from balcony_runtime.scheduling.scheduler import Scheduler
+from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
+from balcony_runtime.scheduling.scheduler import Bounds, Scheduler
 from balcony_runtime.sensors import Sensors, device_sources
+from balcony_runtime.sessions import file
+from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import Message, TextCodec
 from balcony_runtime.together import Together
 
 _log = logging.getLogger(__name__)
 #: Longest wait for sensors that have just been started: energy counters and busy shares need two samples.
 FIRST_READINGS_S = 1.0
+
+
+class PrefixOptions(TypedDict, total=False):
+    """What is kept of replies that have ended, as for :func:`balcony_edge.load`."""
+
+    prefix_mb: float
+    prefix_directory: str | os.PathLike[str] | None
+
 
 _ONE = (Budget, str, os.PathLike)
 
@@ -66,6 +77,7 @@ class LLM:
         *,
         costs: CostModel | None = None,
         readings: Callable[[], tuple[Reading, ...]] | None = None,
+        **kept: Unpack[PrefixOptions],
     ) -> None:
         """Create an LLM from the parts that :meth:`open` loads.
 
@@ -76,6 +88,7 @@ class LLM:
             costs: prices of this device; None measures them when a budget needs them.
             readings: function that gives the latest reading of every sensor; None uses the device's own sensors, from the
                 first budget that needs them.
+            kept: what is kept of replies that have ended, as for :func:`balcony_edge.load`.
         """
         self.engine, self._codec = engine, codec
         self._costs, self._ask_sensors = costs, readings
@@ -91,7 +104,7 @@ class LLM:
             readings=self.readings,
         )
         ascending = np.maximum.accumulate(quality).tolist()
-        scheduler = Scheduler(engine, self._learned, around.costs, around.readings, ascending, self._kv_bytes)
+        scheduler = Scheduler(engine, self._learned, around.costs, around.readings, ascending, self._bounds(kept))
         self._requests = Requests(engine, codec, scheduler, self._learned, around)
         try:
             self.budget = budget
@@ -107,6 +120,8 @@ class LLM:
         budget: Budget | str | os.PathLike[str] | None = None,
         profile: str | os.PathLike[str] | None = None,
         verify_hashes: bool = True,
+        prefix_mb: float = KEPT_BYTES / 1e6,
+        prefix_directory: str | os.PathLike[str] | None = None,
         **options: Unpack[EngineOptions],
     ) -> LLM:
         """Load a bundle; see :func:`balcony_edge.load`."""
@@ -123,10 +138,10 @@ class LLM:
         codec = TextCodec(bundle)
         engine = Engine.of(bundle, verify_hashes=verify_hashes, **options)
         try:
-            costs = None if profile is None else _profiled(profile, engine)
+            costs = None if profile is None else profiled_prices(profile, engine)
             seconds = time.perf_counter() - begin
             _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
-            return cls(engine, codec, asked, costs=costs)
+            return cls(engine, codec, asked, costs=costs, prefix_mb=prefix_mb, prefix_directory=prefix_directory)
         except BaseException:
             engine.close()  # Python does not free the memory of an accelerator
             raise
@@ -141,9 +156,16 @@ class LLM:
         budget = parse_budget(value)
         self._budget, self._resolved = budget, self.resolved(budget)
 
-    def _kv_bytes(self) -> float | None:
-        bound_mb = self._budget.kv_memory_mb
-        return None if bound_mb is None else 1e6 * bound_mb
+    def _bounds(self, kept: PrefixOptions) -> Bounds:
+        kept_mb, directory = kept.get("prefix_mb", KEPT_BYTES / 1e6), kept.get("prefix_directory")
+        if not 0 <= kept_mb < math.inf:
+            raise InputError(f"prefix_mb = {kept_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")
+
+        def kv_bytes() -> float | None:
+            bound_mb = self._budget.kv_memory_mb
+            return None if bound_mb is None else 1e6 * bound_mb
+
+        return Bounds(kv_bytes, int(1e6 * kept_mb), None if directory is None else Path(directory))
 
     def resolved(self, budget: Budget | None = None) -> Budget:
         """A budget as it is for this bundle, once the prices and sensors that it needs are there; None for the LLM's own.
@@ -416,8 +438,61 @@ class LLM:
             raise InputError("this bundle has no chat template: use stream() or generate() with a text")
         return Chat(self, self.engine.new_sequence(), system)
 
+    def save_prefix(
+        self,
+        prompt: Prompt,
+        path: str | os.PathLike[str],
+        *,
+        chat: bool | None = None,
+        control_tokens: bool = True,
+        int8: bool = False,
+    ) -> int:
+        """Compute a prompt at all exits and save its rows, for prompts that begin alike; returns their number.
+
+        Args:
+            prompt: text, chat messages (e.g. a system message alone), or token ids.
+            path: file to write; a file of that name is replaced as a whole.
+            chat, control_tokens: as for :meth:`stream`.
+            int8: whether to store keys and values in 8 bits.
+
+        Raises:
+            InputError: the prompt cannot be used, or the file cannot be written.
+            ContextLengthError: the prompt does not fit the context.
+        """
+        request = self._requests.of(prompt, max_new_tokens=1, chat=chat, control_tokens=control_tokens)
+        with self._requests.sequence(request) as sequence:
+            sequence.rollback(sequence.shared_prefix(np.array(request.ids, np.int64)))
+            sequence.append(request.ids[sequence.length :])
+            sequence.catch_up()
+            file.save(Path(path), self.engine, sequence, int8=int8)
+            return sequence.length
+
+    def load_prefix(self, path: str | os.PathLike[str]) -> int:
+        """Read the rows of a saved prefix or conversation, for prompts that begin alike; returns their number.
+
+        They go when newer ones need the place, like those of replies that have ended.
+
+        Raises:
+            InputError: the file cannot be read, is damaged, or was saved with another bundle; or this engine shares no rows.
+            BusyError: as many replies are in progress as there is place for.
+        """
+        if self.pool is None:
+            raise InputError("load_prefix: this engine shares no rows between replies: use a conversation (Chat.load)")
+        return self.pool.load(Path(path))
+
+    @property
+    def pool(self) -> SequencePool | None:
+        """Memory of replies, with the rows of those that have ended; None if this engine shares no rows."""
+        return self._requests.scheduler.pool
+
+    @property
+    def prefix_files(self) -> PrefixFiles | None:
+        """Files of rows in the directory that was given."""
+        return self._requests.scheduler.files
+
     def close(self) -> None:
-        """Free the engine, and stop the sensors if they were started."""
+        """Free the engine, and stop the sensors if they were started; write what is kept, if there is a directory for it."""
+        self._requests.scheduler.close()
         self._close_sensors()
         self.engine.close()
 
@@ -432,21 +507,3 @@ class LLM:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _profiled(path: str | os.PathLike[str], engine: Engine) -> CostModel:
-    """Load the costs of a device profile; warn if it is for another device, bundle or engine.
-
-    Raises:
-        ProfileError: the file cannot be read, or is for other exits.
-    """
-    profile, manifest = DeviceProfile.load(path), engine.manifest
-    if profile.costs.exits != manifest.exit_layers:
-        raise ProfileError(
-            f"{os.fspath(path)}: is for exits {', '.join(map(str, profile.costs.exits))}, but this bundle has "
-            f"{', '.join(map(str, manifest.exit_layers))}: measure with `balcony-edge profile`"
-        )
-    mismatches = profile.mismatches(this_device(), manifest.fingerprint, engine.backend.threads)
-    for doubt in (*profile.doubts, *mismatches):
-        _log.warning("%s: %s: its prices may not hold here", os.fspath(path), doubt)
-    return profile.costs

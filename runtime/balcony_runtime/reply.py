@@ -78,7 +78,8 @@ class Token(NamedTuple):
 class Reply:
     """A generation so far: its text and its tokens with their costs; ``finish_reason`` is None while it continues.
 
-    ``verdicts`` says for each key of the budget whether it was held.
+    ``verdicts`` says for each key of the budget whether it was held, ``cached_tokens`` how many tokens of the prompt had their
+    rows already, from an earlier reply or a file.
 
     Example:
         reply = llm.generate("Why is the sky blue?", max_new_tokens=60)
@@ -90,6 +91,7 @@ class Reply:
     prompt_tokens: int
     finish_reason: FinishReason | None
     verdicts: tuple[Verdict, ...] = ()
+    cached_tokens: int = 0
 
     @property
     def ttft_ms(self) -> float | None:
@@ -156,6 +158,19 @@ class Limits:
             self._own = budget, self._resolve(budget)
 
 
+@dataclass(slots=True)
+class Prompted:
+    """The prompt of a reply.
+
+    Attributes:
+        tokens: number of its tokens.
+        cached: number of these whose rows were there already; known when the reply begins.
+    """
+
+    tokens: int
+    cached: int = 0
+
+
 class TokenStream(Iterator[Token]):
     """Tokens as they are made. One thread at a time may use it; any thread may call :meth:`cancel`.
 
@@ -167,7 +182,7 @@ class TokenStream(Iterator[Token]):
 
     Args:
         tokens: source of the tokens; the stream closes it.
-        prompt_tokens: number of tokens of the prompt.
+        prompt: its prompt.
         cancelled: event that :meth:`cancel` sets; the source ends when it is set.
         limits: budget of the reply.
         watch: record of the budget, which the source updates with each token; it gives the verdicts.
@@ -176,12 +191,12 @@ class TokenStream(Iterator[Token]):
     def __init__(
         self,
         tokens: Iterator[Token],
-        prompt_tokens: int,
+        prompt: Prompted,
         cancelled: threading.Event,
         limits: Limits,
         watch: Watch | None = None,
     ) -> None:
-        self._source, self._prompt_tokens, self.cancelled = tokens, prompt_tokens, cancelled
+        self._source, self.prompt, self.cancelled = tokens, prompt, cancelled
         self.limits, self.watch = limits, watch or Watch()
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
@@ -219,7 +234,8 @@ class TokenStream(Iterator[Token]):
     def reply(self) -> Reply:
         """The generation so far."""
         text = "".join(token.text for token in self._tokens)
-        return Reply(text, tuple(self._tokens), self._prompt_tokens, self._finish_reason, self.watch.verdicts())
+        tokens, verdicts, prompt = tuple(self._tokens), self.watch.verdicts(), self.prompt
+        return Reply(text, tokens, prompt.tokens, self._finish_reason, verdicts, prompt.cached)
 
     @property
     def budget(self) -> Budget:

@@ -22,11 +22,12 @@ from balcony_edge.device.readings import Reading
 from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
-from balcony_runtime.engine import Engine, TokenSequence, refuse_foreign, whole
-from balcony_runtime.reply import Limits, Token, TokenStream
+from balcony_runtime.engine import Engine, TokenSequence, whole
+from balcony_runtime.reply import Limits, Prompted, Token, TokenStream
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.telling import told
 from balcony_runtime.text import Message, StopStrings, TextCodec
+from balcony_runtime.tokens import refuse_foreign
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -45,6 +46,7 @@ class Request(NamedTuple):
         limits: budget of the reply.
         cancelled: event that ends the reply before its next token.
         watch: record of the budget.
+        prompted: what is told of the prompt.
     """
 
     ids: list[int]
@@ -57,6 +59,7 @@ class Request(NamedTuple):
     limits: Limits
     cancelled: threading.Event
     watch: Watch
+    prompted: Prompted
 
     @property
     def rows(self) -> int:
@@ -65,7 +68,7 @@ class Request(NamedTuple):
 
     def stream(self, tokens: Iterator[Token]) -> TokenStream:
         """The stream of these tokens, as its user sees it."""
-        return TokenStream(tokens, len(self.ids), self.cancelled, self.limits, self.watch)
+        return TokenStream(tokens, self.prompted, self.cancelled, self.limits, self.watch)
 
 
 class Surroundings(NamedTuple):
@@ -138,6 +141,7 @@ class Requests:
             limits=Limits(around.budgets, around.check, budget),
             cancelled=threading.Event(),
             watch=Watch(),
+            prompted=Prompted(len(ids)),
         )
 
     @contextlib.contextmanager
@@ -153,6 +157,7 @@ class Requests:
     def decoder(self, request: Request, sequence: TokenSequence) -> Decoder:
         """A decoder of a reply; the sequence keeps the rows that it shares with the prompt."""
         sequence.rollback(sequence.shared_prefix(np.array(request.ids[:-1], np.int64)))  # the last token is always run
+        request.prompted.cached = sequence.length
         prompt, around = np.array([request.ids[sequence.length :]], np.int64), self._around
         environment = Environment(
             lambda: (request.limits.resolved, around.costs()),

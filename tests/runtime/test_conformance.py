@@ -37,7 +37,9 @@ TOLERANCE = 1e-4
 #: One action of a schedule: its name, and two numbers whose meaning depends on the action.
 actions = st.lists(
     st.tuples(
-        st.sampled_from(["advance", "advance", "step", "step", "stage", "balcony", "idle", "rollback", "again", "move"]),
+        st.sampled_from(
+            ["advance", "advance", "step", "step", "stage", "balcony", "idle", "rollback", "again", "move"]
+        ),
         st.integers(0, 2),
         st.integers(1, 12),
     ),
@@ -93,9 +95,10 @@ def play(engine: Engine, sequence: TokenSequence, schedule: list[tuple[str, int,
         elif action == "rollback":
             sequence.rollback(max(sequence.length - count, 0))
         elif action == "move":  # to another sequence, as a file would carry it
-            parts = {name: part.copy() for name, part in sequence.parts().items()}
+            *cursors, parts = sequence.parts(sequence.length)
+            parts = {name: part.copy() for name, part in parts.items()}
             there = TokenSequence(sequence._engine, sequence.batch_size, sequence.max_length)
-            there.fill(sequence.tokens, sequence.stage_cursor, sequence.balcony_cursor, parts)
+            there.fill(sequence.tokens, *cursors, parts)
             assert (there.stage_rows, there.balcony_rows) == (sequence.stage_rows, sequence.balcony_rows)
             sequence = there
         check_cursors(sequence)

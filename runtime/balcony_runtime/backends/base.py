@@ -197,7 +197,9 @@ def part_of(parts: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype
     part = parts.get(name)
     if part is None or part.shape != shape or part.dtype != dtype:
         found = "nothing" if part is None else f"{part.dtype} {part.shape}"
-        raise InputError(f"{name}: {found}, but these graphs have {np.dtype(dtype)} {shape}: use the graphs that made it")
+        raise InputError(
+            f"{name}: {found}, but these graphs have {np.dtype(dtype)} {shape}: use the graphs that made it"
+        )
     return part
 
 

@@ -1,4 +1,4 @@
-"""Prices: a short measurement of what each graph costs on this device, used if there is no device profile.
+"""Prices: those of a device profile, or a short measurement of what each graph costs on this device.
 
 Owns the few passes that are measured (about a dozen decode steps) and turns them into a cost model. Repetitions of all
 graphs are interleaved and their medians are used, so that a burst of another program's load hits all graphs alike.
@@ -6,6 +6,8 @@ graphs are interleaved and their medians are used, so that a burst of another pr
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -13,9 +15,13 @@ from statistics import median
 import numpy as np
 
 from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.machine import this_device
+from balcony_edge.device.profile import DeviceProfile
+from balcony_edge.errors import ProfileError
 from balcony_runtime.backends.base import State
 from balcony_runtime.engine import Engine
 
+_log = logging.getLogger(__name__)
 #: Repetitions of each pass, after a first one that is discarded because it packs weights and touches memory.
 REPEATS = 5
 #: Rows of the many-row pass: enough to measure the price of a further row, and few enough to stay cheap.
@@ -73,3 +79,21 @@ def measure_prices(engine: Engine) -> CostModel:
         head=UnitCost(first_row_ms=typical["head", 0, "one"]),
         overhead_ms=OVERHEAD_MS,
     )
+
+
+def profiled_prices(path: str | os.PathLike[str], engine: Engine) -> CostModel:
+    """Load the costs of a device profile; warn if it is for another device, bundle or engine.
+
+    Raises:
+        ProfileError: the file cannot be read, or is for other exits.
+    """
+    profile, manifest = DeviceProfile.load(path), engine.manifest
+    if profile.costs.exits != manifest.exit_layers:
+        raise ProfileError(
+            f"{os.fspath(path)}: is for exits {', '.join(map(str, profile.costs.exits))}, but this bundle has "
+            f"{', '.join(map(str, manifest.exit_layers))}: measure with `balcony-edge profile`"
+        )
+    mismatches = profile.mismatches(this_device(), manifest.fingerprint, engine.backend.threads)
+    for doubt in (*profile.doubts, *mismatches):
+        _log.warning("%s: %s: its prices may not hold here", os.fspath(path), doubt)
+    return profile.costs

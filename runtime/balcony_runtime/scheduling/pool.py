@@ -10,23 +10,31 @@ its pending rows, or takes a dead row past its cursor. Up to ``MOST_DEAD`` dead 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from balcony_edge.errors import BalconyError, BusyError, InputError
 from balcony_runtime.backends.base import FloatArray, IntArray, Pool
 from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.sessions import file
+from balcony_runtime.sessions.prefixes import PrefixFiles
+
+_log = logging.getLogger(__name__)
 
 #: Dead rows in one gap that cost less than another pass: a further row costs 4 % (float32) to 25 % (int4) of the first.
 MOST_DEAD = 3
+#: Bytes of ended sequences that are kept by default: about 4,500 rows of the demo model in float32.
+KEPT_BYTES = 256_000_000
 #: Rows from which a common prefix is worth looking for.
 LEAST_SHARED = 32
-#: Bytes of ended sequences that are kept by default: about 4,500 rows of the demo model in float32.
-KEPT_BYTES = 256 << 20
 
 
 class Move(NamedTuple):
@@ -43,20 +51,39 @@ class Move(NamedTuple):
     token: int
 
 
+@dataclass(slots=True)
+class Reused:
+    """Rows that prompts did not have to compute.
+
+    Attributes:
+        prompts: prompts that began with rows of another sequence.
+        rows: rows of all of them.
+        files: sequences that were read from files for that.
+    """
+
+    prompts: int = 0
+    rows: int = 0
+    files: int = 0
+
+
 class SequencePool:
     """Sequences over one KV pool. Threads may take and give back members at once; one thread at a time steps.
 
     Args:
         engine: engine of the sequences; its backend must offer a pool.
         pool: memory of the members.
+        files: prefixes on disk; None for none.
     """
 
-    def __init__(self, engine: Engine, pool: Pool) -> None:
+    def __init__(self, engine: Engine, pool: Pool, files: PrefixFiles | None = None) -> None:
+        self._files = files
+        #: Rows that prompts did not have to compute.
+        self.reused = Reused()
         self._engine, self._pool = engine, pool
         self._lock = threading.Lock()
         self._members: list[TokenSequence | None] = [None] * pool.members
         self._places: dict[TokenSequence, int] = {}
-        self._ended: list[TokenSequence] = []  # oldest first
+        self._ended: list[TokenSequence] = []  # first the one that was not used for longest
         #: Most bytes of sequences that have ended; 0 keeps none.
         self.kept_bytes = KEPT_BYTES
         self._layers = engine.exit_layers
@@ -65,14 +92,14 @@ class SequencePool:
         self._cached = tuple(layer in cached for layer in self._layers)
 
     @classmethod
-    def of(cls, engine: Engine, members: int) -> SequencePool | None:
+    def of(cls, engine: Engine, members: int, files: PrefixFiles | None = None) -> SequencePool | None:
         """A pool for sequences of an engine, or None if its graphs cannot share passes.
 
         Raises:
             MemoryError: the address space has no room for it.
         """
         pool = engine.backend.new_pool(members, engine.max_length)
-        return None if pool is None else cls(engine, pool)
+        return None if pool is None else cls(engine, pool, files)
 
     @property
     def members(self) -> tuple[TokenSequence | None, ...]:
@@ -90,32 +117,85 @@ class SequencePool:
         return self._pool.busy_ns
 
     def take(self, tokens: Sequence[int] = ()) -> TokenSequence | None:
-        """A sequence for a prompt, with the rows of the longest prefix that another member has; None if all are in use.
+        """A sequence for a prompt, with the rows of the longest prefix that another one has; None if all members are in use.
 
-        A sequence that has ended gives its rows away; one that is in use is copied from.
+        A sequence that has ended gives its member away if it would lose few rows by that, or if no other one is free.
+        Otherwise the rows are copied.
         """
+        wanted = np.array(tokens[: max(len(tokens) - 1, 0)], np.int64)  # the prompt's last token is always run
+        self.recall(wanted)
         with self._lock:
-            wanted = np.array(tokens[: max(len(tokens) - 1, 0)], np.int64)  # the prompt's last token is always run
             donor, shared = self._longest(wanted)
-            if donor is not None and donor in self._ended:
+            if donor is None:
+                return self._empty()
+            if donor in self._ended:
                 self._ended.remove(donor)
-                donor.rollback(shared)
-                return donor
-            sequence = self._empty()
-            if (
-                donor is not None
-                and sequence is not None
-                and donor in self._places
-                and donor.lock.acquire(blocking=False)
-            ):
+                fresh = None if donor.length - shared < LEAST_SHARED else self._empty()
+                if fresh is None:
+                    donor.rollback(shared)
+                    return self._counted(donor)
+                self._ended.append(donor)
+            elif (fresh := self._empty()) is None:
+                return None
+            if donor.lock.acquire(blocking=False):
                 try:
-                    sequence.begin_like(donor, shared)
+                    fresh.begin_like(donor, shared)
                 finally:
                     donor.lock.release()
-            return sequence
+            return self._counted(fresh)
+
+    def _counted(self, sequence: TokenSequence) -> TokenSequence:
+        if sequence.length:
+            self.reused.prompts += 1
+            self.reused.rows += sequence.length
+        return sequence
+
+    def recall(self, wanted: IntArray) -> None:
+        """Read the file that shares the longest prefix with some tokens (n,), unless a member has as much of it."""
+        if self._files is None:
+            return
+        path, saved = self._files.longest(wanted)
+        with self._lock:
+            if path is None or saved < self._longest(wanted)[1] + LEAST_SHARED:
+                return
+            if (sequence := self._empty()) is None:
+                return
+        try:
+            self._files.load(path, sequence)
+            self.reused.files += 1
+        except BalconyError as error:
+            _log.warning("%s", error)
+        self.give_back(sequence)
+
+    def save(self, tokens: Sequence[int], path: Path) -> tuple[int, int]:
+        """Write the rows of the sequence that has most of some first tokens; returns their number and the file's bytes.
+
+        Raises:
+            InputError: no sequence has them any more, or the file cannot be written.
+        """
+        sequence, shared = self.find(tokens)
+        if sequence is None:
+            raise InputError("the rows are not kept any more: save earlier, or keep more with prefix_mb")
+        return shared, file.save(path, self._engine, sequence, rows=shared)
+
+    def load(self, path: Path) -> int:
+        """Read a session file as a sequence that has ended; returns the number of its rows.
+
+        Raises:
+            InputError: the file cannot be read, is damaged, or is of another bundle.
+            BusyError: all members are in use.
+        """
+        with self._lock:
+            sequence = self._empty()
+        if sequence is None:
+            raise BusyError(f"all {self._pool.members} places are in use: try again later")
+        try:
+            return len(file.load(path, self._engine, sequence).tokens[0])
+        finally:
+            self.give_back(sequence)
 
     def _empty(self) -> TokenSequence | None:
-        """An empty sequence in a free member, or in that of the sequence that ended first."""
+        """An empty sequence in a free member, or in that of an ended sequence; the donor of a copy is not among these."""
         if None not in self._members and self._ended:
             self._clear(self._ended.pop(0))
         for member, holder in enumerate(self._members):
@@ -127,11 +207,11 @@ class SequencePool:
         return None
 
     def _longest(self, wanted: IntArray) -> tuple[TokenSequence | None, int]:
-        """The member that shares the longest prefix with some tokens, and its length; None below ``LEAST_SHARED`` rows."""
-        best, longest = None, LEAST_SHARED - 1
+        """The member that shares the longest prefix with some tokens, and its length; None, 0 below ``LEAST_SHARED`` rows."""
+        best, longest = None, 0
         for sequence in self._places:
             shared = sequence.shared_prefix(wanted)
-            if shared > longest:
+            if shared > longest and shared >= LEAST_SHARED:
                 best, longest = sequence, shared
         return best, longest
 
@@ -144,8 +224,44 @@ class SequencePool:
                 self._clear(sequence)
                 return
             self._ended.append(sequence)
-            while sum(one.state.memory_bytes for one in self._ended) > self.kept_bytes:
+            while self._ended_bytes() > self.kept_bytes:
                 self._clear(self._ended.pop(0))
+
+    def _ended_bytes(self) -> int:
+        return sum(one.state.memory_bytes for one in self._ended)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the sequences that have ended."""
+        with self._lock:
+            return self._ended_bytes()
+
+    def find(self, tokens: Sequence[int]) -> tuple[TokenSequence | None, int]:
+        """The sequence that shares the longest prefix with some tokens, and the length of that."""
+        with self._lock:
+            return self._longest(np.array(tokens, np.int64))
+
+    def forget(self, tokens: Sequence[int]) -> int:
+        """Forget the ended sequence that begins with some tokens; returns the number of its rows."""
+        with self._lock:
+            sequence, shared = self._longest(np.array(tokens, np.int64))
+            if sequence not in self._ended or sequence is None or shared < len(tokens):
+                return 0
+            self._ended.remove(sequence)
+            rows = sequence.length
+            self._clear(sequence)
+            return rows
+
+    def close(self) -> None:
+        """Write ended sequences to the files, those that were used last at the end."""
+        if self._files is None:
+            return
+        for sequence in self._ended:
+            try:
+                self._files.keep(sequence)
+            except BalconyError as error:
+                _log.warning("%s", error)
+                return
 
     def _clear(self, sequence: TokenSequence) -> None:
         member = self._places.pop(sequence)

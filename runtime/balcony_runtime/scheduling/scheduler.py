@@ -12,6 +12,8 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +27,8 @@ from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputE
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.scheduling.pool import Move, SequencePool
+from balcony_runtime.scheduling.pool import KEPT_BYTES, Move, SequencePool
+from balcony_runtime.sessions.prefixes import PrefixFiles
 
 #: Members of the KV pool; streams beyond them have memory of their own and share no passes.
 MEMBERS = 16
@@ -74,6 +77,20 @@ class Stream:
         self.error, self.asks = error, False
 
 
+class Bounds(NamedTuple):
+    """What sequences may take.
+
+    Attributes:
+        kv_bytes: gives the bound of all streams' memory, or None without one.
+        kept_bytes: most bytes of ended sequences, whose rows new prompts can begin with; the same again on disk.
+        directory: place of the files of ended sequences; None keeps them in memory only.
+    """
+
+    kv_bytes: Callable[[], float | None]
+    kept_bytes: int = KEPT_BYTES
+    directory: Path | None = None
+
+
 class Scheduler:
     """Runs the streams of one engine in rounds.
 
@@ -83,7 +100,10 @@ class Scheduler:
         costs: gives the prices, or None while no budget needs them.
         readings: gives the latest reading of every sensor.
         quality: agreement of each exit with the full depth, ascending.
-        kv_bytes: gives the bound of all sequences' memory, or None without one.
+        bounds: what sequences may take.
+
+    Raises:
+        InputError: the directory of the bounds cannot be written.
     """
 
     def __init__(
@@ -93,9 +113,12 @@ class Scheduler:
         costs: Callable[[], CostModel | None],
         readings: Callable[[], tuple[Reading, ...]],
         quality: Sequence[float],
-        kv_bytes: Callable[[], float | None],
+        bounds: Bounds,
     ) -> None:
-        self._kv_bytes = kv_bytes
+        self._bounds = bounds
+        self._files: PrefixFiles | None = None
+        if bounds.directory is not None:
+            self._files = PrefixFiles(bounds.directory, engine, bounds.kept_bytes)
         self._engine, self._learned, self._costs, self._readings = engine, learned, costs, readings
         self._quality = tuple(quality)
         self._turn = threading.Condition()
@@ -118,15 +141,32 @@ class Scheduler:
         """Whether the engine can share passes between sequences."""
         with self._pool_lock:
             if not self._pool_made:
-                self._pool, self._pool_made = SequencePool.of(self._engine, MEMBERS), True
+                self._pool, self._pool_made = SequencePool.of(self._engine, MEMBERS, self._files), True
+                if self._pool is not None:
+                    self._pool.kept_bytes = self._bounds.kept_bytes
         return self._pool is not None
+
+    @property
+    def pool(self) -> SequencePool | None:
+        """The sequences that share passes; None if the engine cannot share passes."""
+        return self._pool if self.shares else None
+
+    @property
+    def files(self) -> PrefixFiles | None:
+        """The prefixes on disk."""
+        return self._files
+
+    def close(self) -> None:
+        """Write what ended sequences have to the files."""
+        if self._pool is not None:
+            self._pool.close()
 
     def new_sequence(self, tokens: Sequence[int] = ()) -> TokenSequence | None:
         """A sequence that can share passes with others, and may have the first rows of a prompt already.
 
         None if there is no room, or the engine cannot share passes.
         """
-        return self._pool.take(tokens) if self.shares and self._pool is not None else None
+        return None if self.pool is None else self.pool.take(tokens)
 
     def free(self, sequence: TokenSequence) -> None:
         """Give a sequence of :meth:`new_sequence` back."""
@@ -256,7 +296,7 @@ class Scheduler:
 
     def _most_rows(self) -> int | None:
         """Rows that all streams together may have; None without a bound."""
-        bound = self._kv_bytes()
+        bound = self._bounds.kv_bytes()
         return None if bound is None or self._pool is None else int(bound) // self._pool.row_bytes
 
     def _gather(self) -> None:

@@ -127,7 +127,7 @@ COMPLETION: Table = {
 }
 TOKENIZE: Table = {"content": _text("A text."), "prompt": _text("The same."), "messages": _MESSAGES}
 DETOKENIZE: Table = {"tokens": {**_TOKENS, "description": "Token ids."}}
-SLOT: Table = _BUDGET
+SLOT: Table = {**_BUDGET, "filename": _text("Name of a file, for the actions save and restore.")}
 
 
 class Fields:

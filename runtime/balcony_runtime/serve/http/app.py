@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from balcony_edge.errors import BalconyError, MissingDependencyError
-from balcony_runtime.engine import refuse_foreign
 from balcony_runtime.serve.bodies.asked import read_asked
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad, refusal_of
@@ -22,6 +21,8 @@ from balcony_runtime.serve.http.openapi import document
 from balcony_runtime.serve.work.answers import EventStream, GoneError
 from balcony_runtime.serve.work.jobs import Job
 from balcony_runtime.serve.work.service import Service
+from balcony_runtime.serve.work.slots import ACTIONS
+from balcony_runtime.tokens import refuse_foreign
 
 try:
     from starlette.applications import Starlette
@@ -39,6 +40,8 @@ _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'; base-uri 'none'"
 )
+#: Path → values of its parameters.
+_QUERIES = {"/slots/{key:int}": {"action": ACTIONS}}
 #: Path → fields of its body.
 _BODIES = {
     "/v1/chat/completions": CHAT,
@@ -109,7 +112,7 @@ class _Routes:
     async def openapi(self, request: Request) -> Response:
         """This document."""
         found = [route for route in request.app.routes if isinstance(route, Route)]
-        return JSONResponse(document(found, _BODIES))
+        return JSONResponse(document(found, _BODIES, _QUERIES))
 
     async def models(self, request: Request) -> Response:
         """All names of the model, each with its budget."""
@@ -215,9 +218,15 @@ class _Routes:
         return JSONResponse([_slot(job) for job in self._service.slots])
 
     async def change_slot(self, request: Request) -> Response:
-        """Another budget for a reply in progress."""
-        fields = Fields(await self._body(request), SLOT)
-        return JSONResponse(_slot(await self._service.rebudget(request.path_params["key"], fields.get("budget"))))
+        """Another budget for a reply in progress; or, by ``action``, save, restore or erase the rows of an ended one."""
+        self._service.llm  # noqa: B018 - refuses while the model is loading
+        key, action = request.path_params["key"], request.query_params.get("action")
+        if action is not None and action not in ACTIONS:
+            raise bad("action", action, f"must be one of {', '.join(ACTIONS)}")
+        fields = Fields(await self._body(request) or b"{}", SLOT)
+        if action is None:
+            return JSONResponse(_slot(await self._service.rebudget(key, fields.get("budget"))))
+        return JSONResponse(await self._service.act_on_slot(action, key, fields.get("filename")))
 
     async def _body(self, request: Request) -> bytes:
         """The body of a request, if it is not too large and comes in time."""

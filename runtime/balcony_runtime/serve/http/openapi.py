@@ -31,19 +31,24 @@ _TYPES = {
 }
 
 
-def document(routes: Sequence[Route], bodies: Mapping[str, Table]) -> dict[str, Any]:
+def document(
+    routes: Sequence[Route], bodies: Mapping[str, Table], queries: Mapping[str, Mapping[str, Sequence[str]]]
+) -> dict[str, Any]:
     """The document.
 
     Args:
         routes: the endpoints.
         bodies: path → fields of its body; a path without a body is not there.
+        queries: path → parameter of its posts → what it may be.
     """
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = re.sub(r":\w+}", "}", route.path)
         for method in sorted(route.methods or ()):
             if method != "HEAD":
-                paths.setdefault(path, {})[method.lower()] = _operation(route, bodies.get(route.path))
+                paths.setdefault(path, {})[method.lower()] = _operation(
+                    route, bodies.get(route.path), queries.get(route.path, {})
+                )
     error = RefusedError(400, "", "").body["error"]
     return {
         "openapi": "3.1.0",
@@ -69,7 +74,7 @@ def document(routes: Sequence[Route], bodies: Mapping[str, Table]) -> dict[str, 
     }
 
 
-def _operation(route: Route, fields: Table | None) -> dict[str, Any]:
+def _operation(route: Route, fields: Table | None, queries: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     types = _TYPES.get(route.path, ("application/json",))
     operation: dict[str, Any] = {
         "summary": (inspect.getdoc(route.endpoint) or "").partition("\n")[0],
@@ -85,6 +90,7 @@ def _operation(route: Route, fields: Table | None) -> dict[str, Any]:
         {"name": name, "in": "path", "required": True, "schema": {"type": "integer" if kind == "int" else "string"}}
         for name, kind in re.findall(r"{(\w+):(\w+)}", route.path)
     ]
+    given += [{"name": name, "in": "query", "schema": {"enum": list(allowed)}} for name, allowed in queries.items()]
     if given:
         operation["parameters"] = given
     if fields is not None:

@@ -155,13 +155,20 @@ class Cost:
         total.last = max(costs, key=lambda cost: cost.last_s).last
         return total
 
-    def timings(self, prompt_tokens: int) -> dict[str, Any]:
-        """llama.cpp's object ``timings``."""
+    def timings(self, prompt_tokens: int, cached: int) -> dict[str, Any]:
+        """llama.cpp's object ``timings``.
+
+        Args:
+            prompt_tokens: tokens of the prompts.
+            cached: number of these whose rows were there already.
+        """
+        prompt_tokens -= cached
         prompt_ms, predicted_ms = (
             self.ttft_ms or 0.0,
             0.0 if self.first_s is None else 1000 * (self.last_s - self.first_s),
         )
         return {
+            "cache_n": cached,
             "prompt_n": prompt_tokens,
             "prompt_ms": prompt_ms,
             "prompt_per_token_ms": prompt_ms / prompt_tokens if prompt_tokens else None,

@@ -5,7 +5,7 @@ Owns the names and the buckets. All methods are called in the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from balcony_edge.errors import MissingDependencyError
 from balcony_runtime.reply import Token
@@ -36,6 +36,7 @@ class Metrics:
         waiting: gives the number of replies that have not begun.
         pending: gives the number of pending rows of all replies.
         slowdown: gives how many times slower than its prices the device is.
+        kept: place → gives the bytes of ended replies that are kept there.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Metrics:
         waiting: Callable[[], float],
         pending: Callable[[], float],
         slowdown: Callable[[], float],
+        kept: Mapping[str, Callable[[], float]],
     ) -> None:
         registry = self._registry = CollectorRegistry()
 
@@ -62,6 +64,13 @@ class Metrics:
         self._gap = histogram("balcony_token_gap_seconds", "Gap between two tokens.", _GAPS, ())
         self._requests = Counter("balcony_requests", "Requests by status.", ("endpoint", "status"), registry=registry)
         self._prompt = Counter("balcony_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self._cached = Counter(
+            "balcony_cached_prompt_tokens", "Tokens of prompts whose rows were there already.", registry=registry
+        )
+        self._hits = Counter("balcony_prefix_hits", "Replies that began with rows of others.", registry=registry)
+        kept_bytes = Gauge("balcony_prefix_bytes", "Bytes of ended replies.", ("place",), registry=registry)
+        for place, value in kept.items():
+            kept_bytes.labels(place).set_function(value)
         tokens = Counter("balcony_tokens", "Tokens by the exit that made them.", ("exit",), registry=registry)
         self._tokens = {layer: tokens.labels(str(layer)) for layer in exits}
         self._late = Counter("balcony_late_tokens", "Tokens that missed their target.", registry=registry)
@@ -90,10 +99,15 @@ class Metrics:
         if reason is not None:
             self._rejections.labels(reason).inc()
 
-    def reply(self, operation: str, model: str, prompt_tokens: int, cost: Cost, seconds: float, error: str) -> None:
+    def prompts(self, tokens: int, cached: int) -> None:
+        """Count the tokens of an answer's prompts, and those whose rows were there already."""
+        self._prompt.inc(tokens)
+        self._cached.inc(cached)
+        self._hits.inc(cached > 0)
+
+    def reply(self, operation: str, model: str, cost: Cost, seconds: float, error: str) -> None:
         """Record the cost of an answer whose replies began."""
         self._duration.labels(operation, model, error).observe(seconds)
-        self._prompt.inc(prompt_tokens)
         if cost.ttft_ms is not None:
             self._first.labels(operation, model).observe(cost.ttft_ms / 1000)
         if cost.gaps:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_runtime.engine import refuse_foreign
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.asked import Asked
@@ -28,8 +27,10 @@ from balcony_runtime.serve.bodies.refusal import RefusedError, busy
 from balcony_runtime.serve.work.answers import Answer
 from balcony_runtime.serve.work.jobs import Cost, Job, deliver
 from balcony_runtime.serve.work.metrics import Metrics
-from balcony_runtime.serve.work.shapes import Shapes, prompt_tokens
+from balcony_runtime.serve.work.shapes import Shapes, cached_tokens, prompt_tokens
+from balcony_runtime.serve.work.slots import Slots
 from balcony_runtime.serve.work.worker import Found, Worker
+from balcony_runtime.tokens import refuse_foreign
 
 #: Longest time for which a refused client is asked to wait.
 MOST_RETRY_S = 60
@@ -77,6 +78,7 @@ class Service:
         self._jobs: dict[int, Job] = {}
         self._answers: set[Answer] = set()
         self._keys = itertools.count()
+        self._saved: Slots | None = None
         self._mean_s, self._slowdown = 1.0, 1.0
 
     def load(self, open_llm: Callable[[], LLM], loop: asyncio.AbstractEventLoop) -> None:
@@ -103,7 +105,12 @@ class Service:
             waiting=lambda: self.waiting,
             pending=lambda: sum(0 if job.cost.last is None else job.cost.last.pending_rows for job in self.slots),
             slowdown=lambda: self._slowdown,
+            kept={
+                "memory": lambda: 0 if llm.pool is None else llm.pool.bytes,
+                "disk": lambda: 0 if llm.prefix_files is None else llm.prefix_files.bytes,
+            },
         )
+        self._saved = Slots(llm)
         worker.start()
         self._loaded = llm, names, worker, metrics
 
@@ -223,6 +230,8 @@ class Service:
             else:
                 prompts.append(llm.encode(prompt, chat=False) if isinstance(prompt, str) else prompt)
                 refuse_foreign(np.array(prompts[-1]), llm.engine.manifest.model.vocab_size)
+            if llm.pool is not None:  # read a file here, not in the thread that decodes
+                llm.pool.recall(np.array(prompts[-1]))
             if asked.echo:
                 texts.append(prompt if isinstance(prompt, str) else llm.decode(prompt))
             else:
@@ -238,11 +247,14 @@ class Service:
         self._answers.discard(answer)
         for job in answer.jobs:
             self._jobs.pop(job.key, None)
+            if self._saved is not None:
+                self._saved.ended(job)
         seconds = time.monotonic() - answer.begun_s
         self._mean_s += 0.2 * (seconds - self._mean_s)
         cost = Cost.of([job.cost for job in answer.jobs])
         operation = "chat" if answer.asked.chat else "text_completion"
-        self.metrics.reply(operation, model, prompt_tokens(answer.jobs), cost, seconds, answer.reason)
+        self.metrics.prompts(prompt_tokens(answer.jobs), cached_tokens(answer.jobs))
+        self.metrics.reply(operation, model, cost, seconds, answer.reason)
         answer.log(client, model)
 
     async def rebudget(self, key: int, body: Any) -> Job:
@@ -267,3 +279,10 @@ class Service:
         job.budget = budget
         self._parts[2].rebudget(job, budget)
         return job
+
+    async def act_on_slot(self, action: str, key: int, name: object) -> dict[str, Any]:
+        """Save, restore or erase the rows of a slot; see :meth:`.slots.Slots.act`."""
+        if key in self._jobs:
+            raise RefusedError(409, f"slot {key}: its reply is in progress: wait until it has ended", "slot_busy")
+        assert self._saved is not None  # the bundle is loaded
+        return await asyncio.to_thread(self._saved.act, action, key, name)

@@ -79,7 +79,7 @@ class Shapes:
             if job.stream is not None
             for verdict in job.stream.watch.verdicts()
         ]
-        return {"timings": cost.timings(prompt_tokens(jobs)), "balcony": facts}
+        return {"timings": cost.timings(prompt_tokens(jobs), cached_tokens(jobs)), "balcony": facts}
 
     def _choice(self, job: Job, scores: Scores | None) -> dict[str, Any]:
         reply = None if job.stream is None else job.stream.reply
@@ -159,7 +159,19 @@ def prompt_tokens(jobs: Sequence[Job]) -> int:
     return sum(len(ids) for ids in {id(job.ids): job.ids for job in jobs}.values())
 
 
-def usage(jobs: Sequence[Job]) -> dict[str, int]:
+def cached_tokens(jobs: Sequence[Job]) -> int:
+    """Tokens of these prompts whose rows were there already."""
+    first = {id(job.ids): job for job in reversed(jobs)}
+    return sum(0 if job.stream is None else job.stream.prompt.cached for job in first.values())
+
+
+def usage(jobs: Sequence[Job]) -> dict[str, Any]:
     """OpenAI's object ``usage``."""
     prompts, made = prompt_tokens(jobs), sum(job.cost.tokens for job in jobs)
-    return {"prompt_tokens": prompts, "completion_tokens": made, "total_tokens": prompts + made}
+    details = {"cached_tokens": cached_tokens(jobs)}
+    return {
+        "prompt_tokens": prompts,
+        "completion_tokens": made,
+        "total_tokens": prompts + made,
+        "prompt_tokens_details": details,
+    }

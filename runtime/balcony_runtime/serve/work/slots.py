@@ -1,0 +1,94 @@
+"""Slots on disk: the rows of a reply, saved and restored under a name, in the shape of llama.cpp's server.
+
+Owns which tokens a slot had after its reply ended. The files are those of :mod:`balcony_runtime.sessions`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling.pool import SequencePool
+from balcony_runtime.serve.bodies.refusal import RefusedError, bad
+from balcony_runtime.serve.work.jobs import Job
+from balcony_runtime.sessions.prefixes import OWN, SUFFIX, PrefixFiles
+
+#: Replies that have ended and whose slots are still known.
+MOST_ENDED = 64
+ACTIONS = ("save", "restore", "erase")
+
+
+class Slots:
+    """Files of slots. The event loop notes replies; the actions are for threads.
+
+    Args:
+        llm: the loaded bundle.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._ended: OrderedDict[int, Sequence[int]] = OrderedDict()
+
+    def ended(self, job: Job) -> None:
+        """Remember the tokens of a reply that has ended."""
+        made = () if job.stream is None else [token.id for token in job.stream.reply.tokens]
+        self._ended[job.key] = [*job.ids, *made]
+        while len(self._ended) > MOST_ENDED:
+            self._ended.popitem(last=False)
+
+    def act(self, action: str, key: int, name: object) -> dict[str, Any]:
+        """Save, restore or erase the rows of a slot; returns llama.cpp's object.
+
+        Args:
+            action: one of ``ACTIONS``.
+            key: number of the slot; for ``restore`` any number.
+            name: name of the file; not for ``erase``.
+
+        Raises:
+            RefusedError: there is no such slot or file, the name is not one, or the server has no directory.
+            BalconyError: the file cannot be written or read.
+        """
+        pool = self._llm.pool
+        if pool is None:
+            raise RefusedError(501, "this engine keeps no rows of ended replies: serve with --device cpu", "no_slots")
+        if action == "erase":
+            return {"id_slot": key, "n_erased": pool.forget(self._tokens(key))}
+        files = self._llm.prefix_files
+        if files is None:
+            raise RefusedError(501, "slots are not saved here: start the server with --prefix-dir DIR", "no_slots")
+        path, begin = _path(files, name), time.perf_counter()
+        if action == "save":
+            rows, size = pool.save(self._tokens(key), path)
+            files.add(path)
+            done = {"n_saved": rows, "n_written": size}
+        else:
+            done = self._restored(pool, path)
+        took_ms = 1000 * (time.perf_counter() - begin)
+        return {"id_slot": key, "filename": path.name, **done, "timings": {f"{action}_ms": took_ms}}
+
+    @staticmethod
+    def _restored(pool: SequencePool, path: Path) -> dict[str, int]:
+        if not path.is_file():
+            raise RefusedError(404, f"filename = {path.name!r}: there is no such file: save it first", "no_such_file")
+        return {"n_restored": pool.load(path), "n_read": path.stat().st_size}
+
+    def _tokens(self, key: int) -> Sequence[int]:
+        tokens = self._ended.get(key)
+        if tokens is None:
+            raise RefusedError(
+                404,
+                f"slot {key}: has no reply that has ended lately; balcony.slots of an answer has its number",
+                "no_such_slot",
+            )
+        return tokens
+
+
+def _path(files: PrefixFiles, name: object) -> Path:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name) or name.startswith(OWN):
+        raise bad("filename", name, "must be a plain name of letters, digits, dots and dashes: leave directories out")
+    return files.directory / (name if name.endswith(SUFFIX) else name + SUFFIX)

@@ -1,0 +1,1 @@
+"""Sequences on disk: conversations and prefixes that survive the process."""

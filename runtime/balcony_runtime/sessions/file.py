@@ -1,0 +1,346 @@
+"""The session file: the tokens of one sequence and what the graphs have made of them.
+
+Owns the format, which is that of safetensors (https://github.com/huggingface/safetensors): 8 bytes with the length of a header,
+the header (JSON), and the tensors one after another. They are ``tokens`` int64 (1, n), and those of
+:meth:`balcony_runtime.backends.base.State.parts` under their names. With ``int8`` each row of keys and values is stored as
+whole numbers, with its scale as the tensor ``NAME.scale``.
+
+Every byte is covered by BLAKE2b: the header's ``__metadata__`` begins with the hash of the header itself (computed with zeros
+in its place) and has the hash of each tensor, so two threads check them at once. Nothing is used before it was checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+from balcony_edge.errors import InputError
+from balcony_edge.files import atomic_file
+from balcony_runtime.backends.base import Array, IntArray
+from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.tokens import refuse_foreign
+
+#: Names of types in safetensors.
+_TYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "I64": np.int64}
+_NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
+_HASH_BYTES = 32
+_NO_HASH = "0" * (2 * _HASH_BYTES)
+#: Beginning of every header; the hash of the header follows.
+_BEGIN = b'{"__metadata__":{"balcony_session":"'
+#: Longest header: tensors of a hundred layers take 20 kB, and a conversation some hundred.
+_MOST_HEADER = 64 << 20
+_SCALE = ".scale"
+_CURE = "save it again"
+
+
+class Notes(BaseModel):
+    """What a session says of itself.
+
+    Attributes:
+        fingerprint: fingerprint of the bundle.
+        stage_rows, balcony_rows: number of rows that each stage and each balcony had taken in.
+        messages: messages of the conversation; None for a prefix.
+        system: number of these that belong to the system.
+        hashes: name of each tensor → its hash.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    fingerprint: str
+    stage_rows: list[NonNegativeInt]
+    balcony_rows: list[NonNegativeInt]
+    messages: list[dict[str, Any]] | None = None
+    system: NonNegativeInt = 0
+    hashes: dict[str, str] = {}
+
+
+class Session(NamedTuple):
+    """A session file that was checked, as far as it was read.
+
+    Attributes:
+        notes: what it says of itself.
+        tokens: tokens, (B, n).
+    """
+
+    notes: Notes
+    tokens: IntArray
+
+
+def save(
+    path: Path,
+    engine: Engine,
+    sequence: TokenSequence,
+    *,
+    rows: int | None = None,
+    messages: list[dict[str, Any]] | None = None,
+    system: int = 0,
+    int8: bool = False,
+) -> int:
+    """Write a sequence to a file, which is replaced as a whole or not at all; returns its bytes.
+
+    Args:
+        path: file to write or replace; missing parent directories are made.
+        engine: engine of the sequence.
+        sequence: sequence of one member; it is locked meanwhile.
+        rows: number of its first rows to save; all by default.
+        messages: messages of the conversation.
+        system: number of these that belong to the system.
+        int8: whether to store keys and values in 8 bits, with a scale for each row and head.
+
+    Raises:
+        InputError: the file cannot be written, or the engine's rows are of a type that has no name in the format.
+    """
+    with sequence.lock:
+        rows = sequence.length if rows is None else rows
+        stages, balconies, parts = sequence.parts(rows)
+        fingerprint = engine.manifest.fingerprint
+        notes = Notes(
+            fingerprint=fingerprint, stage_rows=stages, balcony_rows=balconies, messages=messages, system=system
+        )
+        tensors = _Tensors({"tokens": sequence.tokens[:, :rows], **parts}, int8)
+        with atomic_file(path, InputError, "choose another place") as file:
+            hashes = dict.fromkeys(tensors.shapes, _NO_HASH)
+            file.write(_header(notes.model_copy(update={"hashes": hashes}), tensors))
+            for name, array in tensors:
+                hashes[name] = _hash(array)
+                file.write(_bytes(array))
+            size = file.tell()
+            file.seek(0)
+            file.write(_header(notes.model_copy(update={"hashes": hashes}), tensors))
+    return size
+
+
+def look(path: Path, engine: Engine) -> Session:
+    """Read the notes and the tokens of a file, and check these.
+
+    Raises:
+        InputError: the file cannot be read, is damaged, or is of another bundle.
+    """
+    with _Reader(path, engine) as reader:
+        reader.check(["tokens"])
+        return Session(reader.notes, reader.tokens)
+
+
+def load(path: Path, engine: Engine, sequence: TokenSequence) -> Session:
+    """Fill an empty sequence with a file's rows.
+
+    Raises:
+        InputError: the file cannot be read, is damaged, or is of another bundle or other graphs.
+        ContextLengthError: the sequence is too short for it.
+    """
+    with _Reader(path, engine) as reader:
+        reader.check(list(reader.tensors))
+        notes, tokens = reader.notes, reader.tokens
+        try:
+            sequence.fill(tokens, notes.stage_rows, notes.balcony_rows, _Parts(reader))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        return Session(notes, tokens)
+
+
+class _Tensors:
+    """Tensors in the order of the file, each made when it is written."""
+
+    def __init__(self, arrays: Mapping[str, Array], int8: bool) -> None:
+        self._arrays, self._int8 = arrays, int8
+        #: Name → type and shape.
+        self.shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, array in arrays.items():
+            if (kind := _NAMES.get(array.dtype)) is None:
+                raise InputError(f"rows of type {array.dtype} cannot be saved: use an engine with float32 or float16")
+            if self._shrinks(name, array):
+                self.shapes[name] = "I8", array.shape
+                self.shapes[name + _SCALE] = "F32", (*array.shape[:-1], 1)
+            else:
+                self.shapes[name] = kind, array.shape
+
+    def _shrinks(self, name: str, array: Array) -> bool:
+        return self._int8 and ".past_" in name and array.dtype.kind == "f"
+
+    def __iter__(self) -> Iterator[tuple[str, Array]]:
+        for name, array in self._arrays.items():
+            if not self._shrinks(name, array):
+                yield name, np.ascontiguousarray(array)
+                continue
+            rows = array.astype(np.float32)
+            scale = np.abs(rows).max(-1, keepdims=True) / 127
+            yield name, np.rint(rows / np.where(scale == 0, 1, scale)).astype(np.int8)
+            yield name + _SCALE, scale
+
+
+class _Parts(Mapping[str, Array]):
+    """The parts of a checked file, each made when it is asked for."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> Array:
+        array = self._reader.array(name)
+        if name + _SCALE not in self._reader.tensors:
+            return array
+        return array * self._reader.array(name + _SCALE)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.tensors)
+
+    def __len__(self) -> int:
+        return len(self._reader.tensors)
+
+
+class _Reader:
+    """A file that is mapped into memory. A context manager that unmaps it.
+
+    Raises:
+        InputError: the file cannot be read, its header is damaged, or it is of another bundle.
+    """
+
+    def __init__(self, path: Path, engine: Engine) -> None:
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped
+            words = error.strerror if isinstance(error, OSError) else "it is empty"
+            raise InputError(f"{path}: cannot be read ({words}): give a file that was saved") from error
+        try:
+            self._read(engine)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, engine: Engine) -> None:
+        found = self._map
+        length = int.from_bytes(found[:8], "little")
+        if found[8 : 8 + len(_BEGIN)] != _BEGIN:
+            raise InputError(f"{self._path}: is not a session: give a file that Chat.save or save_prefix wrote")
+        if length > min(_MOST_HEADER, len(found) - 8):
+            raise self._damaged("its header ends after the file")
+        header = found[8 : 8 + length]
+        place = slice(len(_BEGIN), len(_BEGIN) + len(_NO_HASH))
+        if _hash_of_header(header) != header[place]:
+            raise self._damaged("its header does not match its hash")
+        try:
+            values = json.loads(header)
+            metadata = values.pop("__metadata__")
+            self.notes = Notes.model_validate_json(metadata["notes"])
+            self.tensors = {name: self._tensor(value) for name, value in values.items()}
+            shape = self.tensors["tokens"][1]
+        except (ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError) as error:
+            raise self._damaged(f"its header says nothing useful about {type(error).__name__}") from error
+        end = 0
+        for kind, shape_, begin, stop in self.tensors.values():
+            if begin != end or stop - begin != math.prod(shape_) * np.dtype(_TYPES[kind]).itemsize:
+                raise self._damaged("its tensors do not follow one another")
+            end = stop
+        self._start = 8 + length
+        if len(found) != self._start + end:
+            raise self._damaged(f"it has {len(found)} bytes instead of {self._start + end}")
+        self._refuse_foreign(engine, shape)
+
+    @staticmethod
+    def _tensor(value: Any) -> tuple[str, tuple[int, ...], int, int]:
+        kind, shape, (begin, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        if kind not in _TYPES or not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, stop)):
+            raise ValueError(kind)
+        return kind, shape, begin, stop
+
+    def _refuse_foreign(self, engine: Engine, shape: tuple[int, ...]) -> None:
+        manifest, notes = engine.manifest, self.notes
+        self._vocabulary = manifest.model.vocab_size
+        if notes.fingerprint != manifest.fingerprint:
+            raise InputError(
+                f"{self._path}: was saved with another bundle (fingerprint {notes.fingerprint[:12]}, this one has "
+                f"{manifest.fingerprint[:12]}): load that one, or begin anew"
+            )
+        count, length = len(manifest.exit_layers), shape[-1]
+        stages, balconies = notes.stage_rows, notes.balcony_rows
+        fits = len(stages) == count and len(balconies) == count - 1 and len(shape) == 2 and shape[0] == 1
+        fits = fits and stages == sorted(stages, reverse=True) and stages[0] <= length
+        if not fits or any(rows > length for rows in balconies):
+            raise self._damaged("its rows do not fit its tokens")
+
+    @property
+    def tokens(self) -> IntArray:
+        """Tokens, (1, n), once they were checked."""
+        return self.array("tokens").copy()
+
+    def array(self, name: str) -> Array:
+        """A tensor, as a view of the file.
+
+        Raises:
+            InputError: it is not there.
+        """
+        if name not in self.tensors:
+            raise InputError(f"{name}: is not in the file: use the graphs that made it")
+        kind, shape, begin, _ = self.tensors[name]
+        return np.frombuffer(self._map, _TYPES[kind], math.prod(shape), self._start + begin).reshape(shape)
+
+    def check(self, names: list[str]) -> None:
+        """Check the hashes of some tensors, in two threads.
+
+        Raises:
+            InputError: one does not match.
+        """
+
+        def matches(name: str) -> bool:
+            return bool(_hash(self.array(name)) == self.notes.hashes.get(name))
+
+        with ThreadPoolExecutor(2) as threads:
+            for name, right in zip(names, threads.map(matches, names), strict=True):
+                if not right:
+                    raise self._damaged(f"{name} does not match its hash")
+        if self.array("tokens").size:
+            refuse_foreign(self.array("tokens"), self._vocabulary)
+
+    def _damaged(self, why: str) -> InputError:
+        return InputError(f"{self._path}: is damaged ({why}): {_CURE}")
+
+    def close(self) -> None:
+        """Unmap the file, once no view of it is left."""
+        with contextlib.suppress(BufferError):  # a view in a traceback: the file is unmapped when that goes
+            self._map.close()
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _header(notes: Notes, tensors: _Tensors) -> bytes:
+    metadata = {"balcony_session": _NO_HASH, "notes": notes.model_dump_json()}
+    values: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, (kind, shape) in tensors.shapes.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(_TYPES[kind]).itemsize
+        values[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(values, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    filled = bytearray(text)
+    filled[len(_BEGIN) : len(_BEGIN) + len(_NO_HASH)] = _hash_of_header(text)
+    return len(text).to_bytes(8, "little") + bytes(filled)
+
+
+def _hash_of_header(header: bytes) -> bytes:
+    """The hash of a header, in hexadecimal, with zeros in place of a hash that it has already."""
+    blank = header[: len(_BEGIN)] + _NO_HASH.encode() + header[len(_BEGIN) + len(_NO_HASH) :]
+    return hashlib.blake2b(blank, digest_size=_HASH_BYTES).hexdigest().encode()
+
+
+def _hash(array: Array) -> str:
+    return hashlib.blake2b(_bytes(array), digest_size=_HASH_BYTES).hexdigest()
+
+
+def _bytes(array: Array) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    return array.reshape(-1).view(np.uint8).data

@@ -1,0 +1,118 @@
+"""Prefixes on disk: rows of earlier replies that a new process begins with.
+
+Owns one directory: which file fits a prompt, and which go when there are too many bytes. Files that a user named stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from balcony_edge.errors import BalconyError, InputError
+from balcony_edge.files import require_writable
+from balcony_runtime.backends.base import IntArray
+from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.sessions import file
+from balcony_runtime.tokens import common_length
+
+_log = logging.getLogger(__name__)
+#: End of the names of all files, and beginning of those that are written and removed without a user.
+SUFFIX, OWN = ".session", "prefix-"
+
+
+class PrefixFiles:
+    """The session files of a directory that belong to a bundle. Threads may use it at once.
+
+    Args:
+        directory: place of the files; it is made when the first one is written.
+        engine: engine of the sequences.
+        most_bytes: bytes of files that nobody named; beyond it, those that were not used for longest are removed.
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path, engine: Engine, most_bytes: int) -> None:
+        require_writable(directory, f"prefix_directory {directory}", InputError, "choose another place")
+        self.directory = directory
+        self._engine, self._most_bytes = engine, most_bytes
+        self._lock = threading.Lock()
+        self._known: dict[Path, IntArray] = {}  # file → its tokens (n,)
+        for path in sorted(directory.glob(f"*{SUFFIX}")):
+            self.add(path)
+
+    def add(self, path: Path) -> None:
+        """Take notice of a file; one of another bundle, or a damaged one, is left alone."""
+        try:
+            tokens = file.look(path, self._engine).tokens[0]
+        except BalconyError as error:
+            _log.info("%s", error)
+            return
+        with self._lock:
+            self._known[path] = tokens
+
+    def longest(self, tokens: IntArray) -> tuple[Path | None, int]:
+        """The file that shares the longest prefix with some tokens (n,), and the length of that."""
+        best, longest = None, 0
+        with self._lock:
+            for path, known in self._known.items():
+                if (shared := common_length(known, tokens)) > longest:
+                    best, longest = path, shared
+        return best, longest
+
+    def load(self, path: Path, sequence: TokenSequence) -> None:
+        """Fill an empty sequence with a file's rows; the file is then the one that was used last.
+
+        Raises:
+            BalconyError: the file is gone, damaged, or too long; it is not looked at again.
+        """
+        try:
+            file.load(path, self._engine, sequence)
+        except BalconyError:
+            with self._lock:
+                self._known.pop(path, None)
+            raise
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+    def keep(self, sequence: TokenSequence) -> None:
+        """Write a sequence, unless a file has all its tokens, and remove what is then too much.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        tokens = sequence.tokens[0]
+        if self.longest(tokens)[1] == len(tokens):
+            return
+        name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
+        path = self.directory / f"{OWN}{name}{SUFFIX}"
+        file.save(path, self._engine, sequence)
+        with self._lock:
+            self._known[path] = tokens.copy()
+        self._trim()
+
+    def _trim(self) -> None:
+        own = sorted(self._own(), key=lambda found: found[1].st_mtime_ns)
+        total = sum(status.st_size for _, status in own)
+        for path, status in own:
+            if total <= self._most_bytes:
+                return
+            path.unlink(missing_ok=True)
+            with self._lock:
+                self._known.pop(path, None)
+            total -= status.st_size
+
+    def _own(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.directory.glob(f"{OWN}*{SUFFIX}"):
+            with contextlib.suppress(OSError):
+                yield path, path.stat()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the files that nobody named."""
+        return sum(status.st_size for _, status in self._own())

@@ -1,0 +1,375 @@
+"""Sessions on disk: what is restored is what was saved, and everything else is refused; prefixes that are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import BalconyError, BusyError, ContextLengthError, InputError
+from balcony_runtime.chat import Chat
+from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.llm import LLM
+from balcony_runtime.reply import Reply
+from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
+from balcony_runtime.sessions import file
+from balcony_runtime.sessions.prefixes import PrefixFiles
+from balcony_runtime.text import TextCodec
+from tests.runtime.test_conformance import assert_equal, from_scratch
+
+
+@pytest.fixture
+def llm(tiny: Any) -> Iterator[LLM]:
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TokenSequence]:
+    """A file, and the sequence that it was made of: its stages and balconies have taken in different numbers of rows."""
+    sequence = tiny_engine.new_sequence(max_length=200)
+    sequence.advance(5, np.arange(60) % 320)
+    sequence.advance(2, np.arange(30) % 320)
+    sequence.run_stage(1, 11)
+    sequence.append([5, 6])
+    path = tmp_path_factory.mktemp("session") / "talk.session"
+    assert file.save(path, tiny_engine, sequence) == path.stat().st_size
+    return path, sequence
+
+
+def said(chat: Chat, text: str, **options: Any) -> Reply:
+    stream = chat.send(text, max_new_tokens=12, ignore_eos=True, logprobs=2, **options)
+    for _ in stream:
+        pass
+    return stream.reply
+
+
+def test_a_conversation_goes_on_where_it_was(llm: LLM, tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "talk.session"
+    chat = llm.chat(system="be brief")
+    said(chat, "the quick brown fox jumps over the lazy dog")
+    next(chat.send("and the dog?", max_new_tokens=12))  # a reply that was not read to its end belongs to it
+    chat.save(path)
+    want = said(chat, "why")
+    with balcony_edge.load(tiny.path) as other:
+        again = Chat.load(other, path)
+        assert again.messages == chat.messages[:-2]
+        rows = again.sequence.rows_run
+        reply = said(again, "why")
+        assert [(token.id, token.logprob) for token in reply.tokens] == [(t.id, t.logprob) for t in want.tokens]
+        assert reply.cached_tokens == want.cached_tokens > 60, "the earlier turns were not computed again"
+        assert again.sequence.rows_run - rows < 4 * (reply.prompt_tokens - reply.cached_tokens + 12) + 4
+        again.reset()
+        assert again.messages == [{"role": "system", "content": "be brief"}]
+
+
+def test_all_that_a_sequence_is_comes_back(tiny_engine: Engine, saved: tuple[Path, TokenSequence]) -> None:
+    path, sequence = saved
+    back = tiny_engine.new_sequence(max_length=120)
+    file.load(path, tiny_engine, back)
+    assert (back.tokens == sequence.tokens).all()
+    assert (back.stage_rows, back.balcony_rows) == (sequence.stage_rows, sequence.balcony_rows)
+    for exit_layer in (2, 3, 5):
+        got = back.advance(exit_layer, [], num_logits=9)
+        assert_equal(got, from_scratch(tiny_engine, exit_layer, sequence.tokens, 9))
+    assert not np.shares_memory(
+        back.state.parts([1] * 3, [1] * 2)["hidden_2"], sequence.state.parts([1] * 3, [1] * 2)["hidden_2"]
+    )
+
+
+def test_logits_are_the_same_to_the_bit(tiny_engine: Engine, saved: tuple[Path, TokenSequence]) -> None:
+    path, sequence = saved
+    one, two = (tiny_engine.new_sequence() for _ in range(2))
+    one.begin_like(sequence, sequence.length)
+    file.load(path, tiny_engine, two)
+    for exit_layer in (5, 2, 3, 5):
+        assert (one.step(exit_layer, np.array([7])) == two.step(exit_layer, np.array([7]))).all()
+
+
+def test_the_format_is_that_of_safetensors(saved: tuple[Path, TokenSequence]) -> None:
+    path, sequence = saved
+    tensors = load_file(path)
+    assert (tensors["tokens"] == sequence.tokens).all()
+    assert tensors["hidden_2"].shape == (1, 90, 32) and tensors["hidden_3"].shape == (1, 71, 32)
+    assert tensors["stage_1.past_key_2"].shape[2] == 71 and tensors["stage_2.past_key_3"].shape[2] == 60
+
+
+def test_eight_bits_are_smaller_and_close(tiny_engine: Engine, saved: tuple[Path, TokenSequence]) -> None:
+    path, sequence = saved
+    small = path.with_name("small.session")
+    file.save(small, tiny_engine, sequence, int8=True)
+    tensors = load_file(small)
+    key, scale = tensors["stage_0.past_key_0"], tensors["stage_0.past_key_0.scale"]
+    assert key.dtype == np.int8 and abs(int(key.min())) <= 127 and scale.shape == (*key.shape[:-1], 1)
+    exact = load_file(path)["stage_0.past_key_0"]
+    assert np.abs(key * scale - exact).max() <= scale.max() / 2 + 1e-6
+    caches = [sum(t.nbytes for name, t in load_file(one).items() if "past_" in name) for one in (small, path)]
+    assert caches[0] < 0.32 * caches[1]
+    back = tiny_engine.new_sequence()
+    file.load(small, tiny_engine, back)
+    want = from_scratch(tiny_engine, 5, sequence.tokens, 1)
+    assert 0 < np.abs(back.advance(5, []) - want).max() < 0.02 * np.abs(want).max()
+
+
+def test_other_bundles_and_shorter_contexts_are_refused(
+    export_tiny: Callable[[str], Any], tiny: Any, tiny_engine: Engine, saved: tuple[Path, TokenSequence], llm: LLM
+) -> None:
+    path, _ = saved
+    with Engine.open(export_tiny("qwen3").path) as other, pytest.raises(InputError, match="with another bundle"):
+        file.load(path, other, other.new_sequence())
+    with pytest.raises(ContextLengthError, match="92 tokens: this sequence holds 80"):
+        file.load(path, tiny_engine, tiny_engine.new_sequence(max_length=80))
+    portable = Engine.of(Bundle.open(tiny.path).portable())
+    with portable, pytest.raises(InputError, match=r"talk.session: .*use the graphs that made it"):
+        file.load(path, portable, portable.new_sequence())
+    with pytest.raises(InputError, match=r"has no messages: load it with LLM\.load_prefix"):
+        Chat.load(llm, path)
+
+
+def damaged(content: bytes, seed: int) -> bytes:
+    """A file with bytes changed, cut or added, or with a forged header whose hash fits."""
+    draw = random.Random(seed)
+    kind = draw.choice(["bytes", "cut", "more", "forged"])
+    if kind == "bytes":
+        changed = bytearray(content)
+        for _ in range(draw.randint(1, 8)):
+            changed[draw.randrange(draw.choice([64, 4000, len(content)]))] ^= draw.randint(1, 255)
+        return bytes(changed)
+    if kind == "cut":
+        return content[: draw.randrange(draw.choice([12, 200, len(content)]))]
+    if kind == "more":
+        return content + draw.randbytes(draw.randint(1, 40))
+    length = int.from_bytes(content[:8], "little")
+    header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
+    metadata = header.pop("__metadata__")
+    notes = json.loads(metadata["notes"])
+    what = draw.choice(["notes", "tensor", "gone", "hashes", "odd"])
+    if what == "notes":
+        notes[draw.choice(list(notes))] = draw.choice(
+            [None, -1, [99, 98, 97], [1, 2, 3], [0], "x", {"a": 1}, [[]], 1e300]
+        )
+    elif what == "tensor":
+        name = draw.choice(list(header))
+        header[name][draw.choice(["dtype", "shape", "data_offsets"])] = draw.choice(
+            ["F64", "F32", [1, 2], [0, 1 << 60], [-8, 8], [1, 92, 1 << 40], {}, None, [[1], [2]], [0, 0]]
+        )
+    elif what == "gone":
+        header.pop(draw.choice(list(header)))
+    elif what == "hashes":
+        notes["hashes"] = draw.choice([[], {}, None, {"tokens": 1}, dict.fromkeys(header, "0" * 64)])
+    else:
+        header = draw.choice([{}, {"tokens": 1}, {"tokens": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}}])
+    metadata["notes"] = (
+        draw.choice(["[" * 5000, "", "1"]) if what == "odd" else json.dumps(notes, separators=(",", ":"))
+    )
+    forged = {"__metadata__": metadata, **header}
+    if forged == json.loads(content[8 : 8 + length]):
+        return content  # the value that was drawn was there already
+    text = json.dumps(forged, separators=(",", ":")).encode()
+    begin, size = len(file._BEGIN), len(file._NO_HASH)
+    text = text[:begin] + file._hash_of_header(text) + text[begin + size :]
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+@pytest.mark.parametrize("count", [240, pytest.param(2000, marks=pytest.mark.deep)])
+def test_damaged_files_are_refused_in_one_line(
+    count: int, tiny_engine: Engine, saved: tuple[Path, TokenSequence], tmp_path: Path
+) -> None:
+    content, refusals = saved[0].read_bytes(), set()
+    path = tmp_path / "damaged.session"
+    for seed in range(count):
+        path.write_bytes(changed := damaged(content, seed))
+        if changed == content:
+            continue
+        with pytest.raises((InputError, ContextLengthError)) as raised:
+            file.load(path, tiny_engine, tiny_engine.new_sequence())
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 300, seed
+        refusals.add(str(raised.value).partition("(")[2][:20])
+    assert len(refusals) > 6, "the damage is of several kinds"
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="it is empty"):
+        file.look(path, tiny_engine)
+    with pytest.raises(InputError, match="No such file"):
+        file.look(tmp_path / "none", tiny_engine)
+    path.write_text("hello " * 100)
+    with pytest.raises(InputError, match="is not a session"):
+        file.look(path, tiny_engine)
+
+
+def test_a_killed_save_leaves_the_old_file(tiny: Any, saved: tuple[Path, TokenSequence], tmp_path: Path) -> None:
+    path = tmp_path / "talk.session"
+    path.write_bytes(saved[0].read_bytes())
+    code = """
+        import sys, time
+        from pathlib import Path
+        from balcony_runtime.engine import Engine
+        from balcony_runtime.sessions import file
+        engine = Engine.open(sys.argv[1])
+        sequence = engine.new_sequence()
+        sequence.advance(5, [1, 2, 3])
+        whole = file._hash
+        def slow(array):  # half of the file is written when the process is killed
+            if array.dtype.kind == "f" and "waited" not in globals():
+                globals()["waited"] = True
+                print("writing", flush=True)
+                time.sleep(60)
+            return whole(array)
+        file._hash = slow
+        file.save(Path(sys.argv[2]), engine, sequence)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tiny.path), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        writer.send_signal(signal.SIGKILL)
+    assert path.read_bytes() == saved[0].read_bytes()
+    with Engine.open(tiny.path) as engine:
+        file.load(path, engine, engine.new_sequence())
+        file.save(path, engine, engine.new_sequence())
+    assert list(tmp_path.iterdir()) == [path], "the next save removes what the killed one left"
+
+
+def test_a_full_disk_leaves_nothing(small_disk: Path, llm: LLM) -> None:
+    chat = llm.chat()
+    said(chat, "the quick brown fox " * 8)
+    path = small_disk / "talk.session"
+    with pytest.raises(InputError, match=r"talk.session: cannot be written .*: choose another place"):
+        chat.save(path)
+    assert not list(small_disk.iterdir())
+
+
+def test_an_empty_conversation_can_be_saved(llm: LLM, tmp_path: Path) -> None:
+    llm.chat(system="be brief").save(tmp_path / "empty.session")
+    again = Chat.load(llm, tmp_path / "empty.session")
+    assert again.messages == [{"role": "system", "content": "be brief"}] and again.sequence.length == 0
+
+
+def test_prefixes_are_saved_and_loaded(llm: LLM, tiny: Any, tmp_path: Path) -> None:
+    path, common = tmp_path / "system.session", list(range(10, 90))
+    assert llm.save_prefix(common, path) == 80
+    with balcony_edge.load(tiny.path) as other:
+        want = other.generate([*common, 3, 4], max_new_tokens=6, ignore_eos=True)
+        assert want.cached_tokens == 0
+    with balcony_edge.load(tiny.path) as other:
+        assert other.load_prefix(path) == 80 and other.pool is not None and other.pool.in_use == 0
+        reply = other.generate([*common, 3, 4], max_new_tokens=6, ignore_eos=True)
+        assert reply.cached_tokens == 80 and other.pool.reused.prompts == 1 and other.pool.reused.rows == 80
+        assert [token.id for token in reply.tokens] == [token.id for token in want.tokens]
+        with pytest.raises(InputError, match="cannot be read"):
+            other.load_prefix(tmp_path / "none")
+        assert other.pool.in_use == 0
+    bundle = Bundle.open(tiny.path)
+    with LLM(Engine.of(bundle.portable()), TextCodec(bundle), Budget()) as other:
+        with pytest.raises(InputError, match="shares no rows"):
+            other.load_prefix(path)
+        assert other.save_prefix(common, tmp_path / "other.session") == 80
+
+
+def test_a_member_is_given_away_only_if_little_is_lost(tiny_engine: Engine) -> None:
+    pool = SequencePool.of(tiny_engine, 3)
+    assert pool is not None
+    common, rest = list(range(100, 100 + LEAST_SHARED)), list(range(200, 200 + LEAST_SHARED))
+    first = pool.take()
+    assert first is not None
+    first.advance(5, [*common, *rest])
+    pool.give_back(first)
+    second = pool.take([*common, 1])
+    assert second is not None and second is not first and second.tokens[0].tolist() == common
+    third = pool.take([*common, *rest, 1])
+    assert third is first, "the rows of the first are still there"
+    assert third.length == 2 * LEAST_SHARED and pool.reused.prompts == 2
+    assert_equal(second.advance(3, [1]), from_scratch(tiny_engine, 3, second.tokens, 1))
+    # without another place, the donor gives its own
+    pool.give_back(third)
+    other = pool.take()
+    last = pool.take([*common, 2])
+    assert other is not None and last is first and last.length == LEAST_SHARED
+    with pytest.raises(BusyError, match="all 3 places are in use"):
+        pool.load(Path("any"))
+
+
+def test_the_next_process_begins_with_what_was_kept(tiny: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    prompts = [list(range(start, start + 60)) for start in (10, 100, 200)]
+    with balcony_edge.load(tiny.path, prefix_directory=folder) as llm:
+        for prompt in prompts:
+            llm.generate(prompt, max_new_tokens=4, ignore_eos=True)
+        llm.save_prefix(prompts[0][:40], folder / "named.session")
+    assert len(list(folder.glob("prefix-*.session"))) == 3
+    with balcony_edge.load(tiny.path, prefix_directory=folder) as llm:
+        reply = llm.generate([*prompts[1], 5], max_new_tokens=4, ignore_eos=True)
+        assert reply.cached_tokens == 60 and llm.pool is not None and llm.pool.reused.files == 1
+        assert llm.generate([*prompts[1], 5], max_new_tokens=1).cached_tokens == 60 and llm.pool.reused.files == 1
+        cold = llm.generate([*prompts[1][:20], *prompts[2]], max_new_tokens=1)
+        assert cold.cached_tokens == 0, "too short a prefix is not read"
+    # the bound holds for the files that nobody named; the one that was used longest ago goes first
+    sizes = {path: path.stat().st_size for path in folder.glob("prefix-*.session")}
+    engine = Engine.open(tiny.path)
+    with engine:
+        files = PrefixFiles(folder, engine, sum(sizes.values()) - 1)
+        assert files.bytes == sum(sizes.values())
+        for age, path in enumerate(sorted(sizes)):
+            os.utime(path, (time.time() - 100 * (10 - age),) * 2)
+        oldest = min(sizes)
+        tokens = file.look(oldest, engine).tokens[0]
+        files.load(oldest, engine.new_sequence())  # now it is the youngest
+        sequence = engine.new_sequence()
+        sequence.advance(5, np.arange(50))
+        files.keep(sequence)
+        left = set(folder.glob("*.session"))
+        assert oldest in left and folder / "named.session" in left and files.longest(tokens)[1] == len(tokens)
+        assert len(left & sizes.keys()) < len(sizes) and files.bytes < sum(sizes.values())
+        files.keep(sequence)
+        assert set(folder.glob("*.session")) == left, "what is there is not written again"
+
+
+def test_files_that_cannot_be_used_are_left_alone(
+    export_tiny: Callable[[str], Any], tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = list(range(10, 70))
+    with balcony_edge.load(export_tiny("qwen3").path, prefix_directory=tmp_path) as llm:
+        llm.generate(prompt, max_new_tokens=2, ignore_eos=True)
+    (foreign,) = tmp_path.iterdir()
+    (tmp_path / "prefix-x.session").write_bytes(b"junk")
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        llm.save_prefix(prompt, tmp_path / "own.session")
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        (tmp_path / "own.session").write_bytes(
+            (tmp_path / "own.session").read_bytes()[:-4]
+        )  # damaged after it was seen
+        assert llm.generate([*prompt, 1], max_new_tokens=2).cached_tokens == 0
+        assert "own.session: is damaged" in caplog.text and llm.pool is not None and llm.pool.reused.files == 0
+        assert llm.generate([*prompt, 1], max_new_tokens=2).cached_tokens == 60
+    assert foreign.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"prefix_directory .*/file: cannot be written .* is not a directory"):
+        balcony_edge.load(tiny.path, prefix_directory=tmp_path / "file")
+    with pytest.raises(BalconyError, match="prefix_mb = -1"):
+        balcony_edge.load(tiny.path, prefix_mb=-1)
+
+
+def test_the_memory_of_what_is_kept_is_bounded(tiny: Any) -> None:
+    with balcony_edge.load(tiny.path, prefix_mb=0.4) as llm:
+        for start in range(0, 200, 20):
+            llm.generate(list(range(start, start + 60)), max_new_tokens=2, ignore_eos=True)
+            assert llm.pool is not None and llm.pool.bytes <= 400_000
+        assert llm.pool.bytes > 0
+        assert llm.generate([*range(180, 240), 1], max_new_tokens=1).cached_tokens == 60
+    with balcony_edge.load(tiny.path, prefix_mb=0) as llm:
+        for _ in range(2):
+            assert llm.generate(list(range(60)), max_new_tokens=1).cached_tokens == 0
