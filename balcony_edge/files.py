@@ -99,6 +99,8 @@ def atomic_file(path: Path, error_class: type[BalconyError], cure: str) -> Itera
 
     An error or an interrupt in the block leaves ``path`` as it was; arguments are those of :func:`write_atomically`.
     """
+    if path.is_dir():
+        raise error_class(f"{path}: cannot be written (it is a directory): {cure}")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with partial_directory(path.absolute()) as part:

@@ -13,6 +13,7 @@ from balcony_edge.cli.console import stdout
 from balcony_edge.cli.live import show_live
 from balcony_edge.cli.show import show_stream, show_summary
 from balcony_edge.errors import BalconyError, BudgetError, ContextLengthError, InputError
+from balcony_runtime.chat import Chat
 
 if TYPE_CHECKING:
     from balcony_runtime.llm import LLM
@@ -22,11 +23,14 @@ HELP = """\
 /budget tpot_ms=15 [probability=0.9 ...]   set a budget with any keys of a budget file; /budget alone: full depth
 /exit 17      use only this exit          /stats   cost of the last reply
 /reset        forget the conversation     /help    this list
+/save FILE    save the conversation       /load FILE   go on with a saved one, at once
 /quit         end (or press Ctrl-D)       Ctrl-C   stops a reply
 A line that ends in \\ continues on the next one. To send a message that begins with /, write two: //etc/hosts."""
 _FULL = "The context is full: /reset starts a new conversation; a shorter message may still fit"
 #: Commands that take no arguments.
 _ALONE = ("/help", "/reset", "/stats", "/quit")
+#: Commands that take the name of a file.
+_FILES = ("/save", "/load")
 
 
 def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict[str, Any], *, live: bool) -> None:
@@ -103,6 +107,8 @@ class Conversation:
             self._set_budget(parse_command(f"exit_layer={rest}"))
         elif command == "/budget":
             self._set_budget(parse_command(rest))
+        elif command in _FILES:
+            self._use_file(command, rest)
         else:
             raise InputError(f"{command}: is not a command: see /help; to send a message that begins with /, write //")
         return True
@@ -127,6 +133,17 @@ class Conversation:
             full = self.chat.sequence.length + 1 >= self.chat.sequence.max_length
             limit = f"Cut off after {len(self.last.tokens)} tokens: give --max-new-tokens for longer replies"
             stdout.print(f"({_FULL if full else limit}.)", style="dim", markup=False, soft_wrap=True)
+
+    def _use_file(self, command: str, name: str) -> None:
+        if not name:
+            raise InputError(f"{command}: needs the name of a file: write e.g. {command} talk.session")
+        if command == "/save":
+            size = self.chat.save(name)
+            stdout.print(f"Saved {len(self.chat.messages)} messages in {name} ({size / 1e6:.1f} MB).", markup=False)
+        else:
+            self.chat = Chat.load(self.llm, name)
+            said = next((one["content"] for one in reversed(self.chat.messages)), "nothing yet")
+            stdout.print(f"{len(self.chat.messages)} messages; the last: {said}", markup=False)
 
     def _show_stats(self) -> None:
         if self.last is None:

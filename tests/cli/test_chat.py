@@ -53,6 +53,9 @@ ANSWERS = {
     "/reset": "The conversation is forgotten.",
     "/quit now": "/quit now: /quit takes no arguments",
     "/help me": "/help me: /help takes no arguments",
+    "/save": "/save: needs the name of a file: write e.g. /save talk.session",
+    "/save /": "/: cannot be written",
+    "/load /nowhere.session": "/nowhere.session: cannot be read (No such file or directory): give a file that was saved",
     "/etc/hosts": "/etc/hosts: is not a command: see /help; to send a message that begins with /, write //",
 }
 
@@ -63,6 +66,14 @@ def test_every_command_is_answered(tiny: Any) -> None:
     for answer in ANSWERS.values():
         assert answer in done.stdout, (answer, done.stdout)
     assert "Cut off" not in done.stdout  # none of them was taken for a message
+
+
+def test_a_conversation_is_saved_and_goes_on(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "talk of today.session"
+    done = chat(tiny.path, f"the fox\n/save {path}\n")
+    assert done.returncode == 0 and f"Saved 2 messages in {path}" in " ".join(done.stdout.split()), done
+    done = chat(tiny.path, f"/load {path}\nthe dog\n/save {path}\n")
+    assert done.returncode == 0 and "2 messages; the last: " in done.stdout and "Saved 4 messages" in done.stdout, done
 
 
 def test_two_slashes_begin_a_message(tiny: Any, tmp_path: Path) -> None:

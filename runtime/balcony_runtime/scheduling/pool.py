@@ -245,7 +245,9 @@ class SequencePool:
         """Forget the ended sequence that begins with some tokens; returns the number of its rows."""
         with self._lock:
             sequence, shared = self._longest(np.array(tokens, np.int64))
-            if sequence not in self._ended or sequence is None or shared < len(tokens):
+            if (
+                sequence is None or sequence not in self._ended or shared < len(tokens) - 1
+            ):  # the last one may have no row
                 return 0
             self._ended.remove(sequence)
             rows = sequence.length

@@ -55,12 +55,12 @@ class Slots:
         """
         pool = self._llm.pool
         if pool is None:
-            raise RefusedError(501, "this engine keeps no rows of ended replies: serve with --device cpu", "no_slots")
+            raise RefusedError(400, "this engine keeps no rows of ended replies: serve with --device cpu", "no_slots")
         if action == "erase":
             return {"id_slot": key, "n_erased": pool.forget(self._tokens(key))}
         files = self._llm.prefix_files
         if files is None:
-            raise RefusedError(501, "slots are not saved here: start the server with --prefix-dir DIR", "no_slots")
+            raise RefusedError(400, "slots are not saved here: start the server with --prefix-dir DIR", "no_slots")
         path, begin = _path(files, name), time.perf_counter()
         if action == "save":
             rows, size = pool.save(self._tokens(key), path)

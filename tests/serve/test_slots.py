@@ -1,0 +1,109 @@
+"""Slots on disk and prefixes that are kept, over HTTP."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from balcony_runtime.serve.http.server import Server
+from tests.serve.test_service import SLOW, until
+
+PROMPT = {"prompt": list(range(10, 70)), "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture
+def saving(serve: Callable[..., Server], tmp_path: Path) -> Iterator[httpx.Client]:
+    """A client of a server with a directory for slots."""
+    with httpx.Client(base_url=serve(prefix_directory=tmp_path).url, timeout=60) as client:
+        yield client
+
+
+def completed(http: httpx.Client, **fields: Any) -> dict[str, Any]:
+    answer = http.post("/v1/completions", json=PROMPT | fields)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def cached(answer: dict[str, Any]) -> int:
+    number: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert answer["timings"]["cache_n"] == number
+    assert answer["timings"]["prompt_n"] == answer["usage"]["prompt_tokens"] - number
+    return number
+
+
+def test_a_slot_is_saved_erased_and_restored(saving: httpx.Client, tmp_path: Path) -> None:
+    first = completed(saving)
+    (slot,) = first["balcony"]["slots"]
+    assert cached(first) == 0
+    saved = saving.post(f"/slots/{slot}?action=save", json={"filename": "talk"}).json()
+    path = tmp_path / "talk.session"
+    assert saved["id_slot"] == slot and saved["filename"] == "talk.session"
+    # the last token of a reply has no row
+    assert saved["n_saved"] == 63 and saved["n_written"] == path.stat().st_size and saved["timings"]["save_ms"] > 0
+    assert saving.post(f"/slots/{slot}?action=erase").json() == {"id_slot": slot, "n_erased": 63}
+    path.rename(tmp_path / "talk.away")  # otherwise the file is found by itself
+    again = completed(saving)
+    assert cached(again) == 0
+    saving.post(f"/slots/{again['balcony']['slots'][0]}?action=erase")
+    (tmp_path / "talk.away").rename(path)
+    restored = saving.post("/slots/0?action=restore", json={"filename": "talk.session"}).json()
+    assert restored["n_restored"] == 63 and restored["n_read"] == path.stat().st_size
+    last = completed(saving)
+    assert cached(last) == 59, "all but the last token of the prompt"
+    assert [one["choices"][0]["text"] for one in (again, last)] == [first["choices"][0]["text"]] * 2
+    page = saving.get("/metrics").text
+    for name, value in (("balcony_prefix_hits_total", 1), ("balcony_cached_prompt_tokens_total", 59)):
+        assert f"\n{name} {value}.0\n" in page
+    found = dict(re.findall(r'balcony_prefix_bytes{place="(\w+)"} (\S+)', page))
+    assert float(found["memory"]) > 0 and float(found["disk"]) == 0, "nobody named a file"
+
+
+def test_a_saved_prefix_is_found_by_the_next_server(serve: Callable[..., Server], tmp_path: Path) -> None:
+    servers = [serve(prefix_directory=tmp_path) for _ in range(2)]
+    with httpx.Client(base_url=servers[0].url, timeout=60) as http:
+        (slot,) = completed(http)["balcony"]["slots"]
+        assert http.post(f"/slots/{slot}?action=save", json={"filename": "system"}).status_code == 200
+    with httpx.Client(base_url=serve(prefix_directory=tmp_path).url, timeout=60) as http:
+        assert cached(completed(http, n=2)) == 59
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/slots/1?action=copy", {}, 400, "action = 'copy': must be one of save, restore, erase"),
+        ("/slots/123?action=save", {"filename": "a"}, 404, "slot 123: has no reply that has ended lately"),
+        ("/slots/1?action=restore", {"filename": "none"}, 404, "filename = 'none.session': there is no such file"),
+        ("/slots/1?action=restore", {"filename": "../a"}, 400, "filename = '../a': must be a plain name"),
+        ("/slots/1?action=restore", {"filename": "prefix-a"}, 400, "must be a plain name"),
+        ("/slots/1?action=restore", {"filename": 5}, 400, "must be a plain name"),
+        ("/slots/1?action=restore", {}, 400, "must be a plain name"),
+        ("/slots/1?action=restore", {"filename": "bad"}, 400, "bad.session: is not a session"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    saving: httpx.Client, tmp_path: Path, path: str, body: dict[str, Any], status: int, words: str
+) -> None:
+    (tmp_path / "bad.session").write_text("junk")
+    answer = saving.post(path, json=body)
+    assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
+
+
+def test_a_server_without_a_directory_says_how_to_get_one(http: httpx.Client) -> None:
+    answer = http.post("/slots/0?action=restore", json={"filename": "a"})
+    assert answer.status_code == 400 and "--prefix-dir" in answer.json()["error"]["message"]
+
+
+def test_a_reply_in_progress_is_not_saved(saving: httpx.Client) -> None:
+    with saving.stream("POST", "/v1/chat/completions", json=SLOW) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        (slot,) = saving.get("/slots").json()
+        answer = saving.post(f"/slots/{slot['id']}?action=save", json={"filename": "a"})
+        assert answer.status_code == 409 and "wait until it has ended" in answer.json()["error"]["message"]
+    until(lambda: not saving.get("/slots").json())
