@@ -253,7 +253,7 @@ def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monk
     llm._requests.scheduler._pool.kept_bytes = 0  # the second run shall not begin with the rows of the first
     alone = ids(llm.generate(prompt, **options))
     llm.costs = PRICES
-    monkeypatch.setattr(composition, "CALM_MS", 50.0)  # 50 to 60 rows at these prices
+    monkeypatch.setattr(composition, "CALM_MS", 20.0)  # some dozen rows of a stage at these prices
     scheduler, chunks, order = llm._requests.scheduler, [], []  # type: Any, list[int], list[int]
     work_off, hand_over = scheduler._work_off, scheduler._hand_over
     with ThreadPoolExecutor(1) as threads:
@@ -274,7 +274,7 @@ def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monk
         monkeypatch.setattr(scheduler, "_hand_over", handed_over)
         reply = llm.generate(prompt, **options)
     assert ids(reply) == alone
-    assert len(chunks) >= 2 and sum(chunks) < 200
+    assert len(chunks) >= 2 and max(chunks) < 190
     assert order[0] == 1, "the reply that came meanwhile has its token first"
 
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from balcony_edge.control.company.assignment import Claim, assign
 from balcony_edge.control.company.goals import ELASTIC, first_due
-from balcony_edge.control.company.prices import chunk_ms, chunk_rows, round_ms, steady_ms
+from balcony_edge.control.company.prices import chunk_ms, chunk_rows, round_ms, steady_ms, work_ms
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.company.view import View
+from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel
 
 #: Longest round in milliseconds with rows of a prompt next to it, or of a prompt alone: who comes meanwhile waits so long.
@@ -39,8 +40,20 @@ class Composer:
     def __init__(self, costs: CostModel, quality: Sequence[float]) -> None:
         self._costs, self._quality = costs, quality
 
-    def compose(self, ready: list[View], views: list[View], factor: float) -> tuple[Chosen, Chunk | None, float]:
+    def compose(self, ready: list[View], views: list[View], slowdown: Slowdown) -> tuple[Chosen, Chunk | None, float]:
         """Streams of the round with their exits, the rows next to it, and the price."""
+        prompts = [view for view in ready if view.first]
+        steps = [view for view in ready if not view.first]
+        behind = any(view.present < view.goal for view in steps) or any(view.room_ms < math.inf for view in prompts)
+        found = self._composed(ready, views, slowdown, behind)
+        if behind and found[1] is None and len(found[0]) < len(steps):
+            return self._composed(ready, views, slowdown, False)  # who was left out made no room for anything
+        return found
+
+    def _composed(
+        self, ready: list[View], views: list[View], slowdown: Slowdown, behind: bool
+    ) -> tuple[Chosen, Chunk | None, float]:
+        """The round, if streams that can wait are left out for somebody who is ``behind``, or are not."""
         waiting = [view for view in views if view not in ready]
         prompts = [view for view in ready if view.first]
         steps = [view for view in ready if not view.first]
@@ -48,7 +61,6 @@ class Composer:
         # Without any target there is nothing to wait for: a deeper exit is taken at once, with all its pending rows.
         chosen = [(view, view.present if aims else view.goal) for view in steps]
         price_ms = self._price(chosen)
-        behind = any(view.present < view.goal for view in steps) or any(view.room_ms < math.inf for view in prompts)
         chosen, price_ms, left = self._leave_out(chosen, price_ms, behind)
         waiting += left
         limit_ms = min((view.bound_ms for view, _ in chosen), default=math.inf)
@@ -58,9 +70,16 @@ class Composer:
         if price_ms > limit_ms:
             chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
         # A target that was given up still says how long a gap may not be.
-        calm_ms = min([CALM_MS / factor, *(GIVEN_UP * view.period_ms for view, _ in chosen)])
-        slack_ms = min(limit_ms - price_ms, calm_ms)
+        calm_ms = min([CALM_MS / slowdown.factor, *(GIVEN_UP * view.period_ms for view, _ in chosen)])
+        # Rounds with more rows next to them may be slower than their price, compared with the others.
+        share = math.exp(-max(slowdown.offsets[-1], 0.0))
+        slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
+        if prompt is not None and prompt.bound_ms < math.inf:
+            others = [view for view in views if not view.first]
+            gap_ms = min((view.period_ms for view in others if view.met), default=math.inf)
+            if self._must_run(prompt, others, price_ms, min(share * gap_ms - price_ms, calm_ms)):
+                return self._with_prompt(prompt, [], 0.0, math.inf)
         if prompt is not None:
             chosen, chunk, price_ms = self._with_prompt(prompt, chosen, price_ms, slack_ms)
             if chunk is not None or not chosen or chosen[-1][0] is prompt:
@@ -74,9 +93,13 @@ class Composer:
         or to the prompt of a stream with ``ttft_ms``.
         """
         left: list[View] = []
+        # Streams with like targets stay together: they share a pass, and one more row costs little.
+        shortest_ms = min((view.period_ms for view, _ in chosen if view.met), default=0.0)
         while len(chosen) > 1 and (behind or price_ms > min(view.bound_ms for view, _ in chosen)):
             laxest = max(chosen, key=lambda one: (self._patience_ms(one[0]), one[0].stream.key))
             if self._patience_ms(laxest[0]) < (BEHIND_ROUNDS if behind else 2) * price_ms:
+                break
+            if behind and laxest[0].bound_ms < math.inf and laxest[0].period_ms <= 2 * shortest_ms:
                 break
             chosen = [one for one in chosen if one is not laxest]
             left.append(laxest[0])
@@ -104,23 +127,46 @@ class Composer:
         lowered_ms = self._price(lowered)
         return (lowered, lowered_ms) if lowered_ms < price_ms else (chosen, price_ms)
 
+    def _must_run(self, prompt: View, others: Sequence[View], price_ms: float, slack_ms: float) -> bool:
+        """Whether a prompt must run at once and whole, because rounds leave it too little time for ``ttft_ms``.
+
+        It may if every other stream has tokens left that may be late.
+
+        Args:
+            prompt: the prompt.
+            others: streams that have begun.
+            price_ms: price of a round without it.
+            slack_ms: time that a usual round leaves for its rows.
+        """
+        seen, costs = prompt.stream, self._costs
+        whole_ms = work_ms(costs, seen.stage_rows, prompt.goal, seen.context_length)
+        if not slack_ms < whole_ms <= prompt.bound_ms:
+            return False
+        rounds = 0.0
+        for stage, due in enumerate(seen.stage_rows[: prompt.goal + 1]):
+            rows = chunk_rows(costs, (stage,), slack_ms, due, seen.context_length)
+            rounds += due / rows if rows else math.inf
+        if rounds * (price_ms + slack_ms) <= prompt.bound_ms:
+            return False
+        return all(view.may_be_late or view.bound_ms > whole_ms for view in others)
+
     def _with_prompt(
         self, prompt: View, chosen: Chosen, price_ms: float, slack_ms: float
     ) -> tuple[Chosen, Chunk | None, float]:
         """Add a prompt's first token to the round if its rows fit, or as many of its rows as do."""
-        rest, stages = prompt.stream.stage_rows[0], tuple(range(prompt.goal + 1))
         whole = [*chosen, (prompt, prompt.goal)]
         whole_ms = self._price(whole)
-        if whole_ms - price_ms <= slack_ms or (not chosen and rest == 1):
+        if whole_ms - price_ms <= slack_ms:
             return whole, None, whole_ms
-        context = prompt.stream.context_length
-        rows = chunk_rows(self._costs, stages, slack_ms, rest - 1, context)
-        if not rows and not chosen and rest > 1:
-            rows = 1
-        if not rows:
+        chunk = self._portion(prompt, range(prompt.goal + 1), slack_ms)
+        if chunk is None and not chosen:  # there is no time, and nobody else to give it to
+            chunk = self._portion(prompt, range(prompt.goal + 1), math.inf)
+            if chunk is None:
+                return whole, None, whole_ms
+            chunk = chunk._replace(rows=1)
+        if chunk is None:
             return chosen, None, price_ms
-        extra_ms = chunk_ms(self._costs, stages, rows, context)
-        return chosen, Chunk(prompt.stream.key, stages, rows), price_ms + extra_ms
+        return chosen, chunk, price_ms + self._chunk_ms(prompt, chunk)
 
     def _with_backlog(self, chosen: Chosen, price_ms: float, slack_ms: float) -> tuple[Chosen, Chunk | None, float]:
         """Let a stream enter the deeper exit that it is assigned, or work off rows on the way to it."""
@@ -143,19 +189,34 @@ class Composer:
     def _rows_left(view: View) -> int:
         return sum(view.stream.stage_rows[: view.goal + 1])
 
+    def _portion(self, view: View, stages: range, slack_ms: float, least: int = 1) -> Chunk | None:
+        """Rows of one stage: the shallowest whose rows fill the time, or fill most of it.
+
+        One stage at a time, because the first row of a pass is the dearest.
+
+        Args:
+            view: stream of the rows.
+            stages: stages on the way to its exit.
+            slack_ms: time for them.
+            least: number of rows for which a pass is worth while.
+        """
+        seen, best, fullest = view.stream, None, 0.0
+        for stage in stages:
+            # The last row of a prompt runs with its first token.
+            ready = seen.stage_rows[stage] - (seen.stage_rows[stage - 1] if stage else 1)
+            most = chunk_rows(self._costs, (stage,), slack_ms, max(ready, PLENTY), seen.context_length)
+            if ready >= least and most and min(ready / most, 1.0) > fullest:
+                fullest, best = min(ready / most, 1.0), Chunk(seen.key, (stage,), min(ready, most))
+        return best
+
     def _backlog(self, view: View, index: int, slack_ms: float) -> Chunk | None:
         """Pending rows of a graph on the way to the goal: the shallowest whose rows fill the time, or fill most of it.
 
         A graph waits for more rows than the stream's tokens add while the others have their turns, because the first row of a
         pass is the dearest.
         """
-        seen, best, fullest = view.stream, None, 0.0
-        stages = range(index + 1, view.goal + 1)
-        for stage in stages:
-            ready = seen.stage_rows[stage] - seen.stage_rows[stage - 1]
-            most = chunk_rows(self._costs, (stage,), slack_ms, max(ready, PLENTY), seen.context_length)
-            if ready > len(stages) and most and min(ready / most, 1.0) > fullest:
-                fullest, best = min(ready / most, 1.0), Chunk(seen.key, (stage,), min(ready, most))
+        seen, stages = view.stream, range(index + 1, view.goal + 1)
+        best = self._portion(view, stages, slack_ms, least=len(stages) + 1)
         kept = seen.balcony_rows[view.goal] - seen.stage_rows[view.goal]
         if best is None and kept > len(stages):
             rows = self._costs.balconies[view.goal].rows_within(slack_ms, kept, seen.context_length, 1)

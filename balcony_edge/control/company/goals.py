@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from balcony_edge.control.company.assignment import Claim, assign
-from balcony_edge.control.company.prices import chunk_ms, steady_ms
+from balcony_edge.control.company.prices import chunk_ms, steady_ms, work_ms
 from balcony_edge.control.company.seen import CompanyState
 from balcony_edge.control.company.view import View, scale_of, targets_of
 from balcony_edge.control.controller import KNOWN_VARIANCE
@@ -43,7 +43,7 @@ class Goals:
         self._costs, self._quality = costs, quality
 
     def assigned(
-        self, state: CompanyState, views: list[View], slowdown: Slowdown
+        self, state: CompanyState, views: list[View], slowdown: Slowdown, share: float
     ) -> tuple[tuple[object, ...], list[View]]:
         """Give every stream its goal; a new assignment only if something has changed."""
         drift = round(math.log(scale_of(slowdown, 0.9)) / DRIFT)
@@ -53,9 +53,9 @@ class Goals:
         if before[:1] == (who,) and before[2:] == (due,) and abs(before[1] - drift) <= 1:  # type: ignore[operator]
             return before, views
         met = dict.fromkeys((view.stream.key for view in views), True)
-        exits, free, fits = self._goals(views, met, slowdown)
+        exits, free, fits = self._goals(views, met, slowdown, share)
         while not fits and any(met.values()):
-            met, (exits, free, fits) = self._given_up(views, met, slowdown)
+            met, (exits, free, fits) = self._given_up(views, met, slowdown, share)
         found = [
             view._replace(goal=self._goal(view, now, up, state), met=met[view.stream.key])
             for view, now, up in zip(views, exits, free, strict=True)
@@ -72,10 +72,11 @@ class Goals:
         return max(up, view.goal) if may_rise else view.goal
 
     def _goals(
-        self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown
+        self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown, share: float
     ) -> tuple[list[int], list[int], bool]:
         """Exits within the shortest target, the same with the hysteresis free, and whether they hold it."""
         claims, limit_ms, lax_rows = self._claims(views, met)
+        views = [view._replace(met=met[view.stream.key]) for view in views]
         if limit_ms == math.inf:
             # Where every target was given up, the shallowest exits come closest to them.
             exits = [view.lowest if view.period_ms < math.inf else view.highest for view in views]
@@ -84,26 +85,34 @@ class Goals:
         if slowdown.variance > KNOWN_VARIANCE:  # a target is out of reach only if no luck could meet it
             luck = math.exp(max(math.sqrt(slowdown.variance + slowdown.noise_variance) - math.sqrt(NOISE_FLOOR), 0.0))
         prompt = first_due([view for view in views if view.first])
+        due = prompt is not None and prompt.bound_ms < math.inf
         tops = [0] if prompt is None else range(prompt.highest, prompt.lowest - 1, -1)
+        # Time for prompts without ttft_ms and for those that will come is a wish: no target is given up for it.
+        wish_ms = max(share, PROMPT_SHARE if prompt is not None and not due else 0.0) * limit_ms
         price_ms, spare_ms = math.inf, limit_ms
         exits = [view.lowest for view in views]
         for top in tops:
-            spare_ms = limit_ms - (0.0 if prompt is None else self._reserve_ms(prompt, top, limit_ms))
+            spare_ms = limit_ms - (self._reserve_ms(prompt, top, limit_ms) if prompt is not None and due else 0.0)
             if spare_ms <= 0:
                 continue
             capped = [
                 claim._replace(highest=min(claim.highest, top)) if view is prompt else claim
                 for view, claim in zip(views, claims, strict=True)
             ]
-            exits, price_ms = assign(self._costs, self._quality, capped, spare_ms, lax_rows)
+            exits, price_ms = assign(self._costs, self._quality, capped, min(spare_ms, limit_ms - wish_ms), lax_rows)
             if price_ms <= spare_ms:
                 break
+        fits = price_ms <= spare_ms * luck
+        if not fits and prompt is not None and self._may_jump(prompt, views):
+            spare_ms = limit_ms
+            lowest = [claim._replace(highest=claim.lowest) for claim in claims]
+            exits, price_ms = assign(self._costs, self._quality, lowest, spare_ms, lax_rows)
+            fits = price_ms <= spare_ms * luck
         hysteresis = min((view.stream.budget.hysteresis for view in views), default=0.0)
         free, _ = assign(self._costs, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows)
-        return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], price_ms <= spare_ms * luck
+        return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], fits
 
-    @staticmethod
-    def _claims(views: Sequence[View], met: Mapping[int, bool]) -> tuple[list[Claim], float, int]:
+    def _claims(self, views: Sequence[View], met: Mapping[int, bool]) -> tuple[list[Claim], float, int]:
         """Claims on a round, its longest time, and the number of streams that are not tight for which it must have room."""
         # A deadline that has passed leaves no time at all.
         limit_ms = max(min((view.period_ms for view in views if met[view.stream.key]), default=math.inf), LEAST_MS)
@@ -113,40 +122,54 @@ class Goals:
             tight = period_ms <= 2 * limit_ms  # also without any target, or after a deadline
             places += 0.0 if tight else max(limit_ms / period_ms, 1 / ELASTIC if period_ms == math.inf else 0.0)
             weight = view.stream.budget.weight * (1.0 if met[view.stream.key] else UNMET)
-            claims.append(Claim(view.lowest, view.highest, weight, view.stream.context_length, tight))
+            # The shallowest exit comes closest to a target that was given up, if it comes close at all.
+            near = not met[view.stream.key] and self._alone_ms(view) <= view.period_ms < math.inf
+            highest = view.lowest if near else view.highest
+            claims.append(Claim(view.lowest, highest, weight, view.stream.context_length, tight))
         return claims, limit_ms, min(math.ceil(places - 1e-9), sum(not claim.tight for claim in claims))
 
     def _alone_ms(self, view: View) -> float:
         """Price of a round of this stream alone, at its shallowest exit."""
         return steady_ms(self._costs, [(view.lowest, view.stream.context_length)])
 
+    def _may_jump(self, prompt: View, views: Sequence[View]) -> bool:
+        """Whether a prompt can run at once and whole, because all others have tokens left that may be late."""
+        seen = prompt.stream
+        whole_ms = work_ms(self._costs, seen.stage_rows, prompt.lowest, seen.context_length)
+        if not whole_ms <= prompt.bound_ms < math.inf:
+            return False
+        return all(view.may_be_late for view in views if not view.first)
+
     def _reserve_ms(self, prompt: View, index: int, limit_ms: float) -> float:
         """Time of a round that the rows of a prompt need at an exit."""
-        budget = prompt.stream.budget
-        if budget.ttft_ms is None or not prompt.met:
-            return PROMPT_SHARE * limit_ms
         rounds = max(prompt.room_ms // limit_ms, 1)
         rows = math.ceil(prompt.stream.stage_rows[0] / rounds)
         return chunk_ms(self._costs, range(index + 1), rows, prompt.stream.context_length)
 
     def _given_up(
-        self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown
+        self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown, share: float
     ) -> tuple[dict[int, bool], tuple[list[int], list[int], bool]]:
         """Give one more target up: one that could not be held alone, or the one without which the others can be held.
 
         Of several such streams it is the newest of the least weight. If no single one is enough, it is the shortest target.
         """
         holding = [view for view in views if met[view.stream.key]]
-        with_target = [view for view in holding if view.period_ms < math.inf] or holding
+        with_target = [view for view in holding if min(view.period_ms, view.room_ms) < math.inf] or holding
         with_target.sort(key=lambda view: (view.stream.budget.weight, -view.stream.key))
-        hopeless = [view for view in with_target if self._alone_ms(view) > view.period_ms]
+        hopeless = [view for view in with_target if self._is_hopeless(view)]
         for view in hopeless or with_target:
             fewer = {**met, view.stream.key: False}
-            found = self._goals(views, fewer, slowdown)
+            found = self._goals(views, fewer, slowdown, share)
             if found[2] or hopeless:
                 return fewer, found
         fewer = {**met, min(with_target, key=lambda view: view.period_ms).stream.key: False}
-        return fewer, self._goals(views, fewer, slowdown)
+        return fewer, self._goals(views, fewer, slowdown, share)
+
+    def _is_hopeless(self, view: View) -> bool:
+        """Whether a target could not be held even alone, at the shallowest exit."""
+        seen = view.stream
+        first_ms = work_ms(self._costs, seen.stage_rows, view.lowest, seen.context_length) if view.first else 0.0
+        return self._alone_ms(view) > view.period_ms or first_ms > view.room_ms
 
     def refusal(self, views: Sequence[View], factor: float) -> str | None:
         """Why the last of some streams cannot join the others now; None if it can.
@@ -173,7 +196,7 @@ class Goals:
 
 
 def first_due(prompts: Sequence[View]) -> View | None:
-    """The prompt to work on: the one that is due first, then the oldest."""
+    """The prompt to work on: the one that is due first; then one whose time has passed, then the oldest."""
     if not prompts:
         return None
-    return min(prompts, key=lambda view: (view.bound_ms, view.stream.started_s, view.stream.key))
+    return min(prompts, key=lambda view: (view.bound_ms, view.room_ms, view.stream.started_s, view.stream.key))

@@ -36,6 +36,11 @@ from balcony_edge.control.governor import TICK_S, Demand, Governor, govern
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel
 
+#: Time over which the share of prompts is averaged.
+PROMPT_S = 10.0
+#: Time between two decisions above which the device was idle in between.
+LONGEST_ROUND_S = 1.0
+
 
 class _Known(NamedTuple):
     """A budget, the indices of the shallowest and deepest exit that it allows, and whether it has ceilings."""
@@ -105,12 +110,12 @@ class JointController:
         governing = [stream.budget for stream in seen.streams if self._known(stream.budget).senses]
         ceilings = merged_ceilings(governing) if governing else None
         governor = self._tick(state.governor, ceilings, slowdown, seen)
-        assigned_for, views = self._goals.assigned(
-            state, self._views(seen.streams, state, slowdown, seen.now_s, governor.ceiling), slowdown
-        )
+        share = _prompt_share(state, seen.now_s)
+        views = self._views(seen.streams, state, slowdown, seen.now_s, governor.ceiling)
+        assigned_for, views = self._goals.assigned(state, views, slowdown, share)
         early_ms = {view.stream.key: _early_ms(view, seen.now_s) for view in views}
         ready = [view for view in views if early_ms[view.stream.key] <= 0]
-        chosen, chunk, price_ms = self._composer.compose(ready, views, slowdown.factor)
+        chosen, chunk, price_ms = self._composer.compose(ready, views, slowdown)
         deepest = max((index for _, index in chosen), default=0)
         offset = slowdown.offsets[-1 if chunk is not None or not chosen else deepest]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)
@@ -127,7 +132,18 @@ class JointController:
             deepest=deepest,
         )
         streams = _streams_after(state.streams, views, chosen)
-        return CompanyState(slowdown, governor, streams, assigned_for, chunk is not None, state.round + 1), found
+        after = state._replace(
+            slowdown=slowdown,
+            governor=governor,
+            streams=streams,
+            assigned_for=assigned_for,
+            caught_up=chunk is not None,
+            round=state.round + 1,
+            prompt_share=share,
+            prompted=_runs_prompt(ready, chosen, chunk),
+            decided_s=seen.now_s,
+        )
+        return after, found
 
     def refusal(self, state: CompanyState, seen: RoundSeen, newcomer: StreamSeen) -> str | None:
         """Why another stream cannot join those of a round now, in one line; None if it can."""
@@ -213,6 +229,19 @@ class JointController:
         )
 
 
+def _prompt_share(state: CompanyState, now_s: float) -> float:
+    """Share of the time that prompts took, averaged over ``PROMPT_S``."""
+    passed_s = max(now_s - state.decided_s, 0.0)
+    weight = math.exp(-passed_s / PROMPT_S)
+    return weight * state.prompt_share + (1 - weight) * (state.prompted and passed_s < LONGEST_ROUND_S)
+
+
+def _runs_prompt(ready: Sequence[View], chosen: Chosen, chunk: Chunk | None) -> bool:
+    """Whether a round runs rows of a prompt."""
+    prompts = {view.stream.key for view in ready if view.first}
+    return any(view.first for view, _ in chosen) or (chunk is not None and chunk.key in prompts)
+
+
 def _ends(view: View, outcome: _Outcome) -> bool:
     """Whether a stream ends here: its targets are out of reach and it asks for an error, or the device is too hot."""
     governor, ceilings = outcome.governor, outcome.ceilings
@@ -245,5 +274,5 @@ def _streams_after(before: Mapping[int, StreamState], views: Sequence[View], cho
         at = taken.get(view.stream.key, view.at)
         stays = at == view.at or view.at is None
         tokens = view.tokens + (view.stream.key in taken) if stays else 1
-        streams[view.stream.key] = StreamState(at, view.goal, tokens, view.met)
+        streams[view.stream.key] = StreamState(at, view.goal, tokens, view.met, view.late, view.stream.emitted_s)
     return streams

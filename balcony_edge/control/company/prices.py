@@ -62,6 +62,11 @@ def steady_ms(costs: CostModel, streams: Iterable[tuple[int, int]]) -> float:
     return round_ms(costs, [Entry(exit_index, ones, ones, context) for exit_index, context in streams])
 
 
+def work_ms(costs: CostModel, stage_rows: Sequence[int], index: int, context: int) -> float:
+    """Price of running the rows that are due at each stage on the way to exit ``index``, in one pass of each."""
+    return sum(costs.stages[stage].pass_ms(stage_rows[stage], context) for stage in range(index + 1))
+
+
 def chunk_ms(costs: CostModel, stages: Sequence[int], rows: int, context: int) -> float:
     """Price of running that many rows of one stream through each of some stages."""
     return sum(costs.stages[stage].pass_ms(rows, context) for stage in stages)

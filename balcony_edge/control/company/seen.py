@@ -66,12 +66,16 @@ class StreamState(NamedTuple):
         goal: exit index that the present assignment gives it.
         tokens: tokens since its exit last changed.
         met: whether the assignment holds its targets.
+        late: number of its tokens that missed ``tpot_ms``.
+        emitted_s: time of its last token.
     """
 
     at: int | None
     goal: int
     tokens: int = 0
     met: bool = True
+    late: int = 0
+    emitted_s: float = 0.0
 
 
 class CompanyState(NamedTuple):
@@ -84,6 +88,9 @@ class CompanyState(NamedTuple):
         assigned_for: what the present assignment was made for; another value makes a new one.
         caught_up: whether the last round ran pending rows next to its step.
         round: number of rounds so far.
+        prompt_share: share of the time that prompts have taken lately, before the last round.
+        prompted: whether the last round ran rows of a prompt.
+        decided_s: time of the last decision.
     """
 
     slowdown: Slowdown = Slowdown()
@@ -92,6 +99,9 @@ class CompanyState(NamedTuple):
     assigned_for: tuple[object, ...] = ()
     caught_up: bool = False
     round: int = 0
+    prompt_share: float = 0.0
+    prompted: bool = False
+    decided_s: float = 0.0
 
     def without(self, keys: Collection[int]) -> CompanyState:
         """The state after some streams have ended."""

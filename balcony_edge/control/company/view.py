@@ -14,6 +14,8 @@ from balcony_edge.control.company.seen import StreamSeen, StreamState
 from balcony_edge.control.controller import quantile_of
 from balcony_edge.control.slowdown import Slowdown
 
+#: Tokens that a reply is taken to have at least, when the share that may be late is reckoned.
+LEAST_MADE = 10
 #: Share of the time left that a deadline keeps for a load that has not begun, per deviation of its probability.
 UNSEEN_LOAD = 0.06
 
@@ -31,6 +33,7 @@ class View(NamedTuple):
         goal: exit that it is assigned.
         met: whether the assignment holds its targets.
         tokens: tokens since its exit changed.
+        late: number of its tokens that missed ``tpot_ms``.
     """
 
     stream: StreamSeen
@@ -43,6 +46,15 @@ class View(NamedTuple):
     goal: int
     met: bool
     tokens: int
+    late: int
+
+    @property
+    def may_be_late(self) -> bool:
+        """Whether its next token may miss ``tpot_ms``: the probability asked for leaves a share of tokens that do."""
+        if self.stream.budget.tpot_ms is None:
+            return True
+        share = (1 - self.stream.budget.probability) * max(self.stream.made_tokens, LEAST_MADE)
+        return self.room_ms > 0 and self.late + 1 <= round(share, 6)
 
     @property
     def first(self) -> bool:
@@ -98,7 +110,16 @@ def view_of(
         highest if known is None else max(min(known.goal, highest), lowest),
         known.met if known is not None else True,
         known.tokens if known is not None else 1 << 30,
+        _late(stream, known),
     )
+
+
+def _late(stream: StreamSeen, known: StreamState | None) -> int:
+    """Number of tokens that missed ``tpot_ms``, with the one since the last decision."""
+    if known is None:
+        return 0
+    gap_ms, target_ms = 1000 * (stream.emitted_s - known.emitted_s), stream.budget.tpot_ms or math.inf
+    return known.late + (stream.made_tokens > 1 and gap_ms > target_ms)
 
 
 def scale_of(slowdown: Slowdown, probability: float) -> float:
