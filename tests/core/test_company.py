@@ -15,7 +15,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.assignment import Claim, assign
 from balcony_edge.control.company.ceilings import merged_ceilings
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.prices import Entry, chunk_ms, chunk_rows, round_ms
+from balcony_edge.control.company.prices import Entry, chunk_ms, round_ms
 from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen, StreamState
 from balcony_edge.control.decision import Measurement
 from balcony_edge.control.slowdown import Slowdown
@@ -66,10 +66,6 @@ def test_the_further_row_of_a_round_costs_a_further_row() -> None:
 
 def test_rows_of_a_chunk_fill_the_time() -> None:
     assert chunk_ms(SMALL, (0, 1), 5, 0) == pytest.approx(3 + 1 + 2 + 1)
-    assert chunk_rows(SMALL, (0, 1), 7.0, 99, 0) == 5
-    assert chunk_rows(SMALL, (0, 1), 6.99, 99, 0) == 4
-    assert chunk_rows(SMALL, (0, 1), 7.0, 3, 0) == 3
-    assert chunk_rows(SMALL, (0, 1), 4.9, 99, 0) == 0
 
 
 @examples(60)

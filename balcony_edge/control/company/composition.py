@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from balcony_edge.control.company.assignment import Claim, assign
 from balcony_edge.control.company.goals import ELASTIC, first_due
-from balcony_edge.control.company.prices import chunk_ms, chunk_rows, round_ms, steady_ms, work_ms
+from balcony_edge.control.company.prices import chunk_ms, round_ms, steady_ms, work_ms
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.company.view import View
 from balcony_edge.control.slowdown import Slowdown
@@ -92,18 +92,22 @@ class Composer:
         If somebody is ``behind``, all of them are left out: their targets are kept anyway, and the time goes to pending rows,
         or to the prompt of a stream with ``ttft_ms``.
         """
+        if len(chosen) < 2 or not (behind or price_ms > min(view.bound_ms for view, _ in chosen)):
+            return chosen, price_ms, []
         left: list[View] = []
         # Streams with like targets stay together: they share a pass, and one more row costs little.
         shortest_ms = min((view.period_ms for view, _ in chosen if view.met), default=0.0)
-        while len(chosen) > 1 and (behind or price_ms > min(view.bound_ms for view, _ in chosen)):
-            laxest = max(chosen, key=lambda one: (self._patience_ms(one[0]), one[0].stream.key))
-            if self._patience_ms(laxest[0]) < (BEHIND_ROUNDS if behind else 2) * price_ms:
+        patience_ms = [(self._patience_ms(view), view.stream.key, view) for view, _ in chosen]
+        for patient_ms, _, laxest in sorted(patience_ms, key=lambda one: one[:2], reverse=True)[:-1]:
+            if patient_ms < (BEHIND_ROUNDS if behind else 2) * price_ms:
                 break
-            if behind and laxest[0].bound_ms < math.inf and laxest[0].period_ms <= 2 * shortest_ms:
+            if behind and laxest.bound_ms < math.inf and laxest.period_ms <= 2 * shortest_ms:
                 break
-            chosen = [one for one in chosen if one is not laxest]
-            left.append(laxest[0])
+            chosen = [one for one in chosen if one[0] is not laxest]
+            left.append(laxest)
             price_ms = self._price(chosen)
+            if not behind and price_ms <= min(view.bound_ms for view, _ in chosen):
+                break
         return chosen, price_ms, left
 
     def _patience_ms(self, view: View) -> float:
@@ -144,7 +148,7 @@ class Composer:
             return False
         rounds = 0.0
         for stage, due in enumerate(seen.stage_rows[: prompt.goal + 1]):
-            rows = chunk_rows(costs, (stage,), slack_ms, due, seen.context_length)
+            rows = costs.stages[stage].rows_within(slack_ms, due, seen.context_length)
             rounds += due / rows if rows else math.inf
         if rounds * (price_ms + slack_ms) <= prompt.bound_ms:
             return False
@@ -204,7 +208,7 @@ class Composer:
         for stage in stages:
             # The last row of a prompt runs with its first token.
             ready = seen.stage_rows[stage] - (seen.stage_rows[stage - 1] if stage else 1)
-            most = chunk_rows(self._costs, (stage,), slack_ms, max(ready, PLENTY), seen.context_length)
+            most = self._costs.stages[stage].rows_within(slack_ms, max(ready, PLENTY), seen.context_length)
             if ready >= least and most and min(ready / most, 1.0) > fullest:
                 fullest, best = min(ready / most, 1.0), Chunk(seen.key, (stage,), min(ready, most))
         return best

@@ -10,11 +10,13 @@ each with the probability that its budget asks for. The slowdown is that of the 
 **Assignment.** From time to time, and when streams or budgets change, every stream gets the deepest exit that the shortest
 target leaves time for (:mod:`.assignment`). Streams that can wait for a whole round share the places that their rates need.
 If no depth holds all targets, the newest of the streams with the least weight gives its target up (one that cannot be met at
-all goes first). It then gets its tokens where the others leave time, or an error if its budget asks for one.
+all goes first). It then gets its tokens where the others leave time, or an error if its budget asks for one. Depth leaves the
+share of the time that prompts have taken lately; no target is given up for that.
 
 **Round.** All streams step together as long as the round is in time. Otherwise those that can wait are left out, and after that
 depth is taken for one round. What is left of the time goes to the prompt of a new stream, and then to the pending rows of a
-stream that was assigned a deeper exit. A stream without a target gets at least a token every ``ELASTIC`` rounds.
+stream that was assigned a deeper exit. A stream without a target gets at least a token every ``ELASTIC`` rounds. A prompt that
+would miss ``ttft_ms`` in this way runs at once and whole, if all others have tokens left that may be late by their probability.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from balcony_edge.control.company.composition import Chosen, Composer
 from balcony_edge.control.company.goals import Goals
 from balcony_edge.control.company.prices import steady_ms
 from balcony_edge.control.company.seen import Chunk, CompanyState, Move, Round, RoundSeen, StreamSeen, StreamState
-from balcony_edge.control.company.view import View, targets_of, view_of
+from balcony_edge.control.company.view import View, scale_of, targets_of, view_of
 from balcony_edge.control.controller import probability_of, quantile_of
 from balcony_edge.control.decision import Decision, Measurement, device_words
 from balcony_edge.control.governor import TICK_S, Demand, Governor, govern
@@ -154,11 +156,14 @@ class JointController:
     def _views(
         self, streams: Sequence[StreamSeen], state: CompanyState, slowdown: Slowdown, now_s: float, ceiling: int
     ) -> list[View]:
-        views = []
+        views, scales = [], {}  # type: list[View], dict[float, float]
         for stream in streams:
             _, lowest, highest, _ = self._known(stream.budget)
+            probability = stream.budget.probability
+            if (scale := scales.get(probability)) is None:
+                scale = scales[probability] = scale_of(slowdown, probability)
             bounds = lowest, max(min(highest, ceiling), lowest)
-            views.append(view_of(stream, state.streams.get(stream.key), bounds, slowdown, now_s))
+            views.append(view_of(stream, state.streams.get(stream.key), bounds, scale, now_s))
         return views
 
     def _known(self, budget: Budget) -> _Known:

@@ -35,24 +35,27 @@ def round_ms(costs: CostModel, entries: Sequence[Entry]) -> float:
     """
     if not entries:
         return 0.0
+    stages, balconies = costs.stages, costs.balconies
     total_ms = costs.overhead_ms + shared_ms(costs.head, len(entries), 0)
-    for stage in range(max(entry.exit_index for entry in entries) + 1):
-        unit, rows, context = costs.stages[stage], 0, 0
-        for entry in entries:
-            if entry.exit_index < stage:
-                continue
-            if entry.stage_rows[stage] == 1:
-                rows, context = rows + 1, context + entry.context
+    # Rows of shared passes and their contexts, by stage and by balcony. One loop: this runs some ten times for a decision.
+    rows, contexts = [0] * len(stages), [0] * len(stages)
+    leaving, left = [0] * len(balconies), [0] * len(balconies)
+    for index, stage_rows, balcony_rows, context in entries:
+        leaving[index] += 1
+        left[index] += context
+        for stage in range(index + 1):
+            if (due := stage_rows[stage]) == 1:
+                rows[stage] += 1
+                contexts[stage] += context
             else:
-                total_ms += unit.pass_ms(entry.stage_rows[stage], entry.context)
-        total_ms += shared_ms(unit, rows, context)
-    for index in {entry.exit_index for entry in entries}:
-        leaving = [entry for entry in entries if entry.exit_index == index]
-        unit = costs.balconies[index]
-        total_ms += shared_ms(unit, len(leaving), sum(entry.context for entry in leaving))
-        for entry in leaving:
-            if (kept := entry.balcony_rows[index]) > 1:
-                total_ms += unit.pass_ms(kept, entry.context, 1) - unit.pass_ms(1, entry.context, 1)
+                total_ms += stages[stage].pass_ms(due, context)
+        if (kept := balcony_rows[index]) > 1:
+            unit = balconies[index]
+            total_ms += unit.pass_ms(kept, context, 1) - unit.pass_ms(1, context, 1)
+    for units, counts, sums in ((stages, rows, contexts), (balconies, leaving, left)):
+        for unit, count, context in zip(units, counts, sums, strict=True):
+            if count:
+                total_ms += shared_ms(unit, count, context)
     return total_ms
 
 
@@ -70,15 +73,3 @@ def work_ms(costs: CostModel, stage_rows: Sequence[int], index: int, context: in
 def chunk_ms(costs: CostModel, stages: Sequence[int], rows: int, context: int) -> float:
     """Price of running that many rows of one stream through each of some stages."""
     return sum(costs.stages[stage].pass_ms(rows, context) for stage in stages)
-
-
-def chunk_rows(costs: CostModel, stages: Sequence[int], available_ms: float, limit: int, context: int) -> int:
-    """Largest number of rows, at most ``limit``, that go through each of the stages within a time; 0 if not even one does."""
-    fits, beyond = 0, limit + 1
-    while beyond - fits > 1:
-        rows = (fits + beyond) // 2
-        if chunk_ms(costs, stages, rows, context) <= available_ms:
-            fits = rows
-        else:
-            beyond = rows
-    return fits

@@ -76,20 +76,17 @@ class View(NamedTuple):
         return self.goal if self.at is None else min(self.goal, max(self.at, self.lowest))
 
 
-def view_of(
-    stream: StreamSeen, known: StreamState | None, bounds: tuple[int, int], slowdown: Slowdown, now_s: float
-) -> View:
+def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, int], scale: float, now_s: float) -> View:
     """The view of a stream.
 
     Args:
         stream: what was seen of it.
         known: its state; None for a new one.
         bounds: indices of the shallowest and deepest exit that it may use now.
-        slowdown: slowdown of the device.
+        scale: :func:`scale_of` for the probability of its budget.
         now_s: present time.
     """
     budget, (lowest, highest) = stream.budget, bounds
-    scale = scale_of(slowdown, budget.probability)
     period_ms = budget.tpot_ms or math.inf
     if budget.deadline_s is not None and stream.made_tokens < (budget.expected_tokens or 0):
         left_ms = 1000 * (budget.deadline_s - (now_s - stream.started_s))
