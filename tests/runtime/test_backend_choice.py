@@ -116,14 +116,15 @@ def test_a_build_without_the_provider_is_refused_and_not_run_on_the_cpu(
     write_graphs(Bundle.open(path), "one", "rtx", Format("fp16", "fused", 64))
     directory = path / "tensorrt" / "one"
     with pytest.raises(
-        DeviceError, match=r"--device nv: this build of ONNX Runtime has no NvTensorRTRTX.*balcony-edge\[gpu\]"
+        DeviceError,
+        match=r"--device cuda: this build of ONNX Runtime has no CUDAExecutionProvider.*balcony-edge\[gpu\]",
     ):
-        OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "nv", {})
+        OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "cuda", {})
     # The provider is listed but does not start: ONNX Runtime then uses the CPU, with a warning.
-    monkeypatch.setitem(PROVIDERS, "nv", ("AzureExecutionProvider", "cpu"))
+    monkeypatch.setitem(PROVIDERS, "cuda", ("AzureExecutionProvider", "cpu"))
     monkeypatch.setattr(onnxruntime_device, "open_session", lambda path, **_: open_session(path))
     with pytest.raises(DeviceError, match="norm: ONNX Runtime could not start AzureExecutionProvider"):
-        OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "nv", {})
+        OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "cuda", {})
 
 
 def test_cuda_errors_are_one_line_with_a_cure() -> None:
@@ -132,7 +133,8 @@ def test_cuda_errors_are_one_line_with_a_cure() -> None:
     for code, cure in (
         (errors.cudaErrorMemoryAllocation, "out of memory .*: ask for a shorter context"),
         (errors.cudaErrorNoDevice, "no CUDA-capable device .*: install NVIDIA's driver"),
-        (errors.cudaErrorLaunchFailure, "nvidia-smi"),
+        (errors.cudaErrorLaunchFailure, "this process can no longer use the GPU"),
+        (errors.cudaErrorInvalidValue, "nvidia-smi"),
     ):
         with pytest.raises(DeviceError, match=cure) as caught:
             check((code, None))
