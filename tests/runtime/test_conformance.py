@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,8 +23,6 @@ from hypothesis import strategies as st
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
-from balcony_export.tensorrt.engine_set import write_graphs
-from balcony_export.tensorrt.graphs import Format
 from balcony_runtime import engine as engine_module
 from balcony_runtime.backends.tensorrt_builder import MODULES, Builder, build_engines
 from balcony_runtime.engine import Engine, TokenSequence
@@ -130,6 +126,17 @@ def on_stand_in(bundle: Bundle, engines: str, target: str) -> Engine:
     return engine
 
 
+def on_cuda_stand_in(bundle: Bundle) -> Engine:
+    """ONNX Runtime whose CUDA provider is a stand-in, over the GPU that is one."""
+    from tests.runtime.cuda_stand_in import onnxruntime, runtime
+
+    stand_ins = contextlib.ExitStack()
+    stand_ins.enter_context(onnxruntime.installed(stand_ins.enter_context(runtime.installed())))
+    backend: Any = (engine := Engine.of(bundle, device="cuda", engines="rtx-fp32")).backend
+    backend.close = lambda close=backend.close: (close(), stand_ins.close())
+    return engine
+
+
 #: Backend → function that opens an engine over a bundle.
 BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
     "lowered": Engine.of,
@@ -141,6 +148,7 @@ BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
     "cuda-fused": lambda bundle: Engine.of(bundle, device="cuda", engines="rtx-fp32"),
     "tensorrt-rtx": partial(on_tensorrt, engines="rtx-fp32", target="rtx"),
     "tensorrt": partial(on_tensorrt, engines="tensorrt-fp32-plain", target="tensorrt"),
+    "stand-in-cuda": on_cuda_stand_in,
     "stand-in-rtx": partial(on_stand_in, engines="rtx-fp32", target="rtx"),
     "stand-in-plain": partial(on_stand_in, engines="tensorrt-fp32-plain", target="tensorrt"),
     "webgpu": lambda bundle: Engine.of(bundle, device="webgpu"),
@@ -161,26 +169,6 @@ PAIRS = [
     if not name.startswith(("packed", "stand-in")) or architecture in ("llama", "gemma3")
     if name != "webgpu" or architecture == "llama"  # test_webgpu.py has the others
 ]
-
-
-@pytest.fixture(scope="session")
-def with_engine_sets(
-    export_tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Bundle]:
-    """A tiny model's bundle with graphs for TensorRT in both sets of operators, by the name of its architecture."""
-    made: dict[str, Path] = {}
-
-    def build(architecture: str) -> Bundle:
-        if architecture not in made:
-            path = tmp_path_factory.mktemp("engines") / architecture
-            shutil.copytree(export_tiny(architecture).path, path)
-            bundle = Bundle.open(path)
-            write_graphs(bundle, "rtx-fp32", "rtx", Format("fp32", "fused", 256))
-            write_graphs(bundle, "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256))
-            made[architecture] = path
-        return Bundle.open(made[architecture])
-
-    return build
 
 
 @pytest.fixture(params=CASES)

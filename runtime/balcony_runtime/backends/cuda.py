@@ -285,21 +285,26 @@ class CudaDevice:
         if not self._open:
             return
         self._open = False
-        calls = [
-            (cudart.cudaSetDevice, (DEVICE,)),
-            (cudart.cudaStreamSynchronize, (self.stream,)),
-            *((destroy, (handle,)) for destroy, handle in self._owned.values()),
-            *((self._freed, (pointer,)) for pointer in self._regions),
-            (cudart.cudaStreamSynchronize, (self.stream,)),
-            (cudart.cudaFreeHost, (self._pinned,)),
-            (cudart.cudaStreamDestroy, (self.stream,)),
-        ]
+        # After an error that lost the GPU each of these fails, and the caller has the first error already.
+        with _logged(), self.current():
+            for call, argument in (
+                (cudart.cudaStreamSynchronize, self.stream),
+                *self._owned.values(),
+                *((self._freed, pointer) for pointer in self._regions),
+                (cudart.cudaStreamSynchronize, self.stream),
+                (cudart.cudaFreeHost, self._pinned),
+                (cudart.cudaStreamDestroy, self.stream),
+            ):
+                with _logged():
+                    check(call(argument))
         self._owned.clear()
         self._regions.clear()
-        for call, arguments in calls:
-            try:
-                check(call(*arguments))
-            except (
-                DeviceError
-            ) as error:  # after an error that lost the GPU each call fails, and the caller knows the first
-                _log.debug("while closing: %s", error)
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """A context that writes an error of the device to the log instead of raising it."""
+    try:
+        yield
+    except DeviceError as error:
+        _log.debug("while closing: %s", error)

@@ -92,7 +92,7 @@ def open_backend(bundle: Bundle, engines: str, provider: str, *, verify_hashes: 
     directory, chosen = bundle.engine_directory(engines, verify_hashes=verify_hashes), bundle.manifest.engines[engines]
     device: Device = HostDevice()
     options: dict[str, Any] = {}
-    if PROVIDERS[provider][1] == "cuda":
+    if provider == "cuda":
         from balcony_runtime.backends.cuda import CudaDevice  # noqa: PLC0415 - an extra
 
         device = cuda = CudaDevice(capture=False)

@@ -203,9 +203,14 @@ int cudaStreamBeginCapture(void *handle, int mode) {
 }
 
 int cudaStreamEndCapture(void *handle, void **graph) {
-    ENTER;
+    pthread_mutex_lock(&mutex);
+    int result = entered(__func__);
     Object *stream = object(handle, STREAM);
     *graph = NULL;
+    if (result) { /* the capture has ended all the same */
+        if (stream && stream->capturing) stream->capturing = stream->recording->alive = 0;
+        LEAVE(result);
+    }
     if (!stream || !stream->capturing) LEAVE(misused(ILLEGAL_STATE, "cudaStreamEndCapture: the stream does not capture"));
     if (stream->mode != RELAXED && !pthread_equal(stream->by, pthread_self()))
         LEAVE(misused(CAPTURE_WRONG_THREAD, "cudaStreamEndCapture: another thread began"));
