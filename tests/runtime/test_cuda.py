@@ -67,7 +67,8 @@ def test_memory_keeps_the_order_of_the_calls(gpu: Runtime, device: CudaDevice) -
     region = device.allocate((2, 3), "float32")
     source = np.arange(6.0).reshape(2, 3)
     device.upload(region, source)
-    source[:] = -1  # the copy may still be to come
+    source[:] = -1  # the copy may still be to come,
+    others = [np.full((2, 3), -1, np.float32) for _ in range(20)]  # and so may other arrays in the place of its source
     kernel(gpu, device, lambda: doubled(region), region).run()
     large = device.allocate((70_000,), "float32")  # does not fit the page-locked memory
     device.copy(large.pointer, 24, region.pointer, 12, 12, 2)
@@ -79,7 +80,8 @@ def test_memory_keeps_the_order_of_the_calls(gpu: Runtime, device: CudaDevice) -
     assert not device.download(region).any()
     halves = device.allocate((2,), "bfloat16")  # NumPy has no bfloat16: its bits
     device.upload(halves, np.array([0x3F80, 0x4000], np.uint16))
-    assert device.download(halves).tolist() == [0x3F80, 0x4000]
+    bits = device.download(halves)
+    assert (bits.dtype, bits.tolist(), len(others)) == (np.uint16, [0x3F80, 0x4000], 20)
     empty = device.allocate((0,), "int64")
     for held in (region, large, halves, empty, empty):
         device.free(held)

@@ -25,6 +25,7 @@ from balcony_edge.errors import BundleError, DeviceError, InputError
 from balcony_runtime.backends import onnxruntime_device, tensorrt
 from balcony_runtime.backends.device import HostDevice, Region
 from balcony_runtime.backends.onnxruntime_device import OnnxRuntimeExecutor
+from balcony_runtime.backends.tensorrt_builder import Builder, make_log
 from balcony_runtime.engine import Engine
 from tests.runtime.cuda_stand_in import onnxruntime as cuda_provider
 from tests.runtime.cuda_stand_in import runtime as cuda_runtime
@@ -58,11 +59,12 @@ def opened(
 
 
 def written(engine: Engine, count: int = 9) -> list[int]:
-    """Greedy tokens at the exits in turn."""
+    """Greedy tokens at the exits in turn, each by a decode step: nothing is pending."""
     sequence = engine.new_sequence(max_length=64)
     ids, made = sequence.advance(5, [7, 3, 5, 11])[:, -1].argmax(-1), []
     for index in range(count):
         made.append(int(ids[0]))
+        sequence.catch_up()
         ids = sequence.step_best(EXITS[index % 3], ids)
     return made
 
@@ -92,7 +94,7 @@ def test_sides_that_take_turns_have_two_captures_each(gpu: cuda_runtime.Runtime,
         engine.new_sequence(max_length=64)
         assert gpu.count("cudaStreamBeginCapture") == captures
         found = written(engine)
-        assert gpu.count("cudaStreamBeginCapture") == captures
+        assert gpu.count("cudaStreamBeginCapture") == captures and gpu.count("cudaGraphLaunch") > 9
     with Engine.of(bundle) as reference:
         assert found == written(reference)
 
@@ -356,11 +358,16 @@ def test_the_stand_in_has_tensorrts_names(name: str) -> None:
     assert hasattr(tensorrt_rtx.IExecutionContext, "is_stream_capturable")
 
 
+def test_engines_ask_us_for_their_memory(bundle: Bundle) -> None:
+    """TensorRT-RTX asks for this flag where a CUDA graph captures an engine."""
+    builder = Builder("rtx")
+    config = builder._config(bundle.manifest.engines[SETS["rtx"]].graphs["lm_head"], lambda done: None)
+    assert config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
 def test_warnings_are_not_printed(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     """TensorRT writes through our logger: a failed load is one line of ours, and nothing on stderr."""
     caplog.set_level(logging.DEBUG)
-    from balcony_runtime.backends.tensorrt_builder import make_log
-
     log = make_log(tensorrt_rtx)
     assert tensorrt_rtx.Runtime(log).deserialize_cuda_engine(b"nonsense") is None
     assert log.last_error and capfd.readouterr().err == ""
