@@ -151,6 +151,7 @@ class CudaDevice:
         self._dropped: deque[object] = deque()
         self._regions: set[int] = set()
         self._uploads: list[npt.NDArray[Any]] = []
+        self._warned: set[str] = set()
         self._open = True
         #: Integrated GPUs and old drivers may have no memory pools.
         attribute = cudart.cudaDeviceAttr.cudaDevAttrMemoryPoolsSupported
@@ -234,7 +235,9 @@ class CudaDevice:
             graph = _Graph(self, self._recorded(launch), launch)
         except DeviceError as error:
             self.synchronize()  # raises if the GPU is lost
-            _log.warning("%s; this part of a decode step runs without a CUDA graph, which is slower", error)
+            if str(error) not in self._warned:  # once, and not for every sequence
+                self._warned.add(str(error))
+                _log.warning("%s; this part of a decode step runs without a CUDA graph, which is slower", error)
             return launch
         return Launch(graph)
 

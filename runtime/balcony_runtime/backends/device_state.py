@@ -102,7 +102,9 @@ class DeviceBackend:
 
     def close(self) -> None:
         """Free engines and memory."""
-        with self.lock:
+        with self.lock, contextlib.ExitStack() as stack:
+            with contextlib.suppress(DeviceError):  # a lost GPU cannot be chosen, and has nothing left to free
+                stack.enter_context(self.device.current())
             for workspace in list(self._workspaces):
                 workspace.forget_programs()  # they hold contexts of the engines
             self.executor.close()

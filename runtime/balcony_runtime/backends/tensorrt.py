@@ -40,6 +40,7 @@ class TensorRTExecutor:
         _refuse_misfits(directory, engines, f"{MODULES[engines.target]} {self._trt.__version__}", device.capability)
         self.in_place = engines.operators == "fused"
         self.batch_size: int | None = engines.batch_size
+        self._warned: set[str] = set()
         self._log = make_log(self._trt)
         self._runtime = self._trt.Runtime(self._log)
         self._engines = {}
@@ -156,7 +157,8 @@ class _KernelCache:
 
     def save(self) -> None:
         """Write the compiled kernels. If the directory cannot be written, the next start only compiles them again."""
-        if self._cache is None or (now := bytes(self._cache.serialize())) == self._before:
+        blob = None if self._cache is None else self._cache.serialize()  # TensorRT gives None if the GPU is lost
+        if blob is None or (now := bytes(blob)) == self._before:
             return
         try:
             write_atomically(self._path, now, BundleError, "make it writable to keep compiled kernels")
