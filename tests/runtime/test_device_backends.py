@@ -293,7 +293,8 @@ def test_onnxruntime_runs_in_our_stream(gpu: cuda_runtime.Runtime, bundle: Bundl
             gpu.fail("standInLaunch", ERRORS.cudaErrorUnknown)
             with pytest.raises(DeviceError, match=r"embed: ONNX Runtime failed while running it \(CUDA failure 999\)"):
                 engine.new_sequence().advance(2, [1])
-        (bundle.engine_directory(SETS["rtx"]) / "norm.onnx").write_bytes(b"nonsense")
+        broken = bundle.engine_directory(SETS["rtx"]) / "norm.onnx"
+        broken.write_bytes(b"x" * broken.stat().st_size)
         with pytest.raises(BundleError, match=r"norm.onnx"):
             onnxruntime_device.open_backend(bundle, SETS["rtx"], "cuda", verify_hashes=False)
     with Engine.of(bundle) as reference:

@@ -102,9 +102,11 @@ class TensorRTExecutor:
         """Whether TensorRT-RTX can have the context captured; the enterprise TensorRT has no such question."""
         if not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(self._device.stream):
             return True
-        _log.warning(
-            "%s: its engine cannot be captured, which is slower: build it again with `balcony-edge build`", graph
-        )
+        if graph not in self._warned:  # once, and not for every sequence
+            self._warned.add(graph)
+            _log.warning(
+                "%s: its engine cannot be captured, which is slower: build it with `balcony-edge build`", graph
+            )
         return False
 
     def _new_context(self, graph: str, profile: int, *, to_capture: bool = False) -> Any:
