@@ -25,7 +25,7 @@ from balcony_edge.errors import BundleError, DeviceError, InputError
 from balcony_runtime.backends import onnxruntime_device, tensorrt
 from balcony_runtime.backends.device import HostDevice, Region
 from balcony_runtime.backends.onnxruntime_device import OnnxRuntimeExecutor
-from balcony_runtime.backends.tensorrt_builder import Builder, make_log
+from balcony_runtime.backends.tensorrt_builder import Builder, build_engines, make_log
 from balcony_runtime.engine import Engine
 from tests.runtime.cuda_stand_in import onnxruntime as cuda_provider
 from tests.runtime.cuda_stand_in import runtime as cuda_runtime
@@ -370,6 +370,23 @@ def test_engines_ask_us_for_their_memory(bundle: Bundle) -> None:
     builder = Builder("rtx")
     config = builder._config(bundle.manifest.engines[SETS["rtx"]].graphs["lm_head"], lambda done: None)
     assert config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+@pytest.mark.skipif(
+    real.cudaGetDeviceCount()[0] != ERRORS.cudaErrorInsufficientDriver,
+    reason="a driver is installed: it would be asked",
+)
+def test_the_real_tensorrt_goes_as_far_as_its_own_driver(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    """A real engine and the real library over the stand-in for CUDA: it refuses when it asks for the real driver."""
+    name = SETS["rtx"]
+    build_engines(bundle, name, Builder("rtx", compute_capabilities=["89"]), ["lm_head"], lambda *_: None)
+    built = Bundle.open(bundle.path)
+    assert built.manifest.engines[name].compute_capabilities == ("89",)
+    with pytest.raises(
+        BundleError, match=r"lm_head.engine: TensorRT cannot load it .*driver.*: build it again here"
+    ) as caught:
+        tensorrt.open_backend(built, name)
+    assert "\n" not in str(caught.value)
 
 
 def test_warnings_are_not_printed(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
