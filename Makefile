@@ -5,7 +5,8 @@
 #                 tests on new examples (hours)
 # make test-mutation  the mistakes made by rule only; ONLY=costs for one module, SAMPLE=50 for fewer mutants of each
 # make test-webgpu  the tests on ONNX Runtime's WebGPU provider, on any adapter: Mesa's for CPUs will do; part of make test
-# make test-gpu  on a machine with an NVIDIA GPU: the tests that need one, and a report with the card's name
+# make test-gpu  on a machine with an NVIDIA GPU: everything that needs one, in pieces that are not run twice, and a report with
+#                the card's name in .cache/gpu-report; needs no network; MINUTES=9 to stop in time, ONLY=limits for one piece
 # make check  the checks without the tests: lint, format, types, import contracts
 # make reference  the public API as pages in .cache/reference, from the docstrings
 # make constraints  renews constraints.txt, the versions that the environment of demo and tests is made of
@@ -96,11 +97,9 @@ $(MUTATION): $(READY)
 test-mutation: $(MUTATION)
 	$(BIN)/python tests/mutation.py $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE))
 
-test-gpu: $(READY)
-	$(INSTALL) --editable '.[tensorrt]'
-	mkdir -p .cache
-	nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv | tee .cache/test-gpu.txt
-	$(BIN)/python -m pytest -m gpu -rA 2>&1 | tee -a .cache/test-gpu.txt
+# Installs nothing: without an environment of make it takes the Python at hand.
+test-gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_report $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 
 reference: $(READY)
 	$(INSTALL) --group reference

@@ -123,8 +123,8 @@ def load(
         verify_hashes: whether to check every file against the manifest. Without it only presence and size are checked.
         packed: directory for weights in the form that the engine's kernels read, made at the first load. Processes that load
             the same bundle with it share them in memory.
-        device: ``cpu``; ``cuda`` or ``nv`` (ONNX Runtime on an NVIDIA GPU); ``tensorrt`` (engines made by `balcony-edge
-            build`); ``webgpu`` (ONNX Runtime on a GPU with Vulkan, Metal or Direct3D 12); ``auto`` takes engines that fit the
+        device: ``cpu``; ``cuda`` (ONNX Runtime on an NVIDIA GPU); ``tensorrt`` (engines made by `balcony-edge build`);
+            ``webgpu`` (ONNX Runtime on a GPU with Vulkan, Metal or Direct3D 12); ``auto`` takes engines that fit the
             GPU, then the GPU through ONNX Runtime, then the CPU.
         engines: name of the engine set, if the bundle has several.
         prefix_mb: megabytes of ended replies that are kept, because later prompts may begin like them; those that were not used

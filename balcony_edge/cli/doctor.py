@@ -67,9 +67,7 @@ def _onnxruntime() -> dict[str, Any]:
         module = checked_onnxruntime()
     except BalconyError as error:
         return {**facts, "note": str(error)}
-    note = (
-        f"{module.__version__} (needs {OLDEST}): bundles run on the CPU; engine sets on a GPU with --device cuda or nv"
-    )
+    note = f"{module.__version__} (needs {OLDEST}): bundles run on the CPU; engine sets on a GPU with --device cuda"
     return {**facts, "providers": module.get_available_providers(), "used": "CPUExecutionProvider", "note": note}
 
 

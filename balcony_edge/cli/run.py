@@ -74,7 +74,7 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without a chat template.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda", "nv", "tensorrt", "webgpu"],
+        Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
         typer.Option(help="auto: engines that fit the GPU, then ONNX Runtime on the GPU, then the CPU."),
     ] = "auto",
     engines: Annotated[str | None, typer.Option(help="Engine set to use, if the bundle has several.")] = None,

@@ -1,19 +1,19 @@
 """Requirements for every backend: exact switching, rollback, batches, bad input. One suite runs over all backends.
 
 After any schedule of exits, chunks and rollbacks an exit gives what a pass from scratch gives; the portable graphs on ONNX
-Runtime say what it should be. Backends that need a GPU are marked ``gpu``: `make test-gpu` runs them.
+Runtime say what it should be. Backends that need a GPU are marked ``gpu``: `make test-gpu` runs them. Without one, the same
+code runs over a stand-in for CUDA and TensorRT (``stand-in-*``), with decode steps that are captured and replayed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,8 @@ from hypothesis import strategies as st
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
-from balcony_export.tensorrt.engine_set import write_graphs
-from balcony_export.tensorrt.graphs import Format
 from balcony_runtime import engine as engine_module
-from balcony_runtime.backends.tensorrt_builder import Builder, build_engines
+from balcony_runtime.backends.tensorrt_builder import MODULES, Builder, build_engines
 from balcony_runtime.engine import Engine, TokenSequence
 from tests.properties import examples
 
@@ -112,11 +110,40 @@ def check_cursors(sequence: TokenSequence) -> None:
         assert rows >= pending[index], "a balcony never is ahead of its stage"
 
 
-def on_tensorrt(bundle: Bundle) -> Engine:
+def on_tensorrt(bundle: Bundle, engines: str, target: Literal["rtx", "tensorrt"]) -> Engine:
     """Engines in float32, built for the GPU of this machine."""
-    graphs = [name for name in bundle.manifest.engines["rtx-fp32"].graphs if name != "backbone"]
-    build_engines(bundle, "rtx-fp32", Builder("rtx"), graphs, lambda *_: None)
-    return Engine.of(Bundle.open(bundle.path), device="tensorrt", engines="rtx-fp32")
+    from balcony_runtime.backends.cuda import compute_capability
+
+    if target == "rtx" and (here := compute_capability()) not in (known := Builder("rtx").known_capabilities):
+        pytest.skip(f"TensorRT-RTX builds for {', '.join(known)}, and this GPU has {here}")
+    pytest.importorskip(MODULES[target])
+    graphs = [name for name in bundle.manifest.engines[engines].graphs if name != "backbone"]
+    build_engines(bundle, engines, Builder(target), graphs, lambda *_: None)
+    return Engine.of(Bundle.open(bundle.path), device="tensorrt", engines=engines)
+
+
+def on_stand_in(bundle: Bundle, engines: str, target: str) -> Engine:
+    """Engines and a GPU that are stand-ins; closing the engine checks that nothing is left and nothing was misused."""
+    from tests.runtime.cuda_stand_in import runtime, tensorrt
+
+    stand_ins = contextlib.ExitStack()
+    stand_ins.enter_context(tensorrt.installed(stand_ins.enter_context(runtime.installed()), target))
+    backend: Any = (
+        engine := Engine.of(tensorrt.with_engines(bundle, engines), device="tensorrt", engines=engines)
+    ).backend
+    backend.close = lambda close=backend.close: (close(), stand_ins.close())
+    return engine
+
+
+def on_cuda_stand_in(bundle: Bundle) -> Engine:
+    """ONNX Runtime whose CUDA provider is a stand-in, over the GPU that is one."""
+    from tests.runtime.cuda_stand_in import onnxruntime, runtime
+
+    stand_ins = contextlib.ExitStack()
+    stand_ins.enter_context(onnxruntime.installed(stand_ins.enter_context(runtime.installed())))
+    backend: Any = (engine := Engine.of(bundle, device="cuda", engines="rtx-fp32")).backend
+    backend.close = lambda close=backend.close: (close(), stand_ins.close())
+    return engine
 
 
 #: Backend → function that opens an engine over a bundle.
@@ -128,40 +155,29 @@ BACKENDS: dict[str, Callable[[Bundle], Engine]] = {
     "device-fused": lambda bundle: Engine.of(bundle, device="cpu", engines="rtx-fp32"),
     "device-plain": lambda bundle: Engine.of(bundle, device="cpu", engines="tensorrt-fp32-plain"),
     "cuda-fused": lambda bundle: Engine.of(bundle, device="cuda", engines="rtx-fp32"),
-    "tensorrt": on_tensorrt,
+    "tensorrt-rtx": partial(on_tensorrt, engines="rtx-fp32", target="rtx"),
+    "tensorrt": partial(on_tensorrt, engines="tensorrt-fp32-plain", target="tensorrt"),
+    "stand-in-cuda": on_cuda_stand_in,
+    "stand-in-rtx": partial(on_stand_in, engines="rtx-fp32", target="rtx"),
+    "stand-in-plain": partial(on_stand_in, engines="tensorrt-fp32-plain", target="tensorrt"),
     "webgpu": lambda bundle: Engine.of(bundle, device="webgpu"),
 }
 #: Backend → mark of the hardware or package that it needs.
-NEEDS = {"cuda-fused": pytest.mark.gpu, "tensorrt": pytest.mark.gpu, "webgpu": pytest.mark.webgpu}
+NEEDS = {
+    "cuda-fused": pytest.mark.gpu,
+    "tensorrt-rtx": pytest.mark.gpu,
+    "tensorrt": pytest.mark.gpu,
+    "webgpu": pytest.mark.webgpu,
+}
 CASES = [pytest.param(name, marks=NEEDS.get(name, ())) for name in BACKENDS]
 #: Joining graphs depends only on names, so two architectures are enough here; test_quantize.py has more.
 PAIRS = [
     pytest.param(architecture, name, marks=NEEDS.get(name, ()))
     for architecture in ("llama", "qwen3", "gemma2", "gemma3", "smollm3")
     for name in BACKENDS
-    if not name.startswith("packed") or architecture in ("llama", "gemma3")
+    if not name.startswith(("packed", "stand-in")) or architecture in ("llama", "gemma3")
     if name != "webgpu" or architecture == "llama"  # test_webgpu.py has the others
 ]
-
-
-@pytest.fixture(scope="session")
-def with_engine_sets(
-    export_tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Bundle]:
-    """A tiny model's bundle with graphs for TensorRT in both sets of operators, by the name of its architecture."""
-    made: dict[str, Path] = {}
-
-    def build(architecture: str) -> Bundle:
-        if architecture not in made:
-            path = tmp_path_factory.mktemp("engines") / architecture
-            shutil.copytree(export_tiny(architecture).path, path)
-            bundle = Bundle.open(path)
-            write_graphs(bundle, "rtx-fp32", "rtx", Format("fp32", "fused", 256))
-            write_graphs(bundle, "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256))
-            made[architecture] = path
-        return Bundle.open(made[architecture])
-
-    return build
 
 
 @pytest.fixture(params=CASES)
@@ -196,6 +212,8 @@ def test_long_sequences_cross_chunks_and_cache_buckets(
     monkeypatch.setattr(engine_module, "MAX_PASS_ROWS", 48)
     random = np.random.default_rng(11)
     for batch in (1, 2):
+        if getattr(getattr(subject.backend, "executor", None), "batch_size", None) not in (None, batch):
+            continue  # engines are built for one number of members
         sequence = subject.new_sequence(batch_size=batch)
         tokens = random.integers(0, 320, (batch, 256))
         got = sequence.advance(2, tokens[:, :200], num_logits=3)
@@ -344,12 +362,17 @@ def test_device_memory_goes_back_with_the_sequence(with_engine_sets: Callable[[s
         fresh = held()
         sequence.advance(5, [1, 2, 3])
         assert held() >= sequence.state.memory_bytes > 0
+        first = sequence.state._workspace  # type: ignore[attr-defined]
         del sequence
-        gc.collect()  # may run in any thread; the memory is freed at the next allocation
-        left = engine.new_sequence(max_length=64)
-        assert held() == fresh
-        # The memory of a state whose allocation failed half-way is freed as well.
+        gc.collect()  # may run in any thread; the next sequence takes the memory
+        left = engine.new_sequence(max_length=32)
+        assert held() == fresh and left.state._workspace is first  # type: ignore[attr-defined]
         del left
+        gc.collect()
+        left = engine.new_sequence(batch_size=2)  # it does not fit and is freed
+        twice = held()
+        assert fresh < twice < 2.5 * fresh
+        # The memory of a state whose allocation failed half-way is freed as well.
         allocate, taken = device.allocate, []
 
         def full(shape: Any, dtype: Any) -> Any:
@@ -362,9 +385,7 @@ def test_device_memory_goes_back_with_the_sequence(with_engine_sets: Callable[[s
         with pytest.raises(DeviceError, match="out of memory"):
             engine.new_sequence(max_length=64)
         device.allocate = allocate
-        gc.collect()
-        left = engine.new_sequence(max_length=64)
-        assert len(taken) == 10 and held() == fresh
+        assert len(taken) == 10 and held() == twice
     del left  # after the backend has closed there is nothing left to free
 
 
@@ -373,7 +394,7 @@ def test_an_engine_that_picks_tokens_says_where_there_are_none(with_engine_sets:
         sequence = engine.new_sequence(max_length=64)
         sequence.advance(5, [1, 2, 3])
         state: Any = sequence.state
-        for cache in (graph.cache for graph in (*state._stages, *state._exits) if graph.cache is not None):
+        for cache in state._workspace.caches:
             for region in cache.sides[cache.side]:
                 state._device.upload(region, np.full(region.shape, np.nan, region.dtype))
         with pytest.raises(InputError, match="the logits hold NaN or infinity"):
@@ -384,8 +405,8 @@ def test_a_device_is_used_by_one_sequence_at_a_time(with_engine_sets: Callable[[
     with BACKENDS["device-fused"](with_engine_sets("llama")) as engine, ThreadPoolExecutor(1) as pool:
         sequence, backend = engine.new_sequence(max_length=64), engine.backend
         sequence.advance(5, [1, 2, 3])
-        prepare, begun = backend.executor.prepare, threading.Event()  # type: ignore[attr-defined]
-        backend.executor.prepare = lambda *given: (begun.set(), prepare(*given))[1]  # type: ignore[attr-defined]
+        upload, begun = backend.device.upload, threading.Event()  # type: ignore[attr-defined]
+        backend.device.upload = lambda *given: (begun.set(), upload(*given))[1]  # type: ignore[attr-defined]
         with backend.lock:  # type: ignore[attr-defined]
             step = pool.submit(sequence.step, 5, np.array([4]))
             assert not begun.wait(0.3)

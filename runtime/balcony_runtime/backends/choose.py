@@ -12,9 +12,9 @@ from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.webgpu import provider
 
-#: ``cpu``: ONNX Runtime on the CPU; ``cuda``, ``nv``: ONNX Runtime on an NVIDIA GPU by that provider; ``tensorrt``: engines;
-#: ``webgpu``: ONNX Runtime on any GPU with Vulkan, Metal or Direct3D 12.
-DeviceName = Literal["auto", "cpu", "cuda", "nv", "tensorrt", "webgpu"]
+#: ``cpu``: ONNX Runtime on the CPU; ``cuda``: ONNX Runtime on an NVIDIA GPU; ``tensorrt``: engines; ``webgpu``: ONNX Runtime
+#: on any GPU with Vulkan, Metal or Direct3D 12.
+DeviceName = Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"]
 
 
 class Choice(NamedTuple):

@@ -7,11 +7,12 @@ of CUDA is in :mod:`.cuda`; the executors of TensorRT and ONNX Runtime are in :m
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,17 @@ import numpy.typing as npt
 from balcony_edge.bundle.manifest import DType
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1}
+
+
+def array_dtype(dtype: DType) -> np.dtype[Any]:
+    """The type of an array that holds a region's values. NumPy has no bfloat16, so its bits are unsigned integers."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def stored_copy(region: Region, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A dense copy of an array in a region's type."""
+    assert array.shape == region.shape, (array.shape, region.shape)
+    return np.array(array, array_dtype(region.dtype), order="C")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +51,24 @@ class Region:
         return Region(self.pointer + index * ITEM_BYTES[self.dtype], shape, self.dtype)
 
 
+class Launch(NamedTuple):
+    """One graph over the regions that it is bound to.
+
+    Attributes:
+        run: puts the graph's work into the device's queue.
+        may_capture: whether that work can be captured; it is asked after the first run.
+    """
+
+    run: Callable[[], None]
+    may_capture: Callable[[], bool] = lambda: False
+
+
 class Device(Protocol):
     """Memory, and one queue of work on it: calls take effect in order, not necessarily at once."""
+
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the calling thread uses this device; every other call needs it."""
+        ...
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
         """Allocate a region of zeros.
@@ -66,8 +94,16 @@ class Device(Protocol):
         """Copy ``height`` runs of ``width`` bytes; consecutive runs begin one pitch apart."""
         ...
 
-    def captured(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:
-        """Combine the launches into one. Capturing runs them once or twice, over the regions that they are bound to."""
+    def clear(self, region: Region) -> None:
+        """Set a region to zeros."""
+        ...
+
+    def captured(self, launch: Launch) -> Launch:
+        """Run a launch once and capture it, over the regions that it is bound to; return it unchanged if that is impossible."""
+        ...
+
+    def joined(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        """One call for launches of :meth:`captured`, in this order."""
         ...
 
     def synchronize(self) -> None:
@@ -75,7 +111,7 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Free all memory."""
+        """Free all memory. It does not raise: after an error of the device, the caller's own error is the one to show."""
         ...
 
 
@@ -87,8 +123,13 @@ class Executor(Protocol):
     #: Number of members of every pass; None: any number.
     batch_size: int | None
 
-    def prepare(self, graph: str, tensors: Mapping[str, Region]) -> Callable[[], None]:
+    def prepare(self, graph: str, tensors: Mapping[str, Region], *, to_capture: bool = False) -> Launch:
         """Make a launch of a graph with these inputs and outputs.
+
+        Args:
+            graph: name of the graph.
+            tensors: its inputs and outputs by name.
+            to_capture: whether :meth:`Device.captured` gets the launch. Such a launch shares nothing that later ones change.
 
         Raises:
             DeviceError: the engine refuses the shapes.
@@ -100,11 +141,24 @@ class Executor(Protocol):
         ...
 
 
+def in_turn(launches: Sequence[Launch]) -> Callable[[], None]:
+    """A call that runs launches one after another."""
+
+    def run() -> None:
+        for launch in launches:
+            launch.run()
+
+    return run
+
+
 class HostDevice:
     """Main memory as a device; every call takes effect at once."""
 
     def __init__(self) -> None:
         self._arrays: dict[int, npt.NDArray[np.uint8]] = {}
+
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
         array = np.zeros(max(math.prod(shape) * ITEM_BYTES[dtype], 1), np.uint8)
@@ -115,12 +169,11 @@ class HostDevice:
         self._arrays.pop(region.pointer, None)
 
     def upload(self, region: Region, array: npt.NDArray[Any]) -> None:
-        array = np.ascontiguousarray(array, region.dtype)
-        assert array.shape == region.shape, (array.shape, region.shape)
+        array = stored_copy(region, array)
         ctypes.memmove(region.pointer, array.ctypes.data, region.nbytes)
 
     def download(self, region: Region) -> npt.NDArray[Any]:
-        array = np.empty(region.shape, region.dtype)
+        array = np.empty(region.shape, array_dtype(region.dtype))
         ctypes.memmove(array.ctypes.data, region.pointer, region.nbytes)
         return array
 
@@ -128,12 +181,14 @@ class HostDevice:
         for run in range(height):
             ctypes.memmove(target + run * target_pitch, source + run * source_pitch, width)
 
-    def captured(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:
-        def all_of_them() -> None:
-            for launch in launches:
-                launch()
+    def clear(self, region: Region) -> None:
+        ctypes.memset(region.pointer, 0, region.nbytes)
 
-        return all_of_them
+    def captured(self, launch: Launch) -> Launch:
+        return launch
+
+    def joined(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        return in_turn(launches)
 
     def synchronize(self) -> None:
         pass

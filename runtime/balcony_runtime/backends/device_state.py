@@ -1,7 +1,8 @@
 """One sequence's memory on an accelerator, and the graphs of an engine set over it.
 
 Owns the regions (row buffers, KV caches, small inputs of a pass) and the decode step as one captured program per exit: token
-table, stages, balcony, head and the choice of the most likely token run without Python or the host in between. A
+table, stages, balcony, head and the choice of the most likely token run without Python or the host in between. Each graph is
+captured once, when the memory is made, so that no reply waits for it; the programs of the exits share these captures. A
 :class:`.device.Device` provides the memory, a :class:`.device.Executor` the graphs. I/O tables: those of the set ``graphs`` in
 :mod:`balcony_edge.bundle.manifest`, but with caches (B, H, S, d) of fixed S, a graph ``embed`` (``ids`` int64 (B, T) →
 ``hidden_0``), and a second output ``argmax`` int64 (B, Q) of ``lm_head``.
@@ -22,9 +23,9 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 import numpy as np
 
 from balcony_edge.bundle.manifest import DType, EngineSet, Manifest
-from balcony_edge.errors import InputError
+from balcony_edge.errors import DeviceError, InputError
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, not_finite, part_of
-from balcony_runtime.backends.device import ITEM_BYTES, Device, Executor, Region
+from balcony_runtime.backends.device import ITEM_BYTES, Device, Executor, Launch, Region, array_dtype
 
 #: Most rows of one pass: the end of the largest optimization profile.
 MAX_ROWS = 512
@@ -44,11 +45,19 @@ class DeviceBackend:
         self.picks_inside = True
         #: All sequences share one queue of work and its contexts, so only one thread at a time may use them.
         self.lock = threading.RLock()
-        #: Memory of collected states, freed later: a state may be collected in any thread, even during a capture.
-        self.returned: deque[Region] = deque()
+        #: Memory of collected states. The next state takes it, or frees it: a state may be collected in any thread, even during
+        #: a capture.
+        self.returned: deque[Workspace] = deque()
+        self._workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """A context in which the calling thread has the device to itself."""
+        with self.lock, self.device.current():
+            yield
 
     def new_state(self, batch_size: int, max_length: int) -> DeviceState:
-        """Memory for one sequence.
+        """Memory for one sequence. It has the length of the engines' caches, whatever ``max_length`` is.
 
         Raises:
             InputError: the engines were built for another number of members.
@@ -59,26 +68,47 @@ class DeviceBackend:
                 f"batch_size = {batch_size}: these engines were built for {self.executor.batch_size}: "
                 f"build others with --batch {batch_size}"
             )
-        with self.lock:
-            return DeviceState(self, batch_size, max_length)
+        with self.alone():
+            workspace = None
+            for old in [self.returned.popleft() for _ in range(len(self.returned))]:
+                if workspace is None and old.batch_size == batch_size:
+                    workspace = old
+                else:
+                    old.free()
+            if workspace is None:
+                workspace = Workspace(self, batch_size)
+                self._workspaces.add(workspace)
+            else:
+                workspace.clear()
+            return DeviceState(self, workspace)
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
-        """Free the memory of collected states, then allocate a region of zeros.
+        """Allocate a region of zeros, if need be in the place of memory of collected states.
 
         Raises:
             DeviceError: there is not enough memory.
         """
-        while self.returned:
-            self.device.free(self.returned.popleft())
-        return self.device.allocate(shape, dtype)
+        while True:
+            try:
+                return self.device.allocate(shape, dtype)
+            except DeviceError:
+                if not self.returned:
+                    raise
+                self.returned.popleft().free()
+                self.device.synchronize()  # memory goes back when the device comes to it
 
     def new_pool(self, members: int, max_length: int) -> None:
         """Nothing: the members of an engine's batch have the same length."""
 
     def close(self) -> None:
         """Free engines and memory."""
-        self.executor.close()
-        self.device.close()
+        with self.lock, contextlib.ExitStack() as stack:
+            with contextlib.suppress(DeviceError):  # a lost GPU cannot be chosen, and has nothing left to free
+                stack.enter_context(self.device.current())
+            for workspace in list(self._workspaces):
+                workspace.forget_programs()  # they hold contexts of the engines
+            self.executor.close()
+            self.device.close()
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +150,6 @@ class _Cache:
         """Make the tensors that the last pass wrote the past of the next one."""
         self.side = 1 - self.side
 
-    @property
     def regions(self) -> list[Region]:
         """All regions, each once."""
         return list({region.pointer: region for side in self.sides for region in side}.values())
@@ -139,6 +168,134 @@ class _Graph(NamedTuple):
     step: dict[str, Region]
     cache: _Cache | None = None
 
+    @property
+    def side(self) -> int:
+        """Side of the cache that the next pass reads."""
+        return 0 if self.cache is None else self.cache.side
+
+
+class Workspace:
+    """Memory of one sequence at full length, and its decode step. Later sequences use it again.
+
+    Raises:
+        DeviceError: there is not enough memory.
+    """
+
+    def __init__(self, backend: DeviceBackend, batch_size: int) -> None:
+        manifest, engines = backend.manifest, backend.engines
+        self._backend, self._device, self.batch_size = backend, backend.device, batch_size
+        self.length = engines.context_length
+        width, vocabulary = manifest.model.hidden_size, manifest.model.vocab_size
+        dtype = engines.graphs["embed"].outputs[0].dtype
+        self._regions: list[Region] = []
+        try:
+            # Each member's rows are contiguous, so with one member any range of rows is dense.
+            self.rows = [self._allocate((batch_size, self.length, width), dtype) for _ in (0, *manifest.exit_layers)]
+            # Regions of the decode step, whose program reads and writes the same ones every time.
+            self.row = [self._allocate((batch_size, 1, width), dtype) for _ in self.rows]
+            self.hidden = self._allocate((batch_size, 1, width), dtype)
+            self.logits = self._allocate((batch_size, 1, vocabulary), "float32")
+            self.best = self._allocate((batch_size, 1), "int64")
+            self.ids = self._allocate((batch_size, 1), "int64")
+            self.start = self._allocate((batch_size,), "int64")
+            # Dense copies of rows for passes with several members (two regions), and the output of an exit for the head.
+            many = (batch_size, min(MAX_ROWS, self.length), width)
+            self.scratch = [self._allocate(many, dtype) for _ in range(3)]
+            self._make_graphs(manifest)
+            self._capture(len(manifest.exit_layers))
+        except BaseException:
+            with contextlib.suppress(DeviceError):  # the first error is the one to show
+                self.free()
+            raise
+
+    def _allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
+        self._regions.append(self._backend.allocate(shape, dtype))
+        return self._regions[-1]
+
+    def _make_graphs(self, manifest: Manifest) -> None:
+        in_place = self._backend.executor.in_place
+
+        def cache(name: str) -> _Cache:
+            return _Cache(self._backend.engines, name, self._allocate, self.batch_size, in_place)
+
+        self.embed = _Graph("embed", {"ids": self.ids, "hidden_0": self.row[0]})
+        self.stages, self.exits = [], []
+        before = 0
+        for stage, layer in enumerate(manifest.exit_layers):
+            name, source, target = f"stage_{stage}", self.row[stage], self.row[stage + 1]
+            self.stages.append(_Graph(name, {f"hidden_{before}": source, f"hidden_{layer}": target}, cache(name)))
+            name, before = manifest.exit_graph(layer), layer
+            if layer in manifest.cached_exits:
+                step = {"rows": target, "queries": target, "hidden": self.hidden}
+                self.exits.append(_Graph(name, step, cache(name)))
+            else:
+                self.exits.append(_Graph(name, {"hidden": target, "normed": self.hidden}))
+        self.head = _Graph("lm_head", {"hidden": self.hidden, "logits": self.logits, "argmax": self.best})
+        self.caches = [graph.cache for graph in (*self.stages, *self.exits) if graph.cache is not None]
+
+    def _capture(self, exits: int) -> None:
+        """Capture every graph of the decode step over a row that no sequence has; the first pass overwrites it."""
+        in_place, captured = self._backend.executor.in_place, {}
+        for graph in (self.embed, *self.stages, *self.exits, self.head):
+            for _ in range(1 if in_place or graph.cache is None else 2):
+                captured[graph.name, graph.side] = self._device.captured(
+                    self.prepared(graph, graph.step, to_capture=True)
+                )
+                if graph.cache is not None:
+                    graph.cache.turn()
+        # A graph is bound to one side of its cache. With sides that take turns there is no fixed program for an exit.
+        self._programs = [
+            self._joined([captured[graph.name, 0] for graph in self.path(e)]) for e in range(exits) if in_place
+        ]
+        self._singles = {key: self._joined([launch]) for key, launch in captured.items() if not in_place}
+
+    def _joined(self, launches: list[Launch]) -> Callable[[], None]:
+        return self._device.joined(launches)
+
+    def path(self, exit_index: int) -> list[_Graph]:
+        """The graphs of a decode step at an exit."""
+        return [self.embed, *self.stages[: exit_index + 1], self.exits[exit_index], self.head]
+
+    def step(self, exit_index: int) -> None:
+        """Run the decode step of an exit over the regions of the step."""
+        path = self.path(exit_index)
+        if self._programs:
+            self._programs[exit_index]()
+        else:
+            for graph in path:
+                self._singles[graph.name, graph.side]()
+        for graph in path:
+            if graph.cache is not None:
+                graph.cache.turn()
+
+    def prepared(self, graph: _Graph, tensors: dict[str, Region], *, to_capture: bool = False) -> Launch:
+        """A launch of a graph over these tensors and those of its cache."""
+        if graph.cache is not None:
+            tensors = {**tensors, "start": self.start, **graph.cache.tensors()}
+        return self._backend.executor.prepare(graph.name, tensors, to_capture=to_capture)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of row buffers and KV caches."""
+        cached = [region for cache in self.caches for region in cache.regions()]
+        return sum(region.nbytes for region in (*self.rows, *self.scratch, *cached))
+
+    def clear(self) -> None:
+        """Set the caches to zeros: NaN in a row that attention ignores would still reach its result (0 × NaN)."""
+        for cache in self.caches:
+            for region in cache.regions():
+                self._device.clear(region)
+
+    def forget_programs(self) -> None:
+        """Give the decode step back; the workspace must not be used any more."""
+        self._programs, self._singles = [], {}
+
+    def free(self) -> None:
+        """Free the memory; the workspace must not be used any more."""
+        self.forget_programs()
+        while self._regions:
+            self._device.free(self._regions.pop())
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -149,7 +306,7 @@ def _alone(method: Callable[Concatenate[DeviceState, P], R]) -> Callable[Concate
 
     @functools.wraps(method)
     def locked(state: DeviceState, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with state._backend.lock:
+        with state._backend.alone():
             return method(state, *args, **kwargs)
 
     return locked
@@ -158,67 +315,25 @@ def _alone(method: Callable[Concatenate[DeviceState, P], R]) -> Callable[Concate
 class DeviceState:
     """One sequence's rows and caches on a device; implements :class:`balcony_runtime.backends.base.State`."""
 
-    def __init__(self, backend: DeviceBackend, batch_size: int, max_length: int) -> None:
-        manifest, engines = backend.manifest, backend.engines
-        self._backend, self._device, self._batch, self._length = backend, backend.device, batch_size, max_length
-        self._layers = (0, *manifest.exit_layers)  # layer of each boundary
-        self._width = manifest.model.hidden_size
+    def __init__(self, backend: DeviceBackend, workspace: Workspace) -> None:
+        self._backend, self._device, self._workspace = backend, backend.device, workspace
+        self._layers = (0, *backend.manifest.exit_layers)  # layer of each boundary
+        self._batch, self._width = workspace.batch_size, backend.manifest.model.hidden_size
         self.busy_ns = 0
-        dtype = engines.graphs["embed"].outputs[0].dtype
-        # Python does not free device memory. Return it when the state is collected or the backend closes, and also when
-        # allocation fails half-way through `__init__`.
-        regions: list[Region] = []
-        weakref.finalize(self, backend.returned.extend, regions)
-
-        def allocate(shape: tuple[int, ...], dtype: DType) -> Region:
-            regions.append(backend.allocate(shape, dtype))
-            return regions[-1]
-
-        width, vocabulary = self._width, manifest.model.vocab_size
-        # Each member's rows are contiguous, so with one member any range of rows is dense.
-        self._rows = [allocate((batch_size, max_length, width), dtype) for _ in self._layers]
-        # Regions of the decode step, whose program reads and writes the same ones every time.
-        self._row = [allocate((batch_size, 1, width), dtype) for _ in self._layers]
-        self._hidden = allocate((batch_size, 1, width), dtype)
-        self._logits = allocate((batch_size, 1, vocabulary), "float32")
-        self._best = allocate((batch_size, 1), "int64")
-        self._ids = allocate((batch_size, 1), "int64")
-        self._start = allocate((batch_size,), "int64")
-        # Dense copies of rows for passes with several members (two regions), and the output of an exit for the head.
-        self._scratch = [allocate((batch_size, min(MAX_ROWS, max_length), width), dtype) for _ in range(3)]
         self._asked: Region | None = None
-
-        def cache(name: str) -> _Cache:
-            return _Cache(engines, name, allocate, batch_size, backend.executor.in_place)
-
-        self._embed = _Graph("embed", {"ids": self._ids, "hidden_0": self._row[0]})
-        self._stages, self._exits = [], []
-        for stage, layer in enumerate(manifest.exit_layers):
-            name, source, target = f"stage_{stage}", self._row[stage], self._row[stage + 1]
-            step = {f"hidden_{self._layers[stage]}": source, f"hidden_{layer}": target}
-            self._stages.append(_Graph(name, step, cache(name)))
-            name = manifest.exit_graph(layer)
-            if layer in manifest.cached_exits:
-                step = {"rows": target, "queries": target, "hidden": self._hidden}
-                self._exits.append(_Graph(name, step, cache(name)))
-            else:
-                self._exits.append(_Graph(name, {"hidden": target, "normed": self._hidden}))
-        head = {"hidden": self._hidden, "logits": self._logits, "argmax": self._best}
-        self._head = _Graph("lm_head", head)
-        self._programs: dict[tuple[int, ...], Callable[[], None]] = {}
+        # Python does not free device memory. Return it when the state is collected; the backend frees the rest when it closes.
+        weakref.finalize(self, backend.returned.append, workspace)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of row buffers and KV caches at full length, since a device allocates them whole."""
-        graphs = (*self._stages, *self._exits)
-        cached = [region for graph in graphs if graph.cache is not None for region in graph.cache.regions]
-        return sum(region.nbytes for region in (*self._rows, *self._scratch, *cached))
+        return self._workspace.memory_bytes
 
     @_alone
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """Run one row through all graphs on the way to an exit."""
         self._step(exit_index, ids, row)
-        logits: FloatArray = self._downloaded(self._logits)[:, 0]
+        logits: FloatArray = self._downloaded(self._workspace.logits)[:, 0]
         return logits
 
     @_alone
@@ -229,10 +344,10 @@ class DeviceState:
             InputError: the logit of such a token is NaN or infinite.
         """
         self._step(exit_index, ids, row)
-        best: IntArray = self._downloaded(self._best)[:, 0]
-        vocabulary = self._logits.shape[2]
+        best: IntArray = self._downloaded(self._workspace.best)[:, 0]
+        logits = self._workspace.logits
         for member, token in enumerate(best.tolist()):
-            if not np.isfinite(self._downloaded(self._logits.part(member * vocabulary + token, (1,)))[0]):
+            if not np.isfinite(self._downloaded(logits.part(member * logits.shape[2] + token, (1,)))[0]):
                 raise not_finite()
         return best
 
@@ -244,7 +359,7 @@ class DeviceState:
             rows = self._rows_of(0, start + first, start + first + part.shape[1], 0, fill=False)
             with self._for_a_pass(part.shape, "int64") as ids:
                 self._device.upload(ids, part)
-                self._run(self._embed, {"ids": ids, "hidden_0": rows})
+                self._run(self._workspace.embed, {"ids": ids, "hidden_0": rows})
             self._store(0, rows, start + first)
 
     @_alone
@@ -254,15 +369,15 @@ class DeviceState:
         source = self._rows_of(stage, start, stop, 0)
         target = self._rows_of(stage + 1, start, stop, 1, fill=False)
         names = [f"hidden_{layer}" for layer in self._layers[stage : stage + 2]]
-        self._run(self._stages[stage], {names[0]: source, names[1]: target})
+        self._run(self._workspace.stages[stage], {names[0]: source, names[1]: target})
         self._store(stage + 1, target, start)
 
     @_alone
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
         boundary, count = exit_index + 1, max(num_queries, 1)
-        graph = self._exits[exit_index]
-        out = self._scratch[2].part(0, (self._batch, count, self._width))
+        graph = self._workspace.exits[exit_index]
+        out = self._workspace.scratch[2].part(0, (self._batch, count, self._width))
         queries = self._rows_of(boundary, stop - count, stop, 0)
         if graph.cache is None:
             self._run(graph, {"hidden": queries, "normed": out})
@@ -286,7 +401,7 @@ class DeviceState:
         vocabulary = self._backend.manifest.model.vocab_size
         asked = (self._batch, num_queries)
         with self._for_a_pass((*asked, vocabulary), "float32") as logits, self._for_a_pass(asked, "int64") as best:
-            self._run(self._head, {"hidden": self._asked, "logits": logits, "argmax": best})
+            self._run(self._workspace.head, {"hidden": self._asked, "logits": logits, "argmax": best})
             found: FloatArray = self._downloaded(logits)
         return found
 
@@ -301,7 +416,7 @@ class DeviceState:
     def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
         """Copy what another state has made to the device."""
         for name, region, first in self._reached(stage_rows, balcony_rows):
-            whole = np.zeros(region.shape, region.dtype)
+            whole = np.zeros(region.shape, array_dtype(region.dtype))
             whole[first] = part_of(parts, name, whole[first].shape, whole.dtype)
             self._device.upload(region, whole)
 
@@ -309,9 +424,10 @@ class DeviceState:
         self, stage_rows: Sequence[int], balcony_rows: Sequence[int]
     ) -> Iterator[tuple[str, Region, tuple[slice, ...]]]:
         """Name and region of everything that has been made, and the index of its first rows."""
+        workspace = self._workspace
         for stage, rows in enumerate(stage_rows):
-            yield f"hidden_{self._layers[stage + 1]}", self._rows[stage + 1], np.s_[:, :rows]
-        graphs = (*self._stages, *self._exits)
+            yield f"hidden_{self._layers[stage + 1]}", workspace.rows[stage + 1], np.s_[:, :rows]
+        graphs = (*workspace.stages, *workspace.exits)
         for graph, rows in zip(graphs, (*stage_rows, *balcony_rows), strict=False):
             if graph.cache is not None and rows:
                 for name, region in graph.cache.past.items():
@@ -326,58 +442,43 @@ class DeviceState:
             self._device.free(region)
 
     def _step(self, exit_index: int, ids: IntArray, row: int) -> None:
-        path = (self._embed, *self._stages[: exit_index + 1], self._exits[exit_index], self._head)
-        caches = [graph.cache for graph in path if graph.cache is not None]
-        self._device.upload(self._ids, ids[:, None])
+        self._device.upload(self._workspace.ids, ids[:, None])
         self._stand_at(row)
-        # A captured program is bound to one side of each cache.
-        key = (exit_index, *(cache.side for cache in caches))
         begin = time.perf_counter_ns()
-        if key not in self._programs:
-            launches = [self._prepared(graph, graph.step) for graph in path]
-            self._programs[key] = self._device.captured(launches)
-        self._programs[key]()
+        self._workspace.step(exit_index)
         self.busy_ns += time.perf_counter_ns() - begin
-        for cache in caches:
-            cache.turn()
         for boundary in range(exit_index + 2):
-            self._store(boundary, self._row[boundary], row)
-
-    def _prepared(self, graph: _Graph, tensors: dict[str, Region]) -> Callable[[], None]:
-        """A call that launches a graph over these tensors and those of its cache."""
-        if graph.cache is not None:
-            tensors = {**tensors, "start": self._start, **graph.cache.tensors()}
-        return self._backend.executor.prepare(graph.name, tensors)
+            self._store(boundary, self._workspace.row[boundary], row)
 
     def _run(self, graph: _Graph, tensors: dict[str, Region]) -> None:
         begin = time.perf_counter_ns()
-        self._prepared(graph, tensors)()
+        self._workspace.prepared(graph, tensors).run()
         self.busy_ns += time.perf_counter_ns() - begin
         if graph.cache is not None:
             graph.cache.turn()
 
     def _stand_at(self, start: int) -> None:
-        self._device.upload(self._start, np.full(self._batch, start, np.int64))
+        self._device.upload(self._workspace.start, np.full(self._batch, start, np.int64))
 
     def _rows_of(self, boundary: int, start: int, stop: int, scratch: int, *, fill: bool = True) -> Region:
         """Rows of a boundary as one dense tensor (B, T, D): in place for one member, otherwise in a scratch region."""
         shape = (self._batch, stop - start, self._width)
         if self._batch == 1:
-            return self._rows[boundary].part(start * self._width, shape)
-        region = self._scratch[scratch].part(0, shape)
+            return self._workspace.rows[boundary].part(start * self._width, shape)
+        region = self._workspace.scratch[scratch].part(0, shape)
         if fill:
             self._copy_rows(boundary, region, start, to_rows=False)
         return region
 
     def _store(self, boundary: int, rows: Region, start: int) -> None:
         """Copy rows of :meth:`_rows_of`, or the row of a step, to the buffer of their boundary."""
-        if self._batch > 1 or rows is self._row[boundary]:
+        if self._batch > 1 or rows is self._workspace.row[boundary]:
             self._copy_rows(boundary, rows, start, to_rows=True)
 
     def _copy_rows(self, boundary: int, dense: Region, start: int, *, to_rows: bool) -> None:
         item = ITEM_BYTES[dense.dtype] * self._width
-        width, pitch = dense.shape[1] * item, self._length * item
-        place = self._rows[boundary].pointer + start * item
+        width, pitch = dense.shape[1] * item, self._workspace.length * item
+        place = self._workspace.rows[boundary].pointer + start * item
         if to_rows:
             self._device.copy(place, pitch, dense.pointer, width, width, self._batch)
         else:

@@ -1,19 +1,17 @@
-"""ONNX Runtime over device memory: runs the graphs of an engine set through the execution provider of a GPU or the CPU.
+"""ONNX Runtime over device memory: runs the graphs of an engine set through CUDA's execution provider, or on the CPU.
 
-Owns the choice of the provider and the sessions. All tensors are bound by pointer, so rows and caches never leave the device.
+Owns the sessions. All tensors are bound by pointer, so rows and caches never leave the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import DeviceError
-from balcony_runtime.backends.device import Device, HostDevice, Region
+from balcony_runtime.backends.device import Device, HostDevice, Launch, Region, array_dtype
 from balcony_runtime.backends.device_state import DeviceBackend
 from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.backends.installed import checked_onnxruntime
@@ -21,11 +19,11 @@ from balcony_runtime.backends.onnxruntime import open_session
 
 #: Device name → ONNX Runtime's provider and the kind of memory that it binds.
 PROVIDERS = {
-    "nv": ("NvTensorRTRTXExecutionProvider", "cuda"),
-    "tensorrt": ("TensorrtExecutionProvider", "cuda"),
     "cuda": ("CUDAExecutionProvider", "cuda"),
     "cpu": ("CPUExecutionProvider", "cpu"),
 }
+#: The number of bfloat16 in ONNX's TensorProto.DataType. NumPy has no such type, and IO binding also takes the number.
+_BFLOAT16 = 16
 
 
 class OnnxRuntimeExecutor:
@@ -52,7 +50,8 @@ class OnnxRuntimeExecutor:
             # If a library of the provider is missing, ONNX Runtime only warns and uses the CPU.
             raise DeviceError(f"{strays[0]}: ONNX Runtime could not start {name}: see `balcony-edge doctor`")
 
-    def prepare(self, graph: str, tensors: Mapping[str, Region]) -> Callable[[], None]:
+    def prepare(self, graph: str, tensors: Mapping[str, Region], *, to_capture: bool = False) -> Launch:
+        """A session allocates memory while it runs, so its launches are never captured."""
         session = self._sessions[graph]
         binding = session.io_binding()
         for names, bind in (
@@ -61,7 +60,8 @@ class OnnxRuntimeExecutor:
         ):
             for name in names:
                 region = tensors[name]
-                bind(name, self._memory, 0, np.dtype(region.dtype), region.shape, region.pointer)
+                kind = _BFLOAT16 if region.dtype == "bfloat16" else array_dtype(region.dtype)
+                bind(name, self._memory, 0, kind, region.shape, region.pointer)
 
         def launch() -> None:
             try:
@@ -70,7 +70,7 @@ class OnnxRuntimeExecutor:
                 line = (str(error).strip().splitlines() or ["no message"])[0][:200]
                 raise DeviceError(f"{graph}: ONNX Runtime failed while running it ({line}): free memory") from error
 
-        return launch
+        return Launch(launch)
 
     def close(self) -> None:
         self._sessions.clear()
@@ -92,10 +92,10 @@ def open_backend(bundle: Bundle, engines: str, provider: str, *, verify_hashes: 
     directory, chosen = bundle.engine_directory(engines, verify_hashes=verify_hashes), bundle.manifest.engines[engines]
     device: Device = HostDevice()
     options: dict[str, Any] = {}
-    if PROVIDERS[provider][1] == "cuda":
+    if provider == "cuda":
         from balcony_runtime.backends.cuda import CudaDevice  # noqa: PLC0415 - an extra
 
-        device = cuda = CudaDevice(capture=False)  # a session's own allocations cannot be captured
+        device = cuda = CudaDevice(capture=False)
         options = {"device_id": "0", "user_compute_stream": str(cuda.stream)}
     files = {name: spec.file for name, spec in chosen.graphs.items() if name != "backbone"}
     try:

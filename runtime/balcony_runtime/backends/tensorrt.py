@@ -1,14 +1,17 @@
-"""TensorRT as an executor: deserialized engines, one context per graph and optimization profile, one arena for all.
+"""TensorRT as an executor: deserialized engines, their contexts, one arena of activations for all contexts.
 
-Owns engines and contexts; :mod:`.cuda` owns memory and the stream. Both TensorRTs have the same interface; the set names the
-one that built it. Execution needs an NVIDIA GPU; docs/tensorrt.md lists what was run on which machine.
+Owns engines and contexts; :mod:`.cuda` owns memory and the stream. Passes share one context per graph and optimization profile.
+A launch that is captured has a context of its own, as NVIDIA asks ("one execution context per captured graph"): the graph
+refers to memory of the context, which a later pass over other shapes or addresses would change. Both TensorRTs have the same
+interface; the set names the one that built it. Execution needs an NVIDIA GPU; docs/tensorrt.md lists what was run on which
+machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,9 @@ from balcony_edge.bundle.manifest import EngineSet
 from balcony_edge.errors import BundleError, DeviceError
 from balcony_edge.files import write_atomically
 from balcony_runtime.backends.cuda import CudaDevice
-from balcony_runtime.backends.device import Region
+from balcony_runtime.backends.device import Launch, Region
 from balcony_runtime.backends.device_state import DeviceBackend
-from balcony_runtime.backends.tensorrt_builder import MODULES, PASSES, import_tensorrt
+from balcony_runtime.backends.tensorrt_builder import MODULES, PASSES, import_tensorrt, make_log, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -37,59 +40,98 @@ class TensorRTExecutor:
         _refuse_misfits(directory, engines, f"{MODULES[engines.target]} {self._trt.__version__}", device.capability)
         self.in_place = engines.operators == "fused"
         self.batch_size: int | None = engines.batch_size
-        self._log = self._trt.Logger(self._trt.Logger.ERROR)
+        self._warned: set[str] = set()
+        self._log = make_log(self._trt)
         self._runtime = self._trt.Runtime(self._log)
         self._engines = {}
         for graph, spec in engines.engines.items():
             if graph == "backbone":  # the whole backbone is for other tools
                 continue
+            self._log.forget()
             engine = self._runtime.deserialize_cuda_engine((directory / spec.file).read_bytes())
             if engine is None:
                 raise BundleError(
-                    f"{directory / spec.file}: TensorRT cannot load it on this GPU (compute capability "
-                    f"{device.capability}): build it again here with `balcony-edge build`"
+                    f"{directory / spec.file}: TensorRT cannot load it on this GPU, compute capability {device.capability} "
+                    f"({self._why()}): build it again here with `balcony-edge build`"
                 )
             self._engines[graph] = engine
         # Passes run one after another on one stream, so all can use the same memory.
         sizes = [e.get_device_memory_size_for_profile_v2(p) for e in self._engines.values() for p in _profiles_of(e)]
         self._arena = device.allocate((max(sizes, default=1),), "int8")
-        self._contexts: dict[tuple[str, int], Any] = {}
         self._kernels = _KernelCache(directory / f"kernels-{device.capability}.cache")
+        # Made here, because the first pass of a profile may be in the middle of a reply.
+        self._contexts = {
+            (name, p): self._new_context(name, p) for name, e in self._engines.items() for p in _profiles_of(e)
+        }
 
-    def prepare(self, graph: str, tensors: Mapping[str, Region]) -> Callable[[], None]:
-        engine = self._engines[graph]
-        context = self._context(graph, _profile_for(self._table[graph].inputs[0].name, tensors, engine))
-        inputs = {spec.name for spec in self._table[graph].inputs}
+    def prepare(self, graph: str, tensors: Mapping[str, Region], *, to_capture: bool = False) -> Launch:
+        profile = _profile_for(self._table[graph].inputs[0].name, tensors, self._engines[graph])
+        if to_capture:
+            context = self._new_context(graph, profile, to_capture=True)
+            self._bind(graph, context, tensors)
+            return Launch(lambda: self._enqueue(graph, context), lambda: self._may_capture(graph, context))
+        context = self._contexts[graph, profile]
 
         def launch() -> None:
-            for name, region in tensors.items():
-                if name in inputs and not context.set_input_shape(name, region.shape):
-                    raise DeviceError(f"{graph}: the engine takes no {name} of shape {region.shape}: build it again")
-                context.set_tensor_address(name, region.pointer)
-            if not context.execute_async_v3(self._device.stream):
-                raise DeviceError(f"{graph}: TensorRT could not start it: look at its log and at `nvidia-smi`")
+            self._bind(graph, context, tensors)
+            self._enqueue(graph, context)
 
-        return launch
+        return Launch(launch)
 
     def close(self) -> None:
         self._contexts.clear()
         self._kernels.save()
         self._engines.clear()
 
-    def _context(self, graph: str, profile: int) -> Any:
-        if (graph, profile) not in self._contexts:
-            engine = self._engines[graph]
-            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            compiled_here = hasattr(self._trt, "IRuntimeCache")  # TensorRT-RTX
-            how = self._kernels.config_for(engine, strategy) if compiled_here else strategy
-            context = engine.create_execution_context(how)
-            if context is None:
-                raise DeviceError(f"{graph}: the GPU has no memory for its context: ask for a shorter context")
-            context.set_device_memory(self._arena.pointer, self._arena.nbytes)
-            if not context.set_optimization_profile_async(profile, self._device.stream):
-                raise DeviceError(f"{graph}: has no optimization profile {profile}: build it again")
-            self._contexts[graph, profile] = context
-        return self._contexts[graph, profile]
+    def _bind(self, graph: str, context: Any, tensors: Mapping[str, Region]) -> None:
+        inputs = {spec.name for spec in self._table[graph].inputs}
+        for name, region in tensors.items():
+            if name in inputs and not context.set_input_shape(name, region.shape):
+                raise DeviceError(f"{graph}: the engine takes no {name} of shape {region.shape}: build it again")
+            if not context.set_tensor_address(name, region.pointer):
+                raise DeviceError(
+                    f"{graph}: the engine has no tensor {name} that takes a device address: build it again"
+                )
+
+    def _enqueue(self, graph: str, context: Any) -> None:
+        self._log.forget()
+        if not context.execute_async_v3(self._device.stream):
+            raise DeviceError(f"{graph}: TensorRT could not start it ({self._why()}): look at `nvidia-smi`")
+
+    def _may_capture(self, graph: str, context: Any) -> bool:
+        """Whether TensorRT-RTX can have the context captured; the enterprise TensorRT has no such question."""
+        if not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(self._device.stream):
+            return True
+        if graph not in self._warned:  # once, and not for every sequence
+            self._warned.add(graph)
+            _log.warning(
+                "%s: its engine cannot be captured, which is slower: build it with `balcony-edge build`", graph
+            )
+        return False
+
+    def _new_context(self, graph: str, profile: int, *, to_capture: bool = False) -> Any:
+        engine = self._engines[graph]
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._log.forget()
+        if hasattr(self._trt, "IRuntimeCache"):  # TensorRT-RTX compiles kernels here
+            config = self._kernels.config_for(engine, strategy)
+            if to_capture:
+                # By default, kernels for this shape are compiled in the background and replace slower ones at a later pass. A
+                # captured graph would keep the slower ones. Eager: they are compiled before the first pass.
+                strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+                config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context(strategy)
+        if context is None:
+            raise DeviceError(f"{graph}: TensorRT made no context for it ({self._why()}): ask for a shorter context")
+        context.set_device_memory(self._arena.pointer, self._arena.nbytes)
+        if not context.set_optimization_profile_async(profile, self._device.stream):
+            raise DeviceError(f"{graph}: has no optimization profile {profile}: build it again")
+        return context
+
+    def _why(self) -> str:
+        return one_line(self._log.last_error)
 
 
 class _KernelCache:
@@ -117,7 +159,8 @@ class _KernelCache:
 
     def save(self) -> None:
         """Write the compiled kernels. If the directory cannot be written, the next start only compiles them again."""
-        if self._cache is None or (now := bytes(self._cache.serialize())) == self._before:
+        blob = None if self._cache is None else self._cache.serialize()  # TensorRT gives None if the GPU is lost
+        if blob is None or (now := bytes(blob)) == self._before:
             return
         try:
             write_atomically(self._path, now, BundleError, "make it writable to keep compiled kernels")
@@ -142,7 +185,8 @@ def open_backend(bundle: Bundle, engines: str, *, capture: bool = True, verify_h
     directory, chosen = bundle.engine_directory(engines, verify_hashes=verify_hashes), bundle.manifest.engines[engines]
     device = CudaDevice(capture=capture)
     try:
-        executor = TensorRTExecutor(directory, chosen, device)
+        with device.current():
+            executor = TensorRTExecutor(directory, chosen, device)
     except BaseException:
         device.close()
         raise

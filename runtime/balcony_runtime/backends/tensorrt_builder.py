@@ -90,7 +90,7 @@ class Builder:
         self.compute_capabilities = tuple(compute_capabilities)
         self._capabilities = [self._capability(text) for text in compute_capabilities]
         self._timing_cache = timing_cache
-        self._log = _make_log(self._trt)
+        self._log = make_log(self._trt)
         self._builder = self._trt.Builder(self._log)
 
     def build(self, path: Path, spec: GraphSpec, progress: Callable[[float], None] = lambda done: None) -> BuiltEngine:
@@ -118,16 +118,20 @@ class Builder:
             data = self._serialized(network, config)
         if data is None:
             raise EngineBuildError(
-                f"{path}: {self.name} cannot build it ({_line(self._log.last_error)}): "
+                f"{path}: {self.name} cannot build it ({one_line(self._log.last_error)}): "
                 "try another --precision, or --operators plain"
             )
         return BuiltEngine(data, network.num_layers, attention)
 
+    @property
+    def known_capabilities(self) -> tuple[str, ...]:
+        """Compute capabilities that it builds for without such a GPU; empty: it builds for the GPU of this machine only."""
+        names = [name for name in dir(getattr(self._trt, "ComputeCapability", None)) if name.startswith("SM")]
+        return tuple(sorted((name.removeprefix("SM") for name in names), key=int))
+
     def _capability(self, text: str) -> Any:
-        known = [name for name in dir(getattr(self._trt, "ComputeCapability", None)) if name.startswith("SM")]
-        if f"SM{text}" not in known:
-            numbers = sorted(int(name.removeprefix("SM")) for name in known)
-            have = ", ".join(map(str, numbers)) or "only the GPU of this machine"
+        if text not in self.known_capabilities:
+            have = ", ".join(self.known_capabilities) or "only the GPU of this machine"
             raise EngineBuildError(
                 f"--sm {text}: {self.name} builds for {have}; Orin (87) and Hopper (90) need --target tensorrt on a machine "
                 "that has it"
@@ -145,7 +149,7 @@ class Builder:
             first = parser.get_error(0)
             where = f"node {first.node_name() or first.node()} ({first.node_operator()})"
             raise EngineBuildError(
-                f"{path}: {self.name} cannot read {where}: {_line(first.desc())}: "
+                f"{path}: {self.name} cannot read {where}: {one_line(first.desc())}: "
                 "try --operators plain, which needs no operator newer than opset 21"
             )
         dropped = [text for text in self._log.warnings if _DROPPED.search(text)]
@@ -154,7 +158,7 @@ class Builder:
         names = [network.get_input(index).name for index in range(network.num_inputs)]
         if dropped := dropped + [f"input {name} is not read" for name in names if name not in read]:
             raise EngineBuildError(
-                f"{path}: {self.name} would ignore a part of it ({_line(dropped[0])}): export it again"
+                f"{path}: {self.name} would ignore a part of it ({one_line(dropped[0])}): export it again"
             )
         for role, table, count, get in (
             ("input", spec.inputs, network.num_inputs, network.get_input),
@@ -196,6 +200,9 @@ class Builder:
             config.num_compute_capabilities = len(self._capabilities)
             for index, capability in enumerate(self._capabilities):
                 config.set_compute_capability(capability, index)
+        if hasattr(self._trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # TensorRT-RTX: otherwise an engine may allocate memory while it runs, and then no CUDA graph can capture it.
+            config.set_flag(self._trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.progress_monitor = _make_monitor(self._trt, progress)
         if self._timing_cache is not None and self._target == "tensorrt":
             held = self._timing_cache.read_bytes() if self._timing_cache.is_file() else b""
@@ -314,11 +321,14 @@ def _table_entry(tensor: TensorSpec) -> tuple[str, tuple[int, ...]]:
     return tensor.dtype, tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
+    """A message of TensorRT on one line, at most 300 characters."""
     return " ".join(text.split())[:300] or "without a message"
 
 
-def _make_log(trt: Any) -> Any:
+def make_log(trt: Any) -> Any:
+    """A logger for TensorRT's objects that prints nothing: ``last_error``, ``warnings``, and ``forget()`` for both."""
+
     class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps warnings and the last error; defined here because its base class needs TensorRT's import."""
 

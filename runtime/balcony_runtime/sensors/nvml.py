@@ -3,6 +3,9 @@
 Each quantity of a GPU is read separately: consumer cards lack the energy counter, Jetson's and other integrated GPUs lack
 nearly everything. A quantity that is "Not Supported" is absent from the reading. If no GPU answers any more (it fell off the
 bus, or the driver was reloaded), the next discovery opens the library again.
+
+NVML counts all GPUs in the order of the PCI bus; CUDA counts those of CUDA_VISIBLE_DEVICES, the fastest first. The runtime uses
+CUDA's first GPU. If a machine has several, that one has the scope ``gpu``, which budgets are about, and the others ``other``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 import pynvml
 
 from balcony_edge.device.readings import Reading
+from balcony_edge.errors import BalconyError
 from balcony_runtime.sensors.base import Absence, Sample
 
 #: Reasons for lower clocks that are limits (nvml.h, nvmlClocksEventReasons); idling and a user's setting are not limits.
@@ -48,6 +52,7 @@ class Nvml:
     def __init__(self) -> None:
         self._open = False
         self._gpus: tuple[Any, ...] = ()  # for each GPU a handle, or the reason why there is none
+        self._used: int | None = None  # the GPU that CUDA uses, if that is known and matters
         self._problem: Absence | None = None
         self._sampled_us: dict[int, int] = {}  # GPU → newest sample of any process
 
@@ -58,6 +63,7 @@ class Nvml:
             pynvml.nvmlInit()
             self._open = True
             self._gpus = tuple(_handle(index) for index in range(pynvml.nvmlDeviceGetCount()))
+            self._used = _used_by_cuda(self._gpus) if len(self._gpus) > 1 else None
             self._problem = None if self._gpus else Absence(self.name, "the driver runs but finds no GPU")
         except pynvml.NVMLError as error:
             self.close()
@@ -72,7 +78,7 @@ class Nvml:
             values, missing = self._ask(index, gpu)
             part = f"nvml:{index}"
             if values:
-                readings.append(Reading(part, "gpu", now_s, **values))
+                readings.append(Reading(part, "gpu" if self._used in (None, index) else "other", now_s, **values))
                 absences += [Absence(part, f"no {', '.join(fields)}: {why}") for why, fields in missing.items()]
             elif set(missing) == {"Not Supported"}:
                 absences.append(Absence(part, _ORIN))
@@ -135,6 +141,27 @@ def _handle(index: int) -> Any:
         return pynvml.nvmlDeviceGetHandleByIndex(index)
     except pynvml.NVMLError as error:
         return Absence(f"nvml:{index}", str(error), _CURES.get(error.value, ""))
+
+
+def _used_by_cuda(gpus: tuple[Any, ...]) -> int | None:
+    """Index of the GPU that the runtime uses; None if CUDA does not say."""
+    try:
+        from balcony_runtime.backends.cuda import pci_bus_id  # noqa: PLC0415 - an extra
+
+        wanted = _pci(pci_bus_id())
+    except BalconyError:
+        return None
+    for index, gpu in enumerate(gpus):
+        with contextlib.suppress(pynvml.NVMLError):
+            if not isinstance(gpu, Absence) and _pci(pynvml.nvmlDeviceGetPciInfo(gpu).busId) == wanted:
+                return index
+    return None
+
+
+def _pci(address: str | bytes) -> tuple[int, ...]:
+    """Domain, bus and device of an address: NVML writes a domain with eight digits, CUDA one with four."""
+    text = address.decode() if isinstance(address, bytes) else address
+    return tuple(int(number, 16) for number in text.partition(".")[0].split(":"))
 
 
 def _memory(gpu: Any) -> tuple[int, int]:

@@ -30,8 +30,8 @@ from balcony_runtime.backends.base import Array, IntArray
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.tokens import refuse_foreign
 
-#: Names of types in safetensors.
-_TYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "I64": np.int64}
+#: Names of types in safetensors. The bits of bfloat16 come and go as unsigned integers.
+_TYPES = {"F32": np.float32, "F16": np.float16, "U16": np.uint16, "I8": np.int8, "I64": np.int64}
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
 _HASH_BYTES = 32
 _NO_HASH = "0" * (2 * _HASH_BYTES)

@@ -8,10 +8,12 @@
  *   NVML_HANG            a power reading does not come back for 30 s
  *   NVML_POWER_MW, NVML_ENERGY_MJ, NVML_CELSIUS, NVML_BUSY, NVML_REASONS   values
  *   NVML_PID             the process that uses the GPU: "self" or a number; 70 % and 50 % of it in two samples
+ *   NVML_UNPLACED        questions about the place on the PCI bus answer GPU_IS_LOST
  *   NVML_QUIET           it has not used the GPU lately: no samples
  * NVML_OLD_DRIVER at compile time leaves out what drivers before 535 do not export.
  * Layouts and codes are those of nvml.h.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -87,6 +89,19 @@ int nvmlDeviceGetName(nvmlDevice device, char *name, unsigned length) {
     (void)device;
     strncpy(name, "Stand-in GPU", length);
     return SUCCESS;
+}
+
+typedef struct {
+    char busIdLegacy[16];
+    unsigned domain, bus, device, pciDeviceId, pciSubSystemId;
+    char busId[32];
+} nvmlPciInfo;
+
+/* The first GPU is on bus 0x64, the second on 0x65, ...: NVML counts in the order of the bus. */
+int nvmlDeviceGetPciInfo_v3(nvmlDevice device, nvmlPciInfo *info) {
+    if (getenv("NVML_UNPLACED")) return GPU_IS_LOST;
+    snprintf(info->busId, sizeof info->busId, "00000000:%02X:00.0", 0x63 + (unsigned)(size_t)device);
+    return refusal("PciInfo", device);
 }
 
 int nvmlDeviceGetPowerUsage(nvmlDevice device, unsigned *milliwatts) {

@@ -66,6 +66,24 @@ def test_two_gpus_keep_their_numbers(library: Path) -> None:
     assert [(reading["source"], reading["watts"]) for reading in readings] == [("nvml:0", 61.5), ("nvml:1", 123.0)]
 
 
+def test_of_several_gpus_budgets_are_about_the_one_that_cuda_uses(library: Path) -> None:
+    """CUDA's first GPU is NVML's second here. Without CUDA all GPUs count."""
+    program = """
+from balcony_runtime.backends import cuda
+cuda.pci_bus_id = lambda: "0000:65:00.0"
+print(json.dumps(look()))
+"""
+
+    def scopes(found: Any) -> dict[str, str]:
+        return {reading["source"]: reading["scope"] for reading in found["readings"]}
+
+    assert scopes(ask(library, program, count=3)) == {"nvml:0": "other", "nvml:1": "gpu", "nvml:2": "other"}
+    assert scopes(ask(library, program, count=3, unopened=2)) == {"nvml:0": "other", "nvml:1": "gpu"}
+    for unknown in ({"unopened": 1}, {"unplaced": 1}):
+        assert set(scopes(ask(library, program, count=3, **unknown)).values()) == {"gpu"}
+    assert scopes(ask(library, program)) == {"nvml:0": "gpu"}  # the only one
+
+
 def test_a_gpu_that_cannot_be_opened_hides_no_other(library: Path) -> None:
     seen = ask(library, count=3, unopened=1)
     assert [reading["source"] for reading in seen["readings"]] == ["nvml:0", "nvml:2"]
