@@ -31,7 +31,7 @@ from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned
 from balcony_runtime.decoding.prices import measure_prices
-from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.reply import Reply, TokenStream
 from balcony_runtime.requests import Prompt, Requests, Surroundings
@@ -235,6 +235,17 @@ class LLM:
         """Text of tokens, without control tokens."""
         return self._codec.decode(tokens)
 
+    def compile_grammar(self, sampling: SamplingParams) -> None:
+        """Compile the structure that sampling parameters ask for, if any, so that no reply waits for it (up to 3 s).
+
+        The last 32 are kept.
+
+        Raises:
+            InputError: the structure is not supported, or no text has it.
+            MissingDependencyError: llguidance is not installed.
+        """
+        self._requests.structure(sampling)
+
     def stream(
         self,
         prompt: Prompt,
@@ -390,7 +401,7 @@ class LLM:
         batch, first = [request.ids for request in requests], requests[0]
         sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + first.limit)
         rows = np.array(batch, np.int64)
-        sampler = Sampler(sampling or SamplingParams(), rows, self.engine.manifest.model.vocab_size)
+        sampler = self._requests.sampler(sampling, rows)
         environment = Environment(
             lambda: (first.limits.resolved, self._costs), self.readings, learned=self._learned, keep_logits=False
         )

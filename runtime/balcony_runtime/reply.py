@@ -42,6 +42,8 @@ class Token(NamedTuple):
         logprob: log-probability under the exit that made the token; None unless it was requested.
         top_logprobs: most likely tokens at this position with their log-probabilities; empty unless they were requested.
         finish_reason: only on the last token: ``stop`` (end of sequence or a stop string) or ``length``.
+        forced: whether the reply's structure left no other token; the engine did not run for it, and its exit is that of
+            the token before.
     """
 
     id: int
@@ -56,6 +58,7 @@ class Token(NamedTuple):
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    forced: bool = False
 
     @property
     def reason(self) -> str:
@@ -98,8 +101,14 @@ class Reply:
 
     @property
     def tokens_per_exit(self) -> dict[int, int]:
-        """Exit layer → number of tokens, deepest first."""
-        return dict(sorted(Counter(token.exit_layer for token in self.tokens).items(), reverse=True))
+        """Exit layer → number of tokens that it made, deepest first; without forced tokens."""
+        made = Counter(token.exit_layer for token in self.tokens if not token.forced)
+        return dict(sorted(made.items(), reverse=True))
+
+    @property
+    def forced_tokens(self) -> int:
+        """Number of tokens about which the reply's structure left no choice, so that no exit had to make them."""
+        return sum(token.forced for token in self.tokens)
 
     @property
     def mean_tpot_ms(self) -> float | None:

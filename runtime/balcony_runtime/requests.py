@@ -20,11 +20,14 @@ from balcony_edge.control.verdict import Watch
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import ContextLengthError, InputError
+from balcony_runtime.backends.base import IntArray
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence, refuse_foreign, whole
 from balcony_runtime.reply import Limits, Token, TokenStream
 from balcony_runtime.scheduling.scheduler import Scheduler
+from balcony_runtime.structure.asked import structure_of
+from balcony_runtime.structure.grammar import Grammars, Guide
 from balcony_runtime.telling import told
 from balcony_runtime.text import Message, StopStrings, TextCodec
 
@@ -99,7 +102,8 @@ class Requests:
         self, engine: Engine, codec: TextCodec, scheduler: Scheduler, learned: Learned, surroundings: Surroundings
     ) -> None:
         self._engine, self._codec, self.scheduler, self._learned = engine, codec, scheduler, learned
-        self._around = surroundings
+        self._around, model = surroundings, engine.manifest.model
+        self._grammars = Grammars(codec.to_json, model.vocab_size, model.eos_token_ids)
 
     def of(
         self,
@@ -123,14 +127,12 @@ class Requests:
             whole("logprobs", logprobs, 0)
         if trace is not None:
             self._around.readings()  # start the sensors now, not during the first step
-        if sampling is not None and not isinstance(sampling, SamplingParams):
-            raise InputError(f"sampling = {sampling!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
         self._engine.refuse_closed()
         model, around = self._engine.manifest.model, self._around
         return Request(
             ids=ids,
             limit=limit,
-            sampler=Sampler(sampling or SamplingParams(), np.array([ids], np.int64), model.vocab_size),
+            sampler=self.sampler(sampling, np.array([ids], np.int64), ignore_eos=ignore_eos),
             stop=StopStrings(stop),
             logprobs=logprobs,
             ends=frozenset() if ignore_eos else frozenset(model.eos_token_ids),
@@ -139,6 +141,28 @@ class Requests:
             cancelled=threading.Event(),
             watch=Watch(),
         )
+
+    def structure(self, params: SamplingParams) -> Guide | None:
+        """State of a reply with the structure that the parameters ask for; None if they ask for none.
+
+        Raises:
+            InputError: the parameters are none, or their structure is not supported.
+            MissingDependencyError: llguidance is not installed.
+        """
+        if not isinstance(params, SamplingParams):
+            raise InputError(f"sampling = {params!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
+        asked = structure_of(json_schema=params.json_schema, regex=params.regex, grammar=params.grammar)
+        return None if asked is None else self._grammars.guide(asked)
+
+    def sampler(self, sampling: SamplingParams | None, prompts: IntArray, *, ignore_eos: bool = False) -> Sampler:
+        """The sampler of replies to prompts of equal length, (B, n); errors as for :meth:`structure`."""
+        params = sampling or SamplingParams()
+        guides = [guide for _ in prompts if (guide := self.structure(params)) is not None]
+        if guides and ignore_eos:
+            raise InputError("ignore_eos: the structure of a reply decides where it ends: leave one of the two out")
+        for guide in guides:
+            guide.prepare()  # while the prompt runs
+        return Sampler(params, prompts, self._engine.manifest.model.vocab_size, guides)
 
     @contextlib.contextmanager
     def sequence(self, request: Request) -> Iterator[TokenSequence]:

@@ -129,6 +129,10 @@ class TextCodec:
         """Text of tokens, without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     def stream(self) -> TextStream:
         """A decoder that takes one token at a time."""
         return TextStream(self._tokenizer)

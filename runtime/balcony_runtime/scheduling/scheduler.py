@@ -398,9 +398,9 @@ class Scheduler:
         read: Readings,
     ) -> None:
         try:
-            step = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
+            steps = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
         except BalconyError as error:
             stream.fail(error)
             return
         stream.decoder.follow(decision.exit_layer, self._state.slowdown)
-        stream.answer([step])
+        stream.answer(steps)

@@ -13,10 +13,11 @@ from typing import Any
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, FOREIGN, MOST_CHOICES, Fields, is_tokens
 from balcony_runtime.serve.bodies.refusal import bad
+from balcony_runtime.serve.bodies.structured import structure_of
 
 #: Tokens of a completion without ``max_tokens``, as OpenAI and vLLM have it.
 COMPLETION_TOKENS = 16
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         echo=echo,
         ignore_eos=fields.truth("ignore_eos"),
         as_ids=fields.truth("return_tokens_as_token_ids"),
-        sampling=_sampling(fields),
+        sampling=_sampling(fields) | structure_of(fields),
         seed=fields.whole("seed"),
         budget=fields.get("budget"),
         stream=stream,

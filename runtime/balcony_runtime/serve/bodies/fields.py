@@ -25,24 +25,15 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "suffix": ("",),
-    "frequency_penalty": (0,),
     "use_beam_search": (False,),
     "min_tokens": (0,),
     "stop_token_ids": ([],),
     "bad_words": ([],),
     "allowed_token_ids": ([],),
     "prompt_logprobs": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "grammar": ("",),
-    "json_schema": (),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
 }
@@ -86,6 +77,8 @@ _MESSAGES: Schema = {
     },
     "description": "The conversation.",
 }
+_SCHEMA: Schema = {"anyOf": [{"type": "object"}, {"type": "string"}]}
+_CHOICE: Schema = {"type": "array", "minItems": 1, "items": {"type": "string"}}
 _BUDGET: Table = {"budget": {"type": "object", "description": "Keys of a budget file (docs/budget-file.md)."}}
 _COMMON: Table = {
     "model": _text("A name of /v1/models."),
@@ -101,11 +94,38 @@ _COMMON: Table = {
     "top_k": _whole("Number of tokens that are kept; 0 and -1 keep all.", -1, 2**31),
     "repetition_penalty": _number("Penalty of tokens in prompt or reply; 1 is none."),
     "presence_penalty": _number("Penalty of tokens in the reply; 0 is none."),
+    "frequency_penalty": _number("Penalty of a token for each time that the reply has it; 0 is none."),
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}, "description": "Token id to bias."},
     "seed": _whole("Seed of the first reply to a prompt; the others count up.", 0, 2**63 - 1),
     "stream": _truth("Whether the answer comes token by token, as server-sent events."),
     "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
     "timings_per_token": _truth("Whether every piece of a stream carries timings and balcony."),
+    "response_format": {
+        "type": "object",
+        "required": ["type"],
+        "properties": {
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": {"type": "object", "required": ["schema"], "properties": {"schema": _SCHEMA}},
+        },
+        "description": "Structure of the reply, as OpenAI has it.",
+    },
+    "structured_outputs": {
+        "type": "object",
+        "properties": {
+            "json": _SCHEMA,
+            "regex": {"type": "string"},
+            "choice": _CHOICE,
+            "grammar": {"type": "string"},
+            "json_object": {"type": "boolean"},
+        },
+        "description": "The same, as vLLM has it; exactly one of the keys.",
+    },
+    "guided_json": {**_SCHEMA, "description": "A JSON schema (earlier versions of vLLM)."},
+    "guided_regex": _text("A regular expression for the whole reply."),
+    "guided_choice": {**_CHOICE, "description": "Texts of which the reply is one."},
+    "guided_grammar": _text("A Lark or GBNF grammar."),
+    "json_schema": {**_SCHEMA, "description": "A JSON schema (llama.cpp)."},
+    "grammar": _text("A Lark or GBNF grammar (llama.cpp); empty for none."),
     **_BUDGET,
 }
 #: Bodies: field → what it may be.

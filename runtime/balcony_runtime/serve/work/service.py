@@ -206,6 +206,7 @@ class Service:
         llm = self.llm
         if budget is not None:
             llm.resolved(budget)
+        llm.compile_grammar(asked.params(0))  # not in the decode thread, where the others would wait for it
         options = [
             {
                 "max_new_tokens": asked.max_tokens,
