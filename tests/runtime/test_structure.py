@@ -200,6 +200,9 @@ class Masks(Guide):
     def allowed(self) -> Any:
         return self._masks[self._last]
 
+    def permits(self, token: int) -> bool:
+        return bool(self._masks[self._last][token])
+
     def accept(self, token: int) -> None:
         assert self._masks[self._last][token]
         self._last = token

@@ -138,6 +138,9 @@ class Guide(Protocol):
     def allowed(self) -> npt.NDArray[np.bool_] | None:
         """Which tokens may come next, (V,); None for all."""
 
+    def permits(self, token: int) -> bool:
+        """Whether a token may come next."""
+
     def accept(self, token: int) -> None:
         """Go on after a token."""
 
@@ -213,18 +216,19 @@ class Sampler:
         """Pick the next token of one member, from the tokens that its structure allows."""
         if self._params.temperature > 0:
             return self._draw(logits, guide)
-        best, allowed = int(logits.argmax()), guide.allowed()
-        if not math.isfinite(logits[best]):
+        best = int(logits.argmax())
+        if not math.isfinite(logits.item(best)):
             raise not_finite()
-        if allowed is None or allowed[best]:
+        if guide.permits(best):  # the usual case
             return best
+        allowed = guide.allowed()
+        assert allowed is not None  # without a mask all tokens are permitted
         places = np.flatnonzero(allowed)
         return int(places[logits[places].argmax()])
 
     def allows(self, token: int) -> bool:
         """Whether a token may come next in the reply of the only member."""
-        allowed = self._guides[0].allowed() if self._guides else None
-        return allowed is None or bool(allowed[token])
+        return not self._guides or self._guides[0].permits(token)
 
     def forced(self, most: int) -> list[int]:
         """Go on over the tokens that are certain to come next for the only member, at most so many, and return them."""

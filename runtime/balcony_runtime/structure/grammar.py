@@ -1,13 +1,15 @@
 """Grammars: which tokens may come next in a reply of a given structure, and which are certain to come.
 
-Owns llguidance: the tokenizer that it needs once per bundle, compiled structures, and the state of one reply. A mask takes
-10 to 150 µs; it is computed on a helper thread, without Python's lock, while the engine runs. This module does not know
-logits, exits or sampling.
+Owns llguidance: the tokenizer that it needs once per bundle, compiled structures, and the state of one reply. The mask of
+the next token is computed when the last one is known. Most take 10 to 150 µs, less than a change of threads; where they
+take longer, a helper thread computes them without Python's lock while the engine runs. This module does not know logits,
+exits or sampling.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +28,11 @@ if TYPE_CHECKING:
 BoolArray = npt.NDArray[np.bool_]
 #: Compiled structures that are kept for replies to come.
 MOST_KEPT = 32
-#: Threads that compute masks, for replies that run at once.
+#: Threads that compute slow masks, for replies that run at once.
 HELPERS = 2
+#: Time of a mask from which the next one is computed on a helper thread. Waking it and taking Python's lock back costs
+#: about 0.1 ms next to a busy engine (python -m benchmarks.structured).
+SLOW_S = 0.0003
 #: Bounds of one compiled structure: 20,000 states of its lexer take about 40 MB (llguidance's default is 250,000). The
 #: others are llguidance's own: 1,000,000 units of fuel to build (20 ms), 200,000 units and 50,000 items for a mask (15 ms).
 MOST_STATES = 20_000
@@ -131,13 +136,19 @@ class Guide:
     def __init__(self, matcher: LLMatcher, kind: str, vocab_size: int, ends: Sequence[int]) -> None:
         self._matcher, self._kind, self._vocab_size, self._ends = matcher, kind, vocab_size, tuple(ends)
         self._bits = np.zeros((vocab_size + 31) // 32, np.int32)
-        self._mask: BoolArray | None = None
+        self._address = self._bits.ctypes.data
+        self._filled = False  # whether the bits are those of the next token
+        self._fill_s = SLOW_S  # of the last mask; the first one is computed while the prompt runs
         self._pending: Future[None] | None = None
         self._ended = False
 
     def prepare(self) -> None:
-        """Start to compute the next mask on another thread."""
-        if self._mask is None and self._pending is None and not self._ended:
+        """Compute the next mask, or start to compute it on another thread if that takes long."""
+        if self._filled or self._ended or self._pending is not None:
+            return
+        if self._fill_s < SLOW_S:
+            self._fill()
+        else:
             self._pending = _helpers().submit(self._fill)
 
     def allowed(self) -> BoolArray | None:
@@ -148,11 +159,16 @@ class Guide:
         """
         if self._ended:
             return None
-        self._settle()
-        if self._mask is None:
-            self._fill()
-            self._unpack()
-        return self._mask
+        self._ready()
+        bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
+        return bits.view(bool)
+
+    def permits(self, token: int) -> bool:
+        """Whether a token may come next; errors as for :meth:`allowed`."""
+        if self._ended:
+            return True
+        self._ready()
+        return bool(self._bits.item(token >> 5) >> (token & 31) & 1)
 
     def accept(self, token: int) -> None:
         """Go on after a token.
@@ -163,7 +179,7 @@ class Guide:
         if self._ended:
             return
         self._settle()
-        self._mask = None
+        self._filled = False
         self._matcher.consume_token(token)
         self._refuse_error()
         self._ended = token in self._ends
@@ -178,7 +194,7 @@ class Guide:
         self._settle()
         found = self._matcher.compute_ff_tokens()[:most]
         if found:
-            self._mask = None
+            self._filled = False
             self._matcher.consume_tokens(found)
         self._refuse_error()
         if len(found) < most and self._matcher.is_stopped():
@@ -190,23 +206,26 @@ class Guide:
         """A copy that goes on by itself."""
         self._settle()
         other = Guide(self._matcher.deep_copy(), self._kind, self._vocab_size, self._ends)
-        other._mask, other._ended = self._mask, self._ended
+        other._fill_s, other._ended = self._fill_s, self._ended
         return other
 
     def _fill(self) -> None:
-        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        begin_s = time.perf_counter()
+        self._matcher.unsafe_compute_mask_ptr(self._address, self._bits.nbytes)
+        self._filled, self._fill_s = True, time.perf_counter() - begin_s
+
+    def _ready(self) -> None:
+        """Make sure that the bits are those of the next token."""
+        self._settle()
+        if not self._filled:
+            self._fill()
+        self._refuse_error()
 
     def _settle(self) -> None:
         """Wait for a mask that is being computed."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
-            self._unpack()
-
-    def _unpack(self) -> None:
-        self._refuse_error()
-        bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
-        self._mask = bits.view(bool)
 
     def _refuse_error(self) -> None:
         if self._matcher.is_error():
