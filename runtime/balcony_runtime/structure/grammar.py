@@ -117,9 +117,7 @@ class Grammars:
         # The first mask finds structures that are too large to run, and warms the lexer that copies share.
         first = Guide(matcher.deep_copy(), asked.kind, self._vocab_size, self._ends)
         if not first.forced(1):
-            allowed = first.allowed()
-            if allowed is not None and not allowed.any():
-                raise _refused(asked.kind, "no text fits it")
+            first.allowed()
         return matcher
 
 
@@ -161,6 +159,8 @@ class Guide:
             return None
         self._ready()
         bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
+        if not bits.any():
+            raise _refused(self._kind, "no text fits it")
         return bits.view(bool)
 
     def permits(self, token: int) -> bool:
@@ -191,6 +191,11 @@ class Guide:
         """
         if self._ended or most < 1:
             return []
+        if self._fill_s < SLOW_S:  # asking for forced tokens drops the parser's cached masks: look at the mask first
+            self._ready()
+            words = np.flatnonzero(self._bits)
+            if len(words) != 1 or (self._bits.item(words[0]) & 0xFFFFFFFF).bit_count() != 1:
+                return []
         self._settle()
         found = self._matcher.compute_ff_tokens()[:most]
         if found:
