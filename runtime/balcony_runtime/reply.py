@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple, Self
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.verdict import Verdict, Watch
+from balcony_runtime.structure.calls import CallReader, ToolCall, new_key, read
+from balcony_runtime.structure.tools import Toolbox
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -81,7 +83,8 @@ class Token(NamedTuple):
 class Reply:
     """A generation so far: its text and its tokens with their costs; ``finish_reason`` is None while it continues.
 
-    ``verdicts`` says for each key of the budget whether it was held.
+    ``verdicts`` says for each key of the budget whether it was held. ``tool_calls`` are the functions that the model calls,
+    which are not part of the text.
 
     Example:
         reply = llm.generate("Why is the sky blue?", max_new_tokens=60)
@@ -93,6 +96,7 @@ class Reply:
     prompt_tokens: int
     finish_reason: FinishReason | None
     verdicts: tuple[Verdict, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def ttft_ms(self) -> float | None:
@@ -180,6 +184,7 @@ class TokenStream(Iterator[Token]):
         cancelled: event that :meth:`cancel` sets; the source ends when it is set.
         limits: budget of the reply.
         watch: record of the budget, which the source updates with each token; it gives the verdicts.
+        box: tools that the reply may call; None for none.
     """
 
     def __init__(
@@ -189,9 +194,11 @@ class TokenStream(Iterator[Token]):
         cancelled: threading.Event,
         limits: Limits,
         watch: Watch | None = None,
+        box: Toolbox | None = None,
     ) -> None:
         self._source, self._prompt_tokens, self.cancelled = tokens, prompt_tokens, cancelled
         self.limits, self.watch = limits, watch or Watch()
+        self._box, self._key = box, new_key()
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
         self._step = threading.RLock()  # held while a thread runs the source
@@ -227,8 +234,17 @@ class TokenStream(Iterator[Token]):
     @property
     def reply(self) -> Reply:
         """The generation so far."""
-        text = "".join(token.text for token in self._tokens)
-        return Reply(text, tuple(self._tokens), self._prompt_tokens, self._finish_reason, self.watch.verdicts())
+        tokens, calls = tuple(self._tokens), ()  # type: tuple[Token, ...], tuple[ToolCall, ...]
+        if self._box is None:
+            text = "".join(token.text for token in tokens)
+        else:
+            found = read(self._box, self._key, [(token.id, token.text) for token in tokens])
+            text, calls = found.content, found.calls
+        return Reply(text, tokens, self._prompt_tokens, self._finish_reason, self.watch.verdicts(), calls)
+
+    def call_reader(self) -> CallReader | None:
+        """A reader that splits the tokens into text and calls as they come; None without tools."""
+        return None if self._box is None else CallReader(self._box, self._key)
 
     @property
     def budget(self) -> Budget:

@@ -348,7 +348,9 @@ def test_what_real_templates_use_is_there(bundle_copy: Path) -> None:
         "|{{ {'b': 1, 'a': 2} | dictsort }}|{{ 'x' | default('y') }}|{{ [3, 1, 2] | sort }}|{{ range(3) | list }}"
     )
     codec = write_template(bundle_copy, template)
-    got = codec._render([{"role": "system", "content": "be "}, {"role": "user", "content": "a<think></think>\nfox"}])
+    got = codec._render(
+        [{"role": "system", "content": "be "}, {"role": "user", "content": "a<think></think>\nfox"}], {}
+    )
     assert got == (
         "system|beuser|fox|True|system,user|USER|1|{\"a\": [1, 2.5, null]}|a-3|b 1.50|C B|[('x', 1)]|l1\n  l2|False|4"
         "|[('a', 2), ('b', 1)]|x|[1, 2, 3]|[0, 1, 2]"

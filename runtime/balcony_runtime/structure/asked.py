@@ -13,12 +13,15 @@ from typing import Any, Literal, NamedTuple
 
 from balcony_edge.errors import InputError
 
-Kind = Literal["json_schema", "regex", "grammar"]
+Kind = Literal["json_schema", "regex", "grammar", "tools"]
 #: Longest text of a schema or grammar, in characters. Compiling one of this length takes up to 3 s and 300 MB.
 MOST_CHARACTERS = 256_000
 #: Largest numerator and denominator of ``multipleOf``. Its automaton has a state for each remainder: 1,234,567 took 15 s
 #: and 700 MB, 10,000 takes a millisecond.
 MOST_REMAINDERS = 10_000
+#: JSON is written as ``json.dumps`` writes it, which is the form that models were trained on; a schema's own
+#: ``x-guidance`` comes first.
+JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]{1,40})')
 
 
@@ -27,7 +30,7 @@ class Structure(NamedTuple):
 
     Attributes:
         kind: name of the parameter that asks for it.
-        text: JSON schema as JSON, regular expression, or grammar.
+        text: JSON schema as JSON, regular expression, or grammar (also of tools).
     """
 
     kind: Kind
@@ -50,13 +53,13 @@ def structure_of(*, json_schema: Any = None, regex: str | None = None, grammar: 
     if len(asked) > 1:
         raise InputError(f"{' and '.join(asked)}: a reply has one structure: give one of them")
     if json_schema is not None:
-        return _checked(Structure("json_schema", schema_text(json_schema)))
+        return checked(Structure("json_schema", schema_text(json_schema)))
     for name, text in (("regex", regex), ("grammar", grammar)):
         if text is not None and (not isinstance(text, str) or not text):
             raise InputError(f"{name} = {text!r}: must be a text that is not empty: give a {name}, or leave it out")
     if regex is not None:
-        return _checked(Structure("regex", regex))
-    return None if grammar is None else _checked(Structure("grammar", grammar))
+        return checked(Structure("regex", regex))
+    return None if grammar is None else checked(Structure("grammar", grammar))
 
 
 def schema_text(schema: Any) -> str:
@@ -78,10 +81,15 @@ def schema_text(schema: Any) -> str:
         raise InputError("json_schema: is nested too deeply: give a schema of at most 60 levels") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"json_schema: is not JSON ({error}): give a schema as a dict, JSON text or class") from None
-    raise InputError(f"json_schema = {_short(schema)}: must be a JSON object: give e.g. {{'type': 'object'}}")
+    raise InputError(f"json_schema = {shortened(schema)}: must be a JSON object: give e.g. {{'type': 'object'}}")
 
 
-def _checked(asked: Structure) -> Structure:
+def checked(asked: Structure) -> Structure:
+    """The structure, if it is not too large to compile.
+
+    Raises:
+        InputError: it is.
+    """
     if len(asked.text) > MOST_CHARACTERS:
         raise InputError(
             f"{asked.kind}: has {len(asked.text):,} characters; at most {MOST_CHARACTERS:,} are taken: give a smaller one"
@@ -99,6 +107,7 @@ def _checked(asked: Structure) -> Structure:
     return asked
 
 
-def _short(value: object) -> str:
+def shortened(value: object) -> str:
+    """A value as a message shows it."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

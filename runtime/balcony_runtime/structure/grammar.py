@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from balcony_edge.errors import InputError, MissingDependencyError
-from balcony_runtime.structure.asked import Structure
+from balcony_runtime.structure.asked import JSON_FORM, Structure
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -38,9 +38,6 @@ SLOW_S = 0.0003
 MOST_STATES = 20_000
 #: Longest reason from the compiler that a message quotes.
 MOST_REASON = 200
-#: JSON is written as ``json.dumps`` writes it, which is the form that models were trained on; a schema's own
-#: ``x-guidance`` comes first.
-_JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammars:
@@ -101,9 +98,11 @@ class Grammars:
         matchers = llguidance.LLMatcher
         try:
             if asked.kind == "json_schema":
-                grammar = matchers.grammar_from_json_schema(asked.text, defaults=_JSON_FORM)
+                grammar = matchers.grammar_from_json_schema(asked.text, defaults=JSON_FORM)
             elif asked.kind == "regex":
                 grammar = matchers.grammar_from_regex(asked.text)
+            elif asked.kind == "tools":
+                grammar = matchers.grammar_from_lark(asked.text)
             else:
                 from llguidance.gbnf_to_lark import any_to_lark  # noqa: PLC0415 - llama.cpp's form of grammars
 

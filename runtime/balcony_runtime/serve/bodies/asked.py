@@ -41,6 +41,8 @@ class Asked:
         stream: whether the answer is sent token by token.
         usage: whether the stream ends with the usage.
         each_token: whether every piece of the stream carries the cost of its tokens.
+        tooling: options ``tools``, ``tool_choice`` and ``parallel_tool_calls`` of a reply; empty without tools.
+        template: options ``documents`` and ``chat_template_kwargs`` of a prompt.
     """
 
     chat: bool
@@ -59,6 +61,8 @@ class Asked:
     stream: bool = False
     usage: bool = False
     each_token: bool = False
+    tooling: Mapping[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def params(self, choice: int) -> SamplingParams:
         """Sampling parameters of one reply to a prompt.
@@ -103,7 +107,21 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         stream=stream,
         usage=stream and _usage(fields),
         each_token=fields.truth("timings_per_token"),
+        tooling=_tooling(fields) if chat else {},
+        template=_given(fields, ("documents", "chat_template_kwargs")) if chat else {},
     )
+
+
+def _tooling(fields: Fields) -> dict[str, Any]:
+    """The tools of a request, which the runtime checks; nothing if it has none."""
+    found = _given(fields, ("tools", "tool_choice"))
+    if fields.get("parallel_tool_calls") is not None:
+        found["parallel_tool_calls"] = fields.truth("parallel_tool_calls")
+    return found if found.get("tools") or found.get("tool_choice") not in (None, "none", "auto") else {}
+
+
+def _given(fields: Fields, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := fields.get(name)) is not None}
 
 
 def _refuse_foreign(fields: Fields) -> None:

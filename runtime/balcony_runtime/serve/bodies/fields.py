@@ -21,9 +21,7 @@ MOST_LOGPROBS = 20
 LARGEST_NUMBER = 1e15
 #: Fields that would change the answer and that the runtime does not have → values that ask for nothing.
 FOREIGN: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
@@ -72,13 +70,54 @@ _MESSAGES: Schema = {
     "minItems": 1,
     "items": {
         "type": "object",
-        "required": ["role", "content"],
-        "properties": {"role": {"type": "string"}, "content": {"anyOf": [{"type": "string"}, _PARTS]}},
+        "required": ["role"],
+        "properties": {
+            "role": {"type": "string"},
+            "content": {"anyOf": [{"type": "string"}, _PARTS, {"type": "null"}]},
+            "tool_calls": {"type": "array", "items": {"type": "object"}},
+            "tool_call_id": {"type": "string"},
+        },
     },
     "description": "The conversation.",
 }
 _SCHEMA: Schema = {"anyOf": [{"type": "object"}, {"type": "string"}]}
 _CHOICE: Schema = {"type": "array", "minItems": 1, "items": {"type": "string"}}
+_TOOLS: Table = {
+    "tools": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "description": {"type": "string"},
+                        "parameters": {"type": "object"},
+                    },
+                },
+            },
+        },
+        "description": "Functions that the model may call.",
+    },
+    "tool_choice": {
+        "anyOf": [
+            {"enum": ["none", "auto", "required"]},
+            {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {"type": {"const": "function"}, "function": {"type": "object", "required": ["name"]}},
+            },
+        ],
+        "description": "Whether it calls one; auto without it.",
+    },
+    "parallel_tool_calls": _truth("Whether a reply may have several calls; true without it."),
+    "documents": {"type": "array", "items": {"type": "object"}, "description": "Documents for the chat template."},
+    "chat_template_kwargs": {"type": "object", "description": "Further variables of the chat template."},
+}
 _BUDGET: Table = {"budget": {"type": "object", "description": "Keys of a budget file (docs/budget-file.md)."}}
 _COMMON: Table = {
     "model": _text("A name of /v1/models."),
@@ -132,6 +171,7 @@ _COMMON: Table = {
 CHAT: Table = {
     "messages": _MESSAGES,
     **_COMMON,
+    **_TOOLS,
     "max_completion_tokens": _whole("Most tokens of a reply; goes before max_tokens.", 1, 2**31),
     "logprobs": _truth("Whether to report log-probabilities."),
     "top_logprobs": _whole("Likeliest tokens at each place; needs logprobs.", 0, MOST_LOGPROBS),

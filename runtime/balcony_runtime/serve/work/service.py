@@ -206,7 +206,9 @@ class Service:
         llm = self.llm
         if budget is not None:
             llm.resolved(budget)
-        llm.compile_grammar(asked.params(0))  # not in the decode thread, where the others would wait for it
+        llm.compile_grammar(
+            asked.params(0), **asked.tooling
+        )  # not in the decode thread, where the others would wait for it
         options = [
             {
                 "max_new_tokens": asked.max_tokens,
@@ -214,13 +216,15 @@ class Service:
                 "stop": asked.stop,
                 "logprobs": asked.logprobs,
                 "ignore_eos": asked.ignore_eos,
+                **asked.tooling,
             }
             for choice in range(asked.n)
         ]
         prompts, texts = [], []
         for prompt in asked.prompts:
             if asked.chat:  # a message cannot end its turn by spelling a control token
-                prompts.append(llm.encode(prompt, control_tokens=False))
+                shown = {name: value for name, value in asked.tooling.items() if name != "parallel_tool_calls"}
+                prompts.append(llm.encode(prompt, control_tokens=False, **shown, **asked.template))
             else:
                 prompts.append(llm.encode(prompt, chat=False) if isinstance(prompt, str) else prompt)
                 refuse_foreign(np.array(prompts[-1]), llm.engine.manifest.model.vocab_size)
