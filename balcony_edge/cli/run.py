@@ -82,6 +82,12 @@ def run(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without a chat template.")] = False,
+    control_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether names of control tokens in the prompt, such as <|im_end|>, are those tokens (default: with --raw)."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda", "nv", "tensorrt", "webgpu"],
@@ -128,10 +134,11 @@ def run(
         styles = depth_styles(llm.exit_layers)
         with nullcontext() if trace is None else TraceWriter(trace) as writer:
             if text is None:
-                converse(llm, styles, system, options | {"trace": writer}, live=live)
+                options |= {"trace": writer, "control_tokens": control_tokens}
+                converse(llm, styles, system, options, live=live)
                 return
             asked_for: Any = text if system is None else [{"role": "system", "content": system}, _user(text)]
-            ids = llm.encode(asked_for, chat=False if raw else None)
+            ids = llm.encode(asked_for, chat=False if raw else None, control_tokens=control_tokens)
             stream = llm.stream(ids, logprobs=logprobs, trace=writer, **options)
             plain = None if as_json else styles
             interrupted = (

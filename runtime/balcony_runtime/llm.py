@@ -230,7 +230,7 @@ class LLM:
         prompt: str | Sequence[Message],
         *,
         chat: bool | None = None,
-        control_tokens: bool = True,
+        control_tokens: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         documents: Sequence[Mapping[str, Any]] = (),
@@ -288,8 +288,8 @@ class LLM:
             stop: strings that end the reply; they are not part of its text.
             logprobs: number of most likely tokens to report with their log-probabilities, next to the token's own.
             chat: whether to put a text into the chat template; by default if the bundle has one.
-            control_tokens: whether the name of a control token in the prompt (such as ``<|im_end|>``) is that token, as in
-                transformers; False takes it as plain text.
+            control_tokens: whether the name of a control token in the prompt (such as ``<|im_end|>``) is that token; by
+                default it is in a plain text, and not in messages, tools and documents.
             ignore_eos: whether to go on after the end-of-sequence token; for measurements.
             tools: functions that the model may call, in OpenAI's shape.
             tool_choice: ``auto`` (the default), ``none``, ``required``, or the function that it must call, as

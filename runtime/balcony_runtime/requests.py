@@ -44,7 +44,7 @@ class ReplyOptions(TypedDict, total=False):
     stop: Sequence[str]
     logprobs: int | None
     chat: bool | None
-    control_tokens: bool
+    control_tokens: bool | None
     ignore_eos: bool
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any] | None
@@ -136,7 +136,7 @@ class Requests:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         chat: bool | None = None,
-        control_tokens: bool = True,
+        control_tokens: bool | None = None,
         ignore_eos: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
@@ -264,7 +264,7 @@ class Requests:
         self,
         prompt: Prompt,
         chat: bool | None,
-        control_tokens: bool,
+        control_tokens: bool | None,
         tools: Sequence[Mapping[str, Any]],
         documents: Sequence[Mapping[str, Any]],
         template_kwargs: Mapping[str, Any] | None,

@@ -24,8 +24,8 @@ Message = Mapping[str, Any]
 #: Marks around a placeholder for a control token that a user wrote. They are private-use characters, so texts do not contain
 #: them by chance.
 _OPEN, _CLOSE = "\ue0c0", "\ue0c1"
-#: Roles of a message whose control tokens are plain text: templates write a role next to marks of their own, such as
-#: ``<|role|>``, where any other word could become a control token.
+#: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
+#: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 #: Variables of a template that have parameters of their own.
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
@@ -78,7 +78,7 @@ class TextCodec:
         prompt: str | Sequence[Message],
         *,
         chat: bool | None = None,
-        control_tokens: bool = True,
+        control_tokens: bool | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         documents: Sequence[Mapping[str, Any]] = (),
         template_kwargs: Mapping[str, Any] | None = None,
@@ -89,9 +89,9 @@ class TextCodec:
             prompt: a text, or messages with ``role`` and ``content``. A content is a text, or a list of parts
                 ``{"type": "text", "text": ...}``, which are joined with newlines.
             chat: whether a text is put into the chat template as a user's message; by default if the bundle has a template.
-            control_tokens: whether a control token that the prompt spells out (such as ``<|im_end|>``) becomes that token, as
-                in transformers. False: it stays plain text, so an untrusted message cannot end its turn. The template's own
-                control tokens are not affected.
+            control_tokens: whether a control token that the prompt spells out (such as ``<|im_end|>``) becomes that token. By
+                default a plain text's do, as in transformers, and those in messages, tools and documents do not, so that no
+                message can end its own turn. The template's own control tokens are not affected.
             tools: functions that the template shows to the model, in OpenAI's shape.
             documents: documents that the template shows to the model.
             template_kwargs: further variables of the template, such as ``enable_thinking``.
@@ -109,7 +109,7 @@ class TextCodec:
                     raise InputError(
                         f"{next(iter(variables))} with a plain text: only a chat template shows it: give messages"
                     )
-                tokenizer = self._tokenizer if control_tokens else self._without_control_tokens()
+                tokenizer = self._without_control_tokens() if control_tokens is False else self._tokenizer
                 return _some(tokenizer.encode(_unicode(prompt)).ids)
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
@@ -149,8 +149,11 @@ class TextCodec:
         )
         if not names:
             return list(self._tokenizer.encode(self._render(messages, variables), add_special_tokens=False).ids)
-        if foreign := [message["role"] for message in messages if message["role"] not in _ROLES]:
-            raise InputError(f"role = {foreign[0]!r}: must be one of {', '.join(sorted(_ROLES))}: give one of those")
+        for role in {message["role"] for message in messages} - _ROLES:
+            if any(role in name for name in names):
+                raise InputError(
+                    f"role = {role!r}: is part of a control token: give one of {', '.join(sorted(_ROLES))}"
+                )
         spelled = re.compile("|".join(map(re.escape, names)))
 
         def hidden(value: Any) -> Any:

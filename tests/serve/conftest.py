@@ -29,8 +29,8 @@ def serve(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
     running: list[tuple[Server, threading.Thread]] = []
 
-    def start(**settings: Any) -> Server:
-        server = Server(lambda: balcony_edge.load(tiny.path), Settings(port=0, budgets=folder, **settings))
+    def start(path: Path = tiny.path, **settings: Any) -> Server:
+        server = Server(lambda: balcony_edge.load(path), Settings(port=0, budgets=folder, **settings))
         thread = threading.Thread(target=server.run)
         thread.start()
         running.append((server, thread))

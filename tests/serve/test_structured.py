@@ -96,3 +96,16 @@ def test_choices_have_structures_of_their_own(http: httpx.Client) -> None:
     body = {"messages": QUESTION, "n": 4, "guided_regex": "[a-z]{6}", "temperature": 1.5, "seed": 2}
     texts = [one["message"]["content"] for one in http.post("/v1/chat/completions", json=body).json()["choices"]]
     assert all(re.fullmatch("[a-z]{6}", text) for text in texts) and len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("special", [None, True, False])
+def test_names_of_control_tokens(http: httpx.Client, server: Server, special: bool | None) -> None:
+    """``parse_special``, as llama.cpp calls it: by default names are tokens in plain texts and no messages."""
+    messages, text = [{"role": "user", "content": "a<end>"}], "a<end>"
+    found = [http.post("/tokenize", json={**one, "parse_special": special}).json()["tokens"] for one in
+             ({"messages": messages}, {"content": text})]  # fmt: skip
+    assert [0 in ids for ids in found] == [bool(special), special is not False]
+    for path, prompt, ids in zip(("/v1/chat/completions", "/v1/completions"), ({"messages": messages}, {"prompt": text}),
+                                 found, strict=True):  # fmt: skip
+        body = {**prompt, "parse_special": special, "max_tokens": 1}
+        assert http.post(path, json=body).json()["usage"]["prompt_tokens"] == len(ids)

@@ -107,8 +107,8 @@ class Grammars:
                 from llguidance.gbnf_to_lark import any_to_lark  # noqa: PLC0415 - llama.cpp's form of grammars
 
                 grammar = matchers.grammar_from_lark(any_to_lark(asked.text))
-        except (ValueError, RecursionError) as error:
-            raise _refused(asked.kind, str(error)) from None
+        except Exception as error:  # the readers of the library raise whatever a broken text makes them raise
+            raise _refused(asked.kind, str(error) or type(error).__name__) from None
         limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
         matcher: LLMatcher = matchers(tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():

@@ -43,6 +43,7 @@ class Asked:
         each_token: whether every piece of the stream carries the cost of its tokens.
         tooling: options ``tools``, ``tool_choice`` and ``parallel_tool_calls`` of a reply; empty without tools.
         template: options ``documents`` and ``chat_template_kwargs`` of a prompt.
+        parse_special: whether names of control tokens in the prompt are those tokens; None for the default.
     """
 
     chat: bool
@@ -63,6 +64,7 @@ class Asked:
     each_token: bool = False
     tooling: Mapping[str, Any] = field(default_factory=dict)
     template: Mapping[str, Any] = field(default_factory=dict)
+    parse_special: bool | None = None
 
     def params(self, choice: int) -> SamplingParams:
         """Sampling parameters of one reply to a prompt.
@@ -109,14 +111,15 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         each_token=fields.truth("timings_per_token"),
         tooling=_tooling(fields) if chat else {},
         template=_given(fields, ("documents", "chat_template_kwargs")) if chat else {},
+        parse_special=fields.choice("parse_special"),
     )
 
 
 def _tooling(fields: Fields) -> dict[str, Any]:
     """The tools of a request, which the runtime checks; nothing if it has none."""
     found = _given(fields, ("tools", "tool_choice"))
-    if fields.get("parallel_tool_calls") is not None:
-        found["parallel_tool_calls"] = fields.truth("parallel_tool_calls")
+    if (parallel := fields.choice("parallel_tool_calls")) is not None:
+        found["parallel_tool_calls"] = parallel
     return found if found.get("tools") or found.get("tool_choice") not in (None, "none", "auto") else {}
 
 

@@ -126,6 +126,9 @@ _COMMON: Table = {
     "max_tokens": _whole("Most tokens of a reply; 0 needs echo in a completion.", 0, 2**31),
     "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "description": "Ends."},
     "ignore_eos": _truth("Whether to go on after the end-of-sequence token."),
+    "parse_special": _truth(
+        "Whether names of control tokens are those tokens; by default only in a completion's text."
+    ),
     "return_tokens_as_token_ids": _truth("Whether reported tokens are named token_id:17."),
     "temperature": _number("0 is greedy; 1 without it."),
     "top_p": _number("Probability of the tokens that are kept."),
@@ -185,7 +188,12 @@ COMPLETION: Table = {
     "logprobs": _whole("Likeliest tokens at each place.", 0, MOST_LOGPROBS),
     "echo": _truth("Whether the text begins with the prompt; with logprobs, the prompt is scored."),
 }
-TOKENIZE: Table = {"content": _text("A text."), "prompt": _text("The same."), "messages": _MESSAGES}
+TOKENIZE: Table = {
+    "content": _text("A text."),
+    "prompt": _text("The same."),
+    "messages": _MESSAGES,
+    "parse_special": _COMMON["parse_special"],
+}
 DETOKENIZE: Table = {"tokens": {**_TOKENS, "description": "Token ids."}}
 SLOT: Table = _BUDGET
 
@@ -221,6 +229,10 @@ class Fields:
         if value is not None and not isinstance(value, bool):
             raise bad(name, value, "must be true or false")
         return bool(value)
+
+    def choice(self, name: str) -> bool | None:
+        """A truth value, or None if it is not there."""
+        return None if self.get(name) is None else self.truth(name)
 
     def whole(self, name: str) -> int | None:
         """A whole number within the bounds of the table, or None."""

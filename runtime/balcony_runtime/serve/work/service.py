@@ -222,11 +222,13 @@ class Service:
         ]
         prompts, texts = [], []
         for prompt in asked.prompts:
-            if asked.chat:  # a message cannot end its turn by spelling a control token
+            special = asked.parse_special
+            if asked.chat:
                 shown = {name: value for name, value in asked.tooling.items() if name != "parallel_tool_calls"}
-                prompts.append(llm.encode(prompt, control_tokens=False, **shown, **asked.template))
+                prompts.append(llm.encode(prompt, control_tokens=special, **shown, **asked.template))
             else:
-                prompts.append(llm.encode(prompt, chat=False) if isinstance(prompt, str) else prompt)
+                text = isinstance(prompt, str)
+                prompts.append(llm.encode(prompt, chat=False, control_tokens=special) if text else prompt)
                 refuse_foreign(np.array(prompts[-1]), llm.engine.manifest.model.vocab_size)
             if asked.echo:
                 texts.append(prompt if isinstance(prompt, str) else llm.decode(prompt))
