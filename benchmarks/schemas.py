@@ -11,7 +11,8 @@ from typing import Any
 
 WORDS = ("name", "age", "city", "tags", "score", "active", "price", "born", "note", "id")
 PATTERNS = ("^[A-Z]{3}-[0-9]{2}$", "^(yes|no|maybe)$", "^[a-z]{1,6}@[a-z]{2,5}\\.org$", "^#[0-9a-f]{6}$")
-FORMATS = ("date", "time", "ipv4", "uuid")
+#: Formats that are regular. A date's syntax allows 30 February, and a time's allows a leap second anywhere.
+FORMATS = ("ipv4", "uuid")
 #: Keywords that llguidance does not have → a schema with each, besides a type.
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "uniqueItems": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
@@ -148,7 +149,7 @@ def _value(make: random.Random, levels: int) -> dict[str, Any]:
         {"type": "string", "format": make.choice(FORMATS)},
         {"type": "integer", "minimum": low, "maximum": low + make.randint(0, 5000)},
         {"type": "integer", "minimum": 0, "maximum": 1000, "multipleOf": make.choice([2, 5, 7, 10])},
-        {"type": "number", "minimum": low / 8, "maximum": low / 8 + make.random() * 50},
+        {"type": "number", "minimum": low / 8, "maximum": low / 8 + make.randint(1, 50), "multipleOf": 0.25},
         {"type": "boolean"},
         {"type": "null"},
         {"const": make.choice(["fixed", 17, True, None, {"a": [1, "b"]}])},

@@ -8,7 +8,8 @@ least 30 % of forced tokens. ``paced`` and ``unforced`` are ``free`` and ``force
 which forced tokens are made one by one: their ratio is the cost of masks that leave few tokens. A figure is the time from
 the first token to the last, by the number of tokens after the first.
 
-``schemas``: one reply at temperature 1 to each of many random schemas (:mod:`benchmarks.schemas`), checked by jsonschema_rs.
+``schemas``: one reply at temperature 1 to each of many random schemas (:mod:`benchmarks.schemas`), checked by jsonschema_rs,
+at the full depth and at the shallowest exit in turn.
 Replies that end at the limit of tokens are counted apart. Schemas with a keyword that is not supported must be refused by name.
 
 The last line is JSON: ``ms_a_token`` and ``forced_share`` by case, ``ratios`` (medians over rounds), ``schemas``,
@@ -98,8 +99,9 @@ def valid(llm: LLM, seeds: Sequence[int]) -> dict[str, int]:
     for seed in seeds:
         schema = schemas.schema(seed)
         sampling = SamplingParams(json_schema=schema, temperature=1.0, seed=seed)
+        budget = Budget(exit_layer=llm.exit_layers[0]) if seed % 2 else Budget()
         try:
-            found = llm.generate(QUESTION, sampling=sampling, max_new_tokens=MOST_TOKENS)
+            found = llm.generate(QUESTION, sampling=sampling, budget=budget, max_new_tokens=MOST_TOKENS)
         except InputError as error:
             counts["refused"] += 1
             print(f"schema {seed}: {error}", file=sys.stderr)

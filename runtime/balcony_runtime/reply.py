@@ -198,7 +198,7 @@ class TokenStream(Iterator[Token]):
     ) -> None:
         self._source, self._prompt_tokens, self.cancelled = tokens, prompt_tokens, cancelled
         self.limits, self.watch = limits, watch or Watch()
-        self._box, self._key = box, new_key()
+        self.box, self._key = box, new_key()
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
         self._step = threading.RLock()  # held while a thread runs the source
@@ -235,16 +235,16 @@ class TokenStream(Iterator[Token]):
     def reply(self) -> Reply:
         """The generation so far."""
         tokens, calls = tuple(self._tokens), ()  # type: tuple[Token, ...], tuple[ToolCall, ...]
-        if self._box is None:
+        if self.box is None:
             text = "".join(token.text for token in tokens)
         else:
-            found = read(self._box, self._key, [(token.id, token.text) for token in tokens])
+            found = read(self.box, self._key, [(token.id, token.text) for token in tokens])
             text, calls = found.content, found.calls
         return Reply(text, tokens, self._prompt_tokens, self._finish_reason, self.watch.verdicts(), calls)
 
     def call_reader(self) -> CallReader | None:
         """A reader that splits the tokens into text and calls as they come; None without tools."""
-        return None if self._box is None else CallReader(self._box, self._key)
+        return None if self.box is None else CallReader(self.box, self._key)
 
     @property
     def budget(self) -> Budget:

@@ -265,6 +265,25 @@ def test_templates_without_tools_are_told(llm: LLM) -> None:
     assert llm.decode(llm.encode("hi", tools=[WEATHER])).startswith("<system>You can call these functions:")
 
 
+def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ (m.tool_calls or [{}])[0].function.name }}{% endfor %}"
+    )
+    with balcony_edge.load(bundle_copy) as llm:
+        llm._codec = llm._requests._codec = write_template(bundle_copy, template)
+        chat = llm.chat()
+        stream = chat.send("hi", tools=[function("stop")], tool_choice="required", parallel_tool_calls=False)
+        for _ in stream:
+            pass
+        assert [call.name for call in stream.reply.tool_calls] == ["stop"] and stream.reply.text == ""
+        assert chat.messages[-1] == {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [stream.reply.tool_calls[0].to_dict()],
+        }
+        next(chat.send("go on"))
+
+
 #: Parts of templates of three families that show tools, calls and results.
 TEMPLATES = {
     "hermes": (

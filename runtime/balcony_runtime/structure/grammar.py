@@ -51,7 +51,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Callable[[], str], vocab_size: int, ends: Sequence[int]) -> None:
         self._text, self._vocab_size, self._ends = tokenizer, vocab_size, tuple(ends)
-        self._lock = threading.Lock()
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
         self._made: LLTokenizer | None = None
         self._kept: OrderedDict[Structure, LLMatcher] = OrderedDict()
 
@@ -62,14 +62,28 @@ class Grammars:
             InputError: the structure is not supported, no text has it, or it is too large.
             MissingDependencyError: llguidance is not installed.
         """
+        if (found := self._copy(asked)) is not None:
+            return found
+        with self._compiling:  # not the other lock: replies of compiled structures begin meanwhile
+            if (found := self._copy(asked)) is not None:
+                return found
+            matcher = self._compile(asked)
         with self._lock:
-            matcher = self._kept.pop(asked, None)
-            if matcher is None:
-                matcher = self._compile(asked)
-            self._kept[asked] = matcher  # the last one is the one that was used last
+            self._kept[asked] = matcher
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
-            return Guide(matcher.deep_copy(), asked.kind, self._vocab_size, self._ends)
+            return self._guide(matcher, asked)
+
+    def _copy(self, asked: Structure) -> Guide | None:
+        """The state of a reply of a structure that was compiled before."""
+        with self._lock:
+            if asked not in self._kept:
+                return None
+            self._kept.move_to_end(asked)
+            return self._guide(self._kept[asked], asked)
+
+    def _guide(self, matcher: LLMatcher, asked: Structure) -> Guide:
+        return Guide(matcher.deep_copy(), asked.kind, self._vocab_size, self._ends)
 
     @property
     def tokenizer(self) -> LLTokenizer:
@@ -114,7 +128,7 @@ class Grammars:
         if matcher.is_error():
             raise _refused(asked.kind, matcher.get_error())
         # The first mask finds structures that are too large to run, and warms the lexer that copies share.
-        first = Guide(matcher.deep_copy(), asked.kind, self._vocab_size, self._ends)
+        first = self._guide(matcher, asked)
         if not first.forced(1):
             first.allowed()
         return matcher
