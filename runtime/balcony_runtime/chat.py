@@ -77,7 +77,7 @@ class Chat:
         finally:
             stream.close()
             if stream.reply.tokens:
-                said = {"role": "assistant", "content": stream.reply.text}
+                said: dict[str, Any] = {"role": "assistant", "content": stream.reply.text}
                 if calls := stream.reply.tool_calls:
                     said["tool_calls"] = [call.to_dict() for call in calls]
                 self.messages += [user, said]

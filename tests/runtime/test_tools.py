@@ -267,7 +267,8 @@ def test_templates_without_tools_are_told(llm: LLM) -> None:
 
 def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
     template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ (m.tool_calls or [{}])[0].function.name }}{% endfor %}"
+        "{% for one in tools or [] %}{{ one.function.name }}{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}{% endfor %}"
     )
     with balcony_edge.load(bundle_copy) as llm:
         llm._codec = llm._requests._codec = write_template(bundle_copy, template)
