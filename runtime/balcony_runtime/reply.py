@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Self
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.verdict import Verdict, Watch
-from balcony_runtime.structure.calls import CallReader, ToolCall, new_key, read
+from balcony_runtime.structure.calls import CallReader, ToolCall, read
 from balcony_runtime.structure.tools import Toolbox
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -198,7 +198,7 @@ class TokenStream(Iterator[Token]):
     ) -> None:
         self._source, self._prompt_tokens, self.cancelled = tokens, prompt_tokens, cancelled
         self.limits, self.watch = limits, watch or Watch()
-        self.box, self._key = box, new_key()
+        self.box = box
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
         self._step = threading.RLock()  # held while a thread runs the source
@@ -238,13 +238,13 @@ class TokenStream(Iterator[Token]):
         if self.box is None:
             text = "".join(token.text for token in tokens)
         else:
-            found = read(self.box, self._key, [(token.id, token.text) for token in tokens])
+            found = read(self.box, [(token.id, token.text) for token in tokens])
             text, calls = found.content, found.calls
         return Reply(text, tokens, self._prompt_tokens, self._finish_reason, self.watch.verdicts(), calls)
 
     def call_reader(self) -> CallReader | None:
         """A reader that splits the tokens into text and calls as they come; None without tools."""
-        return None if self.box is None else CallReader(self.box, self._key)
+        return None if self.box is None else CallReader(self.box)
 
     @property
     def budget(self) -> Budget:

@@ -107,7 +107,7 @@ def test_calls_follow_their_schemas_by_construction(
         tokens = walk(grammars, guide, random, begin)
         if tokens[-1] != END:
             continue
-        found = read(box, "abcdefg", texts_of(marked, tokens))
+        found = read(box, texts_of(marked, tokens))
         assert found.content == ("Well, <tool> [TOOL: " if begin and form.marker else "")
         assert found.calls and all(len(call.id) == 9 for call in found.calls)
         for call in found.calls:
@@ -115,7 +115,7 @@ def test_calls_follow_their_schemas_by_construction(
         several = max(several, len(found.calls))
         assert len(found.calls) == 1 or (number % 3 > 0 and isinstance(choice, str))
         names |= {call.name for call in found.calls}
-        pieces, reader, text = [], CallReader(box, "abcdefg"), texts_of(marked, tokens)
+        pieces, reader, text = [], CallReader(box), texts_of(marked, tokens)
         for token, one in text:  # letter by letter
             for letter in one or [""]:
                 pieces += reader.push(token, letter)
@@ -155,7 +155,7 @@ def test_a_schema_is_the_content_next_to_tools(grammars: Grammars, marked: str, 
         box = box_of(form)
         for _ in range(60):
             tokens = walk(grammars, grammars.guide(box.structure(content)), random, [])
-            found = read(box, "abcdefg", texts_of(marked, tokens))
+            found = read(box, texts_of(marked, tokens))
             kinds.add((content.kind, bool(found.calls)))
             if not found.calls and content.kind == "json_schema":
                 jsonschema_rs.validator_for(schema).validate(json.loads(found.content))
@@ -168,17 +168,21 @@ def test_a_schema_is_the_content_next_to_tools(grammars: Grammars, marked: str, 
 
 def test_pieces_of_a_call() -> None:
     """The name first, then the arguments as they come; text that might become a call is held back and given at the end."""
-    reader = CallReader(box_of(formats()["hermes"]), "abcdefg")
+    reader = CallReader(box_of(formats()["hermes"]))
     assert reader.push(7, "Hi <tool") == [Piece("Hi ")]
     assert reader.push(7, '_call>\n{"name": "weather"') == []  # another function's name begins alike
     (piece,) = reader.push(7, ', "arguments": ')
-    assert piece.begun is not None and (piece.call, piece.begun.name, piece.begun.id) == (0, "weather", "abcdefg00")
+    assert piece.begun is not None and (piece.call, piece.begun.name, piece.begun.id) == (
+        0,
+        "weather",
+        reader._key + "00",
+    )
     assert reader.push(7, '{"city": "}') == [Piece('{"city": "}', 0)]
     assert reader.push(7, '\\""}}') == [Piece('\\""}', 0)]
     assert reader.push(7, "\n</tool_call>\n<tool_call>\n") == []
     assert [piece.call for piece in reader.push(7, '{"name": "stop", "arguments": {}}\n</tool_call>')] == [1, 1]
     assert [call.arguments for call in reader.calls] == ['{"city": "}\\""}', "{}"]
-    reader = CallReader(box_of(formats()["hermes"]), "abcdefg")
+    reader = CallReader(box_of(formats()["hermes"]))
     assert reader.push(7, "a <tool") + reader.finish() == [Piece("a "), Piece("<tool")]
 
 

@@ -6,7 +6,6 @@ repair; one that was cut ends anywhere.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -53,12 +52,11 @@ class CallReader:
 
     Args:
         box: its tools.
-        key: seven letters and digits that begin the ids of its calls.
     """
 
-    def __init__(self, box: Toolbox, key: str) -> None:
+    def __init__(self, box: Toolbox) -> None:
         form = box.form
-        self._marker_id, self._key = box.marker_id, key
+        self._marker_id, self._key = box.marker_id, box.key
         self._marker = form.marker if box.marker_id is None else _MARK
         self._heads = {form.head + tool.name + form.middle: tool.name for tool in box.tools}
         self._first_heads = {form.first + head: name for head, name in self._heads.items()}
@@ -187,14 +185,9 @@ class _Scan:
         return len(text)
 
 
-def new_key() -> str:
-    """Letters and digits for the ids of one reply's calls."""
-    return uuid.uuid4().hex[:7]
-
-
-def read(box: Toolbox, key: str, tokens: Sequence[tuple[int, str]]) -> CallReader:
+def read(box: Toolbox, tokens: Sequence[tuple[int, str]]) -> CallReader:
     """The reader after a whole reply of tokens with their texts."""
-    reader = CallReader(box, key)
+    reader = CallReader(box)
     for token, text in tokens:
         reader.push(token, text)
     reader.finish()

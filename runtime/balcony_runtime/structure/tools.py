@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -81,6 +82,7 @@ class Toolbox(NamedTuple):
         several: whether it may call more than one.
         form: how the model writes calls.
         marker_id: token of the format's marker, if that is a control token.
+        key: seven letters and digits that begin the ids of its calls.
     """
 
     tools: tuple[Tool, ...]
@@ -88,6 +90,7 @@ class Toolbox(NamedTuple):
     several: bool
     form: CallFormat
     marker_id: int | None
+    key: str
 
     def structure(self, content: Structure | None) -> Structure:
         """The structure of the reply: calls, or a content instead unless a call is a must.
@@ -147,7 +150,7 @@ def toolbox(given: Any, choice: Any, parallel: bool, form: CallFormat, marker_id
     Raises:
         InputError: the tools or the choice cannot be used.
     """
-    tools = () if given is None else tools_of(given)
+    tools, key = () if given is None else tools_of(given), uuid.uuid4().hex[:7]
     name = _named(choice)
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -159,13 +162,13 @@ def toolbox(given: Any, choice: Any, parallel: bool, form: CallFormat, marker_id
         chosen = tuple(tool for tool in tools if tool.name == name)
         if not chosen:
             raise InputError(f"tool_choice: {name}: tools has no such function: name one of them")
-        return Toolbox(chosen, True, False, form, marker_id)
+        return Toolbox(chosen, True, False, form, marker_id, key)
     if choice not in (None, "auto", "required"):
         allowed = (
             "must be 'none', 'auto', 'required', or {'type': 'function', 'function': {'name': ...}}: give one of them"
         )
         raise InputError(f"tool_choice = {shortened(choice)}: {allowed}")
-    return Toolbox(tools, choice == "required", parallel, form, marker_id)
+    return Toolbox(tools, choice == "required", parallel, form, marker_id, key)
 
 
 def _named(choice: Any) -> str | None:
