@@ -61,6 +61,7 @@ TEXTS = {
     "chat.toml": "tpot = 12\n",
     "lossless.toml": 'policy = "lossless"\n',
     "trace.jsonl": '{"budget": {}}\n',
+    "unique.json": '{"type": "array", "uniqueItems": true}\n',
     "text.jsonl": '{"text": "the quick brown fox"}\n',
     "profile.json": '{"schema_version": 99}\n',
 }
@@ -237,6 +238,27 @@ REFUSALS = (
         "temperature = -1.0: must be a finite number, 0 or more: give 0 for greedy decoding, or a larger "
         "number for more varied text, e.g. 0.7",
         "`run --temperature -1`",
+    ),
+    Refusal(
+        ("run", "bundle", "hi", "--json-schema", "unique.json"),
+        'json_schema: is not supported (Unimplemented keys: ["uniqueItems"]): change it (docs/structured.md says what '
+        "is supported)",
+        "a JSON schema with a keyword that is not supported",
+    ),
+    Refusal(
+        ("run", "bundle", "hi", "--regex", "(a"),
+        "regex: is not supported (…unclosed group…): change it (docs/structured.md says what is supported)",
+        "a regular expression that is not one",
+    ),
+    Refusal(
+        ("run", "bundle", "hi", "--grammar", "none.lark"),
+        "--grammar none.lark: not readable (No such file or directory): name a text file",
+        "a grammar that is not there",
+    ),
+    Refusal(
+        ("run", "bundle", "hi", "--regex", "a", "--grammar", "chat.toml"),
+        "regex and grammar: a reply has one structure: give one of them",
+        "`--regex` with `--grammar`",
     ),
     Refusal(
         ("run", "bundle", "hi", "--profile", "profile.json"),

@@ -65,13 +65,29 @@ def run(
         float, typer.Option(help="Above 1: makes tokens of the prompt and the reply less likely.")
     ] = 1.0,
     presence_penalty: Annotated[float, typer.Option(help="Above 0: makes tokens of the reply less likely.")] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Above 0: makes tokens less likely each time that the reply has them.")
+    ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema that the reply follows (extra \\[structured]).")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole reply matches.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="File with a Lark or GBNF grammar that the reply follows.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the reply before this string; repeatable.")] = None,
     logprobs: Annotated[
         int | None, typer.Option(min=0, help="With --json: number of likeliest tokens to list at each position.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without a chat template.")] = False,
+    control_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether names of control tokens in the prompt, such as <|im_end|>, are those tokens (default: with --raw)."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
@@ -99,7 +115,11 @@ def run(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
+        json_schema=_text_of("--json-schema", json_schema),
+        regex=regex,
+        grammar=_text_of("--grammar", grammar),
     )
     _refuse_idle(sampling, logprobs, as_json=as_json, live=live)
     text = _prompt(prompt, file)
@@ -114,10 +134,11 @@ def run(
         styles = depth_styles(llm.exit_layers)
         with nullcontext() if trace is None else TraceWriter(trace) as writer:
             if text is None:
-                converse(llm, styles, system, options | {"trace": writer}, live=live)
+                options |= {"trace": writer, "control_tokens": control_tokens}
+                converse(llm, styles, system, options, live=live)
                 return
             asked_for: Any = text if system is None else [{"role": "system", "content": system}, _user(text)]
-            ids = llm.encode(asked_for, chat=False if raw else None)
+            ids = llm.encode(asked_for, chat=False if raw else None, control_tokens=control_tokens)
             stream = llm.stream(ids, logprobs=logprobs, trace=writer, **options)
             plain = None if as_json else styles
             interrupted = (
@@ -167,6 +188,16 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
     except UnicodeDecodeError as error:
         where = "standard input" if file is None else f"--file {file}"
         raise InputError(f"{where}: is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from error
+
+
+def _text_of(option: str, file: Path | None) -> str | None:
+    """Text of a file, or None without one."""
+    try:
+        return None if file is None else file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {file}: not readable ({error.strerror}): name a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option} {file}: is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from error
 
 
 def _refuse_idle(sampling: SamplingParams, logprobs: int | None, *, as_json: bool, live: bool) -> None:

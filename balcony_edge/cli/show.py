@@ -54,6 +54,7 @@ def summary(reply: Reply) -> dict[str, Any]:
         ),
         "caught_up_rows": sum(token.caught_up_rows for token in reply.tokens),
         "speculated_tokens": sum(token.decision.drafted > 0 for token in reply.tokens),
+        "forced_tokens": reply.forced_tokens,
         "late_tokens": reply.late_tokens if targets else None,
         "tokens_with_target": targets,
         "unseen_tokens": reply.unseen_tokens,
@@ -68,7 +69,7 @@ def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None
         return
     table = Table("exit", "tokens", "share", "mean ms a token")
     for layer, count in reply.tokens_per_exit.items():
-        times = [token.latency_ms for token in reply.tokens[1:] if token.exit_layer == layer]
+        times = [token.latency_ms for token in reply.tokens[1:] if token.exit_layer == layer and not token.forced]
         mean = f"{sum(times) / len(times):.1f}" if times else ""
         table.add_row(str(layer), str(count), f"{count / len(reply.tokens):.0%}", mean, style=styles[layer])
     console.print(table)
@@ -79,6 +80,8 @@ def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None
     if reply.mean_tpot_ms is not None:
         parts.append(f"then {reply.mean_tpot_ms:.1f} ms a token ({1000 / reply.mean_tpot_ms:.0f} tokens a second)")
     parts.append(f"{_counted(facts['exit_switches'], 'switch')}, {_counted(facts['caught_up_rows'], 'row')} caught up")
+    if facts["forced_tokens"]:
+        parts.append(f"{facts['forced_tokens']} forced")
     if facts["late_tokens"] is not None:
         parts.append(f"{facts['late_tokens']} of {facts['tokens_with_target']} late")
     if facts["unseen_tokens"]:

@@ -61,7 +61,7 @@ class Chat:
         user: Message = {"role": "user", "content": text}
         stream = self._llm.stream([*self.messages, user], sequence=self.sequence, **options)
         self._speaking = TokenStream(
-            self._recorded(user, stream), stream.prompt, stream.cancelled, stream.limits, stream.watch
+            self._recorded(user, stream), stream.prompt, stream.cancelled, stream.limits, stream.watch, stream.box
         )
         return self._speaking
 
@@ -76,7 +76,10 @@ class Chat:
         finally:
             stream.close()
             if stream.reply.tokens:
-                self.messages += [user, {"role": "assistant", "content": stream.reply.text}]
+                said: dict[str, Any] = {"role": "assistant", "content": stream.reply.text}
+                if calls := stream.reply.tool_calls:
+                    said["tool_calls"] = [call.to_dict() for call in calls]
+                self.messages += [user, said]
         if last is not None:
             yield last
 

@@ -8,14 +8,13 @@ Owns :class:`LLM`. The decode loop is :mod:`balcony_runtime.decoding.loop`, the 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 
@@ -31,12 +30,12 @@ from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned
 from balcony_runtime.decoding.prices import measure_prices, profiled_prices
-from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.reply import Reply, TokenStream
-from balcony_runtime.requests import Prompt, Requests, Surroundings
+from balcony_runtime.requests import Prompt, ReplyOptions, Requests, Surroundings
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
-from balcony_runtime.scheduling.scheduler import Bounds, Scheduler
+from balcony_runtime.scheduling.scheduler import Bounds, PrefixOptions, Scheduler
 from balcony_runtime.sensors import Sensors, device_sources
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
@@ -46,14 +45,6 @@ from balcony_runtime.together import Together
 _log = logging.getLogger(__name__)
 #: Longest wait for sensors that have just been started: energy counters and busy shares need two samples.
 FIRST_READINGS_S = 1.0
-
-
-class PrefixOptions(TypedDict, total=False):
-    """What is kept of replies that have ended, as for :func:`balcony_edge.load`."""
-
-    prefix_mb: float
-    prefix_directory: str | os.PathLike[str] | None
-
 
 _ONE = (Budget, str, os.PathLike)
 
@@ -104,7 +95,9 @@ class LLM:
             readings=self.readings,
         )
         ascending = np.maximum.accumulate(quality).tolist()
-        scheduler = Scheduler(engine, self._learned, around.costs, around.readings, ascending, self._bounds(kept))
+        scheduler = Scheduler(
+            engine, self._learned, around.costs, around.readings, ascending, Bounds.of(self._kv_bytes, **kept)
+        )
         self._requests = Requests(engine, codec, scheduler, self._learned, around)
         try:
             self.budget = budget
@@ -156,16 +149,9 @@ class LLM:
         budget = parse_budget(value)
         self._budget, self._resolved = budget, self.resolved(budget)
 
-    def _bounds(self, kept: PrefixOptions) -> Bounds:
-        kept_mb, directory = kept.get("prefix_mb", KEPT_BYTES / 1e6), kept.get("prefix_directory")
-        if not 0 <= kept_mb < math.inf:
-            raise InputError(f"prefix_mb = {kept_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")
-
-        def kv_bytes() -> float | None:
-            bound_mb = self._budget.kv_memory_mb
-            return None if bound_mb is None else 1e6 * bound_mb
-
-        return Bounds(kv_bytes, int(1e6 * kept_mb), None if directory is None else Path(directory))
+    def _kv_bytes(self) -> float | None:
+        bound_mb = self._budget.kv_memory_mb
+        return None if bound_mb is None else 1e6 * bound_mb
 
     def resolved(self, budget: Budget | None = None) -> Budget:
         """A budget as it is for this bundle, once the prices and sensors that it needs are there; None for the LLM's own.
@@ -248,91 +234,90 @@ class LLM:
         return self.engine.exit_layers
 
     def encode(
-        self, prompt: str | Sequence[Message], *, chat: bool | None = None, control_tokens: bool = True
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        chat: bool | None = None,
+        control_tokens: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Tokens of a prompt, as :meth:`stream` uses them."""
-        return self._codec.encode(prompt, chat=chat, control_tokens=control_tokens)
+        shown = None if self._requests.box(tools, tool_choice) is None else tools
+        return self._codec.encode(
+            prompt,
+            chat=chat,
+            control_tokens=control_tokens,
+            tools=shown or (),
+            documents=documents,
+            template_kwargs=chat_template_kwargs,
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without control tokens."""
         return self._codec.decode(tokens)
 
+    def compile_grammar(
+        self,
+        sampling: SamplingParams,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+    ) -> None:
+        """Compile the structure that a reply will have, if any, so that no reply waits for it (up to 3 s).
+
+        The last 32 are kept. Arguments and errors are those of :meth:`stream`.
+        """
+        self._requests.structure(sampling, self._requests.box(tools, tool_choice, parallel_tool_calls))
+
     def stream(
         self,
         prompt: Prompt,
         *,
-        budget: Budget | str | os.PathLike[str] | None = None,
-        max_new_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        stop: Sequence[str] = (),
-        logprobs: int | None = None,
-        chat: bool | None = None,
-        control_tokens: bool = True,
-        ignore_eos: bool = False,
         sequence: TokenSequence | None = None,
         trace: TraceWriter | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> TokenStream:
         """Generate token by token.
 
         Args:
             prompt: text, chat messages, or token ids.
+            sequence: sequence to continue; rows that its tokens share with the prompt are kept, the others rolled back.
+            trace: writer that records the controller's input and decision, one line per token.
+            options: any of the following.
+
+        Options:
             budget: limits of this reply, or the path of a budget file; by default those of :attr:`budget`.
             max_new_tokens: largest number of tokens to make; by default as many as the context holds.
-            sampling: parameters for picking tokens; greedy by default.
+            sampling: parameters for picking tokens, and the structure of the reply; greedy by default.
             stop: strings that end the reply; they are not part of its text.
             logprobs: number of most likely tokens to report with their log-probabilities, next to the token's own.
             chat: whether to put a text into the chat template; by default if the bundle has one.
-            control_tokens: whether the name of a control token in the prompt (such as ``<|im_end|>``) is that token, as in
-                transformers; False takes it as plain text.
+            control_tokens: whether the name of a control token in the prompt (such as ``<|im_end|>``) is that token; by
+                default it is in a plain text, and not in messages, tools and documents.
             ignore_eos: whether to go on after the end-of-sequence token; for measurements.
-            sequence: sequence to continue; rows that its tokens share with the prompt are kept, the others rolled back.
-            trace: writer that records the controller's input and decision, one line per token.
+            tools: functions that the model may call, in OpenAI's shape.
+            tool_choice: ``auto`` (the default), ``none``, ``required``, or the function that it must call, as
+                ``{"type": "function", "function": {"name": ...}}``.
+            parallel_tool_calls: whether a reply may have several calls.
+            documents: documents for the chat template.
+            chat_template_kwargs: further variables of the chat template.
 
         Raises:
             InputError: a prompt or parameter cannot be used.
             ContextLengthError: the prompt does not fit the context.
             InfeasibleError: no exit meets the target, and the budget asks for an error in that case.
+            MissingDependencyError: a structure or tools need llguidance, which is not installed.
         """
-        request = self._requests.of(
-            prompt,
-            budget=budget,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            logprobs=logprobs,
-            chat=chat,
-            control_tokens=control_tokens,
-            ignore_eos=ignore_eos,
-            sequence=sequence,
-            trace=trace,
-        )
+        request = self._requests.of(prompt, sequence=sequence, trace=trace, **options)
         return request.stream(self._requests.tokens(request, sequence))
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        budget: Budget | str | os.PathLike[str] | None = None,
-        max_new_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        stop: Sequence[str] = (),
-        logprobs: int | None = None,
-        chat: bool | None = None,
-        control_tokens: bool = True,
-        ignore_eos: bool = False,
-    ) -> Reply:
-        """Generate a whole reply; arguments and errors are those of :meth:`stream`."""
-        stream = self.stream(
-            prompt,
-            budget=budget,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            logprobs=logprobs,
-            chat=chat,
-            control_tokens=control_tokens,
-            ignore_eos=ignore_eos,
-        )
+    def generate(self, prompt: Prompt, **options: Unpack[ReplyOptions]) -> Reply:
+        """Generate a whole reply; options and errors are those of :meth:`stream`."""
+        stream = self.stream(prompt, **options)
         for _ in stream:
             pass
         return stream.reply
@@ -412,7 +397,7 @@ class LLM:
         batch, first = [request.ids for request in requests], requests[0]
         sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + first.limit)
         rows = np.array(batch, np.int64)
-        sampler = Sampler(sampling or SamplingParams(), rows, self.engine.manifest.model.vocab_size)
+        sampler = self._requests.sampler(sampling, rows)
         environment = Environment(
             lambda: (first.limits.resolved, self._costs), self.readings, learned=self._learned, keep_logits=False
         )

@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple, Self
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.verdict import Verdict, Watch
+from balcony_runtime.structure.calls import CallReader, ToolCall, read
+from balcony_runtime.structure.tools import Toolbox
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -42,6 +44,8 @@ class Token(NamedTuple):
         logprob: log-probability under the exit that made the token; None unless it was requested.
         top_logprobs: most likely tokens at this position with their log-probabilities; empty unless they were requested.
         finish_reason: only on the last token: ``stop`` (end of sequence or a stop string) or ``length``.
+        forced: whether the reply's structure left no other token; the engine did not run for it, and its exit is that of
+            the token before.
     """
 
     id: int
@@ -56,6 +60,7 @@ class Token(NamedTuple):
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    forced: bool = False
 
     @property
     def reason(self) -> str:
@@ -79,7 +84,8 @@ class Reply:
     """A generation so far: its text and its tokens with their costs; ``finish_reason`` is None while it continues.
 
     ``verdicts`` says for each key of the budget whether it was held, ``cached_tokens`` how many tokens of the prompt had their
-    rows already, from an earlier reply or a file.
+    rows already, from an earlier reply or a file. ``tool_calls`` are the functions that the model calls, which are not part of
+    the text.
 
     Example:
         reply = llm.generate("Why is the sky blue?", max_new_tokens=60)
@@ -92,6 +98,7 @@ class Reply:
     finish_reason: FinishReason | None
     verdicts: tuple[Verdict, ...] = ()
     cached_tokens: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def ttft_ms(self) -> float | None:
@@ -100,8 +107,14 @@ class Reply:
 
     @property
     def tokens_per_exit(self) -> dict[int, int]:
-        """Exit layer → number of tokens, deepest first."""
-        return dict(sorted(Counter(token.exit_layer for token in self.tokens).items(), reverse=True))
+        """Exit layer → number of tokens that it made, deepest first; without forced tokens."""
+        made = Counter(token.exit_layer for token in self.tokens if not token.forced)
+        return dict(sorted(made.items(), reverse=True))
+
+    @property
+    def forced_tokens(self) -> int:
+        """Number of tokens about which the reply's structure left no choice, so that no exit had to make them."""
+        return sum(token.forced for token in self.tokens)
 
     @property
     def mean_tpot_ms(self) -> float | None:
@@ -186,6 +199,7 @@ class TokenStream(Iterator[Token]):
         cancelled: event that :meth:`cancel` sets; the source ends when it is set.
         limits: budget of the reply.
         watch: record of the budget, which the source updates with each token; it gives the verdicts.
+        box: tools that the reply may call; None for none.
     """
 
     def __init__(
@@ -195,9 +209,11 @@ class TokenStream(Iterator[Token]):
         cancelled: threading.Event,
         limits: Limits,
         watch: Watch | None = None,
+        box: Toolbox | None = None,
     ) -> None:
         self._source, self.prompt, self.cancelled = tokens, prompt, cancelled
         self.limits, self.watch = limits, watch or Watch()
+        self.box = box
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
         self._step = threading.RLock()  # held while a thread runs the source
@@ -233,9 +249,18 @@ class TokenStream(Iterator[Token]):
     @property
     def reply(self) -> Reply:
         """The generation so far."""
-        text = "".join(token.text for token in self._tokens)
-        tokens, verdicts, prompt = tuple(self._tokens), self.watch.verdicts(), self.prompt
-        return Reply(text, tokens, prompt.tokens, self._finish_reason, verdicts, prompt.cached)
+        tokens, calls = tuple(self._tokens), ()  # type: tuple[Token, ...], tuple[ToolCall, ...]
+        if self.box is None:
+            text = "".join(token.text for token in tokens)
+        else:
+            found = read(self.box, [(token.id, token.text) for token in tokens])
+            text, calls = found.content, found.calls
+        verdicts, prompt = self.watch.verdicts(), self.prompt
+        return Reply(text, tokens, prompt.tokens, self._finish_reason, verdicts, prompt.cached, calls)
+
+    def call_reader(self) -> CallReader | None:
+        """A reader that splits the tokens into text and calls as they come; None without tools."""
+        return None if self.box is None else CallReader(self.box)
 
     @property
     def budget(self) -> Budget:

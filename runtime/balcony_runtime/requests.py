@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -20,16 +20,38 @@ from balcony_edge.control.verdict import Watch
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import ContextLengthError, InputError
+from balcony_runtime.backends.base import IntArray
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence, whole
 from balcony_runtime.reply import Limits, Prompted, Token, TokenStream
 from balcony_runtime.scheduling.scheduler import Scheduler
+from balcony_runtime.structure.asked import Structure, structure_of
+from balcony_runtime.structure.grammar import Grammars, Guide
+from balcony_runtime.structure.tools import Toolbox, toolbox
 from balcony_runtime.telling import told
 from balcony_runtime.text import Message, StopStrings, TextCodec
 from balcony_runtime.tokens import refuse_foreign
 
 Prompt = str | Sequence[Message] | Sequence[int]
+
+
+class ReplyOptions(TypedDict, total=False):
+    """Options of a reply, as for :meth:`LLM.stream`."""
+
+    budget: Budget | str | os.PathLike[str] | None
+    max_new_tokens: int | None
+    sampling: SamplingParams | None
+    stop: Sequence[str]
+    logprobs: int | None
+    chat: bool | None
+    control_tokens: bool | None
+    ignore_eos: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool
+    documents: Sequence[Mapping[str, Any]]
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 class Request(NamedTuple):
@@ -47,6 +69,7 @@ class Request(NamedTuple):
         cancelled: event that ends the reply before its next token.
         watch: record of the budget.
         prompted: what is told of the prompt.
+        box: tools that the reply may call; None for none.
     """
 
     ids: list[int]
@@ -60,6 +83,7 @@ class Request(NamedTuple):
     cancelled: threading.Event
     watch: Watch
     prompted: Prompted
+    box: Toolbox | None = None
 
     @property
     def rows(self) -> int:
@@ -68,7 +92,7 @@ class Request(NamedTuple):
 
     def stream(self, tokens: Iterator[Token]) -> TokenStream:
         """The stream of these tokens, as its user sees it."""
-        return TokenStream(tokens, self.prompted, self.cancelled, self.limits, self.watch)
+        return TokenStream(tokens, self.prompted, self.cancelled, self.limits, self.watch, self.box)
 
 
 class Surroundings(NamedTuple):
@@ -102,7 +126,8 @@ class Requests:
         self, engine: Engine, codec: TextCodec, scheduler: Scheduler, learned: Learned, surroundings: Surroundings
     ) -> None:
         self._engine, self._codec, self.scheduler, self._learned = engine, codec, scheduler, learned
-        self._around = surroundings
+        self._around, model = surroundings, engine.manifest.model
+        self._grammars = Grammars(codec.to_json, model.vocab_size, model.eos_token_ids)
 
     def of(
         self,
@@ -114,26 +139,31 @@ class Requests:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         chat: bool | None = None,
-        control_tokens: bool = True,
+        control_tokens: bool | None = None,
         ignore_eos: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        documents: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         sequence: TokenSequence | None = None,
         trace: TraceWriter | None = None,
     ) -> Request:
         """Check the arguments of :meth:`LLM.stream`; errors are those."""
-        ids = self._prompt_ids(prompt, chat, control_tokens)
+        box = self.box(tools, tool_choice, parallel_tool_calls)
+        shown = () if box is None or tools is None else tools
+        ids = self._prompt_ids(prompt, chat, control_tokens, shown, documents, chat_template_kwargs)
         limit = self._new_tokens(len(ids), max_new_tokens, sequence)
         if logprobs is not None:
             whole("logprobs", logprobs, 0)
         if trace is not None:
             self._around.readings()  # start the sensors now, not during the first step
-        if sampling is not None and not isinstance(sampling, SamplingParams):
-            raise InputError(f"sampling = {sampling!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
         self._engine.refuse_closed()
         model, around = self._engine.manifest.model, self._around
         return Request(
             ids=ids,
             limit=limit,
-            sampler=Sampler(sampling or SamplingParams(), np.array([ids], np.int64), model.vocab_size),
+            sampler=self.sampler(sampling, np.array([ids], np.int64), box, ignore_eos=ignore_eos),
             stop=StopStrings(stop),
             logprobs=logprobs,
             ends=frozenset() if ignore_eos else frozenset(model.eos_token_ids),
@@ -142,7 +172,56 @@ class Requests:
             cancelled=threading.Event(),
             watch=Watch(),
             prompted=Prompted(len(ids)),
+            box=box,
         )
+
+    def box(self, tools: Any, choice: Any, parallel: bool = True) -> Toolbox | None:
+        """The tools that a reply may call, or None; arguments as for :meth:`LLM.stream`.
+
+        Raises:
+            InputError: they cannot be used.
+        """
+        form = self._codec.call_format
+        return toolbox(tools, choice, parallel, form, self._codec.control_token(form.marker))
+
+    def structure(self, params: SamplingParams, box: Toolbox | None = None) -> Guide | None:
+        """State of a reply with the structure that the parameters and the tools ask for; None if they ask for none.
+
+        Raises:
+            InputError: the parameters are none, or their structure or a tool's is not supported.
+            MissingDependencyError: llguidance is not installed.
+        """
+        if not isinstance(params, SamplingParams):
+            raise InputError(f"sampling = {params!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
+        asked = structure_of(json_schema=params.json_schema, regex=params.regex, grammar=params.grammar)
+        if box is None:
+            return None if asked is None else self._grammars.guide(asked)
+        try:
+            return self._grammars.guide(box.structure(asked))
+        except InputError:
+            for tool in box.tools:  # the error of one tool by itself names it
+                try:
+                    self._grammars.guide(Structure("json_schema", tool.schema))
+                except InputError as error:
+                    raise InputError(f"tools: {tool.name}: {error}") from None
+            raise
+
+    def sampler(
+        self,
+        sampling: SamplingParams | None,
+        prompts: IntArray,
+        box: Toolbox | None = None,
+        *,
+        ignore_eos: bool = False,
+    ) -> Sampler:
+        """The sampler of replies to prompts of equal length, (B, n); errors as for :meth:`structure`."""
+        params = sampling or SamplingParams()
+        guides = [guide for _ in prompts if (guide := self.structure(params, box)) is not None]
+        if guides and ignore_eos:
+            raise InputError("ignore_eos: the structure of a reply decides where it ends: leave one of the two out")
+        for guide in guides:
+            guide.prepare()  # while the prompt runs
+        return Sampler(params, prompts, self._engine.manifest.model.vocab_size, guides)
 
     @contextlib.contextmanager
     def sequence(self, request: Request) -> Iterator[TokenSequence]:
@@ -186,7 +265,15 @@ class Requests:
             held.enter_context(contextlib.closing(steps))
             yield from self.told(request, steps, sequence)
 
-    def _prompt_ids(self, prompt: Prompt, chat: bool | None, control_tokens: bool = True) -> list[int]:
+    def _prompt_ids(
+        self,
+        prompt: Prompt,
+        chat: bool | None,
+        control_tokens: bool | None,
+        tools: Sequence[Mapping[str, Any]],
+        documents: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any] | None,
+    ) -> list[int]:
         ids_given = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes | bytearray)
         if ids_given and len(prompt) and isinstance(prompt[0], int | np.integer):
             try:
@@ -197,7 +284,14 @@ class Requests:
                 ) from error
             refuse_foreign(np.array(ids), self._engine.manifest.model.vocab_size)
             return ids
-        return self._codec.encode(prompt, chat=chat, control_tokens=control_tokens)  # type: ignore[arg-type]
+        return self._codec.encode(
+            prompt,  # type: ignore[arg-type]
+            chat=chat,
+            control_tokens=control_tokens,
+            tools=tools,
+            documents=documents,
+            template_kwargs=template_kwargs,
+        )
 
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None = None) -> int:
         context = self._engine.max_length if sequence is None else sequence.max_length

@@ -72,6 +72,7 @@ def told(
             log_p,
             best,
             finish,
+            step.forced,
         )
         if finish is not None:
             return

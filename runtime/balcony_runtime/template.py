@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -125,6 +125,8 @@ class ChatTemplate:
         try:
             tree = _Metered().visit(environment.parse(source))
             code = environment.compile(tree)
+            #: Names of the variables that the template uses.
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateError:
             raise
         except Exception as error:  # the parser or Python's compiler refuses deep nesting

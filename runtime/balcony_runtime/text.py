@@ -17,12 +17,18 @@ from tokenizers.decoders import DecodeStream
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
+from balcony_runtime.structure.formats import DEFAULT, CallFormat, format_of, formats, plain_messages, without_system
 from balcony_runtime.template import ChatTemplate
 
 Message = Mapping[str, Any]
 #: Marks around a placeholder for a control token that a user wrote. They are private-use characters, so texts do not contain
 #: them by chance.
 _OPEN, _CLOSE = "\ue0c0", "\ue0c1"
+#: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
+#: ``<|role|>``, where other words could become a control token.
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+#: Variables of a template that have parameters of their own.
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 class TextCodec:
@@ -40,10 +46,14 @@ class TextCodec:
         self._literal: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
+        self._call_format: CallFormat | None = None
         if bundle.has_file("chat_template.jinja"):
             template = bundle.file("chat_template.jinja")
             try:
-                self._template = ChatTemplate(template.read_text(encoding="utf-8"))
+                source = template.read_text(encoding="utf-8")
+                self._template = ChatTemplate(source)
+                if "tools" in self._template.variables:
+                    self._call_format = format_of(source)
             except (jinja2.TemplateError, ValueError) as error:
                 raise BundleError(f"{template}: not readable ({error}): export the bundle again") from error
             self._special = special_tokens(bundle)
@@ -53,8 +63,25 @@ class TextCodec:
         """Whether the bundle has a chat template."""
         return self._template is not None
 
+    @property
+    def call_format(self) -> CallFormat:
+        """How the model writes calls of tools; the default format if its template knows no tools."""
+        return self._call_format or formats()[DEFAULT]
+
+    def control_token(self, text: str) -> int | None:
+        """The control token of this name, or None."""
+        found = self._tokenizer.get_added_tokens_decoder().items()
+        return next((id_ for id_, token in found if token.special and token.content == text), None)
+
     def encode(
-        self, prompt: str | Sequence[Message], *, chat: bool | None = None, control_tokens: bool = True
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        chat: bool | None = None,
+        control_tokens: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Tokens of a prompt.
 
@@ -62,19 +89,27 @@ class TextCodec:
             prompt: a text, or messages with ``role`` and ``content``. A content is a text, or a list of parts
                 ``{"type": "text", "text": ...}``, which are joined with newlines.
             chat: whether a text is put into the chat template as a user's message; by default if the bundle has a template.
-            control_tokens: whether a control token that the prompt spells out (such as ``<|im_end|>``) becomes that token, as
-                in transformers. False: it stays plain text, so an untrusted message cannot end its turn. The template's own
-                control tokens are not affected.
+            control_tokens: whether a control token that the prompt spells out (such as ``<|im_end|>``) becomes that token. By
+                default a plain text's do, as in transformers, and those in messages, tools and documents do not, so that no
+                message can end its own turn. The template's own control tokens are not affected.
+            tools: functions that the template shows to the model, in OpenAI's shape.
+            documents: documents that the template shows to the model.
+            template_kwargs: further variables of the template, such as ``enable_thinking``.
 
         Raises:
             InputError: the prompt is empty or not valid Unicode, the bundle has no template for messages, or the template
-                refuses them.
+                refuses them or has no use for documents.
         """
+        variables = self._variables(tools, documents, template_kwargs)
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("the prompt is empty: give a text")
             if chat is False or (chat is None and not self.has_chat_template):
-                tokenizer = self._tokenizer if control_tokens else self._without_control_tokens()
+                if variables:
+                    raise InputError(
+                        f"{next(iter(variables))} with a plain text: only a chat template shows it: give messages"
+                    )
+                tokenizer = self._without_control_tokens() if control_tokens is False else self._tokenizer
                 return _some(tokenizer.encode(_unicode(prompt)).ids)
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
@@ -83,10 +118,29 @@ class TextCodec:
             raise InputError("no messages were given: give at least one, e.g. {'role': 'user', 'content': '...'}")
         messages = [_message(message) for message in prompt]
         if control_tokens:
-            return _some(self._tokenizer.encode(self._render(messages), add_special_tokens=False).ids)
-        return _some(self._encode_literally(messages))
+            return _some(self._tokenizer.encode(self._render(messages, variables), add_special_tokens=False).ids)
+        return _some(self._encode_literally(messages, variables))
 
-    def _encode_literally(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _variables(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        documents: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Variables of the template that a request gives, next to its messages."""
+        if not isinstance(template_kwargs or {}, Mapping) or _RESERVED & set(template_kwargs or ()):
+            raise InputError(
+                f"chat_template_kwargs = {template_kwargs!r}: must be an object without {', '.join(sorted(_RESERVED))}: "
+                "give e.g. {'enable_thinking': False}"
+            )
+        found = {"tools": list(tools), "documents": documents}
+        if documents and (self._template is None or "documents" not in self._template.variables):
+            raise InputError("documents: this bundle's chat template has no use for them: put them into a message")
+        if not isinstance(documents, Sequence) or not all(isinstance(one, Mapping) for one in documents):
+            raise InputError(f"documents = {documents!r}: must be a list of objects: give e.g. [{{'text': '...'}}]")
+        return {name: value for name, value in found.items() if value} | dict(template_kwargs or {})
+
+    def _encode_literally(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
         """Tokens of a conversation in which only the template's own control tokens have a meaning."""
         names = sorted(
             (token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special),
@@ -94,12 +148,24 @@ class TextCodec:
             reverse=True,
         )
         if not names:
-            return list(self._tokenizer.encode(self._render(messages), add_special_tokens=False).ids)
+            return list(self._tokenizer.encode(self._render(messages, variables), add_special_tokens=False).ids)
+        for role in {message["role"] for message in messages} - _ROLES:
+            if any(role in name for name in names):
+                raise InputError(
+                    f"role = {role!r}: is part of a control token: give one of {', '.join(sorted(_ROLES))}"
+                )
         spelled = re.compile("|".join(map(re.escape, names)))
-        for message in messages:
-            content = re.sub(f"[{_OPEN}{_CLOSE}]", "", message["content"])
-            message["content"] = spelled.sub(lambda found: f"{_OPEN}{names.index(found[0])}{_CLOSE}", content)
-        pieces = re.split(f"{_OPEN}([0-9]+){_CLOSE}", self._render(messages))
+
+        def hidden(value: Any) -> Any:
+            """A value whose texts have placeholders for control tokens."""
+            if isinstance(value, str):
+                text = re.sub(f"[{_OPEN}{_CLOSE}]", "", value)
+                return spelled.sub(lambda found: f"{_OPEN}{names.index(found[0])}{_CLOSE}", text)
+            if isinstance(value, Mapping):
+                return {hidden(key): hidden(one) for key, one in value.items()}
+            return [hidden(one) for one in value] if isinstance(value, list | tuple) else value
+
+        pieces = re.split(f"{_OPEN}([0-9]+){_CLOSE}", self._render(hidden(messages), hidden(variables)))
         ids: list[int] = []
         for place, piece in enumerate(pieces):  # texts and numbers of names take turns
             tokenizer, text = (
@@ -116,18 +182,33 @@ class TextCodec:
             self._literal = literal
         return self._literal
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        if self._template is None:
+    def _render(self, messages: Sequence[dict[str, Any]], given: Mapping[str, Any]) -> str:
+        template = self._template
+        if template is None:
             raise InputError("this bundle has no chat template: give the prompt as a text, with chat=False or --raw")
-        variables: dict[str, Any] = {**self._special, "messages": list(messages), "add_generation_prompt": True}
+        calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+        if "tools" in template.variables or not (calls or given.get("tools")):
+            return self._rendered(template, messages, given)
+        messages = plain_messages(messages, given.get("tools", ()))
         try:
-            return _unicode(self._template.render(variables))
+            return self._rendered(template, messages, given)
+        except InputError:
+            return self._rendered(template, without_system(messages), given)
+
+    def _rendered(self, template: ChatTemplate, messages: Sequence[Message], given: Mapping[str, Any]) -> str:
+        variables = {**given, **self._special, "messages": list(messages), "add_generation_prompt": True}
+        try:
+            return _unicode(template.render(variables))
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refuses these messages ({error})") from error
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json."""
+        return str(self._tokenizer.to_str())
 
     def stream(self) -> TextStream:
         """A decoder that takes one token at a time."""
@@ -154,9 +235,14 @@ def special_tokens(bundle: Bundle) -> dict[str, str]:
 
 def _message(message: Any) -> dict[str, Any]:
     """A copy of a message whose content is one text; a template would print anything else as Python prints it."""
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(message, Mapping) or "role" not in message or ("content" not in message and not calls):
         raise InputError(f"message {message!r}: must be a mapping with 'role' and 'content': give both")
-    content = message["content"]
+    if not isinstance(message["role"], str):
+        raise InputError(f"message role = {message['role']!r}: must be a text: give e.g. 'user'")
+    content = message.get("content")
+    if content is None and calls:
+        content = ""
     if isinstance(content, list | tuple):
         parts = [
             part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
@@ -166,7 +252,31 @@ def _message(message: Any) -> dict[str, Any]:
         content = "\n".join(parts)  # type: ignore[arg-type]
     if not isinstance(content, str):
         raise InputError(f"message content = {content!r}: must be a text or a list of text parts: give a text")
-    return {**message, "content": _unicode(content)}
+    found = {**message, "content": _unicode(content)}
+    if calls:
+        found["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list | tuple) else [_call(calls)]
+    return found
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """A copy of a call whose arguments are a mapping, as templates expect them; OpenAI's API has them as JSON."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+    if (
+        not isinstance(function, Mapping)
+        or not isinstance(function.get("name"), str)
+        or not isinstance(arguments, Mapping)
+    ):
+        raise InputError(
+            f"message tool_calls: {str(call)[:60]}: must have a function with a name and arguments as a JSON object: give "
+            "{'id': ..., 'type': 'function', 'function': {'name': ..., 'arguments': '{}'}}"
+        )
+    return {**call, "function": {**function, "arguments": dict(arguments)}}
 
 
 def _unicode(text: str) -> str:

@@ -162,6 +162,19 @@ def test_run(exported: Path) -> None:
     assert all(token["target_ms"] == 1000.0 for token in document["tokens"])
 
 
+def test_run_with_a_structure(exported: Path, tmp_path: Path) -> None:
+    """The reply follows the file's schema, and the summary counts what was forced."""
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"animal": {"enum": ["fox", "dog"]}}, "required": ["animal"], '
+                      '"additionalProperties": false}', encoding="utf-8")  # fmt: skip
+    document = json.loads(invoke_here("run", exported, "the", "--json-schema", schema, "--json").stdout)
+    assert json.loads(document["text"]) in ({"animal": "fox"}, {"animal": "dog"})
+    assert document["forced_tokens"] > 4 and document["finish_reason"] == "stop"
+    assert sum(token["forced"] for token in document["tokens"]) == document["forced_tokens"]
+    found = invoke_here("run", exported, "the", "--regex", "(fox|dog){3}", "--frequency-penalty", "1")
+    assert found.stdout.strip().replace("fox", "").replace("dog", "") == "" and "forced" in found.stderr
+
+
 @pytest.mark.parametrize(
     "profile", sorted(Path(__file__).parents[2].joinpath("profiles").glob("*.toml")), ids=lambda p: p.stem
 )

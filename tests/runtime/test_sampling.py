@@ -67,6 +67,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
         ({"min_p": -0.1}, "min_p = -0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
         ({"presence_penalty": float("inf")}, "presence_penalty = inf"),
+        ({"frequency_penalty": "much"}, "frequency_penalty = 'much': must be a number within"),
         ({"logit_bias": {1: float("nan")}}, "logit_bias = "),
         ({"logit_bias": {"a": 1.0}}, r"logit_bias = .'a': 1.0.: must give token ids a bias"),
         ({"logit_bias": {1: "a"}}, "logit_bias = .*: must give token ids a bias"),
@@ -159,6 +160,7 @@ def test_values_at_the_ends_of_their_ranges_are_taken(options: dict[str, Any]) -
         ({"temperature": 0.1}, False),
         ({"repetition_penalty": 1.1}, False),
         ({"presence_penalty": 0.1}, False),
+        ({"frequency_penalty": 0.1}, False),
         ({"logit_bias": {3: 1.0}}, False),
     ],
 )
@@ -233,6 +235,19 @@ def test_the_presence_penalty_counts_the_reply_only_and_once() -> None:
     before = logits.copy()
     assert [int(sampler.pick(logits)[0]) for _ in range(4)] == [2, 3, 2, 2]  # 3.0; 1.5 > 1.0; 1.0 > 0.5; 1.0
     np.testing.assert_array_equal(logits, before)
+
+
+def test_the_penalties_of_openai_follow_their_formula() -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, with c the counts of the reply, of each member of a batch."""
+    random, logits = np.random.default_rng(2), np.random.default_rng(3).normal(size=(2, 5)).astype(np.float32)
+    params = SamplingParams(frequency_penalty=0.7, presence_penalty=-0.4, temperature=1.0, seed=5)
+    sampler = Sampler(params, np.array([[1, 2], [3, 4]], np.int64), 5)
+    counts = np.zeros((2, 5))
+    for _ in range(12):
+        want = logits - 0.7 * counts - -0.4 * (counts > 0)
+        np.testing.assert_allclose(sampler._adjust(logits), want, rtol=1e-5, atol=1e-6)
+        counts[[0, 1], sampler.pick(logits + random.normal(size=(2, 5)).astype(np.float32))] += 1
+    assert counts.max() > 1 and sampler.fork()._adjust(logits) == pytest.approx(sampler._adjust(logits))
 
 
 def test_a_bias_moves_the_choice() -> None:

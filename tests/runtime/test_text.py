@@ -94,10 +94,11 @@ def test_text_that_is_not_unicode_is_refused(codec: TextCodec) -> None:
 
 @pytest.mark.parametrize("text", ["a<end>b", "<end>", "the <end> fox <end><end>", "no token of control"])
 def test_control_tokens_in_a_prompt_can_be_plain_text(codec: TextCodec, tiny: Any, text: str) -> None:
-    """By default as in transformers; otherwise the ids spell the name, and the template's own tokens do not change."""
+    """A plain text's are tokens by default, as in transformers; a message's are spelled, and the template's own stay."""
     end = tiny.tokenizer.convert_tokens_to_ids("<end>")
     assert codec.encode(text, chat=False).count(end) == text.count("<end>")
-    assert codec.encode(text).count(end) == text.count("<end>")
+    assert codec.encode(text, control_tokens=True).count(end) == text.count("<end>")
+    assert codec.encode(text) == codec.encode(text, control_tokens=False)
     tokenizer = Tokenizer.from_str(tiny.tokenizer.backend_tokenizer.to_str())
     for chat, whole in ((False, text), (None, f"<user>{text}\n<assistant>")):
         ids = codec.encode(text, chat=chat, control_tokens=False)
@@ -109,8 +110,62 @@ def test_control_tokens_in_a_prompt_can_be_plain_text(codec: TextCodec, tiny: An
 def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> None:
     end = tiny.tokenizer.convert_tokens_to_ids("<end>")
     written = write_template(bundle_copy, "{% for m in messages %}{{ m.content | trim }}<end>{% endfor %}")
-    assert written.encode(" a<end>b ", control_tokens=False).count(end) == 1
-    assert written.encode(" a<end>b ").count(end) == 2
+    assert written.encode(" a<end>b ").count(end) == 1
+    assert written.encode(" a<end>b ", control_tokens=True).count(end) == 2
+    assert written.encode("a<end>b", chat=False).count(end) == 1  # a plain text, as in transformers
+
+
+_EVERYWHERE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for d in documents or [] %}{{ d.text }}{% endfor %}"
+    "{{ mood }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.name }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<end>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "tools": [{"function": {"name": "a", "description": "<end>"}}],
+        },
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "tools": [{"function": {"<end>": 1, "b": ["<end>", {"c": "<end>"}]}}],
+        },
+        {"messages": [{"role": "user", "content": "x", "name": "<end>"}]},
+        {"messages": [{"role": "tool", "content": "x<end><end>"}]},
+        {"messages": [{"role": "user", "content": "\ue0c00\ue0c1<\ue0c0end>"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "<end>"}]}]},
+        {"messages": [{"role": "user<end>", "content": "x"}]},
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "<end>", "arguments": '{"<end>": "<end>"}'}}],
+                }
+            ]
+        },
+        {"messages": [{"role": "user", "content": "x"}], "template_kwargs": {"mood": "<end>"}},
+        {"messages": [{"role": "user", "content": "x"}], "documents": [{"text": "<end>"}]},
+    ],
+    ids=str,
+)
+def test_no_text_of_a_request_is_a_control_token(bundle_copy: Path, tiny: Any, given: dict[str, Any]) -> None:
+    """Messages, roles, names, tools, calls, documents and variables: the template's own control token is the only one."""
+    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
+    codec = write_template(bundle_copy, _EVERYWHERE)
+    ids = codec.encode(given.pop("messages"), **given)
+    assert ids.count(end) == 1 and ids[-1] == end
+    assert "<end>" in codec._tokenizer.decode(ids[:-1], skip_special_tokens=False)  # spelled, in ordinary tokens
+
+
+def test_a_role_is_no_part_of_a_control_token(bundle_copy: Path) -> None:
+    """The template writes ``<role>``, and ``<end>`` would be the control token."""
+    codec = write_template(bundle_copy, _EVERYWHERE)
+    with pytest.raises(InputError, match="role = 'end': is part of a control token: give one of assistant, developer"):
+        codec.encode([{"role": "end", "content": "x"}])
+    assert codec.encode([{"role": "critic", "content": "x"}])
 
 
 @pytest.mark.parametrize(
@@ -348,7 +403,9 @@ def test_what_real_templates_use_is_there(bundle_copy: Path) -> None:
         "|{{ {'b': 1, 'a': 2} | dictsort }}|{{ 'x' | default('y') }}|{{ [3, 1, 2] | sort }}|{{ range(3) | list }}"
     )
     codec = write_template(bundle_copy, template)
-    got = codec._render([{"role": "system", "content": "be "}, {"role": "user", "content": "a<think></think>\nfox"}])
+    got = codec._render(
+        [{"role": "system", "content": "be "}, {"role": "user", "content": "a<think></think>\nfox"}], {}
+    )
     assert got == (
         "system|beuser|fox|True|system,user|USER|1|{\"a\": [1, 2.5, null]}|a-3|b 1.50|C B|[('x', 1)]|l1\n  l2|False|4"
         "|[('a', 2), ('b', 1)]|x|[1, 2, 3]|[0, 1, 2]"

@@ -29,9 +29,9 @@ def serve(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
     running: list[tuple[Server, threading.Thread]] = []
 
-    def start(prefix_directory: Path | None = None, **settings: Any) -> Server:
+    def start(path: Path = tiny.path, prefix_directory: Path | None = None, **settings: Any) -> Server:
         def open_llm() -> balcony_edge.LLM:
-            return balcony_edge.load(tiny.path, prefix_directory=prefix_directory)
+            return balcony_edge.load(path, prefix_directory=prefix_directory)
 
         server = Server(open_llm, Settings(port=0, budgets=folder, **settings))
         thread = threading.Thread(target=server.run)

@@ -28,6 +28,7 @@ class Case(NamedTuple):
     headers: dict[str, str] | None = None
 
 
+UNIQUE = {"type": "array", "uniqueItems": True}
 REFUSALS = [
     Case(CHAT, b"{", 400, "invalid_json", "the body is not JSON"),
     Case(CHAT, b"", 400, "invalid_json", "the body is not JSON"),
@@ -61,9 +62,22 @@ REFUSALS = [
     Case(CHAT, HELLO | {"logit_bias": [1]}, 400, "invalid_value", "logit_bias = [1]: must map token ids"),
     Case(CHAT, HELLO | {"logit_bias": {"a": 1}}, 400, "invalid_value", "logit_bias = {'a': 1}: must map token ids"),
     Case(CHAT, HELLO | {"logit_bias": {"9999": 1}}, 400, "invalid_value", "the vocabulary has 0 to 319"),
-    Case(CHAT, HELLO | {"tools": [{}]}, 400, "invalid_value", "tools = [{}]: is not supported here; leave it out"),
-    Case(CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "invalid_value", "is not supported here"),
-    Case(CHAT, HELLO | {"frequency_penalty": 1}, 400, "invalid_value", "frequency_penalty = 1: is not supported"),
+    Case(CHAT, HELLO | {"tools": [{}]}, 400, "invalid_value", "tools: {}: must be a function"),
+    Case(CHAT, HELLO | {"functions": [{}]}, 400, "invalid_value", "functions = [{}]: is not supported here; leave it"),
+    Case(CHAT, HELLO | {"grammar": "\x89W"}, 400, "invalid_value", "grammar: is not supported ("),
+    Case(CHAT, HELLO | {"grammar": "start: \ud800"}, 400, "invalid_value", "grammar: is not supported ("),
+    Case(CHAT, HELLO | {"guided_json": {"const": "\ud800"}}, 400, "invalid_value", "json_schema: is not supported ("),
+    Case(CHAT, HELLO | {"response_format": {"type": "xml"}}, 400, "invalid_value", "must be {'type': 'text'}"),
+    Case(CHAT, HELLO | {"response_format": {"type": "json_schema"}}, 400, "invalid_value", "must be {'type': 'text'}"),
+    Case(CHAT, HELLO | {"guided_json": 3}, 400, "invalid_value", "json_schema = 3: must be a JSON object"),
+    Case(CHAT, HELLO | {"guided_json": UNIQUE}, 400, "invalid_value", 'Unimplemented keys: ["uniqueItems"]'),
+    Case(CHAT, HELLO | {"guided_regex": "(a"}, 400, "invalid_value", "regex: is not supported ("),
+    Case(CHAT, HELLO | {"guided_choice": []}, 400, "invalid_value", "guided_choice = []: must be a list of texts"),
+    Case(CHAT, HELLO | {"guided_regex": "a", "grammar": "b"}, 400, "invalid_value", "a reply has one structure"),
+    Case(CHAT, HELLO | {"structured_outputs": {"xml": 1}}, 400, "invalid_value", "must have exactly one of json"),
+    Case(CHAT, HELLO | {"structured_outputs": {}}, 400, "invalid_value", "must have exactly one of json"),
+    Case(CHAT, HELLO | {"guided_regex": "a", "ignore_eos": True}, 400, "invalid_value", "ignore_eos: the structure"),
+    Case(CHAT, HELLO | {"frequency_penalty": "a"}, 400, "invalid_value", "frequency_penalty = 'a': must be a number"),
     Case(CHAT, HELLO | {"stream": "yes"}, 400, "invalid_value", "stream = 'yes': must be true or false"),
     Case(CHAT, HELLO | {"stream": True, "stream_options": 1}, 400, "invalid_value", "stream_options = 1: must be"),
     Case(CHAT, HELLO | {"budget": 5}, 400, "invalid_value", "budget = 5: must be an object"),
@@ -117,7 +131,8 @@ def test_a_bad_request_has_its_line(case: Case, http: httpx.Client) -> None:
     "extra",
     [
         {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "parallel_tool_calls": True},
-        {"tools": [], "response_format": {"type": "text"}, "frequency_penalty": 0, "n": None, "stop": None},
+        {"tools": [], "response_format": {"type": "text"}, "frequency_penalty": 0.5, "n": None, "stop": None},
+        {"grammar": "", "json_schema": None},
         {"top_k": -1, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5, "top_p": 0.9, "seed": 1},
         {"max_completion_tokens": 1, "max_tokens": None},
     ],

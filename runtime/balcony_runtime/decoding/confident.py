@@ -180,7 +180,8 @@ class EarlyExits:
         logits = sequence.step(trial.exit_layer, ids)
         sure = float(measured(logits, policy.measure)[0])
         words = f"{sure:.2f} sure at {trial.exit_layer}, asked {trial.threshold:.2f}"
-        exited = sure >= trial.threshold
+        # The promise is about the likeliest token, so it must be one that the reply's structure allows.
+        exited = sure >= trial.threshold and sampler.allows(int(logits[0].argmax()))
         policy.learn(trial.exit_layer, exited)
         end = sequence.length
         if exited:

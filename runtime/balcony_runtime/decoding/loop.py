@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.manifest import ConfidenceSpec
 from balcony_edge.control.company.seen import StreamSeen
@@ -49,6 +51,7 @@ class Step(NamedTuple):
         budget: budget of the decision.
         readings: readings of the sensors at the time of the decision; empty if the budget needs none.
         read_s: time of the readings.
+        forced: whether the reply's structure left no other token, so that the engine did not run for it.
     """
 
     ids: IntArray
@@ -60,6 +63,7 @@ class Step(NamedTuple):
     budget: Budget
     readings: tuple[Reading, ...]
     read_s: float
+    forced: bool = False
 
 
 class Learned:
@@ -150,6 +154,7 @@ class Decoder:
             _catch_up(sequence, decision.catch_up)
         attempted = self._attempt(ids, decision, begin_ns)
         made = attempted or self._step(ids, decision.exit_layer)
+        forced = self._force(made.ids[-1])
         done_ns = time.perf_counter_ns()
         measured = self._made and attempted is None
         self._last = self._learn(decision, (done_ns - begin_ns) / 1e6) if measured else None
@@ -170,9 +175,8 @@ class Decoder:
         for step_ids, logits in zip(made.ids, made.logits, strict=True):
             steps.append(Step(step_ids, logits, given, target_ms, latency_ms, caught_up, self._budget, *self._read))
             latency_ms = 0.0  # the other tokens of a round came with the first
-        self._ids = made.ids[-1]
         self._made += len(steps)
-        return steps
+        return steps + self._forced_steps(forced, steps[-1])
 
     def _decide(self, last: Measurement | None) -> Decision:
         """Decide about the next token.
@@ -261,14 +265,39 @@ class Decoder:
         """The token that the next step of the only member begins with."""
         return int(self._ids[0])
 
-    def take(self, logits: FloatArray, decision: Decision, latency_ms: float, read: Readings) -> Step:
+    def take(self, logits: FloatArray, decision: Decision, latency_ms: float, read: Readings) -> list[Step]:
         """Take the logits (1, V) of a round as the next token's, as if :meth:`step` had made them."""
         ids = self._sampler.pick(logits)
         kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
         step = Step(ids, kept, decision, self._budget.tpot_ms, latency_ms, 0, self._budget, *read)
-        self._ids, self._last, self._emitted_ns = ids, None, time.perf_counter_ns()
+        forced = self._force(ids)
+        self._last, self._emitted_ns = None, time.perf_counter_ns()
         self._made += 1
-        return step
+        return [step, *self._forced_steps(forced, step)]
+
+    def _force(self, ids: IntArray) -> list[int]:
+        """Take over the last token and those that the reply's structure leaves no choice about; return the latter.
+
+        All of them except the last become pending rows at once, which run when logits are next asked for. Log-probabilities
+        need the model's opinion of each token, and a pace needs them one by one: they are then made like all others.
+        """
+        self._ids = ids
+        budget, sequence = self._budget, self._sequence
+        if sequence.batch_size > 1 or self._environment.keep_logits or budget.max_pace_tps is not None:
+            self._sampler.prepare()
+            return []
+        forced = self._sampler.forced(sequence.max_length - sequence.length - 1)
+        if forced:
+            sequence.append([int(ids[0]), *forced[:-1]])
+            self._ids = np.array(forced[-1:], np.int64)
+        self._sampler.prepare()
+        return forced
+
+    def _forced_steps(self, forced: list[int], last: Step) -> list[Step]:
+        """Steps of forced tokens, which came with another token."""
+        self._made += len(forced)
+        ids = [np.array([token], np.int64) for token in forced]
+        return [last._replace(ids=one, logits=None, latency_ms=0.0, caught_up_rows=0, forced=True) for one in ids]
 
     def follow(self, exit_layer: int, slowdown: Slowdown) -> None:
         """Go on alone after a token in company: from its exit, and with what the rounds have learned about the device."""

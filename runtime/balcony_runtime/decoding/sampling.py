@@ -1,18 +1,19 @@
 """Sampling: turns logits into the next token with bias, penalties, temperature, top-k, top-p, min-p and a seed.
 
-Owns the order, which is that of transformers' processors and warpers: bias, repetition penalty, presence penalty (which
-transformers does not have), temperature, top-k, top-p on the tokens left, min-p on the tokens left. Log-probabilities are
-the model's own, taken before all of these. This module does not know about exits.
+Owns the order, which is that of transformers' processors and warpers: bias, repetition penalty, presence and frequency
+penalty (which transformers does not have), the tokens that a structure allows, temperature, top-k, top-p on the tokens left,
+min-p on the tokens left. Log-probabilities are the model's own, taken before all of these. This module does not know about
+exits, or how a structure becomes a mask.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +40,12 @@ class SamplingParams:
         repetition_penalty: divisor of positive logits and factor of negative ones, for tokens in prompt or reply (CTRL);
             1 is none.
         presence_penalty: amount subtracted from the logits of tokens in the reply so far (OpenAI); 0 is none.
+        frequency_penalty: amount subtracted from a token's logit for each time that the reply has it (OpenAI); 0 is none.
         logit_bias: token id → amount added to its logit.
         seed: seed of the random numbers; None takes fresh ones.
+        json_schema: JSON schema that the reply follows: a mapping, JSON text, or a pydantic model class.
+        regex: regular expression that the whole reply matches.
+        grammar: Lark or GBNF grammar that the reply follows. At most one of the last three is given; they need llguidance.
 
     Raises:
         InputError: a value out of range.
@@ -52,8 +57,12 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+    json_schema: Any = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         # parameter → its type, its range, what is allowed, and what to do
@@ -94,6 +103,12 @@ class SamplingParams:
                 f"a number within ±{LARGEST:g}",
                 "give a number above 0 for fewer repetitions, e.g. 0.5, or 0 for no penalty",
             ),
+            "frequency_penalty": (
+                Real,
+                lambda value: abs(value) <= LARGEST,
+                f"a number within ±{LARGEST:g}",
+                "give a number above 0 for fewer repetitions, e.g. 0.5, or 0 for no penalty",
+            ),
             "seed": (
                 Integral | None,
                 lambda value: value is None or value >= 0,
@@ -114,6 +129,28 @@ class SamplingParams:
                 )
 
 
+class Guide(Protocol):
+    """Which tokens may come next in a reply, as :class:`balcony_runtime.structure.grammar.Guide` knows it."""
+
+    def prepare(self) -> None:
+        """Start to compute the next mask."""
+
+    def allowed(self) -> npt.NDArray[np.bool_] | None:
+        """Which tokens may come next, (V,); None for all."""
+
+    def permits(self, token: int) -> bool:
+        """Whether a token may come next."""
+
+    def accept(self, token: int) -> None:
+        """Go on after a token."""
+
+    def forced(self, most: int) -> list[int]:
+        """Go on over the tokens that are certain to come next, at most so many, and return them."""
+
+    def fork(self) -> Self:
+        """A copy that goes on by itself."""
+
+
 class Proposal(NamedTuple):
     """A drafted token and the distribution from which it was drawn, (V,); None if the token is the likeliest one."""
 
@@ -128,23 +165,25 @@ class Sampler:
         params: sampling parameters.
         prompt: tokens that the repetition penalty counts from the start, (B, n).
         vocab_size: size of the vocabulary, V.
+        guides: structure of each member's reply; empty without one.
 
     Raises:
         InputError: a bias for a token outside the vocabulary.
     """
 
-    def __init__(self, params: SamplingParams, prompt: IntArray, vocab_size: int) -> None:
-        self._params = params
+    def __init__(self, params: SamplingParams, prompt: IntArray, vocab_size: int, guides: Sequence[Guide] = ()) -> None:
+        self._params, self._guides = params, tuple(guides)
         self._random = np.random.default_rng(params.seed)
         self._members = np.arange(prompt.shape[0])
         self._seen = self._made = None
         if params.repetition_penalty != 1:
             self._seen = np.zeros((prompt.shape[0], vocab_size), bool)
             self._seen[self._members[:, None], prompt] = True
-        if params.presence_penalty:
-            self._made = np.zeros((prompt.shape[0], vocab_size), bool)
+        if params.presence_penalty or params.frequency_penalty:
+            self._made = np.zeros((prompt.shape[0], vocab_size), np.int32)
+        unchanged = self._seen is None and self._made is None and not params.logit_bias and not self._guides
         #: Whether the next token is always the one with the largest unchanged logit.
-        self.greedy = params.temperature == 0 and self._seen is None and self._made is None and not params.logit_bias
+        self.greedy = params.temperature == 0 and unchanged
         for token in params.logit_bias:
             if not 0 <= token < vocab_size:
                 raise InputError(f"logit_bias for token {token}: the vocabulary has 0 to {vocab_size - 1}")
@@ -161,6 +200,9 @@ class Sampler:
                 raise not_finite()
             return np.array([best], np.int64)
         adjusted = self._adjust(logits)
+        if self._guides:
+            pairs = zip(adjusted, self._guides, strict=True)
+            return self._recorded(np.array([self._guided(row, guide) for row, guide in pairs], np.int64))
         if self._params.temperature == 0:
             ids: IntArray = adjusted.argmax(axis=-1)
             # If one of the logits is NaN, argmax returns it.
@@ -170,9 +212,40 @@ class Sampler:
             ids = np.array([self._draw(row) for row in adjusted], np.int64)
         return self._recorded(ids)
 
+    def _guided(self, logits: FloatArray, guide: Guide) -> int:
+        """Pick the next token of one member, from the tokens that its structure allows."""
+        if self._params.temperature > 0:
+            return self._draw(logits, guide)
+        best = int(logits.argmax())
+        if not math.isfinite(logits.item(best)):
+            raise not_finite()
+        if guide.permits(best):  # the usual case
+            return best
+        allowed = guide.allowed()
+        assert allowed is not None  # without a mask all tokens are permitted
+        places = np.flatnonzero(allowed)
+        return int(places[logits[places].argmax()])
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next in the reply of the only member."""
+        return not self._guides or self._guides[0].permits(token)
+
+    def forced(self, most: int) -> list[int]:
+        """Go on over the tokens that are certain to come next for the only member, at most so many, and return them."""
+        found = self._guides[0].forced(most) if len(self._guides) == 1 else []
+        for token in found:
+            self._remember(np.array([token], np.int64))
+        return found
+
+    def prepare(self) -> None:
+        """Start to compute the masks of the next tokens."""
+        for guide in self._guides:
+            guide.prepare()
+
     def fork(self) -> Sampler:
         """Return a copy with its own memory of tokens from now on; both draw random numbers from the same stream."""
         other = copy.copy(self)
+        other._guides = tuple(guide.fork() for guide in self._guides)
         other._seen, other._made = (None if record is None else record.copy() for record in (self._seen, self._made))
         return other
 
@@ -180,7 +253,7 @@ class Sampler:
         """Draft the next token from logits (V,), and remember it."""
         if self._params.temperature == 0:
             return Proposal(int(self.pick(logits[None])[0]), None)
-        ids, probabilities = candidates(self._adjust(logits[None])[0], self._params)
+        ids, probabilities = self._candidates(self._adjust(logits[None])[0], *self._guides)
         token = int(ids[self._random.choice(len(ids), p=probabilities)])
         self._recorded(np.array([token], np.int64))
         return Proposal(token, _dense(ids, probabilities, len(logits)))
@@ -192,7 +265,7 @@ class Sampler:
         """
         if proposal.distribution is None:
             return int(self.pick(logits[None])[0])
-        wanted = _dense(*candidates(self._adjust(logits[None])[0], self._params), len(logits))
+        wanted = _dense(*self._candidates(self._adjust(logits[None])[0], *self._guides), len(logits))
         token, offered = proposal.token, proposal.distribution
         if self._random.random() * offered[token] >= wanted[token]:
             rest = np.maximum(wanted - offered, 0.0)
@@ -202,10 +275,17 @@ class Sampler:
         return token
 
     def _recorded(self, ids: IntArray) -> IntArray:
-        for record in (self._seen, self._made):
-            if record is not None:
-                record[self._members, ids] = True
+        self._remember(ids)
+        for guide, token in zip(self._guides, ids.tolist(), strict=False):
+            guide.accept(token)
         return ids
+
+    def _remember(self, ids: IntArray) -> None:
+        """Count tokens for the penalties."""
+        if self._seen is not None:
+            self._seen[self._members, ids] = True
+        if self._made is not None:
+            self._made[self._members, ids] += 1
 
     def _adjust(self, logits: FloatArray) -> FloatArray:
         params = self._params
@@ -220,12 +300,21 @@ class Sampler:
             )
             adjusted = np.where(self._seen, penalized, adjusted)
         if self._made is not None:
-            adjusted -= params.presence_penalty * self._made
+            adjusted -= params.presence_penalty * (self._made > 0) + params.frequency_penalty * self._made
         return adjusted.astype(np.float32, copy=False)
 
-    def _draw(self, logits: FloatArray) -> int:
-        ids, probabilities = candidates(logits, self._params)
+    def _draw(self, logits: FloatArray, *guide: Guide) -> int:
+        ids, probabilities = self._candidates(logits, *guide)
         return int(ids[self._random.choice(len(ids), p=probabilities)])
+
+    def _candidates(self, logits: FloatArray, guide: Guide | None = None) -> tuple[IntArray, npt.NDArray[np.float64]]:
+        """:func:`candidates` among the tokens that a structure allows."""
+        allowed = None if guide is None else guide.allowed()
+        if allowed is None:
+            return candidates(logits, self._params)
+        places = np.flatnonzero(allowed)
+        ids, probabilities = candidates(logits[places], self._params)
+        return places[ids], probabilities
 
 
 def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, npt.NDArray[np.float64]]:

@@ -9,11 +9,13 @@ consumer does not ask is not stepped and holds nobody up.
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -77,6 +79,13 @@ class Stream:
         self.error, self.asks = error, False
 
 
+class PrefixOptions(TypedDict, total=False):
+    """What is kept of replies that have ended, as for :func:`balcony_edge.load`."""
+
+    prefix_mb: float
+    prefix_directory: str | os.PathLike[str] | None
+
+
 class Bounds(NamedTuple):
     """What sequences may take.
 
@@ -89,6 +98,18 @@ class Bounds(NamedTuple):
     kv_bytes: Callable[[], float | None]
     kept_bytes: int = KEPT_BYTES
     directory: Path | None = None
+
+    @classmethod
+    def of(cls, kv_bytes: Callable[[], float | None], **kept: Unpack[PrefixOptions]) -> Self:
+        """The bounds that a user asks for.
+
+        Raises:
+            InputError: the number of megabytes is none.
+        """
+        kept_mb, directory = kept.get("prefix_mb", KEPT_BYTES / 1e6), kept.get("prefix_directory")
+        if not 0 <= kept_mb < math.inf:
+            raise InputError(f"prefix_mb = {kept_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")
+        return cls(kv_bytes, int(1e6 * kept_mb), None if directory is None else Path(directory))
 
 
 class Scheduler:
@@ -438,9 +459,9 @@ class Scheduler:
         read: Readings,
     ) -> None:
         try:
-            step = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
+            steps = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
         except BalconyError as error:
             stream.fail(error)
             return
         stream.decoder.follow(decision.exit_layer, self._state.slowdown)
-        stream.answer([step])
+        stream.answer(steps)

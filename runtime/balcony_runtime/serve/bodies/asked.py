@@ -13,10 +13,11 @@ from typing import Any
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, FOREIGN, MOST_CHOICES, Fields, is_tokens
 from balcony_runtime.serve.bodies.refusal import bad
+from balcony_runtime.serve.bodies.structured import structure_of
 
 #: Tokens of a completion without ``max_tokens``, as OpenAI and vLLM have it.
 COMPLETION_TOKENS = 16
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,9 @@ class Asked:
         stream: whether the answer is sent token by token.
         usage: whether the stream ends with the usage.
         each_token: whether every piece of the stream carries the cost of its tokens.
+        tooling: options ``tools``, ``tool_choice`` and ``parallel_tool_calls`` of a reply; empty without tools.
+        template: options ``documents`` and ``chat_template_kwargs`` of a prompt.
+        parse_special: whether names of control tokens in the prompt are those tokens; None for the default.
     """
 
     chat: bool
@@ -58,6 +62,9 @@ class Asked:
     stream: bool = False
     usage: bool = False
     each_token: bool = False
+    tooling: Mapping[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
+    parse_special: bool | None = None
 
     def params(self, choice: int) -> SamplingParams:
         """Sampling parameters of one reply to a prompt.
@@ -96,13 +103,28 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         echo=echo,
         ignore_eos=fields.truth("ignore_eos"),
         as_ids=fields.truth("return_tokens_as_token_ids"),
-        sampling=_sampling(fields),
+        sampling=_sampling(fields) | structure_of(fields),
         seed=fields.whole("seed"),
         budget=fields.get("budget"),
         stream=stream,
         usage=stream and _usage(fields),
         each_token=fields.truth("timings_per_token"),
+        tooling=_tooling(fields) if chat else {},
+        template=_given(fields, ("documents", "chat_template_kwargs")) if chat else {},
+        parse_special=fields.choice("parse_special"),
     )
+
+
+def _tooling(fields: Fields) -> dict[str, Any]:
+    """The tools of a request, which the runtime checks; nothing if it has none."""
+    found = _given(fields, ("tools", "tool_choice"))
+    if (parallel := fields.choice("parallel_tool_calls")) is not None:
+        found["parallel_tool_calls"] = parallel
+    return found if found.get("tools") or found.get("tool_choice") not in (None, "none", "auto") else {}
+
+
+def _given(fields: Fields, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := fields.get(name)) is not None}
 
 
 def _refuse_foreign(fields: Fields) -> None:

@@ -21,28 +21,17 @@ MOST_LOGPROBS = 20
 LARGEST_NUMBER = 1e15
 #: Fields that would change the answer and that the runtime does not have → values that ask for nothing.
 FOREIGN: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "suffix": ("",),
-    "frequency_penalty": (0,),
     "use_beam_search": (False,),
     "min_tokens": (0,),
     "stop_token_ids": ([],),
     "bad_words": ([],),
     "allowed_token_ids": ([],),
     "prompt_logprobs": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "grammar": ("",),
-    "json_schema": (),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
 }
@@ -81,10 +70,53 @@ _MESSAGES: Schema = {
     "minItems": 1,
     "items": {
         "type": "object",
-        "required": ["role", "content"],
-        "properties": {"role": {"type": "string"}, "content": {"anyOf": [{"type": "string"}, _PARTS]}},
+        "required": ["role"],
+        "properties": {
+            "role": {"type": "string"},
+            "content": {"anyOf": [{"type": "string"}, _PARTS, {"type": "null"}]},
+            "tool_calls": {"type": "array", "items": {"type": "object"}},
+            "tool_call_id": {"type": "string"},
+        },
     },
     "description": "The conversation.",
+}
+_SCHEMA: Schema = {"anyOf": [{"type": "object"}, {"type": "string"}]}
+_CHOICE: Schema = {"type": "array", "minItems": 1, "items": {"type": "string"}}
+_TOOLS: Table = {
+    "tools": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "description": {"type": "string"},
+                        "parameters": {"type": "object"},
+                    },
+                },
+            },
+        },
+        "description": "Functions that the model may call.",
+    },
+    "tool_choice": {
+        "anyOf": [
+            {"enum": ["none", "auto", "required"]},
+            {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {"type": {"const": "function"}, "function": {"type": "object", "required": ["name"]}},
+            },
+        ],
+        "description": "Whether it calls one; auto without it.",
+    },
+    "parallel_tool_calls": _truth("Whether a reply may have several calls; true without it."),
+    "documents": {"type": "array", "items": {"type": "object"}, "description": "Documents for the chat template."},
+    "chat_template_kwargs": {"type": "object", "description": "Further variables of the chat template."},
 }
 _BUDGET: Table = {"budget": {"type": "object", "description": "Keys of a budget file (docs/budget-file.md)."}}
 _COMMON: Table = {
@@ -94,6 +126,9 @@ _COMMON: Table = {
     "max_tokens": _whole("Most tokens of a reply; 0 needs echo in a completion.", 0, 2**31),
     "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "description": "Ends."},
     "ignore_eos": _truth("Whether to go on after the end-of-sequence token."),
+    "parse_special": _truth(
+        "Whether names of control tokens are those tokens; by default only in a completion's text."
+    ),
     "return_tokens_as_token_ids": _truth("Whether reported tokens are named token_id:17."),
     "temperature": _number("0 is greedy; 1 without it."),
     "top_p": _number("Probability of the tokens that are kept."),
@@ -101,17 +136,45 @@ _COMMON: Table = {
     "top_k": _whole("Number of tokens that are kept; 0 and -1 keep all.", -1, 2**31),
     "repetition_penalty": _number("Penalty of tokens in prompt or reply; 1 is none."),
     "presence_penalty": _number("Penalty of tokens in the reply; 0 is none."),
+    "frequency_penalty": _number("Penalty of a token for each time that the reply has it; 0 is none."),
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}, "description": "Token id to bias."},
     "seed": _whole("Seed of the first reply to a prompt; the others count up.", 0, 2**63 - 1),
     "stream": _truth("Whether the answer comes token by token, as server-sent events."),
     "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
     "timings_per_token": _truth("Whether every piece of a stream carries timings and balcony."),
+    "response_format": {
+        "type": "object",
+        "required": ["type"],
+        "properties": {
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": {"type": "object", "required": ["schema"], "properties": {"schema": _SCHEMA}},
+        },
+        "description": "Structure of the reply, as OpenAI has it.",
+    },
+    "structured_outputs": {
+        "type": "object",
+        "properties": {
+            "json": _SCHEMA,
+            "regex": {"type": "string"},
+            "choice": _CHOICE,
+            "grammar": {"type": "string"},
+            "json_object": {"type": "boolean"},
+        },
+        "description": "The same, as vLLM has it; exactly one of the keys.",
+    },
+    "guided_json": {**_SCHEMA, "description": "A JSON schema (earlier versions of vLLM)."},
+    "guided_regex": _text("A regular expression for the whole reply."),
+    "guided_choice": {**_CHOICE, "description": "Texts of which the reply is one."},
+    "guided_grammar": _text("A Lark or GBNF grammar."),
+    "json_schema": {**_SCHEMA, "description": "A JSON schema (llama.cpp)."},
+    "grammar": _text("A Lark or GBNF grammar (llama.cpp); empty for none."),
     **_BUDGET,
 }
 #: Bodies: field → what it may be.
 CHAT: Table = {
     "messages": _MESSAGES,
     **_COMMON,
+    **_TOOLS,
     "max_completion_tokens": _whole("Most tokens of a reply; goes before max_tokens.", 1, 2**31),
     "logprobs": _truth("Whether to report log-probabilities."),
     "top_logprobs": _whole("Likeliest tokens at each place; needs logprobs.", 0, MOST_LOGPROBS),
@@ -125,7 +188,12 @@ COMPLETION: Table = {
     "logprobs": _whole("Likeliest tokens at each place.", 0, MOST_LOGPROBS),
     "echo": _truth("Whether the text begins with the prompt; with logprobs, the prompt is scored."),
 }
-TOKENIZE: Table = {"content": _text("A text."), "prompt": _text("The same."), "messages": _MESSAGES}
+TOKENIZE: Table = {
+    "content": _text("A text."),
+    "prompt": _text("The same."),
+    "messages": _MESSAGES,
+    "parse_special": _COMMON["parse_special"],
+}
 DETOKENIZE: Table = {"tokens": {**_TOKENS, "description": "Token ids."}}
 SLOT: Table = {**_BUDGET, "filename": _text("Name of a file, for the actions save and restore.")}
 
@@ -161,6 +229,10 @@ class Fields:
         if value is not None and not isinstance(value, bool):
             raise bad(name, value, "must be true or false")
         return bool(value)
+
+    def choice(self, name: str) -> bool | None:
+        """A truth value, or None if it is not there."""
+        return None if self.get(name) is None else self.truth(name)
 
     def whole(self, name: str) -> int | None:
         """A whole number within the bounds of the table, or None."""

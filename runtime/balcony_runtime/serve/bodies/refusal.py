@@ -15,6 +15,7 @@ from balcony_edge.errors import (
     ContextLengthError,
     InfeasibleError,
     InputError,
+    MissingDependencyError,
 )
 
 #: Header that says why a request was turned away; the values are those of the metric ``balcony_rejections_total``.
@@ -72,6 +73,7 @@ _KINDS: tuple[tuple[type[BalconyError], int, str, str | None], ...] = (
     (BudgetError, 400, "invalid_budget", "budget"),
     (ContextLengthError, 400, "context_length_exceeded", "prompt"),
     (InputError, 400, "invalid_value", None),
+    (MissingDependencyError, 501, "not_installed", None),
     (BalconyError, 500, "device", None),
 )
 

@@ -169,10 +169,11 @@ class _Routes:
         """Token ids of a text or a conversation."""
         llm, fields = self._service.llm, Fields(await self._body(request), TOKENIZE)
         messages, text = fields.get("messages"), fields.text("prompt") or fields.text("content")
+        special = fields.choice("parse_special")
         if messages is not None:
-            ids = await asyncio.to_thread(llm.encode, messages, control_tokens=False)
+            ids = await asyncio.to_thread(llm.encode, messages, control_tokens=special)
         elif text is not None:
-            ids = await asyncio.to_thread(llm.encode, text, chat=False)
+            ids = await asyncio.to_thread(llm.encode, text, chat=False, control_tokens=special)
         else:
             raise bad("content", None, "give a text as content (or prompt), or messages")
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.max_length})

@@ -118,6 +118,7 @@ class Cost:
         self.last_s = self.asked_s
         self.tokens, self.gaps, self.gaps_ms, self.late, self.targets = 0, 0, 0.0, 0, 0
         self.per_exit: Counter[int] = Counter()
+        self.forced = 0
         self.last: Token | None = None
 
     def count(self, token: Token) -> None:
@@ -131,7 +132,8 @@ class Cost:
             self.late += token.late
             self.targets += token.target_ms is not None
         self.tokens += 1
-        self.per_exit[token.exit_layer] += 1
+        self.forced += token.forced
+        self.per_exit[token.exit_layer] += not token.forced
         self.last = token
 
     @property
@@ -148,7 +150,7 @@ class Cost:
         total.asked_s = min(cost.asked_s for cost in costs)
         firsts = [cost.first_s for cost in costs if cost.first_s is not None]
         total.first_s, total.last_s = max(firsts, default=None), max(cost.last_s for cost in costs)
-        for name in ("tokens", "gaps", "gaps_ms", "late", "targets"):
+        for name in ("tokens", "gaps", "gaps_ms", "late", "targets", "forced"):
             setattr(total, name, sum(getattr(cost, name) for cost in costs))
         for cost in costs:
             total.per_exit += cost.per_exit
@@ -185,7 +187,8 @@ class Cost:
         last = self.last
         return {
             "tokens_per_exit": {str(layer): count for layer, count in sorted(self.per_exit.items(), reverse=True)},
-            "mean_depth": depth / self.tokens if self.tokens else None,
+            "mean_depth": depth / self.per_exit.total() if self.tokens else None,
+            "forced_tokens": self.forced,
             "late_tokens": self.late if self.targets else None,
             "ttft_ms": self.ttft_ms,
             "mean_tpot_ms": self.gaps_ms / self.gaps if self.gaps else None,

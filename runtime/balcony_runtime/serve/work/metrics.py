@@ -73,6 +73,9 @@ class Metrics:
             kept_bytes.labels(place).set_function(value)
         tokens = Counter("balcony_tokens", "Tokens by the exit that made them.", ("exit",), registry=registry)
         self._tokens = {layer: tokens.labels(str(layer)) for layer in exits}
+        self._forced = Counter(
+            "balcony_forced_tokens", "Tokens that a reply's structure left no choice about.", registry=registry
+        )
         self._late = Counter("balcony_late_tokens", "Tokens that missed their target.", registry=registry)
         self._rejections = Counter(
             "balcony_rejections", "Requests that were refused, by reason.", ("reason",), registry=registry
@@ -87,7 +90,7 @@ class Metrics:
 
     def token(self, token: Token, *, first: bool) -> None:
         """Count a token."""
-        self._tokens[token.exit_layer].inc()
+        (self._forced if token.forced else self._tokens[token.exit_layer]).inc()
         if not first:
             self._gap.observe(token.latency_ms / 1000)
             if token.late:

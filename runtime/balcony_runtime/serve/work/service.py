@@ -213,6 +213,9 @@ class Service:
         llm = self.llm
         if budget is not None:
             llm.resolved(budget)
+        llm.compile_grammar(
+            asked.params(0), **asked.tooling
+        )  # not in the decode thread, where the others would wait for it
         options = [
             {
                 "max_new_tokens": asked.max_tokens,
@@ -220,15 +223,19 @@ class Service:
                 "stop": asked.stop,
                 "logprobs": asked.logprobs,
                 "ignore_eos": asked.ignore_eos,
+                **asked.tooling,
             }
             for choice in range(asked.n)
         ]
         prompts, texts = [], []
         for prompt in asked.prompts:
-            if asked.chat:  # a message cannot end its turn by spelling a control token
-                prompts.append(llm.encode(prompt, control_tokens=False))
+            special = asked.parse_special
+            if asked.chat:
+                shown = {name: value for name, value in asked.tooling.items() if name != "parallel_tool_calls"}
+                prompts.append(llm.encode(prompt, control_tokens=special, **shown, **asked.template))
             else:
-                prompts.append(llm.encode(prompt, chat=False) if isinstance(prompt, str) else prompt)
+                text = isinstance(prompt, str)
+                prompts.append(llm.encode(prompt, chat=False, control_tokens=special) if text else prompt)
                 refuse_foreign(np.array(prompts[-1]), llm.engine.manifest.model.vocab_size)
             if llm.pool is not None:  # read a file here, not in the thread that decodes
                 llm.pool.recall(np.array(prompts[-1]))

@@ -13,6 +13,7 @@ from typing import Any
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.work.jobs import Cost, Job, Scores
+from balcony_runtime.structure.calls import CallReader, Piece
 
 Best = Sequence[tuple[int, float]]
 
@@ -33,6 +34,7 @@ class Shapes:
         self._asked, self._decode, self._prompts = asked, decode, prompts
         self.id = ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
+        self._readers: dict[Job, CallReader] = {}
         self._offsets = [0] * len(prompts)  # characters of each choice so far, for text_offset
 
     def opening(self, job: Job, scores: Scores | None) -> list[dict[str, Any]]:
@@ -45,15 +47,31 @@ class Shapes:
 
     def token(self, job: Job, token: Token) -> dict[str, Any] | None:
         """The piece of a token; None if it has nothing to say yet."""
-        asked = self._asked
-        if not token.text and token.finish_reason is None and asked.logprobs is None and not asked.each_token:
-            return None
-        logprobs = None if token.logprob is None else self.logprobs(job, [token])
-        text: Any = token.text
+        asked, text = self._asked, token.text  # type: Asked, Any
+        reason: str | None = token.finish_reason
         if asked.chat:
-            text = {"content": text} if text or token.finish_reason is None else {}
-        piece = self._piece(job, text, logprobs, token.finish_reason)
+            reader = self._reader(job)
+            pieces = [Piece(token.text)] if reader is None else reader.push(token.id, token.text)
+            if reader is not None and reason is not None:
+                pieces += reader.finish()
+                reason = _reason(reason, bool(reader.calls))
+            text = _delta(pieces)
+        if not text and reason is None and asked.logprobs is None and not asked.each_token:
+            return None
+        if asked.chat and not text and reason is None:
+            text = {"content": ""}
+        logprobs = None if token.logprob is None else self.logprobs(job, [token])
+        piece = self._piece(job, text, logprobs, reason)
         return piece | self.costs([job], [job.shown]) if asked.each_token else piece
+
+    def _reader(self, job: Job) -> CallReader | None:
+        """The reader of a choice's calls; None without tools."""
+        if job not in self._readers:
+            reader = None if job.stream is None else job.stream.call_reader()
+            if reader is None:
+                return None
+            self._readers[job] = reader
+        return self._readers[job]
 
     def end(self, job: Job, reason: str) -> dict[str, Any]:
         """The last piece of a choice that makes no tokens."""
@@ -85,10 +103,14 @@ class Shapes:
         reply = None if job.stream is None else job.stream.reply
         text = "" if reply is None else reply.text
         tokens = () if reply is None else reply.tokens
-        reason = "length" if reply is None else reply.finish_reason
+        reason: str | None = "length" if reply is None else reply.finish_reason
         if self._asked.chat:
             logprobs = None if self._asked.logprobs is None else self.logprobs(job, tokens)
-            message = {"role": "assistant", "content": text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            calls = () if reply is None else reply.tool_calls
+            if calls:
+                message |= {"content": text or None, "tool_calls": [call.to_dict() for call in calls]}
+                reason = _reason(reason, True)
             return {"index": job.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
         logprobs = self.prompt_logprobs(job, scores) if self._asked.echo else None
         if self._asked.logprobs is not None:
@@ -152,6 +174,26 @@ class Shapes:
         if self._asked.chat:
             name = "chat.completion.chunk" if piece else "chat.completion"
         return {**self._head, "object": name, "choices": choices}
+
+
+def _delta(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The delta of a message: content, and calls with their names first."""
+    found: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        if piece.call is None:
+            if piece.text:
+                found["content"] = found.get("content", "") + piece.text
+        elif piece.begun is not None:
+            calls[piece.call] = {"index": piece.call, **piece.begun.to_dict()}
+        else:
+            call = calls.setdefault(piece.call, {"index": piece.call, "function": {"arguments": ""}})
+            call["function"]["arguments"] += piece.text
+    return found | ({"tool_calls": list(calls.values())} if calls else {})
+
+
+def _reason(reason: str | None, calls: bool) -> str | None:
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 def prompt_tokens(jobs: Sequence[Job]) -> int:

@@ -1,0 +1,113 @@
+"""What a reply must look like, as it is asked for: a JSON schema, a regular expression or a grammar.
+
+Owns the forms that a schema may have, and the checks that need no compiler. :mod:`.grammar` compiles the result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+from balcony_edge.errors import InputError
+
+Kind = Literal["json_schema", "regex", "grammar", "tools"]
+#: Longest text of a schema or grammar, in characters. Compiling one of this length takes up to 3 s and 300 MB.
+MOST_CHARACTERS = 256_000
+#: Largest numerator and denominator of ``multipleOf``. Its automaton has a state for each remainder: 1,234,567 took 15 s
+#: and 700 MB, 10,000 takes a millisecond.
+MOST_REMAINDERS = 10_000
+#: JSON is written as ``json.dumps`` writes it, which is the form that models were trained on; a schema's own
+#: ``x-guidance`` comes first.
+JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]{1,40})')
+
+
+class Structure(NamedTuple):
+    """What a reply must look like.
+
+    Attributes:
+        kind: name of the parameter that asks for it.
+        text: JSON schema as JSON, regular expression, or grammar (also of tools).
+    """
+
+    kind: Kind
+    text: str
+
+
+def structure_of(*, json_schema: Any = None, regex: str | None = None, grammar: str | None = None) -> Structure | None:
+    """The one structure that is asked for, or None.
+
+    Args:
+        json_schema: a JSON schema as a mapping or as JSON text, or a pydantic model class.
+        regex: a regular expression for the whole reply, in Rust's syntax.
+        grammar: a grammar in llguidance's variant of Lark, or in llama.cpp's GBNF.
+
+    Raises:
+        InputError: there is more than one, or it is of a wrong type or too large.
+    """
+    given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    asked = [name for name, value in given.items() if value is not None]
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)}: a reply has one structure: give one of them")
+    if json_schema is not None:
+        return checked(Structure("json_schema", schema_text(json_schema)))
+    for name, text in (("regex", regex), ("grammar", grammar)):
+        if text is not None and (not isinstance(text, str) or not text):
+            raise InputError(f"{name} = {text!r}: must be a text that is not empty: give a {name}, or leave it out")
+    if regex is not None:
+        return checked(Structure("regex", regex))
+    return None if grammar is None else checked(Structure("grammar", grammar))
+
+
+def schema_text(schema: Any) -> str:
+    """A JSON schema as one line of JSON.
+
+    Raises:
+        InputError: it is not a schema, or is nested too deeply.
+    """
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):  # a class of pydantic
+        schema = schema.model_json_schema()
+    try:
+        if isinstance(schema, str):
+            schema = json.loads(schema)
+        if schema is True:
+            schema = {}
+        if isinstance(schema, Mapping):
+            return json.dumps(schema, ensure_ascii=False, allow_nan=False, default=dict)
+    except RecursionError:
+        raise InputError("json_schema: is nested too deeply: give a schema of at most 60 levels") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"json_schema: is not JSON ({error}): give a schema as a dict, JSON text or class") from None
+    raise InputError(f"json_schema = {shortened(schema)}: must be a JSON object: give e.g. {{'type': 'object'}}")
+
+
+def checked(asked: Structure) -> Structure:
+    """The structure, if it is not too large to compile.
+
+    Raises:
+        InputError: it is.
+    """
+    if len(asked.text) > MOST_CHARACTERS:
+        raise InputError(
+            f"{asked.kind}: has {len(asked.text):,} characters; at most {MOST_CHARACTERS:,} are taken: give a smaller one"
+        )
+    for number in _MULTIPLE.findall(asked.text):
+        try:
+            ratio = Fraction(number)
+        except (ValueError, ZeroDivisionError):
+            continue  # the compiler refuses it
+        if max(abs(ratio.numerator), ratio.denominator) > MOST_REMAINDERS:
+            raise InputError(
+                f"{asked.kind}: multipleOf = {number}: its automaton would be too large: give at most {MOST_REMAINDERS:,} "
+                "and at least 0.0001, or leave it out"
+            )
+    return asked
+
+
+def shortened(value: object) -> str:
+    """A value as a message shows it."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,277 @@
+"""Grammars: which tokens may come next in a reply of a given structure, and which are certain to come.
+
+Owns llguidance: the tokenizer that it needs once per bundle, compiled structures, and the state of one reply. The mask of
+the next token is computed when the last one is known. Most take 10 to 150 µs, less than a change of threads; where they
+take longer, a helper thread computes them without Python's lock while the engine runs. This module does not know logits,
+exits or sampling.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from balcony_edge.errors import InputError, MissingDependencyError
+from balcony_runtime.structure.asked import JSON_FORM, Structure
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+BoolArray = npt.NDArray[np.bool_]
+#: Compiled structures that are kept for replies to come.
+MOST_KEPT = 32
+#: Threads that compute slow masks, for replies that run at once.
+HELPERS = 2
+#: Time of a mask from which the next one is computed on a helper thread. Waking it and taking Python's lock back costs
+#: about 0.1 ms next to a busy engine (python -m benchmarks.structured).
+SLOW_S = 0.0003
+#: Bounds of one compiled structure: 20,000 states of its lexer take about 40 MB (llguidance's default is 250,000). The
+#: others are llguidance's own: 1,000,000 units of fuel to build (20 ms), 200,000 units and 50,000 items for a mask (15 ms).
+MOST_STATES = 20_000
+#: Longest reason from the compiler that a message quotes.
+MOST_REASON = 200
+
+
+class Grammars:
+    """Compiles structures for one bundle. Threads may use it at once.
+
+    Args:
+        tokenizer: gives the bundle's tokenizer.json; called at the first use.
+        vocab_size: number of logits, V.
+        ends: tokens that end a reply.
+    """
+
+    def __init__(self, tokenizer: Callable[[], str], vocab_size: int, ends: Sequence[int]) -> None:
+        self._text, self._vocab_size, self._ends = tokenizer, vocab_size, tuple(ends)
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
+        self._made: LLTokenizer | None = None
+        self._kept: OrderedDict[Structure, LLMatcher] = OrderedDict()
+
+    def guide(self, asked: Structure) -> Guide:
+        """The state of a reply of this structure, before its first token. Compiles it (up to seconds) if it is new.
+
+        Raises:
+            InputError: the structure is not supported, no text has it, or it is too large.
+            MissingDependencyError: llguidance is not installed.
+        """
+        if (found := self._copy(asked)) is not None:
+            return found
+        with self._compiling:  # not the other lock: replies of compiled structures begin meanwhile
+            if (found := self._copy(asked)) is not None:
+                return found
+            matcher = self._compile(asked)
+        with self._lock:
+            self._kept[asked] = matcher
+            if len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+            return self._guide(matcher, asked)
+
+    def _copy(self, asked: Structure) -> Guide | None:
+        """The state of a reply of a structure that was compiled before."""
+        with self._lock:
+            if asked not in self._kept:
+                return None
+            self._kept.move_to_end(asked)
+            return self._guide(self._kept[asked], asked)
+
+    def _guide(self, matcher: LLMatcher, asked: Structure) -> Guide:
+        return Guide(matcher.deep_copy(), asked.kind, self._vocab_size, self._ends)
+
+    @property
+    def tokenizer(self) -> LLTokenizer:
+        """The bundle's tokenizer as llguidance needs it, made once (0.4 s for 49,000 tokens).
+
+        Raises:
+            InputError: llguidance cannot use it, or the bundle has no end-of-sequence token.
+            MissingDependencyError: llguidance is not installed.
+        """
+        if self._made is None:
+            llguidance = _llguidance()
+            if not self._ends:
+                raise InputError(
+                    "this bundle has no end-of-sequence token, with which a structured reply ends: export a model with one"
+                )
+            try:
+                self._made = llguidance.LLTokenizer(self._text(), n_vocab=self._vocab_size, eos_token=list(self._ends))
+            except Exception as error:  # the library raises plain ValueErrors and RuntimeErrors
+                raise InputError(
+                    f"this bundle's tokenizer does not work with llguidance ({_line(str(error))}): leave the structure out"
+                ) from error
+        return self._made
+
+    def _compile(self, asked: Structure) -> LLMatcher:
+        llguidance, tokenizer = _llguidance(), self.tokenizer
+        matchers = llguidance.LLMatcher
+        try:
+            if asked.kind == "json_schema":
+                grammar = matchers.grammar_from_json_schema(asked.text, defaults=JSON_FORM)
+            elif asked.kind == "regex":
+                grammar = matchers.grammar_from_regex(asked.text)
+            elif asked.kind == "tools":
+                grammar = matchers.grammar_from_lark(asked.text)
+            else:
+                from llguidance.gbnf_to_lark import any_to_lark  # noqa: PLC0415 - llama.cpp's form of grammars
+
+                grammar = matchers.grammar_from_lark(any_to_lark(asked.text))
+        except Exception as error:  # the readers of the library raise whatever a broken text makes them raise
+            raise _refused(asked.kind, str(error) or type(error).__name__) from None
+        limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
+        matcher: LLMatcher = matchers(tokenizer, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise _refused(asked.kind, matcher.get_error())
+        # The first mask finds structures that are too large to run, and warms the lexer that copies share.
+        first = self._guide(matcher, asked)
+        if not first.forced(1):
+            first.allowed()
+        return matcher
+
+
+class Guide:
+    """The state of one reply: which tokens may come next. One thread at a time uses it.
+
+    Args:
+        matcher: state of the parser.
+        kind: name of the parameter that asked for the structure, for messages.
+        vocab_size: number of logits, V.
+        ends: tokens that end a reply.
+    """
+
+    def __init__(self, matcher: LLMatcher, kind: str, vocab_size: int, ends: Sequence[int]) -> None:
+        self._matcher, self._kind, self._vocab_size, self._ends = matcher, kind, vocab_size, tuple(ends)
+        self._bits = np.zeros((vocab_size + 31) // 32, np.int32)
+        self._address = self._bits.ctypes.data
+        self._filled = False  # whether the bits are those of the next token
+        self._fill_s = SLOW_S  # of the last mask; the first one is computed while the prompt runs
+        self._pending: Future[None] | None = None
+        self._ended = False
+
+    def prepare(self) -> None:
+        """Compute the next mask, or start to compute it on another thread if that takes long."""
+        if self._filled or self._ended or self._pending is not None:
+            return
+        if self._fill_s < SLOW_S:
+            self._fill()
+        else:
+            self._pending = _helpers().submit(self._fill)
+
+    def allowed(self) -> BoolArray | None:
+        """Which tokens may come next, (V,); None after the end of sequence, where all may.
+
+        Raises:
+            InputError: the structure is too large to go on.
+        """
+        if self._ended:
+            return None
+        self._ready()
+        bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
+        if not bits.any():
+            raise _refused(self._kind, "no text fits it")
+        return bits.view(bool)
+
+    def permits(self, token: int) -> bool:
+        """Whether a token may come next; errors as for :meth:`allowed`."""
+        if self._ended:
+            return True
+        self._ready()
+        return bool(self._bits.item(token >> 5) >> (token & 31) & 1)
+
+    def accept(self, token: int) -> None:
+        """Go on after a token.
+
+        Raises:
+            InputError: the token is not allowed, or the structure is too large to go on.
+        """
+        if self._ended:
+            return
+        self._settle()
+        self._filled = False
+        self._matcher.consume_token(token)
+        self._refuse_error()
+        self._ended = token in self._ends
+
+    def forced(self, most: int) -> list[int]:
+        """Go on over the tokens that are certain to come next, at most so many, and return them.
+
+        The end of sequence is one of them if nothing else may follow.
+        """
+        if self._ended or most < 1:
+            return []
+        if self._fill_s < SLOW_S:  # asking for forced tokens drops the parser's cached masks: look at the mask first
+            self._ready()
+            words = np.flatnonzero(self._bits)
+            if len(words) != 1 or (self._bits.item(words[0]) & 0xFFFFFFFF).bit_count() != 1:
+                return []
+        self._settle()
+        found = self._matcher.compute_ff_tokens()[:most]
+        if found:
+            self._filled = False
+            self._matcher.consume_tokens(found)
+        self._refuse_error()
+        if len(found) < most and self._matcher.is_stopped():
+            self.accept(self._ends[0])
+            found.append(self._ends[0])
+        return found
+
+    def fork(self) -> Guide:
+        """A copy that goes on by itself."""
+        self._settle()
+        other = Guide(self._matcher.deep_copy(), self._kind, self._vocab_size, self._ends)
+        other._fill_s, other._ended = self._fill_s, self._ended
+        return other
+
+    def _fill(self) -> None:
+        begin_s = time.perf_counter()
+        self._matcher.unsafe_compute_mask_ptr(self._address, self._bits.nbytes)
+        self._filled, self._fill_s = True, time.perf_counter() - begin_s
+
+    def _ready(self) -> None:
+        """Make sure that the bits are those of the next token."""
+        self._settle()
+        if not self._filled:
+            self._fill()
+        self._refuse_error()
+
+    def _settle(self) -> None:
+        """Wait for a mask that is being computed."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _refuse_error(self) -> None:
+        if self._matcher.is_error():
+            raise _refused(self._kind, self._matcher.get_error())
+
+
+def _refused(kind: str, reason: str) -> InputError:
+    return InputError(
+        f"{kind}: is not supported ({_line(reason)}): change it (docs/structured.md says what is supported)"
+    )
+
+
+def _line(reason: str) -> str:
+    """A reason of the library as one short line."""
+    line = " ".join(reason.replace("<non-verbose/>", "").split())
+    return line if len(line) <= MOST_REASON else f"{line[:MOST_REASON]}..."
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(HELPERS, thread_name_prefix="balcony-grammar")
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance  # noqa: PLC0415 - an extra, needed only for structured replies
+    except ImportError as missing:
+        raise MissingDependencyError(
+            "llguidance is not installed: pip install 'balcony-edge[structured]' for JSON schemas, grammars and tools"
+        ) from missing
+    return llguidance

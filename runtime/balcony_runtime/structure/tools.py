@@ -1,0 +1,196 @@
+"""Tools: functions that a model may call, and the grammar by which a call's arguments follow their schema.
+
+Owns the checks of ``tools`` and ``tool_choice``, in OpenAI's shapes, and the grammar of a reply that may have calls. The texts
+around a call are :mod:`.formats`; :mod:`.calls` reads the calls in a reply.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from balcony_edge.errors import InputError
+from balcony_runtime.structure.asked import JSON_FORM, Structure, checked, schema_text, shortened
+from balcony_runtime.structure.formats import CallFormat
+
+#: Most tools of one request.
+MOST_TOOLS = 128
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_ANY_TEXT = r"/(.|\n)*/"
+
+
+class Tool(NamedTuple):
+    """A function that a model may call.
+
+    Attributes:
+        name: its name.
+        schema: JSON schema of its arguments, as JSON.
+    """
+
+    name: str
+    schema: str
+
+
+def tools_of(given: Any) -> tuple[Tool, ...]:
+    """The tools of a list in OpenAI's shape: ``{"type": "function", "function": {"name", "parameters"}}``.
+
+    Raises:
+        InputError: a tool is not a function, or its name or schema cannot be used.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) > MOST_TOOLS:
+        raise InputError(f"tools = {shortened(given)}: must be a list of at most {MOST_TOOLS} functions: give a list")
+    found = [_tool(one) for one in given]
+    names = [tool.name for tool in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"tools: two functions are called {name!r}: give each a name of its own")
+    return tuple(found)
+
+
+def _tool(given: Any) -> Tool:
+    function = given.get("function") if isinstance(given, Mapping) and given.get("type") == "function" else None
+    if not isinstance(function, Mapping):
+        raise InputError(
+            f"tools: {shortened(given)}: must be a function: give {{'type': 'function', 'function': {{'name': ..., "
+            "'parameters': ...}}"
+        )
+    name, schema = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(f"tools: name = {shortened(name)}: must have 1 to 64 letters, digits, '_', '-' and '.'")
+    schema = schema or {"type": "object", "properties": {}}
+    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        raise InputError(
+            f"tools: parameters of {name}: must be a JSON schema of an object: give {{'type': 'object', ...}}"
+        )
+    # A small model would go on to invent arguments, which the schema allows unless it says otherwise.
+    closed = {} if {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf"} & schema.keys() else _CLOSED
+    return Tool(name, schema_text({**schema, "type": "object", **closed, "x-guidance": JSON_FORM}))
+
+
+_CLOSED = {"additionalProperties": False}
+
+
+class Toolbox(NamedTuple):
+    """The tools of one reply.
+
+    Attributes:
+        tools: functions that it may call.
+        must: whether it must call one.
+        several: whether it may call more than one.
+        form: how the model writes calls.
+        marker_id: token of the format's marker, if that is a control token.
+        key: seven letters and digits that begin the ids of its calls.
+    """
+
+    tools: tuple[Tool, ...]
+    must: bool
+    several: bool
+    form: CallFormat
+    marker_id: int | None
+    key: str
+
+    def structure(self, content: Structure | None) -> Structure:
+        """The structure of the reply: calls, or a content instead unless a call is a must.
+
+        Args:
+            content: structure of a reply without calls; None for any text.
+
+        Raises:
+            InputError: the content cannot be told from a call, or all is too large.
+        """
+        form = self.form
+        marker = _quoted(form.marker) if self.marker_id is None else f"<[{self.marker_id}]>"
+        again = f"{_quoted(form.between)} {marker if form.each else ''} call"
+        rules = {
+            "calls": f"{_quoted(form.first)} call {f'({again})*' if self.several else ''} {_quoted(form.last)}",
+            "call": " | ".join(f"call_{number}" for number in range(len(self.tools))),
+        }
+        for number, tool in enumerate(self.tools):
+            rules[f"call_{number}"] = (
+                f"{_quoted(form.head + tool.name + form.middle)} args_{number} {_quoted(form.tail)}"
+            )
+            rules[f"args_{number}"] = f"%json {tool.schema}"
+        return checked(Structure("tools", _lark(self._entry(marker, content) | rules)))
+
+    def _entry(self, marker: str, content: Structure | None) -> dict[str, str]:
+        """Rules from the start to the first call."""
+        if self.must:
+            return {"start": f"{marker} calls"}
+        if content is not None:
+            if content.kind not in ("json_schema", "regex"):
+                raise InputError(f"{content.kind} with tools: only a JSON schema or a regex can be combined with them")
+            if not marker:  # the lexer would have to look ahead to tell a call from a document
+                raise InputError(
+                    f"{content.kind} with tools: calls of this model's family are documents themselves: give one of the two, "
+                    "or tool_choice = 'required'"
+                )
+            schema = content.kind == "json_schema"
+            text = f"%json {_with_form(content.text)}" if schema else f"/{_regex(content.text)}/"
+            return {"start": f"{marker} calls | content", "content": text}
+        if self.marker_id is not None:
+            return {"start": f"TEXT ({marker} calls)?", "TEXT": _ANY_TEXT}
+        if marker:  # the shortest text that ends in the marker, after which calls must come
+            return {"start": "entry calls | TEXT", "entry[lazy]": f"TEXT {marker}", "TEXT": _ANY_TEXT}
+        return {"start": "calls | TEXT", "TEXT": r"/([^{](.|\n)*)?/"}
+
+
+def toolbox(given: Any, choice: Any, parallel: bool, form: CallFormat, marker_id: int | None) -> Toolbox | None:
+    """The tools that a reply may call; None if it may call none.
+
+    Args:
+        given: ``tools`` of the request, or None.
+        choice: ``tool_choice`` of the request: ``none``, ``auto``, ``required``, a function by name, or None.
+        parallel: whether a reply may have several calls.
+        form: how the model writes calls.
+        marker_id: token of the format's marker, if that is a control token.
+
+    Raises:
+        InputError: the tools or the choice cannot be used.
+    """
+    tools, key = () if given is None else tools_of(given), uuid.uuid4().hex[:7]
+    name = _named(choice)
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise InputError(f"tool_choice = {shortened(choice)}: there are no tools: give tools, or leave it out")
+        return None
+    if choice == "none":
+        return None
+    if name is not None:
+        chosen = tuple(tool for tool in tools if tool.name == name)
+        if not chosen:
+            raise InputError(f"tool_choice: {name}: tools has no such function: name one of them")
+        return Toolbox(chosen, True, False, form, marker_id, key)
+    if choice not in (None, "auto", "required"):
+        allowed = (
+            "must be 'none', 'auto', 'required', or {'type': 'function', 'function': {'name': ...}}: give one of them"
+        )
+        raise InputError(f"tool_choice = {shortened(choice)}: {allowed}")
+    return Toolbox(tools, choice == "required", parallel, form, marker_id, key)
+
+
+def _named(choice: Any) -> str | None:
+    """Name of the one function that a choice asks for, or None."""
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _lark(rules: Mapping[str, str]) -> str:
+    return "%llguidance {}\n" + "".join(f"{name}: {rule}\n" for name, rule in rules.items())
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _with_form(schema: str) -> str:
+    found = json.loads(schema)
+    return json.dumps({"x-guidance": JSON_FORM, **found}, ensure_ascii=False)
+
+
+def _regex(text: str) -> str:
+    """A regular expression between the slashes of a grammar."""
+    return re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", text).replace("\n", "\\n")

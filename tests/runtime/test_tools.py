@@ -1,0 +1,342 @@
+"""Tools: grammars of every call format, reading calls as they arrive, prompts, and replies of the Python API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import balcony_edge
+from balcony_edge.errors import InputError
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.llm import LLM
+from balcony_runtime.structure.asked import Structure
+from balcony_runtime.structure.calls import CallReader, Piece, read
+from balcony_runtime.structure.formats import CallFormat, format_of, formats
+from balcony_runtime.structure.grammar import Grammars, Guide
+from balcony_runtime.structure.tools import Toolbox, toolbox
+from balcony_runtime.text import TextStream
+from tests.runtime.test_text import write_template
+
+END, MARK_ID = 0, 298
+
+
+def function(name: str, **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "description": f"To {name}.", "parameters": parameters}}
+
+
+WEATHER = function(
+    "weather", city={"type": "string", "maxLength": 8}, days={"type": "integer", "minimum": 1, "maximum": 9}
+)
+TOOLS = [
+    WEATHER,
+    function("weather_now", spot={"enum": ["here", "}\n</tool_call>", 'a "quoted" \\ {text']}),
+    function("stop"),
+]
+CHECKS = {
+    tool["function"]["name"]: jsonschema_rs.validator_for(
+        {**tool["function"]["parameters"], "additionalProperties": False}
+    )
+    for tool in TOOLS
+}
+
+
+@pytest.fixture(scope="module")
+def marked(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny tokenizer with another control token, ``[TOOL_CALLS]``."""
+    found = json.loads((tiny.path / "tokenizer.json").read_text(encoding="utf-8"))
+    found["added_tokens"].append(found["added_tokens"][0] | {"id": MARK_ID, "content": "[TOOL_CALLS]"})
+    text = json.dumps(found)
+    assert Tokenizer.from_str(text).token_to_id("[TOOL_CALLS]") == MARK_ID
+    return text
+
+
+@pytest.fixture(scope="module")
+def grammars(marked: str) -> Grammars:
+    return Grammars(lambda: marked, 320, (END,))
+
+
+def box_of(form: CallFormat, choice: Any = None, *, parallel: bool = True, tools: Any = TOOLS) -> Toolbox:
+    found = toolbox(tools, choice, parallel, form, MARK_ID if form.name == "mistral" else None)
+    assert found is not None
+    return found
+
+
+def walk(grammars: Grammars, guide: Guide, random: np.random.Generator, begin: list[int]) -> list[int]:
+    """Random allowed tokens after a beginning, until the end."""
+    found: list[int] = []
+    for token in begin:
+        guide.accept(token)
+        found.append(token)
+    while (allowed := guide.allowed()) is not None and len(found) < 400:
+        choices = np.flatnonzero(allowed)
+        found.append(END if allowed[END] and random.random() < 0.3 else int(random.choice(choices)))
+        guide.accept(found[-1])
+        if found[-1] == END:
+            break
+    return found
+
+
+def texts_of(marked: str, tokens: list[int]) -> list[tuple[int, str]]:
+    stream = TextStream(Tokenizer.from_str(marked))
+    return [(token, stream.push(token)) for token in tokens if token != END]
+
+
+@pytest.mark.parametrize("form", formats().values(), ids=lambda form: form.name)
+@pytest.mark.parametrize("choice", ["required", "auto", {"type": "function", "function": {"name": "weather"}}], ids=str)
+def test_calls_follow_their_schemas_by_construction(
+    grammars: Grammars, marked: str, form: CallFormat, choice: Any
+) -> None:
+    """Random walks through the grammar end in calls whose arguments are valid, in whatever pieces they are read."""
+    random, several, names = np.random.default_rng(1), 0, set()
+    for number in range(25):
+        box = box_of(form, choice, parallel=number % 3 > 0)
+        guide = grammars.guide(box.structure(None))
+        begin: list[int] = []
+        if choice == "auto":
+            tokenizer = Tokenizer.from_str(marked)
+            opening = form.marker or form.head
+            begin = tokenizer.encode(("Well, <tool> [TOOL: " if form.marker else "") + opening).ids
+        tokens = walk(grammars, guide, random, begin)
+        if tokens[-1] != END:
+            continue
+        found = read(box, texts_of(marked, tokens))
+        assert found.content == ("Well, <tool> [TOOL: " if begin and form.marker else "")
+        assert found.calls and all(len(call.id) == 9 for call in found.calls)
+        for call in found.calls:
+            CHECKS[call.name].validate(json.loads(call.arguments))
+        several = max(several, len(found.calls))
+        assert len(found.calls) == 1 or (number % 3 > 0 and isinstance(choice, str))
+        names |= {call.name for call in found.calls}
+        pieces, reader, text = [], CallReader(box), texts_of(marked, tokens)
+        for token, one in text:  # letter by letter
+            for letter in one or [""]:
+                pieces += reader.push(token, letter)
+        pieces += reader.finish()
+        assert reader.calls == found.calls and reader.content == found.content
+        assert "".join(piece.text for piece in pieces if piece.call is None) == found.content
+        begun = [piece.call for piece in pieces if piece.begun is not None]
+        assert begun == list(range(len(found.calls)))
+    assert names == (set(CHECKS) if isinstance(choice, str) else {"weather"})
+    assert several > 1 or not isinstance(choice, str)
+
+
+def test_nothing_but_a_call_follows_the_marker(grammars: Grammars, marked: str) -> None:
+    """In ``auto`` any text is allowed up to the marker, and only the format's next letters after it."""
+    tokenizer = Tokenizer.from_str(marked)
+    guide = grammars.guide(box_of(formats()["hermes"], "auto").structure(None))
+    for token in tokenizer.encode("a <tool_cal").ids:
+        guide.accept(token)
+    allowed = guide.allowed()
+    assert allowed is not None and allowed[END] and allowed.sum() > 200 and not allowed[MARK_ID]
+    for token in tokenizer.encode("l>").ids:
+        guide.accept(token)
+    allowed = guide.allowed()
+    assert allowed is not None
+    assert [tokenizer.decode([int(token)])[:1] for token in np.flatnonzero(allowed)] == ["\n"]
+    with pytest.raises(InputError):
+        guide.accept(tokenizer.encode("x").ids[0])
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral"])
+def test_a_schema_is_the_content_next_to_tools(grammars: Grammars, marked: str, name: str) -> None:
+    """With a JSON schema and ``auto``, a reply is either calls or a document of the schema."""
+    random, kinds, form = np.random.default_rng(5), set(), formats()[name]
+    schema = {"type": "object", "properties": {"name": {"enum": ["a/b", "weather"]}}, "required": ["name"],
+              "additionalProperties": False}  # fmt: skip
+    for content in (Structure("json_schema", json.dumps(schema)), Structure("regex", "[a-z]/[0-9]")):
+        box = box_of(form)
+        for _ in range(60):
+            tokens = walk(grammars, grammars.guide(box.structure(content)), random, [])
+            found = read(box, texts_of(marked, tokens))
+            kinds.add((content.kind, bool(found.calls)))
+            if not found.calls and content.kind == "json_schema":
+                jsonschema_rs.validator_for(schema).validate(json.loads(found.content))
+    assert len(kinds) == 4
+    with pytest.raises(InputError, match="grammar with tools: only a JSON schema or a regex"):
+        box_of(form).structure(Structure("grammar", "start: /a/"))
+    with pytest.raises(InputError, match="regex with tools: calls of this model's family are documents themselves"):
+        box_of(formats()["llama"]).structure(Structure("regex", "a"))
+
+
+def test_pieces_of_a_call() -> None:
+    """The name first, then the arguments as they come; text that might become a call is held back and given at the end."""
+    reader = CallReader(box_of(formats()["hermes"]))
+    assert reader.push(7, "Hi <tool") == [Piece("Hi ")]
+    assert reader.push(7, '_call>\n{"name": "weather"') == []  # another function's name begins alike
+    (piece,) = reader.push(7, ', "arguments": ')
+    assert piece.begun is not None and (piece.call, piece.begun.name, piece.begun.id) == (
+        0,
+        "weather",
+        reader._key + "00",
+    )
+    assert reader.push(7, '{"city": "}') == [Piece('{"city": "}', 0)]
+    assert reader.push(7, '\\""}}') == [Piece('\\""}', 0)]
+    assert reader.push(7, "\n</tool_call>\n<tool_call>\n") == []
+    assert [piece.call for piece in reader.push(7, '{"name": "stop", "arguments": {}}\n</tool_call>')] == [1, 1]
+    assert [call.arguments for call in reader.calls] == ['{"city": "}\\""}', "{}"]
+    reader = CallReader(box_of(formats()["hermes"]))
+    assert reader.push(7, "a <tool") + reader.finish() == [Piece("a "), Piece("<tool")]
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{% if tools %}<tools>{% endif %}<tool_call>", "hermes"),
+        ("{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS]' }}{{ tools }}", "mistral"),
+        ('{{ tools }} {"name": x, "parameters": dictionary of argument name and its value}.', "llama"),
+        ("{{ messages }}", None),
+    ],
+)
+def test_a_template_shows_its_format(template: str, name: str | None) -> None:
+    found = format_of(template)
+    assert (found and found.name) == name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": 3}, "tools = 3: must be a list of at most 128 functions"),
+        ({"tools": [{}]}, "tools: {}: must be a function: give {'type': 'function'"),
+        ({"tools": [function("a b")]}, "tools: name = 'a b': must have 1 to 64 letters"),
+        ({"tools": [WEATHER, WEATHER]}, "tools: two functions are called 'weather'"),
+        ({"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice = 'maybe': must be 'none', 'auto'"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice: x: tools"),
+        ({"tool_choice": "required"}, "tool_choice = 'required': there are no tools"),
+        ({"tools": [function("f", a={"type": "array", "uniqueItems": True})]}, "tools: f: json_schema: .*uniqueItems"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools: parameters of f: must be a JSON schema of an object",
+        ),
+        ({"documents": [{"text": "a"}]}, "documents: this bundle's chat template has no use for them"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs = {'messages': \\[\\]}: must be an object"),
+    ],
+)
+def test_tools_that_are_none(llm: LLM, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        llm.generate([{"role": "user", "content": "hi"}] if "tools" not in options else [5, 9], **options)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Any) -> Iterator[LLM]:
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+def test_a_reply_has_its_calls(llm: LLM) -> None:
+    question = [5, 9, 17]  # the context of 256 has no room for the default format's system message
+    for seed in range(6):
+        params = SamplingParams(temperature=1.0, seed=seed)
+        stream = llm.stream(
+            question, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, sampling=params
+        )
+        forced = sum(token.forced for token in stream)
+        reply = stream.reply
+        assert stream.reply.tool_calls == reply.tool_calls  # ids and all
+        (call,) = reply.tool_calls
+        CHECKS[call.name].validate(json.loads(call.arguments))
+        assert reply.text == "" and reply.finish_reason == "stop" and forced > 10
+        assert call.to_dict()["function"] == {"name": "weather", "arguments": call.arguments}
+
+
+def test_templates_without_tools_are_told(llm: LLM) -> None:
+    """The default format: tools in the system message, calls and results as text."""
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the fox"},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm", "days": 2}'}},
+            {"id": "b", "type": "function", "function": {"name": "stop", "arguments": ""}},
+        ]},
+        {"role": "tool", "tool_call_id": "a", "content": "sun"},
+        {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "ok"}]},
+    ]  # fmt: skip
+    text = llm.decode(llm.encode(messages, tools=[WEATHER]))
+    listed = json.dumps(WEATHER["function"])
+    assert text.startswith(f"<system>Be brief.\n\nYou can call these functions:\n<tools>\n{listed}\n</tools>")
+    called = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm", "days": 2}}\n</tool_call>'
+    stopped = '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>'
+    assert f"<assistant>{called}\n{stopped}\n<user><tool_response>\nsun\n</tool_response>\n" in text
+    assert text.endswith("<tool_response>\nok\n</tool_response>\n<assistant>") and text.count("<user>") == 2
+    assert "You can call" not in llm.decode(llm.encode(messages, tools=[WEATHER], tool_choice="none"))
+    assert llm.decode(llm.encode("hi", tools=[WEATHER])).startswith("<system>You can call these functions:")
+
+
+def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
+    template = (
+        "{% for one in tools or [] %}{{ one.function.name }}{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}{% endfor %}"
+    )
+    with balcony_edge.load(bundle_copy) as llm:
+        llm._codec = llm._requests._codec = write_template(bundle_copy, template)
+        chat = llm.chat()
+        stream = chat.send("hi", tools=[function("stop")], tool_choice="required", parallel_tool_calls=False)
+        for _ in stream:
+            pass
+        assert [call.name for call in stream.reply.tool_calls] == ["stop"] and stream.reply.text == ""
+        assert chat.messages[-1] == {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [stream.reply.tool_calls[0].to_dict()],
+        }
+        next(chat.send("go on"))
+
+
+#: Parts of templates of three families that show tools, calls and results.
+TEMPLATES = {
+    "hermes": (
+        "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
+        '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+        "{% endfor %}{% endfor %}{% for d in documents or [] %}[{{ d.text }}]{% endfor %}{{ mood | default('calm') }}"
+    ),
+    "mistral": "{{ '[AVAILABLE_TOOLS]' }}{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}[TOOL_CALLS]",
+}
+
+
+def test_templates_get_tools_documents_and_variables(bundle_copy: Path) -> None:
+    codec = write_template(bundle_copy, TEMPLATES["hermes"])
+    assert codec.call_format.name == "hermes"
+    call = {"type": "function", "function": {"name": "stop", "arguments": '{"a": [1]}'}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+    options: dict[str, Any] = {"documents": [{"text": "fact"}], "template_kwargs": {"mood": "wild"}}
+    for literal in (True, False):
+        ids = codec.encode(messages, tools=[WEATHER], control_tokens=not literal, **options)
+        assert codec.decode(ids) == (
+            f"<tools>{json.dumps(WEATHER)}</tools><user>hi<assistant><tool_call>\n"
+            '{"name": "stop", "arguments": {"a": [1]}}\n</tool_call>[fact]wild'
+        )
+    assert codec.decode(codec.encode(messages)).endswith("</tool_call>calm")
+    assert write_template(bundle_copy, TEMPLATES["mistral"]).call_format.name == "mistral"
+
+
+def test_a_template_without_a_system_message_gets_tools_in_the_first_turn(bundle_copy: Path) -> None:
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    text = write_template(bundle_copy, template)
+    assert text.decode(text.encode("hi", tools=[WEATHER])).startswith("<user>You can call these functions:")
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        3,
+        [3],
+        [{"function": {"arguments": "{}"}}],
+        [{"function": {"name": "f", "arguments": "["}}],
+        [{"function": {"name": "f", "arguments": "[1]"}}],
+    ],
+    ids=str,
+)
+def test_calls_in_a_prompt_that_are_none(llm: LLM, calls: Any) -> None:
+    with pytest.raises(InputError, match=r"message tool_calls: .*: must have a function with a name"):
+        llm.encode([{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls}])

@@ -1,0 +1,111 @@
+"""Structured replies over HTTP: OpenAI's, vLLM's and llama.cpp's fields, streams, and what the answers count."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import httpx
+import openai
+import pydantic
+import pytest
+
+from balcony_runtime.serve.http.server import Server
+
+QUESTION: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
+
+
+class Animal(pydantic.BaseModel):
+    kind: Literal["fox", "dog"]
+    legs: int = pydantic.Field(ge=0, le=9)
+
+
+SCHEMA = Animal.model_json_schema() | {"additionalProperties": False}
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_parse_with_a_class(client: openai.OpenAI) -> None:
+    found = client.chat.completions.parse(model="tiny", messages=QUESTION, response_format=Animal, seed=3)
+    (choice,) = found.choices
+    assert isinstance(choice.message.parsed, Animal) and choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("extra", "pattern"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}}, None),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, None),
+        ({"guided_json": SCHEMA}, None),
+        ({"guided_json": json.dumps(SCHEMA)}, None),
+        ({"json_schema": SCHEMA}, None),
+        ({"structured_outputs": {"json": SCHEMA, "regex": None}}, None),
+        ({"structured_outputs": {"choice": ["fox", 'a "dog"']}}, 'fox|a "dog"'),
+        ({"guided_choice": ["fox", "dog"]}, "fox|dog"),
+        ({"guided_regex": "[a-f]{3}"}, "[a-f]{3}"),
+        ({"structured_outputs": {"regex": "[a-f]{3}"}}, "[a-f]{3}"),
+        ({"guided_grammar": 'start: "fox" | "dog"'}, "fox|dog"),
+        ({"grammar": 'root ::= "fox" | "dog"'}, "fox|dog"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_every_field_gives_its_structure(http: httpx.Client, extra: dict[str, Any], pattern: str | None) -> None:
+    for path, prompt in (("/v1/chat/completions", {"messages": QUESTION}), ("/v1/completions", {"prompt": "the"})):
+        found = http.post(path, json={**prompt, "max_tokens": 60, "seed": 1} | extra).json()
+        choice = found["choices"][0]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        assert choice["finish_reason"] == "stop"
+        if pattern is None:
+            Animal.model_validate_json(text)
+        else:
+            assert re.fullmatch(pattern, text)
+
+
+def test_any_object(http: httpx.Client) -> None:
+    body = {"messages": QUESTION, "response_format": {"type": "json_object"}, "max_tokens": 8, "temperature": 0}
+    assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"].startswith("{")
+
+
+def test_streams_and_counts(client: openai.OpenAI, http: httpx.Client) -> None:
+    """A stream has the same text, and forced tokens are counted by a name of their own and by no exit."""
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "messages": QUESTION,
+        "temperature": 0,
+        "extra_body": {"json_schema": SCHEMA},
+    }
+    whole = client.chat.completions.create(**options)
+    before = http.get("/metrics").text
+    pieces = list(client.chat.completions.create(**options, stream=True))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
+    facts = pieces[-1].balcony
+    made = facts["forced_tokens"] + sum(facts["tokens_per_exit"].values())
+    assert facts["forced_tokens"] > 3 and made == whole.usage.completion_tokens and facts["mean_depth"] == 5
+    counted = re.compile(r"^balcony_forced_tokens_total (\S+)$", re.MULTILINE)
+    grown = [float(counted.findall(text)[0]) for text in (before, http.get("/metrics").text)]
+    assert grown[1] - grown[0] == facts["forced_tokens"]
+
+
+def test_choices_have_structures_of_their_own(http: httpx.Client) -> None:
+    body = {"messages": QUESTION, "n": 4, "guided_regex": "[a-z]{6}", "temperature": 1.5, "seed": 2}
+    texts = [one["message"]["content"] for one in http.post("/v1/chat/completions", json=body).json()["choices"]]
+    assert all(re.fullmatch("[a-z]{6}", text) for text in texts) and len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("special", [None, True, False])
+def test_names_of_control_tokens(http: httpx.Client, server: Server, special: bool | None) -> None:
+    """``parse_special``, as llama.cpp calls it: by default names are tokens in plain texts and no messages."""
+    messages, text = [{"role": "user", "content": "a<end>"}], "a<end>"
+    found = [http.post("/tokenize", json={**one, "parse_special": special}).json()["tokens"] for one in
+             ({"messages": messages}, {"content": text})]  # fmt: skip
+    assert [0 in ids for ids in found] == [bool(special), special is not False]
+    for path, prompt, ids in zip(("/v1/chat/completions", "/v1/completions"), ({"messages": messages}, {"prompt": text}),
+                                 found, strict=True):  # fmt: skip
+        body = {**prompt, "parse_special": special, "max_tokens": 1}
+        assert http.post(path, json=body).json()["usage"]["prompt_tokens"] == len(ids)

@@ -1,0 +1,204 @@
+"""Tools over HTTP: OpenAI's own client and its tool loop, streams, and an agent framework."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import openai
+import pydantic
+import pytest
+
+from balcony_runtime.serve.http.server import Server
+
+#: Shows names of tools only, because the tiny context has no room for schemas.
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
+    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}<assistant>"
+    "{{ mood }}{% for one in documents or [] %}{{ one.text }}{% endfor %}"
+)
+QUESTION: list[Any] = [{"role": "user", "content": "the fox"}]
+
+
+class Weather(pydantic.BaseModel):
+    """Weather of a city."""
+
+    city: Literal["Ulm", "Rome"]
+    days: int = pydantic.Field(ge=1, le=9)
+
+
+class Stop(pydantic.BaseModel):
+    """To stop."""
+
+
+TOOLS: list[Any] = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Stop)]
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server], tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    bundle = Path(shutil.copytree(tiny.path, tmp_path_factory.mktemp("tools") / "bundle"))
+    text = TEMPLATE.encode()
+    (bundle / "chat_template.jinja").write_bytes(text)
+    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    manifest["files"]["chat_template.jinja"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (bundle / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return serve(path=bundle, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    options = {"model": "tiny", "messages": QUESTION, "tools": TOOLS, "max_tokens": 120, "seed": 3} | options
+    return client.chat.completions.create(**options)
+
+
+def test_the_loop_of_a_tool(client: openai.OpenAI) -> None:
+    """A call, its result, and an answer: the messages go back as the client got them."""
+    named = {"type": "function", "function": {"name": "Weather"}}
+    (choice,) = ask(client, tool_choice=named).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "Weather" and Weather.model_validate_json(call.function.arguments)
+    history = [*QUESTION, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+    (choice,) = ask(client, messages=history, tool_choice="none").choices
+    assert choice.message.tool_calls is None and choice.message.content
+    (choice,) = ask(client, messages=history, tool_choice="required", parallel_tool_calls=False).choices
+    assert len(choice.message.tool_calls) == 1
+
+
+def test_several_calls(client: openai.OpenAI) -> None:
+    counts, ids = set(), set()
+    for seed in range(6):
+        (choice,) = ask(client, tool_choice="required", seed=seed, temperature=2.0).choices
+        if choice.finish_reason == "length":
+            continue
+        counts.add(len(choice.message.tool_calls))
+        ids |= {call.id for call in choice.message.tool_calls}
+        for call in choice.message.tool_calls:
+            {"Weather": Weather, "Stop": Stop}[call.function.name].model_validate_json(call.function.arguments)
+    assert max(counts) > 1 and len(ids) >= sum(counts)
+
+
+def test_calls_in_pieces(client: openai.OpenAI) -> None:
+    """As OpenAI streams them: index, id and name first, then the arguments; the reason is on the last piece."""
+    options: dict[str, Any] = {"tool_choice": "required", "seed": 1, "temperature": 2.0}
+    whole = ask(client, **options).choices[0]
+    pieces = [piece.choices[0] for piece in ask(client, stream=True, **options)]
+    assert [piece.finish_reason for piece in pieces if piece.finish_reason] == [whole.finish_reason]
+    begun: list[Any] = []
+    texts: list[str] = []
+    for piece in pieces:
+        for call in piece.delta.tool_calls or []:
+            if call.id is not None:
+                assert call.index == len(begun) and call.type == "function" and call.function.name
+                begun.append(call)
+                texts.append("")
+            assert call.index == len(begun) - 1
+            texts[call.index] += call.function.arguments
+    wanted = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
+    assert [(call.function.name, text) for call, text in zip(begun, texts, strict=True)] == wanted
+    assert len(pieces) > 3 * len(begun)
+
+
+def test_the_clients_own_streams(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="tiny", messages=QUESTION, tools=TOOLS, tool_choice="required", seed=4, parallel_tool_calls=False
+    ) as stream:
+        names = [event.name for event in stream if event.type == "tool_calls.function.arguments.done"]
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert names == [call.function.name] and call.function.parsed_arguments is not None
+
+
+def test_parse_with_tools_and_a_class(client: openai.OpenAI) -> None:
+    """``auto`` with a ``response_format``: the answer is of the class, unless the model calls a tool."""
+    found = client.chat.completions.parse(
+        model="tiny", messages=QUESTION, tools=TOOLS, response_format=Weather, seed=3, temperature=1.5
+    )
+    message = found.choices[0].message
+    assert isinstance(message.parsed, Weather) or message.tool_calls[0].function.parsed_arguments is not None
+    found = client.chat.completions.parse(model="tiny", messages=QUESTION, tools=TOOLS, tool_choice="required", seed=2)
+    assert isinstance(found.choices[0].message.tool_calls[0].function.parsed_arguments, Weather | Stop)
+
+
+def test_documents_and_variables_reach_the_template(server: Server, client: openai.OpenAI) -> None:
+    extra = {"documents": [{"text": "over"}], "chat_template_kwargs": {"mood": "lazy"}}
+    found = ask(client, extra_body=extra, max_tokens=1)
+    llm = server.service.llm
+    text = "Weather Stop <user>the fox<assistant>lazyover"
+    assert found.usage.prompt_tokens == len(llm.encode(text, chat=False))
+    assert llm.decode(llm.encode(QUESTION, tools=TOOLS, documents=extra["documents"],
+                                 chat_template_kwargs=extra["chat_template_kwargs"])) == text  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"tools": [{}]}, "tools: {}: must be a function"),
+        ({"tool_choice": "required"}, "tool_choice = 'required': there are no tools"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice = 'any': must be 'none', 'auto', 'required'"),
+        ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls = 1: must be true or false"),
+        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "grammar with tools: only a JSON schema or a regex"),
+        ({"documents": 3}, "documents = 3: must be a list of objects"),
+        ({"chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs = {'tools': 1}: must be an object without"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "message tool_calls: {}: must have a function"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(server: Server, extra: dict[str, Any], message: str) -> None:
+    found = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": QUESTION, "max_tokens": 2} | extra)
+    error = found.json()["error"]
+    assert found.status_code == 400 and message in error["message"] and "\n" not in error["message"]
+
+
+def test_pydantic_ai(server: Server) -> None:
+    """An agent that calls a tool and then gives a typed result, which it asks for as a call, too."""
+    pydantic_ai = pytest.importorskip("pydantic_ai", reason="pydantic-ai-slim is not installed")
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    model = OpenAIChatModel("tiny", provider=OpenAIProvider(base_url=f"{server.url}/v1", api_key="none"))
+    agent = pydantic_ai.Agent(model, output_type=Weather, model_settings={"seed": 5, "temperature": 1.5})
+    found: list[Any] = []
+
+    @agent.tool_plain
+    def stop() -> str:
+        """To stop."""
+        found.append("stopped")
+        return "ok"
+
+    result = agent.run_sync("the fox")
+    assert isinstance(result.output, Weather)
+
+
+def test_openai_agents(server: Server) -> None:
+    """OpenAI's agents: a run in which the first turn must call a function."""
+    agents = pytest.importorskip("agents", reason="openai-agents is not installed")
+    asked: list[Any] = []
+
+    @agents.function_tool
+    def forecast(city: Literal["Ulm", "Rome"]) -> str:
+        """Weather of a city."""
+        asked.append(city)
+        return "sun"
+
+    agents.set_tracing_disabled(True)
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none")
+    agent = agents.Agent(
+        name="tiny",
+        model=agents.OpenAIChatCompletionsModel(model="tiny", openai_client=client),
+        tools=[forecast],
+        model_settings=agents.ModelSettings(tool_choice="required", max_tokens=90, temperature=1.0),
+    )
+    result = asyncio.run(agents.Runner.run(agent, "the fox"))
+    assert asked and set(asked) <= {"Ulm", "Rome"} and isinstance(result.final_output, str)
