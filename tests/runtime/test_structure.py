@@ -170,6 +170,14 @@ def test_the_end_is_allowed_exactly_where_the_structure_ends(grammars: Grammars)
     assert len(todo) == 8
 
 
+def test_after_the_end_everything_goes(grammars: Grammars) -> None:
+    """A draft, or a member of a batch, may go on after its end; what it makes there is never shown."""
+    guide = guide_of(grammars, regex="a|ab")
+    for token in (grammars.tokenizer.tokenize_str("a")[0], END, 7, 8):
+        guide.accept(token)
+    assert guide.allowed() is None and guide.permits(9) and guide.forced(5) == [] and guide.fork().allowed() is None
+
+
 def test_forced_tokens_are_those_of_masks_with_one_token(grammars: Grammars) -> None:
     """Random walks through random schemas: ``forced`` gives what single-token masks would have given."""
     random, forced = np.random.default_rng(3), 0
