@@ -20,6 +20,10 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 
+#: Part of the names of directories that are not complete.
+PARTIAL = ".partial-"
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Wait for the lock of a directory and hold it, if its file system has locks.
@@ -44,11 +48,8 @@ def partial_directory(target: Path) -> Iterator[Path]:
     Raises:
         OSError: the directory cannot be made.
     """
-    prefix = f".{target.name}.partial-"
-    for leftover in target.parent.iterdir():
-        if leftover.name.startswith(prefix) and (lock := _lock(leftover, wait=False)) is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-            _unlock(lock)
+    prefix = f".{target.name}{PARTIAL}"
+    remove_leftovers(target.parent, prefix)
     part = target.with_name(f"{prefix}{secrets.token_hex(4)}")
     while True:
         part.mkdir()
@@ -61,6 +62,18 @@ def partial_directory(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         _unlock(lock)
+
+
+def remove_leftovers(directory: Path, prefix: str) -> None:
+    """Remove what killed writers have left in a directory: partial directories of that prefix that nobody holds."""
+    for leftover in directory.iterdir():
+        if (
+            leftover.name.startswith(prefix)
+            and PARTIAL in leftover.name
+            and (lock := _lock(leftover, wait=False)) is not None
+        ):
+            shutil.rmtree(leftover, ignore_errors=True)
+            _unlock(lock)
 
 
 def require_writable(directory: Path, given: str, error_class: type[BalconyError], cure: str) -> None:

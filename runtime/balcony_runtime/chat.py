@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.decoding.loop import IDLE_ROWS
 from balcony_runtime.engine import TokenSequence
@@ -90,7 +92,7 @@ class Chat:
 
         Args:
             path: file to write.
-            int8: whether to store keys and values in 8 bits: a third of the bytes, but replies may then differ.
+            int8: whether to store keys and values in 8 bits: 0.4 of the bytes, but replies may then differ.
 
         Returns:
             Bytes of the file.
@@ -116,11 +118,10 @@ class Chat:
         Example:
             chat = balcony_edge.Chat.load(llm, "talk.session")
         """
-        notes = file.look(Path(path), llm.engine).notes
+        chat = llm.chat()
+        notes = file.load(Path(path), llm.engine, chat.sequence).notes
         if notes.messages is None:
             raise InputError(f"{path}: has no messages: load it with LLM.load_prefix")
-        chat = llm.chat()
-        file.load(Path(path), llm.engine, chat.sequence)
         chat.messages = list(notes.messages)
         chat._system = chat.messages[: notes.system]
         return chat
@@ -129,6 +130,9 @@ class Chat:
         """Forget the conversation, except for the system message."""
         self._silence()
         self.messages = list(self._system)
+        # What was said goes from the sequence, too: it could be saved.
+        system = self._llm.encode(self._system) if self._system else []
+        self.sequence.rollback(self.sequence.shared_prefix(np.array(system, np.int64)))
 
     def _silence(self) -> None:
         """End open work: an unfinished reply joins the history, and catching up stops after the current portion."""

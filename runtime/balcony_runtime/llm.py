@@ -450,6 +450,8 @@ class LLM:
             sequence.append(request.ids[sequence.length :])
             sequence.catch_up()
             file.save(Path(path), self.engine, sequence, int8=int8)
+            if (files := self.prefix_files) is not None and Path(path).resolve().parent == files.directory.resolve():
+                files.add(files.directory / Path(path).name)
             return sequence.length
 
     def load_prefix(self, path: str | os.PathLike[str]) -> int:
@@ -477,9 +479,11 @@ class LLM:
 
     def close(self) -> None:
         """Free the engine, and stop the sensors if they were started; write what is kept, if there is a directory for it."""
-        self._requests.scheduler.close()
-        self._close_sensors()
-        self.engine.close()
+        try:
+            self._requests.scheduler.close()
+        finally:
+            self._close_sensors()
+            self.engine.close()
 
     def _close_sensors(self) -> None:
         if self._sensors is not None:

@@ -9,8 +9,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from balcony_runtime.chat import Chat
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
-from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
+from balcony_runtime.scheduling.pool import LEAST_SHARED, Move, SequencePool
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import TextCodec
@@ -76,6 +79,9 @@ def test_a_conversation_goes_on_where_it_was(llm: LLM, tiny: Any, tmp_path: Path
         assert again.sequence.rows_run - rows < 4 * (reply.prompt_tokens - reply.cached_tokens + 12) + 4
         again.reset()
         assert again.messages == [{"role": "system", "content": "be brief"}]
+        again.save(path)
+        left = other.decode(file.look(path, other.engine).tokens[0].tolist())
+        assert "be brief" in left and "fox" not in left, "what was forgotten is not saved"
 
 
 def test_all_that_a_sequence_is_comes_back(tiny_engine: Engine, saved: tuple[Path, TokenSequence]) -> None:
@@ -158,7 +164,7 @@ def damaged(content: bytes, seed: int) -> bytes:
     header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
     metadata = header.pop("__metadata__")
     notes = json.loads(metadata["notes"])
-    what = draw.choice(["notes", "tensor", "gone", "hashes", "odd"])
+    what = draw.choice(["notes", "tensor", "gone", "hashes", "odd", "tokens"])
     if what == "notes":
         notes[draw.choice(list(notes))] = draw.choice(
             [None, -1, [99, 98, 97], [1, 2, 3], [0], "x", {"a": 1}, [[]], 1e300]
@@ -167,6 +173,10 @@ def damaged(content: bytes, seed: int) -> bytes:
         name = draw.choice(list(header))
         header[name][draw.choice(["dtype", "shape", "data_offsets"])] = draw.choice(
             ["F64", "F32", [1, 2], [0, 1 << 60], [-8, 8], [1, 92, 1 << 40], {}, None, [[1], [2]], [0, 0]]
+        )
+    elif what == "tokens":
+        header["tokens"][draw.choice(["dtype", "shape"])] = draw.choice(
+            ["F32", "I8", [1] * 73, [0, 1 << 62], [92], [2, 46], [1, 92.0], [True, 92], [[1, 92]], []]
         )
     elif what == "gone":
         header.pop(draw.choice(list(header)))
@@ -206,6 +216,9 @@ def test_damaged_files_are_refused_in_one_line(
         file.look(path, tiny_engine)
     with pytest.raises(InputError, match="No such file"):
         file.look(tmp_path / "none", tiny_engine)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="it is not a file"):
+        file.look(tmp_path / "pipe", tiny_engine)
     path.write_text("hello " * 100)
     with pytest.raises(InputError, match="is not a session"):
         file.look(path, tiny_engine)
@@ -309,7 +322,7 @@ def test_the_next_process_begins_with_what_was_kept(tiny: Any, tmp_path: Path) -
     with balcony_edge.load(tiny.path, prefix_directory=folder) as llm:
         for prompt in prompts:
             llm.generate(prompt, max_new_tokens=4, ignore_eos=True)
-        llm.save_prefix(prompts[0][:40], folder / "named.session")
+        llm.save_prefix(list(range(270, 310)), folder / "named.session")
     assert len(list(folder.glob("prefix-*.session"))) == 3
     with balcony_edge.load(tiny.path, prefix_directory=folder) as llm:
         reply = llm.generate([*prompts[1], 5], max_new_tokens=4, ignore_eos=True)
@@ -332,10 +345,176 @@ def test_the_next_process_begins_with_what_was_kept(tiny: Any, tmp_path: Path) -
         sequence.advance(5, np.arange(50))
         files.keep(sequence)
         left = set(folder.glob("*.session"))
-        assert oldest in left and folder / "named.session" in left and files.longest(tokens)[1] == len(tokens)
+        assert oldest in left and folder / "named.session" in left and files.longest(tokens, 1e9)[1] == len(tokens)
         assert len(left & sizes.keys()) < len(sizes) and files.bytes < sum(sizes.values())
         files.keep(sequence)
         assert set(folder.glob("*.session")) == left, "what is there is not written again"
+
+
+def taken(pool: SequencePool, tokens: list[int]) -> TokenSequence:
+    """A sequence that has taken in the tokens."""
+    sequence = pool.take(tokens)
+    assert sequence is not None
+    sequence.advance(5, tokens[sequence.length :])
+    return sequence
+
+
+def test_saves_are_right_while_others_take_the_places(tiny_engine: Engine, tmp_path: Path) -> None:
+    """Three threads run prompts that begin alike in six places, while a fourth saves what has ended."""
+    pool = SequencePool.of(tiny_engine, 6)
+    assert pool is not None
+    common, ended, over = list(range(100, 140)), deque[list[int]](maxlen=8), threading.Event()
+
+    def others(seed: int) -> None:
+        draw = random.Random(seed)
+        while not over.is_set():
+            tokens = [*common[: draw.choice([20, 40])], *draw.choices(range(320), k=60)]
+            if (sequence := pool.take(tokens)) is not None:
+                sequence.advance(draw.choice([2, 5]), tokens[sequence.length :])
+                pool.give_back(sequence)
+                ended.append(tokens)
+
+    threads = [threading.Thread(target=others, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    saved_files, path, until_s = 0, tmp_path / "talk.session", time.monotonic() + 60
+    try:
+        while saved_files < 25:
+            assert time.monotonic() < until_s, saved_files
+            tokens = list(ended[-1]) if ended else common
+            try:
+                rows, _ = pool.save(tokens, path)
+            except InputError:
+                continue  # another prompt has its place already
+            saved_files += 1
+            back = tiny_engine.new_sequence()
+            file.load(path, tiny_engine, back)
+            assert back.tokens[0].tolist() == tokens[:rows]
+            assert_equal(back.advance(5, [7]), from_scratch(tiny_engine, 5, back.tokens, 1))
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert pool.in_use == 0
+
+
+def test_a_save_holds_nobody_up(tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = SequencePool.of(tiny_engine, 3)
+    assert pool is not None
+    tokens = list(range(100, 150))
+    pool.give_back(taken(pool, tokens))
+    other = taken(pool, list(range(200, 250)))
+    writing, go_on = threading.Event(), threading.Event()
+    hashed = file._hash
+
+    def slow(array: Any) -> str:
+        writing.set()
+        assert go_on.wait(20)
+        return hashed(array)
+
+    monkeypatch.setattr(file, "_hash", slow)
+    with ThreadPoolExecutor(1) as thread:
+        save = thread.submit(pool.save, tokens, tmp_path / "slow.session")
+        assert writing.wait(20)
+        pool.step([Move(other, 5, 1)])
+        fresh = pool.take([*tokens, 1])
+        assert fresh is not None and fresh.length == 0, "its rows are being written, so they are not copied"
+        pool.give_back(fresh)
+        go_on.set()
+        assert save.result()[0] == 50
+    pool.give_back(other)
+    assert pool.in_use == 0
+
+
+def test_a_turn_is_erased_and_its_conversation_is_not(tiny_engine: Engine) -> None:
+    pool = SequencePool.of(tiny_engine, 3)
+    assert pool is not None
+    turn = list(range(100, 150))
+    pool.give_back(taken(pool, [*turn, *range(200, 250)]))
+    assert pool.forget([*turn, 9]) == 0
+    pool.give_back(taken(pool, turn))
+    assert pool.forget([*turn, 9]) == 50 and pool.forget([*turn, *range(200, 250), 1]) == 100
+    assert pool.members == (None,) * 3
+
+
+def test_an_interrupt_leaves_no_place_in_use(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = list(range(10, 70))
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        llm.generate(prompt, max_new_tokens=2, ignore_eos=True)
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        pool = llm.pool
+        assert pool is not None
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenSequence, "fill", interrupted)
+            for _ in range(20):  # the pool has 16 places
+                with pytest.raises(KeyboardInterrupt):
+                    pool.take([*prompt, 1])
+            with pytest.raises(KeyboardInterrupt):
+                pool.load(next(tmp_path.iterdir()))
+        pool.give_back(taken(pool, [*prompt, *prompt]))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TokenSequence, "begin_like", interrupted)
+            pool.take([*prompt[:40], 1])
+        assert pool.in_use == 0 and sum(member is not None for member in pool.members) == 1
+
+
+def test_a_file_that_may_not_be_kept_is_not_read(tiny: Any, tmp_path: Path) -> None:
+    prompt = list(range(10, 190))
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        assert llm.save_prefix(prompt, tmp_path / "large.session") == 180
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        llm.generate(list(range(200, 240)), max_new_tokens=1)
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path, prefix_mb=0.3) as llm:
+        assert llm.generate([*range(200, 240), 5], max_new_tokens=1).cached_tokens == 40
+        assert llm.generate([*prompt, 5], max_new_tokens=1).cached_tokens == 0
+        assert llm.generate([*range(200, 240), 5], max_new_tokens=1).cached_tokens == 40
+        assert llm.pool is not None and llm.pool.reused.files == 1
+        with pytest.raises(InputError, match=r"180 tokens are not kept: prefix_mb = 0\.3 must have room"):
+            llm.load_prefix(tmp_path / "large.session")
+    with balcony_edge.load(tiny.path, prefix_mb=0, prefix_directory=tmp_path) as llm:
+        assert llm.generate([*prompt, 5], max_new_tokens=1).cached_tokens == 0 and llm.pool is not None
+        assert llm.pool.reused.files == 0
+
+
+def test_bundles_share_a_directory(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    prompt = list(range(10, 70))
+    for turn in range(2):
+        for architecture in ("llama", "qwen3"):
+            with balcony_edge.load(export_tiny(architecture).path, prefix_directory=tmp_path) as llm:
+                assert llm.generate([*prompt, 1], max_new_tokens=1).cached_tokens == (60 if turn else 0)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2 and len({name.split("-")[1] for name in names}) == 2
+
+
+def test_what_a_killed_process_left_is_removed(tiny: Any, tmp_path: Path) -> None:
+    left = tmp_path / ".prefix-0123-4567.session.partial-89ab"
+    left.mkdir()
+    (left / "part").write_bytes(b"x" * 1000)
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path):
+        assert not left.exists()
+
+
+def test_a_file_that_another_process_wrote_anew_is_known_as_it_is(tiny: Any, tmp_path: Path) -> None:
+    first, second = list(range(10, 70)), list(range(100, 160))
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        llm.save_prefix(first, tmp_path / "one.session")
+    with (
+        balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm,
+        balcony_edge.load(tiny.path, prefix_directory=tmp_path / "other") as other,
+    ):
+        other.save_prefix(second, tmp_path / "one.session")
+        assert llm.generate([*first, 1], max_new_tokens=1).cached_tokens == 0
+        assert llm.generate([*second, 1], max_new_tokens=1).cached_tokens == 60
+        assert llm.pool is not None and llm.pool.reused.files == 1
+        llm.generate([*first, 2], max_new_tokens=1)
+        assert llm.pool.reused.files == 1, "it is not read for the old tokens again"
+        third = list(range(200, 260))
+        llm.save_prefix(third, tmp_path / "now.session")
+        assert llm.prefix_files is not None and llm.prefix_files.longest(np.array(third), 1e9)[1] == 60
 
 
 def test_files_that_cannot_be_used_are_left_alone(

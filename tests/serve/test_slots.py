@@ -84,6 +84,7 @@ def test_a_saved_prefix_is_found_by_the_next_server(serve: Callable[..., Server]
         ("/slots/1?action=restore", {"filename": 5}, 400, "must be a plain name"),
         ("/slots/1?action=restore", {}, 400, "must be a plain name"),
         ("/slots/1?action=restore", {"filename": "bad"}, 400, "bad.session: is not a session"),
+        ("/slots/x?action=restore", {"filename": "bad"}, 404, "no such path"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -91,7 +92,8 @@ def test_what_cannot_be_done_is_said(
 ) -> None:
     (tmp_path / "bad.session").write_text("junk")
     answer = saving.post(path, json=body)
-    assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == status and words in message and str(tmp_path) not in message, answer.text
 
 
 def test_a_server_without_a_directory_says_how_to_get_one(http: httpx.Client) -> None:
@@ -106,4 +108,6 @@ def test_a_reply_in_progress_is_not_saved(saving: httpx.Client) -> None:
         (slot,) = saving.get("/slots").json()
         answer = saving.post(f"/slots/{slot['id']}?action=save", json={"filename": "a"})
         assert answer.status_code == 409 and "wait until it has ended" in answer.json()["error"]["message"]
+        answer = saving.post(f"/slots/{slot['id']}?action=restore", json={"filename": "a"})
+        assert answer.status_code == 404, "any number will do"
     until(lambda: not saving.get("/slots").json())

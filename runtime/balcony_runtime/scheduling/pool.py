@@ -81,6 +81,7 @@ class SequencePool:
         self.reused = Reused()
         self._engine, self._pool = engine, pool
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # held while a file is read; the other lock is not
         self._members: list[TokenSequence | None] = [None] * pool.members
         self._places: dict[TokenSequence, int] = {}
         self._ended: list[TokenSequence] = []  # first the one that was not used for longest
@@ -140,6 +141,9 @@ class SequencePool:
             if donor.lock.acquire(blocking=False):
                 try:
                     fresh.begin_like(donor, shared)
+                except BaseException:
+                    self._clear(fresh)
+                    raise
                 finally:
                     donor.lock.release()
             return self._counted(fresh)
@@ -152,37 +156,53 @@ class SequencePool:
 
     def recall(self, wanted: IntArray) -> None:
         """Read the file that shares the longest prefix with some tokens (n,), unless a member has as much of it."""
-        if self._files is None:
+        if self._files is None or self._better_file(wanted) is None:
             return
-        path, saved = self._files.longest(wanted)
+        with self._reading:  # who asks for the same prompt meanwhile finds it in memory afterwards
+            if (path := self._better_file(wanted)) is None:
+                return
+            with self._lock:
+                if (sequence := self._empty()) is None:
+                    return
+            try:
+                self._files.load(path, sequence)
+                self.reused.files += 1
+            except BalconyError as error:
+                _log.warning("%s", error)
+            finally:
+                self.give_back(sequence)
+
+    def _better_file(self, wanted: IntArray) -> Path | None:
+        """The file with the longest prefix of some tokens, if it has clearly more than every member and may be kept."""
+        path, saved = (None, 0) if self._files is None else self._files.longest(wanted, self.kept_bytes)
         with self._lock:
-            if path is None or saved < self._longest(wanted)[1] + LEAST_SHARED:
-                return
-            if (sequence := self._empty()) is None:
-                return
-        try:
-            self._files.load(path, sequence)
-            self.reused.files += 1
-        except BalconyError as error:
-            _log.warning("%s", error)
-        self.give_back(sequence)
+            return None if saved < self._longest(wanted)[1] + LEAST_SHARED else path
 
     def save(self, tokens: Sequence[int], path: Path) -> tuple[int, int]:
-        """Write the rows of the sequence that has most of some first tokens; returns their number and the file's bytes.
+        """Write the rows of an ended sequence that begins with some tokens; returns their number and the file's bytes.
+
+        The last token of a reply has no row.
 
         Raises:
-            InputError: no sequence has them any more, or the file cannot be written.
+            InputError: no ended sequence has them any more, or the file cannot be written.
         """
-        sequence, shared = self.find(tokens)
-        if sequence is None:
-            raise InputError("the rows are not kept any more: save earlier, or keep more with prefix_mb")
-        return shared, file.save(path, self._engine, sequence, rows=shared)
+        wanted = np.array(tokens, np.int64)
+        with self._lock:
+            found = [one for one in self._ended if one.shared_prefix(wanted) >= max(len(wanted) - 1, 1)]
+            if not found:
+                raise InputError("the rows are not kept any more: save earlier, or keep more with prefix_mb")
+            self._ended.remove(found[-1])  # in use, so that nobody changes or clears it
+        try:
+            rows = found[-1].shared_prefix(wanted)
+            return rows, file.save(path, self._engine, found[-1], rows=rows)
+        finally:
+            self.give_back(found[-1])
 
     def load(self, path: Path) -> int:
         """Read a session file as a sequence that has ended; returns the number of its rows.
 
         Raises:
-            InputError: the file cannot be read, is damaged, or is of another bundle.
+            InputError: the file cannot be read, is damaged, is of another bundle, or is larger than what may be kept.
             BusyError: all members are in use.
         """
         with self._lock:
@@ -190,9 +210,15 @@ class SequencePool:
         if sequence is None:
             raise BusyError(f"all {self._pool.members} places are in use: try again later")
         try:
-            return len(file.load(path, self._engine, sequence).tokens[0])
+            rows = len(file.load(path, self._engine, sequence).tokens[0])
         finally:
             self.give_back(sequence)
+        if not self.holds(sequence):
+            raise InputError(
+                f"{path}: {rows} tokens are not kept: prefix_mb = {self.kept_bytes / 1e6:g} must have room for them, and "
+                f"they must be {LEAST_SHARED} or more"
+            )
+        return rows
 
     def _empty(self) -> TokenSequence | None:
         """An empty sequence in a free member, or in that of an ended sequence; the donor of a copy is not among these."""
@@ -220,7 +246,7 @@ class SequencePool:
         with self._lock, sequence.lock:
             if sequence not in self._places or sequence in self._ended:
                 return
-            if sequence.length < LEAST_SHARED or not self.kept_bytes:
+            if sequence.length < LEAST_SHARED or sequence.state.memory_bytes > self.kept_bytes:
                 self._clear(sequence)
                 return
             self._ended.append(sequence)
@@ -236,31 +262,28 @@ class SequencePool:
         with self._lock:
             return self._ended_bytes()
 
-    def find(self, tokens: Sequence[int]) -> tuple[TokenSequence | None, int]:
-        """The sequence that shares the longest prefix with some tokens, and the length of that."""
-        with self._lock:
-            return self._longest(np.array(tokens, np.int64))
-
     def forget(self, tokens: Sequence[int]) -> int:
-        """Forget the ended sequence that begins with some tokens; returns the number of its rows."""
+        """Forget the ended sequence that has some tokens and no others; returns the number of its rows.
+
+        The last token of a reply has no row.
+        """
+        wanted = np.array(tokens, np.int64)
         with self._lock:
-            sequence, shared = self._longest(np.array(tokens, np.int64))
-            if (
-                sequence is None or sequence not in self._ended or shared < len(tokens) - 1
-            ):  # the last one may have no row
-                return 0
-            self._ended.remove(sequence)
-            rows = sequence.length
-            self._clear(sequence)
-            return rows
+            for sequence in self._ended:
+                if len(wanted) - 1 <= sequence.shared_prefix(wanted) == sequence.length:
+                    self._ended.remove(sequence)
+                    rows = sequence.length
+                    self._clear(sequence)
+                    return rows
+        return 0
 
     def close(self) -> None:
-        """Write ended sequences to the files, those that were used last at the end."""
-        if self._files is None:
-            return
-        for sequence in self._ended:
+        """Write ended sequences to the files, the one that was used last first; no thread may take one meanwhile."""
+        with self._lock:
+            ended, self._ended = self._ended[::-1], []
+        for age, sequence in enumerate(ended if self._files is not None else ()):
             try:
-                self._files.keep(sequence)
+                self._files.keep(sequence, age)  # type: ignore[union-attr]
             except BalconyError as error:
                 _log.warning("%s", error)
                 return

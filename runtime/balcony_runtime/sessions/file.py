@@ -37,8 +37,10 @@ _HASH_BYTES = 32
 _NO_HASH = "0" * (2 * _HASH_BYTES)
 #: Beginning of every header; the hash of the header follows.
 _BEGIN = b'{"__metadata__":{"balcony_session":"'
-#: Longest header: tensors of a hundred layers take 20 kB, and a conversation some hundred.
-_MOST_HEADER = 64 << 20
+#: Longest header: tensors of a hundred layers take 20 kB, and a conversation some hundred. Reading takes 24 times as much.
+_MOST_HEADER = 4 << 20
+#: Most dimensions of a tensor, and the largest of one.
+_MOST_DIMENSIONS, _LARGEST = 4, 1 << 40
 _SCALE = ".scale"
 _CURE = "save it again"
 
@@ -160,7 +162,7 @@ class _Tensors:
                 raise InputError(f"rows of type {array.dtype} cannot be saved: use an engine with float32 or float16")
             if self._shrinks(name, array):
                 self.shapes[name] = "I8", array.shape
-                self.shapes[name + _SCALE] = "F32", (*array.shape[:-1], 1)
+                self.shapes[name + _SCALE] = kind, (*array.shape[:-1], 1)
             else:
                 self.shapes[name] = kind, array.shape
 
@@ -172,9 +174,9 @@ class _Tensors:
             if not self._shrinks(name, array):
                 yield name, np.ascontiguousarray(array)
                 continue
-            rows = array.astype(np.float32)
-            scale = np.abs(rows).max(-1, keepdims=True) / 127
-            yield name, np.rint(rows / np.where(scale == 0, 1, scale)).astype(np.int8)
+            scale = (np.abs(array).max(-1, keepdims=True) / 127).astype(array.dtype)
+            steps = np.rint(array.astype(np.float32) / np.where(scale == 0, 1, scale))
+            yield name, np.clip(steps, -127, 127).astype(np.int8)
             yield name + _SCALE, scale
 
 
@@ -206,6 +208,8 @@ class _Reader:
 
     def __init__(self, path: Path, engine: Engine) -> None:
         self._path = path
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: cannot be read (it is not a file): give a file that was saved")
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -234,12 +238,14 @@ class _Reader:
             metadata = values.pop("__metadata__")
             self.notes = Notes.model_validate_json(metadata["notes"])
             self.tensors = {name: self._tensor(value) for name, value in values.items()}
-            shape = self.tensors["tokens"][1]
+            kind, shape, *_ = self.tensors["tokens"]
+            if kind != "I64":
+                raise ValueError(kind)
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError) as error:
             raise self._damaged(f"its header says nothing useful about {type(error).__name__}") from error
         end = 0
-        for kind, shape_, begin, stop in self.tensors.values():
-            if begin != end or stop - begin != math.prod(shape_) * np.dtype(_TYPES[kind]).itemsize:
+        for kind, sizes, begin, stop in self.tensors.values():
+            if begin != end or stop - begin != math.prod(sizes) * np.dtype(_TYPES[kind]).itemsize:
                 raise self._damaged("its tensors do not follow one another")
             end = stop
         self._start = 8 + length
@@ -250,7 +256,8 @@ class _Reader:
     @staticmethod
     def _tensor(value: Any) -> tuple[str, tuple[int, ...], int, int]:
         kind, shape, (begin, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if kind not in _TYPES or not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, stop)):
+        whole = all(isinstance(size, int) and 0 <= size < _LARGEST for size in (*shape, begin, stop))
+        if kind not in _TYPES or not whole or len(shape) > _MOST_DIMENSIONS:
             raise ValueError(kind)
         return kind, shape, begin, stop
 

@@ -1,6 +1,7 @@
 """Prefixes on disk: rows of earlier replies that a new process begins with.
 
-Owns one directory: which file fits a prompt, and which go when there are too many bytes. Files that a user named stay.
+Owns one directory: which file fits a prompt, and which go when there are too many bytes. Files that a user named stay, and so
+do those of other bundles.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from balcony_edge.errors import BalconyError, InputError
-from balcony_edge.files import require_writable
+from balcony_edge.files import remove_leftovers, require_writable
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.sessions import file
@@ -31,7 +33,7 @@ class PrefixFiles:
     Args:
         directory: place of the files; it is made when the first one is written.
         engine: engine of the sequences.
-        most_bytes: bytes of files that nobody named; beyond it, those that were not used for longest are removed.
+        most_bytes: bytes of this bundle's files that nobody named; beyond it, those that were not used for longest are removed.
 
     Raises:
         InputError: the directory cannot be written.
@@ -41,8 +43,11 @@ class PrefixFiles:
         require_writable(directory, f"prefix_directory {directory}", InputError, "choose another place")
         self.directory = directory
         self._engine, self._most_bytes = engine, most_bytes
+        self._begin = f"{OWN}{engine.manifest.fingerprint[:12]}-"
         self._lock = threading.Lock()
-        self._known: dict[Path, IntArray] = {}  # file → its tokens (n,)
+        self._known: dict[Path, tuple[IntArray, int]] = {}  # file → its tokens (n,), and its bytes
+        with contextlib.suppress(OSError):  # the directory is not there yet
+            remove_leftovers(directory, f".{OWN}")
         for path in sorted(directory.glob(f"*{SUFFIX}")):
             self.add(path)
 
@@ -50,18 +55,21 @@ class PrefixFiles:
         """Take notice of a file; one of another bundle, or a damaged one, is left alone."""
         try:
             tokens = file.look(path, self._engine).tokens[0]
-        except BalconyError as error:
+            self._know(path, tokens)
+        except (BalconyError, OSError) as error:
             _log.info("%s", error)
-            return
-        with self._lock:
-            self._known[path] = tokens
 
-    def longest(self, tokens: IntArray) -> tuple[Path | None, int]:
-        """The file that shares the longest prefix with some tokens (n,), and the length of that."""
+    def _know(self, path: Path, tokens: IntArray) -> None:
+        size = path.stat().st_size
+        with self._lock:
+            self._known[path] = tokens, size
+
+    def longest(self, tokens: IntArray, most_bytes: float) -> tuple[Path | None, int]:
+        """The file of at most so many bytes that shares the longest prefix with some tokens (n,), and the length of that."""
         best, longest = None, 0
         with self._lock:
-            for path, known in self._known.items():
-                if (shared := common_length(known, tokens)) > longest:
+            for path, (known, size) in self._known.items():
+                if size <= most_bytes and (shared := common_length(known, tokens)) > longest:
                     best, longest = path, shared
         return best, longest
 
@@ -72,47 +80,55 @@ class PrefixFiles:
             BalconyError: the file is gone, damaged, or too long; it is not looked at again.
         """
         try:
-            file.load(path, self._engine, sequence)
+            session = file.load(path, self._engine, sequence)
         except BalconyError:
             with self._lock:
                 self._known.pop(path, None)
             raise
         with contextlib.suppress(OSError):
             os.utime(path)
+            self._know(path, session.tokens[0])  # another process may have written it anew
 
-    def keep(self, sequence: TokenSequence) -> None:
+    def keep(self, sequence: TokenSequence, age: int = 0) -> None:
         """Write a sequence, unless a file has all its tokens, and remove what is then too much.
+
+        Args:
+            sequence: the sequence; nobody else may use it meanwhile.
+            age: number of sequences that were used after it.
 
         Raises:
             InputError: the file cannot be written.
         """
         tokens = sequence.tokens[0]
-        if self.longest(tokens)[1] == len(tokens):
+        if self.longest(tokens, float("inf"))[1] == len(tokens):
             return
         name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
-        path = self.directory / f"{OWN}{name}{SUFFIX}"
+        path = self.directory / f"{self._begin}{name}{SUFFIX}"
         file.save(path, self._engine, sequence)
-        with self._lock:
-            self._known[path] = tokens.copy()
-        self._trim()
+        with contextlib.suppress(OSError):
+            os.utime(path, (time.time() - age,) * 2)
+            self._know(path, tokens.copy())
+        self._trim(path)
 
-    def _trim(self) -> None:
-        own = sorted(self._own(), key=lambda found: found[1].st_mtime_ns)
+    def _trim(self, written: Path) -> None:
+        own = sorted(self._own(), key=lambda found: (found[0] == written, found[1].st_mtime_ns))
         total = sum(status.st_size for _, status in own)
         for path, status in own:
-            if total <= self._most_bytes:
+            if total <= self._most_bytes or path == written:
                 return
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             with self._lock:
                 self._known.pop(path, None)
             total -= status.st_size
 
     def _own(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self.directory.glob(f"{OWN}*{SUFFIX}"):
+        for path in self.directory.glob(f"{self._begin}*{SUFFIX}"):
             with contextlib.suppress(OSError):
-                yield path, path.stat()
+                if path.is_file():
+                    yield path, path.stat()
 
     @property
     def bytes(self) -> int:
-        """Bytes of the files that nobody named."""
+        """Bytes of this bundle's files that nobody named."""
         return sum(status.st_size for _, status in self._own())

@@ -289,7 +289,7 @@ class Service:
 
     async def act_on_slot(self, action: str, key: int, name: object) -> dict[str, Any]:
         """Save, restore or erase the rows of a slot; see :meth:`.slots.Slots.act`."""
-        if key in self._jobs:
+        if key in self._jobs and action != "restore":
             raise RefusedError(409, f"slot {key}: its reply is in progress: wait until it has ended", "slot_busy")
         assert self._saved is not None  # the bundle is loaded
         return await asyncio.to_thread(self._saved.act, action, key, name)

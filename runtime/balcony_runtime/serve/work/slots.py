@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from balcony_edge.errors import InputError
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad
@@ -62,12 +63,15 @@ class Slots:
         if files is None:
             raise RefusedError(400, "slots are not saved here: start the server with --prefix-dir DIR", "no_slots")
         path, begin = _path(files, name), time.perf_counter()
-        if action == "save":
-            rows, size = pool.save(self._tokens(key), path)
-            files.add(path)
-            done = {"n_saved": rows, "n_written": size}
-        else:
-            done = self._restored(pool, path)
+        try:
+            if action == "save":
+                rows, size = pool.save(self._tokens(key), path)
+                files.add(path)
+                done = {"n_saved": rows, "n_written": size}
+            else:
+                done = self._restored(pool, path)
+        except InputError as error:  # clients need not know where the directory is
+            raise InputError(str(error).replace(str(path), path.name)) from error
         took_ms = 1000 * (time.perf_counter() - begin)
         return {"id_slot": key, "filename": path.name, **done, "timings": {f"{action}_ms": took_ms}}
 
