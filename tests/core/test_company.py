@@ -392,6 +392,10 @@ def test_a_prompt_that_would_be_late_runs_at_once_while_the_others_may_be_late()
     # a gap that is late already does not become longer
     _, found = decided([other._replace(emitted_s=9.98), due], before(0))
     assert set(exits(found)) == {0}
+    # nobody waits for longer than a quarter of a second
+    long = due._replace(stage_rows=(1200,) * 3, balcony_rows=(1200, 1200, 1), budget=Budget(ttft_ms=400.0))
+    _, found = decided([other, long])
+    assert set(exits(found)) == {0}
     # a prompt with time left waits for the gaps of the others, and so does one that would be late in any case
     for ttft_ms in (400.0, 40.0):
         _, found = decided([other, due._replace(budget=Budget(ttft_ms=ttft_ms))])

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from balcony_edge.control.company.assignment import Claim, assign
-from balcony_edge.control.company.goals import ELASTIC, first_due
+from balcony_edge.control.company.goals import ELASTIC, STALL_MS, first_due
 from balcony_edge.control.company.prices import chunk_ms, round_ms, steady_ms, work_ms
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.company.view import View
@@ -144,7 +144,7 @@ class Composer:
         """
         seen, costs = prompt.stream, self._costs
         whole_ms = work_ms(costs, seen.stage_rows, prompt.goal, seen.context_length)
-        if not slack_ms < whole_ms <= prompt.bound_ms:
+        if not slack_ms < whole_ms <= min(prompt.bound_ms, STALL_MS):
             return False
         rounds = 0.0
         for stage, due in enumerate(seen.stage_rows[: prompt.goal + 1]):

@@ -27,6 +27,8 @@ ELASTIC = 4
 UNMET = 0.1
 #: Shortest time of a round that is reckoned with, in milliseconds: no round is as short.
 LEAST_MS = 1e-3
+#: Longest time at slowdown 1 for which all others wait while a prompt runs.
+STALL_MS = 250.0
 #: Share of a round that a prompt without ``ttft_ms`` gets.
 PROMPT_SHARE = 0.3
 
@@ -136,7 +138,7 @@ class Goals:
         """Whether a prompt can run at once and whole, because all others have tokens left that may be late."""
         seen = prompt.stream
         whole_ms = work_ms(self._costs, seen.stage_rows, prompt.lowest, seen.context_length)
-        if not whole_ms <= prompt.bound_ms < math.inf:
+        if prompt.bound_ms == math.inf or whole_ms > min(prompt.bound_ms, STALL_MS):
             return False
         return all(view.may_be_late for view in views if not view.first)
 

@@ -7,7 +7,8 @@ and the backend runs them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -186,6 +187,17 @@ class Backend(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@lru_cache(maxsize=1024)
+def neighbours(exits: tuple[int, ...]) -> bool:
+    """Whether, at every depth, the members that leave there are neighbours, and so are those that go on."""
+
+    def adjacent(chosen: Callable[[int], bool]) -> bool:
+        places = [place for place, exit_index in enumerate(exits) if chosen(exit_index)]
+        return not places or places[-1] - places[0] == len(places) - 1
+
+    return all(adjacent(depth.__eq__) and adjacent(depth.__lt__) for depth in set(exits))
 
 
 def part_of(parts: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:

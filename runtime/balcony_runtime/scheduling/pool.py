@@ -15,14 +15,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from balcony_edge.errors import BalconyError, BusyError, InputError
-from balcony_runtime.backends.base import FloatArray, IntArray, Pool
+from balcony_runtime.backends.base import FloatArray, IntArray, Pool, neighbours
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
@@ -156,25 +155,25 @@ class SequencePool:
 
     def recall(self, wanted: IntArray) -> None:
         """Read the file that shares the longest prefix with some tokens (n,), unless a member has as much of it."""
-        if self._files is None or self._better_file(wanted) is None:
+        if (files := self._files) is None or self._better(files, wanted) is None:
             return
         with self._reading:  # who asks for the same prompt meanwhile finds it in memory afterwards
-            if (path := self._better_file(wanted)) is None:
-                return
+            path = self._better(files, wanted)
             with self._lock:
-                if (sequence := self._empty()) is None:
-                    return
+                sequence = None if path is None else self._empty()
+            if path is None or sequence is None:
+                return
             try:
-                self._files.load(path, sequence)
+                files.load(path, sequence)
                 self.reused.files += 1
             except BalconyError as error:
                 _log.warning("%s", error)
             finally:
                 self.give_back(sequence)
 
-    def _better_file(self, wanted: IntArray) -> Path | None:
+    def _better(self, files: PrefixFiles, wanted: IntArray) -> Path | None:
         """The file with the longest prefix of some tokens, if it has clearly more than every member and may be kept."""
-        path, saved = (None, 0) if self._files is None else self._files.longest(wanted, self.kept_bytes)
+        path, saved = files.longest(wanted, self.kept_bytes)
         with self._lock:
             return None if saved < self._longest(wanted)[1] + LEAST_SHARED else path
 
@@ -214,9 +213,9 @@ class SequencePool:
         finally:
             self.give_back(sequence)
         if not self.holds(sequence):
+            least, most_mb = LEAST_SHARED, self.kept_bytes / 1e6
             raise InputError(
-                f"{path}: {rows} tokens are not kept: prefix_mb = {self.kept_bytes / 1e6:g} must have room for them, and "
-                f"they must be {LEAST_SHARED} or more"
+                f"{path}: {rows} tokens are not kept: prefix_mb = {most_mb:g} must have room for {least} or more"
             )
         return rows
 
@@ -279,14 +278,15 @@ class SequencePool:
 
     def close(self) -> None:
         """Write ended sequences to the files, the one that was used last first; no thread may take one meanwhile."""
+        if (files := self._files) is None:
+            return
         with self._lock:
             ended, self._ended = self._ended[::-1], []
-        for age, sequence in enumerate(ended if self._files is not None else ()):
-            try:
-                self._files.keep(sequence, age)  # type: ignore[union-attr]
-            except BalconyError as error:
-                _log.warning("%s", error)
-                return
+        try:
+            for age, sequence in enumerate(ended):
+                files.keep(sequence, age)
+        except BalconyError as error:
+            _log.warning("%s", error)
 
     def _clear(self, sequence: TokenSequence) -> None:
         member = self._places.pop(sequence)
@@ -491,14 +491,3 @@ class SequencePool:
         sequence = self._members[member]
         assert sequence is not None, member  # the members of a step are taken
         return sequence
-
-
-@lru_cache(maxsize=1024)
-def neighbours(exits: tuple[int, ...]) -> bool:
-    """Whether, at every depth, the members that leave there are neighbours, and so are those that go on."""
-
-    def adjacent(chosen: Callable[[int], bool]) -> bool:
-        places = [place for place, exit_index in enumerate(exits) if chosen(exit_index)]
-        return not places or places[-1] - places[0] == len(places) - 1
-
-    return all(adjacent(depth.__eq__) and adjacent(depth.__lt__) for depth in set(exits))
