@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -110,6 +113,11 @@ def check_cursors(sequence: TokenSequence) -> None:
         assert rows >= pending[index], "a balcony never is ahead of its stage"
 
 
+def own_copy(bundle: Bundle) -> Bundle:
+    """A copy that engines can be built into; the tests share the bundle itself."""
+    return Bundle.open(shutil.copytree(bundle.path, Path(tempfile.mkdtemp(dir=bundle.path.parent)) / "bundle"))
+
+
 def on_tensorrt(bundle: Bundle, engines: str, target: Literal["rtx", "tensorrt"]) -> Engine:
     """Engines in float32, built for the GPU of this machine."""
     from balcony_runtime.backends.cuda import compute_capability
@@ -117,6 +125,7 @@ def on_tensorrt(bundle: Bundle, engines: str, target: Literal["rtx", "tensorrt"]
     if target == "rtx" and (here := compute_capability()) not in (known := Builder("rtx").known_capabilities):
         pytest.skip(f"TensorRT-RTX builds for {', '.join(known)}, and this GPU has {here}")
     pytest.importorskip(MODULES[target])
+    bundle = own_copy(bundle)
     graphs = [name for name in bundle.manifest.engines[engines].graphs if name != "backbone"]
     build_engines(bundle, engines, Builder(target), graphs, lambda *_: None)
     return Engine.of(Bundle.open(bundle.path), device="tensorrt", engines=engines)
@@ -129,7 +138,7 @@ def on_stand_in(bundle: Bundle, engines: str, target: str) -> Engine:
     stand_ins = contextlib.ExitStack()
     stand_ins.enter_context(tensorrt.installed(stand_ins.enter_context(runtime.installed()), target))
     backend: Any = (
-        engine := Engine.of(tensorrt.with_engines(bundle, engines), device="tensorrt", engines=engines)
+        engine := Engine.of(tensorrt.with_engines(own_copy(bundle), engines), device="tensorrt", engines=engines)
     ).backend
     backend.close = lambda close=backend.close: (close(), stand_ins.close())
     return engine

@@ -164,21 +164,29 @@ def test_what_is_refused(server: Server, extra: dict[str, Any], message: str) ->
 def test_pydantic_ai(server: Server) -> None:
     """An agent that calls a tool and then gives a typed result, which it asks for as a call, too."""
     pydantic_ai = pytest.importorskip("pydantic_ai", reason="pydantic-ai-slim is not installed")
+    import httpx2  # it comes with pydantic-ai
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    model = OpenAIChatModel("tiny", provider=OpenAIProvider(base_url=f"{server.url}/v1", api_key="none"))
-    agent = pydantic_ai.Agent(model, output_type=Weather, model_settings={"seed": 5, "temperature": 1.5})
     found: list[Any] = []
 
-    @agent.tool_plain
-    def stop() -> str:
-        """To stop."""
-        found.append("stopped")
-        return "ok"
+    async def asked() -> Any:
+        async with httpx2.AsyncClient() as client:  # the library's own is never closed
+            provider = OpenAIProvider(base_url=f"{server.url}/v1", api_key="none", http_client=client)
+            settings = {"seed": 5, "temperature": 1.5}
+            agent = pydantic_ai.Agent(
+                OpenAIChatModel("tiny", provider=provider), output_type=Weather, model_settings=settings
+            )
 
-    result = agent.run_sync("the fox")
-    assert isinstance(result.output, Weather)
+            @agent.tool_plain
+            def stop() -> str:
+                """To stop."""
+                found.append("stopped")
+                return "ok"
+
+            return await agent.run("the fox")
+
+    assert isinstance(asyncio.run(asked()).output, Weather)
 
 
 def test_openai_agents(server: Server) -> None:
