@@ -1,0 +1,316 @@
+"""Prefixes that are kept: who begins with whose rows, what goes first, and which files a later process uses."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import BalconyError, BusyError, InputError
+from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling.pool import LEAST_SHARED, Move, SequencePool
+from balcony_runtime.sessions import file
+from balcony_runtime.sessions.prefixes import PrefixFiles
+from balcony_runtime.text import TextCodec
+from tests.runtime.test_conformance import assert_equal, from_scratch
+
+
+@pytest.fixture
+def llm(tiny: Any) -> Iterator[LLM]:
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+def test_prefixes_are_saved_and_loaded(llm: LLM, tiny: Any, tmp_path: Path) -> None:
+    path, common = tmp_path / "system.session", list(range(10, 90))
+    assert llm.save_prefix(common, path) == 80
+    with balcony_edge.load(tiny.path) as other:
+        want = other.generate([*common, 3, 4], max_new_tokens=6, ignore_eos=True)
+        assert want.cached_tokens == 0
+    with balcony_edge.load(tiny.path) as other:
+        assert other.load_prefix(path) == 80 and other.pool is not None and other.pool.in_use == 0
+        reply = other.generate([*common, 3, 4], max_new_tokens=6, ignore_eos=True)
+        assert reply.cached_tokens == 80 and other.pool.reused.prompts == 1 and other.pool.reused.rows == 80
+        assert [token.id for token in reply.tokens] == [token.id for token in want.tokens]
+        with pytest.raises(InputError, match="cannot be read"):
+            other.load_prefix(tmp_path / "none")
+        assert other.pool.in_use == 0
+    bundle = Bundle.open(tiny.path)
+    with LLM(Engine.of(bundle.portable()), TextCodec(bundle), Budget()) as other:
+        with pytest.raises(InputError, match="shares no rows"):
+            other.load_prefix(path)
+        assert other.save_prefix(common, tmp_path / "other.session") == 80
+
+
+def test_a_member_is_given_away_only_if_little_is_lost(tiny_engine: Engine) -> None:
+    pool = SequencePool.of(tiny_engine, 3)
+    assert pool is not None
+    common, rest = list(range(100, 100 + LEAST_SHARED)), list(range(200, 200 + LEAST_SHARED))
+    first = pool.take()
+    assert first is not None
+    first.advance(5, [*common, *rest])
+    pool.give_back(first)
+    second = pool.take([*common, 1])
+    assert second is not None and second is not first and second.tokens[0].tolist() == common
+    third = pool.take([*common, *rest, 1])
+    assert third is first, "the rows of the first are still there"
+    assert third.length == 2 * LEAST_SHARED and pool.reused.prompts == 2
+    assert_equal(second.advance(3, [1]), from_scratch(tiny_engine, 3, second.tokens, 1))
+    # without another place, the donor gives its own
+    pool.give_back(third)
+    other = pool.take()
+    last = pool.take([*common, 2])
+    assert other is not None and last is first and last.length == LEAST_SHARED
+    with pytest.raises(BusyError, match="all 3 places are in use"):
+        pool.load(Path("any"))
+
+
+def test_the_next_process_begins_with_what_was_kept(tiny: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    prompts = [list(range(start, start + 60)) for start in (10, 100, 200)]
+    with balcony_edge.load(tiny.path, prefix_directory=folder) as llm:
+        for prompt in prompts:
+            llm.generate(prompt, max_new_tokens=4, ignore_eos=True)
+        llm.save_prefix(list(range(270, 310)), folder / "named.session")
+    assert len(list(folder.glob("prefix-*.session"))) == 3
+    with balcony_edge.load(tiny.path, prefix_directory=folder) as llm:
+        reply = llm.generate([*prompts[1], 5], max_new_tokens=4, ignore_eos=True)
+        assert reply.cached_tokens == 60 and llm.pool is not None and llm.pool.reused.files == 1
+        assert llm.generate([*prompts[1], 5], max_new_tokens=1).cached_tokens == 60 and llm.pool.reused.files == 1
+        cold = llm.generate([*prompts[1][:20], *prompts[2]], max_new_tokens=1)
+        assert cold.cached_tokens == 0, "too short a prefix is not read"
+    # the bound holds for the files that nobody named; the one that was used longest ago goes first
+    sizes = {path: path.stat().st_size for path in folder.glob("prefix-*.session")}
+    engine = Engine.open(tiny.path)
+    with engine:
+        files = PrefixFiles(folder, engine, sum(sizes.values()) - 1)
+        assert files.bytes == sum(sizes.values())
+        for age, path in enumerate(sorted(sizes)):
+            os.utime(path, (time.time() - 100 * (10 - age),) * 2)
+        oldest = min(sizes)
+        tokens = file.look(oldest, engine).tokens[0]
+        files.load(oldest, engine.new_sequence())  # now it is the youngest
+        sequence = engine.new_sequence()
+        sequence.advance(5, np.arange(50))
+        files.keep(sequence)
+        left = set(folder.glob("*.session"))
+        assert oldest in left and folder / "named.session" in left and files.longest(tokens, 1e9)[1] == len(tokens)
+        assert len(left & sizes.keys()) < len(sizes) and files.bytes < sum(sizes.values())
+        files.keep(sequence)
+        assert set(folder.glob("*.session")) == left, "what is there is not written again"
+
+
+def taken(pool: SequencePool, tokens: list[int]) -> TokenSequence:
+    """A sequence that has taken in the tokens."""
+    sequence = pool.take(tokens)
+    assert sequence is not None
+    sequence.advance(5, tokens[sequence.length :])
+    return sequence
+
+
+def test_saves_are_right_while_others_take_the_places(tiny_engine: Engine, tmp_path: Path) -> None:
+    """Three threads run prompts that begin alike in six places, while a fourth saves what has ended."""
+    pool = SequencePool.of(tiny_engine, 6)
+    assert pool is not None
+    common, ended, over = list(range(100, 140)), deque[list[int]](maxlen=8), threading.Event()
+
+    def others(seed: int) -> None:
+        draw = random.Random(seed)
+        while not over.is_set():
+            tokens = [*common[: draw.choice([20, 40])], *draw.choices(range(320), k=60)]
+            if (sequence := pool.take(tokens)) is not None:
+                sequence.advance(draw.choice([2, 5]), tokens[sequence.length :])
+                pool.give_back(sequence)
+                ended.append(tokens)
+
+    threads = [threading.Thread(target=others, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    saved_files, path, until_s = 0, tmp_path / "talk.session", time.monotonic() + 60
+    try:
+        while saved_files < 25:
+            assert time.monotonic() < until_s, saved_files
+            tokens = list(ended[-1]) if ended else common
+            try:
+                rows, _ = pool.save(tokens, path)
+            except InputError:
+                continue  # another prompt has its place already
+            saved_files += 1
+            back = tiny_engine.new_sequence()
+            file.load(path, tiny_engine, back)
+            assert back.tokens[0].tolist() == tokens[:rows]
+            assert_equal(back.advance(5, [7]), from_scratch(tiny_engine, 5, back.tokens, 1))
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert pool.in_use == 0
+
+
+def test_a_save_holds_nobody_up(tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = SequencePool.of(tiny_engine, 3)
+    assert pool is not None
+    tokens = list(range(100, 150))
+    pool.give_back(taken(pool, tokens))
+    other = taken(pool, list(range(200, 250)))
+    writing, go_on = threading.Event(), threading.Event()
+    hashed = file._hash
+
+    def slow(array: Any) -> str:
+        writing.set()
+        assert go_on.wait(20)
+        return hashed(array)
+
+    monkeypatch.setattr(file, "_hash", slow)
+    with ThreadPoolExecutor(1) as thread:
+        save = thread.submit(pool.save, tokens, tmp_path / "slow.session")
+        assert writing.wait(20)
+        pool.step([Move(other, 5, 1)])
+        fresh = pool.take([*tokens, 1])
+        assert fresh is not None and fresh.length == 0, "its rows are being written, so they are not copied"
+        pool.give_back(fresh)
+        go_on.set()
+        assert save.result()[0] == 50
+    pool.give_back(other)
+    assert pool.in_use == 0
+
+
+def test_a_turn_is_erased_and_its_conversation_is_not(tiny_engine: Engine) -> None:
+    pool = SequencePool.of(tiny_engine, 3)
+    assert pool is not None
+    turn = list(range(100, 150))
+    pool.give_back(taken(pool, [*turn, *range(200, 250)]))
+    assert pool.forget([*turn, 9]) == 0
+    pool.give_back(taken(pool, turn))
+    assert pool.forget([*turn, 9]) == 50 and pool.forget([*turn, *range(200, 250), 1]) == 100
+    assert pool.members == (None,) * 3
+
+
+def test_an_interrupt_leaves_no_place_in_use(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = list(range(10, 70))
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        llm.generate(prompt, max_new_tokens=2, ignore_eos=True)
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        pool = llm.pool
+        assert pool is not None
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenSequence, "fill", interrupted)
+            for _ in range(20):  # the pool has 16 places
+                with pytest.raises(KeyboardInterrupt):
+                    pool.take([*prompt, 1])
+            with pytest.raises(KeyboardInterrupt):
+                pool.load(next(tmp_path.iterdir()))
+        pool.give_back(taken(pool, [*prompt, *prompt]))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TokenSequence, "begin_like", interrupted)
+            pool.take([*prompt[:40], 1])
+        assert pool.in_use == 0 and sum(member is not None for member in pool.members) == 1
+
+
+def test_a_file_that_may_not_be_kept_is_not_read(tiny: Any, tmp_path: Path) -> None:
+    prompt = list(range(10, 190))
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        assert llm.save_prefix(prompt, tmp_path / "large.session") == 180
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        llm.generate(list(range(200, 240)), max_new_tokens=1)
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path, prefix_mb=0.3) as llm:
+        assert llm.generate([*range(200, 240), 5], max_new_tokens=1).cached_tokens == 40
+        assert llm.generate([*prompt, 5], max_new_tokens=1).cached_tokens == 0
+        assert llm.generate([*range(200, 240), 5], max_new_tokens=1).cached_tokens == 40
+        assert llm.pool is not None and llm.pool.reused.files == 1
+        with pytest.raises(InputError, match=r"180 tokens are not kept: prefix_mb = 0\.3 must have room"):
+            llm.load_prefix(tmp_path / "large.session")
+    with balcony_edge.load(tiny.path, prefix_mb=0, prefix_directory=tmp_path) as llm:
+        assert llm.generate([*prompt, 5], max_new_tokens=1).cached_tokens == 0 and llm.pool is not None
+        assert llm.pool.reused.files == 0
+
+
+def test_bundles_share_a_directory(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    prompt = list(range(10, 70))
+    for turn in range(2):
+        for architecture in ("llama", "qwen3"):
+            with balcony_edge.load(export_tiny(architecture).path, prefix_directory=tmp_path) as llm:
+                assert llm.generate([*prompt, 1], max_new_tokens=1).cached_tokens == (60 if turn else 0)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2 and len({name.split("-")[1] for name in names}) == 2
+
+
+def test_what_a_killed_process_left_is_removed(tiny: Any, tmp_path: Path) -> None:
+    left = tmp_path / ".prefix-0123-4567.session.partial-89ab"
+    left.mkdir()
+    (left / "part").write_bytes(b"x" * 1000)
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path):
+        assert not left.exists()
+
+
+def test_a_file_that_another_process_wrote_anew_is_known_as_it_is(tiny: Any, tmp_path: Path) -> None:
+    first, second = list(range(10, 70)), list(range(100, 160))
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        llm.save_prefix(first, tmp_path / "one.session")
+    with (
+        balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm,
+        balcony_edge.load(tiny.path, prefix_directory=tmp_path / "other") as other,
+    ):
+        other.save_prefix(second, tmp_path / "one.session")
+        assert llm.generate([*first, 1], max_new_tokens=1).cached_tokens == 0
+        assert llm.generate([*second, 1], max_new_tokens=1).cached_tokens == 60
+        assert llm.pool is not None and llm.pool.reused.files == 1
+        llm.generate([*first, 2], max_new_tokens=1)
+        assert llm.pool.reused.files == 1, "it is not read for the old tokens again"
+        third = list(range(200, 260))
+        llm.save_prefix(third, tmp_path / "now.session")
+        assert llm.prefix_files is not None and llm.prefix_files.longest(np.array(third), 1e9)[1] == 60
+
+
+def test_files_that_cannot_be_used_are_left_alone(
+    export_tiny: Callable[[str], Any], tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = list(range(10, 70))
+    with balcony_edge.load(export_tiny("qwen3").path, prefix_directory=tmp_path) as llm:
+        llm.generate(prompt, max_new_tokens=2, ignore_eos=True)
+    (foreign,) = tmp_path.iterdir()
+    (tmp_path / "prefix-x.session").write_bytes(b"junk")
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        llm.save_prefix(prompt, tmp_path / "own.session")
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        (tmp_path / "own.session").write_bytes(
+            (tmp_path / "own.session").read_bytes()[:-4]
+        )  # damaged after it was seen
+        assert llm.generate([*prompt, 1], max_new_tokens=2).cached_tokens == 0
+        assert "own.session: is damaged" in caplog.text and llm.pool is not None and llm.pool.reused.files == 0
+        assert llm.generate([*prompt, 1], max_new_tokens=2).cached_tokens == 60
+    assert foreign.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"prefix_directory .*/file: cannot be written .* is not a directory"):
+        balcony_edge.load(tiny.path, prefix_directory=tmp_path / "file")
+    with pytest.raises(BalconyError, match="prefix_mb = -1"):
+        balcony_edge.load(tiny.path, prefix_mb=-1)
+
+
+def test_the_memory_of_what_is_kept_is_bounded(tiny: Any) -> None:
+    with balcony_edge.load(tiny.path, prefix_mb=0.4) as llm:
+        for start in range(0, 200, 20):
+            llm.generate(list(range(start, start + 60)), max_new_tokens=2, ignore_eos=True)
+            assert llm.pool is not None and llm.pool.bytes <= 400_000
+        assert llm.pool.bytes > 0
+        assert llm.generate([*range(180, 240), 1], max_new_tokens=1).cached_tokens == 60
+    with balcony_edge.load(tiny.path, prefix_mb=0) as llm:
+        for _ in range(2):
+            assert llm.generate(list(range(60)), max_new_tokens=1).cached_tokens == 0
