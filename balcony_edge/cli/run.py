@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -175,29 +176,35 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
         return prompt
     if file is None and sys.stdin is not None and sys.stdin.isatty():
         return None
-    try:
+
+    def content() -> str:
         if file is not None and file != Path("-"):
-            content = file.read_bytes()
-        else:
-            content = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None: stdin is closed
-    except OSError as error:
-        where = "standard input" if file is None else f"--file {file}"
-        raise InputError(f"{where}: not readable ({error.strerror}): name a text file, or - for stdin") from error
-    try:
-        return content.decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        where = "standard input" if file is None else f"--file {file}"
-        raise InputError(f"{where}: is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from error
+            return file.read_bytes().decode()
+        return "" if sys.stdin is None else sys.stdin.buffer.read().decode()  # None: stdin is closed
+
+    where = "standard input" if file is None else f"--file {file}"
+    return _read(where, content, "name a text file, or - for stdin").removesuffix("\n")
 
 
 def _text_of(option: str, file: Path | None) -> str | None:
     """Text of a file, or None without one."""
+    if file is None:
+        return None
+    return _read(f"{option} {file}", lambda: file.read_text(encoding="utf-8"), "name a text file")
+
+
+def _read(where: str, content: Callable[[], str], cure: str) -> str:
+    """A text that the user named.
+
+    Raises:
+        InputError: it is not readable, with this cure; or it is not UTF-8.
+    """
     try:
-        return None if file is None else file.read_text(encoding="utf-8")
+        return content()
     except OSError as error:
-        raise InputError(f"{option} {file}: not readable ({error.strerror}): name a text file") from error
+        raise InputError(f"{where}: not readable ({error.strerror}): {cure}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{option} {file}: is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from error
+        raise InputError(f"{where}: is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from error
 
 
 def _refuse_idle(sampling: SamplingParams, logprobs: int | None, *, as_json: bool, live: bool) -> None:

@@ -77,9 +77,9 @@ class Chat:
                 yield token
         finally:
             stream.close()
-            if stream.reply.tokens:
-                said: dict[str, Any] = {"role": "assistant", "content": stream.reply.text}
-                if calls := stream.reply.tool_calls:
+            if (reply := stream.reply).tokens:
+                said: dict[str, Any] = {"role": "assistant", "content": reply.text}
+                if calls := reply.tool_calls:
                     said["tool_calls"] = [call.to_dict() for call in calls]
                 self.messages += [user, said]
         if last is not None:

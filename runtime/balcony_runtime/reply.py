@@ -258,6 +258,11 @@ class TokenStream(Iterator[Token]):
         verdicts, prompt = self.watch.verdicts(), self.prompt
         return Reply(text, tokens, prompt.tokens, self._finish_reason, verdicts, prompt.cached, calls)
 
+    @property
+    def ids(self) -> list[int]:
+        """Ids of the tokens so far."""
+        return [token.id for token in self._tokens]
+
     def call_reader(self) -> CallReader | None:
         """A reader that splits the tokens into text and calls as they come; None without tools."""
         return None if self.box is None else CallReader(self.box)

@@ -216,7 +216,8 @@ class Requests:
     ) -> Sampler:
         """The sampler of replies to prompts of equal length, (B, n); errors as for :meth:`structure`."""
         params = sampling or SamplingParams()
-        guides = [guide for _ in prompts if (guide := self.structure(params, box)) is not None]
+        first = self.structure(params, box)
+        guides = [] if first is None else [first, *(first.fork() for _ in prompts[1:])]
         if guides and ignore_eos:
             raise InputError("ignore_eos: the structure of a reply decides where it ends: leave one of the two out")
         for guide in guides:

@@ -97,17 +97,14 @@ class SamplingParams:
                 f"a number from {1 / LARGEST:g} to {LARGEST:g}",
                 "give a number above 1 for fewer repetitions, e.g. 1.1, or 1 for no penalty",
             ),
-            "presence_penalty": (
-                Real,
-                lambda value: abs(value) <= LARGEST,
-                f"a number within ±{LARGEST:g}",
-                "give a number above 0 for fewer repetitions, e.g. 0.5, or 0 for no penalty",
-            ),
-            "frequency_penalty": (
-                Real,
-                lambda value: abs(value) <= LARGEST,
-                f"a number within ±{LARGEST:g}",
-                "give a number above 0 for fewer repetitions, e.g. 0.5, or 0 for no penalty",
+            **dict.fromkeys(
+                ("presence_penalty", "frequency_penalty"),
+                (
+                    Real,
+                    lambda value: abs(value) <= LARGEST,
+                    f"a number within ±{LARGEST:g}",
+                    "give a number above 0 for fewer repetitions, e.g. 0.5, or 0 for no penalty",
+                ),
             ),
             "seed": (
                 Integral | None,

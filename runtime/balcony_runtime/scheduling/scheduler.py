@@ -137,9 +137,10 @@ class Scheduler:
         bounds: Bounds,
     ) -> None:
         self._bounds = bounds
-        self._files: PrefixFiles | None = None
+        #: The prefixes on disk.
+        self.files: PrefixFiles | None = None
         if bounds.directory is not None:
-            self._files = PrefixFiles(bounds.directory, engine, bounds.kept_bytes)
+            self.files = PrefixFiles(bounds.directory, engine, bounds.kept_bytes)
         self._engine, self._learned, self._costs, self._readings = engine, learned, costs, readings
         self._quality = tuple(quality)
         self._turn = threading.Condition()
@@ -162,7 +163,7 @@ class Scheduler:
         """Whether the engine can share passes between sequences."""
         with self._pool_lock:
             if not self._pool_made:
-                self._pool, self._pool_made = SequencePool.of(self._engine, MEMBERS, self._files), True
+                self._pool, self._pool_made = SequencePool.of(self._engine, MEMBERS, self.files), True
                 if self._pool is not None:
                     self._pool.kept_bytes = self._bounds.kept_bytes
         return self._pool is not None
@@ -171,11 +172,6 @@ class Scheduler:
     def pool(self) -> SequencePool | None:
         """The sequences that share passes; None if the engine cannot share passes."""
         return self._pool if self.shares else None
-
-    @property
-    def files(self) -> PrefixFiles | None:
-        """The prefixes on disk."""
-        return self._files
 
     def close(self) -> None:
         """Write what ended sequences have to the files."""

@@ -74,11 +74,10 @@ class Service:
         self._name, self.folder, self.limits = name, budgets, limits
         self.started_s = int(time.time())
         self.draining = False
-        self._loaded: tuple[LLM, Names, Worker, Metrics] | None = None
+        self._loaded: tuple[LLM, Names, Worker, Metrics, Slots] | None = None
         self._jobs: dict[int, Job] = {}
         self._answers: set[Answer] = set()
         self._keys = itertools.count()
-        self._saved: Slots | None = None
         self._mean_s, self._slowdown = 1.0, 1.0
 
     def load(self, open_llm: Callable[[], LLM], loop: asyncio.AbstractEventLoop) -> None:
@@ -110,14 +109,13 @@ class Service:
                 "disk": lambda: 0 if llm.prefix_files is None else llm.prefix_files.bytes,
             },
         )
-        self._saved = Slots(llm)
         worker.start()
-        self._loaded = llm, names, worker, metrics
+        self._loaded = llm, names, worker, metrics, Slots(llm)
 
     def close(self) -> None:
         """End all replies and free the engine."""
         if self._loaded is not None:
-            llm, _, worker, _ = self._loaded
+            llm, _, worker, *_ = self._loaded
             worker.stop()
             llm.close()
 
@@ -142,7 +140,7 @@ class Service:
         return self._parts[3]
 
     @property
-    def _parts(self) -> tuple[LLM, Names, Worker, Metrics]:
+    def _parts(self) -> tuple[LLM, Names, Worker, Metrics, Slots]:
         if self._loaded is None:
             raise RefusedError(503, "the model is loading: try again soon", "loading", headers={"retry-after": "1"})
         return self._loaded
@@ -254,8 +252,7 @@ class Service:
         self._answers.discard(answer)
         for job in answer.jobs:
             self._jobs.pop(job.key, None)
-            if self._saved is not None:
-                self._saved.ended(job)
+            self._parts[4].ended(job)
         seconds = time.monotonic() - answer.begun_s
         self._mean_s += 0.2 * (seconds - self._mean_s)
         cost = Cost.of([job.cost for job in answer.jobs])
@@ -291,5 +288,4 @@ class Service:
         """Save, restore or erase the rows of a slot; see :meth:`.slots.Slots.act`."""
         if key in self._jobs and action != "restore":
             raise RefusedError(409, f"slot {key}: its reply is in progress: wait until it has ended", "slot_busy")
-        assert self._saved is not None  # the bundle is loaded
-        return await asyncio.to_thread(self._saved.act, action, key, name)
+        return await asyncio.to_thread(self._parts[4].act, action, key, name)

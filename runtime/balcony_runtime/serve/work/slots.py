@@ -37,7 +37,7 @@ class Slots:
 
     def ended(self, job: Job) -> None:
         """Remember the tokens of a reply that has ended."""
-        made = () if job.stream is None else [token.id for token in job.stream.reply.tokens]
+        made = () if job.stream is None else job.stream.ids
         self._ended[job.key] = [*job.ids, *made]
         while len(self._ended) > MOST_ENDED:
             self._ended.popitem(last=False)
