@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from balcony_edge.bundle.manifest import ModelSpec
 from balcony_export.graph import trace, widen
 from balcony_export.model.exits import ExitModel
 
@@ -57,14 +58,14 @@ class SharedTraces:
             patch.setattr(trace, "trace_balcony", self._balcony)
             yield
 
-    def _backbone(self, exits: ExitModel, context_length: int) -> ir.Model:
-        key = _key(exits, exits.parts.layers, context_length, exits.exit_layers)
-        return self._once(key, lambda: self._trace_backbone(exits, context_length))
+    def _backbone(self, exits: ExitModel, spec: ModelSpec) -> ir.Model:
+        key = _key(exits, exits.parts.layers, spec.context_length, exits.exit_layers)
+        return self._once(key, lambda: self._trace_backbone(exits, spec))
 
-    def _balcony(self, exits: ExitModel, exit_layer: int, context_length: int) -> ir.Model:
+    def _balcony(self, exits: ExitModel, exit_layer: int, spec: ModelSpec) -> ir.Model:
         balcony = exits.balconies[exit_layer]
-        key = _key(exits, balcony, context_length, balcony.kind)
-        return self._once(key, lambda: self._trace_balcony(exits, exit_layer, context_length))
+        key = _key(exits, balcony, spec.context_length, balcony.kind, balcony.copies)
+        return self._once(key, lambda: self._trace_balcony(exits, exit_layer, spec))
 
     def _once(self, key: bytes, make: Callable[[], ir.Model]) -> ir.Model:
         if key not in self._made:

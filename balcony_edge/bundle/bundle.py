@@ -177,6 +177,10 @@ def _check_structure(directory: Path, manifest: Manifest) -> None:
     def refuse(what: str) -> BundleError:
         return BundleError(f"{path}: {what}: export the bundle again")
 
+    depth, kept = manifest.model.num_layers, len(manifest.model.layers)
+    if kept not in (0, depth) or any(exit_.layer is not None and exit_.layer >= depth for exit_ in manifest.exits):
+        raise refuse(f"model.layers or the layer of an exit does not fit a model of {depth} layers")
+
     if list(layers) != sorted(set(layers)) or layers[-1] != manifest.model.num_layers:
         raise refuse(f"exits {_line(str(layers))} must ascend and end at the full depth {manifest.model.num_layers}")
     if not manifest.runnable:
@@ -244,9 +248,12 @@ def _tables(manifest: Manifest, name: str, lowered: bool) -> tuple[dict[str, _Ki
     """``(inputs, outputs)`` of a graph, by the I/O tables of :mod:`.manifest`."""
     model, dtype = manifest.model, manifest.float_dtype
     hidden: _Kind = (dtype, 3, (model.hidden_size,))
-    cache: _Kind = (dtype, 3, (model.kv_width,))
-    if lowered:
-        cache = (manifest.kv_dtype, 4, (model.num_kv_heads, model.head_dim))
+
+    def kept(part: str, layer: int) -> _Kind:
+        if lowered and part in ("key", "value"):
+            return (manifest.kv_dtype, 4, (model.num_kv_heads, model.head_dim))
+        return (dtype, 3, (model.width(part, layer),))
+
     start: dict[str, _Kind] = {"start": ("int64", 1, ())}
     where: dict[str, _Kind] = {"last": ("int32", 1, ()), "total": ("int32", 0, ())} if lowered else start
     if name == "lm_head":
@@ -257,17 +264,21 @@ def _tables(manifest: Manifest, name: str, lowered: bool) -> tuple[dict[str, _Ki
         keys_only = name.endswith("_keys")
         inputs = dict.fromkeys(("rows",) if lowered else ("rows", "queries"), hidden)
         where = start if keys_only else where
-        suffixes, outputs = [""], {} if keys_only else {"hidden": hidden}
+        outputs = {} if keys_only else {"hidden": hidden}
+        exit_layer = int(name.removeprefix("balcony_").removesuffix("_keys"))
+        layers = {"": manifest.balcony_layer(exit_layer)}
     else:
         first, last = manifest.stage_bounds[int(name.removeprefix("stage_"))]
         inputs, outputs = {f"hidden_{first}": hidden}, {f"hidden_{last}": hidden}
         if lowered and last == model.num_layers:
             outputs["normed"] = hidden
-        suffixes = [f"_{layer}" for layer in range(first, last)]
-    rows = [f"{part}{suffix}" for suffix in suffixes for part in ("key", "value")]
+        layers = {f"_{layer}": layer for layer in range(first, last)}
+    memory = {
+        f"{part}{suffix}": kept(part, layer) for suffix, layer in layers.items() for part in model.memory(layer).parts
+    }
     return (
-        {**inputs, **where, **{f"past_{row}": cache for row in rows}},
-        {**outputs, **{f"present_{row}": cache for row in rows}},
+        {**inputs, **where, **{f"past_{key}": kind for key, kind in memory.items()}},
+        {**outputs, **{f"present_{key}": kind for key, kind in memory.items()}},
     )
 
 

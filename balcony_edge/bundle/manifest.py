@@ -26,6 +26,10 @@ F = H × d, V vocabulary; ``float`` is float16 if ``precision`` is, otherwise fl
                  past_{key,value}_<layer> float (B, S, F)                         present_{key,value}_<layer> (B, S, F)
     balcony_<e>  rows float (B, T, D), queries float (B, Q, D), start int64 (B,), hidden float (B, Q, D),
                  past_{key,value} float (B, S, F)                                 present_{key,value} float (B, S, F)
+
+A layer that keeps something else than keys and values (:class:`LayerMemory`) has ``past_inputs_<layer>`` float (B, S, C)
+instead, the inputs of its convolution, and the same of ``present_``.
+
     norm         hidden float (B, Q, D)                                           normed float (B, Q, D)
     lm_head      hidden float (B, Q, D)                                           logits float32 (B, Q, V)
 
@@ -190,18 +194,36 @@ class ExitSpec(_Frozen):
     """An exit: ``kind`` is ``full`` at the full depth and ``balcony`` below it; ``quality`` is None before an evaluation.
 
     ``module`` is the part of a balcony before its norm. Balconies of ``mlp`` and ``none`` have no attention: their graphs have
-    no cache and the same I/O table as ``norm`` (``hidden`` → ``normed``).
+    no cache and the same I/O table as ``norm`` (``hidden`` → ``normed``). ``layer`` is the index of the backbone's layer of
+    which the balcony is a copy; None: the last.
     """
 
     exit_layer: int = Field(gt=0)
     kind: Literal["balcony", "full"]
     trained: bool
     module: Literal["decoder", "attention", "mlp", "none"] = "decoder"
+    layer: int | None = Field(default=None, ge=0)
     quality: Quality | None = None
 
 
+class LayerMemory(_Frozen):
+    """What one layer keeps of the rows that it has taken in.
+
+    ``attention``: keys and values of every row. ``inputs``: width of the inputs of a short convolution (LFM2), of every row,
+    too: so a rollback only moves a cursor.
+    """
+
+    attention: bool = True
+    inputs: Size | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the tensors that it keeps, in the order of the graphs' inputs."""
+        return (*(("key", "value") if self.attention else ()), *(("inputs",) if self.inputs else ()))
+
+
 class ModelSpec(_Frozen):
-    """Architecture and sizes of the base model."""
+    """Architecture and sizes of the base model; ``layers`` is empty if all layers attend and keep nothing else."""
 
     name: Line
     architecture: Line
@@ -214,6 +236,16 @@ class ModelSpec(_Frozen):
     context_length: Size
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    layers: tuple[LayerMemory, ...] = ()
+
+    def memory(self, layer: int) -> LayerMemory:
+        """What a layer keeps."""
+        return self.layers[layer] if self.layers else LayerMemory()
+
+    def width(self, part: str, layer: int) -> int:
+        """Number of values in one row of a part of a layer's memory."""
+        inputs = self.memory(layer).inputs
+        return inputs if part == "inputs" and inputs else self.kv_width
 
     @property
     def kv_width(self) -> int:
@@ -381,6 +413,11 @@ class Manifest(_Frozen):
     def cached_exits(self) -> tuple[int, ...]:
         """Exits whose balcony attends to earlier rows and therefore has a KV cache."""
         return tuple(e.exit_layer for e in self.exits if e.kind == "balcony" and e.module in ("decoder", "attention"))
+
+    def balcony_layer(self, exit_layer: int) -> int:
+        """Index of the backbone's layer whose memory the balcony at an exit has."""
+        layer = next(exit_.layer for exit_ in self.exits if exit_.exit_layer == exit_layer)
+        return self.model.num_layers - 1 if layer is None else layer
 
     def exit_graph(self, exit_layer: int) -> str:
         """Name of the graph that turns the hidden state at ``exit_layer`` into the head's input."""

@@ -96,14 +96,14 @@ def _trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback)
     spec = describe(exits.model, options.name, options.context_length)
     layers = exits.exit_layers
     progress("tracing the backbone", 0.0)
-    backbone = graph.trace_backbone(exits, spec.context_length)
+    backbone = graph.trace_backbone(exits, spec)
     _tidy(backbone)
     graphs = {"backbone": backbone}
     for index, (first, last) in enumerate(zip((0, *layers), layers, strict=False)):
-        graphs[f"stage_{index}"] = _cut_stage(backbone, index, first, last)
+        graphs[f"stage_{index}"] = _cut_stage(backbone, spec, index, first, last)
     for count, exit_layer in enumerate(exits.balconies):
         progress(f"tracing balcony {exit_layer}", 0.5 + 0.2 * count / len(exits.balconies))
-        traced = graph.trace_balcony(exits, exit_layer, spec.context_length)
+        traced = graph.trace_balcony(exits, exit_layer, spec)
         _tidy(traced, f"balcony_{exit_layer}.")
         traced.graph.name = f"balcony_{exit_layer}"
         graphs[f"balcony_{exit_layer}"] = traced
@@ -205,6 +205,7 @@ def _exit_entry(exits: ExitModel, exit_layer: int, trained: bool) -> dict[str, A
         "kind": "full" if balcony is None else "balcony",
         "trained": trained or balcony is None,
         "module": "decoder" if balcony is None else balcony.kind,
+        "layer": None if balcony is None else balcony.copies,
     }
 
 
@@ -269,10 +270,10 @@ def _quantization(scheme: Scheme, calibration: Sequence[Sequence[int]]) -> dict[
     return {**asdict(scheme), "method": "gptq" if tokens else "nearest", "calibration_tokens": tokens}
 
 
-def _cut_stage(backbone: ir.Model, index: int, first: int, last: int) -> ir.Model:
-    pasts = graph.past_names(range(first, last))
+def _cut_stage(backbone: ir.Model, spec: ModelSpec, index: int, first: int, last: int) -> ir.Model:
+    pasts = graph.past_names(spec, range(first, last))
     presents = [name.replace("past", "present") for name in pasts]
-    dims = dict.fromkeys(graph.past_names(range(len(backbone.graph.inputs) // 2 - 1)), f"past_key_{first}")
+    dims = dict.fromkeys(graph.past_names(spec, range(spec.num_layers)), pasts[0])
     dims["hidden_0"] = f"hidden_{first}"
     inputs = [f"hidden_{first}", "start", *pasts]
     return passes.cut(backbone, f"stage_{index}", inputs, [f"hidden_{last}", *presents], dims)

@@ -46,8 +46,8 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     for field in _PER_LAYER:
         if entries := getattr(config, field, None):
-            # a balcony attends as the last layer does, because it began as a copy of it
-            setattr(config, field, [*entries[:exit_layer], *entries[-1:] * (len(layers) - exit_layer)])
+            # a balcony attends as the layer does that it began as a copy of
+            setattr(config, field, [*entries[:exit_layer], *[entries[exits.copied]] * (len(layers) - exit_layer)])
     config.num_hidden_layers = len(layers)
     small: PreTrainedModel = type(model)(config).eval()
     cast_weights(small, next(model.parameters()).dtype)

@@ -11,11 +11,11 @@ import torch
 from transformers import DynamicCache
 
 from balcony_edge.errors import CheckpointError, UnsupportedModelError
-from balcony_export.model.balcony import fingerprint, save_balconies
+from balcony_export.model.balcony import fingerprint, init_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
 
 TOKENS = torch.tensor([[(7 * i + 3 * j) % 319 + 1 for i in range(20)] for j in range(2)])
-ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3")
+ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2")
 
 
 def hooks_of(exits: ExitModel) -> int:
@@ -25,7 +25,8 @@ def hooks_of(exits: ExitModel) -> int:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
 def test_states_and_logits_are_those_of_transformers(architecture: str, make_tiny: Callable[..., Any]) -> None:
-    exits = ExitModel.open(make_tiny(architecture), (2, 4))
+    model = make_tiny(architecture)
+    exits = ExitModel(model, init_balconies(model, (2, 4), layer=4))
     wanted = exits.model(TOKENS, output_hidden_states=True, use_cache=False)
     before = hooks_of(exits)  # transformers records hidden states with hooks of its own
     states = exits.run(TOKENS, exits.exit_layers)

@@ -44,7 +44,7 @@ from balcony_runtime.backends.tensorrt_builder import (
 )
 from balcony_runtime.engine import Engine
 
-ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3")
+ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2")
 #: What `make test` builds of them, ten seconds each: every kind of mask, norm and rope once.
 BUILT = {("llama", "fp16"), ("gemma2", "fp16"), ("smollm3", "fp16"), ("qwen3", "int4"), ("gemma3", "int4")}
 IDS = [(7 * i * i + 3 * i + 1) % 320 for i in range(24)]

@@ -182,7 +182,7 @@ CASES = [pytest.param(name, marks=NEEDS.get(name, ())) for name in BACKENDS]
 #: Joining graphs depends only on names, so two architectures are enough here; test_quantize.py has more.
 PAIRS = [
     pytest.param(architecture, name, marks=NEEDS.get(name, ()))
-    for architecture in ("llama", "qwen3", "gemma2", "gemma3", "smollm3")
+    for architecture in ("llama", "qwen3", "gemma2", "gemma3", "smollm3", "lfm2")
     for name in BACKENDS
     if not name.startswith(("packed", "stand-in")) or architecture in ("llama", "gemma3")
     if name != "webgpu" or architecture == "llama"  # test_webgpu.py has the others

@@ -93,7 +93,7 @@ def play(engine: Engine, schedule: list[Any], seed: int) -> None:
             check_step(engine, pool, moves)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "smollm3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "smollm3", "lfm2"])
 def test_any_company_gives_each_sequence_its_own_logits(engines: Callable[[str], Engine], architecture: str) -> None:
     @examples(8, suppress_health_check=[HealthCheck.too_slow])
     @given(actions, st.integers(0, 1000))

@@ -67,13 +67,12 @@ def lower_balcony(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
 
 def lower_keys(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
     """The part of a balcony that only writes keys and values of its rows, for rows that are pending."""
-    presents = ["present_key", "present_value"]
-    dims = {"queries": "rows", "past_value": "past_key"}
-    model = passes.cut(
-        balcony, f"{balcony.graph.name}_keys", ["rows", "start", "past_key", "past_value"], presents, dims
-    )
+    pasts = [str(value.name) for value in balcony.graph.inputs if (value.name or "").startswith("past_")]
+    presents = [name.replace("past", "present") for name in pasts]
+    dims = {"queries": "rows"} | dict.fromkeys(pasts[1:], pasts[0])
+    model = passes.cut(balcony, f"{balcony.graph.name}_keys", ["rows", "start", *pasts], presents, dims)
     for node in list(model.graph):
-        if node.op_type == "TensorScatter":
+        if node.op_type == "TensorScatter" and _of_heads(node.outputs[0]):
             _scatter_by_head(model, node, spec)
     _cache_by_head(model, spec)
     model.graph.opset_imports[MICROSOFT] = 1
@@ -90,12 +89,26 @@ def _lower(model: ir.Model, spec: ModelSpec) -> ir.Model:
     position = list(model.graph.inputs).index(start)
     model.graph.inputs[position : position + 1] = [last, total]
     common.RemoveUnusedNodesPass()(model)
-    assert not start.uses(), "something but attention reads the positions"
+    if start.uses():  # short convolutions look up the rows before the first
+        _first_row(model, start, last)
     _cache_by_head(model, spec)
     _skip_norms(model)
     common.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[MICROSOFT] = 1
     return model
+
+
+def _first_row(model: ir.Model, start: ir.Value, last: ir.Value) -> None:
+    """Compute ``start`` from ``last``: the pass has the rows ``start`` to ``last``."""
+    one = ir.Value(name="one", const_value=ir.tensor([1], dtype=ir.DataType.INT64))
+    model.graph.register_initializer(one)
+    wide = ir.Node("", "Cast", [last], [ir.AttrInt64("to", ir.DataType.INT64.value)])
+    rows = ir.Node("", "Shape", [model.graph.inputs[0]], [ir.AttrInt64("start", 1), ir.AttrInt64("end", 2)])
+    after = ir.Node("", "Add", [wide.outputs[0], one])
+    first = ir.Node("", "Sub", [after.outputs[0], rows.outputs[0]])
+    first.outputs[0].type, first.outputs[0].shape = start.type, start.shape
+    model.graph.insert_before(model.graph[0], [wide, rows, after, first])
+    ir.convenience.replace_all_uses_with(start, first.outputs[0])
 
 
 def _append_norm(model: ir.Model, norm: ir.Model) -> None:
@@ -202,8 +215,13 @@ def _scatter_by_head(model: ir.Model, node: ir.Node, spec: ModelSpec) -> None:
 
 def _cache_by_head(model: ir.Model, spec: ModelSpec) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if (value.name or "").startswith(("past_", "present_")):
+        if _of_heads(value):
             value.shape = ir.Shape(["batch", spec.num_kv_heads, "capacity", spec.head_dim])
+
+
+def _of_heads(value: ir.Value) -> bool:
+    """Whether a value is a cache of keys or values."""
+    return (value.name or "").startswith(("past_key", "past_value", "present_key", "present_value"))
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node:

@@ -32,9 +32,11 @@ _ATTENTION = "balcony_edge_trace"
 class RowPositions:
     """Positions of the rows of one pass and the capacity of the KV cache, with the masks that follow, made on demand."""
 
+    start: torch.Tensor  # (B,) int64: position of the first row
     positions: torch.Tensor  # (B, T) int64
     capacity: int
     masks: dict[int | None, torch.Tensor]
+    places: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
     def mask(self, window: int | None) -> torch.Tensor:
         """True where row r sees key k: k ≤ r, and k > r - window if there is a window  # (B, 1, T, S)"""
@@ -47,6 +49,17 @@ class RowPositions:
             self.masks[window] = seen[:, None]  # (B, 1, T, S)
         return self.masks[window]
 
+    def before(self, kept: torch.Tensor, count: int) -> torch.Tensor:
+        """The ``count`` rows before the first of the pass, zeros before the sequence  # (B, S, C) -> (B, count, C)"""
+        if count not in self.places:
+            wanted = self.start[:, None] + torch.arange(-count, 0)[None]  # (B, count)
+            self.places[count] = wanted.clamp(min=0)[..., None], (wanted >= 0)[..., None]
+        place, there = self.places[count]
+        shape = (kept.shape[0], count, kept.shape[2])
+        attributes: dict[str, Any] = {"batch_dims": 1}
+        found = ops.symbolic("GatherND", (kept, place), attributes, dtype=kept.dtype, shape=shape, version=13)
+        return torch.where(there, found, torch.zeros((), dtype=kept.dtype))
+
 
 @dataclass(frozen=True)
 class RopeTable:
@@ -56,37 +69,65 @@ class RopeTable:
     positions: torch.Tensor  # (B, T)
 
 
-class WritingCache:
+class _ConvolutionCache:
+    """What transformers' short convolutions ask a cache for: their earlier inputs, which lie in rows like keys."""
+
+    rows: RowPositions
+
+    def get_conv_state(self, *_: object, **__: object) -> None:
+        """None: so a layer asks for :meth:`update_conv_state` for any number of rows."""
+
+    def update_conv_state(
+        self, inputs: torch.Tensor, layer_idx: int, *, conv_kernel_size: int, **_: object
+    ) -> torch.Tensor:
+        """New inputs after the earlier ones that their windows reach  # (B, C, T) -> (B, C, window - 1 + T)"""
+        rows = inputs.transpose(1, 2)  # (B, T, C)
+        return torch.cat([self.rows.before(self._kept(layer_idx, rows), conv_kernel_size - 1), rows], 1).transpose(1, 2)
+
+    def _kept(self, layer_idx: int, rows: torch.Tensor) -> torch.Tensor:
+        """Inputs of all rows so far, new ones included or not  # (B, S, C)"""
+        raise NotImplementedError
+
+
+class WritingCache(_ConvolutionCache):
     """Replaces transformers' cache: writes a layer's new rows into its past and returns all of it."""
 
-    def __init__(self, past: dict[int, tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor) -> None:
+    def __init__(self, past: dict[int, list[torch.Tensor]], rows: RowPositions) -> None:
         self.past = past
-        self.start = start
-        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.rows = rows
+        self.present: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         past_key, past_value = self.past[layer_idx]
-        self.present[layer_idx] = (self._write(past_key, key), self._write(past_value, value))
-        return self.present[layer_idx]
+        present = self._write(past_key, _merge_heads(key)), self._write(past_value, _merge_heads(value))
+        self.present[layer_idx] = present
+        return present
+
+    def _kept(self, layer_idx: int, rows: torch.Tensor) -> torch.Tensor:
+        (past,) = self.past[layer_idx]
+        self.present[layer_idx] = (self._write(past, rows),)
+        return past
 
     def _write(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        update = _merge_heads(new)  # (B, T, F)
         attributes: dict[str, Any] = {"axis": 1, "mode": "linear"}
-        return ops.symbolic(
-            "TensorScatter", (past, update, self.start), attributes, dtype=past.dtype, shape=past.shape, version=24
-        )
+        inputs = (past, new, self.rows.start)  # new: (B, T, F)
+        return ops.symbolic("TensorScatter", inputs, attributes, dtype=past.dtype, shape=past.shape, version=24)
 
 
-class ReadingCache:
-    """Replaces transformers' cache: ignores new keys and values, which are already in the cache."""
+class ReadingCache(_ConvolutionCache):
+    """Replaces transformers' cache: ignores what a layer would add, which is already in the cache."""
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.key, self.value = key, value
+    def __init__(self, present: tuple[torch.Tensor, ...], rows: RowPositions) -> None:
+        self.present = present
+        self.rows = rows
 
-    def update(self, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.key, self.value
+    def update(self, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
+        return self.present
+
+    def _kept(self, layer_idx: int, rows: torch.Tensor) -> torch.Tensor:
+        return self.present[0]
 
 
 def _merge_heads(x: torch.Tensor) -> torch.Tensor:
@@ -174,13 +215,28 @@ def _check_rotary(module: Any) -> None:
         )
 
 
+def _causal_convolution(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: None = None, **_: object
+) -> torch.Tensor:
+    """A depthwise convolution over the last axis, as many sums as it has taps; the layers keep only the rows that are new.
+
+    (B, C, window - 1 + T), (C, window) -> (B, C, T)
+    """
+    assert activation is None, "the short convolutions of LFM2 have no activation"
+    taps = weight.shape[1]
+    new = inputs.shape[2] - (taps - 1)
+    terms = [inputs[:, :, tap : tap + new] * weight[:, tap, None] for tap in range(taps)]
+    out = sum(terms[1:], terms[0])
+    return out if bias is None else out + bias[:, None]
+
+
 @contextlib.contextmanager
 def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let the decoder layers in ``modules`` emit standard operators until the end of the context."""
     AttentionInterface.register(_ATTENTION, _attention)
     source: Any = sys.modules[type(model).__module__]
     _check_rotary(source)
-    rotary = source.apply_rotary_pos_emb
+    rotary, convolution = source.apply_rotary_pos_emb, getattr(source, "causal_conv1d_fn", None)
     # a balcony is a copy of a layer and has a copy of its configuration
     found = (getattr(child, "config", None) for module in modules for child in module.modules())
     configs = list({id(config): config for config in found if config is not None}.values())
@@ -192,12 +248,16 @@ def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[No
                 replaced.append((parent, name, child))
                 setattr(parent, name, norm)
     source.apply_rotary_pos_emb = _rotary
+    if convolution is not None:
+        source.causal_conv1d_fn = _causal_convolution
     for config in configs:
         config._attn_implementation = _ATTENTION
     try:
         yield
     finally:
         source.apply_rotary_pos_emb = rotary
+        if convolution is not None:
+            source.causal_conv1d_fn = convolution
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
         for parent, name, child in replaced:

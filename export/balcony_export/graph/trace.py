@@ -15,9 +15,11 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from balcony_edge.bundle.manifest import ModelSpec
 from balcony_export.graph.operators import ReadingCache, RopeTable, RowPositions, WritingCache, tracing
 from balcony_export.model.balcony import Balcony
 from balcony_export.model.exits import ExitModel, call_layer
+from balcony_export.model.layer import layer_index, memory_of
 
 OPSET = 24
 
@@ -33,13 +35,14 @@ class _Trace(nn.Module):
             self.register_buffer(f"rope_sin_{kind}", sin)
 
     def _rows(self, start: torch.Tensor, rows: int, capacity: int) -> RowPositions:
-        return RowPositions(start[:, None] + torch.arange(rows)[None, :], capacity, {})
+        return RowPositions(start, start[:, None] + torch.arange(rows)[None, :], capacity, {}, {})
 
     def _call(self, layer: Any, hidden: torch.Tensor, rows: RowPositions, cache: object) -> torch.Tensor:
         kind = self.layer_type(layer)
+        mask = rows if memory_of(layer).attention else None
         cos = RopeTable(getattr(self, f"rope_cos_{kind}"), rows.positions)
         sin = RopeTable(getattr(self, f"rope_sin_{kind}"), rows.positions)
-        return call_layer(layer, hidden, rows, (cos, sin), cache)
+        return call_layer(layer, hidden, mask, (cos, sin), cache)
 
 
 class _Backbone(_Trace):
@@ -48,11 +51,13 @@ class _Backbone(_Trace):
     def __init__(self, exits: ExitModel, context_length: int) -> None:
         super().__init__(exits, context_length)
         self.layers = exits.parts.layers
+        self.memory = [memory_of(layer).parts for layer in self.layers]
         self.exit_layers = frozenset(exits.exit_layers)
 
     def forward(self, hidden: torch.Tensor, start: torch.Tensor, past: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         rows = self._rows(start, hidden.shape[1], past[0].shape[1])
-        cache = WritingCache({i: (past[2 * i], past[2 * i + 1]) for i in range(len(self.layers))}, start)
+        tensors = iter(past)
+        cache = WritingCache({i: [next(tensors) for _ in parts] for i, parts in enumerate(self.memory)}, rows)
         exits = []
         for index, layer in enumerate(self.layers):
             hidden = self._call(layer, hidden, rows, cache)  # (B, T, D)
@@ -63,7 +68,7 @@ class _Backbone(_Trace):
 
 
 class _BalconyTrace(_Trace):
-    """A balcony: keys and values for all T rows, the rest of the layer for the last Q rows only.
+    """A balcony: what it keeps (keys and values) for all T rows, the rest of the layer for the last Q rows only.
 
     The layer is called twice. The first call is only for its cache update: its output is not used, and the tracer drops the
     operations that only the output needs. The second call has the query rows and reads the cache.
@@ -79,17 +84,17 @@ class _BalconyTrace(_Trace):
         rows: torch.Tensor,
         queries: torch.Tensor,
         start: torch.Tensor,
-        past_key: torch.Tensor,
-        past_value: torch.Tensor,
+        past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        index = self.layer.self_attn.layer_idx
-        total, asked, capacity = rows.shape[1], queries.shape[1], past_key.shape[1]
-        writing = WritingCache({index: (past_key, past_value)}, start)
-        self._call(self.layer, rows, self._rows(start, total, capacity), writing)
-        key, value = writing.present[index]
+        index = layer_index(self.layer)
+        total, asked, capacity = rows.shape[1], queries.shape[1], past[0].shape[1]
+        taken = self._rows(start, total, capacity)
+        writing = WritingCache({index: past}, taken)
+        self._call(self.layer, rows, taken, writing)
+        present = writing.present[index]
         asking = self._rows(start + (total - asked), asked, capacity)
-        hidden = self._call(self.layer, queries, asking, ReadingCache(key, value))  # (B, Q, D)
-        return self.norm(hidden), key, value
+        hidden = self._call(self.layer, queries, asking, ReadingCache(present, asking))  # (B, Q, D)
+        return self.norm(hidden), *present
 
 
 class _StatelessTrace(_Trace):
@@ -138,31 +143,30 @@ def _export(
 _BATCH, _ROWS, _QUERIES, _CAPACITY = 2, 5, 3, 16
 
 
-def past_names(layers: Sequence[int]) -> list[str]:
-    """KV inputs of these layers in graph order."""
-    return [f"past_{what}_{layer}" for layer in layers for what in ("key", "value")]
+def past_names(spec: ModelSpec, layers: Sequence[int]) -> list[str]:
+    """Inputs of what these layers keep, in graph order."""
+    return [f"past_{part}_{layer}" for layer in layers for part in spec.memory(layer).parts]
 
 
-def trace_backbone(exits: ExitModel, context_length: int) -> ir.Model:
+def trace_backbone(exits: ExitModel, spec: ModelSpec) -> ir.Model:
     """Trace all layers: ``hidden_0``, ``start``, pasts → ``hidden_<e>`` for each exit layer, presents."""
     parts, depth = exits.parts, exits.depth
     dtype = parts.embed.weight.dtype
-    width = _kv_width(parts.layers[0])
+    names = past_names(spec, range(depth))
     batch, rows, capacity = (torch.export.Dim(name) for name in ("batch", "rows", "capacity"))
-    past = [torch.zeros(_BATCH, _CAPACITY, width, dtype=dtype) for _ in range(2 * depth)]
+    past = [tensor for layer in range(depth) for tensor in _memory(spec, layer, dtype)]
     hidden = torch.zeros(_BATCH, _ROWS, parts.embed.embedding_dim, dtype=dtype)
     with tracing(exits.model, [parts.layers]):
         return _export(
-            _Backbone(exits, context_length),
+            _Backbone(exits, spec.context_length),
             (hidden, torch.zeros(_BATCH, dtype=torch.int64), past),
             ({0: batch, 1: rows}, {0: batch}, [{0: batch, 1: capacity} for _ in past]),
-            ["hidden_0", "start", *past_names(range(depth))],
-            [f"hidden_{e}" for e in exits.exit_layers]
-            + [name.replace("past", "present") for name in past_names(range(depth))],
+            ["hidden_0", "start", *names],
+            [f"hidden_{e}" for e in exits.exit_layers] + [name.replace("past", "present") for name in names],
         )
 
 
-def trace_balcony(exits: ExitModel, exit_layer: int, context_length: int) -> ir.Model:
+def trace_balcony(exits: ExitModel, exit_layer: int, spec: ModelSpec) -> ir.Model:
     """Trace one balcony: ``rows``, ``queries``, ``start``, past → ``hidden``, present.
 
     A balcony without attention: ``hidden`` → ``normed``.
@@ -173,22 +177,23 @@ def trace_balcony(exits: ExitModel, exit_layer: int, context_length: int) -> ir.
         example = torch.zeros(_BATCH, _QUERIES, parts.embed.embedding_dim, dtype=dtype)
         shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("queries")}
         with tracing(exits.model, [balcony]):
-            module = _StatelessTrace(exits, context_length, balcony)
+            module = _StatelessTrace(exits, spec.context_length, balcony)
             return _export(module, (example,), (shape,), ["hidden"], ["normed"])
-    width = _kv_width(balcony.layer)
+    past = _memory(spec, exits.copied, dtype)
+    names = [f"past_{part}" for part in spec.memory(exits.copied).parts]
     batch, rows, queries, capacity = (torch.export.Dim(name) for name in ("batch", "rows", "queries", "capacity"))
     hidden = torch.zeros(_BATCH, _ROWS, parts.embed.embedding_dim, dtype=dtype)
-    past = torch.zeros(_BATCH, _CAPACITY, width, dtype=dtype)
-    cache_shape = {0: batch, 1: capacity}
     with tracing(exits.model, [balcony]):
         return _export(
-            _BalconyTrace(exits, context_length, balcony),
-            (hidden, hidden[:, :_QUERIES].clone(), torch.zeros(_BATCH, dtype=torch.int64), past, past.clone()),
-            ({0: batch, 1: rows}, {0: batch, 1: queries}, {0: batch}, cache_shape, cache_shape),
-            ["rows", "queries", "start", "past_key", "past_value"],
-            ["hidden", "present_key", "present_value"],
+            _BalconyTrace(exits, spec.context_length, balcony),
+            (hidden, hidden[:, :_QUERIES].clone(), torch.zeros(_BATCH, dtype=torch.int64), past),
+            ({0: batch, 1: rows}, {0: batch, 1: queries}, {0: batch}, [{0: batch, 1: capacity} for _ in past]),
+            ["rows", "queries", "start", *names],
+            ["hidden", *(name.replace("past", "present") for name in names)],
         )
 
 
-def _kv_width(layer: Any) -> int:
-    return int(layer.self_attn.k_proj.weight.shape[0])
+def _memory(spec: ModelSpec, layer: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Examples of what a layer keeps."""
+    widths = [spec.width(part, layer) for part in spec.memory(layer).parts]
+    return [torch.zeros(_BATCH, _CAPACITY, width, dtype=dtype) for width in widths]

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from balcony_edge.bundle.manifest import ModelSpec
+from balcony_edge.bundle.manifest import LayerMemory, ModelSpec
 from balcony_edge.errors import UnsupportedModelError
+from balcony_export.model.layer import memory_of
 
 #: ``config.model_type`` of the architectures whose export is covered by parity tests.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "lfm2")
 #: Rotary embeddings whose table does not depend on the length of the sequence (transformers ``ROPE_INIT_FUNCTIONS``).
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 #: Default for the longest rope table that export writes: enough for an edge device, small compared with the weights.
@@ -48,7 +49,8 @@ def parts_of(model: PreTrainedModel) -> Parts:
     _refuse_unsupported(config)
     base: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     head = model.get_output_embeddings()
-    return Parts(base, base.embed_tokens, base.layers, base.norm, base.rotary_emb, head)
+    norm = base.embedding_norm if hasattr(base, "embedding_norm") else base.norm  # LFM2 names it after its weights
+    return Parts(base, base.embed_tokens, base.layers, norm, base.rotary_emb, head)
 
 
 def _refuse_unsupported(config: Any) -> None:
@@ -64,8 +66,6 @@ def _refuse_unsupported(config: Any) -> None:
         raise refuse("its layers share keys and values across exits")
     if any(hasattr(config, key) for key in ("mamba_d_state", "state_size", "ssm_state_size", "linear_num_key_heads")):
         raise refuse("state-space layers are not supported yet")
-    if hasattr(config, "conv_L_cache"):
-        raise refuse("short-convolution layers are not supported yet")
     if kind not in SUPPORTED:
         raise refuse("this architecture is not covered by parity tests")
     if getattr(config, "use_bidirectional_attention", None):
@@ -125,6 +125,7 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         )
     heads = int(config.num_attention_heads)
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+    memories = tuple(memory_of(layer) for layer in parts_of(model).layers)
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
     return ModelSpec(
         name=name,
@@ -138,4 +139,5 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         context_length=context_length or min(limit, DEFAULT_CONTEXT),
         bos_token_id=config.bos_token_id,
         eos_token_ids=eos_ids,
+        layers=() if all(one == LayerMemory() for one in memories) else memories,
     )

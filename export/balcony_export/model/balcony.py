@@ -1,12 +1,15 @@
 """Balconies: one decoder layer (or a part of one) and one norm per exit, their initialization, and their files.
 
-Owns the module, its initialization (paper, section 3: the last decoder layer and the final norm of the base model) and
+Owns the module, its initialization (paper, section 3: the last decoder layer, or the last that attends, and the final norm
+of the base model) and
 the directory format below. Training is :mod:`balcony_export.train.trainer`; tracing is :mod:`balcony_export.graph.trace`.
 
     balconies/
-      balconies.json            format_version  1
+      balconies.json            format_version  2
                                 module          "decoder": a whole decoder layer (attention and MLP), then a norm;
                                                 "attention", "mlp": one half of it; "none": the norm alone
+                                ("attention" stands for the half that reads earlier rows, whatever it is)
+      layer                     index of the backbone's layer that they began as copies of
                                 dtype           of the stored tensors, "bfloat16"
                                 base            model_type, hidden_size, num_layers,
                                                 config_sha256   of the fields that fix shapes and arithmetic
@@ -37,8 +40,9 @@ from transformers import PreTrainedModel
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_edge.files import write_atomically
 from balcony_export.model.architecture import parts_of
+from balcony_export.model.layer import layer_index, memory_of, mixer, mixer_name, mlp_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "balconies.json"
 STORED_DTYPE = torch.bfloat16
 #: Config fields that change shapes or arithmetic. A different name or context length is still the same base model.
@@ -93,15 +97,20 @@ class Balcony(nn.Module):
         super().__init__()
         self.exit_layer, self.kind = exit_layer, kind
         if kind == "mlp":
-            layer.self_attn = Silent(layer.self_attn, attention=True)
+            setattr(layer, mixer_name(layer), Silent(mixer(layer), attention=mixer_name(layer) == "self_attn"))
         elif kind == "attention":
-            layer.mlp = Silent(layer.mlp, attention=False)
+            setattr(layer, mlp_name(layer), Silent(getattr(layer, mlp_name(layer)), attention=False))
         self.layer = None if kind == "none" else layer
         self.norm = norm
 
     @property
+    def copies(self) -> int | None:
+        """Index of the backbone's layer that it began as a copy of; None without a layer."""
+        return None if self.layer is None else layer_index(self.layer)
+
+    @property
     def keeps_rows(self) -> bool:
-        """Whether it attends to earlier rows, and so has a KV cache."""
+        """Whether it reads earlier rows, and so has a cache."""
         return self.kind in ("decoder", "attention")
 
     def forward(self, hidden: torch.Tensor, **layer_arguments: Any) -> torch.Tensor:
@@ -138,10 +147,8 @@ class Balcony(nn.Module):
         out, handles = hidden, []
         try:
             if self.layer is not None:
-                handles = [
-                    self.layer.mlp.register_forward_pre_hook(gather),
-                    self.layer.mlp.register_forward_hook(scatter),
-                ]
+                mlp: nn.Module = getattr(self.layer, mlp_name(self.layer))
+                handles = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
                 out = self.layer(hidden, **layer_arguments)
         finally:
             for handle in handles:
@@ -179,15 +186,28 @@ def parse_exits(text: str, num_layers: int, option: str = "--exits") -> tuple[in
 
 
 def init_balconies(
-    model: PreTrainedModel, exit_layers: tuple[int, ...], kind: BalconyKind = "decoder", *, random: int | None = None
+    model: PreTrainedModel,
+    exit_layers: tuple[int, ...],
+    kind: BalconyKind = "decoder",
+    *,
+    layer: int | None = None,
+    random: int | None = None,
 ) -> dict[int, Balcony]:
-    """Make untrained balconies: deep copies of the last decoder layer and the final norm (paper, section 3).
+    """Make untrained balconies: deep copies of a decoder layer and the final norm (paper, section 3).
 
-    A copy keeps its ``layer_idx``, so that attention type, window and rotary table are those of the last layer. With a seed
-    ``random``, weights are drawn as the base model's were before its training; they depend on the seed and the exit layer.
+    The layer is the last one, or the last that attends to all rows if the model has layers of several kinds. A copy keeps its
+    ``layer_idx``, so that attention type, window and rotary table are those of the copied layer.
+
+    Args:
+        model: The base model.
+        exit_layers: Exits below the full depth.
+        kind: What the balconies hold.
+        layer: Index of another layer to copy.
+        random: A seed, with which weights are drawn as the base model's were before its training; they depend on the seed and
+            the exit layer.
     """
     parts = parts_of(model)
-    last, norm = parts.layers[-1], parts.norm
+    last, norm = parts.layers[copied_layer(model) if layer is None else layer], parts.norm
     made = {e: Balcony(e, copy.deepcopy(last), copy.deepcopy(norm), kind).eval() for e in exit_layers}
     if random is not None:
         for exit_layer, balcony in made.items():
@@ -195,6 +215,12 @@ def init_balconies(
                 torch.manual_seed(int(np.random.SeedSequence([random, exit_layer]).generate_state(1)[0]))
                 balcony.apply(model._init_weights)
     return made
+
+
+def copied_layer(model: PreTrainedModel) -> int:
+    """Index of the layer that balconies of a model copy: the last that attends."""
+    layers = parts_of(model).layers
+    return max(index for index, layer in enumerate(layers) if memory_of(layer).attention)
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -217,13 +243,13 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def check_directory(path: Path, described: dict[str, Any], kind: BalconyKind) -> dict[str, Any]:
+def check_directory(path: Path, described: dict[str, Any], like: Balcony) -> dict[str, Any]:
     """Make a directory for the balconies of a base model and return the entries of the balconies that are already in it.
 
     Args:
         path: The directory.
         described: :func:`fingerprint` of the base model.
-        kind: Kind of the balconies.
+        like: One of the balconies that will be written.
 
     Raises:
         InputError: The directory cannot be made.
@@ -237,9 +263,14 @@ def check_directory(path: Path, described: dict[str, Any], kind: BalconyKind) ->
         return {}
     index = _read_index(path)
     _check_base(path, index, described)
-    if index["module"] != kind:
+    if index["module"] != like.kind:
         raise CheckpointError(
-            f"{path}: has balconies of kind '{index['module']}', not '{kind}': name another directory"
+            f"{path}: has balconies of kind '{index['module']}', not '{like.kind}': name another directory"
+        )
+    if index["layer"] != like.copies:
+        raise CheckpointError(
+            f"{path}: has balconies that are copies of layer {index['layer']}, not of layer {like.copies}: name another "
+            "directory"
         )
     exits: dict[str, Any] = index["exits"]
     return exits
@@ -260,8 +291,8 @@ def save_balconies(
         InputError, CheckpointError: As :func:`check_directory`, or a value is not finite.
     """
     path = Path(directory)
-    (kind,) = {balcony.kind for balcony in balconies.values()}
-    exits = check_directory(path, base, kind)
+    (kind,), (layer,) = ({getattr(balcony, key) for balcony in balconies.values()} for key in ("kind", "copies"))
+    exits = check_directory(path, base, next(iter(balconies.values())))
     written: dict[str, bytes] = {}
     for exit_layer, balcony in balconies.items():
         tensors = {name: value.detach().to(STORED_DTYPE).cpu() for name, value in balcony.state_dict().items()}
@@ -273,6 +304,7 @@ def save_balconies(
     document = {
         "format_version": FORMAT_VERSION,
         "module": kind,
+        "layer": layer,
         "dtype": "bfloat16",
         "base": base,
         "exits": dict(sorted(exits.items(), key=lambda item: int(item[0]))),
@@ -303,7 +335,7 @@ def load_balconies(
             f"{path}: has no balcony for exit layer {absent[0]}: it has {have}: pick one of them or train it"
         )
     dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
-    balconies = init_balconies(model, wanted, index["module"])
+    balconies = init_balconies(model, wanted, index["module"], layer=index["layer"])
     for exit_layer, balcony in balconies.items():
         tensors = _read_tensors(path, there[exit_layer])
         _check_shapes(path / there[exit_layer]["file"], tensors, balcony)
@@ -348,12 +380,18 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: has no {INDEX}: give a directory that `balcony-edge train` wrote")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
-        version, module = index["format_version"], index["module"]
-        complete = isinstance(index["base"], dict) and all(
-            re.fullmatch(r"[1-9][0-9]{0,3}", key)
-            and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}", entry["file"])
-            and isinstance(entry["sha256"], str)
-            for key, entry in index["exits"].items()
+        version, module, layer = index["format_version"], index["module"], index.get("layer")
+        # the number of the layer is checked against the model when a balcony is made
+        known = layer is None if module == "none" else isinstance(layer, int) and layer >= 0
+        complete = (
+            isinstance(index["base"], dict)
+            and known
+            and all(
+                re.fullmatch(r"[1-9][0-9]{0,3}", key)
+                and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}", entry["file"])
+                and isinstance(entry["sha256"], str)
+                for key, entry in index["exits"].items()
+            )
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: is damaged: copy it again, or train again") from error

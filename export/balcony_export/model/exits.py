@@ -24,7 +24,8 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from balcony_export.model.architecture import cast_weights, layer_type, parts_of
-from balcony_export.model.balcony import Balcony, BalconyKind, init_balconies, load_balconies
+from balcony_export.model.balcony import Balcony, BalconyKind, copied_layer, init_balconies, load_balconies
+from balcony_export.model.layer import layer_index
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class States:
 
     Attributes:
         at: Exit layer → hidden state after that many layers, before any norm  # (B, T, D)
-        layer_arguments: Keyword arguments of the last layer, without its cache. Balconies are copies of that layer.
+        layer_arguments: Keyword arguments of the layer that the balconies are copies of, without its cache.
     """
 
     at: Mapping[int, torch.Tensor]
@@ -51,6 +52,7 @@ class ExitModel:
         balconies: Exit layer → balcony, for the exits below the full depth.
         parts: The base model's modules by role.
         depth: Number of decoder layers, which is also the exit layer of the full depth.
+        copied: Index of the layer that the balconies are copies of.
     """
 
     def __init__(self, model: PreTrainedModel, balconies: Mapping[int, Balcony] | None = None) -> None:
@@ -63,6 +65,9 @@ class ExitModel:
         self.parts = parts_of(model)
         self.balconies = dict(sorted((balconies or {}).items()))
         self.depth = len(self.parts.layers)
+        copied = {balcony.copies for balcony in self.balconies.values()} - {None}
+        assert len(copied) <= 1, "the balconies of a model are copies of one layer"
+        self.copied: int = copied.pop() if copied else copied_layer(model)  # type: ignore[assignment]
 
     @classmethod
     def open(
@@ -141,7 +146,7 @@ class ExitModel:
         # the state after e layers is what the next module takes: layer e + 1, or the final norm
         takers = [*self.parts.layers, self.parts.norm]
         handles = [takers[e].register_forward_pre_hook(taking(e), with_kwargs=True) for e in {*exit_layers}]
-        handles.append(self.parts.layers[-1].register_forward_pre_hook(keep_arguments, with_kwargs=True))
+        handles.append(self.parts.layers[self.copied].register_forward_pre_hook(keep_arguments, with_kwargs=True))
         keyword = {} if cache is None else {cache_keyword(self.parts.decoder): cache}
         try:
             self.parts.decoder(input_ids=tokens, use_cache=cache is not None, **keyword)
@@ -151,7 +156,7 @@ class ExitModel:
         return States(at, arguments)
 
     def layer_arguments(self, rows: int) -> Mapping[str, Any]:
-        """Arguments of the last layer for whole sequences of ``rows`` tokens, which do not depend on the tokens."""
+        """Arguments of the layer that balconies copy, for whole sequences of ``rows`` tokens, whatever the tokens are."""
         device = self.parts.embed.weight.device
         return self.run(torch.zeros(1, rows, dtype=torch.long, device=device), ()).layer_arguments
 
@@ -182,8 +187,8 @@ class ExitModel:
         return {exit_layer: self.head(self.normed(exit_layer, states)) for exit_layer in self.exit_layers}
 
     def layer_type(self, layer: Any) -> str:
-        """Attention type of a layer of the backbone or a balcony, which keeps the index of the layer that it copies."""
-        return layer_type(self.model.config, layer.self_attn.layer_idx)
+        """Type of a layer of the backbone or a balcony, which keeps the index of the layer that it copies."""
+        return layer_type(self.model.config, layer_index(layer))
 
     def rotary_tables(self, rows: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Attention type → ``(cos, sin)`` of the first positions, from the model's own rotary module  # (rows, head_dim / 2)"""

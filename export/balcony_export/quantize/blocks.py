@@ -72,7 +72,8 @@ class Scheme:
 
     def block_size_of(self, name: str) -> int:
         """Number of inputs that share a scale in a weight of this name."""
-        return (self.down_block_size or self.block_size) if "down_proj" in name else self.block_size
+        down = "down_proj" in name or ".w2." in name
+        return (self.down_block_size or self.block_size) if down else self.block_size
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ BATCH = 128
 #: (docs/LOG.md, "GPTQ must know about the attention sink").
 SINK_ROWS = 100
 #: Layer → another layer with the same inputs, which are measured once.
-_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj", ".w3": ".w1"}
 #: Rows of calibration text and their tokens: some ten inputs for each of 1,536 channels.
 CALIBRATION_ROWS, CALIBRATION_LENGTH, MIN_TOKENS = 32, 512, 4096
 

@@ -63,7 +63,7 @@ def cache_scales(bundle: Bundle, rows: Sequence[Sequence[int]]) -> Scales:
 
 
 def quantize_caches(model: ir.Model, scales: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Let a lowered graph store its caches as int8.
+    """Let a lowered graph store its keys and values as int8; what a short convolution keeps stays as it is.
 
     Precondition: caches are inputs ``past_*`` and outputs ``present_*`` of ``GroupQueryAttention`` or ``TensorScatter``.
     """
@@ -81,9 +81,10 @@ def quantize_caches(model: ir.Model, scales: Mapping[str, npt.NDArray[np.float32
         elif node.op_type == "TensorScatter":
             past = node.inputs[0]
             assert past is not None and past.name is not None
-            _round_before(model, node, names[past.name])
+            if past.name in names:
+                _round_before(model, node, names[past.name])
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if (value.name or "").startswith(("past_", "present_")):
+        if str(value.name).replace("present_", "past_", 1) in names:
             value.type = ir.TensorType(ir.DataType.INT8)
 
 

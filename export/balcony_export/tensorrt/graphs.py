@@ -128,11 +128,26 @@ def _fix_capacity(model: ir.Model, capacity: int) -> None:
 
 
 def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
-    """Give caches the shape (B, H, S, d), written at axis 2, and attention inputs and outputs by head."""
+    """Give caches the shape (B, H, S, d), written at axis 2, and attention inputs and outputs by head.
+
+    What a short convolution keeps has one head.
+    """
+    heads_of = {
+        value.name: (1, int(value.shape[2])) if "_inputs" in value.name else (spec.num_kv_heads, spec.head_dim)
+        for value in (*model.graph.inputs, *model.graph.outputs)
+        if value.name is not None and value.shape is not None and value.name.startswith(("past_", "present_"))
+    }
     for node in list(model.graph):
         if node.op_type == "TensorScatter":
-            _by_head(model, node, 1, spec.num_kv_heads, spec.head_dim)
+            _by_head(model, node, 1, *heads_of[node.outputs[0].name])
             node.attributes["axis"] = ir.AttrInt64("axis", 2)
+        elif node.op_type == "GatherND":  # rows of a convolution's inputs
+            past = node.inputs[0]
+            assert past is not None
+            shape = initializer(model, "one_head", np.array([0, capacity, heads_of[past.name][1]], np.int64))
+            flat = ir.Node("", "Reshape", [past, shape])
+            model.graph.insert_before(node, flat)
+            node.replace_input_with(0, flat.outputs[0])
         elif node.op_type == "Attention":
             heads = node.attributes["q_num_heads"].as_int()
             _by_head(model, node, 0, heads, spec.head_dim)
@@ -146,8 +161,9 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
             insert_between(model, merged, before, [back, ir.Node("", "Reshape", [back.outputs[0], width])])
     _own_masks(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if (value.name or "").startswith(("past_", "present_")):
-            value.shape = ir.Shape(["batch", spec.num_kv_heads, capacity, spec.head_dim])
+        if value.name in heads_of:
+            heads, width = heads_of[value.name]
+            value.shape = ir.Shape(["batch", heads, capacity, width])
 
 
 def _own_masks(model: ir.Model) -> None:

@@ -123,7 +123,7 @@ class Trainer:
         )
         self.balconies = self.exits.balconies
         self.goes_on = start is not None
-        check_directory(output, self.base_facts, next(iter(self.balconies.values())).kind)  # before the training
+        check_directory(output, self.base_facts, next(iter(self.balconies.values())))  # before the training
         self.device = self.processes.device
         if not self.processes.sharded:
             model.to(self.device)  # type: ignore[arg-type]

@@ -30,17 +30,19 @@ class _Held(NamedTuple):
 
 
 class Cache:
-    """KV tensors of one graph, or of a balcony's two graphs."""
+    """Tensors with a row per position of one graph, or of a balcony's two graphs: keys and values, inputs of convolutions.
 
-    #: Axis of the tensors along which rows lie.
-    rows_axis: int
+    Rows lie along the axis ``capacity``: (B, S, F), or (B, H, S, d) for the keys and values of the lowered set.
+    """
 
     def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
         pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_")]
         self.names = [tensor.name for tensor in pasts]
         self.dtypes = [tensor.dtype for tensor in pasts]
         self.batch_size = batch_size
-        self.sizes = [dim for dim in pasts[0].shape if isinstance(dim, int)]
+        #: Axis of each tensor along which rows lie, and its shape without batch and rows.
+        self.axes = [tensor.shape.index("capacity") for tensor in pasts]
+        self.sizes = [[dim for dim in tensor.shape if isinstance(dim, int)] for tensor in pasts]
         self.max_capacity = bucketed(max_length)
         self.rows = 0  # number of rows written so far
         self.held = _Held(0, [], [])
@@ -54,12 +56,30 @@ class Cache:
 
     def first(self, rows: int) -> dict[str, npt.NDArray[Any]]:
         """Input → its first rows, a view."""
-        index = (*(slice(None),) * self.rows_axis, slice(rows))
-        return {name: array[index] for name, array in zip(self.names, self.held.arrays, strict=True)}
+        indices = [(*(slice(None),) * axis, slice(rows)) for axis in self.axes]
+        tensors = zip(self.names, self.held.arrays, indices, strict=True)
+        return {name: array[index] for name, array, index in tensors}
 
     def touched_bytes(self) -> int:
         """Bytes of memory that the rows so far take."""
-        return sum(touched_bytes(array, self.rows_axis, self.rows) for array in self.held.arrays)
+        return sum(
+            touched_bytes(array, axis, self.rows) for array, axis in zip(self.held.arrays, self.axes, strict=True)
+        )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of one member."""
+        return sum(
+            array.nbytes // (self.batch_size * array.shape[axis])
+            for array, axis in zip(self.held.arrays, self.axes, strict=True)
+        )
+
+    def _empty(self, batch_size: int, capacity: int) -> list[npt.NDArray[Any]]:
+        shapes = [
+            [batch_size, *sizes[: axis - 1], capacity, *sizes[axis - 1 :]]
+            for axis, sizes in zip(self.axes, self.sizes, strict=True)
+        ]
+        return [zeros(tuple(shape), dtype) for shape, dtype in zip(shapes, self.dtypes, strict=True)]
 
     def bind(self, binding: Any, members: slice | None = None) -> None:
         """Bind the tensors of all members of a batch, or of some."""
@@ -75,24 +95,22 @@ class Cache:
         raise NotImplementedError  # prefixes of different lengths cannot share a pass
 
     def largest(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Input → largest absolute value of each channel."""
+        """Keys and values → largest absolute value of each channel."""
         raise NotImplementedError  # only caches with an axis of heads support it
 
 
 class _PrefixCache(Cache):
     """Cache (B, S, F). With one member, growing binds a longer prefix and moves nothing; a larger batch is copied."""
 
-    rows_axis = 1
-
     def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
         super().__init__(graph, batch_size, max_length)
-        self._whole = [zeros((1, self.max_capacity, *self.sizes), dtype) for dtype in self.dtypes if batch_size == 1]
+        self._whole = self._empty(1, self.max_capacity) if batch_size == 1 else []
 
     def grow(self, rows: int) -> None:
         capacity, old = min(bucketed(rows), self.max_capacity), self.held
         arrays = [whole[:, :capacity] for whole in self._whole]
         if not arrays:
-            arrays = [zeros((self.batch_size, capacity, *self.sizes), dtype) for dtype in self.dtypes]
+            arrays = self._empty(self.batch_size, capacity)
             for new, array in zip(arrays, old.arrays, strict=False):  # at first there are no old arrays
                 new[:, : old.capacity] = array
             self.rows = max(self.rows, old.capacity)
@@ -100,14 +118,11 @@ class _PrefixCache(Cache):
 
 
 class _WholeCache(Cache):
-    """Cache (B, H, S, d), bound whole and once; pages that no row has reached take no memory."""
-
-    rows_axis = 2
+    """Cache that is bound whole and once; pages that no row has reached take no memory."""
 
     def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
         super().__init__(graph, batch_size, max_length)
-        heads, head_dim = self.sizes
-        self._hold([zeros((batch_size, heads, self.max_capacity, head_dim), dtype) for dtype in self.dtypes])
+        self._hold(self._empty(batch_size, self.max_capacity))
 
     def _hold(self, arrays: list[npt.NDArray[Any]]) -> None:
         self.held = _Held(self.max_capacity, arrays, [value_of(array) for array in arrays])
@@ -121,7 +136,8 @@ class _WholeCache(Cache):
     def largest(self) -> dict[str, npt.NDArray[np.float32]]:
         return {
             name: np.abs(array[:, :, : self.rows]).max(axis=(0, 2)).astype(np.float32)
-            for name, array in zip(self.names, self.held.arrays, strict=True)
+            for name, array, axis in zip(self.names, self.held.arrays, self.axes, strict=True)
+            if axis == 2  # (B, H, S, d)
         }
 
 
