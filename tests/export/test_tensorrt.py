@@ -148,7 +148,7 @@ def test_engines_of_every_architecture_build(
     assert engines.compute_capabilities == ("89",) and engines.builder.startswith("tensorrt_rtx ")
     assert {engines.engines[name].attention for name in ("embed", "norm", "lm_head")} == {None}
     spelled_out = architecture == "gemma2"  # its scores are capped, which no fused attention does
-    assert engines.engines["stage_1"].attention in ([None] if spelled_out else ["fused", "decomposed"])
+    assert engines.engines["stage_0"].attention in ([None] if spelled_out else ["fused", "decomposed"])
     assert seen == sorted(seen) and seen[0] >= 0 and seen[-1] <= 1
     for spec in engines.engines.values():
         assert (

@@ -160,6 +160,7 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
             width = initializer(model, f"merged_{heads}_heads", np.array([0, 0, heads * spec.head_dim], np.int64))
             insert_between(model, merged, before, [back, ir.Node("", "Reshape", [back.outputs[0], width])])
     _own_masks(model)
+    _own_starts(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.name in heads_of:
             heads, width = heads_of[value.name]
@@ -199,6 +200,23 @@ def _own_masks(model: ir.Model) -> None:
         own = again(mask)
         model.graph.insert_before(node, chain)
         node.replace_input_with(3, own)
+
+
+def _own_starts(model: ir.Model) -> None:
+    """Give the cache update of every short convolution a ``start`` of its own.
+
+    TensorRT-RTX 1.7 dies with a segmentation fault where two updates that no attention reads share one. It also merges equal
+    sums, so each adds and subtracts a different number.
+    """
+    updates = [
+        node for node in model.graph if node.op_type == "TensorScatter" and "_inputs" in str(node.outputs[0].name)
+    ]
+    for index, node in enumerate(updates):
+        offset = initializer(model, f"start_{index}", np.array([index], np.int64))
+        there = ir.Node("", "Add", [node.inputs[2], offset])
+        back = ir.Node("", "Sub", [there.outputs[0], offset])
+        model.graph.insert_before(node, [there, back])
+        node.replace_input_with(2, back.outputs[0])
 
 
 def _by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_dim: int) -> None:
