@@ -19,6 +19,7 @@ import pydantic
 from balcony_edge.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
+    STATES,
     WEIGHTS,
     FileSpec,
     GraphSpec,
@@ -252,7 +253,8 @@ def _tables(manifest: Manifest, name: str, lowered: bool) -> tuple[dict[str, _Ki
     def kept(part: str, layer: int) -> _Kind:
         if lowered and part in ("key", "value"):
             return (manifest.kv_dtype, 4, (model.num_kv_heads, model.head_dim))
-        return (dtype, 3, (model.width(part, layer),))
+        sizes = model.sizes(part, layer)
+        return ("float32" if part == "state" else dtype, len(sizes) + (1 if part in STATES else 2), sizes)
 
     start: dict[str, _Kind] = {"start": ("int64", 1, ())}
     where: dict[str, _Kind] = {"last": ("int32", 1, ()), "total": ("int32", 0, ())} if lowered else start

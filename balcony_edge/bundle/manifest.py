@@ -27,8 +27,9 @@ F = H × d, V vocabulary; ``float`` is float16 if ``precision`` is, otherwise fl
     balcony_<e>  rows float (B, T, D), queries float (B, Q, D), start int64 (B,), hidden float (B, Q, D),
                  past_{key,value} float (B, S, F)                                 present_{key,value} float (B, S, F)
 
-A layer that keeps something else than keys and values (:class:`LayerMemory`) has ``past_inputs_<layer>`` float (B, S, C)
-instead, the inputs of its convolution, and the same of ``present_``.
+A layer that keeps something else than keys and values (:class:`LayerMemory`) has other tensors, and the same of ``present_``:
+``past_inputs_<layer>`` float (B, S, C), the inputs of a short convolution; ``past_window_<layer>`` float (B, C, taps - 1), the
+last inputs of a convolution, and ``past_state_<layer>`` float32 (B, heads, key size, value size), of a recurrent layer.
 
     norm         hidden float (B, Q, D)                                           normed float (B, Q, D)
     lm_head      hidden float (B, Q, D)                                           logits float32 (B, Q, V)
@@ -51,6 +52,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 SCHEMA_VERSION = 2
+#: Parts of a layer's memory that have no rows: each pass reads the old and writes the new.
+STATES = ("window", "state")
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.bin"
 
@@ -210,16 +213,20 @@ class LayerMemory(_Frozen):
     """What one layer keeps of the rows that it has taken in.
 
     ``attention``: keys and values of every row. ``inputs``: width of the inputs of a short convolution (LFM2), of every row,
-    too: so a rollback only moves a cursor.
+    too: so a rollback only moves a cursor. ``window`` (channels, taps - 1) and ``state`` (heads, key size, value size) of a
+    recurrent layer stand for all rows so far.
     """
 
     attention: bool = True
     inputs: Size | None = None
+    window: tuple[Size, Size] | None = None
+    state: tuple[Size, Size, Size] | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the tensors that it keeps, in the order of the graphs' inputs."""
-        return (*(("key", "value") if self.attention else ()), *(("inputs",) if self.inputs else ()))
+        others = tuple(part for part in ("inputs", *STATES) if getattr(self, part))
+        return (*(("key", "value") if self.attention else ()), *others)
 
 
 class ModelSpec(_Frozen):
@@ -242,10 +249,17 @@ class ModelSpec(_Frozen):
         """What a layer keeps."""
         return self.layers[layer] if self.layers else LayerMemory()
 
-    def width(self, part: str, layer: int) -> int:
-        """Number of values in one row of a part of a layer's memory."""
-        inputs = self.memory(layer).inputs
-        return inputs if part == "inputs" and inputs else self.kv_width
+    def sizes(self, part: str, layer: int) -> tuple[int, ...]:
+        """Sizes of a part of a layer's memory: of one row, or of the whole state."""
+        if part in ("key", "value"):
+            return (self.kv_width,)
+        found: int | tuple[int, ...] = getattr(self.memory(layer), part)
+        return (found,) if isinstance(found, int) else found
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a layer has a recurrent state, so that a rollback has rows to run again."""
+        return any(layer.state for layer in self.layers)
 
     @property
     def kv_width(self) -> int:

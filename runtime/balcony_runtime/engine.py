@@ -247,9 +247,30 @@ class TokenSequence:
 
         Hold :attr:`lock` while the arrays are in use; see :meth:`.backends.base.State.parts`.
         """
-        stages = [min(cursor, rows) for cursor in self.stage_cursor]
-        balconies = [min(cursor, rows) for cursor in self.balcony_cursor]
+        stages, balconies = self._cursors_at(rows)
         return stages, balconies, self.state.parts(stages, balconies)
+
+    def _cursors_at(self, rows: int) -> tuple[list[int], list[int]]:
+        """Cursors of stages and balconies after a rollback to ``rows`` rows."""
+        stages: list[int] = []
+        before = rows
+        for stage, cursor in enumerate(self.stage_cursor):
+            before = self.state.stage_resumes(stage, min(cursor, before))
+            stages.append(before)
+        balconies = [
+            self.state.exit_resumes(index, min(cursor, stages[index]))
+            for index, cursor in enumerate(self.balcony_cursor)
+        ]
+        return stages, balconies
+
+    @_exclusive
+    def checkpoint(self) -> None:
+        """Keep what a rollback to the present rows needs, so that it has no rows to run again.
+
+        Only recurrent layers need it. The number of such checkpoints is bounded; without one, a rollback by n rows runs about
+        as many again (:mod:`.backends.recurrent`).
+        """
+        self.state.checkpoint()
 
     def begin_like(self, other: TokenSequence, rows: int) -> None:
         """Give an empty sequence the first rows of another one, whose :attr:`lock` is held."""
@@ -433,12 +454,14 @@ class TokenSequence:
 
     @_exclusive
     def rollback(self, length: int) -> None:
-        """Forget all rows from ``length`` on. This is exact: cache contents past a cursor are never read."""
+        """Forget all rows from ``length`` on. This is exact: cache contents past a cursor are never read.
+
+        Stages with recurrent layers go back to the newest state that is kept; the rows after it are pending again.
+        """
         length = whole("length", length)
         if not 0 <= length <= self.length:
             raise InputError(f"rollback to {length}: the sequence has {self.length} rows: give 0 to {self.length}")
-        self.stage_cursor = [min(cursor, length) for cursor in self.stage_cursor]
-        self.balcony_cursor = [min(cursor, length) for cursor in self.balcony_cursor]
+        self.stage_cursor, self.balcony_cursor = self._cursors_at(length)
         self.length = length  # last, so that an interrupt leaves no cursor past the length
 
     def _run_exit(self, index: int, first: int, stop: int) -> None:
@@ -447,11 +470,12 @@ class TokenSequence:
             self.state.run_exit(index, first, stop, stop - first)
             return
         # Run rows without queries in earlier passes, so that all query rows fit into the last pass.
+        # Query rows that the balcony has already taken in run again; it writes the same keys and values.
+        self.balcony_cursor[index] = self.state.exit_resumes(index, min(self.balcony_cursor[index], first))
         while (begin := self.balcony_cursor[index]) < first and stop - begin > MAX_PASS_ROWS:
             self.run_balcony(self._layers[index], min(MAX_PASS_ROWS, first - begin))
-        # Query rows that the balcony has already taken in run again; it writes the same keys and values.
-        self.state.run_exit(index, min(begin, first), stop, stop - first)
-        self.balcony_cursor[index] = max(begin, stop)
+        self.state.run_exit(index, begin, stop, stop - first)
+        self.balcony_cursor[index] = stop
 
     def _index(self, exit_layer: int) -> int:
         index = self._indices.get(exit_layer) if isinstance(exit_layer, int | np.integer) else None

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from balcony_edge.bundle.manifest import ModelSpec
+from balcony_edge.bundle.manifest import STATES, ModelSpec
 from balcony_export.graph.operators import ReadingCache, RopeTable, RowPositions, WritingCache, tracing
 from balcony_export.model.balcony import Balcony
 from balcony_export.model.exits import ExitModel, call_layer
@@ -195,5 +195,9 @@ def trace_balcony(exits: ExitModel, exit_layer: int, spec: ModelSpec) -> ir.Mode
 
 def _memory(spec: ModelSpec, layer: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Examples of what a layer keeps."""
-    widths = [spec.width(part, layer) for part in spec.memory(layer).parts]
-    return [torch.zeros(_BATCH, _CAPACITY, width, dtype=dtype) for width in widths]
+    return [
+        torch.zeros(_BATCH, *(() if part in STATES else (_CAPACITY,)), *spec.sizes(part, layer)).to(
+            torch.float32 if part == "state" else dtype
+        )
+        for part in spec.memory(layer).parts
+    ]

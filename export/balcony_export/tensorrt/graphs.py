@@ -132,19 +132,20 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
 
     What a short convolution keeps has one head.
     """
-    heads_of = {
-        value.name: (1, int(value.shape[2])) if "_inputs" in value.name else (spec.num_kv_heads, spec.head_dim)
+    caches = {
+        value.name: value
         for value in (*model.graph.inputs, *model.graph.outputs)
-        if value.name is not None and value.shape is not None and value.name.startswith(("past_", "present_"))
+        if value.name is not None and value.name.startswith(("past_", "present_"))
     }
+    heads_of = {name: _heads_and_width(value, spec) for name, value in caches.items()}
     for node in list(model.graph):
         if node.op_type == "TensorScatter":
-            _by_head(model, node, 1, *heads_of[node.outputs[0].name])
+            _by_head(model, node, 1, *heads_of[str(node.outputs[0].name)])
             node.attributes["axis"] = ir.AttrInt64("axis", 2)
         elif node.op_type == "GatherND":  # rows of a convolution's inputs
             past = node.inputs[0]
             assert past is not None
-            shape = initializer(model, "one_head", np.array([0, capacity, heads_of[past.name][1]], np.int64))
+            shape = initializer(model, "one_head", np.array([0, capacity, heads_of[str(past.name)][1]], np.int64))
             flat = ir.Node("", "Reshape", [past, shape])
             model.graph.insert_before(node, flat)
             node.replace_input_with(0, flat.outputs[0])
@@ -161,10 +162,16 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
             insert_between(model, merged, before, [back, ir.Node("", "Reshape", [back.outputs[0], width])])
     _own_masks(model)
     _own_starts(model)
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name in heads_of:
-            heads, width = heads_of[value.name]
-            value.shape = ir.Shape(["batch", heads, capacity, width])
+    for name, value in caches.items():
+        count, width = heads_of[name]
+        value.shape = ir.Shape(["batch", count, capacity, width])
+
+
+def _heads_and_width(cache: ir.Value, spec: ModelSpec) -> tuple[int, int]:
+    if "_inputs" not in str(cache.name):
+        return spec.num_kv_heads, spec.head_dim
+    assert cache.shape is not None
+    return 1, int(cache.shape[2])  # type: ignore[arg-type]
 
 
 def _own_masks(model: ir.Model) -> None:

@@ -71,6 +71,21 @@ class State(Protocol):
         """Logits (B, num_queries, V) of the last :meth:`run_exit`, as an array that the caller owns."""
         ...
 
+    def stage_resumes(self, stage: int, rows: int) -> int:
+        """Largest number of rows, at most ``rows``, after which a stage that has taken in more can go on.
+
+        It is ``rows`` itself for a stage that only keeps rows. One with recurrent layers goes on from a state that is kept.
+        """
+        ...
+
+    def exit_resumes(self, exit_index: int, rows: int) -> int:
+        """The same for the balcony of an exit."""
+        ...
+
+    def checkpoint(self) -> None:
+        """Keep the recurrent states after the rows so far, so that a rollback to here runs no row again."""
+        ...
+
     def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
         """What stages and balconies have made of that many first rows: the rows at the boundaries, and keys and values.
 
@@ -85,6 +100,21 @@ class State(Protocol):
             InputError: a part is missing, or has another shape or type.
         """
         ...
+
+
+class RowsOnly:
+    """The part of a :class:`State` about rollbacks, for graphs that keep only rows: they go on from any of them."""
+
+    def stage_resumes(self, stage: int, rows: int) -> int:
+        """See :class:`State`."""
+        return rows
+
+    def exit_resumes(self, exit_index: int, rows: int) -> int:
+        """See :class:`State`."""
+        return rows
+
+    def checkpoint(self) -> None:
+        """Do nothing: rows stay as they are."""
 
 
 class Pool(Protocol):

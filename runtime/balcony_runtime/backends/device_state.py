@@ -24,7 +24,7 @@ import numpy as np
 
 from balcony_edge.bundle.manifest import DType, EngineSet, Manifest
 from balcony_edge.errors import DeviceError, InputError
-from balcony_runtime.backends.base import Array, FloatArray, IntArray, not_finite, part_of
+from balcony_runtime.backends.base import Array, FloatArray, IntArray, RowsOnly, not_finite, part_of
 from balcony_runtime.backends.device import ITEM_BYTES, Device, Executor, Launch, Region, array_dtype
 
 #: Most rows of one pass: the end of the largest optimization profile.
@@ -312,7 +312,7 @@ def _alone(method: Callable[Concatenate[DeviceState, P], R]) -> Callable[Concate
     return locked
 
 
-class DeviceState:
+class DeviceState(RowsOnly):
     """One sequence's rows and caches on a device; implements :class:`balcony_runtime.backends.base.State`."""
 
     def __init__(self, backend: DeviceBackend, workspace: Workspace) -> None:

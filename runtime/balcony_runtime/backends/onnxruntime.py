@@ -206,8 +206,14 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeState(self, Memory.allocate(self.manifest, self.dtype, batch_size, max_length))
 
     def new_pool(self, members: int, max_length: int) -> OnnxRuntimePool | None:
-        """Memory for sequences that share passes; only the lowered graphs can take members at lengths of their own."""
-        return OnnxRuntimePool(self, members, max_length) if self.manifest.cpu else None
+        """Memory for sequences that share passes.
+
+        Only the lowered graphs can take members at lengths of their own. Recurrent states take turns between two places, and
+        members of a pass would have to be at the same one; so sequences with such states run alone.
+        """
+        if not self.manifest.cpu or self.manifest.model.recurrent:
+            return None
+        return OnnxRuntimePool(self, members, max_length)
 
     def close(self) -> None:
         """Free the sessions."""

@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from balcony_edge.bundle.manifest import GraphSpec, Manifest
 from balcony_runtime.backends.host_memory import touched_bytes, zeros
+from balcony_runtime.backends.recurrent import RecurrentStates, copies_for, state_tensors
 
 #: Step of the bound KV capacity, in rows: ``Attention`` computes over at most this many rows more than the live ones.
 BUCKET = 128
@@ -36,7 +37,7 @@ class Cache:
     """
 
     def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
-        pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_")]
+        pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_") and "capacity" in tensor.shape]
         self.names = [tensor.name for tensor in pasts]
         self.dtypes = [tensor.dtype for tensor in pasts]
         self.batch_size = batch_size
@@ -154,12 +155,14 @@ class Memory(NamedTuple):
         row: the one row of a bound pass, at every boundary, (boundaries, B, 1, D).
         hidden: input of the head in a bound pass, (B, 1, D).
         caches: graph → its KV cache.
+        states: graph → what its recurrent layers keep; only graphs that have such layers.
     """
 
     rows: npt.NDArray[Any]
     row: npt.NDArray[Any]
     hidden: npt.NDArray[Any]
     caches: dict[str, Cache]
+    states: dict[str, RecurrentStates]
 
     @classmethod
     def allocate(cls, manifest: Manifest, dtype: npt.DTypeLike, batch_size: int, max_length: int) -> Self:
@@ -172,18 +175,21 @@ class Memory(NamedTuple):
         make = _WholeCache if manifest.cpu else _PrefixCache
         names = [f"stage_{stage}" for stage in range(boundaries - 1)]
         names += [manifest.exit_graph(layer) for layer in manifest.cached_exits]
+        specs = {name: manifest.runnable[name] for name in names}
+        copies = copies_for(specs.values(), batch_size)
         return cls(
             zeros((boundaries, batch_size, bucketed(max_length), dim), dtype),
             np.zeros((boundaries, batch_size, 1, dim), dtype),
             np.zeros((batch_size, 1, dim), dtype),
-            {name: make(manifest.runnable[name], batch_size, max_length) for name in names},
+            {name: make(spec, batch_size, max_length) for name, spec in specs.items()},
+            {name: RecurrentStates(spec, batch_size, copies) for name, spec in specs.items() if state_tensors(spec)},
         )
 
     def member(self, index: int) -> Memory:
-        """The part of one member, over the same memory."""
+        """The part of one member, over the same memory; recurrent states cannot be shared out."""
         one = slice(index, index + 1)
         caches = {name: cache.member(index) for name, cache in self.caches.items()}
-        return Memory(self.rows[:, one], self.row[:, one], self.hidden[one], caches)
+        return Memory(self.rows[:, one], self.row[:, one], self.hidden[one], caches, {})
 
 
 def value_of(array: npt.NDArray[Any]) -> Any:

@@ -21,6 +21,7 @@ from balcony_edge.errors import BundleError
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, part_of
 from balcony_runtime.backends.host_memory import touched_bytes, zeros
 from balcony_runtime.backends.onnxruntime_memory import Cache, Memory, value_of
+from balcony_runtime.backends.recurrent import RecurrentStates
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -56,17 +57,49 @@ class _Graph:
     Attributes:
         name: name of the graph, which is also the name of its session.
         spec: its tables in the manifest.
-        cache: its KV cache; a balcony's graph for keys shares the balcony's. None without attention.
+        cache: its KV cache; a balcony's graph for keys shares the balcony's. None for graphs that keep nothing.
+        states: what its recurrent layers keep; None without such layers.
         inputs, outputs: values of its one-row pass, by port.
-        one_row, many_rows: bindings of its passes of one row and of several; None until the first such pass.
+        side: side of ``states`` that the next pass reads.
+        one_row, many_rows: bindings of its passes of one row and of several, by side.
     """
 
     def __init__(
-        self, name: str, spec: GraphSpec, cache: Cache | None, inputs: dict[str, Any], outputs: dict[str, Any]
+        self,
+        name: str,
+        spec: GraphSpec,
+        cache: Cache | None,
+        states: RecurrentStates | None,
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
     ) -> None:
-        self.name, self.spec, self.cache, self.inputs, self.outputs = name, spec, cache, inputs, outputs
-        self.one_row: Any = None
-        self.many_rows: Any = None
+        self.name, self.spec, self.cache, self.states = name, spec, cache, states
+        self.inputs, self.outputs = inputs, outputs
+        self.side = 0
+        self.one_row: dict[int, Any] = {}
+        self.many_rows: dict[int, Any] = {}
+
+    def begin(self, rows: int) -> None:
+        """Begin a pass over the rows after the first ``rows``."""
+        if self.states is not None:
+            self.side = self.states.begin(rows)
+
+    def end(self, rows: int) -> None:
+        """End the pass, after which the graph has taken in ``rows`` rows."""
+        if self.states is not None:
+            self.states.end(self.side, rows)
+
+    def bind(self, binding: Any, members: slice | None = None) -> None:
+        """Bind what the graph keeps of all members of a batch, or of some."""
+        if self.cache is not None:
+            self.cache.bind(binding, members)
+        if self.states is not None:
+            for name, past, present in zip(
+                self.states.names, self.states.sides[self.side], self.states.sides[1 - self.side], strict=True
+            ):
+                chosen = slice(None) if members is None else members
+                binding.bind_ortvalue_input(name, value_of(past[chosen]))
+                binding.bind_ortvalue_output(name.replace("past_", "present_", 1), value_of(present[chosen]))
 
     @property
     def fused(self) -> bool:
@@ -111,8 +144,9 @@ class OnnxRuntimeState:
         specs = manifest.runnable
         self._graphs: dict[str, _Graph] = {}
 
-        def graph(name: str, inputs: dict[str, Any], outputs: dict[str, Any], cache: Cache | None) -> _Graph:
-            self._graphs[name] = _Graph(name, specs[name], cache, inputs, outputs)
+        def graph(name: str, inputs: dict[str, Any], outputs: dict[str, Any], keeper: str = "") -> _Graph:
+            cache, states = memory.caches.get(keeper), memory.states.get(keeper)
+            self._graphs[name] = _Graph(name, specs[name], cache, states, inputs, outputs)
             return self._graphs[name]
 
         self._stages = []
@@ -120,22 +154,23 @@ class OnnxRuntimeState:
             name = f"stage_{stage}"
             inputs = {f"hidden_{first}": self._row_values[stage]}
             outputs = {f"hidden_{last}": self._row_values[stage + 1], "normed": self._hidden}
-            self._stages.append(graph(name, inputs, outputs, memory.caches[name]))
+            self._stages.append(graph(name, inputs, outputs, name))
         self._exits = []
         for layer, row in zip(layers, self._row_values[1:], strict=True):
             name = manifest.exit_graph(layer)
-            cache = memory.caches.get(name)
             inputs, outputs = (
                 {"rows": row, "queries": row, "hidden": row},
                 dict.fromkeys(("hidden", "normed"), self._hidden),
             )
-            keys = graph(f"{name}_keys", {}, {}, cache) if f"{name}_keys" in specs else None
-            self._exits.append(_Exit(graph(name, inputs, outputs, cache), keys))
-        self._head = graph("lm_head", {"hidden": self._hidden}, {"logits": value_of(self._logits)}, None)
+            keys = graph(f"{name}_keys", {}, {}, name) if f"{name}_keys" in specs else None
+            self._exits.append(_Exit(graph(name, inputs, outputs, name), keys))
+        self._head = graph("lm_head", {"hidden": self._hidden}, {"logits": value_of(self._logits)})
         #: Graphs of a decode step at each exit, in order.
         self._paths = [[self._graphs[name] for name in manifest.path_graphs(layer)] for layer in layers]
         self._decoded: dict[int, int] = {}  # exit → number of rows that its decode steps have reached
-        self._programs: dict[int, _Program] = {}  # exit → its decode step
+        # (exit, side of the recurrent states that each graph reads) → the decode step
+        self._programs: dict[tuple[int, ...], _Program] = {}
+        self._recurrent = [[graph for graph in path if graph.states is not None] for path in self._paths]
         self._queries: npt.NDArray[Any] | None = None
 
     @property
@@ -148,7 +183,8 @@ class OnnxRuntimeState:
         written = [caches[stage].rows for stage in range(len(self._stages))]
         reached = [written[0], *written]
         rows = sum(touched_bytes(part, 1, count) for part, count in zip(self._rows, reached, strict=True))
-        return self._logits.nbytes + rows + sum(cache.touched_bytes() for cache in caches)
+        states = sum(states.nbytes for states in self._memory.states.values())
+        return self._logits.nbytes + rows + states + sum(cache.touched_bytes() for cache in caches)
 
     def largest_cached(self) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
         """Graph → input → largest absolute value of each channel of its cache, over members and rows, (H, d)."""
@@ -167,15 +203,21 @@ class OnnxRuntimeState:
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """Run one row through all graphs on the way to an exit."""
-        program = self._programs.get(exit_index)
+        recurrent = self._recurrent[exit_index]
+        for graph in recurrent:
+            graph.begin(row)
+        key = (exit_index, *[graph.side for graph in recurrent])
+        program = self._programs.get(key)
         if program is None or row >= program.good_for:
-            program = self._programs[exit_index] = self._program(exit_index, row)
+            program = self._programs[key] = self._program(exit_index, row)
         if len(ids) == 1:
             program.first[:] = self._backend.table.row(ids.item())
         else:
             self._row[0, :, 0] = self._backend.table[ids]
         self._stand_at(row, row + 1)
         self.busy_ns += run_step(program.runs)
+        for graph in recurrent:
+            graph.end(row + 1)
         self._decoded[exit_index] = row + 1
         self._rows[: exit_index + 2, :, row] = program.made
         return program.logits
@@ -194,10 +236,12 @@ class OnnxRuntimeState:
         graph = self._stages[stage]
         self._reserve(graph, stop)
         self._stand_at(start, stop)
+        graph.begin(start)
         if stop - start == 1:
             self._row[stage, :, 0] = self._rows[stage, :, start]
             self._run(graph, self._one_row(graph))
             self._rows[stage + 1, :, start] = self._row[stage + 1, :, 0]
+            graph.end(stop)
             return
         rows = np.ascontiguousarray(self._rows[stage, :, start:stop])
         there = self._rows[stage + 1, :, start:stop]
@@ -206,6 +250,7 @@ class OnnxRuntimeState:
         self._run_rows(graph, {f"hidden_{self._layers[stage]}": rows}, outputs)
         if out is not there:
             there[:] = out
+        graph.end(stop)
 
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
@@ -217,7 +262,9 @@ class OnnxRuntimeState:
             if start < asked:
                 self._stand_at(start, asked)
                 rows = np.ascontiguousarray(self._rows[boundary, :, start:asked])
+                keys.begin(start)
                 self._run_rows(keys, {"rows": rows}, {})
+                keys.end(asked)
             start = asked
         elif full:
             start = stop - num_queries
@@ -225,10 +272,12 @@ class OnnxRuntimeState:
         if start == stop:
             return
         self._stand_at(start, stop)
+        graph.begin(start)
         if stop - start == 1:
             self._row[boundary, :, 0] = self._rows[boundary, :, start]
             self._run(graph, self._one_row(graph))
             self._queries = None
+            graph.end(stop)
             return
         rows = np.ascontiguousarray(self._rows[boundary, :, start:stop])
         queries = np.ascontiguousarray(rows[:, rows.shape[1] - num_queries :])
@@ -236,6 +285,7 @@ class OnnxRuntimeState:
         inputs = {"hidden": queries} if full else {"rows": rows, "queries": queries}
         self._run_rows(graph, inputs, {"normed" if full else "hidden": out})
         self._queries = out
+        graph.end(stop)
 
     def wait(self) -> None:
         """Do nothing: a pass ends when its call returns."""
@@ -249,8 +299,31 @@ class OnnxRuntimeState:
         self._run_rows(self._head, {"hidden": self._queries}, {"logits": logits})
         return logits
 
+    def stage_resumes(self, stage: int, rows: int) -> int:
+        """The newest state of a stage that is kept; see :class:`.base.State`."""
+        states = self._stages[stage].states
+        return rows if states is None else states.newest(rows)
+
+    def exit_resumes(self, exit_index: int, rows: int) -> int:
+        """The same for a balcony."""
+        states = self._exits[exit_index].graph.states
+        return rows if states is None else states.newest(rows)
+
+    def checkpoint(self) -> None:
+        """Copy the newest states."""
+        for states in self._memory.states.values():
+            states.copy(states.newest(self._rows.shape[2]))
+
     def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
-        """Views of the rows at the boundaries after the stages, and of keys and values."""
+        """Views of the rows at the boundaries after the stages, of keys and values, and recurrent states."""
+        return self._parts(stage_rows, balcony_rows, lambda states, rows: states.after(rows))
+
+    def _parts(
+        self,
+        stage_rows: Sequence[int],
+        balcony_rows: Sequence[int],
+        state: Callable[[RecurrentStates, int], dict[str, Array]],
+    ) -> dict[str, Array]:
         found: dict[str, Array] = {}
         for stage, rows in enumerate(stage_rows):
             found[f"hidden_{self._layers[stage + 1]}"] = self._rows[stage + 1, :, :rows]
@@ -258,12 +331,15 @@ class OnnxRuntimeState:
         for graph, rows in zip(graphs, (*stage_rows, *balcony_rows), strict=False):
             if graph.cache is not None and rows:
                 self._reserve(graph, rows)
-                found |= {f"{graph.name}.{name}": array for name, array in graph.cache.first(rows).items()}
+                kept = graph.cache.first(rows)
+                if graph.states is not None:
+                    kept |= state(graph.states, rows)
+                found |= {f"{graph.name}.{name}": array for name, array in kept.items()}
         return found
 
     def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
         """Copy what another state has made."""
-        for name, rows in self.parts(stage_rows, balcony_rows).items():
+        for name, rows in self._parts(stage_rows, balcony_rows, lambda states, rows: states.fill(rows)).items():
             rows[:] = part_of(parts, name, rows.shape, rows.dtype)
 
     def _stand_at(self, start: int, stop: int) -> None:
@@ -277,20 +353,20 @@ class OnnxRuntimeState:
         for graph in graphs:
             self._reserve(graph, row + 1)
         caches = [graph.cache for graph in graphs if graph.cache is not None]
-        good_for = min(cache.held.capacity for cache in caches)
+        good_for = min((cache.held.capacity for cache in caches), default=self._rows.shape[2])
         if (path := self._backend.paths.get(self._layers[exit_index + 1])) is not None:
-            runs = [bound_run(path, self._path_binding(path, caches))]
+            runs = [bound_run(path, self._path_binding(path, graphs))]
         else:
             runs = [bound_run(self._backend.sessions[graph.name], self._one_row(graph)) for graph in graphs]
         return _Program(good_for, runs, self._row[0, 0, 0], self._row[: exit_index + 2, :, 0], self._logits[:, 0])
 
-    def _path_binding(self, session: ort.InferenceSession, caches: list[Cache]) -> Any:
+    def _path_binding(self, session: ort.InferenceSession, graphs: list[_Graph]) -> Any:
         """The binding of a whole decode step, from the token's row to the logits; it also writes every boundary on the way."""
         values = {f"hidden_{layer}": value for layer, value in zip(self._layers, self._row_values, strict=True)}
         values |= {**self._where, "logits": value_of(self._logits)}
         binding = bound(session, session.get_inputs(), session.get_outputs(), values, values)
-        for cache in caches:
-            cache.bind(binding)
+        for graph in graphs:
+            graph.bind(binding)
         return binding
 
     def _reserve(self, graph: _Graph, rows: int) -> None:
@@ -300,16 +376,17 @@ class OnnxRuntimeState:
             return
         if rows > cache.held.capacity:
             for one in self._graphs.values():
-                one.one_row = one.many_rows = None
+                one.one_row.clear()
+                one.many_rows.clear()
             self._programs.clear()
             cache.grow(rows)
         cache.rows = max(cache.rows, rows)
 
     def _one_row(self, graph: _Graph) -> Any:
         """The binding of a graph's one-row pass."""
-        if graph.one_row is None:
-            graph.one_row = self._bind(graph, graph.inputs, graph.outputs)
-        return graph.one_row
+        if graph.side not in graph.one_row:
+            graph.one_row[graph.side] = self._bind(graph, graph.inputs, graph.outputs)
+        return graph.one_row[graph.side]
 
     def _run_rows(
         self, graph: _Graph, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]
@@ -317,11 +394,12 @@ class OnnxRuntimeState:
         """Run one pass over arrays that are bound only for it, each (B, rows, width)."""
         if not graph.fused or self._batch == 1 or int(self._last[0]) + 1 == next(iter(inputs.values())).shape[1]:
             values, results = ({key: value_of(array) for key, array in part.items()} for part in (inputs, outputs))
-            if graph.many_rows is None:
-                graph.many_rows = self._bind(graph, values, results)
+            many_rows = graph.many_rows.get(graph.side)
+            if many_rows is None:
+                many_rows = graph.many_rows[graph.side] = self._bind(graph, values, results)
             else:  # the cache stays bound, which saves most of the work
-                _bind_ports(graph.many_rows, graph.spec.inputs, graph.spec.outputs, values, results)
-            self._run(graph, graph.many_rows)
+                _bind_ports(many_rows, graph.spec.inputs, graph.spec.outputs, values, results)
+            self._run(graph, many_rows)
             return
         # GroupQueryAttention accepts several new rows after earlier ones only for one sequence at a time.
         for member in range(self._batch):
@@ -335,8 +413,7 @@ class OnnxRuntimeState:
         """Bind those of ``inputs``, ``outputs`` and the inputs of position that the graph has, and its cache."""
         session, spec = self._backend.sessions[graph.name], graph.spec
         binding = bound(session, spec.inputs, spec.outputs, {**self._where, **inputs}, outputs)
-        if graph.cache is not None:
-            graph.cache.bind(binding, members)
+        graph.bind(binding, members)
         return binding
 
     def _run(self, graph: _Graph, binding: Any) -> None:

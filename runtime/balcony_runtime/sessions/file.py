@@ -167,7 +167,7 @@ class _Tensors:
                 self.shapes[name] = kind, array.shape
 
     def _shrinks(self, name: str, array: Array) -> bool:
-        return self._int8 and ".past_" in name and array.dtype.kind == "f"
+        return self._int8 and (".past_key" in name or ".past_value" in name) and array.dtype.kind == "f"
 
     def __iter__(self) -> Iterator[tuple[str, Array]]:
         for name, array in self._arrays.items():

@@ -35,6 +35,7 @@ class WebGpuBackend:
         if (problem := misfit(self.manifest)) is not None:
             raise BundleError(f"{bundle.path}: {problem}")
         provider = find_provider()
+        _refuse_convolutions(bundle)
         _refuse_half(bundle, provider)
         #: The device does the work; one thread of the host starts it.
         self.threads = 1
@@ -83,6 +84,14 @@ class WebGpuBackend:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _refuse_convolutions(bundle: Bundle) -> None:
+    if bundle.manifest.model.layers:
+        raise DeviceError(
+            f"{bundle.path}: has layers that do not attend ({bundle.manifest.model.architecture}), which ONNX Runtime's WebGPU "
+            "has no operators for: run it with --device cpu"
+        )
 
 
 def _refuse_half(bundle: Bundle, provider: Provider) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from balcony_edge.bundle.manifest import DType
-from balcony_runtime.backends.base import FloatArray, IntArray, not_finite, part_of
+from balcony_runtime.backends.base import FloatArray, IntArray, RowsOnly, not_finite, part_of
 from balcony_runtime.backends.webgpu.device import Array, Memory, Pass, Value
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def _alone(method: Callable[Concatenate[WebGpuState, P], R]) -> Callable[Concate
     return locked
 
 
-class WebGpuState:
+class WebGpuState(RowsOnly):
     """One sequence's rows and caches on a WebGPU device; implements :class:`balcony_runtime.backends.base.State`."""
 
     def __init__(self, backend: WebGpuBackend, batch_size: int, max_length: int) -> None:
