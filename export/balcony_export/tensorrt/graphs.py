@@ -163,8 +163,8 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
     _own_masks(model)
     _own_starts(model)
     for name, value in caches.items():
-        count, width = heads_of[name]
-        value.shape = ir.Shape(["batch", count, capacity, width])
+        count, size = heads_of[name]
+        value.shape = ir.Shape(["batch", count, capacity, size])
 
 
 def _heads_and_width(cache: ir.Value, spec: ModelSpec) -> tuple[int, int]:
