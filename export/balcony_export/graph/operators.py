@@ -166,7 +166,10 @@ def _rotary(
         batch, heads, rows, head_dim = x.shape
         inputs = (_merge_heads(x), cos.table, sin.table, cos.positions)
         shape = (batch, rows, heads * head_dim)
-        out = ops.symbolic("RotaryEmbedding", inputs, {"num_heads": heads}, dtype=x.dtype, shape=shape, version=23)
+        attributes: dict[str, Any] = {"num_heads": heads}
+        if (rotated := 2 * cos.table.shape[1]) < head_dim:  # the rest of each head is not rotated
+            attributes["rotary_embedding_dim"] = rotated
+        out = ops.symbolic("RotaryEmbedding", inputs, attributes, dtype=x.dtype, shape=shape, version=23)
         return out.view(batch, rows, heads, head_dim).transpose(1, 2)
 
     return rotate(query), rotate(key)
@@ -204,30 +207,23 @@ def rms_norm_operator(norm: nn.Module) -> RMSNorm | None:
 
 
 def _check_rotary(module: Any) -> None:
-    """Refuse rotary embeddings other than the half-rotation over the whole head that ``RotaryEmbedding`` computes."""
-    query, angle = torch.linspace(-1, 1, 16).reshape(1, 1, 2, 8), torch.linspace(0, 3, 8).reshape(1, 2, 4)
-    cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
-    turned = torch.cat((-query[..., 4:], query[..., :4]), -1)
-    found, _ = module.apply_rotary_pos_emb(query, query, cos, sin)
-    if found.shape != query.shape or not torch.allclose(found, query * cos[:, None] + turned * sin[:, None], atol=1e-5):
-        raise UnsupportedModelError(
-            f"{module.__name__}: its rotary embedding is not the half-rotation that export writes"
-        )
-
-
-def _causal_convolution(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: None = None, **_: object
-) -> torch.Tensor:
-    """A depthwise convolution over the last axis, as many sums as it has taps; the layers keep only the rows that are new.
-
-    (B, C, window - 1 + T), (C, window) -> (B, C, T)
-    """
-    assert activation is None, "the short convolutions of LFM2 have no activation"
-    taps = weight.shape[1]
-    new = inputs.shape[2] - (taps - 1)
-    terms = [inputs[:, :, tap : tap + new] * weight[:, tap, None] for tap in range(taps)]
-    out = sum(terms[1:], terms[0])
-    return out if bias is None else out + bias[:, None]
+    """Refuse rotary embeddings other than the half-rotation of whole heads, or of their first part, that export writes."""
+    query = torch.linspace(-1, 1, 16).reshape(1, 1, 2, 8)
+    for width in (8, 4):
+        angle = torch.linspace(0, 3, width).reshape(1, 2, width // 2)
+        cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+        turned = torch.cat((-query[..., width // 2 : width], query[..., : width // 2]), -1)
+        expected = torch.cat((query[..., :width] * cos[:, None] + turned * sin[:, None], query[..., width:]), -1)
+        try:
+            found, _ = module.apply_rotary_pos_emb(query, query, cos, sin)
+        except RuntimeError:
+            if width == 8:
+                raise
+            continue  # it rotates whole heads only, and never gets a narrower table
+        if found.shape != query.shape or not torch.allclose(found, expected, atol=1e-5):
+            raise UnsupportedModelError(
+                f"{module.__name__}: its rotary embedding is not the half-rotation that export writes"
+            )
 
 
 @contextlib.contextmanager
@@ -235,8 +231,9 @@ def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[No
     """Let the decoder layers in ``modules`` emit standard operators until the end of the context."""
     AttentionInterface.register(_ATTENTION, _attention)
     source: Any = sys.modules[type(model).__module__]
-    _check_rotary(source)
-    rotary, convolution = source.apply_rotary_pos_emb, getattr(source, "causal_conv1d_fn", None)
+    rotary = getattr(source, "apply_rotary_pos_emb", None)  # a model without attention has none
+    if rotary is not None:
+        _check_rotary(source)
     # a balcony is a copy of a layer and has a copy of its configuration
     found = (getattr(child, "config", None) for module in modules for child in module.modules())
     configs = list({id(config): config for config in found if config is not None}.values())
@@ -247,17 +244,15 @@ def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[No
             if (norm := rms_norm_operator(child)) is not None:
                 replaced.append((parent, name, child))
                 setattr(parent, name, norm)
-    source.apply_rotary_pos_emb = _rotary
-    if convolution is not None:
-        source.causal_conv1d_fn = _causal_convolution
+    if rotary is not None:
+        source.apply_rotary_pos_emb = _rotary
     for config in configs:
         config._attn_implementation = _ATTENTION
     try:
         yield
     finally:
-        source.apply_rotary_pos_emb = rotary
-        if convolution is not None:
-            source.causal_conv1d_fn = convolution
+        if rotary is not None:
+            source.apply_rotary_pos_emb = rotary
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
         for parent, name, child in replaced:
