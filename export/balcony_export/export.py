@@ -23,6 +23,7 @@ from balcony_edge.bundle.manifest import WEIGHTS, Manifest, ModelSpec
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_export.graph import head, lower, passes
 from balcony_export.graph import trace as graph
+from balcony_export.graph.experts import interleave, spell_out
 from balcony_export.graph.ir_tools import graph_spec
 from balcony_export.graph.weights import WeightFile
 from balcony_export.graph.widen import stand_ins, tensor_as, widen
@@ -88,7 +89,9 @@ def trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback =
     """
     with stand_ins(exits.modules, options.dtype) as weights:
         traced = _trace(exits, options, progress)
-        widen((*traced.graphs.values(), *traced.lowered.values()), weights, options.dtype)
+        models = (*traced.graphs.values(), *traced.lowered.values())
+        widen(models, weights, options.dtype)
+        interleave(models)
     return traced
 
 
@@ -110,7 +113,10 @@ def _trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback)
     graphs["norm"] = head.build_norm(exits)
     graphs["lm_head"] = head.build_head(exits)
     lowers = options.dtype == torch.float32 and lower.can_lower(spec)
-    return Traced(spec, layers, graphs, lower.lower_all(graphs, spec) if lowers else {})
+    lowered = lower.lower_all(graphs, spec) if lowers else {}
+    for one in graphs.values():
+        spell_out(one)
+    return Traced(spec, layers, graphs, lowered)
 
 
 def export_bundle(

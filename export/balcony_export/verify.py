@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import VerificationError
 from balcony_export.graph.ir_tools import FAR_WEIGHTS, relative_distance
-from balcony_export.model.architecture import describe
+from balcony_export.model.architecture import describe, embedded_rows
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import stored_weights
 from balcony_runtime.backends.onnxruntime import open_session
@@ -294,7 +294,7 @@ def _backbone(bundle: Bundle, exits: ExitModel, samples: Sequence[Sequence[int]]
     names = [f"hidden_{e}" for e in manifest.exit_layers]
     found: _Logits = {e: [] for e in manifest.exit_layers}
     for ids in samples:
-        embedded = exits.parts.embed(torch.tensor([list(ids)])).detach()
+        embedded = embedded_rows(exits.parts, torch.tensor([list(ids)])).detach()
         feeds: dict[str, Any] = {"hidden_0": embedded.numpy(), "start": np.zeros(1, np.int64)}
         for tensor in manifest.graphs["backbone"].inputs[2:]:
             feeds[tensor.name] = np.zeros((1, len(ids), manifest.model.kv_width), embedded.numpy().dtype)

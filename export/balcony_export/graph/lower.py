@@ -16,8 +16,9 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.manifest import ModelSpec
 from balcony_export.graph import passes
+from balcony_export.graph.experts import fuse
+from balcony_export.graph.ir_tools import MICROSOFT
 
-MICROSOFT = "com.microsoft"
 INT32 = ir.TensorType(ir.DataType.INT32)
 
 
@@ -35,7 +36,10 @@ def lower_all(graphs: Mapping[str, ir.Model], spec: ModelSpec) -> dict[str, ir.M
             lowered[name] = lower_balcony(traced, spec)
             lowered[f"{name}_keys"] = lower_keys(traced, spec)
     # graphs without attention stay as they are
-    return lowered | {name: graphs[name].clone() for name in graphs if name not in ("backbone", *lowered)}
+    lowered |= {name: graphs[name].clone() for name in graphs if name not in ("backbone", *lowered)}
+    for model in lowered.values():
+        fuse(model)
+    return lowered
 
 
 def lower_stage(stage: ir.Model, spec: ModelSpec, norm: ir.Model | None = None) -> ir.Model:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from balcony_edge.errors import UnsupportedModelError
+from balcony_export.graph.experts import symbolic_experts
 from balcony_export.graph.passes import WINDOW
 
 _ATTENTION = "balcony_edge_trace"
@@ -109,6 +110,8 @@ def _attention(
     attributes["scale"] = head_dim**-0.5 if scaling is None else float(scaling)
     if softcap is not None:
         attributes["softcap"] = float(softcap)
+    if sliding_window is None:  # Qwen2-MoE keeps its window to itself, because its masks have it
+        sliding_window = getattr(module, "sliding_window", None)
     if sliding_window is not None:
         attributes[WINDOW] = int(sliding_window)  # not in ONNX: passes.note_windows removes it
     mask = attention_mask.mask(sliding_window)
@@ -195,7 +198,8 @@ def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[No
     for config in configs:
         config._attn_implementation = _ATTENTION
     try:
-        yield
+        with symbolic_experts(modules):
+            yield
     finally:
         source.apply_rotary_pos_emb = rotary
         for config, implementation in zip(configs, before, strict=True):

@@ -19,7 +19,10 @@ from balcony_edge.bundle.manifest import ModelSpec
 from balcony_edge.errors import UnsupportedModelError
 
 #: ``config.model_type`` of the architectures whose export is covered by parity tests.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+#: The same for mixtures of experts.
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared")
+SUPPORTED = DENSE + MIXTURES
 #: Rotary embeddings whose table does not depend on the length of the sequence (transformers ``ROPE_INIT_FUNCTIONS``).
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 #: Default for the longest rope table that export writes: enough for an edge device, small compared with the weights.
@@ -57,9 +60,9 @@ def _refuse_unsupported(config: Any) -> None:
     def refuse(why: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"model type '{kind}': {why}: export supports {', '.join(SUPPORTED)}")
 
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(config, key, None):
-            raise refuse("mixture-of-experts layers are not supported yet")
+    experts = any(getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    if experts and kind not in MIXTURES:
+        raise refuse("its mixture of experts is not covered by parity tests")
     if getattr(config, "num_kv_shared_layers", None):
         raise refuse("its layers share keys and values across exits")
     if any(hasattr(config, key) for key in ("mamba_d_state", "state_size", "ssm_state_size", "linear_num_key_heads")):
@@ -94,9 +97,15 @@ def layer_type(config: Any, index: int) -> str:
 
 
 def embedding_scale(parts: Parts, dtype: torch.dtype) -> float:
-    """Factor on the token table's rows (Gemma's √D), rounded to the model's precision as transformers does."""
-    scale = getattr(parts.embed, "scalar_embed_scale", None)
+    """Factor on the token table's rows (Gemma's √D, Granite's multiplier), rounded to the model's precision."""
+    scale = getattr(parts.embed, "scalar_embed_scale", getattr(parts.decoder, "embedding_multiplier", None))
     return 1.0 if scale is None else float(torch.tensor(scale).to(dtype))
+
+
+def embedded_rows(parts: Parts, tokens: torch.Tensor) -> torch.Tensor:
+    """State before the first layer, scaled as the model does  # (B, T) -> (B, T, D)"""
+    rows: torch.Tensor = parts.embed(tokens)  # Gemma's module multiplies by itself
+    return rows * getattr(parts.decoder, "embedding_multiplier", 1.0)
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:

@@ -20,8 +20,7 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
-from balcony_export.graph.ir_tools import SMALLEST_SCALE, initializer
-from balcony_export.graph.lower import MICROSOFT
+from balcony_export.graph.ir_tools import MICROSOFT, SMALLEST_SCALE, initializer
 from balcony_export.graph.widen import row_pieces
 from balcony_export.quantize.gptq import round_with_compensation
 from balcony_runtime.backends.token_table import unpacked
