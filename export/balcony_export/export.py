@@ -29,6 +29,7 @@ from balcony_export.graph.weights import WeightFile
 from balcony_export.graph.widen import stand_ins, tensor_as, widen
 from balcony_export.model.architecture import describe, embedding_scale
 from balcony_export.model.exits import ExitModel
+from balcony_export.model.experts import mixture
 from balcony_export.output import fresh_directory
 from balcony_export.quantize.blocks import Blocks, Quantizer, Scheme, quantize_graph
 from balcony_export.quantize.gptq import second_moments
@@ -154,6 +155,11 @@ def export_bundle(
         raise InputError(
             f"--precision {scheme}: the model's heads have {spec.head_dim} values, and ONNX Runtime's fused attention, "
             "which quantized bundles use, takes multiples of 16: export with fp32"
+        )
+    if scheme is not None and scheme.bits == 8 and scheme.accuracy_level == 1 and mixture(exits.model.config):
+        raise InputError(
+            f"--precision {scheme}: ONNX Runtime rounds the inputs of 8-bit experts to int8 at every level: give level=4, "
+            "or int4 with level=1"
         )
     with fresh_directory(output) as directory:
         traced = traced or trace(exits, options, progress)
@@ -286,6 +292,7 @@ def _cut_stage(backbone: ir.Model, index: int, first: int, last: int) -> ir.Mode
 
 def _tidy(traced: ir.Model, prefix: str = "") -> None:
     passes.note_windows(traced)
+    passes.plain_products(traced)
     passes.name_weights(traced, prefix)
     passes.collapse_reshapes(traced)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,14 @@ import torch
 from torch import nn
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import UnsupportedModelError
+from balcony_edge.errors import InputError, VerificationError
 from balcony_export.export import ExportOptions, Traced, export_bundle, trace
-from balcony_export.graph.experts import interleaved, router_operator, separated
+from balcony_export.graph.experts import interleaved, separated
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.exits import ExitModel
+from balcony_export.quantize.blocks import Quantizer, parse_precision
+from balcony_export.quantize.experts import EXPERT_ROWS, _block_size
+from balcony_export.quantize.gptq import second_moments
 from balcony_export.verify import TOLERANCE, verify
 from balcony_runtime.engine import Engine
 from tests.conftest import Exported, tiny_tokenizer
@@ -97,3 +99,91 @@ def test_gate_and_up_rows_alternate_and_come_back() -> None:
     mixed = np.asarray(interleaved(weight), np.float32)
     assert mixed[0, :, 0].tolist() == [0, 6, 2, 8, 4, 10]
     np.testing.assert_array_equal(separated(mixed), weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mixtral", "int4"),
+        ("qwen2-moe", "int4,asym,block=64"),  # a router without shares, a shared expert, blocks halved to 32
+        ("granite-moe-shared", "int8"),
+        ("qwen3-moe", "int4,level=1,positive"),
+    ],
+)
+def test_quantized_experts_compute_with_what_they_store(
+    mixture: Callable[[str], Exported], name: str, text: str, tmp_path: Path
+) -> None:
+    """Verification compares with the stored weights: exactly at level 1, statistically at level 4."""
+    made = mixture(name)
+    options = ExportOptions(name, trained=True, precision=parse_precision(text))
+    export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    checks = verify(tmp_path / "b", made.exits, made.tokenizer, [PROMPT])
+    assert all(check.passed for check in checks), checks
+    assert ("level=1" in text or text == "int8") or any(check.exact for check in checks)
+    bundle = Bundle.open(tmp_path / "b")
+    nodes = [node for graph in bundle.manifest.cpu.values() for node in ir.load(bundle.file(graph.file)).graph]
+    assert {node.op_type for node in nodes} >= {"QMoE", "MatMulNBits", "MatMul"}  # the routers are float32
+    assert not [node for node in nodes if node.op_type == "MoE"]
+    quantized, plain = bundle.manifest.cpu["stage_1"], Bundle.open(made.path).manifest.cpu["stage_1"]
+    assert quantized.parameters == pytest.approx(plain.parameters, rel=0.01)
+    assert quantized.weight_bytes < 0.5 * plain.weight_bytes
+
+
+def test_verification_of_quantized_experts_names_another_model(
+    mixture: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    made = mixture("mixtral")
+    options = ExportOptions("m", trained=True, precision=parse_precision("int4"))
+    export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    other = made.exits.copy()
+    other.parts.layers[0].mlp.experts.down_proj.data[3] *= -4
+    with pytest.raises(VerificationError, match=r"layers\.0\.mlp\.experts\.down_proj differs"):
+        verify(tmp_path / "b", other, made.tokenizer, [PROMPT])
+
+
+def test_what_quantized_experts_cannot_be_is_refused(mixture: Callable[[str], Exported], tmp_path: Path) -> None:
+    made = mixture("mixtral")
+    options = ExportOptions("m", trained=True, precision=parse_precision("int8,level=1"))
+    with pytest.raises(InputError, match="8-bit experts to int8 at every level: give level=4"):
+        export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    with pytest.raises(InputError, match=r"has 64 and 24 inputs, .* multiples of 16: export with fp32"):
+        _block_size("layers.0.mlp.experts.gate_up_proj", 32, [64, 24])
+    assert _block_size("x", 128, [64, 96]) == 32
+    assert not (tmp_path / "b").exists()
+
+
+def test_gptq_measures_each_expert_on_its_own_rows() -> None:
+    exits = mixture_exits("mixtral")
+    random = np.random.default_rng(5)
+    rows = [random.integers(0, 320, 64).tolist() for _ in range(8)]
+    moments = second_moments(exits, rows)
+    name = "layers.2.mlp.experts"
+    seen: dict[int, int] = {}
+
+    def count(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        for expert in inputs[1].flatten().tolist():
+            seen[expert] = seen.get(expert, 0) + 1
+
+    handle = exits.parts.layers[2].mlp.experts.register_forward_pre_hook(count)
+    with torch.no_grad():
+        for row in rows:
+            exits.run(torch.tensor([row]), ())
+    handle.remove()
+    for expert in range(8):
+        assert (f"{name}.gate_up_proj.{expert}" in moments) == (seen[expert] >= EXPERT_ROWS)
+    assert len({seen[expert] >= EXPERT_ROWS for expert in range(8)}) == 2, seen  # both sides of the rule occur
+    expert = max(seen, key=lambda one: seen[one])
+    assert moments[f"{name}.down_proj.{expert}"].shape == (32, 32)
+    quantizer = Quantizer(parse_precision("int4"), moments)  # type: ignore[arg-type]
+    weight = exits.parts.layers[2].mlp.experts.down_proj.detach()
+    blocks = quantizer.experts(f"{name}.down_proj", ir.tensor(weight.numpy()), 32).dequantized(32).reshape(8, 64, 32)
+    nearest = Quantizer(parse_precision("int4")).experts("n", ir.tensor(weight.numpy()), 32)  # type: ignore[arg-type]
+    rounded = nearest.dequantized(32).reshape(8, 64, 32)
+
+    def error(found: np.ndarray[Any, Any], which: int) -> float:
+        far = torch.from_numpy(found[which]) - weight[which]
+        return float(torch.einsum("nk,kl,nl->", far, moments[f"{name}.down_proj.{which}"], far))
+
+    assert error(blocks, expert) < 0.9 * error(rounded, expert)
+    unseen = min(seen, key=lambda one: seen[one])
+    np.testing.assert_array_equal(blocks[unseen], rounded[unseen])
