@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 from torch import nn
 
 from balcony_edge.bundle.bundle import Bundle
@@ -21,10 +24,16 @@ from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Quantizer, parse_precision
 from balcony_export.quantize.experts import EXPERT_ROWS, _block_size
 from balcony_export.quantize.gptq import second_moments
+from balcony_export.tensorrt.engine_set import write_graphs
+from balcony_export.tensorrt.graphs import Format
 from balcony_export.verify import TOLERANCE, verify
 from balcony_runtime.engine import Engine
+from balcony_runtime.scheduling.pool import Move
 from tests.conftest import Exported, tiny_tokenizer
 from tests.export.experts import MIXTURES, tiny_mixture
+from tests.properties import examples
+from tests.runtime.test_conformance import BACKENDS, actions, play
+from tests.runtime.test_pool import check_step, new_pool
 
 EXITS = (2, 3)
 PROMPT = "the quick brown fox jumps over the lazy dog and the balcony"
@@ -187,3 +196,43 @@ def test_gptq_measures_each_expert_on_its_own_rows() -> None:
     assert error(blocks, expert) < 0.9 * error(rounded, expert)
     unseen = min(seen, key=lambda one: seen[one])
     np.testing.assert_array_equal(blocks[unseen], rounded[unseen])
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe", "granite-moe-shared"])
+@pytest.mark.parametrize("backend", ["lowered", "packed", "device-fused", "device-plain"])
+def test_any_schedule_of_exits_equals_a_pass_from_scratch(
+    mixture: Callable[[str], Exported], name: str, backend: str, tmp_path: Path
+) -> None:
+    """Also over the graphs for TensorRT, which ONNX Runtime runs here."""
+    path = Path(shutil.copytree(mixture(name).path, tmp_path / "bundle"))
+    write_graphs(Bundle.open(path), "rtx-fp32", "rtx", Format("fp32", "fused", 256))
+    write_graphs(Bundle.open(path), "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256))
+    bundle = Bundle.open(path)
+    with Engine.of(bundle.portable()) as reference, BACKENDS[backend](bundle) as engine:
+
+        @examples(5, suppress_health_check=[HealthCheck.too_slow])
+        @given(actions, st.integers(1, 40), st.integers(0, 2**31))
+        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int) -> None:
+            play(reference, engine.new_sequence(max_length=128), [("advance", seed % 3, prefill), *schedule], seed)
+
+        schedules()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4,level=1"])
+def test_batches_of_different_lengths(mixture: Callable[[str], Exported], precision: str, tmp_path: Path) -> None:
+    """Several sequences in one pass give what each gives alone, whichever experts the others choose."""
+    made = mixture("qwen3-moe")
+    options = ExportOptions("b", trained=True, precision=parse_precision(precision))
+    export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    random = np.random.default_rng(4)
+    with Engine.open(tmp_path / "b") as engine:
+        pool = new_pool(engine)
+        members = [pool.take(random.integers(0, 320, count).tolist()) for count in (5, 17, 30, 8, 9)]
+        for exits in ((2, 3, 4, 4, 4), (4, 4, 4, 4, 4), (3, 2, 2, 2, 4)):
+            moves = [
+                Move(member, exit_layer, int(random.integers(320)))
+                for member, exit_layer in zip(members, exits, strict=True)
+                if member is not None
+            ]
+            check_step(engine, pool, moves)
+        pool.close()
