@@ -65,6 +65,15 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 0,
     "pad_token_id": 0,
 }
+_HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention", "linear_attention"]
+_STATE_SPACE = {"mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 8}
+_DELTA = {
+    "head_dim": 64,  # a quarter of it is rotated
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 #: Architecture → (config class, model class, what sets it apart): GQA and MHA, tied and untied heads, q/k norms, biases,
 #: sliding windows, two ropes, layers without rope, soft caps and scaled embeddings.
@@ -100,7 +109,44 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "conv_bias": True,
         },
     ),
+    "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", {"num_heads": 4, "state_size": 16, "n_groups": 2, "chunk_size": 8}),
+    "bamba": ("BambaConfig", "BambaForCausalLM", {**_STATE_SPACE, "attn_layer_indices": [1, 3], "head_dim": 32}),
+    "granite-hybrid": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_STATE_SPACE,
+            "layer_types": _HYBRID,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.15,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "falcon-h1": (
+        "FalconH1Config",
+        "FalconH1ForCausalLM",
+        {
+            **_STATE_SPACE,
+            "mamba_d_ssm": 64,
+            "lm_head_multiplier": 0.5,
+            "key_multiplier": 0.7,
+            "ssm_out_multiplier": 0.6,
+        },
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {**_DELTA, "layer_types": _HYBRID, "mlp_only_layers": [0, 1, 2, 3, 4]},
+    ),
+    "qwen3.5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {**_DELTA, "layer_types": _HYBRID}),
 }
+
+
+#: Those with recurrent layers.
+HYBRIDS = ("mamba2", "bamba", "granite-hybrid", "falcon-h1", "qwen3-next", "qwen3.5")
 
 
 def tiny_model(architecture: str, **overrides: Any) -> transformers.PreTrainedModel:

@@ -230,15 +230,18 @@ class LayerMemory(_Frozen):
 
 
 class ModelSpec(_Frozen):
-    """Architecture and sizes of the base model; ``layers`` is empty if all layers attend and keep nothing else."""
+    """Architecture and sizes of the base model.
+
+    ``layers`` is empty if all layers attend and keep nothing else; without any attention there are 0 heads of size 0.
+    """
 
     name: Line
     architecture: Line
     num_layers: int = Field(gt=0, le=10_000)
     hidden_size: Size
-    num_attention_heads: Size
-    num_kv_heads: Size
-    head_dim: Size
+    num_attention_heads: int = Field(ge=0, le=2**22)
+    num_kv_heads: int = Field(ge=0, le=2**22)
+    head_dim: int = Field(ge=0, le=2**22)
     vocab_size: Size
     context_length: Size
     bos_token_id: int | None = None

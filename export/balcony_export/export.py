@@ -19,15 +19,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle, write_manifest
-from balcony_edge.bundle.manifest import WEIGHTS, Manifest, ModelSpec
+from balcony_edge.bundle.manifest import STATES, WEIGHTS, Manifest, ModelSpec
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_export.graph import head, lower, passes
 from balcony_export.graph import trace as graph
+from balcony_export.graph.experts import interleave, spell_out
 from balcony_export.graph.ir_tools import graph_spec
+from balcony_export.graph.recurrent_passes import tidy_mixers, write_in_standard_operators
 from balcony_export.graph.weights import WeightFile
 from balcony_export.graph.widen import stand_ins, tensor_as, widen
 from balcony_export.model.architecture import describe, embedding_scale
 from balcony_export.model.exits import ExitModel
+from balcony_export.model.experts import mixture
 from balcony_export.output import fresh_directory
 from balcony_export.quantize.blocks import Blocks, Quantizer, Scheme, quantize_graph
 from balcony_export.quantize.gptq import second_moments
@@ -88,7 +91,9 @@ def trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback =
     """
     with stand_ins(exits.modules, options.dtype) as weights:
         traced = _trace(exits, options, progress)
-        widen((*traced.graphs.values(), *traced.lowered.values()), weights, options.dtype)
+        models = (*traced.graphs.values(), *traced.lowered.values())
+        widen(models, weights, options.dtype)
+        interleave(models)
     return traced
 
 
@@ -109,8 +114,12 @@ def _trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback)
         graphs[f"balcony_{exit_layer}"] = traced
     graphs["norm"] = head.build_norm(exits)
     graphs["lm_head"] = head.build_head(exits)
-    lowers = options.dtype == torch.float32 and lower.can_lower(spec)
-    return Traced(spec, layers, graphs, lower.lower_all(graphs, spec) if lowers else {})
+    lowers = options.dtype == torch.float32 and lower.can_lower(exits)
+    lowered = lower.lower_all(graphs, spec) if lowers else {}
+    for one in graphs.values():
+        spell_out(one)
+        write_in_standard_operators(one)
+    return Traced(spec, layers, graphs, lowered)
 
 
 def export_bundle(
@@ -144,10 +153,15 @@ def export_bundle(
         exits.cast(dtype)
     _refuse_not_finite(exits)
     spec = describe(exits.model, options.name, options.context_length)
-    if scheme is not None and not lower.can_lower(spec):
+    if scheme is not None and not lower.can_lower(exits):
         raise InputError(
-            f"--precision {scheme}: the model's heads have {spec.head_dim} values, and ONNX Runtime's fused attention, "
-            "which quantized bundles use, takes multiples of 16: export with fp32"
+            f"--precision {scheme}: the model's heads have {spec.head_dim} values, of which {exits.rotated} are rotated, and "
+            "ONNX Runtime's fused attention, which quantized bundles use, takes multiples of 16: export with fp32"
+        )
+    if scheme is not None and scheme.bits == 8 and scheme.accuracy_level == 1 and mixture(exits.model.config):
+        raise InputError(
+            f"--precision {scheme}: ONNX Runtime rounds the inputs of 8-bit experts to int8 at every level: give level=4, "
+            "or int4 with level=1"
         )
     with fresh_directory(output) as directory:
         traced = traced or trace(exits, options, progress)
@@ -273,7 +287,8 @@ def _quantization(scheme: Scheme, calibration: Sequence[Sequence[int]]) -> dict[
 def _cut_stage(backbone: ir.Model, spec: ModelSpec, index: int, first: int, last: int) -> ir.Model:
     pasts = graph.past_names(spec, range(first, last))
     presents = [name.replace("past", "present") for name in pasts]
-    dims = dict.fromkeys(graph.past_names(spec, range(spec.num_layers)), pasts[0])
+    rows = next((name for name in pasts if not name.startswith(tuple(f"past_{part}" for part in STATES))), pasts[0])
+    dims = dict.fromkeys(graph.past_names(spec, range(spec.num_layers)), rows)
     dims["hidden_0"] = f"hidden_{first}"
     inputs = [f"hidden_{first}", "start", *pasts]
     return passes.cut(backbone, f"stage_{index}", inputs, [f"hidden_{last}", *presents], dims)
@@ -281,8 +296,10 @@ def _cut_stage(backbone: ir.Model, spec: ModelSpec, index: int, first: int, last
 
 def _tidy(traced: ir.Model, prefix: str = "") -> None:
     passes.note_windows(traced)
+    passes.plain_products(traced)
     passes.name_weights(traced, prefix)
     passes.collapse_reshapes(traced)
+    tidy_mixers(traced, prefix)
 
 
 def _write_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -26,7 +26,6 @@ from balcony_export.evaluate.report import build_report
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
 from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, tokenized_documents
 from balcony_export.export import ExportOptions, ProgressCallback, Traced, export_bundle, trace
-from balcony_export.graph.lower import can_lower
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
 
@@ -165,7 +164,7 @@ def export_within(
             check(directory)
 
     left = math.inf
-    for precision in CANDIDATES if can_lower(traced.spec) else CANDIDATES[-1:]:
+    for precision in CANDIDATES if traced.lowered else CANDIDATES[-1:]:
         rows = () if precision == "float32" else options.calibration
         wanted = replace(options, precision=precision, calibration=rows)
         try:

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import VerificationError
 from balcony_export.graph.ir_tools import FAR_WEIGHTS, relative_distance
-from balcony_export.model.architecture import describe
+from balcony_export.model.architecture import describe, embedded_rows
 from balcony_export.model.exits import ExitModel
+from balcony_export.model.experts import mixture
 from balcony_export.quantize.blocks import stored_weights
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.token_table import TokenTable
@@ -139,6 +140,13 @@ def verify(
         quantized = manifest.quantization
         if quantized is not None and quantized.kv_bits == 8:
             subjects = {", int8 cache": bundle}
+        elif (
+            quantized is not None
+            and quantized.accuracy_level == 4
+            and quantized.bits == 8
+            and mixture(exits.model.config)
+        ):
+            subjects = {", level 4": bundle}  # 8-bit experts have no other level
         elif quantized is not None and quantized.accuracy_level == 4:
             subjects = {", level 1": _at_level_1(bundle, Path(scratch)), ", level 4": bundle}
         phases: dict[str, _Logits] = {}
@@ -209,11 +217,11 @@ def _with_stored_weights(bundle: Bundle, exits: ExitModel) -> ExitModel:
     roots: dict[str, Any] = {f"balcony_{e}": balcony for e, balcony in exits.balconies.items()}
 
     def weight_of(name: str) -> torch.Tensor:
-        first, _, rest = name.removesuffix(".weight").partition(".")
+        first, _, rest = name.partition(".")
         if name == "lm_head.weight":
             return parts.head.weight.data
         root, path = (roots[first], rest) if first in roots else (parts.decoder, f"{first}.{rest}")
-        return root.get_submodule(path).weight.data  # type: ignore[no-any-return]
+        return root.get_parameter(path).data  # type: ignore[no-any-return]
 
     def take(name: str, weight: torch.Tensor, stored: npt.NDArray[np.float32]) -> None:
         far = relative_distance(stored, weight.numpy())
@@ -294,7 +302,7 @@ def _backbone(bundle: Bundle, exits: ExitModel, samples: Sequence[Sequence[int]]
     names = [f"hidden_{e}" for e in manifest.exit_layers]
     found: _Logits = {e: [] for e in manifest.exit_layers}
     for ids in samples:
-        embedded = exits.parts.embed(torch.tensor([list(ids)])).detach()
+        embedded = embedded_rows(exits.parts, torch.tensor([list(ids)])).detach()
         feeds: dict[str, Any] = {"hidden_0": embedded.numpy(), "start": np.zeros(1, np.int64)}
         for tensor in manifest.graphs["backbone"].inputs[2:]:
             feeds[tensor.name] = np.zeros((1, len(ids), int(tensor.shape[2])), embedded.numpy().dtype)

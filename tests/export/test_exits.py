@@ -13,9 +13,10 @@ from transformers import DynamicCache
 from balcony_edge.errors import CheckpointError, UnsupportedModelError
 from balcony_export.model.balcony import fingerprint, init_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
+from tests.conftest import HYBRIDS
 
 TOKENS = torch.tensor([[(7 * i + 3 * j) % 319 + 1 for i in range(20)] for j in range(2)])
-ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2")
+ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2", *HYBRIDS)
 
 
 def hooks_of(exits: ExitModel) -> int:

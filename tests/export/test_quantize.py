@@ -20,7 +20,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, CheckpointError, InputError, VerificationError
 from balcony_export.evaluate.text import TokenizedDocument
 from balcony_export.export import ExportOptions, export_bundle
-from balcony_export.graph.lower import MICROSOFT
+from balcony_export.graph.ir_tools import MICROSOFT
 from balcony_export.model.exits import ExitModel
 from balcony_export.precision import CANDIDATES, Judge, QualityBudget, export_within, parse_budget
 from balcony_export.quantize import blocks as quantize

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import random as chance_module
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import GraphSpec
 from balcony_runtime.backends import recurrent
 from balcony_runtime.backends.recurrent import MOST_COPIES, SPACING, RecurrentStates, copies_for
+from balcony_runtime.engine import Engine
+from tests.conftest import HYBRIDS
 from tests.properties import CHANCE, examples
+from tests.runtime.test_conformance import actions, play
 
 GRAPH = GraphSpec.model_validate(
     {
@@ -130,3 +137,79 @@ def test_large_states_have_fewer_copies(monkeypatch: pytest.MonkeyPatch) -> None
     layer.run([1] * 200)
     layer.run([1] * 200)
     assert layer.states.nbytes == 3 * bytes_of_one and layer.rollback(350) == 150
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["lowered", "portable"])
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_any_schedule_equals_a_pass_from_scratch(
+    export_tiny: Callable[[str], Any], architecture: str, portable: bool
+) -> None:
+    bundle = Bundle.open(export_tiny(architecture).path)
+    with Engine.of(bundle.portable()) as reference, Engine.of(bundle.portable() if portable else bundle) as engine:
+
+        @examples(8, suppress_health_check=[HealthCheck.too_slow])
+        @given(actions, st.integers(1, 90), st.integers(0, 2**31), st.sampled_from([1, 1, 2]))
+        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int, batch: int) -> None:
+            sequence = engine.new_sequence(batch_size=batch, max_length=200)
+            play(reference, sequence, [("advance", seed % 3, prefill), *schedule], seed)
+
+        schedules()
+
+
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_a_replay_after_a_rollback_has_the_bits_of_the_first_run(
+    export_tiny: Callable[[str], Any], architecture: str
+) -> None:
+    tokens = np.random.default_rng(3).integers(0, 320, 150)
+    with Engine.open(export_tiny(architecture).path) as engine:
+        sequence = engine.new_sequence()
+        sequence.advance(5, tokens[:100])
+        sequence.checkpoint()
+        want = [sequence.step(5, tokens[row : row + 1]).copy() for row in range(100, 150)]
+        *_, parts = sequence.parts(150)
+        states = {name: part.copy() for name, part in parts.items() if "past_state" in name or "past_window" in name}
+        assert states
+        sequence.rollback(120)
+        pending = sequence.stage_rows
+        assert pending[0] == 20  # back to the checkpoint
+        sequence.rollback(100)
+        assert sequence.stage_rows == (0, 0, 0)
+        for row, logits in zip(range(100, 150), want, strict=True):
+            np.testing.assert_array_equal(sequence.step(5, tokens[row : row + 1]), logits)
+        for name, part in sequence.parts(150)[2].items():
+            if name in states:
+                np.testing.assert_array_equal(part, states[name])
+
+
+def test_an_interrupted_step_changes_nothing(export_tiny: Callable[[str], Any]) -> None:
+    """The engine wrote its new states, and the interrupt came before anybody noted them."""
+    tokens = np.random.default_rng(4).integers(0, 320, 40)
+    with Engine.open(export_tiny("granite-hybrid").path) as engine:
+        sequence, clean = engine.new_sequence(), engine.new_sequence()
+        sequence.advance(5, tokens[:30])
+        clean.advance(5, tokens[:30])
+        for graph in sequence.state._stages:  # type: ignore[attr-defined]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(graph, "end", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    sequence.step(5, tokens[30:31])
+        for row in range(30, 40):
+            want = clean.step(5, tokens[row : row + 1]).copy()
+            np.testing.assert_array_equal(sequence.step(5, tokens[row : row + 1]), want)
+
+
+def test_sequences_with_states_share_no_passes_and_say_what_they_hold(export_tiny: Callable[[str], Any]) -> None:
+    with Engine.open(export_tiny("mamba2").path) as engine:
+        assert engine.backend.new_pool(4, 64) is None
+        sequence = engine.new_sequence(max_length=128)
+        sequence.advance(5, list(range(10)))
+        before = sequence.state.memory_bytes
+        sequence.checkpoint()
+        graphs = engine.manifest.cpu
+        one = sum(
+            4 * int(np.prod(tensor.shape[1:]))  # type: ignore[arg-type]
+            for name in ("stage_0", "stage_1", "stage_2")
+            for tensor in graphs[name].inputs
+            if tensor.name.startswith(("past_state", "past_window"))
+        )
+        assert sequence.state.memory_bytes - before == one

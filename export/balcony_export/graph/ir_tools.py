@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+#: Domain of ONNX Runtime's own operators.
+MICROSOFT = "com.microsoft"
 #: Smallest scale with full precision in float16; TensorRT takes only scales above 0.
 SMALLEST_SCALE = 2.0**-14
 #: Largest relative distance of rounded weights from the model's: rounding to 4 bits gives about 0.1.
@@ -80,12 +82,31 @@ def graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
         and value.const_value.dtype != ir.DataType.INT64
         and not name.startswith("rope_")
     }
+    # one row reads k of E experts; the first axis of each of these weights is the expert
+    chosen = {
+        str(value.name): node.attributes["k"].as_int()
+        for node in traced.graph
+        if node.op_type in ("MoE", "QMoE")
+        for value in node.inputs[2:]
+        if value is not None and value.const_value is not None
+    }
     products = [node.attributes for node in traced.graph if node.op_type == "MatMulNBits"]
     floats = [tensor.size for name, tensor in tensors.items() if not name.endswith((".blocks", ".scales", ".zeros"))]
+    packed = [
+        tensors[str(node.inputs[place].name)].nbytes * 8 // node.attributes["expert_weight_bits"].as_int()  # type: ignore[union-attr]
+        for node in traced.graph
+        if node.op_type == "QMoE"
+        for place in (2, 5)
+    ]
+
+    def bytes_read(name: str) -> int:
+        tensor = tensors[name]
+        return tensor.nbytes * chosen[name] // int(tensor.shape[0]) if name in chosen else tensor.nbytes  # type: ignore[arg-type]
+
     return {
         "file": f"{stem}.onnx",
         "inputs": table(traced.graph.inputs),
         "outputs": table(traced.graph.outputs),
-        "parameters": sum(floats) + sum(node["K"].as_int() * node["N"].as_int() for node in products),
-        "weight_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "parameters": sum(floats) + sum(packed) + sum(node["K"].as_int() * node["N"].as_int() for node in products),
+        "weight_bytes": sum(bytes_read(name) for name in tensors),
     }

@@ -16,14 +16,17 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.manifest import ModelSpec
 from balcony_export.graph import passes
+from balcony_export.graph.experts import fuse
+from balcony_export.graph.ir_tools import MICROSOFT
+from balcony_export.model.architecture import describe
+from balcony_export.model.exits import ExitModel
 
-MICROSOFT = "com.microsoft"
 INT32 = ir.TensorType(ir.DataType.INT32)
 
 
-def can_lower(spec: ModelSpec) -> bool:
-    """Whether ONNX Runtime's ``GroupQueryAttention`` takes heads of this size."""
-    return spec.head_dim % 16 == 0
+def can_lower(exits: ExitModel) -> bool:
+    """Whether ONNX Runtime's ``GroupQueryAttention`` takes the model's heads, and the part of them that is rotated."""
+    return describe(exits.model, "").head_dim % 16 == 0 and exits.rotated % 16 == 0
 
 
 def lower_all(graphs: Mapping[str, ir.Model], spec: ModelSpec) -> dict[str, ir.Model]:
@@ -35,7 +38,10 @@ def lower_all(graphs: Mapping[str, ir.Model], spec: ModelSpec) -> dict[str, ir.M
             lowered[name] = lower_balcony(traced, spec)
             lowered[f"{name}_keys"] = lower_keys(traced, spec)
     # graphs without attention stay as they are
-    return lowered | {name: graphs[name].clone() for name in graphs if name not in ("backbone", *lowered)}
+    lowered |= {name: graphs[name].clone() for name in graphs if name not in ("backbone", *lowered)}
+    for model in lowered.values():
+        fuse(model)
+    return lowered
 
 
 def lower_stage(stage: ir.Model, spec: ModelSpec, norm: ir.Model | None = None) -> ir.Model:

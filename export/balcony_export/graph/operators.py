@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from balcony_edge.errors import UnsupportedModelError
+from balcony_export.graph.experts import symbolic_experts
 from balcony_export.graph.passes import WINDOW
 
 _ATTENTION = "balcony_edge_trace"
@@ -69,68 +70,7 @@ class RopeTable:
     positions: torch.Tensor  # (B, T)
 
 
-class _ConvolutionCache:
-    """What transformers' short convolutions ask a cache for: their earlier inputs, which lie in rows like keys."""
-
-    rows: RowPositions
-
-    def get_conv_state(self, *_: object, **__: object) -> None:
-        """None: so a layer asks for :meth:`update_conv_state` for any number of rows."""
-
-    def update_conv_state(
-        self, inputs: torch.Tensor, layer_idx: int, *, conv_kernel_size: int, **_: object
-    ) -> torch.Tensor:
-        """New inputs after the earlier ones that their windows reach  # (B, C, T) -> (B, C, window - 1 + T)"""
-        rows = inputs.transpose(1, 2)  # (B, T, C)
-        return torch.cat([self.rows.before(self._kept(layer_idx, rows), conv_kernel_size - 1), rows], 1).transpose(1, 2)
-
-    def _kept(self, layer_idx: int, rows: torch.Tensor) -> torch.Tensor:
-        """Inputs of all rows so far, new ones included or not  # (B, S, C)"""
-        raise NotImplementedError
-
-
-class WritingCache(_ConvolutionCache):
-    """Replaces transformers' cache: writes a layer's new rows into its past and returns all of it."""
-
-    def __init__(self, past: dict[int, list[torch.Tensor]], rows: RowPositions) -> None:
-        self.past = past
-        self.rows = rows
-        self.present: dict[int, tuple[torch.Tensor, ...]] = {}
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        past_key, past_value = self.past[layer_idx]
-        present = self._write(past_key, _merge_heads(key)), self._write(past_value, _merge_heads(value))
-        self.present[layer_idx] = present
-        return present
-
-    def _kept(self, layer_idx: int, rows: torch.Tensor) -> torch.Tensor:
-        (past,) = self.past[layer_idx]
-        self.present[layer_idx] = (self._write(past, rows),)
-        return past
-
-    def _write(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        attributes: dict[str, Any] = {"axis": 1, "mode": "linear"}
-        inputs = (past, new, self.rows.start)  # new: (B, T, F)
-        return ops.symbolic("TensorScatter", inputs, attributes, dtype=past.dtype, shape=past.shape, version=24)
-
-
-class ReadingCache(_ConvolutionCache):
-    """Replaces transformers' cache: ignores what a layer would add, which is already in the cache."""
-
-    def __init__(self, present: tuple[torch.Tensor, ...], rows: RowPositions) -> None:
-        self.present = present
-        self.rows = rows
-
-    def update(self, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
-        return self.present
-
-    def _kept(self, layer_idx: int, rows: torch.Tensor) -> torch.Tensor:
-        return self.present[0]
-
-
-def _merge_heads(x: torch.Tensor) -> torch.Tensor:
+def merge_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)  # (B, H, T, head_dim) -> (B, T, H * head_dim)
 
 
@@ -150,11 +90,13 @@ def _attention(
     attributes["scale"] = head_dim**-0.5 if scaling is None else float(scaling)
     if softcap is not None:
         attributes["softcap"] = float(softcap)
+    if sliding_window is None:  # Qwen2-MoE keeps its window to itself, because its masks have it
+        sliding_window = getattr(module, "sliding_window", None)
     if sliding_window is not None:
         attributes[WINDOW] = int(sliding_window)  # not in ONNX: passes.note_windows removes it
     mask = attention_mask.mask(sliding_window)
     shape = (batch, rows, heads * head_dim)
-    inputs = (_merge_heads(query), key, value, mask)
+    inputs = (merge_heads(query), key, value, mask)
     out = ops.symbolic("Attention", inputs, attributes, dtype=query.dtype, shape=shape, version=24)
     return out.view(batch, rows, heads, head_dim), None
 
@@ -164,7 +106,7 @@ def _rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     def rotate(x: torch.Tensor) -> torch.Tensor:
         batch, heads, rows, head_dim = x.shape
-        inputs = (_merge_heads(x), cos.table, sin.table, cos.positions)
+        inputs = (merge_heads(x), cos.table, sin.table, cos.positions)
         shape = (batch, rows, heads * head_dim)
         attributes: dict[str, Any] = {"num_heads": heads}
         if (rotated := 2 * cos.table.shape[1]) < head_dim:  # the rest of each head is not rotated
@@ -182,6 +124,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.epsilon = epsilon
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The scale, under the name by which Mamba's layers look up its type."""
+        return self.scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         attributes: dict[str, Any] = {"axis": -1, "epsilon": self.epsilon, "stash_type": 1}
@@ -249,7 +196,8 @@ def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[No
     for config in configs:
         config._attn_implementation = _ATTENTION
     try:
-        yield
+        with symbolic_experts(modules):
+            yield
     finally:
         if rotary is not None:
             source.apply_rotary_pos_emb = rotary

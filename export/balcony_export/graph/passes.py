@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from balcony_export.graph.ir_tools import insert_between
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 #: Name of an attribute, later a note, of ``Attention``: the number of keys that a row sees, its own included.
 WINDOW = "window"
@@ -37,6 +39,28 @@ def name_weights(model: ir.Model, prefix: str = "") -> None:
                 continue
             if value.name != wanted and wanted not in model.graph.initializers:
                 value.name = wanted
+
+
+def plain_products(model: ir.Model) -> None:
+    """Turn every ``Gemm`` with a transposed weight and no bias into the ``MatMul`` that the tracer writes for three axes.
+
+    Modules of a mixture of experts see rows without a batch axis, for which the tracer writes ``Gemm``. Postcondition: weights
+    of layers are operands of ``MatMul``, (K, N).
+    """
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "Gemm" and len(node.inputs) == 2 else None
+        if weight is None or weight.const_value is None or "transB" not in node.attributes:
+            continue
+        array = weight.const_value.numpy().T
+        turned = ir.tensor(array)
+        value = ir.Value(
+            name=f"{weight.name}.transposed", const_value=turned, type=weight.type, shape=ir.Shape(array.shape)
+        )
+        model.graph.register_initializer(value)
+        product = ir.Node("", "MatMul", [node.inputs[0], value])
+        product.metadata_props.update(node.metadata_props)
+        insert_between(model, node, node.outputs[0], [product])
+    common.RemoveUnusedNodesPass()(model)
 
 
 def note_windows(model: ir.Model) -> None:

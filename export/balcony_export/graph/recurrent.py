@@ -72,12 +72,12 @@ class RecurrentCache:
     def update_recurrent_state(self, *_: object, **__: object) -> None:
         """Nothing: :meth:`attend` has the new state, in the operator's order of axes."""
 
-    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: _Convolution) -> torch.Tensor:
+    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: Convolution) -> torch.Tensor:
         """Convolve the rows of a layer after its window  # (B, C, T) -> (B, C, T)"""
         out, self.new_windows[layer_idx] = convolution.emit(rows, self.windows[layer_idx])
         return out
 
-    def attend(self, layer_idx: int, recurrence: _Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, layer_idx: int, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the recurrence of a layer from its state: the output and the new state."""
         self.outputs[layer_idx], self.new_states[layer_idx] = recurrence.emit(self.states[layer_idx])
         return self.outputs[layer_idx], self.new_states[layer_idx]
@@ -95,12 +95,15 @@ class ReadingRecurrentCache(RecurrentCache):
         super().__init__(written.windows, written.states)
         self.written, self.queries = written, queries
 
-    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: _Convolution) -> torch.Tensor:
+    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: Convolution) -> torch.Tensor:
         return rows  # only its shape counts: the recurrence is not run again
 
-    def attend(self, layer_idx: int, recurrence: _Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, layer_idx: int, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         out = self.written.outputs[layer_idx]
-        return out[:, out.shape[1] - self.queries :], self.written.new_states[layer_idx]
+        last = torch.arange(self.queries) + (
+            out.shape[1] - self.queries
+        )  # a slice would have a size that depends on data
+        return out.index_select(1, last), self.written.new_states[layer_idx]
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class _Convolved:
 
 
 @dataclass(frozen=True)
-class _Convolution:
+class Convolution:
     """A depthwise causal convolution."""
 
     weight: torch.Tensor  # (C, K)
@@ -154,7 +157,7 @@ class _Convolution:
 
 
 @dataclass(frozen=True)
-class _Recurrence:
+class Recurrence:
     """A linear recurrence over the rows of a pass, in float32."""
 
     query: torch.Tensor  # (B, T, G, dk)
@@ -227,7 +230,7 @@ class _Functions:
         **_: object,
     ) -> _Convolved:
         self._rows = rows  # a mixer convolves before its recurrence
-        return _Convolved(rows.cache.convolve(rows.layer_idx, rows.rows, _Convolution(weight, bias, activation)))
+        return _Convolved(rows.cache.convolve(rows.layer_idx, rows.rows, Convolution(weight, bias, activation)))
 
     def apply_mask_to_padding_states(self, rows: torch.Tensor, _: object) -> torch.Tensor:
         return rows  # there are no padding rows
@@ -252,7 +255,7 @@ class _Functions:
             dt = torch.clamp(dt, low, high)
         rows = rows.float()
         skipping = None if D is None else rows * D.float()[:, None]
-        recurrence = _Recurrence(query, key, rows * dt[..., None], dt * decay.float(), skipping=skipping)
+        recurrence = Recurrence(query, key, rows * dt[..., None], dt * decay.float(), skipping=skipping)
         out, state = self._attend(recurrence)
         return out, state.mT
 
@@ -274,7 +277,7 @@ class _Functions:
         step = _time_step(dt.transpose(1, 2), delta_bias, delta_softplus)[..., None]  # (B, T, C, 1)
         query, key = (y.transpose(1, 2)[:, :, None] for y in (query, key))  # (B, T, 1, N)
         skipping = None if D is None else x * D.float()[:, None]
-        out, state = self._attend(_Recurrence(query, key, x * step, step * decay.float(), skipping=skipping))
+        out, state = self._attend(Recurrence(query, key, x * step, step * decay.float(), skipping=skipping))
         out = out.squeeze(-1).transpose(1, 2)  # (B, C, T)
         return out if z is None else out * functional.silu(z), state.squeeze(-1)
 
@@ -289,9 +292,9 @@ class _Functions:
         **_: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = query.shape[-1] ** -0.5
-        return self._attend(_Recurrence(query, key, value, g, beta, scale, use_qk_l2norm_in_kernel))
+        return self._attend(Recurrence(query, key, value, g, beta, scale, use_qk_l2norm_in_kernel))
 
-    def _attend(self, recurrence: _Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend(self, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         return self._rows.cache.attend(self._rows.layer_idx, recurrence)
 
 
@@ -371,10 +374,10 @@ def _sample(*shape: int) -> torch.Tensor:
 class _SampleCache(RecurrentCache):
     """Computes with PyTorch what the operators compute."""
 
-    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: _Convolution) -> torch.Tensor:
+    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: Convolution) -> torch.Tensor:
         return convolution.evaluate(rows, self.windows[layer_idx])[0]
 
-    def attend(self, layer_idx: int, recurrence: _Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, layer_idx: int, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         return recurrence.evaluate(self.states[layer_idx])
 
 

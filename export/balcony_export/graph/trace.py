@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from balcony_edge.bundle.manifest import STATES, ModelSpec
-from balcony_export.graph.operators import ReadingCache, RopeTable, RowPositions, WritingCache, tracing
+from balcony_export.graph.caches import ReadingCache, WritingCache
+from balcony_export.graph.operators import RopeTable, RowPositions, tracing
+from balcony_export.graph.recurrent import tracing_mixers
 from balcony_export.model.balcony import Balcony
 from balcony_export.model.exits import ExitModel, call_layer
 from balcony_export.model.layer import layer_index, memory_of
@@ -40,9 +42,16 @@ class _Trace(nn.Module):
     def _call(self, layer: Any, hidden: torch.Tensor, rows: RowPositions, cache: object) -> torch.Tensor:
         kind = self.layer_type(layer)
         mask = rows if memory_of(layer).attention else None
-        cos = RopeTable(getattr(self, f"rope_cos_{kind}"), rows.positions)
-        sin = RopeTable(getattr(self, f"rope_sin_{kind}"), rows.positions)
-        return call_layer(layer, hidden, mask, (cos, sin), cache)
+        rotary = None
+        if hasattr(self, f"rope_cos_{kind}"):
+            tables = getattr(self, f"rope_cos_{kind}"), getattr(self, f"rope_sin_{kind}")
+            rotary = RopeTable(tables[0], rows.positions), RopeTable(tables[1], rows.positions)
+        return call_layer(layer, hidden, mask, rotary, cache)
+
+    @staticmethod
+    def _capacity(parts: Sequence[str], past: Sequence[torch.Tensor]) -> int:
+        """Rows of what the layers keep; 1 if they keep only states."""
+        return next((kept.shape[1] for part, kept in zip(parts, past, strict=True) if part not in STATES), 1)
 
 
 class _Backbone(_Trace):
@@ -55,15 +64,16 @@ class _Backbone(_Trace):
         self.exit_layers = frozenset(exits.exit_layers)
 
     def forward(self, hidden: torch.Tensor, start: torch.Tensor, past: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        rows = self._rows(start, hidden.shape[1], past[0].shape[1])
+        rows = self._rows(start, hidden.shape[1], self._capacity(sum(self.memory, ()), past))
         tensors = iter(past)
-        cache = WritingCache({i: [next(tensors) for _ in parts] for i, parts in enumerate(self.memory)}, rows)
+        kept = {i: {part: next(tensors) for part in parts} for i, parts in enumerate(self.memory)}
+        cache = WritingCache(kept, rows)
         exits = []
         for index, layer in enumerate(self.layers):
             hidden = self._call(layer, hidden, rows, cache)  # (B, T, D)
             if index + 1 in self.exit_layers:
                 exits.append(hidden)
-        present = [tensor for index in range(len(self.layers)) for tensor in cache.present[index]]
+        present = [tensor for index in range(len(self.layers)) for tensor in cache.present(index)]
         return (*exits, *present)
 
 
@@ -87,14 +97,13 @@ class _BalconyTrace(_Trace):
         past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         index = layer_index(self.layer)
-        total, asked, capacity = rows.shape[1], queries.shape[1], past[0].shape[1]
+        total, asked, capacity = rows.shape[1], queries.shape[1], self._capacity(memory_of(self.layer).parts, past)
         taken = self._rows(start, total, capacity)
-        writing = WritingCache({index: past}, taken)
+        writing = WritingCache({index: dict(zip(memory_of(self.layer).parts, past, strict=True))}, taken)
         self._call(self.layer, rows, taken, writing)
-        present = writing.present[index]
         asking = self._rows(start + (total - asked), asked, capacity)
-        hidden = self._call(self.layer, queries, asking, ReadingCache(present, asking))  # (B, Q, D)
-        return self.norm(hidden), *present
+        hidden = self._call(self.layer, queries, asking, ReadingCache(writing, asking))  # (B, Q, D)
+        return self.norm(hidden), *writing.present(index)
 
 
 class _StatelessTrace(_Trace):
@@ -156,11 +165,11 @@ def trace_backbone(exits: ExitModel, spec: ModelSpec) -> ir.Model:
     batch, rows, capacity = (torch.export.Dim(name) for name in ("batch", "rows", "capacity"))
     past = [tensor for layer in range(depth) for tensor in _memory(spec, layer, dtype)]
     hidden = torch.zeros(_BATCH, _ROWS, parts.embed.embedding_dim, dtype=dtype)
-    with tracing(exits.model, [parts.layers]):
+    with tracing_mixers(exits.model, [parts.layers]), tracing(exits.model, [parts.layers]):
         return _export(
             _Backbone(exits, spec.context_length),
             (hidden, torch.zeros(_BATCH, dtype=torch.int64), past),
-            ({0: batch, 1: rows}, {0: batch}, [{0: batch, 1: capacity} for _ in past]),
+            ({0: batch, 1: rows}, {0: batch}, [_dynamic(name, batch, capacity) for name in names]),
             ["hidden_0", "start", *names],
             [f"hidden_{e}" for e in exits.exit_layers] + [name.replace("past", "present") for name in names],
         )
@@ -176,21 +185,31 @@ def trace_balcony(exits: ExitModel, exit_layer: int, spec: ModelSpec) -> ir.Mode
     if not balcony.keeps_rows:
         example = torch.zeros(_BATCH, _QUERIES, parts.embed.embedding_dim, dtype=dtype)
         shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("queries")}
-        with tracing(exits.model, [balcony]):
+        with tracing_mixers(exits.model, [balcony]), tracing(exits.model, [balcony]):
             module = _StatelessTrace(exits, spec.context_length, balcony)
             return _export(module, (example,), (shape,), ["hidden"], ["normed"])
     past = _memory(spec, exits.copied, dtype)
     names = [f"past_{part}" for part in spec.memory(exits.copied).parts]
     batch, rows, queries, capacity = (torch.export.Dim(name) for name in ("batch", "rows", "queries", "capacity"))
     hidden = torch.zeros(_BATCH, _ROWS, parts.embed.embedding_dim, dtype=dtype)
-    with tracing(exits.model, [balcony]):
+    with tracing_mixers(exits.model, [balcony]), tracing(exits.model, [balcony]):
         return _export(
             _BalconyTrace(exits, spec.context_length, balcony),
             (hidden, hidden[:, :_QUERIES].clone(), torch.zeros(_BATCH, dtype=torch.int64), past),
-            ({0: batch, 1: rows}, {0: batch, 1: queries}, {0: batch}, [{0: batch, 1: capacity} for _ in past]),
+            (
+                {0: batch, 1: rows},
+                {0: batch, 1: queries},
+                {0: batch},
+                [_dynamic(name, batch, capacity) for name in names],
+            ),
             ["rows", "queries", "start", *names],
             ["hidden", *(name.replace("past", "present") for name in names)],
         )
+
+
+def _dynamic(name: str, batch: Any, capacity: Any) -> dict[int, Any]:
+    """The symbolic dimensions of something that a layer keeps."""
+    return {0: batch} if name.startswith(tuple(f"past_{part}" for part in STATES)) else {0: batch, 1: capacity}
 
 
 def _memory(spec: ModelSpec, layer: int, dtype: torch.dtype) -> list[torch.Tensor]:

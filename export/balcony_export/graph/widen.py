@@ -26,17 +26,22 @@ _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 
 
 class Widened(ir.LazyTensor):
-    """A matrix that is read as ``dtype`` and kept in its own type."""
+    """A weight that is read as ``dtype`` and kept in its own type.
+
+    Attributes:
+        original: The weight as it is kept.
+        wide: The type in which it is read.
+    """
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype, name: str | None = None) -> None:
         super().__init__(
-            lambda: ir.tensor(weight.to(dtype)), dtype=_DTYPES[dtype], shape=ir.Shape(weight.shape), name=name
+            lambda: ir.tensor(self.rows(0, len(weight))), dtype=_DTYPES[dtype], shape=ir.Shape(weight.shape), name=name
         )
-        self._weight, self._wide = weight, dtype
+        self.original, self.wide = weight, dtype
 
     def rows(self, first: int, last: int) -> npt.NDArray[np.generic]:
         """Some rows, converted."""
-        found: npt.NDArray[np.generic] = self._weight[first:last].to(self._wide).numpy()
+        found: npt.NDArray[np.generic] = self.original[first:last].to(self.wide).numpy()
         return found
 
 

@@ -20,11 +20,22 @@ from balcony_edge.errors import UnsupportedModelError
 from balcony_export.model.layer import memory_of
 
 #: ``config.model_type`` of the architectures whose export is covered by parity tests.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "lfm2")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+#: The same for mixtures of experts.
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared")
+#: The same for models with layers that keep a convolution's inputs or a recurrent state.
+HYBRIDS = ("lfm2", "mamba2", "bamba", "granitemoehybrid", "falcon_h1", "qwen3_next", "qwen3_5_text")
+SUPPORTED = DENSE + MIXTURES + HYBRIDS
 #: Rotary embeddings whose table does not depend on the length of the sequence (transformers ``ROPE_INIT_FUNCTIONS``).
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 #: Default for the longest rope table that export writes: enough for an edge device, small compared with the weights.
 DEFAULT_CONTEXT = 8192
+#: Longest context of a model without positions.
+UNBOUNDED_CONTEXT = 1 << 20
+
+
+#: Names of the norm before the head. LFM2's is named after the weights that it shares.
+_FINAL_NORMS = ("norm", "embedding_norm", "final_layernorm", "norm_f")
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Parts:
     embed: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
-    rotary: nn.Module
+    rotary: nn.Module | None
     head: nn.Linear
 
 
@@ -49,8 +60,9 @@ def parts_of(model: PreTrainedModel) -> Parts:
     _refuse_unsupported(config)
     base: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     head = model.get_output_embeddings()
-    norm = base.embedding_norm if hasattr(base, "embedding_norm") else base.norm  # LFM2 names it after its weights
-    return Parts(base, base.embed_tokens, base.layers, norm, base.rotary_emb, head)
+    norm = next(getattr(base, name) for name in _FINAL_NORMS if hasattr(base, name))
+    embed: Any = model.get_input_embeddings()
+    return Parts(base, embed, base.layers, norm, getattr(base, "rotary_emb", None), head)
 
 
 def _refuse_unsupported(config: Any) -> None:
@@ -59,13 +71,11 @@ def _refuse_unsupported(config: Any) -> None:
     def refuse(why: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"model type '{kind}': {why}: export supports {', '.join(SUPPORTED)}")
 
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(config, key, None):
-            raise refuse("mixture-of-experts layers are not supported yet")
+    experts = any(getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    if experts and kind not in SUPPORTED:
+        raise refuse("its mixture of experts is not covered by parity tests")
     if getattr(config, "num_kv_shared_layers", None):
         raise refuse("its layers share keys and values across exits")
-    if any(hasattr(config, key) for key in ("mamba_d_state", "state_size", "ssm_state_size", "linear_num_key_heads")):
-        raise refuse("state-space layers are not supported yet")
     if kind not in SUPPORTED:
         raise refuse("this architecture is not covered by parity tests")
     if getattr(config, "use_bidirectional_attention", None):
@@ -94,9 +104,15 @@ def layer_type(config: Any, index: int) -> str:
 
 
 def embedding_scale(parts: Parts, dtype: torch.dtype) -> float:
-    """Factor on the token table's rows (Gemma's √D), rounded to the model's precision as transformers does."""
-    scale = getattr(parts.embed, "scalar_embed_scale", None)
+    """Factor on the token table's rows (Gemma's √D, Granite's multiplier), rounded to the model's precision."""
+    scale = getattr(parts.embed, "scalar_embed_scale", getattr(parts.decoder, "embedding_multiplier", None))
     return 1.0 if scale is None else float(torch.tensor(scale).to(dtype))
+
+
+def embedded_rows(parts: Parts, tokens: torch.Tensor) -> torch.Tensor:
+    """State before the first layer, scaled as the model does  # (B, T) -> (B, T, D)"""
+    rows: torch.Tensor = parts.embed(tokens)  # Gemma's module multiplies by itself
+    return rows * getattr(parts.decoder, "embedding_multiplier", 1.0)
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
@@ -118,14 +134,16 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         context_length: Largest number of rows of a sequence; by default the model's own, at most ``DEFAULT_CONTEXT``.
     """
     config: Any = model.config
-    limit = int(config.max_position_embeddings)
+    memories = tuple(memory_of(layer) for layer in parts_of(model).layers)
+    # a state space without attention has no positions, so no bound
+    limit = int(getattr(config, "max_position_embeddings", UNBOUNDED_CONTEXT))
     if context_length is not None and not 2 <= context_length <= limit:
         raise UnsupportedModelError(
             f"context length {context_length}: this model takes 2 to {limit}: give a number in this range"
         )
-    heads = int(config.num_attention_heads)
+    attends = any(one.attention for one in memories)
+    heads = int(config.num_attention_heads) if attends else 0
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
-    memories = tuple(memory_of(layer) for layer in parts_of(model).layers)
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
     return ModelSpec(
         name=name,
@@ -133,8 +151,8 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         num_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
         num_attention_heads=heads,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads) if attends else 0,
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads) if attends else 0,
         vocab_size=parts_of(model).embed.num_embeddings,
         context_length=context_length or min(limit, DEFAULT_CONTEXT),
         bos_token_id=config.bos_token_id,

@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_edge.files import write_atomically
 from balcony_export.model.architecture import parts_of
-from balcony_export.model.layer import layer_index, memory_of, mixer, mixer_name, mlp_name
+from balcony_export.model.layer import ATTENTION, layer_index, memory_of, mixer_names, mlp_names
 
 FORMAT_VERSION = 2
 INDEX = "balconies.json"
@@ -97,9 +97,11 @@ class Balcony(nn.Module):
         super().__init__()
         self.exit_layer, self.kind = exit_layer, kind
         if kind == "mlp":
-            setattr(layer, mixer_name(layer), Silent(mixer(layer), attention=mixer_name(layer) == "self_attn"))
+            for name in mixer_names(layer):
+                setattr(layer, name, Silent(getattr(layer, name), attention=name == ATTENTION))
         elif kind == "attention":
-            setattr(layer, mlp_name(layer), Silent(getattr(layer, mlp_name(layer)), attention=False))
+            for name in mlp_names(layer):
+                setattr(layer, name, Silent(getattr(layer, name), attention=False))
         self.layer = None if kind == "none" else layer
         self.norm = norm
 
@@ -147,8 +149,9 @@ class Balcony(nn.Module):
         out, handles = hidden, []
         try:
             if self.layer is not None:
-                mlp: nn.Module = getattr(self.layer, mlp_name(self.layer))
-                handles = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
+                for name in mlp_names(self.layer):
+                    mlp: nn.Module = getattr(self.layer, name)
+                    handles += [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
                 out = self.layer(hidden, **layer_arguments)
         finally:
             for handle in handles:
@@ -218,9 +221,9 @@ def init_balconies(
 
 
 def copied_layer(model: PreTrainedModel) -> int:
-    """Index of the layer that balconies of a model copy: the last that attends."""
+    """Index of the layer that balconies of a model copy: the last that attends, or the last of a model without attention."""
     layers = parts_of(model).layers
-    return max(index for index, layer in enumerate(layers) if memory_of(layer).attention)
+    return max((index for index, layer in enumerate(layers) if memory_of(layer).attention), default=len(layers) - 1)
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:

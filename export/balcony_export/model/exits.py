@@ -108,6 +108,12 @@ class ExitModel:
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return None if cap is None else float(cap)
 
+    @property
+    def logits_divisor(self) -> float:
+        """What logits are divided by: 1 except in Granite and Falcon-H1, whose configuration has the inverse."""
+        config = self.model.config
+        return float(getattr(config, "logits_scaling", None) or 1.0) / float(getattr(config, "lm_head_multiplier", 1.0))
+
     def parameters_read(self, exit_layer: int) -> int:
         """Parameters that one token at an exit reads, without the token table and the LM head (the paper's Table 1)."""
         last = self.parts.norm if exit_layer == self.depth else self.balconies[exit_layer]
@@ -179,6 +185,8 @@ class ExitModel:
     def head(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits of normed states, soft cap included, in the type of the weights  # (..., D) -> (..., V)"""
         logits: torch.Tensor = self.parts.head(normed)
+        if self.logits_divisor != 1.0:
+            logits = logits / self.logits_divisor
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
     def logits(self, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -190,9 +198,16 @@ class ExitModel:
         """Type of a layer of the backbone or a balcony, which keeps the index of the layer that it copies."""
         return layer_type(self.model.config, layer_index(layer))
 
+    @property
+    def rotated(self) -> int:
+        """Number of values of each head that the rotary embedding turns; 0 without one."""
+        return max((2 * cos.shape[1] for cos, _ in self.rotary_tables(1).values()), default=0)
+
     def rotary_tables(self, rows: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Attention type → ``(cos, sin)`` of the first positions, from the model's own rotary module  # (rows, head_dim / 2)"""
         types = sorted({layer_type(self.model.config, index) for index in range(self.depth)})
+        if self.parts.rotary is None:
+            return {}
         takes_type = "layer_type" in inspect.signature(self.parts.rotary.forward).parameters
         probe = torch.zeros(1, 1, 1, dtype=self.parts.embed.weight.dtype)
         tables = {}
@@ -204,14 +219,14 @@ class ExitModel:
         return {kind: tables.get(kind, tables[types[0]]) for kind in types}
 
 
-def call_layer(layer: Any, hidden: torch.Tensor, mask: Any, rotary: tuple[Any, Any], cache: Any) -> torch.Tensor:
+def call_layer(layer: Any, hidden: torch.Tensor, mask: Any, rotary: tuple[Any, Any] | None, cache: Any) -> torch.Tensor:
     """Call a decoder layer as its model does  # (B, T, D) -> (B, T, D)
 
     Args:
         layer: The layer.
         hidden: State before it  # (B, T, D)
         mask: Attention mask, of the form that the current attention function takes.
-        rotary: Cosines and sines of the positions, of the form that the current rotary function takes.
+        rotary: Cosines and sines of the positions, of the form that the current rotary function takes; None in a model without.
         cache: KV cache, or None.
     """
     keyword = {cache_keyword(layer): cache}

@@ -1,7 +1,8 @@
 """The roles of the modules inside a decoder layer, and what a layer keeps of the rows that it has taken in.
 
-Owns the names that architectures give to the two halves of a layer: the mixer, which reads earlier rows (attention, or a short
-convolution), and the MLP, which works row by row.
+Owns the names that architectures give to the two halves of a layer: the mixers, which read earlier rows (attention, a short
+convolution, a recurrence; Falcon-H1 has two of them), and the MLP, which works row by row (Granite has a shared one next to its
+experts).
 """
 
 from __future__ import annotations
@@ -12,36 +13,45 @@ from torch import nn
 
 from balcony_edge.bundle.manifest import LayerMemory
 
-_MIXERS = ("self_attn", "conv")
-_MLPS = ("mlp", "feed_forward")
+#: Name of a mixer that attends; unlike the others it also returns the weights of the rows.
+ATTENTION = "self_attn"
+_SHORT, _RECURRENT = "conv", ("mamba", "linear_attn", "mixer")
+_MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")
 
 
-def mixer_name(layer: nn.Module) -> str:
-    """Name of the attribute that holds a layer's mixer."""
-    return _named(layer, _MIXERS)
+def mixer_names(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the attributes that hold a layer's mixers."""
+    return _present(layer, (ATTENTION, _SHORT, *_RECURRENT))
 
 
-def mlp_name(layer: nn.Module) -> str:
-    """Name of the attribute that holds a layer's MLP."""
-    return _named(layer, _MLPS)
-
-
-def mixer(layer: nn.Module) -> Any:
-    """The module of a layer that reads earlier rows."""
-    return getattr(layer, mixer_name(layer))
+def mlp_names(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the attributes that together are a layer's MLP; a pure state-space layer has none."""
+    return _present(layer, _MLPS)
 
 
 def layer_index(layer: nn.Module) -> int:
     """Index of a layer in its model; that of a balcony is the index of the layer that it copies."""
-    return int(mixer(layer).layer_idx)
+    return int(getattr(layer, mixer_names(layer)[0]).layer_idx)
 
 
 def memory_of(layer: nn.Module) -> LayerMemory:
     """What a layer keeps."""
-    if mixer_name(layer) == "conv":
-        return LayerMemory(attention=False, inputs=mixer(layer).conv.in_channels)
-    return LayerMemory()
+    names = mixer_names(layer)
+    inputs = getattr(layer, _SHORT).conv.in_channels if _SHORT in names else None
+    window = state = None
+    for name in (name for name in names if name in _RECURRENT):
+        mixer = getattr(layer, name)
+        window = (mixer.conv1d.in_channels, mixer.conv1d.kernel_size[0] - 1)
+        state = _state(mixer)
+    return LayerMemory(attention=ATTENTION in names, inputs=inputs, window=window, state=state)
 
 
-def _named(layer: nn.Module, names: tuple[str, ...]) -> str:
-    return next(name for name in names if hasattr(layer, name))
+def _state(mixer: Any) -> tuple[int, int, int]:
+    """Heads, size of a key and size of a value of a recurrent state."""
+    if hasattr(mixer, "num_v_heads"):  # gated delta net
+        return mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim
+    return mixer.num_heads, mixer.ssm_state_size, mixer.head_dim  # Mamba-2
+
+
+def _present(layer: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if isinstance(getattr(layer, name, None), nn.Module))

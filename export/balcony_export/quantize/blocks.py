@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +19,9 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
-from balcony_export.graph.ir_tools import SMALLEST_SCALE, initializer
-from balcony_export.graph.lower import MICROSOFT
+from balcony_export.graph.ir_tools import MICROSOFT, SMALLEST_SCALE, initializer
 from balcony_export.graph.widen import row_pieces
+from balcony_export.quantize.experts import decides, quantize_experts, stored_experts
 from balcony_export.quantize.gptq import round_with_compensation
 from balcony_runtime.backends.token_table import unpacked
 
@@ -133,23 +132,32 @@ class Quantizer:
         """Quantize a layer's weight  # (K, N)"""
         return self._quantized(name, ir.tensor(weight.T), self.scheme.bits)
 
+    def experts(self, name: str, weight: ir.TensorProtocol, block_size: int) -> Blocks:
+        """Quantize a weight of all experts of a layer, expert by expert; their rows follow one another  # (E, N, K)"""
+        if name not in self.done:
+            each = (torch.tensor(one) for piece in row_pieces(weight) for one in piece)  # (N, K)
+            parts = (
+                self._rounded(one, self.scheme.bits, block_size, f"{name}.{expert}") for expert, one in enumerate(each)
+            )
+            experts, rows, _ = weight.shape
+            self.done[name] = Blocks.gathered(int(experts) * int(rows), parts)  # type: ignore[arg-type]
+        return self.done[name]
+
     def table(self, name: str, weight: ir.TensorProtocol) -> Blocks:
         """Quantize the LM head's weight or the token table  # (V, D)"""
         return self._quantized(name, weight, self.scheme.head_bits)
 
     def _quantized(self, name: str, weight: ir.TensorProtocol, bits: int) -> Blocks:
         if name not in self.done:
-            how = partial(
-                quantize,
-                bits=bits,
-                size=self.scheme.block_size_of(name),
-                symmetric=self.scheme.symmetric,
-                positive=self.scheme.positive,
-                moment=self.moments.get(name),
-            )
-            parts = (how(torch.tensor(rows)) for rows in row_pieces(weight))  # (N, K)
+            size = self.scheme.block_size_of(name)
+            parts = (self._rounded(torch.tensor(rows), bits, size, name) for rows in row_pieces(weight))  # (N, K)
             self.done[name] = Blocks.gathered(int(weight.shape[0]), parts)  # type: ignore[arg-type]
         return self.done[name]
+
+    def _rounded(self, rows: torch.Tensor, bits: int, size: int, name: str) -> Blocks:
+        scheme = self.scheme
+        moment = self.moments.get(name)
+        return quantize(rows, bits, size, symmetric=scheme.symmetric, positive=scheme.positive, moment=moment)
 
 
 def quantize(
@@ -255,6 +263,7 @@ def stored_weights(bundle: Bundle) -> dict[str, npt.NDArray[np.float32]]:
             weight = node.inputs[1]
             assert weight is not None
             found[str(weight.name).removesuffix(".blocks")] = blocks.dequantized(attributes["K"])
+        found |= stored_experts(model, lambda *parts: Blocks(*parts[:5]).dequantized(parts[5]))
     return found
 
 
@@ -262,11 +271,15 @@ def quantize_graph(model: ir.Model, quantizer: Quantizer) -> None:
     """Quantize every product with a weight in a lowered graph.
 
     Precondition: :func:`balcony_export.graph.passes.name_weights` named the weights. Postcondition: no ``MatMul`` or ``Gemm``
-    with a weight is left; products of one input are merged into one ``MatMulNBits`` where the nodes after them allow it.
+    with a weight is left except those of routers and gates; products of one input are merged into one ``MatMulNBits`` where
+    the nodes after them allow it.
     """
+    quantize_experts(model, quantizer)
     by_input: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
         if node.op_type == "MatMul" and (weight := node.inputs[1]) is not None and weight.const_value is not None:
+            if decides(node):
+                continue
             source = node.inputs[0]
             assert source is not None
             by_input.setdefault(source, []).append(node)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from balcony_edge.errors import InputError
 from balcony_export.data.corpus import build_corpus
 from balcony_export.model.exits import ExitModel
+from balcony_export.quantize.experts import ExpertMoments
 
 #: Share of the mean second moment that is added to each, so that channels that hardly ever fire still count.
 DAMPING = 0.01
@@ -53,6 +54,8 @@ def calibration_rows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) 
 def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """``weight name → mean of x xᵀ`` over the inputs of each linear layer, named as in the traced graphs  # (K, K)
 
+    The names of experts' weights end with the number of the expert, whose moments are over its own rows.
+
     Rows larger than the median are scaled down to it, because in some layers the activations of the first position are
     thousands of times larger than the others. But that position is the attention sink, to which nearly every token attends.
     If it is left out, or counts as one row of 512, its keys and values are rounded badly (errors of 88 % of a value), and the
@@ -62,15 +65,21 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
     counts: dict[str, int] = {}
     handles: list[Any] = []
 
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        sizes: torch.Tensor = x.norm(dim=1, keepdim=True)
+        return x * (sizes.median() / sizes.clamp(min=1e-12)).clamp(max=1.0)
+
     def add(name: str, inputs: torch.Tensor) -> None:
-        x = inputs.flatten(0, -2).float()
-        sizes = x.norm(dim=1, keepdim=True)
-        x = x * (sizes.median() / sizes.clamp(min=1e-12)).clamp(max=1.0)
+        x = scaled(inputs.flatten(0, -2))
         x[0] *= SINK_ROWS**0.5
         sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
         counts[name] = counts.get(name, 0) + len(x)
 
+    experts = ExpertMoments(scaled, SINK_ROWS)
+
     def watch(root: nn.Module, prefix: str) -> None:
+        handles.extend(experts.watch(root, prefix))
         for name, module in root.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(tuple(_SAME_INPUT)):
                 handles.append(module.register_forward_pre_hook(lambda _, x, n=f"{prefix}{name}.weight": add(n, x[0])))
@@ -91,7 +100,7 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
         for follower, leader in _SAME_INPUT.items():
             if name.endswith(f"{leader}.weight"):
                 means[f"{name.removesuffix(f'{leader}.weight')}{follower}.weight"] = means[name]
-    return means
+    return means | experts.means()
 
 
 def round_with_compensation(

@@ -1,6 +1,7 @@
-"""Check of a graph's file before ONNX Runtime reads it: no subgraphs, no functions, no files except the listed ones.
+"""Check of a graph's file before ONNX Runtime reads it: no loops, no functions, no files except the listed ones.
 
-The graphs that export writes are chains of operators. A loop could run for ever inside one call that cannot be interrupted.
+The graphs that export writes are chains of operators; a recurrence is a ``Scan``, which takes each row of a pass once. A loop
+could run for ever inside one call that cannot be interrupted.
 Weights in a file that the manifest does not list would be neither checked nor part of the fingerprint.
 """
 
@@ -66,21 +67,27 @@ def _problems(model: bytes, files: Collection[str]) -> Iterator[str]:
         if number == _MODEL_FUNCTION:
             yield "contains a function, which no export writes"
         elif number == _MODEL_GRAPH:
-            for part, _, content in message_fields(value):
-                if part == _GRAPH_NODE:
-                    yield from _of_node(content, files)
-                elif part == _GRAPH_INITIALIZER:
-                    yield from _of_tensor(content, files)
+            yield from _of_graph(value, files, scans=True)
 
 
-def _of_node(node: bytes, files: Collection[str]) -> Iterator[str]:
+def _of_graph(graph: bytes, files: Collection[str], *, scans: bool) -> Iterator[str]:
+    for part, _, content in message_fields(graph):
+        if part == _GRAPH_NODE:
+            yield from _of_node(content, files, scans)
+        elif part == _GRAPH_INITIALIZER:
+            yield from _of_tensor(content, files)
+
+
+def _of_node(node: bytes, files: Collection[str], scans: bool) -> Iterator[str]:
     parts = list(message_fields(node))
     operator = next((value.decode(errors="replace") for number, _, value in parts if number == _NODE_OPERATOR), "")
     for number, _, attribute in parts:
         if number != _NODE_ATTRIBUTE:
             continue
         for part, _, value in message_fields(attribute):
-            if part in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
+            if part == _ATTRIBUTE_GRAPH and operator == "Scan" and scans:
+                yield from _of_graph(value, files, scans=False)
+            elif part in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
                 yield f"contains a graph inside an operator ({operator[:40]}), which could run without end"
             elif part in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
                 yield from _of_tensor(value, files)

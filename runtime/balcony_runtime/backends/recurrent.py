@@ -69,7 +69,7 @@ class RecurrentStates:
 
     def copy(self, rows: int) -> None:
         """Keep a copy of the state after ``rows`` rows, if a side stands for them."""
-        if rows not in self._rows or rows in self._copies:
+        if not rows or rows not in self._rows or rows in self._copies:
             return
         self._copies[rows] = [array.copy() for array in self.sides[self._rows.index(rows)]]
         if len(self._copies) > self._most_copies:

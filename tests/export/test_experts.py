@@ -1,0 +1,238 @@
+"""Mixtures of experts: every graph computes what transformers does, whichever router and shared expert the model has."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+from torch import nn
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import InputError, VerificationError
+from balcony_export.export import ExportOptions, Traced, export_bundle, trace
+from balcony_export.graph.experts import interleaved, separated
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.exits import ExitModel
+from balcony_export.quantize.blocks import Quantizer, parse_precision
+from balcony_export.quantize.experts import EXPERT_ROWS, _block_size
+from balcony_export.quantize.gptq import second_moments
+from balcony_export.tensorrt.engine_set import write_graphs
+from balcony_export.tensorrt.graphs import Format
+from balcony_export.verify import TOLERANCE, verify
+from balcony_runtime.engine import Engine
+from balcony_runtime.scheduling.pool import Move
+from tests.conftest import Exported, tiny_tokenizer
+from tests.export.experts import MIXTURES, tiny_mixture
+from tests.properties import examples
+from tests.runtime.test_conformance import BACKENDS, actions, play
+from tests.runtime.test_pool import check_step, new_pool
+
+EXITS = (2, 3)
+PROMPT = "the quick brown fox jumps over the lazy dog and the balcony"
+
+
+def mixture_exits(name: str, **overrides: Any) -> ExitModel:
+    """A tiny mixture with balconies that are unlike its last layer."""
+    model = tiny_mixture(name, **overrides)
+    balconies = init_balconies(model, EXITS)
+    generator = torch.Generator().manual_seed(7)
+    for balcony in balconies.values():
+        for parameter in balcony.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return ExitModel(model, balconies)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Exports a tiny mixture in float32, once."""
+    made: dict[str, Exported] = {}
+
+    def export(name: str) -> Exported:
+        if name not in made:
+            exits, tokenizer, options = mixture_exits(name), tiny_tokenizer(), ExportOptions(name, trained=True)
+            traced: Traced = trace(exits, options)
+            path = tmp_path_factory.mktemp("mixtures") / name
+            export_bundle(exits, tokenizer, path, options, traced=traced)
+            made[name] = Exported(path, exits, tokenizer, traced)
+        return made[name]
+
+    return export
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_set_computes_what_the_model_does(mixture: Callable[[str], Exported], name: str) -> None:
+    """Prefill and decode, at every exit, in both sets; the full depth is also compared with the model's own forward pass."""
+    made = mixture(name)
+    checks = verify(made.path, made.exits, made.tokenizer, [PROMPT])
+    assert {check.phase.partition(",")[2].strip() for check in checks} == {"", "portable"}
+    assert all(check.passed for check in checks), checks
+    ids = made.tokenizer(PROMPT).input_ids
+    with torch.no_grad():
+        want = made.model(torch.tensor([ids])).logits[0].numpy()
+    with Engine.open(made.path) as engine:
+        got = engine.new_sequence(max_length=len(ids)).advance(4, ids, num_logits=len(ids))[0]
+    assert np.abs(got - want).max() <= TOLERANCE["float32"] * np.abs(want).max()
+
+
+def test_one_operator_for_each_mixture_and_one_copy_of_each_weight(mixture: Callable[[str], Exported]) -> None:
+    made = mixture("qwen2-moe")  # every second layer is a mixture, and so are the balconies
+    for key, graph in made.traced.lowered.items():
+        found = [node.op_type for node in graph.graph if node.op_type == "MoE"]
+        assert len(found) == {"stage_0": 1, "stage_1": 0, "stage_2": 1}.get(key, int(key in ("balcony_2", "balcony_3")))
+    for graph in made.traced.graphs.values():
+        assert {node.domain for node in graph.graph} == {""}
+    parameters = {id(p): p.numel() for module in made.exits.modules for p in module.parameters()}
+    weights = (made.path / "weights.bin").stat().st_size
+    assert weights < 4 * sum(parameters.values()) * 1.01 + 20_000  # 20 kB of rope tables and alignment
+
+
+def test_a_row_reads_the_chosen_experts_only(mixture: Callable[[str], Exported]) -> None:
+    manifest = Bundle.open(mixture("olmoe").path).manifest
+    portable, lowered = manifest.graphs["stage_0"], manifest.cpu["stage_0"]
+    experts = 2 * 8 * 3 * 32 * 64 * 4  # 2 layers, 8 experts, three matrices of 32 x 64 float32
+    assert portable.weight_bytes - lowered.weight_bytes == pytest.approx(experts * 6 / 8, abs=100)
+    assert lowered.parameters == pytest.approx(portable.parameters, abs=100)
+    assert manifest.bytes_per_token(2) < manifest.bytes_per_token(4)
+
+
+def test_gate_and_up_rows_alternate_and_come_back() -> None:
+    weight = np.arange(2 * 6 * 2, dtype=np.float32).reshape(2, 6, 2)
+    mixed = np.asarray(interleaved(weight), np.float32)
+    assert mixed[0, :, 0].tolist() == [0, 6, 2, 8, 4, 10]
+    np.testing.assert_array_equal(separated(mixed), weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mixtral", "int4"),
+        ("qwen2-moe", "int4,asym,block=64"),  # a router without shares, a shared expert, blocks halved to 32
+        ("granite-moe-shared", "int8"),
+        ("qwen3-moe", "int4,level=1,positive"),
+    ],
+)
+def test_quantized_experts_compute_with_what_they_store(
+    mixture: Callable[[str], Exported], name: str, text: str, tmp_path: Path
+) -> None:
+    """Verification compares with the stored weights: exactly at level 1, statistically at level 4."""
+    made = mixture(name)
+    options = ExportOptions(name, trained=True, precision=parse_precision(text))
+    export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    checks = verify(tmp_path / "b", made.exits, made.tokenizer, [PROMPT])
+    assert all(check.passed for check in checks), checks
+    assert ("level=1" in text or text == "int8") or any(check.exact for check in checks)
+    bundle = Bundle.open(tmp_path / "b")
+    nodes = [node for graph in bundle.manifest.cpu.values() for node in ir.load(bundle.file(graph.file)).graph]
+    assert {node.op_type for node in nodes} >= {"QMoE", "MatMulNBits", "MatMul"}  # the routers are float32
+    assert not [node for node in nodes if node.op_type == "MoE"]
+    quantized, plain = bundle.manifest.cpu["stage_1"], Bundle.open(made.path).manifest.cpu["stage_1"]
+    assert quantized.parameters == pytest.approx(plain.parameters, rel=0.01)
+    assert quantized.weight_bytes < 0.5 * plain.weight_bytes
+
+
+def test_verification_of_quantized_experts_names_another_model(
+    mixture: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    made = mixture("mixtral")
+    options = ExportOptions("m", trained=True, precision=parse_precision("int4"))
+    export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    other = made.exits.copy()
+    other.parts.layers[0].mlp.experts.down_proj.data[3] *= -4
+    with pytest.raises(VerificationError, match=r"layers\.0\.mlp\.experts\.down_proj differs"):
+        verify(tmp_path / "b", other, made.tokenizer, [PROMPT])
+
+
+def test_what_quantized_experts_cannot_be_is_refused(mixture: Callable[[str], Exported], tmp_path: Path) -> None:
+    made = mixture("mixtral")
+    options = ExportOptions("m", trained=True, precision=parse_precision("int8,level=1"))
+    with pytest.raises(InputError, match="8-bit experts to int8 at every level: give level=4"):
+        export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    with pytest.raises(InputError, match=r"has 64 and 24 inputs, .* multiples of 16: export with fp32"):
+        _block_size("layers.0.mlp.experts.gate_up_proj", 32, [64, 24])
+    assert _block_size("x", 128, [64, 96]) == 32
+    assert not (tmp_path / "b").exists()
+
+
+def test_gptq_measures_each_expert_on_its_own_rows() -> None:
+    exits = mixture_exits("mixtral")
+    random = np.random.default_rng(5)
+    rows = [random.integers(0, 320, 64).tolist() for _ in range(8)]
+    moments = second_moments(exits, rows)
+    name = "layers.2.mlp.experts"
+    seen: dict[int, int] = {}
+
+    def count(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        for expert in inputs[1].flatten().tolist():
+            seen[expert] = seen.get(expert, 0) + 1
+
+    handle = exits.parts.layers[2].mlp.experts.register_forward_pre_hook(count)
+    with torch.no_grad():
+        for row in rows:
+            exits.run(torch.tensor([row]), ())
+    handle.remove()
+    for expert in range(8):
+        assert (f"{name}.gate_up_proj.{expert}" in moments) == (seen[expert] >= EXPERT_ROWS)
+    assert len({seen[expert] >= EXPERT_ROWS for expert in range(8)}) == 2, seen  # both sides of the rule occur
+    expert = max(seen, key=lambda one: seen[one])
+    assert moments[f"{name}.down_proj.{expert}"].shape == (32, 32)
+    quantizer = Quantizer(parse_precision("int4"), moments)  # type: ignore[arg-type]
+    weight = exits.parts.layers[2].mlp.experts.down_proj.detach()
+    blocks = quantizer.experts(f"{name}.down_proj", ir.tensor(weight.numpy()), 32).dequantized(32).reshape(8, 64, 32)
+    nearest = Quantizer(parse_precision("int4")).experts("n", ir.tensor(weight.numpy()), 32)  # type: ignore[arg-type]
+    rounded = nearest.dequantized(32).reshape(8, 64, 32)
+
+    def error(found: np.ndarray[Any, Any], which: int) -> float:
+        far = torch.from_numpy(found[which]) - weight[which]
+        return float(torch.einsum("nk,kl,nl->", far, moments[f"{name}.down_proj.{which}"], far))
+
+    assert error(blocks, expert) < 0.9 * error(rounded, expert)
+    unseen = min(seen, key=lambda one: seen[one])
+    np.testing.assert_array_equal(blocks[unseen], rounded[unseen])
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe", "granite-moe-shared"])
+@pytest.mark.parametrize("backend", ["lowered", "packed", "device-fused", "device-plain"])
+def test_any_schedule_of_exits_equals_a_pass_from_scratch(
+    mixture: Callable[[str], Exported], name: str, backend: str, tmp_path: Path
+) -> None:
+    """Also over the graphs for TensorRT, which ONNX Runtime runs here."""
+    path = Path(shutil.copytree(mixture(name).path, tmp_path / "bundle"))
+    write_graphs(Bundle.open(path), "rtx-fp32", "rtx", Format("fp32", "fused", 256))
+    write_graphs(Bundle.open(path), "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256))
+    bundle = Bundle.open(path)
+    with Engine.of(bundle.portable()) as reference, BACKENDS[backend](bundle) as engine:
+
+        @examples(5, suppress_health_check=[HealthCheck.too_slow])
+        @given(actions, st.integers(1, 40), st.integers(0, 2**31))
+        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int) -> None:
+            play(reference, engine.new_sequence(max_length=128), [("advance", seed % 3, prefill), *schedule], seed)
+
+        schedules()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4,level=1"])
+def test_batches_of_different_lengths(mixture: Callable[[str], Exported], precision: str, tmp_path: Path) -> None:
+    """Several sequences in one pass give what each gives alone, whichever experts the others choose."""
+    made = mixture("qwen3-moe")
+    options = ExportOptions("b", trained=True, precision=parse_precision(precision))
+    export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    random = np.random.default_rng(4)
+    with Engine.open(tmp_path / "b") as engine:
+        pool = new_pool(engine)
+        members = [pool.take(random.integers(0, 320, count).tolist()) for count in (5, 17, 30, 8, 9)]
+        for exits in ((2, 3, 4, 4, 4), (4, 4, 4, 4, 4), (3, 2, 2, 2, 4)):
+            moves = [
+                Move(member, exit_layer, int(random.integers(320)))
+                for member, exit_layer in zip(members, exits, strict=True)
+                if member is not None
+            ]
+            check_step(engine, pool, moves)
+        pool.close()
