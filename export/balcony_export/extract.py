@@ -17,6 +17,7 @@ from balcony_edge.errors import InputError, VerificationError
 from balcony_export.model.architecture import cast_weights, parts_of
 from balcony_export.model.checkpoint import save_checkpoint
 from balcony_export.model.exits import ExitModel
+from balcony_export.model.layer import memory_of
 from balcony_export.output import fresh_directory, refuse_existing
 from balcony_export.verify import TOLERANCE, reference_logits
 
@@ -44,10 +45,14 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
     if balcony is not None and balcony.layer is not None:
         layers.append(balcony.layer)
     config = copy.deepcopy(model.config)
+    stored = config.to_dict()
     for field in _PER_LAYER:
-        if entries := getattr(config, field, None):
+        # some models derive the field from others
+        if (entries := getattr(config, field, None)) and field in stored:
             # a balcony attends as the layer does that it began as a copy of
             setattr(config, field, [*entries[:exit_layer], *[entries[exits.copied]] * (len(layers) - exit_layer)])
+    if stored.get("attn_layer_indices") is not None:  # Bamba
+        config.attn_layer_indices = [index for index, layer in enumerate(layers) if memory_of(layer).attention]
     config.num_hidden_layers = len(layers)
     small: PreTrainedModel = type(model)(config).eval()
     cast_weights(small, next(model.parameters()).dtype)

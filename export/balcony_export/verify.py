@@ -305,7 +305,8 @@ def _backbone(bundle: Bundle, exits: ExitModel, samples: Sequence[Sequence[int]]
         embedded = embedded_rows(exits.parts, torch.tensor([list(ids)])).detach()
         feeds: dict[str, Any] = {"hidden_0": embedded.numpy(), "start": np.zeros(1, np.int64)}
         for tensor in manifest.graphs["backbone"].inputs[2:]:
-            feeds[tensor.name] = np.zeros((1, len(ids), int(tensor.shape[2])), embedded.numpy().dtype)
+            shape = [dim if isinstance(dim, int) else len(ids) for dim in tensor.shape[1:]]
+            feeds[tensor.name] = np.zeros((1, *shape), tensor.dtype)
         hidden = dict(zip(manifest.exit_layers, session.run(names, feeds), strict=True))
         states = {e: torch.from_numpy(np.asarray(state)) for e, state in hidden.items()}
         logits = reference_logits(exits, ids, states)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
-from transformers import DynamicCache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
@@ -201,7 +201,7 @@ class TorchScorer:
     @torch.no_grad()
     def greedy(self, exit_layer: int, prompt: Sequence[int], limit: int) -> Iterator[int]:
         """See :class:`Scorer`; backbone and balcony have a KV cache each."""
-        caches = DynamicCache(), DynamicCache()
+        caches = self._exits.new_cache(), self._exits.new_cache()
         new = torch.tensor([list(prompt)], device=self._device)
         for _ in range(limit):
             normed = self._exits.normed(exit_layer, self._exits.run(new, (exit_layer,), caches[0]), caches[1])

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from balcony_export.model.architecture import cast_weights, layer_type, parts_of
 from balcony_export.model.balcony import Balcony, BalconyKind, copied_layer, init_balconies, load_balconies
@@ -153,13 +153,22 @@ class ExitModel:
         takers = [*self.parts.layers, self.parts.norm]
         handles = [takers[e].register_forward_pre_hook(taking(e), with_kwargs=True) for e in {*exit_layers}]
         handles.append(self.parts.layers[self.copied].register_forward_pre_hook(keep_arguments, with_kwargs=True))
-        keyword = {} if cache is None else {cache_keyword(self.parts.decoder): cache}
+        keyword: dict[str, Any] = {}
+        if cache is not None:
+            keyword[cache_keyword(self.parts.decoder)] = cache
+            if self.parts.rotary is not None:  # Bamba's own positions begin at 0 in every pass
+                first = cache.get_seq_length()
+                keyword["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
         try:
             self.parts.decoder(input_ids=tokens, use_cache=cache is not None, **keyword)
         finally:
             for handle in handles:
                 handle.remove()
         return States(at, arguments)
+
+    def new_cache(self) -> Cache:
+        """An empty cache for the backbone, or for a balcony."""
+        return DynamicCache(config=self.model.config)
 
     def layer_arguments(self, rows: int) -> Mapping[str, Any]:
         """Arguments of the layer that balconies copy, for whole sequences of ``rows`` tokens, whatever the tokens are."""
