@@ -196,7 +196,7 @@ class ExitSpec(_Frozen):
     exit_layer: int = Field(gt=0)
     kind: Literal["balcony", "full"]
     trained: bool
-    module: Literal["decoder", "attention", "mlp", "none"] = "decoder"
+    module: Literal["decoder", "attention", "mlp", "none", "dense"] = "decoder"
     quality: Quality | None = None
 
 
@@ -380,7 +380,7 @@ class Manifest(_Frozen):
     @property
     def cached_exits(self) -> tuple[int, ...]:
         """Exits whose balcony attends to earlier rows and therefore has a KV cache."""
-        return tuple(e.exit_layer for e in self.exits if e.kind == "balcony" and e.module in ("decoder", "attention"))
+        return tuple(e.exit_layer for e in self.exits if e.kind == "balcony" and e.module not in ("mlp", "none"))
 
     def exit_graph(self, exit_layer: int) -> str:
         """Name of the graph that turns the hidden state at ``exit_layer`` into the head's input."""

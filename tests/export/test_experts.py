@@ -17,16 +17,21 @@ from torch import nn
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError, VerificationError
+from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, Traced, export_bundle, trace
+from balcony_export.extract import submodel
 from balcony_export.graph.experts import interleaved, separated
-from balcony_export.model.balcony import init_balconies
+from balcony_export.model.balcony import fingerprint, init_balconies, load_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
+from balcony_export.model.experts import Use, dense_from, experts_in
 from balcony_export.quantize.blocks import Quantizer, parse_precision
 from balcony_export.quantize.experts import EXPERT_ROWS, _block_size
 from balcony_export.quantize.gptq import second_moments
 from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
-from balcony_export.verify import TOLERANCE, verify
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.trainer import Trainer
+from balcony_export.verify import TOLERANCE, reference_logits, verify
 from balcony_runtime.engine import Engine
 from balcony_runtime.scheduling.pool import Move
 from tests.conftest import Exported, tiny_tokenizer
@@ -236,3 +241,91 @@ def test_batches_of_different_lengths(mixture: Callable[[str], Exported], precis
             ]
             check_step(engine, pool, moves)
         pool.close()
+
+
+def test_a_dense_balcony_begins_as_the_most_used_experts() -> None:
+    """With the routing fixed to its experts, a mixture and the dense MLP that comes from it compute the same."""
+    model = tiny_mixture("qwen2-moe")
+    (balcony,) = init_balconies(model, (2,), "dense").values()
+    assert balcony.kind == "dense" and balcony.keeps_rows and not any(experts_in(balcony))
+    dense = balcony.layer.mlp
+    assert dense.gate_proj.weight.shape == (2 * 32 + 48, 64)  # two experts and the shared one
+    block = model.model.layers[-1].mlp
+    use = Use(block)
+    use.rows += 4.0
+    use.weights[3], use.weights[6] = 2.0, 1.0
+    use.shared.append(0.25)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        got = dense_from(block, use, 2)(x)
+        index = torch.tensor([[3, 6]] * 5)
+        want = block.experts(x, index, torch.tensor([[0.5, 0.25]] * 5)) + 0.25 * block.shared_expert(x)
+    use.close()
+    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+
+
+def test_a_dense_balcony_needs_experts(make_tiny: Callable[..., Any]) -> None:
+    for model in (make_tiny("llama"), tiny_mixture("qwen3-moe", mlp_only_layers=[3])):
+        with pytest.raises(InputError, match="exit module 'dense': the model's last layer is not a mixture of experts"):
+            init_balconies(model, (2,), "dense")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("qwen2-moe", "dense"), ("granite-moe-shared", "dense"), ("mixtral", "mlp")]
+)
+def test_exit_modules_of_mixtures_export_and_verify(name: str, kind: Any, tmp_path: Path) -> None:
+    model, tokenizer = tiny_mixture(name), tiny_tokenizer()
+    balconies = init_balconies(model, EXITS, kind)
+    save_balconies(tmp_path / "balconies", balconies, fingerprint(model))
+    exits = ExitModel(model, load_balconies(tmp_path / "balconies", model))
+    assert {balcony.kind for balcony in exits.balconies.values()} == {kind}
+    manifest = export_bundle(exits, tokenizer, tmp_path / "b", ExportOptions(name, trained=False))
+    assert manifest.cached_exits == (EXITS if kind == "dense" else ())
+    checks = verify(tmp_path / "b", exits, tokenizer, [PROMPT])
+    assert all(check.passed for check in checks), checks
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_balcony_at_some_positions_gives_what_it_gives_at_all(name: str) -> None:
+    exits = mixture_exits(name)
+    tokens = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(3))
+    where = torch.tensor([1, 4, 8, 12, 17])
+    with torch.no_grad():
+        states = exits.run(tokens, (2,))
+        whole = exits.normed(2, states).flatten(0, 1)[where]
+        some = exits.balconies[2].rows(states.at[2], where, **states.layer_arguments)
+    assert torch.allclose(some, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_exit_of_a_mixture_becomes_a_plain_model(name: str) -> None:
+    exits = mixture_exits(name)
+    ids = list(range(3, 40))
+    for exit_layer in EXITS:  # in Qwen's mixtures the numbers of the dense layers change
+        with torch.no_grad():
+            got = submodel(exits, exit_layer)(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        want = reference_logits(exits, ids)[exit_layer]
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("granite-moe", "decoder"), ("qwen3-moe", "dense")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_balconies_of_mixtures_learn(name: str, kind: Any, precision: Any, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(3).integers(1, 320, (8, 32)).astype(np.int32)
+    rows = Rows(tokens, np.full(8, 32, np.int32))
+    config = TrainConfig(
+        exits=(1,),
+        steps=60,
+        seq_len=32,
+        positions=0,
+        rate=5e-3,
+        warmup_steps=1,
+        evaluate_every=60,
+        module=kind,
+        precision=precision,
+    )
+    trainer = Trainer(tiny_mixture(name), Corpus(rows, rows, {}, "digest"), config, tmp_path / "b", compiled=False)
+    before, _ = trainer.evaluate()[1]
+    trainer.run()
+    after, _ = trainer.evaluate()[1]
+    assert after < 0.8 * before

@@ -6,7 +6,8 @@ the directory format below. Training is :mod:`balcony_export.train.trainer`; tra
     balconies/
       balconies.json            format_version  1
                                 module          "decoder": a whole decoder layer (attention and MLP), then a norm;
-                                                "attention", "mlp": one half of it; "none": the norm alone
+                                                "attention", "mlp": one half of it; "none": the norm alone;
+                                                "dense": a decoder layer whose MLP is dense, in a mixture of experts
                                 dtype           of the stored tensors, "bfloat16"
                                 base            model_type, hidden_size, num_layers,
                                                 config_sha256   of the fields that fix shapes and arithmetic
@@ -37,6 +38,7 @@ from transformers import PreTrainedModel
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_edge.files import write_atomically
 from balcony_export.model.architecture import parts_of
+from balcony_export.model.experts import Use, dense_from, experts_in, mixture, mlp_names
 
 FORMAT_VERSION = 1
 INDEX = "balconies.json"
@@ -57,11 +59,31 @@ _CONFIG_FIELDS = (
     "sliding_window",
     "tie_word_embeddings",
 )
+#: The same for mixtures of experts.
+_MIXTURE_FIELDS = (
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "clip_qkv",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+#: Tokens on which the use of experts is measured, evenly over the vocabulary.
+_WATCHED_TOKENS = 128
 _SAMPLES = 64  # values per weight in the fingerprint: every tensor counts, and a 135M model takes 0.1 s
 
 
-#: What an exit holds before its norm: a decoder layer (the paper's balcony), one half of one, or nothing (early exit).
-BalconyKind = Literal["decoder", "attention", "mlp", "none"]
+#: What an exit holds before its norm: a decoder layer (the paper's balcony), one half of one, nothing (early exit), or, in a
+#: mixture of experts, a decoder layer with a dense MLP in the place of the experts.
+BalconyKind = Literal["decoder", "attention", "mlp", "none", "dense"]
 KINDS: tuple[BalconyKind, ...] = get_args(BalconyKind)
 
 
@@ -95,14 +117,15 @@ class Balcony(nn.Module):
         if kind == "mlp":
             layer.self_attn = Silent(layer.self_attn, attention=True)
         elif kind == "attention":
-            layer.mlp = Silent(layer.mlp, attention=False)
+            for name in mlp_names(layer):
+                setattr(layer, name, Silent(getattr(layer, name), attention=False))
         self.layer = None if kind == "none" else layer
         self.norm = norm
 
     @property
     def keeps_rows(self) -> bool:
         """Whether it attends to earlier rows, and so has a KV cache."""
-        return self.kind in ("decoder", "attention")
+        return self.kind in ("decoder", "attention", "dense")
 
     def forward(self, hidden: torch.Tensor, **layer_arguments: Any) -> torch.Tensor:
         """Normed hidden state for the LM head.
@@ -130,18 +153,17 @@ class Balcony(nn.Module):
         rows, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
 
         def gather(_mlp: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-            return args[0].flatten(0, 1)[where]
+            return args[0].flatten(0, 1)[where][None]  # (1, n, D): mixtures of experts take three axes
 
         def scatter(_mlp: nn.Module, _args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-            return out.new_zeros(rows, width).index_copy(0, where, out).view(hidden.shape)
+            return out.new_zeros(rows, width).index_copy(0, where, out[0]).view(hidden.shape)
 
         out, handles = hidden, []
         try:
             if self.layer is not None:
-                handles = [
-                    self.layer.mlp.register_forward_pre_hook(gather),
-                    self.layer.mlp.register_forward_hook(scatter),
-                ]
+                for name in mlp_names(self.layer):
+                    mlp = getattr(self.layer, name)
+                    handles += [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
                 out = self.layer(hidden, **layer_arguments)
         finally:
             for handle in handles:
@@ -185,9 +207,15 @@ def init_balconies(
 
     A copy keeps its ``layer_idx``, so that attention type, window and rotary table are those of the last layer. With a seed
     ``random``, weights are drawn as the base model's were before its training; they depend on the seed and the exit layer.
+    The MLP of the kind ``dense`` begins with the last layer's most used experts: see :func:`.experts.dense_from`.
+
+    Raises:
+        InputError: The kind is ``dense`` and the last layer is not a mixture of experts.
     """
     parts = parts_of(model)
     last, norm = parts.layers[-1], parts.norm
+    if kind == "dense":
+        last = _with_dense_mlp(model)
     made = {e: Balcony(e, copy.deepcopy(last), copy.deepcopy(norm), kind).eval() for e in exit_layers}
     if random is not None:
         for exit_layer, balcony in made.items():
@@ -197,10 +225,33 @@ def init_balconies(
     return made
 
 
+@torch.no_grad()
+def _with_dense_mlp(model: PreTrainedModel) -> nn.Module:
+    """A copy of the last layer with a dense MLP instead of its experts, which are watched on tokens of the whole vocabulary."""
+    parts, sizes = parts_of(model), mixture(model.config)
+    last = parts.layers[-1]
+    names = [name for name in mlp_names(last) if any(experts_in(getattr(last, name)))]
+    if sizes is None or not names:
+        raise InputError("exit module 'dense': the model's last layer is not a mixture of experts: take 'decoder'")
+    block = getattr(last, names[0])
+    use = Use(block)
+    try:
+        device = parts.embed.weight.device
+        tokens = torch.linspace(0, parts.embed.num_embeddings - 1, _WATCHED_TOKENS, device=device).long()[None]
+        parts.decoder(input_ids=tokens, use_cache=False)
+    finally:
+        use.close()
+    dense = dense_from(block, use, sizes.chosen)
+    layer = copy.deepcopy(last)
+    setattr(layer, names[0], dense)
+    return layer
+
+
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """The ``base`` entry of balconies.json for this model. It does not depend on the precision of the loaded weights."""
     config: Any = model.config
-    fields = {key: _canonical(getattr(config, key, None)) for key in _CONFIG_FIELDS}
+    names = _CONFIG_FIELDS + (_MIXTURE_FIELDS if mixture(config) else ())
+    fields = {key: _canonical(getattr(config, key, None)) for key in names}
     digest = hashlib.sha256()
     # a tied head is one parameter; state_dict would list it twice for some ways of loading
     for name, parameter in sorted(model.named_parameters()):
