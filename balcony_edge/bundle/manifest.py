@@ -85,8 +85,9 @@ class TensorSpec(_Frozen):
 class GraphSpec(_Frozen):
     """One executable graph.
 
-    ``weight_bytes`` are the bytes of weights that one pass reads; ``parameters`` is their number of elements. A tensor that two
-    graphs share counts in both.
+    ``weight_bytes`` are the bytes of weights that a pass of one row reads; ``parameters`` is the number of elements of all
+    weights. They differ in a mixture of experts: one row reads the chosen experts (in the set ``graphs``, all), and further
+    rows read others. A tensor that two graphs share counts in both.
     """
 
     file: FileName
@@ -200,6 +201,18 @@ class ExitSpec(_Frozen):
     quality: Quality | None = None
 
 
+class MixtureSpec(_Frozen):
+    """Mixture of experts: of the ``experts`` of a layer each row uses ``chosen``. Some layers may be dense."""
+
+    experts: int = Field(gt=0, le=2**16)
+    chosen: int = Field(gt=0, le=2**16)
+
+    @property
+    def share(self) -> float:
+        """Share of the experts that one row uses."""
+        return min(self.chosen / self.experts, 1.0)
+
+
 class ModelSpec(_Frozen):
     """Architecture and sizes of the base model."""
 
@@ -214,6 +227,7 @@ class ModelSpec(_Frozen):
     context_length: Size
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    mixture: MixtureSpec | None = None
 
     @property
     def kv_width(self) -> int:

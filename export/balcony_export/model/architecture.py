@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from balcony_edge.bundle.manifest import ModelSpec
+from balcony_edge.bundle.manifest import MixtureSpec, ModelSpec
 from balcony_edge.errors import UnsupportedModelError
+from balcony_export.model.experts import mixture
 
 #: ``config.model_type`` of the architectures whose export is covered by parity tests.
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
@@ -134,6 +135,7 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         )
     heads = int(config.num_attention_heads)
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+    sizes = mixture(config)
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
     return ModelSpec(
         name=name,
@@ -147,4 +149,5 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         context_length=context_length or min(limit, DEFAULT_CONTEXT),
         bos_token_id=config.bos_token_id,
         eos_token_ids=eos_ids,
+        mixture=None if sizes is None else MixtureSpec(experts=sizes.experts, chosen=sizes.chosen),
     )
