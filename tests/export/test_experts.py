@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import InputError, VerificationError
+from balcony_edge.errors import InputError, UnsupportedModelError, VerificationError
 from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, Traced, export_bundle, trace
 from balcony_export.extract import submodel
-from balcony_export.graph.experts import interleaved, separated
+from balcony_export.graph.experts import interleaved, router_operator, separated, symbolic_experts
 from balcony_export.model.balcony import fingerprint, init_balconies, load_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_export.model.experts import Use, dense_from, experts_in
@@ -329,3 +329,46 @@ def test_balconies_of_mixtures_learn(name: str, kind: Any, precision: Any, tmp_p
     trainer.run()
     after, _ = trainer.evaluate()[1]
     assert after < 0.8 * before
+
+
+def test_half_precision_and_a_bfloat16_checkpoint(tmp_path: Path) -> None:
+    """Experts of a bfloat16 checkpoint are converted while they are written; float16 graphs route in float32."""
+    exits, tokenizer = mixture_exits("olmoe", hidden_size=128), tiny_tokenizer()
+    exits.cast(torch.bfloat16)
+    wide = ExitModel(exits.model, {})
+    export_bundle(wide, tokenizer, tmp_path / "wide", ExportOptions("w", trained=True))
+    checks = verify(tmp_path / "wide", wide.copy(), tokenizer, [PROMPT])
+    assert all(check.passed for check in checks), checks
+    half = ExitModel(exits.model, {})
+    export_bundle(half, tokenizer, tmp_path / "half", ExportOptions("h", trained=True, precision="float16"))
+    checks = verify(tmp_path / "half", half, tokenizer, [PROMPT])
+    assert all(check.passed for check in checks), checks
+    graph = ir.load(tmp_path / "half" / "stage_0.onnx").graph
+    sources = [node.predecessors()[0] for node in graph if node.op_type == "Softmax"]
+    assert len(sources) == 4 and all(node.attributes["to"].as_int() == ir.DataType.FLOAT for node in sources)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "granite-moe"])
+def test_routers_and_experts_of_another_kind_are_refused(architecture: str) -> None:
+    layer: Any = tiny_mixture(architecture).model.layers[0]
+    block = layer.mlp if architecture == "mixtral" else layer.block_sparse_moe
+    name = "gate" if architecture == "mixtral" else "router"
+    router, experts = getattr(block, name), block.experts
+    forward = router.forward
+    assert router_operator(router).normalizes
+    for changed in (
+        lambda x: (forward(x)[0], forward(x)[1] * 2.5, forward(x)[2]),  # DeepSeek's scaled weights
+        lambda x: (forward(x)[0], forward(x)[1], 7 - forward(x)[2]),  # other experts than those with the largest logits
+    ):
+        router.forward = changed
+        with pytest.raises(UnsupportedModelError, match="neither by the largest probabilities nor by their shares"):
+            router_operator(router)
+    for attribute, value in (("has_bias", True), ("is_transposed", True), ("has_gate", False)):
+        before = getattr(experts, attribute)
+        setattr(experts, attribute, value)
+        with pytest.raises(UnsupportedModelError, match="another form than SwiGLU"), symbolic_experts([layer]):
+            pytest.fail("it must be refused")
+        setattr(experts, attribute, before)
+    experts.act_fn = nn.GELU()
+    with pytest.raises(UnsupportedModelError, match="its activation is not SwiGLU"), symbolic_experts([layer]):
+        pytest.fail("it must be refused")
