@@ -32,6 +32,7 @@ from balcony_export.tensorrt.graphs import Format
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.trainer import Trainer
 from balcony_export.verify import TOLERANCE, reference_logits, verify
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
 from balcony_runtime.scheduling.pool import Move
 from tests.conftest import Exported, tiny_tokenizer
@@ -39,6 +40,8 @@ from tests.export.experts import MIXTURES, tiny_mixture
 from tests.properties import examples
 from tests.runtime.test_conformance import BACKENDS, actions, play
 from tests.runtime.test_pool import check_step, new_pool
+
+pytestmark = pytest.mark.model
 
 EXITS = (2, 3)
 PROMPT = "the quick brown fox jumps over the lazy dog and the balcony"
@@ -372,3 +375,59 @@ def test_routers_and_experts_of_another_kind_are_refused(architecture: str) -> N
     experts.act_fn = nn.GELU()
     with pytest.raises(UnsupportedModelError, match="its activation is not SwiGLU"), symbolic_experts([layer]):
         pytest.fail("it must be refused")
+
+
+def test_moments_have_the_names_of_the_weights_in_the_graphs(
+    mixture: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    """So a bundle that is rounded by GPTQ uses them: on its calibration text it is closer to the model."""
+    made = mixture("qwen2-moe")
+    exits = made.exits.copy()
+    random = np.random.default_rng(8)
+    rows = [random.integers(0, 320, 128).tolist() for _ in range(8)]
+    moments = second_moments(exits, rows)
+    names = {str(name) for graph in made.traced.lowered.values() for name in graph.graph.initializers}
+    assert {name.rpartition(".")[0] if name.rpartition(".")[2].isdigit() else name for name in moments} <= names
+    assert {"layers.3.mlp.experts.gate_up_proj.1", "balcony_2.layer.mlp.experts.down_proj.1"} & set(moments)
+    quality = []
+    for calibration in ((), rows):
+        options = ExportOptions("q", True, parse_precision("int4,level=1"), calibration)
+        path = tmp_path / f"{len(calibration)}"
+        export_bundle(exits, made.tokenizer, path, options, traced=made.traced)
+        with Engine.open(path) as engine:
+            got = [engine.new_sequence(max_length=128).advance(4, row, num_logits=128)[0] for row in rows]
+        want = [reference_logits(exits, row)[4] for row in rows]
+        quality.append(np.mean([np.square(one - other).mean() for one, other in zip(got, want, strict=True)]))
+    assert quality[1] < 0.9 * quality[0]
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_packed_experts_are_shared_between_processes(
+    mixture: Callable[[str], Exported], precision: str, tmp_path: Path
+) -> None:
+    """An engine over files of packed weights gives the bits of the one that packs for itself."""
+    made = mixture("mixtral")
+    options = ExportOptions("p", trained=True, precision=parse_precision(precision))
+    export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    ids = list(range(3, 23))
+    logits = []
+    for packed in (None, tmp_path / "packed", tmp_path / "packed"):
+        with Engine.of(Bundle.open(tmp_path / "b"), packed=packed) as engine:
+            sequence = engine.new_sequence(max_length=32)
+            logits.append(
+                [sequence.advance(4, ids), *(sequence.step(2, np.array([token])).copy() for token in ids[:4])]
+            )
+    for other in logits[1:]:
+        for one, another in zip(logits[0], other, strict=True):
+            np.testing.assert_array_equal(one, another)
+
+
+def test_prices_at_load_separate_rows_and_experts(mixture: Callable[[str], Exported]) -> None:
+    manifest = Bundle.open(mixture("qwen2-moe").path).manifest
+    assert manifest.model.mixture is not None and manifest.model.mixture.share == 0.25
+    with Engine.open(mixture("qwen2-moe").path) as engine:
+        costs = measure_prices(engine)
+    assert all(unit.experts is None or unit.experts.share == 0.25 for unit in costs.stages)
+    assert all(unit.experts is None for unit in (*costs.balconies, costs.head))
+    prices = [costs.stages[0].pass_ms(rows, 0) for rows in range(1, 20)]
+    assert prices == sorted(prices)

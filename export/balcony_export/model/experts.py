@@ -81,8 +81,9 @@ class Use:
 
     def _take(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         _hidden, index, weights = inputs
-        self.rows.index_add_(0, index.flatten(), torch.ones(index.numel()))
-        self.weights.index_add_(0, index.flatten(), weights.flatten().float())
+        chosen = index.flatten().cpu()
+        self.rows.index_add_(0, chosen, torch.ones(len(chosen)))
+        self.weights.index_add_(0, chosen, weights.detach().flatten().float().cpu())
 
     def _take_gate(self, _: nn.Module, _inputs: Any, out: torch.Tensor) -> None:
         self.shared.append(float(out.float().sigmoid().mean()))
