@@ -335,8 +335,8 @@ def test_balconies_of_mixtures_learn(name: str, kind: Any, precision: Any, tmp_p
 
 
 def test_half_precision_and_a_bfloat16_checkpoint(tmp_path: Path) -> None:
-    """Experts of a bfloat16 checkpoint are converted while they are written; float16 graphs route in float32."""
-    exits, tokenizer = mixture_exits("olmoe", hidden_size=128), tiny_tokenizer()
+    """Experts and routers of a bfloat16 checkpoint are converted while they are written; float16 graphs route in float32."""
+    exits, tokenizer = mixture_exits("olmoe", hidden_size=128, num_experts=160), tiny_tokenizer()
     exits.cast(torch.bfloat16)
     wide = ExitModel(exits.model, {})
     export_bundle(wide, tokenizer, tmp_path / "wide", ExportOptions("w", trained=True))
@@ -352,20 +352,21 @@ def test_half_precision_and_a_bfloat16_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "granite-moe"])
-def test_routers_and_experts_of_another_kind_are_refused(architecture: str) -> None:
+def test_routers_and_experts_of_another_kind_are_refused(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = tiny_mixture(architecture).model.layers[0]
     block = layer.mlp if architecture == "mixtral" else layer.block_sparse_moe
     name = "gate" if architecture == "mixtral" else "router"
     router, experts = getattr(block, name), block.experts
-    forward = router.forward
+    forward = type(router).forward
     assert router_operator(router).normalizes
     for changed in (
-        lambda x: (forward(x)[0], forward(x)[1] * 2.5, forward(x)[2]),  # DeepSeek's scaled weights
-        lambda x: (forward(x)[0], forward(x)[1], 7 - forward(x)[2]),  # other experts than those with the largest logits
+        lambda self, x: (forward(self, x)[0], forward(self, x)[1] * 2.5, forward(self, x)[2]),  # DeepSeek scales
+        lambda self, x: (forward(self, x)[0], forward(self, x)[1], 7 - forward(self, x)[2]),  # not the largest logits
     ):
-        router.forward = changed
+        monkeypatch.setattr(type(router), "forward", changed)
         with pytest.raises(UnsupportedModelError, match="neither by the largest probabilities nor by their shares"):
             router_operator(router)
+    monkeypatch.undo()
     for attribute, value in (("has_bias", True), ("is_transposed", True), ("has_gate", False)):
         before = getattr(experts, attribute)
         setattr(experts, attribute, value)
