@@ -118,8 +118,8 @@ REFUSALS = (
     ),
     Refusal(
         _export("moe"),
-        "model type 'mixtral': mixture-of-experts layers are not supported yet: export supports llama, mistral, qwen2, …",
-        "a mixture-of-experts model",
+        "model type 'phimoe': its mixture of experts is not covered by parity tests: export supports llama, mistral, qwen2, …",
+        "a mixture of experts of an architecture that export does not know",
     ),
     Refusal(
         _export("neox"),

@@ -92,8 +92,9 @@ class TensorSpec(_Frozen):
 class GraphSpec(_Frozen):
     """One executable graph.
 
-    ``weight_bytes`` are the bytes of weights that one pass reads; ``parameters`` is their number of elements. A tensor that two
-    graphs share counts in both.
+    ``weight_bytes`` are the bytes of weights that a pass of one row reads; ``parameters`` is the number of elements of all
+    weights. They differ in a mixture of experts: one row reads the chosen experts (in the set ``graphs``, all), and further
+    rows read others. A tensor that two graphs share counts in both.
     """
 
     file: FileName
@@ -204,7 +205,7 @@ class ExitSpec(_Frozen):
     exit_layer: int = Field(gt=0)
     kind: Literal["balcony", "full"]
     trained: bool
-    module: Literal["decoder", "attention", "mlp", "none"] = "decoder"
+    module: Literal["decoder", "attention", "mlp", "none", "dense"] = "decoder"
     layer: int | None = Field(default=None, ge=0)
     quality: Quality | None = None
 
@@ -229,6 +230,18 @@ class LayerMemory(_Frozen):
         return (*(("key", "value") if self.attention else ()), *others)
 
 
+class MixtureSpec(_Frozen):
+    """Mixture of experts: of the ``experts`` of a layer each row uses ``chosen``. Some layers may be dense."""
+
+    experts: int = Field(gt=0, le=2**16)
+    chosen: int = Field(gt=0, le=2**16)
+
+    @property
+    def share(self) -> float:
+        """Share of the experts that one row uses."""
+        return min(self.chosen / self.experts, 1.0)
+
+
 class ModelSpec(_Frozen):
     """Architecture and sizes of the base model.
 
@@ -247,6 +260,7 @@ class ModelSpec(_Frozen):
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     layers: tuple[LayerMemory, ...] = ()
+    mixture: MixtureSpec | None = None
 
     def memory(self, layer: int) -> LayerMemory:
         """What a layer keeps."""
@@ -429,7 +443,7 @@ class Manifest(_Frozen):
     @property
     def cached_exits(self) -> tuple[int, ...]:
         """Exits whose balcony attends to earlier rows and therefore has a KV cache."""
-        return tuple(e.exit_layer for e in self.exits if e.kind == "balcony" and e.module in ("decoder", "attention"))
+        return tuple(e.exit_layer for e in self.exits if e.kind == "balcony" and e.module not in ("mlp", "none"))
 
     def balcony_layer(self, exit_layer: int) -> int:
         """Index of the backbone's layer whose memory the balcony at an exit has."""

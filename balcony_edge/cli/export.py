@@ -21,10 +21,10 @@ def export(
         Path | None, typer.Option(help="Directory of trained balconies (default: untrained copies of the last layer).")
     ] = None,
     exit_module: Annotated[
-        Literal["decoder", "attention", "mlp", "none"] | None,
+        Literal["decoder", "attention", "mlp", "none", "dense"] | None,
         typer.Option(
             help="Without --balconies: module of an exit before its norm (default: decoder). none: early exit, for LayerSkip "
-            "and Sorted checkpoints."
+            "and Sorted checkpoints. dense: a dense MLP instead of experts."
         ),
     ] = None,
     precision: Annotated[

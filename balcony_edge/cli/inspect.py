@@ -29,7 +29,10 @@ def inspect(
 
 
 def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
-    """Parameters and bytes that one token at an exit reads, and the speed-up if only bytes cost time."""
+    """Parameters and bytes that one token at an exit reads, and the speed-up if only bytes cost time.
+
+    Of a mixture of experts the parameters are those of all experts, and the bytes those of the experts that run.
+    """
     graphs = [manifest.runnable[name] for name in manifest.path_graphs(exit_layer)]
     spec = next(exit_ for exit_ in manifest.exits if exit_.exit_layer == exit_layer)
     depth = exit_layer + (spec.kind == "balcony")
@@ -61,7 +64,11 @@ def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: b
         f"context {model.context_length}, {manifest.precision}, {len(manifest.files)} files, {size / 1e6:.1f} MB"
     )
     stdout.print(f"fingerprint {manifest.fingerprint[:16]}, made with {escape(_versions(manifest))}")
-    table = Table("exit", "depth", "kind", "parameters read", "MB read a token", "ideal speed-up")
+    parameters = "parameters read"
+    if model.mixture is not None:
+        stdout.print(f"mixture of {model.mixture.experts} experts, of which {model.mixture.chosen} run for each row")
+        parameters = "parameters, all experts"
+    table = Table("exit", "depth", "kind", parameters, "MB read a token", "ideal speed-up")
     for facts in exits:
         kind = facts["kind"] if facts["trained"] else f"{facts['kind']} [yellow](untrained)[/]"
         table.add_row(

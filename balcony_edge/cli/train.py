@@ -36,8 +36,11 @@ def train(
         Path | None, typer.Option(help="Trained balconies to start from (default: copies of the last layer).")
     ] = None,
     exit_module: Annotated[
-        Literal["decoder", "attention", "mlp", "none"],
-        typer.Option(help="Module of an exit before its norm: a decoder layer, one half of it, or nothing."),
+        Literal["decoder", "attention", "mlp", "none", "dense"],
+        typer.Option(
+            help="Module of an exit before its norm: a decoder layer, one half of it, nothing, or (in mixtures of experts) a "
+            "layer with a dense MLP."
+        ),
     ] = "decoder",
     init: Annotated[
         Literal["last", "random"], typer.Option(help="Initial weights: those of the last layer, or random ones.")

@@ -55,6 +55,38 @@ class Bend:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertCost:
+    """Price of reading the experts that further rows of a pass use, in a mixture of experts.
+
+    A row uses ``k`` of ``E`` experts, so ``n`` rows with independent routers use E · (1 - (1 - k / E)ⁿ) of them. The price is
+    that of the weights: nothing for the first row, whose experts ``first_row_ms`` includes, and ``all_ms`` once all are used.
+
+    Attributes:
+        share: share of the experts that one row uses, k / E.
+        all_ms: price of reading all experts that the first row does not use.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    share: float
+    all_ms: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share = {self.share}: one row uses more than none and at most all of the experts")
+        _check_prices(self)
+
+    def pass_ms(self, rows: int) -> float:
+        """Price of the experts that ``rows`` rows use beyond those of the first."""
+        return self.all_ms * further_experts(self.share, rows)
+
+
+def further_experts(share: float, rows: int) -> float:
+    """Share of the experts not used by the first row that ``rows`` rows use: the concave part of a pass's price."""
+    return 1.0 - (1.0 - share) ** (rows - 1)
+
+
+@dataclass(frozen=True, slots=True)
 class UnitCost:
     """Price of one pass through one graph: a stage, a balcony, the final norm or the LM head.
 
@@ -69,6 +101,7 @@ class UnitCost:
         key_bucket: unit in which keys are bound; attention pays for all bound keys. None: it pays for the context only.
         pass_rows: most rows of one pass; more rows run as several passes. None: no limit.
         bends: later values of ``marginal_row_ms`` and ``marginal_context_ms_per_1k``, in ascending order of rows.
+        experts: price of further experts. None: the graph has no mixture of experts.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -80,6 +113,7 @@ class UnitCost:
     key_bucket: int | None = None
     pass_rows: int | None = None
     bends: tuple[Bend, ...] = ()
+    experts: ExpertCost | None = None
 
     def __post_init__(self) -> None:
         _check_prices(self)
@@ -118,6 +152,8 @@ class UnitCost:
         row_ms, query_ms = self.first_row_ms, self.context_ms_per_1k
         if rows == 1:  # fast path: the controller prices all passes at every token, and most have one row
             return row_ms + query_ms * keys / 1000
+        if self.experts is not None:
+            row_ms += self.experts.pass_ms(rows)
         row_price, query_price = self.marginal_row_ms, self.marginal_context_ms_per_1k
         if query_price is None:
             query_price = query_ms

@@ -17,6 +17,7 @@ from balcony_edge.errors import InputError, VerificationError
 from balcony_export.model.architecture import cast_weights, parts_of
 from balcony_export.model.checkpoint import save_checkpoint
 from balcony_export.model.exits import ExitModel
+from balcony_export.model.experts import experts_in
 from balcony_export.model.layer import memory_of
 from balcony_export.output import fresh_directory, refuse_existing
 from balcony_export.verify import TOLERANCE, reference_logits
@@ -54,6 +55,9 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
     if stored.get("attn_layer_indices") is not None:  # Bamba
         config.attn_layer_indices = [index for index, layer in enumerate(layers) if memory_of(layer).attention]
     config.num_hidden_layers = len(layers)
+    if hasattr(config, "mlp_only_layers"):  # Qwen's mixtures say by number which layers are dense
+        config.decoder_sparse_step = 1
+        config.mlp_only_layers = [index for index, layer in enumerate(layers) if not any(experts_in(layer))]
     small: PreTrainedModel = type(model)(config).eval()
     cast_weights(small, next(model.parameters()).dtype)
     target = parts_of(small)

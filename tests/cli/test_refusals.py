@@ -20,7 +20,7 @@ def directory(tiny: Any, make_tiny: Any, tiny_checkpoint: Path, tmp_path_factory
     lay_out(path, tiny_checkpoint, tiny.path)
     broken = make_tiny("llama")
     broken.model.layers[3].mlp.up_proj.weight.data[0, 0] = float("nan")
-    config = transformers.MixtralConfig(
+    config = transformers.PhimoeConfig(
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=3,
@@ -29,7 +29,7 @@ def directory(tiny: Any, make_tiny: Any, tiny_checkpoint: Path, tmp_path_factory
         num_local_experts=2,
         vocab_size=320,
     )
-    for name, model in (("nan", broken), ("moe", transformers.MixtralForCausalLM(config))):
+    for name, model in (("nan", broken), ("moe", transformers.PhimoeForCausalLM(config))):
         model.save_pretrained(path / name)
         tiny.tokenizer.save_pretrained(path / name)
     return path

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balcony_edge.device.costs import MAX_MS, MAX_ROWS, Bend, CostModel, UnitCost
+from balcony_edge.control.company.prices import shared_ms
+from balcony_edge.device.costs import MAX_MS, MAX_ROWS, Bend, CostModel, ExpertCost, UnitCost
 
 STAGE = UnitCost(first_row_ms=2.0, marginal_row_ms=0.5, context_ms_per_1k=1.0)
 COSTS = CostModel(
@@ -52,6 +54,22 @@ def test_a_step_with_a_backlog_pays_for_the_switch() -> None:
 @pytest.mark.parametrize(("available_ms", "rows"), [(1.9, 0), (2.0, 1), (2.49, 1), (2.5, 2), (4.0, 5), (1e9, 7)])
 def test_rows_within_exact(available_ms: float, rows: int) -> None:
     assert STAGE.rows_within(available_ms, limit=7, context_length=0) == rows
+
+
+def test_further_rows_of_a_mixture_read_ever_fewer_further_experts() -> None:
+    unit = UnitCost(2.0, marginal_row_ms=0.5, experts=ExpertCost(share=0.25, all_ms=6.0))
+    assert [unit.pass_ms(rows, 0) for rows in (1, 2, 3)] == [2.0, 2.5 + 6 * 0.25, 3.0 + 6 * (1 - 0.75**2)]
+    assert unit.pass_ms(100, 0) == pytest.approx(2.0 + 99 * 0.5 + 6.0)
+    prices = [unit.pass_ms(rows, 0) for rows in range(1, 60)]
+    steps = [later - earlier for earlier, later in pairwise(prices)]
+    assert steps == sorted(steps, reverse=True) and min(steps) >= 0.5
+    for rows in (1, 2, 5, 30):
+        assert unit.rows_within(unit.pass_ms(rows, 0), limit=100, context_length=0) == rows
+    # streams that share a pass share its experts in the same way
+    assert shared_ms(unit, 3, 0) == unit.pass_ms(3, 0)
+    for share, all_ms in ((0.0, 1.0), (1.5, 1.0), (0.5, -1.0)):
+        with pytest.raises(ValueError, match=r"share =|all_ms ="):
+            ExpertCost(share, all_ms)
 
 
 def test_rows_within_when_further_rows_are_free() -> None:

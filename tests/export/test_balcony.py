@@ -216,7 +216,7 @@ def test_values_that_are_not_finite_are_never_written(model: Any, saved: Path) -
     assert (saved / "balcony_2.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_rows_at_positions_are_those_of_the_whole_pass(
     name: str, kind: BalconyKind, make_tiny: Callable[..., Any]

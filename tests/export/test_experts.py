@@ -16,17 +16,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import InputError, VerificationError
+from balcony_edge.errors import InputError, UnsupportedModelError, VerificationError
+from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, Traced, export_bundle, trace
-from balcony_export.graph.experts import interleaved, separated
-from balcony_export.model.balcony import init_balconies
+from balcony_export.extract import submodel
+from balcony_export.graph.experts import interleaved, router_operator, separated, symbolic_experts
+from balcony_export.model.balcony import fingerprint, init_balconies, load_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
+from balcony_export.model.experts import Use, dense_from, experts_in
 from balcony_export.quantize.blocks import Quantizer, parse_precision
 from balcony_export.quantize.experts import EXPERT_ROWS, _block_size
 from balcony_export.quantize.gptq import second_moments
 from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
-from balcony_export.verify import TOLERANCE, verify
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.trainer import Trainer
+from balcony_export.verify import TOLERANCE, reference_logits, verify
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
 from balcony_runtime.scheduling.pool import Move
 from tests.conftest import Exported, tiny_tokenizer
@@ -34,6 +40,8 @@ from tests.export.experts import MIXTURES, tiny_mixture
 from tests.properties import examples
 from tests.runtime.test_conformance import BACKENDS, actions, play
 from tests.runtime.test_pool import check_step, new_pool
+
+pytestmark = pytest.mark.model
 
 EXITS = (2, 3)
 PROMPT = "the quick brown fox jumps over the lazy dog and the balcony"
@@ -236,3 +244,191 @@ def test_batches_of_different_lengths(mixture: Callable[[str], Exported], precis
             ]
             check_step(engine, pool, moves)
         pool.close()
+
+
+def test_a_dense_balcony_begins_as_the_most_used_experts() -> None:
+    """With the routing fixed to its experts, a mixture and the dense MLP that comes from it compute the same."""
+    model = tiny_mixture("qwen2-moe")
+    (balcony,) = init_balconies(model, (2,), "dense").values()
+    assert balcony.kind == "dense" and balcony.keeps_rows and not any(experts_in(balcony))
+    dense = balcony.layer.mlp
+    assert dense.gate_proj.weight.shape == (2 * 32 + 48, 64)  # two experts and the shared one
+    block = model.model.layers[-1].mlp
+    use = Use(block)
+    use.rows += 4.0
+    use.weights[3], use.weights[6] = 2.0, 1.0
+    use.shared.append(0.25)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        got = dense_from(block, use, 2)(x)
+        index = torch.tensor([[3, 6]] * 5)
+        want = block.experts(x, index, torch.tensor([[0.5, 0.25]] * 5)) + 0.25 * block.shared_expert(x)
+    use.close()
+    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+
+
+def test_a_dense_balcony_needs_experts(make_tiny: Callable[..., Any]) -> None:
+    for model in (make_tiny("llama"), tiny_mixture("qwen3-moe", mlp_only_layers=[3])):
+        with pytest.raises(InputError, match="exit module 'dense': the layer that balconies copy is not a mixture"):
+            init_balconies(model, (2,), "dense")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("qwen2-moe", "dense"), ("granite-moe-shared", "dense"), ("mixtral", "mlp")]
+)
+def test_exit_modules_of_mixtures_export_and_verify(name: str, kind: Any, tmp_path: Path) -> None:
+    model, tokenizer = tiny_mixture(name), tiny_tokenizer()
+    balconies = init_balconies(model, EXITS, kind)
+    save_balconies(tmp_path / "balconies", balconies, fingerprint(model))
+    exits = ExitModel(model, load_balconies(tmp_path / "balconies", model))
+    assert {balcony.kind for balcony in exits.balconies.values()} == {kind}
+    manifest = export_bundle(exits, tokenizer, tmp_path / "b", ExportOptions(name, trained=False))
+    assert manifest.cached_exits == (EXITS if kind == "dense" else ())
+    checks = verify(tmp_path / "b", exits, tokenizer, [PROMPT])
+    assert all(check.passed for check in checks), checks
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_balcony_at_some_positions_gives_what_it_gives_at_all(name: str) -> None:
+    exits = mixture_exits(name)
+    tokens = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(3))
+    where = torch.tensor([1, 4, 8, 12, 17])
+    with torch.no_grad():
+        states = exits.run(tokens, (2,))
+        whole = exits.normed(2, states).flatten(0, 1)[where]
+        some = exits.balconies[2].rows(states.at[2], where, **states.layer_arguments)
+    assert torch.allclose(some, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_exit_of_a_mixture_becomes_a_plain_model(name: str) -> None:
+    exits = mixture_exits(name)
+    ids = list(range(3, 40))
+    for exit_layer in EXITS:  # in Qwen's mixtures the numbers of the dense layers change
+        with torch.no_grad():
+            got = submodel(exits, exit_layer)(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        want = reference_logits(exits, ids)[exit_layer]
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("granite-moe", "decoder"), ("qwen3-moe", "dense")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_balconies_of_mixtures_learn(name: str, kind: Any, precision: Any, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(3).integers(1, 320, (8, 32)).astype(np.int32)
+    rows = Rows(tokens, np.full(8, 32, np.int32))
+    config = TrainConfig(
+        exits=(1,),
+        steps=60,
+        seq_len=32,
+        positions=0,
+        rate=5e-3,
+        warmup_steps=1,
+        evaluate_every=60,
+        module=kind,
+        precision=precision,
+    )
+    trainer = Trainer(tiny_mixture(name), Corpus(rows, rows, {}, "digest"), config, tmp_path / "b", compiled=False)
+    before, _ = trainer.evaluate()[1]
+    trainer.run()
+    after, _ = trainer.evaluate()[1]
+    assert after < 0.8 * before
+
+
+def test_half_precision_and_a_bfloat16_checkpoint(tmp_path: Path) -> None:
+    """Experts and routers of a bfloat16 checkpoint are converted while they are written; float16 graphs route in float32."""
+    exits, tokenizer = mixture_exits("olmoe", hidden_size=128, num_experts=160), tiny_tokenizer()
+    exits.cast(torch.bfloat16)
+    wide = ExitModel(exits.model, {})
+    export_bundle(wide, tokenizer, tmp_path / "wide", ExportOptions("w", trained=True))
+    checks = verify(tmp_path / "wide", wide.copy(), tokenizer, [PROMPT])
+    assert all(check.passed for check in checks), checks
+    half = ExitModel(exits.model, {})
+    export_bundle(half, tokenizer, tmp_path / "half", ExportOptions("h", trained=True, precision="float16"))
+    checks = verify(tmp_path / "half", half, tokenizer, [PROMPT])
+    assert all(check.passed for check in checks), checks
+    graph = ir.load(tmp_path / "half" / "stage_0.onnx").graph
+    sources = [node.predecessors()[0] for node in graph if node.op_type == "Softmax"]
+    assert len(sources) == 4 and all(node.attributes["to"].as_int() == ir.DataType.FLOAT for node in sources)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "granite-moe"])
+def test_routers_and_experts_of_another_kind_are_refused(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = tiny_mixture(architecture).model.layers[0]
+    block = layer.mlp if architecture == "mixtral" else layer.block_sparse_moe
+    name = "gate" if architecture == "mixtral" else "router"
+    router, experts = getattr(block, name), block.experts
+    forward = type(router).forward
+    assert router_operator(router).normalizes
+    for changed in (
+        lambda self, x: (forward(self, x)[0], forward(self, x)[1] * 2.5, forward(self, x)[2]),  # DeepSeek scales
+        lambda self, x: (forward(self, x)[0], forward(self, x)[1], 7 - forward(self, x)[2]),  # not the largest logits
+    ):
+        monkeypatch.setattr(type(router), "forward", changed)
+        with pytest.raises(UnsupportedModelError, match="neither by the largest probabilities nor by their shares"):
+            router_operator(router)
+    monkeypatch.undo()
+    for attribute, value in (("has_bias", True), ("is_transposed", True), ("has_gate", False)):
+        before = getattr(experts, attribute)
+        setattr(experts, attribute, value)
+        with pytest.raises(UnsupportedModelError, match="another form than SwiGLU"), symbolic_experts([layer]):
+            pytest.fail("it must be refused")
+        setattr(experts, attribute, before)
+    experts.act_fn = nn.GELU()
+    with pytest.raises(UnsupportedModelError, match="its activation is not SwiGLU"), symbolic_experts([layer]):
+        pytest.fail("it must be refused")
+
+
+def test_moments_have_the_names_of_the_weights_in_the_graphs(
+    mixture: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    """So a bundle that is rounded by GPTQ uses them: on its calibration text it is closer to the model."""
+    made = mixture("qwen2-moe")
+    exits = made.exits.copy()
+    random = np.random.default_rng(8)
+    rows = [random.integers(0, 320, 128).tolist() for _ in range(8)]
+    moments = second_moments(exits, rows)
+    names = {str(name) for graph in made.traced.lowered.values() for name in graph.graph.initializers}
+    assert {name.rpartition(".")[0] if name.rpartition(".")[2].isdigit() else name for name in moments} <= names
+    assert {"layers.3.mlp.experts.gate_up_proj.1", "balcony_2.layer.mlp.experts.down_proj.1"} & set(moments)
+    quality = []
+    for calibration in ((), rows):
+        options = ExportOptions("q", True, parse_precision("int4,level=1"), calibration)
+        path = tmp_path / f"{len(calibration)}"
+        export_bundle(exits, made.tokenizer, path, options, traced=made.traced)
+        with Engine.open(path) as engine:
+            got = [engine.new_sequence(max_length=128).advance(4, row, num_logits=128)[0] for row in rows]
+        want = [reference_logits(exits, row)[4] for row in rows]
+        quality.append(np.mean([np.square(one - other).mean() for one, other in zip(got, want, strict=True)]))
+    assert quality[1] < 0.9 * quality[0]
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_packed_experts_are_shared_between_processes(
+    mixture: Callable[[str], Exported], precision: str, tmp_path: Path
+) -> None:
+    """An engine over files of packed weights gives the bits of the one that packs for itself."""
+    made = mixture("mixtral")
+    options = ExportOptions("p", trained=True, precision=parse_precision(precision))
+    export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+    ids = list(range(3, 23))
+    logits = []
+    for packed in (None, tmp_path / "packed", tmp_path / "packed"):
+        with Engine.of(Bundle.open(tmp_path / "b"), packed=packed) as engine:
+            sequence = engine.new_sequence(max_length=32)
+            logits.append(
+                [sequence.advance(4, ids), *(sequence.step(2, np.array([token])).copy() for token in ids[:4])]
+            )
+    for other in logits[1:]:
+        for one, another in zip(logits[0], other, strict=True):
+            np.testing.assert_array_equal(one, another)
+
+
+def test_prices_at_load_separate_rows_and_experts(mixture: Callable[[str], Exported]) -> None:
+    manifest = Bundle.open(mixture("qwen2-moe").path).manifest
+    assert manifest.model.mixture is not None and manifest.model.mixture.share == 0.25
+    with Engine.open(mixture("qwen2-moe").path) as engine:
+        costs = measure_prices(engine)
+    assert all(unit.experts is None or unit.experts.share == 0.25 for unit in costs.stages)
+    assert all(unit.experts is None for unit in (*costs.balconies, costs.head))
+    prices = [costs.stages[0].pass_ms(rows, 0) for rows in range(1, 20)]
+    assert prices == sorted(prices)

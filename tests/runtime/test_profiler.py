@@ -13,9 +13,10 @@ import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.observed import watts
-from balcony_edge.device.costs import Bend, UnitCost
+from balcony_edge.device.costs import Bend, ExpertCost, UnitCost, further_experts
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import ContextLengthError, InputError
+from balcony_runtime.decoding.prices import split_experts
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import Bench, Key
 from balcony_runtime.profiler.conditions import Meter, Watch, measured_rails, why_no_power
@@ -292,3 +293,28 @@ def test_energy_per_token_is_power_over_speed(llm: LLM) -> None:
 def test_why_there_is_no_power_is_one_line_with_its_cure() -> None:
     with Sensors([NoPower()]) as sensors:
         assert why_no_power(sensors) == "no sensor measures power: rapl: permission denied (sudo chmod a+r it)"
+
+
+def test_the_price_of_experts_is_fitted_next_to_that_of_rows() -> None:
+    share = 2 / 8
+    true = UnitCost(3.0, 0.3, 0.2, 0.1, key_bucket=1, pass_rows=512, experts=ExpertCost(share, 8.0))
+    points = [(rows, end) for end in (16, 512, 2048) for rows in (1, 2, 4, 8, 16, 32, 64, 128) if rows <= end]
+    passes = [Pass(rows, rows, end, true.pass_ms(rows, end - 1)) for rows, end in points]
+    fitted = fit_unit(passes, share)
+    assert fitted.experts is not None and fitted.experts.all_ms == pytest.approx(8.0, rel=0.01)
+    assert fitted.marginal_row_ms == pytest.approx(0.3, rel=0.01)
+    for rows in (3, 5, 12):  # between the measured numbers of rows, where straight lines are too low
+        assert fitted.pass_ms(rows, 100) == pytest.approx(true.pass_ms(rows, 100), rel=0.01)
+        assert fit_unit(passes).pass_ms(rows, 15) < 0.995 * true.pass_ms(rows, 15)
+    assert fit_unit([Pass(1, 1, 16, 2.0)], share).experts is None
+
+
+@pytest.mark.parametrize(("marginal_ms", "all_ms"), [(0.2, 5.0), (0.0, 5.0), (0.7, 0.0)])
+def test_a_short_measurement_separates_rows_and_experts(marginal_ms: float, all_ms: float) -> None:
+    further_ms = {rows: (rows - 1) * marginal_ms + all_ms * further_experts(0.25, rows) for rows in (3, 9)}
+    found_ms, experts = split_experts(0.25, further_ms)
+    assert found_ms == pytest.approx(marginal_ms, abs=1e-9)
+    assert (0.0 if experts is None else experts.all_ms) == pytest.approx(all_ms, abs=1e-9)
+    # noise that neither explains: a convex price is all rows, and no price is below 0
+    assert split_experts(0.25, {3: 0.0, 9: 8.0})[1] is None
+    assert split_experts(0.25, {3: -1.0, 9: -1.0}) == (0.0, None)

@@ -25,7 +25,8 @@ def shared_ms(unit: UnitCost, rows: int, context: int) -> float:
     """Price of a pass that takes one row of each of ``rows`` streams, whose contexts have ``context`` rows in all."""
     if not rows:
         return 0.0
-    return unit.first_row_ms + (rows - 1) * unit.marginal_row_ms + unit.context_ms_per_1k * context / 1000
+    experts_ms = 0.0 if unit.experts is None else unit.experts.pass_ms(rows)
+    return unit.first_row_ms + (rows - 1) * unit.marginal_row_ms + experts_ms + unit.context_ms_per_1k * context / 1000
 
 
 def round_ms(costs: CostModel, entries: Sequence[Entry]) -> float:

@@ -14,6 +14,7 @@ Routers are recognised by their results on sample numbers, not by name, as norms
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -93,21 +94,23 @@ def router_operator(router: Any) -> _Router:
     Raises:
         UnsupportedModelError: Its weights are neither the largest probabilities nor their shares.
     """
-    weight, top_k = router.weight.detach(), int(router.top_k)
-    probe = torch.linspace(-2, 2, 3 * weight.shape[1]).reshape(3, -1).sin().to(weight.dtype)
-    # small weights would make all experts equally likely, and then many rules give the same result
-    logits = probe @ weight.T
-    probe = probe * (3.0 / logits.float().std().clamp(min=1e-6)).to(weight.dtype)
+    top_k, kept = int(router.top_k), router.weight.detach()
+    # the router's own weight may be reserved memory without values (balcony_export.graph.widen), so the trial brings one
+    trial = copy.deepcopy(router)
+    weight = torch.linspace(0, 900, kept.numel()).sin().reshape(kept.shape).to(kept.dtype)
+    trial.weight = nn.Parameter(weight, requires_grad=False)
+    probe = torch.linspace(-2, 2, 3 * weight.shape[1]).reshape(3, -1).cos().to(weight.dtype)
+    # logits of spread 2: of experts that are all equally likely, many rules choose and weigh alike
+    probe = probe * (2.0 / (probe @ weight.T).float().std()).to(weight.dtype)
     with torch.no_grad():
-        _, found, index = router(probe)
+        _, found, index = trial(probe)
     chances = torch.softmax(torch.nn.functional.linear(probe, weight).float(), dim=-1)
-    best = chances.gather(1, index)
-    largest = chances.topk(top_k, dim=-1).values
+    best, largest = chances.gather(1, index), chances.topk(top_k, dim=-1).values
     if index.shape == (3, top_k) and torch.allclose(best.sort().values, largest.sort().values, rtol=1e-2, atol=1e-3):
         for normalizes in (False, True):
             wanted = best / best.sum(dim=-1, keepdim=True) if normalizes else best
             if torch.allclose(found.float(), wanted, rtol=1e-2, atol=1e-3):
-                return _Router(weight, top_k, normalizes)
+                return _Router(kept, top_k, normalizes)
     raise UnsupportedModelError(
         f"{type(router).__name__}: routes neither by the largest probabilities nor by their shares: export cannot represent it"
     )

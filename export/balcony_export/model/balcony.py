@@ -7,7 +7,8 @@ the directory format below. Training is :mod:`balcony_export.train.trainer`; tra
     balconies/
       balconies.json            format_version  2
                                 module          "decoder": a whole decoder layer (attention and MLP), then a norm;
-                                                "attention", "mlp": one half of it; "none": the norm alone
+                                                "attention", "mlp": one half of it; "none": the norm alone;
+                                                "dense": a decoder layer whose MLP is dense, in a mixture of experts
                                 ("attention" stands for the half that reads earlier rows, whatever it is)
       layer                     index of the backbone's layer that they began as copies of
                                 dtype           of the stored tensors, "bfloat16"
@@ -40,6 +41,7 @@ from transformers import PreTrainedModel
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_edge.files import write_atomically
 from balcony_export.model.architecture import parts_of
+from balcony_export.model.experts import Use, dense_from, experts_in, mixture
 from balcony_export.model.layer import ATTENTION, layer_index, memory_of, mixer_names, mlp_names
 
 FORMAT_VERSION = 2
@@ -61,11 +63,31 @@ _CONFIG_FIELDS = (
     "sliding_window",
     "tie_word_embeddings",
 )
+#: The same for mixtures of experts.
+_MIXTURE_FIELDS = (
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "clip_qkv",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+#: Tokens on which the use of experts is measured, evenly over the vocabulary.
+_WATCHED_TOKENS = 128
 _SAMPLES = 64  # values per weight in the fingerprint: every tensor counts, and a 135M model takes 0.1 s
 
 
-#: What an exit holds before its norm: a decoder layer (the paper's balcony), one half of one, or nothing (early exit).
-BalconyKind = Literal["decoder", "attention", "mlp", "none"]
+#: What an exit holds before its norm: a decoder layer (the paper's balcony), one half of one, nothing (early exit), or, in a
+#: mixture of experts, a decoder layer with a dense MLP in the place of the experts.
+BalconyKind = Literal["decoder", "attention", "mlp", "none", "dense"]
 KINDS: tuple[BalconyKind, ...] = get_args(BalconyKind)
 
 
@@ -113,7 +135,7 @@ class Balcony(nn.Module):
     @property
     def keeps_rows(self) -> bool:
         """Whether it reads earlier rows, and so has a cache."""
-        return self.kind in ("decoder", "attention")
+        return self.kind in ("decoder", "attention", "dense")
 
     def forward(self, hidden: torch.Tensor, **layer_arguments: Any) -> torch.Tensor:
         """Normed hidden state for the LM head.
@@ -141,10 +163,10 @@ class Balcony(nn.Module):
         rows, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
 
         def gather(_mlp: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-            return args[0].flatten(0, 1)[where]
+            return args[0].flatten(0, 1)[where][None]  # (1, n, D): mixtures of experts take three axes
 
         def scatter(_mlp: nn.Module, _args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-            return out.new_zeros(rows, width).index_copy(0, where, out).view(hidden.shape)
+            return out.new_zeros(rows, width).index_copy(0, where, out[0]).view(hidden.shape)
 
         out, handles = hidden, []
         try:
@@ -208,10 +230,17 @@ def init_balconies(
         layer: Index of another layer to copy.
         random: A seed, with which weights are drawn as the base model's were before its training; they depend on the seed and
             the exit layer.
+
+    The MLP of the kind ``dense`` begins with the copied layer's most used experts: see :func:`.experts.dense_from`.
+
+    Raises:
+        InputError: The kind is ``dense`` and the copied layer is not a mixture of experts.
     """
     parts = parts_of(model)
-    last, norm = parts.layers[copied_layer(model) if layer is None else layer], parts.norm
-    made = {e: Balcony(e, copy.deepcopy(last), copy.deepcopy(norm), kind).eval() for e in exit_layers}
+    copied, norm = parts.layers[copied_layer(model) if layer is None else layer], parts.norm
+    if kind == "dense":
+        copied = _with_dense_mlp(model, copied)
+    made = {e: Balcony(e, copy.deepcopy(copied), copy.deepcopy(norm), kind).eval() for e in exit_layers}
     if random is not None:
         for exit_layer, balcony in made.items():
             with torch.random.fork_rng():
@@ -226,10 +255,34 @@ def copied_layer(model: PreTrainedModel) -> int:
     return max((index for index, layer in enumerate(layers) if memory_of(layer).attention), default=len(layers) - 1)
 
 
+@torch.no_grad()
+def _with_dense_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
+    """A copy of a layer with a dense MLP instead of its experts, which are watched on tokens of the whole vocabulary."""
+    parts, sizes = parts_of(model), mixture(model.config)
+    names = [name for name in mlp_names(layer) if any(experts_in(getattr(layer, name)))]
+    if sizes is None or not names:
+        raise InputError(
+            "exit module 'dense': the layer that balconies copy is not a mixture of experts: take 'decoder'"
+        )
+    block = getattr(layer, names[0])
+    use = Use(block)
+    try:
+        device = parts.embed.weight.device
+        tokens = torch.linspace(0, parts.embed.num_embeddings - 1, _WATCHED_TOKENS, device=device).long()[None]
+        parts.decoder(input_ids=tokens, use_cache=False)
+    finally:
+        use.close()
+    dense = dense_from(block, use, sizes.chosen)
+    copied = copy.deepcopy(layer)
+    setattr(copied, names[0], dense)
+    return copied
+
+
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """The ``base`` entry of balconies.json for this model. It does not depend on the precision of the loaded weights."""
     config: Any = model.config
-    fields = {key: _canonical(getattr(config, key, None)) for key in _CONFIG_FIELDS}
+    names = _CONFIG_FIELDS + (_MIXTURE_FIELDS if mixture(config) else ())
+    fields = {key: _canonical(getattr(config, key, None)) for key in names}
     digest = hashlib.sha256()
     # a tied head is one parameter; state_dict would list it twice for some ways of loading
     for name, parameter in sorted(model.named_parameters()):

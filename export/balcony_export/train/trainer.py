@@ -138,6 +138,8 @@ class Trainer:
         if self.processes.sharded:
             self.processes.shard(model, self.exits.parts.decoder)
         head = self.exits.parts.head.weight
+        if self.exits.logits_divisor != 1.0:
+            head = head / self.exits.logits_divisor
         self.head = HeadLoss(head, dtype, self.exits.soft_cap, compiled, config.loss)
         self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
         self.averages: dict[int, dict[str, torch.Tensor]] = {}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 
 import numpy as np
 
-from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.costs import CostModel, ExpertCost, UnitCost, further_experts
 from balcony_edge.device.machine import this_device
 from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.errors import ProfileError
@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 REPEATS = 5
 #: Rows of the many-row pass: enough to measure the price of a further row, and few enough to stay cheap.
 MANY_ROWS = 9
+#: Rows of a pass in between, which is measured for mixtures of experts: further rows use further experts, but ever fewer.
+FEW_ROWS = 3
 #: Python's share of a step: decision, sampling, text, bindings (benchmarks/overhead.py measures 0.1 to 0.2 ms).
 OVERHEAD_MS = 0.15
 
@@ -47,6 +49,9 @@ def measure_prices(engine: Engine) -> CostModel:
     # Attention pays for the bound capacity, which only grows, so short and deep passes need a state each.
     short, long = engine.backend.new_state(1, many), engine.backend.new_state(1, context)
     ranges = {"one": (short, 0, 1), "many": (short, 0, many), "deep": (long, context - 1, context)}
+    mixture = manifest.model.mixture
+    if mixture is not None:
+        ranges["few"] = (short, 0, min(FEW_ROWS, many))
     passes: dict[tuple[str, int, str], tuple[State, Callable[[], object]]] = {}
     for which, (state, start, stop) in ranges.items():
         state.embed(np.zeros((1, stop), np.int64), 0)
@@ -66,9 +71,14 @@ def measure_prices(engine: Engine) -> CostModel:
 
     def unit(kind: str, index: int) -> UnitCost:
         one, rows, deep = (typical[kind, index, which] for which in ("one", "many", "deep"))
+        marginal_ms, experts = max(rows - one, 0.0) / max(many - 1, 1), None
+        if mixture is not None and kind == "stage":  # of a balcony's pending rows only keys and values are computed
+            further_ms = {FEW_ROWS: typical[kind, index, "few"] - one, many: rows - one}
+            marginal_ms, experts = split_experts(mixture.share, further_ms)
         return UnitCost(
             first_row_ms=one,
-            marginal_row_ms=max(rows - one, 0.0) / max(many - 1, 1),
+            marginal_row_ms=marginal_ms,
+            experts=experts,
             context_ms_per_1k=max(deep - one, 0.0) * 1000 / context,
         )
 
@@ -79,6 +89,28 @@ def measure_prices(engine: Engine) -> CostModel:
         head=UnitCost(first_row_ms=typical["head", 0, "one"]),
         overhead_ms=OVERHEAD_MS,
     )
+
+
+def split_experts(share: float, further_ms: Mapping[int, float]) -> tuple[float, ExpertCost | None]:
+    """Split the price of further rows into a part for each row and a part for the experts that they use.
+
+    Args:
+        share: Share of the experts that one row uses.
+        further_ms: Number of rows → price of a pass beyond that of one row.
+
+    Returns:
+        Price of a further row, and that of further experts; of all non-negative pairs the one of least squared error.
+    """
+    design = np.array([[rows - 1, further_experts(share, rows)] for rows in further_ms])
+    target = np.array(list(further_ms.values()))
+    candidates = [np.zeros(2), np.linalg.lstsq(design, target, rcond=None)[0]]
+    for column in (0, 1):
+        alone = np.zeros(2)
+        alone[column] = design[:, column] @ target / max(float(design[:, column] @ design[:, column]), 1e-30)
+        candidates.append(alone)
+    allowed = [pair for pair in candidates if (pair >= 0).all()]
+    marginal_ms, all_ms = min(allowed, key=lambda pair: float(np.square(design @ pair - target).sum())).tolist()
+    return marginal_ms, ExpertCost(share, all_ms) if all_ms > 0 else None
 
 
 def profiled_prices(path: str | os.PathLike[str], engine: Engine) -> CostModel:

@@ -50,8 +50,11 @@ def quality_figures(manifest: Manifest) -> tuple[QualityFigure, ...]:
     return tuple(found)
 
 
-def fit_costs(blocks: Blocks, exits: tuple[int, ...]) -> tuple[CostModel, list[Residual]]:
-    """Prices of every graph, from the medians of its passes and anchored in decoding, and their errors on the passes."""
+def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None) -> tuple[CostModel, list[Residual]]:
+    """Prices of every graph, from the medians of its passes and anchored in decoding, and their errors on the passes.
+
+    ``share`` is the share of the experts that one row uses, in a mixture of experts.
+    """
     typical = {key: median([sample for block in found for sample in block]) for key, found in blocks.items()}
     residuals = []
 
@@ -63,7 +66,8 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...]) -> tuple[CostModel, list[R
         ]
         if kind in ("norm", "lm_head"):  # always one row, and the context does not matter
             return UnitCost(median(one.ms for one in passes))
-        fitted = fit_unit(passes)
+        # of a balcony's pending rows only keys and values are computed, so only stages read further experts
+        fitted = fit_unit(passes, share if kind == "catch_up" else None)
         residuals.append(residual(name, errors(fitted, passes)))
         return fitted
 

@@ -92,7 +92,8 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     manifest = llm.engine.manifest
     if not results.enough(blocks, manifest.exit_layers):
         raise KeyboardInterrupt  # not everything was measured once, so there is no profile to keep
-    costs, residuals = results.fit_costs(blocks, manifest.exit_layers)
+    mixture = manifest.model.mixture
+    costs, residuals = results.fit_costs(blocks, manifest.exit_layers, None if mixture is None else mixture.share)
     entries = tuple(results.entry(key, found, costs) for key, found in blocks.items())
     tokens, state_bytes = bench.state_bytes()
     return DeviceProfile(
