@@ -53,8 +53,13 @@ def build_head(exits: ExitModel) -> ir.Model:
     if weight.dtype != torch.float32:
         last = ir.Node("", "Cast", [last.outputs[0]], [ir.AttrInt64("to", ir.DataType.FLOAT.value)])
         nodes.append(last)
+    if exits.logits_divisor != 1.0:  # Granite
+        divisor = _number("logits_divisor", exits.logits_divisor)
+        initializers.append(divisor)
+        last = ir.Node("", "Div", [last.outputs[0], divisor])
+        nodes.append(last)
     if cap is not None:  # Gemma-2: tanh(logits / cap) * cap
-        factor = ir.Value(name="softcap", const_value=ir.tensor(torch.tensor(cap), name="softcap"))
+        factor = _number("softcap", cap)
         initializers.append(factor)
         divided = ir.Node("", "Div", [last.outputs[0], factor])
         squashed = ir.Node("", "Tanh", [divided.outputs[0]])
@@ -71,6 +76,10 @@ def _value(name: str, dtype: torch.dtype, shape: Sequence[int | str]) -> ir.Valu
 
 def _constant(name: str, values: list[int]) -> ir.Value:
     return ir.Value(name=name, const_value=ir.tensor(values, dtype=ir.DataType.INT64, name=name))
+
+
+def _number(name: str, value: float) -> ir.Value:
+    return ir.Value(name=name, const_value=ir.tensor(torch.tensor(value), name=name))
 
 
 def _model(

@@ -142,6 +142,11 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.epsilon = epsilon
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The scale, under the name by which Mamba's layers look up its type."""
+        return self.scale
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         attributes: dict[str, Any] = {"axis": -1, "epsilon": self.epsilon, "stash_type": 1}
         return ops.symbolic("RMSNormalization", (x, self.scale), attributes, dtype=x.dtype, shape=x.shape, version=23)

@@ -94,8 +94,8 @@ def layer_type(config: Any, index: int) -> str:
 
 
 def embedding_scale(parts: Parts, dtype: torch.dtype) -> float:
-    """Factor on the token table's rows (Gemma's √D), rounded to the model's precision as transformers does."""
-    scale = getattr(parts.embed, "scalar_embed_scale", None)
+    """Factor on the token table's rows (Gemma's √D, Granite's multiplier), rounded to the model's precision."""
+    scale = getattr(parts.embed, "scalar_embed_scale", getattr(parts.decoder, "embedding_multiplier", None))
     return 1.0 if scale is None else float(torch.tensor(scale).to(dtype))
 
 

@@ -103,6 +103,12 @@ class ExitModel:
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return None if cap is None else float(cap)
 
+    @property
+    def logits_divisor(self) -> float:
+        """What logits are divided by: 1 except in Granite and Falcon-H1, whose configuration has the inverse."""
+        config = self.model.config
+        return float(getattr(config, "logits_scaling", None) or 1.0) / float(getattr(config, "lm_head_multiplier", 1.0))
+
     def parameters_read(self, exit_layer: int) -> int:
         """Parameters that one token at an exit reads, without the token table and the LM head (the paper's Table 1)."""
         last = self.parts.norm if exit_layer == self.depth else self.balconies[exit_layer]
@@ -174,6 +180,8 @@ class ExitModel:
     def head(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits of normed states, soft cap included, in the type of the weights  # (..., D) -> (..., V)"""
         logits: torch.Tensor = self.parts.head(normed)
+        if self.logits_divisor != 1.0:
+            logits = logits / self.logits_divisor
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
     def logits(self, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
