@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ from balcony_export.graph.recurrent.mixers import ReadingRecurrentCache, Recurre
 from balcony_export.graph.recurrent.norms import gated_norm_operator
 from balcony_export.graph.recurrent.passes import tidy_mixers, write_in_standard_operators
 from balcony_export.graph.trace import _export
+from balcony_export.model.architecture import cast_weights
 from balcony_export.model.exits import call_layer
 from balcony_runtime.backends.onnxruntime import open_session
 
@@ -165,15 +167,12 @@ class _Mixer(nn.Module):
         return self.mixer(rows, cache=cache), cache.new_windows[0], cache.new_states[0]
 
 
-@functools.cache
-def traced_mixer(name: str) -> ir.Model:
-    window, state = states_of(name, 2)
-    model, rows = tiny(name), torch.zeros(2, 5, 64)
+def trace_mixer(model: Any, mixer: nn.Module, window: torch.Tensor, state: torch.Tensor) -> ir.Model:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("rows")
     with tracing_mixers(model, [model.get_decoder().layers]):
         traced = _export(
-            _Mixer(mixer_of(name)),
-            (rows, window, state),
+            _Mixer(mixer),
+            (torch.zeros(2, 5, 64, dtype=window.dtype), window, state),
             ({0: batch, 1: length}, {0: batch}, {0: batch}),
             ["rows", "past_window", "past_state"],
             ["out", "present_window", "present_state"],
@@ -181,6 +180,11 @@ def traced_mixer(name: str) -> ir.Model:
     passes.collapse_reshapes(traced)
     tidy_mixers(traced)
     return traced
+
+
+@functools.cache
+def traced_mixer(name: str) -> ir.Model:
+    return trace_mixer(tiny(name), mixer_of(name), *states_of(name, 2))
 
 
 def portable(model: ir.Model) -> ir.Model:
@@ -303,6 +307,21 @@ def test_the_operators_have_equal_bits_in_any_chunks_at_real_sizes(rule: str, wi
     for other in others:
         for first, second in zip(whole, other, strict=True):
             np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", ("qwen3.5", "falcon-h1-norm"))
+def test_half_precision_keeps_the_state_in_float32(name: str) -> None:
+    rows = torch.randn(2, 21, 64, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        expected = mixer_of(name)(rows).numpy()
+    model = copy.deepcopy(tiny(name))
+    cast_weights(model, torch.float16)
+    window, state = states_of(name, 2)
+    traced = trace_mixer(model, getattr(model.get_decoder().layers[0], MODELS[name][3]), window.half(), state)
+    given = {"rows": rows.half().numpy(), "past_window": window.half().numpy(), "past_state": state.numpy()}
+    out, new_window, new_state = session(portable(traced)).run(None, given)
+    assert (out.dtype, new_window.dtype, new_state.dtype) == (np.float16, np.float16, np.float32)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-2 * np.abs(expected).max())  # a norm enlarges small rows
 
 
 def test_large_decays_make_no_denormal_numbers() -> None:

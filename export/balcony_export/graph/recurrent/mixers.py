@@ -143,13 +143,13 @@ class _Convolution:
             )
         out, new = ops.symbolic_multi_out(
             f"{MICROSOFT}::CausalConvWithState",
-            (rows, self.weight[:, None], self.bias, window),
+            (rows.to(window.dtype), self.weight[:, None], self.bias, window),
             {"activation": _ACTIVATIONS[self.activation]},
-            dtypes=(rows.dtype, window.dtype),
+            dtypes=(window.dtype, window.dtype),
             shapes=(rows.shape, window.shape),
             version=1,
         )
-        return out, new
+        return out.to(rows.dtype), new
 
     def evaluate(self, rows: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the operator computes, in PyTorch."""
@@ -294,7 +294,8 @@ class _Functions:
         **_: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = query.shape[-1] ** -0.5
-        return self._attend(_Recurrence(query, key, value, g, beta, scale, use_qk_l2norm_in_kernel))
+        out, state = self._attend(_Recurrence(query, key, value, g, beta, scale, use_qk_l2norm_in_kernel))
+        return out.to(query.dtype), state
 
     def by_row(self, x: torch.Tensor) -> torch.Tensor:
         """Give batch and rows of the current pass their own axes  # (B·T·H, N) -> (B, T, H, N)"""
