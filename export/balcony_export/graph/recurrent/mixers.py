@@ -77,12 +77,12 @@ class RecurrentCache:
     def update_recurrent_state(self, *_: object, **__: object) -> None:
         """Nothing: :meth:`attend` has the new state, in the operator's order of axes."""
 
-    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: _Convolution) -> torch.Tensor:
+    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: Convolution) -> torch.Tensor:
         """Convolve the rows of a layer after its window  # (B, C, T) -> (B, C, T)"""
         out, self.new_windows[layer_idx] = convolution.emit(rows, self.windows[layer_idx])
         return out
 
-    def attend(self, layer_idx: int, recurrence: _Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, layer_idx: int, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the recurrence of a layer from its state: the output and the new state."""
         self.outputs[layer_idx], self.new_states[layer_idx] = recurrence.emit(self.states[layer_idx])
         return self.outputs[layer_idx], self.new_states[layer_idx]
@@ -100,12 +100,14 @@ class ReadingRecurrentCache(RecurrentCache):
         super().__init__(written.windows, written.states)
         self.written, self.queries = written, queries
 
-    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: _Convolution) -> torch.Tensor:
+    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: Convolution) -> torch.Tensor:
         return rows  # only its shape counts: the recurrence is not run again
 
-    def attend(self, layer_idx: int, recurrence: _Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, layer_idx: int, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         out = self.written.outputs[layer_idx]
-        return out.narrow(1, out.shape[1] - self.queries, self.queries), self.written.new_states[layer_idx]
+        # a slice would have a size that depends on data
+        last = torch.arange(self.queries) + (out.shape[1] - self.queries)
+        return out.index_select(1, last), self.written.new_states[layer_idx]
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class _Convolved:
 
 
 @dataclass(frozen=True)
-class _Convolution:
+class Convolution:
     """A depthwise causal convolution."""
 
     weight: torch.Tensor  # (C, K)
@@ -159,7 +161,7 @@ class _Convolution:
 
 
 @dataclass(frozen=True)
-class _Recurrence:
+class Recurrence:
     """A linear recurrence over the rows of a pass, in float32."""
 
     query: torch.Tensor  # (B, T, G, dk)
@@ -232,7 +234,7 @@ class _Functions:
         **_: object,
     ) -> _Convolved:
         self._rows = rows  # a mixer convolves before its recurrence
-        return _Convolved(rows.cache.convolve(rows.layer_idx, rows.rows, _Convolution(weight, bias, activation)))
+        return _Convolved(rows.cache.convolve(rows.layer_idx, rows.rows, Convolution(weight, bias, activation)))
 
     def apply_mask_to_padding_states(self, rows: torch.Tensor, _: object) -> torch.Tensor:
         return rows  # there are no padding rows
@@ -257,7 +259,7 @@ class _Functions:
             dt = torch.clamp(dt, low, high)
         rows = rows.float()
         skipping = None if D is None else rows * D.float()[:, None]
-        recurrence = _Recurrence(query, key, rows * dt[..., None], dt * decay.float(), skipping=skipping)
+        recurrence = Recurrence(query, key, rows * dt[..., None], dt * decay.float(), skipping=skipping)
         out, state = self._attend(recurrence)
         return out, state.mT
 
@@ -279,7 +281,7 @@ class _Functions:
         step = _time_step(dt.transpose(1, 2), delta_bias, delta_softplus)[..., None]  # (B, T, C, 1)
         query, key = (y.transpose(1, 2)[:, :, None] for y in (query, key))  # (B, T, 1, N)
         skipping = None if D is None else x * D.float()[:, None]
-        out, state = self._attend(_Recurrence(query, key, x * step, step * decay.float(), skipping=skipping))
+        out, state = self._attend(Recurrence(query, key, x * step, step * decay.float(), skipping=skipping))
         out = out.squeeze(-1).transpose(1, 2)  # (B, C, T)
         return out if z is None else out * functional.silu(z), state.squeeze(-1)
 
@@ -294,7 +296,7 @@ class _Functions:
         **_: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = query.shape[-1] ** -0.5
-        out, state = self._attend(_Recurrence(query, key, value, g, beta, scale, use_qk_l2norm_in_kernel))
+        out, state = self._attend(Recurrence(query, key, value, g, beta, scale, use_qk_l2norm_in_kernel))
         return out.to(query.dtype), state
 
     def by_row(self, x: torch.Tensor) -> torch.Tensor:
@@ -302,7 +304,7 @@ class _Functions:
         batch, _, rows = self._rows.rows.shape
         return x.view(batch, rows, -1, x.shape[-1])
 
-    def _attend(self, recurrence: _Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend(self, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         return self._rows.cache.attend(self._rows.layer_idx, recurrence)
 
 
@@ -319,10 +321,10 @@ def _sample(*shape: int) -> torch.Tensor:
 class _SampleCache(RecurrentCache):
     """Computes with PyTorch what the operators compute."""
 
-    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: _Convolution) -> torch.Tensor:
+    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: Convolution) -> torch.Tensor:
         return convolution.evaluate(rows, self.windows[layer_idx])[0]
 
-    def attend(self, layer_idx: int, recurrence: _Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, layer_idx: int, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         return recurrence.evaluate(self.states[layer_idx])
 
 
@@ -357,19 +359,25 @@ def _check(source: Any) -> None:
             {"initial_state": state, "output_final_state": True},
         ),
     }
-    convolution = (_sample(channels, size), _sample(channels), "silu")
+    stand_ins = _Functions()
+    windows = {0: torch.zeros(1, channels, size - 1)}
+    for activation in (None, "silu"):
+        kernel = (_sample(channels, size), _sample(channels), activation)
+        if (function := getattr(source, "causal_conv1d_fn", None)) is not None:
+            found = stand_ins.causal_conv1d_fn(_Rows(_SampleCache(windows, {}), 0, gates), *kernel).rows
+            _compare(source, function, (found,), (function(gates, *kernel),))
     for name, (given, options, start, own) in trials.items():
-        if (function := getattr(source, name, None)) is None:
-            continue
-        stand_ins = _Functions()
-        cache = _SampleCache({0: torch.zeros(1, channels, size - 1)}, {0: start})
-        convolved = stand_ins.causal_conv1d_fn(cache.update_conv_state(gates, 0), *convolution).rows
-        results = (convolved, *getattr(stand_ins, name)(*given, **options))
-        wanted = (source.causal_conv1d_fn(gates, *convolution), *function(*given, **options, **own))
-        if not all(torch.allclose(one, other, atol=1e-4) for one, other in zip(results, wanted, strict=True)):
-            raise UnsupportedModelError(
-                f"{source.__name__}: {name} is not the recurrence that export writes: use another version of transformers"
-            )
+        if (function := getattr(source, name, None)) is not None:
+            stand_ins.causal_conv1d_fn(_Rows(_SampleCache(windows, {0: start}), 0, gates), *kernel)
+            _compare(source, function, getattr(stand_ins, name)(*given, **options), function(*given, **options, **own))
+
+
+def _compare(source: Any, function: Any, found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> None:
+    if not all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, wanted, strict=True)):
+        raise UnsupportedModelError(
+            f"{source.__name__}: {function.__name__} computes something else than the operator that export writes: "
+            "use another version of transformers"
+        )
 
 
 #: Functions of transformers' mixers that :class:`_Functions` replaces.
