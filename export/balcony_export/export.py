@@ -25,7 +25,7 @@ from balcony_export.graph import head, lower, passes
 from balcony_export.graph import trace as graph
 from balcony_export.graph.experts import interleave, spell_out
 from balcony_export.graph.ir_tools import graph_spec
-from balcony_export.graph.recurrent_passes import tidy_mixers, write_in_standard_operators
+from balcony_export.graph.recurrent.passes import tidy_mixers, write_in_standard_operators
 from balcony_export.graph.weights import WeightFile
 from balcony_export.graph.widen import stand_ins, tensor_as, widen
 from balcony_export.model.architecture import describe, embedding_scale

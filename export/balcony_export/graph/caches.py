@@ -15,7 +15,7 @@ from torch.onnx import ops
 
 from balcony_edge.errors import UnsupportedModelError
 from balcony_export.graph.operators import RowPositions, merge_heads
-from balcony_export.graph.recurrent import Convolution, ReadingRecurrentCache, RecurrentCache
+from balcony_export.graph.recurrent.mixers import Convolution, ReadingRecurrentCache, RecurrentCache
 
 #: Layer → what it keeps, by the names of the parts.
 Memory = Mapping[int, Mapping[str, torch.Tensor]]

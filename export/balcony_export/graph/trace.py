@@ -18,7 +18,7 @@ from torch import nn
 from balcony_edge.bundle.manifest import STATES, ModelSpec
 from balcony_export.graph.caches import ReadingCache, WritingCache
 from balcony_export.graph.operators import RopeTable, RowPositions, tracing
-from balcony_export.graph.recurrent import tracing_mixers
+from balcony_export.graph.recurrent.mixers import tracing_mixers
 from balcony_export.model.balcony import Balcony
 from balcony_export.model.exits import ExitModel, call_layer
 from balcony_export.model.layer import layer_index, memory_of

@@ -9,7 +9,7 @@ gated delta rule (Qwen3-Next, Qwen3.5). Each mixer becomes two nodes, and the re
 
 Both are ONNX Runtime's (``com.microsoft``); opset 27 has the same two as standard operators. G heads of queries and keys serve
 H heads of values. The state is float32 whatever the weights are. There are no dead rows: all T rows are consumed.
-:mod:`.recurrent_passes` writes these nodes in standard operators.
+:mod:`.passes` writes these nodes in standard operators.
 
 It knows no architecture by name: it replaces the functions in which transformers computes convolutions and recurrences, and
 compares each with the recurrence that the operator computes, on sample numbers.
@@ -31,6 +31,13 @@ from torch.onnx import ops
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import UnsupportedModelError
+from balcony_export.graph.recurrent.norms import (
+    L2_EPSILON,
+    GatedNorm,
+    gated_norm_operator,
+    unit,
+    unscaled_norm_operator,
+)
 
 MICROSOFT = "com.microsoft"
 #: ``LinearAttention``'s rules: a decayed state, and one that also forgets what a key retrieves.
@@ -39,8 +46,6 @@ _ACTIVATIONS = {None: "none", "silu": "silu", "swish": "silu"}
 #: Smallest logarithm of a decay. exp(-50) is 2e-22 of a state, which float32 loses next to what the row adds. Smaller factors
 #: make denormal numbers, which take ONNX Runtime's CPU kernel 8 times as long (37 instead of 4.4 ms for 256 rows of 48 heads).
 _LEAST_DECAY = -50.0
-#: Added by transformers to the squared length of queries and keys before the gated delta rule (``l2norm``).
-_L2_EPSILON = 1e-6
 
 
 class RecurrentCache:
@@ -100,9 +105,8 @@ class ReadingRecurrentCache(RecurrentCache):
 
     def attend(self, layer_idx: int, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         out = self.written.outputs[layer_idx]
-        last = torch.arange(self.queries) + (
-            out.shape[1] - self.queries
-        )  # a slice would have a size that depends on data
+        # a slice would have a size that depends on data
+        last = torch.arange(self.queries) + (out.shape[1] - self.queries)
         return out.index_select(1, last), self.written.new_states[layer_idx]
 
 
@@ -141,13 +145,13 @@ class Convolution:
             )
         out, new = ops.symbolic_multi_out(
             f"{MICROSOFT}::CausalConvWithState",
-            (rows, self.weight[:, None], self.bias, window),
+            (rows.to(window.dtype), self.weight[:, None], self.bias, window),
             {"activation": _ACTIVATIONS[self.activation]},
-            dtypes=(rows.dtype, window.dtype),
+            dtypes=(window.dtype, window.dtype),
             shapes=(rows.shape, window.shape),
             version=1,
         )
-        return out, new
+        return out.to(rows.dtype), new
 
     def evaluate(self, rows: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the operator computes, in PyTorch."""
@@ -173,7 +177,7 @@ class Recurrence:
         """One operator, and one for each scaling: the output  # (B, T, H, dv)  and the new state."""
         query, key, value = self.query.float(), self.key.float(), self.value.float()
         if self.unit:
-            query, key = _unit(query), _unit(key)
+            query, key = unit(query), unit(key)
         attributes: dict[str, Any] = {
             "update_rule": GATED if self.beta is None else GATED_DELTA,
             "q_num_heads": query.shape[2],
@@ -197,7 +201,7 @@ class Recurrence:
         """What the operators compute, in PyTorch, row by row."""
         query, key = self.query, self.key
         if self.unit:
-            query, key = (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + _L2_EPSILON) for x in (query, key))
+            query, key = (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + L2_EPSILON) for x in (query, key))
         shared = self.value.shape[2] // query.shape[2]
         query, key = (x.repeat_interleave(shared, 2) for x in (query, key))  # (B, T, H, dk)
         decay = self.decay if self.decay.dim() == 4 else self.decay[..., None]
@@ -292,7 +296,13 @@ class _Functions:
         **_: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = query.shape[-1] ** -0.5
-        return self._attend(Recurrence(query, key, value, g, beta, scale, use_qk_l2norm_in_kernel))
+        out, state = self._attend(Recurrence(query, key, value, g, beta, scale, use_qk_l2norm_in_kernel))
+        return out.to(query.dtype), state
+
+    def by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """Give batch and rows of the current pass their own axes  # (B·T·H, N) -> (B, T, H, N)"""
+        batch, _, rows = self._rows.rows.shape
+        return x.view(batch, rows, -1, x.shape[-1])
 
     def _attend(self, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
         return self._rows.cache.attend(self._rows.layer_idx, recurrence)
@@ -301,69 +311,6 @@ class _Functions:
 def _time_step(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
     dt = dt.float() if bias is None else dt.float() + bias.float()
     return functional.softplus(dt) if softplus else dt
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    """Vectors of length 1, as one operator: x / √(Σx² + ε) = x / √(mean(x²) + ε / n) · n^-0.5  # (..., n)"""
-    size = x.shape[-1]
-    return _norm(x, torch.full((size,), size**-0.5), _L2_EPSILON / size)
-
-
-def _norm(x: torch.Tensor, scale: torch.Tensor, epsilon: float) -> torch.Tensor:
-    attributes: dict[str, Any] = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-    return ops.symbolic("RMSNormalization", (x, scale), attributes, dtype=x.dtype, shape=x.shape, version=23)
-
-
-class GatedNorm(nn.Module):
-    """A mixer's gated RMSNorm over groups of channels, in standard operators.
-
-    ONNX Runtime's ``GatedRMSNorm`` computes one of the two orders, but its CPU kernel takes 3 times as long for one row and 20
-    times as long for 256 rows.
-
-    Args:
-        scale: Weights  # (C,)
-        epsilon: Added to the mean square.
-        groups: Number of groups of channels that are scaled to unit length on their own.
-        gate_first: Whether x·silu(gate) is normed (Mamba-2), or the normed x is multiplied by silu(gate) (gated delta net).
-    """
-
-    def __init__(self, scale: torch.Tensor, epsilon: float, groups: int, gate_first: bool) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.epsilon, self.groups, self.gate_first = epsilon, groups, gate_first
-
-    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        gated = functional.silu(gate.float())
-        y = x.float() * gated if self.gate_first else x.float()
-        if self.groups == 1:
-            y = _norm(y, self.scale.float(), self.epsilon)
-        else:
-            parts = y.unflatten(-1, (self.groups, -1))
-            y = _norm(parts, torch.ones(parts.shape[-1]), self.epsilon).flatten(-2) * self.scale.float()
-        return (y if self.gate_first else y * gated).to(x.dtype)
-
-
-def gated_norm_operator(norm: nn.Module) -> GatedNorm | None:
-    """The module that computes what the gated norm of a mixer does, found by a trial; None if it is not one."""
-    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if "RMSNormGated" not in type(norm).__name__ or weight is None or epsilon is None:
-        return None
-    width = weight.numel()
-    # each group of channels has another magnitude, so that a wrong number of groups shows
-    x, gate = torch.randn(2, 1, 2, width, generator=torch.Generator().manual_seed(0))
-    x = x * torch.linspace(-2, 2, width).exp()
-    scale = weight.detach().float()
-    with torch.no_grad():
-        found = norm(x.to(weight.dtype), gate.to(weight.dtype)).float()
-        for groups in (n for n in range(1, width + 1) if width % n == 0):
-            for gate_first in (True, False):
-                y = (x * functional.silu(gate) if gate_first else x).unflatten(-1, (groups, -1))
-                y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + epsilon)).flatten(-2) * scale
-                if torch.allclose(found, y if gate_first else y * functional.silu(gate), rtol=1e-2, atol=1e-2):
-                    return GatedNorm(weight.detach(), float(epsilon), groups, gate_first)
-    raise UnsupportedModelError(
-        f"{type(norm).__name__}: norms neither x·silu(gate) nor x before the gate: export cannot represent it"
-    )
 
 
 def _sample(*shape: int) -> torch.Tensor:
@@ -412,30 +359,43 @@ def _check(source: Any) -> None:
             {"initial_state": state, "output_final_state": True},
         ),
     }
-    convolution = (_sample(channels, size), _sample(channels), "silu")
+    stand_ins = _Functions()
+    windows = {0: torch.zeros(1, channels, size - 1)}
+    for activation in (None, "silu"):
+        kernel = (_sample(channels, size), _sample(channels), activation)
+        if (function := getattr(source, "causal_conv1d_fn", None)) is not None:
+            found = stand_ins.causal_conv1d_fn(_Rows(_SampleCache(windows, {}), 0, gates), *kernel).rows
+            _compare(source, function, (found,), (function(gates, *kernel),))
     for name, (given, options, start, own) in trials.items():
-        if (function := getattr(source, name, None)) is None:
-            continue
-        stand_ins = _Functions()
-        cache = _SampleCache({0: torch.zeros(1, channels, size - 1)}, {0: start})
-        convolved = stand_ins.causal_conv1d_fn(cache.update_conv_state(gates, 0), *convolution).rows
-        results = (convolved, *getattr(stand_ins, name)(*given, **options))
-        wanted = (source.causal_conv1d_fn(gates, *convolution), *function(*given, **options, **own))
-        if not all(torch.allclose(one, other, atol=1e-4) for one, other in zip(results, wanted, strict=True)):
-            raise UnsupportedModelError(
-                f"{source.__name__}: {name} is not the recurrence that export writes: use another version of transformers"
-            )
+        if (function := getattr(source, name, None)) is not None:
+            stand_ins.causal_conv1d_fn(_Rows(_SampleCache(windows, {0: start}), 0, gates), *kernel)
+            _compare(source, function, getattr(stand_ins, name)(*given, **options), function(*given, **options, **own))
+
+
+def _compare(source: Any, function: Any, found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> None:
+    if not all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, wanted, strict=True)):
+        raise UnsupportedModelError(
+            f"{source.__name__}: {function.__name__} computes something else than the operator that export writes: "
+            "use another version of transformers"
+        )
 
 
 #: Functions of transformers' mixers that :class:`_Functions` replaces.
-_REPLACED = tuple(name for name in vars(_Functions) if not name.startswith("_"))
+_REPLACED = (
+    "causal_conv1d_fn",
+    "apply_mask_to_padding_states",
+    "mamba2_chunk_scan",
+    "mamba_selective_scan",
+    "torch_chunk_gated_delta_rule",
+)
 
 
 @contextlib.contextmanager
 def tracing_mixers(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let the recurrent mixers in ``modules`` emit single operators until the end of the context.
 
-    They must be called with a :class:`RecurrentCache`. Enter it before :func:`.operators.tracing`, which knows no gated norms.
+    They must be called with a :class:`RecurrentCache`. Enter it before
+    :func:`balcony_export.graph.operators.tracing`, which knows no gated norms.
 
     Raises:
         UnsupportedModelError: A mixer computes something else than the operators.
@@ -447,7 +407,9 @@ def tracing_mixers(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iter
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in (child for module in modules for child in module.modules()):
         for name, child in parent.named_children():
-            if (norm := gated_norm_operator(child)) is not None:
+            if (norm := gated_norm_operator(child) or unscaled_norm_operator(child)) is not None:
+                if isinstance(norm, GatedNorm):
+                    norm.by_row = stand_ins.by_row
                 replaced.append((parent, name, child))
                 setattr(parent, name, norm)
     try:

@@ -1,6 +1,6 @@
 """Graph passes on recurrent mixers: tidy their graphs, and write their operators in standard ONNX.
 
-Owns the form of what :mod:`.recurrent` emits, after tracing. In the portable form a recurrence is a ``Scan`` over the rows of
+Owns the form of what :mod:`.mixers` emits, after tracing. In the portable form a recurrence is a ``Scan`` over the rows of
 the pass:
 
 - The gated delta rule has no closed form over many rows without a triangular solve, which ONNX lacks; its inverse as a power
@@ -18,7 +18,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from balcony_export.graph.ir_tools import initializer
-from balcony_export.graph.recurrent import GATED_DELTA, MICROSOFT
+from balcony_export.graph.recurrent.mixers import GATED_DELTA, MICROSOFT
+from balcony_export.graph.recurrent.norms import UNSCALED
 
 FLOAT = ir.DataType.FLOAT
 
@@ -30,14 +31,17 @@ def tidy_mixers(model: ir.Model, prefix: str = "") -> None:
     """Remove what tracing leaves around recurrent mixers, which costs more than the mixer itself for one row.
 
     Precondition: shapes are annotated, and the nodes have the tracer's name scopes. Postcondition: a reshape that keeps
-    batch and rows needs no node for its shape, ``Softplus`` has no guard against overflow (the operator has its own), and
-    the weight of a convolution in module ``a.b`` is called ``<prefix>a.b.conv1d.weight``. All outputs keep their values.
+    batch and rows needs no node for its shape, ``Softplus`` has no guard against overflow (the operator has its own), the
+    weight of a convolution in module ``a.b`` is called ``<prefix>a.b.conv1d.weight``, and no constant is called like a
+    weight. All outputs keep their values.
     """
     for node in list(model.graph):
         if node.op_type == "Reshape":
             _fix_shape(model, node)
         elif node.op_type == "Where":
             _unguard_softplus(node)
+        elif UNSCALED in node.metadata_props:
+            _share_scale(model, node)
         elif node.op_type == "CausalConvWithState":
             weight, scopes = node.inputs[1], ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
             wanted = f"{prefix}{scopes[-2]}.conv1d.weight" if len(scopes) >= 2 else ""
@@ -61,6 +65,14 @@ def _fix_shape(model: ir.Model, node: ir.Node) -> None:
     name = "shape_" + "_".join(str(size) for size in shape)
     node.replace_input_with(1, initializer(model, name, np.array(shape, np.int64)))
     node.attributes.pop("allowzero", None)
+
+
+def _share_scale(model: ir.Model, node: ir.Node) -> None:
+    """Let a norm without weights read a constant that has no weight's name."""
+    scale = node.inputs[1]
+    assert scale is not None and scale.const_value is not None
+    array = scale.const_value.numpy()
+    node.replace_input_with(1, initializer(model, f"scale_{array[0]:.6g}_{len(array)}", array))
 
 
 def _unguard_softplus(node: ir.Node) -> None:
@@ -107,7 +119,7 @@ class _Builder:
 def write_in_standard_operators(model: ir.Model) -> None:
     """Replace ``CausalConvWithState`` and ``LinearAttention`` by standard operators.
 
-    Precondition: :mod:`.recurrent` made the nodes. Postcondition: none of them is left, and all outputs keep
+    Precondition: :mod:`.mixers` made the nodes. Postcondition: none of them is left, and all outputs keep
     their names, shapes and values up to rounding.
     """
     writers: dict[str, Callable[[_Builder, ir.Node], Sequence[ir.Value]]] = {
