@@ -109,6 +109,19 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "conv_bias": True,
         },
     ),
+    "lfm2-moe": (
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        {
+            "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_dense_layers": 1,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "mamba": ("MambaConfig", "MambaForCausalLM", {"state_size": 16}),
+    "falcon-mamba": ("FalconMambaConfig", "FalconMambaForCausalLM", {"state_size": 16}),
     "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", {"num_heads": 4, "state_size": 16, "n_groups": 2, "chunk_size": 8}),
     "bamba": ("BambaConfig", "BambaForCausalLM", {**_STATE_SPACE, "attn_layer_indices": [1, 3], "head_dim": 32}),
     "granite-hybrid": (
@@ -123,6 +136,17 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "residual_multiplier": 0.7,
             "attention_multiplier": 0.15,
             "logits_scaling": 3.0,
+        },
+    ),
+    "granite-hybrid-moe": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_STATE_SPACE,
+            "layer_types": _HYBRID,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
         },
     ),
     "falcon-h1": (
@@ -140,6 +164,18 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",
         {**_DELTA, "layer_types": _HYBRID, "mlp_only_layers": [0, 1, 2, 3, 4]},
+    ),
+    "qwen3-next-moe": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {
+            **_DELTA,
+            "layer_types": _HYBRID,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
     ),
     "qwen3.5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {**_DELTA, "layer_types": _HYBRID}),
 }

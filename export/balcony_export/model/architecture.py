@@ -25,7 +25,18 @@ DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3
 #: The same for mixtures of experts.
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared")
 #: The same for models with layers that keep a convolution's inputs or a recurrent state.
-HYBRIDS = ("lfm2", "mamba2", "bamba", "granitemoehybrid", "falcon_h1", "qwen3_next", "qwen3_5_text")
+HYBRIDS = (
+    "lfm2",
+    "lfm2_moe",
+    "mamba",
+    "falcon_mamba",
+    "mamba2",
+    "bamba",
+    "granitemoehybrid",
+    "falcon_h1",
+    "qwen3_next",
+    "qwen3_5_text",
+)
 SUPPORTED = DENSE + MIXTURES + HYBRIDS
 #: Rotary embeddings whose table does not depend on the length of the sequence (transformers ``ROPE_INIT_FUNCTIONS``).
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")

@@ -50,7 +50,9 @@ def _state(mixer: Any) -> tuple[int, int, int]:
     """Heads, size of a key and size of a value of a recurrent state."""
     if hasattr(mixer, "num_v_heads"):  # gated delta net
         return mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim
-    return mixer.num_heads, mixer.ssm_state_size, mixer.head_dim  # Mamba-2
+    if hasattr(mixer, "num_heads"):  # Mamba-2
+        return mixer.num_heads, mixer.ssm_state_size, mixer.head_dim
+    return mixer.intermediate_size, mixer.ssm_state_size, 1  # Mamba: every channel is a head
 
 
 def _present(layer: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def _norm(x: torch.Tensor, scale: torch.Tensor, epsilon: float, note: dict[str, 
 class GatedNorm(nn.Module):
     """A mixer's gated RMSNorm over groups of channels, in standard operators.
 
-    ONNX Runtime's ``GatedRMSNorm`` computes one of the two orders, but its CPU kernel takes 3 times as long for one row and 20
+    ONNX Runtime's ``GatedRMSNorm`` computes one of the two orders, but its CPU kernel takes 4 times as long for one row and 20
     times as long for 256 rows.
 
     Args:

@@ -148,8 +148,6 @@ def _convolution(builder: _Builder, node: ir.Node) -> Sequence[ir.Value]:
     known = builder.op("Concat", window, rows, axis=2)  # (B, C, K - 1 + T)
     operands = [known, weight] if bias is None else [known, weight, bias]
     out = builder.op("Conv", *operands, group=channels, kernel_shape=[taps])
-    if node.attributes["activation"].as_string() == "silu":
-        out = _silu(builder, out)
     new = builder.op("Slice", known, builder.number(1 - taps), builder.number(2**62), builder.number(2))
     return out, new
 
@@ -158,10 +156,6 @@ def _sizes(value: ir.Value | None) -> list[int]:
     """Dimensions of a value, -1 for those that are not known before the run."""
     assert value is not None and value.shape is not None
     return [size if isinstance(size, int) else -1 for size in value.shape]
-
-
-def _silu(builder: _Builder, x: ir.Value) -> ir.Value:
-    return builder.op("Mul", x, builder.op("Sigmoid", x))
 
 
 def _recurrence(builder: _Builder, node: ir.Node) -> Sequence[ir.Value]:
