@@ -109,17 +109,6 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "conv_bias": True,
         },
     ),
-    "lfm2-moe": (
-        "Lfm2MoeConfig",
-        "Lfm2MoeForCausalLM",
-        {
-            "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "num_dense_layers": 1,
-            "moe_intermediate_size": 16,
-        },
-    ),
     "mamba": ("MambaConfig", "MambaForCausalLM", {"state_size": 16}),
     "falcon-mamba": ("FalconMambaConfig", "FalconMambaForCausalLM", {"state_size": 16}),
     "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", {"num_heads": 4, "state_size": 16, "n_groups": 2, "chunk_size": 8}),
@@ -181,8 +170,10 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-#: Those with recurrent layers.
-HYBRIDS = ("mamba2", "bamba", "granite-hybrid", "falcon-h1", "qwen3-next", "qwen3.5")
+#: Those with recurrent layers, and the same for tests that export them: similar ones are tried in ``make test-deep``.
+HYBRIDS = ("mamba2", "granite-hybrid", "falcon-h1", "qwen3.5")
+SIMILAR = ("mamba", "falcon-mamba", "bamba", "granite-hybrid-moe", "qwen3-next", "qwen3-next-moe")
+EXPORTED = (*HYBRIDS, *(pytest.param(name, marks=pytest.mark.deep) for name in SIMILAR))
 
 
 def tiny_model(architecture: str, **overrides: Any) -> transformers.PreTrainedModel:

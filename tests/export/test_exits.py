@@ -12,10 +12,22 @@ import torch
 from balcony_edge.errors import CheckpointError, UnsupportedModelError
 from balcony_export.model.balcony import fingerprint, init_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
-from tests.conftest import HYBRIDS
+from tests.conftest import HYBRIDS, SIMILAR
 
 TOKENS = torch.tensor([[(7 * i + 3 * j) % 319 + 1 for i in range(20)] for j in range(2)])
-ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2", *HYBRIDS)
+ARCHITECTURES = (
+    "llama",
+    "llama-mha",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "smollm3",
+    "lfm2",
+    *HYBRIDS,
+    *SIMILAR,
+)
 
 
 def hooks_of(exits: ExitModel) -> int:
@@ -32,7 +44,7 @@ def test_states_and_logits_are_those_of_transformers(architecture: str, make_tin
     states = exits.run(TOKENS, exits.exit_layers)
     assert exits.exit_layers == (2, 4, 5) and set(states.at) == {2, 4, 5}
     for exit_layer in (2, 4):
-        first = 1 if architecture == "mamba2" else 0  # whose hidden states begin after the first layer
+        first = 1 if "mamba" in architecture else 0  # whose hidden states begin after the first layer
         assert torch.equal(states.at[exit_layer], wanted.hidden_states[exit_layer - first])
     assert torch.equal(exits.normed(5, states), wanted.hidden_states[-1])
     logits = exits.logits(TOKENS)

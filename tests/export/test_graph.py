@@ -18,9 +18,9 @@ from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.exits import ExitModel
 from balcony_export.verify import Check, verify
 from balcony_runtime.engine import Engine
-from tests.conftest import HYBRIDS
+from tests.conftest import EXPORTED
 
-ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2", *HYBRIDS)
+ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2", *EXPORTED)
 #: Longer than the sliding windows of the tiny models (7), so that a wrong window shows.
 PROMPTS = ("the quick brown fox jumps over the lazy dog and the balcony", "0123456789 — Käse und 牛乳, 20:00!")
 

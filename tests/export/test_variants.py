@@ -30,7 +30,7 @@ from balcony_export.train.loss import LOSS_WEIGHTS, HeadLoss
 from balcony_export.train.trainer import Trainer
 from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
-from tests.conftest import HYBRIDS
+from tests.conftest import EXPORTED
 
 IDS = [(11 * i * i + 5 * i + 2) % 320 for i in range(30)]
 PROMPTS = ("the quick brown fox jumps", "over the lazy dog and the balcony")
@@ -167,7 +167,7 @@ def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None
         load_balconies(tmp_path, model)
 
 
-ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2", *HYBRIDS)
+ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2", *EXPORTED)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

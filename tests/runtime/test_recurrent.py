@@ -16,7 +16,7 @@ from balcony_edge.bundle.manifest import GraphSpec
 from balcony_runtime.backends import recurrent
 from balcony_runtime.backends.recurrent import MOST_COPIES, SPACING, RecurrentStates, copies_for
 from balcony_runtime.engine import Engine
-from tests.conftest import HYBRIDS
+from tests.conftest import EXPORTED
 from tests.properties import CHANCE, examples
 from tests.runtime.test_conformance import actions, play
 
@@ -140,7 +140,7 @@ def test_large_states_have_fewer_copies(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("portable", [False, True], ids=["lowered", "portable"])
-@pytest.mark.parametrize("architecture", HYBRIDS)
+@pytest.mark.parametrize("architecture", EXPORTED)
 def test_any_schedule_equals_a_pass_from_scratch(
     export_tiny: Callable[[str], Any], architecture: str, portable: bool
 ) -> None:
@@ -156,7 +156,7 @@ def test_any_schedule_equals_a_pass_from_scratch(
         schedules()
 
 
-@pytest.mark.parametrize("architecture", HYBRIDS)
+@pytest.mark.parametrize("architecture", EXPORTED)
 def test_a_replay_after_a_rollback_has_the_bits_of_the_first_run(
     export_tiny: Callable[[str], Any], architecture: str
 ) -> None:

@@ -27,7 +27,6 @@ MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granite
 #: The same for models with layers that keep a convolution's inputs or a recurrent state.
 HYBRIDS = (
     "lfm2",
-    "lfm2_moe",
     "mamba",
     "falcon_mamba",
     "mamba2",
