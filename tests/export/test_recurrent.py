@@ -14,20 +14,140 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache
 
 from balcony_edge.errors import UnsupportedModelError
 from balcony_export.graph import passes
+from balcony_export.graph.operators import RopeTable, RowPositions, WritingCache, tracing
 from balcony_export.graph.recurrent import mixers
-from balcony_export.graph.recurrent.mixers import RecurrentCache, tracing_mixers
+from balcony_export.graph.recurrent.mixers import ReadingRecurrentCache, RecurrentCache, tracing_mixers
 from balcony_export.graph.recurrent.norms import gated_norm_operator
-from balcony_export.graph.recurrent.passes import tidy_mixers
+from balcony_export.graph.recurrent.passes import tidy_mixers, write_in_standard_operators
 from balcony_export.graph.trace import _export
 from balcony_export.model.architecture import cast_weights
-from tests.export.recurrent_models import CHUNKS, MODELS, mixer_of, portable, session, states_of, tiny
+from balcony_export.model.exits import call_layer
+from balcony_runtime.backends.onnxruntime import open_session
 
 Array = npt.NDArray[np.float32]
+_SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_ATTENTION: dict[str, Any] = {"intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+_STATE_SPACE: dict[str, Any] = {"mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 8}
+_DELTA: dict[str, Any] = {
+    "head_dim": 64,  # a quarter of it is rotated
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+_KINDS = ["linear_attention", "full_attention", "linear_attention"]
+#: Name → (class of the configuration, class of the model, what sets it apart, name of the mixer in a layer).
+MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "mamba2": (
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 2, "chunk_size": 8},
+        "mixer",
+    ),
+    "bamba": ("BambaConfig", "BambaForCausalLM", {**_ATTENTION, **_STATE_SPACE, "attn_layer_indices": [1]}, "mamba"),
+    "granite": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_ATTENTION,
+            **_STATE_SPACE,
+            "mamba_n_groups": 1,
+            "layer_types": _KINDS,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.15,
+            "logits_scaling": 3.0,
+        },
+        "mamba",
+    ),
+    "falcon-h1": (
+        "FalconH1Config",
+        "FalconH1ForCausalLM",
+        {
+            **_ATTENTION,
+            **_STATE_SPACE,
+            "mamba_d_ssm": 128,
+            "lm_head_multiplier": 0.5,
+            "embedding_multiplier": 3.0,
+            "key_multiplier": 0.7,
+            "attention_in_multiplier": 0.9,
+            "attention_out_multiplier": 0.8,
+            "ssm_multipliers": [0.5, 0.8, 1.2, 0.9, 1.1],
+            "ssm_in_multiplier": 1.3,
+            "ssm_out_multiplier": 0.6,
+            "mlp_multipliers": [0.9, 1.1],
+        },
+        "mamba",
+    ),
+    "falcon-h1-norm": (
+        "FalconH1Config",
+        "FalconH1ForCausalLM",
+        {**_ATTENTION, **_STATE_SPACE, "mamba_d_ssm": 128, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
+        "mamba",
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {**_ATTENTION, **_DELTA, "layer_types": _KINDS, "mlp_only_layers": [0, 1, 2]},
+        "linear_attn",
+    ),
+    "qwen3.5": (
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        {**_ATTENTION, **_DELTA, "layer_types": _KINDS},
+        "linear_attn",
+    ),
+    "mamba": ("MambaConfig", "MambaForCausalLM", {"state_size": 8}, "mixer"),
+    "falcon-mamba": ("FalconMambaConfig", "FalconMambaForCausalLM", {"state_size": 8}, "mixer"),
+}
+
+
+@functools.cache
+def tiny(name: str) -> Any:
+    """A random model; decays and time steps are spread widely, so that a wrong one shows."""
+    config_class, model_class, extra, _ = MODELS[name]
+    config = getattr(transformers, config_class)(**{**_SIZES, **extra})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, model_class)(config)
+    generator = torch.Generator().manual_seed(20261127)
+    for key, parameter in model.named_parameters():
+        random = torch.randn(parameter.shape, generator=generator)
+        centre = 1.0 if "norm" in key and "qwen" not in name else 0.0
+        parameter.data = random * 0.5 + centre if parameter.dim() == 1 else random * (0.7 if "conv1d" in key else 0.25)
+    return model.eval()
+
+
+def mixer_of(name: str, layer: int = 0) -> Any:
+    return getattr(tiny(name).get_decoder().layers[layer], MODELS[name][3])
+
+
+def states_of(name: str, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty window and state of a mixer, from the shapes of transformers' cache."""
+    model = tiny(name)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.zeros(batch, 2, dtype=torch.long), use_cache=True, cache=cache)
+    window, state = cache.layers[0].conv_states[0], cache.layers[0].recurrent_states[0]
+    if state.dim() == 3:  # Mamba: one value a channel
+        state = state[..., None]
+    elif "qwen" not in name:  # (B, H, P, N) in transformers
+        state = state.mT
+    return torch.zeros_like(window[..., 1:]), torch.zeros_like(state)
 
 
 class _Mixer(nn.Module):
@@ -62,6 +182,16 @@ def traced_mixer(name: str) -> ir.Model:
     return trace_mixer(tiny(name), mixer_of(name), *states_of(name, 2))
 
 
+def portable(model: ir.Model) -> ir.Model:
+    clone = model.clone()
+    write_in_standard_operators(clone)
+    return clone
+
+
+def session(model: ir.Model) -> Any:
+    return open_session(ir.serde.serialize_model(model).SerializeToString())
+
+
 @functools.cache
 def sessions(name: str) -> dict[str, Any]:
     traced = traced_mixer(name)
@@ -78,6 +208,9 @@ def run_mixer(one: Any, rows: Array, chunks: Sequence[int], name: str) -> tuple[
         outputs.append(out)
         first += chunk
     return np.concatenate(outputs, 1), window, state
+
+
+CHUNKS = {"one pass": (21,), "row by row": (1,) * 21, "mixed": (5, 1, 1, 9, 2, 3)}
 
 
 @pytest.mark.parametrize("form", ("lowered", "portable"))
@@ -244,3 +377,170 @@ def test_a_mixer_is_two_operators_and_few_others() -> None:
         weights = traced_mixer(name).graph.initializers
         assert "mixer.conv1d.weight" in weights
         assert all(node.domain == "" for node in portable(traced_mixer(name)).graph)
+
+
+def layers_of(name: str) -> Any:
+    return tiny(name).get_decoder().layers
+
+
+def is_attention(layer: nn.Module) -> bool:
+    return getattr(layer, "self_attn", None) is not None
+
+
+class _HybridCache(WritingCache, RecurrentCache):
+    """What a stage's layers keep: keys and values, or a window and a state, or both (Falcon-H1)."""
+
+    def __init__(self, pasts: dict[int, dict[str, torch.Tensor]], start: torch.Tensor) -> None:
+        attention = {i: (past["key"], past["value"]) for i, past in pasts.items() if "key" in past}
+        WritingCache.__init__(self, attention, start)
+        recurrent_layers = {i: past for i, past in pasts.items() if "state" in past}
+        windows = {i: past["window"] for i, past in recurrent_layers.items()}
+        RecurrentCache.__init__(self, windows, {i: past["state"] for i, past in recurrent_layers.items()})
+
+    def presents(self) -> list[torch.Tensor]:
+        """New contents, in the order of the inputs."""
+        found = []
+        for layer in sorted({*self.past, *self.states}):
+            found += self.present[layer] if layer in self.past else ()
+            found += [self.new_windows[layer], self.new_states[layer]] if layer in self.states else []
+        return found
+
+
+class _Backbone(nn.Module):
+    """All layers of a model between its token table and its final norm."""
+
+    def __init__(self, name: str, context: int) -> None:
+        super().__init__()
+        decoder = tiny(name).get_decoder()
+        self.layers = decoder.layers
+        self.tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        if getattr(decoder, "rotary_emb", None) is not None:
+            cos, sin = decoder.rotary_emb(torch.zeros(1, 1, 1), torch.arange(context)[None])
+            self.tables = (cos[0, :, : cos.shape[-1] // 2], sin[0, :, : cos.shape[-1] // 2])
+
+    def forward(
+        self, hidden: torch.Tensor, start: torch.Tensor, pasts: list[dict[str, torch.Tensor]]
+    ) -> tuple[torch.Tensor, ...]:
+        capacity = next((past["key"].shape[1] for past in pasts if "key" in past), 1)
+        rows = RowPositions(start[:, None] + torch.arange(hidden.shape[1])[None], capacity, {})
+        rotary = None if self.tables is None else tuple(RopeTable(table, rows.positions) for table in self.tables)
+        cache = _HybridCache(dict(enumerate(pasts)), start)
+        for layer in self.layers:
+            hidden = call_layer(layer, hidden, rows, rotary, cache)  # type: ignore[arg-type]
+        return (hidden, *cache.presents())
+
+
+CAPACITY = 32
+
+
+def kept(name: str, batch: int) -> list[dict[str, torch.Tensor]]:
+    """Empty memory of every layer."""
+    window, state = states_of(name, batch)
+    found = []
+    for layer in layers_of(name):
+        past: dict[str, torch.Tensor] = {}
+        if is_attention(layer):
+            width = layer.self_attn.k_proj.weight.shape[0]
+            past |= {"key": torch.zeros(batch, CAPACITY, width), "value": torch.zeros(batch, CAPACITY, width)}
+        if hasattr(layer, MODELS[name][3]) and getattr(layer, MODELS[name][3]) is not None:
+            past |= {"window": window.clone(), "state": state.clone()}  # each an input of its own
+        found.append(past)
+    return found
+
+
+def memory_names(name: str) -> list[str]:
+    return [f"past_{what}_{index}" for index, past in enumerate(kept(name, 1)) for what in past]
+
+
+@functools.cache
+def traced_backbone(name: str) -> ir.Model:
+    model, pasts = tiny(name), kept(name, 2)
+    batch, length, capacity = (torch.export.Dim(one) for one in ("batch", "rows", "capacity"))
+    shapes = [
+        {key: {0: batch, 1: capacity} if key in ("key", "value") else {0: batch} for key in past} for past in pasts
+    ]
+    layers, names = layers_of(name), memory_names(name)
+    with tracing_mixers(model, [layers]), tracing(model, [layers]):
+        traced = _export(
+            _Backbone(name, 64),
+            (torch.zeros(2, 5, 64), torch.zeros(2, dtype=torch.int64), pasts),
+            ({0: batch, 1: length}, {0: batch}, shapes),
+            ["hidden_0", "start", *names],
+            ["hidden_3", *(one.replace("past", "present") for one in names)],
+        )
+    passes.name_weights(traced)
+    passes.collapse_reshapes(traced)
+    tidy_mixers(traced)
+    return traced
+
+
+@pytest.mark.parametrize("name", ("mamba2", "bamba", "granite", "falcon-h1", "qwen3-next", "qwen3.5"))
+def test_a_whole_backbone_equals_transformers(name: str) -> None:
+    model, tokens = tiny(name), torch.randint(1, 320, (2, 21), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = model(tokens).logits.numpy()
+    decoder, table = model.get_decoder(), model.get_input_embeddings()
+    norm = next(getattr(decoder, one) for one in ("norm", "final_layernorm", "norm_f") if hasattr(decoder, one))
+    config = model.config
+    factor = getattr(config, "lm_head_multiplier", 1.0) / getattr(config, "logits_scaling", 1.0)
+    for form in (traced_backbone(name), portable(traced_backbone(name))):
+        one, logits, first = session(form), [], 0
+        memory = dict(
+            zip(memory_names(name), (x.numpy() for past in kept(name, 2) for x in past.values()), strict=True)
+        )
+        wanted = {value.name for value in one.get_inputs()}
+        for chunk in CHUNKS["mixed"]:
+            with torch.no_grad():
+                hidden = table(tokens[:, first : first + chunk]) * getattr(decoder, "embedding_multiplier", 1.0)
+            given = {"hidden_0": hidden.numpy(), "start": np.full(2, first)} | memory
+            out, *presents = one.run(None, {key: array for key, array in given.items() if key in wanted})
+            memory = dict(zip(memory, presents, strict=True))
+            with torch.no_grad():
+                logits.append(model.get_output_embeddings()(norm(torch.from_numpy(out))).numpy() * factor)
+            first += chunk
+        np.testing.assert_allclose(np.concatenate(logits, 1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+class _Balcony(nn.Module):
+    """A layer of which only the last rows are asked for: the recurrence takes all rows, the rest the queries."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, rows: torch.Tensor, queries: torch.Tensor, window: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        written = RecurrentCache({0: window}, {0: state})
+        call_layer(self.layer, rows, None, None, written)  # type: ignore[arg-type]
+        reading = ReadingRecurrentCache(written, queries.shape[1])
+        hidden = call_layer(self.layer, queries, None, None, reading)  # type: ignore[arg-type]
+        return hidden, written.new_windows[0], written.new_states[0]
+
+
+@pytest.mark.parametrize("name", ("mamba2", "qwen3.5"))
+def test_a_balcony_computes_the_rest_for_its_queries_only(name: str) -> None:
+    model, layer = tiny(name), layers_of(name)[0]
+    window, state = states_of(name, 2)
+    rows = torch.randn(2, 21, 64, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = layer(rows, **({} if name == "mamba2" else {"position_embeddings": None}))
+    batch, length, queries = (torch.export.Dim(one) for one in ("batch", "rows", "queries"))
+    with tracing_mixers(model, [layer]), tracing(model, [layer]):
+        traced = _export(
+            _Balcony(layer),
+            (rows[:, :5], rows[:, :3].clone(), window, state),
+            ({0: batch, 1: length}, {0: batch, 1: queries}, {0: batch}, {0: batch}),
+            ["rows", "queries", "past_window", "past_state"],
+            ["hidden", "present_window", "present_state"],
+        )
+    passes.collapse_reshapes(traced)
+    tidy_mixers(traced)
+    counts = Counter(node.op_type for node in traced.graph)
+    assert counts["LinearAttention"] == counts["CausalConvWithState"] == 1
+    outputs = [node for node in traced.graph if node.op_type == "MatMul" and "out_proj" in str(node.metadata_props)]
+    assert len(outputs) == 1
+    one = session(traced)
+    given = {"rows": rows, "past_window": window, "past_state": state}
+    out = one.run(["hidden"], {"queries": rows[:, -3:].numpy(), **{key: x.numpy() for key, x in given.items()}})[0]
+    np.testing.assert_allclose(out, expected[:, -3:].numpy(), rtol=0, atol=1e-5 * float(expected.abs().max()))
