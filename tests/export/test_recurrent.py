@@ -345,6 +345,19 @@ def test_another_recurrence_is_refused(name: str, monkeypatch: pytest.MonkeyPatc
         pass
 
 
+@pytest.mark.parametrize("name", ("bamba", "granite", "falcon-h1-norm", "qwen3.5"))
+def test_a_gated_norm_is_recognised_in_any_precision(name: str) -> None:
+    found = gated_norm_operator(mixer_of(name).norm)
+    assert found is not None
+    for dtype in (torch.bfloat16, torch.float16):
+        norm = copy.deepcopy(mixer_of(name).norm)
+        for seed in range(50):
+            norm.weight.data = torch.randn(norm.weight.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            other = gated_norm_operator(norm)
+            assert other is not None
+            assert (other.groups, other.gate_first) == (found.groups, found.gate_first)
+
+
 def test_another_gated_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = mixer_of("bamba").norm
     forward = type(norm).forward

@@ -81,6 +81,7 @@ def gated_norm_operator(norm: nn.Module) -> GatedNorm | None:
     # each group of channels has another magnitude, so that a wrong number of groups shows
     x, gate = torch.randn(2, 1, 2, width, generator=torch.Generator().manual_seed(0))
     x = x * torch.linspace(-2, 2, width).exp()
+    x, gate = (y.to(weight.dtype).float() for y in (x, gate))  # no difference comes from rounding the samples
     scale = weight.detach().float()
     with torch.no_grad():
         found = norm(x.to(weight.dtype), gate.to(weight.dtype)).float()
