@@ -22,8 +22,10 @@ def name_weights(model: ir.Model, prefix: str = "") -> None:
     """Give every traced weight the dotted name of its module.
 
     Precondition: the nodes have the tracer's name scopes. Postcondition: a weight that a node of module ``a.b`` uses is
-    called ``<prefix>a.b.weight`` (``.bias`` for vectors); names stay unique. Folded constants lose the tracer's numbers.
+    called ``<prefix>a.b.weight`` (``.bias`` for vectors); names stay unique. Folded constants lose the tracer's numbers. A
+    weight that the tracer folded twice, because a module is entered twice, becomes one value.
     """
+    common.RemoveUnusedNodesPass()(model)
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
         for value in node.inputs:
@@ -39,6 +41,16 @@ def name_weights(model: ir.Model, prefix: str = "") -> None:
                 continue
             if value.name != wanted and wanted not in model.graph.initializers:
                 value.name = wanted
+            elif value.name != wanted and _same(value, model.graph.initializers[wanted]):
+                ir.convenience.replace_all_uses_with(value, model.graph.initializers[wanted])
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _same(one: ir.Value, other: ir.Value) -> bool:
+    """Whether two constants hold the same numbers."""
+    if one.const_value is None or other.const_value is None or one.shape != other.shape:
+        return False
+    return bool((one.const_value.numpy() == other.const_value.numpy()).all())
 
 
 def plain_products(model: ir.Model) -> None:

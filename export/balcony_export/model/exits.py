@@ -196,7 +196,7 @@ class ExitModel:
 
     def head(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits of normed states, soft cap included, in the type of the weights  # (..., D) -> (..., V)"""
-        logits: torch.Tensor = self.parts.head(normed)
+        logits: torch.Tensor = self.parts.head(normed.to(self.parts.head.weight.dtype))  # Mamba's residual may be wider
         if self.logits_divisor != 1.0:
             logits = logits / self.logits_divisor
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap

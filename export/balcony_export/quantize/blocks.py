@@ -287,6 +287,10 @@ def quantize_graph(model: ir.Model, quantizer: Quantizer) -> None:
             _quantize_head(model, node, quantizer)
     for nodes in by_input.values():
         biases = [_bias_of(node) for node in nodes]
+        if not all(
+            biases
+        ):  # of products that are merged, some are added to something else (a time step of a recurrence)
+            biases = [None] * len(nodes)
         attention = _attention_of([add or node for node, add in zip(nodes, biases, strict=True)])
         merged = _product(model, nodes, biases, quantizer)
         outputs = [(add or node).outputs[0] for node, add in zip(nodes, biases, strict=True)]
@@ -314,7 +318,6 @@ def _product(
     name = "+".join(names)
     bias = None
     if any(biases):
-        assert all(biases), "either all of q, k and v have a bias or none"
         found = [_constant_input(add) for add in biases if add is not None]
         bias = initializer(model, f"{name}.bias", np.concatenate([value.const_value.numpy() for value in found]))  # type: ignore[union-attr]
     source = nodes[0].inputs[0]

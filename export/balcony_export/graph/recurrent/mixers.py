@@ -418,6 +418,10 @@ def tracing_mixers(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iter
                     norm.by_row = stand_ins.by_row
                 replaced.append((parent, name, child))
                 setattr(parent, name, norm)
+    # rows at the boundaries have one type: in half precision Mamba's residual sums are in it, too
+    wide = [child for module in modules for child in module.modules() if getattr(child, "residual_in_fp32", False)]
+    for block in wide:
+        block.residual_in_fp32 = False  # type: ignore[assignment]
     try:
         for name in before:
             setattr(source, name, getattr(stand_ins, name))
@@ -425,5 +429,7 @@ def tracing_mixers(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iter
     finally:
         for name, function in before.items():
             setattr(source, name, function)
+        for block in wide:
+            block.residual_in_fp32 = True  # type: ignore[assignment]
         for parent, name, child in replaced:
             setattr(parent, name, child)
