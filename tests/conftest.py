@@ -100,6 +100,16 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"sliding_window": 7, "layer_types": _MIXED}),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1, 1, 0]}),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.15,
+            "logits_scaling": 3.0,
+        },
+    ),
     "lfm2": (
         "Lfm2Config",
         "Lfm2ForCausalLM",
@@ -170,9 +180,9 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-#: Those with recurrent layers, and the same for tests that export them: similar ones are tried in ``make test-deep``.
+#: Those with recurrent layers, and all for tests that export them: what is similar to others is tried in ``make test-deep``.
 HYBRIDS = ("mamba2", "granite-hybrid", "falcon-h1", "qwen3.5")
-SIMILAR = ("mamba", "falcon-mamba", "bamba", "granite-hybrid-moe", "qwen3-next", "qwen3-next-moe")
+SIMILAR = ("granite", "mamba", "falcon-mamba", "bamba", "granite-hybrid-moe", "qwen3-next", "qwen3-next-moe")
 EXPORTED = (*HYBRIDS, *(pytest.param(name, marks=pytest.mark.deep) for name in SIMILAR))
 
 

@@ -9,7 +9,6 @@ to the decode loop, the controller and the backend.
 from __future__ import annotations
 
 import functools
-import operator
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.backends.base import Array, Backend, FloatArray, IntArray, State
 from balcony_runtime.backends.choose import DeviceName, open_backend
-from balcony_runtime.tokens import common_length, refuse_foreign
+from balcony_runtime.tokens import checked, common_length, whole
 
 #: Most rows of one pass, so that a layer's working set stays in the second-level cache and the arena stays small.
 #: Measured: passes of 512 rows are 3 to 6 % slower in int4 and take 33 MB more; 128 rows are slower in float32
@@ -218,7 +217,7 @@ class TokenSequence:
             ContextLengthError: the tokens do not fit; nothing is appended.
         """
         index = self._index(exit_layer)
-        tokens = self._checked(new_tokens)
+        tokens = checked(new_tokens, self.batch_size, self._engine.manifest.model.vocab_size)
         total = self.length + tokens.shape[1]
         if not 1 <= whole("num_logits", num_logits) <= total:
             raise InputError(f"num_logits = {num_logits}: the sequence has {total} rows: ask for 1 to {total}")
@@ -240,7 +239,7 @@ class TokenSequence:
             InputError: a token is outside the vocabulary.
             ContextLengthError: the tokens do not fit; nothing is appended.
         """
-        self._append(self._checked(tokens))
+        self._append(checked(tokens, self.batch_size, self._engine.manifest.model.vocab_size))
 
     def parts(self, rows: int) -> tuple[list[int], list[int], dict[str, Array]]:
         """How many of the first ``rows`` rows each stage and each balcony has taken in, and what they made of these.
@@ -391,6 +390,11 @@ class TokenSequence:
         return [total - cursor for cursor in self.stage_cursor], balconies
 
     @property
+    def replays(self) -> bool:
+        """Whether rows before a rollback may be pending again, because the model has recurrent layers."""
+        return self._engine.manifest.model.recurrent
+
+    @property
     def pending_rows(self) -> int:
         """Number of rows that the deepest stage has not taken in yet."""
         return self.length - self.stage_cursor[-1]
@@ -483,41 +487,3 @@ class TokenSequence:
             exits = ", ".join(str(layer) for layer in self._layers)
             raise InputError(f"exit_layer = {exit_layer!r}: this bundle has exits {exits}: pick one of them")
         return index
-
-    def _checked(self, new_tokens: IntArray | Sequence[int]) -> IntArray:
-        try:
-            tokens = np.asarray(new_tokens)
-        except ValueError as error:  # members of different lengths
-            raise InputError(f"tokens: {error}: give (n,) or ({self.batch_size}, n)") from error
-        if tokens.size == 0:
-            return np.zeros((self.batch_size, 0), np.int64)
-        if tokens.dtype.kind not in "iu":
-            raise InputError(f"tokens of type {tokens.dtype}: must be integers: give token ids")
-        tokens = np.atleast_2d(tokens).astype(np.int64)
-        if tokens.ndim != 2 or tokens.shape[0] != self.batch_size:
-            raise InputError(
-                f"tokens of shape {tokens.shape}: must be (n,) or ({self.batch_size}, n): one line per member"
-            )
-        refuse_foreign(tokens, self._engine.manifest.model.vocab_size)
-        return tokens
-
-
-def whole(name: str, value: int, least: int | None = None, *, cure: str = "give a larger number") -> int:
-    """Check that a value is an integer of at least ``least`` and return it.
-
-    Args:
-        name: name of the value, with which the message begins.
-        value: value to check.
-        least: smallest allowed value; None allows all.
-        cure: advice for a value below ``least``, with which that message ends.
-
-    Raises:
-        InputError: the value is not an integer, or is less than ``least``.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} = {value!r}: must be a whole number: give an integer") from None
-    if least is not None and number < least:
-        raise InputError(f"{name} = {number}: must be at least {least}: {cure}")
-    return number

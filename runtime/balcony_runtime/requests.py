@@ -23,7 +23,7 @@ from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
-from balcony_runtime.engine import Engine, TokenSequence, whole
+from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.reply import Limits, Prompted, Token, TokenStream
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.structure.asked import Structure, structure_of
@@ -31,7 +31,7 @@ from balcony_runtime.structure.grammar import Grammars, Guide
 from balcony_runtime.structure.tools import Toolbox, toolbox
 from balcony_runtime.telling import told
 from balcony_runtime.text import Message, StopStrings, TextCodec
-from balcony_runtime.tokens import refuse_foreign
+from balcony_runtime.tokens import refuse_foreign, whole
 
 Prompt = str | Sequence[Message] | Sequence[int]
 

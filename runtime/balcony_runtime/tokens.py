@@ -1,6 +1,11 @@
-"""Token ids: what a list of them may hold, and what two have in common."""
+"""Token ids: what a list of them may hold, and what two have in common; and whole numbers that callers give."""
 
 from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
 
 from balcony_edge.errors import InputError
 from balcony_runtime.backends.base import IntArray
@@ -22,3 +27,50 @@ def common_length(some: IntArray, others: IntArray) -> int:
     length = min(len(some), len(others))
     differs = (some[:length] != others[:length]).nonzero()[0]
     return int(differs[0]) if len(differs) else length
+
+
+def checked(given: IntArray | Sequence[int], batch_size: int, vocabulary: int) -> IntArray:
+    """Tokens as an array (B, n).
+
+    Args:
+        given: tokens (n,) or (B, n).
+        batch_size: number of members B.
+        vocabulary: size of the vocabulary.
+
+    Raises:
+        InputError: they have another shape or type, or one is outside the vocabulary.
+    """
+    try:
+        tokens = np.asarray(given)
+    except ValueError as error:  # members of different lengths
+        raise InputError(f"tokens: {error}: give (n,) or ({batch_size}, n)") from error
+    if tokens.size == 0:
+        return np.zeros((batch_size, 0), np.int64)
+    if tokens.dtype.kind not in "iu":
+        raise InputError(f"tokens of type {tokens.dtype}: must be integers: give token ids")
+    tokens = np.atleast_2d(tokens).astype(np.int64)
+    if tokens.ndim != 2 or tokens.shape[0] != batch_size:
+        raise InputError(f"tokens of shape {tokens.shape}: must be (n,) or ({batch_size}, n): one line per member")
+    refuse_foreign(tokens, vocabulary)
+    return tokens
+
+
+def whole(name: str, value: int, least: int | None = None, *, cure: str = "give a larger number") -> int:
+    """Check that a value is an integer of at least ``least`` and return it.
+
+    Args:
+        name: name of the value, with which the message begins.
+        value: value to check.
+        least: smallest allowed value; None allows all.
+        cure: advice for a value below ``least``, with which that message ends.
+
+    Raises:
+        InputError: the value is not an integer, or is less than ``least``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} = {value!r}: must be a whole number: give an integer") from None
+    if least is not None and number < least:
+        raise InputError(f"{name} = {number}: must be at least {least}: {cure}")
+    return number

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from balcony_edge.bundle.bundle import Bundle
@@ -41,23 +42,47 @@ def test_architectures_are_refused_by_name() -> None:
     unsupported(transformers.DeepseekV3Config(), "'deepseek_v3': its mixture of experts is not covered")
     unsupported(transformers.Glm4MoeConfig(), "'glm4_moe': its mixture of experts is not covered")
     unsupported(transformers.Gemma3nTextConfig(), "'gemma3n_text': its layers share keys and values")
-    unsupported(transformers.MambaConfig(), "'mamba': state-space")
-    unsupported(transformers.FalconH1Config(), "'falcon_h1': state-space")
+    unsupported(transformers.JambaConfig(), "'jamba': its mixture of experts is not covered")
+    unsupported(transformers.Zamba2Config(), "'zamba2': this architecture is not covered")
     unsupported(transformers.GPT2Config(), "'gpt2': this architecture is not covered")
-    unsupported(transformers.GraniteConfig(), "'granite': this architecture is not covered")
+    unsupported(transformers.Phi3Config(), "'phi3': this architecture is not covered")
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_length_dependent_ropes_are_refused(make_tiny: Callable[..., Any], kind: str) -> None:
-    config = make_tiny("llama").config
-    config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
-    unsupported(config, f"rope scaling '{kind}' depends on the length")
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.5, 2.0, 1.0, 3.0, 1.0, 1.0, 2.0, 1.0],
+    "long_factor": [4.0] * 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "first"),
+    [(LONG_ROPE, 64), ({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}, 256)],
+    ids=["longrope", "dynamic"],
+)
+def test_ropes_that_change_with_the_length_stop_before_they_change(
+    make_tiny: Callable[..., Any], rope: dict[str, Any], first: int
+) -> None:
+    exits = ExitModel(make_tiny("llama", rope_parameters=rope))
+    assert describe(exits.model, "x").context_length == first
+    with pytest.raises(UnsupportedModelError, match=f"context length {first + 1}: this model takes 2 to {first}"):
+        describe(exits.model, "x", first + 1)
+    ((cos, sin),) = exits.rotary_tables(first).values()
+    for count in (first // 2, first):  # the same rows for any number of them, and transformers' own
+        (few,) = exits.rotary_tables(count).values()
+        assert torch.equal(few[0], cos[:count]) and torch.equal(few[1], sin[:count])
+        wanted, _ = exits.parts.rotary(torch.zeros(1, 1, 1), torch.arange(count)[None])  # type: ignore[misc]
+        assert torch.equal(wanted[0, :, :8], cos[:count])
+    (longer,) = exits.rotary_tables(first + 1).values()
+    assert not torch.equal(longer[0][:first], cos)
 
 
 def test_a_rope_per_layer_type_is_looked_into(make_tiny: Callable[..., Any]) -> None:
     config = make_tiny("gemma3").config
-    config.rope_parameters["full_attention"]["rope_type"] = "dynamic"
-    unsupported(config, "rope scaling 'dynamic' of full_attention layers")
+    config.rope_parameters["full_attention"]["rope_type"] = "other"
+    unsupported(config, "rope scaling 'other' of full_attention layers")
 
 
 def test_context_length_has_bounds(make_tiny: Callable[..., Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random as chance_module
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,19 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+import balcony_edge
+from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import GraphSpec
 from balcony_runtime.backends import recurrent
 from balcony_runtime.backends.recurrent import MOST_COPIES, SPACING, RecurrentStates, copies_for
+from balcony_runtime.chat import Chat
 from balcony_runtime.engine import Engine
+from balcony_runtime.llm import LLM
 from tests.conftest import EXPORTED
 from tests.properties import CHANCE, examples
 from tests.runtime.test_conformance import actions, play
+from tests.runtime.test_speculate import PROMPTS, costs
 
 GRAPH = GraphSpec.model_validate(
     {
@@ -213,3 +219,54 @@ def test_sequences_with_states_share_no_passes_and_say_what_they_hold(export_tin
             if tensor.name.startswith(("past_state", "past_window"))
         )
         assert sequence.state.memory_bytes - before == one
+
+
+@pytest.fixture
+def hybrid(export_tiny: Callable[[str], Any]) -> Iterator[LLM]:
+    with balcony_edge.load(export_tiny("granite-hybrid").path) as llm:
+        llm.costs = costs()  # rounds of speculation always pay
+        yield llm
+
+
+def test_speculation_on_recurrent_layers_is_lossless_and_runs_kept_rows_again(hybrid: LLM) -> None:
+    for prompt in PROMPTS[:4]:
+        hybrid.budget = Budget()
+        want = [token.id for token in hybrid.stream(prompt, max_new_tokens=24, ignore_eos=True)]
+        hybrid.budget = Budget(policy="lossless")
+        tokens = list(hybrid.stream(prompt, max_new_tokens=24, ignore_eos=True))
+        assert [token.id for token in tokens] == want
+        rounds = [token.decision.drafted for token in tokens[1:]]
+        assert sum(map(bool, rounds)) >= len(rounds) - 1  # a rollback does not keep the next round from running
+
+
+def test_a_rollback_to_the_end_of_the_prompt_is_free(hybrid: LLM) -> None:
+    sequence = hybrid.engine.new_sequence()
+    for _ in range(2):  # the second time, only the last token of the prompt runs again
+        list(hybrid.stream(PROMPTS[8], max_new_tokens=30, ignore_eos=True, sequence=sequence))
+        sequence.rollback(len(PROMPTS[8]))
+        assert sequence.stage_rows == (0, 0, 0)
+
+
+def spoken(chat: Chat, text: str) -> str:
+    return "".join(token.text for token in chat.send(text, max_new_tokens=8, ignore_eos=True))
+
+
+def test_a_conversation_goes_on_and_is_saved_with_its_states(hybrid: LLM, tmp_path: Path) -> None:
+    chat = hybrid.chat()
+    said = [spoken(chat, text) for text in ("the fox", "the dog")]
+    other = hybrid.chat()
+    assert spoken(other, "the fox") == said[0]
+    other.save(tmp_path / "one.session")
+    loaded = Chat.load(hybrid, tmp_path / "one.session")
+    assert loaded.sequence.stage_rows == other.sequence.stage_rows
+    assert spoken(loaded, "the dog") == said[1]
+
+
+def test_several_streams_keep_states_of_their_own(hybrid: LLM) -> None:
+    hybrid.budget = Budget()
+    alone = [
+        [token.id for token in hybrid.stream(prompt, max_new_tokens=10, ignore_eos=True)] for prompt in PROMPTS[:3]
+    ]
+    streams = [hybrid.stream(prompt, max_new_tokens=10, ignore_eos=True) for prompt in PROMPTS[:3]]
+    together = [[token.id for token in tokens] for tokens in zip(*streams, strict=True)]
+    assert [list(ids) for ids in zip(*together, strict=True)] == alone

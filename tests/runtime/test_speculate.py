@@ -271,6 +271,28 @@ def test_a_rounds_price_and_speedup_by_hand() -> None:
     assert planned(speculator, prices, room=1) is None  # the token alone fills the sequence
 
 
+def test_rows_that_run_again_are_part_of_the_price() -> None:
+    # As above; unless both drafts are kept, the rows that stay (2.44 expected) run again in all stages. Three pending
+    # rows of the deepest stage need time of their own.
+    prices = CostModel(
+        EXITS,
+        (UnitCost(10.0, 1.0), UnitCost(20.0, 1.0), UnitCost(40.0, 3.0)),
+        (UnitCost(0.5),) * 3,
+        UnitCost(2.0, 0.25),
+    )
+    speculator = Speculator(EXITS, {2: 0.8, 3: 0.1})
+    again_ms = 2 * 1.0 + 2 * 1.0 + 2 * 3.0  # passes of the next round take them along
+    price_ms = 106.0 + (1 - 0.64) * again_ms
+    found = speculator.plan(prices, 50, NONE, 3, ANY_MS, replays=True)
+    assert found is not None and (found.exit_layer, found.drafts) == (2, 2)
+    assert found.price_ms == pytest.approx(price_ms)
+    pending_ms = 3 * 3.0
+    tight = speculator.plan(prices, 50, NONE, 3, pending_ms + price_ms, (0, 0, 3), replays=True)
+    assert tight == found
+    tight = speculator.plan(prices, 50, NONE, 3, pending_ms + price_ms - 0.01, (0, 0, 3), replays=True)
+    assert tight is None or tight.drafts == 1
+
+
 def test_the_exit_with_the_best_drafts_makes_them() -> None:
     # Exit 3 takes 2.2 ms and the full depth 52.2: its drafts are kept nearly always, those of exit 2 hardly ever.
     prices = CostModel(EXITS, (UnitCost(1.0), UnitCost(1.0), UnitCost(50.0)), (UnitCost(0.1),) * 3, UnitCost(0.1))

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_runtime.engine import Engine, TokenSequence, whole
+from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.tokens import whole
 
 VOCABULARY = 50
 

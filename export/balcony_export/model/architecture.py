@@ -21,7 +21,7 @@ from balcony_export.model.experts import mixture
 from balcony_export.model.layer import memory_of
 
 #: ``config.model_type`` of the architectures whose export is covered by parity tests.
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "granite")
 #: The same for mixtures of experts.
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared")
 #: The same for models with layers that keep a convolution's inputs or a recurrent state.
@@ -39,6 +39,8 @@ HYBRIDS = (
 SUPPORTED = DENSE + MIXTURES + HYBRIDS
 #: Rotary embeddings whose table does not depend on the length of the sequence (transformers ``ROPE_INIT_FUNCTIONS``).
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+#: Those whose table changes only beyond the length that the model was first trained for; export stays below it.
+STATIC_AT_FIRST_ROPE = ("dynamic", "longrope")
 #: Default for the longest rope table that export writes: enough for an edge device, small compared with the weights.
 DEFAULT_CONTEXT = 8192
 #: Longest context of a model without positions.
@@ -93,7 +95,7 @@ def _refuse_unsupported(config: Any) -> None:
         raise refuse("bidirectional attention cannot generate token by token")
     for where, rope in _ropes(config):
         rope_type = rope.get("rope_type", "default")
-        if rope_type not in STATIC_ROPE:
+        if rope_type not in STATIC_ROPE + STATIC_AT_FIRST_ROPE:
             raise refuse(f"rope scaling '{rope_type}'{where} depends on the length of the sequence")
 
 
@@ -106,6 +108,18 @@ def _ropes(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for layer_type, rope in parameters.items():
         if rope is not None:
             yield f" of {layer_type} layers", rope
+
+
+def _static_length(config: Any) -> int:
+    """Number of positions for which the rotary tables are those of a short sequence."""
+    lengths = [UNBOUNDED_CONTEXT]
+    for _, rope in _ropes(config):
+        if rope.get("rope_type") in STATIC_AT_FIRST_ROPE:
+            first = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            lengths.append(int(first or config.max_position_embeddings))
+    return min(lengths)
 
 
 def layer_type(config: Any, index: int) -> str:
@@ -147,7 +161,7 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
     config: Any = model.config
     memories = tuple(memory_of(layer) for layer in parts_of(model).layers)
     # a state space without attention has no positions, so no bound
-    limit = int(getattr(config, "max_position_embeddings", UNBOUNDED_CONTEXT))
+    limit = min(int(getattr(config, "max_position_embeddings", UNBOUNDED_CONTEXT)), _static_length(config))
     if context_length is not None and not 2 <= context_length <= limit:
         raise UnsupportedModelError(
             f"context length {context_length}: this model takes 2 to {limit}: give a number in this range"

@@ -154,6 +154,8 @@ class Decoder:
             _catch_up(sequence, decision.catch_up)
         attempted = self._attempt(ids, decision, begin_ns)
         made = attempted or self._step(ids, decision.exit_layer)
+        if not self._made:
+            sequence.checkpoint()  # the end of the prompt, to which the next reply may go back
         forced = self._force(made.ids[-1])
         done_ns = time.perf_counter_ns()
         measured = self._made and attempted is None

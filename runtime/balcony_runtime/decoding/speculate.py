@@ -94,10 +94,18 @@ class Speculator:
     def attempt(self, turn: Turn) -> Made | None:
         """Make the tokens of one round, or return None if a plain step is as fast or stages have a backlog."""
         sequence = turn.sequence
-        if any(sequence.stage_rows):
+        if max(sequence.stage_rows) > (MOST_DRAFTS if sequence.replays else 0):  # a round leaves at most so many
             return None
         room = sequence.max_length - sequence.length
-        planned = self.plan(turn.costs, sequence.length, sequence.balcony_rows, room, turn.most_ms)
+        planned = self.plan(
+            turn.costs,
+            sequence.length,
+            sequence.balcony_rows,
+            room,
+            turn.most_ms,
+            sequence.stage_rows,
+            sequence.replays,
+        )
         if planned is None:
             return None
         backlog_ns = time.perf_counter_ns()
@@ -114,7 +122,14 @@ class Speculator:
         )
 
     def plan(
-        self, costs: CostModel, context_length: int, balcony_rows: tuple[int, ...], room: int, most_ms: float
+        self,
+        costs: CostModel,
+        context_length: int,
+        balcony_rows: tuple[int, ...],
+        room: int,
+        most_ms: float,
+        stage_rows: tuple[int, ...] = (),
+        replays: bool = False,
     ) -> Round | None:
         """Return the round that is worth running now, or None if a plain step is as fast.
 
@@ -124,10 +139,13 @@ class Speculator:
             balcony_rows: pending rows of each balcony, without the new ones.
             room: number of rows that the sequence can still take; a round of g drafts takes g + 1.
             most_ms: longest time that a round may take, at slowdown 1.
+            stage_rows: pending rows of each stage, which the round's passes take along.
+            replays: whether the rows that a round keeps run again, because the model has recurrent layers.
         """
         if self._since_probe < min(self._plan_at, PROBE_TOKENS):
             return None
         plain_ms = costs.steady_ms(self._exits[-1], context_length) * self._plain_ratio
+        pending_ms = _further_ms(costs, stage_rows, context_length)
         found: Round | None = None
         for index, exit_layer in enumerate(self._exits[:-1]):
             behind_ms = costs.balconies[index].pass_ms(balcony_rows[index], context_length, 1)
@@ -137,8 +155,11 @@ class Speculator:
             for drafts in range(1, min(MOST_DRAFTS, room - 1) + 1):
                 expected += acceptance**drafts
                 price_ms = drafts * draft_ms + self._check_ms(costs, exit_layer, drafts, context_length)
+                if replays:  # unless all drafts are kept
+                    again = (round(expected),) * len(self._exits)
+                    price_ms += (1 - acceptance**drafts) * _further_ms(costs, again, context_length)
                 speedup = plain_ms * expected / (price_ms * self._round_ratio)
-                if behind_ms + price_ms <= most_ms and (found is None or speedup > found.speedup):
+                if pending_ms + behind_ms + price_ms <= most_ms and (found is None or speedup > found.speedup):
                     found = Round(exit_layer, drafts, price_ms, speedup)
         if found is None or (found.speedup < WORTH and self._since_probe < PROBE_TOKENS):
             self._plan_at = self._since_probe + PLAN_TOKENS
@@ -166,16 +187,24 @@ class Speculator:
         return whole_ms + costs.head.pass_ms(drafts + 1, context_length) - costs.head.pass_ms(1, context_length)
 
 
+def _further_ms(costs: CostModel, rows: tuple[int, ...], context_length: int) -> float:
+    """Price of rows that passes of the stages take along."""
+    pairs = zip(costs.stages, rows, strict=False)
+    return sum(one.pass_ms(1 + more, context_length) - one.pass_ms(1, context_length) for one, more in pairs)
+
+
 def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: Round) -> Outcome:
     """Draft tokens, check them, keep the prefix that the full depth agrees with, and roll back the rest.
 
     Args:
-        sequence: sequence of one member, without pending rows at the full depth and the draft's exit.
+        sequence: sequence of one member, without pending rows at the draft's exit; rows that stages must run again after the
+            round before go through them with the new ones.
         ids: token that is not in the sequence yet, (1,).
         sampler: sampler of the reply; it remembers the tokens that are given out.
         planned: exit and number of drafts.
     """
     begin, drafter = sequence.length, sampler.fork()
+    sequence.checkpoint()
     token, drafts = ids, []
     for _ in range(planned.drafts):
         proposal = drafter.propose(sequence.step(planned.exit_layer, token)[0])

@@ -81,6 +81,7 @@ def switched(llm: LLM, sequence: TokenSequence, before: int, after: int, tokens:
         pending: number of rows at the first exit.
     """
     context = sequence.length
+    sequence.checkpoint()
     bulk = pending - min(pending, WARM_TOKENS)
     if bulk:
         sequence.advance(before, tokens[context : context + bulk])
@@ -154,6 +155,7 @@ class Bench:
         """``(gap, Python's share of it)`` of each token, milliseconds."""
         sequence = self._sequence("decode", depth, room=self.grid.tokens + 1)
         self.llm.budget = budget
+        sequence.checkpoint()
         stream = self.llm.stream(
             self._tokens[: depth + 1], max_new_tokens=self.grid.tokens, ignore_eos=True, sequence=sequence
         )
