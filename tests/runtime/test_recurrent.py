@@ -16,8 +16,12 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import GraphSpec
+from balcony_edge.errors import DeviceError, InputError
+from balcony_export.tensorrt.engine_set import make_graphs
+from balcony_export.tensorrt.graphs import Format
 from balcony_runtime.backends import recurrent
 from balcony_runtime.backends.recurrent import MOST_COPIES, SPACING, RecurrentStates, copies_for
+from balcony_runtime.backends.webgpu.backend import refuse_other_layers
 from balcony_runtime.chat import Chat
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
@@ -202,6 +206,19 @@ def test_an_interrupted_step_changes_nothing(export_tiny: Callable[[str], Any]) 
         for row in range(30, 40):
             want = clean.step(5, tokens[row : row + 1]).copy()
             np.testing.assert_array_equal(sequence.step(5, tokens[row : row + 1]), want)
+
+
+def test_devices_without_the_operators_are_refused_by_name(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    bundle = Bundle.open(export_tiny("granite-hybrid").path)
+    with pytest.raises(
+        InputError, match="GraniteMoeHybridForCausalLM has recurrent layers, for which there are no graphs"
+    ):
+        make_graphs(bundle, tmp_path, "rtx", Format("fp16", "fused", 64, 32))
+    assert not list(tmp_path.iterdir())
+    for other in (bundle, Bundle.open(export_tiny("lfm2").path)):
+        with pytest.raises(DeviceError, match=r"has layers that do not attend \((Granite|Lfm2)") as caught:
+            refuse_other_layers(other)
+        assert "\n" not in str(caught.value)
 
 
 def test_sequences_with_states_share_no_passes_and_say_what_they_hold(export_tiny: Callable[[str], Any]) -> None:

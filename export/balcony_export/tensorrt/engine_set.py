@@ -61,6 +61,11 @@ def make_graphs(
         InputError: The sizes do not fit the model.
         OSError: The directory cannot be written.
     """
+    if bundle.manifest.model.recurrent:
+        raise InputError(
+            f"{bundle.path}: {bundle.manifest.model.architecture} has recurrent layers, for which there are no graphs for "
+            "TensorRT: run it on the CPU"
+        )
     context = bundle.manifest.model.context_length
     if not 1 <= form.capacity <= context:
         raise InputError(

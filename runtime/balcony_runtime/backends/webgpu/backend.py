@@ -35,7 +35,7 @@ class WebGpuBackend:
         if (problem := misfit(self.manifest)) is not None:
             raise BundleError(f"{bundle.path}: {problem}")
         provider = find_provider()
-        _refuse_convolutions(bundle)
+        refuse_other_layers(bundle)
         _refuse_half(bundle, provider)
         #: The device does the work; one thread of the host starts it.
         self.threads = 1
@@ -86,7 +86,12 @@ class WebGpuBackend:
         self.close()
 
 
-def _refuse_convolutions(bundle: Bundle) -> None:
+def refuse_other_layers(bundle: Bundle) -> None:
+    """Refuse a model with layers that keep something else than keys and values.
+
+    Raises:
+        DeviceError: it has such layers.
+    """
     if bundle.manifest.model.layers:
         raise DeviceError(
             f"{bundle.path}: has layers that do not attend ({bundle.manifest.model.architecture}), which ONNX Runtime's WebGPU "
