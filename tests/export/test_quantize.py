@@ -137,6 +137,10 @@ def exported(tiny: Any, path: Path, precision: Scheme | Literal["float32", "floa
 ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
 
 
+#: Architecture → a product of a layer that is not called ``mlp.up_proj``.
+_FIRST_PRODUCT = {"lfm2": "feed_forward.w3", "granite-hybrid": "shared_mlp.input_linear", "mamba2": "mixer.in_proj"}
+
+
 @pytest.mark.parametrize(
     ("architecture", "precision"),
     [
@@ -149,6 +153,9 @@ ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
         ("smollm3", "int4,asym"),
         ("qwen2", "int4,positive,head=4"),
         ("llama", "int8,level=1,kv=8"),
+        ("lfm2", "int4,level=1"),
+        ("granite-hybrid", "int4,asym"),
+        ("mamba2", "int4,level=1"),
     ],
 )
 def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
@@ -171,9 +178,10 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     checks = verify(path, source.exits.copy(), source.tokenizer)
     assert [check for check in checks if not check.passed] == []
     other = source.exits.copy()
-    other.model.model.layers[1].mlp.up_proj.weight.data.neg_()
+    up = _FIRST_PRODUCT.get(architecture, "mlp.up_proj")
+    other.parts.layers[1].get_submodule(up).weight.data.neg_()
     with pytest.raises(
-        VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight differs from the model's by 2 of its size"
+        VerificationError, match=rf"layers\.1\.{re.escape(up)}\.weight differs from the model's by 2 of its size"
     ):
         verify(path, other, source.tokenizer)
     phases = {check.phase for check in checks}
