@@ -235,12 +235,16 @@ def test_batches_of_different_lengths(mixture: Callable[[str], Exported], precis
     random = np.random.default_rng(4)
     with Engine.open(tmp_path / "b") as engine:
         pool = new_pool(engine)
-        members = [pool.take(random.integers(0, 320, count).tolist()) for count in (5, 17, 30, 8, 9)]
+        members = []
+        for count in (5, 17, 30, 8, 9):
+            member = pool.take()
+            assert member is not None
+            member.advance(4, random.integers(0, 320, count))
+            members.append(member)
         for exits in ((2, 3, 4, 4, 4), (4, 4, 4, 4, 4), (3, 2, 2, 2, 4)):
             moves = [
                 Move(member, exit_layer, int(random.integers(320)))
                 for member, exit_layer in zip(members, exits, strict=True)
-                if member is not None
             ]
             check_step(engine, pool, moves)
         pool.close()
