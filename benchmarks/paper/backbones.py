@@ -9,9 +9,9 @@ as many steps: copies of the last layer on the dense model, and on the mixture c
 rows. The router is trained without an auxiliary loss, so ``busiest`` says how even its choice is.
 
 The last line is JSON: ``steps``, ``seconds``, and ``variants``: name → ``parameters``, ``active`` (parameters that a row reads
-at the full depth), ``busiest`` (largest share of a layer's rows that one expert gets, 0.125 if all get the same number) and
-``exits``: exit → ``cross_entropy`` (nats a token), ``kl`` and ``agreement`` to the full depth, ``retention`` (perplexity of the
-full depth divided by that of the exit).
+at the full depth), ``busiest`` (largest share of a layer's choices that fall on one expert: 0.125 if the choice is even, 0.5 at
+most) and ``exits``: exit → ``cross_entropy`` (nats a token), ``kl`` and ``agreement`` to the full depth, ``retention``
+(perplexity of the full depth divided by that of the exit).
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
 
 
 #: Architecture → a product of a layer that is not called ``mlp.up_proj``.
-_FIRST_PRODUCT = {"lfm2": "feed_forward.w3", "granite-hybrid": "shared_mlp.input_linear", "mamba2": "mixer.in_proj"}
+_FIRST_PRODUCT = {"lfm2": "feed_forward.w3", "granite-hybrid": "shared_mlp.input_linear", "falcon-h1": "feed_forward.up_proj"}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ _FIRST_PRODUCT = {"lfm2": "feed_forward.w3", "granite-hybrid": "shared_mlp.input
         ("llama", "int8,level=1,kv=8"),
         ("lfm2", "int4,level=1"),
         ("granite-hybrid", "int4,asym"),
-        ("mamba2", "int4,level=1"),
+        ("falcon-h1", "int4,level=1"),
     ],
 )
 def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
