@@ -29,8 +29,9 @@ from balcony_edge.bundle.bundle import Bundle, fingerprint
 from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BalconyError, BundleError, CheckpointError
 from balcony_export.export import ExportOptions, export_bundle
-from balcony_export.model.balcony import INDEX, init_balconies, load_balconies, save_balconies
-from balcony_export.model.balcony import fingerprint as base_of
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.balcony_files import INDEX, load_balconies, save_balconies
+from balcony_export.model.balcony_files import fingerprint as base_of
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine, TokenSequence
 from tests.command import unmeasured

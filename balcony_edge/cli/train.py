@@ -112,7 +112,8 @@ def train(
     from balcony_edge.device.machine import checked_threads, has_bfloat16
     from balcony_edge.errors import InputError, TrainingError
     from balcony_export.data.corpus import build_corpus
-    from balcony_export.model.balcony import load_balconies, parse_exits
+    from balcony_export.model.balcony import parse_exits
+    from balcony_export.model.balcony_files import load_balconies
     from balcony_export.model.checkpoint import load_tokenizer, load_trainable
     from balcony_export.train.config import TrainConfig
     from balcony_export.train.trainer import Start, Trainer
@@ -186,7 +187,7 @@ def train(
 def _rows_seen(start: Path | None, layers: tuple[int, ...], corpus: Corpus) -> int:
     """Number of rows of the corpus that the balconies to start from have learned from."""
     from balcony_edge.cli.console import stderr
-    from balcony_export.model.balcony import rows_seen
+    from balcony_export.model.balcony_files import rows_seen
 
     seen = 0 if start is None else rows_seen(start, layers, corpus.digest)
     if seen:
@@ -227,7 +228,7 @@ def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -
 def _start(context: typer.Context, init: str, kind: BalconyKind, start: Path | None) -> tuple[str, BalconyKind]:
     """Initial weights of the balconies, for the record of the run, and their kind."""
     from balcony_edge.errors import InputError
-    from balcony_export.model.balcony import digest_and_kind
+    from balcony_export.model.balcony_files import digest_and_kind
 
     if start is None:
         return "last layer" if init == "last" else "random", kind

@@ -37,16 +37,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError, TrainingError
 from balcony_export.data.corpus import Corpus, Rows, build_corpus
-from balcony_export.model.balcony import (
-    INDEX,
-    KINDS,
-    Balcony,
-    BalconyKind,
-    fingerprint,
-    init_balconies,
-    parse_exits,
-    save_balconies,
-)
+from balcony_export.model.balcony import KINDS, Balcony, BalconyKind, init_balconies, parse_exits
+from balcony_export.model.balcony_files import INDEX, fingerprint, save_balconies
 from balcony_export.model.checkpoint import load_tokenizer, load_trainable, save_checkpoint
 from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory, refuse_existing

@@ -13,15 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_export.model.balcony import (
-    KINDS,
-    BalconyKind,
-    fingerprint,
-    init_balconies,
-    load_balconies,
-    parse_exits,
-    save_balconies,
-)
+from balcony_export.model.balcony import KINDS, BalconyKind, init_balconies, parse_exits
+from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from balcony_export.data.corpus import Corpus, Rows
-from balcony_export.model.balcony import load_balconies
+from balcony_export.model.balcony_files import load_balconies
 from balcony_export.train.report import StepReport, plot_curves
 from balcony_export.train.trainer import METRICS
 from tests.export.distilling import SEQ_LEN, losses_of, trainer_of

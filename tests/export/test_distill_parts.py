@@ -15,7 +15,8 @@ from torch import nn
 
 from balcony_edge.errors import InputError
 from balcony_export.data.corpus import Order, build_corpus, pack
-from balcony_export.model.balcony import fingerprint, init_balconies, rows_seen, save_balconies
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.balcony_files import fingerprint, rows_seen, save_balconies
 from balcony_export.train.attention import NAME, block_attention, use_block_attention
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import CHUNK, HeadLoss, VocabularySample

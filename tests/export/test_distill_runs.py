@@ -20,7 +20,7 @@ import torch
 
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.data.corpus import Corpus, Rows
-from balcony_export.model.balcony import load_balconies
+from balcony_export.model.balcony_files import load_balconies
 from balcony_export.train.report import StepReport
 from balcony_export.train.trainer import METRICS
 from tests.command import unmeasured

@@ -24,7 +24,7 @@ from balcony_export.evaluate.report import as_document, build_report, markdown, 
 from balcony_export.evaluate.scorer import BundleScorer, Request, TorchScorer
 from balcony_export.evaluate.tasks import evaluate_tasks, offline_tasks
 from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, tokenized_documents
-from balcony_export.model.balcony import fingerprint, save_balconies
+from balcony_export.model.balcony_files import fingerprint, save_balconies
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 TEXTS = (

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from balcony_edge.errors import CheckpointError, UnsupportedModelError
-from balcony_export.model.balcony import fingerprint, init_balconies, save_balconies
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.balcony_files import fingerprint, save_balconies
 from balcony_export.model.exits import ExitModel
 from tests.conftest import HYBRIDS, SIMILAR
 

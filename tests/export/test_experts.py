@@ -21,7 +21,8 @@ from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, Traced, export_bundle, trace
 from balcony_export.extract import submodel
 from balcony_export.graph.experts import interleaved, router_operator, separated, symbolic_experts
-from balcony_export.model.balcony import fingerprint, init_balconies, load_balconies, save_balconies
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_export.model.experts import Use, dense_from, experts_in
 from balcony_export.quantize.blocks import Quantizer, parse_precision

@@ -16,7 +16,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.errors import InputError, TrainingError
 from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, export_bundle
-from balcony_export.model.balcony import load_balconies
+from balcony_export.model.balcony_files import load_balconies
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.verify import verify

@@ -20,7 +20,8 @@ from balcony_edge.errors import CheckpointError, InputError
 from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.extract import extract, submodel
-from balcony_export.model.balcony import KINDS, Balcony, fingerprint, init_balconies, load_balconies, save_balconies
+from balcony_export.model.balcony import KINDS, Balcony, init_balconies
+from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
 from balcony_export.tensorrt.engine_set import write_graphs

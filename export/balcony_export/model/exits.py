@@ -24,7 +24,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from balcony_export.model.architecture import cast_weights, layer_type, parts_of
-from balcony_export.model.balcony import Balcony, BalconyKind, copied_layer, init_balconies, load_balconies
+from balcony_export.model.balcony import Balcony, BalconyKind, copied_layer, init_balconies
+from balcony_export.model.balcony_files import load_balconies
 from balcony_export.model.layer import layer_index
 
 

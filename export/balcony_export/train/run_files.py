@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from balcony_edge.errors import TrainingError
-from balcony_export.model.balcony import Balcony, write_file
+from balcony_export.model.balcony import Balcony
+from balcony_export.model.balcony_files import write_file
 
 CHECKPOINT = "checkpoint.safetensors"
 

@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
 from balcony_export.data.corpus import Corpus, Order, Rows
 from balcony_export.model.architecture import cast_weights
-from balcony_export.model.balcony import Balcony, check_directory, fingerprint, init_balconies, save_balconies
+from balcony_export.model.balcony import Balcony, init_balconies
+from balcony_export.model.balcony_files import check_directory, fingerprint, save_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_export.train.attention import can_compile, use_block_attention
 from balcony_export.train.config import TrainConfig
