@@ -248,8 +248,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         version, module, layer = index["format_version"], index["module"], index.get("layer")
-        # the number of the layer is checked against the model when a balcony is made
-        known = layer is None if module == "none" else isinstance(layer, int) and layer >= 0
+        known = layer is None if module == "none" else type(layer) is int and 0 <= layer < index["base"]["num_layers"]
         complete = (
             isinstance(index["base"], dict)
             and known
