@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,15 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip ins
 
 from lm_eval.api.instance import Instance
 
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.scorer import Block, BundleScorer, Request, TorchScorer
+from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.exits import ExitModel
+from tests.conftest import Exported, tiny_tokenizer
+from tests.export.experts import tiny_mixture
 
 TEXTS = (
     "the quick brown fox jumps over the lazy dog and the balcony",
@@ -135,3 +141,39 @@ def test_exits_share_one_sweep(bundle_scorer: BundleScorer) -> None:
     for exit_layer in (2, 3, 5):
         BalconyLM(sweep=sweep, exit_layer=exit_layer).loglikelihood(requests)
     assert counting.requests == 4
+
+
+@pytest.mark.parametrize("name", ["lfm2", "granite-hybrid", "qwen3.5", "olmoe"])
+def test_other_backbones_equal_the_harness_own_adapter(
+    export_tiny: Callable[[str], Exported], tmp_path: Path, name: str
+) -> None:
+    """Hybrids, whose caches hold recurrent states, and a mixture: scores of several lengths, and a reply."""
+    from lm_eval.models.huggingface import HFLM
+
+    if name == "olmoe":
+        model, tokenizer, path = tiny_mixture(name), tiny_tokenizer(), tmp_path / name
+        exits = ExitModel(model, init_balconies(model, (2, 3)))
+        export_bundle(exits, tokenizer, path, ExportOptions(name, trained=True))
+    else:
+        made = export_tiny(name)
+        exits, tokenizer, path = made.exits, made.tokenizer, made.path
+    scorer = BundleScorer(Bundle.open(path))
+    # one request at a time, so that no padding passes through a recurrent layer
+    oracle = HFLM(pretrained=exits.model, tokenizer=tokenizer, batch_size=1, device="cpu")
+    context = "Question: who jumps over the dog?\nAnswer:"
+    requests = instances(*((context, f" {answer}") for answer in ("the fox", "the lazy dog", "a")), ("", TEXTS[0]))
+    wanted = oracle.loglikelihood(requests, disable_tqdm=True)
+    texts = instances(("the fox. " * 90,), (TEXTS[3],))  # the first one is longer than the model's context
+    rolling = oracle.loglikelihood_rolling(texts, disable_tqdm=True)
+    prompts = instances(("the quick brown", {"until": ["zzz"], "do_sample": False, "max_gen_toks": 12}))
+    reply = oracle.generate_until(prompts, disable_tqdm=True)
+    try:
+        for one in (scorer, TorchScorer(exits, tokenizer, name=name)):
+            lm = BalconyLM(sweep=Sweep(one))
+            found = lm.loglikelihood(requests)
+            np.testing.assert_allclose([a for a, _ in found], [a for a, _ in wanted], atol=2e-3, rtol=1e-5)
+            assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+            np.testing.assert_allclose(lm.loglikelihood_rolling(texts), rolling, rtol=1e-5)
+            assert lm.generate_until(prompts) == reply
+    finally:
+        scorer.close()
