@@ -143,7 +143,9 @@ def test_exits_share_one_sweep(bundle_scorer: BundleScorer) -> None:
     assert counting.requests == 4
 
 
-@pytest.mark.parametrize("name", ["lfm2", "granite-hybrid", "qwen3.5", "olmoe"])
+@pytest.mark.parametrize(
+    "name", ["lfm2", "granite-hybrid", *(pytest.param(name, marks=pytest.mark.deep) for name in ("qwen3.5", "olmoe"))]
+)
 def test_other_backbones_equal_the_harness_own_adapter(
     export_tiny: Callable[[str], Exported], tmp_path: Path, name: str
 ) -> None:
