@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,30 +44,30 @@ class Chat:
         self._speaking: TokenStream | None = None
         self._waiting_is_over = threading.Event()  # ends the current :meth:`catching_up`
 
-    def send(self, text: str, **options: Any) -> TokenStream:
+    def send(self, message: str | Message | Sequence[Message], **options: Any) -> TokenStream:
         """Send a message and stream the reply; the history gets the part of the reply that was consumed.
 
         The call ends an earlier reply that was not consumed to its end, and also :meth:`catching_up`.
 
         Args:
-            text: message of the user.
+            message: text of the user; or a message with ``role`` and ``content``, or several of them, such as the results of
+                the tools that the last reply called.
             options: options of :meth:`LLM.stream`.
 
         Raises:
-            InputError: the message is empty; otherwise as :meth:`LLM.stream`. The history then does not change, except that
+            InputError: the text is empty; otherwise as :meth:`LLM.stream`. The history then does not change, except that
                 an unfinished earlier reply joins it.
         """
-        _refuse_other_than_text("message", text)
-        self._llm.encode(text)  # refuses an empty text
+        new = _messages(message)
+        self._llm.encode(message if isinstance(message, str) else new)  # refuses an empty text and what is no message
         self._silence()
-        user: Message = {"role": "user", "content": text}
-        stream = self._llm.stream([*self.messages, user], sequence=self.sequence, **options)
+        stream = self._llm.stream([*self.messages, *new], sequence=self.sequence, **options)
         self._speaking = TokenStream(
-            self._recorded(user, stream), stream.prompt, stream.cancelled, stream.limits, stream.watch, stream.box
+            self._recorded(new, stream), stream.prompt, stream.cancelled, stream.limits, stream.watch, stream.box
         )
         return self._speaking
 
-    def _recorded(self, user: Message, stream: TokenStream) -> Iterator[Token]:
+    def _recorded(self, new: list[Message], stream: TokenStream) -> Iterator[Token]:
         last = None
         try:
             for token in stream:
@@ -81,7 +81,7 @@ class Chat:
                 said: dict[str, Any] = {"role": "assistant", "content": reply.text}
                 if calls := reply.tool_calls:
                     said["tool_calls"] = [call.to_dict() for call in calls]
-                self.messages += [user, said]
+                self.messages += [*new, said]
         if last is not None:
             yield last
 
@@ -159,6 +159,17 @@ class Chat:
         finally:
             stop.set()
             worker.join()
+
+
+def _messages(given: str | Message | Sequence[Message]) -> list[Message]:
+    """What is sent, as messages."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if isinstance(given, Mapping):
+        return [given]
+    if isinstance(given, list | tuple):
+        return list(given)
+    raise InputError(f"message of type {type(given).__name__}: give a text, a message or a list of messages")
 
 
 def _refuse_other_than_text(name: str, value: object) -> None:

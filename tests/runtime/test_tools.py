@@ -286,7 +286,23 @@ def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
             "content": "",
             "tool_calls": [stream.reply.tool_calls[0].to_dict()],
         }
-        next(chat.send("go on"))
+        call = stream.reply.tool_calls[0]
+        results = [{"role": "tool", "tool_call_id": call.id, "name": call.name, "content": "done"}]
+        said = chat.send(results, max_new_tokens=3)
+        list(said)
+        shown = llm.decode(llm.encode(chat.messages[:3]))
+        assert shown.endswith("<assistant>stop<tool>done") and llm.decode(chat.sequence.tokens[0]).startswith(shown)
+        assert chat.messages[2] == results[0] and chat.messages[3]["role"] == "assistant"
+        list(chat.send({"role": "user", "content": "go on"}, max_new_tokens=2))
+        assert [one["role"] for one in chat.messages] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+        for wrong, message in (
+            (3, "message of type int"),
+            ([], "no messages were given"),
+            ([{"role": "tool"}], "content"),
+        ):
+            with pytest.raises(InputError, match=message):
+                chat.send(wrong)  # type: ignore[arg-type]
+        assert len(chat.messages) == 6
 
 
 #: Parts of templates of three families that show tools, calls and results.
