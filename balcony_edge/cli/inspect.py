@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.bundle.manifest import Manifest, ModelSpec
 from balcony_edge.cli.build import show_engines
 
 
@@ -49,6 +49,11 @@ def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
     }
 
 
+def _heads(model: ModelSpec) -> str:
+    heads = f"{model.num_attention_heads} heads, {model.num_kv_heads} KV heads"
+    return heads if model.num_attention_heads else "no attention"
+
+
 def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -60,10 +65,17 @@ def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: b
     stdout.print(
         f"[bold]{escape(str(path))}[/]: {escape(model.name)} ({escape(model.architecture)}), "
         f"{model.num_layers} layers, hidden {model.hidden_size}, "
-        f"{model.num_attention_heads} heads, {model.num_kv_heads} KV heads, vocabulary {model.vocab_size}, "
+        f"{_heads(model)}, vocabulary {model.vocab_size}, "
         f"context {model.context_length}, {manifest.precision}, {len(manifest.files)} files, {size / 1e6:.1f} MB"
     )
     stdout.print(f"fingerprint {manifest.fingerprint[:16]}, made with {escape(_versions(manifest))}")
+    if model.layers:
+        kinds = {
+            "attend": sum(layer.attention for layer in model.layers),
+            "convolve": sum(layer.inputs is not None for layer in model.layers),
+            "have a recurrent state": sum(layer.state is not None for layer in model.layers),
+        }
+        stdout.print("layers: " + ", ".join(f"{count} {what}" for what, count in kinds.items() if count))
     parameters = "parameters read"
     if model.mixture is not None:
         stdout.print(f"mixture of {model.mixture.experts} experts, of which {model.mixture.chosen} run for each row")

@@ -19,7 +19,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BalconyError, CheckpointError, InputError, UnsupportedModelError, VerificationError
 from balcony_export.export import ExportOptions, _write_tokenizer, export_bundle
-from balcony_export.model.architecture import describe, parts_of
+from balcony_export.model.architecture import describe, longest_context, parts_of
 from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory
 from balcony_export.verify import Check, require_all_passed
@@ -83,6 +83,11 @@ def test_a_rope_per_layer_type_is_looked_into(make_tiny: Callable[..., Any]) -> 
     config = make_tiny("gemma3").config
     config.rope_parameters["full_attention"]["rope_type"] = "other"
     unsupported(config, "rope scaling 'other' of full_attention layers")
+
+
+def test_a_state_space_has_no_longest_context() -> None:
+    assert longest_context(transformers.Mamba2Config()) == longest_context(transformers.MambaConfig()) == 1 << 20
+    assert longest_context(transformers.LlamaConfig(max_position_embeddings=77)) == 77
 
 
 def test_context_length_has_bounds(make_tiny: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
+from balcony_export.model.architecture import longest_context
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.text import special_tokens
@@ -166,7 +167,7 @@ class TorchScorer:
         self.exit_layers = exits.exit_layers if full else tuple(exits.balconies)
         self.name = name
         self.tokenizer = tokenizer
-        self.context_length = int(exits.model.config.max_position_embeddings)
+        self.context_length = longest_context(exits.model.config)
         self.parameters = {e: exits.parameters_read(e) for e in self.exit_layers}
         self._device = exits.parts.embed.weight.device
         self._batch_tokens = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cpu"])

@@ -110,9 +110,13 @@ def _ropes(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f" of {layer_type} layers", rope
 
 
-def _static_length(config: Any) -> int:
-    """Number of positions for which the rotary tables are those of a short sequence."""
-    lengths = [UNBOUNDED_CONTEXT]
+def longest_context(config: Any) -> int:
+    """Number of positions that a model takes.
+
+    A rotary embedding that changes with the length ends where it changes. A state space without attention has no positions, so
+    no bound of its own.
+    """
+    lengths = [int(getattr(config, "max_position_embeddings", UNBOUNDED_CONTEXT))]
     for _, rope in _ropes(config):
         if rope.get("rope_type") in STATIC_AT_FIRST_ROPE:
             first = rope.get("original_max_position_embeddings") or getattr(
@@ -160,8 +164,7 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
     """
     config: Any = model.config
     memories = tuple(memory_of(layer) for layer in parts_of(model).layers)
-    # a state space without attention has no positions, so no bound
-    limit = min(int(getattr(config, "max_position_embeddings", UNBOUNDED_CONTEXT)), _static_length(config))
+    limit = longest_context(config)
     if context_length is not None and not 2 <= context_length <= limit:
         raise UnsupportedModelError(
             f"context length {context_length}: this model takes 2 to {limit}: give a number in this range"

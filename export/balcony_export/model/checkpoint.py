@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging as transformers_logging
 
 from balcony_edge.errors import CheckpointError, InputError, MissingDependencyError
-from balcony_export.model.architecture import parts_of
+from balcony_export.model.architecture import longest_context, parts_of
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _ALLOWED = "a Hugging Face directory (config.json and safetensors), a .gguf file or a hub name"
@@ -70,6 +70,8 @@ def load_model(
         raise CheckpointError(
             f"{source}: {len(missing)} weights are missing, the first is {missing[0]}: download the checkpoint again"
         )
+    # recurrent layers note that they compute in PyTorch, which is what is traced and compared
+    logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     model.eval()
     assert isinstance(model, PreTrainedModel)
     return model
@@ -84,7 +86,7 @@ def load_trainable(source: str | Path, seq_len: int) -> PreTrainedModel:
     """
     model = load_model(source, attn_implementation=None)
     parts_of(model)
-    longest = int(model.config.max_position_embeddings)
+    longest = longest_context(model.config)
     if seq_len > longest:
         raise InputError(f"--seq-len {seq_len}: this model's context holds {longest} tokens: give no more")
     return model
