@@ -138,7 +138,11 @@ ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
 
 
 #: Architecture → a product of a layer that is not called ``mlp.up_proj``.
-_FIRST_PRODUCT = {"lfm2": "feed_forward.w3", "granite-hybrid": "shared_mlp.input_linear", "falcon-h1": "feed_forward.up_proj"}
+_FIRST_PRODUCT = {
+    "lfm2": "feed_forward.w3",
+    "granite-hybrid": "shared_mlp.input_linear",
+    "falcon-h1": "feed_forward.up_proj",
+}
 
 
 @pytest.mark.parametrize(
