@@ -194,16 +194,9 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 #: Those with recurrent layers, and all for tests that export them: what is similar to others is tried in ``make test-deep``.
 HYBRIDS = ("mamba2", "granite-hybrid", "falcon-h1", "qwen3.5")
-SIMILAR = (
-    "granite",
-    "lfm2-moe",
-    "mamba",
-    "falcon-mamba",
-    "bamba",
-    "granite-hybrid-moe",
-    "qwen3-next",
-    "qwen3-next-moe",
-)
+_SIMILAR_HYBRIDS = ("mamba", "falcon-mamba", "bamba", "granite-hybrid-moe", "qwen3-next", "qwen3-next-moe")
+SIMILAR = ("granite", "lfm2-moe", *_SIMILAR_HYBRIDS)
+RECURRENT = (*HYBRIDS, *(pytest.param(name, marks=pytest.mark.deep) for name in _SIMILAR_HYBRIDS))
 EXPORTED = (*HYBRIDS, *(pytest.param(name, marks=pytest.mark.deep) for name in SIMILAR))
 
 
