@@ -119,6 +119,18 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "conv_bias": True,
         },
     ),
+    "lfm2-moe": (
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        {
+            "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     "mamba": ("MambaConfig", "MambaForCausalLM", {"state_size": 16}),
     "falcon-mamba": ("FalconMambaConfig", "FalconMambaForCausalLM", {"state_size": 16}),
     "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", {"num_heads": 4, "state_size": 16, "n_groups": 2, "chunk_size": 8}),
@@ -182,7 +194,9 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 #: Those with recurrent layers, and all for tests that export them: what is similar to others is tried in ``make test-deep``.
 HYBRIDS = ("mamba2", "granite-hybrid", "falcon-h1", "qwen3.5")
-SIMILAR = ("granite", "mamba", "falcon-mamba", "bamba", "granite-hybrid-moe", "qwen3-next", "qwen3-next-moe")
+_SIMILAR_HYBRIDS = ("mamba", "falcon-mamba", "bamba", "granite-hybrid-moe", "qwen3-next", "qwen3-next-moe")
+SIMILAR = ("granite", "lfm2-moe", *_SIMILAR_HYBRIDS)
+RECURRENT = (*HYBRIDS, *(pytest.param(name, marks=pytest.mark.deep) for name in _SIMILAR_HYBRIDS))
 EXPORTED = (*HYBRIDS, *(pytest.param(name, marks=pytest.mark.deep) for name in SIMILAR))
 
 
@@ -197,7 +211,15 @@ def tiny_model(architecture: str, **overrides: Any) -> transformers.PreTrainedMo
         random = torch.randn(parameter.shape, generator=generator)
         norm = 0.0 if "gemma" in architecture else 1.0  # Gemma's norms multiply by 1 + w
         parameter.data = random * 0.3 + norm if "norm" in name else random * (0.5 if parameter.dim() == 1 else 0.3)
+    spread_biases(model, generator)
     return model.eval()
+
+
+def spread_biases(model: transformers.PreTrainedModel, generator: torch.Generator) -> None:
+    """Give the routers that have one a bias that changes their choices; transformers keeps it in a buffer of zeros."""
+    for name, bias in model.named_buffers():
+        if name.endswith("expert_bias"):
+            bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:

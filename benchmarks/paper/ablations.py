@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.model.balcony import Balcony
 from balcony_export.train.config import TrainConfig
-from balcony_export.train.trainer import Trainer
+from balcony_export.train.trainer import Start, Trainer
 from benchmarks.paper.joint import ExitScore, JointConfig, JointTrainer
 
 EXITS = (3, 4, 5)
@@ -91,8 +91,18 @@ def joint(
     return trainer
 
 
-def distilled(base: PreTrainedModel, corpus: Corpus, steps: int, **changes: Any) -> Scores:
-    """Balconies on the frozen base model: the paper's optimizer, at a rate that suits a small model."""
+def distilled(
+    base: PreTrainedModel, corpus: Corpus, steps: int, balconies: dict[int, Balcony] | None = None, **changes: Any
+) -> Scores:
+    """Balconies on the frozen base model: the paper's optimizer, at a rate that suits a small model.
+
+    Args:
+        base: The base model, which stays as it is.
+        corpus: Rows to train on and held-out rows.
+        steps: Number of steps.
+        balconies: Untrained balconies; by default those of the recipe.
+        changes: Changes of the recipe.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         options = {
             "optimizer": "adamw",
@@ -107,7 +117,8 @@ def distilled(base: PreTrainedModel, corpus: Corpus, steps: int, **changes: Any)
             exits=EXITS, steps=steps, seq_len=SEQ_LEN, batch_rows=ROWS, micro_rows=ROWS, positions=0,
             warmup_steps=max(steps // 20, 1), evaluate_every=steps, **options,
         )  # fmt: skip
-        trainer = Trainer(copy.deepcopy(base), corpus, config, Path(scratch), compiled=False)
+        start = Start(balconies) if balconies else None
+        trainer = Trainer(copy.deepcopy(base), corpus, config, Path(scratch), start=start, compiled=False)
         trainer.run()
         return joint(trainer.exits.model, corpus, "unfrozen", 0, trainer.balconies).evaluate()
 

@@ -1,12 +1,18 @@
-"""Balconies on a dense backbone and on a mixture of experts of the same active size, both trained here from scratch.
+"""Balconies on a dense backbone, a mixture of experts and a hybrid of about the same active size, trained here from scratch.
 
-    python -m benchmarks.paper.backbones --data TEXT.jsonl [--steps 250] [--threads 1]
+    python -m benchmarks.paper.backbones --data TEXT.jsonl [--only llama,lfm2] [--steps 250] [--threads 1]
 
-A Llama of eight layers and a Mixtral with the same layers are trained on the text for the same number of steps. The Mixtral's
-layers have eight experts of half the Llama's MLP, of which two run for each row. Then balconies are trained on each, for half
-as many steps: copies of the last layer on the dense model, and on the mixture copies of the last layer with its experts
-(``decoder``) and with a dense MLP that begins as the most used experts (``dense``). All exits are scored on the same held-out
-rows. The router is trained without an auxiliary loss, so ``busiest`` says how even its choice is.
+Each backbone has eight layers and is trained on the text for the same number of steps. Then balconies are trained on it, for
+half as many steps, and all exits are scored on the same held-out rows.
+
+    llama     attention and an MLP in every layer
+    mixtral   eight experts of half the MLP's width instead of the MLP, of which two run for each row
+    lfm2      attention in the third and the sixth layer, convolutions of three rows in the others
+
+Balconies are copies of the last layer that attends (``decoder``). On the mixture there are also such copies with a dense MLP
+that begins as the most used experts (``dense``), and on the hybrid also copies of its last layer, which is a convolution
+(``decoder, last layer``). The mixture's router is trained without an auxiliary loss, so ``busiest`` says how even its
+choice is.
 
 The last line is JSON: ``steps``, ``seconds``, and ``variants``: name → ``parameters``, ``active`` (parameters that a row reads
 at the full depth), ``busiest`` (largest share of a layer's choices that fall on one expert: 0.125 if the choice is even, 0.5 at
@@ -30,28 +36,47 @@ from transformers import PreTrainedModel
 
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.model.architecture import parts_of
+from balcony_export.model.balcony import init_balconies
 from balcony_export.model.experts import Use, experts_in, mixture
-from benchmarks.paper.ablations import ROWS, SEQ_LEN, SIZES, Scores, distilled, make_tokenizer
+from benchmarks.paper.ablations import EXITS, ROWS, SEQ_LEN, SIZES, Scores, distilled, make_tokenizer
 from benchmarks.paper.joint import JointConfig, JointTrainer
 
 EXPERTS, CHOSEN = 8, 2
-#: Name → kinds of balconies that are trained on the backbone.
-KINDS: dict[str, tuple[str, ...]] = {"llama": ("decoder",), "mixtral": ("decoder", "dense")}
+DEPTH: int = SIZES["num_hidden_layers"]
+LAST_LAYER = "decoder, last layer"
+#: Name → balconies that are trained on the backbone.
+BALCONIES: dict[str, tuple[str, ...]] = {
+    "llama": ("decoder",),
+    "mixtral": ("decoder", "dense"),
+    "lfm2": ("decoder", LAST_LAYER),
+}
+
+
+def _config(name: str) -> Any:
+    """Configuration of a backbone. The experts that run for a row are together as wide as the dense model's MLP."""
+    width = SIZES["intermediate_size"]
+    if name == "llama":
+        return transformers.LlamaConfig(**SIZES)
+    if name == "mixtral":
+        mixed = {"intermediate_size": width // CHOSEN, "num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
+        return transformers.MixtralConfig(**{**SIZES, **mixed}, sliding_window=None)
+    layers = ["full_attention" if index % 3 == 2 else "conv" for index in range(DEPTH)]
+    return transformers.Lfm2Config(**SIZES, layer_types=layers, block_auto_adjust_ff_dim=False, pad_token_id=None)
 
 
 def make_backbone(name: str) -> PreTrainedModel:
-    """A random model; the experts that run for a row are as wide as the dense model's MLP."""
+    """A random model, one of :data:`BALCONIES`."""
     torch.manual_seed(0)
-    if name == "llama":
-        config: Any = transformers.LlamaConfig(**SIZES)
-        model: PreTrainedModel = transformers.LlamaForCausalLM(config)
-    else:
-        width = SIZES["intermediate_size"] // CHOSEN
-        mixed = {**SIZES, "intermediate_size": width, "num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
-        config = transformers.MixtralConfig(**mixed, sliding_window=None)
-        model = transformers.MixtralForCausalLM(config)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(_config(name))
     model.config._attn_implementation = "sdpa"
     return model
+
+
+def distilled_as(balcony: str, model: PreTrainedModel, corpus: Corpus, steps: int) -> Scores:
+    """Scores of all exits after training one of the kinds of balconies in :data:`BALCONIES`."""
+    if balcony == LAST_LAYER:
+        return distilled(model, corpus, steps, init_balconies(model, EXITS, layer=DEPTH - 1))
+    return distilled(model, corpus, steps, module=balcony)
 
 
 def train_backbone(model: PreTrainedModel, corpus: Corpus, steps: int) -> float:
@@ -91,22 +116,26 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="JSON Lines with a text each")
+    parser.add_argument("--only", default=",".join(BALCONIES), help="backbones, separated by commas; default: all")
     parser.add_argument("--steps", type=int, default=250, help="steps of the backbones; balconies get half")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    names = options.only.split(",")
+    if unknown := [name for name in names if name not in BALCONIES]:
+        parser.error(f"--only {options.only}: '{unknown[0]}' is not a backbone: give some of {', '.join(BALCONIES)}")
     torch.set_num_threads(options.threads)
     begin = time.monotonic()
     corpus = build_corpus([options.data], make_tokenizer(options.data), seq_len=SEQ_LEN, seed=0, held_out_rows=48)
     found: dict[str, dict[str, Any]] = {}
-    for name, kinds in KINDS.items():
+    for name in names:
         model = make_backbone(name)
         print(f"{name}: cross-entropy {train_backbone(model, corpus, options.steps):.3f}", flush=True)
         busiest = busiest_share(model, corpus)
-        for kind in kinds:
-            scores = distilled(model, corpus, max(options.steps // 2, 1), module=kind)
-            entry = found[f"{name}, {kind}"] = described(model, busiest, scores)
+        for balcony in BALCONIES[name]:
+            scores = distilled_as(balcony, model, corpus, max(options.steps // 2, 1))
+            entry = found[f"{name}, {balcony}"] = described(model, busiest, scores)
             cells = [f"{e}: {s['cross_entropy']:.3f} ({s['retention']:.1%})" for e, s in entry["exits"].items()]
-            print(f"{name}, {kind:<8} {'  '.join(cells)}", flush=True)
+            print(f"{name}, {balcony}: {'  '.join(cells)}", flush=True)
     document = {
         "benchmark": "backbones",
         "steps": options.steps,

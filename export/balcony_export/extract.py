@@ -58,6 +58,8 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
     if hasattr(config, "mlp_only_layers"):  # Qwen's mixtures say by number which layers are dense
         config.decoder_sparse_step = 1
         config.mlp_only_layers = [index for index, layer in enumerate(layers) if not any(experts_in(layer))]
+    if hasattr(config, "num_dense_layers"):  # LFM2-MoE begins with dense layers
+        config.num_dense_layers = sum(not any(experts_in(layer)) for layer in layers)
     small: PreTrainedModel = type(model)(config).eval()
     cast_weights(small, next(model.parameters()).dtype)
     target = parts_of(small)

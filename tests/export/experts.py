@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.conftest import VOCABULARY
+from tests.conftest import VOCABULARY, spread_biases
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -65,6 +65,17 @@ MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GraniteMoeSharedForCausalLM",
         {**_GRANITE, "shared_intermediate_size": 48},
     ),
+    "lfm2-moe": (
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        {
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_dense_layers": 1,
+            "num_experts": 8,
+            "moe_intermediate_size": 32,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
 }
 
 
@@ -79,4 +90,5 @@ def tiny_mixture(name: str, **overrides: Any) -> transformers.PreTrainedModel:
         random = torch.randn(parameter.shape, generator=generator)
         norm = 1.0 if "norm" in parameter_name else 0.0
         parameter.data = random * (0.5 if parameter.dim() == 1 else 0.2) + norm
+    spread_biases(model, generator)
     return model.eval()

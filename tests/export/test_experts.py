@@ -126,6 +126,7 @@ def test_gate_and_up_rows_alternate_and_come_back() -> None:
         ("qwen2-moe", "int4,asym,block=64"),  # a router without shares, a shared expert, blocks halved to 32
         ("granite-moe-shared", "int8"),
         ("qwen3-moe", "int4,level=1,positive"),
+        ("lfm2-moe", "int4,level=1"),  # a router that chooses by sigmoids and biases
     ],
 )
 def test_quantized_experts_compute_with_what_they_store(
@@ -316,7 +317,21 @@ def test_an_exit_of_a_mixture_becomes_a_plain_model(name: str) -> None:
         assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("granite-moe", "decoder"), ("qwen3-moe", "dense")])
+def test_an_exit_before_the_first_mixture_becomes_a_plain_model() -> None:
+    """The balcony is a mixture after two of three dense layers, so the smaller model has one dense layer less."""
+    exits = mixture_exits("lfm2-moe", num_dense_layers=3)
+    small = submodel(exits, 2)
+    assert [any(experts_in(layer)) for layer in small.model.layers] == [False, False, True]
+    ids = list(range(3, 40))
+    with torch.no_grad():
+        got = small(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    want = reference_logits(exits, ids)[2]
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("granite-moe", "decoder"), ("qwen3-moe", "dense"), ("lfm2-moe", "decoder")]
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_balconies_of_mixtures_learn(name: str, kind: Any, precision: Any, tmp_path: Path) -> None:
     tokens = np.random.default_rng(3).integers(1, 320, (8, 32)).astype(np.int32)
@@ -370,7 +385,7 @@ def test_routers_and_experts_of_another_kind_are_refused(architecture: str, monk
         lambda self, x: (forward(self, x)[0], forward(self, x)[1], 7 - forward(self, x)[2]),  # not the largest logits
     ):
         monkeypatch.setattr(type(router), "forward", changed)
-        with pytest.raises(UnsupportedModelError, match="neither by the largest probabilities nor by their shares"):
+        with pytest.raises(UnsupportedModelError, match="routes neither by the largest probabilities or their shares"):
             router_operator(router)
     monkeypatch.undo()
     for attribute, value in (("has_bias", True), ("is_transposed", True), ("has_gate", False)):
@@ -382,6 +397,27 @@ def test_routers_and_experts_of_another_kind_are_refused(architecture: str, monk
     experts.act_fn = nn.GELU()
     with pytest.raises(UnsupportedModelError, match="its activation is not SwiGLU"), symbolic_experts([layer]):
         pytest.fail("it must be refused")
+
+
+def test_biased_routers_of_another_kind_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def router(**overrides: Any) -> Any:
+        layer: Any = tiny_mixture("lfm2-moe", **overrides).model.layers[1]
+        return layer.feed_forward.gate
+
+    assert router_operator(router()).factor == 1.5
+    for overrides in ({"norm_topk_prob": False}, {"use_expert_bias": False}):
+        with pytest.raises(UnsupportedModelError, match="nor by the shares of the largest sigmoids plus biases"):
+            router_operator(router(**overrides))
+    gate = router()
+    forward = type(gate).forward
+
+    def groups(self: Any, x: torch.Tensor, expert_bias: torch.Tensor) -> Any:
+        """DeepSeek chooses a group of experts first."""
+        return forward(self, x, expert_bias + torch.tensor([0.0] * 4 + [-9.0] * 4))
+
+    monkeypatch.setattr(type(gate), "forward", groups)
+    with pytest.raises(UnsupportedModelError, match="nor by the shares of the largest sigmoids plus biases"):
+        router_operator(gate)
 
 
 def test_moments_have_the_names_of_the_weights_in_the_graphs(

@@ -21,7 +21,7 @@ from balcony_runtime.backends.webgpu.backend import refuse_other_layers
 from balcony_runtime.chat import Chat
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
-from tests.conftest import EXPORTED
+from tests.conftest import EXPORTED, RECURRENT
 from tests.properties import examples
 from tests.runtime.test_conformance import actions, play
 from tests.runtime.test_speculate import PROMPTS, costs
@@ -44,7 +44,7 @@ def test_any_schedule_equals_a_pass_from_scratch(
         schedules()
 
 
-@pytest.mark.parametrize("architecture", EXPORTED)
+@pytest.mark.parametrize("architecture", RECURRENT)
 def test_a_replay_after_a_rollback_has_the_bits_of_the_first_run(
     export_tiny: Callable[[str], Any], architecture: str
 ) -> None:

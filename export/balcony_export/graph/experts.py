@@ -8,6 +8,9 @@ A row's ``k`` experts are those with the largest probabilities softmax(logits). 
 probabilities, which ``normalize`` divides by their sum. :func:`spell_out` writes it in standard operators, :func:`fuse` as
 ``com.microsoft.MoE``; :mod:`balcony_export.quantize.experts` turns that into ``QMoE``.
 
+LFM2's routers choose by sigmoids plus biases, and weigh by the shares of the chosen sigmoids, times a factor. Their logits are
+changed before they reach the node, so that it makes the same choice with the same weights; the factor multiplies its output.
+
 Routers are recognised by their results on sample numbers, not by name, as norms are in :mod:`.operators`.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +39,10 @@ _IMPLEMENTATION = "balcony_edge_trace"
 _DOMAIN, _OPERATOR = "balcony_edge", "Experts"
 #: End of the name of a weight whose rows (gate, then up) are stored alternately: gate 0, up 0, gate 1, up 1, …
 GATE_UP = ".gate_up_proj"
+#: Logit of an expert that a router did not choose: its exponential is 0, and float16 can hold it.
+_NOT_CHOSEN = -1e4
+#: Rows of a router's trial: enough for most experts to be chosen.
+_TRIAL_ROWS = 32
 
 
 class Interleaved(Widened):
@@ -77,6 +85,8 @@ def interleave(models: Iterable[ir.Model]) -> None:
 class _Router(nn.Module):
     """Hands a router's logits to the experts, and how they become weights instead of the weights themselves."""
 
+    factor = 1.0
+
     def __init__(self, weight: torch.Tensor, top_k: int, normalizes: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -88,32 +98,92 @@ class _Router(nn.Module):
         return logits, logits, self
 
 
+class _BiasedRouter(_Router):
+    """Chooses by sigmoid(logits) + bias, weighs by the shares of the chosen sigmoids, and multiplies the result by ``factor``.
+
+    The softmax of logarithms is shares. So the experts get the logarithms of the chosen sigmoids, and for the others a number
+    whose exponential is 0. transformers adds 1e-6 to the sum of the sigmoids, which is left out here.
+    """
+
+    def __init__(self, weight: torch.Tensor, top_k: int, factor: float) -> None:
+        super().__init__(weight, top_k, normalizes=True)
+        self.factor = factor
+
+    def forward(self, hidden: torch.Tensor, expert_bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, _Router]:  # type: ignore[override]
+        """Like the other router, with the changed logits  # (N, D), (E)"""
+        chances = torch.nn.functional.linear(hidden, self.weight).float().sigmoid()  # (N, E)
+        scores = chances + expert_bias
+        chosen = scores >= scores.topk(self.top_k, dim=-1).values.amin(dim=-1, keepdim=True)
+        logits = torch.where(chosen, chances.log(), _NOT_CHOSEN).to(hidden.dtype)
+        return logits, logits, self
+
+
 def router_operator(router: Any) -> _Router:
     """What a router computes, found by a trial.
 
     Raises:
-        UnsupportedModelError: Its weights are neither the largest probabilities nor their shares.
+        UnsupportedModelError: It routes neither by the largest probabilities nor by the largest sigmoids plus biases.
     """
-    top_k, kept = int(router.top_k), router.weight.detach()
+    kept = router.weight.detach()
     # the router's own weight may be reserved memory without values (balcony_export.graph.widen), so the trial brings one
     trial = copy.deepcopy(router)
-    weight = torch.linspace(0, 900, kept.numel()).sin().reshape(kept.shape).to(kept.dtype)
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(kept.shape, generator=random).to(kept.dtype)
     trial.weight = nn.Parameter(weight, requires_grad=False)
-    probe = torch.linspace(-2, 2, 3 * weight.shape[1]).reshape(3, -1).cos().to(weight.dtype)
     # logits of spread 2: of experts that are all equally likely, many rules choose and weigh alike
-    probe = probe * (2.0 / (probe @ weight.T).float().std()).to(weight.dtype)
-    with torch.no_grad():
-        _, found, index = trial(probe)
-    chances = torch.softmax(torch.nn.functional.linear(probe, weight).float(), dim=-1)
-    best, largest = chances.gather(1, index), chances.topk(top_k, dim=-1).values
-    if index.shape == (3, top_k) and torch.allclose(best.sort().values, largest.sort().values, rtol=1e-2, atol=1e-3):
-        for normalizes in (False, True):
-            wanted = best / best.sum(dim=-1, keepdim=True) if normalizes else best
-            if torch.allclose(found.float(), wanted, rtol=1e-2, atol=1e-3):
-                return _Router(kept, top_k, normalizes)
-    raise UnsupportedModelError(
-        f"{type(router).__name__}: routes neither by the largest probabilities nor by their shares: export cannot represent it"
-    )
+    spread = 2.0 * weight.shape[1] ** -0.5
+    probe = (spread * torch.randn(_TRIAL_ROWS, weight.shape[1], generator=random)).to(weight.dtype)
+    logits = torch.nn.functional.linear(probe, weight).float()
+    made: _Router | None
+    if "expert_bias" in inspect.signature(router.forward).parameters:
+        made = _biased(trial, probe, logits)
+    else:
+        made = _plain(trial, probe, logits)
+    if made is None:
+        raise UnsupportedModelError(
+            f"{type(router).__name__}: routes neither by the largest probabilities or their shares, nor by the shares of the "
+            "largest sigmoids plus biases: export cannot represent it"
+        )
+    made.weight.data = kept
+    return made
+
+
+@torch.no_grad()
+def _plain(trial: Any, probe: torch.Tensor, logits: torch.Tensor) -> _Router | None:
+    """The router whose weights are the largest probabilities, or their shares; None if ``trial`` is another one."""
+    _, found, index = trial(probe)
+    chances = torch.softmax(logits, dim=-1)
+    if not _chooses_largest(index, chances, trial.top_k):
+        return None
+    best = chances.gather(1, index)
+    for normalizes in (False, True):
+        if _close(found, best / best.sum(dim=-1, keepdim=True) if normalizes else best):
+            return _Router(trial.weight, int(trial.top_k), normalizes)
+    return None
+
+
+@torch.no_grad()
+def _biased(trial: Any, probe: torch.Tensor, logits: torch.Tensor) -> _Router | None:
+    """The router that chooses by sigmoids plus biases; None if ``trial`` is another one."""
+    bias = torch.linspace(-0.3, 0.3, logits.shape[1])  # as large as the differences between the sigmoids
+    _, found, index = trial(probe, bias)
+    chances = torch.sigmoid(logits)
+    if not _chooses_largest(index, chances + bias, trial.top_k):
+        return None
+    best, factor = chances.gather(1, index), float(trial.routed_scaling_factor)
+    if not _close(found, factor * best / best.sum(dim=-1, keepdim=True)):
+        return None
+    return _BiasedRouter(trial.weight, int(trial.top_k), factor)
+
+
+def _chooses_largest(index: torch.Tensor, scores: torch.Tensor, top_k: int) -> bool:
+    """Whether the experts ``index`` (N, k) have the largest scores (N, E)."""
+    largest = scores.topk(top_k, dim=-1).values
+    return index.shape == largest.shape and _close(scores.gather(1, index).sort().values, largest.sort().values)
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return torch.allclose(found.float(), wanted, rtol=1e-2, atol=1e-3)
 
 
 def _check_experts(experts: Any) -> None:
@@ -135,7 +205,8 @@ def _experts(experts: Any, hidden: torch.Tensor, router: _Router, logits: torch.
     attributes: dict[str, Any] = {"k": router.top_k, "normalize": int(router.normalizes)}
     inputs = (hidden, logits, experts.gate_up_proj, experts.down_proj)
     operator = f"{_DOMAIN}::{_OPERATOR}"
-    return ops.symbolic(operator, inputs, attributes, dtype=hidden.dtype, shape=hidden.shape, version=1)
+    out = ops.symbolic(operator, inputs, attributes, dtype=hidden.dtype, shape=hidden.shape, version=1)
+    return out if router.factor == 1.0 else out * router.factor
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granite
 #: The same for models with layers that keep a convolution's inputs or a recurrent state.
 HYBRIDS = (
     "lfm2",
+    "lfm2_moe",
     "mamba",
     "falcon_mamba",
     "mamba2",
@@ -75,7 +76,8 @@ def parts_of(model: PreTrainedModel) -> Parts:
     head = model.get_output_embeddings()
     norm = next(getattr(base, name) for name in _FINAL_NORMS if hasattr(base, name))
     embed: Any = model.get_input_embeddings()
-    return Parts(base, embed, base.layers, norm, getattr(base, "rotary_emb", None), head)
+    rotary = getattr(base, "rotary_emb", getattr(base, "pos_emb", None))  # LFM2-MoE has the other name
+    return Parts(base, embed, base.layers, norm, rotary, head)
 
 
 def _refuse_unsupported(config: Any) -> None:
