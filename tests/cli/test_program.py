@@ -187,16 +187,15 @@ def test_an_extracted_exit_keeps_the_type_of_its_checkpoint(tiny: Any, tmp_path:
 
 
 def test_architectures_without_support_are_named(make_tokenizer: Any, tmp_path: Path) -> None:
-    """LFM2 and Mamba-2 load in transformers, but their modules have other names than the supported ones."""
-    common = {"hidden_size": 32, "vocab_size": 320}
-    lfm2 = transformers.Lfm2Config(
-        **common, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        full_attn_idxs=[1, 3],
+    """GPT-2 and GPT-OSS load in transformers, but their layers do something that export cannot represent."""
+    gpt2 = transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=3, n_head=4)
+    gpt_oss = transformers.GptOssConfig(
+        hidden_size=32, vocab_size=320, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4,
     )  # fmt: skip
-    mamba2 = transformers.Mamba2Config(**common, num_hidden_layers=3, num_heads=8, head_dim=8, state_size=8, n_groups=1)
     models = {
-        "short-convolution layers are not supported yet": transformers.Lfm2ForCausalLM(lfm2),
-        "state-space layers are not supported yet": transformers.Mamba2ForCausalLM(mamba2),
+        "this architecture is not covered by parity tests": transformers.GPT2LMHeadModel(gpt2),
+        "its mixture of experts is not covered by parity tests": transformers.GptOssForCausalLM(gpt_oss),
     }
     for why, model in models.items():
         source = tmp_path / model.config.model_type

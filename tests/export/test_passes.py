@@ -57,6 +57,7 @@ def test_weights_get_the_names_of_their_modules() -> None:
 def test_two_weights_of_one_module_keep_names_of_their_own() -> None:
     x, y, out = (value(name, "rows", 4) for name in ("x", "y", "out"))
     first, second = weight("val_1", 4, 4), weight("val_2", 4, 4)
+    second.const_value = ir.tensor(np.full((4, 4), 3.0, np.float32))
     scopes = {SCOPES: "['', 'layers.0.mlp', 'linear']"}
     graph = model(
         [x],
@@ -66,6 +67,17 @@ def test_two_weights_of_one_module_keep_names_of_their_own() -> None:
     )
     name_weights(graph)
     assert set(graph.graph.initializers) == {"layers.0.mlp.weight", "val_2"}
+
+
+def test_a_weight_that_was_folded_twice_is_one() -> None:
+    x, y, out = (value(name, "rows", 4) for name in ("x", "y", "out"))
+    first, second = weight("val_1", 4, 4), weight("val_2", 4, 4)
+    scopes = {SCOPES: "['', 'layers.0.mlp', 'linear']"}
+    products = [node("MatMul", [x, first], y, **scopes), node("MatMul", [y, second], out, **scopes)]
+    graph = model([x], [out], products, [first, second])
+    name_weights(graph)
+    assert set(graph.graph.initializers) == {"layers.0.mlp.weight"}
+    assert products[0].inputs[1] is products[1].inputs[1]
 
 
 def test_a_window_becomes_a_note_and_the_node_is_standard() -> None:

@@ -431,8 +431,8 @@ def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) ->
         state: Any = sequence.state
         sequence.step(5, np.array([2]))
         sessions: Any = engine.backend.sessions  # type: ignore[attr-defined]
-        runs = [bound_run(Elsewhere(sessions[graph.name]), graph.one_row) for graph in state._paths[2]]  # type: ignore[arg-type]
-        state._programs[2] = state._programs[2]._replace(runs=runs)
+        runs = [bound_run(Elsewhere(sessions[graph.name]), graph.one_row[graph.side]) for graph in state._paths[2]]  # type: ignore[arg-type]
+        state._programs[(2,)] = state._programs[(2,)]._replace(runs=runs)
         sequence.rollback(1)
         state._logits[:] = 0
         assert np.array_equal(sequence.step(5, np.array([2])), expected)

