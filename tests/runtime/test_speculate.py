@@ -250,16 +250,18 @@ def planned(speculator: Speculator, prices: CostModel, room: int = 100, most_ms:
     return speculator.plan(prices, 50, NONE, room, most_ms)
 
 
+BY_HAND = CostModel(
+    EXITS,
+    (UnitCost(10.0, 1.0), UnitCost(20.0, 1.0), UnitCost(40.0, 3.0)),
+    (UnitCost(0.5),) * 3,
+    UnitCost(2.0, 0.25),
+)
+
+
 def test_a_rounds_price_and_speedup_by_hand() -> None:
     # A plain step takes 10 + 20 + 40 + 0.5 + 2 ms. Two drafts at exit 2 take 2 × (10 + 0.5 + 2), and their check 10 ms, three
     # rows of 20 + 2 × 1 and 40 + 2 × 3 ms, 0.5 ms for the norm and three rows of the head: 2 + 2 × 0.25.
-    prices = CostModel(
-        EXITS,
-        (UnitCost(10.0, 1.0), UnitCost(20.0, 1.0), UnitCost(40.0, 3.0)),
-        (UnitCost(0.5),) * 3,
-        UnitCost(2.0, 0.25),
-    )
-    speculator = Speculator(EXITS, {2: 0.8, 3: 0.1})
+    prices, speculator = BY_HAND, Speculator(EXITS, {2: 0.8, 3: 0.1})
     found = planned(speculator, prices, room=3)
     assert found is not None and (found.exit_layer, found.drafts) == (2, 2)
     assert found.price_ms == pytest.approx(25.0 + 81.0)
@@ -274,13 +276,7 @@ def test_a_rounds_price_and_speedup_by_hand() -> None:
 def test_rows_that_run_again_are_part_of_the_price() -> None:
     # As above; unless both drafts are kept, the rows that stay (2.44 expected) run again in all stages. Three pending
     # rows of the deepest stage need time of their own.
-    prices = CostModel(
-        EXITS,
-        (UnitCost(10.0, 1.0), UnitCost(20.0, 1.0), UnitCost(40.0, 3.0)),
-        (UnitCost(0.5),) * 3,
-        UnitCost(2.0, 0.25),
-    )
-    speculator = Speculator(EXITS, {2: 0.8, 3: 0.1})
+    prices, speculator = BY_HAND, Speculator(EXITS, {2: 0.8, 3: 0.1})
     again_ms = 2 * 1.0 + 2 * 1.0 + 2 * 3.0  # passes of the next round take them along
     price_ms = 106.0 + (1 - 0.64) * again_ms
     found = speculator.plan(prices, 50, NONE, 3, ANY_MS, replays=True)
