@@ -57,6 +57,12 @@ STATES = ("window", "state")
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.bin"
 
+
+def is_state(name: str) -> bool:
+    """Whether an input of a graph is a part of :data:`STATES`."""
+    return name.startswith(tuple(f"past_{part}" for part in STATES))
+
+
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
 Precision = Literal["float32", "float16", "int8", "int4"]
 #: Type of the weights of TensorRT engines; activations are float16, bfloat16 for ``bf16`` and float32 for ``fp32``.

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle, write_manifest
-from balcony_edge.bundle.manifest import STATES, WEIGHTS, Manifest, ModelSpec
+from balcony_edge.bundle.manifest import WEIGHTS, Manifest, ModelSpec, is_state
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_export.graph import head, lower, passes
 from balcony_export.graph import trace as graph
@@ -287,7 +287,7 @@ def _quantization(scheme: Scheme, calibration: Sequence[Sequence[int]]) -> dict[
 def _cut_stage(backbone: ir.Model, spec: ModelSpec, index: int, first: int, last: int) -> ir.Model:
     pasts = graph.past_names(spec, range(first, last))
     presents = [name.replace("past", "present") for name in pasts]
-    rows = next((name for name in pasts if not name.startswith(tuple(f"past_{part}" for part in STATES))), pasts[0])
+    rows = next((name for name in pasts if not is_state(name)), pasts[0])
     dims = dict.fromkeys(graph.past_names(spec, range(spec.num_layers)), rows)
     dims["hidden_0"] = f"hidden_{first}"
     inputs = [f"hidden_{first}", "start", *pasts]

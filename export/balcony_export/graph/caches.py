@@ -31,10 +31,9 @@ class WritingCache(RecurrentCache):
     """
 
     def __init__(self, past: Memory, rows: RowPositions) -> None:
-        states = {layer: (kept["window"], kept["state"]) for layer, kept in past.items() if "state" in kept}
-        super().__init__(
-            {i: window for i, (window, _) in states.items()}, {i: state for i, (_, state) in states.items()}
-        )
+        recurrent = {layer: kept for layer, kept in past.items() if "state" in kept}
+        windows, states = ({i: kept[part] for i, kept in recurrent.items()} for part in ("window", "state"))
+        super().__init__(windows, states)
         self.past, self.rows = past, rows
         self._written: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in past}
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from balcony_edge.bundle.manifest import STATES, ModelSpec
+from balcony_edge.bundle.manifest import STATES, ModelSpec, is_state
 from balcony_export.graph.caches import ReadingCache, WritingCache
 from balcony_export.graph.operators import RopeTable, RowPositions, tracing
 from balcony_export.graph.recurrent.mixers import tracing_mixers
@@ -209,7 +209,7 @@ def trace_balcony(exits: ExitModel, exit_layer: int, spec: ModelSpec) -> ir.Mode
 
 def _dynamic(name: str, batch: Any, capacity: Any) -> dict[int, Any]:
     """The symbolic dimensions of something that a layer keeps."""
-    return {0: batch} if name.startswith(tuple(f"past_{part}" for part in STATES)) else {0: batch, 1: capacity}
+    return {0: batch} if is_state(name) else {0: batch, 1: capacity}
 
 
 def _memory(spec: ModelSpec, layer: int, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from balcony_edge.bundle.manifest import STATES, GraphSpec
+from balcony_edge.bundle.manifest import GraphSpec, is_state
 
 #: Rows between two copies that decode steps make; passes of as many rows or more end with a copy.
 SPACING = 64
@@ -103,7 +103,7 @@ class RecurrentStates:
 
 def state_tensors(graph: GraphSpec) -> list[Any]:
     """The inputs of a graph that are recurrent states."""
-    return [tensor for tensor in graph.inputs if tensor.name.startswith(tuple(f"past_{part}" for part in STATES))]
+    return [tensor for tensor in graph.inputs if is_state(tensor.name)]
 
 
 def copies_for(graphs: Iterable[GraphSpec], batch_size: int) -> int:
