@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py --install                                  # the peers' environments and models, once
     python benchmarks/peers.py BUNDLE [BUNDLE ...] --text wiki.valid.raw  # measure, all bundles in the same rounds
+    python benchmarks/peers.py BUNDLE --text wiki.valid.raw --contexts 32,512,2048,4096,8000 --rounds 3
 
 The physics. A decode step reads every weight once, so engines differ by the bytes that they read and by the time that they
 lose between the reads. Fewer bits are faster and less exact, so each speed is reported with its KL. A float32 reference is
@@ -28,7 +29,7 @@ The last line on stdout is one JSON object; the table goes to stderr. Exit code 
                depend on (precision, block_size, head: type of the stored LM head, activations of the products, spinning, ...)
                weights_mb: for ours the bytes read per token at the exit, for a GGUF file its tensors, for others the files
                of weights
-               decode_32_tps, decode_512_tps: tokens a second after a prompt of 32 or 512; prefill_512_tps: rows a second
+               decode_N_tps: tokens a second after a prompt of N; prefill_N_tps: its tokens a second, up to the first new one
                kl: mean over the rows of the KL to transformers' float32, in nats; kl_se: standard error over the windows
                (null for one window); agreement: share of rows with the same best token
                load_s: time until the model is loaded and has made a first token (without imports); peak_rss_mb: VmHWM after
@@ -36,9 +37,9 @@ The last line on stdout is one JSON object; the table goes to stderr. Exit code 
                loaded_mb, added_mb: memory that a second process with the model needs again, above its imports (dirty
                pages), after loading and after that reply
                idle_cpu: CPU seconds per second between requests
-    exits[]    name; bytes: bytes read at full depth / bytes read at the exit; decode_32, decode_512: the exit's speed / the
-               full depth's, median of the rounds' ratios; decode_32_of_bytes, decode_512_of_bytes: these speed-ups / bytes
-    ratios[]   ours, peer: names of cases, ours at full depth; decode_32, decode_512, prefill_512: our speed / the peer's,
+    exits[]    name; bytes: bytes read at full depth / bytes read at the exit; decode_N: the exit's speed / the full depth's,
+               median of the rounds' ratios; decode_N_of_bytes: this speed-up / bytes, which leaves out keys and values
+    ratios[]   ours, peer: names of cases, ours at full depth; decode_N, prefill_N: our speed / the peer's,
                median of the rounds' ratios; kl_difference: our KL minus the peer's; weights: our bytes / the peer's
     bars       name → value, limit, holds: for every exit, and for an int4 bundle at full depth
 """
@@ -50,7 +51,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
@@ -67,6 +68,7 @@ from benchmarks.peer_workers import install
 from benchmarks.peer_workers.process import Worker
 from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, interleave, ratio
 
+#: Lengths of the prompts, unless ``--contexts`` gives others.
 CONTEXTS = (32, 512)
 #: Steps of a reply. The first two bring this engine's weights into the caches; the median of the others counts.
 WARM_STEPS, STEPS = 2, 24
@@ -75,8 +77,10 @@ WINDOW_PREFIX, WINDOW_ROWS = 32, 256
 REFERENCE = "transformers fp32"
 #: Wait until spinning pools sleep after a request. Measured: ggml's uses 90 ms of CPU time, ONNX Runtime's 30, OpenVINO's 2.
 SETTLE_S = 0.5
-#: Rounds, and windows for quality: (full, quick).
-ROUNDS, WINDOWS = (9, 1), (8, 1)
+#: Rounds, and windows for quality.
+ROUNDS, WINDOWS = 9, 8
+#: Contexts up to which the bytes of the weights predict the speed-up of an exit; behind longer ones keys and values count.
+WEIGHTS_PREDICT = 512
 
 
 class Subject(NamedTuple):
@@ -87,12 +91,13 @@ class Subject(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Properties of a case that are known before it is measured."""
+    """Properties of a case that are known before it is measured. Without ``timed`` it is only the reference for quality."""
 
     subject: str
     variant: int | None
     bundle: str | None
     weight_bytes: int
+    timed: bool = True
 
 
 class Text(NamedTuple):
@@ -102,8 +107,8 @@ class Text(NamedTuple):
     windows: list[list[int]]
 
 
-def read_text(path: Path, bundle: Bundle, prompts: int, windows: int) -> Text:
-    """Read prompts from the start of a text file, and windows spread evenly over the rest.
+def read_text(path: Path, bundle: Bundle, prompts: int, longest: int, windows: int) -> Text:
+    """Read prompts of ``longest`` tokens from the start of a text file, and windows spread evenly over the rest.
 
     Raises:
         InputError: the file cannot be read or is too short.
@@ -113,7 +118,7 @@ def read_text(path: Path, bundle: Bundle, prompts: int, windows: int) -> Text:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--text {path}: cannot be read ({error}): give a UTF-8 text file") from error
     tokens = Tokenizer.from_file(str(bundle.file("tokenizer.json"))).encode(content).ids
-    longest, window = max(CONTEXTS), WINDOW_PREFIX + WINDOW_ROWS - 1
+    window = WINDOW_PREFIX + WINDOW_ROWS - 1
     rest = len(tokens) - prompts * longest
     if rest < windows * window:
         needed = prompts * longest + windows * window
@@ -126,15 +131,23 @@ def read_text(path: Path, bundle: Bundle, prompts: int, windows: int) -> Text:
 
 
 def subjects_of(
-    bundles: list[Bundle], models: list[install.PeerModel], threads: int, *, huge_pages: bool, packed: Path | None
+    bundles: list[Bundle],
+    models: Mapping[install.PeerModel, bool],
+    threads: int,
+    max_length: int,
+    *,
+    huge_pages: bool,
+    packed: Path | None,
 ) -> tuple[dict[str, Subject], dict[str, Case]]:
-    """The models to load, and their cases in the order of the table."""
+    """The models to load, and their cases in the order of the table. ``models`` tells of each peer's whether it is timed."""
     subjects: dict[str, Subject] = {}
     cases: dict[str, Case] = {}
     worker = partial(Worker, threads=threads, huge_pages=huge_pages)
     for bundle in bundles:
         manifest, name = bundle.manifest, bundle.path.resolve().name
-        options: dict[str, Any] = {"precision": manifest.precision, "packed": packed and str(packed.resolve())}
+        options: dict[str, Any] = {
+            "precision": manifest.precision, "packed": packed and str(packed.resolve()), "max_length": max_length,
+        }  # fmt: skip
         if manifest.quantization is not None:
             options |= manifest.quantization.model_dump()
         full = manifest.exit_layers[-1]
@@ -146,40 +159,54 @@ def subjects_of(
         )
         for e in reversed(manifest.exit_layers):
             cases[variants[e]] = Case(name, e, name, manifest.bytes_per_token(e))
-    for model in models:
+    for model, timed in models.items():
         start = partial(
-            worker, install.python_of(model.peer), install.WORKERS[model.peer], model.located(), model.options
+            worker,
+            install.python_of(model.peer),
+            install.WORKERS[model.peer],
+            model.located(),
+            {**model.options, "max_length": max_length},
         )
         subjects[model.name] = Subject(start, {None: model.name})
-        cases[model.name] = Case(model.name, None, None, model.weight_bytes())
+        cases[model.name] = Case(model.name, None, None, model.weight_bytes(), timed)
     return subjects, cases
 
 
-def measure(subjects: dict[str, Subject], cases: dict[str, Case], text: Text, *, quick: bool) -> list[dict[str, Any]]:
+def measure(
+    subjects: dict[str, Subject], cases: dict[str, Case], text: Text, contexts: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
     """Measure all cases. Each row also holds the rounds' times under ``_ms``, which :func:`ratios` removes."""
     prompts = {
-        (name, context): cycle([prompt[:context] for prompt in text.prompts]) for name in cases for context in CONTEXTS
+        (name, context): cycle([prompt[:context] for prompt in text.prompts])
+        for name, case in cases.items()
+        if case.timed
+        for context in contexts
     }
     samples: dict[tuple[str, int], list[dict[str, Any]]] = {key: [] for key in prompts}
     fresh: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
-    for number in range(ROUNDS[quick]):
+    for number in range(rounds):
         with ExitStack() as stack:
             workers = {name: stack.enter_context(subject.start()) for name, subject in subjects.items()}
             for name, subject in subjects.items():
-                fresh[name].append(_fresh(workers[name], subject, text.prompts[0]))
+                fresh[name].append(_fresh(workers[name], subject, text.prompts[0][:WEIGHTS_PREDICT]))
             runs: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
                 key: partial(_reply, workers[cases[key[0]].subject], cases[key[0]].variant, prompts[key])
                 for key in list(prompts)[:: -1 if number % 2 else 1]
             }
             for key, found in interleave(runs, 1).items():
                 samples[key] += found
-            if number == ROUNDS[quick] - 1:
+            if number == rounds - 1:
                 quality = _quality(workers, cases, text.windows)
     rows = []
     for name, case in cases.items():
+        if not case.timed:
+            continue
         worker = workers[case.subject]
-        step_ms = {context: [sample["step_ms"] for sample in samples[name, context]] for context in CONTEXTS}
-        prefill_ms = [sample["prefill_ms"] for sample in samples[name, max(CONTEXTS)]]
+        times = {
+            f"{part}_{context}": [sample[f"{figure}_ms"] for sample in samples[name, context]]
+            for part, figure in (("decode", "step"), ("prefill", "prefill"))
+            for context in contexts
+        }
         rows.append(
             {
                 "name": name,
@@ -188,8 +215,11 @@ def measure(subjects: dict[str, Subject], cases: dict[str, Case], text: Text, *,
                 "version": worker.version,
                 "config": worker.config,
                 "weights_mb": round(case.weight_bytes / 1e6, 1),
-                **{f"decode_{context}_tps": round(1e3 / median(step_ms[context]), 1) for context in CONTEXTS},
-                f"prefill_{max(CONTEXTS)}_tps": round(1e3 * max(CONTEXTS) / median(prefill_ms), 1),
+                **{
+                    f"{part}_{context}_tps": round(1e3 * rows / median(times[f"{part}_{context}"]), 1)
+                    for context in contexts
+                    for part, rows in (("decode", 1), ("prefill", context))
+                },
                 **quality[name],
                 **{
                     figure: round(median(sample[figure] for sample in fresh[case.subject]), digits)
@@ -202,8 +232,7 @@ def measure(subjects: dict[str, Subject], cases: dict[str, Case], text: Text, *,
                     )
                 },
                 "idle_cpu": round(worker.idle_cpu, 3),
-                "_ms": {f"decode_{context}": step_ms[context] for context in CONTEXTS}
-                | {f"prefill_{max(CONTEXTS)}": prefill_ms},
+                "_ms": times,
             }
         )
     return rows
@@ -218,7 +247,11 @@ def exit_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             full = row  # a bundle's first case is its full depth
             continue
         predicted = full["weights_mb"] / row["weights_mb"]
-        speedups = {f"decode_{n}": ratio(full["_ms"][f"decode_{n}"], row["_ms"][f"decode_{n}"]) for n in CONTEXTS}
+        speedups = {
+            figure: ratio(times, row["_ms"][figure])
+            for figure, times in full["_ms"].items()
+            if figure.startswith("decode_")
+        }
         found.append(
             {
                 "name": row["name"],
@@ -255,24 +288,22 @@ def bars(
 ) -> dict[str, dict[str, Any]]:
     """Bars of every exit, and of the cases named in ``int4`` if the peer was measured."""
     bars: dict[str, dict[str, Any]] = {}
-
     for row in (row for row in found if row["ours"] in int4):
         pair = f"{row['ours']} / {row['peer']}"
-        if row["peer"] == "ONNX Runtime GenAI int4":
-            for figure in ("decode_32", "decode_512", "prefill_512"):
-                bars[f"{pair}: {figure}"] = bar(row[figure], 1, at_least=True)
-        elif row["peer"] == "llama.cpp Q4_0":
-            for figure in ("decode_32", "decode_512"):
-                bars[f"{pair}: {figure}"] = bar(row[figure], 1, at_least=True)
-            bars[f"{pair}: kl_difference"] = bar(row["kl_difference"], 0)
-            bars[f"{pair}: weights"] = bar(row["weights"], 1)
+        if row["peer"] not in ("ONNX Runtime GenAI int4", "llama.cpp Q4_0"):
+            continue
+        for figure in (key for key in row if key.startswith(("decode_", "prefill_"))):
+            bars[f"{pair}: {figure}"] = bar(row[figure], 1, at_least=True)
+        bars[f"{pair}: kl_difference"] = bar(row["kl_difference"], 0)
+        bars[f"{pair}: weights"] = bar(row["weights"], 1)
     for row in (row for row in rows if row["name"] in int4):
         bars[f"{row['name']}: load_s"] = bar(row["load_s"], 0.5)
         if row["config"]["packed"]:
             bars[f"{row['name']}: loaded_mb"] = bar(row["loaded_mb"], 50)
     for row in exits:
-        for figure in (f"decode_{context}_of_bytes" for context in CONTEXTS):
-            bars[f"{row['name']}: {figure}"] = bar(row[figure], 0.9, at_least=True)
+        for figure in (key for key in row if key.endswith("_of_bytes")):
+            if int(figure.split("_")[1]) <= WEIGHTS_PREDICT:
+                bars[f"{row['name']}: {figure}"] = bar(row[figure], 0.9, at_least=True)
     return bars
 
 
@@ -338,27 +369,43 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _selected(names: str) -> list[install.PeerModel]:
-    wanted = names.split(",")
-    if unknown := set(wanted) - set(install.WORKERS):
+def _selected(names: str) -> dict[install.PeerModel, bool]:
+    """Models of the peers, or with the names, in a list; the reference is always among them, if only for quality."""
+    wanted, known = set(names.split(",")), {*install.WORKERS, *(model.name for model in install.PEER_MODELS)}
+    if unknown := wanted - known:
         raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: give some of {','.join(install.WORKERS)}")
-    return [model for model in install.PEER_MODELS if model.peer in wanted or model.name == REFERENCE]
+    found = {model: bool(wanted & {model.peer, model.name}) for model in install.PEER_MODELS}
+    return {model: timed for model, timed in found.items() if timed or model.name == REFERENCE}
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        lengths = ()
+    if not lengths or lengths[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give numbers of tokens from 1 on, such as 32,512,4096")
+    return lengths
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the measurements that the command line asks for; returns the document of the JSON line."""
-    quick, models = arguments.quick, arguments.peers
-    if absent := install.missing(models):
+    models, contexts = arguments.peers, arguments.contexts
+    rounds, windows = (1, 1) if arguments.quick else (arguments.rounds, WINDOWS)
+    if absent := install.missing(tuple(models)):
         raise InputError(f"{absent[0]}: is not installed: run with --install first, or name others with --peers")
     bundles = [Bundle.open(path) for path in arguments.bundles]
     if len({bundle.path.resolve().name for bundle in bundles}) < len(bundles):
         raise InputError("two bundles have the same directory name, but the results need different names: rename one")
-    text = read_text(arguments.text, bundles[0], ROUNDS[quick] + 1, WINDOWS[quick])
+    max_length = max(*contexts, WINDOW_PREFIX + WINDOW_ROWS) + WARM_STEPS + STEPS + 1
+    if max_length > (context := min(bundle.manifest.model.context_length for bundle in bundles)):
+        raise InputError(f"--contexts {max(contexts)}: a reply ends at {max_length} tokens: the bundles take {context}")
+    text = read_text(arguments.text, bundles[0], rounds + 1, max(contexts), windows)
     begin, neighbours = time.perf_counter(), Neighbours()
     subjects, cases = subjects_of(
-        bundles, models, arguments.threads, huge_pages=arguments.huge_pages, packed=arguments.packed
+        bundles, models, arguments.threads, max_length, huge_pages=arguments.huge_pages, packed=arguments.packed
     )
-    rows = measure(subjects, cases, text, quick=quick)
+    rows = measure(subjects, cases, text, contexts, rounds)
     depths = {bundle.path.resolve().name: bundle.manifest for bundle in bundles}
     full = {
         name: depths[case.bundle]
@@ -373,11 +420,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": arguments.threads,
         "huge_pages": arguments.huge_pages,
         "packed": arguments.packed is not None,
-        "rounds": ROUNDS[quick],
+        "rounds": rounds,
         **neighbours.report(),
         "seconds": round(time.perf_counter() - begin, 1),
         "text": arguments.text.name,
-        "score_rows": WINDOWS[quick] * WINDOW_ROWS,
+        "score_rows": windows * WINDOW_ROWS,
         "cases": rows,
         "exits": exits,
         "ratios": found,
@@ -391,10 +438,22 @@ def main() -> int:
     parser.add_argument("bundles", nargs="*", type=Path, help="directories that `balcony-edge export demo` wrote")
     parser.add_argument("--install", action="store_true", help="make the missing environments and models of the peers")
     parser.add_argument("--text", type=Path, help="text for prompts and scored rows (WikiText-2 valid)")
-    parser.add_argument("--peers", type=_selected, default=list(install.PEER_MODELS), help=",".join(install.WORKERS))
+    parser.add_argument(
+        "--peers",
+        type=_selected,
+        default=dict.fromkeys(install.PEER_MODELS, True),
+        help=f"peers, or names of the results' rows [default: {','.join(install.WORKERS)}]",
+    )
     parser.add_argument(
         "--threads", type=int, default=available_cpus(), help="threads of every engine [default: number of CPUs]"
     )
+    parser.add_argument(
+        "--contexts",
+        type=_lengths,
+        default=CONTEXTS,
+        help="tokens of the prompts [default: 32,512]; more than 512 take long",
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"starts of every engine [default: {ROUNDS}]")
     parser.add_argument("--huge-pages", action="store_true", help="use transparent huge pages for every engine's heap")
     parser.add_argument("--packed", type=Path, help="directory for packed weights; ours runs with packed weights")
     parser.add_argument("--plot", type=Path, help="write tokens a second over KL as a PNG (needs [plot])")
@@ -406,7 +465,7 @@ def main() -> int:
         parser.error("give at least one bundle, or --install")
     try:
         if arguments.install:
-            install.install(arguments.peers)
+            install.install(tuple(arguments.peers))
         if not arguments.bundles:
             return 0
         document = run(arguments)

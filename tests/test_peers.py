@@ -22,7 +22,7 @@ PREFIX = 4
 
 
 def worker(module: str, model: Path, **options: Any) -> Worker:
-    return Worker(PYTHON, module, model, options, threads=1, huge_pages=False)
+    return Worker(PYTHON, module, model, {"max_length": 512, **options}, threads=1, huge_pages=False)
 
 
 @pytest.mark.slow
@@ -103,11 +103,14 @@ def test_ratios_are_taken_within_a_round_and_judged_by_their_bars() -> None:
     assert {name.removeprefix("ours / "): bar["holds"] for name, bar in bars.items()} == {
         "llama.cpp Q4_0: decode_32": False,
         "llama.cpp Q4_0: decode_512": False,
+        "llama.cpp Q4_0: prefill_512": False,
         "llama.cpp Q4_0: kl_difference": True,
         "llama.cpp Q4_0: weights": True,
         "ONNX Runtime GenAI int4: decode_32": True,
         "ONNX Runtime GenAI int4: decode_512": True,
         "ONNX Runtime GenAI int4: prefill_512": True,
+        "ONNX Runtime GenAI int4: kl_difference": True,
+        "ONNX Runtime GenAI int4: weights": True,
         "ours: load_s": False,
         "ours: loaded_mb": True,
     }
@@ -135,16 +138,13 @@ def test_an_exit_is_judged_by_the_bytes_that_it_reads() -> None:
     }
 
 
-def test_prompts_differ_and_windows_do_not_overlap_them(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(peers, "CONTEXTS", (2, 8))
+def test_prompts_differ_and_windows_do_not_overlap_them(tiny: Any, tmp_path: Path) -> None:
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "the", "balcony"]
     order = np.random.default_rng(0).integers(len(words), size=2000)
     path = tmp_path / "text.txt"
     path.write_text(" ".join(words[index] for index in order), encoding="utf-8")
     bundle = Bundle.open(tiny.path)
-    text = peers.read_text(path, bundle, prompts=3, windows=2)
+    text = peers.read_text(path, bundle, prompts=3, longest=8, windows=2)
     ids = tiny.tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
     assert [token for prompt in text.prompts for token in prompt] == ids[:24]
     assert [len(window) - peers.WINDOW_PREFIX + 1 for window in text.windows] == [peers.WINDOW_ROWS] * 2
@@ -153,9 +153,9 @@ def test_prompts_differ_and_windows_do_not_overlap_them(
 
     path.write_text("the fox", encoding="utf-8")
     with pytest.raises(InputError, match=r"text\.txt: has \d+ tokens, but 598 are needed: give a longer text"):
-        peers.read_text(path, bundle, prompts=3, windows=2)
+        peers.read_text(path, bundle, prompts=3, longest=8, windows=2)
     with pytest.raises(InputError, match="cannot be read"):
-        peers.read_text(tmp_path / "absent", bundle, prompts=1, windows=1)
+        peers.read_text(tmp_path / "absent", bundle, prompts=1, longest=8, windows=1)
 
 
 def test_every_peer_has_a_worker_and_requirements() -> None:
@@ -186,6 +186,7 @@ def test_what_is_not_installed_is_named(
         ([], "give at least one bundle, or --install"),
         (["bundle"], "--text: measuring needs a text"),
         (["bundle", "--peers", "vllm"], "vllm: give some of llama-cpp,"),
+        (["bundle", "--text", "t", "--contexts", "32,many"], "32,many: give numbers of tokens from 1 on"),
     ],
 )
 def test_usage_errors(

@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_runtime.engine import Engine, TokenSequence
-from benchmarks.peer_workers.worker import MAX_LENGTH, FloatArray, Stepper, serve
+from benchmarks.peer_workers.worker import FloatArray, Stepper, serve
 
 
 class BalconyEdge(Stepper):
@@ -21,7 +21,7 @@ class BalconyEdge(Stepper):
     def __init__(self, model: Path, threads: int, options: dict[str, Any]) -> None:
         bundle = Bundle.open(model, verify_hashes=False)  # the peers do not read their files twice either
         self._engine = Engine.of(bundle, threads=threads, packed=options.get("packed"))
-        self._max_length = min(MAX_LENGTH, bundle.manifest.model.context_length)
+        self._max_length = min(options["max_length"], bundle.manifest.model.context_length)
         self._sequence: TokenSequence | None = None
         self._exit_layer = self._engine.exit_layers[-1]
         self._ids = np.zeros(1, np.int64)

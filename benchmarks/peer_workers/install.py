@@ -54,7 +54,7 @@ class PeerModel:
     peer: str
     path: Path | None
     make: tuple[str, ...] | None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def located(self) -> Path:
         """Path of the model."""

@@ -16,7 +16,7 @@ import numpy as np
 from cffi import FFI
 from llama_cpp_py_sync._cffi_bindings import ffi
 
-from benchmarks.peer_workers.worker import MAX_LENGTH, FloatArray, Stepper, serve
+from benchmarks.peer_workers.worker import FloatArray, Stepper, serve
 
 #: Directory in this environment into which `--install` unpacks the npm package.
 NATIVE = Path(sys.prefix) / "native" / "package" / "bins" / "linux-x64"
@@ -79,7 +79,7 @@ class LlamaCpp(Stepper):
             os.fsencode(model), self._llama.llama_model_default_params()
         )
         params = self._llama.llama_context_default_params()
-        params.n_ctx, params.n_threads, params.n_threads_batch = MAX_LENGTH, threads, threads
+        params.n_ctx, params.n_threads, params.n_threads_batch = options["max_length"], threads, threads
         self._context = self._llama.llama_init_from_model(self._model, params)
         if self._context == ffi.NULL:
             raise SystemExit(f"{model}: llama.cpp cannot load this file")
@@ -92,7 +92,10 @@ class LlamaCpp(Stepper):
     def prefill(self, tokens: list[int], variant: int | None) -> FloatArray:
         """See :class:`Stepper`."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
-        return self._decode(tokens)
+        most = self._llama.llama_n_batch(self._context)
+        for first in range(0, len(tokens), most):
+            logits = self._decode(tokens[first : first + most])
+        return logits
 
     def step(self, token: int) -> FloatArray:
         """See :class:`Stepper`."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-from benchmarks.peer_workers.worker import MAX_LENGTH, FloatArray, Peer, Timing, serve, timing
+from benchmarks.peer_workers.worker import FloatArray, Peer, Timing, serve, timing
 
 
 class OnnxRuntimeGenAI(Peer):
@@ -20,6 +20,7 @@ class OnnxRuntimeGenAI(Peer):
     version = f"onnxruntime-genai {og.__version__}"
 
     def __init__(self, model: Path, threads: int, options: dict[str, Any]) -> None:
+        self._max_length: int = options["max_length"]
         config = og.Config(str(model))
         sessions = {"intra_op_num_threads": threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": sessions}}}))
@@ -47,7 +48,7 @@ class OnnxRuntimeGenAI(Peer):
 
     def _new(self, **search: Any) -> Any:
         params = og.GeneratorParams(self._model)
-        params.set_search_options(do_sample=False, max_length=MAX_LENGTH, **search)
+        params.set_search_options(do_sample=False, max_length=self._max_length, **search)
         return og.Generator(self._model, params)
 
 

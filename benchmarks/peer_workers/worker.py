@@ -5,7 +5,8 @@ answers each with one. It ends when its input ends. Everything that an engine pr
 ``idle_s``, the time since the last answer, and ``idle_cpu_s``, the CPU time that a spinning pool used meanwhile. The
 requests, and the other keys of their answers:
 
-    {"do": "load", "model": PATH, "threads": N, "options": {...}}     load_s, config, version
+    {"do": "load", "model": PATH, "threads": N, "options": {"max_length": N, ...}}
+                                                                      load_s, config, version
     {"do": "generate", "variant": V, "prompt": [...], "steps": N}     prefill_ms, step_ms (N of them), tokens
     {"do": "memory"}                                                  peak_rss_mb, private_mb, added_mb
     {"do": "score", "variant": V, "windows": [[...]], "first": N, "reference": PATH, "write": BOOL}
@@ -32,8 +33,6 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
-#: Context of every engine in tokens, enough for the longest prompt with its reply and for a window of scoring.
-MAX_LENGTH = 1024
 
 
 class Timing(NamedTuple):

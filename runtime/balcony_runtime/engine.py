@@ -29,6 +29,9 @@ from balcony_runtime.tokens import checked, common_length, whole
 #: Measured: passes of 512 rows are 3 to 6 % slower in int4 and take 33 MB more; 128 rows are slower in float32
 #: (docs/LOG.md, "Passes of 256 rows instead of 512").
 MAX_PASS_ROWS = 256
+#: Most bytes of attention scores of one pass: every head has one for each of its rows and each row that the caches can hold.
+#: Only the part for rows that are there takes memory.
+MAX_SCORE_BYTES = 1 << 30
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -163,6 +166,8 @@ class TokenSequence:
         self._engine = engine
         self._layers = engine.exit_layers
         self.batch_size, self.max_length = batch_size, max_length
+        row_bytes = 4 * batch_size * max_length * max(engine.manifest.model.num_attention_heads, 1)
+        self._pass_rows = max(1, min(MAX_PASS_ROWS, MAX_SCORE_BYTES // row_bytes))
         self.length = 0
         self.state = state or engine.backend.new_state(batch_size, max_length)
         self._tokens = np.empty((batch_size, max_length), np.int64)  # pages take memory when tokens are written
@@ -225,8 +230,8 @@ class TokenSequence:
         for stage in range(index + 1):
             self.run_stage(stage, self.length)
         logits = []
-        for first in range(self.length - num_logits, self.length, MAX_PASS_ROWS):
-            stop = min(first + MAX_PASS_ROWS, self.length)
+        for first in range(self.length - num_logits, self.length, self._pass_rows):
+            stop = min(first + self._pass_rows, self.length)
             self._run_exit(index, first, stop)
             logits.append(self.state.logits(stop - first))
         return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
@@ -415,8 +420,8 @@ class TokenSequence:
         source = self.length if stage == 0 else self.stage_cursor[stage - 1]
         begin = self.stage_cursor[stage]
         end = min(source, begin + max_rows)
-        for start in range(begin, end, MAX_PASS_ROWS):
-            stop = min(start + MAX_PASS_ROWS, end)
+        for start in range(begin, end, self._pass_rows):
+            stop = min(start + self._pass_rows, end)
             self.state.run_stage(stage, start, stop)
             self.stage_cursor[stage] = stop
             self.rows_run += stop - start
@@ -430,8 +435,8 @@ class TokenSequence:
             return 0
         begin = self.balcony_cursor[index]
         end = min(self.stage_cursor[index], begin + whole("max_rows", max_rows, 0))
-        for start in range(begin, end, MAX_PASS_ROWS):
-            stop = min(start + MAX_PASS_ROWS, end)
+        for start in range(begin, end, self._pass_rows):
+            stop = min(start + self._pass_rows, end)
             self.state.run_exit(index, start, stop, 0)
             self.balcony_cursor[index] = stop
         return max(end - begin, 0)
@@ -476,8 +481,8 @@ class TokenSequence:
         # Run rows without queries in earlier passes, so that all query rows fit into the last pass.
         # Query rows that the balcony has already taken in run again; it writes the same keys and values.
         self.balcony_cursor[index] = self.state.exit_resumes(index, min(self.balcony_cursor[index], first))
-        while (begin := self.balcony_cursor[index]) < first and stop - begin > MAX_PASS_ROWS:
-            self.run_balcony(self._layers[index], min(MAX_PASS_ROWS, first - begin))
+        while (begin := self.balcony_cursor[index]) < first and stop - begin > self._pass_rows:
+            self.run_balcony(self._layers[index], min(self._pass_rows, first - begin))
         self.state.run_exit(index, begin, stop, stop - first)
         self.balcony_cursor[index] = stop
 

@@ -82,7 +82,7 @@ def test_every_weight_is_stored_once(export_tiny: Callable[[str], Any]) -> None:
         parameters = {id(p): p for p in exported.model.parameters()}  # a tied table counts once here
         parameters |= {id(p): p for balcony in exported.balconies.values() for p in balcony.parameters()}
         matrices = sum(p.numel() for p in parameters.values() if p.dim() > 1)  # vectors are small and lie in the graphs
-        rope = 2 * 256 * 8
+        rope = 2 * (2 * 256 * 8)  # for the portable set, and with the factor of the scores for CPUs
         stored = (exported.path / WEIGHTS).stat().st_size / 4
         assert matrices + rope <= stored <= (matrices + rope) * 1.01, architecture
 
@@ -159,6 +159,19 @@ def test_lowered_graphs_hold_one_fused_attention_a_layer_and_no_positions(export
         assert attributes["local_window_size"] == 7 and attributes["do_rotary"] == 1
     keys = onnx.load(path / "cpu_balcony_2_keys.onnx", load_external_data=False)
     assert Counter(node.op_type for node in keys.graph.node)["MatMul"] == 2  # only keys and values
+
+
+def test_the_factor_of_the_scores_is_in_the_rotary_tables(export_tiny: Callable[[str], Any]) -> None:
+    """Queries and keys take half of it each; only attention without a window computes all scores at once."""
+    for architecture, blocks in (("llama", False), ("mistral", True)):
+        for name in ("stage_0", "balcony_2", "balcony_2_keys"):
+            model = onnx.load(export_tiny(architecture).path / f"cpu_{name}.onnx")
+            weights = {value.name: onnx.numpy_helper.to_array(value) for value in model.graph.initializer}
+            cosines = next(array for key, array in weights.items() if key.startswith("rope_cos"))
+            np.testing.assert_allclose(cosines[0], 16**-0.25, rtol=1e-6)  # heads of 16: a factor of 1/4
+            for node in (node for node in model.graph.node if node.op_type == "GroupQueryAttention"):
+                (scale,) = (a.f for a in node.attribute if a.name == "scale")
+                assert (scale, "no_sink" in node.input) == (1.0, not blocks)
 
 
 def test_heads_that_the_fused_attention_refuses_keep_the_portable_graphs(export_tiny: Callable[[str], Any]) -> None:

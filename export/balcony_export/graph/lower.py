@@ -11,17 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from balcony_edge.bundle.manifest import ModelSpec
 from balcony_export.graph import passes
 from balcony_export.graph.experts import fuse
-from balcony_export.graph.ir_tools import MICROSOFT
+from balcony_export.graph.ir_tools import MICROSOFT, initializer
 from balcony_export.model.architecture import describe
 from balcony_export.model.exits import ExitModel
 
 INT32 = ir.TensorType(ir.DataType.INT32)
+#: A sink of the softmax so far below every score that it changes no sum. With one, ``GroupQueryAttention`` computes all scores
+#: of a head before it weighs the values, which is faster than its blocks for one row and for short prompts.
+NO_SINK = -1e30
 
 
 def can_lower(exits: ExitModel) -> bool:
@@ -74,12 +78,17 @@ def lower_balcony(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
 def lower_keys(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
     """The part of a balcony that only writes keys and values of its rows, for rows that are pending."""
     pasts = [str(value.name) for value in balcony.graph.inputs if (value.name or "").startswith("past_")]
+    (scale,) = {node.attributes["scale"].as_float() for node in balcony.graph if node.op_type == "Attention"} or {1.0}
     presents = [name.replace("past", "present") for name in pasts]
     dims = {"queries": "rows"} | dict.fromkeys(pasts[1:], pasts[0])
     model = passes.cut(balcony, f"{balcony.graph.name}_keys", ["rows", "start", *pasts], presents, dims)
     for node in list(model.graph):
         if node.op_type == "TensorScatter" and _of_heads(node.outputs[0]):
             _scatter_by_head(model, node, spec)
+        elif node.op_type == "RotaryEmbedding" and _turns_whole_heads(node.inputs[1], spec):
+            for index in (1, 2):
+                node.replace_input_with(index, _scaled(model, node.inputs[index], scale))
+    common.RemoveUnusedNodesPass()(model)
     _cache_by_head(model, spec)
     model.graph.opset_imports[MICROSOFT] = 1
     return model
@@ -131,7 +140,12 @@ def _append_norm(model: ir.Model, norm: ir.Model) -> None:
 
 
 def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last: ir.Value, total: ir.Value) -> None:
-    """Replace an ``Attention`` and everything between the projections and it."""
+    """Replace an ``Attention`` and everything between the projections and it.
+
+    The factor of the scores goes into the rotary tables of queries and keys, half to each. Without a factor, and without blocks
+    (:data:`NO_SINK`), ONNX Runtime multiplies one row by the keys as they lie in the cache; otherwise it transposes them first.
+    A window keeps its blocks, which skip the keys outside of it.
+    """
     query, present_key, present_value, _ = node.inputs
     writes = [_producer(present, "TensorScatter") for present in (present_key, present_value)]
     key, value = writes[0].inputs[1], writes[1].inputs[1]
@@ -145,10 +159,15 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
         "scale": node.attributes["scale"].as_float(),
         "do_rotary": int(rope[0] is not None),
     }
+    sink: list[ir.Value | None] = []
+    if _turns_whole_heads(rope[0], spec):
+        rope = [_scaled(model, table, attributes["scale"]) for table in rope]
+        attributes["scale"] = 1.0
+        sink = [None, None, initializer(model, "no_sink", np.full(spec.num_attention_heads, NO_SINK, np.float32))]
     if "softcap" in node.attributes:
-        attributes["softcap"] = node.attributes["softcap"].as_float()
+        attributes["softcap"], sink = node.attributes["softcap"].as_float(), []
     if (window := node.metadata_props.get(passes.WINDOW)) is not None:
-        attributes["local_window_size"] = int(window)
+        attributes["local_window_size"], sink = int(window), []
     pasts = [write.inputs[0] for write in writes]
     outputs = [ir.Value(name=node.outputs[0].name, type=node.outputs[0].type, shape=node.outputs[0].shape)]
     for present in (present_key, present_value):
@@ -157,7 +176,7 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
     fused = ir.Node(
         MICROSOFT,
         "GroupQueryAttention",
-        [query, key, value, *pasts, last, total, *rope],
+        [query, key, value, *pasts, last, total, *rope, *sink],
         ir.convenience.convert_attributes(attributes),
         outputs=outputs,
     )
@@ -166,6 +185,17 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
         assert old is not None
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     model.graph.remove([node, *writes], safe=True)
+
+
+def _turns_whole_heads(table: ir.Value | None, spec: ModelSpec) -> bool:
+    """Whether a rotary table, (positions, half of the rotated channels), is for all channels of a head."""
+    return table is not None and table.shape is not None and table.shape[1] * 2 == spec.head_dim
+
+
+def _scaled(model: ir.Model, table: ir.Value | None, scale: float) -> ir.Value:
+    """A rotary table that gives queries and keys, if both are turned by it, the factor ``scale`` of their products."""
+    assert table is not None and table.const_value is not None
+    return initializer(model, f"{table.name}_for_{scale:.6g}", table.const_value.numpy() * np.float32(scale**0.5))
 
 
 def _skip_norms(model: ir.Model) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from balcony_edge.bundle.manifest import LayerMemory, MixtureSpec, ModelSpec
+from balcony_edge.bundle.manifest import LayerMemory, ModelSpec
 from balcony_edge.errors import UnsupportedModelError
 from balcony_export.model.experts import mixture
 from balcony_export.model.layer import memory_of
@@ -174,7 +174,6 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
     attends = any(one.attention for one in memories)
     heads = int(config.num_attention_heads) if attends else 0
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
-    sizes = mixture(config)
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
     return ModelSpec(
         name=name,
@@ -189,5 +188,5 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         bos_token_id=config.bos_token_id,
         eos_token_ids=eos_ids,
         layers=() if all(one == LayerMemory() for one in memories) else memories,
-        mixture=None if sizes is None else MixtureSpec(experts=sizes.experts, chosen=sizes.chosen),
+        mixture=mixture(config),
     )

@@ -6,26 +6,19 @@ Owns how they are found, and how a dense MLP begins. Knows nothing about graphs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class Mixture:
-    """Sizes of a mixture of experts: ``chosen`` of ``experts`` run for each row."""
-
-    experts: int
-    chosen: int
+from balcony_edge.bundle.manifest import MixtureSpec
 
 
-def mixture(config: Any) -> Mixture | None:
+def mixture(config: Any) -> MixtureSpec | None:
     """Sizes of a model's mixtures; None if all its layers are dense."""
     for key in ("num_local_experts", "num_experts"):
         if experts := getattr(config, key, None):
-            return Mixture(int(experts), int(config.num_experts_per_tok))
+            return MixtureSpec(experts=int(experts), chosen=int(config.num_experts_per_tok))
     return None
 
 
