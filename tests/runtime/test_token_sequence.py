@@ -59,7 +59,7 @@ class Writes:
     """A backend of exits 2, 3, 4 and 6; all but exits 4 and 6 have balconies that keep rows."""
 
     def __init__(self, max_length: int = 64, context_length: int = 40) -> None:
-        model = SimpleNamespace(context_length=context_length, vocab_size=VOCABULARY)
+        model = SimpleNamespace(context_length=context_length, vocab_size=VOCABULARY, num_attention_heads=2)
         self.manifest = SimpleNamespace(exit_layers=(2, 3, 4, 6), cached_exits=(2, 3), model=model)
         self.max_length, self.picks_inside, self.closed = max_length, False, 0
 
@@ -159,8 +159,20 @@ def test_a_batch_advances_together() -> None:
         sequence.advance(6, [[1], [2, 3]])  # type: ignore[list-item]
 
 
-def test_passes_have_a_largest_size(sequence: TokenSequence, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scores_of_a_pass_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balcony_runtime.engine.MAX_SCORE_BYTES", 3 * 2 * 40 * 4)  # 3 rows of 2 heads, of 40 rows each
+    sequence = Engine(Writes()).new_sequence()  # type: ignore[arg-type]
+    assert sequence.advance(2, [1, 2, 3, 4], num_logits=4).argmax(-1).tolist() == [[10, 11, 12, 13]]
+    assert calls(sequence)[1:3] == [("stage", 0, 0, 3), ("stage", 0, 3, 4)]
+    batch = Engine(Writes()).new_sequence(batch_size=4)  # type: ignore[arg-type]
+    batch.append([[1, 2]] * 4)
+    assert batch.run_stage(0, 2) == 2  # one row of all members at a time, though even that is too large
+    assert calls(batch)[1:] == [("stage", 0, 0, 1), ("stage", 0, 1, 2)]
+
+
+def test_passes_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("balcony_runtime.engine.MAX_PASS_ROWS", 4)
+    sequence = Engine(Writes()).new_sequence()  # type: ignore[arg-type]
     logits = sequence.advance(2, list(range(10)), num_logits=6)
     assert calls(sequence) == [
         ("embed", [list(range(10))], 0), ("stage", 0, 0, 4), ("stage", 0, 4, 8), ("stage", 0, 8, 10),
