@@ -113,14 +113,14 @@ def _reply(llm: LLM, backend: RecordingBackend, budget: Budget) -> list[float]:
     """Overhead of each token of one reply, in µs."""
     llm.budget = budget
     stream = llm.stream(prompt(PROMPT_TOKENS), max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    next(stream)  # the reply's state is there from its first token on
     state = backend.state
-    if state is None:
-        raise AssertionError("stream() must make its sequence and state when it is called")
+    assert state is not None
     overhead_us: list[float] = []
     while True:
         begin, busy_ns = time.perf_counter_ns(), state.busy_ns
         token = next(stream, None)
         wall_ns = time.perf_counter_ns() - begin
         if token is None:
-            return overhead_us[SKIPPED_TOKENS:]
+            return overhead_us[SKIPPED_TOKENS - 1 :]
         overhead_us.append((wall_ns - (state.busy_ns - busy_ns)) / 1e3)
