@@ -18,7 +18,7 @@ other half. int4 alone is GPTQ without training.
 
 All are exported. KL and agreement to the uncut model and cross-entropy with the text are those of the bundles, on held-out
 rows; bytes are what a token reads. Speed is decoding after 32 tokens, in interleaved rounds of all bundles and exits; the uncut
-full depth is 1. A bundle that ``DIR`` has already is not made again, and ``--rounds 0`` leaves speed out.
+full depth is 1. A method that ``DIR`` has already is not made again, and ``--rounds 0`` leaves speed out.
 
 The last line is JSON: ``model``, ``steps``, ``points``: method → exit → ``bytes``, ``kl``, ``agreement``, ``cross_entropy``,
 ``speedup``, ``best`` (no other point has both fewer bytes and a smaller KL).
@@ -114,12 +114,13 @@ class Subject:
     tune_rate: float
     recipe: dict[str, Any]  # fields of TrainConfig
     compiled: bool | None = None
+    calibration_tokens: int = 8192
     tuned: dict[tuple[Method, int], ExitModel] = field(default_factory=dict)
 
     @property
     def calibration(self) -> list[list[int]]:
-        """About 8,000 tokens of the training text, as rows."""
-        count = 8192 // self.corpus.train.tokens.shape[1]
+        """The first tokens of the training text, as rows."""
+        count = self.calibration_tokens // self.corpus.train.tokens.shape[1]
         rows = self.corpus.train.take(count)
         return [row[:length].tolist() for row, length in zip(rows.tokens, rows.lengths, strict=True)]
 
@@ -227,13 +228,13 @@ def judged(subject: Subject, bundle: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def make(subject: Subject, work: Path, steps: int) -> Points:
-    """Train, export and judge what ``work`` does not have yet; returns all points."""
+def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Points:
+    """Train, export and judge what ``work`` does not have yet, or ``only`` some methods of it; returns all points."""
     record = work / "points.json"
     points: Points = json.loads(record.read_text()) if record.exists() else {}
     for method in methods(subject.widths, subject.rank):
         name = str(method)
-        if name in points:
+        if name in points or (only is not None and name not in only):
             continue
         begin = time.monotonic()
         place = work / name.replace(" ", "_").replace(",", "")
@@ -322,16 +323,18 @@ def small(data: Path, work: Path, base_steps: int) -> Subject:
 
 def demo(data: Path, balconies: Path) -> Subject:
     """The demo model with its shipped balconies."""
-    seq_len = 256
+    seq_len = 128
     tokenizer = load_tokenizer(demo_model_path())
-    corpus = build_corpus([data], tokenizer, seq_len=seq_len, seed=0, held_out_rows=16)
+    corpus = build_corpus([data], tokenizer, seq_len=seq_len, seed=0, held_out_rows=24)
     recipe = {
-        "seq_len": seq_len, "batch_rows": 2, "micro_rows": 2, "rate": 2e-3, "vector_rate": 1e-3, "warmup_steps": 5,
-        "average": 0.9, "precision": "fp32", "vocabulary": 4096,
+        "seq_len": seq_len, "batch_rows": 2, "micro_rows": 2, "optimizer": "adamw", "rate": 3e-4, "vector_rate": 3e-4,
+        "average": 0.9, "schedule": "cosine", "warmup_steps": 2, "precision": "fp32", "vocabulary": 4096,
     }  # fmt: skip
     model = load_model(demo_model_path(), attn_implementation="sdpa")
     scheme = Scheme(bits=4, block_size=64, down_block_size=256, head_bits=4)
-    return Subject(model, tokenizer, corpus, (14, 17, 20), balconies, (1024, 768), 272, scheme, RATE, recipe)
+    return Subject(
+        model, tokenizer, corpus, (14, 17, 20), balconies, (1024,), 272, scheme, RATE, recipe, calibration_tokens=4096
+    )
 
 
 def main() -> None:
@@ -341,6 +344,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="JSON Lines with a text each, or for demo a directory")
     parser.add_argument("--work", type=Path, required=True, help="directory for models and bundles")
     parser.add_argument("--steps", type=int, default=200, help="steps of every method")
+    parser.add_argument("--only", nargs="+", help="methods to make now; default: all")
     parser.add_argument("--base-steps", type=int, default=1500, help="steps of the small model itself")
     parser.add_argument("--balconies", type=Path, default=Path("balconies/smollm2-135m-instruct"))
     parser.add_argument("--rounds", type=int, default=5)
@@ -353,7 +357,7 @@ def main() -> None:
     subject = (
         small(options.data, options.work, options.base_steps) if is_small else demo(options.data, options.balconies)
     )
-    points = make(subject, options.work, options.steps)
+    points = make(subject, options.work, options.steps, options.only)
     document: dict[str, Any] = {"benchmark": "compression", "model": options.model, "steps": options.steps}
     if options.rounds:
         neighbours = Neighbours()
