@@ -58,7 +58,7 @@ def narrow(exits: ExitModel, size: int, rows: Sequence[Sequence[int]]) -> None:
         order = (moment.diagonal() * down.square().sum(0)).argsort(descending=True)
         kept, lost = order[:size].sort().values, order[size:]
         inner = moment[kept][:, kept]
-        inner.diagonal().add_(DAMPING * inner.diagonal().mean())
+        inner.diagonal().add_(DAMPING * inner.diagonal().mean() + 1e-12)  # for MLPs that are silent altogether
         change = torch.linalg.solve(inner, moment[kept][:, lost] @ down[:, lost].T).T  # (D, size)
         for projection in ("gate_proj", "up_proj"):
             linear = getattr(mlp, projection)
