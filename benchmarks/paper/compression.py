@@ -251,7 +251,7 @@ def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Po
     return points
 
 
-def measure_speed(points: Points, work: Path, rounds: int, threads: int | None) -> None:
+def measure_speed(points: Points, work: Path, rounds: int, threads: int) -> None:
     """Add the speed-up over the uncut full depth to every point: the median over the rounds of the ratio within a round."""
     engines = {
         name: Engine.open(work / name.replace(" ", "_").replace(",", "") / "bundle", threads=threads) for name in points
@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, default=1500, help="steps of the small model itself")
     parser.add_argument("--balconies", type=Path, default=Path("balconies/smollm2-135m-instruct"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="threads of training and judging; speed takes all")
+    parser.add_argument("--threads", type=int, default=1, help="threads of training, judging and speed")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -361,7 +361,7 @@ def main() -> None:
     document: dict[str, Any] = {"benchmark": "compression", "model": options.model, "steps": options.steps}
     if options.rounds:
         neighbours = Neighbours()
-        measure_speed(points, options.work, options.rounds, None)
+        measure_speed(points, options.work, options.rounds, options.threads)
         document |= {"cpu": cpu_name(), "rounds": options.rounds, **neighbours.report()}
     mark_best(points)
     if options.plot is not None:
