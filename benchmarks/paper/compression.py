@@ -1,7 +1,7 @@
 """The paper's limitations (section 6): balconies together with cuts in width, low rank and int4, against each of them alone.
 
     python -m benchmarks.paper.compression small --data TEXT.jsonl --work DIR [--steps 200] [--threads 1] [--plot FILE]
-    python -m benchmarks.paper.compression demo --data TEXT.jsonl --work DIR [--steps 60]
+    python -m benchmarks.paper.compression demo --data TEXT.jsonl --work DIR --steps 16
 
 ``small`` is the Llama of :mod:`.ablations`, which is trained on the text first, and whose balconies begin as copies of its last
 layer. ``demo`` is SmolLM2-135M-Instruct with the shipped balconies, which are cut with the model and go on learning.
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for models and bundles")
     parser.add_argument("--steps", type=int, default=200, help="steps of every method")
     parser.add_argument("--only", nargs="+", help="methods to make now; default: all")
-    parser.add_argument("--base-steps", type=int, default=1500, help="steps of the small model itself")
+    parser.add_argument("--base-steps", type=int, default=1200, help="steps of the small model itself")
     parser.add_argument("--balconies", type=Path, default=Path("balconies/smollm2-135m-instruct"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="threads of training, judging and speed")

@@ -4,7 +4,8 @@ Owns the two cuts and their order: MLPs keep their most active neurons, and weig
 Both change a model and its balconies where they are, and measure the inputs of the layers on calibration text. Balconies learn
 from the uncut model afterwards (``balcony-edge train --teacher``), so they also learn to correct the cut.
 
-Low rank is not among the cuts: at equal bytes it is worse than width (docs/variants.md, "Width and depth together").
+Low rank is not among the cuts: it is not better than width at equal bytes (docs/variants.md, "Width and depth together"), and
+ordinary checkpoints have no form for it.
 """
 
 from __future__ import annotations
