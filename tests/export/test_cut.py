@@ -101,7 +101,7 @@ def test_rounding_twice_is_rounding_once(moment: bool, again: bool) -> None:
 
 
 def test_a_bundle_of_a_rounded_model_holds_its_weights(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    """Bit for bit in the backbone and the head; balconies are rounded at the export."""
+    """Up to float32 rounding in the backbone and the head; balconies are rounded at the export."""
     scheme = parse_precision("int4,block=32,head=4,level=1")
     assert not isinstance(scheme, str)
     exits = ExitModel.open(make_tiny("llama"), (2,))
