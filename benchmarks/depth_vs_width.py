@@ -13,7 +13,7 @@ Quality (figure 4, with ``--text``): KL and top-1 agreement to the full model on
 - early exit (the first layers, then the final norm)
 - dropping a run of layers in the middle
 - merging this run into the layer before it (LaCo: Yang et al., 2024)
-- keeping the MLP's most active neurons
+- keeping the MLP's most active neurons, fitted by least squares (``balcony-edge cut``)
 
 Only the balconies are trained. With ``--tune-steps`` all methods (the balcony starts fresh) are also shown before and after
 the same few documents of distillation.
@@ -40,6 +40,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from balcony_export.cut import narrow
 from balcony_export.data.documents import read_documents
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.extract import submodel
@@ -135,30 +136,11 @@ def _with_layers(model: PreTrainedModel, layers: list[Any]) -> PreTrainedModel:
     return model
 
 
-def sliced(model: PreTrainedModel, size: int, documents: list[list[int]]) -> PreTrainedModel:
-    """The model with the ``size`` neurons of largest mean activation on the documents in every MLP."""
-    small = copy.deepcopy(model)
-    decoder: Any = small.get_decoder()
-    activity = [torch.zeros(small.config.intermediate_size) for _ in decoder.layers]
-
-    def watch(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            activity[index] += arguments[0].detach().abs().sum(dim=(0, 1))
-
-        return hook
-
-    handles = [layer.mlp.down_proj.register_forward_pre_hook(watch(i)) for i, layer in enumerate(decoder.layers)]
-    with torch.no_grad():
-        for document in documents:
-            small(torch.tensor([document]), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    for layer, seen in zip(decoder.layers, activity, strict=True):
-        kept = seen.topk(size).indices.sort().values
-        for name in ("gate_proj", "up_proj"):
-            getattr(layer.mlp, name).weight = nn.Parameter(getattr(layer.mlp, name).weight.detach()[kept])
-        layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.detach()[:, kept])
-    return small
+def narrowed(model: PreTrainedModel, size: int, documents: list[list[int]]) -> PreTrainedModel:
+    """The model with the ``size`` neurons of every MLP that are most active on the documents: :func:`.cut.narrow`."""
+    exits = ExitModel(copy.deepcopy(model))
+    narrow(exits, size, documents)
+    return exits.model
 
 
 @torch.no_grad()
@@ -218,7 +200,7 @@ def before_tuning(
         "early exit": partial(submodel, ExitModel(model), exit_layer + 1),
         "drop": partial(dropped, model, count),
         "merge": partial(merged, model, count),
-        "MLP": partial(sliced, model, TUNE_MLP, chosen),
+        "MLP": partial(narrowed, model, TUNE_MLP, chosen),
     }
 
 
@@ -238,7 +220,7 @@ def measure_quality(text: Path, directory: Path, tune_steps: int) -> dict[str, A
         small[f"drop {count} layers"] = partial(dropped, model, count)
         small[f"merge {count} layers"] = partial(merged, model, count)
     for size in (1152, 768, 576):
-        small[f"MLP {size}"] = partial(sliced, model, size, chosen)
+        small[f"MLP {size}"] = partial(narrowed, model, size, chosen)
     found = {}
     for name, make in small.items():
         found[name] = quality(model, make(), judged)

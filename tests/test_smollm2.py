@@ -19,7 +19,7 @@ from balcony_edge.errors import MissingDependencyError
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.model.exits import ExitModel
-from balcony_export.train.loss import HeadLoss
+from balcony_export.train.loss import Head, HeadLoss
 from balcony_export.verify import verify
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
@@ -159,7 +159,7 @@ def test_company_is_exact(llm: LLM) -> None:
 def test_the_shipped_balconies_are_this_models_and_predict_what_it_predicts(demo: Any) -> None:
     shipped = ExitModel.open(demo.model, None, Path(__file__).parents[1] / "balconies/smollm2-135m-instruct")
     assert tuple(shipped.balconies) == EXITS
-    head = HeadLoss(demo.model.get_output_embeddings().weight, torch.float32, compiled=False)
+    head = HeadLoss(Head(demo.model.get_output_embeddings().weight), dtype=torch.float32, compiled=False)
     totals, count = dict.fromkeys(EXITS, 0.0), 0
     with torch.no_grad():
         for prompt in PROMPTS[:8]:

@@ -20,6 +20,7 @@ from balcony_edge.cli import budget
 from balcony_edge.cli.build import build
 from balcony_edge.cli.calibrate import calibrate
 from balcony_edge.cli.compare import compare
+from balcony_edge.cli.cut import cut
 from balcony_edge.cli.doctor import doctor
 from balcony_edge.cli.eval import evaluate
 from balcony_edge.cli.export import export
@@ -62,7 +63,7 @@ def _options(
 
 
 for verb in (
-    export, build, extract, verify, inspect, run, serve, train, doctor, profile, plan, compare, simulate, replay, calibrate
+    export, build, extract, verify, inspect, run, serve, train, cut, doctor, profile, plan, compare, simulate, replay, calibrate
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(budget.app, name="budget")

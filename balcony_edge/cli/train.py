@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from balcony_export.data.corpus import Corpus
     from balcony_export.model.balcony import BalconyKind
     from balcony_export.train.report import StepReport
@@ -34,6 +36,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in the output.")] = False,
     start: Annotated[
         Path | None, typer.Option(help="Trained balconies to start from (default: copies of the last layer).")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Model to learn from (default: MODEL's full depth): the one that MODEL was cut from."),
     ] = None,
     exit_module: Annotated[
         Literal["decoder", "attention", "mlp", "none", "dense"],
@@ -128,6 +134,7 @@ def train(
         raise InputError("the length of the run is missing: give --tokens, --steps or --minutes")
     # before Trainer joins the processes: after that, under FSDP, transformers would load weights in the first one only
     loaded = load_trainable(model, seq_len)
+    uncut = None if teacher is None else _load_teacher(teacher, model, seq_len, loss)
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
     _refuse_trained(output, layers, start)
     begun = None if start is None or resume else load_balconies(start, loaded, layers)  # a checkpoint has the weights
@@ -166,7 +173,7 @@ def train(
         data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows, mix=_shares(mix or [])
     )
     begin = None if begun is None else Start(begun, _rows_seen(start, layers, corpus))
-    trainer = Trainer(loaded, corpus, config, output, start=begin, compiled=compiled)
+    trainer = Trainer(loaded, corpus, config, output, start=begin, teacher=uncut, compiled=compiled)
     if precision == "bf16" and trainer.device.type == "cpu" and not has_bfloat16():
         stderr.print("this CPU has no bfloat16 instructions: --precision fp32 trains about three times as fast")
     if resume:
@@ -182,6 +189,20 @@ def train(
     with _progress_bar(trainer) as report:
         trainer.run(report)
     _finish(trainer, model, pretraining_tokens, before, as_json)
+
+
+def _load_teacher(teacher: str, model: str, seq_len: int, loss: str) -> PreTrainedModel:
+    """Load the model that the exits learn from, whose tokens must be those of ``model``."""
+    from balcony_edge.errors import InputError
+    from balcony_export.model.checkpoint import load_tokenizer, load_trainable
+
+    if loss == "ce":
+        raise InputError("--teacher with --loss ce: the text is the only target of that loss: leave one of them out")
+    if load_tokenizer(teacher).get_vocab() != load_tokenizer(model).get_vocab():
+        raise InputError(
+            f"--teacher {teacher}: its tokens are not those of {model}: give the model that it was cut from"
+        )
+    return load_trainable(teacher, seq_len)
 
 
 def _rows_seen(start: Path | None, layers: tuple[int, ...], corpus: Corpus) -> int:

@@ -20,13 +20,16 @@ def trainer_of(
     output: Path,
     start: dict[int, Balcony] | None = None,
     work: Path | None = None,
+    teacher: Any = None,
     **options: Any,
 ) -> Trainer:
     values: dict[str, Any] = {"exits": (2, 3), "steps": 12, "seq_len": SEQ_LEN, "positions": 8, "warmup_steps": 2}
     values |= {"rate": 3e-3, "vector_rate": 1e-3, "evaluate_every": 6, "checkpoint_minutes": 60.0, "precision": "fp32"}
     values |= options
     begin = None if start is None else Start(start)
-    return Trainer(model, corpus, TrainConfig(**values), output, start=begin, work=work, compiled=False)
+    return Trainer(
+        model, corpus, TrainConfig(**values), output, start=begin, teacher=teacher, work=work, compiled=False
+    )
 
 
 def losses_of(trainer: Trainer) -> list[dict[str, float]]:

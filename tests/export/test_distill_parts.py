@@ -19,7 +19,7 @@ from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, rows_seen, save_balconies
 from balcony_export.train.attention import NAME, block_attention, use_block_attention
 from balcony_export.train.config import TrainConfig
-from balcony_export.train.loss import CHUNK, HeadLoss, VocabularySample
+from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.report import Cost, pretraining_tokens
 from balcony_export.train.schedule import Schedule
@@ -31,7 +31,7 @@ def test_loss_and_gradient_are_those_of_the_definition(softcap: float | None, co
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(50, 16, generator=generator)
     full, student = torch.randn(2, count, 16, generator=generator)
-    head = HeadLoss(weight, torch.float32, softcap, compiled=False)
+    head = HeadLoss(Head(weight, softcap), dtype=torch.float32, compiled=False)
 
     def logits(x: torch.Tensor) -> torch.Tensor:
         out = x @ weight.T
@@ -64,17 +64,18 @@ def test_loss_and_gradient_are_those_of_the_definition(softcap: float | None, co
 def test_a_part_of_the_vocabulary_holds_the_text_the_likeliest_and_others_that_represent_the_rest() -> None:
     generator = torch.Generator().manual_seed(2)
     weight, text = torch.randn(100, 16, generator=generator), torch.tensor([7, 7, 91, 3])
+    whole = HeadLoss(Head(weight), dtype=torch.float32, compiled=False).whole
     sample = VocabularySample(20, torch.arange(99, -1, -1))  # 99 is the most probable
-    part = sample.draw(weight, text, [0, 1, 0])
+    part = sample.draw(whole, text, [0, 1, 0])
     rows = [int((weight == row).all(dim=1).nonzero()) for row in part.weight]
     assert {3, 7, 91} <= set(rows[:10]) and set(rows[:10]) - {3, 7, 91} == set(range(93, 100))
     assert len(set(rows)) == 20 and not set(rows[10:]) & set(rows[:10])
     assert part.offset[:10].tolist() == [0.0] * 10
     assert part.offset[10:].tolist() == pytest.approx([math.log(90 / 10)] * 10)
-    again, other = (sample.draw(weight, text, [0, step, 0]) for step in (1, 2))
+    again, other = (sample.draw(whole, text, [0, step, 0]) for step in (1, 2))
     assert torch.equal(again.weight, part.weight) and not torch.equal(other.weight, part.weight)
     # a text with more tokens than there is room for: the most probable of them, and half of the part is still drawn
-    crowded = VocabularySample(20, torch.arange(99, -1, -1)).draw(weight, torch.arange(50), [0, 0])
+    crowded = VocabularySample(20, torch.arange(99, -1, -1)).draw(whole, torch.arange(50), [0, 0])
     rows = [int((weight == row).all(dim=1).nonzero()) for row in crowded.weight]
     assert rows[:10] == list(range(49, 39, -1)) and len(set(rows)) == 20
     assert crowded.offset[10:].tolist() == pytest.approx([math.log(90 / 10)] * 10)
@@ -85,12 +86,12 @@ def test_the_sampled_loss_is_on_average_the_exact_one(softcap: float | None) -> 
     generator = torch.Generator().manual_seed(3)
     weight = 0.5 * torch.randn(400, 16, generator=generator)
     full, student = torch.randn(2, 64, 16, generator=generator)
-    head = HeadLoss(weight, torch.float32, softcap, compiled=False)
+    head = HeadLoss(Head(weight, softcap), dtype=torch.float32, compiled=False)
     ranking = head.ranking(full)
-    assert int(ranking[0]) == int(head.logits(full).softmax(-1).mean(0).argmax())
+    assert int(ranking[0]) == int(head.head.logits(full, weight).softmax(-1).mean(0).argmax())
     sample = VocabularySample(200, ranking)
     ((exact, exact_slope),) = head.kl(full, [student])
-    found = [head.kl(full, [student], sample.draw(weight, torch.tensor([0]), [seed]))[0] for seed in range(60)]
+    found = [head.kl(full, [student], sample.draw(head.whole, torch.tensor([0]), [seed]))[0] for seed in range(60)]
     assert float(torch.stack([kl.mean() for kl, _ in found]).mean()) == pytest.approx(float(exact.mean()), rel=0.02)
     slope = torch.stack([slope for _, slope in found]).mean(0)
     assert float((slope - exact_slope).norm() / exact_slope.norm()) < 0.06

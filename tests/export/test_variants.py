@@ -27,7 +27,7 @@ from balcony_export.quantize.blocks import Scheme
 from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
 from balcony_export.train.config import TrainConfig
-from balcony_export.train.loss import LOSS_WEIGHTS, HeadLoss
+from balcony_export.train.loss import LOSS_WEIGHTS, Head, HeadLoss
 from balcony_export.train.trainer import Trainer
 from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
@@ -138,7 +138,7 @@ def test_the_text_as_teacher(make_tiny: Any, tmp_path: Path, loss: Any) -> None:
     torch.manual_seed(1)
     full, student = torch.randn(2, 150, 16)
     weight, labels = torch.randn(40, 16), torch.randint(0, 40, (150,))
-    head = HeadLoss(weight, torch.float32, compiled=False, kind=loss)
+    head = HeadLoss(Head(weight), dtype=torch.float32, compiled=False, kind=loss)
     student.requires_grad_(True)
     (got,) = head.backward(full, [student], labels)
     again = student.detach().clone().requires_grad_(True)

@@ -171,18 +171,23 @@ def quantize(
 ) -> Blocks:
     """Quantize a matrix (N, K) in blocks of ``size`` along K.
 
-    With the second ``moment`` (K, K) of its inputs by GPTQ, otherwise to the nearest values.
+    With the second ``moment`` (K, K) of its inputs by GPTQ, otherwise to the nearest values. A matrix that was rounded before
+    to 4 bits in the same blocks, as :mod:`balcony_export.cut` does, keeps its values.
     """
     levels = 1 << bits
     padding = -weight.shape[1] % size
     padded = torch.nn.functional.pad(weight, (0, padding))
     blocks = padded.reshape(len(weight), -1, size)
+    found = _earlier_scales(blocks) if symmetric and bits == 4 and not positive else None
 
     def grids(importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scales, zeros = _grid(blocks, levels, symmetric, importance.reshape(-1, size), positive)
         return scales[..., 0], zeros[..., 0]
 
-    if moment is not None:
+    if found is not None:
+        scales, zeros = found, torch.full_like(found, levels // 2)
+        values = (torch.round(blocks / scales) + zeros).reshape(padded.shape)
+    elif moment is not None:
         moment = torch.nn.functional.pad(moment, (0, padding, 0, padding))
         values, scales, zeros = round_with_compensation(padded, moment, grids, levels)
     else:
@@ -196,6 +201,25 @@ def quantize(
         bits,
         size,
     )
+
+
+def _earlier_scales(blocks: torch.Tensor) -> torch.Tensor | None:
+    """Scales with which blocks (N, blocks, size) of an earlier rounding to 4 bits are exact, or None if there are none.
+
+    The largest value of a block may be at any of the levels 1 to 8. The first row tells an ordinary matrix at once.
+    """
+    for part in (blocks[:1], blocks):
+        largest = part.gather(-1, part.abs().argmax(-1, keepdim=True))  # (N, blocks, 1)
+        scales = torch.zeros_like(largest)
+        for level in (8, 7, 6, 5, 4, 3, 2, 1):
+            scale = torch.where(largest == 0, torch.ones_like(largest), largest / -level)
+            steps = torch.round(part / scale)
+            exact = ((steps * scale - part).abs() <= 1e-6 * largest.abs()).all(-1, keepdim=True)
+            exact &= (steps >= -8).all(-1, keepdim=True) & (steps <= 7).all(-1, keepdim=True)
+            scales = torch.where(exact & (scales == 0), scale, scales)
+        if (scales == 0).any():
+            return None
+    return scales
 
 
 def _grid(

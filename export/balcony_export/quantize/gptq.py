@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError
-from balcony_export.data.corpus import build_corpus
+from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.experts import ExpertMoments
 
@@ -38,7 +38,15 @@ def calibration_rows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) 
     Raises:
         InputError: A file cannot be used, or there is too little text.
     """
-    corpus = build_corpus(files, tokenizer, seq_len=CALIBRATION_LENGTH, held_out_rows=0)
+    return first_rows(build_corpus(files, tokenizer, seq_len=CALIBRATION_LENGTH, held_out_rows=0))
+
+
+def first_rows(corpus: Corpus) -> list[list[int]]:
+    """The first ``CALIBRATION_ROWS`` training rows of a corpus, or as many tokens in shorter ones.
+
+    Raises:
+        InputError: There is too little text.
+    """
     rows, total = [], 0  # type: list[list[int]], int
     for tokens, length in zip(corpus.train.tokens, corpus.train.lengths, strict=True):
         if total >= CALIBRATION_ROWS * CALIBRATION_LENGTH:

@@ -37,6 +37,9 @@ class VocabularyPart(NamedTuple):
 
     weight: torch.Tensor  # (S, D), their rows of the LM head
     offset: torch.Tensor  # (S,) float32, added to the logits: log of the number of tokens that each represents
+    full: (
+        torch.Tensor
+    )  # (S, D), their rows of the full model's LM head: ``weight``, unless another model is the teacher
 
 
 class VocabularySample:
@@ -57,11 +60,11 @@ class VocabularySample:
         self.size = size
         self.ranking = ranking
 
-    def draw(self, weight: torch.Tensor, text: torch.Tensor, seed: Sequence[int]) -> VocabularyPart:
+    def draw(self, whole: VocabularyPart, text: torch.Tensor, seed: Sequence[int]) -> VocabularyPart:
         """Draw the part of a step.
 
         Args:
-            weight: The LM head  # (V, D)
+            whole: The whole vocabulary.
             text: Tokens of the step, which may repeat  # (n,)
             seed: Seed of the drawn half.
         """
@@ -71,10 +74,11 @@ class VocabularySample:
         others = rest.nonzero()[:, 0]
         count = self.size - len(chosen)
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(others))[:count])
-        ids = torch.cat([chosen, others[order.to(others.device)]]).to(weight.device)
-        offset = torch.zeros(len(ids), device=weight.device)
+        ids = torch.cat([chosen, others[order.to(others.device)]]).to(whole.weight.device)
+        offset = torch.zeros(len(ids), device=whole.weight.device)
         offset[len(chosen) :] = math.log(len(others) / count)
-        return VocabularyPart(weight[ids], offset)
+        weight = whole.weight[ids]
+        return VocabularyPart(weight, offset, weight if whole.full is whole.weight else whole.full[ids])
 
     def _chosen(self, text: torch.Tensor) -> torch.Tensor:
         """Tokens of the text, then the others, each the most probable first, cut to half a part  # (S / 2,)"""
@@ -93,13 +97,25 @@ def _kl_kernel(full: torch.Tensor, student: torch.Tensor, offset: torch.Tensor) 
     return kl, (student_log.exp() - p).to(student.dtype)
 
 
+class Head(NamedTuple):
+    """How a model makes logits of normed hidden states."""
+
+    weight: torch.Tensor  # (V, D), divided by the model's divisor of logits
+    softcap: float | None = None  # its ``final_logit_softcapping``
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Logits for some rows of the head  # (n, D), (S, D) -> (n, S)"""
+        logits = hidden.to(weight.dtype) @ weight.T
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
 class HeadLoss:
-    """KL through a frozen LM head.
+    """KL through frozen LM heads.
 
     Args:
-        weight: The LM head  # (V, D)
+        head: The LM head of the exits.
+        full: The LM head of the full model; by default the same.
         dtype: Type of the products that give logits; softmax and sums are float32 in any case.
-        softcap: The model's ``final_logit_softcapping``, or None.
         compiled: Whether ``torch.compile`` fuses the softmax passes (8 times as fast on a CPU, 46 instead of 392 µs a
             position); None for yes if the machine can compile.
         kind: The loss that :meth:`backward` propagates.
@@ -107,25 +123,20 @@ class HeadLoss:
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        head: Head,
+        full: Head | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        softcap: float | None = None,
         compiled: bool | None = None,
         kind: LossKind = "kl",
     ) -> None:
         self.weights_of = LOSS_WEIGHTS[kind]
-        self.weight = weight.detach().to(dtype)
-        self.dtype = dtype
-        self.softcap = softcap
+        self.head, self.full = head, full or head
         if compiled is None:
-            compiled = weight.is_cuda or can_compile()
+            compiled = head.weight.is_cuda or can_compile()
         self.kernel: _Kernel = torch.compile(_kl_kernel, dynamic=False) if compiled else _kl_kernel
-        self.whole = VocabularyPart(self.weight, torch.zeros(len(self.weight), device=self.weight.device))
-
-    def logits(self, hidden: torch.Tensor, part: VocabularyPart | None = None) -> torch.Tensor:
-        """Logits as the model computes them, for the whole vocabulary or a part of it  # (n, D) -> (n, S)"""
-        logits = hidden.to(self.dtype) @ (part or self.whole).weight.T
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        weight = head.weight.detach().to(dtype)
+        offset = torch.zeros(len(weight), device=weight.device)
+        self.whole = VocabularyPart(weight, offset, weight if full is None else full.weight.detach().to(dtype))
 
     def kl(
         self, full: torch.Tensor, students: Sequence[torch.Tensor], part: VocabularyPart | None = None
@@ -140,8 +151,8 @@ class HeadLoss:
         part = part or self.whole
 
         def gradient(_targets: torch.Tensor, logits: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-            if self.softcap is not None:
-                slope = slope * (1 - (logits / self.softcap) ** 2)
+            if self.head.softcap is not None:
+                slope = slope * (1 - (logits / self.head.softcap) ** 2)
             return slope @ part.weight
 
         return self._divided(full, students, part, gradient)
@@ -167,9 +178,9 @@ class HeadLoss:
             count = min(CHUNK, total - start)
             # always the same shape, or the compiler would run for every length
             padding = (0, 0, 0, CHUNK - count if total > CHUNK else 0)
-            targets = self.logits(nn.functional.pad(full[start : start + count], padding), part)
+            targets = self.full.logits(nn.functional.pad(full[start : start + count], padding), part.full)
             for student, kl_parts, other_parts in zip(students, kls, others, strict=True):
-                logits = self.logits(nn.functional.pad(student[start : start + count], padding), part)
+                logits = self.head.logits(nn.functional.pad(student[start : start + count], padding), part.weight)
                 kl, slope = self.kernel(targets, logits, part.offset)
                 kl_parts.append(kl[:count])
                 other_parts.append(also(targets, logits, slope)[:count])
@@ -183,21 +194,22 @@ class HeadLoss:
         """``(cross-entropy per position, gradient of their sum)`` against the text's next tokens  # (n, D), (n,)"""
         losses, grads = [student.new_zeros(0).float()], [student.new_zeros(0)]
         for start in range(0, student.shape[0], CHUNK):
-            logits, wanted = self.logits(student[start : start + CHUNK]), labels[start : start + CHUNK]
+            logits = self.head.logits(student[start : start + CHUNK], self.whole.weight)
+            wanted = labels[start : start + CHUNK]
             logs = torch.log_softmax(logits.float(), dim=-1)
             losses.append(-logs.gather(1, wanted[:, None])[:, 0])
             grad = logs.exp().scatter_add_(1, wanted[:, None], logs.new_full((len(wanted), 1), -1.0)).to(logits.dtype)
-            if self.softcap is not None:
-                grad = grad * (1 - (logits / self.softcap) ** 2)
-            grads.append(grad @ self.weight)
+            if self.head.softcap is not None:
+                grad = grad * (1 - (logits / self.head.softcap) ** 2)
+            grads.append(grad @ self.whole.weight)
         return torch.cat(losses), torch.cat(grads[1:] or grads)
 
     @torch.no_grad()
     def ranking(self, full: torch.Tensor) -> torch.Tensor:
         """All tokens, the most probable in the full model on average first  # (n, D) -> (V,)"""
-        mean = torch.zeros(len(self.weight), device=self.weight.device)
+        mean = torch.zeros_like(self.whole.offset)
         for start in range(0, len(full), CHUNK):
-            mean += self.logits(full[start : start + CHUNK]).float().softmax(dim=-1).sum(dim=0)
+            mean += self.full.logits(full[start : start + CHUNK], self.whole.full).float().softmax(dim=-1).sum(dim=0)
         return mean.argsort(descending=True)
 
     def backward(

@@ -1,7 +1,8 @@
 """States of the frozen backbone: one pass gives the input of every balcony and the target of the loss.
 
-Owns how long states are kept: in memory while rows are reused, and in a cache on disk that saves the pass when a row comes
-again in a later epoch. The backbone is frozen, so a state never goes stale.
+Owns which model the target is taken from, the backbone or a teacher that runs next to it, and how long states are kept: in
+memory while rows are reused, and in a cache on disk that saves the pass when a row comes again in a later epoch. Both models
+are frozen, so a state never goes stale.
 """
 
 from __future__ import annotations
@@ -14,34 +15,69 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedModel
 
-from balcony_edge.errors import TrainingError
+from balcony_edge.errors import InputError, TrainingError
 from balcony_export.data.corpus import Order
 from balcony_export.model.exits import ExitModel
+from balcony_export.train.loss import Head
+
+
+def full_model(exits: ExitModel, teacher: PreTrainedModel | None) -> ExitModel:
+    """The model whose full depth the exits learn from: ``exits`` itself, or a teacher.
+
+    Raises:
+        InputError: The teacher's vocabulary or hidden states have another size.
+    """
+    if teacher is None:
+        return exits
+    full = ExitModel(teacher)
+    (tokens, width), (want_tokens, want_width) = full.parts.head.weight.shape, exits.parts.head.weight.shape
+    if (tokens, width) != (want_tokens, want_width):
+        raise InputError(
+            f"--teacher: its LM head has {tokens} tokens and {width} inputs, the model's has {want_tokens} and {want_width}: "
+            "give the model that this one was cut from"
+        )
+    return full
+
+
+def head_of(exits: ExitModel) -> Head:
+    """The LM head of a model."""
+    weight = exits.parts.head.weight
+    return Head(weight if exits.logits_divisor == 1.0 else weight / exits.logits_divisor, exits.soft_cap)
 
 
 class BackboneStates:
-    """States at the exits below the full depth, and after the final norm, of rows of tokens.
+    """States at the exits below the full depth, and after the final norm of the full model, of rows of tokens.
 
     Args:
         exits: The frozen model with its balconies, in the precision of its passes.
+        full: The model that the exits learn from, see :func:`full_model`.
         rows: Tokens of the training rows  # (R, T)
         micro_rows: Rows per pass.
         cache: Keeps states between epochs, if there is room.
     """
 
     def __init__(
-        self, exits: ExitModel, rows: npt.NDArray[np.int32], micro_rows: int, cache: StateCache | None = None
+        self,
+        exits: ExitModel,
+        full: ExitModel,
+        rows: npt.NDArray[np.int32],
+        micro_rows: int,
+        cache: StateCache | None = None,
     ) -> None:
+        self.full = full
         self.exits, self.rows, self.micro_rows, self.cache = exits, rows, micro_rows, cache
         self._kept: dict[int, torch.Tensor] = {}  # place in the stream of rows -> states  # (exits + 1, T, D)
 
     @torch.no_grad()
     def of(self, tokens: npt.NDArray[np.int32]) -> torch.Tensor:
         """States of any rows, the final normed one last  # (B, T) -> (exits + 1, B, T, D)"""
-        exits, device = self.exits, self.exits.parts.embed.weight.device
-        states = exits.run(torch.from_numpy(tokens).long().to(device), exits.exit_layers)
-        return torch.stack([*(states.at[e] for e in exits.balconies), exits.normed(exits.depth, states)])
+        exits, full = self.exits, self.full
+        ids = torch.from_numpy(tokens).long().to(exits.parts.embed.weight.device)
+        states = exits.run(ids, exits.exit_layers)
+        last = states if full is exits else full.run(ids, (full.depth,))
+        return torch.stack([*(states.at[e] for e in exits.balconies), full.normed(full.depth, last)])
 
     def at(self, places: npt.NDArray[np.int64], order: Order) -> torch.Tensor:
         """States of the training rows at some places of the stream, all of one window  # (exits + 1, B, T, D)

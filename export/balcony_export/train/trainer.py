@@ -46,7 +46,7 @@ from balcony_export.train.run_files import (
     trim_metrics,
 )
 from balcony_export.train.schedule import Schedule, make_optimizers, set_rate
-from balcony_export.train.states import BackboneStates, StateCache
+from balcony_export.train.states import BackboneStates, StateCache, full_model, head_of
 
 METRICS = "metrics.jsonl"
 #: Rows on which the full model's most probable tokens are ranked: 8,192 positions rank the first 4,096 well.
@@ -79,6 +79,7 @@ class Trainer:
         output: Directory for balconies, checkpoint and metrics.
         start: Balconies of all exits to start from; by default new ones, as the recipe says. The run begins after the rows
             that they have seen.
+        teacher: Model that the exits learn from, treated as ``model`` is; by default the base model's own full depth.
         work: Directory of checkpoint and metrics; by default below ``output``, named after the exits.
         compiled: See :class:`HeadLoss`.
 
@@ -94,6 +95,7 @@ class Trainer:
         output: Path,
         *,
         start: Start | None = None,
+        teacher: PreTrainedModel | None = None,
         work: Path | None = None,
         compiled: bool | None = None,
     ) -> None:
@@ -122,26 +124,29 @@ class Trainer:
         self.exits = ExitModel(
             model, start.balconies if start else init_balconies(model, config.exits, config.module, random=seed)
         )
+        self.full = full_model(self.exits, teacher)
+        self.teacher_facts = None if teacher is None else fingerprint(teacher)
         self.balconies = self.exits.balconies
         self.goes_on = start is not None
         check_directory(output, self.base_facts, next(iter(self.balconies.values())))  # before the training
         self.device = self.processes.device
-        if not self.processes.sharded:
-            model.to(self.device)  # type: ignore[arg-type]
-        if self.device.type == "cpu" and (can_compile() if compiled is None else compiled):
-            use_block_attention(model, *self.balconies.values())
         self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        model.requires_grad_(False)
+        frozen = (self.exits,) if self.full is self.exits else (self.exits, self.full)
+        for one in frozen:
+            if not self.processes.sharded:
+                one.model.to(self.device)  # type: ignore[arg-type]
+            if self.device.type == "cpu" and (can_compile() if compiled is None else compiled):
+                use_block_attention(*one.modules)  # type: ignore[arg-type]
+            one.model.requires_grad_(False)
         # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
         with torch.no_grad():
             self.layer_arguments = send_to_device(self.exits.layer_arguments(config.seq_len), self.device)
-        cast_weights(model, dtype)
-        if self.processes.sharded:
-            self.processes.shard(model, self.exits.parts.decoder)
-        head = self.exits.parts.head.weight
-        if self.exits.logits_divisor != 1.0:
-            head = head / self.exits.logits_divisor
-        self.head = HeadLoss(head, dtype, self.exits.soft_cap, compiled, config.loss)
+        for one in frozen:
+            cast_weights(one.model, dtype)
+            if self.processes.sharded:
+                self.processes.shard(one.model, one.parts.decoder)
+        full_head = None if self.full is self.exits else head_of(self.full)
+        self.head = HeadLoss(head_of(self.exits), full_head, dtype=dtype, compiled=compiled, kind=config.loss)
         self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
         self.averages: dict[int, dict[str, torch.Tensor]] = {}
         for exit_layer, balcony in self.balconies.items():
@@ -155,7 +160,7 @@ class Trainer:
         self.step = 0
         self.wall_s = 0.0  # spent training, resumed parts included
         self.best: dict[int, tuple[float, float]] = {}  # exit -> held-out KL and agreement of the written balcony
-        self.states = BackboneStates(self.exits, corpus.train.tokens, config.micro_rows, self._open_cache())
+        self.states = BackboneStates(self.exits, self.full, corpus.train.tokens, config.micro_rows, self._open_cache())
         self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.sample = self._vocabulary_sample()
 
@@ -167,7 +172,7 @@ class Trainer:
 
     def _vocabulary_sample(self) -> VocabularySample | None:
         """Sampler of a step's vocabulary, ranked on the first rows of the corpus; None to compare the whole vocabulary."""
-        if not 0 < self.config.vocabulary < len(self.head.weight) or self.config.loss == "ce":
+        if not 0 < self.config.vocabulary < len(self.head.whole.weight) or self.config.loss == "ce":
             return None
         rows, seen = self.corpus.train.take(_RANKING_ROWS), []
         for first in range(0, len(rows.tokens), self.config.micro_rows):
@@ -182,13 +187,12 @@ class Trainer:
         if self.sample is None:
             return None
         text = self.corpus.train.tokens[self.order.rows(self.order.places(self.step))]
-        return self.sample.draw(
-            self.head.weight, torch.from_numpy(text).long().flatten(), [self.config.seed, self.step]
-        )
+        return self.sample.draw(self.head.whole, torch.from_numpy(text).long().flatten(), [self.config.seed, self.step])
 
     def _open_cache(self) -> StateCache | None:
         shape = (len(self.config.exits) + 1, self.config.seq_len, self.exits.model.config.hidden_size)
-        key = json.dumps([2, self.base_facts, list(self.config.exits), self.corpus.digest])  # 2: float32 frequencies
+        of = [self.base_facts, self.teacher_facts, list(self.config.exits), self.corpus.digest]
+        key = json.dumps([3, *of])  # 3: a teacher or none
         most = len(self.corpus.train.tokens)
         return StateCache.within(self.config.cache_gb, self.work / "states.bin", most, shape, self.dtype, key)
 
@@ -328,6 +332,7 @@ class Trainer:
         recipe = self.config.recipe()
         differing = [key for key in recipe if recipe[key] != state["recipe"].get(key)]
         differing += ["base model"] if state["base"] != self.base_facts else []
+        differing += ["teacher"] if state.get("teacher") != self.teacher_facts else []
         differing += ["data"] if state["corpus"] != self.corpus.digest else []
         if differing:
             raise TrainingError(
@@ -363,6 +368,7 @@ class Trainer:
             "schedule": self.schedule.state(),
             "recipe": self.config.recipe(),
             "base": self.base_facts,
+            "teacher": self.teacher_facts,
             "corpus": self.corpus.digest,
             "first_row": self.order.first,
         }
@@ -392,6 +398,7 @@ class Trainer:
         """Record of the training for balconies.json."""
         return {
             "recipe": self.config.recipe(),
+            "teacher": self.teacher_facts,
             "step": self.step,
             "tokens": self.tokens,
             "corpus_tokens": self.corpus.train.num_tokens,
