@@ -11,9 +11,10 @@ Q4_1 as shipped therefore only loses by rounding activations; a fresh quantizati
 
 Processes and rounds. Every engine is a process of its own (benchmarks/peer_workers) that answers one request at a time. A
 process keeps the speed that it starts with: the placement of its memory makes pairs of equal engines differ by up to a
-tenth. So every round starts all engines anew and runs every case once to warm up and once to count, every other round in
-reverse order. Figures are medians over the rounds, and ratios are taken within a round (:mod:`benchmarks.rounds`). Before
-each request the other engines get time to fall asleep, and each reports the CPU time that it used while idle.
+tenth. So every round starts all engines anew and runs every case once to warm up and once to count (prompts of more than
+512 tokens only once, and at full depth alone), every other round in reverse order. Figures are medians over the rounds, and
+ratios are taken within a round (:mod:`benchmarks.rounds`). Before each request the other engines get time to fall asleep,
+and each reports the CPU time that it used while idle.
 
 What is measured. Prompts are token ids of ``--text``, different in every round, so that no prefix cache helps. Replies are
 greedy, and end tokens do not end them. A step is timed at the point where the engine's user receives the token: around our
@@ -66,7 +67,7 @@ from balcony_edge.device.machine import available_cpus
 from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import install
 from benchmarks.peer_workers.process import Worker
-from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, interleave, ratio
+from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, ratio
 
 #: Lengths of the prompts, unless ``--contexts`` gives others.
 CONTEXTS = (32, 512)
@@ -79,8 +80,8 @@ REFERENCE = "transformers fp32"
 SETTLE_S = 0.5
 #: Rounds, and windows for quality.
 ROUNDS, WINDOWS = 9, 8
-#: Contexts up to which the bytes of the weights predict the speed-up of an exit; behind longer ones keys and values count.
-WEIGHTS_PREDICT = 512
+#: Longest prompt after which shallower exits are measured too. After longer ones keys and values count as well as weights.
+SHORT = 512
 
 
 class Subject(NamedTuple):
@@ -98,6 +99,7 @@ class Case(NamedTuple):
     bundle: str | None
     weight_bytes: int
     timed: bool = True
+    deepest: bool = True
 
 
 class Text(NamedTuple):
@@ -158,7 +160,7 @@ def subjects_of(
             partial(worker, Path(sys.executable), "balcony", bundle.path.resolve(), options), variants
         )
         for e in reversed(manifest.exit_layers):
-            cases[variants[e]] = Case(name, e, name, manifest.bytes_per_token(e))
+            cases[variants[e]] = Case(name, e, name, manifest.bytes_per_token(e), deepest=e == full)
     for model, timed in models.items():
         start = partial(
             worker,
@@ -181,6 +183,7 @@ def measure(
         for name, case in cases.items()
         if case.timed
         for context in contexts
+        if case.deepest or context <= SHORT
     }
     samples: dict[tuple[str, int], list[dict[str, Any]]] = {key: [] for key in prompts}
     fresh: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
@@ -188,13 +191,16 @@ def measure(
         with ExitStack() as stack:
             workers = {name: stack.enter_context(subject.start()) for name, subject in subjects.items()}
             for name, subject in subjects.items():
-                fresh[name].append(_fresh(workers[name], subject, text.prompts[0][:WEIGHTS_PREDICT]))
+                fresh[name].append(_fresh(workers[name], subject, text.prompts[0][:SHORT]))
             runs: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
                 key: partial(_reply, workers[cases[key[0]].subject], cases[key[0]].variant, prompts[key])
                 for key in list(prompts)[:: -1 if number % 2 else 1]
             }
-            for key, found in interleave(runs, 1).items():
-                samples[key] += found
+            for (_, context), run in runs.items():
+                if context <= SHORT:  # a longer prompt warms up by itself
+                    run()
+            for key, run in runs.items():
+                samples[key].append(run())
             if number == rounds - 1:
                 quality = _quality(workers, cases, text.windows)
     rows = []
@@ -206,6 +212,7 @@ def measure(
             f"{part}_{context}": [sample[f"{figure}_ms"] for sample in samples[name, context]]
             for part, figure in (("decode", "step"), ("prefill", "prefill"))
             for context in contexts
+            if samples.get((name, context))
         }
         rows.append(
             {
@@ -218,6 +225,7 @@ def measure(
                 **{
                     f"{part}_{context}_tps": round(1e3 * rows / median(times[f"{part}_{context}"]), 1)
                     for context in contexts
+                    if f"decode_{context}" in times
                     for part, rows in (("decode", 1), ("prefill", context))
                 },
                 **quality[name],
@@ -250,7 +258,7 @@ def exit_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         speedups = {
             figure: ratio(times, row["_ms"][figure])
             for figure, times in full["_ms"].items()
-            if figure.startswith("decode_")
+            if figure.startswith("decode_") and figure in row["_ms"]
         }
         found.append(
             {
@@ -302,8 +310,7 @@ def bars(
             bars[f"{row['name']}: loaded_mb"] = bar(row["loaded_mb"], 50)
     for row in exits:
         for figure in (key for key in row if key.endswith("_of_bytes")):
-            if int(figure.split("_")[1]) <= WEIGHTS_PREDICT:
-                bars[f"{row['name']}: {figure}"] = bar(row[figure], 0.9, at_least=True)
+            bars[f"{row['name']}: {figure}"] = bar(row[figure], 0.9, at_least=True)
     return bars
 
 
@@ -314,7 +321,7 @@ def show(document: dict[str, Any]) -> str:
         f"{document['cpu']}, {document['threads']} threads, {document['rounds']} rounds; "
         f"others took {document['others_cpu_share']} of the CPU time",
         "",
-        *aligned([columns, *([_short(row[key]) for key in columns] for row in document["cases"])]),
+        *aligned([columns, *([_short(row.get(key, "")) for key in columns] for row in document["cases"])]),
     ]
     for title, table in (("exit / full depth", document["exits"]), ("ours / peer", document["ratios"])):
         if table:
