@@ -32,7 +32,6 @@ PROCESSORS = {
 MAIN = "cortex-a76"
 #: Tests of the device side that make exact switching, and run without what only a workstation has.
 SUITE = (
-    "test_bare_import.py",
     "test_conformance.py",
     "test_recurrent.py",
     "test_recurrent_states.py",
