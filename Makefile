@@ -7,6 +7,7 @@
 # make test-webgpu  the tests on ONNX Runtime's WebGPU provider, on any adapter: Mesa's for CPUs will do; part of make test
 # make test-gpu  on a machine with an NVIDIA GPU: everything that needs one, in pieces that are not run twice, and a report with
 #                the card's name in .cache/gpu-report; needs no network; MINUTES=9 to stop in time, ONLY=limits for one piece
+# make test-arm  the wheel and the switching tests on aarch64 in qemu's emulation: 20 minutes; needs Debian's qemu-user and mmdebstrap
 # make check  the checks without the tests: lint, format, types, import contracts
 # make reference  the public API as pages in .cache/reference, from the docstrings
 # make constraints  renews constraints.txt, the versions that the environment of demo and tests is made of
@@ -16,13 +17,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 MUTATION := .venv/.mutation
 WEBGPU := .cache/webgpu
+ARM := .cache/arm
 RUNS := .venv/.runs
 DEMO := .cache/demo
 NEWEST := .cache/newest
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test test-others test-export test-fast test-quick test-deep test-mutation test-gpu test-webgpu check reference constraints format clean
+.PHONY: demo test test-others test-export test-fast test-quick test-deep test-mutation test-gpu test-webgpu test-arm check reference constraints format clean
 
 # what the demo needs; the checks need 850 MB more
 $(RUNS): pyproject.toml constraints.txt
@@ -100,6 +102,21 @@ test-mutation: $(MUTATION)
 # Installs nothing: without an environment of make it takes the Python at hand.
 test-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_report $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
+
+# Debian's arm64 Python and libraries, and aarch64 wheels, in a directory of their own.
+$(ARM)/.ready: $(READY) tests/runtime/arm/prepare.py
+	$(BIN)/python -m tests.runtime.arm.prepare $(ARM)
+	touch $@
+
+# The bundles are exported here, because torch takes hours in the emulation.
+EXPORTERS := $(shell find export balcony_edge/bundle tests/conftest.py tests/runtime/arm/record.py -name '*.py')
+$(ARM)/recorded/.ready: $(ARM)/.ready $(EXPORTERS)
+	rm -rf $(@D)
+	BALCONY_RECORDED=$(CURDIR)/$(@D) $(BIN)/python -m pytest -q tests/runtime/arm/record.py
+	touch $@
+
+test-arm: $(ARM)/recorded/.ready
+	$(BIN)/python -m tests.runtime.arm.run $(ARM)
 
 reference: $(READY)
 	$(INSTALL) --group reference

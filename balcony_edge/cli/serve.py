@@ -53,7 +53,7 @@ def serve(
         Path | None,
         typer.Option(help="Directory to keep them in from one start to the next, and for slots saved by name."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: the CPUs of this process).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast CPU).")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
         typer.Option(help="auto: engines that fit the GPU, then ONNX Runtime on the GPU, then the CPU."),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from balcony_edge.device.arm import core_names
 from balcony_edge.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Machine(BaseModel):
 
     Attributes:
         board: product name of a board or computer (Jetson Orin Nano, a laptop's model).
-        cpu: model name of the CPU.
+        cpu: model name of the CPU; on Arm the names of its kinds of cores.
         cpus: number of CPUs that the process may run on.
         architecture: name of the architecture, as ``platform.machine()`` gives it.
         memory_bytes: size of main memory.
@@ -108,6 +109,20 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def best_threads(sysfs: Path = Path("/sys")) -> int:
+    """Number of threads with which a pass is fastest: one for each CPU of this process that is not too slow.
+
+    A pass is divided into equal parts, so it takes as long as the slowest core needs for its part: the n fastest cores, the
+    slowest of which has capacity c, do n · c. Four slow cores beside four that are twice and a half as fast make a pass longer.
+    """
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    texts = [_text(sysfs / f"devices/system/cpu/cpu{cpu}/cpu_capacity") or "" for cpu in cpus]
+    if not texts or not all(text.isdigit() for text in texts):  # the kernel knows no capacities
+        return available_cpus()
+    capacities = sorted(map(int, texts), reverse=True)
+    return max(range(1, len(capacities) + 1), key=lambda count: count * capacities[count - 1])
+
+
 def has_bfloat16(root: Path = Path("/")) -> bool:
     """Whether the CPU multiplies bfloat16 in hardware; True if procfs does not say.
 
@@ -118,20 +133,20 @@ def has_bfloat16(root: Path = Path("/")) -> bool:
 
 
 def checked_threads(threads: int | None) -> int:
-    """Number of threads for an engine: ``threads``, by default one for each CPU of this process.
+    """Number of threads for an engine: ``threads``, by default :func:`best_threads`.
 
     More threads than CPUs give a warning, because they wait for one another in every pass.
 
     Raises:
         InputError: less than one, or so many that a token takes seconds.
     """
-    cpus = available_cpus()
+    cpus, best = available_cpus(), best_threads()
     if threads is None:
-        return cpus
+        return best
     most = MOST_THREADS_PER_CPU * cpus
     if not isinstance(threads, int) or not 1 <= threads <= most:
         raise InputError(
-            f"threads = {threads!r}: this process may use {cpus} CPUs: give a whole number from 1 to {most}; {cpus} is best"
+            f"threads = {threads!r}: this process may use {cpus} CPUs: give a whole number from 1 to {most}; {best} is best"
         )
     if threads > cpus:
         _log.warning("threads = %d, but this process may use %d CPUs: fewer threads are faster", threads, cpus)
@@ -146,12 +161,11 @@ def _text(path: Path) -> str | None:
 
 
 def _cpu_name(cpuinfo: str) -> str:
-    """Model name of an x86 CPU; Arm kernels print numbers instead, which :mod:`platform` may know a name for."""
+    """Names of an Arm CPU's cores, or the model name of another CPU."""
+    if names := core_names(cpuinfo):
+        return names
     found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    if found is not None:
-        return " ".join(found.group(1).split())
-    part = re.search(r"^CPU part\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return f"Arm CPU part {part.group(1)}" if part is not None else platform.processor() or platform.machine()
+    return " ".join(found.group(1).split()) if found is not None else platform.processor() or platform.machine()
 
 
 def _memory_bytes(meminfo: str) -> int | None:

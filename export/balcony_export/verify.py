@@ -148,7 +148,7 @@ def verify(
         ):
             subjects = {", level 4": bundle}  # 8-bit experts have no other level
         elif quantized is not None and quantized.accuracy_level == 4:
-            subjects = {", level 1": _at_level_1(bundle, Path(scratch)), ", level 4": bundle}
+            subjects = {", level 1": at_level_1(bundle, Path(scratch)), ", level 4": bundle}
         phases: dict[str, _Logits] = {}
         for suffix, subject in subjects.items():
             with Engine.of(subject) as engine:
@@ -192,7 +192,7 @@ def _same_ids(bundle: Bundle, codec: TextCodec, tokenizer: PreTrainedTokenizerBa
     return ids
 
 
-def _at_level_1(bundle: Bundle, directory: Path) -> Bundle:
+def at_level_1(bundle: Bundle, directory: Path) -> Bundle:
     """A bundle with the same weights whose products keep float32 inputs, so that logits can be compared one by one."""
     for spec in bundle.manifest.cpu.values():
         graph = onnx.load(str(bundle.file(spec.file)), load_external_data=False)

@@ -18,7 +18,7 @@ from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.exits import ExitModel
 from balcony_export.verify import Check, verify
 from balcony_runtime.engine import Engine
-from tests.conftest import EXPORTED
+from tests.hybrids import EXPORTED
 
 ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2", *EXPORTED)
 #: Longer than the sliding windows of the tiny models (7), so that a wrong window shows.

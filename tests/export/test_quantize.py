@@ -31,6 +31,7 @@ from balcony_runtime.backends import token_table
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.engine import Engine
+from tests.runtime.arm.reference import mean_kl
 
 
 def product(blocks: quantize.Blocks, inputs: int, level: int, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -250,76 +251,6 @@ def test_every_quantized_weight_has_moments_of_its_inputs(tiny: Any) -> None:
             assert f"{layer}.{name}.weight" in moments
     x = moments["lm_head.weight"]
     assert torch.allclose(x, x.T) and bool((torch.linalg.eigvalsh(x) > -1e-5 * x.diagonal().max()).all())
-
-
-def one_row_and_many(engine: Engine, exit_layer: int, ids: list[int]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Logits of all rows: one pass, and row by row."""
-    many = engine.new_sequence(max_length=len(ids)).advance(exit_layer, ids, num_logits=len(ids))[0]
-    sequence = engine.new_sequence(max_length=len(ids))
-    single = np.concatenate([sequence.advance(exit_layer, [token])[0] for token in ids])
-    return many, single
-
-
-def mean_kl(p: np.ndarray[Any, Any], q: np.ndarray[Any, Any]) -> float:
-    logs = [torch.from_numpy(rows).double().log_softmax(-1) for rows in (p, q)]
-    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
-
-
-def test_schedules_at_accuracy_level_1_are_exact(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
-    path = exported(export_tiny("qwen3"), tmp_path / "bundle", Scheme(accuracy_level=1))
-    with Engine.open(path) as engine:
-        random = np.random.default_rng(11)
-        for batch in (1, 2):
-            sequence = engine.new_sequence(batch_size=batch, max_length=120)
-            for _ in range(25):
-                kept = int(random.integers(0, sequence.length + 1)) if random.random() < 0.2 else sequence.length
-                sequence.rollback(kept)
-                new = int(random.integers(1, 6))
-                exit_layer = int(random.choice(engine.exit_layers))
-                tokens = random.integers(0, 100, (batch, new))
-                if sequence.length + new > 120:
-                    break
-                found = sequence.advance(exit_layer, tokens)
-                sequence.catch_up(int(random.integers(0, 6)))
-                scratch = engine.new_sequence(batch_size=batch, max_length=120)
-                wanted = scratch.advance(exit_layer, sequence.tokens)
-                assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
-
-
-@pytest.mark.parametrize("precision", ["int4", "int8", "int4,kv=8", "fp16"])
-def test_schedules_of_rounding_precisions_are_as_far_apart_as_one_row_and_many(
-    precision: str, export_tiny: Callable[[str], Any], tmp_path: Path
-) -> None:
-    """The row count of a pass changes the last bits, and rounding amplifies them: chunks, steps and idle work at every exit."""
-    scheme = parse_precision(precision)
-    options = {"calibration": ROWS} if "kv=8" in precision else {}
-    options |= {"traced": None} if precision == "fp16" else {}
-    path = exported(export_tiny("llama"), tmp_path / "bundle", scheme, **options)
-    random = np.random.default_rng(2)
-    with Engine.open(path) as engine:
-        bars: dict[int, list[float]] = {e: [] for e in engine.exit_layers}
-        apart: dict[int, list[float]] = {e: [] for e in engine.exit_layers}
-        for _ in range(6):
-            ids = random.integers(0, 100, 60).tolist()
-            whole = {e: one_row_and_many(engine, e, ids) for e in engine.exit_layers}
-            sequence = engine.new_sequence(max_length=60)
-            rows: dict[int, tuple[list[int], list[Any]]] = {e: ([], []) for e in engine.exit_layers}
-            while (at := sequence.length) < 60:
-                exit_layer, new = int(random.choice(engine.exit_layers)), min(int(random.integers(1, 5)), 60 - at)
-                if new == 1 and at:
-                    logits = sequence.step(exit_layer, np.array(ids[at : at + 1]))[0].copy()
-                else:
-                    logits = sequence.advance(exit_layer, ids[at : at + new])[0, -1]
-                sequence.catch_up(int(random.integers(0, 4)))
-                rows[exit_layer][0].append(at + new - 1)
-                rows[exit_layer][1].append(logits)
-            for e, (places, found) in rows.items():
-                many, single = whole[e]
-                bars[e].append(mean_kl(many, single))
-                apart[e].append(mean_kl(many[places], np.stack(found)))
-        for e in engine.exit_layers:
-            # a tiny model's rounding flips once in some hundred rows, and then by 4e-5; a row too few or stale is 1e-2
-            assert np.mean(apart[e]) <= 2 * np.mean(bars[e]) + 1e-4, e
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from balcony_export.train.loss import LOSS_WEIGHTS, Head, HeadLoss
 from balcony_export.train.trainer import Trainer
 from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
-from tests.conftest import EXPORTED
+from tests.hybrids import EXPORTED
 
 IDS = [(11 * i * i + 5 * i + 2) % 320 for i in range(30)]
 PROMPTS = ("the quick brown fox jumps", "over the lazy dog and the balcony")

@@ -1,4 +1,4 @@
-"""Bundles with engine sets, for the backends of accelerators."""
+"""Bundles with engine sets, for the backends of accelerators, and bundles of other precisions than float32."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 
 from balcony_edge.bundle.bundle import Bundle
+from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.quantize.blocks import parse_precision
 from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
+
+#: Rows of tokens to calibrate on: GPTQ, and the scales of an int8 cache.
+ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
 
 
 @pytest.fixture(scope="session")
@@ -30,5 +35,25 @@ def with_engine_sets(
             write_graphs(bundle, "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256))
             made[architecture] = path
         return Bundle.open(made[architecture])
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def with_precision(
+    export_tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    """A tiny model's bundle in a precision, by the name of its architecture and the words of ``--precision``."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def build(architecture: str, precision: str) -> Path:
+        if (architecture, precision) not in made:
+            source, path = export_tiny(architecture), tmp_path_factory.mktemp("precisions") / "bundle"
+            calibration = ROWS if "asym" in precision or "kv=8" in precision else ()
+            options = ExportOptions(f"tiny-{architecture}", True, parse_precision(precision), calibration)
+            traced = None if precision == "fp16" else source.traced
+            export_bundle(source.exits.copy(), source.tokenizer, path, options, traced=traced)
+            made[architecture, precision] = path
+        return made[architecture, precision]
 
     return build

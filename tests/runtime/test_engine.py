@@ -68,11 +68,14 @@ def test_memory_is_taken_as_rows_come_and_reported_as_it_is(tiny: Any, graphs: s
         shallow = reported()
         assert np.array_equal(arrays_of(sequence)[0][2:], deep)
         sequence.advance(5, [])
-        assert reported() > 1.3 * shallow
+        # On pages of 16 kB, 100 rows of 128 bytes take the same single page as one row.
+        assert reported() > 1.3 * shallow or (mmap.PAGESIZE > 4096 and reported() == shallow)
         for token in range(150):
             sequence.step(5, np.array([token] * batch))
         everything = 4 * 251 * 32 * 4 + (5 * 251 + 101) * 2 * 32 * 4
-        assert batch * everything <= reported() <= 1.25 * batch * everything  # 25 %: rows of 128 bytes, pages of 4 kB
+        # Partly used is the last page of each boundary, and of each segment of five layers and two balconies.
+        partly_used = batch * (4 + 7 * segments) * mmap.PAGESIZE
+        assert batch * everything <= reported() <= batch * everything + partly_used
 
 
 @pytest.mark.parametrize("batch", [1, 3])

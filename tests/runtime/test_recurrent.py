@@ -15,13 +15,11 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import DeviceError, InputError
-from balcony_export.tensorrt.engine_set import make_graphs
-from balcony_export.tensorrt.graphs import Format
 from balcony_runtime.backends.webgpu.backend import refuse_other_layers
 from balcony_runtime.chat import Chat
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
-from tests.conftest import EXPORTED, RECURRENT
+from tests.hybrids import EXPORTED, RECURRENT
 from tests.properties import examples
 from tests.runtime.test_conformance import actions, play
 from tests.runtime.test_speculate import PROMPTS, costs
@@ -87,6 +85,9 @@ def test_an_interrupted_step_changes_nothing(export_tiny: Callable[[str], Any]) 
 
 
 def test_devices_without_the_operators_are_refused_by_name(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    from balcony_export.tensorrt.engine_set import make_graphs
+    from balcony_export.tensorrt.graphs import Format
+
     bundle = Bundle.open(export_tiny("granite-hybrid").path)
     with pytest.raises(
         InputError, match="GraniteMoeHybridForCausalLM has recurrent layers, for which there are no graphs"

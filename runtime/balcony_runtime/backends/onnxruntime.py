@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import GraphSpec, Manifest
-from balcony_edge.device.machine import available_cpus, checked_threads
+from balcony_edge.device.machine import best_threads, checked_threads
 from balcony_edge.errors import BundleError
 from balcony_runtime.backends.installed import checked_onnxruntime
 
@@ -57,7 +57,7 @@ def open_session(
 
     Args:
         path: file of the graph, or the graph itself.
-        threads: size of the pool; by default the CPUs of this process.
+        threads: size of the pool; by default :func:`.best_threads`.
         profile_prefix: prefix of the profile that ONNX Runtime writes; None: no profile.
         pack_to: file to which the graph is also written, with its packed weights in a file next to it.
         optimize: whether ONNX Runtime may change the graph; otherwise its nodes run as they are.
@@ -69,7 +69,7 @@ def open_session(
         BundleError: ONNX Runtime cannot run the file.
     """
     global _pool_asked  # noqa: PLW0603 - the pool belongs to the process and is requested once
-    count = threads or available_cpus()
+    count = threads or best_threads()
     with _pool_lock:
         if not _pool_asked:
             _pool_asked = True
@@ -163,7 +163,7 @@ class OnnxRuntimeBackend:
 
         Args:
             bundle: bundle to load.
-            threads: size of the shared pool; by default the CPUs of this process. The first engine of a process decides.
+            threads: size of the shared pool; by default :func:`.best_threads`. The first engine of a process decides.
             packed: directory of packed weights, to share them with other processes; see :mod:`.packed_weights`.
             verify_hashes: whether the packed weights are hashed (opening the bundle hashes its own files).
             profile_prefix: directory in which ONNX Runtime writes one profile per graph when the backend is closed.

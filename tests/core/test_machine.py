@@ -1,0 +1,78 @@
+"""The machine as its files describe it: names of Arm cores, and the number of threads on cores of several speeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from balcony_edge.device import machine
+from balcony_edge.device.machine import best_threads, checked_threads, this_device
+from balcony_edge.errors import InputError
+
+#: What Linux 6.12 prints for a core, with the tabs that it prints; there is no model name.
+_CORE = (
+    "processor\t: {number}\nBogoMIPS\t: 48.00\nFeatures\t: fp asimd evtstrm aes asimddp\nCPU implementer\t: {maker}\n"
+    "CPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: {part}\nCPU revision\t: 1\n\n"
+)
+#: What qemu's emulation of user programs and kernels for 32-bit programs print before the numbers.
+_NAMED = "model name\t: ARMv8 Processor rev 1 (v8l)\n"
+_BOARD = "Hardware\t: BCM2835\nRevision\t: d04170\nSerial\t\t: 0123\nModel\t\t: Raspberry Pi 5 Model B Rev 1.0\n"
+
+
+def cores(*parts: str, maker: str = "0x41") -> str:
+    return "".join(_CORE.format(number=number, maker=maker, part=part) for number, part in enumerate(parts))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (cores(*["0xd0b"] * 4) + _BOARD, "Cortex-A76"),
+        (cores(*["0xd05"] * 4, *["0xd0b"] * 4), "Cortex-A55 + Cortex-A76"),
+        (cores("0xd0b").replace("BogoMIPS", f"{_NAMED}BogoMIPS"), "Cortex-A76"),
+        (cores("0x004", maker="0x4e"), "Carmel"),
+        (cores("0xd0b", "0xfff"), "Cortex-A76 + Arm CPU part 0xfff of implementer 0x41"),
+        (cores("0x051", maker="0x00"), "Arm CPU part 0x51 of implementer 0x0"),
+        ("processor\t: 0\nmodel name\t: Some  CPU @ 2 GHz\nflags\t: fpu\n", "Some CPU @ 2 GHz"),
+        (f"processor\t: 0\n\n{_BOARD}", "BCM2835"),
+    ],
+)
+def test_cores_are_named(cpuinfo: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(cpuinfo)
+    assert this_device(tmp_path).cpu == name
+
+
+@pytest.mark.parametrize(
+    ("tree", "cpus", "threads"),
+    [
+        ("rk3588", range(8), 4),  # 4 · 1024 is more than 8 · 397
+        ("rk3588", range(6), 6),  # 6 · 397 is more than 2 · 1024
+        ("rk3588", range(7), 3),
+        ("rk3588", range(4), 4),  # the process may use slow cores only
+        ("phone", range(8), 4),
+        ("phone", (0, 7), 1),
+        ("phone", (4, 7), 2),
+        ("server", range(8), 8),  # no capacities
+        ("rk3588", range(9), 9),  # a core of which the kernel says nothing
+    ],
+)
+def test_slow_cores_get_no_threads(
+    sysfs_tree: Callable[[str], Path],
+    tree: str,
+    cpus: range | tuple[int, ...],
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cpus))
+    assert best_threads(sysfs_tree(tree)) == threads
+
+
+def test_an_engine_takes_the_best_number_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_cpus", lambda: 8)
+    monkeypatch.setattr(machine, "best_threads", lambda: 4)
+    assert (checked_threads(None), checked_threads(8)) == (4, 8)
+    with pytest.raises(InputError, match=r"this process may use 8 CPUs: give a whole number from 1 to 32; 4 is best"):
+        checked_threads(33)
