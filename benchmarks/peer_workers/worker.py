@@ -115,13 +115,14 @@ def score(
         first: number of tokens of a window that are prefilled.
         variant: exit of our runtime; None for the peers.
         reference: file of the reference's log-probabilities, float32 (rows, V).
-        write: whether to write that file first, because the peer is the reference.
+        write: whether to write that file instead, because the peer is the reference.
     """
     if write:
         with reference.open("wb") as file:
             for window in windows:
                 for logits in peer.rows(window, first, variant):
                     file.write(log_softmax(logits).astype(np.float32).tobytes())
+        return {"kl": [0.0] * len(windows), "agreement": 1.0}
     counts = [len(window) - first + 1 for window in windows]
     log_p = iter(np.memmap(reference, np.float32, mode="r").reshape(sum(counts), -1))
     kl, agreed = [], 0
