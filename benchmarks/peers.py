@@ -180,10 +180,9 @@ def measure(
     """Measure all cases. Each row also holds the rounds' times under ``_ms``, which :func:`ratios` removes."""
     prompts = {
         (name, context): cycle([prompt[:context] for prompt in text.prompts])
+        for context in contexts  # one after the other, so that engines that are compared run close to each other
         for name, case in cases.items()
-        if case.timed
-        for context in contexts
-        if case.deepest or context <= SHORT
+        if case.timed and (case.deepest or context <= SHORT)
     }
     samples: dict[tuple[str, int], list[dict[str, Any]]] = {key: [] for key in prompts}
     fresh: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
