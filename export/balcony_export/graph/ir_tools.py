@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 #: Domain of ONNX Runtime's own operators.
 MICROSOFT = "com.microsoft"
+#: Name of the sink of the lowered attention, a constant.
+SINK = "no_sink"
 #: Smallest scale with full precision in float16; TensorRT takes only scales above 0.
 SMALLEST_SCALE = 2.0**-14
 #: Largest relative distance of rounded weights from the model's: rounding to 4 bits gives about 0.1.
@@ -74,13 +76,13 @@ def graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
             specs.append({"name": value.name, "dtype": _ONNX_TO_DTYPE[value.dtype], "shape": shape})
         return specs
 
-    # rope tables are gathered by row, so they are not read whole; integers are shapes, not weights
+    # rope tables are gathered by row, so they are not read whole; integers are shapes and a sink is a constant, not weights
     tensors = {
         name: value.const_value
         for name, value in traced.graph.initializers.items()
         if value.const_value is not None
         and value.const_value.dtype != ir.DataType.INT64
-        and not name.startswith("rope_")
+        and not name.startswith(("rope_", SINK))
     }
     # one row reads k of E experts; the first axis of each of these weights is the expert
     chosen = {

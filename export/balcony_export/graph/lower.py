@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 from balcony_edge.bundle.manifest import ModelSpec
 from balcony_export.graph import passes
 from balcony_export.graph.experts import fuse
-from balcony_export.graph.ir_tools import MICROSOFT, initializer
+from balcony_export.graph.ir_tools import MICROSOFT, SINK, initializer
 from balcony_export.model.architecture import describe
 from balcony_export.model.exits import ExitModel
 
@@ -163,7 +163,7 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
     if _turns_whole_heads(rope[0], spec):
         rope = [_scaled(model, table, attributes["scale"]) for table in rope]
         attributes["scale"] = 1.0
-        sink = [None, None, initializer(model, "no_sink", np.full(spec.num_attention_heads, NO_SINK, np.float32))]
+        sink = [None, None, initializer(model, SINK, np.full(spec.num_attention_heads, NO_SINK, np.float32))]
     if "softcap" in node.attributes:
         attributes["softcap"], sink = node.attributes["softcap"].as_float(), []
     if (window := node.metadata_props.get(passes.WINDOW)) is not None:
