@@ -4,7 +4,7 @@ ONNX Runtime repacks weights into the order in which its kernels read them, in p
 It can also write the packed form next to an optimized graph and map it when that graph is loaded: then all processes share one
 copy in the page cache. Packing depends on the processor and on ONNX Runtime's version. It is therefore done on the device, at
 the first load, and kept in a directory named after these facts. The cost is a file as large as the weights, and pages of 4 kB
-instead of the 2 MB that private memory may use (docs/LOG.md, "Huge pages for mapped weights do not work").
+instead of the 2 MB that private memory may use (docs/LOG.md, "Huge pages").
 
 Mapping the same weights again costs nothing. Each exit therefore also gets the graphs of its decode step joined into one, over
 the same packed files, and a token is one run of ONNX Runtime instead of one run per graph.
