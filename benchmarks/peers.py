@@ -222,10 +222,10 @@ def measure(
                 "config": worker.config,
                 "weights_mb": round(case.weight_bytes / 1e6, 1),
                 **{
-                    f"{part}_{context}_tps": round(1e3 * rows / median(times[f"{part}_{context}"]), 1)
+                    f"{part}_{context}_tps": round(1e3 * tokens / median(times[f"{part}_{context}"]), 1)
                     for context in contexts
                     if f"decode_{context}" in times
-                    for part, rows in (("decode", 1), ("prefill", context))
+                    for part, tokens in (("decode", 1), ("prefill", context))
                 },
                 **quality[name],
                 **{

@@ -159,15 +159,16 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
         "scale": node.attributes["scale"].as_float(),
         "do_rotary": int(rope[0] is not None),
     }
+    if "softcap" in node.attributes:
+        attributes["softcap"] = node.attributes["softcap"].as_float()
+    if (window := node.metadata_props.get(passes.WINDOW)) is not None:
+        attributes["local_window_size"] = int(window)
     sink: list[ir.Value | None] = []
     if _turns_whole_heads(rope[0], spec):
         rope = [_scaled(model, table, attributes["scale"]) for table in rope]
         attributes["scale"] = 1.0
-        sink = [None, None, initializer(model, SINK, np.full(spec.num_attention_heads, NO_SINK, np.float32))]
-    if "softcap" in node.attributes:
-        attributes["softcap"], sink = node.attributes["softcap"].as_float(), []
-    if (window := node.metadata_props.get(passes.WINDOW)) is not None:
-        attributes["local_window_size"], sink = int(window), []
+        if not attributes.keys() & {"softcap", "local_window_size"}:
+            sink = [None, None, initializer(model, SINK, np.full(spec.num_attention_heads, NO_SINK, np.float32))]
     pasts = [write.inputs[0] for write in writes]
     outputs = [ir.Value(name=node.outputs[0].name, type=node.outputs[0].type, shape=node.outputs[0].shape)]
     for present in (present_key, present_value):

@@ -37,9 +37,7 @@ class VocabularyPart(NamedTuple):
 
     weight: torch.Tensor  # (S, D), their rows of the LM head
     offset: torch.Tensor  # (S,) float32, added to the logits: log of the number of tokens that each represents
-    full: (
-        torch.Tensor
-    )  # (S, D), their rows of the full model's LM head: ``weight``, unless another model is the teacher
+    full: torch.Tensor  # (S, D), their rows of the full model's LM head: ``weight`` unless there is a teacher
 
 
 class VocabularySample:
