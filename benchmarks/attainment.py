@@ -44,10 +44,10 @@ import httpx
 from matplotlib.figure import Figure
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.device.machine import available_cpus
+from balcony_edge.device.machine import available_cpus, cpu_name
 from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import server
-from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, p95, print_bars
+from benchmarks.rounds import Neighbours, aligned, bar, p95, print_bars
 
 LOADS = (0.5, 1.0, 2.0, 3.0)
 #: Slots of llama.cpp's server: replies that it writes at once; further requests wait.

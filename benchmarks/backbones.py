@@ -42,7 +42,7 @@ import httpx
 import onnxruntime
 import transformers
 
-from balcony_edge.device.machine import available_cpus
+from balcony_edge.device.machine import available_cpus, cpu_name
 from balcony_edge.errors import BalconyError, InputError, MissingDependencyError
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine, TokenSequence
@@ -50,7 +50,7 @@ from benchmarks.attainment import started
 from benchmarks.backbone_shapes import SHAPES, bundle_of, gguf_of
 from benchmarks.decode import prompt
 from benchmarks.peer_workers import server
-from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, interleave, print_bars, ratio
+from benchmarks.rounds import Neighbours, aligned, bar, interleave, print_bars, ratio
 
 PORT = 8198
 PROMPT, LONG_PROMPT, STEPS, WARM_STEPS = 128, 512, 24, 2

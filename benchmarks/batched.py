@@ -24,11 +24,11 @@ from typing import Any
 import httpx
 
 import balcony_edge
-from balcony_edge.device.machine import available_cpus
+from balcony_edge.device.machine import available_cpus, cpu_name
 from balcony_runtime.llm import LLM
 from benchmarks.attainment import started
 from benchmarks.peer_workers import server
-from benchmarks.rounds import Neighbours, bar, cpu_name, interleave, print_bars, ratio
+from benchmarks.rounds import Neighbours, bar, interleave, print_bars, ratio
 from benchmarks.streams import NEW_TOKENS, prompts, rate
 
 COUNTS = (1, 4, 8)

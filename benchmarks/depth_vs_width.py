@@ -40,6 +40,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from balcony_edge.device.machine import cpu_name
 from balcony_export.cut import narrow
 from balcony_export.data.documents import read_documents
 from balcony_export.export import ExportOptions, export_bundle
@@ -48,7 +49,7 @@ from balcony_export.model.checkpoint import demo_model_path, load_model, load_to
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine
 from benchmarks.gpu import tokens_per_second
-from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
+from benchmarks.rounds import Neighbours, interleave, ratio
 
 TOKENS = 96
 #: Cut → changes of the demo model's configuration.

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from balcony_edge.budget import Budget
+from balcony_edge.device.machine import cpu_name
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.llm import LLM
 from benchmarks.policies import always_paying, read_prompts
-from benchmarks.rounds import cpu_name
 
 TOKENS, STRETCH, SHALLOW_TOKENS = 128, 16, 6
 #: Budgets of the stretches of a reply; all of them give the full depth's tokens.

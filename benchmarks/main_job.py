@@ -49,9 +49,9 @@ from typing import Any
 import onnxruntime as ort
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.device.machine import available_cpus
+from balcony_edge.device.machine import available_cpus, cpu_name
 from benchmarks import decode, memory, overhead, switching
-from benchmarks.rounds import Neighbours, aligned, bar, cpu_name
+from benchmarks.rounds import Neighbours, aligned, bar
 from benchmarks.whole_graph import open_whole_graph
 
 ITEMS = ("decode", "switch", "memory", "overhead")

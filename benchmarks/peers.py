@@ -63,11 +63,11 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.device.machine import available_cpus
+from balcony_edge.device.machine import available_cpus, cpu_name
 from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import install
 from benchmarks.peer_workers.process import Worker
-from benchmarks.rounds import Neighbours, aligned, bar, cpu_name, ratio
+from benchmarks.rounds import Neighbours, aligned, bar, ratio
 
 #: Lengths of the prompts, unless ``--contexts`` gives others.
 CONTEXTS = (32, 512)

@@ -35,11 +35,12 @@ import numpy as np
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.manifest import ConfidenceSpec
 from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.machine import cpu_name
 from balcony_runtime.decoding.confident import Confident
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.thresholds import compare_exits, learn
 from balcony_runtime.llm import LLM
-from benchmarks.rounds import Neighbours, cpu_name, interleave, ratio
+from benchmarks.rounds import Neighbours, interleave, ratio
 
 TOKENS, PROMPTS, ROUNDS = 96, 6, 5
 #: Shares of tokens that may exit early with another token than the full depth's.

@@ -9,7 +9,6 @@ module does not know about models.
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -81,16 +80,6 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
     own = os.times()
     idle = fields[3] + fields[4]  # idle and iowait: proc(5)
     return (sum(fields) / tick, (sum(fields) - idle) / tick, sum(own[:4]))
-
-
-def cpu_name() -> str:
-    """Name of the processor in /proc/cpuinfo; on other systems the name that Python gives."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -39,6 +39,7 @@ from balcony_edge.control.company.prices import Entry, round_ms
 from balcony_edge.control.company.seen import CompanyState, Round, RoundSeen, StreamSeen
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import BalconyError
 from balcony_edge.simulation import company
 from balcony_runtime.backends.base import FloatArray
@@ -48,7 +49,7 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 from balcony_runtime.scheduling.pool import Move, SequencePool
 from benchmarks.peer_workers.worker import log_softmax
-from benchmarks.rounds import Neighbours, bar, cpu_name, interleave, print_bars, ratio
+from benchmarks.rounds import Neighbours, bar, interleave, print_bars, ratio
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 COUNTS = (4, 8)

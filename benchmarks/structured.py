@@ -30,11 +30,12 @@ from typing import Any
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from benchmarks import schemas
-from benchmarks.rounds import bar, cpu_name, interleave, print_bars, ratio
+from benchmarks.rounds import bar, interleave, print_bars, ratio
 
 TOKENS = 128
 #: Most tokens of a reply to a random schema.

@@ -94,7 +94,7 @@ def this_device(root: Path = Path("/")) -> Machine:
     """
     return Machine(
         board=_text(root / "proc/device-tree/model") or _text(root / "sys/class/dmi/id/product_name"),
-        cpu=_cpu_name(_text(root / "proc/cpuinfo") or ""),
+        cpu=cpu_name(root),
         cpus=available_cpus(),
         architecture=platform.machine(),
         memory_bytes=_memory_bytes(_text(root / "proc/meminfo") or ""),
@@ -102,6 +102,15 @@ def this_device(root: Path = Path("/")) -> Machine:
         power_mode=_text(root / "var/lib/nvpmodel/status") or _text(root / "sys/firmware/acpi/platform_profile"),
         system=f"{platform.system()} {platform.release()}",
     )
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """Names of an Arm CPU's cores, or the model name of another CPU."""
+    cpuinfo = _text(root / "proc/cpuinfo") or ""
+    if names := core_names(cpuinfo):
+        return names
+    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return " ".join(found.group(1).split()) if found is not None else platform.processor() or platform.machine()
 
 
 def available_cpus() -> int:
@@ -158,14 +167,6 @@ def _text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t") or None
     except OSError:
         return None
-
-
-def _cpu_name(cpuinfo: str) -> str:
-    """Names of an Arm CPU's cores, or the model name of another CPU."""
-    if names := core_names(cpuinfo):
-        return names
-    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return " ".join(found.group(1).split()) if found is not None else platform.processor() or platform.machine()
 
 
 def _memory_bytes(meminfo: str) -> int | None:

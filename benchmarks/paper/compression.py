@@ -43,6 +43,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.device.machine import cpu_name
 from balcony_export.cut import narrow, round_backbone
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
@@ -61,7 +62,7 @@ from balcony_runtime.engine import Engine
 from benchmarks.gpu import tokens_per_second
 from benchmarks.paper import ablations
 from benchmarks.paper.backbones import make_backbone, train_backbone
-from benchmarks.rounds import Neighbours, aligned, cpu_name, interleave, ratio
+from benchmarks.rounds import Neighbours, aligned, interleave, ratio
 
 #: Decoded tokens of a round, with the prompt.
 TOKENS = 64
