@@ -6,17 +6,25 @@ a budget is held; the controller does. Nothing here reads a clock, a sensor or t
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import itertools
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from balcony_edge.errors import BudgetError
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
 
 #: Strict: no bool, no text and no float that happens to be whole.
 Layer = Annotated[int, Field(strict=True, ge=1, le=10_000)]
@@ -98,9 +106,7 @@ class Budget(BaseModel):
         BudgetError: one line that names the key, what was given, what is allowed and what to do.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, title="Balcony Edge budget file"
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Balcony Edge budget file")
 
     def __setattr__(self, name: str, value: object) -> None:
         raise BudgetError(
@@ -176,6 +182,14 @@ class Budget(BaseModel):
     on_infeasible: Literal["shallowest", "best_effort", "error"] = "shallowest"
     """Choice if no allowed exit meets the targets: the shallowest exit, the exit whose gap comes closest to ``tpot_ms``
     (with a backlog this can be a deeper one), or an error."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Describe each key by the text below it. Pydantic can do this, but would read the source at every import."""
+        schema = handler(core_schema)
+        for key, text in _texts(cls).items():
+            schema["properties"][key]["description"] = text
+        return schema
 
     @model_validator(mode="wrap")
     @classmethod
@@ -360,6 +374,16 @@ def parse_budget(value: str | os.PathLike[str] | Budget | None) -> Budget:
         f"budget = {_shown(value)}: must be a Budget, the path of a budget file or None; "
         "e.g. balcony_edge.Budget(tpot_ms=12)"
     )
+
+
+def _texts(model: type[BaseModel]) -> dict[str, str]:
+    """Key → the text below it in the source of the class."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(model)).body if isinstance(node, ast.ClassDef))
+    found = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = inspect.cleandoc(ast.literal_eval(text.value))
+    return found
 
 
 def _message(error: pydantic.ValidationError) -> str:

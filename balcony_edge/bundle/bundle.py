@@ -7,12 +7,14 @@ opens a graph checks that its real inputs equal the table. Engine sets are :mod:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pydantic
 
@@ -77,12 +79,43 @@ class Bundle:
         Raises:
             BundleError: one line that names the file and the problem.
         """
+        with cls.opening(path, verify_hashes=verify_hashes) as bundle:
+            return bundle
+
+    @classmethod
+    @contextlib.contextmanager
+    def opening(cls, path: str | os.PathLike[str], *, verify_hashes: bool = True) -> Iterator[Self]:
+        """:meth:`open` for a caller that has other work to do meanwhile: the weights are hashed while the block runs.
+
+        Everything else was checked before, so that the block reads no damaged graph. A damaged file of weights is an error at
+        the block's end, also in place of another error.
+        """
         directory = Path(path)
         manifest = read_manifest(directory)
         _check_structure(directory, manifest)
         for name, spec in manifest.files.items():
-            _check_file(directory / name, spec, verify_hashes)
-        return cls(directory, manifest)
+            _check_file(directory / name, spec, verify_hashes and name != WEIGHTS)
+        weights = directory / WEIGHTS, manifest.files[WEIGHTS]
+        errors: list[Exception] = []
+
+        def hash_weights() -> None:
+            try:
+                _check_file(*weights, verify_hashes)
+            except Exception as error:
+                errors.append(error)
+
+        hashing = threading.Thread(target=hash_weights, name="hash of the weights", daemon=True)
+        hashing.start()
+        try:
+            yield cls(directory, manifest)
+        except Exception as error:
+            hashing.join()
+            if errors:
+                raise errors[0] from error
+            raise
+        hashing.join()
+        if errors:
+            raise errors[0]
 
     def file(self, name: str) -> Path:
         """Path of a file that the manifest lists."""

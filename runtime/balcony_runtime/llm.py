@@ -14,15 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.observed import unseen
-from balcony_edge.control.trace import TraceWriter
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, BudgetError, InfeasibleError, InputError
@@ -36,11 +34,15 @@ from balcony_runtime.reply import Reply, TokenStream
 from balcony_runtime.requests import Prompt, ReplyOptions, Requests, Surroundings
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
 from balcony_runtime.scheduling.scheduler import Bounds, PrefixOptions, Scheduler
-from balcony_runtime.sensors import Sensors, device_sources
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import Message, TextCodec
 from balcony_runtime.together import Together
+
+if TYPE_CHECKING:
+    from balcony_edge.control.company.round_trace import RoundTraceWriter
+    from balcony_edge.control.trace import TraceWriter
+    from balcony_runtime.sensors import Sensors
 
 _log = logging.getLogger(__name__)
 #: Longest wait for sensors that have just been started: energy counters and busy shares need two samples.
@@ -120,23 +122,25 @@ class LLM:
         """Load a bundle; see :func:`balcony_edge.load`."""
         begin = time.perf_counter()
         asked = parse_budget(budget)
-        bundle = Bundle.open(path, verify_hashes=verify_hashes)
-        manifest = bundle.manifest
+        engine: Engine | None = None
         try:
-            asked.for_bundle(manifest.agreement)
-        except BudgetError as error:
-            if isinstance(budget, str | os.PathLike):
-                raise BudgetError(f"{os.fspath(budget)}: {error}") from None
-            raise
-        codec = TextCodec(bundle)
-        engine = Engine.of(bundle, verify_hashes=verify_hashes, **options)
-        try:
+            with Bundle.opening(path, verify_hashes=verify_hashes) as bundle:
+                manifest = bundle.manifest
+                try:
+                    asked.for_bundle(manifest.agreement)
+                except BudgetError as error:
+                    if isinstance(budget, str | os.PathLike):
+                        raise BudgetError(f"{os.fspath(budget)}: {error}") from None
+                    raise
+                codec = TextCodec(bundle)
+                engine = Engine.of(bundle, verify_hashes=verify_hashes, **options)
             costs = None if profile is None else profiled_prices(profile, engine)
             seconds = time.perf_counter() - begin
             _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
             return cls(engine, codec, asked, costs=costs, prefix_mb=prefix_mb, prefix_directory=prefix_directory)
         except BaseException:
-            engine.close()  # Python does not free the memory of an accelerator
+            if engine is not None:
+                engine.close()  # Python does not free the memory of an accelerator
             raise
 
     @property
@@ -162,7 +166,6 @@ class LLM:
         """
         if budget is None:
             return self._resolved
-        """The budget for this bundle, once prices and sensors that it needs are there."""
         resolved = budget.for_bundle(self._agreement)
         if budget.policy == "confident" and self.engine.manifest.confidence is None:
             raise BudgetError(
@@ -194,6 +197,8 @@ class LLM:
         """Latest reading of every sensor; the first call starts the device's sensors."""
         with self._sensors_lock:
             if self._ask_sensors is None:
+                from balcony_runtime.sensors import Sensors, device_sources  # noqa: PLC0415 - few budgets need them
+
                 self._sensors = Sensors(device_sources()).start()
                 self._ask_sensors = self._sensors.latest
         return self._ask_sensors()

@@ -6,7 +6,6 @@ Owns these types and the ways to consume a stream: iteration, asynchronous itera
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections import Counter
@@ -232,6 +231,8 @@ class TokenStream(Iterator[Token]):
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         """Iterate without blocking the event loop; each step runs in a worker thread."""
+        import asyncio  # noqa: PLC0415 - slow to import, and used here only
+
         while True:
             step = asyncio.ensure_future(asyncio.to_thread(next, self, None))
             try:

@@ -10,12 +10,11 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.trace import TraceWriter
 from balcony_edge.control.verdict import Watch
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
@@ -27,11 +26,15 @@ from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.reply import Limits, Prompted, Token, TokenStream
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.structure.asked import Structure, structure_of
+from balcony_runtime.structure.formats import CallFormat
 from balcony_runtime.structure.grammar import Grammars, Guide
 from balcony_runtime.structure.tools import Toolbox, toolbox
 from balcony_runtime.telling import told
 from balcony_runtime.text import Message, StopStrings, TextCodec
 from balcony_runtime.tokens import refuse_foreign, whole
+
+if TYPE_CHECKING:
+    from balcony_edge.control.trace import TraceWriter
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -181,8 +184,12 @@ class Requests:
         Raises:
             InputError: they cannot be used.
         """
+        return toolbox(tools, choice, parallel, self._written)
+
+    def _written(self) -> tuple[CallFormat, int | None]:
+        """How the model writes calls, and the token of the marker."""
         form = self._codec.call_format
-        return toolbox(tools, choice, parallel, form, self._codec.control_token(form.marker))
+        return form, self._codec.control_token(form.marker)
 
     def structure(self, params: SamplingParams, box: Toolbox | None = None) -> Guide | None:
         """State of a reply with the structure that the parameters and the tools ask for; None if they ask for none.

@@ -25,6 +25,13 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], None], *, refresh: boo
     path.write_text(json.dumps(document))
 
 
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
 def refused(bundle: Path, pattern: str, **options: bool) -> None:
     with pytest.raises(BundleError, match=pattern) as caught:
         Bundle.open(bundle, **options)
@@ -64,11 +71,23 @@ def test_missing_directory_and_directory_without_manifest(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["weights.bin", "stage_1.onnx", "tokenizer.json", "backbone.onnx", "cpu_stage_1.onnx"])
 def test_one_flipped_byte_is_found(bundle_copy: Path, name: str) -> None:
-    data = bytearray((bundle_copy / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (bundle_copy / name).write_bytes(bytes(data))
+    flip(bundle_copy / name)
     refused(bundle_copy, rf"{re.escape(name)}: SHA-256 .* differs")
     assert Bundle.open(bundle_copy, verify_hashes=False).manifest.exit_layers == (2, 3, 5)
+
+
+def test_weights_are_hashed_while_the_caller_works(bundle_copy: Path) -> None:
+    with Bundle.opening(bundle_copy) as bundle:
+        assert bundle.manifest.exit_layers == (2, 3, 5)
+    flip(bundle_copy / "weights.bin")
+    steps = []
+    with pytest.raises(BundleError, match=r"weights\.bin: SHA-256"), Bundle.opening(bundle_copy):
+        steps.append("worked")
+    with pytest.raises(BundleError, match=r"weights\.bin: SHA-256") as raised, Bundle.opening(bundle_copy):
+        raise ValueError("because of the weights")
+    assert steps == ["worked"] and isinstance(raised.value.__cause__, ValueError)
+    with pytest.raises(ValueError, match="for another reason"), Bundle.opening(bundle_copy, verify_hashes=False):
+        raise ValueError("for another reason")
 
 
 def test_missing_truncated_and_linked_files(bundle_copy: Path) -> None:

@@ -64,7 +64,7 @@ def grammars(marked: str) -> Grammars:
 
 
 def box_of(form: CallFormat, choice: Any = None, *, parallel: bool = True, tools: Any = TOOLS) -> Toolbox:
-    found = toolbox(tools, choice, parallel, form, MARK_ID if form.name == "mistral" else None)
+    found = toolbox(tools, choice, parallel, lambda: (form, MARK_ID if form.name == "mistral" else None))
     assert found is not None
     return found
 

@@ -14,6 +14,7 @@ import errno
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +35,8 @@ from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
 from balcony_runtime.backends.packed_weights import packed_graphs
 from balcony_runtime.backends.token_table import TokenTable
 
+#: Graphs that are loaded at once. Packing a graph's weights keeps one CPU busy, and takes their bytes again until it ends.
+LOADERS = 2
 _pool_lock = threading.Lock()
 _pool_asked = False
 
@@ -177,7 +180,6 @@ class OnnxRuntimeBackend:
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory anyway
         self._profile_prefix = profile_prefix
-        self.sessions: dict[str, ort.InferenceSession] = {}
         #: Exit → session of its decode step as one graph; only with packed weights, which all sessions share.
         self.paths: dict[int, ort.InferenceSession] = {}
         shared: Mapping[str, Path] = {}
@@ -185,15 +187,20 @@ class OnnxRuntimeBackend:
             shared = packed_graphs(
                 bundle, packed, lambda source, target: _pack(source, target, threads), verify_hashes=verify_hashes
             )
-        for name, spec in bundle.manifest.runnable.items():
-            if name == "backbone":  # the stages contain its layers
-                continue
+
+        def opened(name: str, spec: GraphSpec) -> ort.InferenceSession:
             check_graph(bundle.file(spec.file), bundle.manifest.files)
             path = shared.get(name) or bundle.file(spec.file)
             prefix = None if profile_prefix is None else profile_prefix / name
             session = _open(path, path.parent if shared else None, threads=threads, profile_prefix=prefix)
             check_io(path, spec, session)
-            self.sessions[name] = session
+            return session
+
+        graphs = {
+            name: spec for name, spec in bundle.manifest.runnable.items() if name != "backbone"
+        }  # stages have its layers
+        with ThreadPoolExecutor(LOADERS) as pool:
+            self.sessions = dict(zip(graphs, pool.map(opened, graphs, graphs.values()), strict=True))
         for layer in bundle.manifest.exit_layers if shared else ():
             path = shared[f"path_{layer}"]
             self.paths[layer] = _open(path, path.parent, threads=threads, optimize=False)

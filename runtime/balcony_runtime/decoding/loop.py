@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from balcony_edge.control.company.seen import StreamSeen
 from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
 from balcony_edge.control.slowdown import Slowdown
-from balcony_edge.control.trace import TraceWriter
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError
@@ -30,6 +29,9 @@ from balcony_runtime.decoding.policy import Made, Policy, Turn
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.engine import TokenSequence
+
+if TYPE_CHECKING:
+    from balcony_edge.control.trace import TraceWriter
 
 #: Latest reading of every sensor, and the time at which they were read.
 Readings = tuple[tuple[Reading, ...], float]

@@ -16,14 +16,13 @@ import numpy as np
 
 from balcony_edge.device.costs import CostModel, ExpertCost, UnitCost, further_experts
 from balcony_edge.device.machine import this_device
-from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.errors import ProfileError
 from balcony_runtime.backends.base import State
 from balcony_runtime.engine import Engine
 
 _log = logging.getLogger(__name__)
 #: Repetitions of each pass, after a first one that is discarded because it packs weights and touches memory.
-REPEATS = 5
+REPEATS = 3
 #: Rows of the many-row pass: enough to measure the price of a further row, and few enough to stay cheap.
 MANY_ROWS = 9
 #: Rows of a pass in between, which is measured for mixtures of experts: further rows use further experts, but ever fewer.
@@ -58,7 +57,8 @@ def measure_prices(engine: Engine) -> CostModel:
         for i in range(len(layers)):
             passes["stage", i, which] = state, partial(state.run_stage, i, start, stop)
             passes["exit", i, which] = state, partial(state.run_exit, i, start, stop, 1)
-        passes["head", 0, which] = state, partial(state.logits, 1)
+        if which == "one":
+            passes["head", 0, which] = state, partial(state.logits, 1)
     samples: dict[tuple[str, int, str], list[float]] = {key: [] for key in passes}
     for repeat in range(REPEATS + 1):
         for key, (state, run) in passes.items():
@@ -119,6 +119,8 @@ def profiled_prices(path: str | os.PathLike[str], engine: Engine) -> CostModel:
     Raises:
         ProfileError: the file cannot be read, or is for other exits.
     """
+    from balcony_edge.device.profile import DeviceProfile  # noqa: PLC0415 - slow to import
+
     profile, manifest = DeviceProfile.load(path), engine.manifest
     if profile.costs.exits != manifest.exit_layers:
         raise ProfileError(

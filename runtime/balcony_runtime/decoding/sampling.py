@@ -9,6 +9,7 @@ exits, or how a structure becomes a mask.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,7 +171,6 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: IntArray, vocab_size: int, guides: Sequence[Guide] = ()) -> None:
         self._params, self._guides = params, tuple(guides)
-        self._random = np.random.default_rng(params.seed)
         self._members = np.arange(prompt.shape[0])
         self._seen = self._made = None
         if params.repetition_penalty != 1:
@@ -184,6 +184,11 @@ class Sampler:
         for token in params.logit_bias:
             if not 0 <= token < vocab_size:
                 raise InputError(f"logit_bias for token {token}: the vocabulary has 0 to {vocab_size - 1}")
+
+    @functools.cached_property
+    def _random(self) -> np.random.Generator:
+        """The random numbers; greedy replies need none, and NumPy loads their module at the first use."""
+        return np.random.default_rng(self._params.seed)
 
     def pick(self, logits: FloatArray) -> IntArray:
         """Pick the next token of each sequence, (B,), from logits (B, V), which are not changed.
@@ -241,6 +246,7 @@ class Sampler:
 
     def fork(self) -> Sampler:
         """Return a copy with its own memory of tokens from now on; both draw random numbers from the same stream."""
+        self._random  # noqa: B018 - is made now, so that both have it
         other = copy.copy(self)
         other._guides = tuple(guide.fork() for guide in self._guides)
         other._seen, other._made = (None if record is None else record.copy() for record in (self._seen, self._made))

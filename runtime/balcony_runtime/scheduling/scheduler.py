@@ -15,12 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, Self, TypedDict, Unpack
 
 import numpy as np
 
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
@@ -31,6 +30,9 @@ from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unme
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.pool import KEPT_BYTES, Move, SequencePool
 from balcony_runtime.sessions.prefixes import PrefixFiles
+
+if TYPE_CHECKING:
+    from balcony_edge.control.company.round_trace import RoundTraceWriter
 
 #: Members of the KV pool; streams beyond them have memory of their own and share no passes.
 MEMBERS = 16
@@ -143,7 +145,8 @@ class Scheduler:
             self.files = PrefixFiles(bounds.directory, engine, bounds.kept_bytes)
         self._engine, self._learned, self._costs, self._readings = engine, learned, costs, readings
         self._quality = tuple(quality)
-        self._turn = threading.Condition()
+        self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
         self._streams: dict[int, Stream] = {}
         self._keys = itertools.count()
         self._leading = False
@@ -205,11 +208,27 @@ class Scheduler:
         stream = self.join(decoder, sequence, rows)
         try:
             while True:
-                self.ask(stream)
-                self.wait([stream])
-                yield from stream.steps()
+                found = self._by_itself(stream)
+                if found is None:
+                    self.ask(stream)
+                    self.wait([stream])
+                    found = stream.steps()
+                yield from found
         finally:
             self.leave(stream)
+
+    def _by_itself(self, stream: Stream) -> list[Step] | None:
+        """Step a stream that goes on and is the only one, as a round would, but with fewer calls; None if a round is due."""
+        with self._lock:
+            if self._leading or len(self._streams) > 1 or self._company or not stream.decoder.begun:
+                return None
+            self._leading, self._running = True, (stream,)
+        try:
+            return stream.decoder.step()
+        finally:
+            with self._lock:
+                self._leading, self._running = False, ()
+                self._turn.notify_all()
 
     def join(self, decoder: Decoder, sequence: TokenSequence, rows: int) -> Stream:
         """Add a stream. It waits until there is memory for its rows, and the shallowest exits would hold everybody's targets.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from balcony_edge.errors import InputError
@@ -137,20 +137,21 @@ class Toolbox(NamedTuple):
         return {"start": "calls | TEXT", "TEXT": r"/([^{](.|\n)*)?/"}
 
 
-def toolbox(given: Any, choice: Any, parallel: bool, form: CallFormat, marker_id: int | None) -> Toolbox | None:
+def toolbox(
+    given: Any, choice: Any, parallel: bool, written: Callable[[], tuple[CallFormat, int | None]]
+) -> Toolbox | None:
     """The tools that a reply may call; None if it may call none.
 
     Args:
         given: ``tools`` of the request, or None.
         choice: ``tool_choice`` of the request: ``none``, ``auto``, ``required``, a function by name, or None.
         parallel: whether a reply may have several calls.
-        form: how the model writes calls.
-        marker_id: token of the format's marker, if that is a control token.
+        written: gives how the model writes calls, and the token of this format's marker, if that is a control token.
 
     Raises:
         InputError: the tools or the choice cannot be used.
     """
-    tools, key = () if given is None else tools_of(given), uuid.uuid4().hex[:7]
+    tools = () if given is None else tools_of(given)
     name = _named(choice)
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -158,6 +159,7 @@ def toolbox(given: Any, choice: Any, parallel: bool, form: CallFormat, marker_id
         return None
     if choice == "none":
         return None
+    (form, marker_id), key = written(), uuid.uuid4().hex[:7]
     if name is not None:
         chosen = tuple(tool for tool in tools if tool.name == name)
         if not chosen:
