@@ -29,6 +29,7 @@ if checked_onnxruntime():  # refuses an unusable installation before the modules
     import onnxruntime as ort
 
 from balcony_runtime.backends.graph_file import check_graph
+from balcony_runtime.backends.host_memory import mapped, use_large_pages
 from balcony_runtime.backends.onnxruntime_memory import Memory
 from balcony_runtime.backends.onnxruntime_pool import OnnxRuntimePool
 from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
@@ -196,6 +197,7 @@ class OnnxRuntimeBackend:
             check_io(path, spec, session)
             return session
 
+        before = mapped()
         graphs = {
             name: spec for name, spec in bundle.manifest.runnable.items() if name != "backbone"
         }  # stages have its layers
@@ -205,6 +207,7 @@ class OnnxRuntimeBackend:
             path = shared[f"path_{layer}"]
             self.paths[layer] = _open(path, path.parent, threads=threads, optimize=False)
         _trim_heap()
+        use_large_pages(before)
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
 
