@@ -174,13 +174,14 @@ class Decoder:
         if attempted is not None:
             words = (made.words, *decision.words)
             given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
-        self._record(given, decision.exit_layer, latency_ms)
+        if self._environment.trace is not None:
+            self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
         steps, target_ms = [], self._budget.tpot_ms
         for step_ids, logits in zip(made.ids, made.logits, strict=True):
             steps.append(Step(step_ids, logits, given, target_ms, latency_ms, caught_up, self._budget, *self._read))
             latency_ms = 0.0  # the other tokens of a round came with the first
         self._made += len(steps)
-        return steps + self._forced_steps(forced, steps[-1])
+        return steps + self._forced_steps(forced, steps[-1]) if forced else steps
 
     def _decide(self, last: Measurement | None) -> Decision:
         """Decide about the next token.
@@ -286,6 +287,8 @@ class Decoder:
         need the model's opinion of each token, and a pace needs them one by one: they are then made like all others.
         """
         self._ids = ids
+        if not self._sampler.guided:
+            return []
         budget, sequence = self._budget, self._sequence
         if sequence.batch_size > 1 or self._environment.keep_logits or budget.max_pace_tps is not None:
             self._sampler.prepare()
@@ -364,11 +367,10 @@ class Decoder:
             sleep((until_ns - worked_ns) / 1e9)
         return worked_ns - begin_ns
 
-    def _record(self, given: Decision, decided_exit: int, latency_ms: float) -> None:
+    def _record(self, trace: TraceWriter, given: Decision, decided_exit: int, latency_ms: float) -> None:
         """Write a line of the trace. It has the controller's exit, not the policy's: a replay re-runs only the controller."""
-        trace, costs = self._environment.trace, self._costs or self._unmeasured
-        if trace is not None and self._seen is not None:
-            decided = given._replace(exit_layer=decided_exit)
+        if self._seen is not None:
+            costs, decided = self._costs or self._unmeasured, given._replace(exit_layer=decided_exit)
             trace.write(costs, self._seen, decided, latency_ms, self._sequence.pending_rows)
 
 

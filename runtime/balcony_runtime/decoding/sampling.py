@@ -171,6 +171,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: IntArray, vocab_size: int, guides: Sequence[Guide] = ()) -> None:
         self._params, self._guides = params, tuple(guides)
+        #: Whether replies have a structure.
+        self.guided = bool(guides)
         self._members = np.arange(prompt.shape[0])
         self._seen = self._made = None
         if params.repetition_penalty != 1:
