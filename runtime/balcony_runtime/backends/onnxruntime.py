@@ -198,9 +198,8 @@ class OnnxRuntimeBackend:
             return session
 
         before = mapped()
-        graphs = {
-            name: spec for name, spec in bundle.manifest.runnable.items() if name != "backbone"
-        }  # stages have its layers
+        graphs = dict(bundle.manifest.runnable)
+        graphs.pop("backbone", None)  # the stages contain its layers
         with ThreadPoolExecutor(LOADERS) as pool:
             self.sessions = dict(zip(graphs, pool.map(opened, graphs, graphs.values()), strict=True))
         for layer in bundle.manifest.exit_layers if shared else ():
