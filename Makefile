@@ -101,7 +101,7 @@ test-mutation: $(MUTATION)
 
 # Installs nothing: without an environment of make it takes the Python at hand.
 test-gpu:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_report $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.nvidia.gpu_report $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 
 # Debian's arm64 Python and libraries, and aarch64 wheels, in a directory of their own.
 $(ARM)/.ready: $(READY) tests/runtime/arm/prepare.py

@@ -1,4 +1,4 @@
-"""The judgement of benchmarks/attainment.py on hand-made records; the servers themselves run only in the benchmark."""
+"""The judgement of benchmarks/serving/attainment.py on hand-made records; the servers themselves run only in the benchmark."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.errors import InputError
-from benchmarks.attainment import Answer, _answer, bars, judged, requests
+from benchmarks.serving.attainment import Answer, _answer, bars, judged, requests
 
 WORDS = [f"word{number}" for number in range(2000)]
 

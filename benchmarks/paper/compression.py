@@ -59,7 +59,7 @@ from balcony_export.train.config import TrainConfig
 from balcony_export.train.trainer import Start, Trainer
 from balcony_export.train.tune import RATE, tune
 from balcony_runtime.engine import Engine
-from benchmarks.gpu import tokens_per_second
+from benchmarks.nvidia.gpu import tokens_per_second
 from benchmarks.paper import ablations
 from benchmarks.paper.backbones import make_backbone, train_backbone
 from benchmarks.rounds import Neighbours, aligned, interleave, ratio

@@ -1,4 +1,4 @@
-"""What :mod:`benchmarks.attainment` needs of others, under ``.cache/peers``: llama.cpp's server and NVIDIA's AIPerf.
+"""What :mod:`benchmarks.serving.attainment` needs of others, under ``.cache/peers``: llama.cpp's server and NVIDIA's AIPerf.
 
 llama.cpp's server is built for this machine's CPU from the source that llama-cpp-python's package contains. AIPerf has a
 virtual environment of its own.

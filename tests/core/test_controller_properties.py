@@ -221,7 +221,7 @@ def test_random_budgets_and_traces_stay_sound(rng: random.Random) -> None:
 
 
 def soundness(controller: Controller, seeds: range) -> int:
-    """Follow one random budget for each seed; returns the decisions made. benchmarks/controller.py takes 10,000."""
+    """Follow one random budget for each seed; returns the decisions made. benchmarks/control/controller.py takes 10,000."""
     for seed in seeds:
         follow(controller, random.Random(seed), decisions=25)
     return 25 * len(seeds)

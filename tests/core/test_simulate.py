@@ -283,7 +283,7 @@ def test_deadline_is_met_under_bursts() -> None:
     shallowest_s = ends_s(Budget(exit_layer=14))
     deadline_s = 1.2 * sum(shallowest_s) / len(shallowest_s)
     budget = Budget(deadline_s=deadline_s, expected_tokens=100, probability=0.99)
-    assert sum(end_s <= deadline_s for end_s in ends_s(budget)) >= 29  # benchmarks/controller.py: 100 runs
+    assert sum(end_s <= deadline_s for end_s in ends_s(budget)) >= 29  # benchmarks/control/controller.py: 100 runs
     assert exits(run(budget, tokens=100)) - {14}  # not by staying shallow
 
 

@@ -20,8 +20,8 @@ import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import DeviceError
-from benchmarks import gpu, gpu_limits, gpu_report
-from benchmarks.gpu_report import Piece
+from benchmarks.nvidia import gpu, gpu_limits, gpu_report
+from benchmarks.nvidia.gpu_report import Piece
 from tests.runtime.cuda_stand_in import runtime as cuda_runtime
 from tests.runtime.cuda_stand_in import tensorrt as stand_in
 

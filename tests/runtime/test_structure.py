@@ -26,7 +26,7 @@ from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.structure.asked import Structure, structure_of
 from balcony_runtime.structure.grammar import Grammars, Guide
-from benchmarks import schemas
+from benchmarks.serving import schemas
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -403,7 +403,7 @@ def test_an_error_in_mid_reply_ends_that_reply_only(llm: LLM, monkeypatch: Any) 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_replies_to_random_schemas_are_valid(llm: LLM, seed: int) -> None:
-    """At temperature 1; `python -m benchmarks.structured --only schemas` does the same with 2,000."""
+    """At temperature 1; `python -m benchmarks.serving.structured --only schemas` does the same with 2,000."""
     schema = schemas.schema(seed)
     params = SamplingParams(json_schema=schema, temperature=1.0, seed=seed)
     reply = llm.generate(PROMPT, sampling=params, budget=Budget(policy="speculative") if seed % 2 else None)

@@ -27,7 +27,7 @@ REPEATS = 3
 MANY_ROWS = 9
 #: Rows of a pass in between, which is measured for mixtures of experts: further rows use further experts, but ever fewer.
 FEW_ROWS = 3
-#: Python's share of a step: decision, sampling, text, bindings (benchmarks/overhead.py measures 0.1 to 0.2 ms).
+#: Python's share of a step: decision, sampling, text, bindings (benchmarks/engine/overhead.py measures 0.1 to 0.2 ms).
 OVERHEAD_MS = 0.15
 
 

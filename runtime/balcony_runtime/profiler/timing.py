@@ -20,7 +20,7 @@ _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)
 #: Least number of rounds for an interval from ranks; an outlier among them then does not widen the interval.
 LEAST_RANKED = len(_T) + 2
 #: Relative difference between two processes of the same build, from the placement of weights and caches in memory and of
-#: threads on CPUs. It is an allowance: `benchmarks/profile_check.py` tells whether two profiles agree within it.
+#: threads on CPUs. It is an allowance: `benchmarks/control/profile_check.py` tells whether two profiles agree within it.
 REPEATABILITY = 0.02
 
 

@@ -31,7 +31,7 @@ MOST_KEPT = 32
 #: Threads that compute slow masks, for replies that run at once.
 HELPERS = 2
 #: Time of a mask from which the next one is computed on a helper thread. Waking it and taking Python's lock back costs
-#: about 0.1 ms next to a busy engine (python -m benchmarks.structured).
+#: about 0.1 ms next to a busy engine (python -m benchmarks.serving.structured).
 SLOW_S = 0.0003
 #: Bounds of one compiled structure: 20,000 states of its lexer take about 40 MB (llguidance's default is 250,000). The
 #: others are llguidance's own: 1,000,000 units of fuel to build (20 ms), 200,000 units and 50,000 items for a mask (15 ms).

@@ -1,0 +1,1 @@
+"""The controller, policies, sensors and device profiles."""

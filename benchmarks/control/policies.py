@@ -1,0 +1,227 @@
+"""Policies compared on the same prompts: plain, fixed exits, a budget between two exits, and self-speculation.
+
+    python benchmarks/control/policies.py BUNDLE --prompts TEXT.jsonl
+
+Each policy makes greedy replies of ``TOKENS`` tokens to the first texts of a file, in interleaved rounds
+(:mod:`benchmarks.rounds`). Reported are tokens a second (median over the rounds of all prompts), the ratio to plain within
+a round, and the agreement: the share of tokens that the full depth would choose after the same prefix.
+
+``speculative, auto`` is what a user gets: draft rounds only if the runtime expects them to pay. ``speculative, forced`` shows
+the cost of rounds on this machine: its prices are replaced by ones under which rounds always pay. ``--calibrate TEXT`` learns
+thresholds of confidence exits on a text and adds ``confident`` in the same two ways, forced once for each of ``PROMISES``.
+The forced ones give a curve of agreement over speed, for comparison with the fixed exits. ``--plot FILE`` draws it.
+
+The last line on stdout is one JSON object: ``policies`` (name → ``tokens_per_s``, ``of_plain``, ``agreement``,
+``speculated``: share of tokens from rounds, ``kept``: share of drafts kept, ``early``: share of tokens that exited early) and
+``bars``. The bars: policies on auto reach at least 0.97 of plain, and lossless replies equal the plain ones. Exit code 1 if
+one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from balcony_edge.budget import Budget
+from balcony_edge.bundle.manifest import ConfidenceSpec
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.machine import cpu_name
+from balcony_runtime.decoding.confident import Confident
+from balcony_runtime.decoding.prices import measure_prices
+from balcony_runtime.decoding.thresholds import compare_exits, learn
+from balcony_runtime.llm import LLM
+from benchmarks.rounds import Neighbours, interleave, ratio
+
+TOKENS, PROMPTS, ROUNDS = 96, 6, 5
+#: Shares of tokens that may exit early with another token than the full depth's.
+PROMISES = (0.02, 0.05, 0.1, 0.2)
+CALIBRATION_TOKENS = 6000
+
+
+class Run(NamedTuple):
+    """Result of one policy over all prompts, once."""
+
+    seconds: float
+    replies: list[list[int]]
+    drafted: int
+    made: int
+    kept: int
+    early: int
+
+
+class Policy(NamedTuple):
+    """A budget, the prices for its decisions, and the thresholds if it uses confidence exits."""
+
+    budget: Budget
+    costs: CostModel
+    thresholds: ConfidenceSpec | None = None
+
+
+def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
+    llm.costs = policy.costs
+    llm._budget, llm._resolved = policy.budget, policy.budget
+    llm._learned.confident = Confident(llm.exit_layers, policy.thresholds)
+    replies, drafted, made, kept, early = [], 0, 0, 0, 0
+    begin = time.perf_counter()
+    for prompt in prompts:
+        tokens = list(llm.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True))
+        replies.append([token.id for token in tokens])
+        drafted += sum(token.decision.drafted > 0 for token in tokens)
+        early += sum(token.exit_layer < llm.exit_layers[-1] for token in tokens)
+        for token in tokens:
+            if token.latency_ms and (found := re.search(r"drafted (\d+) at \d+, kept (\d+)", token.reason)):
+                made, kept = made + int(found[1]), kept + int(found[2])
+    return Run(time.perf_counter() - begin, replies, drafted, made, kept, early)
+
+
+def _agreement(llm: LLM, prompts: list[list[int]], replies: list[list[int]]) -> float:
+    """Share of tokens that the full depth would have written after the same text."""
+    hits = total = 0
+    for prompt, reply in zip(prompts, replies, strict=True):
+        sequence = llm.engine.new_sequence(max_length=len(prompt) + len(reply))
+        logits = sequence.advance(llm.exit_layers[-1], [*prompt, *reply[:-1]], num_logits=len(reply))[0]
+        hits += int((logits.argmax(-1) == np.array(reply)).sum())
+        total += len(reply)
+    return hits / total
+
+
+def always_paying(costs: CostModel) -> CostModel:
+    """Prices under which shallow steps are almost free and deep ones are not, so that rounds and trials always pay."""
+    return replace(costs, stages=(UnitCost(1e-3), *(UnitCost(1e3) for _ in costs.exits[1:])))
+
+
+def read_prompts(llm: LLM, path: Path, count: int) -> list[list[int]]:
+    """Tokens of the first texts of a file, each cut to 400 characters."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+    return [llm.encode(str(record.get("instruction") or record.get("text"))[:400]) for record in records]
+
+
+def learned_thresholds(llm: LLM, path: Path) -> dict[float, ConfidenceSpec]:
+    """Learn thresholds on the beginning of a text; returns promise → thresholds."""
+    texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    documents: list[list[int]] = []
+    while texts and sum(map(len, documents)) < CALIBRATION_TOKENS:
+        documents.append(llm.encode(texts.pop(0), chat=False)[:128])
+    compared = compare_exits(llm.engine, documents)
+    return {promise: learn(compared, path.name, promise, 0.95) for promise in PROMISES}
+
+
+def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[float, ConfidenceSpec]) -> dict[str, Any]:
+    """Measure everything except the bars."""
+    costs = measure_prices(llm.engine)
+    exits, full = llm.exit_layers, llm.exit_layers[-1]
+    deep_ms, below_ms = (costs.steady_ms(exit_layer, 128) for exit_layer in (full, exits[-2]))
+    free = always_paying(costs)
+    policies = {
+        "plain": Policy(Budget(), costs),
+        **{f"exit {exit_layer}": Policy(Budget(exit_layer=exit_layer), costs) for exit_layer in exits[:-1]},
+        "budgeted": Policy(Budget(tpot_ms=(deep_ms + below_ms) / 2, probability=0.5), costs),
+        "speculative, auto": Policy(Budget(policy="lossless"), costs),
+        "speculative, forced": Policy(Budget(policy="lossless"), free),
+    }
+    for promise, spec in thresholds.items():
+        policies[f"confident {promise:.0%}, forced"] = Policy(Budget(policy="confident"), free, spec)
+    if thresholds:
+        policies["confident, auto"] = Policy(Budget(policy="confident"), costs, next(iter(thresholds.values())))
+    samples = interleave({name: partial(_run, llm, policy, prompts) for name, policy in policies.items()}, rounds)
+    plain = samples["plain"]
+    found = {}
+    for name, runs in samples.items():
+        last = runs[-1]
+        found[name] = {
+            "tokens_per_s": round(len(prompts) * TOKENS / median(run.seconds for run in runs), 1),
+            "of_plain": round(ratio([run.seconds for run in plain], [run.seconds for run in runs]), 3),
+            "agreement": round(_agreement(llm, prompts, last.replies), 4),
+            "same_as_plain": round(
+                float(np.mean([a == b for x, y in zip(last.replies, plain[-1].replies, strict=True)
+                               for a, b in zip(x, y, strict=True)])), 4,
+            ),
+            "speculated": round(last.drafted / (len(prompts) * TOKENS), 3),
+            "early": round(last.early / (len(prompts) * TOKENS), 3),
+            "kept": round(last.kept / last.made, 3) if last.made else None,
+        }  # fmt: skip
+    return found
+
+
+def plot(policies: dict[str, Any], output: Path) -> None:
+    """Draw the agreement of each policy with the full depth over its tokens a second."""
+    import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - likewise
+
+    from benchmarks.labels import name_points  # noqa: PLC0415 - likewise
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for names in (
+        ["plain", *reversed([n for n in policies if n.startswith("exit")])],
+        [n for n in policies if "%" in n],
+    ):
+        rows = [policies[name] for name in names]
+        axes.plot([row["tokens_per_s"] for row in rows], [row["agreement"] for row in rows], ":", color="0.6", zorder=0)
+    for name, row in policies.items():
+        kind = name.split()[0].rstrip(",")
+        marker = {"plain": "*", "exit": "o", "budgeted": "s", "speculative": "^", "confident": "D"}[kind]
+        axes.plot(row["tokens_per_s"], row["agreement"], marker, markersize=9)
+    axes.set_xlabel("tokens a second")
+    axes.set_ylabel("share of tokens that are the full depth's")
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.2, y=0.1)
+    name_points(axes, [(row["tokens_per_s"], row["agreement"]) for row in policies.values()], list(policies))
+    figure.savefig(output, dpi=110)
+
+
+def main() -> int:
+    """Parse the command line, run, print."""
+    parser = argparse.ArgumentParser(description="Comparison of policies; see the module's docstring.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--prompts", type=Path, required=True, help='JSON Lines with "instruction" or "text"')
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--calibrate", type=Path, help='JSON Lines with "text", for confidence exits')
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    neighbours = Neighbours()
+    with LLM.open(arguments.bundle) as llm:
+        prompts = read_prompts(llm, arguments.prompts, PROMPTS)
+        thresholds = learned_thresholds(llm, arguments.calibrate) if arguments.calibrate else {}
+        policies = measure(llm, prompts, arguments.rounds, thresholds)
+        exact = llm.engine.manifest.quantization is None or llm.engine.manifest.quantization.accuracy_level == 1
+    bars = {
+        f"{name} >= 0.97 of plain": row["of_plain"] >= 0.97
+        for name, row in policies.items()
+        if name in ("speculative, auto", "confident, auto")
+    }
+    if exact:
+        lossless = [policies[f"speculative, {kind}"]["same_as_plain"] for kind in ("auto", "forced")]
+        bars["lossless replies are the plain ones"] = min(lossless) == 1.0
+    if arguments.plot is not None:
+        plot(policies, arguments.plot)
+    document = {
+        "benchmark": "policies",
+        "bundle": str(arguments.bundle),
+        "cpu": cpu_name(),
+        "tokens": TOKENS,
+        "prompts": len(prompts),
+        "rounds": arguments.rounds,
+        **neighbours.report(),
+        "policies": policies,
+        "bars": bars,
+    }
+    for name, row in policies.items():
+        print(f"{name:22} {row}", file=sys.stderr)
+    print(json.dumps(document))
+    return 0 if all(bars.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

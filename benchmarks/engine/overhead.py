@@ -1,0 +1,126 @@
+"""Python's share of a greedy decode step: everything except the calls into ONNX Runtime.
+
+Owns item (e) of :mod:`benchmarks.engine.main_job`. Tokens are taken from ``LLM.stream`` as a user takes them. The overhead of a
+token is the wall time from its request to its arrival, minus the growth of ``State.busy_ns``, which counts the
+``run_with_iobinding`` calls. So it includes decision, embedding, row copies, bindings, logits copy, argmax, detokenization
+and the generators.
+
+Why it is more than a profiler shows: every pass streams its weights through the caches. So the interpreter's code and
+objects come back from the last-level cache each time a call returns. With the engine stubbed out the same step takes
+60 to 80 µs; with the real one it took 240 to 330 (2-core Xeon without other load). So the overhead depends on the amount of
+memory that Python touches, and on the number of its turns between two calls.
+
+The budgets: a fixed exit (no target); a target that holds an exit in place (the controller decides and stays); and a target
+between two exits, where the controller also switches and works off a backlog.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, Self
+
+from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import Manifest
+from balcony_runtime.backends.base import Backend, State
+from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from balcony_runtime.decoding.prices import measure_prices
+from balcony_runtime.engine import Engine
+from balcony_runtime.llm import LLM
+from balcony_runtime.text import TextCodec
+from benchmarks.engine.decode import prompt
+from benchmarks.rounds import interleave, p95
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 42
+#: Tokens that are not counted: the first is the prefill, the second binds the decode step.
+SKIPPED_TOKENS = 2
+#: A target that is never missed: the controller runs and stays at the deepest exit allowed.
+EASY_MS = 1000.0
+
+
+class RecordingBackend:
+    """A backend that remembers the state it made last, so that its ``busy_ns`` can be read during a stream."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.manifest: Manifest = backend.manifest
+        self.threads, self.max_length = backend.threads, backend.max_length
+        self.picks_inside = backend.picks_inside
+        self.state: State | None = None
+
+    def new_state(self, batch_size: int, max_length: int) -> State:
+        """Make a state with the wrapped backend and remember it."""
+        self.state = self._backend.new_state(batch_size, max_length)
+        return self.state
+
+    def new_pool(self, members: int, max_length: int) -> None:
+        """Nothing: what is recorded is one sequence."""
+
+    def close(self) -> None:
+        """Close the wrapped backend."""
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_recording(bundle: Bundle, packed: Path | None) -> tuple[LLM, RecordingBackend]:
+    """Open the public API over a backend whose states can be read."""
+    backend = RecordingBackend(OnnxRuntimeBackend(bundle, packed=packed))
+    return LLM(Engine(backend), TextCodec(bundle), Budget()), backend
+
+
+def measure(llm: LLM, backend: RecordingBackend, rounds: int) -> list[dict[str, Any]]:
+    """Measure item ``overhead`` of the JSON line.
+
+    Args:
+        llm: LLM that generates over ``backend``.
+        backend: backend that tells how long the engine was busy.
+        rounds: number of replies per budget.
+    """
+    shallow, full = llm.exit_layers[0], llm.exit_layers[-1]
+    costs = measure_prices(llm.engine)
+    deepest_ms, below_ms = (costs.steady_ms(exit_layer, PROMPT_TOKENS) for exit_layer in (full, llm.exit_layers[-2]))
+    between_ms = round((deepest_ms + below_ms) / 2, 2)
+    budgets = {
+        f"exit {full}": Budget(exit_layer=full),
+        f"exit {shallow}": Budget(exit_layer=shallow),
+        f"exit {full}, target": Budget(tpot_ms=EASY_MS),
+        f"exit {shallow}, target": Budget(tpot_ms=EASY_MS, max_exit=shallow),
+        "mixed, target": Budget(tpot_ms=between_ms, probability=0.5, dwell_tokens=2),
+    }
+    cases: dict[str, Callable[[], list[float]]] = {
+        name: partial(_reply, llm, backend, budget) for name, budget in budgets.items()
+    }
+    rows = []
+    for name, replies in interleave(cases, rounds).items():
+        values = [value for reply in replies for value in reply]
+        rows.append({"budget": name, "median_us": round(median(values), 1), "p95_us": round(p95(values), 1)})
+    return rows
+
+
+def _reply(llm: LLM, backend: RecordingBackend, budget: Budget) -> list[float]:
+    """Overhead of each token of one reply, in µs."""
+    llm.budget = budget
+    stream = llm.stream(prompt(PROMPT_TOKENS), max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    next(stream)  # the reply's state is there from its first token on
+    state = backend.state
+    assert state is not None
+    overhead_us: list[float] = []
+    while True:
+        begin, busy_ns = time.perf_counter_ns(), state.busy_ns
+        token = next(stream, None)
+        wall_ns = time.perf_counter_ns() - begin
+        if token is None:
+            return overhead_us[SKIPPED_TOKENS - 1 :]
+        overhead_us.append((wall_ns - (state.busy_ns - busy_ns)) / 1e3)

@@ -1,0 +1,1 @@
+"""Precisions, models of other sizes and shapes, and exits that were extracted."""

@@ -1,0 +1,1 @@
+"""Several replies at once, the server, structured replies and sessions."""

@@ -1,0 +1,385 @@
+"""Requests with targets at rising load: our server compared with llama.cpp's.
+
+    python -m benchmarks.serving.attainment --install                      # llama.cpp's server and the load generator, once
+    python -m benchmarks.serving.attainment BUNDLE --text wiki.valid.raw   # about 20 minutes; --plot FILE.png for the picture
+
+Two classes of requests arrive at random, as users do (Poisson): *voice* (first token within 500 ms, then 40 ms a token) and
+*background* (the whole reply within 30 s). The load is given as a multiple of what one model at full depth can do alone, one
+request after another, which is measured first. Every load is offered to every server in turn, with the same prompts at the
+same rate. A request *attains* its target if the reply is complete and in time; a refused one does not. Servers may not know of
+targets (llama.cpp's does not); ours gets them as each request's ``budget``.
+
+NVIDIA's AIPerf generates the load and records when each piece of each reply arrived. All judging is done here, on its records,
+and is the same for all servers. All programs share the machine's cores; ``generator_cpu_s`` is what the generator took of them.
+
+The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:
+
+    benchmark, cpu, threads, bundle, text, seconds, others_cpu_share, load_1m
+    capacity          requests a second of our server at a fixed full depth, one after another
+    generator_cpu_s   CPU seconds of the load generator, its many starts included
+    points[]          server; load; requests; attained: share of the requests; voice, background: the same of a class; errors
+                      goodput: attained requests a second; quality_goodput: tokens a second of attained requests, each counted
+                      with the agreement of its exit with the full depth (1 for llama.cpp)
+                      ttft_p95_ms, tpot_p95_ms: of complete voice replies; mean_depth: in layers, of our replies' tokens
+    bars              name → value, limit, holds
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import httpx
+from matplotlib.figure import Figure
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.device.machine import available_cpus, cpu_name
+from balcony_edge.errors import BalconyError, InputError
+from benchmarks.peer_workers import server
+from benchmarks.rounds import Neighbours, aligned, bar, p95, print_bars
+
+LOADS = (0.5, 1.0, 2.0, 3.0)
+#: Slots of llama.cpp's server: replies that it writes at once; further requests wait.
+SLOTS = (1, 4)
+#: Seconds during which requests arrive at each load, and seconds after which a request is given up.
+ARRIVAL_S, GIVE_UP_S = 60.0, 60.0
+#: Requests before each measurement: a server that was idle has lost its caches, and maybe pages of its weights.
+WARM_REQUESTS = 3
+#: Requests that measure the capacity.
+CAPACITY_REQUESTS = 12
+TTFT_MS, TPOT_MS, DEADLINE_S = 500.0, 40.0, 30.0
+
+
+class Kind(NamedTuple):
+    """A class of requests: its share, words of a prompt, tokens of a reply, and budget."""
+
+    share: float
+    words: int
+    tokens: int
+    budget: dict[str, float]
+
+
+KINDS = {
+    "voice": Kind(0.7, 40, 48, {"ttft_ms": TTFT_MS, "tpot_ms": TPOT_MS}),
+    "background": Kind(0.3, 250, 150, {"deadline_s": DEADLINE_S}),
+}
+
+
+class Answer(NamedTuple):
+    """One reply as its client saw it.
+
+    Attributes:
+        kind: class of the request.
+        text: the reply; None if the request failed.
+        ttft_s: time to the first piece of text.
+        tpot_s: mean time of a token after the first one.
+        took_s: time to the last piece.
+        exits: exit → number of tokens, of our server.
+    """
+
+    kind: str
+    text: str | None
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    took_s: float = 0.0
+    exits: Mapping[int, int] = {}
+
+    @property
+    def attained(self) -> bool:
+        """Whether the reply is complete and in time."""
+        if self.text is None:
+            return False
+        if self.kind == "voice":
+            return self.ttft_s <= TTFT_MS / 1000 and self.tpot_s <= TPOT_MS / 1000
+        return self.took_s <= DEADLINE_S
+
+
+def requests(words: Sequence[str], count: int, seed: int, model: str) -> list[tuple[str, dict[str, Any]]]:
+    """Random requests, each with its class; every prompt is another place of the text.
+
+    Raises:
+        InputError: the text is too short.
+    """
+    chance = random.Random(seed)
+    longest = max(kind.words for kind in KINDS.values())
+    if len(words) < 4 * longest:
+        raise InputError(f"the text has {len(words)} words: must be at least {4 * longest}: give a longer file")
+    found = []
+    for _ in range(count):
+        (name,) = chance.choices(list(KINDS), [kind.share for kind in KINDS.values()])
+        kind = KINDS[name]
+        start = chance.randrange(len(words) - kind.words)
+        prompt = "Continue this text:\n" + " ".join(words[start : start + kind.words])
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": kind.tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "budget": kind.budget,
+        }
+        found.append((name, body))
+    return found
+
+
+def offer(
+    url: str, asked: Sequence[tuple[str, dict[str, Any]]], per_second: float | None, tokenizer: Path
+) -> list[Answer]:
+    """Send requests at random times (None: one after another), and wait until each has ended or is given up."""
+    with tempfile.TemporaryDirectory() as directory:
+        bodies, out = Path(directory, "requests.jsonl"), Path(directory, "out")
+        bodies.write_text("".join(json.dumps(body) + "\n" for _, body in asked), encoding="utf-8")
+        rate = ["--concurrency", "1"]
+        if per_second is not None:
+            rate = ["--request-rate", f"{per_second:.4f}", "--arrival-pattern", "poisson"]
+        server.run(
+            [
+                *(
+                    server.AIPERF,
+                    "profile",
+                    "--model-names",
+                    "any",
+                    "--url",
+                    url,
+                    "--endpoint-type",
+                    "chat",
+                    "--streaming",
+                ),
+                *("--custom-dataset-type", "raw-payload", "--input-file", bodies),
+                *("--dataset-sampling-strategy", "sequential", "--request-count", str(len(asked)), *rate),
+                *("--warmup-request-count", str(WARM_REQUESTS), "--warmup-concurrency", "1"),
+                *("--random-seed", "7", "--request-timeout-seconds", f"{GIVE_UP_S:g}", "--tokenizer", tokenizer),
+                *("--output-artifact-dir", out, "--export-level", "raw", "--ui", "none"),
+                *("--no-gpu-telemetry", "--no-server-metrics"),
+            ]
+        )
+        lines = (out / "profile_export_raw.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [_answer(asked, record) for record in records if record["metadata"]["benchmark_phase"] == "profiling"]
+
+
+def _answer(asked: Sequence[tuple[str, dict[str, Any]]], record: dict[str, Any]) -> Answer:
+    number = int(record["metadata"]["conversation_id"].rsplit("_", 1)[1])
+    name, body = asked[number % len(asked)]
+    begin_ns = record["start_perf_ns"]
+    pieces: list[tuple[int, str]] = []
+    exits: dict[int, int] = {}
+    done = False
+    for response in record.get("responses") or ():
+        for packet in response.get("packets", ()):
+            value = packet["value"]
+            if value == "[DONE]":
+                done = True
+            elif packet["name"] == "data":
+                document = json.loads(value)
+                exits |= {int(key): n for key, n in document.get("balcony", {}).get("tokens_per_exit", {}).items()}
+                if text := "".join(one["delta"].get("content") or "" for one in document.get("choices", ())):
+                    pieces.append((response["perf_ns"], text))
+    if not (done and pieces and record.get("status") == 200):
+        return Answer(name, None)
+    first_ns, last_ns = pieces[0][0], pieces[-1][0]
+    return Answer(
+        name,
+        "".join(text for _, text in pieces),
+        ttft_s=(first_ns - begin_ns) / 1e9,
+        tpot_s=(last_ns - first_ns) / 1e9 / (body["max_tokens"] - 1),
+        took_s=(last_ns - begin_ns) / 1e9,
+        exits=exits,
+    )
+
+
+def judged(answers: Sequence[Answer], seconds: float, quality: Mapping[int, float]) -> dict[str, Any]:
+    """Figures of one server at one load."""
+
+    def share(kind: str | None) -> float:
+        of = [answer.attained for answer in answers if kind in (None, answer.kind)]
+        return round(mean(of), 3) if of else 1.0
+
+    def worth(answer: Answer) -> float:
+        if not answer.exits:
+            return float(KINDS[answer.kind].tokens)
+        return sum(count * quality[layer] for layer, count in answer.exits.items())
+
+    voice = [answer for answer in answers if answer.kind == "voice" and answer.text is not None]
+    at_exits = [(layer, count) for answer in answers for layer, count in answer.exits.items()]
+    tokens = sum(count for _, count in at_exits)
+    return {
+        "requests": len(answers),
+        "attained": share(None),
+        "voice": share("voice"),
+        "background": share("background"),
+        "errors": sum(answer.text is None for answer in answers),
+        "goodput": round(sum(answer.attained for answer in answers) / seconds, 3),
+        "quality_goodput": round(sum(worth(answer) for answer in answers if answer.attained) / seconds, 1),
+        "ttft_p95_ms": round(1000 * p95([answer.ttft_s for answer in voice])) if voice else None,
+        "tpot_p95_ms": round(1000 * p95([answer.tpot_s for answer in voice]), 1) if voice else None,
+        "mean_depth": round(sum(layer * count for layer, count in at_exits) / tokens, 1) if tokens else None,
+    }
+
+
+@contextmanager
+def started(command: Sequence[str | Path], url: str) -> Iterator[str]:
+    """A server in a process of its own, from the time it answers."""
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            for _ in range(600):
+                if process.poll() is not None:
+                    log.seek(0)
+                    tail = log.read().decode(errors="replace").strip().splitlines()[-1:]
+                    raise InputError(f"{command[0]} ended before it answered ({' '.join(tail)}): see its options")
+                try:
+                    if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.1)
+            yield url
+        finally:
+            process.terminate()
+
+
+def measure(bundle: Bundle, text: Path, loads: Sequence[float], arrival_s: float, folder: Path) -> dict[str, Any]:
+    """Offer every load to every server."""
+    manifest, threads = bundle.manifest, available_cpus()
+    words = text.read_text(encoding="utf-8").split()
+    quality = {layer: value for layer, value in manifest.agreement.items() if value is not None}
+    quality[manifest.exit_layers[-1]] = 1.0
+    if len(quality) < len(manifest.exit_layers):
+        raise InputError(f"{bundle.path}: its exits were not evaluated: export it with --evaluate TEXT")
+    name = manifest.model.name
+    tokenizer = server.tokenizer(bundle, folder)
+    ours: list[str | Path] = [
+        Path(sys.executable).with_name("balcony-edge"),
+        "serve",
+        bundle.path,
+        "--threads",
+        str(threads),
+    ]
+    commands: dict[str, list[str | Path]] = {"balcony-edge": [*ours, "--port", "{port}"]}
+    for slots in SLOTS:
+        commands[f"llama.cpp, {slots} slot{'s' if slots > 1 else ''}"] = [
+            *(server.LLAMA_SERVER, "--model", server.Q4_0, "--port", "{port}", "--threads", str(threads)),
+            *("--parallel", str(slots), "--ctx-size", str(1024 * slots), "--no-webui", "--no-cache-prompt"),
+        ]
+    with ExitStack() as stack:
+        urls = {}
+        for port, (title, command) in enumerate(commands.items(), 8191):
+            filled = [str(word).format(port=port) for word in command]
+            urls[title] = stack.enter_context(started(filled, f"http://127.0.0.1:{port}"))
+        full = f"{name}:exit-{manifest.exit_layers[-1]}"
+        first = requests(words, CAPACITY_REQUESTS, 1, full)
+        for _, body in first:
+            body.pop("budget")
+        alone = offer(urls["balcony-edge"], first, None, tokenizer)
+        capacity = len(alone) / sum(answer.took_s for answer in alone)
+        points = []
+        for load in loads:
+            rate = load * capacity
+            asked = requests(words, max(round(rate * arrival_s), 8), round(1000 * load), name)
+            for title, url in urls.items():
+                answers = offer(url, asked, rate, tokenizer)
+                points.append({"server": title, "load": load, **judged(answers, len(asked) / rate, quality)})
+                print(json.dumps(points[-1]), file=sys.stderr)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)  # the servers count only after their end
+    return {
+        "capacity": round(capacity, 3),
+        "generator_cpu_s": round(used.ru_utime + used.ru_stime),
+        "points": points,
+    }
+
+
+def plot(document: Mapping[str, Any], path: Path) -> None:
+    """Draw attainment and quality-weighted goodput over the load."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for title in dict.fromkeys(point["server"] for point in document["points"]):
+        points = [point for point in document["points"] if point["server"] == title]
+        loads = [point["load"] for point in points]
+        left.plot(loads, [100 * point["attained"] for point in points], "o-", label=title)
+        right.plot(loads, [point["quality_goodput"] for point in points], "o-", label=title)
+    left.set_ylabel("requests answered in time, %")
+    right.set_ylabel("tokens in time a second × agreement")
+    for axes in (left, right):
+        axes.set_xlabel("load, compared with one model at full depth")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    left.legend()
+    figure.suptitle(f"{document['bundle']}, {document['threads']} threads, {document['cpu']}", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def bars(points: Sequence[Mapping[str, Any]], layers: int) -> dict[str, Any]:
+    """The figures that were fixed before; ``layers``: of the full depth."""
+    ours = {point["load"]: point for point in points if point["server"] == "balcony-edge"}
+    peers = [point for point in points if point["server"] != "balcony-edge"]
+    best = {load: max(point["attained"] for point in peers if point["load"] == load) for load in ours}
+    depth = round(ours[min(ours)]["mean_depth"] / layers, 3)
+    held = {"mean depth at the lowest load / full depth": bar(depth, 0.98, at_least=True)}
+    if below := [load for load, attained in best.items() if attained < 0.5]:
+        held[f"attained at {min(below):g} times the capacity, where llama.cpp falls below 0.5"] = bar(
+            ours[min(below)]["attained"], 0.95, at_least=True
+        )
+    return held
+
+
+def main() -> int:
+    """Parse the command line, run, print; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description="Requests with targets at rising load.")
+    parser.add_argument("bundle", type=Path, nargs="?", help="int4 bundle of the demo's model")
+    parser.add_argument("--text", type=Path, help="plain text that prompts are taken from")
+    parser.add_argument(
+        "--install", action="store_true", help="make what is missing: llama.cpp's server, AIPerf, the Q4_0 model"
+    )
+    parser.add_argument("--plot", type=Path, help="picture to write (PNG)")
+    parser.add_argument("--quick", action="store_true", help="two short loads: checks only that it runs")
+    arguments = parser.parse_args()
+    try:
+        if arguments.install:
+            server.install()
+        if arguments.bundle is None:
+            return 0
+        server.refuse_missing()
+        bundle = Bundle.open(arguments.bundle)
+        neighbours, begin = Neighbours(), time.monotonic()
+        loads, arrival_s = ((0.25, 3.0), 10.0) if arguments.quick else (LOADS, ARRIVAL_S)
+        with tempfile.TemporaryDirectory() as folder:
+            measured = measure(bundle, arguments.text, loads, arrival_s, Path(folder))
+    except BalconyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = {
+        "benchmark": "attainment",
+        "quick": arguments.quick,
+        "cpu": cpu_name(),
+        "threads": available_cpus(),
+        "bundle": f"{bundle.manifest.model.name}, {bundle.manifest.precision}",
+        "text": arguments.text.name,
+        "seconds": round(time.monotonic() - begin),
+        **neighbours.report(),
+        **measured,
+    }
+    found["bars"] = bars(found["points"], bundle.manifest.exit_layers[-1])
+    columns = list(found["points"][0])
+    for line in aligned([columns, *([point[key] for key in columns] for point in found["points"])]):
+        print(line, file=sys.stderr)
+    missed = print_bars(found["bars"])
+    if arguments.plot is not None:
+        plot(found, arguments.plot)
+    print(json.dumps(found, ensure_ascii=False))
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

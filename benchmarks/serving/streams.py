@@ -1,0 +1,497 @@
+"""Several replies at once on a real bundle, and in simulation: ``python -m benchmarks.serving.streams BUNDLE [--only X,...]``.
+
+    throughput   tokens a second of 1, 4 and 8 streams at the full depth, driven by one thread and by a thread each, compared
+                 with one stream; rounds interleaved. One stream through the scheduler is compared with its decoder by itself
+    mixed        streams at four exits in one round, compared with what their prices predict (rows and bytes)
+    exact        KL of logits in company to passes from scratch, compared with that of one-row steps by a stream alone
+    python       time of a round that is spent outside the engine, for 1, 4 and 8 streams
+    targets      four streams with different targets, one with a deadline, and prompts of 500 tokens that arrive meanwhile: late
+                 tokens of each class, compared with threads that know nothing of one another (each has its own controller)
+    soak         streams that come, go, fail and are cancelled: memory of the process, and members of the pool in use at the end
+    simulation   random arrivals of classes of budgets on a simulated device: mean depth compared with an oracle that pays
+                 nothing for pending rows and knows the device; late tokens; the time of a decision
+
+The last line on stdout is one JSON object; tables go to stderr. Exit code 1 if a bar is missed. Stop everything else first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.joint import JointController
+from balcony_edge.control.company.prices import Entry, round_ms
+from balcony_edge.control.company.seen import CompanyState, Round, RoundSeen, StreamSeen
+from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.device.machine import cpu_name
+from balcony_edge.errors import BalconyError
+from balcony_edge.simulation import company
+from balcony_runtime.backends.base import FloatArray
+from balcony_runtime.decoding.loop import Decoder, Step
+from balcony_runtime.engine import TokenSequence
+from balcony_runtime.llm import LLM
+from balcony_runtime.reply import Reply
+from balcony_runtime.scheduling.pool import Move, SequencePool
+from benchmarks.peer_workers.worker import log_softmax
+from benchmarks.rounds import Neighbours, bar, interleave, print_bars, ratio
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 48
+COUNTS = (4, 8)
+#: Prices like those of the demo model in int4 on two CPU cores, and the agreement of its exits.
+INT4 = CostModel(
+    exits=(14, 17, 20, 30),
+    stages=(
+        UnitCost(2.15, 0.5, 0.1),
+        UnitCost(0.47, 0.11, 0.02),
+        UnitCost(0.46, 0.11, 0.02),
+        UnitCost(1.5, 0.37, 0.07),
+    ),
+    balconies=(UnitCost(0.2, 0.02), UnitCost(0.2, 0.02), UnitCost(0.2, 0.02), UnitCost(0.03)),
+    head=UnitCost(0.8, 0.12),
+    overhead_ms=0.15,
+)
+QUALITY = (0.60, 0.66, 0.74, 1.0)
+
+
+def prompts(llm: LLM, count: int, seed: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
+    """Random token ids, so that no prompt shares a prefix with another one."""
+    random_ids = np.random.default_rng(seed).integers(3, llm.engine.manifest.model.vocab_size, (count, length))
+    return [list(map(int, row)) for row in random_ids]
+
+
+def rate(llm: LLM, count: int, how: str, seed: int) -> float:
+    """Tokens a second of that many replies at the full depth, prompts left out."""
+    asked = prompts(llm, count, seed)
+    if how == "threads":
+        with ThreadPoolExecutor(count) as threads:
+            call = partial(llm.generate, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+            replies = list(threads.map(call, asked))
+        seconds = max(sum(token.latency_ms for token in reply.tokens[1:]) for reply in replies) / 1000
+        return count * (NEW_TOKENS - 1) / seconds
+    with llm.together() as replies_at_once:
+        streams = [replies_at_once.add(ids, max_new_tokens=NEW_TOKENS, ignore_eos=True) for ids in asked]
+        while any(not stream.reply.tokens for stream in streams):
+            replies_at_once.step()
+        made = sum(len(stream.reply.tokens) for stream in streams)
+        begin = time.perf_counter()
+        while replies_at_once.open:
+            replies_at_once.step()
+        return (count * NEW_TOKENS - made) / (time.perf_counter() - begin)
+
+
+def alone_rate(llm: LLM, seed: int) -> float:
+    """The same of one stream whose decoder is stepped directly, without a scheduler."""
+    scheduler = llm._requests.scheduler
+    through = scheduler.steps
+    scheduler.steps = _without_company  # type: ignore[method-assign,assignment]
+    try:
+        return rate(llm, 1, "threads", seed)
+    finally:
+        scheduler.steps = through  # type: ignore[method-assign]
+
+
+def _without_company(decoder: Decoder, *_: object) -> Generator[Step]:
+    return decoder.steps()
+
+
+def throughput(llm: LLM, rounds: int) -> dict[str, Any]:
+    """Item ``throughput``."""
+    seeds = iter(range(10**6))
+    cases: dict[str, Callable[[], float]] = {
+        "alone": lambda: alone_rate(llm, next(seeds)),
+        "1": lambda: rate(llm, 1, "threads", next(seeds)),
+    }
+    for count in COUNTS:
+        for how in ("together", "threads"):
+            cases[f"{count} {how}"] = lambda count=count, how=how: rate(llm, count, how, next(seeds))  # type: ignore[misc]
+    found = interleave(cases, rounds)
+    against = {name: round(ratio(found[name], found["1"]), 3) for name in cases if name not in {"alone", "1"}}
+    return {
+        "tokens_a_second": {name: round(median(rates), 1) for name, rates in found.items()},
+        "of_one_stream": against,
+        "scheduler_of_decoder": round(ratio(found["1"], found["alone"]), 3),
+    }
+
+
+def steps_ms(llm: LLM, exits: Sequence[int], steps: int = 24) -> tuple[float, float]:
+    """Median time of a shared step of streams at these exits, and of its part outside the engine, ms."""
+    pool = SequencePool.of(llm.engine, len(exits))
+    assert pool is not None, "this bundle's graphs share no passes"
+    sequences = [pool.take() for _ in exits]
+    members = [sequence for sequence in sequences if sequence is not None]
+    for sequence, ids in zip(members, prompts(llm, len(exits), 5), strict=True):
+        sequence.advance(llm.exit_layers[-1], ids)
+        sequence.catch_up()
+    times, outside = [], []
+    for _ in range(steps):
+        begin_ns, busy_ns = time.perf_counter_ns(), _busy_ns(pool, members)
+        pool.step([Move(sequence, layer, 100) for sequence, layer in zip(members, exits, strict=True)])
+        took_ns = time.perf_counter_ns() - begin_ns
+        times.append(took_ns / 1e6)
+        outside.append((took_ns - (_busy_ns(pool, members) - busy_ns)) / 1e6)
+    return median(times[4:]), median(outside[4:])
+
+
+def _round_ms(llm: LLM, exits: Sequence[int]) -> float:
+    return steps_ms(llm, exits)[0]
+
+
+def _busy_ns(pool: SequencePool, members: Sequence[TokenSequence]) -> int:
+    return pool.busy_ns + sum(sequence.state.busy_ns for sequence in members)
+
+
+def mixed(llm: LLM, rounds: int) -> dict[str, Any]:
+    """Item ``mixed``: predicted / measured, over rounds in which the full depth of four streams calibrates the prices."""
+    costs, exits = llm.costs, llm.exit_layers
+    index = {layer: place for place, layer in enumerate(exits)}
+    ones = (1,) * len(exits)
+
+    def price(layers: Sequence[int]) -> float:
+        return round_ms(costs, [Entry(index[layer], ones, ones, PROMPT_TOKENS) for layer in layers])
+
+    groups = {
+        "full depth": (exits[-1],) * 4,
+        "each exit": exits,
+        "two and two": (exits[0], exits[0], exits[-1], exits[-1]),
+    }
+    found = interleave({name: partial(_round_ms, llm, layers) for name, layers in groups.items()}, rounds)
+    scale = median(found["full depth"]) / price(groups["full depth"])
+    return {
+        "measured_ms": {name: round(median(times), 2) for name, times in found.items()},
+        "predicted_of_measured": {
+            name: round(scale * price(groups[name]) / median(found[name]), 3) for name in groups if name != "full depth"
+        },
+        "prices_of_measured_at_full_depth": round(1 / scale, 3),
+    }
+
+
+def exact(llm: LLM, rounds: int) -> dict[str, Any]:
+    """Item ``exact``: KL to passes from scratch, in company and of a stream by itself, whose steps take other numbers of rows.
+
+    With int8 activations the number of rows in a pass changes the last bits, and rounding amplifies them.
+    """
+    random_numbers, exits, full = np.random.default_rng(3), llm.exit_layers, llm.exit_layers[-1]
+    pool = SequencePool.of(llm.engine, 8)
+    assert pool is not None, "this bundle's graphs share no passes"
+    sequences = [one for one in (pool.take() for _ in range(8)) if one is not None]
+    for sequence, ids in zip(sequences, prompts(llm, 8, 6), strict=True):
+        sequence.advance(exits[0], ids)
+    company, alone = [], []
+    for _ in range(rounds):
+        chosen = [sequence for sequence in sequences if random_numbers.random() < 0.8]
+        tokens = random_numbers.integers(3, llm.engine.manifest.model.vocab_size, len(chosen)).tolist()
+        layers = random_numbers.choice(exits, len(chosen)).tolist()
+        moves = [Move(*move) for move in zip(chosen, layers, tokens, strict=True)]
+        for move, logits in zip(moves, pool.step(moves) if moves else (), strict=True):
+            scratch = llm.engine.new_sequence().advance(move.exit_layer, move.sequence.tokens)[:, 0]
+            company.append(_kl(scratch, logits))
+    for sequence in sequences:
+        tokens = sequence.tokens[0]
+        many = llm.engine.new_sequence().advance(full, tokens, num_logits=rounds)[0]
+        one_row = llm.engine.new_sequence()
+        one_row.advance(full, tokens[: len(tokens) - rounds])
+        for row, token in enumerate(tokens[len(tokens) - rounds :]):
+            alone.append(_kl(many[row : row + 1], one_row.step(full, np.array([token]))))
+    return {"kl_in_company": float(f"{mean(company):.3g}"), "kl_alone": float(f"{mean(alone):.3g}")}
+
+
+def _kl(of: FloatArray, to: FloatArray) -> float:
+    before, after = (log_softmax(logits) for logits in (of, to))
+    return float((np.exp(before) * (before - after)).sum())
+
+
+def python_share(llm: LLM) -> dict[str, Any]:
+    """Item ``python``: microseconds of a shared step outside the engine."""
+    full = llm.exit_layers[-1]
+    return {str(count): round(1000 * steps_ms(llm, (full,) * count)[1]) for count in (1, *COUNTS)}
+
+
+def targets(llm: LLM, tokens: int) -> dict[str, Any]:
+    """Item ``targets``: classes by the price of a full-depth step of one stream."""
+    llm.costs  # noqa: B018 - measured before anybody waits
+    full_ms = llm.costs.steady_ms(llm.exit_layers[-1], 64)
+    classes = {
+        "1.5 steps": Budget(tpot_ms=round(1.5 * full_ms, 1)),
+        "2.7 steps": Budget(tpot_ms=round(2.7 * full_ms, 1)),
+        "5.3 steps": Budget(tpot_ms=round(5.3 * full_ms, 1)),
+        "deadline": Budget(deadline_s=round(2.5 * tokens * full_ms / 1000, 2), expected_tokens=tokens),
+    }
+    long_prompts = prompts(llm, 2, 77, 500)
+
+    four = dict(zip(classes, prompts(llm, 4, 31), strict=True))
+    arrivals_s = (0.3, 1.3)
+
+    def in_company() -> dict[str, Reply]:
+        with llm.together() as replies:
+            options: dict[str, Any] = {"max_new_tokens": tokens, "ignore_eos": True}
+            streams = {name: replies.add(ids, budget=classes[name], **options) for name, ids in four.items()}
+            begin_s, waiting = time.perf_counter(), list(zip(arrivals_s, long_prompts, strict=True))
+            while replies.open:
+                while waiting and time.perf_counter() - begin_s >= waiting[0][0]:
+                    replies.add(waiting.pop(0)[1], budget=Budget(), **options)
+                replies.step()
+            return {name: stream.reply for name, stream in streams.items()}
+
+    def alone() -> dict[str, Reply]:
+        scheduler = llm._requests.scheduler
+        through = scheduler.steps
+        scheduler.steps = _without_company  # type: ignore[method-assign,assignment]
+        call = partial(llm.generate, max_new_tokens=tokens, ignore_eos=True)
+        try:
+            with ThreadPoolExecutor(8) as threads:
+                futures = {name: threads.submit(call, ids, budget=classes[name]) for name, ids in four.items()}
+                late = [
+                    threads.submit(_later, after_s, partial(call, ids, budget=Budget()))
+                    for after_s, ids in zip(arrivals_s, long_prompts, strict=True)
+                ]
+                found = {name: future.result() for name, future in futures.items()}
+                for one in late:
+                    one.result()
+            return found
+        finally:
+            scheduler.steps = through  # type: ignore[method-assign]
+
+    found = {"in_company": in_company(), "threads_alone": alone()}
+    judged = {
+        how: {name: _judged(classes[name], reply) for name, reply in replies.items()} for how, replies in found.items()
+    }
+    return {"full_step_ms": round(full_ms, 2), **judged}
+
+
+def _later(seconds: float, call: Callable[[], Reply]) -> Reply:
+    time.sleep(seconds)
+    return call()
+
+
+def _judged(budget: Budget, reply: Reply) -> dict[str, Any]:
+    depth = mean(token.exit_layer for token in reply.tokens)
+    found: dict[str, Any] = {"mean_exit": round(depth, 1), "ttft_ms": round(reply.ttft_ms or 0.0)}
+    later = reply.tokens[1:]
+    found["infeasible"] = round(mean(token.decision.infeasible for token in later), 4)
+    if budget.tpot_ms is not None:
+        promised = [token for token in later if not token.decision.infeasible]
+        late = sum(token.late for token in promised) / max(len(promised), 1)
+        found |= {"target_ms": budget.tpot_ms, "late_in_all": round(mean(token.late for token in later), 4)}
+        found["late"] = round(late, 4)
+    else:
+        took_s = sum(token.latency_ms for token in reply.tokens) / 1000
+        found |= {
+            "deadline_s": budget.deadline_s,
+            "took_s": round(took_s, 2),
+            "late": float(took_s > (budget.deadline_s or 0)),
+        }
+    return found
+
+
+def soak(llm: LLM, tokens: int) -> dict[str, Any]:
+    """Item ``soak``: threads with replies of all kinds until that many tokens have been made."""
+    made, lock, sizes = [0], threading.Lock(), []  # type: list[int], threading.Lock, list[float]
+    llm.costs  # noqa: B018 - prices are needed by the budgets below
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        while made[0] < tokens:
+            budget = chance.choice(
+                [
+                    Budget(exit_layer=llm.exit_layers[0]),
+                    Budget(tpot_ms=50.0),
+                    Budget(tpot_ms=1e-3, on_infeasible="error"),
+                    None,
+                ]
+            )
+            length, ends = chance.randint(1, 40), chance.randint(1, 40)
+            ids = [chance.randrange(3, 300) for _ in range(length)]
+            stream = llm.stream(ids, budget=budget, max_new_tokens=chance.randint(1, 60), ignore_eos=True)
+            count = 0
+            try:
+                for _ in stream:
+                    count += 1
+                    if count == ends:
+                        stream.cancel() if chance.random() < 0.5 else stream.close()
+            except BalconyError:
+                pass
+            with lock:
+                made[0] += count
+                sizes.append(_private_mb())
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(work, range(6)))
+    pool = llm._requests.scheduler._pool
+    used = 0 if pool is None else pool.in_use
+    early, late = median(sizes[len(sizes) // 4 : len(sizes) // 2]), median(sizes[-len(sizes) // 4 :])
+    return {
+        "tokens": made[0],
+        "streams": len(sizes),
+        "memory_mb": [round(early, 1), round(late, 1)],
+        "members_in_use": used,
+    }
+
+
+def _private_mb() -> float:
+    fields = Path(f"/proc/{os.getpid()}/statm").read_text(encoding="ascii").split()
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class _CaughtUp(company.CompanyPlant):
+    """A device on which pending rows cost nothing: the next token of every stream finds its stages up to date."""
+
+    @staticmethod
+    def rows_due(stream: company.SimulatedStream) -> tuple[list[int], list[int]]:
+        """One row each after the prompt."""
+        stages, balconies = company.CompanyPlant.rows_due(stream)
+        return ([1] * len(stages), [1] * len(balconies)) if stream.exits else (stages, balconies)
+
+
+@lru_cache(maxsize=64)
+def _at_once(budget: Budget) -> Budget:
+    """The budget without anything that delays a change of exit."""
+    return budget.model_copy(update={"hysteresis": 0.0, "dwell_tokens": 0})
+
+
+def oracle(arrivals: Sequence[company.Arrival], seed: int) -> list[company.SimulatedStream]:
+    """The deepest rounds in time if pending rows cost nothing, the device is known, and exits change at once."""
+    controller, known = JointController(INT4, QUALITY), Slowdown(variance=1e-8, noise_variance=0.02**2)
+
+    def decide(state: CompanyState, seen: RoundSeen) -> tuple[CompanyState, Round]:
+        streams: tuple[StreamSeen, ...] = tuple(one._replace(budget=_at_once(one.budget)) for one in seen.streams)
+        return controller.decide(state._replace(slowdown=known), seen._replace(streams=streams, last=None))
+
+    return company.simulate_company(INT4, arrivals, quality=QUALITY, seed=seed, decide=decide, plant_class=_CaughtUp)
+
+
+CLASSES = [
+    company.Arrival(0.0, prompt, tokens, budget)
+    for prompt, tokens, budget in (
+        (30, 150, Budget(tpot_ms=8.0)),
+        (60, 200, Budget(tpot_ms=15.0)),
+        (100, 150, Budget(tpot_ms=30.0)),
+        (40, 120, Budget(deadline_s=4.0, expected_tokens=120)),
+        (30, 100, Budget()),
+    )
+]
+
+
+def simulation(seeds: int) -> dict[str, Any]:
+    """Item ``simulation``."""
+    rows, spent_s, rounds = [], 0.0, 0
+    controller = JointController(INT4, QUALITY)
+
+    def timed(state: CompanyState, seen: RoundSeen) -> tuple[CompanyState, Round]:
+        nonlocal spent_s, rounds
+        begin = time.thread_time()  # the thread's own time, so that other programs do not count
+        found = controller.decide(state, seen)
+        if len(seen.streams) >= 8:
+            spent_s, rounds = spent_s + time.thread_time() - begin, rounds + 1
+        return found
+
+    for arrivals_a_second, burst in ((0.3, 1), (0.8, 1), (1.2, 1), (0.3, 3), (0.8, 3), (1.2, 3), (2.0, 8)):
+        ratios, late, ideal = [], [], []
+        for seed in range(seeds):
+            arrivals = company.poisson(arrivals_a_second, 30.0, CLASSES, seed=seed, burst=burst)
+            if not arrivals:
+                continue
+            found = company.summary(
+                company.simulate_company(INT4, arrivals, quality=QUALITY, seed=seed, decide=timed), INT4, QUALITY
+            )
+            best = company.summary(oracle(arrivals, seed), INT4, QUALITY)
+            ratios.append(found["mean_depth"] / best["mean_depth"])
+            late.append(found["late_share"])
+            ideal.append(best["late_share"])
+        rows.append(
+            {
+                "arrivals_a_second": arrivals_a_second,
+                "burst": burst,
+                "depth_of_oracle": round(mean(ratios), 3),
+                "late": round(mean(late), 4),
+                "oracle_late": round(mean(ideal), 4),
+            }
+        )
+    return {"rows": rows, "decision_us_of_8_or_more": round(1e6 * spent_s / max(rounds, 1), 1)}
+
+
+def bars(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures that were fixed before."""
+    held: dict[str, Any] = {}
+    if (measured := found.get("throughput")) is not None:
+        for count, least in zip(COUNTS, (2.2, 3.0), strict=True):
+            best = max(measured["of_one_stream"][f"{count} {how}"] for how in ("together", "threads"))
+            held[f"{count} streams / one"] = bar(best, least, at_least=True)
+        held["one through the scheduler"] = bar(measured["scheduler_of_decoder"], 0.98, at_least=True)
+    if (measured := found.get("mixed")) is not None:
+        held["mixed exits, predicted / measured"] = bar(
+            min(measured["predicted_of_measured"].values()), 0.9, at_least=True
+        )
+    if (measured := found.get("exact")) is not None:
+        held["KL in company / alone"] = bar(round(measured["kl_in_company"] / max(measured["kl_alone"], 1e-9), 2), 2.0)
+    if (measured := found.get("python")) is not None:
+        for count, microseconds in measured.items():
+            held[f"µs outside the engine, {count} streams"] = bar(microseconds, 150 + 40 * int(count))
+    if (measured := found.get("targets")) is not None:
+        held["late in company where it was promised, worst class"] = bar(
+            max(one["late"] for one in measured["in_company"].values()), 0.05
+        )
+    if (measured := found.get("soak")) is not None:
+        held["members in use at the end"] = bar(measured["members_in_use"], 0)
+        held["memory, late / early"] = bar(round(measured["memory_mb"][1] / measured["memory_mb"][0], 3), 1.02)
+    if (measured := found.get("simulation")) is not None:
+        depth = round(mean(row["depth_of_oracle"] for row in measured["rows"]), 3)
+        held["simulated depth / oracle"] = bar(depth, 0.93, at_least=True)
+        more = max(row["late"] - row["oracle_late"] for row in measured["rows"])
+        held["simulated late share above the oracle's"] = bar(round(more, 4), 0.05)
+        held["decision, µs"] = bar(measured["decision_us_of_8_or_more"], 150)
+    return held
+
+
+def main() -> int:
+    """Parse the command line, run, print; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description="Several replies at once.")
+    parser.add_argument("bundle", type=Path, nargs="?", help="bundle; without one only the simulation runs")
+    parser.add_argument("--quick", action="store_true", help="few repetitions: checks only that it runs")
+    parser.add_argument("--only", default="throughput,mixed,exact,python,targets,soak,simulation", help="items to run")
+    arguments = parser.parse_args()
+    only, quick = set(arguments.only.split(",")), arguments.quick
+    neighbours = Neighbours()
+    found: dict[str, Any] = {"benchmark": "streams", "quick": quick, "cpu": cpu_name()}
+    if arguments.bundle is not None:
+        with balcony_edge.load(arguments.bundle) as llm:
+            found["bundle"] = f"{llm.engine.manifest.model.name}, {llm.engine.manifest.precision}"
+            items: dict[str, Callable[[], Any]] = {
+                "throughput": lambda: throughput(llm, 2 if quick else 7),
+                "mixed": lambda: mixed(llm, 1 if quick else 5),
+                "exact": lambda: exact(llm, 4 if quick else 24),
+                "python": lambda: python_share(llm),
+                "targets": lambda: targets(llm, 40 if quick else 300),
+                "soak": lambda: soak(llm, 500 if quick else 100_000),
+            }
+            for name, measure in items.items():
+                if name in only:
+                    found[name] = measure()
+                    print(name, json.dumps(found[name]), file=sys.stderr)
+    if "simulation" in only:
+        found["simulation"] = simulation(1 if quick else 5)
+        for row in found["simulation"]["rows"]:
+            print(json.dumps(row), file=sys.stderr)
+    found |= {"neighbours": neighbours.report(), "bars": bars(found)}
+    missed = print_bars(found["bars"])
+    print(json.dumps(found, ensure_ascii=False))
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Structured replies: what a mask costs, what forced tokens save, and whether every reply follows its schema.
+
+    python -m benchmarks.serving.structured BUNDLE [--rounds 7] [--only speed,schemas] [--schemas 2000]
+
+``speed``: greedy replies of up to ``TOKENS`` tokens at the full depth, interleaved. ``free`` is text without a structure.
+``masked`` is a list of texts, all of whose tokens the model chooses under a mask. ``forced`` is a list of records, with at
+least 30 % of forced tokens. ``paced`` and ``unforced`` are ``free`` and ``forced`` under a pace that no token reaches, with
+which forced tokens are made one by one: their ratio is the cost of masks that leave few tokens. A figure is the time from
+the first token to the last, by the number of tokens after the first.
+
+``schemas``: one reply at temperature 1 to each of many random schemas (:mod:`.schemas`), checked by jsonschema_rs,
+at the full depth and at the shallowest exit in turn.
+Replies that end at the limit of tokens are counted apart. Schemas with a keyword that is not supported must be refused by name.
+
+The last line is JSON: ``ms_a_token`` and ``forced_share`` by case, ``ratios`` (medians over rounds), ``schemas``,
+``bars``. Exit code 1 if a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.device.machine import cpu_name
+from balcony_edge.errors import InputError
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.llm import LLM
+from benchmarks.rounds import bar, interleave, print_bars, ratio
+from benchmarks.serving import schemas
+
+TOKENS = 128
+#: Most tokens of a reply to a random schema.
+MOST_TOKENS = 400
+QUESTION = "Write a list of people from a novel, with their ages and cities."
+TEXTS = {"type": "array", "items": {"type": "string", "minLength": 60}, "minItems": 50}
+RECORDS = {
+    "type": "array",
+    "minItems": 50,
+    "items": {
+        "type": "object",
+        "properties": {
+            "first_name": {"type": "string", "maxLength": 12},
+            "age_in_years": {"type": "integer", "minimum": 0, "maximum": 120},
+            "home_city": {"type": "string", "maxLength": 12},
+        },
+        "required": ["first_name", "age_in_years", "home_city"],
+        "additionalProperties": False,
+    },
+}
+#: A pace that no token reaches; its tokens are made one by one.
+ONE_BY_ONE = Budget(max_pace_tps=1e6)
+
+
+def reply(llm: LLM, schema: Any, budget: Budget) -> tuple[float, float]:
+    """Milliseconds a token after the first, and share of forced tokens, of one greedy reply."""
+    sampling = SamplingParams(json_schema=schema)
+    stream = llm.stream(QUESTION, sampling=sampling, budget=budget, max_new_tokens=TOKENS, ignore_eos=schema is None)
+    next(stream)
+    begin_s = time.perf_counter()
+    count = sum(1 for _ in stream)
+    return 1000 * (time.perf_counter() - begin_s) / count, stream.reply.forced_tokens / (count + 1)
+
+
+def speed(llm: LLM, rounds: int) -> dict[str, Any]:
+    """Measure item ``speed``."""
+    cases: dict[str, Callable[[], tuple[float, float]]] = {
+        "free": partial(reply, llm, None, Budget()),
+        "masked": partial(reply, llm, TEXTS, Budget()),
+        "paced": partial(reply, llm, None, ONE_BY_ONE),
+        "unforced": partial(reply, llm, RECORDS, ONE_BY_ONE),
+        "forced": partial(reply, llm, RECORDS, Budget()),
+    }
+    samples = interleave(cases, rounds)
+    times = {name: [sample[0] for sample in found] for name, found in samples.items()}
+    return {
+        "ms_a_token": {name: round(median(found), 3) for name, found in times.items()},
+        "forced_share": {name: round(found[-1][1], 3) for name, found in samples.items()},
+        "ratios": {
+            "masked / free": round(ratio(times["masked"], times["free"]), 3),
+            "unforced / paced": round(ratio(times["unforced"], times["paced"]), 3),
+            "forced / free": round(ratio(times["forced"], times["free"]), 3),
+        },
+    }
+
+
+def valid(llm: LLM, seeds: Sequence[int]) -> dict[str, int]:
+    """Measure item ``schemas``: counts of replies by what became of them."""
+    import jsonschema_rs  # noqa: PLC0415 - of the development environment, for this item only
+
+    counts = dict.fromkeys(("valid", "invalid", "cut", "refused", "forced_tokens", "tokens"), 0)
+    for seed in seeds:
+        schema = schemas.schema(seed)
+        sampling = SamplingParams(json_schema=schema, temperature=1.0, seed=seed)
+        budget = Budget(exit_layer=llm.exit_layers[0]) if seed % 2 else Budget()
+        try:
+            found = llm.generate(QUESTION, sampling=sampling, budget=budget, max_new_tokens=MOST_TOKENS)
+        except InputError as error:
+            counts["refused"] += 1
+            print(f"schema {seed}: {error}", file=sys.stderr)
+            continue
+        counts["tokens"] += len(found.tokens)
+        counts["forced_tokens"] += found.forced_tokens
+        if found.finish_reason == "length":
+            counts["cut"] += 1
+            continue
+        try:
+            jsonschema_rs.validator_for(schema, validate_formats=True).validate(json.loads(found.text))
+            counts["valid"] += 1
+        except ValueError as error:  # of json and of jsonschema_rs
+            counts["invalid"] += 1
+            print(f"schema {seed}: {found.text!r}: {error}", file=sys.stderr)
+    return counts
+
+
+def named(llm: LLM, seeds: Sequence[int]) -> int:
+    """Number of schemas with an unsupported keyword that are refused by its name."""
+    count = 0
+    for seed in seeds:
+        keyword, schema = schemas.unsupported(seed)
+        try:
+            llm.compile_grammar(SamplingParams(json_schema=schema))
+        except InputError as error:
+            count += keyword in str(error)
+    return count
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--schemas", type=int, default=2000)
+    parser.add_argument("--only", default="speed,schemas")
+    given = parser.parse_args()
+    items = given.only.split(",")
+    result: dict[str, Any] = {"benchmark": "structured", "cpu": cpu_name(), "bundle": given.bundle.name}
+    bars: dict[str, dict[str, Any]] = {}
+    with balcony_edge.load(given.bundle) as llm:
+        result |= {"precision": llm.engine.manifest.precision}
+        if "speed" in items:
+            result |= speed(llm, given.rounds)
+            ratios, shares = result["ratios"], result["forced_share"]
+            bars |= {
+                "masked / free": bar(ratios["masked / free"], 1.03),
+                "unforced / paced": bar(ratios["unforced / paced"], 1.03),
+                "forced / free": bar(ratios["forced / free"], 1.0),
+                "share of forced tokens": bar(shares["forced"], 0.3, at_least=True),
+            }
+        if "schemas" in items:
+            seeds = range(given.schemas)
+            counts, refused = valid(llm, seeds), named(llm, seeds[: given.schemas // 10])
+            result["schemas"] = counts | {"refused_by_name": refused, "unsupported": given.schemas // 10}
+            bars |= {
+                "invalid or refused replies": bar(counts["invalid"] + counts["refused"], 0),
+                "unsupported schemas refused by name": bar(refused, given.schemas // 10, at_least=True),
+            }
+    code = print_bars(bars)
+    print(json.dumps(result | {"bars": bars}))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
