@@ -198,6 +198,26 @@ def test_usage_errors(
     assert message in capsys.readouterr().err
 
 
+def test_the_picture_shows_contexts_from_three_on(tmp_path: Path) -> None:
+    figure_module = pytest.importorskip("matplotlib.figure", reason="pictures are an extra: pip install '.[plot]'")
+    from benchmarks.peer_workers import plot
+
+    speeds = {"decode_32_tps": 100.0, "decode_512_tps": 50.0, "decode_2048_tps": 20.0}
+    full = {"name": "full", "bundle": "b", "exit_layer": 30, "kl": 0.2, **speeds}
+    shallow = {"name": "exit", "bundle": "b", "exit_layer": 14, "kl": 1.2, "decode_32_tps": 160.0}
+    peer = {"name": "peer", "bundle": None, "exit_layer": None, "kl": 0.3, **dict.fromkeys(speeds, 10.0)}
+    document = {"cases": [full, shallow, peer], "threads": 2, "cpu": "a CPU"}
+    axes = figure_module.Figure().add_subplot()
+    plot._over_context(axes, document, [32, 512, 2048])
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert drawn == {"full": [10.0, 20.0, 50.0], "peer": [100.0, 100.0, 100.0]}  # not the exit: it has one context
+    plot.plot(document, tmp_path / "wide.png")
+    del full["decode_2048_tps"]
+    plot.plot(document, tmp_path / "narrow.png")
+    headers = [(tmp_path / name).read_bytes()[16:20] for name in ("wide.png", "narrow.png")]
+    assert [int.from_bytes(width) for width in headers] == [1680, 1080]
+
+
 def test_names_of_points_that_are_close_do_not_meet() -> None:
     """In a corner, next to each other, and one on another: no name over a name, a point, or the edge."""
     figure_module = pytest.importorskip("matplotlib.figure", reason="pictures are an extra: pip install '.[plot]'")
