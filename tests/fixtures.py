@@ -23,9 +23,11 @@ from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.webgpu.provider import find_provider
 from balcony_runtime.engine import Engine
 
-# `make test` runs the same few examples every time; `make test-deep` runs many new ones (--hypothesis-profile=explore)
+# `make test` runs the same few examples every time; `make test-deep` runs many new ones (--hypothesis-profile=explore),
+# `make test-arm` half of them (--hypothesis-profile=emulated)
 settings.register_profile("test", derandomize=True, deadline=None, max_examples=100)
 settings.register_profile("explore", derandomize=False, deadline=None, max_examples=2000)
+settings.register_profile("emulated", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("test")
 
 

@@ -4,6 +4,10 @@
 
 DIRECTORY has what ``prepare.py`` and ``record.py`` made. The numbers are compared on several processors, because ONNX Runtime
 chooses its kernels by their instructions; the suite runs on one of them. A report is written to ``DIRECTORY/report.txt``.
+
+The suite plays every architecture on every backend that needs no GPU, but only half of the random examples of `make test`
+(the profile ``emulated`` of tests/fixtures.py). A schedule takes about two seconds in the emulation, so all of them take a
+quarter of an hour. A quarter of them would be two for each recurrent architecture, and hypothesis tries the shortest first.
 """
 
 from __future__ import annotations
@@ -45,8 +49,16 @@ SUITE = (
 )
 #: Largest page of an Arm kernel, in bytes.
 LARGEST_PAGE = 1 << 16
-#: Stand-ins need a C compiler; the other test calls the export.
-LEFT_OUT = "not stand-in and not test_devices_without_the_operators_are_refused_by_name"
+#: Stand-ins need a C compiler. The first test calls the export; the second reads resident memory from /proc/self/smaps, and
+#: the file that qemu shows instead has zeros there.
+LEFT_OUT = " and ".join(
+    f"not {name}"
+    for name in (
+        "stand-in",
+        "test_devices_without_the_operators_are_refused_by_name",
+        "test_memory_is_taken_as_rows_come_and_reported_as_it_is",
+    )
+)
 
 
 class Machine:
@@ -207,16 +219,8 @@ def main() -> int:
     command_line(machine, directory / "recorded" / "float32" / "llama")
     numbers(machine)
     pytest = ["-m", "pytest", "-q", "--noconftest", "-p", "tests.fixtures", "-p", "tests.runtime.arm.recorded"]
-    pytest += [
-        "-p",
-        "no:cacheprovider",
-        "--timeout",
-        "1800",
-        "-k",
-        LEFT_OUT,
-        "-m",
-        "not deep and not gpu and not webgpu",
-    ]
+    pytest += ["-p", "no:cacheprovider", "--hypothesis-profile=emulated", "--timeout", "1800"]
+    pytest += ["-k", LEFT_OUT, "-m", "not deep and not gpu and not webgpu"]
     for name in SUITE:
         out = machine.run(name, *pytest, f"tests/runtime/{name}")
         machine.say(f"          {out.strip().splitlines()[-1]}")
