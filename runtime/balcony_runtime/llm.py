@@ -97,9 +97,8 @@ class LLM:
             readings=self.readings,
         )
         ascending = np.maximum.accumulate(quality).tolist()
-        scheduler = Scheduler(
-            engine, self._learned, around.costs, around.readings, ascending, Bounds.of(self._kv_bytes, **kept)
-        )
+        bounds = Bounds.of(self._kv_bytes, **kept)
+        scheduler = Scheduler(engine, self._learned, around.costs, around.readings, ascending, bounds)
         self._requests = Requests(engine, codec, scheduler, self._learned, around)
         try:
             self.budget = budget
@@ -120,8 +119,7 @@ class LLM:
         **options: Unpack[EngineOptions],
     ) -> LLM:
         """Load a bundle; see :func:`balcony_edge.load`."""
-        begin = time.perf_counter()
-        asked = parse_budget(budget)
+        begin, asked = time.perf_counter(), parse_budget(budget)
         engine: Engine | None = None
         try:
             with Bundle.opening(path, verify_hashes=verify_hashes) as bundle:
@@ -129,14 +127,13 @@ class LLM:
                 try:
                     asked.for_bundle(manifest.agreement)
                 except BudgetError as error:
-                    if isinstance(budget, str | os.PathLike):
-                        raise BudgetError(f"{os.fspath(budget)}: {error}") from None
-                    raise
+                    place = f"{os.fspath(budget)}: " if isinstance(budget, str | os.PathLike) else ""
+                    raise BudgetError(f"{place}{error}") from None
                 codec = TextCodec(bundle)
                 engine = Engine.of(bundle, verify_hashes=verify_hashes, **options)
             costs = None if profile is None else profiled_prices(profile, engine)
-            seconds = time.perf_counter() - begin
-            _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, seconds)
+            took_s = time.perf_counter() - begin
+            _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, took_s)
             return cls(engine, codec, asked, costs=costs, prefix_mb=prefix_mb, prefix_directory=prefix_directory)
         except BaseException:
             if engine is not None:
