@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -98,18 +97,17 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another source tree, to compare with")
     options = parser.parse_args()
     neighbours, bundle = Neighbours(), options.bundle.resolve()
-    compiled = tempfile.mkdtemp()  # written in the first round, which does not count
     trees = {"": install.ROOT} | ({"before: ": options.before.resolve()} if options.before else {})
-    cases: dict[str, Callable[[], Times]] = {
-        f"{name}{budget}": partial(ours, bundle, target_ms, tree, compiled)
-        for name, tree in trees.items()
-        for budget, target_ms in (("plain", None), ("target", options.target_ms))
-    }
-    for model in install.PEER_MODELS:
-        if model.name in PEERS and install.python_of(model.peer).exists() and model.located().exists():
-            cases[model.name] = partial(peer, model, available_cpus())
-    samples = interleave(cases, options.rounds)
-    shutil.rmtree(compiled)
+    with tempfile.TemporaryDirectory() as compiled:  # written in the first round, which does not count
+        cases: dict[str, Callable[[], Times]] = {
+            f"{name}{budget}": partial(ours, bundle, target_ms, tree, compiled)
+            for name, tree in trees.items()
+            for budget, target_ms in (("plain", None), ("target", options.target_ms))
+        }
+        for model in install.PEER_MODELS:
+            if model.name in PEERS and install.python_of(model.peer).exists() and model.located().exists():
+                cases[model.name] = partial(peer, model, available_cpus())
+        samples = interleave(cases, options.rounds)
     found = {
         name: {part: round(median(one[part] for one in times), 1) for part in times[0]}
         for name, times in samples.items()

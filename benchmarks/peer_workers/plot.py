@@ -38,8 +38,8 @@ def _over_quality(axes: Axes, document: dict[str, Any], context: int) -> None:
     named: list[tuple[dict[str, Any], str, Any]] = []
     for bundle, color in colors.items():
         cases = sorted((c for c in document["cases"] if c["bundle"] == bundle), key=lambda case: -case["exit_layer"])
-        points = [case["kl"] for case in cases], [case[speed] for case in cases]
-        axes.plot(*points, "o-", color=color, label=f"Balcony Edge {bundle}")
+        line = [case["kl"] for case in cases], [case[speed] for case in cases]
+        axes.plot(*line, "o-", color=color, label=f"Balcony Edge {bundle}")
         named += [(case, "full depth" if case is cases[0] else f"exit {case['exit_layer']}", color) for case in cases]
     for case in (case for case in document["cases"] if case["bundle"] is None):
         axes.plot(case["kl"], case[speed], "D", color="0.35")
@@ -52,8 +52,8 @@ def _over_quality(axes: Axes, document: dict[str, Any], context: int) -> None:
     axes.set_ylabel(f"tokens a second after a prompt of {context} (up is better)")
     axes.grid(alpha=0.3)
     axes.legend()
-    points_of = [(case["kl"], case[speed]) for case, _, _ in named]
-    name_points(axes, points_of, [name for _, name, _ in named], [color for _, _, color in named])
+    points = [(case["kl"], case[speed]) for case, _, _ in named]
+    name_points(axes, points, [name for _, name, _ in named], [color for _, _, color in named])
 
 
 def _over_context(axes: Axes, document: dict[str, Any], contexts: list[int]) -> None:

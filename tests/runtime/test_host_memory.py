@@ -14,14 +14,13 @@ from balcony_runtime.backends import host_memory
 from balcony_runtime.backends.host_memory import mapped, use_large_pages
 
 MB = 1 << 20
-SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @pytest.fixture
 def large() -> int:
     """Size of the system's large pages."""
     try:
-        enabled, size = ((SETTINGS / name).read_text() for name in ("enabled", "hpage_pmd_size"))
+        enabled, size = ((host_memory._LARGE_PAGES / name).read_text() for name in ("enabled", "hpage_pmd_size"))
     except OSError:
         pytest.skip("this system has no large pages")
     if "[never]" in enabled or int(size) > 4 * MB:
