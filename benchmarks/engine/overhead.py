@@ -11,7 +11,8 @@ objects come back from the last-level cache each time a call returns. With the e
 memory that Python touches, and on the number of its turns between two calls.
 
 The budgets: a fixed exit (no target); a target that holds an exit in place (the controller decides and stays); and a target
-between two exits, where the controller also switches and works off a backlog.
+between two exits, where the controller also switches and works off a backlog. A sampled token, which costs a pass of NumPy over
+the vocabulary, has a line of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from balcony_edge.bundle.manifest import Manifest
 from balcony_runtime.backends.base import Backend, State
 from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from balcony_runtime.decoding.prices import measure_prices
+from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.text import TextCodec
@@ -41,6 +43,8 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 42
 SKIPPED_TOKENS = 2
 #: A target that is never missed: the controller runs and stays at the deepest exit allowed.
 EASY_MS = 1000.0
+#: The line of a sampled token, and the usual filters.
+SAMPLED, SAMPLING = "sampled", SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=0)
 
 
 class RecordingBackend:
@@ -100,8 +104,9 @@ def measure(llm: LLM, backend: RecordingBackend, rounds: int) -> list[dict[str, 
         "mixed, target": Budget(tpot_ms=between_ms, probability=0.5, dwell_tokens=2),
     }
     cases: dict[str, Callable[[], list[float]]] = {
-        name: partial(_reply, llm, backend, budget) for name, budget in budgets.items()
+        name: partial(_reply, llm, backend, budget, SamplingParams()) for name, budget in budgets.items()
     }
+    cases[SAMPLED] = partial(_reply, llm, backend, budgets[f"exit {full}"], SAMPLING)
     rows = []
     for name, replies in interleave(cases, rounds).items():
         values = [value for reply in replies for value in reply]
@@ -109,10 +114,10 @@ def measure(llm: LLM, backend: RecordingBackend, rounds: int) -> list[dict[str, 
     return rows
 
 
-def _reply(llm: LLM, backend: RecordingBackend, budget: Budget) -> list[float]:
+def _reply(llm: LLM, backend: RecordingBackend, budget: Budget, sampling: SamplingParams) -> list[float]:
     """Overhead of each token of one reply, in µs."""
     llm.budget = budget
-    stream = llm.stream(prompt(PROMPT_TOKENS), max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    stream = llm.stream(prompt(PROMPT_TOKENS), max_new_tokens=NEW_TOKENS, sampling=sampling, ignore_eos=True)
     next(stream)  # the reply's state is there from its first token on
     state = backend.state
     assert state is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from balcony_edge.errors import InputError
@@ -19,26 +20,58 @@ def test_greedy_takes_the_largest_of_each_row() -> None:
     assert Sampler(SamplingParams(), np.array([[0], [0]]), 3).pick(logits).tolist() == [1, 0]
 
 
+def kept(logits: npt.NDArray[np.float32], **options: Any) -> dict[int, float]:
+    """The tokens that pass the filters, with their probabilities."""
+    ids, probabilities = candidates(logits, SamplingParams(**{"temperature": 1.0, **options}))
+    assert len(set(ids.tolist())) == len(ids)
+    return dict(zip(ids.tolist(), probabilities.tolist(), strict=True))
+
+
 def test_temperature_alone_is_the_softmax() -> None:
-    ids, probabilities = candidates(LOGITS, SamplingParams(temperature=1.0))
-    assert ids[:2].tolist() == [1, 3]
-    np.testing.assert_allclose(probabilities, [0.5, 0.25, 0.1, 0.1, 0.05], rtol=1e-6)
-    ids_of_the_coldest, coldest = candidates(LOGITS, SamplingParams(temperature=1e-308))
-    assert ids_of_the_coldest[0] == ids[0] and coldest.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
-    _, sharp = candidates(LOGITS, SamplingParams(temperature=0.5))
-    np.testing.assert_allclose(sharp[0], 0.25 / (0.25 + 0.0625 + 0.01 + 0.01 + 0.0025), rtol=1e-6)
+    assert kept(LOGITS) == pytest.approx({0: 0.1, 1: 0.5, 2: 0.05, 3: 0.25, 4: 0.1})
+    assert kept(LOGITS, temperature=1e-308) == {0: 0.0, 1: 1.0, 2: 0.0, 3: 0.0, 4: 0.0}
+    assert kept(LOGITS, temperature=0.5)[1] == pytest.approx(0.25 / (0.25 + 0.0625 + 0.01 + 0.01 + 0.0025))
 
 
 def test_top_k_then_top_p_on_what_is_left() -> None:
-    ids, probabilities = candidates(LOGITS, SamplingParams(temperature=1.0, top_k=2))
-    assert ids.tolist() == [1, 3]
-    np.testing.assert_allclose(probabilities, [2 / 3, 1 / 3], rtol=1e-6)
-    for top_p, kept in ((0.4, [1]), (0.49, [1]), (0.51, [1, 3]), (0.6, [1, 3]), (1.0, [1, 3, 0, 4, 2])):
-        ids, probabilities = candidates(LOGITS, SamplingParams(temperature=1.0, top_p=top_p))
-        assert sorted(ids.tolist()) == sorted(kept), top_p
-        np.testing.assert_allclose(probabilities.sum(), 1.0)
-    ids, _ = candidates(LOGITS, SamplingParams(temperature=1.0, top_k=2, top_p=0.6))
-    assert ids.tolist() == [1]
+    assert kept(LOGITS, top_k=2) == pytest.approx({1: 2 / 3, 3: 1 / 3})
+    for top_p, tokens in ((0.4, {1}), (0.49, {1}), (0.51, {1, 3}), (0.6, {1, 3}), (1.0, {1, 3, 0, 4, 2})):
+        found = kept(LOGITS, top_p=top_p)
+        assert found.keys() == tokens, top_p
+        assert sum(found.values()) == pytest.approx(1)
+    assert kept(LOGITS, top_k=2, top_p=0.6).keys() == {1}
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.5, 9.0], ids=["flat", "usual", "peaked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.3},
+        {"top_p": 0.95},
+        {"top_p": 0.99999},
+        {"top_k": 40, "top_p": 0.9, "temperature": 0.7},
+        {"min_p": 0.05, "temperature": 1.5},
+        {"top_p": 0.9, "min_p": 0.2},
+    ],
+    ids=str,
+)
+def test_the_filters_are_those_of_transformers(spread: float, options: dict[str, Any]) -> None:
+    import torch
+    import transformers
+
+    warpers = {
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    logits = np.random.default_rng(3).normal(0, spread, 5000).astype(np.float32)
+    scores = torch.from_numpy(logits[None].astype(np.float64))
+    for name, warper in warpers.items():
+        if name in options:
+            scores = warper(options[name])(None, scores)
+    want = {i: p for i, p in enumerate(scores.softmax(-1)[0].tolist()) if p > 0}
+    assert kept(logits, **options) == pytest.approx(want, rel=2e-5)
 
 
 def test_draws_follow_the_distribution_and_the_seed() -> None:
@@ -179,20 +212,16 @@ def test_logits_that_are_no_numbers_are_refused(temperature: float, bad: float) 
 
 def test_ties_are_kept_by_min_p_and_ended_by_top_p() -> None:
     equal = np.zeros(4, np.float32)  # 0.25 each, exactly
-    assert candidates(equal, SamplingParams(temperature=1.0, top_p=0.5))[0].tolist() == [0, 1]
+    assert kept(equal, top_p=0.5).keys() == {0, 1}
     halved = np.array([1.0, 0.0], np.float32)
-    _, (likely, less) = candidates(halved, SamplingParams(temperature=1.0))
-    share = next(s for s in (less / likely, np.nextafter(less / likely, 0)) if s * likely == less)
-    assert candidates(halved, SamplingParams(temperature=1.0, min_p=share))[0].tolist() == [0, 1]
-    assert candidates(halved, SamplingParams(temperature=1.0, min_p=np.nextafter(share, 1)))[0].tolist() == [0]
+    share = float(np.exp(np.float32(-1.0)))
+    assert kept(halved, min_p=share).keys() == {0, 1}
+    assert kept(halved, min_p=np.nextafter(np.float32(share), np.float32(1))).keys() == {0}
 
 
 def test_min_p_keeps_what_is_likely_enough() -> None:
-    ids, probabilities = candidates(LOGITS, SamplingParams(temperature=1.0, min_p=0.3))
-    assert ids.tolist() == [1, 3]
-    np.testing.assert_allclose(probabilities, [2 / 3, 1 / 3], rtol=1e-6)
-    ids, _ = candidates(LOGITS, SamplingParams(temperature=1.0, min_p=0.19))
-    assert ids.tolist()[:2] == [1, 3] and set(ids.tolist()) == {0, 1, 3, 4}
+    assert kept(LOGITS, min_p=0.3) == pytest.approx({1: 2 / 3, 3: 1 / 3})
+    assert kept(LOGITS, min_p=0.19).keys() == {0, 1, 3, 4}
 
 
 def test_bias_and_penalty_come_in_the_order_of_transformers() -> None:

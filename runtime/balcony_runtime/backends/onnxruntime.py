@@ -200,8 +200,11 @@ class OnnxRuntimeBackend:
         before = mapped()
         graphs = dict(bundle.manifest.runnable)
         graphs.pop("backbone", None)  # the stages contain its layers
+        # The largest first: what packing them takes for a while is then free again for the others.
+        largest = sorted(graphs, key=lambda name: -graphs[name].weight_bytes)
         with ThreadPoolExecutor(LOADERS) as pool:
-            self.sessions = dict(zip(graphs, pool.map(opened, graphs, graphs.values()), strict=True))
+            loaded = dict(zip(largest, pool.map(lambda name: opened(name, graphs[name]), largest), strict=True))
+        self.sessions = {name: loaded[name] for name in graphs}
         for layer in bundle.manifest.exit_layers if shared else ():
             path = shared[f"path_{layer}"]
             self.paths[layer] = _open(path, path.parent, threads=threads, optimize=False)

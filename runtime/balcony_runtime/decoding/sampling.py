@@ -24,6 +24,8 @@ from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
 
 #: Largest bias or penalty. It is far beyond every logit, and small enough for float32 that no sum or product overflows.
 LARGEST = 1e6
+#: Temperatures below this one leave only the likeliest token as well, and float32 cannot divide by all of them.
+LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,7 @@ class Sampler:
         if self._params.temperature == 0:
             return Proposal(int(self.pick(logits[None])[0]), None)
         ids, probabilities = self._candidates(self._adjust(logits[None])[0], *self._guides)
-        token = int(ids[self._random.choice(len(ids), p=probabilities)])
+        token = self._drawn(ids, probabilities)
         self._recorded(np.array([token], np.int64))
         return Proposal(token, _dense(ids, probabilities, len(logits)))
 
@@ -296,21 +298,26 @@ class Sampler:
         params = self._params
         if self._seen is None and self._made is None and not params.logit_bias:
             return logits
-        adjusted = logits.copy()
+        adjusted = logits.astype(np.float32)
         for token, bias in params.logit_bias.items():
             adjusted[:, token] += bias
-        if self._seen is not None:
-            penalized = np.where(
-                adjusted > 0, adjusted / params.repetition_penalty, adjusted * params.repetition_penalty
-            )
-            adjusted = np.where(self._seen, penalized, adjusted)
-        if self._made is not None:
-            adjusted -= params.presence_penalty * (self._made > 0) + params.frequency_penalty * self._made
-        return adjusted.astype(np.float32, copy=False)
+        for row, seen in zip(adjusted, () if self._seen is None else self._seen, strict=False):
+            counted = np.flatnonzero(seen)
+            values, penalty = row[counted], params.repetition_penalty
+            row[counted] = np.where(values > 0, values / penalty, values * penalty)
+        for row, made in zip(adjusted, () if self._made is None else self._made, strict=False):
+            counted = np.flatnonzero(made)
+            row[counted] -= params.presence_penalty + params.frequency_penalty * made[counted]
+        return adjusted
 
     def _draw(self, logits: FloatArray, *guide: Guide) -> int:
-        ids, probabilities = self._candidates(logits, *guide)
-        return int(ids[self._random.choice(len(ids), p=probabilities)])
+        return self._drawn(*self._candidates(logits, *guide))
+
+    def _drawn(self, ids: IntArray, probabilities: npt.NDArray[np.float64]) -> int:
+        """Draw one of the tokens."""
+        reached = probabilities.cumsum()
+        reached /= reached[-1]
+        return int(ids[reached.searchsorted(self._random.random(), side="right")])
 
     def _candidates(self, logits: FloatArray, guide: Guide | None = None) -> tuple[IntArray, npt.NDArray[np.float64]]:
         """:func:`candidates` among the tokens that a structure allows."""
@@ -323,7 +330,7 @@ class Sampler:
 
 
 def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, npt.NDArray[np.float64]]:
-    """Tokens that pass the filters and their probabilities, most likely first (temperature above 0).
+    """Tokens that pass the filters and their probabilities, in any order (temperature above 0).
 
     Args:
         logits: logits after penalties and bias, (V,).
@@ -332,24 +339,36 @@ def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, np
     Raises:
         InputError: logits are not finite.
     """
-    if not np.isfinite(logits).all():
+    best = logits.max()
+    if not math.isfinite(best):  # NaN, if there is one
         raise not_finite()
-    count = len(logits)
-    kept = min(params.top_k or count, count)
-    ids = np.argpartition(logits, count - kept)[count - kept :] if kept < count else np.arange(count)
-    ids = ids[np.argsort(-logits[ids], kind="stable")]
-    below = logits[ids].astype(np.float64) - logits[ids[0]]
+    kept = min(params.top_k or len(logits), len(logits))
+    ids = np.argpartition(logits, -kept)[-kept:] if kept < len(logits) else np.arange(kept)
+    # In place, because memory is cold after a pass: each further array of the vocabulary's size takes 0.1 ms.
+    weights = (logits[ids] if kept < len(logits) else logits) - best
     with np.errstate(over="ignore"):  # with a temperature close to 0 only the likeliest token is left
-        probabilities = np.exp(below / params.temperature)
-    probabilities /= probabilities.sum()
+        weights /= np.float32(max(params.temperature, LEAST_TEMPERATURE))
+    np.exp(weights, out=weights)
     if params.top_p < 1:
-        # Keep the token that crosses p, so that at least one is left.
-        last = int(np.searchsorted(probabilities.cumsum(), params.top_p)) + 1
-        ids, probabilities = ids[:last], probabilities[:last]
+        nucleus = _nucleus(weights, params.top_p)
+        ids, weights = ids[nucleus], weights[nucleus]
     if params.min_p > 0:
-        likely = probabilities >= params.min_p * probabilities[0]
-        ids, probabilities = ids[likely], probabilities[likely]
-    return ids, probabilities / probabilities.sum()
+        likely = weights >= params.min_p  # the likeliest token weighs 1
+        ids, weights = ids[likely], weights[likely]
+    return ids, weights / weights.sum(dtype=np.float64)
+
+
+def _nucleus(weights: FloatArray, share: float) -> IntArray:
+    """Places of the largest weights, as few as reach a share of the sum together. The largest of all is 1."""
+    wanted = share * weights.sum(dtype=np.float64)
+    places = np.flatnonzero(weights >= 2**-12)  # usually enough, and to sort the whole vocabulary takes 1 ms
+    if weights[places].sum(dtype=np.float64) < wanted:
+        places = np.arange(len(weights))
+    likely = weights[places]
+    ranked = np.sort(likely)[::-1].astype(np.float64)
+    last = min(int(ranked.cumsum().searchsorted(wanted)), len(ranked) - 1)  # the one that crosses the share is kept
+    above, equal = places[likely > ranked[last]], places[likely == ranked[last]]
+    return np.concatenate([above, equal[: last + 1 - len(above)]])
 
 
 def _dense(ids: IntArray, probabilities: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
@@ -369,5 +388,6 @@ def log_probabilities(logits: FloatArray, token: int, top: int) -> tuple[float, 
     """
     shifted = logits.astype(np.float64) - logits.max()
     logs = shifted - math.log(np.exp(shifted).sum())
-    best = np.argsort(-logs, kind="stable")[:top] if top else ()
+    best = np.argpartition(-logs, top)[:top] if top < len(logs) else np.arange(len(logs))
+    best = best[np.argsort(-logs[best], kind="stable")]
     return float(logs[token]), tuple((int(id_), float(logs[id_])) for id_ in best)

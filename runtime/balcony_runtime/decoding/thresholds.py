@@ -51,9 +51,9 @@ def measured(logits: FloatArray, measure: ConfidenceMeasure) -> npt.NDArray[np.f
     ``top1`` is the largest probability, ``margin`` the largest minus the second largest, and ``entropy`` is 1 minus the
     entropy as a share of log V.
     """
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    shifted = logits - logits.max(-1, keepdims=True)
     weights = np.exp(shifted)
-    total = weights.sum(-1)
+    total = weights.sum(-1, dtype=np.float64)
     if measure == "top1":
         found: npt.NDArray[np.float64] = 1 / total  # the largest weight is 1
         return found
@@ -61,7 +61,7 @@ def measured(logits: FloatArray, measure: ConfidenceMeasure) -> npt.NDArray[np.f
         second = np.partition(weights, -2, axis=-1)[..., -2]
         margin: npt.NDArray[np.float64] = (1 - second) / total
         return margin
-    entropy = np.log(total) - (weights * shifted).sum(-1) / total
+    entropy = np.log(total) - (weights * shifted).sum(-1, dtype=np.float64) / total
     sure: npt.NDArray[np.float64] = 1 - entropy / math.log(logits.shape[-1])
     return sure
 
