@@ -86,5 +86,7 @@ def serve(
         )
 
     limits = Limits(parallel, queue, max_body_mb << 20, request_timeout)
-    settings = Settings(host, port, name, budgets, api_key or None, ssl_certfile, ssl_keyfile, limits, drain_timeout)
+    settings = Settings(
+        host, port, name, budget, budgets, api_key or None, ssl_certfile, ssl_keyfile, limits, drain_timeout
+    )
     Server(open_llm, settings).run()

@@ -12,11 +12,17 @@ import httpx
 import pytest
 
 import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.device.readings import Reading
+from balcony_runtime.engine import Engine
 from balcony_runtime.serve.http.server import Server, Settings
+from balcony_runtime.text import TextCodec
 
 BUDGETS = {
     "voice": "tpot_ms = 30\nprobability = 0.9\n",
     "shallow": "exit_layer = 2\n",
+    "slow": "exit_layer = 3\nmax_pace_tps = 20\n",
     "strict": 'tpot_ms = 0.000001\non_infeasible = "error"\n',
 }
 
@@ -29,9 +35,17 @@ def serve(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
     running: list[tuple[Server, threading.Thread]] = []
 
-    def start(path: Path = tiny.path, prefix_directory: Path | None = None, **settings: Any) -> Server:
+    def start(
+        path: Path = tiny.path,
+        prefix_directory: Path | None = None,
+        readings: Callable[[], tuple[Reading, ...]] | None = None,
+        **settings: Any,
+    ) -> Server:
         def open_llm() -> balcony_edge.LLM:
-            return balcony_edge.load(path, prefix_directory=prefix_directory)
+            if readings is None:
+                return balcony_edge.load(path, prefix_directory=prefix_directory)
+            bundle = Bundle.open(path)
+            return balcony_edge.LLM(Engine.open(path), TextCodec(bundle), Budget(), readings=readings)
 
         server = Server(open_llm, Settings(port=0, budgets=folder, **settings))
         thread = threading.Thread(target=server.run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -21,6 +22,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.device.machine import cpu_name
+from balcony_edge.device.readings import Reading
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.jobs import MOST_BUFFERED
 from balcony_runtime.serve.work.service import Limits
@@ -115,6 +119,22 @@ def test_budget_files_are_read_again(server: Server, budgets: Path, caplog: pyte
     finally:
         new.unlink()
         server.reload()
+
+
+def test_the_servers_own_budget_is_read_again(serve: Callable[..., Server], tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text("exit_layer = 3\n", encoding="utf-8")
+    server = serve(budget=own)
+    server.reload()
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        assert client.post(CHAT, json=HELLO).json()["balcony"]["tokens_per_exit"] == {"3": 6}
+        own.write_text("exit_layer = 4\n", encoding="utf-8")  # not an exit of this bundle
+        server.reload()
+        assert client.post(CHAT, json=HELLO).json()["balcony"]["tokens_per_exit"] == {"3": 6}
+        own.write_text("exit_layer = 2\n", encoding="utf-8")
+        server.reload()
+        assert client.post(CHAT, json=HELLO).json()["balcony"]["tokens_per_exit"] == {"2": 6}
+        assert client.get("/v1/models").json()["data"][0]["budget"] == {"exit_layer": 2}
 
 
 def test_a_running_reply_takes_another_budget(http: httpx.Client, server: Server) -> None:
@@ -228,6 +248,46 @@ def test_a_full_queue_and_the_time_limit(strict: Server) -> None:
     until(lambda: is_free(strict))
 
 
+def test_requests_that_come_at_once_share_the_queue(strict: Server) -> None:
+    """No more replies are taken than may run and wait, although all prompts are read at the same time."""
+    headers = {"authorization": "Bearer secret"}
+    statuses: list[int] = []
+
+    def ask() -> None:
+        body = SLOW | {"stream": False, "budget": {"max_pace_tps": 20}}
+        statuses.append(httpx.post(strict.url + CHAT, json=body, headers=headers, timeout=30).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    until(lambda: is_free(strict))
+    assert statuses.count(429) == 10 and statuses.count(504) == 2
+    many = httpx.post(strict.url + CHAT, json=HELLO | {"n": 4}, headers=headers, timeout=30)
+    assert many.status_code == 200 and len(many.json()["choices"]) == 4  # alone it may be larger than the queue
+    until(lambda: is_free(strict))
+
+
+def test_the_watchdog_sees_a_decode_thread_that_hangs(serve: Callable[..., Server], monkeypatch: Any) -> None:
+    server, gate = serve(), threading.Event()
+    assert all(server.service.makes_progress for _ in range(3))  # it has nothing to do
+    with monkeypatch.context() as patch:
+        patch.setattr("balcony_runtime.together.Together.step", lambda _: gate.wait() and [])
+        answers: list[int] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(server.url + CHAT, json=HELLO, timeout=60).status_code)
+        )
+        thread.start()
+        until(lambda: len(server.service.slots) == 1)
+        until(lambda: not server.service.makes_progress)
+        assert not server.service.makes_progress
+    gate.set()
+    thread.join()
+    assert answers == [200]
+    until(lambda: is_free(server) and server.service.makes_progress)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_busy_replies_are_told_when_to_come_again(stream: bool, http: httpx.Client, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
@@ -257,6 +317,45 @@ def test_metrics(http: httpx.Client, server: Server) -> None:
     assert [value(line) - old for line, old in zip(lines, before, strict=True)] == [6, 5, 5, 1, 1, 1]
     assert value("balcony_replies_running") == value("balcony_pending_rows") == value("balcony_replies_waiting") == 0
     assert value("balcony_slowdown") > 0
+
+
+def test_what_sensors_measure(serve: Callable[..., Server], tiny: Any) -> None:
+    """Power and energy in ``/props``, answers and metrics, from readings whose counter grows by 2.5 J whenever it is read."""
+    joules, manifest = itertools.count(100.0, 2.5), Bundle.open(tiny.path).manifest
+
+    def readings() -> tuple[Reading, ...]:
+        now_s = time.monotonic()
+        return (
+            Reading("ina3221:VDD_IN", "board", now_s, watts=12.5, joules=next(joules)),
+            Reading("thermal:cpu-thermal", "cpu", now_s, celsius=61.5),
+            Reading("battery:BAT0", "battery", now_s, charge=0.75),
+        )
+
+    with httpx.Client(base_url=serve(readings=readings).url, timeout=60) as client:
+        props = client.get("/props").json()
+        assert props["device"] == {"cpu": cpu_name(), "power_w": {"board": 12.5}}
+        assert props["bundle"] == {
+            "model": manifest.model.name,
+            "precision": "float32",
+            "fingerprint": manifest.fingerprint,
+        }
+        assert client.post(CHAT, json=HELLO).json()["balcony"]["joules"] == {"board": 2.5}
+        text = client.get("/metrics").text
+        for line in (
+            'balcony_power_watts{scope="board",source="ina3221:VDD_IN"} 12.5',
+            'balcony_temperature_celsius{scope="cpu",source="thermal:cpu-thermal"} 61.5',
+            'balcony_battery_charge_ratio{scope="battery",source="battery:BAT0"} 0.75',
+        ):
+            assert f"\n{line}\n" in text
+        counted = re.search(
+            r'^balcony_energy_joules_total{scope="board",source="ina3221:VDD_IN"} (\S+)$', text, re.MULTILINE
+        )
+        assert counted is not None and float(counted[1]) > 102.5
+
+
+def test_an_answer_without_a_sensor_has_no_joules(http: httpx.Client) -> None:
+    if not http.get("/props").json()["device"]["power_w"]:
+        assert http.post(CHAT, json=HELLO).json()["balcony"]["joules"] is None
 
 
 def test_a_line_for_each_request(http: httpx.Client, server: Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -329,23 +428,37 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(tmp_path / "notify"))
         told.settimeout(60)
-        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "BALCONY_EDGE_API_KEY": "key"}
+        watchdog = {"WATCHDOG_USEC": "2000000"}
+        environment = {
+            **os.environ,
+            **watchdog,
+            "NOTIFY_SOCKET": str(tmp_path / "notify"),
+            "BALCONY_EDGE_API_KEY": "key",
+        }
+        beats = []
+
+        def heard() -> bytes:
+            """The next message other than the watchdog's."""
+            while (message := told.recv(1000)) == b"WATCHDOG=1":
+                beats.append(message)
+            return message
+
         command = [*COMMAND, "serve", str(tiny.path), "--port", str(port), "--budgets", str(tmp_path)]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": "Bearer key"}) as client:
-                assert told.recv(1000).startswith(b"READY=1")
+                assert heard().startswith(b"READY=1")
                 assert client.get("/health").status_code == 200
                 (tmp_path / "fresh.toml").write_text("exit_layer = 2\n", encoding="utf-8")
                 process.send_signal(signal.SIGHUP)
-                assert told.recv(1000).startswith(b"RELOADING=1") and told.recv(1000) == b"READY=1"
+                assert heard().startswith(b"RELOADING=1") and heard() == b"READY=1"
                 assert client.get("/v1/models/tiny-llama:fresh").status_code == 200
                 body = SLOW | {"model": "tiny-llama:calm", "budget": None, "max_tokens": 60}
                 with client.stream("POST", CHAT, json=body) as answer:
                     lines = answer.iter_lines()
                     next(lines)
                     process.terminate()
-                    assert told.recv(1000) == b"STOPPING=1"
+                    assert heard() == b"STOPPING=1" and beats
                     assert [line for line in lines if line][-1] == "data: [DONE]"
             _, errors = process.communicate(timeout=30)
         finally:

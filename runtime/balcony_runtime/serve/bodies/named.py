@@ -41,12 +41,12 @@ class Names:
     """
 
     def __init__(self, name: str, own: Budget, agreement: Mapping[int, float | None], folder: Path | None) -> None:
-        self.name, self._own, self._agreement, self._folder = name, own, agreement, folder
+        self.name, self._agreement, self._folder = name, agreement, folder
         self._budgets: dict[str, Budget] = {}
-        self.read()
+        self.read(own)
 
-    def read(self) -> None:
-        """Read the budget files again; if one is refused, all stay as they are."""
+    def read(self, own: Budget) -> None:
+        """Read the budget files; if one is refused, all stay as they are. ``own`` is the server's own budget."""
         found = {f"exit-{layer}": Budget(exit_layer=layer) for layer in sorted(self._agreement)}
         found["lossless"] = Budget(policy="lossless")
         for path in self._files():
@@ -57,7 +57,7 @@ class Names:
                 _log.warning("%s: is not offered: %s", path, error)
                 continue
             found[path.stem] = budget
-        self._budgets = {self.name: self._own, **{f"{self.name}:{key}": budget for key, budget in found.items()}}
+        self._budgets = {self.name: own, **{f"{self.name}:{key}": budget for key, budget in found.items()}}
 
     def _files(self) -> Sequence[Path]:
         if self._folder is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import BalconyError, MissingDependencyError
 from balcony_runtime.serve.bodies.asked import read_asked
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
@@ -19,6 +20,7 @@ from balcony_runtime.serve.bodies.refusal import RefusedError, bad, refusal_of
 from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of
 from balcony_runtime.serve.http.openapi import document
 from balcony_runtime.serve.work.answers import EventStream, GoneError
+from balcony_runtime.serve.work.energy import powers
 from balcony_runtime.serve.work.jobs import Job
 from balcony_runtime.serve.work.service import Service
 from balcony_runtime.serve.work.slots import ACTIONS
@@ -190,20 +192,29 @@ class _Routes:
         return JSONResponse({"content": text, "prompt": text})
 
     async def props(self, request: Request) -> Response:
-        """Exits, budgets and bounds."""
+        """Bundle, device, exits, budgets and bounds."""
         service, llm = self._service, self._service.llm
-        costs = llm.costs
+        costs, manifest = llm.costs, llm.engine.manifest
         return JSONResponse(
             {
                 "model_alias": service.names.name,
                 "build_info": f"balcony-edge {version('balcony-edge')}",
                 "total_slots": service.limits.parallel,
                 "default_generation_settings": {"n_ctx": llm.engine.max_length, "params": {"temperature": 1.0}},
+                "bundle": {
+                    "model": manifest.model.name,
+                    "precision": manifest.precision,
+                    "fingerprint": manifest.fingerprint,
+                },
+                "device": {
+                    "cpu": cpu_name(),
+                    "power_w": {rail: sample.value for rail, sample in powers(llm.readings()).items()},
+                },
                 "exits": [
                     {
                         "exit": layer,
                         "ms": round(costs.steady_ms(layer, 0), 3),
-                        "agreement": llm.engine.manifest.agreement[layer],
+                        "agreement": manifest.agreement[layer],
                     }
                     for layer in llm.exit_layers
                 ],

@@ -50,6 +50,7 @@ class Settings:
     Attributes:
         host, port: address to listen on; port 0 takes a free one.
         name: name of the model; None for the bundle's.
+        budget: file of the server's own budget, which is read again with the others.
         budgets: directory of budget files whose names become models.
         api_key: key that requests must bring.
         ssl_certfile, ssl_keyfile: certificate and key for TLS.
@@ -60,6 +61,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     name: str | None = None
+    budget: Path | None = None
     budgets: Path | None = None
     api_key: str | None = None
     ssl_certfile: Path | None = None
@@ -87,10 +89,11 @@ class Server:
             if path is not None and not path.is_file():
                 raise InputError(f"{option} {path}: there is no such file: name a PEM file")
         self._socket = _listen(settings.host, settings.port)
-        self.service = Service(settings.name, settings.budgets, settings.limits)
+        self.service = Service(settings.name, settings.budget, settings.budgets, settings.limits)
         self._uvicorn = _Uvicorn(self._config(), self)
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._watched: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -132,7 +135,7 @@ class Server:
             return
         _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            self.service.names.read()
+            self.service.reload()
             _log.info("budget files: %s", ", ".join(self.service.names.budgets))
         except BalconyError as error:
             _log.error("budget files are as before: %s", error)
@@ -163,6 +166,8 @@ class Server:
         loading = asyncio.create_task(self._load())
         await self._uvicorn.serve(sockets=[self._socket])
         await loading
+        if self._watched is not None:
+            self._watched.cancel()
 
     async def _load(self) -> None:
         begin = time.monotonic()
@@ -174,6 +179,17 @@ class Server:
             return
         _log.info("ready after %.1f s on %s", time.monotonic() - begin, self.url)
         _notify("READY=1\nSTATUS=Serving " + self.url)
+        self._watched = asyncio.create_task(self._tell_watchdog())
+
+    async def _tell_watchdog(self) -> None:
+        """Tell systemd's watchdog that the event loop runs and replies are made (sd_watchdog_enabled)."""
+        period_us, process = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
+        if not period_us.isdigit() or process != str(os.getpid()):
+            return
+        while True:
+            if self.service.makes_progress:
+                _notify("WATCHDOG=1")
+            await asyncio.sleep(int(period_us) / 2e6)  # half of the time, as systemd advises
 
 
 class _Uvicorn(uvicorn.Server):
@@ -248,4 +264,5 @@ def _notify(state: str) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
+        to.setblocking(False)  # a reader that does not keep up must not hold the event loop
         to.sendto(state.encode(), address)

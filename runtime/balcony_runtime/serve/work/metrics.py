@@ -5,14 +5,17 @@ Owns the names and the buckets. All methods are called in the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from balcony_edge.errors import MissingDependencyError
 from balcony_runtime.reply import Token
+from balcony_runtime.serve.work.energy import Readings
 from balcony_runtime.serve.work.jobs import Cost
 
 try:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.registry import Collector
 except ImportError as missing:
     raise MissingDependencyError(
         "prometheus-client is not installed: pip install 'balcony-edge[serve]' for the server"
@@ -25,6 +28,13 @@ _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0
 #: Seconds between two tokens; finer, because a budget asks for single milliseconds.
 _GAPS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 _MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
+#: Field of a sensor's reading → name and help of the gauge that shows it.
+_SENSED = {
+    "watts": ("balcony_power_watts", "Power of a part."),
+    "celsius": ("balcony_temperature_celsius", "Temperature of a part."),
+    "utilization": ("balcony_utilization_ratio", "Busy share of a part, by all its users."),
+    "charge": ("balcony_battery_charge_ratio", "Charge of a battery."),
+}
 
 
 class Metrics:
@@ -37,6 +47,7 @@ class Metrics:
         pending: gives the number of pending rows of all replies.
         slowdown: gives how many times slower than its prices the device is.
         kept: place → gives the bytes of ended replies that are kept there.
+        readings: gives the latest reading of every sensor.
     """
 
     def __init__(
@@ -48,8 +59,10 @@ class Metrics:
         pending: Callable[[], float],
         slowdown: Callable[[], float],
         kept: Mapping[str, Callable[[], float]],
+        readings: Readings,
     ) -> None:
         registry = self._registry = CollectorRegistry()
+        registry.register(_Sensed(readings))
 
         def histogram(name: str, help_: str, buckets: tuple[float, ...], labels: tuple[str, ...] = _MODEL) -> Histogram:
             return Histogram(name, help_, labels, buckets=buckets, registry=registry)
@@ -119,3 +132,24 @@ class Metrics:
     def text(self) -> bytes:
         """The page that Prometheus reads."""
         return generate_latest(self._registry)
+
+
+class _Sensed(Collector):
+    """The latest readings of the sensors, taken when Prometheus asks."""
+
+    def __init__(self, readings: Readings) -> None:
+        self._readings = readings
+
+    def collect(self) -> Iterator[Metric]:
+        labels, readings = ("source", "scope"), self._readings()
+        energy = CounterMetricFamily("balcony_energy_joules", "Energy of a part.", labels=labels)
+        for reading in readings:
+            if reading.joules is not None:
+                energy.add_metric((reading.source, reading.scope), reading.joules)
+        yield energy
+        for field, (name, help_) in _SENSED.items():
+            gauge = GaugeMetricFamily(name, help_, labels=labels)
+            for reading in readings:
+                if (value := getattr(reading, field)) is not None:
+                    gauge.add_metric((reading.source, reading.scope), value)
+            yield gauge

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from balcony_edge.budget import Budget
+from balcony_edge.budget import Budget, load_budget
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.named import Names
 from balcony_runtime.serve.bodies.refusal import RefusedError, busy
 from balcony_runtime.serve.work.answers import Answer
+from balcony_runtime.serve.work.energy import Meter
 from balcony_runtime.serve.work.jobs import Cost, Job, deliver
 from balcony_runtime.serve.work.metrics import Metrics
 from balcony_runtime.serve.work.shapes import Shapes, cached_tokens, prompt_tokens
@@ -66,16 +67,18 @@ class Service:
 
     Args:
         name: name of the model; None for the bundle's.
+        budget: file of the server's own budget; None for the one that the bundle was loaded with.
         budgets: directory of budget files, or None.
         limits: bounds.
     """
 
-    def __init__(self, name: str | None, budgets: Path | None, limits: Limits) -> None:
-        self._name, self.folder, self.limits = name, budgets, limits
+    def __init__(self, name: str | None, budget: Path | None, budgets: Path | None, limits: Limits) -> None:
+        self._name, self._budget, self.folder, self.limits = name, budget, budgets, limits
         self.started_s = int(time.time())
         self.draining = False
         self._loaded: tuple[LLM, Names, Worker, Metrics, Slots] | None = None
         self._jobs: dict[int, Job] = {}
+        self._preparing = 0  # replies to requests whose prompts are being read
         self._answers: set[Answer] = set()
         self._keys = itertools.count()
         self._mean_s, self._slowdown = 1.0, 1.0
@@ -85,6 +88,7 @@ class Service:
         llm = open_llm()
         try:
             llm.costs  # noqa: B018 - measured now, not while others decode
+            llm.readings()  # starts the sensors
             manifest = llm.engine.manifest
             names = Names(self._name or manifest.model.name, llm.budget, manifest.agreement, self.folder)
         except BaseException:
@@ -108,6 +112,7 @@ class Service:
                 "memory": lambda: 0 if llm.pool is None else llm.pool.bytes,
                 "disk": lambda: 0 if llm.prefix_files is None else llm.prefix_files.bytes,
             },
+            readings=llm.readings,
         )
         worker.start()
         self._loaded = llm, names, worker, metrics, Slots(llm)
@@ -145,6 +150,22 @@ class Service:
             raise RefusedError(503, "the model is loading: try again soon", "loading", headers={"retry-after": "1"})
         return self._loaded
 
+    def reload(self) -> None:
+        """Read the budget files again.
+
+        Raises:
+            BalconyError: a file is refused; all budgets are as before.
+        """
+        own = self.llm.budget if self._budget is None else load_budget(self._budget)
+        self.llm.resolved(own)
+        self.names.read(own)
+        self.llm.budget = own
+
+    @property
+    def makes_progress(self) -> bool:
+        """Whether the decode thread does what it is asked for, or has nothing to do."""
+        return self._loaded is None or self._parts[2].makes_progress()
+
     @property
     def slots(self) -> Sequence[Job]:
         """Replies that have not ended."""
@@ -177,11 +198,16 @@ class Service:
             RefusedError: the queue is full, or the model is unknown.
             BalconyError: a prompt, a budget or a parameter is refused.
         """
-        if self.waiting >= self.limits.queue:
-            raise busy(f"{self.waiting} replies wait for others to end: try again later", "queue_full", self.retry_s)
         budget = self.names.budget(asked.model, headers, asked.budget, asked.max_tokens)
-        model = asked.model or self.names.name
-        prompts, texts, options = await asyncio.to_thread(self._prepare, asked, budget)
+        model, count = asked.model or self.names.name, len(asked.prompts) * asked.n
+        others, most = len(self._jobs) + self._preparing, self.limits.parallel + self.limits.queue
+        if others and others + count > most:  # a request that is larger than the queue has it to itself
+            raise busy(f"{others} replies run or wait, and {most} may: try again later", "queue_full", self.retry_s)
+        self._preparing += count
+        try:
+            prompts, texts, options = await asyncio.to_thread(self._prepare, asked, budget)
+        finally:
+            self._preparing -= count
         jobs = [
             Job(
                 next(self._keys),
@@ -197,7 +223,8 @@ class Service:
         for job in jobs:
             job.channel = jobs[0].channel
             self._jobs[job.key] = job
-        shapes = Shapes(asked, model, self.llm.decode, [texts[job.index // asked.n] for job in jobs])
+        texts = [texts[job.index // asked.n] for job in jobs]
+        shapes = Shapes(asked, model, self.llm.decode, texts, Meter(self.llm.readings))
 
         def on_close(answer: Answer) -> None:
             self._closed(answer, model, client)

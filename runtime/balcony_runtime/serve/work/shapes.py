@@ -12,6 +12,7 @@ from typing import Any
 
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.asked import Asked
+from balcony_runtime.serve.work.energy import Meter
 from balcony_runtime.serve.work.jobs import Cost, Job, Scores
 from balcony_runtime.structure.calls import CallReader, Piece
 
@@ -26,12 +27,18 @@ class Shapes:
         model: name of the model in the answer.
         decode: text of token ids.
         prompts: text of the prompt of every choice, for ``echo``.
+        meter: energy since the request.
     """
 
     def __init__(
-        self, asked: Asked, model: str, decode: Callable[[Sequence[int]], str], prompts: Sequence[str]
+        self,
+        asked: Asked,
+        model: str,
+        decode: Callable[[Sequence[int]], str],
+        prompts: Sequence[str],
+        meter: Meter,
     ) -> None:
-        self._asked, self._decode, self._prompts = asked, decode, prompts
+        self._asked, self._decode, self._prompts, self._meter = asked, decode, prompts, meter
         self.id = ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
         self._readers: dict[Job, CallReader] = {}
@@ -87,9 +94,9 @@ class Shapes:
         return {**self._object(False, choices), "usage": usage(jobs), **self.costs(jobs, [job.cost for job in jobs])}
 
     def costs(self, jobs: Sequence[Job], costs: Sequence[Cost]) -> dict[str, Any]:
-        """llama.cpp's ``timings``, and ``balcony``: depth, lateness, the last reason and the verdicts."""
+        """llama.cpp's ``timings``, and ``balcony``: depth, lateness, energy, the last reason and the verdicts."""
         cost = Cost.of(costs)
-        facts = cost.facts() | {"slots": [job.key for job in jobs]}
+        facts = cost.facts() | {"joules": self._meter.joules() or None, "slots": [job.key for job in jobs]}
         ended = [job for job in jobs if job.ended and job.stream is not None]
         facts["verdicts"] = [
             verdict.to_dict() | {"index": job.index}

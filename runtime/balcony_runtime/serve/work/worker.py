@@ -45,6 +45,8 @@ class Worker:
         self._found: Found = []
         self._together: Together = llm.together()
         self._thread = threading.Thread(target=self._run, name="balcony-decode", daemon=True)
+        self._turns, self._seen_turns = 0, -1
+        self._idle = False
 
     def start(self) -> None:
         """Start the thread."""
@@ -54,6 +56,11 @@ class Worker:
         """End all replies and the thread."""
         self._inbox.put(None)
         self._thread.join()
+
+    def makes_progress(self) -> bool:
+        """Whether the thread has taken a turn since the last call, or waits for something to do."""
+        before, self._seen_turns = self._seen_turns, self._turns
+        return self._thread.is_alive() and (self._idle or before != self._turns)
 
     def submit(self, job: Job) -> None:
         """Queue a job; its items come through ``deliver``."""
@@ -78,6 +85,7 @@ class Worker:
     def _run(self) -> None:
         with self._together:
             while self._read_inbox():
+                self._turns += 1
                 self._admit()
                 self._score()
                 self._step()
@@ -89,7 +97,9 @@ class Worker:
         """Do what others ask for; sleeps if there is nothing else to do. False if the thread must end."""
         busy = self._found or self._scoring or (self._waiting and self._room) or len(self._running) > len(self._paused)
         while not self._inbox.empty() or not busy:
+            self._idle = not busy
             message = self._inbox.get()
+            self._idle = False
             if message is None:
                 return False
             act, job = message

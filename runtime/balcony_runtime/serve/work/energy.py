@@ -1,0 +1,46 @@
+"""Power and energy of the device's parts, for ``/props`` and the cost of an answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from balcony_edge.control.observed import watts
+from balcony_edge.control.response import Counter, Sample
+from balcony_edge.device.readings import Reading, Scope
+
+Readings = Callable[[], tuple[Reading, ...]]
+
+#: Parts of a device that a budget's ``power_rail`` can name.
+RAILS: tuple[Scope, ...] = ("board", "cpu", "gpu")
+
+
+def powers(readings: tuple[Reading, ...]) -> dict[Scope, Sample]:
+    """Power of each rail that a sensor measures."""
+    now_s = time.monotonic()
+    found = ((rail, watts(readings, rail, now_s)) for rail in RAILS)
+    return {rail: sample for rail, sample in found if sample is not None}
+
+
+class Meter:
+    """Energy of the device from now on, with everything that runs on it.
+
+    A reading is up to a second old, so the energy of a short answer is about that of its time.
+    """
+
+    def __init__(self, readings: Readings) -> None:
+        self._readings = readings
+        self._before = self._counters()
+
+    def joules(self) -> dict[Scope, float]:
+        """Joules of each rail whose energy is counted."""
+        joules = {}
+        for rail, now in self._counters().items():
+            before = self._before.get(rail)
+            if before is not None and before.sources == now.sources:
+                joules[rail] = now.joules - before.joules
+        return joules
+
+    def _counters(self) -> Mapping[Scope, Counter]:
+        samples = powers(self._readings())
+        return {rail: sample.counter for rail, sample in samples.items() if sample.counter is not None}

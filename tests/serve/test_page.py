@@ -1,0 +1,211 @@
+"""The server's page in a real browser: Chromium without a window, driven through WebDriver as a person would use it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from balcony_edge.device.readings import Reading
+from balcony_runtime.serve.http.server import Server
+
+pytest.importorskip("selenium")  # `make test` installs it
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux" or BROWSER is None or DRIVER is None,
+        reason="no browser: apt-get install chromium chromium-driver",
+    ),
+]
+PAGE_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Chrome]:
+    options = ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with Chrome(options, ChromeService(DRIVER)) as driver:
+        yield driver
+
+
+@pytest.fixture
+def page(browser: Chrome, server: Server) -> Iterator[Chrome]:
+    """The page after it has loaded, in a window of a laptop's size. It writes nothing on the console in any test."""
+    browser.set_window_size(1200, 900)
+    browser.get(server.url)
+    until(browser, lambda: chats(browser))
+    yield browser
+    assert complaints(browser) == []
+
+
+def complaints(browser: Chrome) -> list[str]:
+    """Warnings and errors on the page's console since the last call."""
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
+
+
+def until(browser: Chrome, found: Callable[[], Any]) -> Any:
+    return WebDriverWait(browser, PAGE_SECONDS, poll_frequency=0.02).until(lambda _: found())
+
+
+def chats(browser: Chrome) -> list[WebElement]:
+    return browser.find_elements(By.CSS_SELECTOR, "#chats section")
+
+
+def part(chat: WebElement, name: str) -> WebElement:
+    return chat.find_element(By.CLASS_NAME, name)
+
+
+def ask(chat: WebElement, text: str) -> None:
+    part(chat, "text").send_keys(text, Keys.ENTER)
+
+
+def choose(chat: WebElement, name: str) -> None:
+    part(chat, "model").find_element(By.CSS_SELECTOR, f"option[value='{name}']").click()
+
+
+def tokens(chat: WebElement) -> list[WebElement]:
+    return chat.find_elements(By.CSS_SELECTOR, ".answer span")
+
+
+def ended(chat: WebElement) -> bool:
+    return part(chat, "send").is_enabled()
+
+
+def slide(browser: Chrome, slider: WebElement, value: int) -> None:
+    """Move a slider as a person does: its value changes, and the page hears of it."""
+    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
+    browser.execute_script(script, slider, value)
+
+
+def test_a_reply_in_the_colours_of_its_exits(page: Chrome, http: httpx.Client) -> None:
+    (chat,) = chats(page)
+    assert [item.text.split(",")[0] for item in page.find_elements(By.CSS_SELECTOR, "#legend li")] == [
+        "■ exit 2",
+        "■ exit 3",
+        "■ exit 5 (full depth)",
+    ]
+    assert page.switch_to.active_element == part(chat, "text") and page.execute_script("return scrollY") == 0
+    ask(chat, "hello")
+    until(page, lambda: tokens(chat) and ended(chat))
+    body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+    want = http.post("/v1/chat/completions", json=body).json()
+    text = want["choices"][0]["message"]["content"]
+    assert part(chat, "answer").get_property("textContent") == text
+    assert part(chat, "status-text").get_property("textContent") == f"Reply: {text}"
+    assert (
+        part(chat, "exit").text == "5"
+        and part(chat, "target").text == "none"
+        and part(chat, "gap").text.endswith(" ms")
+    )
+    colours = {token.value_of_css_property("color") for token in tokens(chat)}
+    legend = page.find_elements(By.CSS_SELECTOR, "#legend li")
+    assert colours == {legend[2].value_of_css_property("color")}
+    drawn = "const c = arguments[0]; return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v)"
+    assert page.execute_script(drawn, part(chat, "strip"))
+
+
+def test_the_slider_acts_on_the_running_reply(page: Chrome) -> None:
+    (chat,) = chats(page)
+    choose(chat, "tiny:slow")
+    ask(chat, "a long story")
+    until(page, lambda: len(tokens(chat)) > 3)
+    slide(page, part(chat, "slider"), 20)
+    asked = part(chat, "asked").text
+    assert asked.endswith(" ms") and part(chat, "slider").get_attribute("aria-valuetext") == asked
+    until(page, lambda: part(chat, "target").text == asked)
+    until(page, lambda: ended(chat))
+    told = [token.get_attribute("title").split(",")[0] for token in tokens(chat)]
+    assert told[:3] == ["exit 3"] * 3 and set(told) != {"exit 3"} and not chat.find_elements(By.CLASS_NAME, "error")
+
+
+def test_stop_ends_the_reply(page: Chrome, server: Server) -> None:
+    (chat,) = chats(page)
+    choose(chat, "tiny:slow")
+    ask(chat, "a long story")
+    until(page, lambda: tokens(chat))
+    assert not ended(chat)
+    part(chat, "stop").click()
+    until(page, lambda: ended(chat) and not server.service.slots)
+    made = len(tokens(chat))
+    ask(chat, "go on")  # the conversation goes on after what was made
+    until(page, lambda: len(tokens(chat)) > made)
+
+
+def test_chats_next_to_each_other(page: Chrome) -> None:
+    page.find_element(By.ID, "add").click()
+    one, other = chats(page)
+    assert page.switch_to.active_element == part(other, "text")
+    ask(one, "hello")
+    ask(other, "hello")
+    until(page, lambda: tokens(one) and tokens(other) and ended(one) and ended(other))
+    assert part(one, "answer").text == part(other, "answer").text
+    part(other, "clear").click()
+    assert not tokens(other) and tokens(one)
+    part(other, "close").click()
+    assert chats(page) == [one] and page.switch_to.active_element == page.find_element(By.ID, "add")
+
+
+def test_errors_are_shown(page: Chrome) -> None:
+    (chat,) = chats(page)
+    choose(chat, "tiny:strict")
+    ask(chat, "hello")
+    until(page, lambda: chat.find_elements(By.CLASS_NAME, "error") and ended(chat))
+    assert "tpot_ms = 1e-06" in part(chat, "error").text and not tokens(chat)
+    assert [
+        entry["message"].split(" ")[0] for entry in page.get_log("browser")
+    ]  # the browser itself reports the status 422
+
+
+def test_a_key_is_asked_for(browser: Chrome, serve: Callable[..., Server]) -> None:
+    browser.get(serve(api_key="secret").url)
+    until(browser, lambda: "key" in browser.find_element(By.ID, "trouble").text.lower())
+    assert not chats(browser)
+    browser.find_element(By.ID, "key").send_keys("secret", Keys.TAB)
+    until(browser, lambda: chats(browser))
+    assert browser.find_element(By.ID, "trouble").text == ""
+    assert "401" in complaints(browser)[0]
+
+
+def test_watts_where_a_sensor_measures_them(browser: Chrome, serve: Callable[..., Server]) -> None:
+    def readings() -> tuple[Reading, ...]:
+        return (Reading("ina3221:VDD_IN", "board", time.monotonic(), watts=20.0),)
+
+    browser.get(serve(readings=readings).url)
+    (chat,) = until(browser, lambda: chats(browser))
+    assert part(chat, "watts").is_displayed() and part(chat, "watts-asked").text == "no ceiling"
+    slide(browser, part(chat, "watts"), 99)
+    assert part(chat, "watts-asked").text == "80 W" and part(chat, "for-watts").text == "Watts (board)"
+    slide(browser, part(chat, "watts"), 0)
+    assert part(chat, "watts-asked").text == "2 W"
+    ask(chat, "hello")
+    until(browser, lambda: tokens(chat) and ended(chat))
+    assert "ceilings" in part(chat, "why").text
+    assert complaints(browser) == []
+
+
+def test_nothing_is_wider_than_a_phone(page: Chrome) -> None:
+    page.set_window_size(500, 844)  # the narrowest window that Chromium makes
+    width = "return [document.documentElement.scrollWidth, innerWidth]"
+    wide, seen = page.execute_script(width)
+    assert wide <= seen
+    sizes = (
+        "return [...document.querySelectorAll('button, select, textarea')].map(e => e.getBoundingClientRect().height)"
+    )
+    assert min(page.execute_script(sizes)) >= 44  # large enough for a finger (WCAG 2.5.5)
+    unnamed = "return [...document.querySelectorAll('input, select, textarea')].filter(e => !e.labels.length).length"
+    assert page.execute_script(unnamed) == 0
