@@ -1,10 +1,13 @@
-"""Clients that people use: curl, and the requests that Open WebUI sends."""
+"""Clients that people use: curl, llm, LiteLLM, and the requests that Open WebUI sends."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -64,6 +67,57 @@ def test_curl_sends_what_is_too_large(server: Server, tmp_path: Any) -> None:
     large.write_bytes(b" " * 20_000_000)
     arguments = ["--output", "-", "--write-out", "%{http_code}", "--data-binary", f"@{large}"]
     assert curl(server, *arguments, f"{server.url}/v1/completions").endswith("}413")
+
+
+def test_the_llm_command(server: Server, tmp_path: Path) -> None:
+    """Simon Willison's llm, set up as in docs/server.md."""
+    models = f"- model_id: edge\n  model_name: tiny:shallow\n  api_base: {server.url}/v1\n  api_key_name: edge\n"
+    (tmp_path / "extra-openai-models.yaml").write_text(models, encoding="utf-8")
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": ""}
+    command = [sys.executable, "-m", "llm"]
+    subprocess.run([*command, "keys", "set", "edge", "--value", "none"], check=True, env=environment, timeout=60)
+    command += ["-m", "edge", "hello", "-o", "temperature", "0", "-o", "max_tokens", "6"]
+    made = [
+        subprocess.run(
+            [*command, *flags], check=True, env=environment, capture_output=True, text=True, timeout=60
+        ).stdout
+        for flags in ([], ["--no-stream"])
+    ]
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=HELLO | {"model": "tiny:shallow"}).json()
+    assert made == [answer["choices"][0]["message"]["content"] + "\n"] * 2
+
+
+def test_litellm(server: Server) -> None:
+    """Completions whole and streamed with a budget, and an error as LiteLLM's own class."""
+    script = """
+import json, litellm, sys
+asked = {
+    "model": "openai/tiny", "api_base": sys.argv[1] + "/v1", "api_key": "none", "temperature": 0, "max_tokens": 6,
+    "messages": [{"role": "user", "content": "hello"}], "extra_body": {"budget": {"exit_layer": 3}},
+}
+whole = litellm.completion(**asked)
+pieces = list(litellm.completion(**asked, stream=True, stream_options={"include_usage": True}))
+try:
+    litellm.completion(**asked | {"temperature": -1})
+    error = None
+except litellm.BadRequestError as refused:
+    error = str(refused)
+print(json.dumps({
+    "text": whole.choices[0].message.content,
+    "exits": whole.balcony["tokens_per_exit"],
+    "streamed": "".join(p.choices[0].delta.content or "" for p in pieces if p.choices),
+    "tokens": pieces[-1].usage.completion_tokens,
+    "error": error,
+}))
+"""
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # its table of prices is not fetched
+    command = [sys.executable, "-c", script, server.url]
+    said = subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=120).stdout
+    found = json.loads(said.splitlines()[-1])  # before it, advice for the one who sees an error
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=HELLO | {"budget": {"exit_layer": 3}}).json()
+    assert found["text"] == found["streamed"] == answer["choices"][0]["message"]["content"]
+    assert found["exits"] == {"3": 6} and found["tokens"] == 6
+    assert "temperature = -1" in found["error"]
 
 
 #: Fields beyond OpenAI's that Open WebUI 0.6 sends, from its front end and its background tasks (written down, not captured).

