@@ -84,6 +84,11 @@ def hostile() -> dict[str, dict[str, Any]]:
         },
         "a large divisor": {"type": "integer", "multipleOf": 1_234_567},
         "a small divisor": {"type": "number", "multipleOf": 0.000001},
+        "divisors that multiply": {"type": "integer", "allOf": [{"multipleOf": 499}, {"multipleOf": 491}]},
+        "40 divisors": {
+            "type": "array",
+            "prefixItems": [{"type": "integer", "multipleOf": 9_921 + i} for i in range(40)],
+        },
         "huge bounds": {"type": "integer", "minimum": -(10**300), "maximum": 10**300},
         "no value": {"type": "integer", "minimum": 5, "maximum": 4},
         "no choice": {"enum": []},
@@ -97,6 +102,7 @@ def hostile() -> dict[str, dict[str, Any]]:
     }
     found: dict[str, dict[str, Any]] = {name: {"json_schema": one} for name, one in schemas.items()}
     return found | {
+        "a divisor in a grammar": {"grammar": 'start: %json {"type": "integer", "multiple\\u004ff": 64507}'},
         "a regex of a billion letters": {"regex": "((a{1000}){1000}){1000}"},
         "a regex with a back-reference": {"regex": r"(a)\1"},
         "a regex that matches nothing": {"regex": r"[^\s\S]"},

@@ -431,7 +431,7 @@ class LLM:
         path: str | os.PathLike[str],
         *,
         chat: bool | None = None,
-        control_tokens: bool = True,
+        control_tokens: bool | None = None,
         int8: bool = False,
     ) -> int:
         """Compute a prompt at all exits and save its rows, for prompts that begin alike; returns their number.

@@ -65,7 +65,7 @@ class TextCodec:
 
     @property
     def call_format(self) -> CallFormat:
-        """How the model writes calls of tools; the default format if its template knows no tools."""
+        """How the model writes calls of tools; the default format if its template knows no tools, or an unknown format."""
         return self._call_format or formats()[DEFAULT]
 
     def control_token(self, text: str) -> int | None:
@@ -187,9 +187,9 @@ class TextCodec:
         if template is None:
             raise InputError("this bundle has no chat template: give the prompt as a text, with chat=False or --raw")
         calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-        if "tools" in template.variables or not (calls or given.get("tools")):
+        if self._call_format is not None or not (calls or given.get("tools")):
             return self._rendered(template, messages, given)
-        messages = plain_messages(messages, given.get("tools", ()))
+        messages, given = plain_messages(messages, given.get("tools", ())), {**given, "tools": []}
         try:
             return self._rendered(template, messages, given)
         except InputError:

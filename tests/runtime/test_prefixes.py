@@ -55,6 +55,14 @@ def test_prefixes_are_saved_and_loaded(llm: LLM, tiny: Any, tmp_path: Path) -> N
         assert other.save_prefix(common, tmp_path / "other.session") == 80
 
 
+def test_names_of_control_tokens_in_a_saved_prefix_are_text(llm: LLM, tmp_path: Path) -> None:
+    """As in the prompts that begin with it; otherwise they would never match."""
+    messages = [{"role": "user", "content": "a<end>b" * 12}]
+    saved = llm.save_prefix(messages, tmp_path / "user.session")
+    assert saved == len(llm.encode(messages)) and 0 not in llm.encode(messages)
+    assert llm.generate(messages, max_new_tokens=1).cached_tokens == saved - 1  # the last row gives the first logits
+
+
 def test_a_member_is_given_away_only_if_little_is_lost(tiny_engine: Engine) -> None:
     pool = SequencePool.of(tiny_engine, 3)
     assert pool is not None

@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import numpy as np
+import psutil
 import pydantic
 import pytest
 
@@ -257,7 +259,6 @@ def test_a_sure_balcony_may_not_break_the_structure(llm: LLM, grammars: Grammars
     monkeypatch.setattr(confident, "spec", type("Spec", (), {"measure": "top1", "max_disagreement": 0.02}))
     monkeypatch.setattr(confident, "plan", lambda *_: Trial(2, 0.0, 2.0))  # every balcony is sure enough
     monkeypatch.setattr(confident, "learn", lambda *_: None)
-    monkeypatch.setattr(llm, "_requests", llm._requests)
     monkeypatch.setattr(llm.engine, "manifest", llm.engine.manifest.model_copy(update={"confidence": object()}))
     reply = llm.generate(PROMPT, sampling=SamplingParams(json_schema=PERSON), budget=Budget(policy="confident"))
     jsonschema_rs.validator_for(PERSON).validate(json.loads(reply.text))
@@ -338,6 +339,17 @@ def test_the_forms_of_a_schema(llm: LLM, form: Any) -> None:
     Person.model_validate_json(text)
 
 
+def test_what_is_kept_is_bounded_in_length(grammars: Grammars, monkeypatch: Any) -> None:
+    monkeypatch.setattr("balcony_runtime.structure.grammar.MOST_KEPT_CHARACTERS", 10)
+    asked = [Structure("regex", text) for text in ("aaaa", "bbbb", "cccc", "dddddddddd", "eeeeeeeeeeeeee")]
+    for one in asked[:3]:
+        grammars.guide(one)
+    assert list(grammars._kept) == asked[1:3]  # the one that was asked for longest ago is forgotten
+    grammars.guide(asked[3])
+    assert list(grammars._kept) == [asked[3]]
+    assert grammars.guide(asked[4]).allowed() is not None and not grammars._kept  # it alone is too long to keep
+
+
 def test_llama_cpps_grammars(llm: LLM) -> None:
     grammar = 'root ::= "the " animal\nanimal ::= "fox" | "dog"'
     assert llm.generate(PROMPT, sampling=SamplingParams(grammar=grammar)).text in {"the fox", "the dog"}
@@ -364,21 +376,36 @@ def test_a_structure_ends_a_reply_itself(llm: LLM) -> None:
         llm.generate(PROMPT, sampling=SamplingParams(regex="a"), ignore_eos=True)
 
 
+@pytest.fixture
+def grown_mb() -> Callable[[], float]:
+    """Growth of this process's memory at its height since the beginning of the test."""
+    begin = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets earlier heights
+
+    def grown() -> float:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return (1024 * int(status.split("VmHWM:")[1].split()[0]) - begin) / 1e6
+
+    return grown
+
+
 @pytest.mark.parametrize("name", schemas.hostile())
-def test_hostile_structures_are_refused_in_one_line(llm: LLM, name: str) -> None:
+def test_hostile_structures_are_refused_in_one_line(llm: LLM, name: str, grown_mb: Callable[[], float]) -> None:
     begin_s = time.process_time()
     with pytest.raises(InputError) as raised:
         llm.compile_grammar(SamplingParams(**schemas.hostile()[name]))
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
     assert time.process_time() - begin_s < 10  # 3 s here at most
+    assert grown_mb() < 500  # 300 MB here at most
 
 
 @pytest.mark.parametrize("name", schemas.bounded())
-def test_large_structures_run_in_bounded_time(llm: LLM, name: str) -> None:
+def test_large_structures_run_in_bounded_time(llm: LLM, name: str, grown_mb: Callable[[], float]) -> None:
     begin_s = time.process_time()
     params = SamplingParams(**schemas.bounded()[name], temperature=1.0, seed=1)
     assert llm.generate(PROMPT, sampling=params, max_new_tokens=20).tokens
     assert time.process_time() - begin_s < 5  # 0.5 s here at most
+    assert grown_mb() < 300
 
 
 def test_an_error_in_mid_reply_ends_that_reply_only(llm: LLM, monkeypatch: Any) -> None:

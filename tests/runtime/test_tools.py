@@ -192,6 +192,8 @@ def test_pieces_of_a_call() -> None:
         ("{% if tools %}<tools>{% endif %}<tool_call>", "hermes"),
         ("{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS]' }}{{ tools }}", "mistral"),
         ('{{ tools }} {"name": x, "parameters": dictionary of argument name and its value}.', "llama"),
+        ("{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS]' }}name[ARGS]{{ tools }}", None),
+        ("{{ tools }}<|tool_call_start|>[name(city='Ulm')]<|tool_call_end|>", None),
         ("{{ messages }}", None),
     ],
 )
@@ -272,7 +274,7 @@ def test_templates_without_tools_are_told(llm: LLM) -> None:
 def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
     template = (
         "{% for one in tools or [] %}{{ one.function.name }}{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-        "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}{% endfor %}"
+        "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}{% endfor %}{% endfor %}"
     )
     with balcony_edge.load(bundle_copy) as llm:
         llm._codec = llm._requests._codec = write_template(bundle_copy, template)
@@ -291,7 +293,9 @@ def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
         said = chat.send(results, max_new_tokens=3)
         list(said)
         shown = llm.decode(llm.encode(chat.messages[:3]))
-        assert shown.endswith("<assistant>stop<tool>done") and llm.decode(chat.sequence.tokens[0]).startswith(shown)
+        assert shown.endswith("<assistant><tool_call>stop<tool>done") and llm.decode(
+            chat.sequence.tokens[0]
+        ).startswith(shown)
         assert chat.messages[2] == results[0] and chat.messages[3]["role"] == "assistant"
         list(chat.send({"role": "user", "content": "go on"}, max_new_tokens=2))
         assert [one["role"] for one in chat.messages] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
@@ -331,6 +335,15 @@ def test_templates_get_tools_documents_and_variables(bundle_copy: Path) -> None:
         )
     assert codec.decode(codec.encode(messages)).endswith("</tool_call>calm")
     assert write_template(bundle_copy, TEMPLATES["mistral"]).call_format.name == "mistral"
+
+
+def test_a_template_of_an_unknown_format_is_told_the_default(bundle_copy: Path) -> None:
+    """What the prompt teaches is what the reader of calls expects."""
+    shown = "{% if tools %}<|tool_list_start|>{{ tools | tojson }}<|tool_list_end|>{% endif %}"
+    codec = write_template(bundle_copy, shown + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    text = codec.decode(codec.encode([{"role": "user", "content": "hi"}], tools=[WEATHER]))
+    assert "tool_list_start" not in text and json.dumps(WEATHER["function"]) in text
+    assert codec.call_format.marker in text
 
 
 def test_a_template_without_a_system_message_gets_tools_in_the_first_turn(bundle_copy: Path) -> None:

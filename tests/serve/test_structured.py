@@ -46,6 +46,7 @@ def test_parse_with_a_class(client: openai.OpenAI) -> None:
         ({"guided_json": json.dumps(SCHEMA)}, None),
         ({"json_schema": SCHEMA}, None),
         ({"structured_outputs": {"json": SCHEMA, "regex": None}}, None),
+        ({"structured_outputs": {"json": SCHEMA, "disable_fallback": False, "json_object": False}}, None),
         ({"structured_outputs": {"choice": ["fox", 'a "dog"']}}, 'fox|a "dog"'),
         ({"guided_choice": ["fox", "dog"]}, "fox|dog"),
         ({"guided_regex": "[a-f]{3}"}, "[a-f]{3}"),

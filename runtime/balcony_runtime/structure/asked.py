@@ -6,6 +6,7 @@ Owns the forms that a schema may have, and the checks that need no compiler. :mo
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -16,13 +17,14 @@ from balcony_edge.errors import InputError
 Kind = Literal["json_schema", "regex", "grammar", "tools"]
 #: Longest text of a schema or grammar, in characters. Compiling one of this length takes up to 3 s and 300 MB.
 MOST_CHARACTERS = 256_000
-#: Largest numerator and denominator of ``multipleOf``. Its automaton has a state for each remainder: 1,234,567 took 15 s
-#: and 700 MB, 10,000 takes a millisecond.
+#: Largest product of all numerators or denominators of ``multipleOf``. An automaton has a state for each remainder, and
+#: where a number is a multiple of several, for each combination: 1,234,567 took 15 s and 700 MB, 10,000 takes a millisecond.
 MOST_REMAINDERS = 10_000
 #: JSON is written as ``json.dumps`` writes it, which is the form that models were trained on; a schema's own
 #: ``x-guidance`` comes first.
 JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]{1,40})')
+_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
 class Structure(NamedTuple):
@@ -94,16 +96,20 @@ def checked(asked: Structure) -> Structure:
         raise InputError(
             f"{asked.kind}: has {len(asked.text):,} characters; at most {MOST_CHARACTERS:,} are taken: give a smaller one"
         )
-    for number in _MULTIPLE.findall(asked.text):
+    text = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), asked.text)  # a schema in a grammar may hide its keys
+    ratios = set()
+    for number in _MULTIPLE.findall(text):
         try:
-            ratio = Fraction(number)
+            ratios.add(abs(Fraction(number)))
         except (ValueError, ZeroDivisionError):
             continue  # the compiler refuses it
-        if max(abs(ratio.numerator), ratio.denominator) > MOST_REMAINDERS:
-            raise InputError(
-                f"{asked.kind}: multipleOf = {number}: its automaton would be too large: give at most {MOST_REMAINDERS:,} "
-                "and at least 0.0001, or leave it out"
-            )
+    remainders = max(math.prod(ratio.numerator for ratio in ratios), math.prod(ratio.denominator for ratio in ratios))
+    if remainders > MOST_REMAINDERS:
+        shown = shortened([str(ratio) for ratio in sorted(ratios)])
+        raise InputError(
+            f"{asked.kind}: multipleOf = {shown}: the automaton would be too large: give values from 0.0001 whose product is "
+            f"at most {MOST_REMAINDERS:,}, or leave it out"
+        )
     return asked
 
 

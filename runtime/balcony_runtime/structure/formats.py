@@ -1,6 +1,6 @@
 """Formats of calls: how model families write calls of tools, from the table ``formats.toml``.
 
-Owns the choice of a format for a chat template, and the messages for templates that know no tools.
+Owns the choice of a format for a chat template, and the messages for templates that know no tools or an unknown format.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-#: Format that a template without tools is told.
+#: Format that a model is told whose template has none of the table's.
 DEFAULT = "hermes"
 _INSTRUCTION = """\
 You can call these functions:
@@ -30,6 +30,7 @@ class CallFormat(NamedTuple):
 
     name: str
     knows: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
     marker: str = ""
     each: bool = False
     first: str = ""
@@ -45,13 +46,18 @@ def formats() -> Mapping[str, CallFormat]:
     """All formats by name, in the order in which they are tried."""
     text = files("balcony_runtime.structure").joinpath("formats.toml").read_text(encoding="utf-8")
     found = tomllib.loads(text).items()
-    return {name: CallFormat(name, **{**keys, "knows": tuple(keys["knows"])}) for name, keys in found}
+    return {
+        name: CallFormat(name, **{**keys, "knows": tuple(keys["knows"]), "lacks": tuple(keys.get("lacks", ()))})
+        for name, keys in found
+    }
 
 
 def format_of(template: str) -> CallFormat | None:
     """The format that a chat template's text shows, or None."""
-    fitting = (one for one in formats().values() if all(text in template for text in one.knows))
-    return next(fitting, None)
+    for one in formats().values():
+        if all(text in template for text in one.knows) and not any(text in template for text in one.lacks):
+            return one
+    return None
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

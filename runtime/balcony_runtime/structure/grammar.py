@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 BoolArray = npt.NDArray[np.bool_]
-#: Compiled structures that are kept for replies to come.
-MOST_KEPT = 32
+#: Compiled structures that are kept for replies to come, and the length of their texts together: a long one takes about 1 kB
+#: for each character.
+MOST_KEPT, MOST_KEPT_CHARACTERS = 32, 512_000
 #: Threads that compute slow masks, for replies that run at once.
 HELPERS = 2
 #: Time of a mask from which the next one is computed on a helper thread. Waking it and taking Python's lock back costs
@@ -70,7 +71,7 @@ class Grammars:
             matcher = self._compile(asked)
         with self._lock:
             self._kept[asked] = matcher
-            if len(self._kept) > MOST_KEPT:
+            while len(self._kept) > MOST_KEPT or sum(len(one.text) for one in self._kept) > MOST_KEPT_CHARACTERS:
                 self._kept.popitem(last=False)
             return self._guide(matcher, asked)
 

@@ -69,7 +69,8 @@ def _response_format(value: Any) -> Any:
 
 def _outputs(value: Any) -> tuple[str, Any]:
     allowed = "must have exactly one of json, regex, choice, grammar and json_object, e.g. {'regex': '[0-9]+'}"
-    given = {key: one for key, one in value.items() if one is not None} if isinstance(value, Mapping) else {}
+    # Clients of vLLM send the options that they leave out as false or null.
+    given = {key: one for key, one in value.items() if one not in (None, False)} if isinstance(value, Mapping) else {}
     if len(given) != 1:
         raise bad("structured_outputs", value, allowed)
     ((key, one),) = given.items()

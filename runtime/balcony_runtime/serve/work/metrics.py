@@ -80,7 +80,7 @@ class Metrics:
         self._cached = Counter(
             "balcony_cached_prompt_tokens", "Tokens of prompts whose rows were there already.", registry=registry
         )
-        self._hits = Counter("balcony_prefix_hits", "Replies that began with rows of others.", registry=registry)
+        self._hits = Counter("balcony_prefix_hits", "Answers that began with rows of others.", registry=registry)
         kept_bytes = Gauge("balcony_prefix_bytes", "Bytes of ended replies.", ("place",), registry=registry)
         for place, value in kept.items():
             kept_bytes.labels(place).set_function(value)
