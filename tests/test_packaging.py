@@ -54,6 +54,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_modules_and_packages_stay_small() -> None:
+    """Past 500 lines a module wants splitting, and the exporter's top has at most 14 entries."""
+    modules = [path for package, place in PACKAGES.items() for path in (place / package).rglob("*.py")]
+    lines = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
+    assert {path: count for path, count in lines.items() if count > 500} == {}
+    top = [path.name for path in (ROOT / "export" / "balcony_export").iterdir() if path.name != "__pycache__"]
+    assert len(top) <= 14, top
+
+
 @pytest.fixture(scope="module")
 def wheel(built: Path) -> Path:
     (path,) = built.glob("*.whl")

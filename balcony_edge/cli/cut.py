@@ -41,7 +41,6 @@ def cut(
 
     from balcony_edge.cli.console import progress_bar, stdout
     from balcony_edge.device.machine import checked_threads
-    from balcony_export.cut import BALCONIES, narrow, round_backbone, save_cut
     from balcony_export.data.corpus import build_corpus
     from balcony_export.model.architecture import longest_context
     from balcony_export.model.balcony_files import load_balconies
@@ -50,6 +49,7 @@ def cut(
     from balcony_export.output import refuse_existing
     from balcony_export.quantize.gptq import CALIBRATION_LENGTH, first_rows
     from balcony_export.train.tune import closeness, tune
+    from balcony_export.variants.cut import BALCONIES, narrow, round_backbone, save_cut
 
     refuse_existing(output)
     scheme = _scheme(mlp, tune_steps, precision)

@@ -26,11 +26,11 @@ def extract(
     """
     from balcony_edge.cli.console import stdout
     from balcony_edge.errors import InputError
-    from balcony_export.extract import extract as write
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.model.exits import ExitModel
     from balcony_export.output import refuse_existing
+    from balcony_export.variants.extract import extract as write
 
     refuse_existing(output)
     loaded = load_model(model, keep_dtype=True)

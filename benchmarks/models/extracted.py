@@ -27,9 +27,9 @@ import transformers
 
 from balcony_edge.budget import Budget
 from balcony_export.export import ExportOptions, export_bundle
-from balcony_export.extract import extract
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.model.exits import ExitModel
+from balcony_export.variants.extract import extract
 from balcony_runtime.llm import LLM
 from benchmarks.peer_workers.install import ROOT, python_of
 from benchmarks.peer_workers.process import Worker

@@ -44,7 +44,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.device.machine import cpu_name
-from balcony_export.cut import narrow, round_backbone
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
 from balcony_export.evaluate.text import TokenizedDocument, evaluate_text
@@ -58,6 +57,7 @@ from balcony_export.quantize.gptq import second_moments
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.trainer import Start, Trainer
 from balcony_export.train.tune import RATE, tune
+from balcony_export.variants.cut import narrow, round_backbone
 from balcony_runtime.engine import Engine
 from benchmarks.nvidia.gpu import tokens_per_second
 from benchmarks.paper import ablations

@@ -41,12 +41,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from balcony_edge.device.machine import cpu_name
-from balcony_export.cut import narrow
 from balcony_export.data.documents import read_documents
 from balcony_export.export import ExportOptions, export_bundle
-from balcony_export.extract import submodel
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.model.exits import ExitModel
+from balcony_export.variants.cut import narrow
+from balcony_export.variants.extract import submodel
 from balcony_runtime.engine import Engine
 from benchmarks.nvidia.gpu import tokens_per_second
 from benchmarks.rounds import Neighbours, interleave, ratio

@@ -1,6 +1,6 @@
 """Structured replies: what a mask costs, what forced tokens save, and whether every reply follows its schema.
 
-    python -m benchmarks.serving.structured BUNDLE [--rounds 7] [--only speed,schemas] [--schemas 2000]
+    python -m benchmarks.serving.structured BUNDLE [--rounds 7] [--only speed,schemas] [--schemas 2000] [--from DIR]
 
 ``speed``: greedy replies of up to ``TOKENS`` tokens at the full depth, interleaved. ``free`` is text without a structure.
 ``masked`` is a list of texts, all of whose tokens the model chooses under a mask. ``forced`` is a list of records, with at
@@ -8,9 +8,10 @@ least 30 % of forced tokens. ``paced`` and ``unforced`` are ``free`` and ``force
 which forced tokens are made one by one: their ratio is the cost of masks that leave few tokens. A figure is the time from
 the first token to the last, by the number of tokens after the first.
 
-``schemas``: one reply at temperature 1 to each of many random schemas (:mod:`.schemas`), checked by jsonschema_rs,
-at the full depth and at the shallowest exit in turn.
-Replies that end at the limit of tokens are counted apart. Schemas with a keyword that is not supported must be refused by name.
+``schemas``: one reply at temperature 1 to each of many schemas, checked by jsonschema_rs, at the full depth and at the
+shallowest exit in turn. They are random ones (:mod:`.schemas`), or files, evenly from all of a directory, e.g. of ``data`` in
+https://github.com/guidance-ai/jsonschemabench. Replies that end at the limit of tokens are counted apart, and refusals by
+their reason. Random schemas are made to be supported; those with a keyword that is not must be refused by name.
 
 The last line is JSON: ``ms_a_token`` and ``forced_share`` by case, ``ratios`` (medians over rounds), ``schemas``,
 ``bars``. Exit code 1 if a bar is missed.
@@ -22,6 +23,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -92,20 +94,29 @@ def speed(llm: LLM, rounds: int) -> dict[str, Any]:
     }
 
 
-def valid(llm: LLM, seeds: Sequence[int]) -> dict[str, int]:
+def of_directory(directory: Path, count: int) -> list[tuple[str, Any]]:
+    """Names and schemas of ``count`` files, evenly from all of a directory's in alphabetical order."""
+    files = sorted(directory.rglob("*.json"))
+    step = max(len(files) / count, 1)
+    chosen = [files[int(i * step)] for i in range(min(count, len(files)))]
+    return [(str(file.relative_to(directory)), json.loads(file.read_text(encoding="utf-8"))) for file in chosen]
+
+
+def valid(llm: LLM, asked: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Measure item ``schemas``: counts of replies by what became of them."""
     import jsonschema_rs  # noqa: PLC0415 - of the development environment, for this item only
 
     counts = dict.fromkeys(("valid", "invalid", "cut", "refused", "forced_tokens", "tokens"), 0)
-    for seed in seeds:
-        schema = schemas.schema(seed)
+    reasons: Counter[str] = Counter()
+    for seed, (name, schema) in enumerate(asked):
         sampling = SamplingParams(json_schema=schema, temperature=1.0, seed=seed)
         budget = Budget(exit_layer=llm.exit_layers[0]) if seed % 2 else Budget()
         try:
             found = llm.generate(QUESTION, sampling=sampling, budget=budget, max_new_tokens=MOST_TOKENS)
         except InputError as error:
             counts["refused"] += 1
-            print(f"schema {seed}: {error}", file=sys.stderr)
+            reasons[str(error).partition(": change it")[0]] += 1
+            print(f"{name}: {error}", file=sys.stderr)
             continue
         counts["tokens"] += len(found.tokens)
         counts["forced_tokens"] += found.forced_tokens
@@ -117,8 +128,8 @@ def valid(llm: LLM, seeds: Sequence[int]) -> dict[str, int]:
             counts["valid"] += 1
         except ValueError as error:  # of json and of jsonschema_rs
             counts["invalid"] += 1
-            print(f"schema {seed}: {found.text!r}: {error}", file=sys.stderr)
-    return counts
+            print(f"{name}: {found.text!r}: {error}", file=sys.stderr)
+    return {**counts, "reasons": dict(reasons.most_common())}
 
 
 def named(llm: LLM, seeds: Sequence[int]) -> int:
@@ -139,6 +150,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--schemas", type=int, default=2000)
+    parser.add_argument("--from", dest="directory", type=Path, help="directory of schemas; by default they are random")
     parser.add_argument("--only", default="speed,schemas")
     given = parser.parse_args()
     items = given.only.split(",")
@@ -156,13 +168,17 @@ def main() -> int:
                 "share of forced tokens": bar(shares["forced"], 0.3, at_least=True),
             }
         if "schemas" in items:
-            seeds = range(given.schemas)
-            counts, refused = valid(llm, seeds), named(llm, seeds[: given.schemas // 10])
-            result["schemas"] = counts | {"refused_by_name": refused, "unsupported": given.schemas // 10}
-            bars |= {
-                "invalid or refused replies": bar(counts["invalid"] + counts["refused"], 0),
-                "unsupported schemas refused by name": bar(refused, given.schemas // 10, at_least=True),
-            }
+            if given.directory is not None:
+                result["schemas"] = counts = valid(llm, of_directory(given.directory, given.schemas))
+                bars |= {"invalid replies": bar(counts["invalid"], 0)}
+            else:
+                counts = valid(llm, [(f"schema {seed}", schemas.schema(seed)) for seed in range(given.schemas)])
+                refused = named(llm, range(given.schemas // 10))
+                result["schemas"] = counts | {"refused_by_name": refused, "unsupported": given.schemas // 10}
+                bars |= {
+                    "invalid or refused replies": bar(counts["invalid"] + counts["refused"], 0),
+                    "unsupported schemas refused by name": bar(refused, given.schemas // 10, at_least=True),
+                }
     code = print_bars(bars)
     print(json.dumps(result | {"bars": bars}))
     return code

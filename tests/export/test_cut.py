@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.cli import app
 from balcony_edge.errors import InputError, TrainingError
-from balcony_export.cut import BALCONIES, narrow, round_backbone, save_cut
 from balcony_export.data.corpus import Corpus
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.balcony_files import load_balconies
@@ -25,6 +24,7 @@ from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision, quantize, stored_weights
 from balcony_export.train.tune import closeness, tune
+from balcony_export.variants.cut import BALCONIES, narrow, round_backbone, save_cut
 from balcony_export.verify import reference_logits
 from benchmarks.paper.compression import Method, factorize, mark_best, methods
 from tests.export.distilling import SEQ_LEN, trainer_of

@@ -19,7 +19,6 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError, UnsupportedModelError, VerificationError
 from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, Traced, export_bundle, trace
-from balcony_export.extract import submodel
 from balcony_export.graph.experts import interleaved, router_operator, separated, symbolic_experts
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
@@ -32,6 +31,7 @@ from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.trainer import Trainer
+from balcony_export.variants.extract import submodel
 from balcony_export.verify import TOLERANCE, reference_logits, verify
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine

@@ -19,7 +19,6 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, export_bundle
-from balcony_export.extract import extract, submodel
 from balcony_export.model.balcony import KINDS, Balcony, init_balconies
 from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
@@ -29,6 +28,7 @@ from balcony_export.tensorrt.graphs import Format
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import LOSS_WEIGHTS, Head, HeadLoss
 from balcony_export.train.trainer import Trainer
+from balcony_export.variants.extract import extract, submodel
 from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
 from tests.hybrids import EXPORTED

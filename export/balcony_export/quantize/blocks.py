@@ -172,7 +172,7 @@ def quantize(
     """Quantize a matrix (N, K) in blocks of ``size`` along K.
 
     With the second ``moment`` (K, K) of its inputs by GPTQ, otherwise to the nearest values. A matrix that was rounded before
-    to 4 bits in the same blocks, as :mod:`balcony_export.cut` does, keeps its values.
+    to 4 bits in the same blocks, as :mod:`balcony_export.variants.cut` does, keeps its values.
     """
     levels = 1 << bits
     padding = -weight.shape[1] % size

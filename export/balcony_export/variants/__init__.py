@@ -1,0 +1,1 @@
+"""Other checkpoints made from a model: one exit by itself, and cuts in width and bits."""
