@@ -18,7 +18,7 @@ from balcony_edge.errors import BalconyError
 from balcony_runtime.decoding.loop import Step
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.requests import Prompt, Requests
-from balcony_runtime.scheduling.scheduler import Stream
+from balcony_runtime.scheduling.stream import Stream
 
 
 class _Open(NamedTuple):
@@ -65,7 +65,8 @@ class Together:
         request, steps = self._requests.of(prompt, budget=budget, **options), deque[Step]()
         with ExitStack() as held:
             sequence = held.enter_context(self._requests.sequence(request))
-            stream = self._scheduler.join(self._requests.decoder(request, sequence), sequence, request.rows)
+            decoder = self._requests.decoder(request, sequence)
+            stream = self._scheduler.join(decoder, sequence, request.rows, request.cancelled)
             held.callback(self._scheduler.leave, stream)
             tokens = request.stream(self._requests.told(request, _taken(steps), sequence))
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
@@ -84,11 +85,11 @@ class Together:
                 self._scheduler.ask(one.stream)
 
     def step(self) -> list[tuple[TokenStream, Token | BalconyError]]:
-        """Wait for the next tokens; a reply that ends, is cancelled or fails is closed.
+        """Wait for the next tokens, for one round at most; a reply that ends, is cancelled or fails is closed.
 
         Returns:
-            Tokens with their replies, or the error that ended a reply. Empty if no reply asks, or if those that do were
-            cancelled.
+            Tokens with their replies, or the error that ended a reply. Empty if no reply asks, if those that do were cancelled,
+            or if the round brought no token: it may run a part of a long prompt, or all may wait for replies that are paused.
         """
         for tokens in [tokens for tokens in self._open if tokens.cancelled.is_set()]:
             self._end(tokens)

@@ -50,6 +50,18 @@ def free_members(llm: LLM) -> int:
     return len(pool.members) - pool.in_use
 
 
+def room_for(llm: LLM, rows: int) -> None:
+    """Bound the memory of all replies."""
+    pool = llm.pool
+    assert pool is not None
+    llm.budget = Budget(kv_memory_mb=pool.row_bytes * rows / 1e6)
+
+
+def waiting(llm: LLM) -> bool:
+    """Whether a stream has asked and is not admitted."""
+    return any(one.asks and not one.admitted for one in list(llm._requests.scheduler._streams.values()))
+
+
 def all_at_once(*calls: Callable[[], Any]) -> list[Any]:
     """Results of calls in a thread each; the threads begin together."""
     barrier = threading.Barrier(len(calls))
@@ -322,6 +334,43 @@ def test_asynchronous_streams_share_rounds_too(llm: LLM) -> None:
     assert found == [ids(llm.generate(prompt, max_new_tokens=10, ignore_eos=True)) for prompt in PROMPTS[:4]]
 
 
+def test_a_stream_that_waits_for_others_ends_as_soon_as_it_is_cancelled(llm: LLM) -> None:
+    room_for(llm, 60)
+    with llm.stream([1], max_new_tokens=55, ignore_eos=True) as first, ThreadPoolExecutor(1) as threads:
+        next(first)
+        waits = llm.stream([2], max_new_tokens=55, ignore_eos=True)
+        consumed = threads.submit(lambda: list(waits))
+        while not waiting(llm):
+            time.sleep(0.001)
+        waits.cancel()
+        assert consumed.result(30) == [] and waits.reply.finish_reason == "cancelled"
+
+        async def gives_up() -> None:
+            task = asyncio.create_task(anext(aiter(llm.stream([3], max_new_tokens=55))))  # type: ignore[arg-type]
+            while not waiting(llm):
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(asyncio.wait_for(gives_up(), 30))
+        assert len(llm._requests.scheduler._streams) == 1
+
+
+def test_more_asynchronous_streams_than_threads_of_the_loop(llm: LLM) -> None:
+    """There is room for one at a time; those that wait take no thread that it needs."""
+    room_for(llm, 30)
+
+    async def one(key: int) -> int:
+        return len([token async for token in llm.stream([key], max_new_tokens=29, ignore_eos=True)])
+
+    async def several() -> list[int]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        return await asyncio.wait_for(asyncio.gather(*(one(key) for key in range(1, 6))), 60)
+
+    assert asyncio.run(several()) == [29] * 5
+
+
 def test_streams_that_come_and_go_leave_nothing_behind(llm: LLM) -> None:
     """300 replies of six threads: whole ones, cancelled ones, abandoned ones and refused ones."""
     random = np.random.default_rng(3)
@@ -403,7 +452,7 @@ def test_recorded_rounds_are_decided_again(llm: LLM, tmp_path: Path) -> None:
             read_rounds(path)
 
 
-def test_memory_for_keys_and_values_is_bounded(llm: LLM) -> None:
+def test_memory_for_keys_and_values_is_bounded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for 60 rows: two replies of 30 at a time, and never one of 61."""
     scheduler = llm._requests.scheduler
     assert scheduler.shares and scheduler._pool is not None
@@ -415,24 +464,18 @@ def test_memory_for_keys_and_values_is_bounded(llm: LLM) -> None:
         for _ in range(10):
             replies.step()
         assert [len(stream.reply.tokens) > 0 for stream in streams] == [True, True, False]
-        # the third waits without a spin while the readers of the others are slow
+        # while the readers of the others are slow, a step ends without a token, after a nap
         for stream in streams[:2]:
             replies.pause(stream)
         replies.step()
-        waits: list[None] = []
+        naps: list[float | None] = []
         nap = scheduler._turn.wait
-
-        def counted(seconds: float | None = None) -> bool:
-            waits.append(None)
-            if len(waits) == 5:
-                streams[0].close()
-                scheduler.leave(replies._open[streams[0]].stream)
-            return nap(seconds)
-
-        scheduler._turn.wait = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(scheduler._turn, "wait", lambda seconds=None: (naps.append(seconds), nap(seconds)))
+        assert replies.step() == [] and scheduler_module.NAP_S in naps and not streams[2].reply.tokens
+        streams[0].close()
         replies.step()
-        scheduler._turn.wait = nap  # type: ignore[method-assign]
-        assert len(waits) >= 5 and streams[2].reply.tokens
+        replies.step()
+        assert streams[2].reply.tokens
         replies.resume(streams[1])
         while replies.open:
             replies.step()

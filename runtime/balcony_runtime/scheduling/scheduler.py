@@ -29,6 +29,7 @@ from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.pool import KEPT_BYTES, Move, SequencePool
+from balcony_runtime.scheduling.stream import Stream
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
 if TYPE_CHECKING:
@@ -44,41 +45,6 @@ LONG_PROMPT = 128
 MOST_WAITING = 64
 #: Longest sleep between two looks at whether a stream has ended.
 NAP_S = 0.02
-
-
-class Stream:
-    """A reply in progress, as the scheduler sees it.
-
-    Attributes:
-        key: its number.
-        decoder: its decoder.
-        sequence: its sequence.
-        rows: most rows that it will have.
-    """
-
-    def __init__(self, key: int, decoder: Decoder, sequence: TokenSequence, rows: int) -> None:
-        self.key, self.decoder, self.sequence, self.rows = key, decoder, sequence, rows
-        self.asked_s = 0.0
-        self.asks = False
-        self.admitted = False
-        self.found: list[Step] = []
-        self.error: BaseException | None = None
-
-    def steps(self) -> list[Step]:
-        """The answer: the next steps.
-
-        Raises:
-            BalconyError: the stream cannot go on.
-        """
-        if self.error is not None:
-            raise self.error
-        return self.found
-
-    def answer(self, steps: list[Step]) -> None:
-        self.found, self.asks = steps, False
-
-    def fail(self, error: BaseException) -> None:
-        self.error, self.asks = error, False
 
 
 class PrefixOptions(TypedDict, total=False):
@@ -198,21 +164,25 @@ class Scheduler:
         with self._turn:
             self._trace, self._state = trace, self._state._replace(assigned_for=())
 
-    def steps(self, decoder: Decoder, sequence: TokenSequence, rows: int) -> Generator[Step]:
-        """The steps of one stream; it belongs to the company from the first one to the end of the iterator.
+    def steps(
+        self, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event
+    ) -> Generator[Step]:
+        """The steps of one stream, until it is cancelled; it belongs to the company until the end of the iterator.
 
         Raises:
             InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
             ContextLengthError: the sequence is full.
         """
-        stream = self.join(decoder, sequence, rows)
+        stream = self.join(decoder, sequence, rows, cancelled)
         try:
             while True:
                 found = self._by_itself(stream)
                 if found is None:
                     self.ask(stream)
-                    self.wait([stream])
-                    found = stream.steps()
+                    while stream.asks:
+                        self.wait([stream])
+                    if not (found := stream.steps()):
+                        return
                 yield from found
         finally:
             self.leave(stream)
@@ -230,13 +200,14 @@ class Scheduler:
                 self._leading, self._running = False, ()
                 self._turn.notify_all()
 
-    def join(self, decoder: Decoder, sequence: TokenSequence, rows: int) -> Stream:
+    def join(self, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event) -> Stream:
         """Add a stream. It waits until there is memory for its rows, and the shallowest exits would hold everybody's targets.
 
         Args:
             decoder: its decoder.
             sequence: its sequence.
             rows: most rows that it will have.
+            cancelled: event that ends it, also while it waits.
 
         Raises:
             InputError: the rows would never fit into the memory that the budget leaves.
@@ -250,7 +221,7 @@ class Scheduler:
                 raise InputError(
                     f"kv_memory_mb: {rows} tokens do not fit, which has room for {most}: ask for fewer tokens or raise it"
                 )
-            stream = Stream(next(self._keys), decoder, sequence, rows)
+            stream = Stream(next(self._keys), decoder, sequence, rows, cancelled)
             self._streams[stream.key] = stream
             return stream
 
@@ -261,19 +232,34 @@ class Scheduler:
             self._turn.notify_all()
 
     def wait(self, streams: Sequence[Stream]) -> list[Stream]:
-        """Wait until one of the streams has an answer, and return those that have; leads rounds if no other thread does."""
+        """Wait for an answer to one of the streams, for one round at most, and return the streams that have one.
+
+        Leads the round if no other thread does. A round brings no answer if it runs a part of a prompt only, or if all who ask
+        wait for streams that do not ask. The caller can then serve the readers of those, and call again.
+        """
         with self._turn:
-            while not (answered := [stream for stream in streams if not stream.asks]):
-                if self._leading:
-                    self._turn.wait()
-                    continue
+            while not (answered := self._answered(streams)) and self._leading:
+                self._turn.wait()
+            if not answered:
                 self._leading = True
                 try:
                     self._lead()
                 finally:
                     self._leading = False
                     self._turn.notify_all()
+                answered = self._answered(streams)
             return answered
+
+    def _answered(self, streams: Sequence[Stream]) -> list[Stream]:
+        for stream in streams:
+            if stream.asks and stream.cancelled.is_set() and stream not in self._running:
+                stream.answer([])
+        return [stream for stream in streams if not stream.asks]
+
+    def wake(self) -> None:
+        """Let waiting threads look whether their streams were cancelled."""
+        with self._turn:
+            self._turn.notify_all()
 
     def leave(self, stream: Stream) -> None:
         """Remove a stream; waits for a round of another thread that uses it."""
