@@ -23,7 +23,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.observed import unseen
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BalconyError, BudgetError, InfeasibleError, InputError
+from balcony_edge.errors import BudgetError, InfeasibleError, InputError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned
@@ -359,7 +359,7 @@ class LLM:
             ]
             while replies.open:
                 for _, found in replies.step():
-                    if isinstance(found, BalconyError):
+                    if isinstance(found, Exception):
                         raise found
             return [stream.reply.text for stream in streams]
 

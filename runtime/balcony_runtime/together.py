@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from balcony_edge.budget import Budget
-from balcony_edge.errors import BalconyError
 from balcony_runtime.decoding.loop import Step
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.requests import Prompt, Requests
@@ -39,7 +38,7 @@ class Together:
                 replies.add(question, max_new_tokens=60)
             while replies.open:
                 for stream, token in replies.step():
-                    ...  # a Token, or the BalconyError that ended the reply
+                    ...  # a Token, or the exception that ended the reply
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -84,17 +83,18 @@ class Together:
             if (one := self._open.get(stream)) is not None and not one.stream.asks:
                 self._scheduler.ask(one.stream)
 
-    def step(self) -> list[tuple[TokenStream, Token | BalconyError]]:
+    def step(self) -> list[tuple[TokenStream, Token | Exception]]:
         """Wait for the next tokens, for one round at most; a reply that ends, is cancelled or fails is closed.
 
         Returns:
-            Tokens with their replies, or the error that ended a reply. Empty if no reply asks, if those that do were cancelled,
-            or if the round brought no token: it may run a part of a long prompt, or all may wait for replies that are paused.
+            Tokens with their replies, or the exception that ended a reply (a bug's, if it is no :class:`BalconyError`).
+            Empty if no reply asks, if those that do were cancelled, or if the round brought no token: it may run a part of a
+            long prompt, or all may wait for replies that are paused.
         """
         for tokens in [tokens for tokens in self._open if tokens.cancelled.is_set()]:
             self._end(tokens)
         asking = {one.stream: one for one in self._open.values() if one.tokens not in self._paused or one.stream.asks}
-        found: list[tuple[TokenStream, Token | BalconyError]] = []
+        found: list[tuple[TokenStream, Token | Exception]] = []
         for stream in self._scheduler.wait(list(asking)) if asking else ():
             tokens, _, steps, _ = asking[stream]
             try:
@@ -105,7 +105,7 @@ class Together:
                         self._end(tokens)
             except StopIteration:  # another thread has cancelled it meanwhile
                 self._end(tokens)
-            except BalconyError as error:
+            except Exception as error:
                 found.append((tokens, error))
                 self._end(tokens)
             if tokens in self._open and tokens not in self._paused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import itertools
 import json
 import threading
 import time
@@ -20,8 +21,9 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.control.company import composition
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
-from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputError
-from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_edge.errors import BusyError, InfeasibleError, InputError
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token
 from balcony_runtime.scheduling import scheduler as scheduler_module
@@ -190,7 +192,7 @@ def test_a_failure_is_one_streams_own(llm: LLM) -> None:
     with llm.together() as replies:
         good = replies.add([1, 2], max_new_tokens=6, ignore_eos=True)
         strict = replies.add([3], budget=Budget(tpot_ms=0.001, on_infeasible="error"), max_new_tokens=6)
-        found: dict[Any, list[Token | BalconyError]] = {good: [], strict: []}
+        found: dict[Any, list[Token | Exception]] = {good: [], strict: []}
         while replies.open:
             for stream, one in replies.step():
                 found[stream].append(one)
@@ -203,6 +205,40 @@ def test_a_failure_is_one_streams_own(llm: LLM) -> None:
             replies.add([])
     with pytest.raises(InfeasibleError, match=r"tpot_ms = 0\.001"):
         llm.generate_batch([[1], [2]], max_new_tokens=4, budget=[None, strict.budget])
+
+
+def test_a_bug_ends_the_stream_that_it_hits_and_no_other(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sampler and in a prompt, of streams that one thread drives and of streams with a thread each."""
+    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+    want = [ids(llm.generate(prompt, **options)) for prompt in PROMPTS[:2]]
+    pick, advance = Sampler.pick, TokenSequence.advance
+    hit, count = SamplingParams(temperature=0.5, seed=1), itertools.count()
+
+    def picked(self: Sampler, logits: Any) -> Any:
+        return 1 / 0 if not self.greedy and next(count) % 5 == 4 else pick(self, logits)
+
+    def advanced(self: TokenSequence, exit_layer: int, tokens: Any, *rest: Any) -> Any:
+        return 1 / 0 if 66 in [*self.tokens[0], *np.ravel(tokens)] else advance(self, exit_layer, tokens, *rest)
+
+    monkeypatch.setattr(Sampler, "pick", picked)
+    monkeypatch.setattr(TokenSequence, "advance", advanced)
+    with llm.together() as replies:
+        good = [replies.add(prompt, **options) for prompt in PROMPTS[:2]]
+        bad = [replies.add([1], sampling=hit, **options), replies.add([66, 66, 1], **options)]
+        errors = {}
+        while replies.open:
+            errors |= {stream: type(one) for stream, one in replies.step() if isinstance(one, Exception)}
+    assert [ids(stream.reply) for stream in good] == want and errors == dict.fromkeys(bad, ZeroDivisionError)
+
+    def outcome(prompt: list[int], sampling: SamplingParams | None = None) -> Any:
+        try:
+            return ids(llm.generate(prompt, sampling=sampling, **options))
+        except ZeroDivisionError:
+            return None
+
+    calls = [lambda i=i: outcome(PROMPTS[i]) for i in range(2)]
+    found = all_at_once(*calls, lambda: outcome([1], hit), lambda: outcome([66, 66, 1]))
+    assert found == [*want, None, None]
 
 
 def test_one_stream_more_than_there_is_time_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
+from balcony_runtime.reply import Token
 from balcony_runtime.serve.work.jobs import Item, Job
 from balcony_runtime.serve.work.worker import Found, Worker
 
@@ -76,3 +78,18 @@ def test_slow_readers_hold_nobody_up_while_a_request_waits_for_them(llm: LLM) ->
     worker.submit(job(3, 3))
     sent.until(3, 3)
     worker.stop()
+
+
+def test_a_bug_ends_one_reply_and_is_logged(llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    pick = Sampler.pick
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits: pick(self, logits) if self.greedy else 1 / 0)
+    sent = Sent(llm)
+    sent.worker.start()
+    sent.worker.submit(job(1, 10))
+    sent.worker.submit(job(2, 10, sampling=SamplingParams(temperature=1.0)))
+    sent.until(1, 10)
+    sent.until(2, 1)
+    sent.worker.stop()
+    assert [type(item) for item in sent.items[2]] == [ZeroDivisionError]
+    assert [type(item) for item in sent.items[1]] == [Token] * 10
+    assert [record.message for record in caplog.records] == ["the decode thread failed"]

@@ -339,16 +339,14 @@ class Scheduler:
     def _alone(self, stream: Stream) -> None:
         self._company = frozenset()
         self._last = None
-        try:
+        with stream.alone():
             stream.answer(stream.decoder.step())
-        except BalconyError as error:
-            stream.fail(error)
 
     def _round(self, asking: Sequence[Stream], begin_ns: int) -> None:
         lengths = {stream.key: stream.sequence.length for stream in asking}
         try:
             self._run(asking, begin_ns)
-        except BalconyError as error:  # a shared pass failed
+        except Exception as error:  # a shared pass failed
             for stream in asking:
                 if stream.asks:
                     stream.fail(error)
@@ -377,7 +375,7 @@ class Scheduler:
         work_ns = time.perf_counter_ns()
         if found.chunk is not None and found.chunk.key in streams:
             self._work_off(streams[found.chunk.key], found.chunk)
-        moves = {move.key: move.decision for move in found.moves if move.key in streams}
+        moves = {move.key: move.decision for move in found.moves if move.key in streams and streams[move.key].asks}
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
         done_ns = time.perf_counter_ns()
         self._learned.busy_ns += done_ns - work_ns
@@ -407,21 +405,20 @@ class Scheduler:
         """What the controller must know; a stream that cannot go on fails alone."""
         streams, found = {}, []
         for stream in asking:
-            try:
+            with stream.alone():
                 found.append(stream.decoder.seen(stream.key, stream.asked_s))
                 streams[stream.key] = stream
-            except BalconyError as error:
-                stream.fail(error)
         senses = any(one.budget.needs_sensors for one in found)
         now_s, busy_s = time.monotonic(), self._learned.busy_ns / 1e9
         return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, self._readings() if senses else ())
 
     def _work_off(self, stream: Stream, chunk: Chunk) -> None:
         sequence = stream.sequence
-        for stage in chunk.stages:
-            sequence.run_stage(stage, chunk.rows)
-        if chunk.balcony is not None:
-            sequence.run_balcony(self._engine.exit_layers[chunk.balcony], chunk.rows)
+        with stream.alone():
+            for stage in chunk.stages:
+                sequence.run_stage(stage, chunk.rows)
+            if chunk.balcony is not None:
+                sequence.run_balcony(self._engine.exit_layers[chunk.balcony], chunk.rows)
 
     def _step(self, moves: Mapping[Stream, Decision]) -> dict[Stream, FloatArray]:
         """Run the round's tokens: those of the pool together, prompts and others one by one. Gives logits (1, V)."""
@@ -432,14 +429,12 @@ class Scheduler:
             if stream.decoder.begun and self._pool is not None and self._pool.holds(sequence):
                 together.append(stream)
                 continue
-            try:
+            with stream.alone():
                 if stream.decoder.begun:
                     ids = np.array([stream.decoder.last_token])
                     logits[stream] = sequence.step(decision.exit_layer, ids).copy()
                 else:
                     logits[stream] = sequence.advance(decision.exit_layer, ())[:, -1]
-            except BalconyError as error:
-                stream.fail(error)
         full = [stream for stream in together if stream.sequence.length >= stream.sequence.max_length]
         for stream in full:
             stream.fail(stream.sequence.full())
@@ -459,10 +454,7 @@ class Scheduler:
         now_s: float,
         read: Readings,
     ) -> None:
-        try:
+        with stream.alone():
             steps = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
-        except BalconyError as error:
-            stream.fail(error)
-            return
-        stream.decoder.follow(decision.exit_layer, self._state.slowdown)
-        stream.answer(steps)
+            stream.decoder.follow(decision.exit_layer, self._state.slowdown)
+            stream.answer(steps)

@@ -5,8 +5,9 @@ Owns what passes between a stream's consumer and the thread that leads a round: 
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.engine import TokenSequence
@@ -67,3 +68,11 @@ class Stream:
 
     def fail(self, error: BaseException) -> None:
         self._error, self.asks = error, False
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """End this stream, and no other one, if what is done for it fails; its consumer gets the exception."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
