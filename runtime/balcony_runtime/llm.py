@@ -32,8 +32,9 @@ from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.reply import Reply, TokenStream
 from balcony_runtime.requests import Prompt, ReplyOptions, Requests, Surroundings
+from balcony_runtime.scheduling.admission import Bounds, PrefixOptions
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
-from balcony_runtime.scheduling.scheduler import Bounds, PrefixOptions, Scheduler
+from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import Message, TextCodec

@@ -19,14 +19,17 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.company import composition
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
 from balcony_edge.errors import BusyError, InfeasibleError, InputError
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
-from balcony_runtime.engine import TokenSequence
+from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
-from balcony_runtime.reply import Reply, Token
+from balcony_runtime.reply import Reply, Token, TokenStream
 from balcony_runtime.scheduling import scheduler as scheduler_module
+from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, row_bytes
+from balcony_runtime.text import TextCodec
 from tests.command import invoke_here
 from tests.prices import SMALL
 
@@ -54,9 +57,7 @@ def free_members(llm: LLM) -> int:
 
 def room_for(llm: LLM, rows: int) -> None:
     """Bound the memory of all replies."""
-    pool = llm.pool
-    assert pool is not None
-    llm.budget = Budget(kv_memory_mb=pool.row_bytes * rows / 1e6)
+    llm.budget = Budget(kv_memory_mb=rows * row_bytes(llm.engine.manifest) / 1e6)
 
 
 def waiting(llm: LLM) -> bool:
@@ -491,10 +492,9 @@ def test_recorded_rounds_are_decided_again(llm: LLM, tmp_path: Path) -> None:
 def test_memory_for_keys_and_values_is_bounded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for 60 rows: two replies of 30 at a time, and never one of 61."""
     scheduler = llm._requests.scheduler
-    assert scheduler.shares and scheduler._pool is not None
     # 5 layers and 2 balconies of 2 × 2 heads × 16, and 4 boundaries of 32, in float32
-    assert scheduler._pool.row_bytes == 4 * (7 * 2 * 2 * 16 + 4 * 32)
-    llm.budget = Budget(kv_memory_mb=scheduler._pool.row_bytes * 60 / 1e6)
+    assert row_bytes(llm.engine.manifest) == 4 * (7 * 2 * 2 * 16 + 4 * 32)
+    room_for(llm, 60)
     with llm.together() as replies:
         streams = [replies.add([key], max_new_tokens=29, ignore_eos=True) for key in (1, 2, 3)]
         for _ in range(10):
@@ -518,6 +518,54 @@ def test_memory_for_keys_and_values_is_bounded(llm: LLM, monkeypatch: pytest.Mon
         assert [len(stream.reply.tokens) for stream in streams[1:]] == [29] * 2
         with pytest.raises(InputError, match="kv_memory_mb: 61 tokens do not fit, which has room for 60"):
             replies.add([1], max_new_tokens=60)
+        # one that shall not wait is refused, and one for which there is no room any more ends
+        replies.add([1], max_new_tokens=29, ignore_eos=True)
+        replies.step()
+        strict = Budget(on_infeasible="error")
+        refused = replies.add([2], max_new_tokens=39, budget=strict)
+        assert [(stream, str(one)) for stream, one in replies.step() if isinstance(one, BusyError)] == [
+            (refused, "kv_memory_mb: the replies in progress leave room for 30 tokens, not for 40: wait")
+        ]
+        late = replies.add([2], max_new_tokens=39)
+        room_for(llm, 35)
+        assert [stream for stream, one in replies.step() if isinstance(one, InputError)] == [late]
+
+
+def test_memory_is_bounded_on_an_engine_that_shares_no_passes(tiny: Any) -> None:
+    """Also for a conversation, whose sequence is its own."""
+    with Engine.of(Bundle.open(tiny.path).portable()) as engine:
+        llm = LLM(engine, TextCodec(Bundle.open(tiny.path)), Budget())
+        room_for(llm, 50)
+        assert llm.pool is None
+        with pytest.raises(InputError, match="kv_memory_mb: 51 tokens do not fit, which has room for 50"):
+            llm.generate([1], max_new_tokens=50)
+        with llm.together() as replies:
+            first, second = (replies.add([key], max_new_tokens=29, ignore_eos=True) for key in (1, 2))
+            while first in replies.open:
+                assert not second.reply.tokens
+                replies.step()
+            while replies.open:
+                replies.step()
+            assert len(second.reply.tokens) == 29
+
+
+def test_nobody_is_overtaken_without_end(llm: LLM) -> None:
+    """The heavier begins first; a reply that needs all memory is next after four that came later."""
+    room_for(llm, 60)
+    order: list[TokenStream] = []
+    with llm.together() as replies:
+        options: dict[str, Any] = {"ignore_eos": True, "max_new_tokens": 29}
+        small = [replies.add([key], **options) for key in (1, 2)]
+        replies.step()
+        big = replies.add([3], max_new_tokens=59, ignore_eos=True)
+        light, heavy = replies.add([4], **options), replies.add([5], budget=Budget(weight=2.0), **options)
+        while big not in order:
+            for stream, _ in replies.step():
+                if stream not in order:
+                    order.append(stream)
+            if len(replies.open) < 6 and len(order) < 12:
+                replies.add([6], budget=Budget(weight=2.0), **options)
+    assert order[:3] == [*small, heavy] and light not in order and len(order) == 3 + MOST_OVERTAKEN
 
 
 def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

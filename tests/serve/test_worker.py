@@ -14,6 +14,7 @@ from balcony_edge.budget import Budget
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
+from balcony_runtime.scheduling.admission import row_bytes
 from balcony_runtime.serve.work.jobs import Item, Job
 from balcony_runtime.serve.work.worker import Found, Worker
 
@@ -52,8 +53,7 @@ class Sent:
 
 def test_slow_readers_hold_nobody_up_while_a_request_waits_for_them(llm: LLM) -> None:
     """There is memory for one reply; its reader is slow, and a second one waits. Both end once the reader has read."""
-    assert llm.pool is not None
-    llm.budget = Budget(kv_memory_mb=llm.pool.row_bytes * 45 / 1e6)
+    llm.budget = Budget(kv_memory_mb=45 * row_bytes(llm.engine.manifest) / 1e6)
     sent, begun = Sent(llm, slow=(1,)), threading.Event()
     worker = sent.worker
     add = worker._together.add

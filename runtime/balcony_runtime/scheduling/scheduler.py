@@ -9,13 +9,10 @@ consumer does not ask is not stepped and holds nobody up.
 from __future__ import annotations
 
 import itertools
-import math
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,11 +21,12 @@ from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputError
+from balcony_edge.errors import BusyError, InfeasibleError, InputError
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.scheduling.pool import KEPT_BYTES, Move, SequencePool
+from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, Bounds, in_order, row_bytes
+from balcony_runtime.scheduling.pool import Move, SequencePool
 from balcony_runtime.scheduling.stream import Stream
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
@@ -45,39 +43,6 @@ LONG_PROMPT = 128
 MOST_WAITING = 64
 #: Longest sleep between two looks at whether a stream has ended.
 NAP_S = 0.02
-
-
-class PrefixOptions(TypedDict, total=False):
-    """What is kept of replies that have ended, as for :func:`balcony_edge.load`."""
-
-    prefix_mb: float
-    prefix_directory: str | os.PathLike[str] | None
-
-
-class Bounds(NamedTuple):
-    """What sequences may take.
-
-    Attributes:
-        kv_bytes: gives the bound of all streams' memory, or None without one.
-        kept_bytes: most bytes of ended sequences, whose rows new prompts can begin with; the same again on disk.
-        directory: place of the files of ended sequences; None keeps them in memory only.
-    """
-
-    kv_bytes: Callable[[], float | None]
-    kept_bytes: int = KEPT_BYTES
-    directory: Path | None = None
-
-    @classmethod
-    def of(cls, kv_bytes: Callable[[], float | None], **kept: Unpack[PrefixOptions]) -> Self:
-        """The bounds that a user asks for.
-
-        Raises:
-            InputError: the number of megabytes is none.
-        """
-        kept_mb, directory = kept.get("prefix_mb", KEPT_BYTES / 1e6), kept.get("prefix_directory")
-        if not 0 <= kept_mb < math.inf:
-            raise InputError(f"prefix_mb = {kept_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")
-        return cls(kv_bytes, int(1e6 * kept_mb), None if directory is None else Path(directory))
 
 
 class Scheduler:
@@ -104,7 +69,7 @@ class Scheduler:
         quality: Sequence[float],
         bounds: Bounds,
     ) -> None:
-        self._bounds = bounds
+        self._bounds, self._row_bytes = bounds, row_bytes(engine.manifest)
         #: The prefixes on disk.
         self.files: PrefixFiles | None = None
         if bounds.directory is not None:
@@ -217,10 +182,7 @@ class Scheduler:
             waiting = sum(not stream.admitted for stream in self._streams.values())
             if waiting >= MOST_WAITING:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
-            if (most := self._most_rows()) is not None and rows > most:
-                raise InputError(
-                    f"kv_memory_mb: {rows} tokens do not fit, which has room for {most}: ask for fewer tokens or raise it"
-                )
+            self._most_rows(rows)
             stream = Stream(next(self._keys), decoder, sequence, rows, cancelled)
             self._streams[stream.key] = stream
             return stream
@@ -276,9 +238,9 @@ class Scheduler:
         """Run one round for all streams that ask. Holds the lock at both ends, and not while the round runs."""
         begin_ns = time.perf_counter_ns()  # what a stream waits for the others is part of its gap
         self._gather()
-        asking = [
-            stream for stream in self._streams.values() if stream.asks and (stream.admitted or self._admit(stream))
-        ]
+        while self._admit_next():
+            pass
+        asking = [stream for stream in self._streams.values() if stream.asks and stream.admitted]
         if not asking:
             if any(stream.asks for stream in self._streams.values()):
                 self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
@@ -294,32 +256,51 @@ class Scheduler:
             self._turn.acquire()
             self._running = ()
 
-    def _admit(self, stream: Stream) -> bool:
-        """Admit a stream if there is time for it, in the order of their requests; refuse it if its budget asks for that."""
-        others = [one for one in self._streams.values() if one.admitted]
-        most = self._most_rows()
-        if most is not None and sum(one.rows for one in others) + stream.rows > most:
-            return False
-        if others:
-            seen = [one.decoder.seen(one.key, one.asked_s) for one in others]
-            try:
-                newcomer = stream.decoder.seen(stream.key, stream.asked_s)
-                now = RoundSeen(tuple(seen), None, time.monotonic())
-                reason = self._joint().refusal(self._state, now, newcomer)
-            except BalconyError as error:
-                stream.fail(error)
-                return False
-            if reason is not None:
-                if newcomer.budget.on_infeasible == "error":
-                    stream.fail(BusyError(reason))
-                return False
-        stream.admitted = True
-        return True
+    def _admit_next(self) -> bool:
+        """Admit the first stream in order that there is memory and time for; whether there was one.
 
-    def _most_rows(self) -> int | None:
-        """Rows that all streams together may have; None without a bound."""
-        bound = self._bounds.kv_bytes()
-        return None if bound is None or self._pool is None else int(bound) // self._pool.row_bytes
+        Nobody begins before one that was overtaken too often. A stream whose budget asks for that is refused and does not wait.
+        """
+        waiting, held = in_order(one for one in self._streams.values() if one.waits), False
+        for stream in waiting:
+            with stream.alone():
+                reason = "a reply that has waited for longer is next: wait" if held else self._refusal(stream)
+                if reason is None:
+                    stream.admitted = True
+                    for other in waiting:
+                        other.overtaken += other.waits and other.key < stream.key
+                    return True
+                if stream.decoder.budget.on_infeasible == "error":
+                    raise BusyError(reason)
+            held = held or (stream.waits and stream.overtaken >= MOST_OVERTAKEN)
+        return False
+
+    def _refusal(self, stream: Stream) -> str | None:
+        """Why a stream cannot begin now; None if it can.
+
+        Raises:
+            InputError: its rows would never fit into the memory that the budget leaves.
+        """
+        others = [one for one in self._streams.values() if one.admitted]
+        if (most := self._most_rows(stream.rows)) is not None and (
+            left := most - sum(one.rows for one in others)
+        ) < stream.rows:
+            return f"kv_memory_mb: the replies in progress leave room for {left} tokens, not for {stream.rows}: wait"
+        if not others:
+            return None
+        now = RoundSeen(tuple(one.decoder.seen(one.key, one.asked_s) for one in others), None, time.monotonic())
+        newcomer = stream.decoder.seen(stream.key, stream.asked_s)
+        return self._joint().refusal(self._state, now, newcomer)
+
+    def _most_rows(self, rows: int) -> int | None:
+        """Rows that all streams together may have, None without a bound; raises if a stream's own rows are more."""
+        if (bound := self._bounds.kv_bytes()) is None:
+            return None
+        if rows > (most := int(bound) // self._row_bytes):
+            raise InputError(
+                f"kv_memory_mb: {rows} tokens do not fit, which has room for {most}: ask for fewer tokens or raise it"
+            )
+        return most
 
     def _gather(self) -> None:
         """Wait a moment for the streams of the last round, so that they stay together."""

@@ -41,6 +41,7 @@ class Stream:
         asked_s: time of its last question.
         asks: whether it waits for its next token.
         admitted: whether it takes part in rounds.
+        overtaken: number of later requests that began while it waited.
     """
 
     def __init__(
@@ -50,8 +51,14 @@ class Stream:
         self.asked_s = 0.0
         self.asks = False
         self.admitted = False
+        self.overtaken = 0
         self._found: list[Step] = []
         self._error: BaseException | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits to be admitted."""
+        return self.asks and not self.admitted and not self.cancelled.is_set()
 
     def steps(self) -> list[Step]:
         """The answer: the next steps; none if the stream was cancelled.
