@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 from balcony_edge.budget import Budget
 from balcony_runtime.decoding.loop import Step
 from balcony_runtime.reply import Token, TokenStream
-from balcony_runtime.requests import Prompt, Requests
+from balcony_runtime.requests import Prompt, Request, Requests
 from balcony_runtime.scheduling.stream import Stream
 
 
@@ -61,7 +61,11 @@ class Together:
         Raises:
             BusyError: too many replies wait already.
         """
-        request, steps = self._requests.of(prompt, budget=budget, **options), deque[Step]()
+        return self.begin(self._requests.of(prompt, budget=budget, **options))
+
+    def begin(self, request: Request) -> TokenStream:
+        """Begin a reply whose arguments are checked; errors as for :meth:`add`."""
+        steps = deque[Step]()
         with ExitStack() as held:
             sequence = held.enter_context(self._requests.sequence(request))
             decoder = self._requests.decoder(request, sequence)
