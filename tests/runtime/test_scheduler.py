@@ -568,12 +568,23 @@ def test_nobody_is_overtaken_without_end(llm: LLM) -> None:
     assert order[:3] == [*small, heavy] and light not in order and len(order) == 3 + MOST_OVERTAKEN
 
 
-def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams without a place in the pool have memory of their own; their tokens are the same."""
+def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Streams without a place in the pool have memory of their own: their tokens are the same, and their passes their own."""
     monkeypatch.setattr(scheduler_module, "MEMBERS", 2)
     want = [ids(llm.generate(prompt, max_new_tokens=8, ignore_eos=True)) for prompt in PROMPTS[:5]]
-    with llm.together() as replies:
+    llm.costs = PRICES
+    with RoundTraceWriter(tmp_path / "rounds.jsonl") as trace, llm.together() as replies:
+        llm.record_rounds(trace)
         streams = [replies.add(prompt, max_new_tokens=8, ignore_eos=True) for prompt in PROMPTS[:5]]
         while replies.open:
             replies.step()
         assert [ids(stream.reply) for stream in streams] == want
+        llm.record_rounds(None)
+    recorded = read_rounds(tmp_path / "rounds.jsonl")
+    at_once = [one for one in zip(recorded.rounds, replay_rounds(recorded), strict=True) if len(one[0].exits) == 5]
+    assert [[stream.shares for stream in one.seen.streams] for one, _ in at_once] == [[True] * 2 + [False] * 3] * len(
+        at_once
+    )
+    begun = [found.price_ms for one, found in at_once if all(stream.made_tokens for stream in one.seen.streams)]
+    # a step at the full depth takes 10 ms, and two that share it 10.75 ms; contexts add a little
+    assert begun and all(price_ms == pytest.approx(10.75 + 3 * 10, rel=0.01) for price_ms in begun)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen
+from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen, StreamSeen
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
@@ -288,9 +288,14 @@ class Scheduler:
             return f"kv_memory_mb: the replies in progress leave room for {left} tokens, not for {stream.rows}: wait"
         if not others:
             return None
-        now = RoundSeen(tuple(one.decoder.seen(one.key, one.asked_s) for one in others), None, time.monotonic())
-        newcomer = stream.decoder.seen(stream.key, stream.asked_s)
-        return self._joint().refusal(self._state, now, newcomer)
+        now = RoundSeen(tuple(map(self._seen_of, others)), None, time.monotonic())
+        return self._joint().refusal(self._state, now, self._seen_of(stream))
+
+    def _seen_of(self, stream: Stream) -> StreamSeen:
+        return stream.decoder.seen(stream.key, stream.asked_s)._replace(shares=self._shares(stream))
+
+    def _shares(self, stream: Stream) -> bool:
+        return self._pool is not None and self._pool.holds(stream.sequence)
 
     def _most_rows(self, rows: int) -> int | None:
         """Rows that all streams together may have, None without a bound; raises if a stream's own rows are more."""
@@ -387,7 +392,7 @@ class Scheduler:
         streams, found = {}, []
         for stream in asking:
             with stream.alone():
-                found.append(stream.decoder.seen(stream.key, stream.asked_s))
+                found.append(self._seen_of(stream))
                 streams[stream.key] = stream
         senses = any(one.budget.needs_sensors for one in found)
         now_s, busy_s = time.monotonic(), self._learned.busy_ns / 1e9
@@ -407,7 +412,7 @@ class Scheduler:
         logits = {}
         for stream, decision in moves.items():
             sequence = stream.sequence
-            if stream.decoder.begun and self._pool is not None and self._pool.holds(sequence):
+            if stream.decoder.begun and self._shares(stream):
                 together.append(stream)
                 continue
             with stream.alone():
