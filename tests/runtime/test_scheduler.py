@@ -29,6 +29,7 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
 from balcony_runtime.scheduling import scheduler as scheduler_module
 from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, row_bytes
+from balcony_runtime.scheduling.pool import LEAST_SHARED
 from balcony_runtime.text import TextCodec
 from tests.command import invoke_here
 from tests.prices import SMALL
@@ -97,6 +98,48 @@ def test_threads_write_what_they_write_alone(llm: LLM) -> None:
     assert [set(reply.tokens_per_exit) for reply in together] == [{own.exit_layer} for own in budgets]
     assert max(rounds) >= 4, "streams of different threads share rounds"
     assert free_members(llm) == scheduler_module.MEMBERS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_companys_tokens_are_those_of_a_pass_from_scratch(llm: LLM, seed: int) -> None:
+    """Random prompts, targets, arrivals, changes of budget and pauses: the exit of a token gives the same token by itself.
+
+    Half the prompts begin alike, with rows enough that the later ones start from those of the earlier.
+    """
+    llm.costs = PRICES
+    random = np.random.default_rng(seed)
+    common = random.integers(0, 320, LEAST_SHARED + 8).tolist()
+    budgets = [Budget(tpot_ms=float(ms)) for ms in (6.5, 9, 14, 30)] + [
+        Budget(),
+        Budget(exit_layer=3),
+        Budget(ttft_ms=50),
+    ]
+    made: dict[TokenStream, list[int]] = {}
+    with llm.together() as replies:
+        while len(made) < 10 or replies.open:
+            if len(made) < 10 and (not replies.open or random.random() < 0.4):
+                prompt = common * int(random.integers(2)) + random.integers(0, 320, random.integers(1, 9)).tolist()
+                budget, count = budgets[random.integers(len(budgets))], int(random.integers(4, 16))
+                made[replies.add(prompt, budget=budget, max_new_tokens=count, ignore_eos=True)] = prompt
+            if len(replies.open) > 1:
+                one = replies.open[random.integers(len(replies.open))]
+                (replies.pause, replies.resume)[random.integers(2)](one)
+                one.budget = budgets[random.integers(len(budgets))]
+            for stream in replies.open[:1]:
+                replies.resume(stream)  # somebody goes on
+            assert not any(isinstance(found, Exception) for _, found in replies.step())
+    assert llm.pool is not None and llm.pool.reused.prompts, "some prompts began with rows of others"
+    assert len({token.exit_layer for stream in made for token in stream.reply.tokens}) == 3
+    for stream, prompt in made.items():
+        for token in stream.reply.tokens:
+            check_pick(llm, token, prompt)
+            prompt.append(token.id)
+
+
+def check_pick(llm: LLM, token: Token, before: list[int]) -> None:
+    """A token is the likeliest of its exit after a pass from scratch, up to what float32 promises."""
+    logits = llm.engine.new_sequence().advance(token.exit_layer, before)[0, -1]
+    assert logits.max() - logits[token.id] <= 2e-4 * np.abs(logits).max()
 
 
 def test_sampling_penalties_and_policies_are_those_of_a_stream_alone(llm: LLM) -> None:
