@@ -23,7 +23,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.observed import unseen
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BalconyError, BudgetError, InfeasibleError, InputError
+from balcony_edge.errors import BudgetError, InfeasibleError, InputError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned
@@ -31,9 +31,10 @@ from balcony_runtime.decoding.prices import measure_prices, profiled_prices
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.reply import Reply, TokenStream
-from balcony_runtime.requests import Prompt, ReplyOptions, Requests, Surroundings
+from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests, Surroundings
+from balcony_runtime.scheduling.admission import Bounds, PrefixOptions
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
-from balcony_runtime.scheduling.scheduler import Bounds, PrefixOptions, Scheduler
+from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import Message, TextCodec
@@ -350,16 +351,18 @@ class LLM:
         budgets = [budget] * len(prompts) if budget is None or isinstance(budget, _ONE) else list(budget)
         if len(budgets) != len(prompts):
             raise InputError(f"budget: {len(budgets)} for {len(prompts)} prompts: give one for all, or one for each")
-        if not self._requests.scheduler.shares:
-            return self._in_lockstep(prompts, max_new_tokens, budgets[0], sampling, chat)
+        requests = [
+            self._requests.of(prompt, budget=own, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
+            for prompt, own in zip(prompts, budgets, strict=True)
+        ]
+        alike = len({(len(request.ids), request.limits.budget) for request in requests}) == 1
+        if alike and self._budget.kv_memory_mb is None and not self._requests.scheduler.shares:
+            return self._in_lockstep(requests, sampling)
         with self.together() as replies:
-            streams = [
-                replies.add(prompt, budget=own, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
-                for prompt, own in zip(prompts, budgets, strict=True)
-            ]
+            streams = [replies.begin(request) for request in requests]
             while replies.open:
                 for _, found in replies.step():
-                    if isinstance(found, BalconyError):
+                    if isinstance(found, Exception):
                         raise found
             return [stream.reply.text for stream in streams]
 
@@ -378,24 +381,8 @@ class LLM:
         """Several replies that one thread drives; see :class:`.together.Together`."""
         return Together(self._requests)
 
-    def _in_lockstep(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-        budget: Budget | str | os.PathLike[str] | None,
-        sampling: SamplingParams | None,
-        chat: bool | None,
-    ) -> list[str]:
-        """Reply to prompts of equal length in one batch, for engines whose members all have the same length."""
-        requests = [
-            self._requests.of(prompt, budget=budget, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
-            for prompt in prompts
-        ]
-        lengths = {len(request.ids) for request in requests}
-        if len(lengths) != 1:
-            raise InputError(
-                f"prompts of {sorted(lengths)} tokens: this engine takes batches of equal length: pad them, or split the batch"
-            )
+    def _in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> list[str]:
+        """Reply to prompts of one length and one budget in one batch, for engines whose members all have the same length."""
         batch, first = [request.ids for request in requests], requests[0]
         sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + first.limit)
         rows = np.array(batch, np.int64)

@@ -230,22 +230,29 @@ class TokenStream(Iterator[Token]):
             return token
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        """Iterate without blocking the event loop; each step runs in a worker thread."""
-        import asyncio  # noqa: PLC0415 - slow to import, and used here only
+        """Iterate without blocking the event loop; the steps run in a thread of this stream.
 
-        while True:
-            step = asyncio.ensure_future(asyncio.to_thread(next, self, None))
-            try:
-                token = await asyncio.shield(step)
-            except asyncio.CancelledError:
-                self.cancel()
-                await asyncio.wait(
-                    [step]
-                )  # does not block the loop; after a second cancellation, close() waits for the step
-                raise
-            if token is None:
-                return
-            yield token
+        The loop's own threads are few, and streams that wait for others to end would take them all.
+        """
+        import asyncio  # noqa: PLC0415 - slow to import, and used here only
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - used here only
+
+        thread = ThreadPoolExecutor(1, "balcony-stream")
+        try:
+            while True:
+                step = asyncio.get_running_loop().run_in_executor(thread, next, self, None)
+                try:
+                    token = await asyncio.shield(step)
+                except asyncio.CancelledError:
+                    self.cancel()
+                    # This does not block the loop; after a second cancellation, close() waits for the step.
+                    await asyncio.wait([step])
+                    raise
+                if token is None:
+                    return
+                yield token
+        finally:
+            thread.shutdown(wait=False)
 
     @property
     def reply(self) -> Reply:

@@ -25,6 +25,7 @@ from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.reply import Limits, Prompted, Token, TokenStream
 from balcony_runtime.scheduling.scheduler import Scheduler
+from balcony_runtime.scheduling.stream import Cancellation
 from balcony_runtime.structure.asked import Structure, structure_of
 from balcony_runtime.structure.formats import CallFormat
 from balcony_runtime.structure.grammar import Grammars, Guide
@@ -172,7 +173,7 @@ class Requests:
             ends=frozenset() if ignore_eos else frozenset(model.eos_token_ids),
             trace=trace,
             limits=Limits(around.budgets, around.check, budget),
-            cancelled=threading.Event(),
+            cancelled=Cancellation(self.scheduler.wake),
             watch=Watch(),
             prompted=Prompted(len(ids)),
             box=box,
@@ -268,7 +269,9 @@ class Requests:
             decoder = self.decoder(request, sequence)
             # A trace records the decisions about one stream, so a stream that is recorded shares no rounds.
             steps = (
-                decoder.steps() if request.trace is not None else self.scheduler.steps(decoder, sequence, request.rows)
+                decoder.steps()
+                if request.trace is not None
+                else self.scheduler.steps(decoder, sequence, request.rows, request.cancelled)
             )
             held.enter_context(contextlib.closing(steps))
             yield from self.told(request, steps, sequence)

@@ -42,10 +42,12 @@ def told(
         if asked.cancelled.is_set():
             return
         try:
-            step = next(steps)
+            step = next(steps, None)
         except InfeasibleError:
             asked.watch.saw(time.monotonic(), readings() if asked.limits.resolved.needs_sensors else ())
             raise
+        if step is None:  # cancelled while it waited for its turn
+            return
         asked.watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
         token = int(step.ids[0])
         finish: FinishReason | None = "stop" if token in asked.ends else "length" if count == asked.limit else None

@@ -14,11 +14,10 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from balcony_edge.budget import Budget
-from balcony_edge.errors import BalconyError
 from balcony_runtime.decoding.loop import Step
 from balcony_runtime.reply import Token, TokenStream
-from balcony_runtime.requests import Prompt, Requests
-from balcony_runtime.scheduling.scheduler import Stream
+from balcony_runtime.requests import Prompt, Request, Requests
+from balcony_runtime.scheduling.stream import Stream
 
 
 class _Open(NamedTuple):
@@ -39,7 +38,7 @@ class Together:
                 replies.add(question, max_new_tokens=60)
             while replies.open:
                 for stream, token in replies.step():
-                    ...  # a Token, or the BalconyError that ended the reply
+                    ...  # a Token, or the exception that ended the reply
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -62,10 +61,15 @@ class Together:
         Raises:
             BusyError: too many replies wait already.
         """
-        request, steps = self._requests.of(prompt, budget=budget, **options), deque[Step]()
+        return self.begin(self._requests.of(prompt, budget=budget, **options))
+
+    def begin(self, request: Request) -> TokenStream:
+        """Begin a reply whose arguments are checked; errors as for :meth:`add`."""
+        steps = deque[Step]()
         with ExitStack() as held:
             sequence = held.enter_context(self._requests.sequence(request))
-            stream = self._scheduler.join(self._requests.decoder(request, sequence), sequence, request.rows)
+            decoder = self._requests.decoder(request, sequence)
+            stream = self._scheduler.join(decoder, sequence, request.rows, request.cancelled)
             held.callback(self._scheduler.leave, stream)
             tokens = request.stream(self._requests.told(request, _taken(steps), sequence))
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
@@ -83,17 +87,18 @@ class Together:
             if (one := self._open.get(stream)) is not None and not one.stream.asks:
                 self._scheduler.ask(one.stream)
 
-    def step(self) -> list[tuple[TokenStream, Token | BalconyError]]:
-        """Wait for the next tokens; a reply that ends, is cancelled or fails is closed.
+    def step(self) -> list[tuple[TokenStream, Token | Exception]]:
+        """Wait for the next tokens, for one round at most; a reply that ends, is cancelled or fails is closed.
 
         Returns:
-            Tokens with their replies, or the error that ended a reply. Empty if no reply asks, or if those that do were
-            cancelled.
+            Tokens with their replies, or the exception that ended a reply (a bug's, if it is no :class:`BalconyError`).
+            Empty if no reply asks, if those that do were cancelled, or if the round brought no token: it may run a part of a
+            long prompt, or all may wait for replies that are paused.
         """
         for tokens in [tokens for tokens in self._open if tokens.cancelled.is_set()]:
             self._end(tokens)
         asking = {one.stream: one for one in self._open.values() if one.tokens not in self._paused or one.stream.asks}
-        found: list[tuple[TokenStream, Token | BalconyError]] = []
+        found: list[tuple[TokenStream, Token | Exception]] = []
         for stream in self._scheduler.wait(list(asking)) if asking else ():
             tokens, _, steps, _ = asking[stream]
             try:
@@ -104,7 +109,7 @@ class Together:
                         self._end(tokens)
             except StopIteration:  # another thread has cancelled it meanwhile
                 self._end(tokens)
-            except BalconyError as error:
+            except Exception as error:
                 found.append((tokens, error))
                 self._end(tokens)
             if tokens in self._open and tokens not in self._paused:

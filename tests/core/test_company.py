@@ -15,7 +15,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.assignment import Claim, assign
 from balcony_edge.control.company.ceilings import merged_ceilings
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.prices import Entry, chunk_ms, round_ms
+from balcony_edge.control.company.prices import Entry, chunk_ms, round_ms, steady_ms
 from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen, StreamState
 from balcony_edge.control.decision import Measurement
 from balcony_edge.control.slowdown import Slowdown
@@ -64,6 +64,23 @@ def test_the_further_row_of_a_round_costs_a_further_row() -> None:
     assert round_ms(SMALL, []) == 0.0
 
 
+def test_streams_that_share_no_passes_pay_for_whole_steps() -> None:
+    """Four at 10 ms each: by hand 40 ms. A target of 31 ms leaves two of them at the full depth, 10 ms, and two at 5 ms."""
+    deep = Entry(2, ONES, ONES, 0, shares=False)
+    assert round_ms(SMALL, [deep] * 4) == pytest.approx(40.0)
+    both = round_ms(SMALL, [Entry(2, ONES, ONES, 0)] * 2)
+    assert round_ms(SMALL, [deep, Entry(2, ONES, ONES, 0), Entry(2, ONES, ONES, 0)]) == pytest.approx(10.0 + both)
+    assert steady_ms(SMALL, [(2, stream(key)._replace(shares=False)) for key in range(2)]) == pytest.approx(20.0)
+    lone = [stream(key, Budget(tpot_ms=32.0))._replace(shares=False) for key in range(4)]
+    _, found = decided(lone)
+    assert found.price_ms <= 32.0 and sum(SMALL.steady_ms(one, 0) for one in exits(found).values()) == found.price_ms
+    controller = JointController(SMALL, QUALITY)
+    assert controller.refusal(CompanyState(), RoundSeen(tuple(lone[:3]), now_s=10.0), lone[3]) is None
+    tight = [one._replace(budget=Budget(tpot_ms=18.0)) for one in lone]
+    refusal = controller.refusal(CompanyState(), RoundSeen(tuple(tight[:3]), now_s=10.0), tight[3])
+    assert refusal is not None and "a round of 4 streams takes 20 ms at their shallowest exits" in refusal
+
+
 def test_rows_of_a_chunk_fill_the_time() -> None:
     assert chunk_ms(SMALL, (0, 1), 5, 0) == pytest.approx(3 + 1 + 2 + 1)
 
@@ -73,12 +90,16 @@ def test_rows_of_a_chunk_fill_the_time() -> None:
 def test_an_assignment_loses_little_more_than_the_best_one(chance: Any, count: int, limit_ms: float) -> None:
     """Compared with all assignments: it fits whenever one fits, and loses at most a third of a stream's depth more."""
     claims = [
-        Claim(chance.randrange(2), 2, chance.choice([0.5, 1.0, 3.0]), chance.randrange(200), True) for _ in range(count)
+        Claim(
+            chance.randrange(2), 2, chance.choice([0.5, 1.0, 3.0]), chance.randrange(200), True, chance.random() < 0.7
+        )
+        for _ in range(count)
     ]
     found, price_ms = assign(SMALL, QUALITY, claims, limit_ms, 0)
 
     def price(chosen: Sequence[int]) -> float:
-        return round_ms(SMALL, [Entry(i, ONES, ONES, one.context) for i, one in zip(chosen, claims, strict=True)])
+        pairs = zip(chosen, claims, strict=True)
+        return round_ms(SMALL, [Entry(i, ONES, ONES, one.context, one.shares) for i, one in pairs])
 
     def loss(chosen: Sequence[int]) -> float:
         return sum(claim.weight * (1 - QUALITY[i]) for claim, i in zip(claims, chosen, strict=True))

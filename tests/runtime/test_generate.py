@@ -209,15 +209,23 @@ def test_a_batch_of_any_lengths_and_a_budget_for_each(llm: LLM) -> None:
         llm.generate_batch([[1], []], max_new_tokens=2)
 
 
-def test_a_batch_in_lockstep_takes_prompts_of_equal_length(tiny: Any) -> None:
-    """The portable graphs cannot take members at lengths of their own."""
+def test_a_batch_on_an_engine_that_shares_no_passes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of one length and one budget run in lockstep; others take turns."""
     with Engine.of(Bundle.open(tiny.path).portable()) as engine:
         llm = LLM(engine, TextCodec(Bundle.open(tiny.path)), Budget())
         prompts = [[1, 2, 3], [4, 5, 6], [200, 7, 30]]
         together = llm.generate_batch(prompts, max_new_tokens=16)
         assert together == [llm.generate(prompt, max_new_tokens=16).text for prompt in prompts]
-        with pytest.raises(InputError, match=r"prompts of \[1, 2\] tokens: this engine takes batches of equal length"):
-            llm.generate_batch([[1], [1, 2]], max_new_tokens=2)
+        monkeypatch.setattr(LLM, "_in_lockstep", None)
+        for others, budgets in (
+            ([[1], [1, 2]], [None, None]),
+            ([[1, 2], [1, 2]], [Budget(exit_layer=2), Budget(exit_layer=5)]),
+        ):
+            alone = [
+                llm.generate(one, max_new_tokens=16, budget=own).text for one, own in zip(others, budgets, strict=True)
+            ]
+            assert llm.generate_batch(others, max_new_tokens=16, budget=budgets) == alone
+        assert len(set(alone)) == 2, "each reply has its own budget"
 
 
 def test_text_and_chat_prompts(llm: LLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import itertools
 import json
 import threading
 import time
@@ -18,13 +19,18 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.company import composition
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
-from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputError
-from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_edge.errors import BusyError, InfeasibleError, InputError
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
-from balcony_runtime.reply import Reply, Token
+from balcony_runtime.reply import Reply, Token, TokenStream
 from balcony_runtime.scheduling import scheduler as scheduler_module
+from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, row_bytes
+from balcony_runtime.scheduling.pool import LEAST_SHARED
+from balcony_runtime.text import TextCodec
 from tests.command import invoke_here
 from tests.prices import SMALL
 
@@ -48,6 +54,16 @@ def free_members(llm: LLM) -> int:
     pool = llm._requests.scheduler._pool
     assert pool is not None
     return len(pool.members) - pool.in_use
+
+
+def room_for(llm: LLM, rows: int) -> None:
+    """Bound the memory of all replies."""
+    llm.budget = Budget(kv_memory_mb=rows * row_bytes(llm.engine.manifest) / 1e6)
+
+
+def waiting(llm: LLM) -> bool:
+    """Whether a stream has asked and is not admitted."""
+    return any(one.asks and not one.admitted for one in list(llm._requests.scheduler._streams.values()))
 
 
 def all_at_once(*calls: Callable[[], Any]) -> list[Any]:
@@ -82,6 +98,48 @@ def test_threads_write_what_they_write_alone(llm: LLM) -> None:
     assert [set(reply.tokens_per_exit) for reply in together] == [{own.exit_layer} for own in budgets]
     assert max(rounds) >= 4, "streams of different threads share rounds"
     assert free_members(llm) == scheduler_module.MEMBERS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_companys_tokens_are_those_of_a_pass_from_scratch(llm: LLM, seed: int) -> None:
+    """Random prompts, targets, arrivals, changes of budget and pauses: the exit of a token gives the same token by itself.
+
+    Half the prompts begin alike, with rows enough that the later ones start from those of the earlier.
+    """
+    llm.costs = PRICES
+    random = np.random.default_rng(seed)
+    common = random.integers(0, 320, LEAST_SHARED + 8).tolist()
+    budgets = [Budget(tpot_ms=float(ms)) for ms in (6.5, 9, 14, 30)] + [
+        Budget(),
+        Budget(exit_layer=3),
+        Budget(ttft_ms=50),
+    ]
+    made: dict[TokenStream, list[int]] = {}
+    with llm.together() as replies:
+        while len(made) < 10 or replies.open:
+            if len(made) < 10 and (not replies.open or random.random() < 0.4):
+                prompt = common * int(random.integers(2)) + random.integers(0, 320, random.integers(1, 9)).tolist()
+                budget, count = budgets[random.integers(len(budgets))], int(random.integers(4, 16))
+                made[replies.add(prompt, budget=budget, max_new_tokens=count, ignore_eos=True)] = prompt
+            if len(replies.open) > 1:
+                one = replies.open[random.integers(len(replies.open))]
+                (replies.pause, replies.resume)[random.integers(2)](one)
+                one.budget = budgets[random.integers(len(budgets))]
+            for stream in replies.open[:1]:
+                replies.resume(stream)  # somebody goes on
+            assert not any(isinstance(found, Exception) for _, found in replies.step())
+    assert llm.pool is not None and llm.pool.reused.prompts, "some prompts began with rows of others"
+    assert len({token.exit_layer for stream in made for token in stream.reply.tokens}) == 3
+    for stream, prompt in made.items():
+        for token in stream.reply.tokens:
+            check_pick(llm, token, prompt)
+            prompt.append(token.id)
+
+
+def check_pick(llm: LLM, token: Token, before: list[int]) -> None:
+    """A token is the likeliest of its exit after a pass from scratch, up to what float32 promises."""
+    logits = llm.engine.new_sequence().advance(token.exit_layer, before)[0, -1]
+    assert logits.max() - logits[token.id] <= 2e-4 * np.abs(logits).max()
 
 
 def test_sampling_penalties_and_policies_are_those_of_a_stream_alone(llm: LLM) -> None:
@@ -178,7 +236,7 @@ def test_a_failure_is_one_streams_own(llm: LLM) -> None:
     with llm.together() as replies:
         good = replies.add([1, 2], max_new_tokens=6, ignore_eos=True)
         strict = replies.add([3], budget=Budget(tpot_ms=0.001, on_infeasible="error"), max_new_tokens=6)
-        found: dict[Any, list[Token | BalconyError]] = {good: [], strict: []}
+        found: dict[Any, list[Token | Exception]] = {good: [], strict: []}
         while replies.open:
             for stream, one in replies.step():
                 found[stream].append(one)
@@ -191,6 +249,40 @@ def test_a_failure_is_one_streams_own(llm: LLM) -> None:
             replies.add([])
     with pytest.raises(InfeasibleError, match=r"tpot_ms = 0\.001"):
         llm.generate_batch([[1], [2]], max_new_tokens=4, budget=[None, strict.budget])
+
+
+def test_a_bug_ends_the_stream_that_it_hits_and_no_other(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sampler and in a prompt, of streams that one thread drives and of streams with a thread each."""
+    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+    want = [ids(llm.generate(prompt, **options)) for prompt in PROMPTS[:2]]
+    pick, advance = Sampler.pick, TokenSequence.advance
+    hit, count = SamplingParams(temperature=0.5, seed=1), itertools.count()
+
+    def picked(self: Sampler, logits: Any) -> Any:
+        return 1 / 0 if not self.greedy and next(count) % 5 == 4 else pick(self, logits)
+
+    def advanced(self: TokenSequence, exit_layer: int, tokens: Any, *rest: Any) -> Any:
+        return 1 / 0 if 66 in [*self.tokens[0], *np.ravel(tokens)] else advance(self, exit_layer, tokens, *rest)
+
+    monkeypatch.setattr(Sampler, "pick", picked)
+    monkeypatch.setattr(TokenSequence, "advance", advanced)
+    with llm.together() as replies:
+        good = [replies.add(prompt, **options) for prompt in PROMPTS[:2]]
+        bad = [replies.add([1], sampling=hit, **options), replies.add([66, 66, 1], **options)]
+        errors = {}
+        while replies.open:
+            errors |= {stream: type(one) for stream, one in replies.step() if isinstance(one, Exception)}
+    assert [ids(stream.reply) for stream in good] == want and errors == dict.fromkeys(bad, ZeroDivisionError)
+
+    def outcome(prompt: list[int], sampling: SamplingParams | None = None) -> Any:
+        try:
+            return ids(llm.generate(prompt, sampling=sampling, **options))
+        except ZeroDivisionError:
+            return None
+
+    calls = [lambda i=i: outcome(PROMPTS[i]) for i in range(2)]
+    found = all_at_once(*calls, lambda: outcome([1], hit), lambda: outcome([66, 66, 1]))
+    assert found == [*want, None, None]
 
 
 def test_one_stream_more_than_there_is_time_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +414,43 @@ def test_asynchronous_streams_share_rounds_too(llm: LLM) -> None:
     assert found == [ids(llm.generate(prompt, max_new_tokens=10, ignore_eos=True)) for prompt in PROMPTS[:4]]
 
 
+def test_a_stream_that_waits_for_others_ends_as_soon_as_it_is_cancelled(llm: LLM) -> None:
+    room_for(llm, 60)
+    with llm.stream([1], max_new_tokens=55, ignore_eos=True) as first, ThreadPoolExecutor(1) as threads:
+        next(first)
+        waits = llm.stream([2], max_new_tokens=55, ignore_eos=True)
+        consumed = threads.submit(lambda: list(waits))
+        while not waiting(llm):
+            time.sleep(0.001)
+        waits.cancel()
+        assert consumed.result(30) == [] and waits.reply.finish_reason == "cancelled"
+
+        async def gives_up() -> None:
+            task = asyncio.create_task(anext(aiter(llm.stream([3], max_new_tokens=55))))  # type: ignore[arg-type]
+            while not waiting(llm):
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(asyncio.wait_for(gives_up(), 30))
+        assert len(llm._requests.scheduler._streams) == 1
+
+
+def test_more_asynchronous_streams_than_threads_of_the_loop(llm: LLM) -> None:
+    """There is room for one at a time; those that wait take no thread that it needs."""
+    room_for(llm, 30)
+
+    async def one(key: int) -> int:
+        return len([token async for token in llm.stream([key], max_new_tokens=29, ignore_eos=True)])
+
+    async def several() -> list[int]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        return await asyncio.wait_for(asyncio.gather(*(one(key) for key in range(1, 6))), 60)
+
+    assert asyncio.run(several()) == [29] * 5
+
+
 def test_streams_that_come_and_go_leave_nothing_behind(llm: LLM) -> None:
     """300 replies of six threads: whole ones, cancelled ones, abandoned ones and refused ones."""
     random = np.random.default_rng(3)
@@ -403,50 +532,102 @@ def test_recorded_rounds_are_decided_again(llm: LLM, tmp_path: Path) -> None:
             read_rounds(path)
 
 
-def test_memory_for_keys_and_values_is_bounded(llm: LLM) -> None:
+def test_memory_for_keys_and_values_is_bounded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for 60 rows: two replies of 30 at a time, and never one of 61."""
     scheduler = llm._requests.scheduler
-    assert scheduler.shares and scheduler._pool is not None
     # 5 layers and 2 balconies of 2 × 2 heads × 16, and 4 boundaries of 32, in float32
-    assert scheduler._pool.row_bytes == 4 * (7 * 2 * 2 * 16 + 4 * 32)
-    llm.budget = Budget(kv_memory_mb=scheduler._pool.row_bytes * 60 / 1e6)
+    assert row_bytes(llm.engine.manifest) == 4 * (7 * 2 * 2 * 16 + 4 * 32)
+    room_for(llm, 60)
     with llm.together() as replies:
         streams = [replies.add([key], max_new_tokens=29, ignore_eos=True) for key in (1, 2, 3)]
         for _ in range(10):
             replies.step()
         assert [len(stream.reply.tokens) > 0 for stream in streams] == [True, True, False]
-        # the third waits without a spin while the readers of the others are slow
+        # while the readers of the others are slow, a step ends without a token, after a nap
         for stream in streams[:2]:
             replies.pause(stream)
         replies.step()
-        waits: list[None] = []
+        naps: list[float | None] = []
         nap = scheduler._turn.wait
-
-        def counted(seconds: float | None = None) -> bool:
-            waits.append(None)
-            if len(waits) == 5:
-                streams[0].close()
-                scheduler.leave(replies._open[streams[0]].stream)
-            return nap(seconds)
-
-        scheduler._turn.wait = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(scheduler._turn, "wait", lambda seconds=None: (naps.append(seconds), nap(seconds)))
+        assert replies.step() == [] and scheduler_module.NAP_S in naps and not streams[2].reply.tokens
+        streams[0].close()
         replies.step()
-        scheduler._turn.wait = nap  # type: ignore[method-assign]
-        assert len(waits) >= 5 and streams[2].reply.tokens
+        replies.step()
+        assert streams[2].reply.tokens
         replies.resume(streams[1])
         while replies.open:
             replies.step()
         assert [len(stream.reply.tokens) for stream in streams[1:]] == [29] * 2
         with pytest.raises(InputError, match="kv_memory_mb: 61 tokens do not fit, which has room for 60"):
             replies.add([1], max_new_tokens=60)
+        # one that shall not wait is refused, and one for which there is no room any more ends
+        replies.add([1], max_new_tokens=29, ignore_eos=True)
+        replies.step()
+        strict = Budget(on_infeasible="error")
+        refused = replies.add([2], max_new_tokens=39, budget=strict)
+        assert [(stream, str(one)) for stream, one in replies.step() if isinstance(one, BusyError)] == [
+            (refused, "kv_memory_mb: the replies in progress leave room for 30 tokens, not for 40: wait")
+        ]
+        late = replies.add([2], max_new_tokens=39)
+        room_for(llm, 35)
+        assert [stream for stream, one in replies.step() if isinstance(one, InputError)] == [late]
 
 
-def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams without a place in the pool have memory of their own; their tokens are the same."""
+def test_memory_is_bounded_on_an_engine_that_shares_no_passes(tiny: Any) -> None:
+    """Also for a conversation, whose sequence is its own."""
+    with Engine.of(Bundle.open(tiny.path).portable()) as engine:
+        llm = LLM(engine, TextCodec(Bundle.open(tiny.path)), Budget())
+        room_for(llm, 50)
+        assert llm.pool is None
+        with pytest.raises(InputError, match="kv_memory_mb: 51 tokens do not fit, which has room for 50"):
+            llm.generate([1], max_new_tokens=50)
+        with llm.together() as replies:
+            first, second = (replies.add([key], max_new_tokens=29, ignore_eos=True) for key in (1, 2))
+            while first in replies.open:
+                assert not second.reply.tokens
+                replies.step()
+            while replies.open:
+                replies.step()
+            assert len(second.reply.tokens) == 29
+
+
+def test_nobody_is_overtaken_without_end(llm: LLM) -> None:
+    """The heavier begins first; a reply that needs all memory is next after four that came later."""
+    room_for(llm, 60)
+    order: list[TokenStream] = []
+    with llm.together() as replies:
+        options: dict[str, Any] = {"ignore_eos": True, "max_new_tokens": 29}
+        small = [replies.add([key], **options) for key in (1, 2)]
+        replies.step()
+        big = replies.add([3], max_new_tokens=59, ignore_eos=True)
+        light, heavy = replies.add([4], **options), replies.add([5], budget=Budget(weight=2.0), **options)
+        while big not in order:
+            for stream, _ in replies.step():
+                if stream not in order:
+                    order.append(stream)
+            if len(replies.open) < 6 and len(order) < 12:
+                replies.add([6], budget=Budget(weight=2.0), **options)
+    assert order[:3] == [*small, heavy] and light not in order and len(order) == 3 + MOST_OVERTAKEN
+
+
+def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Streams without a place in the pool have memory of their own: their tokens are the same, and their passes their own."""
     monkeypatch.setattr(scheduler_module, "MEMBERS", 2)
     want = [ids(llm.generate(prompt, max_new_tokens=8, ignore_eos=True)) for prompt in PROMPTS[:5]]
-    with llm.together() as replies:
+    llm.costs = PRICES
+    with RoundTraceWriter(tmp_path / "rounds.jsonl") as trace, llm.together() as replies:
+        llm.record_rounds(trace)
         streams = [replies.add(prompt, max_new_tokens=8, ignore_eos=True) for prompt in PROMPTS[:5]]
         while replies.open:
             replies.step()
         assert [ids(stream.reply) for stream in streams] == want
+        llm.record_rounds(None)
+    recorded = read_rounds(tmp_path / "rounds.jsonl")
+    at_once = [one for one in zip(recorded.rounds, replay_rounds(recorded), strict=True) if len(one[0].exits) == 5]
+    assert [[stream.shares for stream in one.seen.streams] for one, _ in at_once] == [[True] * 2 + [False] * 3] * len(
+        at_once
+    )
+    begun = [found.price_ms for one, found in at_once if all(stream.made_tokens for stream in one.seen.streams)]
+    # a step at the full depth takes 10 ms, and two that share it 10.75 ms; contexts add a little
+    assert begun and all(price_ms == pytest.approx(10.75 + 3 * 10, rel=0.01) for price_ms in begun)

@@ -114,16 +114,16 @@ class Composer:
         """Time until the stream must have its token; a stream without a target waits for some rounds at most."""
         if view.bound_ms < math.inf:
             return view.bound_ms
-        round_of_one = steady_ms(self._costs, [(view.goal, view.stream.context_length)])
+        round_of_one = steady_ms(self._costs, [(view.goal, view.stream)])
         return max(ELASTIC * round_of_one - view.waited_ms, 0.0)
 
     def _lowered(self, chosen: Chosen, price_ms: float, limit_ms: float) -> tuple[Chosen, float]:
         """Take depth for this round, where the least agreement is lost."""
         if not chosen:
             return chosen, price_ms
-        caught_up_ms = steady_ms(self._costs, [(index, view.stream.context_length) for view, index in chosen])
+        caught_up_ms = steady_ms(self._costs, [(index, view.stream) for view, index in chosen])
         claims = [
-            Claim(view.lowest, index, view.stream.budget.weight, view.stream.context_length, True)
+            Claim(view.lowest, index, view.stream.budget.weight, view.stream.context_length, True, view.stream.shares)
             for view, index in chosen
         ]
         exits, _ = assign(self._costs, self._quality, claims, limit_ms - max(price_ms - caught_up_ms, 0.0), 0)

@@ -127,12 +127,12 @@ class Goals:
             # The shallowest exit comes closest to a target that was given up, if it comes close at all.
             near = not met[view.stream.key] and self._alone_ms(view) <= view.period_ms < math.inf
             highest = view.lowest if near else view.highest
-            claims.append(Claim(view.lowest, highest, weight, view.stream.context_length, tight))
+            claims.append(Claim(view.lowest, highest, weight, view.stream.context_length, tight, view.stream.shares))
         return claims, limit_ms, min(math.ceil(places - 1e-9), sum(not claim.tight for claim in claims))
 
     def _alone_ms(self, view: View) -> float:
         """Price of a round of this stream alone, at its shallowest exit."""
-        return steady_ms(self._costs, [(view.lowest, view.stream.context_length)])
+        return steady_ms(self._costs, [(view.lowest, view.stream)])
 
     def _may_jump(self, prompt: View, views: Sequence[View]) -> bool:
         """Whether a prompt can run at once and whole, because all others have tokens left that may be late."""

@@ -211,7 +211,6 @@ class JointController:
             return Governor()
         if 0 <= seen.now_s - governor.ticked_s < TICK_S:
             return governor
-        contexts = [stream.context_length for stream in seen.streams]
         known = [self._known(stream.budget) for stream in seen.streams]
         return govern(
             governor,
@@ -221,7 +220,7 @@ class JointController:
                 busy_s=seen.busy_s,
                 readings=seen.readings,
                 step_s=[
-                    steady_ms(self._costs, [(index, context) for context in contexts]) * slowdown.factor / 1000
+                    steady_ms(self._costs, [(index, stream) for stream in seen.streams]) * slowdown.factor / 1000
                     for index in range(len(self._costs.exits))
                 ],
                 lowest=min(one.lowest for one in known),

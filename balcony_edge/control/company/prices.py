@@ -1,7 +1,8 @@
 """Prices of rounds: what one step of several streams costs, from the prices of passes.
 
 Owns the arithmetic of sharing. A pass reads its weights once: the first row pays for them, and every further row, of the same
-stream or of another one, costs what a further row costs. Attention is paid for each stream's own context.
+stream or of another one, costs what a further row costs. Attention is paid for each stream's own context. A stream that
+shares no passes pays for a whole step.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from balcony_edge.control.company.seen import StreamSeen
 from balcony_edge.device.costs import CostModel, UnitCost
 
 
 class Entry(NamedTuple):
-    """One stream's token in a round: exit index, rows due at each stage and balcony, and rows of context."""
+    """One stream's token in a round: exit index, rows due at each stage and balcony, rows of context, and whether it shares."""
 
     exit_index: int
     stage_rows: Sequence[int]
     balcony_rows: Sequence[int]
     context: int
+    shares: bool = True
 
 
 def shared_ms(unit: UnitCost, rows: int, context: int) -> float:
@@ -36,12 +39,15 @@ def round_ms(costs: CostModel, entries: Sequence[Entry]) -> float:
     """
     if not entries:
         return 0.0
+    if (alone := [entry for entry in entries if not entry.shares]) and len(entries) > 1:
+        total_ms = sum(round_ms(costs, [entry]) for entry in alone)
+        return total_ms + round_ms(costs, [entry for entry in entries if entry.shares])
     stages, balconies = costs.stages, costs.balconies
     total_ms = costs.overhead_ms + shared_ms(costs.head, len(entries), 0)
     # Rows of shared passes and their contexts, by stage and by balcony. One loop: this runs some ten times for a decision.
     rows, contexts = [0] * len(stages), [0] * len(stages)
     leaving, left = [0] * len(balconies), [0] * len(balconies)
-    for index, stage_rows, balcony_rows, context in entries:
+    for index, stage_rows, balcony_rows, context, _ in entries:
         leaving[index] += 1
         left[index] += context
         for stage in range(index + 1):
@@ -60,10 +66,10 @@ def round_ms(costs: CostModel, entries: Sequence[Entry]) -> float:
     return total_ms
 
 
-def steady_ms(costs: CostModel, streams: Iterable[tuple[int, int]]) -> float:
-    """Price of a round of streams without pending rows: exit index and rows of context of each."""
+def steady_ms(costs: CostModel, streams: Iterable[tuple[int, StreamSeen]]) -> float:
+    """Price of a round of streams without pending rows, each with its exit index."""
     ones = (1,) * len(costs.exits)
-    return round_ms(costs, [Entry(exit_index, ones, ones, context) for exit_index, context in streams])
+    return round_ms(costs, [Entry(index, ones, ones, one.context_length, one.shares) for index, one in streams])
 
 
 def work_ms(costs: CostModel, stage_rows: Sequence[int], index: int, context: int) -> float:

@@ -28,6 +28,7 @@ class StreamSeen(NamedTuple):
         made_tokens: number of tokens of this reply so far.
         started_s: time of the request.
         emitted_s: time of its last token; of the request before the first.
+        shares: whether its rows share passes with those of others; else its steps run by themselves.
     """
 
     key: int
@@ -38,6 +39,7 @@ class StreamSeen(NamedTuple):
     made_tokens: int
     started_s: float
     emitted_s: float
+    shares: bool = True
 
 
 class RoundSeen(NamedTuple):

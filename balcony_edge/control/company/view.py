@@ -68,7 +68,7 @@ class View(NamedTuple):
 
     def entry(self, index: int) -> Entry:
         seen = self.stream
-        return Entry(index, seen.stage_rows, seen.balcony_rows, seen.context_length)
+        return Entry(index, seen.stage_rows, seen.balcony_rows, seen.context_length, seen.shares)
 
     @property
     def present(self) -> int:

@@ -125,8 +125,6 @@ class Pool(Protocol):
     """
 
     members: int
-    #: Bytes of one row of a member, in its caches and at all boundaries.
-    row_bytes: int
 
     @property
     def busy_ns(self) -> int:

@@ -67,14 +67,6 @@ class Cache:
             touched_bytes(array, axis, self.rows) for array, axis in zip(self.held.arrays, self.axes, strict=False)
         )
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of one member."""
-        return sum(
-            array.nbytes // (self.batch_size * array.shape[axis])
-            for array, axis in zip(self.held.arrays, self.axes, strict=True)
-        )
-
     def _empty(self, batch_size: int, capacity: int) -> list[npt.NDArray[Any]]:
         shapes = [
             [batch_size, *sizes[: axis - 1], capacity, *sizes[axis - 1 :]]

@@ -55,8 +55,6 @@ class OnnxRuntimePool:
         manifest = backend.manifest
         self._backend, self.members = backend, members
         self._memory = Memory.allocate(manifest, backend.dtype, members, max_length)
-        kept = sum(cache.row_bytes for cache in self._memory.caches.values())
-        self.row_bytes = kept + self._memory.rows.nbytes // (members * self._memory.rows.shape[2])
         self._layers = (0, *manifest.exit_layers)
         self._specs = manifest.runnable
         self._exit_names = [manifest.exit_graph(layer) for layer in manifest.exit_layers]

@@ -293,11 +293,6 @@ class SequencePool:
         self._members[member] = None
         self._pool.clear(member)
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of a member: keys and values of all stages and balconies, and the row at every boundary."""
-        return self._pool.row_bytes
-
     def holds(self, sequence: TokenSequence) -> bool:
         """Whether the sequence is a member of this pool."""
         return sequence in self._places

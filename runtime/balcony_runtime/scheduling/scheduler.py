@@ -9,26 +9,25 @@ consumer does not ask is not stepped and holds nobody up.
 from __future__ import annotations
 
 import itertools
-import math
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen
+from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen, StreamSeen
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BalconyError, BusyError, InfeasibleError, InputError
+from balcony_edge.errors import BusyError, InfeasibleError, InputError
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.scheduling.pool import KEPT_BYTES, Move, SequencePool
+from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, Bounds, in_order, row_bytes
+from balcony_runtime.scheduling.pool import Move, SequencePool
+from balcony_runtime.scheduling.stream import Stream
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
 if TYPE_CHECKING:
@@ -44,74 +43,6 @@ LONG_PROMPT = 128
 MOST_WAITING = 64
 #: Longest sleep between two looks at whether a stream has ended.
 NAP_S = 0.02
-
-
-class Stream:
-    """A reply in progress, as the scheduler sees it.
-
-    Attributes:
-        key: its number.
-        decoder: its decoder.
-        sequence: its sequence.
-        rows: most rows that it will have.
-    """
-
-    def __init__(self, key: int, decoder: Decoder, sequence: TokenSequence, rows: int) -> None:
-        self.key, self.decoder, self.sequence, self.rows = key, decoder, sequence, rows
-        self.asked_s = 0.0
-        self.asks = False
-        self.admitted = False
-        self.found: list[Step] = []
-        self.error: BaseException | None = None
-
-    def steps(self) -> list[Step]:
-        """The answer: the next steps.
-
-        Raises:
-            BalconyError: the stream cannot go on.
-        """
-        if self.error is not None:
-            raise self.error
-        return self.found
-
-    def answer(self, steps: list[Step]) -> None:
-        self.found, self.asks = steps, False
-
-    def fail(self, error: BaseException) -> None:
-        self.error, self.asks = error, False
-
-
-class PrefixOptions(TypedDict, total=False):
-    """What is kept of replies that have ended, as for :func:`balcony_edge.load`."""
-
-    prefix_mb: float
-    prefix_directory: str | os.PathLike[str] | None
-
-
-class Bounds(NamedTuple):
-    """What sequences may take.
-
-    Attributes:
-        kv_bytes: gives the bound of all streams' memory, or None without one.
-        kept_bytes: most bytes of ended sequences, whose rows new prompts can begin with; the same again on disk.
-        directory: place of the files of ended sequences; None keeps them in memory only.
-    """
-
-    kv_bytes: Callable[[], float | None]
-    kept_bytes: int = KEPT_BYTES
-    directory: Path | None = None
-
-    @classmethod
-    def of(cls, kv_bytes: Callable[[], float | None], **kept: Unpack[PrefixOptions]) -> Self:
-        """The bounds that a user asks for.
-
-        Raises:
-            InputError: the number of megabytes is none.
-        """
-        kept_mb, directory = kept.get("prefix_mb", KEPT_BYTES / 1e6), kept.get("prefix_directory")
-        if not 0 <= kept_mb < math.inf:
-            raise InputError(f"prefix_mb = {kept_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")
-        return cls(kv_bytes, int(1e6 * kept_mb), None if directory is None else Path(directory))
 
 
 class Scheduler:
@@ -138,7 +69,7 @@ class Scheduler:
         quality: Sequence[float],
         bounds: Bounds,
     ) -> None:
-        self._bounds = bounds
+        self._bounds, self._row_bytes = bounds, row_bytes(engine.manifest)
         #: The prefixes on disk.
         self.files: PrefixFiles | None = None
         if bounds.directory is not None:
@@ -198,21 +129,25 @@ class Scheduler:
         with self._turn:
             self._trace, self._state = trace, self._state._replace(assigned_for=())
 
-    def steps(self, decoder: Decoder, sequence: TokenSequence, rows: int) -> Generator[Step]:
-        """The steps of one stream; it belongs to the company from the first one to the end of the iterator.
+    def steps(
+        self, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event
+    ) -> Generator[Step]:
+        """The steps of one stream, until it is cancelled; it belongs to the company until the end of the iterator.
 
         Raises:
             InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
             ContextLengthError: the sequence is full.
         """
-        stream = self.join(decoder, sequence, rows)
+        stream = self.join(decoder, sequence, rows, cancelled)
         try:
             while True:
                 found = self._by_itself(stream)
                 if found is None:
                     self.ask(stream)
-                    self.wait([stream])
-                    found = stream.steps()
+                    while stream.asks:
+                        self.wait([stream])
+                    if not (found := stream.steps()):
+                        return
                 yield from found
         finally:
             self.leave(stream)
@@ -230,13 +165,14 @@ class Scheduler:
                 self._leading, self._running = False, ()
                 self._turn.notify_all()
 
-    def join(self, decoder: Decoder, sequence: TokenSequence, rows: int) -> Stream:
+    def join(self, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event) -> Stream:
         """Add a stream. It waits until there is memory for its rows, and the shallowest exits would hold everybody's targets.
 
         Args:
             decoder: its decoder.
             sequence: its sequence.
             rows: most rows that it will have.
+            cancelled: event that ends it, also while it waits.
 
         Raises:
             InputError: the rows would never fit into the memory that the budget leaves.
@@ -246,11 +182,8 @@ class Scheduler:
             waiting = sum(not stream.admitted for stream in self._streams.values())
             if waiting >= MOST_WAITING:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
-            if (most := self._most_rows()) is not None and rows > most:
-                raise InputError(
-                    f"kv_memory_mb: {rows} tokens do not fit, which has room for {most}: ask for fewer tokens or raise it"
-                )
-            stream = Stream(next(self._keys), decoder, sequence, rows)
+            self._most_rows(rows)
+            stream = Stream(next(self._keys), decoder, sequence, rows, cancelled)
             self._streams[stream.key] = stream
             return stream
 
@@ -261,19 +194,34 @@ class Scheduler:
             self._turn.notify_all()
 
     def wait(self, streams: Sequence[Stream]) -> list[Stream]:
-        """Wait until one of the streams has an answer, and return those that have; leads rounds if no other thread does."""
+        """Wait for an answer to one of the streams, for one round at most, and return the streams that have one.
+
+        Leads the round if no other thread does. A round brings no answer if it runs a part of a prompt only, or if all who ask
+        wait for streams that do not ask. The caller can then serve the readers of those, and call again.
+        """
         with self._turn:
-            while not (answered := [stream for stream in streams if not stream.asks]):
-                if self._leading:
-                    self._turn.wait()
-                    continue
+            while not (answered := self._answered(streams)) and self._leading:
+                self._turn.wait()
+            if not answered:
                 self._leading = True
                 try:
                     self._lead()
                 finally:
                     self._leading = False
                     self._turn.notify_all()
+                answered = self._answered(streams)
             return answered
+
+    def _answered(self, streams: Sequence[Stream]) -> list[Stream]:
+        for stream in streams:
+            if stream.asks and stream.cancelled.is_set() and stream not in self._running:
+                stream.answer([])
+        return [stream for stream in streams if not stream.asks]
+
+    def wake(self) -> None:
+        """Let waiting threads look whether their streams were cancelled."""
+        with self._turn:
+            self._turn.notify_all()
 
     def leave(self, stream: Stream) -> None:
         """Remove a stream; waits for a round of another thread that uses it."""
@@ -290,9 +238,9 @@ class Scheduler:
         """Run one round for all streams that ask. Holds the lock at both ends, and not while the round runs."""
         begin_ns = time.perf_counter_ns()  # what a stream waits for the others is part of its gap
         self._gather()
-        asking = [
-            stream for stream in self._streams.values() if stream.asks and (stream.admitted or self._admit(stream))
-        ]
+        while self._admit_next():
+            pass
+        asking = [stream for stream in self._streams.values() if stream.asks and stream.admitted]
         if not asking:
             if any(stream.asks for stream in self._streams.values()):
                 self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
@@ -308,32 +256,56 @@ class Scheduler:
             self._turn.acquire()
             self._running = ()
 
-    def _admit(self, stream: Stream) -> bool:
-        """Admit a stream if there is time for it, in the order of their requests; refuse it if its budget asks for that."""
-        others = [one for one in self._streams.values() if one.admitted]
-        most = self._most_rows()
-        if most is not None and sum(one.rows for one in others) + stream.rows > most:
-            return False
-        if others:
-            seen = [one.decoder.seen(one.key, one.asked_s) for one in others]
-            try:
-                newcomer = stream.decoder.seen(stream.key, stream.asked_s)
-                now = RoundSeen(tuple(seen), None, time.monotonic())
-                reason = self._joint().refusal(self._state, now, newcomer)
-            except BalconyError as error:
-                stream.fail(error)
-                return False
-            if reason is not None:
-                if newcomer.budget.on_infeasible == "error":
-                    stream.fail(BusyError(reason))
-                return False
-        stream.admitted = True
-        return True
+    def _admit_next(self) -> bool:
+        """Admit the first stream in order that there is memory and time for; whether there was one.
 
-    def _most_rows(self) -> int | None:
-        """Rows that all streams together may have; None without a bound."""
-        bound = self._bounds.kv_bytes()
-        return None if bound is None or self._pool is None else int(bound) // self._pool.row_bytes
+        Nobody begins before one that was overtaken too often. A stream whose budget asks for that is refused and does not wait.
+        """
+        waiting, held = in_order(one for one in self._streams.values() if one.waits), False
+        for stream in waiting:
+            with stream.alone():
+                reason = "a reply that has waited for longer is next: wait" if held else self._refusal(stream)
+                if reason is None:
+                    stream.admitted = True
+                    for other in waiting:
+                        other.overtaken += other.waits and other.key < stream.key
+                    return True
+                if stream.decoder.budget.on_infeasible == "error":
+                    raise BusyError(reason)
+            held = held or (stream.waits and stream.overtaken >= MOST_OVERTAKEN)
+        return False
+
+    def _refusal(self, stream: Stream) -> str | None:
+        """Why a stream cannot begin now; None if it can.
+
+        Raises:
+            InputError: its rows would never fit into the memory that the budget leaves.
+        """
+        others = [one for one in self._streams.values() if one.admitted]
+        if (most := self._most_rows(stream.rows)) is not None and (
+            left := most - sum(one.rows for one in others)
+        ) < stream.rows:
+            return f"kv_memory_mb: the replies in progress leave room for {left} tokens, not for {stream.rows}: wait"
+        if not others:
+            return None
+        now = RoundSeen(tuple(map(self._seen_of, others)), None, time.monotonic())
+        return self._joint().refusal(self._state, now, self._seen_of(stream))
+
+    def _seen_of(self, stream: Stream) -> StreamSeen:
+        return stream.decoder.seen(stream.key, stream.asked_s)._replace(shares=self._shares(stream))
+
+    def _shares(self, stream: Stream) -> bool:
+        return self._pool is not None and self._pool.holds(stream.sequence)
+
+    def _most_rows(self, rows: int) -> int | None:
+        """Rows that all streams together may have, None without a bound; raises if a stream's own rows are more."""
+        if (bound := self._bounds.kv_bytes()) is None:
+            return None
+        if rows > (most := int(bound) // self._row_bytes):
+            raise InputError(
+                f"kv_memory_mb: {rows} tokens do not fit, which has room for {most}: ask for fewer tokens or raise it"
+            )
+        return most
 
     def _gather(self) -> None:
         """Wait a moment for the streams of the last round, so that they stay together."""
@@ -353,16 +325,14 @@ class Scheduler:
     def _alone(self, stream: Stream) -> None:
         self._company = frozenset()
         self._last = None
-        try:
+        with stream.alone():
             stream.answer(stream.decoder.step())
-        except BalconyError as error:
-            stream.fail(error)
 
     def _round(self, asking: Sequence[Stream], begin_ns: int) -> None:
         lengths = {stream.key: stream.sequence.length for stream in asking}
         try:
             self._run(asking, begin_ns)
-        except BalconyError as error:  # a shared pass failed
+        except Exception as error:  # a shared pass failed
             for stream in asking:
                 if stream.asks:
                     stream.fail(error)
@@ -391,7 +361,7 @@ class Scheduler:
         work_ns = time.perf_counter_ns()
         if found.chunk is not None and found.chunk.key in streams:
             self._work_off(streams[found.chunk.key], found.chunk)
-        moves = {move.key: move.decision for move in found.moves if move.key in streams}
+        moves = {move.key: move.decision for move in found.moves if move.key in streams and streams[move.key].asks}
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
         done_ns = time.perf_counter_ns()
         self._learned.busy_ns += done_ns - work_ns
@@ -421,21 +391,20 @@ class Scheduler:
         """What the controller must know; a stream that cannot go on fails alone."""
         streams, found = {}, []
         for stream in asking:
-            try:
-                found.append(stream.decoder.seen(stream.key, stream.asked_s))
+            with stream.alone():
+                found.append(self._seen_of(stream))
                 streams[stream.key] = stream
-            except BalconyError as error:
-                stream.fail(error)
         senses = any(one.budget.needs_sensors for one in found)
         now_s, busy_s = time.monotonic(), self._learned.busy_ns / 1e9
         return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, self._readings() if senses else ())
 
     def _work_off(self, stream: Stream, chunk: Chunk) -> None:
         sequence = stream.sequence
-        for stage in chunk.stages:
-            sequence.run_stage(stage, chunk.rows)
-        if chunk.balcony is not None:
-            sequence.run_balcony(self._engine.exit_layers[chunk.balcony], chunk.rows)
+        with stream.alone():
+            for stage in chunk.stages:
+                sequence.run_stage(stage, chunk.rows)
+            if chunk.balcony is not None:
+                sequence.run_balcony(self._engine.exit_layers[chunk.balcony], chunk.rows)
 
     def _step(self, moves: Mapping[Stream, Decision]) -> dict[Stream, FloatArray]:
         """Run the round's tokens: those of the pool together, prompts and others one by one. Gives logits (1, V)."""
@@ -443,17 +412,15 @@ class Scheduler:
         logits = {}
         for stream, decision in moves.items():
             sequence = stream.sequence
-            if stream.decoder.begun and self._pool is not None and self._pool.holds(sequence):
+            if stream.decoder.begun and self._shares(stream):
                 together.append(stream)
                 continue
-            try:
+            with stream.alone():
                 if stream.decoder.begun:
                     ids = np.array([stream.decoder.last_token])
                     logits[stream] = sequence.step(decision.exit_layer, ids).copy()
                 else:
                     logits[stream] = sequence.advance(decision.exit_layer, ())[:, -1]
-            except BalconyError as error:
-                stream.fail(error)
         full = [stream for stream in together if stream.sequence.length >= stream.sequence.max_length]
         for stream in full:
             stream.fail(stream.sequence.full())
@@ -473,10 +440,7 @@ class Scheduler:
         now_s: float,
         read: Readings,
     ) -> None:
-        try:
+        with stream.alone():
             steps = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
-        except BalconyError as error:
-            stream.fail(error)
-            return
-        stream.decoder.follow(decision.exit_layer, self._state.slowdown)
-        stream.answer(steps)
+            stream.decoder.follow(decision.exit_layer, self._state.slowdown)
+            stream.answer(steps)

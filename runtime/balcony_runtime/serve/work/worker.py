@@ -156,8 +156,8 @@ class Worker:
         try:
             for stream, item in self._together.step():  # also frees replies that were cancelled
                 job = self._running[stream]
-                self._found.append((job, item))
-                if isinstance(item, BalconyError) or item.finish_reason is not None:
+                self._found.append((job, _told(item) if isinstance(item, Exception) else item))
+                if isinstance(item, Exception) or item.finish_reason is not None:
                     self._forget(job)
         except Exception as error:  # a bug: the replies end, and the server goes on
             told = _told(error)

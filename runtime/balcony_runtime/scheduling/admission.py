@@ -1,0 +1,76 @@
+"""Admission: what sequences may take, and the order in which streams that wait begin.
+
+Owns the order and the bytes of a row. Whether there is time for one more stream is decided in
+:mod:`balcony_edge.control.company.goals`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple, Self, TypedDict, Unpack
+
+import numpy as np
+
+from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.errors import InputError
+from balcony_runtime.scheduling.pool import KEPT_BYTES
+from balcony_runtime.scheduling.stream import Stream
+
+#: Later requests that may begin before a stream that waits. Without a bound, one that needs much memory or time would wait as
+#: long as small ones come.
+MOST_OVERTAKEN = 4
+
+
+def in_order(waiting: Iterable[Stream]) -> list[Stream]:
+    """The order in which streams begin: first those that were overtaken too often, then by weight, then by their requests."""
+    return sorted(waiting, key=lambda one: (one.overtaken < MOST_OVERTAKEN, -one.decoder.budget.weight, one.key))
+
+
+def row_bytes(manifest: Manifest) -> int:
+    """Bytes of one row of a sequence: what all stages and balconies keep of it, and the row at every boundary."""
+    model, floats = manifest.model, np.dtype(manifest.float_dtype).itemsize
+    kept = {
+        "key": np.dtype(manifest.kv_dtype).itemsize,
+        "value": np.dtype(manifest.kv_dtype).itemsize,
+        "inputs": floats,
+    }
+    layers = [*range(model.num_layers), *map(manifest.balcony_layer, manifest.cached_exits)]
+    parts = [(part, layer) for layer in layers for part in model.memory(layer).parts if part in kept]
+    boundaries = (1 + len(manifest.exits)) * model.hidden_size * floats
+    return boundaries + sum(model.sizes(part, layer)[0] * kept[part] for part, layer in parts)
+
+
+class PrefixOptions(TypedDict, total=False):
+    """What is kept of replies that have ended, as for :func:`balcony_edge.load`."""
+
+    prefix_mb: float
+    prefix_directory: str | os.PathLike[str] | None
+
+
+class Bounds(NamedTuple):
+    """What sequences may take.
+
+    Attributes:
+        kv_bytes: gives the bound of all streams' memory, or None without one.
+        kept_bytes: most bytes of ended sequences, whose rows new prompts can begin with; the same again on disk.
+        directory: place of the files of ended sequences; None keeps them in memory only.
+    """
+
+    kv_bytes: Callable[[], float | None]
+    kept_bytes: int = KEPT_BYTES
+    directory: Path | None = None
+
+    @classmethod
+    def of(cls, kv_bytes: Callable[[], float | None], **kept: Unpack[PrefixOptions]) -> Self:
+        """The bounds that a user asks for.
+
+        Raises:
+            InputError: the number of megabytes is none.
+        """
+        kept_mb, directory = kept.get("prefix_mb", KEPT_BYTES / 1e6), kept.get("prefix_directory")
+        if not 0 <= kept_mb < math.inf:
+            raise InputError(f"prefix_mb = {kept_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")
+        return cls(kv_bytes, int(1e6 * kept_mb), None if directory is None else Path(directory))

@@ -1,0 +1,85 @@
+"""A reply in progress, as the scheduler sees it.
+
+Owns what passes between a stream's consumer and the thread that leads a round: the question, and the answer or the failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from balcony_runtime.decoding.loop import Decoder, Step
+from balcony_runtime.engine import TokenSequence
+
+
+class Cancellation(threading.Event):
+    """The event that ends a reply.
+
+    Args:
+        wake: called when it is set; wakes threads that wait for the reply's turn.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        super().__init__()
+        self._wake = wake
+
+    def set(self) -> None:
+        super().set()
+        self._wake()
+
+
+class Stream:
+    """A reply in progress.
+
+    Attributes:
+        key: its number.
+        decoder: its decoder.
+        sequence: its sequence.
+        rows: most rows that it will have.
+        cancelled: event that ends it.
+        asked_s: time of its last question.
+        asks: whether it waits for its next token.
+        admitted: whether it takes part in rounds.
+        overtaken: number of later requests that began while it waited.
+    """
+
+    def __init__(
+        self, key: int, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event
+    ) -> None:
+        self.key, self.decoder, self.sequence, self.rows, self.cancelled = key, decoder, sequence, rows, cancelled
+        self.asked_s = 0.0
+        self.asks = False
+        self.admitted = False
+        self.overtaken = 0
+        self._found: list[Step] = []
+        self._error: BaseException | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits to be admitted."""
+        return self.asks and not self.admitted and not self.cancelled.is_set()
+
+    def steps(self) -> list[Step]:
+        """The answer: the next steps; none if the stream was cancelled.
+
+        Raises:
+            Exception: the stream cannot go on.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def answer(self, steps: list[Step]) -> None:
+        self._found, self.asks = steps, False
+
+    def fail(self, error: BaseException) -> None:
+        self._error, self.asks = error, False
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """End this stream, and no other one, if what is done for it fails; its consumer gets the exception."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)

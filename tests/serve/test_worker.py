@@ -1,0 +1,95 @@
+"""The decode thread: what others ask of it is done between two rounds, whatever the rounds bring."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.llm import LLM
+from balcony_runtime.reply import Token
+from balcony_runtime.scheduling.admission import row_bytes
+from balcony_runtime.serve.work.jobs import Item, Job
+from balcony_runtime.serve.work.worker import Found, Worker
+
+
+@pytest.fixture
+def llm(tiny: Any) -> Iterator[LLM]:
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+def job(key: int, tokens: int, **options: Any) -> Job:
+    return Job(key, 0, [key], {"max_new_tokens": tokens, "ignore_eos": True, **options})
+
+
+class Sent:
+    """The items of a worker; ``slow`` jobs are paused at their second token, because their readers are slow."""
+
+    def __init__(self, llm: LLM, slow: tuple[int, ...] = ()) -> None:
+        self.items: dict[int, list[Item]] = {}
+        self._slow, self._found = slow, queue.SimpleQueue[tuple[int, Item]]()
+        self.worker = Worker(llm, 16, 64, self._deliver)
+
+    def _deliver(self, found: Found) -> None:
+        for one, item in found:
+            items = self.items.setdefault(one.key, [])
+            items.append(item)
+            if one.key in self._slow and len(items) == 2:
+                self.worker.pause(one)
+            self._found.put((one.key, item))
+
+    def until(self, key: int, count: int) -> None:
+        """Wait until a job has that many items."""
+        while len(self.items.get(key, ())) < count:
+            self._found.get(timeout=30)
+
+
+def test_slow_readers_hold_nobody_up_while_a_request_waits_for_them(llm: LLM) -> None:
+    """There is memory for one reply; its reader is slow, and a second one waits. Both end once the reader has read."""
+    llm.budget = Budget(kv_memory_mb=45 * row_bytes(llm.engine.manifest) / 1e6)
+    sent, begun = Sent(llm, slow=(1,)), threading.Event()
+    worker = sent.worker
+    add = worker._together.add
+
+    def added(*arguments: Any, **options: Any) -> Any:
+        stream = add(*arguments, **options)
+        if len(worker._together.open) == 2:
+            begun.set()
+        return stream
+
+    worker._together.add = added  # type: ignore[method-assign]
+    worker.start()
+    slow, waits = job(1, 40), job(2, 40)
+    worker.submit(slow)
+    sent.until(1, 3)  # the token that was on the way when it was paused
+    worker.submit(waits)
+    assert begun.wait(30)
+    worker.resume(slow)
+    sent.until(1, 40)
+    sent.until(2, 1)
+    worker.cancel(waits)
+    worker.submit(job(3, 3))
+    sent.until(3, 3)
+    worker.stop()
+
+
+def test_a_bug_ends_one_reply_and_is_logged(llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    pick = Sampler.pick
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits: pick(self, logits) if self.greedy else 1 / 0)
+    sent = Sent(llm)
+    sent.worker.start()
+    sent.worker.submit(job(1, 10))
+    sent.worker.submit(job(2, 10, sampling=SamplingParams(temperature=1.0)))
+    sent.until(1, 10)
+    sent.until(2, 1)
+    sent.worker.stop()
+    assert [type(item) for item in sent.items[2]] == [ZeroDivisionError]
+    assert [type(item) for item in sent.items[1]] == [Token] * 10
+    assert [record.message for record in caplog.records] == ["the decode thread failed"]
