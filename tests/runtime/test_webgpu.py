@@ -228,6 +228,34 @@ def test_memory_goes_back_with_the_sequence_and_after_an_error(
     assert held() == before
 
 
+#: Bundles that are loaded, used and closed in threads; with passes at the same time the provider fails or crashes.
+THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from balcony_runtime.engine import Engine
+
+def written():
+    with Engine.open(sys.argv[1], device="webgpu") as engine:
+        sequence = engine.new_sequence(max_length=32)
+        ids, made = sequence.advance(5, [7, 3, 5])[:, -1].argmax(-1), []
+        for _ in range(12):
+            made.append(int(ids[0]))
+            ids = sequence.step_best(5, ids)
+    return made
+
+expected = written()
+with ThreadPoolExecutor(3) as threads:
+    assert [task.result() for task in [threads.submit(written) for _ in range(6)]] == [expected] * 6
+"""
+
+
+@pytest.mark.webgpu
+def test_bundles_of_one_process_take_turns(tiny: Any) -> None:
+    command = [sys.executable, "-c", THREADS, str(tiny.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
 #: Ends of a process in which values of the device are still referred to in every way that there is.
 ENDS = """
 import gc, sys, threading

@@ -43,23 +43,29 @@ class WebGpuBackend:
         self.picks_inside = True
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
-        self.device = WebGpuDevice(provider, self.manifest.embedding.dtype, len(self.manifest.exit_layers))
-        try:
-            kinds: dict[tuple[tuple[str, float], ...], dict[str, float]] = {}
-            for name, spec in self.manifest.runnable.items():
-                if name == "backbone" or name.endswith("_keys"):  # see WebGpuState.run_exit
-                    continue
-                path = bundle.file(spec.file)
-                check_graph(path, self.manifest.files)
-                check_io(path, spec, self.device.open(name, path))
-                for kind in attributes_of(path, "GroupQueryAttention"):
-                    kind.pop("do_rotary", None)
-                    kinds[tuple(sorted(kind.items()))] = kind
-            #: Most rows of a pass; None: any number.
-            self.most_rows = most_rows(self.device, kinds.values(), self.manifest.model.head_dim)
-        except BaseException:
-            self.device.close()
-            raise
+        with WebGpuDevice.lock:
+            self.device = WebGpuDevice(provider, self.manifest.embedding.dtype, len(self.manifest.exit_layers))
+            try:
+                kinds = self._open_graphs(bundle)
+                #: Most rows of a pass; None: any number.
+                self.most_rows = most_rows(self.device, kinds, self.manifest.model.head_dim)
+            except BaseException:
+                self.device.close()
+                raise
+
+    def _open_graphs(self, bundle: Bundle) -> list[dict[str, float]]:
+        """Open the bundle's graphs and return the attributes of each kind of attention in them."""
+        kinds: dict[tuple[tuple[str, float], ...], dict[str, float]] = {}
+        for name, spec in self.manifest.runnable.items():
+            if name == "backbone" or name.endswith("_keys"):  # see WebGpuState.run_exit
+                continue
+            path = bundle.file(spec.file)
+            check_graph(path, self.manifest.files)
+            check_io(path, spec, self.device.open(name, path))
+            for kind in attributes_of(path, "GroupQueryAttention"):
+                kind.pop("do_rotary", None)
+                kinds[tuple(sorted(kind.items()))] = kind
+        return list(kinds.values())
 
     def new_state(self, batch_size: int, max_length: int) -> WebGpuState:
         """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`.
