@@ -68,12 +68,11 @@ test-export: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' tests/export
 
 # Another build of ONNX Runtime, in a directory of its own that comes before the environment's. Without it, or without an
-# adapter, the tests skip and name the command that brings it. One thread of llvmpipe leaves the other CPUs to the other tests.
+# adapter, the tests skip and name the command that brings it; the next run tries to bring it again. One thread of llvmpipe
+# leaves the other CPUs to the other tests.
 $(WEBGPU)/.ready: $(READY)
 	rm -rf $(WEBGPU)
-	-$(BIN)/python -m pip install --quiet --no-deps --target $(WEBGPU) --group webgpu
-	mkdir -p $(WEBGPU)
-	touch $@
+	-$(BIN)/python -m pip install --quiet --no-deps --target $(WEBGPU) --group webgpu && touch $@
 
 ON_WEBGPU := LP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(WEBGPU) $(BIN)/python -m pytest -q tests/runtime/test_webgpu.py
 test-webgpu: $(WEBGPU)/.ready
