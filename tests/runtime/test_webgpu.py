@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.cli.doctor import engine_facts
 from balcony_edge.errors import BundleError, DeviceError, InputError, MissingDependencyError
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.quantize.blocks import parse_precision
@@ -77,6 +78,21 @@ def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyP
     assert choose(manifest) == ("cpu", None, "WebGPU has no GPU here, only llvmpipe")
     portable = Bundle.open(tiny.path).portable().manifest
     assert choose(portable).device == "cpu"
+
+
+def test_auto_takes_the_gpu_of_a_system_that_lists_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS and Windows: Metal and Direct3D 12, without Vulkan's list."""
+    monkeypatch.setattr(provider, "is_installed", lambda: True)
+    monkeypatch.setattr(provider, "find_provider", lambda: provider.Provider(("x",), (), None))
+    monkeypatch.setattr(adapters_module, "adapters", lambda: None)
+    device, _, reason = choose(Bundle.open(tiny.path).manifest)
+    assert (device, reason) == (
+        "webgpu",
+        "ONNX Runtime has WebGPU, and there is a GPU: this system's, which nothing names",
+    )
+    (facts,) = [facts for facts in engine_facts() if facts["engine"] == "webgpu"]
+    note = "no list of adapters on this system: bundles run on it with --device webgpu; --device auto takes it"
+    assert (facts["adapters"], facts["used"], facts["note"]) == ([], provider.NAME, note)
 
 
 def test_adapters_that_are_missing_name_their_cure(monkeypatch: pytest.MonkeyPatch) -> None:

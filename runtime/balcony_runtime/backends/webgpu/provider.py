@@ -102,18 +102,22 @@ def _plugin() -> Any:
         ) from error
 
 
-def gpu_for_webgpu() -> Adapter:
-    """The first GPU on which WebGPU runs here: an adapter in hardware, with a package that has the provider.
+def gpu_for_webgpu() -> str:
+    """Name of the first GPU on which WebGPU runs here: an adapter in hardware, with a package that has the provider.
+
+    Without Vulkan (macOS and Windows) nothing lists adapters, and the one that the provider takes counts as a GPU: Metal has
+    no other, and Direct3D 12 lists its adapter in software last.
 
     Raises:
         DeviceError, MissingDependencyError: there is none; the message says why.
     """
-    known = find_provider().adapters or []
+    known = find_provider().adapters
+    if known is None:
+        return "this system's, which nothing names"
     for adapter in known:
         if adapter.is_gpu:
-            return adapter
-    names = ", ".join(adapter.name for adapter in known) or "no adapter that this system lists"
-    raise DeviceError(f"WebGPU has no GPU here, only {names}")
+            return adapter.name
+    raise DeviceError(f"WebGPU has no GPU here, only {', '.join(adapter.name for adapter in known)}")
 
 
 def failure(what: str, error: BaseException) -> DeviceError:
