@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from balcony_edge.errors import BundleError, DeviceError, InputError, MissingDep
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.quantize.blocks import parse_precision
 from balcony_runtime.backends.choose import choose
+from balcony_runtime.backends.graph_file import nodes_of
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.webgpu import adapters as adapters_module
 from balcony_runtime.backends.webgpu import backend as backend_module
@@ -56,6 +58,40 @@ def test_small_graphs_move_rows() -> None:
     for found, before, written in zip(kept, (rows, 2 * rows), (new, 3 * new), strict=True):
         np.testing.assert_array_equal(found[:, [5, 0]], written)
         np.testing.assert_array_equal(found[:, 1:5], before[:, 1:5])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "smollm3"])
+def test_the_test_of_attention_has_the_operator_of_the_bundle(
+    export_tiny: Callable[[str], Any], architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same inputs (rotary tables, the sink) and attributes; NumPy's reference agrees with the CPU's kernel."""
+    bundle = Bundle.open(export_tiny(architecture).path)
+    opened: dict[str, Any] = {}
+
+    def opens(name: str, graph: bytes) -> None:
+        (tmp_path / "attend.onnx").write_bytes(graph)
+        opened[name] = open_session(graph)
+
+    def on_cpu(device: Any, query: Any, key: Any, value: Any, tables: Any, size: int, limit: int) -> Any:
+        past = np.zeros((1, key.shape[2] // size, query.shape[1], size), np.float32)
+        rows = {"last": np.array([query.shape[1] - 1], np.int32), "total": np.array(query.shape[1], np.int32)}
+        given = {"query": query, "key": key, "value": value, "past_key": past, "past_value": past, **rows, **tables}
+        return opened["attend"].run(["attended"], given)[0]
+
+    monkeypatch.setattr(probe, "_on_device", on_cpu)
+    device: Any = SimpleNamespace(dtype="float32", open=opens)
+    found = [
+        (inputs, attributes)
+        for spec in bundle.manifest.runnable.values()
+        for inputs, attributes in nodes_of(bundle.file(spec.file), "GroupQueryAttention")
+    ]
+    assert found
+    for inputs, attributes in found:
+        kind = probe.Attention(tuple(sorted(attributes.items())), sink=inputs > small_graphs.SINK_INPUT)
+        assert probe.most_rows(device, [kind], bundle.manifest.model.head_dim) is None
+        ((same, numbers),) = nodes_of(tmp_path / "attend.onnx", "GroupQueryAttention")
+        assert (same, numbers) == (inputs, attributes)
+    assert any(inputs > small_graphs.SINK_INPUT for inputs, _ in found) == (architecture != "gemma2")
 
 
 def test_the_pick_tells_when_a_logit_is_not_a_number() -> None:
@@ -338,7 +374,8 @@ def test_the_adapter_of_a_half_bundle_needs_16_bit_floats(tiny: Any, monkeypatch
 @pytest.mark.webgpu
 def test_attention_that_is_wrong_is_found(on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     device = on_webgpu.backend.device  # type: ignore[attr-defined]
-    kinds = [{"num_heads": 4, "kv_num_heads": 2, "scale": 0.25, "local_window_size": 7}]
+    numbers = {"num_heads": 4, "kv_num_heads": 2, "scale": 0.25, "local_window_size": 7}
+    kinds = [probe.Attention(tuple(numbers.items()), sink=False)]
     right, asked = probe._on_device, []
 
     def wrong(*given: Any) -> Any:

@@ -12,11 +12,12 @@ from typing import Self
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import BundleError, DeviceError
-from balcony_runtime.backends.graph_file import attributes_of, check_graph
+from balcony_runtime.backends.graph_file import check_graph, nodes_of
 from balcony_runtime.backends.onnxruntime import check_io
 from balcony_runtime.backends.token_table import TokenTable
+from balcony_runtime.backends.webgpu import small_graphs
 from balcony_runtime.backends.webgpu.device import WebGpuDevice
-from balcony_runtime.backends.webgpu.probe import most_rows
+from balcony_runtime.backends.webgpu.probe import Attention, most_rows
 from balcony_runtime.backends.webgpu.provider import Provider, find_provider, misfit
 from balcony_runtime.backends.webgpu.state import WebGpuState
 
@@ -53,19 +54,18 @@ class WebGpuBackend:
                 self.device.close()
                 raise
 
-    def _open_graphs(self, bundle: Bundle) -> list[dict[str, float]]:
-        """Open the bundle's graphs and return the attributes of each kind of attention in them."""
-        kinds: dict[tuple[tuple[str, float], ...], dict[str, float]] = {}
+    def _open_graphs(self, bundle: Bundle) -> set[Attention]:
+        """Open the bundle's graphs and return each kind of attention in them."""
+        kinds = set()
         for name, spec in self.manifest.runnable.items():
             if name == "backbone" or name.endswith("_keys"):  # see WebGpuState.run_exit
                 continue
             path = bundle.file(spec.file)
             check_graph(path, self.manifest.files)
             check_io(path, spec, self.device.open(name, path))
-            for kind in attributes_of(path, "GroupQueryAttention"):
-                kind.pop("do_rotary", None)
-                kinds[tuple(sorted(kind.items()))] = kind
-        return list(kinds.values())
+            for inputs, attributes in nodes_of(path, "GroupQueryAttention"):
+                kinds.add(Attention(tuple(sorted(attributes.items())), sink=inputs > small_graphs.SINK_INPUT))
+        return kinds
 
     def new_state(self, batch_size: int, max_length: int) -> WebGpuState:
         """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`.
