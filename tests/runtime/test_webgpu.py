@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import Manifest, MixtureSpec
 from balcony_edge.cli.doctor import engine_facts
 from balcony_edge.errors import BundleError, DeviceError, InputError, MissingDependencyError
 from balcony_export.export import ExportOptions, export_bundle
@@ -29,7 +30,6 @@ from balcony_runtime.backends.choose import choose
 from balcony_runtime.backends.graph_file import nodes_of
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.webgpu import adapters as adapters_module
-from balcony_runtime.backends.webgpu import backend as backend_module
 from balcony_runtime.backends.webgpu import probe, provider, small_graphs
 from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
 from balcony_runtime.backends.webgpu.device import Pass
@@ -180,6 +180,31 @@ def test_bundles_and_options_that_do_not_fit_are_refused(tiny: Any, tmp_path: Pa
         balcony_edge.load(tiny.path, device="webgpu", packed=tmp_path / "packed")
     with pytest.raises(BundleError, match=r"has no graphs with fused attention.* --device cpu"):
         Engine.of(Bundle.open(tiny.path).portable(), device="webgpu")
+
+
+def test_models_that_webgpu_does_not_run_are_refused_by_name(
+    export_tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provider, "is_installed", lambda: True)
+    monkeypatch.setattr(provider, "find_provider", lambda: provider.Provider(("x",), (), [CARD]))
+    bundle = Bundle.open(export_tiny("llama").path)
+    dense, mixture = bundle.manifest, MixtureSpec(experts=8, chosen=2)
+
+    def of(precision: str) -> Manifest:
+        model = dense.model.model_copy(update={"mixture": mixture})
+        return dense.model_copy(update={"model": model, "precision": precision})
+
+    assert provider.misfit(dense) is None and provider.misfit(of("float32")) is None
+    bundle.manifest = of("int4")
+    with pytest.raises(
+        BundleError, match=r"is a quantized mixture of experts \(LlamaForCausalLM\).*--precision fp32, or"
+    ):
+        Engine.of(bundle, device="webgpu")
+    others = [Bundle.open(export_tiny(name).path).manifest for name in ("granite-hybrid", "lfm2")]
+    for manifest, words in ((of("int4"), "QMoE"), *((other, "layers that do not attend") for other in others)):
+        problem = provider.misfit(manifest)
+        assert problem is not None and words in problem and "--device cpu" in problem and "\n" not in problem
+        assert choose(manifest).device == "cpu"
 
 
 def test_a_missing_package_is_named(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,19 +381,6 @@ def test_no_end_of_a_process_is_a_crash(tiny: Any, end: str) -> None:
     command = [sys.executable, "-c", ENDS, str(tiny.path), end]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.stdout == "the end\n" and done.returncode == (0 if end == "quiet" else 1), done.stderr
-
-
-@pytest.mark.webgpu
-def test_the_adapter_of_a_half_bundle_needs_16_bit_floats(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = Bundle.open(tiny.path)
-    half = bundle.manifest.embedding.model_copy(update={"dtype": "float16"})
-    bundle.manifest = bundle.manifest.model_copy(update={"embedding": half})
-    found = provider.find_provider()._replace(adapters=[CARD])
-    monkeypatch.setattr(backend_module, "find_provider", lambda: found)
-    with pytest.raises(
-        DeviceError, match=r"needs an adapter with 16-bit floats, and a card has none: export the model"
-    ):
-        Engine.of(bundle, device="webgpu")
 
 
 @pytest.mark.webgpu

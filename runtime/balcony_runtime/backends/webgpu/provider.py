@@ -50,6 +50,16 @@ def misfit(manifest: Manifest) -> str | None:
         return "has no graphs with fused attention, and WebGPU runs only those: run it with --device cpu"
     if manifest.kv_dtype == "int8":
         return f"has an int8 KV cache, and WebGPU runs float caches: export the model without kv=8, {elsewhere}"
+    if manifest.model.layers:
+        return (
+            f"has layers that do not attend ({manifest.model.architecture}), and a sequence on WebGPU keeps keys and values "
+            "only: run it with --device cpu"
+        )
+    if manifest.model.mixture and manifest.precision != "float32":
+        return (
+            f"is a quantized mixture of experts ({manifest.model.architecture}), whose zero points and router weights ONNX "
+            f"Runtime's QMoE does not take on WebGPU: export the model with --precision fp32, {elsewhere}"
+        )
     return None
 
 
