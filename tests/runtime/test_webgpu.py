@@ -25,6 +25,7 @@ from balcony_edge.bundle.manifest import Manifest, MixtureSpec
 from balcony_edge.cli.doctor import engine_facts
 from balcony_edge.errors import BundleError, DeviceError, InputError, MissingDependencyError
 from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision
 from balcony_runtime.backends.choose import choose
 from balcony_runtime.backends.graph_file import nodes_of
@@ -34,6 +35,7 @@ from balcony_runtime.backends.webgpu import probe, provider, small_graphs
 from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
 from balcony_runtime.backends.webgpu.device import Pass
 from balcony_runtime.engine import Engine
+from tests.conftest import tiny_model, tiny_tokenizer
 from tests.properties import examples
 from tests.runtime.test_conformance import actions, play
 
@@ -458,6 +460,37 @@ def test_int4_switches_exactly(export_tiny: Callable[[str], Any], tmp_path: Path
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "smollm3"])
 def test_many_schedules(export_tiny: Callable[[str], Any], tmp_path: Path, architecture: str, precision: str) -> None:
     plays(export_tiny, tmp_path / "b", architecture, precision, 20, 40)
+
+
+#: Loads and closes a bundle many times, and prints megabytes and open files after a tenth of them and at the end.
+CYCLES = """
+import gc, sys
+import numpy as np
+import psutil
+from balcony_runtime.engine import Engine
+process, count = psutil.Process(), int(sys.argv[2])
+for cycle in range(1, count + 1):
+    with Engine.open(sys.argv[1], device="webgpu") as engine:
+        sequence = engine.new_sequence(max_length=16)
+        sequence.advance(engine.exit_layers[-1], [1, 2, 3])
+        sequence.step(engine.exit_layers[-1], np.array([4]))
+    del sequence
+    if cycle in (count // 10, count):
+        gc.collect()
+        print(process.memory_info().rss / 1e6, process.num_fds())
+"""
+
+
+@pytest.mark.webgpu
+@pytest.mark.deep
+def test_a_bundle_that_is_loaded_and_closed_a_thousand_times(tmp_path: Path) -> None:
+    exits, options = ExitModel(tiny_model("llama", num_hidden_layers=1), {}), ExportOptions("one", trained=True)
+    export_bundle(exits, tiny_tokenizer(), tmp_path / "bundle", options)  # one stage, for short cycles
+    command = [sys.executable, "-c", CYCLES, str(tmp_path / "bundle"), "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=7200)
+    assert done.returncode == 0, done.stderr
+    (mb, files), (mb_after, files_after) = (map(float, line.split()) for line in done.stdout.splitlines())
+    assert mb_after < mb + 10 and files_after == files, done.stdout
 
 
 @pytest.mark.webgpu
