@@ -88,6 +88,27 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_package_that_could_not_be_fetched_is_fetched_again(tmp_path: Path) -> None:
+    """Without a network `make test` goes on without WebGPU, and brings it when there is one."""
+    there = tmp_path / "webgpu" / ".ready"
+    pip = tmp_path / "python"
+    command = [
+        "make",
+        "-o",
+        ".venv/.ready",
+        "-o",
+        ".venv/.runs",
+        f"BIN={tmp_path}",
+        f"WEBGPU={there.parent}",
+        str(there),
+    ]
+    for script, arrived in (("exit 1", False), (f"mkdir {there.parent}", True), ("exit 1", True)):
+        pip.write_text(f"#!/bin/sh\n{script}\n")
+        pip.chmod(0o755)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, there.exists()) == (0, arrived), done.stderr
+
+
 def test_the_sdist_builds_the_same_and_has_the_tests(built: Path, wheel: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:

@@ -76,22 +76,27 @@ def _webgpu() -> dict[str, Any]:
     from importlib.metadata import distributions
 
     from balcony_runtime.backends.webgpu.adapters import adapters
-    from balcony_runtime.backends.webgpu.provider import NAME, find_provider
+    from balcony_runtime.backends.webgpu.provider import NAME, find_provider, gpu_for_webgpu
 
     names = ("onnxruntime-ep-webgpu", "onnxruntime-webgpu")
     packages = {name: dist.version for name in names for dist in distributions(name=name)}
     facts: dict[str, Any] = {"engine": "webgpu", "packages": packages, "providers": [], "used": None, "adapters": []}
     try:
-        found = adapters() or []
+        found = adapters()
     except BalconyError as error:
         return {**facts, "note": str(error)}
-    facts["adapters"] = [asdict(adapter) for adapter in found]
-    seen = "; ".join(f"{a.name} ({a.kind}, {'with' if a.half else 'without'} 16-bit floats)" for a in found)
+    facts["adapters"] = [asdict(adapter) for adapter in found or ()]
+    seen = "; ".join(f"{a.name} ({a.kind}, {'with' if a.half else 'without'} 16-bit floats)" for a in found or ())
+    seen = seen or "no list of adapters on this system"
     try:
         find_provider()
     except BalconyError as error:
-        return {**facts, "note": f"{seen or 'no list of adapters on this system'}: {error}"}
-    takes = "takes it" if any(adapter.is_gpu for adapter in found) else "takes the CPU, because none is a GPU"
+        return {**facts, "note": f"{seen}: {error}"}
+    takes = "takes it"
+    try:
+        gpu_for_webgpu()
+    except BalconyError:
+        takes = "takes the CPU, because none is a GPU"
     note = f"{seen}: bundles run on it with --device webgpu; --device auto {takes}"
     return {**facts, "providers": [NAME], "used": NAME, "note": note}
 

@@ -6,8 +6,9 @@ A piece is a few commands. Its result is a file in the directory, and a piece wi
 interrupted and continued. `--minutes` starts no piece that could exceed that time. `--again` runs failed pieces once more.
 Nothing is downloaded: what the pieces need must be installed. Without a GPU each piece fails with one line.
 
-The report is `report.md` in the directory: the card, driver and packages, then each piece with its result. The exit status is
-1 if a piece failed or is missing.
+The report is `report.md` in the directory: the card, driver and packages, then each piece with its result. Tests of the
+TensorRT that this card does not use are not for this card, and do not run. The exit status is 1 if any other piece failed or
+is missing.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +53,7 @@ class Piece:
         needs: pieces that must have passed.
         limit_s: longest time that it may take.
         room_gb: free space on the disk that it needs.
+        target: TensorRT that it needs, ``rtx`` or ``tensorrt``; empty: none, or the one of the card.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Piece:
     needs: tuple[str, ...] = ("card",)
     limit_s: float = 300.0
     room_gb: float = 1.0
+    target: str = ""
 
 
 def pieces(directory: Path) -> tuple[Piece, ...]:
@@ -79,9 +85,19 @@ def pieces(directory: Path) -> tuple[Piece, ...]:
     )
     return (
         Piece("card", "the GPU and what is installed", ((*CLI, "doctor"), (*here, "--card")), needs=(), limit_s=60),
-        Piece("tests-rtx", "conformance suite on TensorRT-RTX", ((*tests, "tensorrt-rtx"),), limit_s=500),
-        Piece("tests-tensorrt", "conformance suite on TensorRT", ((*tests, "tensorrt and not rtx"),), limit_s=500),
-        Piece("tests-cuda", "conformance suite on ONNX Runtime's CUDA provider", ((*tests, "cuda-fused"),)),
+        Piece("tests-rtx", "conformance suite on TensorRT-RTX", ((*tests, "tensorrt-rtx"),), limit_s=500, target="rtx"),
+        Piece(
+            "tests-tensorrt",
+            "conformance suite on TensorRT",
+            ((*tests, "tensorrt and not rtx"),),
+            limit_s=500,
+            target="tensorrt",
+        ),
+        Piece(
+            "tests-cuda",
+            "conformance suite on ONNX Runtime's CUDA provider",
+            ((*here, "--provider"), (*tests, "cuda-fused")),
+        ),
         Piece(
             "bundle",
             "the demo model as a bundle",
@@ -127,12 +143,11 @@ def run(piece: Piece, directory: Path) -> dict[str, Any]:
     begin, documents, output, problem = time.monotonic(), list[Any](), "", ""
     for command in piece.commands:
         left = piece.limit_s - (time.monotonic() - begin)
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=left)
-        except subprocess.TimeoutExpired:
+        done, ended = execute(command, left)
+        output += f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n"
+        if not ended:
             problem = f"not finished after {piece.limit_s:.0f} s"
             break
-        output += f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n"
         documents += [document] if (document := last_json(done.stdout)) is not None else []
         if problem := failure(command, done):
             break
@@ -149,6 +164,28 @@ def run(piece: Piece, directory: Path) -> dict[str, Any]:
     partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
     partial.replace(directory / f"{piece.name}.json")
     return result
+
+
+def execute(command: Sequence[str], limit_s: float) -> tuple[subprocess.CompletedProcess[str], bool]:
+    """Run a command, and whether it ended; after the limit it and all its processes are killed. Its output is kept."""
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as out,
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=errors, start_new_session=True) as process,
+    ):
+        ended = False
+        try:
+            process.wait(limit_s)
+            ended = True
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if not ended:  # also after an interrupt, which does not reach another session
+                os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+        out.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), errors.read()), ended
 
 
 def failure(command: Sequence[str], done: subprocess.CompletedProcess[str]) -> str:
@@ -203,6 +240,15 @@ def blocked(piece: Piece, directory: Path, free_gb: float) -> str:
     return ""
 
 
+def misfit(piece: Piece, directory: Path) -> str:
+    """Why a piece is not for this card; empty if it is, or if nothing is known about the card."""
+    first = stored(directory, "card")
+    targets = first["documents"][-1].get("targets") if first and first["documents"] else None
+    if not piece.target or targets is None or piece.target in targets:
+        return ""
+    return f"engines for this card are built with --target {' or '.join(targets) or 'nothing'}"
+
+
 def stored(directory: Path, name: str) -> Any:
     """The result of a piece; None if it has none."""
     file = directory / f"{name}.json"
@@ -224,6 +270,7 @@ def card() -> dict[str, Any]:
         from balcony_runtime.backends.cuda import compute_capability  # noqa: PLC0415 - an extra
 
         found["capability"] = compute_capability()
+        found["targets"] = targets(found["capability"], found["packages"])
     except BalconyError as error:
         found["problem"] = str(error)
     gpus = this_device().gpus
@@ -231,24 +278,34 @@ def card() -> dict[str, Any]:
     return found
 
 
+def targets(capability: str, packages: Collection[str] = ()) -> list[str]:
+    """The TensorRTs for a card, the first to be taken: TensorRT-RTX if it knows the card; the other if not, or if installed."""
+    from balcony_edge.errors import BalconyError  # noqa: PLC0415 - the report also runs where it is not installed
+    from balcony_runtime.backends.tensorrt_builder import Builder  # noqa: PLC0415 - likewise
+
+    try:
+        found = ["rtx"] if capability in Builder("rtx").known_capabilities else []
+    except BalconyError:  # not installed
+        found = []
+    if not found or any(name.startswith("tensorrt") and "rtx" not in name for name in packages):
+        found.append("tensorrt")
+    return found
+
+
 def build(bundle: Path) -> None:
     """Build engines in float16 with the TensorRT that supports this GPU."""
     from balcony_edge.cli import main  # noqa: PLC0415 - only this needs it
     from balcony_runtime.backends.cuda import compute_capability  # noqa: PLC0415 - an extra
-    from balcony_runtime.backends.tensorrt_builder import Builder  # noqa: PLC0415 - likewise
 
     here = compute_capability()
-    try:
-        rtx = here in Builder("rtx").known_capabilities
-    except Exception:
-        rtx = False
-    target = ["--target", "rtx", "--sm", here] if rtx else ["--target", "tensorrt"]
+    (name, *_), known = targets(here), ("--sm", here)
+    target = ["--target", name, *(known if name == "rtx" else ())]
     sys.argv = ["balcony-edge", "build", str(bundle), "--precision", "fp16", "--context-length", "2112", *target]
     main()
 
 
 def write_report(directory: Path, chosen: Sequence[Piece], waiting: dict[str, str]) -> bool:
-    """Write the report; whether all pieces passed."""
+    """Write the report; whether all pieces that are for this card passed."""
     first = stored(directory, "card")
     about: dict[str, Any] = {"name": "unknown GPU", "packages": {}}
     if first and first["documents"]:
@@ -260,6 +317,9 @@ def write_report(directory: Path, chosen: Sequence[Piece], waiting: dict[str, st
     passed = True
     for piece in chosen:
         result = stored(directory, piece.name)
+        if reason := misfit(piece, directory):
+            lines.append(f"| {piece.name} | not for this card | | {reason} |")
+            continue
         passed = passed and bool(result and result["passed"])
         if result is None:
             lines.append(f"| {piece.name} | not run | | {waiting.get(piece.name, piece.about)} |")
@@ -280,6 +340,7 @@ def main(arguments: Sequence[str] | None = None, made: Callable[[Path], tuple[Pi
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--card", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--provider", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--torch", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.card:
@@ -289,6 +350,12 @@ def main(arguments: Sequence[str] | None = None, made: Callable[[Path], tuple[Pi
         import torch  # noqa: PLC0415 - only this needs it
 
         return complain("" if torch.cuda.is_available() else f"torch {torch.__version__} finds no GPU")
+    if options.provider:
+        import onnxruntime  # noqa: PLC0415 - only this needs it
+
+        cure = "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        inside = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        return complain("" if inside else f"this build of ONNX Runtime has no CUDAExecutionProvider: {cure}")
     if options.build is not None:
         build(options.build)
         return 0
@@ -303,7 +370,7 @@ def main(arguments: Sequence[str] | None = None, made: Callable[[Path], tuple[Pi
             continue
         if before is not None and (before["passed"] or not options.again):
             continue
-        reason = blocked(piece, directory, free_gb(directory))
+        reason = misfit(piece, directory) or blocked(piece, directory, free_gb(directory))
         if not reason and options.minutes and time.monotonic() - begin + piece.limit_s > 60 * options.minutes:
             reason = "no time left for it: run again"
         if reason:

@@ -4,6 +4,7 @@ GPU whose watts and load follow from the replies."""
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import DeviceError
+from balcony_runtime.backends.tensorrt_builder import Builder
 from benchmarks.nvidia import gpu, gpu_limits, gpu_report
 from benchmarks.nvidia.gpu_report import Piece
 from tests.runtime.cuda_stand_in import runtime as cuda_runtime
@@ -40,6 +43,13 @@ def test_pieces_run_once_and_the_report_names_the_card(tmp_path: Path, capsys: p
     card = json.dumps({"name": "Stand-in GPU, driver 1", "capability": "89", "packages": {"torch": "2"}})
     note = f"open({str(ran)!r}, 'a').write('x'); print('done')"
     broken = "import sys; print('one'); sys.exit('a line | with a bar')"
+    lock, survived = tmp_path / "lock", tmp_path / "survived"
+    late = f"import time; time.sleep(5); open({str(survived)!r}, 'w')"
+    hangs = (
+        f"import fcntl, subprocess, sys; lock = open({str(lock)!r}, 'w'); fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('has begun', flush=True)\n"
+        f"subprocess.run([sys.executable, '-c', {late!r}], pass_fds=[lock.fileno()])"
+    )
 
     def made(directory: Path) -> tuple[Piece, ...]:
         return (
@@ -47,7 +57,7 @@ def test_pieces_run_once_and_the_report_names_the_card(tmp_path: Path, capsys: p
             Piece("good", "it works", ((*SAYS, note), (*SAYS, note))),
             Piece("bad", "it fails", ((*SAYS, broken), (*SAYS, note))),
             Piece("after", "it waits", ((*SAYS, note),), ("bad",)),
-            Piece("slow", "it takes long", ((*SAYS, "import time; time.sleep(60)"),), limit_s=0.5),
+            Piece("slow", "it takes long", ((*SAYS, hangs),), limit_s=4),
             Piece("large", "it needs a disk", ((*SAYS, note),), room_gb=1e9),
         )
 
@@ -58,11 +68,15 @@ def test_pieces_run_once_and_the_report_names_the_card(tmp_path: Path, capsys: p
         r"\| good \| passed \| [\d.]+ \| done \|",
         r"\| bad \| FAILED \| [\d.]+ \| a line \\\| with a bar \|",
         r"\| after \| not run \| \| needs bad, which has not passed \|",
-        r"\| slow \| FAILED \| [\d.]+ \| not finished after 0 s \|",
+        r"\| slow \| FAILED \| [\d.]+ \| not finished after 4 s \|",
         r"\| large \| not run \| \| needs 1000000000 GB of disk, and \d+ GB are free \|",
     ):
         assert re.search(row, text), row
     assert "$ " in (tmp_path / "bad.log").read_text()
+    assert "has begun" in (tmp_path / "slow.log").read_text()
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits until no process of the piece is left
+    assert not survived.exists()
     # A second run repeats nothing; --again repeats what failed, --only one piece.
     assert report(tmp_path, made=made) == (status, text)
     capsys.readouterr()
@@ -73,6 +87,32 @@ def test_pieces_run_once_and_the_report_names_the_card(tmp_path: Path, capsys: p
     assert "| good | not run | | no time left for it: run again |" in report(tmp_path, "--minutes", "1", made=made)[1]
     report(tmp_path, "--minutes", "20", made=made)
     assert ran.read_text() == "xxxx"
+
+
+def test_tests_of_the_other_tensorrt_are_not_for_a_card(tmp_path: Path) -> None:
+    known = Builder("rtx").known_capabilities
+    assert "90" not in known and "89" in known
+    assert gpu_report.targets("90") == ["tensorrt"] and gpu_report.targets("89") == ["rtx"]
+    assert gpu_report.targets("89", ["tensorrt-rtx-cu13"]) == ["rtx"]
+    assert gpu_report.targets("89", ["tensorrt-cu13"]) == ["rtx", "tensorrt"]
+    for capability, other in (("90", "tests-rtx"), ("89", "tests-tensorrt")):
+        card = json.dumps({"name": "x", "packages": {}, "targets": gpu_report.targets(capability)})
+
+        def made(directory: Path, card: str = card) -> tuple[Piece, ...]:
+            says, there = (*SAYS, f"print({card!r})"), gpu_report.pieces(directory)
+            tests = [replace(piece, commands=((*SAYS, "print('ran')"),)) for piece in there if piece.target]
+            return (Piece("card", "the card", (says,), ()), *tests)
+
+        status, text = report(tmp_path / capability, made=made)
+        assert status == 0 and text.count("passed") == 2
+        assert f"| {other} | not for this card | | engines for this card are built with --target " in text
+
+
+def test_the_cuda_provider_is_named_where_it_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_report.main(["--provider"]) == 1
+    assert "pip uninstall onnxruntime, then pip install onnxruntime-gpu" in capsys.readouterr().err
+    (piece,) = (piece for piece in gpu_report.pieces(Path("d")) if piece.name == "tests-cuda")
+    assert "--provider" in piece.commands[0]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +144,11 @@ def test_every_test_that_needs_a_gpu_is_in_a_piece() -> None:
     names = [piece.name for piece in pieces]
     assert all(need in names[: names.index(piece.name)] for piece in pieces for need in piece.needs)
     assert all(piece.limit_s <= 540 for piece in pieces)  # nine minutes
+    most = sum(piece.limit_s for piece in pieces) - 500  # one of the TensorRTs is not for the card
+    assert f"at most {most / 60:.0f} minutes together" in (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
     from tests.runtime.test_conformance import NEEDS
 
-    chosen = [piece.commands[0][-1] for piece in pieces if piece.name.startswith("tests-")]
+    chosen = [piece.commands[-1][-1] for piece in pieces if piece.name.startswith("tests-")]
     assert chosen == ["tensorrt-rtx", "tensorrt and not rtx", "cuda-fused"]
     assert {name for name, mark in NEEDS.items() if mark.name == "gpu"} == {"tensorrt-rtx", "tensorrt", "cuda-fused"}
 

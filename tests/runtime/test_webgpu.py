@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,21 @@ from hypothesis import strategies as st
 
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import Manifest, MixtureSpec
+from balcony_edge.cli.doctor import engine_facts
 from balcony_edge.errors import BundleError, DeviceError, InputError, MissingDependencyError
 from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision
 from balcony_runtime.backends.choose import choose
+from balcony_runtime.backends.graph_file import nodes_of
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.webgpu import adapters as adapters_module
-from balcony_runtime.backends.webgpu import backend as backend_module
 from balcony_runtime.backends.webgpu import probe, provider, small_graphs
 from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
 from balcony_runtime.backends.webgpu.device import Pass
 from balcony_runtime.engine import Engine
+from tests.conftest import tiny_model, tiny_tokenizer
 from tests.properties import examples
 from tests.runtime.test_conformance import actions, play
 
@@ -57,6 +62,40 @@ def test_small_graphs_move_rows() -> None:
         np.testing.assert_array_equal(found[:, 1:5], before[:, 1:5])
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "smollm3"])
+def test_the_test_of_attention_has_the_operator_of_the_bundle(
+    export_tiny: Callable[[str], Any], architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same inputs (rotary tables, the sink) and attributes; NumPy's reference agrees with the CPU's kernel."""
+    bundle = Bundle.open(export_tiny(architecture).path)
+    opened: dict[str, Any] = {}
+
+    def opens(name: str, graph: bytes) -> None:
+        (tmp_path / "attend.onnx").write_bytes(graph)
+        opened[name] = open_session(graph)
+
+    def on_cpu(device: Any, query: Any, key: Any, value: Any, tables: Any, size: int, limit: int) -> Any:
+        past = np.zeros((1, key.shape[2] // size, query.shape[1], size), np.float32)
+        rows = {"last": np.array([query.shape[1] - 1], np.int32), "total": np.array(query.shape[1], np.int32)}
+        given = {"query": query, "key": key, "value": value, "past_key": past, "past_value": past, **rows, **tables}
+        return opened["attend"].run(["attended"], given)[0]
+
+    monkeypatch.setattr(probe, "_on_device", on_cpu)
+    device: Any = SimpleNamespace(dtype="float32", open=opens)
+    found = [
+        (inputs, attributes)
+        for spec in bundle.manifest.runnable.values()
+        for inputs, attributes in nodes_of(bundle.file(spec.file), "GroupQueryAttention")
+    ]
+    assert found
+    for inputs, attributes in found:
+        kind = probe.Attention(tuple(sorted(attributes.items())), sink=inputs > small_graphs.SINK_INPUT)
+        assert probe.most_rows(device, [kind], bundle.manifest.model.head_dim) is None
+        ((same, numbers),) = nodes_of(tmp_path / "attend.onnx", "GroupQueryAttention")
+        assert (same, numbers) == (inputs, attributes)
+    assert any(inputs > small_graphs.SINK_INPUT for inputs, _ in found) == (architecture != "gemma2")
+
+
 def test_the_pick_tells_when_a_logit_is_not_a_number() -> None:
     logits = np.array([[[0.5, 3.0, -1.0]]], np.float32)
     (picked,) = ran(small_graphs.pick(), logits=logits)
@@ -77,6 +116,21 @@ def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyP
     assert choose(manifest) == ("cpu", None, "WebGPU has no GPU here, only llvmpipe")
     portable = Bundle.open(tiny.path).portable().manifest
     assert choose(portable).device == "cpu"
+
+
+def test_auto_takes_the_gpu_of_a_system_that_lists_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS and Windows: Metal and Direct3D 12, without Vulkan's list."""
+    monkeypatch.setattr(provider, "is_installed", lambda: True)
+    monkeypatch.setattr(provider, "find_provider", lambda: provider.Provider(("x",), (), None))
+    monkeypatch.setattr(adapters_module, "adapters", lambda: None)
+    device, _, reason = choose(Bundle.open(tiny.path).manifest)
+    assert (device, reason) == (
+        "webgpu",
+        "ONNX Runtime has WebGPU, and there is a GPU: this system's, which nothing names",
+    )
+    (facts,) = [facts for facts in engine_facts() if facts["engine"] == "webgpu"]
+    note = "no list of adapters on this system: bundles run on it with --device webgpu; --device auto takes it"
+    assert (facts["adapters"], facts["used"], facts["note"]) == ([], provider.NAME, note)
 
 
 def test_adapters_that_are_missing_name_their_cure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +182,31 @@ def test_bundles_and_options_that_do_not_fit_are_refused(tiny: Any, tmp_path: Pa
         balcony_edge.load(tiny.path, device="webgpu", packed=tmp_path / "packed")
     with pytest.raises(BundleError, match=r"has no graphs with fused attention.* --device cpu"):
         Engine.of(Bundle.open(tiny.path).portable(), device="webgpu")
+
+
+def test_models_that_webgpu_does_not_run_are_refused_by_name(
+    export_tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provider, "is_installed", lambda: True)
+    monkeypatch.setattr(provider, "find_provider", lambda: provider.Provider(("x",), (), [CARD]))
+    bundle = Bundle.open(export_tiny("llama").path)
+    dense, mixture = bundle.manifest, MixtureSpec(experts=8, chosen=2)
+
+    def of(precision: str) -> Manifest:
+        model = dense.model.model_copy(update={"mixture": mixture})
+        return dense.model_copy(update={"model": model, "precision": precision})
+
+    assert provider.misfit(dense) is None and provider.misfit(of("float32")) is None
+    bundle.manifest = of("int4")
+    with pytest.raises(
+        BundleError, match=r"is a quantized mixture of experts \(LlamaForCausalLM\).*--precision fp32, or"
+    ):
+        Engine.of(bundle, device="webgpu")
+    others = [Bundle.open(export_tiny(name).path).manifest for name in ("granite-hybrid", "lfm2")]
+    for manifest, words in ((of("int4"), "QMoE"), *((other, "layers that do not attend") for other in others)):
+        problem = provider.misfit(manifest)
+        assert problem is not None and words in problem and "--device cpu" in problem and "\n" not in problem
+        assert choose(manifest).device == "cpu"
 
 
 def test_a_missing_package_is_named(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +268,28 @@ def test_a_step_takes_one_embedding_to_the_device_and_brings_logits_or_a_token(
 
 
 @pytest.mark.webgpu
+@pytest.mark.parametrize("most", [4, 3])
+def test_passes_of_several_rows(tiny: Any, on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Every adapter is right for the first 8 rows, so passes of several rows run here on any adapter."""
+    monkeypatch.setattr(on_webgpu.backend, "most_rows", most)
+    runs: list[tuple[int, int]] = []
+    with Engine.open(tiny.path, device="cpu") as reference:
+        for exit_layer in (2, 3, 5):
+            for queries in (1, 3, 6, 8):  # within the last pass, and across passes
+                sequence = on_webgpu.new_sequence(max_length=16)
+                (member,) = sequence.state._members  # type: ignore[attr-defined]
+                taken = member._taken
+                monkeypatch.setattr(
+                    member, "_taken", lambda rows, *at, taken=taken: (runs.append(at), taken(rows, *at))[1]
+                )
+                tokens = [7, 3, 5, 11, 2, 9, 4, 8]
+                got = sequence.advance(exit_layer, tokens, num_logits=queries)
+                want = reference.new_sequence(max_length=16).advance(exit_layer, tokens, num_logits=queries)
+                assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    assert any(last - first > 1 for first, last in runs)
+
+
+@pytest.mark.webgpu
 def test_a_logit_that_is_not_a_number_is_refused(on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sequence = on_webgpu.new_sequence(max_length=32)
     sequence.advance(5, [1, 2, 3])
@@ -226,6 +327,34 @@ def test_memory_goes_back_with_the_sequence_and_after_an_error(
         assert (len(member._memory.values), len(member._memory.passes)) == sizes
     del sequence, state, member
     assert held() == before
+
+
+#: Bundles that are loaded, used and closed in threads; with passes at the same time the provider fails or crashes.
+THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from balcony_runtime.engine import Engine
+
+def written():
+    with Engine.open(sys.argv[1], device="webgpu") as engine:
+        sequence = engine.new_sequence(max_length=32)
+        ids, made = sequence.advance(5, [7, 3, 5])[:, -1].argmax(-1), []
+        for _ in range(12):
+            made.append(int(ids[0]))
+            ids = sequence.step_best(5, ids)
+    return made
+
+expected = written()
+with ThreadPoolExecutor(3) as threads:
+    assert [task.result() for task in [threads.submit(written) for _ in range(6)]] == [expected] * 6
+"""
+
+
+@pytest.mark.webgpu
+def test_bundles_of_one_process_take_turns(tiny: Any) -> None:
+    command = [sys.executable, "-c", THREADS, str(tiny.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 #: Ends of a process in which values of the device are still referred to in every way that there is.
@@ -279,22 +408,10 @@ def test_no_end_of_a_process_is_a_crash(tiny: Any, end: str) -> None:
 
 
 @pytest.mark.webgpu
-def test_the_adapter_of_a_half_bundle_needs_16_bit_floats(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = Bundle.open(tiny.path)
-    half = bundle.manifest.embedding.model_copy(update={"dtype": "float16"})
-    bundle.manifest = bundle.manifest.model_copy(update={"embedding": half})
-    found = provider.find_provider()._replace(adapters=[CARD])
-    monkeypatch.setattr(backend_module, "find_provider", lambda: found)
-    with pytest.raises(
-        DeviceError, match=r"needs an adapter with 16-bit floats, and a card has none: export the model"
-    ):
-        Engine.of(bundle, device="webgpu")
-
-
-@pytest.mark.webgpu
 def test_attention_that_is_wrong_is_found(on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     device = on_webgpu.backend.device  # type: ignore[attr-defined]
-    kinds = [{"num_heads": 4, "kv_num_heads": 2, "scale": 0.25, "local_window_size": 7}]
+    numbers = {"num_heads": 4, "kv_num_heads": 2, "scale": 0.25, "local_window_size": 7}
+    kinds = [probe.Attention(tuple(numbers.items()), sink=False)]
     right, asked = probe._on_device, []
 
     def wrong(*given: Any) -> Any:
@@ -343,6 +460,37 @@ def test_int4_switches_exactly(export_tiny: Callable[[str], Any], tmp_path: Path
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "smollm3"])
 def test_many_schedules(export_tiny: Callable[[str], Any], tmp_path: Path, architecture: str, precision: str) -> None:
     plays(export_tiny, tmp_path / "b", architecture, precision, 20, 40)
+
+
+#: Loads and closes a bundle many times, and prints megabytes and open files after a tenth of them and at the end.
+CYCLES = """
+import gc, sys
+import numpy as np
+import psutil
+from balcony_runtime.engine import Engine
+process, count = psutil.Process(), int(sys.argv[2])
+for cycle in range(1, count + 1):
+    with Engine.open(sys.argv[1], device="webgpu") as engine:
+        sequence = engine.new_sequence(max_length=16)
+        sequence.advance(engine.exit_layers[-1], [1, 2, 3])
+        sequence.step(engine.exit_layers[-1], np.array([4]))
+    del sequence
+    if cycle in (count // 10, count):
+        gc.collect()
+        print(process.memory_info().rss / 1e6, process.num_fds())
+"""
+
+
+@pytest.mark.webgpu
+@pytest.mark.deep
+def test_a_bundle_that_is_loaded_and_closed_a_thousand_times(tmp_path: Path) -> None:
+    exits, options = ExitModel(tiny_model("llama", num_hidden_layers=1), {}), ExportOptions("one", trained=True)
+    export_bundle(exits, tiny_tokenizer(), tmp_path / "bundle", options)  # one stage, for short cycles
+    command = [sys.executable, "-c", CYCLES, str(tmp_path / "bundle"), "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=7200)
+    assert done.returncode == 0, done.stderr
+    (mb, files), (mb_after, files_after) = (map(float, line.split()) for line in done.stdout.splitlines())
+    assert mb_after < mb + 10 and files_after == files, done.stdout
 
 
 @pytest.mark.webgpu

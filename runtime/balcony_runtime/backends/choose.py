@@ -34,7 +34,7 @@ def choose(manifest: Manifest) -> Choice:
     if choice.device != "cpu" or not provider.is_installed() or provider.misfit(manifest) is not None:
         return choice
     try:
-        return Choice("webgpu", None, f"ONNX Runtime has WebGPU, and there is a GPU: {provider.gpu_for_webgpu().name}")
+        return Choice("webgpu", None, f"ONNX Runtime has WebGPU, and there is a GPU: {provider.gpu_for_webgpu()}")
     except BalconyError as error:
         return Choice("cpu", None, str(error))
 

@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from balcony_edge.bundle.manifest import DType
 
+#: Bytes that divide the address of every tensor of an engine: NVIDIA asks for it at ``IExecutionContext.set_tensor_address``.
+ALIGNMENT = 256
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1}
 
 
@@ -71,7 +73,7 @@ class Device(Protocol):
         ...
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
-        """Allocate a region of zeros.
+        """Allocate a region of zeros; on a GPU its address is a multiple of :data:`ALIGNMENT`.
 
         Raises:
             DeviceError: there is not enough memory.

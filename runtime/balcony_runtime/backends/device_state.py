@@ -25,7 +25,7 @@ import numpy as np
 from balcony_edge.bundle.manifest import DType, EngineSet, Manifest
 from balcony_edge.errors import DeviceError, InputError
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, RowsOnly, not_finite, part_of
-from balcony_runtime.backends.device import ITEM_BYTES, Device, Executor, Launch, Region, array_dtype
+from balcony_runtime.backends.device import ALIGNMENT, ITEM_BYTES, Device, Executor, Launch, Region, array_dtype
 
 #: Most rows of one pass: the end of the largest optimization profile.
 MAX_ROWS = 512
@@ -189,7 +189,7 @@ class Workspace:
         dtype = engines.graphs["embed"].outputs[0].dtype
         self._regions: list[Region] = []
         try:
-            # Each member's rows are contiguous, so with one member any range of rows is dense.
+            # Each member's rows are contiguous, so with one member any range of rows is dense: see _rows_of.
             self.rows = [self._allocate((batch_size, self.length, width), dtype) for _ in (0, *manifest.exit_layers)]
             # Regions of the decode step, whose program reads and writes the same ones every time.
             self.row = [self._allocate((batch_size, 1, width), dtype) for _ in self.rows]
@@ -198,7 +198,7 @@ class Workspace:
             self.best = self._allocate((batch_size, 1), "int64")
             self.ids = self._allocate((batch_size, 1), "int64")
             self.start = self._allocate((batch_size,), "int64")
-            # Dense copies of rows for passes with several members (two regions), and the output of an exit for the head.
+            # Dense copies of rows that are not used in place (two regions), and the output of an exit for the head.
             many = (batch_size, min(MAX_ROWS, self.length), width)
             self.scratch = [self._allocate(many, dtype) for _ in range(3)]
             self._make_graphs(manifest)
@@ -461,10 +461,11 @@ class DeviceState(RowsOnly):
         self._device.upload(self._workspace.start, np.full(self._batch, start, np.int64))
 
     def _rows_of(self, boundary: int, start: int, stop: int, scratch: int, *, fill: bool = True) -> Region:
-        """Rows of a boundary as one dense tensor (B, T, D): in place for one member, otherwise in a scratch region."""
+        """Rows of a boundary as a dense, aligned tensor (B, T, D): in place where they are one, else in a scratch region."""
         shape = (self._batch, stop - start, self._width)
-        if self._batch == 1:
-            return self._workspace.rows[boundary].part(start * self._width, shape)
+        rows = self._workspace.rows[boundary]
+        if self._batch == 1 and start * self._width * ITEM_BYTES[rows.dtype] % ALIGNMENT == 0:
+            return rows.part(start * self._width, shape)
         region = self._workspace.scratch[scratch].part(0, shape)
         if fill:
             self._copy_rows(boundary, region, start, to_rows=False)
@@ -472,7 +473,7 @@ class DeviceState(RowsOnly):
 
     def _store(self, boundary: int, rows: Region, start: int) -> None:
         """Copy rows of :meth:`_rows_of`, or the row of a step, to the buffer of their boundary."""
-        if self._batch > 1 or rows is self._workspace.row[boundary]:
+        if rows.pointer != self._workspace.rows[boundary].part(start * self._width, ()).pointer:
             self._copy_rows(boundary, rows, start, to_rows=True)
 
     def _copy_rows(self, boundary: int, dense: Region, start: int, *, to_rows: bool) -> None:

@@ -17,7 +17,7 @@ from balcony_runtime.backends.joined_graph import decoded_varint, message_fields
 #: Field numbers of onnx.proto3 (ONNX 1.20).
 _MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_OPERATOR, _NODE_ATTRIBUTE = 4, 5
+_NODE_INPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE = 1, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT = 1, 2, 3
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _TENSOR_EXTERNAL, _ENTRY_KEY, _ENTRY_VALUE = 13, 1, 2
@@ -41,8 +41,8 @@ def check_graph(path: Path, files: Collection[str]) -> None:
         raise BundleError(f"{path}: {problem}: use bundles that `balcony-edge export` made, or export it again")
 
 
-def attributes_of(path: Path, operator: str) -> Iterator[dict[str, float]]:
-    """Attribute → number of each node of an operator; other attributes are left out.
+def nodes_of(path: Path, operator: str) -> Iterator[tuple[int, dict[str, float]]]:
+    """Number of inputs, and attribute → number, of each node of an operator; other attributes are left out.
 
     Args:
         path: path of a graph that :func:`check_graph` has passed.
@@ -53,13 +53,14 @@ def attributes_of(path: Path, operator: str) -> Iterator[dict[str, float]]:
         parts = list(message_fields(node)) if number == _GRAPH_NODE else []
         if (_NODE_OPERATOR, operator.encode()) in ((part, value) for part, _, value in parts):
             named = [{part: value for part, _, value in message_fields(v)} for p, _, v in parts if p == _NODE_ATTRIBUTE]
-            yield {
+            numbers = {
                 one[_ATTRIBUTE_NAME].decode(): decoded_varint(one[_ATTRIBUTE_INT])
                 if _ATTRIBUTE_INT in one
                 else struct.unpack("<f", one[_ATTRIBUTE_FLOAT])[0]
                 for one in named
                 if _ATTRIBUTE_INT in one or _ATTRIBUTE_FLOAT in one
             }
+            yield sum(part == _NODE_INPUT for part, _, _ in parts), numbers
 
 
 def _problems(model: bytes, files: Collection[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ enum {
 enum { HOST_TO_DEVICE = 1, DEVICE_TO_HOST = 2, DEVICE_TO_DEVICE = 3 };
 enum { MAJOR = 75, MINOR = 76, POOLS = 115 }; /* of cudaDeviceAttr */
 enum { RELAXED = 2 };                         /* of cudaStreamCaptureMode */
-#define GUARD 64
+#define GUARD 256 /* also the alignment of all memory, as of cudaMalloc */
 #define QUARANTINE 256 /* freed blocks that are kept */
 
 typedef int (*Kernel)(void *user);

@@ -3,6 +3,7 @@
 An engine file names a session that its build opened. Launches go into the stream of the stand-in for CUDA, so that a captured
 step really is one, and run over "device" memory by address. Contexts keep the rules that NVIDIA documents:
 
+- All addresses are multiples of 256.
 - A context needs its activations' memory, all shapes within its profile, and all addresses before it runs.
 - After a change of shapes or profile the first launch does work that no capture allows.
 - A context that was captured is used for nothing else ("one execution context per captured graph").
@@ -31,6 +32,8 @@ from balcony_runtime.backends.tensorrt_builder import BuiltEngine, build_engines
 from tests.runtime.cuda_stand_in.runtime import Runtime
 
 ARENA_BYTES = 4096
+#: Bytes that must divide an address, as NVIDIA's reference of ``setTensorAddress`` and ``setDeviceMemoryV2`` says.
+ALIGNMENT = 256
 #: Sessions of all engines that were built.
 _sessions: list[Any] = []
 _TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
@@ -166,7 +169,8 @@ class Context:
         self._outputs = {value.name: value for value in engine.session.get_outputs()}
 
     def set_device_memory(self, memory: int, size: int) -> None:
-        assert memory % 256 == 0 or size == 0 or memory % 64 == 0
+        if memory % ALIGNMENT:
+            self._cuda.noted.append(f"memory of a context at {memory % ALIGNMENT} bytes past a multiple of {ALIGNMENT}")
         self._bytes = size
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -187,6 +191,10 @@ class Context:
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self._inputs and name not in self._outputs:
             return False
+        if memory % ALIGNMENT:
+            return self._refused(
+                f"{name} lies {memory % ALIGNMENT} bytes past a multiple of {ALIGNMENT}", "setTensorAddress"
+            )
         self._addresses[name] = memory
         return True
 
@@ -215,8 +223,8 @@ class Context:
         code = self._cuda.launch(stream_handle, functools.partial(self._run, regions), list(regions.values()))
         return int(code) == 0
 
-    def _refused(self, why: str) -> bool:
-        self._engine.log.log(real.ILogger.ERROR, f"{why}\n(in enqueueV3)")
+    def _refused(self, why: str, where: str = "enqueueV3") -> bool:
+        self._engine.log.log(real.ILogger.ERROR, f"{why}\n(in {where})")
         return False
 
     def _regions(self) -> dict[str, Region]:

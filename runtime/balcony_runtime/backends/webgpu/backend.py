@@ -11,13 +11,14 @@ from typing import Self
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
-from balcony_edge.errors import BundleError, DeviceError
-from balcony_runtime.backends.graph_file import attributes_of, check_graph
+from balcony_edge.errors import BundleError
+from balcony_runtime.backends.graph_file import check_graph, nodes_of
 from balcony_runtime.backends.onnxruntime import check_io
 from balcony_runtime.backends.token_table import TokenTable
+from balcony_runtime.backends.webgpu import small_graphs
 from balcony_runtime.backends.webgpu.device import WebGpuDevice
-from balcony_runtime.backends.webgpu.probe import most_rows
-from balcony_runtime.backends.webgpu.provider import Provider, find_provider, misfit
+from balcony_runtime.backends.webgpu.probe import Attention, most_rows
+from balcony_runtime.backends.webgpu.provider import find_provider, misfit
 from balcony_runtime.backends.webgpu.state import WebGpuState
 
 
@@ -35,31 +36,34 @@ class WebGpuBackend:
         if (problem := misfit(self.manifest)) is not None:
             raise BundleError(f"{bundle.path}: {problem}")
         provider = find_provider()
-        refuse_other_layers(bundle)
-        _refuse_half(bundle, provider)
         #: The device does the work; one thread of the host starts it.
         self.threads = 1
         self.max_length = self.manifest.model.context_length
         self.picks_inside = True
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
-        self.device = WebGpuDevice(provider, self.manifest.embedding.dtype, len(self.manifest.exit_layers))
-        try:
-            kinds: dict[tuple[tuple[str, float], ...], dict[str, float]] = {}
-            for name, spec in self.manifest.runnable.items():
-                if name == "backbone" or name.endswith("_keys"):  # see WebGpuState.run_exit
-                    continue
-                path = bundle.file(spec.file)
-                check_graph(path, self.manifest.files)
-                check_io(path, spec, self.device.open(name, path))
-                for kind in attributes_of(path, "GroupQueryAttention"):
-                    kind.pop("do_rotary", None)
-                    kinds[tuple(sorted(kind.items()))] = kind
-            #: Most rows of a pass; None: any number.
-            self.most_rows = most_rows(self.device, kinds.values(), self.manifest.model.head_dim)
-        except BaseException:
-            self.device.close()
-            raise
+        with WebGpuDevice.lock:
+            self.device = WebGpuDevice(provider, self.manifest.embedding.dtype, len(self.manifest.exit_layers))
+            try:
+                kinds = self._open_graphs(bundle)
+                #: Most rows of a pass; None: any number.
+                self.most_rows = most_rows(self.device, kinds, self.manifest.model.head_dim)
+            except BaseException:
+                self.device.close()
+                raise
+
+    def _open_graphs(self, bundle: Bundle) -> set[Attention]:
+        """Open the bundle's graphs and return each kind of attention in them."""
+        kinds = set()
+        for name, spec in self.manifest.runnable.items():
+            if name == "backbone" or name.endswith("_keys"):  # see WebGpuState.run_exit
+                continue
+            path = bundle.file(spec.file)
+            check_graph(path, self.manifest.files)
+            check_io(path, spec, self.device.open(name, path))
+            for inputs, attributes in nodes_of(path, "GroupQueryAttention"):
+                kinds.add(Attention(tuple(sorted(attributes.items())), sink=inputs > small_graphs.SINK_INPUT))
+        return kinds
 
     def new_state(self, batch_size: int, max_length: int) -> WebGpuState:
         """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`.
@@ -84,27 +88,3 @@ class WebGpuBackend:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def refuse_other_layers(bundle: Bundle) -> None:
-    """Refuse a model with layers that keep something else than keys and values.
-
-    Raises:
-        DeviceError: it has such layers.
-    """
-    if bundle.manifest.model.layers:
-        raise DeviceError(
-            f"{bundle.path}: has layers that do not attend ({bundle.manifest.model.architecture}), which ONNX Runtime's WebGPU "
-            "has no operators for: run it with --device cpu"
-        )
-
-
-def _refuse_half(bundle: Bundle, provider: Provider) -> None:
-    if bundle.manifest.embedding.dtype != "float16" or provider.adapters is None:
-        return
-    if not any(adapter.half for adapter in provider.adapters):
-        names = ", ".join(adapter.name for adapter in provider.adapters)
-        raise DeviceError(
-            f"{bundle.path}: needs an adapter with 16-bit floats, and {names} has none: export the model with --precision fp32 "
-            "or int4, or run with --device cpu"
-        )

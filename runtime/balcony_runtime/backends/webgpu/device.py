@@ -130,16 +130,17 @@ class WebGpuDevice:
         boundaries: most row buffers that one pass of the graph ``put`` writes.
     """
 
+    #: The provider's context belongs to the process, not to a device: one thread at a time opens, runs or frees anything there.
+    lock = threading.RLock()
+
     def __init__(self, provider: Provider, dtype: DType, boundaries: int) -> None:
         self._provider, self.dtype = provider, dtype
         self.sessions: dict[str, Any] = {}
-        #: The provider's context belongs to the process and takes one pass at a time.
-        self.lock = threading.RLock()
         self._memories: set[Memory] = set()
         #: Memory of collected states, freed later: a state may be collected in any thread, even during a pass.
         self._returned: deque[Memory] = deque()
         # Runs when the device is collected, and at the exit of Python while ONNX Runtime is still usable.
-        self._end = weakref.finalize(self, _close, self.lock, self._memories, self.sessions)
+        self._end = weakref.finalize(self, _close, self._memories, self.sessions)
         for name, graph in {
             **{f"zeros_{kind}": small_graphs.zeros(kind) for kind in {dtype, _FLOAT}},
             "take": small_graphs.take(dtype),
@@ -216,8 +217,8 @@ class WebGpuDevice:
             self.release(self._returned.popleft())
 
 
-def _close(lock: Any, memories: set[Memory], sessions: dict[str, Any]) -> None:
-    with lock:
+def _close(memories: set[Memory], sessions: dict[str, Any]) -> None:
+    with WebGpuDevice.lock:
         for memory in memories:
             memory.clear()
         memories.clear()

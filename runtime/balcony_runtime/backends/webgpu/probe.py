@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,14 +28,23 @@ _ROWS = 96
 #: Largest difference, as a share of the largest value. A kernel that is wrong differs by 0.05 or more; float32 by 1e-6, float16
 #: by 2e-3.
 _TOLERANCE = 5e-3
+#: A sink of the softmax that changes no sum, as exported graphs have it.
+_NO_SINK = -1e30
 
 
-def most_rows(device: WebGpuDevice, kinds: Iterable[Mapping[str, float]], size: int) -> int | None:
+class Attention(NamedTuple):
+    """A kind of fused attention: the numbers among its attributes, and whether its softmax has a sink."""
+
+    attributes: tuple[tuple[str, float], ...]
+    sink: bool
+
+
+def most_rows(device: WebGpuDevice, kinds: Iterable[Attention], size: int) -> int | None:
     """Most rows of a pass for which attention is right; None for any number.
 
     Args:
         device: device to test.
-        kinds: attributes of each kind of attention that a bundle has.
+        kinds: each kind of attention that a bundle has.
         size: size of a head.
 
     Raises:
@@ -43,9 +53,10 @@ def most_rows(device: WebGpuDevice, kinds: Iterable[Mapping[str, float]], size: 
     return min((limit for kind in kinds if (limit := _most_rows(device, kind, size)) is not None), default=None)
 
 
-def _most_rows(device: WebGpuDevice, kind: Mapping[str, float], size: int) -> int | None:
+def _most_rows(device: WebGpuDevice, attention: Attention, size: int) -> int | None:
+    kind = dict(attention.attributes)
     heads, kv_heads = int(kind["num_heads"]), int(kind["kv_num_heads"])
-    device.open("attend", small_graphs.attend(device.dtype, **kind))
+    device.open("attend", small_graphs.attend(device.dtype, attention.sink, **kind))
     random = np.random.default_rng(0)
     query, key, value = (
         random.standard_normal((1, _ROWS, count * size), np.float32) for count in (heads, kv_heads, kv_heads)
@@ -53,10 +64,18 @@ def _most_rows(device: WebGpuDevice, kind: Mapping[str, float], size: int) -> in
     # Scores of size 3, whatever the scale is: flat weights would hide a key that is left out.
     query *= 3 / (size**0.5 * (kind.get("scale") or size**-0.5))
     query, key, value = (array.astype(device.dtype) for array in (query, key, value))
-    want = _attended(query, key, value, size, kind)
+    tables: dict[str, Array] = {}
+    turned = query, key
+    if kind.get("do_rotary"):
+        angles = np.outer(np.arange(_ROWS), 10_000.0 ** -np.linspace(0, 1, size // 2, endpoint=False))
+        tables = {"cos": np.cos(angles).astype(device.dtype), "sin": np.sin(angles).astype(device.dtype)}
+        turned = _turned(query, size, **tables), _turned(key, size, **tables)
+    if attention.sink:
+        tables["sink"] = np.full(heads, _NO_SINK, np.float32).astype(device.dtype)
+    want = _attended(*turned, value, size, kind)
     for limit, sizes in LIMITS.items():
         for rows in sizes:
-            wrong = np.abs(_on_device(device, query, key, value, size, rows) - want).max() / np.abs(want).max()
+            wrong = np.abs(_on_device(device, query, key, value, tables, size, rows) - want).max() / np.abs(want).max()
             if not wrong <= _TOLERANCE:  # also NaN
                 _log.info("attention over %d rows a pass differs by %.0e on this adapter", rows, wrong)
                 break
@@ -69,7 +88,9 @@ def _most_rows(device: WebGpuDevice, kind: Mapping[str, float], size: int) -> in
     )
 
 
-def _on_device(device: WebGpuDevice, query: Array, key: Array, value: Array, size: int, limit: int) -> Array:
+def _on_device(
+    device: WebGpuDevice, query: Array, key: Array, value: Array, tables: Mapping[str, Array], size: int, limit: int
+) -> Array:
     """Attention over all rows in passes of at most ``limit`` rows, (1, T, N·d)."""
     memory = device.new_memory()
     shape = (1, key.shape[2] // size, query.shape[1], size)
@@ -82,6 +103,8 @@ def _on_device(device: WebGpuDevice, query: Array, key: Array, value: Array, siz
             one.give(name, np.ascontiguousarray(array[:, rows]))
         one.give("last", np.array([rows.stop - 1], np.int32))
         one.give("total", np.array(rows.stop, np.int32))
+        for name, array in tables.items():
+            one.give(name, array)
         for name, past in pasts.items():
             one.give(name, past)
             one.take(name.replace("past_", "present_"), past)
@@ -92,6 +115,13 @@ def _on_device(device: WebGpuDevice, query: Array, key: Array, value: Array, siz
         memory.free((), [one])
     device.release(memory)
     return found.astype(np.float32)
+
+
+def _turned(rows: Array, size: int, cos: Array, sin: Array) -> Array:
+    """Rows (1, T, N·d) with the halves of each head turned by their position's angles, in float32."""
+    x, y = np.split(rows.astype(np.float32).reshape(rows.shape[1], -1, size), 2, axis=-1)
+    c, s = (table.astype(np.float32)[:, None] for table in (cos, sin))
+    return np.concatenate([x * c - y * s, y * c + x * s], axis=-1).reshape(rows.shape)
 
 
 def _attended(query: Array, key: Array, value: Array, size: int, kind: Mapping[str, float]) -> Array:

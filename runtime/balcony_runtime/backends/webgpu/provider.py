@@ -50,6 +50,16 @@ def misfit(manifest: Manifest) -> str | None:
         return "has no graphs with fused attention, and WebGPU runs only those: run it with --device cpu"
     if manifest.kv_dtype == "int8":
         return f"has an int8 KV cache, and WebGPU runs float caches: export the model without kv=8, {elsewhere}"
+    if manifest.model.layers:
+        return (
+            f"has layers that do not attend ({manifest.model.architecture}), and a sequence on WebGPU keeps keys and values "
+            "only: run it with --device cpu"
+        )
+    if manifest.model.mixture and manifest.precision != "float32":
+        return (
+            f"is a quantized mixture of experts ({manifest.model.architecture}), whose zero points and router weights ONNX "
+            f"Runtime's QMoE does not take on WebGPU: export the model with --precision fp32, {elsewhere}"
+        )
     return None
 
 
@@ -102,18 +112,22 @@ def _plugin() -> Any:
         ) from error
 
 
-def gpu_for_webgpu() -> Adapter:
-    """The first GPU on which WebGPU runs here: an adapter in hardware, with a package that has the provider.
+def gpu_for_webgpu() -> str:
+    """Name of the first GPU on which WebGPU runs here: an adapter in hardware, with a package that has the provider.
+
+    Without Vulkan (macOS and Windows) nothing lists adapters, and the one that the provider takes counts as a GPU: Metal has
+    no other, and Direct3D 12 lists its adapter in software last.
 
     Raises:
         DeviceError, MissingDependencyError: there is none; the message says why.
     """
-    known = find_provider().adapters or []
+    known = find_provider().adapters
+    if known is None:
+        return "this system's, which nothing names"
     for adapter in known:
         if adapter.is_gpu:
-            return adapter
-    names = ", ".join(adapter.name for adapter in known) or "no adapter that this system lists"
-    raise DeviceError(f"WebGPU has no GPU here, only {names}")
+            return adapter.name
+    raise DeviceError(f"WebGPU has no GPU here, only {', '.join(adapter.name for adapter in known)}")
 
 
 def failure(what: str, error: BaseException) -> DeviceError:

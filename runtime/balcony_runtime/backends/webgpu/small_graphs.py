@@ -15,7 +15,9 @@ pick    ``logits`` (B, T, V)                           ``picked`` float32 (B, T,
 attend  ``query`` (B, T, N·d);                         ``attended`` (B, T, N·d);
         ``key``, ``value`` (B, T, H·d);                ``present_key``, ``present_value`` (B, H, S, d), bound
         ``past_key``, ``past_value`` (B, H, S, d);     to the buffers of the past
-        ``last`` int32 (B); ``total`` int32 scalar
+        ``last`` int32 (B); ``total`` int32 scalar;
+        ``cos``, ``sin`` (S, d/2) if it rotates;
+        ``sink`` (N) if it has one
 ======  =============================================  =====================================================
 """
 
@@ -32,6 +34,8 @@ _VARINT, _BYTES, _FIXED32 = 0, 2, 5
 _ELEMENTS: dict[str, int] = {"float32": 1, "int32": 6, "int64": 7, "float16": 10}
 _FLOAT_ATTRIBUTE, _INT_ATTRIBUTE = 1, 2
 _FUSED = "com.microsoft"
+#: Place of the softmax's sink among the inputs of ``GroupQueryAttention``.
+SINK_INPUT = 11
 #: An opset that has all operators used here, and the file format that belongs to it.
 _OPSET, _IR_VERSION = 21, 10
 
@@ -68,12 +72,18 @@ def pick() -> bytes:
     return _model(nodes, {"logits": "float32"}, {"picked": "float32"})
 
 
-def attend(dtype: DType, **attributes: float) -> bytes:
-    """The graph that tests fused attention: one node with the attributes of a bundle's, without rotary embedding."""
+def attend(dtype: DType, sink: bool, **attributes: float) -> bytes:
+    """The graph that tests fused attention: one node with the inputs and attributes of a bundle's."""
     inputs: dict[str, DType] = {"query": dtype, "key": dtype, "value": dtype, "past_key": dtype, "past_value": dtype}
     outputs: dict[str, DType] = {"attended": dtype, "present_key": dtype, "present_value": dtype}
     inputs |= {"last": "int32", "total": "int32"}
-    node = _node("GroupQueryAttention", list(inputs), list(outputs), domain=_FUSED, **attributes)
+    if attributes.get("do_rotary"):
+        inputs |= {"cos": dtype, "sin": dtype}
+    ports = list(inputs)
+    if sink:
+        inputs["sink"] = dtype
+        ports += [""] * (SINK_INPUT - len(ports)) + ["sink"]
+    node = _node("GroupQueryAttention", ports, list(outputs), domain=_FUSED, **attributes)
     return _model([node], inputs, outputs)
 
 

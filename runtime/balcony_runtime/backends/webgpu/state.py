@@ -323,7 +323,7 @@ class _Member:
 
 
 def _alone(method: Callable[Concatenate[WebGpuState, P], R]) -> Callable[Concatenate[WebGpuState, P], R]:
-    """Make a method exclusive: while it runs, no other sequence uses the device, and the device is not closed."""
+    """Make a method exclusive: while it runs, no other sequence of any bundle uses WebGPU, and the device is not closed."""
 
     @functools.wraps(method)
     def locked(state: WebGpuState, /, *args: P.args, **kwargs: P.kwargs) -> R:
