@@ -172,7 +172,8 @@ class Budget(BaseModel):
     """Bound of the keys, values and rows of all replies in progress, in MB. A reply waits until there is room for all the
     tokens that it may make. It is a limit of the whole device: only that of the LLM's own budget counts."""
     weight: Positive = 1.0
-    """How much the depth of this reply counts where several replies share the device and one of them must give."""
+    """How much the depth of this reply counts where several replies share the device and one of them must give. Of replies
+    that wait, the heaviest begins first."""
     priority: Literal["limits", "latency"] = "limits"
     """Which of the two is kept if ceilings (power, degrees, utilization) and latency targets contradict each other."""
     dwell_tokens: Annotated[int, Field(strict=True, ge=0)] = 8
