@@ -23,7 +23,7 @@ from balcony_export.train.loss import Head, HeadLoss
 from balcony_export.verify import verify
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
-from balcony_runtime.scheduling.pool import Move, SequencePool
+from balcony_runtime.scheduling.pool import PoolMove, SequencePool
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +143,7 @@ def test_company_is_exact(llm: LLM) -> None:
             pool.give_back(streams.pop(int(random.integers(len(streams)))))
             streams[0].rollback(streams[0].length - 2)
         moves = [
-            Move(one, int(random.choice(llm.exit_layers)), int(random.integers(49152)))
+            PoolMove(one, int(random.choice(llm.exit_layers)), int(random.integers(49152)))
             for one in streams
             if random.random() < 0.8
         ]

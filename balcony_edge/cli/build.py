@@ -71,7 +71,7 @@ def build(
         raise InputError("--timing-cache: TensorRT-RTX does not time kernels while it builds: leave it out")
     capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
     rows = default_context(bundle) if context_length is None else context_length
-    wanted = EngineOptions(target, precision, operators, rows, batch_size, block)
+    wanted = BuildOptions(target, precision, operators, rows, batch_size, block)
     builder_options = None if graphs_only else {"compute_capabilities": capabilities, "timing_cache": timing_cache}
     build_into(bundle, wanted, builder_options, rounded_as=rounded_as, whole=whole)
     name = wanted.name
@@ -92,7 +92,7 @@ def default_context(bundle: Path) -> int:
 
 
 @dataclass(frozen=True)
-class EngineOptions:
+class BuildOptions:
     """An engine set: options of ``build`` of the same names."""
 
     target: Literal["rtx", "tensorrt"]
@@ -110,7 +110,7 @@ class EngineOptions:
 
 def build_into(
     path: Path,
-    wanted: EngineOptions,
+    wanted: BuildOptions,
     builder_options: dict[str, Any] | None,
     *,
     rounded_as: Path | None = None,
@@ -151,7 +151,7 @@ def build_into(
         record_engines(path, name, engines, directory)
 
 
-def _has_graphs(bundle: Bundle, wanted: EngineOptions) -> bool:
+def _has_graphs(bundle: Bundle, wanted: BuildOptions) -> bool:
     from balcony_edge.errors import BundleError
 
     try:
@@ -162,7 +162,7 @@ def _has_graphs(bundle: Bundle, wanted: EngineOptions) -> bool:
     return all(getattr(bundle.manifest.engines[wanted.name], key) == getattr(wanted, key) for key in keys)
 
 
-def _make_graphs(bundle: Bundle, directory: Path, wanted: EngineOptions, rounded_as: Path | None) -> EngineSet:
+def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_as: Path | None) -> EngineSet:
     from balcony_edge.bundle.bundle import Bundle as Opened
     from balcony_export.tensorrt.engine_set import make_graphs, rounding_of
     from balcony_export.tensorrt.graphs import Format

@@ -74,7 +74,7 @@ def export(
     from balcony_export.precision import Judge, QualityBudget, export_within, parse_budget, read_judged_texts
     from balcony_export.quantize.blocks import Scheme, parse_precision
     from balcony_export.quantize.gptq import calibration_rows
-    from balcony_export.verify import Check, require_all_passed, verify
+    from balcony_export.verify import ParityCheck, require_all_passed, verify
 
     refuse_existing(output)
     scheme = parse_precision(precision)
@@ -96,7 +96,7 @@ def export(
         rows = calibration_rows(calibration, tokenizer) if calibration else []
         # an early exit through the model's own norm has nothing of its own to train
         trained = balconies is not None or exit_module == "none"
-        checks: list[Check] = []
+        checks: list[ParityCheck] = []
         label = name or _model_name(model)
         judge = Judge(opened, tokenizer, read_judged_texts(evaluate, tokenizer), name=label) if evaluate else None
 
@@ -155,9 +155,9 @@ def _warn(trained: bool, scheme: Literal["float32", "float16"] | Scheme) -> None
 
 
 def _build_engines(output: Path, precision: EnginePrecision) -> None:
-    from balcony_edge.cli.build import EngineOptions, build_into, default_context
+    from balcony_edge.cli.build import BuildOptions, build_into, default_context
 
-    build_into(output, EngineOptions("rtx", precision, "fused", default_context(output)), {})
+    build_into(output, BuildOptions("rtx", precision, "fused", default_context(output)), {})
 
 
 def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> None:  # type: ignore[type-arg]

@@ -156,7 +156,7 @@ class Sustained(_Frozen):
         return self.sustained.p50_ms / self.burst.p50_ms if self.burst.p50_ms else 1.0
 
 
-class Memory(_Frozen):
+class MemoryUse(_Frozen):
     """Memory of the measuring process; ``per_1k_tokens_bytes`` is the size of one sequence's caches and row buffers."""
 
     loaded_bytes: int | None
@@ -266,7 +266,7 @@ class DeviceProfile(_Frozen):
     power: tuple[Power, ...] = ()
     power_reason: str | None = None
     sustained: Sustained | None = None
-    memory: Memory
+    memory: MemoryUse
     quality: tuple[QualityFigure, ...] = ()
 
     @pydantic.model_validator(mode="after")

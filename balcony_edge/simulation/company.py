@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.prices import Entry, round_ms
+from balcony_edge.control.company.prices import RoundEntry, round_ms
 from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen
 from balcony_edge.control.decision import Measurement
 from balcony_edge.device.costs import CostModel
@@ -107,7 +107,7 @@ class CompanyPlant(SimulatedDevice):
         entries = []
         for stream, index in moves:
             stages, balconies = self.rows_due(stream)
-            entries.append(Entry(index, stages, balconies, stream.length))
+            entries.append(RoundEntry(index, stages, balconies, stream.length))
         self.work(round_ms(self.costs, entries))
         for stream, index in moves:
             stream.length += 1 if stream.exits else 0

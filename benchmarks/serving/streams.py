@@ -35,7 +35,7 @@ import numpy as np
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.prices import Entry, round_ms
+from balcony_edge.control.company.prices import RoundEntry, round_ms
 from balcony_edge.control.company.seen import CompanyState, Round, RoundSeen, StreamSeen
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
@@ -47,7 +47,7 @@ from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
-from balcony_runtime.scheduling.pool import Move, SequencePool
+from balcony_runtime.scheduling.pool import PoolMove, SequencePool
 from benchmarks.peer_workers.worker import log_softmax
 from benchmarks.rounds import Neighbours, bar, interleave, print_bars, ratio
 
@@ -141,7 +141,7 @@ def steps_ms(llm: LLM, exits: Sequence[int], steps: int = 24) -> tuple[float, fl
     times, outside = [], []
     for _ in range(steps):
         begin_ns, busy_ns = time.perf_counter_ns(), _busy_ns(pool, members)
-        pool.step([Move(sequence, layer, 100) for sequence, layer in zip(members, exits, strict=True)])
+        pool.step([PoolMove(sequence, layer, 100) for sequence, layer in zip(members, exits, strict=True)])
         took_ns = time.perf_counter_ns() - begin_ns
         times.append(took_ns / 1e6)
         outside.append((took_ns - (_busy_ns(pool, members) - busy_ns)) / 1e6)
@@ -163,7 +163,7 @@ def mixed(llm: LLM, rounds: int) -> dict[str, Any]:
     ones = (1,) * len(exits)
 
     def price(layers: Sequence[int]) -> float:
-        return round_ms(costs, [Entry(index[layer], ones, ones, PROMPT_TOKENS) for layer in layers])
+        return round_ms(costs, [RoundEntry(index[layer], ones, ones, PROMPT_TOKENS) for layer in layers])
 
     groups = {
         "full depth": (exits[-1],) * 4,
@@ -197,7 +197,7 @@ def exact(llm: LLM, rounds: int) -> dict[str, Any]:
         chosen = [sequence for sequence in sequences if random_numbers.random() < 0.8]
         tokens = random_numbers.integers(3, llm.engine.manifest.model.vocab_size, len(chosen)).tolist()
         layers = random_numbers.choice(exits, len(chosen)).tolist()
-        moves = [Move(*move) for move in zip(chosen, layers, tokens, strict=True)]
+        moves = [PoolMove(*move) for move in zip(chosen, layers, tokens, strict=True)]
         for move, logits in zip(moves, pool.step(moves) if moves else (), strict=True):
             scratch = llm.engine.new_sequence().advance(move.exit_layer, move.sequence.tokens)[:, 0]
             company.append(_kl(scratch, logits))

@@ -56,7 +56,7 @@ DECODE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Check:
+class ParityCheck:
     """One line of the report: one comparison, its result and its bound.
 
     Attributes:
@@ -105,7 +105,7 @@ def reference_logits(
 
 def verify(
     directory: Path, exits: ExitModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = PROMPTS
-) -> list[Check]:
+) -> list[ParityCheck]:
     """Run prompts through the bundle and through PyTorch, and compare the logits.
 
     Args:
@@ -165,7 +165,7 @@ def verify(
             ]
             difference = max(far(got, want) for got, want in pairs)
             agreement = float(np.mean([np.mean(got.argmax(-1) == want.argmax(-1)) for got, want in pairs]))
-            checks.append(Check(exit_layer, phase, len(pairs), difference, agreement, bound))
+            checks.append(ParityCheck(exit_layer, phase, len(pairs), difference, agreement, bound))
     return checks
 
 
@@ -245,7 +245,7 @@ def _with_stored_weights(bundle: Bundle, exits: ExitModel) -> ExitModel:
     return exits
 
 
-def require_all_passed(checks: Sequence[Check], directory: Path, made_from: str) -> None:
+def require_all_passed(checks: Sequence[ParityCheck], directory: Path, made_from: str) -> None:
     """Raise unless every check passed.
 
     Args:

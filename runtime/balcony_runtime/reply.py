@@ -132,7 +132,7 @@ class Reply:
         return sum(token.late for token in self.tokens[1:])
 
 
-class Limits:
+class ReplyLimits:
     """The budget of one reply: its own, or the one that the LLM has at the moment.
 
     Args:
@@ -206,7 +206,7 @@ class TokenStream(Iterator[Token]):
         tokens: Iterator[Token],
         prompt: Prompted,
         cancelled: threading.Event,
-        limits: Limits,
+        limits: ReplyLimits,
         watch: Watch | None = None,
         box: Toolbox | None = None,
     ) -> None:

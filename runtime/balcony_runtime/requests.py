@@ -23,7 +23,7 @@ from balcony_runtime.backends.base import IntArray
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.reply import Limits, Prompted, Token, TokenStream
+from balcony_runtime.reply import Prompted, ReplyLimits, Token, TokenStream
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.scheduling.stream import Cancellation
 from balcony_runtime.structure.asked import Structure, structure_of
@@ -83,7 +83,7 @@ class Request(NamedTuple):
     logprobs: int | None
     ends: frozenset[int]
     trace: TraceWriter | None
-    limits: Limits
+    limits: ReplyLimits
     cancelled: threading.Event
     watch: Watch
     prompted: Prompted
@@ -172,7 +172,7 @@ class Requests:
             logprobs=logprobs,
             ends=frozenset() if ignore_eos else frozenset(model.eos_token_ids),
             trace=trace,
-            limits=Limits(around.budgets, around.check, budget),
+            limits=ReplyLimits(around.budgets, around.check, budget),
             cancelled=Cancellation(self.scheduler.wake),
             watch=Watch(),
             prompted=Prompted(len(ids)),

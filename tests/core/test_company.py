@@ -15,7 +15,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.assignment import Claim, assign
 from balcony_edge.control.company.ceilings import merged_ceilings
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.prices import Entry, chunk_ms, round_ms, steady_ms
+from balcony_edge.control.company.prices import RoundEntry, chunk_ms, round_ms, steady_ms
 from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen, StreamState
 from balcony_edge.control.decision import Measurement
 from balcony_edge.control.slowdown import Slowdown
@@ -47,17 +47,17 @@ def exits(found: Round) -> dict[int, int]:
 def test_a_round_of_one_costs_what_a_step_costs() -> None:
     for index, exit_layer in enumerate(SMALL.exits):
         for stages, balconies in ((ONES, ONES), ((1, 4, 9), (3, 5, 1)), ((7, 7, 7), (7, 7, 1))):
-            price = round_ms(SMALL, [Entry(index, stages, balconies, 30)])
+            price = round_ms(SMALL, [RoundEntry(index, stages, balconies, 30)])
             assert price == pytest.approx(SMALL.step_ms(exit_layer, stages, balconies, 30))
 
 
 def test_the_further_row_of_a_round_costs_a_further_row() -> None:
     """Two at the full depth, one at exit 4: by hand from the prices of SMALL."""
-    entries = [Entry(2, ONES, ONES, 0), Entry(2, ONES, ONES, 0), Entry(0, ONES, ONES, 0)]
+    entries = [RoundEntry(2, ONES, ONES, 0), RoundEntry(2, ONES, ONES, 0), RoundEntry(0, ONES, ONES, 0)]
     stages = (3 + 2 * 0.25) + (2 + 0.25) + (3.5 + 0.25)
     assert round_ms(SMALL, entries) == pytest.approx(stages + 0.5 + 1.0 + 1.0)
     # a stream with a backlog runs its rows of that stage in a pass of its own
-    behind = Entry(2, (1, 5, 5), ONES, 0)
+    behind = RoundEntry(2, (1, 5, 5), ONES, 0)
     assert round_ms(SMALL, [*entries, behind]) == pytest.approx(
         (3 + 3 * 0.25) + 2.25 + (2 + 4 * 0.25) + 3.75 + (3.5 + 4 * 0.25) + 0.5 + 1.0 + 1.0
     )
@@ -66,10 +66,12 @@ def test_the_further_row_of_a_round_costs_a_further_row() -> None:
 
 def test_streams_that_share_no_passes_pay_for_whole_steps() -> None:
     """Four at 10 ms each: by hand 40 ms. A target of 31 ms leaves two of them at the full depth, 10 ms, and two at 5 ms."""
-    deep = Entry(2, ONES, ONES, 0, shares=False)
+    deep = RoundEntry(2, ONES, ONES, 0, shares=False)
     assert round_ms(SMALL, [deep] * 4) == pytest.approx(40.0)
-    both = round_ms(SMALL, [Entry(2, ONES, ONES, 0)] * 2)
-    assert round_ms(SMALL, [deep, Entry(2, ONES, ONES, 0), Entry(2, ONES, ONES, 0)]) == pytest.approx(10.0 + both)
+    both = round_ms(SMALL, [RoundEntry(2, ONES, ONES, 0)] * 2)
+    assert round_ms(SMALL, [deep, RoundEntry(2, ONES, ONES, 0), RoundEntry(2, ONES, ONES, 0)]) == pytest.approx(
+        10.0 + both
+    )
     assert steady_ms(SMALL, [(2, stream(key)._replace(shares=False)) for key in range(2)]) == pytest.approx(20.0)
     lone = [stream(key, Budget(tpot_ms=32.0))._replace(shares=False) for key in range(4)]
     _, found = decided(lone)
@@ -99,7 +101,7 @@ def test_an_assignment_loses_little_more_than_the_best_one(chance: Any, count: i
 
     def price(chosen: Sequence[int]) -> float:
         pairs = zip(chosen, claims, strict=True)
-        return round_ms(SMALL, [Entry(i, ONES, ONES, one.context, one.shares) for i, one in pairs])
+        return round_ms(SMALL, [RoundEntry(i, ONES, ONES, one.context, one.shares) for i, one in pairs])
 
     def loss(chosen: Sequence[int]) -> float:
         return sum(claim.weight * (1 - QUALITY[i]) for claim, i in zip(claims, chosen, strict=True))
@@ -118,8 +120,8 @@ def test_an_assignment_loses_little_more_than_the_best_one(chance: Any, count: i
 
 def test_the_deepest_of_the_others_have_room_in_a_round() -> None:
     tight, lax = Claim(0, 2, 1.0, 0, True), Claim(0, 2, 1.0, 0, False)
-    one = round_ms(SMALL, [Entry(2, ONES, ONES, 0)])
-    two = round_ms(SMALL, [Entry(2, ONES, ONES, 0)] * 2)
+    one = round_ms(SMALL, [RoundEntry(2, ONES, ONES, 0)])
+    two = round_ms(SMALL, [RoundEntry(2, ONES, ONES, 0)] * 2)
     assert assign(SMALL, QUALITY, [tight, lax, lax], one, 0) == ([2, 2, 2], pytest.approx(one))
     assert assign(SMALL, QUALITY, [tight, lax, lax], two, 1) == ([2, 2, 2], pytest.approx(two))
     found, price_ms = assign(SMALL, QUALITY, [tight, lax, lax], one, 1)

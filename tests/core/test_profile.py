@@ -25,7 +25,7 @@ from balcony_edge.device.profile import (
     DeviceProfile,
     EngineFacts,
     Entry,
-    Memory,
+    MemoryUse,
     Power,
     QualityFigure,
     Residual,
@@ -84,7 +84,7 @@ def make_profile(**changes: Any) -> DeviceProfile:
         "costs": COSTS,
         "residuals": (Residual(part="decode steps", points=2, median=0.0, p95=0.01),),
         "spread": 0.05,
-        "memory": Memory(loaded_bytes=10**9, peak_bytes=2 * 10**9, per_1k_tokens_bytes=10**7),
+        "memory": MemoryUse(loaded_bytes=10**9, peak_bytes=2 * 10**9, per_1k_tokens_bytes=10**7),
     }
     return DeviceProfile(**values | changes)
 

@@ -21,7 +21,7 @@ from balcony_export.train.attention import NAME, block_attention, use_block_atte
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample
 from balcony_export.train.parallel import Processes
-from balcony_export.train.report import Cost, pretraining_tokens
+from balcony_export.train.report import TrainingCost, pretraining_tokens
 from balcony_export.train.schedule import Schedule
 
 
@@ -314,13 +314,13 @@ def test_recipes_that_make_no_sense_are_refused(options: dict[str, Any], words: 
 
 
 def test_table_2_counts_the_run() -> None:
-    cost = Cost(3, 3_540_672, 5_000_000, pretraining_tokens("SmolLM2-135M-Instruct", None))
+    cost = TrainingCost(3, 3_540_672, 5_000_000, pretraining_tokens("SmolLM2-135M-Instruct", None))
     assert dict(cost.lines()) == {
         "Number of tunable parameters": "3 × 3.54M = 10.62M",
         "Training cost in tokens": "5.00M",
         "Percentage of pretraining tokens": "0.00025 %",
     }
-    assert Cost(1, 1, 1, pretraining_tokens("other", None)).share is None
+    assert TrainingCost(1, 1, 1, pretraining_tokens("other", None)).share is None
 
 
 # -- data

@@ -21,7 +21,7 @@ from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BalconyError, VerificationError
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.report import as_document, build_report, markdown, tables
-from balcony_export.evaluate.scorer import BundleScorer, Request, TorchScorer
+from balcony_export.evaluate.scorer import BundleScorer, ScoringRequest, TorchScorer
 from balcony_export.evaluate.tasks import evaluate_tasks, offline_tasks
 from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, tokenized_documents
 from balcony_export.model.balcony_files import fingerprint, save_balconies
@@ -113,12 +113,12 @@ def test_blocks_and_prefixes_give_the_logits_of_a_whole_pass(
     monkeypatch.setattr("balcony_export.evaluate.scorer.CHUNK", 3)
     base = tuple(range(20, 60))
     requests = [
-        Request(base, 10),
-        Request(base[:30], 30),
-        Request((*base[:30], 7, 8, 9), 4),
-        Request(base, 40),
-        Request((9, 8), 1),
-        Request((9, 8), 2),
+        ScoringRequest(base, 10),
+        ScoringRequest(base[:30], 30),
+        ScoringRequest((*base[:30], 7, 8, 9), 4),
+        ScoringRequest(base, 40),
+        ScoringRequest((9, 8), 1),
+        ScoringRequest((9, 8), 2),
     ]
     whole = list(torch_scorer.logits(requests))
     for mine, theirs in zip(bundle_scorer.logits(requests), whole, strict=True):
@@ -182,7 +182,7 @@ class Recording:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._scorer, name)
 
-    def plan(self, requests: list[Request]) -> list[int]:
+    def plan(self, requests: list[ScoringRequest]) -> list[int]:
         self.texts = [self._scorer.tokenizer.decode(request.tokens) for request in requests]
         return list(self._scorer.plan(requests))
 

@@ -35,7 +35,7 @@ from balcony_export.variants.extract import submodel
 from balcony_export.verify import TOLERANCE, reference_logits, verify
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
-from balcony_runtime.scheduling.pool import Move
+from balcony_runtime.scheduling.pool import PoolMove
 from tests.conftest import Exported, tiny_tokenizer
 from tests.export.experts import MIXTURES, tiny_mixture
 from tests.properties import examples
@@ -245,7 +245,7 @@ def test_batches_of_different_lengths(mixture: Callable[[str], Exported], precis
             members.append(member)
         for exits in ((2, 3, 4, 4, 4), (4, 4, 4, 4, 4), (3, 2, 2, 2, 4)):
             moves = [
-                Move(member, exit_layer, int(random.integers(320)))
+                PoolMove(member, exit_layer, int(random.integers(320)))
                 for member, exit_layer in zip(members, exits, strict=True)
             ]
             check_step(engine, pool, moves)

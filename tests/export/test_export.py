@@ -22,7 +22,7 @@ from balcony_export.export import ExportOptions, _write_tokenizer, export_bundle
 from balcony_export.model.architecture import describe, longest_context, parts_of
 from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory
-from balcony_export.verify import Check, require_all_passed
+from balcony_export.verify import ParityCheck, require_all_passed
 
 OPTIONS = ExportOptions("x", trained=False)
 
@@ -147,7 +147,7 @@ def test_the_full_model_is_the_same_with_and_without_balconies(tiny: Any, make_t
 
 
 def test_verification_is_required_of_every_check() -> None:
-    good, bad = Check(2, "prefill", 1, 1e-6, 1.0, 1e-4), Check(5, "decode", 1, 0.5, 0.0, 1e-4)
+    good, bad = ParityCheck(2, "prefill", 1, 1e-6, 1.0, 1e-4), ParityCheck(5, "decode", 1, 0.5, 0.0, 1e-4)
     require_all_passed([good], Path("b"), "a-model")
     with pytest.raises(
         VerificationError, match=r"b: exit 5, decode: .* 5\.0e-01 of the largest logit.* compare it with a-model"

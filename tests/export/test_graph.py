@@ -16,7 +16,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import WEIGHTS
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.exits import ExitModel
-from balcony_export.verify import Check, verify
+from balcony_export.verify import ParityCheck, verify
 from balcony_runtime.engine import Engine
 from tests.hybrids import EXPORTED
 
@@ -51,7 +51,7 @@ def test_verify_finds_a_wrong_weight(export_tiny: Callable[[str], Any]) -> None:
 
 
 def test_a_difference_that_is_not_a_number_fails() -> None:
-    assert not Check(2, "prefill", 1, float("nan"), 1.0, 1e-4).passed
+    assert not ParityCheck(2, "prefill", 1, float("nan"), 1.0, 1e-4).passed
 
 
 def test_operators_come_out_whole(export_tiny: Callable[[str], Any]) -> None:

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
-from balcony_export.evaluate.scorer import Block, BundleScorer, Request, TorchScorer
+from balcony_export.evaluate.scorer import Block, BundleScorer, ScoringRequest, TorchScorer
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.exits import ExitModel
@@ -125,7 +125,7 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._scorer, name)
 
-    def logits(self, requests: list[Request]) -> Iterator[Block]:
+    def logits(self, requests: list[ScoringRequest]) -> Iterator[Block]:
         self.requests += len(requests)
         return self._scorer.logits(requests)  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling import pool as pool_module
-from balcony_runtime.scheduling.pool import LEAST_SHARED, Move, SequencePool
+from balcony_runtime.scheduling.pool import LEAST_SHARED, PoolMove, SequencePool
 from tests.properties import examples
 from tests.runtime.test_conformance import assert_equal, check_cursors, from_scratch
 
@@ -54,7 +54,7 @@ def new_pool(engine: Engine, members: int = MEMBERS) -> SequencePool:
     return pool
 
 
-def check_step(engine: Engine, pool: SequencePool, moves: list[Move]) -> None:
+def check_step(engine: Engine, pool: SequencePool, moves: list[PoolMove]) -> None:
     """One shared step gives each sequence the logits of a pass from scratch over its own tokens."""
     for move, logits in zip(moves, [row.copy() for row in pool.step(moves)], strict=True):
         sequence = move.sequence
@@ -87,7 +87,7 @@ def play(engine: Engine, schedule: list[Any], seed: int) -> int:
         elif action == "end":
             pool.give_back(live.pop(which))
         moves = [
-            Move(one, exits[chosen[member]], int(random.integers(0, vocabulary)))
+            PoolMove(one, exits[chosen[member]], int(random.integers(0, vocabulary)))
             for member, one in live.items()
             if chosen[member] < len(exits)
         ]
@@ -126,7 +126,7 @@ def test_mixed_exits_share_their_stages(tiny_engine: Engine, monkeypatch: pytest
     exits = [5, 5, 2, 3, 2]
     for sequence, exit_layer in zip(sequences, exits, strict=True):
         sequence.advance(exit_layer, [1, 2, 3])
-    check_step(tiny_engine, pool, [Move(one, e, 7) for one, e in zip(sequences, exits, strict=True)])
+    check_step(tiny_engine, pool, [PoolMove(one, e, 7) for one, e in zip(sequences, exits, strict=True)])
     assert passes == [
         ("run_stage", 0, 0, 5),
         ("run_exit", 0, 2, 3),  # member 3 lies between two that leave here, and takes its row along
@@ -160,12 +160,12 @@ def test_neighbours_without_pending_rows_step_at_once(
         sequence.catch_up()
     decode, calls = pool._pool.decode, []
     monkeypatch.setattr(pool._pool, "decode", lambda *given: calls.append(given) or decode(*given))
-    moves = [Move(one, e, 7 + e) for one, e in zip(sequences, exits, strict=True)]
+    moves = [PoolMove(one, e, 7 + e) for one, e in zip(sequences, exits, strict=True)]
     check_step(tiny_engine, pool, moves[::-1])  # the order of the moves is not that of the members
     assert len(calls) == at_once
     for sequence in sequences:  # what it stored serves later stages and balconies
         sequence.catch_up()
-    check_step(tiny_engine, pool, [Move(one, 5, 3) for one in sequences])
+    check_step(tiny_engine, pool, [PoolMove(one, 5, 3) for one in sequences])
     assert len(calls) == at_once + 1
     memory = sequences[0].state.memory_bytes
     pool.give_back(sequences[1])
@@ -173,9 +173,9 @@ def test_neighbours_without_pending_rows_step_at_once(
     assert other is not None
     other.advance(5, [4])
     other.catch_up()
-    check_step(tiny_engine, pool, [Move(sequences[0], 2, 1), Move(other, 2, 2), Move(sequences[2], 5, 3)])
+    check_step(tiny_engine, pool, [PoolMove(sequences[0], 2, 1), PoolMove(other, 2, 2), PoolMove(sequences[2], 5, 3)])
     for token in range(40):
-        pool.step([Move(sequences[0], 2, token)])
+        pool.step([PoolMove(sequences[0], 2, token)])
     assert sequences[0].state.memory_bytes > memory, "shared steps count the rows that they write"
 
 
@@ -184,8 +184,8 @@ def test_members_far_apart_take_two_passes(tiny_engine: Engine) -> None:
     members = [pool.take() for _ in range(MEMBERS)]
     first, last = members[0], members[-1]
     assert first is not None and last is not None
-    check_step(tiny_engine, pool, [Move(first, 2, 3), Move(last, 5, 4)])
-    check_step(tiny_engine, pool, [Move(last, 2, 3), Move(first, 5, 4)])
+    check_step(tiny_engine, pool, [PoolMove(first, 2, 3), PoolMove(last, 5, 4)])
+    check_step(tiny_engine, pool, [PoolMove(last, 2, 3), PoolMove(first, 5, 4)])
 
 
 def test_a_member_that_another_thread_uses_is_not_taken_along(tiny_engine: Engine) -> None:
@@ -205,7 +205,7 @@ def test_a_member_that_another_thread_uses_is_not_taken_along(tiny_engine: Engin
     thread.start()
     held.wait(30)
     try:
-        check_step(tiny_engine, pool, [Move(one, 5, 3), Move(other, 5, 4)])
+        check_step(tiny_engine, pool, [PoolMove(one, 5, 3), PoolMove(other, 5, 4)])
         assert (busy.stage_cursor, busy.balcony_cursor) == before
     finally:
         done.set()
@@ -234,7 +234,7 @@ def test_nobody_takes_a_member_during_a_step(tiny_engine: Engine, monkeypatch: p
         run(stage, first, count)
 
     monkeypatch.setattr(pool._pool, "run_stage", slow)
-    check_step(tiny_engine, pool, [Move(one, 5, 3), Move(other, 5, 4)])
+    check_step(tiny_engine, pool, [PoolMove(one, 5, 3), PoolMove(other, 5, 4)])
     thread.join(30)
     sequence = taken[0]
     assert sequence is not None and pool.members[1] is sequence and sequence.length == len(common)
@@ -247,7 +247,7 @@ def test_a_full_sequence_stops_the_step_before_it_changes_anything(tiny_engine: 
     assert full is not None and other is not None
     full.advance(2, [1] * full.max_length)
     with pytest.raises(ContextLengthError, match="this sequence holds"):
-        pool.step([Move(other, 5, 1), Move(full, 2, 1)])
+        pool.step([PoolMove(other, 5, 1), PoolMove(full, 2, 1)])
     assert other.length == 0 and full.length == full.max_length
     # a member at its full length can lie between two others
     third = pool.take()
@@ -255,7 +255,7 @@ def test_a_full_sequence_stops_the_step_before_it_changes_anything(tiny_engine: 
     pool.give_back(other)
     other = pool.take()
     assert other is not None
-    check_step(tiny_engine, pool, [Move(other, 5, 1), Move(third, 5, 2)])
+    check_step(tiny_engine, pool, [PoolMove(other, 5, 1), PoolMove(third, 5, 2)])
 
 
 def test_a_prompt_starts_from_the_longest_prefix_of_another_one(tiny_engine: Engine) -> None:
@@ -333,4 +333,4 @@ def test_dead_rows_beyond_the_bound_are_not_paid_for(tiny_engine: Engine, monkey
     pool = new_pool(tiny_engine)
     one, gap, other = (pool.take() for _ in range(3))
     assert one is not None and gap is not None and other is not None
-    check_step(tiny_engine, pool, [Move(one, 5, 3), Move(other, 5, 4)])
+    check_step(tiny_engine, pool, [PoolMove(one, 5, 3), PoolMove(other, 5, 4)])

@@ -21,7 +21,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BalconyError, BusyError, InputError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
-from balcony_runtime.scheduling.pool import LEAST_SHARED, Move, SequencePool
+from balcony_runtime.scheduling.pool import LEAST_SHARED, PoolMove, SequencePool
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import TextCodec
@@ -186,7 +186,7 @@ def test_a_save_holds_nobody_up(tiny_engine: Engine, tmp_path: Path, monkeypatch
     with ThreadPoolExecutor(1) as thread:
         save = thread.submit(pool.save, tokens, tmp_path / "slow.session")
         assert writing.wait(20)
-        pool.step([Move(other, 5, 1)])
+        pool.step([PoolMove(other, 5, 1)])
         fresh = pool.take([*tokens, 1])
         assert fresh is not None and fresh.length == 0, "its rows are being written, so they are not copied"
         pool.give_back(fresh)

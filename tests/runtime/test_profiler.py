@@ -19,13 +19,13 @@ from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.decoding.prices import split_experts
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import Bench, Key
-from balcony_runtime.profiler.conditions import Meter, Watch, measured_rails, why_no_power
+from balcony_runtime.profiler.conditions import ConditionWatch, Meter, measured_rails, why_no_power
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit
 from balcony_runtime.profiler.grid import Grid, parse_values
 from balcony_runtime.profiler.results import fit_costs
 from balcony_runtime.profiler.run import Options, measure_profile
 from balcony_runtime.profiler.timing import _rank, chance_ms, quantile, summarise
-from balcony_runtime.sensors import Absence, Sample, Sensors
+from balcony_runtime.sensors import Absence, Sensors, SourceSample
 
 SMALL = {"quick": True, "prompts": (16,), "tokens": 5, "depths": (0, 40), "pending": (2,), "rounds": 2}
 
@@ -223,8 +223,8 @@ class NoPower:
     def discover(self) -> None:
         pass
 
-    def read(self, now_s: float) -> Sample:
-        return Sample(absences=(Absence("rapl", "permission denied", "sudo chmod a+r it"),))
+    def read(self, now_s: float) -> SourceSample:
+        return SourceSample(absences=(Absence("rapl", "permission denied", "sudo chmod a+r it"),))
 
     def close(self) -> None:
         pass
@@ -233,8 +233,8 @@ class NoPower:
 class Counter(NoPower):
     """An energy counter that grows by 20 J a second, and a thermometer that reports throttling."""
 
-    def read(self, now_s: float) -> Sample:
-        return Sample(
+    def read(self, now_s: float) -> SourceSample:
+        return SourceSample(
             (
                 Reading("rapl:package-0", "cpu", now_s, joules=20.0 * now_s),
                 Reading("thermal:cpu", "cpu", now_s, celsius=71.0, throttled=True),
@@ -245,10 +245,10 @@ class Counter(NoPower):
 class TwoSockets(NoPower):
     """Two packages from one source, a second source for the first package, and two readings of the board."""
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         watts = {"rapl:package-0": 60.0, "rapl:package-1": 55.0, "hwmon:package-0": 61.0}
         boards = {"ina238:VIN": 140.0, "ina238:VDD": 20.0}
-        return Sample(
+        return SourceSample(
             (
                 *(Reading(source, "cpu", now_s, watts=value) for source, value in watts.items()),
                 *(Reading(source, "board", now_s, watts=value) for source, value in boards.items()),
@@ -271,7 +271,7 @@ def test_power_is_the_slope_of_the_energy_counter() -> None:
     with Sensors([Counter()], rate_hz=10) as sensors:
         rails = measured_rails(sensors)
         assert rails == {"cpu": ("rapl:package-0",)}
-        watch = Watch(sensors)
+        watch = ConditionWatch(sensors)
         assert Meter(sensors, rails).run(0.5) == {"cpu": pytest.approx(20.0, rel=1e-6)}
         watch.look()
         conditions = watch.report()

@@ -20,7 +20,7 @@ from balcony_runtime.decoding.speculate import (
     PLAN_TOKENS,
     PRIOR_DRAFTS,
     PROBE_TOKENS,
-    Round,
+    DraftRound,
     Speculator,
     run_round,
 )
@@ -143,7 +143,7 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
     sampler = Sampler(SamplingParams(), np.array([prompt]), engine.manifest.model.vocab_size)
     made = [first]
     while len(made) < 10:
-        outcome = run_round(sequence, np.array([made[-1]]), sampler, Round(3, 3, 1.0, 1.0))
+        outcome = run_round(sequence, np.array([made[-1]]), sampler, DraftRound(3, 3, 1.0, 1.0))
         made += outcome.tokens
         assert sequence.length == len(prompt) + len(made) - 1  # the last token is not in the sequence yet
         assert 0 <= outcome.kept <= 3 and len(outcome.tokens) == outcome.kept + 1 == len(outcome.logits)
@@ -225,7 +225,7 @@ def test_a_trace_of_rounds_replays(llm: LLM, tmp_path: Path) -> None:
 
 def test_drafts_after_a_refused_one_are_not_judged() -> None:
     speculator = Speculator(EXITS, {2: 0.5, 3: 0.5})
-    speculator.learn(Round(2, 4, 1.0, 1.0), kept=1, measured_ms=1.0)
+    speculator.learn(DraftRound(2, 4, 1.0, 1.0), kept=1, measured_ms=1.0)
     # of four drafts one was kept and the next refused; the two after it say nothing
     assert speculator.acceptance(2) == pytest.approx((MEMORY * PRIOR_DRAFTS * 0.5 + 1) / (MEMORY * PRIOR_DRAFTS + 2))
     assert speculator.acceptance(3) == 0.5
@@ -246,7 +246,7 @@ def test_the_check_pays_for_the_heads_rows_of_all_drafts() -> None:
 ANY_MS = float("inf")
 
 
-def planned(speculator: Speculator, prices: CostModel, room: int = 100, most_ms: float = ANY_MS) -> Round | None:
+def planned(speculator: Speculator, prices: CostModel, room: int = 100, most_ms: float = ANY_MS) -> DraftRound | None:
     return speculator.plan(prices, 50, NONE, room, most_ms)
 
 
@@ -304,7 +304,7 @@ def test_measured_times_correct_the_expected_speedup() -> None:
     wanted = planned(fresh, costs())
     assert wanted is not None
     slow_steps.learn_plain(10.0, 15.0)  # a tenth of the way from 1 to 1.5
-    slow_rounds.learn(Round(3, 4, 10.0, 2.0), kept=0, measured_ms=30.0)  # and from 1 to 3
+    slow_rounds.learn(DraftRound(3, 4, 10.0, 2.0), kept=0, measured_ms=30.0)  # and from 1 to 3
     for speculator, factor in ((slow_steps, 1.05), (slow_rounds, 1 / 1.2)):
         found = planned(speculator, costs())
         assert found is not None and found.speedup == pytest.approx(wanted.speedup * factor)
@@ -312,7 +312,7 @@ def test_measured_times_correct_the_expected_speedup() -> None:
 
 def test_all_drafts_that_were_kept_were_judged() -> None:
     speculator = Speculator(EXITS, {2: 0.5, 3: 0.5})
-    speculator.learn(Round(3, 4, 1.0, 1.0), kept=4, measured_ms=1.0)
+    speculator.learn(DraftRound(3, 4, 1.0, 1.0), kept=4, measured_ms=1.0)
     assert speculator.acceptance(3) == pytest.approx((MEMORY * PRIOR_DRAFTS * 0.5 + 4) / (MEMORY * PRIOR_DRAFTS + 4))
     assert speculator.acceptance(2) == 0.5
 

@@ -33,7 +33,7 @@ from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.webgpu import adapters as adapters_module
 from balcony_runtime.backends.webgpu import probe, provider, small_graphs
 from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
-from balcony_runtime.backends.webgpu.device import Pass
+from balcony_runtime.backends.webgpu.device import BoundPass
 from balcony_runtime.engine import Engine
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.properties import examples
@@ -228,23 +228,23 @@ class Moved:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.up = self.down = 0
-        self._taken: dict[Pass, int] = {}
-        give, take, run = Pass.give, Pass.take, Pass.run
+        self._taken: dict[BoundPass, int] = {}
+        give, take, run = BoundPass.give, BoundPass.take, BoundPass.run
 
-        def counted_give(one: Pass, name: str, value: Any) -> None:
+        def counted_give(one: BoundPass, name: str, value: Any) -> None:
             self.up += value.nbytes if isinstance(value, np.ndarray) else 0
             give(one, name, value)
 
-        def counted_take(one: Pass, name: str, value: Any) -> None:
+        def counted_take(one: BoundPass, name: str, value: Any) -> None:
             self._taken[one] = self._taken.get(one, 0) + (value.nbytes if isinstance(value, np.ndarray) else 0)
             take(one, name, value)
 
-        def counted_run(one: Pass) -> None:
+        def counted_run(one: BoundPass) -> None:
             self.down += self._taken.get(one, 0)
             run(one)
 
         for name, method in (("give", counted_give), ("take", counted_take), ("run", counted_run)):
-            monkeypatch.setattr(Pass, name, method)
+            monkeypatch.setattr(BoundPass, name, method)
 
 
 @pytest.mark.webgpu

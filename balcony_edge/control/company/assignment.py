@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from balcony_edge.control.company.prices import Entry, round_ms, shared_ms
+from balcony_edge.control.company.prices import RoundEntry, round_ms, shared_ms
 from balcony_edge.device.costs import CostModel
 
 
@@ -56,7 +56,7 @@ class _Counts:
     def _step_ms(self, claim: Claim, index: int) -> float:
         """Price of a step of one stream by itself."""
         ones = (1,) * len(self._costs.exits)
-        return round_ms(self._costs, [Entry(index, ones, ones, claim.context)])
+        return round_ms(self._costs, [RoundEntry(index, ones, ones, claim.context)])
 
     def price_ms(self) -> float:
         costs = self._costs

@@ -14,7 +14,7 @@ from balcony_edge.control.company.seen import StreamSeen
 from balcony_edge.device.costs import CostModel, UnitCost
 
 
-class Entry(NamedTuple):
+class RoundEntry(NamedTuple):
     """One stream's token in a round: exit index, rows due at each stage and balcony, rows of context, and whether it shares."""
 
     exit_index: int
@@ -32,7 +32,7 @@ def shared_ms(unit: UnitCost, rows: int, context: int) -> float:
     return unit.first_row_ms + (rows - 1) * unit.marginal_row_ms + experts_ms + unit.context_ms_per_1k * context / 1000
 
 
-def round_ms(costs: CostModel, entries: Sequence[Entry]) -> float:
+def round_ms(costs: CostModel, entries: Sequence[RoundEntry]) -> float:
     """Price of a round at slowdown 1.
 
     A stream with one row due at a stage shares the stage's pass. One with more rows has a pass of its own there.
@@ -69,7 +69,7 @@ def round_ms(costs: CostModel, entries: Sequence[Entry]) -> float:
 def steady_ms(costs: CostModel, streams: Iterable[tuple[int, StreamSeen]]) -> float:
     """Price of a round of streams without pending rows, each with its exit index."""
     ones = (1,) * len(costs.exits)
-    return round_ms(costs, [Entry(index, ones, ones, one.context_length, one.shares) for index, one in streams])
+    return round_ms(costs, [RoundEntry(index, ones, ones, one.context_length, one.shares) for index, one in streams])
 
 
 def work_ms(costs: CostModel, stage_rows: Sequence[int], index: int, context: int) -> float:

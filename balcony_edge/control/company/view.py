@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.prices import Entry
+from balcony_edge.control.company.prices import RoundEntry
 from balcony_edge.control.company.seen import StreamSeen, StreamState
 from balcony_edge.control.controller import quantile_of
 from balcony_edge.control.slowdown import Slowdown
@@ -66,9 +66,9 @@ class View(NamedTuple):
         """Time until it is due, if anything can be promised."""
         return self.room_ms if self.met else math.inf
 
-    def entry(self, index: int) -> Entry:
+    def entry(self, index: int) -> RoundEntry:
         seen = self.stream
-        return Entry(index, seen.stage_rows, seen.balcony_rows, seen.context_length, seen.shares)
+        return RoundEntry(index, seen.stage_rows, seen.balcony_rows, seen.context_length, seen.shares)
 
     @property
     def present(self) -> int:

@@ -21,7 +21,7 @@ import torch
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError, MissingDependencyError
-from balcony_export.evaluate.scorer import BundleScorer, Request, Scorer, TorchScorer
+from balcony_export.evaluate.scorer import BundleScorer, Scorer, ScoringRequest, TorchScorer
 from balcony_export.model.exits import ExitModel
 
 try:
@@ -72,7 +72,7 @@ class Sweep:
             # longer than the context: cut at the left, as the harness's hf adapter does
             inputs = (context + continuation)[-(self.scorer.context_length + 1) :][:-1]
             groups.setdefault(tuple(inputs), []).append((key, continuation))
-        requests = [Request(tokens, max(len(c) for _, c in members)) for tokens, members in groups.items()]
+        requests = [ScoringRequest(tokens, max(len(c) for _, c in members)) for tokens, members in groups.items()]
         order = self.scorer.plan(requests)
         members = list(groups.values())
         sums: dict[bytes, dict[int, list[Any]]] = {}

@@ -29,7 +29,7 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)
-class Request:
+class ScoringRequest:
     """Input tokens, and the number of rows at their end whose logits are needed: row r predicts token r + 1."""
 
     tokens: tuple[int, ...]
@@ -55,11 +55,11 @@ class Scorer(Protocol):
     #: Exit layer → parameters that one token reads, without LM head and token table (the paper's Table 1).
     parameters: dict[int, int]
 
-    def plan(self, requests: Sequence[Request]) -> list[int]:
+    def plan(self, requests: Sequence[ScoringRequest]) -> list[int]:
         """Indices of the requests in the order that is cheapest to run."""
         ...
 
-    def logits(self, requests: Sequence[Request]) -> Iterator[Block]:
+    def logits(self, requests: Sequence[ScoringRequest]) -> Iterator[Block]:
         """Blocks in the order of the requests and, within each, of its rows."""
         ...
 
@@ -99,11 +99,11 @@ class BundleScorer:
         self._sequence: TokenSequence | None = None
         self._longest = 0
 
-    def plan(self, requests: Sequence[Request]) -> list[int]:
+    def plan(self, requests: Sequence[ScoringRequest]) -> list[int]:
         """Lexicographic order: requests with a common prefix follow one another."""
         return sorted(range(len(requests)), key=lambda index: requests[index].tokens)
 
-    def logits(self, requests: Sequence[Request]) -> Iterator[Block]:
+    def logits(self, requests: Sequence[ScoringRequest]) -> Iterator[Block]:
         """See :class:`Scorer`. A context that several requests share is run once."""
         room = max((len(request.tokens) for request in requests), default=0)
         for index, request in enumerate(requests):
@@ -172,12 +172,12 @@ class TorchScorer:
         self._device = exits.parts.embed.weight.device
         self._batch_tokens = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cpu"])
 
-    def plan(self, requests: Sequence[Request]) -> list[int]:
+    def plan(self, requests: Sequence[ScoringRequest]) -> list[int]:
         """Order by length: little padding, and a request that does not fit into memory fails first."""
         return sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
 
     @torch.no_grad()
-    def logits(self, requests: Sequence[Request]) -> Iterator[Block]:
+    def logits(self, requests: Sequence[ScoringRequest]) -> Iterator[Block]:
         """See :class:`Scorer`."""
         for indices in self._batches(requests):
             longest = max(len(requests[index].tokens) for index in indices)
@@ -210,7 +210,7 @@ class TorchScorer:
             yield token
             new = torch.tensor([[token]], device=self._device)
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+    def _batches(self, requests: Sequence[ScoringRequest]) -> Iterator[list[int]]:
         batch: list[int] = []
         longest = 0
         for index, request in enumerate(requests):

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from balcony_edge.bundle.manifest import Estimate, TextQuality
 from balcony_edge.errors import InputError, VerificationError
 from balcony_export.data.documents import read_documents, require_two_tokens
-from balcony_export.evaluate.scorer import Request, Scorer
+from balcony_export.evaluate.scorer import Scorer, ScoringRequest
 
 #: Tokens per window, unless the context is shorter: twice the rows that the shipped balconies were trained on.
 WINDOW = 1024
@@ -91,13 +91,13 @@ def evaluate_text(
     """
     size = _window(scorer if reference is None else reference, scorer, window)
     clustered = len(documents) == 1
-    requests: list[Request] = []
+    requests: list[ScoringRequest] = []
     clusters: list[int] = []
     targets: list[tuple[int, ...]] = []
     for index, document in enumerate(documents):
         for start in range(0, len(document.tokens) - 1, size - 1):
             piece = document.tokens[start : start + size]
-            requests.append(Request(piece[:-1], len(piece) - 1))
+            requests.append(ScoringRequest(piece[:-1], len(piece) - 1))
             targets.append(piece[1:])
             clusters.append(len(requests) if clustered else index)
     sums: dict[int, dict[int, _Sums]] = {e: defaultdict(_Sums) for e in scorer.exit_layers}

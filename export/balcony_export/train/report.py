@@ -39,7 +39,7 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """Training cost: a row of the paper's Table 2."""
 
     exits: int

@@ -129,7 +129,7 @@ class SamplingParams:
                 )
 
 
-class Guide(Protocol):
+class Constraint(Protocol):
     """Which tokens may come next in a reply, as :class:`balcony_runtime.structure.grammar.Guide` knows it."""
 
     def prepare(self) -> None:
@@ -171,7 +171,9 @@ class Sampler:
         InputError: a bias for a token outside the vocabulary.
     """
 
-    def __init__(self, params: SamplingParams, prompt: IntArray, vocab_size: int, guides: Sequence[Guide] = ()) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt: IntArray, vocab_size: int, guides: Sequence[Constraint] = ()
+    ) -> None:
         self._params, self._guides = params, tuple(guides)
         #: Whether replies have a structure.
         self.guided = bool(guides)
@@ -218,7 +220,7 @@ class Sampler:
             ids = np.array([self._draw(row) for row in adjusted], np.int64)
         return self._recorded(ids)
 
-    def _guided(self, logits: FloatArray, guide: Guide) -> int:
+    def _guided(self, logits: FloatArray, guide: Constraint) -> int:
         """Pick the next token of one member, from the tokens that its structure allows."""
         if self._params.temperature > 0:
             return self._draw(logits, guide)
@@ -310,7 +312,7 @@ class Sampler:
             row[counted] -= params.presence_penalty + params.frequency_penalty * made[counted]
         return adjusted
 
-    def _draw(self, logits: FloatArray, *guide: Guide) -> int:
+    def _draw(self, logits: FloatArray, *guide: Constraint) -> int:
         return self._drawn(*self._candidates(logits, *guide))
 
     def _drawn(self, ids: IntArray, probabilities: npt.NDArray[np.float64]) -> int:
@@ -319,7 +321,9 @@ class Sampler:
         reached /= reached[-1]
         return int(ids[reached.searchsorted(self._random.random(), side="right")])
 
-    def _candidates(self, logits: FloatArray, guide: Guide | None = None) -> tuple[IntArray, npt.NDArray[np.float64]]:
+    def _candidates(
+        self, logits: FloatArray, guide: Constraint | None = None
+    ) -> tuple[IntArray, npt.NDArray[np.float64]]:
         """:func:`candidates` among the tokens that a structure allows."""
         allowed = None if guide is None else guide.allowed()
         if allowed is None:

@@ -43,7 +43,7 @@ UNKNOWN_AGREEMENT = 0.5
 RATIO_RATE = 0.1
 
 
-class Round(NamedTuple):
+class DraftRound(NamedTuple):
     """A planned round.
 
     Attributes:
@@ -130,7 +130,7 @@ class Speculator:
         most_ms: float,
         stage_rows: tuple[int, ...] = (),
         replays: bool = False,
-    ) -> Round | None:
+    ) -> DraftRound | None:
         """Return the round that is worth running now, or None if a plain step is as fast.
 
         Args:
@@ -146,7 +146,7 @@ class Speculator:
             return None
         plain_ms = costs.steady_ms(self._exits[-1], context_length) * self._plain_ratio
         pending_ms = _further_ms(costs, stage_rows, context_length)
-        found: Round | None = None
+        found: DraftRound | None = None
         for index, exit_layer in enumerate(self._exits[:-1]):
             behind_ms = costs.balconies[index].pass_ms(balcony_rows[index], context_length, 1)
             acceptance = self.acceptance(exit_layer)
@@ -160,7 +160,7 @@ class Speculator:
                     price_ms += (1 - acceptance**drafts) * _further_ms(costs, again, context_length)
                 speedup = plain_ms * expected / (price_ms * self._round_ratio)
                 if pending_ms + behind_ms + price_ms <= most_ms and (found is None or speedup > found.speedup):
-                    found = Round(exit_layer, drafts, price_ms, speedup)
+                    found = DraftRound(exit_layer, drafts, price_ms, speedup)
         if found is None or (found.speedup < WORTH and self._since_probe < PROBE_TOKENS):
             self._plan_at = self._since_probe + PLAN_TOKENS
             return None
@@ -171,7 +171,7 @@ class Speculator:
         self._since_probe += 1
         self._plain_ratio += RATIO_RATE * (measured_ms / predicted_ms - self._plain_ratio)
 
-    def learn(self, planned: Round, kept: int, measured_ms: float) -> None:
+    def learn(self, planned: DraftRound, kept: int, measured_ms: float) -> None:
         """Learn from a round; ``measured_ms`` excludes the time for the pending rows of the draft's balcony."""
         self._since_probe = self._plan_at = 0
         before, judged = self._counts[planned.exit_layer]
@@ -193,7 +193,7 @@ def _further_ms(costs: CostModel, rows: tuple[int, ...], context_length: int) ->
     return sum(one.pass_ms(1 + more, context_length) - one.pass_ms(1, context_length) for one, more in pairs)
 
 
-def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: Round) -> Outcome:
+def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: DraftRound) -> Outcome:
     """Draft tokens, check them, keep the prefix that the full depth agrees with, and roll back the rest.
 
     Args:

@@ -26,7 +26,7 @@ _NO_POWER = ("thermal", "psutil")
 BUSY_NEIGHBOURS = 0.05
 
 
-class Watch:
+class ConditionWatch:
     """Observes the device from its construction to :meth:`report`."""
 
     def __init__(self, sensors: Sensors, root: Path = Path("/")) -> None:

@@ -16,13 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
 from balcony_edge.device.machine import this_device
-from balcony_edge.device.profile import DeviceProfile, EngineFacts, Memory, Moment, Power, Rail, Sustained
+from balcony_edge.device.profile import DeviceProfile, EngineFacts, MemoryUse, Moment, Power, Rail, Sustained
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import results
 from balcony_runtime.profiler.cells import Bench, Cell, Key
 from balcony_runtime.profiler.conditions import (
+    ConditionWatch,
     Meter,
-    Watch,
     measured_rails,
     peak_bytes,
     power_at,
@@ -67,7 +67,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
         KeyboardInterrupt: interrupted before everything was measured once; a later interrupt keeps the measurements.
     """
     budget, loaded_bytes = llm.budget, resident_bytes()
-    watch, bench = Watch(sensors), Bench(llm, options.grid)
+    watch, bench = ConditionWatch(sensors), Bench(llm, options.grid)
     rails = measured_rails(sensors)
     blocks: dict[Key, list[list[float]]] = defaultdict(list)
     power: tuple[Power, ...] = ()
@@ -112,7 +112,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
         power=power,
         power_reason=None if power else why_no_power(sensors),
         sustained=sustained,
-        memory=Memory(
+        memory=MemoryUse(
             loaded_bytes=loaded_bytes,
             peak_bytes=peak_bytes(),
             per_1k_tokens_bytes=round(state_bytes / tokens * 1000),
@@ -122,7 +122,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
 
 
 def _rounds(
-    cells: tuple[Cell, ...], grid: Grid, blocks: dict[Key, list[list[float]]], watch: Watch, progress: Progress
+    cells: tuple[Cell, ...], grid: Grid, blocks: dict[Key, list[list[float]]], watch: ConditionWatch, progress: Progress
 ) -> bool:
     """Run rounds and add their samples to ``blocks``; True if every interval is tight or every round was run."""
     begin_s, done, total = time.perf_counter(), 0, len(cells) * (grid.rounds + 1)
@@ -176,7 +176,7 @@ def _power(bench: Bench, meter: Meter, rails: dict[Rail, tuple[str, ...]], secon
     return tuple(found)
 
 
-def _burst(bench: Bench, watch: Watch) -> list[list[float]]:
+def _burst(bench: Bench, watch: ConditionWatch) -> list[list[float]]:
     """Decode at full depth for some seconds, while the device is still cool."""
     begin_s, blocks = time.perf_counter(), []  # type: float, list[list[float]]
     while not blocks or time.perf_counter() - begin_s < BURST_S:
@@ -186,7 +186,7 @@ def _burst(bench: Bench, watch: Watch) -> list[list[float]]:
 
 
 def _sustain(
-    bench: Bench, seconds: float, burst: list[list[float]], watch: Watch, progress: Progress
+    bench: Bench, seconds: float, burst: list[list[float]], watch: ConditionWatch, progress: Progress
 ) -> tuple[Sustained | None, bool]:
     """Decode at full depth without a pause; Ctrl-C ends it early. Returns the result, and whether the run was complete."""
     begin_s, moments = time.perf_counter(), []

@@ -36,7 +36,7 @@ KEPT_BYTES = 256_000_000
 LEAST_SHARED = 32
 
 
-class Move(NamedTuple):
+class PoolMove(NamedTuple):
     """One token of one member.
 
     Attributes:
@@ -297,7 +297,7 @@ class SequencePool:
         """Whether the sequence is a member of this pool."""
         return sequence in self._places
 
-    def step(self, moves: Sequence[Move]) -> list[FloatArray]:
+    def step(self, moves: Sequence[PoolMove]) -> list[FloatArray]:
         """Append one token to each of some members and return the logits at the exits asked for.
 
         Args:
@@ -325,7 +325,7 @@ class SequencePool:
             found[asked] = logits[place : place + 1]
         return found
 
-    def _step(self, members: list[int], moves: Sequence[Move]) -> FloatArray:
+    def _step(self, members: list[int], moves: Sequence[PoolMove]) -> FloatArray:
         """The step of members in ascending order; gives logits (n, V)."""
         exits = tuple([self._indices[move.exit_layer] for move in moves])
         tokens, rows = [move.token for move in moves], [move.sequence.length for move in moves]

@@ -26,7 +26,7 @@ from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, Bounds, in_order, row_bytes
-from balcony_runtime.scheduling.pool import Move, SequencePool
+from balcony_runtime.scheduling.pool import PoolMove, SequencePool
 from balcony_runtime.scheduling.stream import Stream
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
@@ -427,7 +427,7 @@ class Scheduler:
         together = [stream for stream in together if stream not in full]
         if together and self._pool is not None:
             rows = self._pool.step(
-                [Move(one.sequence, moves[one].exit_layer, one.decoder.last_token) for one in together]
+                [PoolMove(one.sequence, moves[one].exit_layer, one.decoder.last_token) for one in together]
             )
             logits |= dict(zip(together, rows, strict=True))
         return logits

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from balcony_runtime.sensors.apple import AppleSmc
-from balcony_runtime.sensors.base import Absence, Sample, Source
+from balcony_runtime.sensors.base import Absence, Source, SourceSample
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.gpus import Gpus
 from balcony_runtime.sensors.jetson import Jetson
@@ -26,10 +26,10 @@ from balcony_runtime.sensors.thermal import Thermal
 __all__ = [
     "Absence",
     "Recorded",
-    "Sample",
     "Sensors",
     "Source",
     "SourceHealth",
+    "SourceSample",
     "device_sources",
     "load_readings",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.base import Absence, SourceSample
 from balcony_runtime.sensors.sysfs import ATTRIBUTE_ERRORS, absence, numbered, read_number, text_or_none
 
 _SYSTEM = "Total System Power"
@@ -30,14 +30,16 @@ class AppleSmc:
         label = next((label for label in labels if text_or_none(label) == _SYSTEM), None)
         self._power = label and label.with_name(label.name.replace("_label", "_input"))
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         if self._power is None:
-            return Sample(absences=(Absence(self.name, "no Apple SMC that measures power: not an Apple Silicon Mac"),))
+            return SourceSample(
+                absences=(Absence(self.name, "no Apple SMC that measures power: not an Apple Silicon Mac"),)
+            )
         try:
             watts = read_number(self._power) / 1e6
         except ATTRIBUTE_ERRORS as error:
-            return Sample(absences=(absence("macsmc:system", error),))
-        return Sample((Reading("macsmc:system", "board", now_s, watts=watts),))
+            return SourceSample(absences=(absence("macsmc:system", error),))
+        return SourceSample((Reading("macsmc:system", "board", now_s, watts=watts),))
 
     def close(self) -> None:
         """Nothing is held open."""

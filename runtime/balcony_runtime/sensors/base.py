@@ -28,7 +28,7 @@ class Absence:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SourceSample:
     """Result of one read of a source: readings, and parts that could not be read."""
 
     readings: tuple[Reading, ...] = ()
@@ -50,7 +50,7 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         """Read every discovered part once.
 
         Args:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.base import Absence, SourceSample
 from balcony_runtime.sensors.sysfs import entries, number_or_none, text_or_none
 
 
@@ -41,9 +41,9 @@ class Battery:
         self._batteries = tuple(supply for supply in own if kinds[supply] == "Battery")
         self._mains = tuple(supply for supply in own if kinds[supply] in ("Mains", "USB", "Wireless"))
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         if not self._batteries:
-            return Sample(absences=(Absence(self.name, "this device has no battery that the kernel knows"),))
+            return SourceSample(absences=(Absence(self.name, "this device has no battery that the kernel knows"),))
         states = {path.name: _read(path) for path in self._batteries if text_or_none(path / "status")}
         gone = tuple(
             Absence(f"battery:{path.name}", "it reports no status: it was removed, or has no driver")
@@ -51,7 +51,7 @@ class Battery:
             if path.name not in states
         )
         if not states:
-            return Sample(absences=gone)
+            return SourceSample(absences=gone)
         source = f"battery:{'+'.join(states)}"
         draining = [state for state in states.values() if state.status == "Discharging"]
         moving = draining or [state for state in states.values() if state.status == "Charging"]
@@ -70,7 +70,7 @@ class Battery:
             absences.append(Absence("battery:drain", "the battery's driver measures no current"))
         else:
             readings.append(Reading("battery:drain", "board", now_s, watts=total))
-        return Sample(tuple(readings), tuple(absences))
+        return SourceSample(tuple(readings), tuple(absences))
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.base import Absence, SourceSample
 from balcony_runtime.sensors.plausible import LIMITS
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
@@ -79,7 +79,7 @@ class _Gpu:
     status: Path | None = None
     whole_chip: bool = False
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         values, missing = self._ask(now_s)
         readings = []
         if self.whole_chip and "watts" in values:
@@ -87,7 +87,7 @@ class _Gpu:
         if values:
             readings.insert(0, Reading(self.source, "gpu", now_s, **values))
         absences = (Absence(self.source, f"no {', '.join(fields)}: {why}") for why, fields in missing.items())
-        return Sample(tuple(readings), tuple(absences))
+        return SourceSample(tuple(readings), tuple(absences))
 
     def _ask(self, now_s: float) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """Fields of the reading, and for each reason the fields that are missing because of it."""
@@ -134,10 +134,10 @@ class Gpus:
         found += [(adreno, "kgsl", None) for adreno in numbered(self._root / "class/kgsl", "kgsl-3d")]
         self._gpus = {key: self._gpus.get(key) or _DRIVERS[key[1]](*key) for key in found}
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         if not self._gpus:
             reason = "no GPU of AMD, Intel, Qualcomm or Raspberry Pi whose driver reports in sysfs"
-            return Sample(absences=(Absence(self.name, reason),))
+            return SourceSample(absences=(Absence(self.name, reason),))
         readings: list[Reading] = []
         absences: list[Absence] = []
         answers = self._patient.read(lambda gpu: gpu.read(now_s), tuple(self._gpus.values()))
@@ -147,7 +147,7 @@ class Gpus:
             else:
                 readings += found.readings
                 absences += found.absences
-        return Sample(tuple(readings), tuple(absences))
+        return SourceSample(tuple(readings), tuple(absences))
 
     def close(self) -> None:
         """Nothing is held open."""

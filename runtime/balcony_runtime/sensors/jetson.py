@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading, Scope
-from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.base import Absence, SourceSample
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
     absence,
@@ -86,7 +86,7 @@ class Jetson:
         files += [self._root / "devices" / place / "load" for place in ("gpu.0", "platform/gpu.0")]  # of older kernels
         return next((file for file in files if file.exists()), None)
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         readings: list[Reading] = []
         absences: list[Absence] = []
         watts: dict[_Rail, float] = {}
@@ -113,7 +113,7 @@ class Jetson:
             readings.append(Reading("jetson:throttle-alert", "board", now_s, throttled=any(states)))
         if not readings and not absences:
             absences.append(Absence(self.name, "no INA3221 or INA238 power monitor and no Tegra GPU: not a Jetson"))
-        return Sample(tuple(readings), tuple(absences))
+        return SourceSample(tuple(readings), tuple(absences))
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -19,7 +19,7 @@ import pynvml
 
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError
-from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.base import Absence, SourceSample
 
 #: Reasons for lower clocks that are limits (nvml.h, nvmlClocksEventReasons); idling and a user's setting are not limits.
 _LIMITS = (
@@ -69,7 +69,7 @@ class Nvml:
             self.close()
             self._problem = Absence(self.name, str(error), _CURES.get(error.value, ""))
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         readings, absences = [], [self._problem] if self._problem else []
         for index, gpu in enumerate(self._gpus):
             if isinstance(gpu, Absence):  # a lost or forbidden GPU must not hide the others
@@ -86,7 +86,7 @@ class Nvml:
                 absences.append(Absence(part, "; ".join(missing)))
         if self._gpus and not readings:
             self.close()
-        return Sample(tuple(readings), tuple(absences))
+        return SourceSample(tuple(readings), tuple(absences))
 
     def _ask(self, index: int, gpu: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """Fields of one GPU's reading, and for each reason the fields that are missing because of it."""

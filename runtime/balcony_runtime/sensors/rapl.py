@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading, Scope
-from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.base import Absence, SourceSample
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
     EnergyCounter,
@@ -62,7 +62,7 @@ class Rapl:
         range_uj = number_or_none(directory / "max_energy_range_uj")
         return _Zone(f"rapl:{label}", scope, EnergyCounter(directory / "energy_uj", range_uj))
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         readings, absences = [], []
         for zone in self._zones.values():
             try:
@@ -75,7 +75,7 @@ class Rapl:
             reason = "no powercap zone: not an x86 CPU with RAPL, a virtual machine, or a container that masks it"
             cure = "on such a CPU: sudo modprobe intel_rapl_msr; Docker: run with --security-opt systempaths=unconfined"
             absences.append(Absence(self.name, reason, cure))
-        return Sample(tuple(readings), tuple(absences))
+        return SourceSample(tuple(readings), tuple(absences))
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -20,7 +20,7 @@ import struct
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.base import Absence, SourceSample
 from balcony_runtime.sensors.sysfs import ATTRIBUTE_ERRORS, absence, read_text
 
 #: ``IOCTL_MBOX_PROPERTY``: ``_IOWR(100, 0, char *)``.
@@ -62,9 +62,9 @@ class RaspberryPi:
             except OSError as error:
                 self._problem = error
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         if self._device is None and self._flags is None and isinstance(self._problem, FileNotFoundError):
-            return Sample(absences=(Absence(self.name, "no mailbox of its firmware: not a Raspberry Pi"),))
+            return SourceSample(absences=(Absence(self.name, "no mailbox of its firmware: not a Raspberry Pi"),))
         readings: list[Reading] = []
         absences: list[Absence] = []
         try:
@@ -81,7 +81,7 @@ class RaspberryPi:
             absences.append(absence("raspberrypi:throttled", error))
         else:
             readings.append(Reading("raspberrypi:throttled", "board", now_s, throttled=held_down))
-        return Sample(tuple(readings), tuple(absences))
+        return SourceSample(tuple(readings), tuple(absences))
 
     def close(self) -> None:
         """Close the mailbox."""

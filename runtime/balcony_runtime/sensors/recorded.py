@@ -14,7 +14,7 @@ from typing import Any
 
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
-from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.base import Absence, SourceSample
 
 
 def load_readings(path: Path) -> Iterator[Reading]:
@@ -57,7 +57,7 @@ class Recorded:
     def discover(self) -> None:
         """There is nothing to look for."""
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         """The newest reading of every source, with its time on the reader's clock; a source without new readings ages."""
         if self._shift_s is None:
             self._shift_s = now_s - self._next.time_s if self._next else 0.0
@@ -66,7 +66,7 @@ class Recorded:
             self._latest[moved.source] = moved
             self._next = next(self._readings, None)
         ended = () if self._next is not None else (Absence(self.name, "the trace has ended"),)
-        return Sample(tuple(self._latest.values()), ended)
+        return SourceSample(tuple(self._latest.values()), ended)
 
     def close(self) -> None:
         """Nothing is held open."""

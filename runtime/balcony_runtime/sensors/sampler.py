@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Self
 
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
-from balcony_runtime.sensors.base import Absence, Sample, Source
+from balcony_runtime.sensors.base import Absence, Source, SourceSample
 from balcony_runtime.sensors.plausible import Plausibility
 
 #: Highest sampling rate: that of the controller's slow loop (ARCHITECTURE.md); most drivers average over 100 ms and more.
@@ -178,15 +178,15 @@ class _Channel:
         finally:
             self._source.close()
 
-    def _read(self, discover: bool) -> Sample:
+    def _read(self, discover: bool) -> SourceSample:
         try:
             if discover:
                 self._source.discover()
             return self._source.read(self._clock())
         except Exception as error:  # a driver's binding may raise anything: sampling continues, and health() reports it
-            return Sample(absences=(Absence(self._source.name, f"{type(error).__name__}: {error}"),))
+            return SourceSample(absences=(Absence(self._source.name, f"{type(error).__name__}: {error}"),))
 
-    def _publish(self, sample: Sample) -> None:
+    def _publish(self, sample: SourceSample) -> None:
         cleaned = (self._plausibility.clean(reading) for reading in sample.readings)
         self._absences = sample.absences
         self.readings = tuple(self._with_energy(reading) for reading in cleaned if reading is not None)

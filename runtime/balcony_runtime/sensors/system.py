@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import psutil
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import Sample
+from balcony_runtime.sensors.base import SourceSample
 
 #: Time between two reads of the process's private memory, for which the kernel walks its page tables (measured: 1.1 ms at
 #: 250 MB and 6 to 11 ms at 1 GB in pages of 4 KiB, 0.2 ms at 2 GB in huge pages; Python's lock is free meanwhile).
@@ -33,7 +33,7 @@ class System:
     def discover(self) -> None:
         """There is nothing to look for."""
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         readings = []
         own_s, cpu_s = sum(self._process.cpu_times()[:2]), _cpu_seconds()
         last, self._last = self._last, (now_s, own_s, cpu_s)
@@ -48,7 +48,7 @@ class System:
         if now_s - self._private_s >= _PRIVATE_EVERY_S:
             self._private_s, self._private_bytes = now_s, self._process.memory_full_info().uss
         readings.append(Reading("psutil:process", "process", now_s, memory_bytes=self._private_bytes))
-        return Sample(tuple(readings))
+        return SourceSample(tuple(readings))
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading, Scope
-from balcony_runtime.sensors.base import Absence, Sample
+from balcony_runtime.sensors.base import Absence, SourceSample
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
     Patient,
@@ -69,7 +69,7 @@ class Thermal:
                     probes.append(_Probe(source, "cpu", file.with_name(file.name.replace("_label", "_input"))))
         self._probes = tuple(probes)
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         readings, absences = [], []
         for probe, found in self._patient.read(lambda probe: read_number(probe.path), self._probes).items():
             if isinstance(found, ATTRIBUTE_ERRORS):
@@ -78,7 +78,7 @@ class Thermal:
                 readings.append(Reading(probe.source, probe.scope, now_s, celsius=found / 1000))  # m°C
         if not self._probes:
             absences.append(Absence(self.name, "the kernel lists no thermal zone, as in most virtual machines"))
-        return Sample(tuple(readings), tuple(absences))
+        return SourceSample(tuple(readings), tuple(absences))
 
     def close(self) -> None:
         """Nothing is held open."""

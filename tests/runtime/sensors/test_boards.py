@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors import Absence, Sample
+from balcony_runtime.sensors import Absence, SourceSample
 from balcony_runtime.sensors.apple import AppleSmc
 from balcony_runtime.sensors.raspberrypi import RaspberryPi
 
@@ -50,7 +50,7 @@ def firmware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return answers
 
 
-def look(source: RaspberryPi | AppleSmc) -> Sample:
+def look(source: RaspberryPi | AppleSmc) -> SourceSample:
     source.discover()
     try:
         return source.read(1.0)
@@ -59,7 +59,7 @@ def look(source: RaspberryPi | AppleSmc) -> Sample:
 
 
 def test_a_pi_5_measures_its_rails(firmware: dict[str, str], tmp_path: Path) -> None:
-    assert look(RaspberryPi(tmp_path, tmp_path / "vcio")) == Sample((
+    assert look(RaspberryPi(tmp_path, tmp_path / "vcio")) == SourceSample((
         Reading("pmic:total", "board", 1.0, watts=pytest.approx(0.37 + 0.165 + 5.1)),
         Reading("pmic:VDD_CORE", "other", 1.0, watts=pytest.approx(5.1)),
         Reading("raspberrypi:throttled", "board", 1.0, throttled=False),  # throttled since boot, but not now
@@ -131,7 +131,7 @@ def test_a_mailbox_that_may_not_be_opened_names_its_cure(tmp_path: Path, monkeyp
 
 def test_another_device_is_not_a_raspberry_pi(sysfs_tree: Tree, tmp_path: Path) -> None:
     sample = look(RaspberryPi(sysfs_tree("laptop"), tmp_path / "nowhere"))
-    assert sample == Sample(absences=(Absence("raspberrypi", "no mailbox of its firmware: not a Raspberry Pi"),))
+    assert sample == SourceSample(absences=(Absence("raspberrypi", "no mailbox of its firmware: not a Raspberry Pi"),))
 
 
 def test_a_mac_measures_its_whole_power(sysfs_tree: Tree) -> None:

@@ -15,7 +15,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.governor import Demand, Governor, govern
 from balcony_edge.control.observed import hottest_c, unseen, utilization, watts
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors import Sample, Sensors
+from balcony_runtime.sensors import Sensors, SourceSample
 from balcony_runtime.sensors import sysfs as attributes
 from balcony_runtime.sensors.gpus import Gpus
 from balcony_runtime.sensors.plausible import Plausibility
@@ -26,7 +26,7 @@ ARC = "devices/pci0000:00/0000:00:01.0/0000:03:00.0"
 STATS = "devices/platform/axi/1002000000.v3d/gpu_stats"
 
 
-def look(gpus: Gpus, now_s: float = 1.0) -> Sample:
+def look(gpus: Gpus, now_s: float = 1.0) -> SourceSample:
     gpus.discover()
     return gpus.read(now_s)
 
@@ -36,11 +36,11 @@ def put(path: Path, value: object) -> None:
     path.write_text(f"{value}\n")
 
 
-def missing(sample: Sample) -> list[tuple[str, str]]:
+def missing(sample: SourceSample) -> list[tuple[str, str]]:
     return [(absence.part, absence.reason) for absence in sample.absences]
 
 
-def by_source(sample: Sample) -> dict[str, Reading]:
+def by_source(sample: SourceSample) -> dict[str, Reading]:
     return {reading.source: reading for reading in sample.readings}
 
 
@@ -114,7 +114,7 @@ def test_raspberry_pi_takes_the_busiest_queue(sysfs_tree: Tree) -> None:
     root = sysfs_tree("raspberrypi5")
     gpus = Gpus(root)
     queues(root, 1_000_000_000, bin=5_000_000, render=6_000_000, csd=7_000_000, cpu=0)
-    assert look(gpus) == Sample()  # a share needs two reads
+    assert look(gpus) == SourceSample()  # a share needs two reads
     queues(root, 1_200_000_000, bin=5_000_000, render=46_000_000, csd=127_000_000, cpu=190_000_000)
     assert look(gpus, 1.2).readings == (Reading("v3d:card0", "gpu", 1.2, utilization=pytest.approx(0.6)),)
     put(root / STATS, "queue\ttimestamp\tjobs\truntime\ncsd\t17")

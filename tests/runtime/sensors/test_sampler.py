@@ -15,7 +15,7 @@ import pytest
 
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
-from balcony_runtime.sensors import Absence, Recorded, Sample, Sensors, SourceHealth, device_sources
+from balcony_runtime.sensors import Absence, Recorded, Sensors, SourceHealth, SourceSample, device_sources
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.jetson import Jetson
 from balcony_runtime.sensors.system import System, busy_share
@@ -150,7 +150,7 @@ class _Raises:
     def discover(self) -> None:
         pass
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         raise ZeroDivisionError("by zero")
 
     def close(self) -> None:
@@ -176,10 +176,10 @@ class Forgetful:
     def discover(self) -> None:
         pass
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         self.asked += 1
         joules = None if self.asked % 4 == 3 else 500_000 + 10 * now_s
-        return Sample((Reading("nvml:0", "gpu", now_s, watts=10.0, joules=joules),))
+        return SourceSample((Reading("nvml:0", "gpu", now_s, watts=10.0, joules=joules),))
 
     def close(self) -> None:
         pass
@@ -204,12 +204,12 @@ class Stepped:
     def __init__(self) -> None:
         self.now_s = 100.0
         self.discoveries = [0]  # how many there had been, at each read
-        self._samples: queue.Queue[tuple[Sample, float]] = queue.Queue()
+        self._samples: queue.Queue[tuple[SourceSample, float]] = queue.Queue()
 
     def discover(self) -> None:
         self.discoveries[-1] += 1
 
-    def read(self, now_s: float) -> Sample:
+    def read(self, now_s: float) -> SourceSample:
         sample, takes_s = self._samples.get()
         self.now_s += takes_s
         self.discoveries.append(self.discoveries[-1])
@@ -219,7 +219,7 @@ class Stepped:
         pass
 
     def let(self, *readings: Reading, takes_s: float = 0.05) -> None:
-        self._samples.put((Sample(readings), takes_s))
+        self._samples.put((SourceSample(readings), takes_s))
 
     def give(self, sensors: Sensors, *readings: Reading, takes_s: float = 0.05) -> tuple[Reading, ...]:
         """Let the source read once more, and return what is shown then."""
@@ -296,8 +296,8 @@ class _Silent:
     def discover(self) -> None:
         self.asked_s.append(time.monotonic())
 
-    def read(self, now_s: float) -> Sample:
-        return Sample()
+    def read(self, now_s: float) -> SourceSample:
+        return SourceSample()
 
     def close(self) -> None:
         pass

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from balcony_runtime.sensors import Absence, Sample, Source, device_sources
+from balcony_runtime.sensors import Absence, Source, SourceSample, device_sources
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.jetson import Jetson
 from balcony_runtime.sensors.rapl import Rapl
@@ -22,12 +22,12 @@ from balcony_runtime.sensors.thermal import Thermal
 Tree = Callable[[str], Path]
 
 
-def look(source: Source, now_s: float = 1.0) -> Sample:
+def look(source: Source, now_s: float = 1.0) -> SourceSample:
     source.discover()
     return source.read(now_s)
 
 
-def values(sample: Sample) -> dict[str, tuple[Any, ...]]:
+def values(sample: SourceSample) -> dict[str, tuple[Any, ...]]:
     """Source → scope, then the values that are not None."""
     found = {}
     for reading in sample.readings:
@@ -38,7 +38,7 @@ def values(sample: Sample) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def missing(sample: Sample) -> dict[str, str]:
+def missing(sample: SourceSample) -> dict[str, str]:
     return {absence.part: absence.reason for absence in sample.absences}
 
 

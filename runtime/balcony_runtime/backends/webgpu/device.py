@@ -2,8 +2,8 @@
 
 A value in device memory must be freed before the session that made it; otherwise the process dies with a segmentation fault
 (ONNX Runtime 1.27; docs/LOG.md, "Device memory from Python"). Python promises no such order, not even at its exit. So a value
-and a binding are each held in one place, a :class:`Memory`, which the device can empty at any time. Everything else refers to
-them through a :class:`Value` or a :class:`Pass`. Nothing here knows stages or exits.
+and a binding are each held in one place, a :class:`DeviceMemory`, which the device can empty at any time. Everything else
+refers to them through a :class:`Value` or a :class:`BoundPass`. Nothing here knows stages or exits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Value:
         self.ort, self.shape = ort, shape
 
 
-class Pass:
+class BoundPass:
     """A graph with its inputs and outputs bound, to be run many times. Each call of a method may move bytes to the device."""
 
     __slots__ = ("_arrays", "_binding", "_graph", "_run")
@@ -87,7 +87,7 @@ class Pass:
         except RuntimeError as error:
             raise failure(self._graph, error) from error
 
-    def made(self, memory: Memory) -> Value:
+    def made(self, memory: DeviceMemory) -> Value:
         """The output that was bound last, to new device memory, as a value of a memory."""
         value = Value(None, ())
         memory.values.add(value)
@@ -100,14 +100,14 @@ class Pass:
         self._run = self._binding = None
 
 
-class Memory:
+class DeviceMemory:
     """All values and passes of one owner, the only place that keeps them alive."""
 
     def __init__(self) -> None:
         self.values: set[Value] = set()
-        self.passes: set[Pass] = set()
+        self.passes: set[BoundPass] = set()
 
-    def free(self, values: Iterable[Value], passes: Iterable[Pass] = ()) -> None:
+    def free(self, values: Iterable[Value], passes: Iterable[BoundPass] = ()) -> None:
         """Free some values and passes."""
         for one in list(passes):
             self.passes.discard(one)
@@ -136,9 +136,9 @@ class WebGpuDevice:
     def __init__(self, provider: Provider, dtype: DType, boundaries: int) -> None:
         self._provider, self.dtype = provider, dtype
         self.sessions: dict[str, Any] = {}
-        self._memories: set[Memory] = set()
+        self._memories: set[DeviceMemory] = set()
         #: Memory of collected states, freed later: a state may be collected in any thread, even during a pass.
-        self._returned: deque[Memory] = deque()
+        self._returned: deque[DeviceMemory] = deque()
         # Runs when the device is collected, and at the exit of Python while ONNX Runtime is still usable.
         self._end = weakref.finalize(self, _close, self._memories, self.sessions)
         for name, graph in {
@@ -164,26 +164,26 @@ class WebGpuDevice:
         self.sessions[name] = session
         return session
 
-    def new_memory(self, owner: object = None) -> Memory:
+    def new_memory(self, owner: object = None) -> DeviceMemory:
         """An empty memory, freed some time after its owner is collected; without an owner by :meth:`release`."""
-        memory = Memory()
+        memory = DeviceMemory()
         self._memories.add(memory)
         if owner is not None:
             weakref.finalize(owner, self._returned.append, memory).atexit = False
         return memory
 
-    def release(self, memory: Memory) -> None:
+    def release(self, memory: DeviceMemory) -> None:
         """Free a memory; it must not be used any more."""
         memory.clear()
         self._memories.discard(memory)
 
-    def new_pass(self, memory: Memory, graph: str) -> Pass:
+    def new_pass(self, memory: DeviceMemory, graph: str) -> BoundPass:
         """A pass of a graph, without inputs and outputs."""
-        made = Pass(graph, self.sessions[graph])
+        made = BoundPass(graph, self.sessions[graph])
         memory.passes.add(made)
         return made
 
-    def zeros(self, memory: Memory, shape: tuple[int, ...], dtype: DType) -> Value:
+    def zeros(self, memory: DeviceMemory, shape: tuple[int, ...], dtype: DType) -> Value:
         """A value of zeros.
 
         Raises:
@@ -217,7 +217,7 @@ class WebGpuDevice:
             self.release(self._returned.popleft())
 
 
-def _close(memories: set[Memory], sessions: dict[str, Any]) -> None:
+def _close(memories: set[DeviceMemory], sessions: dict[str, Any]) -> None:
     with WebGpuDevice.lock:
         for memory in memories:
             memory.clear()

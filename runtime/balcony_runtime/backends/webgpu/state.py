@@ -19,7 +19,7 @@ import numpy as np
 
 from balcony_edge.bundle.manifest import DType
 from balcony_runtime.backends.base import FloatArray, IntArray, RowsOnly, not_finite, part_of
-from balcony_runtime.backends.webgpu.device import Array, Memory, Pass, Value
+from balcony_runtime.backends.webgpu.device import Array, BoundPass, DeviceMemory, Value
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.webgpu.backend import WebGpuBackend
@@ -40,18 +40,18 @@ class _Step(NamedTuple):
         logits, best: passes that end the step, by what they bring to main memory.
     """
 
-    placed: list[Pass]
-    first: Pass
-    keep: Pass
-    inner: list[Pass]
-    logits: list[Pass]
-    best: list[Pass]
+    placed: list[BoundPass]
+    first: BoundPass
+    keep: BoundPass
+    inner: list[BoundPass]
+    logits: list[BoundPass]
+    best: list[BoundPass]
 
 
 class _Member:
     """One member of a batch: its row buffers and caches, and the passes over them."""
 
-    def __init__(self, backend: WebGpuBackend, memory: Memory, max_length: int) -> None:
+    def __init__(self, backend: WebGpuBackend, memory: DeviceMemory, max_length: int) -> None:
         manifest, device = backend.manifest, backend.device
         self._backend, self._device, self._memory = backend, device, memory
         self._layers = (0, *manifest.exit_layers)  # layer of each boundary
@@ -219,8 +219,8 @@ class _Member:
         return step
 
     def _bound_step(self, exit_index: int) -> _Step:
-        placed: list[Pass] = []
-        inner: list[Pass] = []
+        placed: list[BoundPass] = []
+        inner: list[BoundPass] = []
         layers, manifest = self._layers, self._backend.manifest
         for stage in range(exit_index + 1):
             one = self._bound(f"stage_{stage}", placed)
@@ -252,7 +252,7 @@ class _Member:
         pick.take("picked", self._picked)
         return _Step(placed, inner[0], keep, [*inner, keep], [heads[0]], [heads[1], pick])
 
-    def _bound(self, name: str, placed: list[Pass]) -> Pass:
+    def _bound(self, name: str, placed: list[BoundPass]) -> BoundPass:
         """A pass of a graph with its cache bound; it joins ``placed`` if it has an input for the position of its last row."""
         one = self._device.new_pass(self._memory, name)
         for past, value in self._caches.get(name, {}).items():
@@ -291,7 +291,7 @@ class _Member:
     def _once(self, name: str, inputs: dict[str, Value | Array], stop: int, output: str) -> Value:
         """Run a graph over rows up to ``stop`` and return an output in new device memory."""
         self._total[()] = stop
-        placed: list[Pass] = []
+        placed: list[BoundPass] = []
         one = self._bound(name, placed)
         for where in placed:
             where.give("last", np.array([stop - 1], np.int32))
@@ -315,7 +315,7 @@ class _Member:
         self._run(one)
         return one.made(self._memory)
 
-    def _run(self, *passes: Pass) -> None:
+    def _run(self, *passes: BoundPass) -> None:
         begin = time.perf_counter_ns()
         for one in passes:
             one.run()

@@ -22,7 +22,7 @@ def powers(readings: tuple[Reading, ...]) -> dict[Scope, Sample]:
     return {rail: sample for rail, sample in found if sample is not None}
 
 
-class Meter:
+class EnergyMeter:
     """Energy of the device from now on, with everything that runs on it.
 
     A reading is up to a second old, so the energy of a short answer is about that of its time.

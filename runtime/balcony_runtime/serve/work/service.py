@@ -25,7 +25,7 @@ from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.named import Names
 from balcony_runtime.serve.bodies.refusal import RefusedError, busy
 from balcony_runtime.serve.work.answers import Answer
-from balcony_runtime.serve.work.energy import Meter
+from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import Cost, Job, deliver
 from balcony_runtime.serve.work.metrics import Metrics
 from balcony_runtime.serve.work.shapes import Shapes, cached_tokens, prompt_tokens
@@ -224,7 +224,7 @@ class Service:
             job.channel = jobs[0].channel
             self._jobs[job.key] = job
         texts = [texts[job.index // asked.n] for job in jobs]
-        shapes = Shapes(asked, model, self.llm.decode, texts, Meter(self.llm.readings))
+        shapes = Shapes(asked, model, self.llm.decode, texts, EnergyMeter(self.llm.readings))
 
         def on_close(answer: Answer) -> None:
             self._closed(answer, model, client)

@@ -12,7 +12,7 @@ from typing import Any
 
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.asked import Asked
-from balcony_runtime.serve.work.energy import Meter
+from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import Cost, Job, Scores
 from balcony_runtime.structure.calls import CallReader, Piece
 
@@ -36,7 +36,7 @@ class Shapes:
         model: str,
         decode: Callable[[Sequence[int]], str],
         prompts: Sequence[str],
-        meter: Meter,
+        meter: EnergyMeter,
     ) -> None:
         self._asked, self._decode, self._prompts, self._meter = asked, decode, prompts, meter
         self.id = ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex
