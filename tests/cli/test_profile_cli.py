@@ -153,7 +153,14 @@ def render(browser: str, path: Path, script: str = "", *options: str) -> tuple[s
     probe = path.with_name("probe.html")
     text = path.read_text(encoding="utf-8")
     probe.write_text(text.replace("</body>", f"<script>addEventListener('load', () => {{{script}}})</script></body>"))
-    flags = ("--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--enable-logging=stderr", "--dump-dom")
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=10000",
+        "--enable-logging=stderr",
+        "--dump-dom",
+    )
     command = [browser, *flags, *options, probe.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
