@@ -25,7 +25,7 @@ from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import PoolMove, SequencePool
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # the export of the real model comes before the first test
 
 EXITS = (14, 17, 20)
 TOKENS = 64
