@@ -116,6 +116,7 @@ def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> No
 
 
 _EVERYWHERE = (
+    "{% if false %}<tool_call>{% endif %}"  # a format of calls that is known
     "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for d in documents or [] %}{{ d.text }}{% endfor %}"
     "{{ mood }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.name }}{% for call in m.tool_calls or [] %}"
     "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<end>{% endfor %}"
