@@ -53,6 +53,9 @@ def serve(
         Path | None,
         typer.Option(help="Directory to keep them in from one start to the next, and for slots saved by name."),
     ] = None,
+    saved_mb: Annotated[
+        int, typer.Option(min=0, help="Megabytes of slots saved by name, from which on no more are saved.")
+    ] = 1000,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast CPU).")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
@@ -85,7 +88,7 @@ def serve(
             prefix_directory=prefix_dir,
         )
 
-    limits = Limits(parallel, queue, max_body_mb << 20, request_timeout)
+    limits = Limits(parallel, queue, max_body_mb << 20, request_timeout, saved_mb * 1_000_000)
     settings = Settings(
         host, port, name, budget, budgets, api_key or None, ssl_certfile, ssl_keyfile, limits, drain_timeout
     )

@@ -173,6 +173,10 @@ def test_run_with_a_structure(exported: Path, tmp_path: Path) -> None:
     assert sum(token["forced"] for token in document["tokens"]) == document["forced_tokens"]
     found = invoke_here("run", exported, "the", "--regex", "(fox|dog){3}", "--frequency-penalty", "1")
     assert found.stdout.strip().replace("fox", "").replace("dog", "") == "" and "forced" in found.stderr
+    for name, text in (("lark", 'start: ("fox" | "dog") "!"'), ("gbnf", 'root ::= ("fox" | "dog") "!"')):
+        grammar = tmp_path / f"animal.{name}"
+        grammar.write_text(text, encoding="utf-8")
+        assert invoke_here("run", exported, "the", "--grammar", grammar).stdout in ("fox!\n", "dog!\n")
 
 
 @pytest.mark.parametrize(

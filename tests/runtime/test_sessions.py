@@ -125,10 +125,17 @@ def test_eight_bits_are_smaller_and_close(tiny_engine: Engine, saved: tuple[Path
 
 
 def test_other_bundles_and_shorter_contexts_are_refused(
-    export_tiny: Callable[[str], Any], tiny: Any, tiny_engine: Engine, saved: tuple[Path, TokenSequence], llm: LLM
+    export_tiny: Callable[[str], Any],
+    with_precision: Callable[[str, str], Path],
+    tiny: Any,
+    tiny_engine: Engine,
+    saved: tuple[Path, TokenSequence],
+    llm: LLM,
 ) -> None:
     path, _ = saved
     with Engine.open(export_tiny("qwen3").path) as other, pytest.raises(InputError, match="with another bundle"):
+        file.load(path, other, other.new_sequence())
+    with Engine.open(with_precision("llama", "int4")) as other, pytest.raises(InputError, match="with another bundle"):
         file.load(path, other, other.new_sequence())
     with pytest.raises(ContextLengthError, match="92 tokens: this sequence holds 80"):
         file.load(path, tiny_engine, tiny_engine.new_sequence(max_length=80))

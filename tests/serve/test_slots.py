@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from balcony_runtime.serve.http.server import Server
+from balcony_runtime.serve.work.service import Limits
 from tests.serve.test_service import SLOW, until
 
 PROMPT = {"prompt": list(range(10, 70)), "max_tokens": 4, "ignore_eos": True, "temperature": 0}
@@ -99,6 +100,16 @@ def test_what_cannot_be_done_is_said(
 def test_a_server_without_a_directory_says_how_to_get_one(http: httpx.Client) -> None:
     answer = http.post("/slots/0?action=restore", json={"filename": "a"})
     assert answer.status_code == 400 and "--prefix-dir" in answer.json()["error"]["message"]
+
+
+def test_saved_slots_are_bounded(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(prefix_directory=tmp_path, limits=Limits(saved_bytes=1000))
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        (slot,) = completed(http)["balcony"]["slots"]
+        answers = [http.post(f"/slots/{slot}?action=save", json={"filename": name}) for name in ("a", "b", "a")]
+    assert [answer.status_code for answer in answers] == [200, 507, 200], "a file may be replaced"
+    assert "b.session: 0.1 MB are saved by name, and 0.001 MB may be" in answers[1].json()["error"]["message"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.session"]
 
 
 def test_a_reply_in_progress_is_not_saved(saving: httpx.Client) -> None:

@@ -128,6 +128,15 @@ class PrefixFiles:
                 if path.is_file():
                     yield path, path.stat()
 
+    def named_bytes(self, but: Path) -> int:
+        """Bytes of the files that users named, of all bundles, without one of them."""
+        total = 0
+        for path in self.directory.glob(f"*{SUFFIX}"):
+            with contextlib.suppress(OSError):
+                if path != but and not path.name.startswith(OWN):
+                    total += path.stat().st_size
+        return total
+
     @property
     def bytes(self) -> int:
         """Bytes of this bundle's files that nobody named."""

@@ -50,12 +50,14 @@ class Limits:
         body_s: longest time for sending the body.
         unread_s: longest time for which a client may read nothing of an answer that fills its buffers.
         connections: most connections, those without a request included.
+        saved_bytes: bytes of slots that were saved by name, from which on no more are saved.
     """
 
     parallel: int = 16
     queue: int = 64
     body_bytes: int = 8 << 20
     request_s: float = 600.0
+    saved_bytes: int = 1 << 30
     head_s: float = 10.0
     body_s: float = 30.0
     unread_s: float = 60.0
@@ -115,7 +117,7 @@ class Service:
             readings=llm.readings,
         )
         worker.start()
-        self._loaded = llm, names, worker, metrics, Slots(llm)
+        self._loaded = llm, names, worker, metrics, Slots(llm, limits.saved_bytes)
 
     def close(self) -> None:
         """End all replies and free the engine."""

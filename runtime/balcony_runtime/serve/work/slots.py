@@ -29,10 +29,11 @@ class Slots:
 
     Args:
         llm: the loaded bundle.
+        most_bytes: bytes of files with names, from which on no more are saved.
     """
 
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
+    def __init__(self, llm: LLM, most_bytes: int) -> None:
+        self._llm, self._most_bytes = llm, most_bytes
         self._ended: OrderedDict[int, Sequence[int]] = OrderedDict()
 
     def ended(self, job: Job) -> None:
@@ -65,6 +66,7 @@ class Slots:
         path, begin = _path(files, name), time.perf_counter()
         try:
             if action == "save":
+                self._refuse_full(files, path)
                 rows, size = pool.save(self._tokens(key), path)
                 files.add(path)
                 done = {"n_saved": rows, "n_written": size}
@@ -74,6 +76,16 @@ class Slots:
             raise InputError(str(error).replace(str(path), path.name)) from error
         took_ms = 1000 * (time.perf_counter() - begin)
         return {"id_slot": key, "filename": path.name, **done, "timings": {f"{action}_ms": took_ms}}
+
+    def _refuse_full(self, files: PrefixFiles, path: Path) -> None:
+        used, most_mb = files.named_bytes(path), self._most_bytes / 1e6
+        if used >= self._most_bytes:
+            raise RefusedError(
+                507,
+                f"{path.name}: {used / 1e6:.1f} MB are saved by name, and {most_mb:g} MB may be: replace one of them, or let "
+                "the server's owner remove some or raise --saved-mb",
+                "slots_full",
+            )
 
     @staticmethod
     def _restored(pool: SequencePool, path: Path) -> dict[str, int]:
