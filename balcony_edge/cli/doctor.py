@@ -92,7 +92,7 @@ def _webgpu() -> dict[str, Any]:
         find_provider()
     except BalconyError as error:
         return {**facts, "note": f"{seen}: {error}"}
-    takes = "takes it"
+    takes = "takes the faster one of it and the CPU"
     try:
         gpu_for_webgpu()
     except BalconyError:

@@ -13,6 +13,7 @@ import pytest
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
+from balcony_edge.cli.doctor import engine_facts
 from balcony_edge.errors import BundleError, DeviceError, InputError
 from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
@@ -22,11 +23,17 @@ from balcony_runtime.backends.cuda import check
 from balcony_runtime.backends.device import Region
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.onnxruntime_device import PROVIDERS, OnnxRuntimeExecutor
+from balcony_runtime.backends.webgpu import adapters as adapters_module
+from balcony_runtime.backends.webgpu import provider
+from balcony_runtime.backends.webgpu.adapters import Adapter
 
 GRAPH = GraphSpec(
     file="norm.onnx", inputs=(TensorSpec(name="hidden", dtype="float16", shape=("batch", "queries", 8)),),
     outputs=(), parameters=8, weight_bytes=16,
 )  # fmt: skip
+
+SOFTWARE = Adapter("llvmpipe", "CPU", half=True)
+CARD = Adapter("a card", "discrete GPU", half=False)
 
 
 def engine_set(**changes: Any) -> EngineSet:
@@ -88,6 +95,36 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(cuda, "compute_capability", lambda capability=capability: capability)
         choice = choose(built)
         assert choice[:2] == wanted and reason in choice.reason
+
+
+def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Bundle.open(tiny.path).manifest
+    found = provider.Provider(("x",), (), [SOFTWARE, CARD])
+    monkeypatch.setattr(provider, "is_installed", lambda: True)
+    monkeypatch.setattr(provider, "find_provider", lambda: found)
+    assert choose(manifest) == ("webgpu", None, "ONNX Runtime has WebGPU, and there is a GPU: a card")
+    found.adapters.remove(CARD)  # type: ignore[union-attr]
+    assert choose(manifest) == ("cpu", None, "WebGPU has no GPU here, only llvmpipe")
+    portable = Bundle.open(tiny.path).portable().manifest
+    assert choose(portable).device == "cpu"
+
+
+def test_auto_takes_the_gpu_of_a_system_that_lists_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS and Windows: Metal and Direct3D 12, without Vulkan's list."""
+    monkeypatch.setattr(provider, "is_installed", lambda: True)
+    monkeypatch.setattr(provider, "find_provider", lambda: provider.Provider(("x",), (), None))
+    monkeypatch.setattr(adapters_module, "adapters", lambda: None)
+    device, _, reason = choose(Bundle.open(tiny.path).manifest)
+    assert (device, reason) == (
+        "webgpu",
+        "ONNX Runtime has WebGPU, and there is a GPU: this system's, which nothing names",
+    )
+    (facts,) = [facts for facts in engine_facts() if facts["engine"] == "webgpu"]
+    assert (facts["adapters"], facts["used"]) == ([], provider.NAME)
+    assert facts["note"] == (
+        "no list of adapters on this system: bundles run on it with --device webgpu; --device auto takes the faster one of it "
+        "and the CPU"
+    )
 
 
 def test_engine_sets_are_named_where_there_are_several(tiny: Any, tmp_path: Path) -> None:

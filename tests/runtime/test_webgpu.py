@@ -7,6 +7,7 @@ any adapter will do, such as Mesa's for CPUs.
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,24 +23,24 @@ from hypothesis import strategies as st
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest, MixtureSpec
-from balcony_edge.cli.doctor import engine_facts
 from balcony_edge.errors import BundleError, DeviceError, InputError, MissingDependencyError
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision
+from balcony_runtime.backends import choose as choose_module
 from balcony_runtime.backends.choose import choose
 from balcony_runtime.backends.graph_file import nodes_of
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.webgpu import adapters as adapters_module
 from balcony_runtime.backends.webgpu import probe, provider, small_graphs
 from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
+from balcony_runtime.backends.webgpu.backend import WebGpuBackend
 from balcony_runtime.backends.webgpu.device import BoundPass
 from balcony_runtime.engine import Engine
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.properties import examples
 from tests.runtime.test_conformance import actions, play
 
-SOFTWARE = Adapter("llvmpipe", "CPU", half=True)
 CARD = Adapter("a card", "discrete GPU", half=False)
 
 
@@ -104,33 +105,6 @@ def test_the_pick_tells_when_a_logit_is_not_a_number() -> None:
         logits[0, 0, 2] = bad
         (picked,) = ran(small_graphs.pick(), logits=logits)
         assert not np.isfinite(picked[0, 0, 1])
-
-
-def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = Bundle.open(tiny.path).manifest
-    found = provider.Provider(("x",), (), [SOFTWARE, CARD])
-    monkeypatch.setattr(provider, "is_installed", lambda: True)
-    monkeypatch.setattr(provider, "find_provider", lambda: found)
-    assert choose(manifest) == ("webgpu", None, "ONNX Runtime has WebGPU, and there is a GPU: a card")
-    found.adapters.remove(CARD)  # type: ignore[union-attr]
-    assert choose(manifest) == ("cpu", None, "WebGPU has no GPU here, only llvmpipe")
-    portable = Bundle.open(tiny.path).portable().manifest
-    assert choose(portable).device == "cpu"
-
-
-def test_auto_takes_the_gpu_of_a_system_that_lists_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """macOS and Windows: Metal and Direct3D 12, without Vulkan's list."""
-    monkeypatch.setattr(provider, "is_installed", lambda: True)
-    monkeypatch.setattr(provider, "find_provider", lambda: provider.Provider(("x",), (), None))
-    monkeypatch.setattr(adapters_module, "adapters", lambda: None)
-    device, _, reason = choose(Bundle.open(tiny.path).manifest)
-    assert (device, reason) == (
-        "webgpu",
-        "ONNX Runtime has WebGPU, and there is a GPU: this system's, which nothing names",
-    )
-    (facts,) = [facts for facts in engine_facts() if facts["engine"] == "webgpu"]
-    note = "no list of adapters on this system: bundles run on it with --device webgpu; --device auto takes it"
-    assert (facts["adapters"], facts["used"], facts["note"]) == ([], provider.NAME, note)
 
 
 def test_adapters_that_are_missing_name_their_cure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,6 +379,34 @@ def test_no_end_of_a_process_is_a_crash(tiny: Any, end: str) -> None:
     command = [sys.executable, "-c", ENDS, str(tiny.path), end]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.stdout == "the end\n" and done.returncode == (0 if end == "quiet" else 1), done.stderr
+
+
+@pytest.mark.webgpu
+def test_auto_takes_the_faster_one(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On an adapter that counts as a GPU here: what was measured decides, and a GPU that fails is named."""
+    caplog.set_level("INFO", choose_module.__name__)
+    monkeypatch.setattr(choose_module, "choose", lambda _: choose_module.Choice("webgpu", None, "there is a GPU"))
+
+    def taken() -> bool:
+        with Engine.open(tiny.path) as engine:
+            engine.new_sequence().advance(5, [1, 2, 3])
+            return isinstance(engine.backend, WebGpuBackend)
+
+    found = taken()
+    gpu_ms, cpu_ms = map(float, re.findall(r"takes (\S+) ms on the GPU and (\S+) ms on the CPU", caplog.text)[0])
+    assert gpu_ms > 0 < cpu_ms and found == (gpu_ms < cpu_ms)
+    monkeypatch.setattr(choose_module, "token_ms", lambda backend: 1.0 + (not isinstance(backend, WebGpuBackend)))
+    assert taken()
+
+    def lost(backend: Any) -> float:
+        if isinstance(backend, WebGpuBackend):
+            raise DeviceError("the GPU was lost")
+        return 1.0
+
+    monkeypatch.setattr(choose_module, "token_ms", lost)
+    assert not taken() and "the GPU was lost" in caplog.text
 
 
 @pytest.mark.webgpu

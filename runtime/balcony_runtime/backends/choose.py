@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
+from statistics import median
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
-from balcony_edge.errors import BalconyError, BundleError, InputError
+from balcony_edge.errors import BalconyError, BundleError, DeviceError, InputError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.webgpu import provider
@@ -15,6 +20,10 @@ from balcony_runtime.backends.webgpu import provider
 #: ``cpu``: ONNX Runtime on the CPU; ``cuda``: ONNX Runtime on an NVIDIA GPU; ``tensorrt``: engines; ``webgpu``: ONNX Runtime
 #: on any GPU with Vulkan, Metal or Direct3D 12.
 DeviceName = Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"]
+
+_log = logging.getLogger(__name__)
+#: Tokens whose median time decides between GPU and CPU, after one that packs weights or compiles shaders.
+TOKENS = 5
 
 
 class Choice(NamedTuple):
@@ -28,7 +37,8 @@ class Choice(NamedTuple):
 def choose(manifest: Manifest) -> Choice:
     """The choice of ``auto`` on this machine: engines that fit its GPU, else ONNX Runtime on the GPU, else the CPU.
 
-    WebGPU is taken only if its package is installed and there is a GPU; an adapter in software is slower than the CPU.
+    WebGPU is chosen only if its package is installed and there is a GPU; an adapter in software is slower than the CPU.
+    :func:`open_backend` measures whether that GPU is faster than the CPU.
     """
     choice = _on_nvidia(manifest)
     if choice.device != "cpu" or not provider.is_installed() or provider.misfit(manifest) is not None:
@@ -88,6 +98,8 @@ def open_backend(
         device = "cpu"
     if device == "auto":
         device, chosen, _ = choose(bundle.manifest)
+        if device == "webgpu" and engines is None:
+            return _faster(bundle, threads, verify_hashes)
         engines = engines or chosen
     if device == "cpu" and engines is None:
         from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
@@ -110,6 +122,46 @@ def open_backend(
     from balcony_runtime.backends import onnxruntime_device  # noqa: PLC0415 - likewise
 
     return onnxruntime_device.open_backend(bundle, engines, device, verify_hashes=verify_hashes)
+
+
+def _faster(bundle: Bundle, threads: int | None, verify_hashes: bool) -> Backend:
+    """The faster one of GPU and CPU for tokens at the full depth, one by one; only one of them is in memory at a time."""
+
+    def on(device: DeviceName) -> Backend:
+        return open_backend(bundle, device, threads=threads, verify_hashes=verify_hashes)
+
+    with on("cpu") as backend:
+        cpu_ms = token_ms(backend)
+    try:
+        backend = on("webgpu")
+        try:
+            gpu_ms = token_ms(backend)
+        except BaseException:
+            backend.close()
+            raise
+    except DeviceError as error:
+        _log.warning("%s", error)
+        return on("cpu")
+    _log.info("a token takes %.1f ms on the GPU and %.1f ms on the CPU", gpu_ms, cpu_ms)
+    if gpu_ms < cpu_ms:
+        return backend
+    backend.close()
+    return on("cpu")
+
+
+def token_ms(backend: Backend) -> float:
+    """Median time of a decode step at the full depth, its logits included, in milliseconds."""
+    state, last = backend.new_state(1, TOKENS + 1), len(backend.manifest.exit_layers) - 1
+    times = []
+    for row in range(TOKENS + 1):
+        begin = time.perf_counter()
+        state.embed(np.zeros((1, 1), np.int64), row)
+        for stage in range(last + 1):
+            state.run_stage(stage, row, row + 1)
+        state.run_exit(last, row, row + 1, 1)
+        state.logits(1)
+        times.append(1000 * (time.perf_counter() - begin))
+    return median(times[1:])
 
 
 def _only(bundle: Bundle, device: DeviceName) -> str:
