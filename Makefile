@@ -90,7 +90,7 @@ test-quick: $(READY)
 
 test-deep: $(READY) $(WEBGPU)/.ready
 	$(BIN)/python -m pytest -q -m deep --timeout 7200
-	$(ON_WEBGPU) -m 'webgpu and deep' --timeout 7200
+	$(ON_WEBGPU) tests/test_smollm2.py -m 'webgpu and deep' --timeout 7200
 	$(BIN)/python tests/mutants.py
 	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=explore --timeout 7200
 	$(MAKE) test-mutation

@@ -231,23 +231,10 @@ def make_tokenizer() -> Callable[[], transformers.PreTrainedTokenizerFast]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def unwatched_tracer() -> Iterator[None]:
-    """Trace models without coverage and without collecting garbage."""
-    with pytest.MonkeyPatch.context() as patch:
+def shared_traces() -> Iterator[None]:
+    """Trace models without coverage and without collecting garbage, and only those that are unlike earlier ones."""
+    with pytest.MonkeyPatch.context() as patch, SharedTraces().shared():
         patch.setattr(torch.onnx, "export", unwatched(torch.onnx.export))
-        yield
-
-
-@pytest.fixture(scope="session")
-def all_traces() -> SharedTraces:
-    """The traces of this test run."""
-    return SharedTraces()
-
-
-@pytest.fixture
-def shared_traces(all_traces: SharedTraces) -> Iterator[None]:
-    """For a test of what comes before or after the tracer: a model that is equal to an earlier one is not traced again."""
-    with all_traces.shared():
         yield
 
 
@@ -270,7 +257,7 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def export_tiny(all_traces: SharedTraces, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     """Exports a tiny model by the name of its architecture, once a session. The balconies are unlike the last layer."""
     made: dict[str, Exported] = {}
 
@@ -284,8 +271,7 @@ def export_tiny(all_traces: SharedTraces, tmp_path_factory: pytest.TempPathFacto
                     parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
             path = tmp_path_factory.mktemp("bundles") / architecture
             exits, options = ExitModel(model, balconies), ExportOptions(f"tiny-{architecture}", trained=True)
-            with all_traces.shared():
-                traced = trace(exits, options)
+            traced = trace(exits, options)
             export_bundle(exits, tokenizer, path, options, traced=traced)
             made[architecture] = Exported(path, exits, tokenizer, traced)
         return made[architecture]

@@ -193,3 +193,15 @@ def test_a_budget_of_the_real_model(llm: LLM) -> None:
     reply = llm.generate("Why is the sky blue?", max_new_tokens=6, ignore_eos=True)
     assert reply.tokens_per_exit == {14: 6} and all("infeasible" in token.reason for token in reply.tokens)
     llm.budget = Budget()
+
+
+@pytest.mark.webgpu
+@pytest.mark.deep
+@pytest.mark.timeout(7200)  # an adapter in software
+def test_webgpu_writes_what_the_cpu_writes(demo: Any) -> None:
+    written: dict[str, list[list[int]]] = {}
+    for device in ("cpu", "webgpu"):
+        with balcony_edge.load(demo.path, device=device) as llm:  # type: ignore[arg-type]
+            replies = [llm.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
+            written[device] = [[token.id for token in reply.tokens] for reply in replies]
+    assert written["webgpu"] == written["cpu"]

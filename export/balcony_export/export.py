@@ -106,9 +106,11 @@ def _trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback)
     graphs = {"backbone": backbone}
     for index, (first, last) in enumerate(zip((0, *layers), layers, strict=False)):
         graphs[f"stage_{index}"] = _cut_stage(backbone, spec, index, first, last)
+    balconies: dict[int, ir.Model] = {}
     for count, exit_layer in enumerate(exits.balconies):
         progress(f"tracing balcony {exit_layer}", 0.5 + 0.2 * count / len(exits.balconies))
-        traced = graph.trace_balcony(exits, exit_layer, spec)
+        balconies[exit_layer] = graph.trace_balcony(exits, exit_layer, spec, balconies)
+        traced = balconies[exit_layer].clone()
         _tidy(traced, f"balcony_{exit_layer}.")
         traced.graph.name = f"balcony_{exit_layer}"
         graphs[f"balcony_{exit_layer}"] = traced

@@ -29,11 +29,10 @@ from tests.command import COMMAND, invoke, invoke_here, refused, unmeasured
 
 
 @pytest.fixture(scope="session")
-def exported(all_traces: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that the command line exported and verified."""
     path = tmp_path_factory.mktemp("cli") / "bundle"
-    with all_traces.shared():
-        done = invoke_here("export", tiny_checkpoint, "--exits", "0.6x,0.8x", "-o", path, "--json")
+    done = invoke_here("export", tiny_checkpoint, "--exits", "0.6x,0.8x", "-o", path, "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["exits"] == [2, 3, 5] and document["verified"] is True
@@ -75,7 +74,6 @@ def test_verify_passes_and_fails(
     )
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     text, bundle = tmp_path / "text.jsonl", tmp_path / "b"
     text.write_text(
@@ -262,7 +260,6 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused("norm.engine: 0 bytes", "run", bundle, "the fox", "--device", "cpu", "--engines", "rtx-fp16")
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_extract(tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = invoke_here("extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "small", "--json")
     assert done.returncode == 0, done
@@ -340,7 +337,6 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     refused('bad.jsonl:1: has no "text"', "calibrate", bundle, "--text", tmp_path / "bad.jsonl")
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_under_optimums_command_line(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

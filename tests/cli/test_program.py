@@ -230,7 +230,6 @@ def test_the_context_of_engines_follows_the_bundle(tiny: Any, bundle_copy: Path)
     )
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_a_bundle_of_int4_is_not_sent_to_build(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "b"
     done = invoke_here("export", tiny_checkpoint, "--exits", "2", "-o", bundle, "--no-verify", "--precision", "int4")

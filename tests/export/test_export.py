@@ -116,7 +116,6 @@ def test_of_several_chat_templates_the_default_is_taken(make_tiny: Any, make_tok
         _write_tokenizer(model, tokenizer, tmp_path)
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_a_failed_check_leaves_nothing(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     def fail(directory: Path) -> None:
         assert Bundle.open(directory).manifest.exit_layers == (5,)
@@ -127,7 +126,6 @@ def test_a_failed_check_leaves_nothing(make_tiny: Any, make_tokenizer: Any, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_the_full_model_is_the_same_with_and_without_balconies(tiny: Any, make_tiny: Any, tmp_path: Path) -> None:
     """Bit for bit: the same weights, the same operators, and so the same logits."""
     import numpy as np
@@ -211,7 +209,6 @@ def test_leftovers_of_a_killed_export_go_and_a_running_one_stays(tmp_path: Path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root")
-@pytest.mark.usefixtures("shared_traces")
 def test_a_full_disk_is_one_line(make_tiny: Any, make_tokenizer: Any, small_disk: Path) -> None:
     model = make_tiny("llama")
     with pytest.raises(BalconyError, match=r"cannot be written .*No space left") as caught:

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import WEIGHTS
 from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.graph import trace
+from balcony_export.graph.trace import trace_balcony
 from balcony_export.model.exits import ExitModel
 from balcony_export.verify import ParityCheck, verify
 from balcony_runtime.engine import Engine
@@ -74,6 +77,22 @@ def test_a_balcony_computes_queries_for_the_last_rows_only(export_tiny: Callable
     from_rows = [name for name, source in fed.items() if source == "rows"]
     assert sum(node.input[0] in from_rows for node in model.graph.node if node.op_type == "MatMul") == 2  # keys, values
     assert sum(node.op_type == "Attention" for node in model.graph.node) == 1
+
+
+def test_one_trace_does_for_balconies_that_differ_in_their_weights(
+    export_tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits, spec = export_tiny("llama").exits, export_tiny("llama").traced.spec
+    first, wanted = (trace_balcony(exits, exit_layer, spec, {}) for exit_layer in (2, 3))
+    monkeypatch.setattr(trace, "_export", lambda *_: "traced")
+    found = trace_balcony(exits, 3, spec, {2: first})
+    assert ir.serde.serialize_model(found).SerializeToString() == ir.serde.serialize_model(wanted).SerializeToString()
+    weight = exits.balconies[2].layer.mlp.up_proj.weight
+    for value in first.graph.initializers.values():
+        array = value.const_value.numpy()  # type: ignore[union-attr]
+        if array.ctypes.data == weight.data_ptr():
+            value.const_value = ir.tensor(array.copy())  # as if the tracer had computed it
+    assert str(trace_balcony(exits, 3, spec, {2: first})) == "traced"
 
 
 def test_every_weight_is_stored_once(export_tiny: Callable[[str], Any]) -> None:

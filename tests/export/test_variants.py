@@ -67,7 +67,6 @@ def trained(model: Any, output: Path, **options: Any) -> dict[int, Balcony]:
     return load_balconies(output, model)
 
 
-@pytest.mark.usefixtures("shared_traces")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])  # test_experts.py has that one
 def test_every_exit_module_trains_exports_verifies_and_generates(
     make_tiny: Any, make_tokenizer: Any, tmp_path: Path, kind: Any
@@ -105,7 +104,6 @@ def test_every_exit_module_trains_exports_verifies_and_generates(
             assert np.abs(got - expected[exit_layer]).max() <= 1e-4 * np.abs(expected[exit_layer]).max()
 
 
-@pytest.mark.usefixtures("shared_traces")
 @pytest.mark.parametrize("kind", ["mlp", "none"])
 def test_exit_modules_without_a_cache_are_quantized_too(
     make_tiny: Any, make_tokenizer: Any, tmp_path: Path, kind: Any

@@ -16,7 +16,6 @@ from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph import widen
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision
-from tests.traces import SharedTraces
 
 
 def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str, bytes]:
@@ -31,7 +30,6 @@ def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str
 def test_the_bytes_are_those_of_the_widened_model(
     architecture: str,
     precision: str,
-    all_traces: SharedTraces,
     make_tiny: Any,
     make_tokenizer: Any,
     tmp_path: Path,
@@ -44,11 +42,12 @@ def test_the_bytes_are_those_of_the_widened_model(
     for model, dtype in ((narrow, torch.bfloat16), (wide, torch.float32)):
         for parameter in model.parameters():  # not the buffers, which a checkpoint does not have
             parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
-    with all_traces.shared():
-        wanted = exported(wide, make_tokenizer(), tmp_path / "wide", precision)
+    wanted = exported(wide, make_tokenizer(), tmp_path / "wide", precision)
     before = {name: (id(weight), weight.clone()) for name, weight in narrow.named_parameters()}
     monkeypatch.setattr(widen, "PIECE_BYTES", 1000)  # every weight in several pieces
-    monkeypatch.setattr(widen, "SMALL", 1024)  # limit below which the tracer merges equal tensors
+    monkeypatch.setattr(
+        widen, "SMALL", 1024
+    )  # limit below which the tracer merges equal tensors, and traces are shared
     assert exported(narrow, make_tokenizer(), tmp_path / "narrow", precision) == wanted
     assert MANIFEST in wanted
     after = dict(narrow.named_parameters())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -175,13 +175,17 @@ def trace_backbone(exits: ExitModel, spec: ModelSpec) -> ir.Model:
         )
 
 
-def trace_balcony(exits: ExitModel, exit_layer: int, spec: ModelSpec) -> ir.Model:
+def trace_balcony(exits: ExitModel, exit_layer: int, spec: ModelSpec, traced: Mapping[int, ir.Model]) -> ir.Model:
     """Trace one balcony: ``rows``, ``queries``, ``start``, past → ``hidden``, present.
 
-    A balcony without attention: ``hidden`` → ``normed``.
+    A balcony without attention: ``hidden`` → ``normed``. ``traced`` has graphs of the model's other balconies, as they came
+    from here: one of them with other weights will do.
     """
     parts, balcony = exits.parts, exits.balconies[exit_layer]
     dtype = parts.embed.weight.dtype
+    for other, model in traced.items():
+        if (found := _with_weights_of(balcony, exits.balconies[other], model)) is not None:
+            return found
     if not balcony.keeps_rows:
         example = torch.zeros(_BATCH, _QUERIES, parts.embed.embedding_dim, dtype=dtype)
         shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("queries")}
@@ -205,6 +209,37 @@ def trace_balcony(exits: ExitModel, exit_layer: int, spec: ModelSpec) -> ir.Mode
             ["rows", "queries", "start", *names],
             ["hidden", *(name.replace("past", "present") for name in names)],
         )
+
+
+def _with_weights_of(balcony: Balcony, other: Balcony, traced: ir.Model) -> ir.Model | None:
+    """The graph of another balcony with the weights of this one.
+
+    None if the two are built differently, or if a weight of the other is not in its graph as it is: the tracer computes with
+    some, splits some, and merges small ones of equal values.
+    """
+
+    def built(one: Balcony) -> tuple[Any, ...]:
+        return one.kind, one.copies, repr(one), [(name, p.shape, p.dtype) for name, p in one.named_parameters()]
+
+    if built(balcony) != built(other):
+        return None
+    if any(not torch.equal(*pair) for pair in zip(balcony.buffers(), other.buffers(), strict=True)):
+        return None
+    weights, others = dict(balcony.named_parameters()), dict(other.named_parameters())
+    places = {weight.data_ptr(): name for name, weight in others.items()}
+    found, seen = traced.clone(), set()
+    for value in found.graph.initializers.values():
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        name = places.get(array.ctypes.data)
+        if name is None:
+            continue
+        weight = weights[name].detach()
+        if array.size != weight.numel() or not (array.flags.c_contiguous or array.ndim == 2):
+            return None
+        value.const_value = ir.tensor(weight if array.flags.c_contiguous else weight.T, name=value.name)
+        seen.add(name)
+    return found if seen == others.keys() else None
 
 
 def _dynamic(name: str, batch: Any, capacity: Any) -> dict[int, Any]:
