@@ -20,26 +20,37 @@ from balcony_edge.errors import (
     BudgetError,
     BundleError,
     BusyError,
+    CheckpointError,
     ContextLengthError,
     DeviceError,
+    EngineBuildError,
     InfeasibleError,
     InputError,
     MissingDependencyError,
     ProfileError,
+    TrainingError,
+    UnsupportedModelError,
+    VerificationError,
 )
 
 if TYPE_CHECKING:
     import os
 
     from balcony_edge.budget import Budget, load_budget
+    from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.trace import TraceWriter
+    from balcony_edge.control.verdict import Verdict
+    from balcony_edge.device.costs import CostModel
     from balcony_edge.device.profile import DeviceProfile
     from balcony_runtime.backends.choose import DeviceName
     from balcony_runtime.chat import Chat
     from balcony_runtime.decoding.sampling import SamplingParams
-    from balcony_runtime.engine import Engine
+    from balcony_runtime.engine import Engine, TokenSequence
     from balcony_runtime.llm import LLM
     from balcony_runtime.reply import Reply, Token, TokenStream
+    from balcony_runtime.sensors import Sensors, device_sources
+    from balcony_runtime.structure.calls import CallReader
     from balcony_runtime.together import Together
 
 __all__ = [
@@ -47,23 +58,36 @@ __all__ = [
     "BalconyError",
     "Budget",
     "BudgetError",
+    "Bundle",
     "BundleError",
     "BusyError",
+    "CallReader",
     "Chat",
+    "CheckpointError",
     "ContextLengthError",
+    "CostModel",
     "DeviceError",
     "DeviceProfile",
     "Engine",
+    "EngineBuildError",
     "InfeasibleError",
     "InputError",
     "MissingDependencyError",
     "ProfileError",
     "Reply",
+    "RoundTraceWriter",
     "SamplingParams",
+    "Sensors",
     "Together",
     "Token",
+    "TokenSequence",
     "TokenStream",
     "TraceWriter",
+    "TrainingError",
+    "UnsupportedModelError",
+    "Verdict",
+    "VerificationError",
+    "device_sources",
     "load",
     "load_budget",
 ]
@@ -71,15 +95,23 @@ __all__ = [
 _LAZY = {
     "Budget": "balcony_edge.budget",
     "load_budget": "balcony_edge.budget",
+    "Bundle": "balcony_edge.bundle.bundle",
+    "RoundTraceWriter": "balcony_edge.control.company.round_trace",
     "TraceWriter": "balcony_edge.control.trace",
+    "Verdict": "balcony_edge.control.verdict",
+    "CostModel": "balcony_edge.device.costs",
     "DeviceProfile": "balcony_edge.device.profile",
     "Chat": "balcony_runtime.chat",
     "SamplingParams": "balcony_runtime.decoding.sampling",
     "Engine": "balcony_runtime.engine",
+    "TokenSequence": "balcony_runtime.engine",
     "LLM": "balcony_runtime.llm",
     "Reply": "balcony_runtime.reply",
     "Token": "balcony_runtime.reply",
     "TokenStream": "balcony_runtime.reply",
+    "Sensors": "balcony_runtime.sensors",
+    "device_sources": "balcony_runtime.sensors",
+    "CallReader": "balcony_runtime.structure.calls",
     "Together": "balcony_runtime.together",
 }
 

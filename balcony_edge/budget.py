@@ -20,6 +20,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from balcony_edge.errors import BudgetError
+from balcony_edge.renamed import RENAMED
 
 if TYPE_CHECKING:
     from pydantic import GetJsonSchemaHandler
@@ -88,12 +89,6 @@ _ALLOWED = {
     "on_infeasible": ("must be 'shallowest', 'best_effort' or 'error'", "give one of the three"),
 }
 _LIST = "`balcony-edge budget schema` lists the keys"
-#: Keys of earlier versions, and what says the same now.
-_RENAMED = {
-    "speculate": 'policy = "speculative"',
-    "confident": 'policy = "confident"',
-    "lossless": 'policy = "lossless"',
-}
 
 
 class Budget(BaseModel):
@@ -396,8 +391,8 @@ def _message(error: pydantic.ValidationError) -> str:
         return f"{key} = {_shown(first['input'])}: {allowed}; {cure}"
     if not key:
         return f"budget = {_shown(first['input'])}: must be a table of keys such as tpot_ms; {_LIST}"
-    if key in _RENAMED:
-        return f"{key} = {_shown(first['input'])}: this key is now {_RENAMED[key]}; write that instead"
+    if key in RENAMED:
+        return f"{key} = {_shown(first['input'])}: this key is now {RENAMED[key]}; write that instead"
     close = difflib.get_close_matches(key, _ALLOWED, n=1)
     cure = f"did you mean {close[0]}?" if close else f"remove it; {_LIST}"
     return f"{_shown(key)[1:-1]} = {_shown(first['input'])}: no such key; {cure}"

@@ -21,7 +21,6 @@ from rich.console import Console
 
 import balcony_edge
 from balcony_edge import LLM, Reply, SamplingParams, Token
-from balcony_edge.cli.console import depth_styles
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -43,12 +42,12 @@ def generate(llm: LLM, prompt: str, count: int, console: Console) -> Reply:
     """Stream up to ``count`` tokens; the budget tightens after a third of them and relaxes after half."""
     generous, tight = targets(llm)
     changes = {count // 3: tight, count // 2: generous}
-    styles = depth_styles(llm.exit_layers)
+    styles = dict(zip(llm.exit_layers[:-1], ("red", "yellow", "green"), strict=False))
     llm.budget = balcony_edge.Budget(tpot_ms=generous)
     console.print(f"[bold]target {generous} ms a token[/]")
     stream = llm.stream(prompt, max_new_tokens=count, sampling=SAMPLING)
     for made, token in enumerate(stream, 1):
-        console.print(token.text, style=styles[token.exit_layer], end="", markup=False, soft_wrap=True)
+        console.print(token.text, style=styles.get(token.exit_layer, "default"), end="", markup=False, soft_wrap=True)
         if (target := changes.get(made)) is not None:
             llm.budget = balcony_edge.Budget(tpot_ms=target)
             console.print(f"\n[bold]target {target} ms a token[/]")

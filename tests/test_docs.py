@@ -114,6 +114,13 @@ def test_the_api_page_names_everything() -> None:
     assert not [name for name in names if not re.search(rf"\b{name}\b", text)]
 
 
+def test_pages_and_examples_import_the_device_side_from_the_top() -> None:
+    """Only what needs a workstation, such as the adapter of lm-evaluation-harness, lies deeper."""
+    deeper = re.compile(r"balcony_runtime\.|(?:from|import) balcony_edge\.|\bbalcony_edge\.[a-z]+\.\w")
+    for file in (ROOT / "README.md", *ROOT.glob("docs/[!L]*.md"), *ROOT.glob("examples/*.py")):
+        assert not deeper.findall(file.read_text(encoding="utf-8")), file
+
+
 def test_the_format_page_names_every_key() -> None:
     text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
 

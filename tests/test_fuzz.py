@@ -35,7 +35,7 @@ from balcony_export.model.balcony_files import fingerprint as base_of
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine, TokenSequence
 from tests.command import unmeasured
-from tests.properties import examples
+from tests.properties import CHANCE, examples
 
 FUZZ = Path(__file__).with_name("fuzz_bundle.py")
 
@@ -200,11 +200,11 @@ def _at(document: Any, place: tuple[str, ...]) -> Any:
 Step = Callable[[TokenSequence], Any]
 
 
-def _schedule(engine: Engine, seed: int) -> list[Step]:
+def _schedule(engine: Engine, choose: random.Random) -> list[Step]:
     """Twenty steps of one sequence: passes at any exit, portions of idle work, rollbacks."""
-    choose = random.Random(seed)
     prompt = [choose.randrange(320) for _ in range(choose.randint(1, 40))]
-    steps: list[Step] = [lambda sequence: sequence.advance(engine.exit_layers[seed % 3], prompt)]
+    first = choose.choice(engine.exit_layers)
+    steps: list[Step] = [lambda sequence: sequence.advance(first, prompt)]
     for _ in range(19):
         exit_layer, rows = choose.choice(engine.exit_layers), choose.randint(1, 9)
         tokens = [choose.randrange(320) for _ in range(choose.choice((1, 1, 1, 5)))]
@@ -218,20 +218,22 @@ def _schedule(engine: Engine, seed: int) -> list[Step]:
     return steps
 
 
-def test_interleaved_sequences_give_what_they_give_alone(tiny_engine: Engine) -> None:
-    schedules = [_schedule(tiny_engine, seed) for seed in range(16)]
+@examples(4, suppress_health_check=[HealthCheck.too_slow])
+@given(CHANCE)
+def test_interleaved_sequences_give_what_they_give_alone(tiny_engine: Engine, chance: random.Random) -> None:
+    schedules = [_schedule(tiny_engine, chance) for _ in range(4)]
     alone = []
     for steps in schedules:
         sequence = tiny_engine.new_sequence(max_length=200)
         alone.append([step(sequence) for step in steps])
     order = [number for number, steps in enumerate(schedules) for _ in steps]
-    random.Random(16).shuffle(order)
+    chance.shuffle(order)
     sequences = [tiny_engine.new_sequence(max_length=200) for _ in schedules]
     together: list[list[Any]] = [[] for _ in schedules]
     for number in order:
         step = schedules[number][len(together[number])]
         together[number].append(step(sequences[number]))
-    for number in range(16):
+    for number in range(len(schedules)):
         for one, other in zip(alone[number], together[number], strict=True):
             np.testing.assert_array_equal(one, other, err_msg=f"sequence {number}")  # equal to the bit
 

@@ -74,6 +74,17 @@ def test_modules_and_packages_stay_small() -> None:
     assert len(top) <= 14, top
 
 
+def test_the_decode_loop_has_no_long_list_of_parameters() -> None:
+    long = []
+    for path in (PACKAGES["balcony_runtime"] / "balcony_runtime" / "decoding").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len(names) - (names[:1] in (["self"], ["cls"])) > 5:
+                    long.append(f"{path.name}: {node.name}")
+    assert long == []
+
+
 @pytest.fixture(scope="module")
 def wheel(built: Path) -> Path:
     (path,) = built.glob("*.whl")

@@ -59,6 +59,9 @@ def sha256_file(path: Path) -> str:
 class Bundle:
     """A bundle on disk whose manifest was read and whose files were checked.
 
+    Example:
+        exits = Bundle.open("bundle/").manifest.exits
+
     Attributes:
         path: directory of the bundle.
         manifest: typed content of ``bundle.json``.

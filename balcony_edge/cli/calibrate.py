@@ -44,7 +44,7 @@ def calibrate(
     from balcony_edge.cli.console import progress_bar, stdout
     from balcony_edge.errors import BundleError, InputError
     from balcony_edge.files import require_writable
-    from balcony_runtime.decoding.thresholds import calibrate_confidence
+    from balcony_runtime.decoding.thresholds import compare_exits, learn
     from balcony_runtime.engine import Engine
 
     if (text is None) == (check is None):
@@ -60,14 +60,8 @@ def calibrate(
     assert text is not None
     documents = _documents(text, opened, tokens, document_tokens)
     with progress_bar() as progress, Engine.of(opened) as engine:
-        found = calibrate_confidence(
-            engine,
-            documents,
-            text=text.name,
-            max_disagreement=shares[0],
-            confidence=shares[1],
-            progress=lambda done: progress("comparing exits", done),
-        )
+        compared = compare_exits(engine, documents, lambda done: progress("comparing exits", done))
+        found = learn(compared, text.name, *shares)
     record_confidence(bundle, found)
     if as_json:
         print(json.dumps(found.model_dump(mode="json")))  # noqa: T201 - programs read this

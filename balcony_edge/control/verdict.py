@@ -27,6 +27,9 @@ _PACES = ("min_pace_tps", "max_pace_tps")
 class Verdict(NamedTuple):
     """One key of a budget.
 
+    Example:
+        missed = [verdict.key for verdict in reply.verdicts if verdict.held is False]
+
     Attributes:
         key: name of the key.
         asked: value of the key.

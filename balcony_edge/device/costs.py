@@ -190,6 +190,9 @@ class UnitCost:
 class CostModel:
     """Prices of every part of a step.
 
+    Example:
+        llm.costs = DeviceProfile.load("device.json").costs
+
     Attributes:
         exits: exit layers in ascending order; the last is the full depth.
         stages: prices of the stages. Stage ``i`` is the layers ``(exits[i - 1], exits[i]]``; exit ``i`` runs stages 0 to ``i``.

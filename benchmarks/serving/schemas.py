@@ -24,9 +24,8 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 }
 
 
-def schema(seed: int) -> dict[str, Any]:
+def schema(make: random.Random) -> dict[str, Any]:
     """A supported schema of at most three levels, an object at its top."""
-    make = random.Random(seed)
     made = _object(make, 3)
     if make.random() < 0.2:  # by reference, of a list that may hold itself
         made["$defs"] = {
@@ -45,9 +44,8 @@ def schema(seed: int) -> dict[str, Any]:
     return made
 
 
-def unsupported(seed: int) -> tuple[str, dict[str, Any]]:
+def unsupported(make: random.Random) -> tuple[str, dict[str, Any]]:
     """``(keyword, schema)``: a schema with one keyword that is refused, at a random place."""
-    make = random.Random(seed)
     keyword = make.choice(sorted(UNSUPPORTED))
     made = _object(make, 2)
     made["properties"]["refused"] = UNSUPPORTED[keyword]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections import Counter
@@ -141,7 +142,7 @@ def named(llm: LLM, seeds: Sequence[int]) -> int:
     """Number of schemas with an unsupported keyword that are refused by its name."""
     count = 0
     for seed in seeds:
-        keyword, schema = schemas.unsupported(seed)
+        keyword, schema = schemas.unsupported(random.Random(seed))
         try:
             llm.compile_grammar(SamplingParams(json_schema=schema))
         except InputError as error:
@@ -177,7 +178,8 @@ def main() -> int:
                 result["schemas"] = counts = valid(llm, of_directory(given.directory, given.schemas))
                 bars |= {"invalid replies": bar(counts["invalid"], 0)}
             else:
-                counts = valid(llm, [(f"schema {seed}", schemas.schema(seed)) for seed in range(given.schemas)])
+                made = [(f"schema {seed}", schemas.schema(random.Random(seed))) for seed in range(given.schemas)]
+                counts = valid(llm, made)
                 refused = named(llm, range(given.schemas // 10))
                 result["schemas"] = counts | {"refused_by_name": refused, "unsupported": given.schemas // 10}
                 bars |= {

@@ -158,6 +158,9 @@ class TokenSequence:
     After any schedule of exits, chunk sizes and rollbacks, the logits at an exit equal those of a pass from scratch over
     the same tokens at that exit. An interrupted step leaves the sequence valid, because a cursor moves after its rows did.
     Threads take turns: one may work off backlog while another decodes (:meth:`.chat.Chat.catching_up`).
+
+    Example:
+        logits = engine.new_sequence().advance(engine.exit_layers[0], [1, 2, 3])  # (1, 1, V)
     """
 
     def __init__(self, engine: Engine, batch_size: int, max_length: int, state: State | None = None) -> None:

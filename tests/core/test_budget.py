@@ -93,14 +93,6 @@ def test_unknown_key_names_the_keys_and_the_likely_one() -> None:
         Budget(zzz=1)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [("speculate", "speculative"), ("confident", "confident"), ("lossless", "lossless")]
-)
-def test_former_keys_name_the_new_one(old: str, new: str) -> None:
-    with pytest.raises(BudgetError, match=f'^{old} = True: this key is now policy = "{new}"; write that instead$'):
-        Budget(**{old: True})
-
-
 def test_something_else_than_keys() -> None:
     with pytest.raises(BudgetError, match=r"^budget = \[1\]: must be a table of keys such as tpot_ms; "):
         Budget.model_validate([1])

@@ -114,12 +114,29 @@ def test_public_names_are_these() -> None:
     import balcony_edge
 
     errors = {
-        *("BalconyError", "BudgetError", "BundleError", "BusyError", "ContextLengthError", "DeviceError"),
-        *("InfeasibleError", "InputError", "MissingDependencyError", "ProfileError"),
+        *(
+            "BalconyError",
+            "BudgetError",
+            "BundleError",
+            "BusyError",
+            "CheckpointError",
+            "ContextLengthError",
+            "DeviceError",
+        ),
+        *(
+            "EngineBuildError",
+            "InfeasibleError",
+            "InputError",
+            "MissingDependencyError",
+            "ProfileError",
+            "TrainingError",
+        ),
+        *("UnsupportedModelError", "VerificationError"),
     }
     others = {
-        *("Budget", "Chat", "DeviceProfile", "Engine", "LLM", "Reply", "SamplingParams", "Token", "TokenStream"),
-        *("Together", "TraceWriter", "load", "load_budget"),
+        *("Budget", "Bundle", "CallReader", "Chat", "CostModel", "DeviceProfile", "Engine", "LLM", "Reply"),
+        *("RoundTraceWriter", "SamplingParams", "Sensors", "Together", "Token", "TokenSequence", "TokenStream"),
+        *("TraceWriter", "Verdict", "device_sources", "load", "load_budget"),
     }
     assert set(balcony_edge.__all__) == errors | others
     assert set(balcony_edge.__all__) <= set(dir(balcony_edge))

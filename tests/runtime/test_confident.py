@@ -26,7 +26,7 @@ from balcony_runtime.decoding.thresholds import (
     MEASURES,
     Compared,
     binomial_tail,
-    calibrate_confidence,
+    compare_exits,
     held_out,
     last_accepted,
     learn,
@@ -239,7 +239,8 @@ def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:
     random = np.random.default_rng(8)
     documents = [random.integers(1, 320, 60).tolist() for _ in range(30)]
     with Engine.open(export_tiny("llama").path) as engine:
-        found = calibrate_confidence(engine, documents, text="random", max_disagreement=0.2, confidence=0.9)
+        compared = compare_exits(engine, documents)
+        found = learn(compared, "random", max_disagreement=0.2, confidence=0.9)
         assert found.tokens == 1800 and set(found.thresholds) <= {2, 3}
         for threshold in found.thresholds.values():
             assert threshold.disagreement <= 0.2 and 0 < threshold.exit_share <= 1
@@ -261,9 +262,9 @@ def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:
         with pytest.raises(InputError, match="400 or more"):
             held_out(engine, others[:2], found)
         with pytest.raises(InputError, match="300 tokens to calibrate on: give 400 or more"):
-            calibrate_confidence(engine, documents[:5], text="x", max_disagreement=0.2, confidence=0.9)
+            learn(compare_exits(engine, documents[:5]), "x", max_disagreement=0.2, confidence=0.9)
         with pytest.raises(InputError, match="max_disagreement = 2"):
-            calibrate_confidence(engine, documents, text="x", max_disagreement=2, confidence=0.9)
+            learn(compared, "x", max_disagreement=2, confidence=0.9)
 
 
 def test_a_bundle_without_thresholds_says_so(tiny: Any) -> None:

@@ -22,6 +22,7 @@ from balcony_runtime.decoding.speculate import (
     PROBE_TOKENS,
     DraftRound,
     Speculator,
+    Standing,
     run_round,
 )
 from balcony_runtime.llm import LLM
@@ -160,37 +161,37 @@ def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any) -> None:
         assert not any(token.decision.drafted for token in tokens)
     speculator = Speculator(EXITS, {2: 0.3, 3: None, 5: 1.0})
     assert speculator.acceptance(2) == pytest.approx(0.3) and speculator.acceptance(3) == pytest.approx(0.5)
-    assert speculator.plan(expensive, 50, NONE, 100, float("inf")) is None
+    assert speculator.plan(expensive, Standing(50, 100, NONE), float("inf")) is None
     for _ in range(PROBE_TOKENS):
         speculator.learn_plain(10.0, 10.0)
-    probe = speculator.plan(expensive, 50, NONE, 100, float("inf"))
+    probe = speculator.plan(expensive, Standing(50, 100, NONE), float("inf"))
     assert probe is not None and probe.speedup < 1
     speculator.learn(probe, 0, probe.price_ms)
-    assert speculator.plan(expensive, 50, NONE, 100, float("inf")) is None
+    assert speculator.plan(expensive, Standing(50, 100, NONE), float("inf")) is None
     assert speculator.acceptance(probe.exit_layer) < 0.5
 
 
 def test_the_choice_follows_acceptance_and_measured_times() -> None:
     speculator = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
-    good = speculator.plan(costs(), 50, NONE, 100, float("inf"))
+    good = speculator.plan(costs(), Standing(50, 100, NONE), float("inf"))
     assert good is not None and good.exit_layer == 2 and good.drafts == 8 and good.speedup > 4
-    assert speculator.plan(costs(), 50, NONE, 4, float("inf")).drafts == 3  # type: ignore[union-attr] - no room for more
-    assert speculator.plan(costs(), 50, NONE, 100, 90.0) is None  # the whole round must fit a gap
+    assert speculator.plan(costs(), Standing(50, 4, NONE), float("inf")).drafts == 3  # type: ignore[union-attr] - no room for more
+    assert speculator.plan(costs(), Standing(50, 100, NONE), 90.0) is None  # the whole round must fit a gap
     # A balcony with 30 pending rows runs first, in the same gap.
     behind_ms = costs().balconies[0].pass_ms(30, 50, 1)
     for share in (0.9, 1.1):
         fresh = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
-        planned = fresh.plan(costs(), 50, (30, 30, 0), 100, good.price_ms + share * behind_ms)
+        planned = fresh.plan(costs(), Standing(50, 100, (30, 30, 0)), good.price_ms + share * behind_ms)
         assert (planned == good) == (share > 1)
     for _ in range(60):
         speculator.learn(good, 0, good.price_ms)  # nothing is ever kept
     assert speculator.acceptance(2) < 0.05
-    other = speculator.plan(costs(), 50, NONE, 100, float("inf"))
+    other = speculator.plan(costs(), Standing(50, 100, NONE), float("inf"))
     assert other is None or other.exit_layer != 2 or other.drafts < 3
     slow = Speculator(EXITS, {2: 0.9, 3: 0.9, 5: 1.0})
     for _ in range(60):
         slow.learn(good, 8, 10 * good.price_ms)  # rounds take ten times their price
-    assert slow.plan(costs(), 50, NONE, 100, float("inf")) is None
+    assert slow.plan(costs(), Standing(50, 100, NONE), float("inf")) is None
 
 
 def test_under_a_latency_target_a_round_must_fit_the_gap(llm: LLM) -> None:
@@ -234,7 +235,7 @@ def test_drafts_after_a_refused_one_are_not_judged() -> None:
 def test_the_check_pays_for_the_heads_rows_of_all_drafts() -> None:
     cheap, dear = UnitCost(0.001), UnitCost(10.0, 0.0)
     prices = CostModel(EXITS, (cheap, cheap, dear), (cheap, cheap, cheap), head=UnitCost(0.5, 0.25))
-    planned = Speculator(EXITS, {2: 0.9, 3: 0.0}).plan(prices, 100, (0, 0, 0), room=50, most_ms=1e9)
+    planned = Speculator(EXITS, {2: 0.9, 3: 0.0}).plan(prices, Standing(100, 50, (0, 0, 0)), most_ms=1e9)
     assert planned is not None and planned.exit_layer == 2
     index = EXITS.index(2)
     rows = (1,) * (index + 1) + (planned.drafts + 1,) * (len(EXITS) - index - 1)
@@ -247,7 +248,7 @@ ANY_MS = float("inf")
 
 
 def planned(speculator: Speculator, prices: CostModel, room: int = 100, most_ms: float = ANY_MS) -> DraftRound | None:
-    return speculator.plan(prices, 50, NONE, room, most_ms)
+    return speculator.plan(prices, Standing(50, room, NONE), most_ms)
 
 
 BY_HAND = CostModel(
@@ -266,9 +267,9 @@ def test_a_rounds_price_and_speedup_by_hand() -> None:
     assert found is not None and (found.exit_layer, found.drafts) == (2, 2)
     assert found.price_ms == pytest.approx(25.0 + 81.0)
     assert found.speedup == pytest.approx(72.5 * (1 + 0.8 + 0.64) / 106.0)
-    assert speculator.plan(prices, 50, NONE, 3, found.price_ms) == found  # just enough time
+    assert speculator.plan(prices, Standing(50, 3, NONE), found.price_ms) == found  # just enough time
     # for one draft there is time in any case
-    shorter = speculator.plan(prices, 50, NONE, 3, found.price_ms - 0.01)
+    shorter = speculator.plan(prices, Standing(50, 3, NONE), found.price_ms - 0.01)
     assert shorter is not None and shorter.drafts == 1
     assert planned(speculator, prices, room=1) is None  # the token alone fills the sequence
 
@@ -279,13 +280,13 @@ def test_rows_that_run_again_are_part_of_the_price() -> None:
     prices, speculator = BY_HAND, Speculator(EXITS, {2: 0.8, 3: 0.1})
     again_ms = 2 * 1.0 + 2 * 1.0 + 2 * 3.0  # passes of the next round take them along
     price_ms = 106.0 + (1 - 0.64) * again_ms
-    found = speculator.plan(prices, 50, NONE, 3, ANY_MS, replays=True)
+    found = speculator.plan(prices, Standing(50, 3, NONE, replays=True), ANY_MS)
     assert found is not None and (found.exit_layer, found.drafts) == (2, 2)
     assert found.price_ms == pytest.approx(price_ms)
     pending_ms = 3 * 3.0
-    tight = speculator.plan(prices, 50, NONE, 3, pending_ms + price_ms, (0, 0, 3), replays=True)
+    tight = speculator.plan(prices, Standing(50, 3, NONE, (0, 0, 3), replays=True), pending_ms + price_ms)
     assert tight == found
-    tight = speculator.plan(prices, 50, NONE, 3, pending_ms + price_ms - 0.01, (0, 0, 3), replays=True)
+    tight = speculator.plan(prices, Standing(50, 3, NONE, (0, 0, 3), replays=True), pending_ms + price_ms - 0.01)
     assert tight is None or tight.drafts == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ import numpy as np
 import psutil
 import pydantic
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import balcony_edge
 from balcony_edge.budget import Budget
@@ -29,6 +32,7 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.structure.asked import Structure, structure_of
 from balcony_runtime.structure.grammar import Grammars, Guide
 from benchmarks.serving import schemas
+from tests.properties import CHANCE, examples
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -180,11 +184,16 @@ def test_after_the_end_everything_goes(grammars: Grammars) -> None:
     assert guide.allowed() is None and guide.permits(9) and guide.forced(5) == [] and guide.fork().allowed() is None
 
 
+@pytest.mark.hypothesis
 def test_forced_tokens_are_those_of_masks_with_one_token(grammars: Grammars) -> None:
     """Random walks through random schemas: ``forced`` gives what single-token masks would have given."""
-    random, forced = np.random.default_rng(3), 0
-    for seed in range(15):
-        quick = guide_of(grammars, json_schema=schemas.schema(seed))
+    forced = 0
+
+    @examples(15)
+    @given(CHANCE)
+    def property_holds(chance: random.Random) -> None:
+        nonlocal forced
+        quick = guide_of(grammars, json_schema=schemas.schema(chance))
         slow = quick.fork()
         for _ in range(60):
             for token in quick.forced(100):
@@ -195,9 +204,11 @@ def test_forced_tokens_are_those_of_masks_with_one_token(grammars: Grammars) -> 
             allowed = quick.allowed()
             if allowed is None:
                 break
-            token = int(random.choice(np.flatnonzero(allowed)))
+            token = int(chance.choice(np.flatnonzero(allowed)))
             quick.accept(token)
             slow.accept(token)
+
+    property_holds()
     assert forced > 300
 
 
@@ -429,20 +440,21 @@ def test_an_error_in_mid_reply_ends_that_reply_only(llm: LLM, monkeypatch: Any) 
     assert len(free.reply.tokens) == 20
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_replies_to_random_schemas_are_valid(llm: LLM, seed: int) -> None:
+@examples(40)
+@given(CHANCE, st.integers(0, 1000), st.sampled_from([Budget(), Budget(policy="speculative")]))
+def test_replies_to_random_schemas_are_valid(llm: LLM, chance: random.Random, seed: int, budget: Budget) -> None:
     """At temperature 1; `python -m benchmarks.serving.structured --only schemas` does the same with 2,000."""
-    schema = schemas.schema(seed)
-    params = SamplingParams(json_schema=schema, temperature=1.0, seed=seed)
-    reply = llm.generate(PROMPT, sampling=params, budget=Budget(policy="speculative") if seed % 2 else None)
+    schema = schemas.schema(chance)
+    reply = llm.generate(PROMPT, sampling=SamplingParams(json_schema=schema, temperature=1.0, seed=seed), budget=budget)
     if reply.finish_reason == "length":  # the context of 256 is full
         return
     jsonschema_rs.validator_for(schema, validate_formats=True).validate(json.loads(reply.text))
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_unsupported_keywords_are_named(llm: LLM, seed: int) -> None:
-    keyword, schema = schemas.unsupported(seed)
+@examples(12)
+@given(CHANCE)
+def test_unsupported_keywords_are_named(llm: LLM, chance: random.Random) -> None:
+    keyword, schema = schemas.unsupported(chance)
     with pytest.raises(InputError, match=keyword):
         llm.compile_grammar(SamplingParams(json_schema=schema))
 

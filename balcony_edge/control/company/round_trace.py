@@ -52,6 +52,12 @@ class RoundTrace(NamedTuple):
 class RoundTraceWriter(LinesWriter):
     """Writes rounds. A context manager that closes the file.
 
+    Example:
+        with RoundTraceWriter("rounds.jsonl") as trace:
+            llm.record_rounds(trace)
+            llm.generate_batch(prompts, max_new_tokens=50)
+            llm.record_rounds(None)
+
     Raises:
         InputError: the file cannot be written.
     """

@@ -43,6 +43,24 @@ UNKNOWN_AGREEMENT = 0.5
 RATIO_RATE = 0.1
 
 
+class Standing(NamedTuple):
+    """A sequence, as far as the price of a round depends on it.
+
+    Attributes:
+        context_length: number of rows before the new ones.
+        room: number of rows that the sequence can still take; a round of g drafts takes g + 1.
+        balcony_rows: pending rows of each balcony, without the new ones.
+        stage_rows: pending rows of each stage, which the round's passes take along.
+        replays: whether the rows that a round keeps run again, because the model has recurrent layers.
+    """
+
+    context_length: int
+    room: int
+    balcony_rows: tuple[int, ...]
+    stage_rows: tuple[int, ...] = ()
+    replays: bool = False
+
+
 class DraftRound(NamedTuple):
     """A planned round.
 
@@ -97,15 +115,8 @@ class Speculator:
         if max(sequence.stage_rows) > (MOST_DRAFTS if sequence.replays else 0):  # a round leaves at most so many
             return None
         room = sequence.max_length - sequence.length
-        planned = self.plan(
-            turn.costs,
-            sequence.length,
-            sequence.balcony_rows,
-            room,
-            turn.most_ms,
-            sequence.stage_rows,
-            sequence.replays,
-        )
+        standing = Standing(sequence.length, room, sequence.balcony_rows, sequence.stage_rows, sequence.replays)
+        planned = self.plan(turn.costs, standing, turn.most_ms)
         if planned is None:
             return None
         backlog_ns = time.perf_counter_ns()
@@ -121,29 +132,17 @@ class Speculator:
             planned.drafts,
         )
 
-    def plan(
-        self,
-        costs: CostModel,
-        context_length: int,
-        balcony_rows: tuple[int, ...],
-        room: int,
-        most_ms: float,
-        stage_rows: tuple[int, ...] = (),
-        replays: bool = False,
-    ) -> DraftRound | None:
+    def plan(self, costs: CostModel, standing: Standing, most_ms: float) -> DraftRound | None:
         """Return the round that is worth running now, or None if a plain step is as fast.
 
         Args:
             costs: prices of this device.
-            context_length: number of rows before the new ones.
-            balcony_rows: pending rows of each balcony, without the new ones.
-            room: number of rows that the sequence can still take; a round of g drafts takes g + 1.
+            standing: the sequence.
             most_ms: longest time that a round may take, at slowdown 1.
-            stage_rows: pending rows of each stage, which the round's passes take along.
-            replays: whether the rows that a round keeps run again, because the model has recurrent layers.
         """
         if self._since_probe < min(self._plan_at, PROBE_TOKENS):
             return None
+        context_length, room, balcony_rows, stage_rows, replays = standing
         plain_ms = costs.steady_ms(self._exits[-1], context_length) * self._plain_ratio
         pending_ms = _further_ms(costs, stage_rows, context_length)
         found: DraftRound | None = None

@@ -108,34 +108,18 @@ def last_accepted(
     return best
 
 
-def calibrate_confidence(
-    engine: Engine,
-    documents: Sequence[Sequence[int]],
-    *,
-    text: str,
-    max_disagreement: float,
-    confidence: float,
-    progress: Callable[[float], None] = lambda done: None,
-) -> ConfidenceSpec:
-    """Learn and test the thresholds of every exit.
+def learn(compared: Compared, text: str, max_disagreement: float, confidence: float) -> ConfidenceSpec:
+    """Learn and test the thresholds of every exit. Several promises need only one comparison of the exits.
 
     Args:
-        engine: engine of the bundle.
-        documents: tokens of documents that resemble the expected replies.
+        compared: what :func:`compare_exits` found on documents that resemble the expected replies.
         text: name of the text, for the record.
         max_disagreement: share of all tokens that may exit early with another token than the full depth's.
         confidence: probability that the promise holds.
-        progress: function called with the share of the text that is done.
 
     Raises:
         InputError: shares out of range, or too little text.
     """
-    _refuse_bad_shares(max_disagreement, confidence)
-    return learn(compare_exits(engine, documents, progress), text, max_disagreement, confidence)
-
-
-def learn(compared: Compared, text: str, max_disagreement: float, confidence: float) -> ConfidenceSpec:
-    """:func:`calibrate_confidence` for exits that are already compared: several promises need only one pass over the text."""
     _refuse_bad_shares(max_disagreement, confidence)
     sure, agrees = compared
     count = len(next(iter(agrees.values())))

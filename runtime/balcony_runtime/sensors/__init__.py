@@ -38,6 +38,9 @@ __all__ = [
 def device_sources(sysfs: Path = Path("/sys")) -> tuple[Source, ...]:
     """Every source of this device, most trusted first: if two measure the same quantity, the first counts.
 
+    Example:
+        names = [source.name for source in device_sources()]
+
     Args:
         sysfs: root of the sysfs tree. NVML, psutil and the mailbox of a Raspberry Pi's firmware do not use it.
     """

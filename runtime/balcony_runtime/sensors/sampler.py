@@ -60,6 +60,10 @@ class Sensors:
     """Samples sources in the background; :meth:`latest` returns their latest readings.
 
     A context manager: entering starts the threads, leaving stops them.
+
+    Example:
+        with Sensors(device_sources(), rate_hz=5) as sensors:
+            readings = sensors.latest()
     """
 
     def __init__(

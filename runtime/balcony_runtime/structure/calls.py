@@ -50,6 +50,10 @@ class Piece(NamedTuple):
 class CallReader:
     """Reads one reply.
 
+    Example:
+        reader = stream.call_reader()
+        pieces = [piece for token in stream for piece in reader.push(token.id, token.text)] + reader.finish()
+
     Args:
         box: its tools.
     """
