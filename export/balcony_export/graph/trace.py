@@ -130,7 +130,7 @@ def _export(
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        # With symbolic sizes, a look-up in the cache of fake tensors takes longer than the result (docs/LOG.md).
+        # With symbolic sizes, a look-up in the cache of fake tensors takes longer than the result (docs/LOG.md, "Tests").
         uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
         with uncached, warnings.catch_warnings(), torch.no_grad():
             # the tracer warns about its own internals (tree specs, axis names that unify)
