@@ -165,10 +165,12 @@ def test_the_commands_for_models(checkpoint: Path) -> None:
 @pytest.mark.parametrize("checkpoint", FAMILIES, indirect=True)
 def test_the_commands_for_bundles(checkpoint: Path) -> None:
     """``export`` in three precisions, ``verify``, ``eval``, ``run`` and ``profile``; balconies are copies of a layer."""
-    model, text = checkpoint / "model", checkpoint / "text.txt"
-    for precision in ("fp32", "int8", "int4,block=16"):
+    model, text, more = checkpoint / "model", checkpoint / "text.txt", checkpoint / "more.txt"
+    more.write_text(text.read_text() * 16)
+    for precision in ("fp32", "int8", "int4"):
         bundle = checkpoint / precision[:4]
-        done("export", model, "--exits", "1", "-o", bundle, "--precision", precision, "--calibration", text)
+        calibration = () if precision == "fp32" else ("--calibration", more)
+        done("export", model, "--exits", "1", "-o", bundle, "--precision", precision, *calibration)
         assert done("verify", bundle, "--against", model, "--json")
         assert done("eval", bundle, "--text", text, "--window", "32", "--limit", "3", "--json")
         done("run", bundle, "the quick", "-n", "5")
