@@ -11,7 +11,13 @@ import pytest
 from balcony_edge.bundle.bundle import Bundle
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
+from balcony_export.export import ExportOptions, Traced, export_bundle, trace
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.exits import ExitModel
+from tests.conftest import Exported, tiny_model, tiny_tokenizer
 from tests.export.distilling import SEQ_LEN
+from tests.export.experts import MIXTURES, mixture_exits
+from tests.hybrids import HYBRIDS, TWO_LAYERS
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +35,45 @@ def bundle_scorer(tiny: Any) -> Iterator[BundleScorer]:
 @pytest.fixture(scope="module")
 def torch_scorer(tiny: Any) -> TorchScorer:
     return TorchScorer(tiny.exits, tiny.tokenizer, name="tiny")
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Exports a tiny mixture in float32, once."""
+    made: dict[str, Exported] = {}
+
+    def export(name: str) -> Exported:
+        if name not in made:
+            exits, tokenizer, options = mixture_exits(name), tiny_tokenizer(), ExportOptions(name, trained=True)
+            traced: Traced = trace(exits, options)
+            path = tmp_path_factory.mktemp("mixtures") / name
+            export_bundle(exits, tokenizer, path, options, traced=traced)
+            made[name] = Exported(path, exits, tokenizer, traced)
+        return made[name]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def family(
+    mixture: Callable[[str], Exported],
+    export_tiny: Callable[[str], Exported],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Exported]:
+    """Exports a tiny model of a family, once: as other tests do where they export it, else with two layers and a norm."""
+    made: dict[str, Exported] = {}
+
+    def export(name: str) -> Exported:
+        if name in MIXTURES:
+            return mixture(name)
+        if name in (*HYBRIDS, "lfm2"):
+            return export_tiny(name)
+        if name not in made:
+            model = tiny_model(name, num_hidden_layers=2, **TWO_LAYERS[name])
+            exits, options = ExitModel(model, init_balconies(model, (1,), "none")), ExportOptions(name, trained=True)
+            traced, path = trace(exits, options), tmp_path_factory.mktemp("families") / name
+            export_bundle(exits, tokenizer := tiny_tokenizer(), path, options, traced=traced)
+            made[name] = Exported(path, exits, tokenizer, traced)
+        return made[name]
+
+    return export

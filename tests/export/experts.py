@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import transformers
 
-from tests.conftest import VOCABULARY, spread_biases
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.exits import ExitModel
+from tests.conftest import EXITS, VOCABULARY, spread_biases
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -92,3 +94,14 @@ def tiny_mixture(name: str, **overrides: Any) -> transformers.PreTrainedModel:
         parameter.data = random * (0.5 if parameter.dim() == 1 else 0.2) + norm
     spread_biases(model, generator)
     return model.eval()
+
+
+def mixture_exits(name: str, **overrides: Any) -> ExitModel:
+    """A tiny mixture with balconies that are unlike its last layer."""
+    model = tiny_mixture(name, **overrides)
+    balconies = init_balconies(model, EXITS)
+    generator = torch.Generator().manual_seed(7)
+    for balcony in balconies.values():
+        for parameter in balcony.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return ExitModel(model, balconies)

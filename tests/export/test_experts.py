@@ -18,7 +18,7 @@ from torch import nn
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError, UnsupportedModelError, VerificationError
 from balcony_export.data.corpus import Corpus, Rows
-from balcony_export.export import ExportOptions, Traced, export_bundle, trace
+from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.experts import interleaved, router_operator, separated, symbolic_experts
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
@@ -37,7 +37,7 @@ from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
 from balcony_runtime.scheduling.pool import PoolMove
 from tests.conftest import Exported, tiny_tokenizer
-from tests.export.experts import MIXTURES, tiny_mixture
+from tests.export.experts import MIXTURES, mixture_exits, tiny_mixture
 from tests.properties import examples
 from tests.runtime.test_conformance import BACKENDS, actions, play
 from tests.runtime.test_pool import check_step, new_pool
@@ -46,34 +46,6 @@ pytestmark = pytest.mark.model
 
 EXITS = (2, 3)
 PROMPT = "the quick brown fox jumps over the lazy dog and the balcony"
-
-
-def mixture_exits(name: str, **overrides: Any) -> ExitModel:
-    """A tiny mixture with balconies that are unlike its last layer."""
-    model = tiny_mixture(name, **overrides)
-    balconies = init_balconies(model, EXITS)
-    generator = torch.Generator().manual_seed(7)
-    for balcony in balconies.values():
-        for parameter in balcony.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return ExitModel(model, balconies)
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Exports a tiny mixture in float32, once."""
-    made: dict[str, Exported] = {}
-
-    def export(name: str) -> Exported:
-        if name not in made:
-            exits, tokenizer, options = mixture_exits(name), tiny_tokenizer(), ExportOptions(name, trained=True)
-            traced: Traced = trace(exits, options)
-            path = tmp_path_factory.mktemp("mixtures") / name
-            export_bundle(exits, tokenizer, path, options, traced=traced)
-            made[name] = Exported(path, exits, tokenizer, traced)
-        return made[name]
-
-    return export
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -42,6 +42,10 @@ def test_architectures_are_refused_by_name() -> None:
     unsupported(transformers.DeepseekV3Config(), "'deepseek_v3': its mixture of experts is not covered")
     unsupported(transformers.Glm4MoeConfig(), "'glm4_moe': its mixture of experts is not covered")
     unsupported(transformers.Gemma3nTextConfig(), "'gemma3n_text': its layers share keys and values")
+    unsupported(transformers.Gemma3nConfig(), "'gemma3n': this architecture is not covered")
+    unsupported(
+        transformers.Gemma3nTextConfig(num_kv_shared_layers=0), "'gemma3n_text': this architecture is not covered"
+    )
     unsupported(transformers.JambaConfig(), "'jamba': its mixture of experts is not covered")
     unsupported(transformers.Zamba2Config(), "'zamba2': this architecture is not covered")
     unsupported(transformers.GPT2Config(), "'gpt2': this architecture is not covered")
@@ -75,8 +79,18 @@ def test_ropes_that_change_with_the_length_stop_before_they_change(
         assert torch.equal(few[0], cos[:count]) and torch.equal(few[1], sin[:count])
         wanted, _ = exits.parts.rotary(torch.zeros(1, 1, 1), torch.arange(count)[None])  # type: ignore[misc]
         assert torch.equal(wanted[0, :, :8], cos[:count])
+    # beyond it, the angles of all earlier rows are others: docs/backbones.md
     (longer,) = exits.rotary_tables(first + 1).values()
     assert not torch.equal(longer[0][:first], cos)
+    # transformers itself then gives two answers
+    tokens, cache = torch.arange(1, first + 5)[None], exits.new_cache()
+    exits.rotary_tables(1)  # back to the first frequencies
+    with torch.no_grad():
+        exits.run(tokens[:, :first], (), cache)
+        *_, decoded = exits.run(tokens[:, first:], (exits.depth,), cache).at[exits.depth][0]
+        whole = exits.model(tokens).logits[0, -1]
+        far = exits.head(exits.parts.norm(decoded)) - whole
+    assert far.abs().max() > 1e-2 * whole.abs().max()
 
 
 def test_a_rope_per_layer_type_is_looked_into(make_tiny: Callable[..., Any]) -> None:

@@ -18,11 +18,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.scorer import Block, BundleScorer, ScoringRequest, TorchScorer
-from balcony_export.export import ExportOptions, export_bundle
-from balcony_export.model.balcony import init_balconies
-from balcony_export.model.exits import ExitModel
-from tests.conftest import Exported, tiny_tokenizer
-from tests.export.experts import tiny_mixture
+from tests.conftest import Exported
 
 TEXTS = (
     "the quick brown fox jumps over the lazy dog and the balcony",
@@ -143,23 +139,14 @@ def test_exits_share_one_sweep(bundle_scorer: BundleScorer) -> None:
     assert counting.requests == 4
 
 
-@pytest.mark.parametrize(
-    "name", ["lfm2", "granite-hybrid", *(pytest.param(name, marks=pytest.mark.deep) for name in ("qwen3.5", "olmoe"))]
-)
-def test_other_backbones_equal_the_harness_own_adapter(
-    export_tiny: Callable[[str], Exported], tmp_path: Path, name: str
-) -> None:
-    """Hybrids, whose caches hold recurrent states, and a mixture: scores of several lengths, and a reply."""
+@pytest.mark.parametrize("name", ["lfm2", "granite-hybrid", "qwen3.5", "olmoe"])
+def test_other_backbones_equal_the_harness_own_adapter(family: Callable[[str], Exported], name: str) -> None:
+    """Convolutions, recurrent states of two kinds, and a mixture: scores of several lengths, and a reply."""
     from lm_eval.models.huggingface import HFLM
 
-    if name == "olmoe":
-        model, tokenizer, path = tiny_mixture(name), tiny_tokenizer(), tmp_path / name
-        exits = ExitModel(model, init_balconies(model, (2, 3)))
-        export_bundle(exits, tokenizer, path, ExportOptions(name, trained=True))
-    else:
-        made = export_tiny(name)
-        exits, tokenizer, path = made.exits, made.tokenizer, made.path
-    scorer = BundleScorer(Bundle.open(path))
+    made = family(name)
+    exits, tokenizer = made.exits, made.tokenizer
+    scorer = BundleScorer(Bundle.open(made.path))
     # one request at a time, so that no padding passes through a recurrent layer
     oracle = HFLM(pretrained=exits.model, tokenizer=tokenizer, batch_size=1, device="cpu")
     context = "Question: who jumps over the dog?\nAnswer:"

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch._dynamo.config
 from torch import nn
 
 from balcony_edge.bundle.manifest import STATES, ModelSpec, is_state
@@ -129,7 +130,9 @@ def _export(
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        # With symbolic sizes, a look-up in the cache of fake tensors takes longer than the result (docs/LOG.md, "Tests").
+        uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+        with uncached, warnings.catch_warnings(), torch.no_grad():
             # the tracer warns about its own internals (tree specs, axis names that unify)
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
