@@ -180,6 +180,7 @@ def test_gptq_measures_each_expert_on_its_own_rows() -> None:
     np.testing.assert_array_equal(blocks[unseen], rounded[unseen])
 
 
+@pytest.mark.hypothesis  # its examples are drawn inside
 @pytest.mark.parametrize("name", ["qwen2-moe", "granite-moe-shared"])
 @pytest.mark.parametrize("backend", ["lowered", "packed", "device-fused", "device-plain"])
 def test_any_schedule_of_exits_equals_a_pass_from_scratch(

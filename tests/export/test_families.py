@@ -45,6 +45,7 @@ def few_and_many(names: tuple[str, ...], more: tuple[str, ...] = ()) -> list[Any
 
 
 # Of HYBRIDS, tests/runtime/test_recurrent.py plays a few schedules.
+@pytest.mark.hypothesis  # its examples are drawn inside
 @pytest.mark.parametrize(
     ("name", "count"), few_and_many((*MIXTURES, "lfm2", *OTHERS), (*HYBRIDS, "granite-hybrid-moe", "qwen3-next-moe"))
 )
@@ -68,6 +69,7 @@ def test_a_replay_after_a_rollback_has_the_bits_of_the_first_run(family: Callabl
         check_replay(engine)
 
 
+@pytest.mark.hypothesis  # its examples are drawn inside
 @pytest.mark.parametrize(("name", "count"), few_and_many((*MIXTURES,)))
 def test_any_company_gives_each_sequence_its_own_logits(
     family: Callable[[str], Exported], name: str, count: int

@@ -225,6 +225,7 @@ def subject(request: pytest.FixtureRequest, with_engine_sets: Callable[[str], Bu
         yield engine
 
 
+@pytest.mark.hypothesis  # its examples are drawn inside
 @pytest.mark.parametrize(("architecture", "backend"), PAIRS)
 def test_any_schedule_equals_a_pass_from_scratch(
     with_engine_sets: Callable[[str], Bundle], architecture: str, backend: str

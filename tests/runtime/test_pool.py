@@ -96,6 +96,7 @@ def play(engine: Engine, schedule: list[Any], seed: int) -> int:
     return pool.reused.prompts
 
 
+@pytest.mark.hypothesis  # its examples are drawn inside
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "smollm3", "lfm2"])
 def test_any_company_gives_each_sequence_its_own_logits(engines: Callable[[str], Engine], architecture: str) -> None:
     reused = []

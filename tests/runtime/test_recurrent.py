@@ -24,6 +24,7 @@ from tests.runtime.test_conformance import actions, play
 from tests.runtime.test_speculate import PROMPTS, costs
 
 
+@pytest.mark.hypothesis  # its examples are drawn inside
 @pytest.mark.parametrize("portable", [False, True], ids=["lowered", "portable"])
 @pytest.mark.parametrize("architecture", EXPORTED)
 def test_any_schedule_equals_a_pass_from_scratch(
