@@ -57,9 +57,9 @@ check: $(READY)
 # two processes; each shows its output when it ends, where make can do that
 TWO := $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-# Most of the work has one thread, so two processes take half the time of one.
-test: check
-	+$(TWO) test-others test-export test-webgpu
+# Most of the work has one thread, so two processes take half the time of one; the longest begin.
+test: $(READY)
+	+$(TWO) test-export test-others test-webgpu check
 
 # Stand-ins run in the place of a GPU, so tests must reach nearly all of these.
 ON_GPU := '*/backends/cuda.py,*/backends/device_state.py,*/backends/tensorrt.py'
