@@ -11,8 +11,7 @@ from typing import Any
 
 WORDS = ("name", "age", "city", "tags", "score", "active", "price", "born", "note", "id")
 PATTERNS = ("^[A-Z]{3}-[0-9]{2}$", "^(yes|no|maybe)$", "^[a-z]{1,6}@[a-z]{2,5}\\.org$", "^#[0-9a-f]{6}$")
-#: Formats that are regular. A date's syntax allows 30 February, and a time's allows a leap second anywhere.
-FORMATS = ("ipv4", "uuid")
+FORMATS = ("ipv4", "uuid", "date", "time", "date-time", "email")
 #: Keywords that llguidance does not have → a schema with each, besides a type.
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "uniqueItems": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},

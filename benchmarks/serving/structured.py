@@ -1,6 +1,6 @@
 """Structured replies: what a mask costs, what forced tokens save, and whether every reply follows its schema.
 
-    python -m benchmarks.serving.structured BUNDLE [--rounds 7] [--only speed,schemas] [--schemas 2000] [--from DIR]
+    python -m benchmarks.serving.structured BUNDLE [--rounds 7] [--only speed,schemas] [--schemas 2000] [--from DIR] [--ends 6]
 
 ``speed``: greedy replies of up to ``TOKENS`` tokens at the full depth, interleaved. ``free`` is text without a structure.
 ``masked`` is a list of texts, all of whose tokens the model chooses under a mask. ``forced`` is a list of records, with at
@@ -12,6 +12,8 @@ the first token to the last, by the number of tokens after the first.
 and at the shallowest exit in turn. They are random ones (:mod:`.schemas`), or files, evenly from all of a directory, e.g. of
 ``data`` in https://github.com/guidance-ai/jsonschemabench. Replies that end at the limit of tokens are counted apart, and
 refusals by their reason. Random schemas are made to be supported; those with a keyword that is not must be refused by name.
+``--ends`` adds to the logits of tokens that begin with a quote or a closing bracket. A model with random weights, which draws
+all tokens alike, then comes to an end.
 
 The last line is JSON: ``ms_a_token`` and ``forced_share`` by case, ``ratios`` (medians over rounds), ``schemas``,
 ``bars``. Exit code 1 if a bar is missed.
@@ -106,12 +108,22 @@ def of_directory(directory: Path, count: int) -> list[tuple[str, Any]]:
     return [(str(file.relative_to(directory)), json.loads(file.read_text(encoding="utf-8"))) for file in chosen]
 
 
-def valid(llm: LLM, asked: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Measure item ``schemas``: counts of replies by what became of them."""
+def _within_floats(text: str) -> float:
+    """A number of JSON, of which the validator knows only those that a float holds."""
+    return min(max(float(text), -sys.float_info.max), sys.float_info.max)
+
+
+def valid(llm: LLM, asked: Sequence[tuple[str, Any]], ends: float = 0.0) -> dict[str, Any]:
+    """Measure item ``schemas``: counts of replies by what became of them; ``ends`` as in the module's description."""
     import jsonschema_rs  # noqa: PLC0415 - of the development environment, for this item only
 
+    bias = {}
+    if ends:
+        texts = ((token, llm.decode([token])) for token in range(llm.engine.manifest.model.vocab_size))
+        bias = {token: ends for token, text in texts if text.startswith(('"', "}", "]"))}
+
     def reply(seed: int, name: str, schema: Any) -> tuple[str, int, int, str]:
-        sampling = SamplingParams(json_schema=schema, temperature=1.0, seed=seed)
+        sampling = SamplingParams(json_schema=schema, temperature=1.0, seed=seed, logit_bias=bias)
         budget = Budget(exit_layer=llm.exit_layers[0]) if seed % 2 else Budget()
         try:
             found = llm.generate(QUESTION, sampling=sampling, budget=budget, max_new_tokens=MOST_TOKENS)
@@ -121,7 +133,8 @@ def valid(llm: LLM, asked: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         kind = "cut" if found.finish_reason == "length" else "valid"
         if kind == "valid":
             try:
-                jsonschema_rs.validator_for(schema, validate_formats=True).validate(json.loads(found.text))
+                document = json.loads(found.text, parse_float=_within_floats)
+                jsonschema_rs.validator_for(schema, validate_formats=True).validate(document)
             except ValueError as error:  # of json and of jsonschema_rs
                 kind = "invalid"
                 print(f"{name}: {found.text!r}: {error}", file=sys.stderr)
@@ -157,6 +170,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--schemas", type=int, default=2000)
     parser.add_argument("--from", dest="directory", type=Path, help="directory of schemas; by default they are random")
+    parser.add_argument(
+        "--ends", type=float, default=0.0, help="added to the logits of tokens that end a text or a list"
+    )
     parser.add_argument("--only", default="speed,schemas")
     given = parser.parse_args()
     items = given.only.split(",")
@@ -175,7 +191,7 @@ def main() -> int:
             }
         if "schemas" in items:
             if given.directory is not None:
-                result["schemas"] = counts = valid(llm, of_directory(given.directory, given.schemas))
+                result["schemas"] = counts = valid(llm, of_directory(given.directory, given.schemas), given.ends)
                 bars |= {"invalid replies": bar(counts["invalid"], 0)}
             else:
                 made = [(f"schema {seed}", schemas.schema(random.Random(seed))) for seed in range(given.schemas)]

@@ -351,6 +351,29 @@ def test_the_forms_of_a_schema(llm: LLM, form: Any) -> None:
     Person.model_validate_json(text)
 
 
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "0004-02-29", "2023-12-31"],
+         ["2023-02-29", "1900-02-29", "2024-04-31", "0000-01-01"]),
+        ("time", ["23:59:59.5+01:00"], ["10:20:60Z"]),
+        ("date-time", ["2024-02-29T10:20:59Z"], ["2024-02-29T10:20:60Z", "2023-02-29T10:20:59Z", "0000-01-01T10:20:59Z"]),
+        ("email", ["a@b.org", "a" * 64 + "@b.org"], ["a" * 65 + "@b.org"]),
+    ],
+)  # fmt: skip
+def test_formats_are_those_that_readers_take(grammars: Grammars, form: str, good: list[str], bad: list[str]) -> None:
+    """Python's own readers, and the validator of JSON schemas, agree."""
+    schema = {"type": "object", "properties": {"format": {"format": form, "default": {"format": form}}}}
+    text = json.loads(structure_of(json_schema=schema).text)["properties"]["format"]  # type: ignore[union-attr]
+    assert text["format"] == form and text["default"] == {"format": form}, "a value is left as it is"
+    validator = jsonschema_rs.validator_for({"format": form}, validate_formats=True)
+    for one in (*good, *bad):
+        assert validator.is_valid(one) == (one in good or one.startswith("0000")), one  # the validator knows a year 0
+        guide = guide_of(grammars, json_schema={"type": "string", "format": form})
+        tokens = [*grammars.tokenizer.tokenize_str(json.dumps(one)), END]
+        assert all(guide.permits(token) and guide.accept(token) is None for token in tokens) == (one in good), one  # type: ignore[func-returns-value]
+
+
 def test_what_is_kept_is_bounded_in_length(grammars: Grammars, monkeypatch: Any) -> None:
     monkeypatch.setattr("balcony_runtime.structure.grammar.MOST_KEPT_CHARACTERS", 10)
     asked = [Structure("regex", text) for text in ("aaaa", "bbbb", "cccc", "dddddddddd", "eeeeeeeeeeeeee")]

@@ -23,6 +23,18 @@ MOST_REMAINDERS = 10_000
 #: JSON is written as ``json.dumps`` writes it, which is the form that models were trained on; a schema's own
 #: ``x-guidance`` comes first.
 JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_YEAR, _FOURS = "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})", "(0[48]|[2468][048]|[13579][26])"
+_DAY = f"({_YEAR}-(0[13-9]|1[0-2])-[0-9]{{2}}|{_YEAR}-02-([01][0-9]|2[0-8])|([0-9]{{2}}{_FOURS}|{_FOURS}00)-02-29)"
+#: Format → what llguidance writes of it and readers refuse is left out: the year 0, 29 February in years that have none, leap
+#: seconds at any time of the day, and addresses with more characters than RFC 5321 allows.
+_READABLE = {
+    "date": f"^{_DAY}$",
+    "time": "^.{6}[0-5]",
+    "date-time": f"^{_DAY}.{{7}}[0-5]",
+    "email": "^[^@]{1,64}@[^@]{1,189}$",
+}
+#: Keywords whose values are not schemas.
+_VALUES = ("const", "default", "enum", "examples")
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]{1,40})')
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 
@@ -78,12 +90,26 @@ def schema_text(schema: Any) -> str:
         if schema is True:
             schema = {}
         if isinstance(schema, Mapping):
-            return json.dumps(schema, ensure_ascii=False, allow_nan=False, default=dict)
+            text = json.dumps(schema, ensure_ascii=False, allow_nan=False, default=dict)
+            return json.dumps(_readable(json.loads(text)), ensure_ascii=False) if '"format"' in text else text
     except RecursionError:
         raise InputError("json_schema: is nested too deeply: give a schema of at most 60 levels") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"json_schema: is not JSON ({error}): give a schema as a dict, JSON text or class") from None
     raise InputError(f"json_schema = {shortened(schema)}: must be a JSON object: give e.g. {{'type': 'object'}}")
+
+
+def _readable(schema: Any) -> Any:
+    """A schema whose dates, times and addresses are those that readers take."""
+    if isinstance(schema, list):
+        return [_readable(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: value if key in _VALUES else _readable(value) for key, value in schema.items()}
+    form = schema.get("format")
+    if isinstance(form, str) and form in _READABLE and "pattern" not in schema:
+        found["pattern"] = _READABLE[form]
+    return found
 
 
 def checked(asked: Structure) -> Structure:
