@@ -358,7 +358,7 @@ def test_the_forms_of_a_schema(llm: LLM, form: Any) -> None:
          ["2023-02-29", "1900-02-29", "2024-04-31", "0000-01-01"]),
         ("time", ["23:59:59.5+01:00"], ["10:20:60Z"]),
         ("date-time", ["2024-02-29T10:20:59Z"], ["2024-02-29T10:20:60Z", "2023-02-29T10:20:59Z", "0000-01-01T10:20:59Z"]),
-        ("email", ["a@b.org", "a" * 64 + "@b.org"], ["a" * 65 + "@b.org"]),
+        ("email", ["a@b.org", "a" * 64 + "@b.org"], ["a" * 65 + "@b.org", "a@" + "b" * 64 + ".org"]),
     ],
 )  # fmt: skip
 def test_formats_are_those_that_readers_take(grammars: Grammars, form: str, good: list[str], bad: list[str]) -> None:

@@ -26,12 +26,12 @@ JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_sep
 _YEAR, _FOURS = "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})", "(0[48]|[2468][048]|[13579][26])"
 _DAY = f"({_YEAR}-(0[13-9]|1[0-2])-[0-9]{{2}}|{_YEAR}-02-([01][0-9]|2[0-8])|([0-9]{{2}}{_FOURS}|{_FOURS}00)-02-29)"
 #: Format → what llguidance writes of it and readers refuse is left out: the year 0, 29 February in years that have none, leap
-#: seconds at any time of the day, and addresses with more characters than RFC 5321 allows.
-_READABLE = {
-    "date": f"^{_DAY}$",
-    "time": "^.{6}[0-5]",
-    "date-time": f"^{_DAY}.{{7}}[0-5]",
-    "email": "^[^@]{1,64}@[^@]{1,189}$",
+#: seconds at any time of the day, and addresses whose parts are longer than RFC 5321 allows.
+_READABLE: dict[str, dict[str, Any]] = {
+    "date": {"pattern": f"^{_DAY}$"},
+    "time": {"pattern": "^.{6}[0-5]"},
+    "date-time": {"pattern": f"^{_DAY}.{{7}}[0-5]"},
+    "email": {"pattern": "^[^@]{1,64}@([^@.]{1,63}\\.)*[^@.]{1,63}$", "maxLength": 254},
 }
 #: Keywords whose values are not schemas.
 _VALUES = ("const", "default", "enum", "examples")
@@ -108,7 +108,7 @@ def _readable(schema: Any) -> Any:
     found = {key: value if key in _VALUES else _readable(value) for key, value in schema.items()}
     form = schema.get("format")
     if isinstance(form, str) and form in _READABLE and "pattern" not in schema:
-        found["pattern"] = _READABLE[form]
+        return {**_READABLE[form], **found}
     return found
 
 
