@@ -199,9 +199,14 @@ def test_a_budget_of_the_real_model(llm: LLM) -> None:
 @pytest.mark.deep
 @pytest.mark.timeout(7200)  # an adapter in software
 def test_webgpu_writes_what_the_cpu_writes(demo: Any) -> None:
-    written: dict[str, list[list[int]]] = {}
-    for device in ("cpu", "webgpu"):
-        with balcony_edge.load(demo.path, device=device) as llm:  # type: ignore[arg-type]
-            replies = [llm.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
-            written[device] = [[token.id for token in reply.tokens] for reply in replies]
-    assert written["webgpu"] == written["cpu"]
+    """The likeliest token after each part of the CPU's replies is its next token; one reply is written token by token."""
+    with balcony_edge.load(demo.path, device="cpu") as llm:
+        asked = [llm.encode(prompt) for prompt in PROMPTS]
+        written = [[token.id for token in llm.stream(ids, max_new_tokens=TOKENS, ignore_eos=True)] for ids in asked]
+    with balcony_edge.load(demo.path, device="webgpu") as llm:
+        depth = llm.exit_layers[-1]
+        for ids, reply in zip(asked, written, strict=True):
+            logits = llm.engine.new_sequence(max_length=256).advance(depth, [*ids, *reply[:-1]], num_logits=TOKENS)
+            assert logits[0].argmax(axis=-1).tolist() == reply
+        first = llm.stream(asked[0], max_new_tokens=TOKENS // 4, ignore_eos=True)
+        assert [token.id for token in first] == written[0][: TOKENS // 4]
