@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.errors import InputError
-from benchmarks.serving.attainment import Answer, _answer, bars, judged, requests
+from benchmarks.serving.attainment import COMPARED, Answer, _answer, bars, compared, judged, picked, requests
 
 WORDS = [f"word{number}" for number in range(2000)]
 
@@ -48,10 +48,10 @@ def test_a_record_becomes_the_answer_that_the_client_saw() -> None:
         ],
     }
     answer = _answer(asked, record)
-    assert answer == Answer("voice", "ab", 0.4, pytest.approx(0.02), 1.34, {14: 40, 30: 8})
+    assert answer == Answer("voice", "ab", 0.4, pytest.approx(0.02), 1.34, {14: 40, 30: 8}, 0, 1.0)
     assert answer.attained
     record["responses"] = record["responses"][:-1]  # cut off
-    assert _answer(asked, record) == Answer("voice", None)
+    assert _answer(asked, record) == Answer("voice", None, began_s=1.0)
     assert not _answer(asked, record).attained
 
 
@@ -80,17 +80,38 @@ def test_figures_of_a_server() -> None:
 
 def test_bars_are_read_where_the_peer_fails() -> None:
     points = [
-        {"server": server, "load": load, "attained": attained, "mean_depth": 15.0 / load}
+        {"server": server, "load": load, "attained": attained, "mean_depth": 15.0 / load, "same_alone": same}
         for server, values in (
             ("balcony-edge", (1.0, 0.97, 0.9)),
             ("one slot", (1.0, 0.4, 0.1)),
             ("four", (0.9, 0.6, 0.2)),
         )
-        for load, attained in zip((0.5, 1.0, 2.0), values, strict=True)
+        for load, attained, same in zip((0.5, 1.0, 2.0), values, (0.9, 0.5, None), strict=True)
     ]
     held = bars(points, 30)
     assert held.pop("mean depth at the lowest load / full depth")["value"] == 1.0
+    text = held.pop("same text as without load, replies alone at the lowest load")
+    assert text["value"] == 0.9 and not text["holds"]
     ((name, found),) = held.items()
     assert name.startswith("attained at 2 times") and found["value"] == 0.9 and not found["holds"]
     first = [point for point in points if point["load"] == 0.5]
-    assert len(bars(first, 30)) == 1, "where no peer fails there is nothing to compare"
+    assert len(bars(first, 30)) == 2, "where no peer fails there is nothing to compare"
+    assert len(bars([point | {"same_alone": None} for point in first], 30)) == 1, "no reply was alone"
+
+
+def test_texts_are_compared_with_those_without_load() -> None:
+    """Six replies: 0 was alone; 1 and 2 met; 3 met the end of one that failed; 4 and 5 were alone, and 5 has another text."""
+    answers = [
+        Answer("voice", "a", took_s=2.0, number=0, began_s=0.0),
+        Answer("voice", "b", took_s=2.0, number=1, began_s=3.0),
+        Answer("voice", "b", took_s=2.0, number=2, began_s=4.0),
+        Answer("voice", None, number=6, began_s=10.0),
+        Answer("voice", "a", took_s=2.0, number=3, began_s=69.0),
+        Answer("voice", "a", took_s=2.0, number=4, began_s=71.5),
+        Answer("voice", "c", took_s=2.0, number=5, began_s=80.0),
+    ]
+    texts = dict.fromkeys(range(6), "a")
+    assert compared(answers, texts) == {"same_text": 0.5, "alone": 3, "same_alone": 0.667}
+    assert compared([answers[3]], {}) == {"same_text": None, "alone": 0, "same_alone": None}
+    many = [Answer("voice", "a", number=number) for number in reversed(range(40))]
+    assert [one.number for one in picked(many)] == list(range(COMPARED))

@@ -185,9 +185,11 @@ def simulate_company(
         last = None
         if measured_ms > 0 and not gone and all(len(stream.exits) > 1 for stream, _ in moves):
             last = Measurement(costs.exits[found.deepest], found.price_ms, measured_ms)
-        next_s = streams[waiting[0]].arrival.time_s if waiting else math.inf
-        plant.wait(min(found.wait_ms / 1000, max(next_s - plant.now_s, 0.0)))
         active = [key for key in active if not streams[key].done]
+        # who waits for a place does not cut the wait short: it would end where it began
+        comes = bool(waiting) and len(active) < most_streams
+        next_s = streams[waiting[0]].arrival.time_s if comes else math.inf
+        plant.wait(min(found.wait_ms / 1000, max(next_s - plant.now_s, 0.0)))
         state = state.without({key for key in state.streams if key not in active})
     return streams
 

@@ -1,13 +1,18 @@
 """Requests with targets at rising load: our server compared with llama.cpp's.
 
     python -m benchmarks.serving.attainment --install                      # llama.cpp's server and the load generator, once
-    python -m benchmarks.serving.attainment BUNDLE --text wiki.valid.raw   # about 20 minutes; --plot FILE.png for the picture
+    python -m benchmarks.serving.attainment BUNDLE --text wiki.valid.raw   # about 30 minutes; --plot FILE.png for the picture
 
 Two classes of requests arrive at random, as users do (Poisson): *voice* (first token within 500 ms, then 40 ms a token) and
 *background* (the whole reply within 30 s). The load is given as a multiple of what one model at full depth can do alone, one
 request after another, which is measured first. Every load is offered to every server in turn, with the same prompts at the
 same rate. A request *attains* its target if the reply is complete and in time; a refused one does not. Servers may not know of
 targets (llama.cpp's does not); ours gets them as each request's ``budget``.
+
+At low load our server must give what the full depth gives. So the first replies of each load are compared, afterwards, with
+those of a fresh server at a fixed full depth to the same prompts, one after another. In int4 a pass of several replies' rows
+rounds differently from a pass of one row, and one near tie changes the rest of a greedy text. So the bar is on the replies that
+were alone from their first to their last moment; ``same_text`` is about all.
 
 NVIDIA's AIPerf generates the load and records when each piece of each reply arrived. All judging is done here, on its records,
 and is the same for all servers. All programs share the machine's cores; ``generator_cpu_s`` is what the generator took of them.
@@ -21,6 +26,8 @@ The last line on stdout is one JSON object; the table goes to stderr. Exit code 
                       goodput: attained requests a second; quality_goodput: tokens a second of attained requests, each counted
                       with the agreement of its exit with the full depth (1 for llama.cpp)
                       ttft_p95_ms, tpot_p95_ms: of complete voice replies; mean_depth: in layers, of our replies' tokens
+                      same_text: share of our first COMPARED complete replies whose text is that of the full depth without load;
+                      alone: how many of them ran while no other did; same_alone: the same share of those
     bars              name → value, limit, holds
 """
 
@@ -49,15 +56,15 @@ from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import server
 from benchmarks.rounds import Neighbours, aligned, bar, p95, print_bars
 
-LOADS = (0.5, 1.0, 2.0, 3.0)
+LOADS = (0.25, 0.5, 1.0, 2.0, 3.0)
 #: Slots of llama.cpp's server: replies that it writes at once; further requests wait.
 SLOTS = (1, 4)
 #: Seconds during which requests arrive at each load, and seconds after which a request is given up.
 ARRIVAL_S, GIVE_UP_S = 60.0, 60.0
 #: Requests before each measurement: a server that was idle has lost its caches, and maybe pages of its weights.
 WARM_REQUESTS = 3
-#: Requests that measure the capacity.
-CAPACITY_REQUESTS = 12
+#: Requests that measure the capacity, least number of requests at a load, and most replies of a load whose texts are compared.
+CAPACITY_REQUESTS, LEAST_REQUESTS, COMPARED = 12, 12, 12
 TTFT_MS, TPOT_MS, DEADLINE_S = 500.0, 40.0, 30.0
 
 
@@ -86,6 +93,8 @@ class Answer(NamedTuple):
         tpot_s: mean time of a token after the first one.
         took_s: time to the last piece.
         exits: exit → number of tokens, of our server.
+        number: place of the request among those of its load.
+        began_s: time at which it was sent, by the generator's clock.
     """
 
     kind: str
@@ -94,6 +103,8 @@ class Answer(NamedTuple):
     tpot_s: float = 0.0
     took_s: float = 0.0
     exits: Mapping[int, int] = {}
+    number: int = 0
+    began_s: float = 0.0
 
     @property
     def attained(self) -> bool:
@@ -137,7 +148,11 @@ def requests(words: Sequence[str], count: int, seed: int, model: str) -> list[tu
 def offer(
     url: str, asked: Sequence[tuple[str, dict[str, Any]]], per_second: float | None, tokenizer: Path
 ) -> list[Answer]:
-    """Send requests at random times (None: one after another), and wait until each has ended or is given up."""
+    """Send requests at random times (None: one after another), and wait until each has ended or is given up.
+
+    The generator takes :data:`WARM_REQUESTS` of them to warm the server, and as many fewer answers come back. So no prompt
+    comes twice, and no server has rows of one that counts.
+    """
     with tempfile.TemporaryDirectory() as directory:
         bodies, out = Path(directory, "requests.jsonl"), Path(directory, "out")
         bodies.write_text("".join(json.dumps(body) + "\n" for _, body in asked), encoding="utf-8")
@@ -158,7 +173,13 @@ def offer(
                     "--streaming",
                 ),
                 *("--custom-dataset-type", "raw-payload", "--input-file", bodies),
-                *("--dataset-sampling-strategy", "sequential", "--request-count", str(len(asked)), *rate),
+                *(
+                    "--dataset-sampling-strategy",
+                    "sequential",
+                    "--request-count",
+                    str(len(asked) - WARM_REQUESTS),
+                    *rate,
+                ),
                 *("--warmup-request-count", str(WARM_REQUESTS), "--warmup-concurrency", "1"),
                 *("--random-seed", "7", "--request-timeout-seconds", f"{GIVE_UP_S:g}", "--tokenizer", tokenizer),
                 *("--output-artifact-dir", out, "--export-level", "raw", "--ui", "none"),
@@ -171,8 +192,8 @@ def offer(
 
 
 def _answer(asked: Sequence[tuple[str, dict[str, Any]]], record: dict[str, Any]) -> Answer:
-    number = int(record["metadata"]["conversation_id"].rsplit("_", 1)[1])
-    name, body = asked[number % len(asked)]
+    number = int(record["metadata"]["conversation_id"].rsplit("_", 1)[1]) % len(asked)
+    name, body = asked[number]
     begin_ns = record["start_perf_ns"]
     pieces: list[tuple[int, str]] = []
     exits: dict[int, int] = {}
@@ -188,7 +209,7 @@ def _answer(asked: Sequence[tuple[str, dict[str, Any]]], record: dict[str, Any])
                 if text := "".join(one["delta"].get("content") or "" for one in document.get("choices", ())):
                     pieces.append((response["perf_ns"], text))
     if not (done and pieces and record.get("status") == 200):
-        return Answer(name, None)
+        return Answer(name, None, number=number, began_s=begin_ns / 1e9)
     first_ns, last_ns = pieces[0][0], pieces[-1][0]
     return Answer(
         name,
@@ -197,6 +218,8 @@ def _answer(asked: Sequence[tuple[str, dict[str, Any]]], record: dict[str, Any])
         tpot_s=(last_ns - first_ns) / 1e9 / (body["max_tokens"] - 1),
         took_s=(last_ns - begin_ns) / 1e9,
         exits=exits,
+        number=number,
+        began_s=begin_ns / 1e9,
     )
 
 
@@ -226,7 +249,41 @@ def judged(answers: Sequence[Answer], seconds: float, quality: Mapping[int, floa
         "ttft_p95_ms": round(1000 * p95([answer.ttft_s for answer in voice])) if voice else None,
         "tpot_p95_ms": round(1000 * p95([answer.tpot_s for answer in voice]), 1) if voice else None,
         "mean_depth": round(sum(layer * count for layer, count in at_exits) / tokens, 1) if tokens else None,
+        "same_text": None,
+        "alone": None,
+        "same_alone": None,
     }
+
+
+def picked(answers: Sequence[Answer]) -> list[Answer]:
+    """The complete replies of a load whose texts are compared."""
+    return sorted((one for one in answers if one.text is not None), key=lambda one: one.number)[:COMPARED]
+
+
+def compared(answers: Sequence[Answer], texts: Mapping[int, str]) -> dict[str, Any]:
+    """Figures of the texts of one load; ``texts``: number of a request → its reply at the full depth without load."""
+
+    def is_alone(one: Answer) -> bool:
+        def meets(other: Answer) -> bool:
+            # a reply that failed may have taken any time
+            end_s = other.began_s + (GIVE_UP_S if other.text is None else other.took_s)
+            return other.began_s < one.began_s + one.took_s and one.began_s < end_s
+
+        return not any(meets(other) for other in answers if other is not one)
+
+    def share(of: Sequence[Answer]) -> float | None:
+        return round(mean(one.text == texts[one.number] for one in of), 3) if of else None
+
+    alone = [one for one in picked(answers) if is_alone(one)]
+    return {"same_text": share(picked(answers)), "alone": len(alone), "same_alone": share(alone)}
+
+
+def full_depth_text(url: str, body: Mapping[str, Any], model: str) -> str:
+    """A request's whole reply under another name of the model and without a budget."""
+    asked = {**body, "model": model, "stream": False}
+    del asked["budget"]
+    answer = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=GIVE_UP_S)
+    return str(answer.raise_for_status().json()["choices"][0]["message"]["content"])
 
 
 @contextmanager
@@ -273,26 +330,34 @@ def measure(bundle: Bundle, text: Path, loads: Sequence[float], arrival_s: float
             *(server.LLAMA_SERVER, "--model", server.Q4_0, "--port", "{port}", "--threads", str(threads)),
             *("--parallel", str(slots), "--ctx-size", str(1024 * slots), "--no-webui", "--no-cache-prompt"),
         ]
+    full = f"{name}:exit-{manifest.exit_layers[-1]}"
+    points: list[dict[str, Any]] = []
+    ours_at: list[tuple[dict[str, Any], list[Answer], list[tuple[str, dict[str, Any]]]]] = []
     with ExitStack() as stack:
         urls = {}
         for port, (title, command) in enumerate(commands.items(), 8191):
             filled = [str(word).format(port=port) for word in command]
             urls[title] = stack.enter_context(started(filled, f"http://127.0.0.1:{port}"))
-        full = f"{name}:exit-{manifest.exit_layers[-1]}"
-        first = requests(words, CAPACITY_REQUESTS, 1, full)
+        first = requests(words, CAPACITY_REQUESTS + WARM_REQUESTS, 1, full)
         for _, body in first:
             body.pop("budget")
         alone = offer(urls["balcony-edge"], first, None, tokenizer)
         capacity = len(alone) / sum(answer.took_s for answer in alone)
-        points = []
         for load in loads:
             rate = load * capacity
-            asked = requests(words, max(round(rate * arrival_s), 8), round(1000 * load), name)
+            count = max(round(rate * arrival_s), LEAST_REQUESTS)
+            asked = requests(words, count + WARM_REQUESTS, round(1000 * load), name)
             for title, url in urls.items():
                 answers = offer(url, asked, rate, tokenizer)
-                points.append({"server": title, "load": load, **judged(answers, len(asked) / rate, quality)})
+                points.append({"server": title, "load": load, **judged(answers, count / rate, quality)})
                 print(json.dumps(points[-1]), file=sys.stderr)
+                if title == "balcony-edge":
+                    ours_at.append((points[-1], answers, asked))
         used = resource.getrusage(resource.RUSAGE_CHILDREN)  # the servers count only after their end
+    with started([*ours, "--port", "8190"], "http://127.0.0.1:8190") as url:
+        for point, answers, asked in ours_at:
+            texts = {one.number: full_depth_text(url, asked[one.number][1], full) for one in picked(answers)}
+            point.update(compared(answers, texts))
     return {
         "capacity": round(capacity, 3),
         "generator_cpu_s": round(used.ru_utime + used.ru_stime),
@@ -325,8 +390,14 @@ def bars(points: Sequence[Mapping[str, Any]], layers: int) -> dict[str, Any]:
     ours = {point["load"]: point for point in points if point["server"] == "balcony-edge"}
     peers = [point for point in points if point["server"] != "balcony-edge"]
     best = {load: max(point["attained"] for point in peers if point["load"] == load) for load in ours}
-    depth = round(ours[min(ours)]["mean_depth"] / layers, 3)
-    held = {"mean depth at the lowest load / full depth": bar(depth, 0.98, at_least=True)}
+    lowest = ours[min(ours)]
+    held = {
+        "mean depth at the lowest load / full depth": bar(round(lowest["mean_depth"] / layers, 3), 0.98, at_least=True)
+    }
+    if lowest["same_alone"] is not None:
+        held["same text as without load, replies alone at the lowest load"] = bar(
+            lowest["same_alone"], 1.0, at_least=True
+        )
     if below := [load for load, attained in best.items() if attained < 0.5]:
         held[f"attained at {min(below):g} times the capacity, where llama.cpp falls below 0.5"] = bar(
             ours[min(below)]["attained"], 0.95, at_least=True

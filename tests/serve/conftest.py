@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +28,14 @@ BUDGETS = {
     "slow": "exit_layer = 3\nmax_pace_tps = 20\n",
     "strict": 'tpot_ms = 0.000001\non_infeasible = "error"\n',
 }
+
+#: Shows names of tools only, because the tiny context has no room for schemas.
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
+    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}<assistant>"
+    "{{ mood }}{% for one in documents or [] %}{{ one.text }}{% endfor %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +80,18 @@ def serve(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
 def server(serve: Callable[..., Server]) -> Server:
     """The server that most tests share."""
     return serve(name="tiny")
+
+
+@pytest.fixture(scope="session")
+def tool_server(serve: Callable[..., Server], tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server over the tiny bundle with a chat template that shows tools."""
+    bundle = Path(shutil.copytree(tiny.path, tmp_path_factory.mktemp("tools") / "bundle"))
+    text = TEMPLATE.encode()
+    (bundle / "chat_template.jinja").write_bytes(text)
+    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    manifest["files"]["chat_template.jinja"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (bundle / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return serve(path=bundle, name="tiny")
 
 
 @pytest.fixture(scope="session")

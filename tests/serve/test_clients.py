@@ -1,4 +1,4 @@
-"""Clients that people use: curl, llm, LiteLLM, and the requests that Open WebUI sends."""
+"""Clients that people use: curl, llm and LiteLLM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import httpx
 import pytest
 
 from balcony_runtime.serve.http.server import Server
-from tests.serve.test_service import is_free, until
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}
 
@@ -118,66 +117,3 @@ print(json.dumps({
     assert found["text"] == found["streamed"] == answer["choices"][0]["message"]["content"]
     assert found["exits"] == {"3": 6} and found["tokens"] == 6
     assert "temperature = -1" in found["error"]
-
-
-#: Fields beyond OpenAI's that Open WebUI 0.6 sends, from its front end and its background tasks (written down, not captured).
-FRONTEND: dict[str, Any] = {
-    "chat_id": "0b3c",
-    "session_id": "Yh1",
-    "id": "a2f7",
-    "parent_id": "c9",
-    "params": {},
-    "tool_servers": [],
-    "tool_ids": None,
-    "files": None,
-    "filter_ids": [],
-    "features": {
-        "voice": False,
-        "image_generation": False,
-        "code_interpreter": False,
-        "web_search": False,
-        "memory": False,
-    },
-    "variables": {"{{USER_NAME}}": "Ada", "{{CURRENT_DATE}}": "2026-11-27"},
-    "model_item": {"id": "tiny", "object": "model", "owned_by": "openai", "openai": {"id": "tiny"}, "urlIdx": 0},
-    "background_tasks": {"title_generation": True, "tags_generation": True, "follow_up_generation": True},
-    "metadata": {"user_id": "1", "chat_id": "0b3c", "features": {}},
-}
-
-
-def test_open_webui_chats(http: httpx.Client, server: Server) -> None:
-    names = [model["id"] for model in http.get("/v1/models").json()["data"]]
-    assert "tiny" in names
-    turns: list[dict[str, Any]] = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
-        {"role": "assistant", "content": "the fox"},
-        {"role": "user", "content": "again"},
-    ]
-    body = {
-        "model": "tiny",
-        "messages": turns,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "max_tokens": 4,
-    }
-    with http.stream("POST", "/v1/chat/completions", json=body | FRONTEND) as answer:
-        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
-        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
-    assert events[-1] == "[DONE]" and json.loads(events[-2])["usage"]["completion_tokens"] == 4
-
-
-def test_open_webui_makes_titles_and_can_be_stopped(http: httpx.Client, server: Server) -> None:
-    task = {
-        "task": "title_generation",
-        "task_body": {"model": "tiny", "messages": HELLO["messages"]},
-        "chat_id": "0b3c",
-    }
-    body = HELLO | {"model": "tiny", "stream": False, "max_completion_tokens": 5, "max_tokens": None, "metadata": task}
-    found = http.post("/v1/chat/completions", json=body | {"user": {"name": "Ada", "id": "1"}})
-    assert found.status_code == 200 and found.json()["usage"]["completion_tokens"] == 5
-    with http.stream(
-        "POST", "/v1/chat/completions", json=body | FRONTEND | {"stream": True, "max_completion_tokens": 200}
-    ):
-        pass  # the button that stops a reply closes the connection
-    until(lambda: is_free(server))

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import httpx
@@ -17,13 +13,6 @@ import pytest
 
 from balcony_runtime.serve.http.server import Server
 
-#: Shows names of tools only, because the tiny context has no room for schemas.
-TEMPLATE = (
-    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
-    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}<assistant>"
-    "{{ mood }}{% for one in documents or [] %}{{ one.text }}{% endfor %}"
-)
 QUESTION: list[Any] = [{"role": "user", "content": "the fox"}]
 
 
@@ -42,14 +31,8 @@ TOOLS: list[Any] = [openai.pydantic_function_tool(Weather), openai.pydantic_func
 
 
 @pytest.fixture(scope="module")
-def server(serve: Callable[..., Server], tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    bundle = Path(shutil.copytree(tiny.path, tmp_path_factory.mktemp("tools") / "bundle"))
-    text = TEMPLATE.encode()
-    (bundle / "chat_template.jinja").write_bytes(text)
-    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    manifest["files"]["chat_template.jinja"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    (bundle / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return serve(path=bundle, name="tiny")
+def server(tool_server: Server) -> Server:
+    return tool_server
 
 
 @pytest.fixture(scope="module")

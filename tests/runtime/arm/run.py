@@ -45,6 +45,7 @@ SUITE = (
     "test_onnxruntime_state.py",
     "test_token_sequence.py",
     "test_scheduler.py",
+    "test_admission.py",
     "test_sessions.py",
 )
 #: Largest page of an Arm kernel, in bytes.

@@ -156,11 +156,11 @@ def _prompts(value: Any) -> list[Any]:
 
 def _max_tokens(fields: Fields, chat: bool, echo: bool) -> int | None:
     for name in ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",):
-        value = fields.get(name)
+        value = fields.whole(name)
         if value is not None:
             if value == 0 and not echo:
                 raise bad(name, value, "must be a whole number above 0; 0 needs echo in a completion")
-            return fields.whole(name)
+            return None if value < 0 else value  # llama.cpp's and Ollama's ways to ask for no bound
     return None if chat else COMPLETION_TOKENS
 
 

@@ -123,7 +123,9 @@ _COMMON: Table = {
     "model": _text("A name of /v1/models."),
     "n": _whole("Replies to each prompt.", 1, MOST_CHOICES),
     "best_of": _whole("Must be n.", 1, MOST_CHOICES),
-    "max_tokens": _whole("Most tokens of a reply; 0 needs echo in a completion.", 0, 2**31),
+    "max_tokens": _whole(
+        "Most tokens of a reply; 0 needs echo in a completion; -1 and -2 for as many as the context holds.", -2, 2**31
+    ),
     "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "description": "Ends."},
     "ignore_eos": _truth("Whether to go on after the end-of-sequence token."),
     "parse_special": _truth(

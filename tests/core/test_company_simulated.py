@@ -1,0 +1,75 @@
+"""Several streams on a simulated device with the joint controller: any mix of them, and what each of them gets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.seen import Chunk, Round
+from balcony_edge.simulation.company import Arrival, poisson, simulate_company, summary
+from tests.prices import DEMO
+from tests.properties import examples
+
+CLASSES = [
+    Arrival(0.0, prompt, tokens, budget)
+    for prompt, tokens, budget in (
+        (30, 60, Budget(tpot_ms=30.0)),
+        (60, 80, Budget(tpot_ms=60.0)),
+        (100, 60, Budget(tpot_ms=120.0, min_exit=17)),
+        (40, 50, Budget(deadline_s=4.0, expected_tokens=50)),
+        (20, 40, Budget()),
+        (20, 40, Budget(max_exit=20, max_pace_tps=8.0)),
+        (200, 20, Budget(ttft_ms=800.0)),
+        (20, 30, Budget(tpot_ms=2.0)),
+        (20, 30, Budget(tpot_ms=2.0, on_infeasible="error")),
+        (20, 40, Budget(power_w=5.0, tpot_ms=80.0)),
+    )
+]
+
+
+@examples(12)
+@given(st.integers(0, 10_000), st.floats(0.3, 4.0), st.integers(1, 6))
+def test_any_mix_of_streams_comes_to_its_end(seed: int, rate: float, burst: int) -> None:
+    arrivals = poisson(rate, 6.0, CLASSES, seed=seed, burst=burst)
+    quality = (0.6, 0.66, 0.74, 1.0)
+    streams = simulate_company(DEMO, arrivals, quality=quality, seed=seed)
+    for one in streams:
+        assert one.done and all(math.isfinite(gap) and gap > 0 for gap in one.gaps_ms)
+        assert set(one.exits) <= set(one.arrival.budget.allowed_exits(DEMO.exits))
+        assert one.refused_s is None or one.arrival.budget.on_infeasible == "error"
+    if streams:
+        assert 0 < summary(streams, DEMO, quality)["mean_depth"] <= 1
+
+
+def test_a_feasible_company_is_in_time() -> None:
+    """Three classes at a quarter of the device's capacity: at most a tenth late, as their probability says."""
+    classes = [Arrival(0.0, 30, 120, Budget(tpot_ms=target)) for target in (30.0, 45.0, 90.0)]
+    quality = (0.6, 0.66, 0.74, 1.0)
+    streams = simulate_company(DEMO, poisson(0.4, 30.0, classes, seed=4), quality=quality, seed=2)
+    found = summary(streams, DEMO, quality)
+    assert len(streams) > 6 and found["late_share"] <= 0.05 and found["mean_depth"] > 0.9
+
+
+def test_chunks_name_rows_that_exist() -> None:
+    """The plant refuses rows that are not ready; every mix above would stop there."""
+    streams = simulate_company(DEMO, [Arrival(0.0, 64, 5, Budget())], quality=(1, 1, 1, 1))
+    assert streams[0].exits == [30] * 5
+    assert Chunk(0, (1,), 3).balcony is None
+
+
+def test_who_waits_for_a_place_does_not_stop_the_clock() -> None:
+    """The only place is taken by a stream that waits for its pace: the time passes, and the other one follows."""
+    rounds: list[float] = []
+
+    def counted(now_s: float, found: Round) -> None:
+        rounds.append(now_s)
+        assert len(rounds) < 100, "the clock stands still"
+
+    paced = Arrival(0.0, 8, 4, Budget(max_pace_tps=10.0))
+    first, second = simulate_company(DEMO, [paced, paced], quality=(1, 1, 1, 1), most_streams=1, log=counted)
+    assert all(gap == pytest.approx(100, rel=0.3) for gap in first.gaps_ms[1:])
+    assert second.gaps_ms[0] > 300 and len(second.exits) == 4
