@@ -46,11 +46,11 @@ class Limits:
         queue: most replies that wait for those to end.
         body_bytes: largest body of a request.
         request_s: longest time of a request.
+        saved_bytes: bytes of slots that were saved by name, from which on no more are saved.
         head_s: longest time for sending the headers.
         body_s: longest time for sending the body.
         unread_s: longest time for which a client may read nothing of an answer that fills its buffers.
         connections: most connections, those without a request included.
-        saved_bytes: bytes of slots that were saved by name, from which on no more are saved.
     """
 
     parallel: int = 16
