@@ -25,7 +25,13 @@ def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str
 
 
 @pytest.mark.parametrize(
-    ("architecture", "precision"), [("llama", "fp32"), ("gemma3", "fp32"), ("qwen2", "int4,asym"), ("llama", "int8")]
+    ("architecture", "precision"),
+    [
+        ("gemma3", "fp32"),
+        ("qwen2", "int4,asym"),
+        pytest.param("llama", "fp32", marks=pytest.mark.deep),
+        pytest.param("llama", "int8", marks=pytest.mark.deep),
+    ],
 )
 def test_the_bytes_are_those_of_the_widened_model(
     architecture: str,
