@@ -27,7 +27,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-warn-conflicts --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 BALCONIES := balconies/smollm2-135m-instruct
 
-.PHONY: demo test test-others test-export test-fast test-quick test-deep test-mutation test-gpu test-webgpu test-arm check reference constraints format clean
+.PHONY: demo test test-device test-export test-fast test-quick test-deep test-mutation test-gpu test-webgpu test-arm check reference constraints format clean
 
 # what the demo needs; the checks need 850 MB more
 $(RUNS): pyproject.toml constraints.txt
@@ -61,17 +61,17 @@ TWO := $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
 # Most of the work has one thread, so two processes take half the time of one; the longest begin.
 test: $(READY)
-	+$(TWO) test-export test-others test-webgpu check
+	+$(TWO) test-device test-export test-webgpu check
 
 # Stand-ins run in the place of a GPU, so tests must reach nearly all of these.
 ON_GPU := '*/backends/cuda.py,*/backends/device_state.py,*/backends/tensorrt.py'
-test-others: $(READY)
-	$(BIN)/python -m pytest -m 'not deep' --ignore=tests/export --cov --cov-report=term-missing:skip-covered
+test-device: $(READY)
+	$(BIN)/python -m pytest -m 'not deep' tests/cli tests/core tests/runtime tests/serve --cov --cov-report=term-missing:skip-covered
 	$(BIN)/python -m coverage report --include=$(ON_GPU) --fail-under=95
 
 # Without coverage, which would add a third to the time of these tests and one point to the 93 % of the others.
 test-export: $(READY)
-	$(BIN)/python -m pytest -m 'not deep' tests/export
+	$(BIN)/python -m pytest -m 'not deep' tests/export tests/test_*.py
 
 # Another build of ONNX Runtime, in a directory of its own that comes before the environment's. Without it, or without an
 # adapter, the tests skip and name the command that brings it; the next run tries to bring it again. One thread of llvmpipe
