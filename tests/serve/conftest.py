@@ -38,9 +38,9 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serve(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Starts servers with settings of their own; they end with the session."""
+    """Starts servers with settings of their own; they end with the test's module, because their sensors cost time."""
     folder = tmp_path_factory.mktemp("budgets")
     for name, text in BUDGETS.items():
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
@@ -76,13 +76,13 @@ def serve(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
         assert not thread.is_alive()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(serve: Callable[..., Server]) -> Server:
     """The server that most tests share."""
     return serve(name="tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tool_server(serve: Callable[..., Server], tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Server:
     """A server over the tiny bundle with a chat template that shows tools."""
     bundle = Path(shutil.copytree(tiny.path, tmp_path_factory.mktemp("tools") / "bundle"))
@@ -94,14 +94,14 @@ def tool_server(serve: Callable[..., Server], tiny: Any, tmp_path_factory: pytes
     return serve(path=bundle, name="tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def http(server: Server) -> Iterator[httpx.Client]:
     """A plain client of it."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def budgets(server: Server) -> Path:
     """Its folder of budget files."""
     assert server.service.folder is not None

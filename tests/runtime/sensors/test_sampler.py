@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -384,3 +386,21 @@ def test_this_machine_by_a_second_opinion(tmp_path: Path) -> None:
     rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     private = sum(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Private_"))
     assert process.memory_bytes == pytest.approx(private, rel=0.1)
+
+
+def test_a_large_process_is_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its private memory takes the kernel long to count: at most one per cent of the time goes into it."""
+    source, reads = System(), []
+
+    def slow() -> Any:
+        reads.append(1)
+        time.sleep(0.03)
+        return SimpleNamespace(uss=7)
+
+    monkeypatch.setattr(source._process, "memory_full_info", slow)
+    counts = []
+    for now_s in (0.0, 1.0, 2.0, 2.9, 60.0):
+        (process,) = [reading for reading in source.read(now_s).readings if reading.source == "psutil:process"]
+        assert process.memory_bytes == 7
+        counts.append(len(reads))
+    assert counts == [1, 1, 1, 1, 2]
