@@ -77,7 +77,7 @@ def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None
         f"{_counted(facts['new_tokens'], 'token')} after {facts['prompt_tokens']}",
         f"first after {facts['ttft_ms']:.0f} ms",
     ]
-    if reply.mean_tpot_ms is not None:
+    if reply.mean_tpot_ms:  # 0 if all tokens after the first were forced
         parts.append(f"then {reply.mean_tpot_ms:.1f} ms a token ({1000 / reply.mean_tpot_ms:.0f} tokens a second)")
     parts.append(f"{_counted(facts['exit_switches'], 'switch')}, {_counted(facts['caught_up_rows'], 'row')} caught up")
     if facts["forced_tokens"]:
