@@ -1,6 +1,7 @@
 """Structured replies: what a mask costs, what forced tokens save, and whether every reply follows its schema.
 
-    python -m benchmarks.serving.structured BUNDLE [--rounds 7] [--only speed,schemas] [--schemas 2000] [--from DIR] [--ends 6]
+    python -m benchmarks.serving.structured BUNDLE [--rounds 7] [--only speed,schemas]
+        [--schemas 2000] [--from DIR] [--random --ends 6]
 
 ``speed``: greedy replies of up to ``TOKENS`` tokens at the full depth, interleaved. ``free`` is text without a structure.
 ``masked`` is a list of texts, all of whose tokens the model chooses under a mask. ``forced`` is a list of records, with at
@@ -12,8 +13,8 @@ the first token to the last, by the number of tokens after the first.
 and at the shallowest exit in turn. They are random ones (:mod:`.schemas`), or files, evenly from all of a directory, e.g. of
 ``data`` in https://github.com/guidance-ai/jsonschemabench. Replies that end at the limit of tokens are counted apart, and
 refusals by their reason. Random schemas are made to be supported; those with a keyword that is not must be refused by name.
-``--ends`` adds to the logits of tokens that begin with a quote or a closing bracket. A model with random weights, which draws
-all tokens alike, then comes to an end.
+``--random`` makes the bundle first: two layers of random weights with the demo's tokenizer, which draw all tokens alike.
+``--ends`` adds to the logits of tokens that begin with a quote or a closing bracket, so that such a model comes to an end.
 
 The last line is JSON: ``ms_a_token`` and ``forced_share`` by case, ``ratios`` (medians over rounds), ``schemas``,
 ``bars``. Exit code 1 if a bar is missed.
@@ -100,6 +101,33 @@ def speed(llm: LLM, rounds: int) -> dict[str, Any]:
     }
 
 
+def make_random(path: Path) -> None:
+    """Export a Llama of two layers with random weights and the demo's tokenizer."""
+    import torch  # noqa: PLC0415 - of a workstation, for this option only
+    import transformers  # noqa: PLC0415
+
+    from balcony_export.export import ExportOptions, export_bundle  # noqa: PLC0415
+    from balcony_export.model.checkpoint import demo_model_path, load_tokenizer  # noqa: PLC0415
+    from balcony_export.model.exits import ExitModel  # noqa: PLC0415
+
+    tokenizer = load_tokenizer(demo_model_path())
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    exits = ExitModel.open(transformers.LlamaForCausalLM(config).eval(), (1,))
+    export_bundle(exits, tokenizer, path, ExportOptions("random", trained=False))
+
+
 def of_directory(directory: Path, count: int) -> list[tuple[str, Any]]:
     """Names and schemas of ``count`` files, evenly from all of a directory's in alphabetical order."""
     files = sorted(directory.rglob("*.json"))
@@ -173,11 +201,14 @@ def main() -> int:
     parser.add_argument(
         "--ends", type=float, default=0.0, help="added to the logits of tokens that end a text or a list"
     )
+    parser.add_argument("--random", action="store_true", help="make the bundle first, with random weights")
     parser.add_argument("--only", default="speed,schemas")
     given = parser.parse_args()
     items = given.only.split(",")
     result: dict[str, Any] = {"benchmark": "structured", "cpu": cpu_name(), "bundle": given.bundle.name}
     bars: dict[str, dict[str, Any]] = {}
+    if given.random:
+        make_random(given.bundle)
     with balcony_edge.load(given.bundle) as llm:
         result |= {"precision": llm.engine.manifest.precision}
         if "speed" in items:
