@@ -14,6 +14,7 @@ from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.quantize.blocks import parse_precision
 from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
+from balcony_runtime.structure.grammar import Grammars
 
 #: Rows of tokens to calibrate on: GPTQ, and the scales of an int8 cache.
 ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]
@@ -57,3 +58,11 @@ def with_precision(
         return made[architecture, precision]
 
     return build
+
+
+@pytest.fixture(scope="module")
+def grammars(tiny: Any) -> Grammars:
+    """The structures of the tiny bundle's tokenizer."""
+    model = Bundle.open(tiny.path).manifest.model
+    text = (tiny.path / "tokenizer.json").read_text(encoding="utf-8")
+    return Grammars(lambda: text, model.vocab_size, model.eos_token_ids)

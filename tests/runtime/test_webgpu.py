@@ -466,9 +466,7 @@ def test_many_schedules(export_tiny: Callable[[str], Any], tmp_path: Path, archi
 
 #: Loads and closes a bundle many times, and prints megabytes and open files after a tenth of them and at the end.
 CYCLES = """
-import gc, sys
-import numpy as np
-import psutil
+import gc, sys, psutil, numpy as np
 from balcony_runtime.engine import Engine
 process, count = psutil.Process(), int(sys.argv[2])
 for cycle in range(1, count + 1):
