@@ -123,19 +123,18 @@ class PrefixFiles:
             total -= status.st_size
 
     def _own(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self.directory.glob(f"{self._begin}*{SUFFIX}"):
+        return self._files(f"{self._begin}*{SUFFIX}")
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.directory.glob(pattern):
             with contextlib.suppress(OSError):
                 if path.is_file():
                     yield path, path.stat()
 
     def named_bytes(self, but: Path) -> int:
         """Bytes of the files that users named, of all bundles, without one of them."""
-        total = 0
-        for path in self.directory.glob(f"*{SUFFIX}"):
-            with contextlib.suppress(OSError):
-                if path != but and not path.name.startswith(OWN):
-                    total += path.stat().st_size
-        return total
+        files = self._files(f"*{SUFFIX}")
+        return sum(status.st_size for path, status in files if path != but and not path.name.startswith(OWN))
 
     @property
     def bytes(self) -> int:
