@@ -201,6 +201,15 @@ def spread_biases(model: transformers.PreTrainedModel, generator: torch.Generato
             bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
 
 
+def with_balconies(model: transformers.PreTrainedModel) -> ExitModel:
+    """A tiny model with balconies at `EXITS` that are unlike its last layer."""
+    balconies, generator = init_balconies(model, EXITS), torch.Generator().manual_seed(7)
+    for balcony in balconies.values():
+        for parameter in balcony.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return ExitModel(model, balconies)
+
+
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer over a page of text, with a chat template."""
     tokenizer = Tokenizer(models.BPE())
@@ -264,13 +273,8 @@ def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exp
     def export(architecture: str) -> Exported:
         if architecture not in made:
             model, tokenizer = tiny_model(architecture), tiny_tokenizer()
-            balconies = init_balconies(model, EXITS)
-            generator = torch.Generator().manual_seed(7)
-            for balcony in balconies.values():
-                for parameter in balcony.parameters():
-                    parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
             path = tmp_path_factory.mktemp("bundles") / architecture
-            exits, options = ExitModel(model, balconies), ExportOptions(f"tiny-{architecture}", trained=True)
+            exits, options = with_balconies(model), ExportOptions(f"tiny-{architecture}", trained=True)
             traced = trace(exits, options)
             export_bundle(exits, tokenizer, path, options, traced=traced)
             made[architecture] = Exported(path, exits, tokenizer, traced)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import transformers
 
-from balcony_export.model.balcony import init_balconies
 from balcony_export.model.exits import ExitModel
-from tests.conftest import EXITS, VOCABULARY, spread_biases
+from tests.conftest import VOCABULARY, spread_biases, with_balconies
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -98,10 +97,4 @@ def tiny_mixture(name: str, **overrides: Any) -> transformers.PreTrainedModel:
 
 def mixture_exits(name: str, **overrides: Any) -> ExitModel:
     """A tiny mixture with balconies that are unlike its last layer."""
-    model = tiny_mixture(name, **overrides)
-    balconies = init_balconies(model, EXITS)
-    generator = torch.Generator().manual_seed(7)
-    for balcony in balconies.values():
-        for parameter in balcony.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return ExitModel(model, balconies)
+    return with_balconies(tiny_mixture(name, **overrides))
