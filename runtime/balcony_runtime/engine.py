@@ -175,7 +175,7 @@ class TokenSequence:
         self.state = state or engine.backend.new_state(batch_size, max_length)
         self._tokens = np.empty((batch_size, max_length), np.int64)  # pages take memory when tokens are written
         self._indices = {layer: index for index, layer in enumerate(self._layers)}
-        #: Number of rows that each stage has taken in; a shared pass (:mod:`.scheduling.pool`) moves it, too.
+        #: Number of rows that each stage has taken in; a shared step (:mod:`.scheduling.shared_step`) moves it, too.
         self.stage_cursor = [0] * len(self._layers)
         #: Rows run by all stages together, including those rolled back later; its growth is the cost of a step in rows.
         self.rows_run = 0

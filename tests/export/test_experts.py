@@ -35,7 +35,7 @@ from balcony_export.variants.extract import submodel
 from balcony_export.verify import TOLERANCE, reference_logits, verify
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
-from balcony_runtime.scheduling.pool import PoolMove
+from balcony_runtime.scheduling.shared_step import PoolMove
 from tests.conftest import Exported, tiny_tokenizer
 from tests.export.experts import MIXTURES, mixture_exits, tiny_mixture
 from tests.properties import examples

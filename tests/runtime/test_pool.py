@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.scheduling import pool as pool_module
-from balcony_runtime.scheduling.pool import LEAST_SHARED, PoolMove, SequencePool
+from balcony_runtime.scheduling import shared_step
+from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
+from balcony_runtime.scheduling.shared_step import PoolMove
 from tests.properties import examples
 from tests.runtime.test_conformance import assert_equal, check_cursors, from_scratch
 
@@ -330,7 +331,7 @@ def test_portable_graphs_share_no_passes(tiny: Any) -> None:
 
 
 def test_dead_rows_beyond_the_bound_are_not_paid_for(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "MOST_DEAD", 0)
+    monkeypatch.setattr(shared_step, "MOST_DEAD", 0)
     pool = new_pool(tiny_engine)
     one, gap, other = (pool.take() for _ in range(3))
     assert one is not None and gap is not None and other is not None

@@ -21,7 +21,8 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BalconyError, BusyError, InputError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
-from balcony_runtime.scheduling.pool import LEAST_SHARED, PoolMove, SequencePool
+from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
+from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import TextCodec

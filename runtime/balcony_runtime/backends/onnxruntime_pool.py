@@ -3,7 +3,7 @@
 Owns the arrays of the pool and the bindings over ranges of members. ``GroupQueryAttention`` takes one new row of each member at
 a length of its own, over a contiguous range of the caches' first axis. Passes of several rows take one member at a time; they
 run on the member's own :class:`.onnxruntime_state.OnnxRuntimeState` over the same memory. Which members share a pass is decided
-in :mod:`balcony_runtime.scheduling.pool`.
+in :mod:`balcony_runtime.scheduling.shared_step`.
 """
 
 from __future__ import annotations

@@ -1,53 +1,33 @@
-"""Sequences that share passes: members of a KV pool, and the step of several of them at exits of their own.
+"""Sequences that share passes: who has which member of a KV pool, and whose first rows a new prompt can have.
 
-Owns which members share a pass. All run stage 0; those at a shallow exit leave to their balcony, and the others go on in a
-smaller batch. A member is a :class:`TokenSequence` like any other: its pending rows are the rebatching buffer, so nothing is
-approximated, and what it does alone (prompts, backlog, speculation) it does as a sequence of its own.
-
-A pass takes a contiguous range of members. A member inside the range that has no row of its own for this graph works off one of
-its pending rows, or takes a dead row past its cursor. Up to ``MOST_DEAD`` dead rows in a gap cost less than a second pass.
+Owns the members and the sequences that have ended, whose rows stay for prompts that begin alike. Steps are
+:mod:`.shared_step`'s.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from balcony_edge.errors import BalconyError, BusyError, InputError
-from balcony_runtime.backends.base import FloatArray, IntArray, Pool, neighbours
+from balcony_runtime.backends.base import FloatArray, IntArray, Pool
 from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
 _log = logging.getLogger(__name__)
 
-#: Dead rows in one gap that cost less than another pass: a further row costs 4 % (float32) to 25 % (int4) of the first.
-MOST_DEAD = 3
 #: Bytes of ended sequences that are kept by default: about 4,500 rows of the demo model in float32.
 KEPT_BYTES = 256_000_000
 #: Rows from which a common prefix is worth looking for.
 LEAST_SHARED = 32
-
-
-class PoolMove(NamedTuple):
-    """One token of one member.
-
-    Attributes:
-        sequence: sequence of the pool.
-        exit_layer: exit whose logits are asked for.
-        token: token to append.
-    """
-
-    sequence: TokenSequence
-    exit_layer: int
-    token: int
 
 
 @dataclass(slots=True)
@@ -86,10 +66,7 @@ class SequencePool:
         self._ended: list[TokenSequence] = []  # first the one that was not used for longest
         #: Most bytes of sequences that have ended; 0 keeps none.
         self.kept_bytes = KEPT_BYTES
-        self._layers = engine.exit_layers
-        self._indices = {layer: index for index, layer in enumerate(self._layers)}
-        cached = engine.manifest.cached_exits
-        self._cached = tuple(layer in cached for layer in self._layers)
+        self._shared = SharedStep(engine, pool, self._members)
 
     @classmethod
     def of(cls, engine: Engine, members: int, files: PrefixFiles | None = None) -> SequencePool | None:
@@ -319,170 +296,8 @@ class SequencePool:
                 held.enter_context(move.sequence.lock)
                 if move.sequence.length >= move.sequence.max_length:
                     raise move.sequence.full()
-            logits = self._step(members, moves)
+            logits = self._shared.run(members, moves)
         found: list[FloatArray] = [logits] * len(moves)
         for place, (_, asked) in enumerate(ordered):
             found[asked] = logits[place : place + 1]
         return found
-
-    def _step(self, members: list[int], moves: Sequence[PoolMove]) -> FloatArray:
-        """The step of members in ascending order; gives logits (n, V)."""
-        exits = tuple([self._indices[move.exit_layer] for move in moves])
-        tokens, rows = [move.token for move in moves], [move.sequence.length for move in moves]
-        adjacent = members[-1] - members[0] < len(members) and neighbours(exits)
-        if adjacent and all(move.sequence.up_to_date(move.exit_layer) for move in moves):
-            logits = self._pool.decode(members[0], exits, tokens, rows)
-            for move, exit_index in zip(moves, exits, strict=True):
-                move.sequence.decoded(exit_index, move.token)
-            return logits
-        longest = max(sequence.length for sequence in self._places) + 1
-        places = np.array(members)
-        self._pool.begin(places, np.array(tokens), np.array(rows), min(longest, self._engine.max_length))
-        for move in moves:
-            move.sequence.note(move.token)
-        self._run(dict(zip(members, exits, strict=True)))
-        return self._pool.logits(places)
-
-    def _run(self, at: Mapping[int, int]) -> None:
-        """Run the last row of members up to their exits (member → exit index); results are remembered in the pool."""
-        alone: set[int] = set()  # members whose earlier rows are pending: their passes take several rows
-        joined: dict[int, int] = {}  # member → number of stages that its row went through in shared passes
-        for stage in range(max(at.values()) + 1):
-            together = []
-            for member, index in at.items():
-                sequence = self._of(member)
-                if index < stage:
-                    continue
-                if member in alone or sequence.length - sequence.stage_cursor[stage] > 1:
-                    if member not in alone:
-                        self._keep({member: joined.pop(member, 0)})
-                        alone.add(member)
-                    sequence.run_stage(stage, sequence.length)
-                else:
-                    together.append(member)
-            self._run_stage(stage, together)
-            joined.update(dict.fromkeys(together, stage + 1))
-            if leaving := [member for member, index in at.items() if index == stage]:
-                self._keep({member: joined.pop(member) for member in leaving if member in joined})
-                self._run_exit(stage, leaving, alone, set(joined))
-
-    def _keep(self, joined: Mapping[int, int]) -> None:
-        """Store the last rows of members that went through that many stages in shared passes, and move the cursors."""
-        for stages in set(joined.values()) - {0}:
-            members = [member for member, count in joined.items() if count == stages]
-            rows = [self._of(member).length - 1 for member in members]
-            self._pool.keep(np.array(members), np.array(rows), slice(0, stages))
-            for member, row in zip(members, rows, strict=True):
-                sequence = self._of(member)
-                sequence.stage_cursor[:stages] = [row + 1] * stages
-                sequence.rows_run += stages
-
-    def _run_stage(self, stage: int, members: list[int]) -> None:
-        for first, count, carried in self._ranges(members, stage, lambda it: self._stage_rows(it, stage), set()):
-            self._pool.run_stage(stage, first, count)
-            for member, row in carried.items():
-                sequence = self._of(member)
-                self._pool.keep(np.array([member]), np.array([row]), slice(stage, stage + 1))
-                sequence.stage_cursor[stage] = row + 1
-                sequence.rows_run += 1
-
-    @staticmethod
-    def _stage_rows(sequence: TokenSequence, stage: int) -> tuple[int, int]:
-        """Rows that a stage has taken in, and rows that it could take in."""
-        return sequence.stage_cursor[stage], sequence.stage_cursor[stage - 1] if stage else sequence.length
-
-    def _balcony_rows(self, sequence: TokenSequence, index: int) -> tuple[int, int]:
-        """The same of a balcony; a norm has none to take in."""
-        return (sequence.balcony_cursor[index], sequence.stage_cursor[index]) if self._cached[index] else (0, 0)
-
-    def _run_exit(self, index: int, members: list[int], alone: set[int], going_on: set[int]) -> None:
-        """Run the last rows of members through an exit.
-
-        Args:
-            index: index of the exit.
-            members: members that leave here.
-            alone: members whose rows ran in passes of their own.
-            going_on: members whose rows go on to deeper stages in shared passes.
-        """
-        cached = self._cached[index]
-        if index == len(self._layers) - 1:  # the last stage includes the norm
-            self._take_results(index, [member for member in members if member not in alone])
-            members = [member for member in members if member in alone]
-        for member in members:
-            sequence = self._of(member)
-            behind = cached and sequence.balcony_cursor[index] < sequence.length - 1
-            if behind:
-                sequence.run_balcony(self._layers[index], sequence.length - 1 - sequence.balcony_cursor[index])
-            if behind or member in alone:  # passes of its own have left another row in place
-                self._pool.place(index + 1, member, sequence.length - 1)
-        for first, count, carried in self._ranges(
-            members, index + 1, lambda it: self._balcony_rows(it, index), going_on
-        ):
-            self._pool.run_exit(index, first, count)
-            for member, row in carried.items():
-                self._of(member).balcony_cursor[index] = row + 1
-        self._take_results(index, members)
-        if cached:
-            for member in members:
-                self._of(member).balcony_cursor[index] = self._of(member).length
-
-    def _take_results(self, index: int, members: list[int]) -> None:
-        if members:
-            self._pool.result(index, np.array(members), np.array([self._of(member).length - 1 for member in members]))
-
-    def _ranges(
-        self, members: list[int], boundary: int, rows: Callable[[TokenSequence], tuple[int, int]], going_on: set[int]
-    ) -> Iterator[tuple[int, int, dict[int, int]]]:
-        """Split members into contiguous ranges.
-
-        Args:
-            members: members with a row for this pass.
-            boundary: boundary at which the rows of the pass lie.
-            rows: rows that a sequence's consumer has taken in, and rows that it could take in.
-            going_on: members whose chosen row must stay; it is the one that they take along.
-
-        Yields:
-            First member, number of members, and the pending rows that members in between work off (member → row).
-        """
-        asked = sorted(members)
-        if asked and asked[-1] - asked[0] == len(asked) - 1:  # no gaps, as is usual
-            yield asked[0], len(asked), {}
-            return
-        while asked:
-            first = last = asked.pop(0)
-            carried: dict[int, int] = {}
-            with ExitStack() as held:
-                while asked and (between := self._carried(range(last + 1, asked[0]), rows, held)) is not None:
-                    for member, (done, ready) in between.items():
-                        # A full sequence has no row after its cursor: its last row runs again and writes the same values.
-                        free = min(done, self._engine.max_length - 1)
-                        row = self._of(member).length - 1 if member in going_on else free
-                        if member not in going_on:
-                            self._pool.place(boundary, member, row)
-                        if row == done < ready:
-                            carried[member] = row
-                    last = asked.pop(0)
-                yield first, last - first + 1, carried
-
-    def _carried(
-        self, between: range, rows: Callable[[TokenSequence], tuple[int, int]], held: ExitStack
-    ) -> dict[int, tuple[int, int]] | None:
-        """``rows`` of the members between two others, which a range takes along; None: begin another range instead."""
-        found, dead = {}, 0
-        for member in between:
-            sequence, done, ready = self._members[member], 0, 0
-            if sequence is not None:
-                if not sequence.lock.acquire(blocking=False):
-                    return None  # another thread is using it
-                held.callback(sequence.lock.release)
-                done, ready = rows(sequence)
-            dead += done >= ready
-            if dead > MOST_DEAD:
-                return None
-            found[member] = (done, ready)
-        return found
-
-    def _of(self, member: int) -> TokenSequence:
-        sequence = self._members[member]
-        assert sequence is not None, member  # the members of a step are taken
-        return sequence

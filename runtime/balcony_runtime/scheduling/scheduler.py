@@ -26,7 +26,8 @@ from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, Bounds, in_order, row_bytes
-from balcony_runtime.scheduling.pool import PoolMove, SequencePool
+from balcony_runtime.scheduling.pool import SequencePool
+from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.scheduling.stream import Stream
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
