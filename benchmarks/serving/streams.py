@@ -43,7 +43,8 @@ from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
-from balcony_runtime.scheduling.shared_step import PoolMove, SequencePool
+from balcony_runtime.scheduling.pool import SequencePool
+from balcony_runtime.scheduling.shared_step import PoolMove
 from benchmarks.peer_workers.worker import log_softmax
 from benchmarks.rounds import Neighbours, bar, interleave, print_bars, ratio
 from benchmarks.serving.simulated import simulation

@@ -235,17 +235,15 @@ class Requests:
     @contextlib.contextmanager
     def sequence(self, request: Request) -> Iterator[TokenSequence]:
         """A sequence for a reply, which shares passes and prefixes with others if there is room for it."""
-        member = self.scheduler.new_sequence(request.ids)
+        sequence = self.scheduler.new_sequence(request.ids, request.rows)
         try:
-            yield member or self._engine.new_sequence(max_length=request.rows)
+            yield sequence
         finally:
-            if member is not None:
-                self.scheduler.free(member)
+            self.scheduler.free(sequence)
 
     def decoder(self, request: Request, sequence: TokenSequence) -> Decoder:
         """A decoder of a reply; the sequence keeps the rows that it shares with the prompt."""
         sequence.rollback(sequence.shared_prefix(np.array(request.ids[:-1], np.int64)))  # the last token is always run
-        request.prompted.cached = sequence.length
         prompt, around = np.array([request.ids[sequence.length :]], np.int64), self._around
         environment = Environment(
             lambda: (request.limits.resolved, around.costs()),
@@ -257,9 +255,9 @@ class Requests:
         )
         return Decoder(sequence, prompt, request.sampler, environment)
 
-    def told(self, request: Request, steps: Iterator[Step], sequence: TokenSequence) -> Iterator[Token]:
+    def told(self, request: Request, steps: Iterator[Step], decoder: Decoder) -> Iterator[Token]:
         """The tokens of a reply from its steps."""
-        return told(steps, sequence, request, self._codec.stream(), self._around.readings)
+        return told(steps, decoder, request, self._codec.stream(), self._around.readings)
 
     def tokens(self, request: Request, sequence: TokenSequence | None) -> Iterator[Token]:
         """The tokens of a reply that is stepped by whoever asks for them; ``sequence`` is one to continue."""
@@ -274,7 +272,7 @@ class Requests:
                 else self.scheduler.steps(decoder, sequence, request.rows, request.cancelled)
             )
             held.enter_context(contextlib.closing(steps))
-            yield from self.told(request, steps, sequence)
+            yield from self.told(request, steps, decoder)
 
     def _prompt_ids(
         self,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError
-from balcony_runtime.decoding.loop import Step
+from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.decoding.sampling import log_probabilities
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.reply import FinishReason, Token
 from balcony_runtime.text import TextStream
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 def told(
     steps: Iterator[Step],
-    sequence: TokenSequence,
+    decoder: Decoder,
     asked: Request,
     text: TextStream,
     readings: Callable[[], tuple[Reading, ...]],
@@ -32,7 +31,7 @@ def told(
 
     Args:
         steps: steps of the decoder.
-        sequence: its sequence.
+        decoder: the decoder.
         asked: what was asked for.
         text: decoder of the text.
         readings: gives the latest reading of every sensor.
@@ -48,6 +47,8 @@ def told(
             raise
         if step is None:  # cancelled while it waited for its turn
             return
+        if count == 1:
+            asked.prompted.cached = decoder.kept_rows
         asked.watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
         token = int(step.ids[0])
         finish: FinishReason | None = "stop" if token in asked.ends else "length" if count == asked.limit else None
@@ -69,7 +70,7 @@ def told(
             decision.predicted_ms if step.target_ms is not None else None,
             step.target_ms,
             step.caught_up_rows,
-            sequence.pending_rows,
+            decoder.pending_rows,
             decision,
             log_p,
             best,

@@ -71,7 +71,7 @@ class Together:
             decoder = self._requests.decoder(request, sequence)
             stream = self._scheduler.join(decoder, sequence, request.rows, request.cancelled)
             held.callback(self._scheduler.leave, stream)
-            tokens = request.stream(self._requests.told(request, _taken(steps), sequence))
+            tokens = request.stream(self._requests.told(request, _taken(steps), decoder))
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
         self._scheduler.ask(stream)
         return tokens

@@ -21,6 +21,8 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BalconyError, BusyError, InputError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling import scheduler
+from balcony_runtime.scheduling.admission import row_bytes
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.sessions import file
@@ -323,3 +325,68 @@ def test_the_memory_of_what_is_kept_is_bounded(tiny: Any) -> None:
     with balcony_edge.load(tiny.path, prefix_mb=0) as llm:
         for _ in range(2):
             assert llm.generate(list(range(60)), max_new_tokens=1).cached_tokens == 0
+
+
+def test_prompts_that_begin_alike_at_once_compute_their_beginning_once(llm: LLM, tiny: Any) -> None:
+    """The first one runs, and the others take what it leaves; a prompt that nobody shares is not touched."""
+    common, options = list(range(10, 90)), {"max_new_tokens": 4, "ignore_eos": True}
+    prompts = [[*common, last, 5] for last in range(3)] + [[*common[::-1], 7]]
+    with balcony_edge.load(tiny.path) as other:
+        alone = [[token.id for token in other.generate(prompt, **options).tokens] for prompt in prompts]
+    with llm.together() as replies:
+        streams = [replies.add(prompt, **options) for prompt in prompts]
+        assert llm.pool is not None and llm.pool.reused.rows == 0
+        while replies.open:
+            replies.step()
+    assert [[token.id for token in one.reply.tokens] for one in streams] == alone
+    assert [one.reply.cached_tokens for one in streams] == [0, 80, 80, 0]
+    assert (llm.pool.reused.prompts, llm.pool.reused.rows, llm.pool.in_use) == (2, 160, 0)
+
+
+def test_who_joins_a_full_pool_gets_a_place_when_it_begins(
+    llm: LLM, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the rows that others have left there; a conversation keeps the memory that it has."""
+    monkeypatch.setattr(scheduler, "MEMBERS", 2)
+    prompt, options = list(range(10, 90)), {"max_new_tokens": 3, "ignore_eos": True}
+    conversation = llm.engine.new_sequence()
+    # Room for the rows of the first two replies, or for one of the two that wait.
+    llm.budget = Budget(kv_memory_mb=90 * row_bytes(llm.engine.manifest) / 1e6)
+    with llm.together() as replies:
+        for one in range(2):
+            replies.add([one, 2, 3], **options)
+        late = [replies.add([*prompt, one], **options) for one in range(2)]
+        streams, pool = llm._requests.scheduler._streams, llm.pool
+        own = [stream.sequence for stream in streams.values()][2:]
+        assert pool is not None and not any(map(pool.holds, own))
+        with ThreadPoolExecutor(1) as threads:
+            talking = threads.submit(lambda: list(llm.stream([*prompt, 0], sequence=conversation, **options)))
+            while len(streams) < 5:
+                time.sleep(0.001)
+            while replies.open:
+                replies.step()
+                if late[1] in replies.open and len(late[1].reply.tokens):
+                    assert pool.holds(own[1])
+            talk = [token.id for token in talking.result(30)]
+    assert [one.reply.cached_tokens for one in late] == [0, 80] and pool.in_use == 0
+    assert not pool.holds(conversation) and [token.id for token in late[0].reply.tokens] == talk
+    with balcony_edge.load(tiny.path) as other:
+        want = other.generate([*prompt, 1], **options)
+    assert [token.id for token in late[1].reply.tokens] == [token.id for token in want.tokens]
+
+
+def test_rows_that_never_ran_are_nobodys_prefix(tiny_engine: Engine) -> None:
+    """A prompt that was given up before its turn has tokens and no rows: the rows of another one count."""
+    pool, prompt = SequencePool.of(tiny_engine, 4), list(range(10, 90))
+    assert pool is not None
+    waiting = pool.take(prompt)
+    ran = pool.take(prompt)
+    assert waiting is not None and ran is not None
+    waiting.append(prompt)
+    ran.advance(5, prompt)
+    late = pool.take(prompt)
+    assert late is not None and late.stage_cursor == [79, 79, 79] and late.length == 79
+    pool.give_back(waiting)
+    assert not pool.holds(waiting), "it has nothing that is worth a place"
+    assert pool.look_again(late, ()) == 79, "nobody has more"
+    assert (pool.reused.prompts, pool.reused.rows) == (1, 79)

@@ -120,6 +120,8 @@ class Decoder:
         self._ids = prompt
         self._last: Measurement | None = None
         self._emitted_ns = 0
+        #: Rows of the prompt that need not run.
+        self.kept_rows = sequence.length
         self._appended = False  # whether the sequence has the prompt's tokens, of which rows may be pending
         self._learned = environment.learned or Learned(sequence.exits, {})
         self._picks_inside = sequence.picks_inside and sampler.greedy and not environment.keep_logits
@@ -252,13 +254,22 @@ class Decoder:
         """
         self._budget, _ = self._environment.budget_and_costs()
         sequence = self._sequence
-        if not self._made and not self._appended:
-            sequence.append(self._ids)
-            self._appended = True
+        self.append_prompt()
         stage_rows, balcony_rows = sequence.rows_due(self._new_rows)
         context = sequence.length + self._new_rows - 1
         started_s = self._started_s
         return StreamSeen(key, self._budget, context, stage_rows, balcony_rows, self._made, started_s, asked_s)
+
+    def append_prompt(self) -> None:
+        """Give the prompt's tokens to the sequence, without running them."""
+        if not self._made and not self._appended:
+            self._sequence.append(self._ids)
+            self._appended = True
+
+    @property
+    def pending_rows(self) -> int:
+        """Pending rows of the sequence."""
+        return self._sequence.pending_rows
 
     @property
     def begun(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,11 @@ class SequencePool:
         return len(self._places) - len(self._ended)
 
     @property
+    def has_room(self) -> bool:
+        """Whether another sequence can become a member."""
+        return self.in_use < self._pool.members
+
+    @property
     def busy_ns(self) -> int:
         """Nanoseconds spent inside the engine by shared passes."""
         return self._pool.busy_ns
@@ -124,11 +129,50 @@ class SequencePool:
                     donor.lock.release()
             return self._counted(fresh)
 
+    def look_again(self, sequence: TokenSequence, but: Collection[TokenSequence]) -> int:
+        """Give a sequence of which no row has run what there is for it by now: a member, and the rows of a longer prefix.
+
+        Args:
+            sequence: sequence with the tokens of its prompt.
+            but: sequences whose rows are not copied, because they will have more of them soon.
+
+        Returns:
+            Number of the prompt's rows that need not run.
+        """
+        wanted = sequence.tokens[0].copy()
+        if not (held := self.holds(sequence)):
+            self.recall(wanted[:-1])
+        with self._lock, sequence.lock:
+            has = sequence.stage_cursor[0]
+            donor, shared = self._longest(wanted[:-1], {sequence, *but})
+            if donor is not None and (shared < has + LEAST_SHARED or not donor.lock.acquire(blocking=False)):
+                donor = None
+            try:
+                member = None if held else self._free_member(donor)
+                if member is None and not (held and donor):
+                    return has
+                sequence.rollback(0)
+                if member is not None:
+                    sequence.state = self._pool.state(member)
+                    self._members[member], self._places[sequence] = sequence, member
+                if donor is not None:
+                    sequence.begin_like(donor, shared)
+            finally:
+                if donor is not None:
+                    donor.lock.release()
+            self._count(has, sequence.length)
+            kept = sequence.length
+            sequence.append(wanted[kept:])
+            return kept
+
     def _counted(self, sequence: TokenSequence) -> TokenSequence:
-        if sequence.length:
-            self.reused.prompts += 1
-            self.reused.rows += sequence.length
+        self._count(0, sequence.length)
         return sequence
+
+    def _count(self, before: int, after: int) -> None:
+        """Count the rows that a prompt got, which had some before."""
+        self.reused.prompts += before == 0 and after > 0
+        self.reused.rows += after - before
 
     def recall(self, wanted: IntArray) -> None:
         """Read the file that shares the longest prefix with some tokens (n,), unless a member has as much of it."""
@@ -198,21 +242,26 @@ class SequencePool:
 
     def _empty(self) -> TokenSequence | None:
         """An empty sequence in a free member, or in that of an ended sequence; the donor of a copy is not among these."""
-        if None not in self._members and self._ended:
-            self._clear(self._ended.pop(0))
-        for member, holder in enumerate(self._members):
-            if holder is None:
-                state = self._pool.state(member)
-                sequence = TokenSequence(self._engine, 1, self._engine.max_length, state)
-                self._members[member], self._places[sequence] = sequence, member
-                return sequence
-        return None
+        if (member := self._free_member()) is None:
+            return None
+        sequence = TokenSequence(self._engine, 1, self._engine.max_length, self._pool.state(member))
+        self._members[member], self._places[sequence] = sequence, member
+        return sequence
 
-    def _longest(self, wanted: IntArray) -> tuple[TokenSequence | None, int]:
-        """The member that shares the longest prefix with some tokens, and its length; None, 0 below ``LEAST_SHARED`` rows."""
+    def _free_member(self, but: TokenSequence | None = None) -> int | None:
+        """A free member, or that of the ended sequence that was not used for longest, if it is another one than ``but``."""
+        if None not in self._members and (others := [one for one in self._ended if one is not but]):
+            self._ended.remove(others[0])
+            self._clear(others[0])
+        return self._members.index(None) if None in self._members else None
+
+    def _longest(self, wanted: IntArray, but: Collection[TokenSequence] = ()) -> tuple[TokenSequence | None, int]:
+        """The member with the most rows of some tokens, and their number; None, 0 below ``LEAST_SHARED`` rows."""
         best, longest = None, 0
         for sequence in self._places:
-            shared = sequence.shared_prefix(wanted)
+            if sequence in but:
+                continue
+            shared = min(sequence.shared_prefix(wanted), sequence.stage_cursor[0])
             if shared > longest and shared >= LEAST_SHARED:
                 best, longest = sequence, shared
         return best, longest
@@ -222,7 +271,7 @@ class SequencePool:
         with self._lock, sequence.lock:
             if sequence not in self._places or sequence in self._ended:
                 return
-            if sequence.length < LEAST_SHARED or sequence.state.memory_bytes > self.kept_bytes:
+            if sequence.stage_cursor[0] < LEAST_SHARED or sequence.state.memory_bytes > self.kept_bytes:
                 self._clear(sequence)
                 return
             self._ended.append(sequence)

@@ -84,6 +84,8 @@ class Scheduler:
         self._leading = False
         self._running: Sequence[Stream] = ()
         self._company: frozenset[int] = frozenset()  # streams of the last round
+        self._lent: set[TokenSequence] = set()  # sequences of new_sequence
+        self._changes = 0  # how often a stream has begun or left
         self._controller: JointController | None = None
         self._priced: CostModel | None = None
         self._state, self._last = CompanyState(), None  # type: CompanyState, Measurement | None
@@ -113,15 +115,19 @@ class Scheduler:
         if self._pool is not None:
             self._pool.close()
 
-    def new_sequence(self, tokens: Sequence[int] = ()) -> TokenSequence | None:
-        """A sequence that can share passes with others, and may have the first rows of a prompt already.
+    def new_sequence(self, tokens: Sequence[int], rows: int) -> TokenSequence:
+        """A sequence for a prompt and its reply, of which the first rows may be there already.
 
-        None if there is no room, or the engine cannot share passes.
+        It shares passes with others if the engine can do that and there is room for it, now or when its prompt begins to run.
         """
-        return None if self.pool is None else self.pool.take(tokens)
+        member = None if self.pool is None else self.pool.take(tokens)
+        sequence = member or self._engine.new_sequence(max_length=rows)
+        self._lent.add(sequence)
+        return sequence
 
     def free(self, sequence: TokenSequence) -> None:
         """Give a sequence of :meth:`new_sequence` back."""
+        self._lent.discard(sequence)
         if self._pool is not None:
             self._pool.give_back(sequence)
 
@@ -185,6 +191,7 @@ class Scheduler:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
             self._most_rows(rows)
             stream = Stream(next(self._keys), decoder, sequence, rows, cancelled)
+            stream.looked = self._changes
             self._streams[stream.key] = stream
             return stream
 
@@ -231,6 +238,7 @@ class Scheduler:
             while stream in self._running:
                 self._turn.wait(NAP_S)
             self._streams.pop(stream.key, None)
+            self._changes += 1
             if not self._streams:
                 self._state = self._state.without(self._state.streams.keys())
             self._turn.notify_all()
@@ -247,8 +255,10 @@ class Scheduler:
                 self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
             return
         self._running = asking
+        begins = [one for one in self._streams.values() if one.admitted and not one.decoder.begun]
         self._turn.release()
         try:
+            self._look_again(begins, asking)
             if len(asking) == 1 and not self._makes_way(asking[0]):
                 self._alone(asking[0])
             else:
@@ -256,6 +266,24 @@ class Scheduler:
         finally:
             self._turn.acquire()
             self._running = ()
+            self._changes += any(one.decoder.begun for one in begins)
+
+    def _look_again(self, begins: Sequence[Stream], asking: Sequence[Stream]) -> None:
+        """Give prompts of which no row has run the places and the rows that have come since they joined.
+
+        Prompts that begin to run take no rows from one another: who waits for its turn finds all that the others leave.
+        """
+        if self._pool is None:
+            return
+        for stream in begins:
+            decoder, sequence = stream.decoder, stream.sequence
+            if stream not in asking or stream.looked == self._changes or sequence not in self._lent:
+                continue
+            stream.looked = self._changes
+            if sequence.stage_cursor[0] <= decoder.kept_rows:
+                with stream.alone():
+                    decoder.append_prompt()
+                    decoder.kept_rows = self._pool.look_again(sequence, {one.sequence for one in begins})
 
     def _admit_next(self) -> bool:
         """Admit the first stream in order that there is memory and time for; whether there was one.
@@ -293,7 +321,10 @@ class Scheduler:
         return self._joint().refusal(self._state, now, self._seen_of(stream))
 
     def _seen_of(self, stream: Stream) -> StreamSeen:
-        return stream.decoder.seen(stream.key, stream.asked_s)._replace(shares=self._shares(stream))
+        shares = self._shares(stream) or (
+            self._pool is not None and not stream.admitted and stream.sequence in self._lent and self._pool.has_room
+        )
+        return stream.decoder.seen(stream.key, stream.asked_s)._replace(shares=shares)
 
     def _shares(self, stream: Stream) -> bool:
         return self._pool is not None and self._pool.holds(stream.sequence)
