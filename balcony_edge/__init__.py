@@ -158,7 +158,7 @@ def load(
             the same bundle with it share them in memory.
         device: ``cpu``; ``cuda`` (ONNX Runtime on an NVIDIA GPU); ``tensorrt`` (engines made by `balcony-edge build`);
             ``webgpu`` (ONNX Runtime on a GPU with Vulkan, Metal or Direct3D 12); ``auto`` takes engines that fit the
-            GPU, then the GPU through ONNX Runtime, then the CPU.
+            GPU, then CUDA, then the faster one of WebGPU and the CPU; with ``packed`` the CPU.
         engines: name of the engine set, if the bundle has several.
         prefix_mb: megabytes of ended replies that are kept, because later prompts may begin like them; those that were not used
             for longest go first.

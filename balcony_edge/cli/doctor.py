@@ -112,7 +112,7 @@ def _cuda() -> dict[str, Any]:
 
         note = f"compute capability {compute_capability()}: --device auto takes engines built for it"
     except BalconyError as error:
-        note = f"--device auto takes the CPU: {error}"
+        note = f"--device auto takes no engines: {error}"
     return {**facts, "note": note}
 
 

@@ -92,7 +92,7 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast CPU).")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
-        typer.Option(help="auto: engines that fit the GPU, then ONNX Runtime on the GPU, then the CPU."),
+        typer.Option(help="auto: engines that fit the GPU, then CUDA, then the faster one of WebGPU and the CPU."),
     ] = "auto",
     engines: Annotated[str | None, typer.Option(help="Engine set to use, if the bundle has several.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,

@@ -1,4 +1,4 @@
-"""Balconies on a dense backbone, a mixture of experts and a hybrid of about the same active size, trained here from scratch.
+"""Balconies on a dense backbone, a mixture of experts and two hybrids of about the same active size, trained here from scratch.
 
     python -m benchmarks.paper.backbones --data TEXT.jsonl [--only llama,lfm2] [--steps 250] [--threads 1]
 
@@ -8,9 +8,10 @@ half as many steps, and all exits are scored on the same held-out rows.
     llama     attention and an MLP in every layer
     mixtral   eight experts of half the MLP's width instead of the MLP, of which two run for each row
     lfm2      attention in the third and the sixth layer, convolutions of three rows in the others
+    bamba     attention in the third and the sixth layer, Mamba-2's state space in the others
 
 Balconies are copies of the last layer that attends (``decoder``). On the mixture there are also such copies with a dense MLP
-that begins as the most used experts (``dense``), and on the hybrid also copies of its last layer, which is a convolution
+that begins as the most used experts (``dense``), and on the hybrids also copies of the last layer, which does not attend
 (``decoder, last layer``). The mixture's router is trained without an auxiliary loss, so ``busiest`` says how even its
 choice is.
 
@@ -49,6 +50,7 @@ BALCONIES: dict[str, tuple[str, ...]] = {
     "llama": ("decoder",),
     "mixtral": ("decoder", "dense"),
     "lfm2": ("decoder", LAST_LAYER),
+    "bamba": ("decoder", LAST_LAYER),
 }
 
 
@@ -60,7 +62,17 @@ def _config(name: str) -> Any:
     if name == "mixtral":
         mixed = {"intermediate_size": width // CHOSEN, "num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
         return transformers.MixtralConfig(**{**SIZES, **mixed}, sliding_window=None)
-    layers = ["full_attention" if index % 3 == 2 else "conv" for index in range(DEPTH)]
+    attending = [index for index in range(DEPTH) if index % 3 == 2]
+    if name == "bamba":
+        inner = {
+            "mamba_n_heads": 12,
+            "mamba_d_head": 32,
+            "mamba_d_state": 32,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 32,
+        }
+        return transformers.BambaConfig(**{**SIZES, **inner}, attn_layer_indices=attending)
+    layers = ["full_attention" if index in attending else "conv" for index in range(DEPTH)]
     return transformers.Lfm2Config(**SIZES, layer_types=layers, block_auto_adjust_ff_dim=False, pad_token_id=None)
 
 

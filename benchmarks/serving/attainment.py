@@ -209,6 +209,8 @@ def _answer(asked: Sequence[tuple[str, dict[str, Any]]], record: dict[str, Any])
                 if text := "".join(one["delta"].get("content") or "" for one in document.get("choices", ())):
                     pieces.append((response["perf_ns"], text))
     if not (done and pieces and record.get("status") == 200):
+        why = f"status {record.get('status')}, {len(pieces)} pieces, {'' if done else 'not '}done, {record.get('error')}"
+        print(f"a {name} request failed: {why}", file=sys.stderr)
         return Answer(name, None, number=number, began_s=begin_ns / 1e9)
     first_ns, last_ns = pieces[0][0], pieces[-1][0]
     return Answer(

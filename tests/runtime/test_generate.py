@@ -312,10 +312,10 @@ def test_a_cancelled_wait_is_not_spent_on_backlog(llm: LLM) -> None:
     cancelled = threading.Event()
     cancelled.set()
     decision = Decision(2, 1.0, 1.0, period_ms=5000.0, idle_ms=5000.0)
-    begin, waiting = time.perf_counter_ns(), sequence.pending_rows
     environment = Environment(lambda: (Budget(), None), sleep=cancelled.wait)
     sampler = Sampler(SamplingParams(), np.zeros((1, 0), np.int64), 100)
     decoder = Decoder(sequence, np.zeros((1, 1), np.int64), sampler, environment)
+    begin, waiting = time.perf_counter_ns(), sequence.pending_rows
     assert waiting > 100 and decoder._wait(decision, begin + 5 * 10**9) < 10**9
     assert sequence.pending_rows == waiting and time.perf_counter_ns() - begin < 10**9
 

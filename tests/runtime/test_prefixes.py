@@ -388,5 +388,63 @@ def test_rows_that_never_ran_are_nobodys_prefix(tiny_engine: Engine) -> None:
     assert late is not None and late.stage_cursor == [79, 79, 79] and late.length == 79
     pool.give_back(waiting)
     assert not pool.holds(waiting), "it has nothing that is worth a place"
-    assert pool.look_again(late, ()) == 79, "nobody has more"
+    assert pool.look_again(late, ()) == 0, "nobody has more"
     assert (pool.reused.prompts, pool.reused.rows) == (1, 79)
+
+
+def test_a_place_got_late_serves_longer_replies_later(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second reply waits for the only place; the third continues it and is longer than the second could have been."""
+    monkeypatch.setattr(scheduler, "MEMBERS", 1)
+    prompt, options = list(range(10, 90)), {"max_new_tokens": 3, "ignore_eos": True}
+    llm.budget = Budget(kv_memory_mb=85 * row_bytes(llm.engine.manifest) / 1e6)
+    with llm.together() as replies:
+        replies.add([1, 2, 3], **options)
+        late = replies.add(prompt, **options)
+        while replies.open:
+            replies.step()
+    llm.budget = Budget()
+    written = [*prompt, *(token.id for token in late.reply.tokens)]
+    reply = llm.generate(written, max_new_tokens=40, ignore_eos=True)
+    assert reply.cached_tokens == 82 and len(reply.tokens) == 40
+
+
+def test_the_only_place_changes_hands_with_its_rows(tiny_engine: Engine) -> None:
+    """A sequence without a place gets that of the reply whose rows it shares, if no other place is free."""
+    pool, prompt = SequencePool.of(tiny_engine, 1), list(range(10, 90))
+    assert pool is not None
+    ended = pool.take(prompt)
+    assert ended is not None and pool.take(prompt) is None
+    ended.advance(5, [*prompt, 1, 2])
+    waits = tiny_engine.new_sequence()
+    waits.append([*prompt, 7])
+    assert pool.look_again(waits, ()) == 80, "its rows are copied"
+    assert not pool.holds(waits) and waits.stage_cursor == [80, 80, 80]
+    again = tiny_engine.new_sequence()
+    again.append([*prompt, 7])
+    pool.give_back(ended)
+    assert pool.look_again(again, ()) == 80 and pool.holds(again) and not pool.holds(ended)
+    assert pool.look_again(waits, ()) == 0 and waits.stage_cursor == [80, 80, 80]
+    want = from_scratch(tiny_engine, 5, np.array([[*prompt, 7]]), 1)
+    for one in (waits, again):
+        assert_equal(one.advance(5, ()), want)
+    pool.give_back(again)
+    assert pool.look_again(waits, ()) == 0 and pool.holds(waits) and waits.stage_cursor == [81, 81, 81]
+    assert_equal(waits.advance(5, ()), want)
+
+
+def test_what_a_look_interrupts_keeps_its_tokens(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, prompt = SequencePool.of(tiny_engine, 2), list(range(10, 90))
+    assert pool is not None
+    waits, ran = pool.take(prompt), pool.take(prompt)
+    assert waits is not None and ran is not None
+    waits.append([*prompt, 7])
+    ran.advance(5, prompt)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(TokenSequence, "fill", interrupted)
+        pool.look_again(waits, ())
+    assert waits.tokens[0].tolist() == [*prompt, 7]
+    assert_equal(waits.advance(5, ()), from_scratch(tiny_engine, 5, np.array([[*prompt, 7]]), 1))

@@ -64,6 +64,7 @@ REFUSALS = [
     Case(CHAT, HELLO | {"logit_bias": {"9999": 1}}, 400, "invalid_value", "the vocabulary has 0 to 319"),
     Case(CHAT, HELLO | {"tools": [{}]}, 400, "invalid_value", "tools: {}: must be a function"),
     Case(CHAT, HELLO | {"functions": [{}]}, 400, "invalid_value", "functions = [{}]: is not supported here; leave it"),
+    Case(CHAT, HELLO | {"mirostat": 2}, 400, "invalid_value", "mirostat = 2: is not supported here; leave it"),
     Case(CHAT, HELLO | {"grammar": "\x89W"}, 400, "invalid_value", "grammar: is not supported ("),
     Case(CHAT, HELLO | {"grammar": "start: \ud800"}, 400, "invalid_value", "grammar: is not supported ("),
     Case(CHAT, HELLO | {"guided_json": {"const": "\ud800"}}, 400, "invalid_value", "json_schema: is not supported ("),

@@ -93,3 +93,20 @@ def test_a_bug_ends_one_reply_and_is_logged(llm: LLM, monkeypatch: pytest.Monkey
     assert [type(item) for item in sent.items[2]] == [ZeroDivisionError]
     assert [type(item) for item in sent.items[1]] == [Token] * 10
     assert [record.message for record in caplog.records] == ["the decode thread failed"]
+
+
+def test_the_heaviest_request_begins_first_and_nobody_is_overtaken_without_end(llm: LLM) -> None:
+    """One reply at once. The light request asked first; four heavy ones begin before it, and the fifth after it."""
+    begun: list[int] = []
+    worker = Worker(llm, 1, 64, lambda found: begun.extend(one.key for one, _ in found if one.key not in begun))
+    jobs = [job(key, 2) for key in range(1, 8)]
+    for one in jobs[1:6]:
+        one.budget = Budget(weight=2)
+    for one in jobs:
+        worker.submit(one)
+    worker.start()
+    worker.submit(last := job(9, 2))
+    while len(begun) < 8:
+        threading.Event().wait(0.01)
+    worker.stop()
+    assert begun == [2, 3, 4, 5, 1, 6, 7, last.key]

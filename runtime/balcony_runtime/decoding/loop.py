@@ -109,20 +109,18 @@ class Decoder:
 
     Args:
         sequence: sequence to continue, of one member or of a batch.
-        prompt: rows to append first, (B, n), n ≥ 1.
+        prompt: tokens to append, (B, n), n ≥ 1.
         sampler: picks the tokens.
         environment: budget, prices, sensors, trace.
     """
 
     def __init__(self, sequence: TokenSequence, prompt: IntArray, sampler: Sampler, environment: Environment) -> None:
         self._sequence, self._sampler, self._environment = sequence, sampler, environment
-        #: Rows to append before the next token: the prompt (B, n), later the previous token (B,).
-        self._ids = prompt
+        #: Rows of the prompt that need not run.
+        self.kept_rows = sequence.stage_cursor[0]
+        self._ids = prompt[:, -1]  # the last token of each member, (B,)
         self._last: Measurement | None = None
         self._emitted_ns = 0
-        #: Rows of the prompt that need not run.
-        self.kept_rows = sequence.length
-        self._appended = False  # whether the sequence has the prompt's tokens, of which rows may be pending
         self._learned = environment.learned or Learned(sequence.exits, {})
         self._picks_inside = sequence.picks_inside and sampler.greedy and not environment.keep_logits
         self._early_exits = EarlyExits(self._learned.confident)
@@ -136,6 +134,7 @@ class Decoder:
         self._read: Readings = (), 0.0
         self._started_s = time.monotonic()
         self._made = 0
+        sequence.append(prompt)
         if environment.trace is not None:
             environment.trace.begin(self._state)
 
@@ -152,7 +151,8 @@ class Decoder:
     def step(self) -> list[Step]:
         """Make the next token, or the next tokens if a policy makes several at once; errors as for :meth:`steps`."""
         sequence, exits, learned, ids = self._sequence, self._sequence.exits, self._learned, self._ids
-        begin_ns, rows_before, new_rows = time.perf_counter_ns(), sequence.rows_run, self._new_rows
+        begin_ns, rows_before = time.perf_counter_ns(), sequence.rows_run
+        new_rows = 1 if self._made else sequence.length - self.kept_rows
         decision = self._decide(self._last)
         if decision.catch_up is not None:
             _catch_up(sequence, decision.catch_up)
@@ -171,7 +171,7 @@ class Decoder:
         latency_ms, self._emitted_ns = (done_ns - begin_ns) / 1e6, done_ns
         caught_up = 0
         if not made.drafted:  # rows beyond the new ones are backlog; a draft round has no backlog
-            caught_up = sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows
+            caught_up = max(sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows, 0)
         given = decision
         if attempted is not None:
             words = (made.words, *decision.words)
@@ -233,7 +233,7 @@ class Decoder:
     @property
     def _new_rows(self) -> int:
         """Number of rows that the next token appends to the sequence."""
-        return 1 if self._made else 0 if self._appended else self._ids.shape[1]
+        return 1 if self._made else 0
 
     @property
     def rows_due(self) -> int:
@@ -246,7 +246,7 @@ class Decoder:
         return self._environment.budget_and_costs()[0]
 
     def seen(self, key: int, asked_s: float) -> StreamSeen:
-        """What a joint decision must know of this stream; the prompt's tokens then belong to the sequence.
+        """What a joint decision must know of this stream.
 
         Args:
             key: number of the stream.
@@ -254,17 +254,10 @@ class Decoder:
         """
         self._budget, _ = self._environment.budget_and_costs()
         sequence = self._sequence
-        self.append_prompt()
         stage_rows, balcony_rows = sequence.rows_due(self._new_rows)
         context = sequence.length + self._new_rows - 1
         started_s = self._started_s
         return StreamSeen(key, self._budget, context, stage_rows, balcony_rows, self._made, started_s, asked_s)
-
-    def append_prompt(self) -> None:
-        """Give the prompt's tokens to the sequence, without running them."""
-        if not self._made and not self._appended:
-            self._sequence.append(self._ids)
-            self._appended = True
 
     @property
     def pending_rows(self) -> int:
@@ -344,10 +337,10 @@ class Decoder:
         return self._policy.attempt(Turn(sequence, ids, self._sampler, budget, costs, most_ms, begin_ns))
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:
-        """Make one token of each member at an exit, after the prompt (B, n) or the previous token (B,)."""
+        """Make one token of each member at an exit, after the prompt or the previous token (B,)."""
         sequence, sampler = self._sequence, self._sampler
-        if ids.ndim == 2:
-            logits = sequence.advance(exit_layer, ids[:, : self._new_rows])[:, -1]
+        if not self._made:
+            logits = sequence.advance(exit_layer, ())[:, -1]
         elif self._picks_inside:
             return Made([sequence.step_best(exit_layer, ids)], [None], exit_layer)
         else:

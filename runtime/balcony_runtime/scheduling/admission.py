@@ -1,4 +1,4 @@
-"""Admission: what sequences may take, and the order in which streams that wait begin.
+"""Admission: what sequences may take, and the order in which those that wait begin: streams, and requests to a server.
 
 Owns the order and the bytes of a row. Whether there is time for one more stream is decided in
 :mod:`balcony_edge.control.company.goals`.
@@ -10,23 +10,43 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, Self, TypedDict, Unpack
+from typing import NamedTuple, Protocol, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import InputError
 from balcony_runtime.scheduling.pool import KEPT_BYTES
-from balcony_runtime.scheduling.stream import Stream
 
-#: Later requests that may begin before a stream that waits. Without a bound, one that needs much memory or time would wait as
+#: Later requests that may begin before one that waits. Without a bound, one that needs much memory or time would wait as
 #: long as small ones come.
 MOST_OVERTAKEN = 4
 
 
-def in_order(waiting: Iterable[Stream]) -> list[Stream]:
-    """The order in which streams begin: first those that were overtaken too often, then by weight, then by their requests."""
-    return sorted(waiting, key=lambda one: (one.overtaken < MOST_OVERTAKEN, -one.decoder.budget.weight, one.key))
+class Waiting(Protocol):
+    """What waits to begin.
+
+    Attributes:
+        key: its number; later requests have greater ones.
+        overtaken: number of later requests that began while it waited.
+    """
+
+    key: int
+    overtaken: int
+
+
+_W = TypeVar("_W", bound=Waiting)
+
+
+def in_order(waiting: Iterable[_W], weight: Callable[[_W], float]) -> list[_W]:
+    """The order in which they begin: first those that were overtaken too often, then by weight, then by their requests."""
+    return sorted(waiting, key=lambda one: (one.overtaken < MOST_OVERTAKEN, -weight(one), one.key))
+
+
+def overtakes(one: Waiting, others: Iterable[Waiting]) -> None:
+    """Count that ``one`` begins before others that wait."""
+    for other in others:
+        other.overtaken += other.key < one.key
 
 
 def row_bytes(manifest: Manifest) -> int:

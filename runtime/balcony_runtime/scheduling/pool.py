@@ -89,9 +89,9 @@ class SequencePool:
         return len(self._places) - len(self._ended)
 
     @property
-    def has_room(self) -> bool:
-        """Whether another sequence can become a member."""
-        return self.in_use < self._pool.members
+    def room(self) -> int:
+        """Number of sequences that can become members now."""
+        return self._pool.members - self.in_use
 
     @property
     def busy_ns(self) -> int:
@@ -130,40 +130,58 @@ class SequencePool:
             return self._counted(fresh)
 
     def look_again(self, sequence: TokenSequence, but: Collection[TokenSequence]) -> int:
-        """Give a sequence of which no row has run what there is for it by now: a member, and the rows of a longer prefix.
+        """Give a sequence whose prompt has not run what there is for it by now: a member, and the rows of a longer prefix.
 
         Args:
             sequence: sequence with the tokens of its prompt.
             but: sequences whose rows are not copied, because they will have more of them soon.
 
         Returns:
-            Number of the prompt's rows that need not run.
+            Number of rows that came from another sequence.
         """
         wanted = sequence.tokens[0].copy()
-        if not (held := self.holds(sequence)):
-            self.recall(wanted[:-1])
-        with self._lock, sequence.lock:
-            has = sequence.stage_cursor[0]
-            donor, shared = self._longest(wanted[:-1], {sequence, *but})
-            if donor is not None and (shared < has + LEAST_SHARED or not donor.lock.acquire(blocking=False)):
+        with self._lock, sequence.lock, ExitStack() as held:
+            donor, rows = self._longest(wanted[:-1], {sequence, *but})
+            if donor is not None and donor.lock.acquire(blocking=False):
+                held.callback(donor.lock.release)
+                rows = _rows(donor, wanted[:-1])  # it may have been rolled back before
+            else:
                 donor = None
+            has = sequence.stage_cursor[0]
+            if donor is None or rows < has + LEAST_SHARED:
+                donor, rows = None, has
+            is_member = sequence in self._places
+            member = None if is_member else self._free_member(donor)
+            if member is None and donor is None:
+                return 0
             try:
-                member = None if held else self._free_member(donor)
-                if member is None and not (held and donor):
-                    return has
-                sequence.rollback(0)
-                if member is not None:
-                    sequence.state = self._pool.state(member)
-                    self._members[member], self._places[sequence] = sequence, member
-                if donor is not None:
-                    sequence.begin_like(donor, shared)
+                if not is_member and member is None and donor in self._ended:
+                    self._take_over(sequence, donor, rows)
+                else:
+                    # Views of the donor's memory, or of what the sequence has had so far.
+                    filled = (wanted[None, :rows], *(donor or sequence).parts(rows)) if rows else ()
+                    sequence.rollback(0)
+                    if member is not None:
+                        sequence.state = self._pool.state(member)
+                        self._members[member], self._places[sequence] = sequence, member
+                    if filled:
+                        sequence.fill(*filled)
             finally:
-                if donor is not None:
-                    donor.lock.release()
-            self._count(has, sequence.length)
-            kept = sequence.length
-            sequence.append(wanted[kept:])
-            return kept
+                sequence.append(wanted[sequence.length :])
+            if donor is None:
+                return 0
+            self._count(has, rows)
+            return rows
+
+    def _take_over(self, sequence: TokenSequence, ended: TokenSequence, rows: int) -> None:
+        """Give a sequence the member of one that has ended, with its first rows."""
+        ended.rollback(rows)
+        self._ended.remove(ended)
+        member = self._places.pop(ended)
+        self._members[member], self._places[sequence] = sequence, member
+        sequence.rollback(0)
+        sequence.state, sequence.length = ended.state, ended.length
+        sequence.stage_cursor, sequence.balcony_cursor = ended.stage_cursor, ended.balcony_cursor
 
     def _counted(self, sequence: TokenSequence) -> TokenSequence:
         self._count(0, sequence.length)
@@ -261,7 +279,7 @@ class SequencePool:
         for sequence in self._places:
             if sequence in but:
                 continue
-            shared = min(sequence.shared_prefix(wanted), sequence.stage_cursor[0])
+            shared = _rows(sequence, wanted)
             if shared > longest and shared >= LEAST_SHARED:
                 best, longest = sequence, shared
         return best, longest
@@ -350,3 +368,8 @@ class SequencePool:
         for place, (_, asked) in enumerate(ordered):
             found[asked] = logits[place : place + 1]
         return found
+
+
+def _rows(sequence: TokenSequence, wanted: IntArray) -> int:
+    """Number of first rows of some tokens (n,) that a sequence has; tokens that never ran have no rows."""
+    return min(sequence.shared_prefix(wanted), sequence.stage_cursor[0])

@@ -25,7 +25,7 @@ from balcony_edge.errors import BusyError, InfeasibleError, InputError
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, Bounds, in_order, row_bytes
+from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, Bounds, in_order, overtakes, row_bytes
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.scheduling.stream import Stream
@@ -34,7 +34,7 @@ from balcony_runtime.sessions.prefixes import PrefixFiles
 if TYPE_CHECKING:
     from balcony_edge.control.company.round_trace import RoundTraceWriter
 
-#: Members of the KV pool; streams beyond them have memory of their own and share no passes.
+#: Members of the KV pool; streams for which there is none when they begin have memory of their own and share no passes.
 MEMBERS = 16
 #: Longest time that a round waits for the streams of the round before it, whose consumers are at their tokens.
 GATHER_S = 0.001
@@ -84,8 +84,8 @@ class Scheduler:
         self._leading = False
         self._running: Sequence[Stream] = ()
         self._company: frozenset[int] = frozenset()  # streams of the last round
-        self._lent: set[TokenSequence] = set()  # sequences of new_sequence
-        self._changes = 0  # how often a stream has begun or left
+        self._changes = 0  # how often a stream has begun, or a sequence has been given back
+        self._lent: dict[TokenSequence, int] = {}  # sequences of new_sequence → changes at the last look for rows
         self._controller: JointController | None = None
         self._priced: CostModel | None = None
         self._state, self._last = CompanyState(), None  # type: CompanyState, Measurement | None
@@ -120,16 +120,20 @@ class Scheduler:
 
         It shares passes with others if the engine can do that and there is room for it, now or when its prompt begins to run.
         """
-        member = None if self.pool is None else self.pool.take(tokens)
-        sequence = member or self._engine.new_sequence(max_length=rows)
-        self._lent.add(sequence)
+        changes, pool = self._changes, self.pool
+        sequence = None if pool is None else pool.take(tokens)
+        if sequence is None:
+            sequence = self._engine.new_sequence(max_length=rows if pool is None else None)
+        self._lent[sequence] = changes
         return sequence
 
     def free(self, sequence: TokenSequence) -> None:
         """Give a sequence of :meth:`new_sequence` back."""
-        self._lent.discard(sequence)
+        del self._lent[sequence]
         if self._pool is not None:
             self._pool.give_back(sequence)
+        with self._turn:
+            self._changes += 1
 
     def record(self, trace: RoundTraceWriter | None) -> None:
         """Record all rounds from the next one on, or stop recording."""
@@ -191,7 +195,6 @@ class Scheduler:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
             self._most_rows(rows)
             stream = Stream(next(self._keys), decoder, sequence, rows, cancelled)
-            stream.looked = self._changes
             self._streams[stream.key] = stream
             return stream
 
@@ -238,7 +241,6 @@ class Scheduler:
             while stream in self._running:
                 self._turn.wait(NAP_S)
             self._streams.pop(stream.key, None)
-            self._changes += 1
             if not self._streams:
                 self._state = self._state.without(self._state.streams.keys())
             self._turn.notify_all()
@@ -254,11 +256,14 @@ class Scheduler:
             if any(stream.asks for stream in self._streams.values()):
                 self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
             return
-        self._running = asking
         begins = [one for one in self._streams.values() if one.admitted and not one.decoder.begun]
+        self._running = asking
         self._turn.release()
         try:
-            self._look_again(begins, asking)
+            if self._look_again(begins):
+                begin_ns = time.perf_counter_ns()  # the copies are no part of the round's measurement
+            if not (asking := [one for one in asking if one.asks]):
+                return
             if len(asking) == 1 and not self._makes_way(asking[0]):
                 self._alone(asking[0])
             else:
@@ -268,36 +273,37 @@ class Scheduler:
             self._running = ()
             self._changes += any(one.decoder.begun for one in begins)
 
-    def _look_again(self, begins: Sequence[Stream], asking: Sequence[Stream]) -> None:
-        """Give prompts of which no row has run the places and the rows that have come since they joined.
+    def _look_again(self, begins: Sequence[Stream]) -> bool:
+        """Give prompts that have not run the places and the rows that have come since; whether rows were copied.
 
-        Prompts that begin to run take no rows from one another: who waits for its turn finds all that the others leave.
+        Prompts that are to run take no rows from one another: who waits for its turn finds all that the others leave.
         """
-        if self._pool is None:
-            return
+        copied = False
         for stream in begins:
-            decoder, sequence = stream.decoder, stream.sequence
-            if stream not in asking or stream.looked == self._changes or sequence not in self._lent:
+            sequence, decoder = stream.sequence, stream.decoder
+            if self._pool is None or not stream.asks or self._lent.get(sequence, self._changes) == self._changes:
                 continue
-            stream.looked = self._changes
-            if sequence.stage_cursor[0] <= decoder.kept_rows:
+            self._lent[sequence] = self._changes
+            # Outside the pool, rows that were run by itself stay where they are.
+            if self._pool.holds(sequence) or sequence.stage_cursor[0] <= decoder.kept_rows:
                 with stream.alone():
-                    decoder.append_prompt()
-                    decoder.kept_rows = self._pool.look_again(sequence, {one.sequence for one in begins})
+                    if rows := self._pool.look_again(sequence, {one.sequence for one in begins}):
+                        decoder.kept_rows, copied = rows, True
+        return copied
 
     def _admit_next(self) -> bool:
         """Admit the first stream in order that there is memory and time for; whether there was one.
 
         Nobody begins before one that was overtaken too often. A stream whose budget asks for that is refused and does not wait.
         """
-        waiting, held = in_order(one for one in self._streams.values() if one.waits), False
+        waits, held = (one for one in self._streams.values() if one.waits), False
+        waiting = in_order(waits, lambda one: one.decoder.budget.weight)
         for stream in waiting:
             with stream.alone():
                 reason = "a reply that has waited for longer is next: wait" if held else self._refusal(stream)
                 if reason is None:
                     stream.admitted = True
-                    for other in waiting:
-                        other.overtaken += other.waits and other.key < stream.key
+                    overtakes(stream, (other for other in waiting if other.waits))
                     return True
                 if stream.decoder.budget.on_infeasible == "error":
                     raise BusyError(reason)
@@ -321,10 +327,18 @@ class Scheduler:
         return self._joint().refusal(self._state, now, self._seen_of(stream))
 
     def _seen_of(self, stream: Stream) -> StreamSeen:
-        shares = self._shares(stream) or (
-            self._pool is not None and not stream.admitted and stream.sequence in self._lent and self._pool.has_room
-        )
-        return stream.decoder.seen(stream.key, stream.asked_s)._replace(shares=shares)
+        return stream.decoder.seen(stream.key, stream.asked_s)._replace(shares=self._will_share(stream))
+
+    def _will_share(self, stream: Stream) -> bool:
+        """Whether a stream shares passes, or will once its prompt begins to run, because there is a place for it."""
+        if self._pool is None or stream.decoder.begun or stream.sequence not in self._lent or self._shares(stream):
+            return self._shares(stream)
+        promised = [
+            one
+            for one in self._streams.values()
+            if one.admitted and not one.decoder.begun and one.sequence in self._lent and not self._shares(one)
+        ]
+        return self._pool.room > sum(one is not stream for one in promised)
 
     def _shares(self, stream: Stream) -> bool:
         return self._pool is not None and self._pool.holds(stream.sequence)

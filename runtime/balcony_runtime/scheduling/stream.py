@@ -42,7 +42,6 @@ class Stream:
         asks: whether it waits for its next token.
         admitted: whether it takes part in rounds.
         overtaken: number of later requests that began while it waited.
-        looked: state of the other streams in which it was last looked for rows that its prompt shares with theirs.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Stream:
         self.asked_s = 0.0
         self.asks = False
         self.admitted = False
-        self.overtaken = self.looked = 0
+        self.overtaken = 0
         self._found: list[Step] = []
         self._error: BaseException | None = None
 

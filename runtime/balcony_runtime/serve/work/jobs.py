@@ -70,6 +70,8 @@ class Job:
         #: Cost of the tokens that were made, and of those that the answer has taken.
         self.cost, self.shown = Cost(), Cost()
         self.buffered, self.paused, self.ended = 0, False, False
+        #: Number of later requests that began while it waited.
+        self.overtaken = 0
 
     @property
     def makes_tokens(self) -> bool:

@@ -57,7 +57,11 @@ class Slots:
         """
         pool = self._llm.pool
         if pool is None:
-            raise RefusedError(400, "this engine keeps no rows of ended replies: serve with --device cpu", "no_slots")
+            raise RefusedError(
+                400,
+                "this engine keeps no rows of ended replies: serve with --device cpu; not float16, not recurrent models",
+                "no_slots",
+            )
         if action == "erase":
             return {"id_slot": key, "n_erased": pool.forget(self._tokens(key))}
         files = self._llm.prefix_files

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Generator
 from queue import SimpleQueue
 
@@ -17,6 +16,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.errors import BalconyError
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
+from balcony_runtime.scheduling.admission import in_order, overtakes
 from balcony_runtime.serve.work.jobs import Ended, Item, Job, Scores
 from balcony_runtime.serve.work.likelihood import scored
 from balcony_runtime.together import Together
@@ -38,7 +38,7 @@ class Worker:
     def __init__(self, llm: LLM, parallel: int, most: int, deliver: Callable[[Found], None]) -> None:
         self._llm, self._parallel, self._most, self._deliver = llm, parallel, most, deliver
         self._inbox: SimpleQueue[tuple[Callable[[Job], None], Job] | None] = SimpleQueue()
-        self._waiting: deque[Job] = deque()
+        self._waiting: list[Job] = []
         self._running: dict[TokenStream, Job] = {}
         self._paused: set[Job] = set()
         self._scoring: dict[Job, Generator[None, None, Scores]] = {}
@@ -114,7 +114,9 @@ class Worker:
 
     def _admit(self) -> None:
         while self._waiting and self._room:
-            job = self._waiting.popleft()
+            job = in_order(self._waiting, lambda one: (one.budget or self._llm.budget).weight)[0]
+            self._waiting.remove(job)
+            overtakes(job, self._waiting)
             if job.score is None:
                 self._begin(job)
                 continue
