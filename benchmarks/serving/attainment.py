@@ -59,7 +59,7 @@ from benchmarks.rounds import Neighbours, aligned, bar, p95, print_bars
 LOADS = (0.25, 0.5, 1.0, 2.0, 3.0)
 #: Slots of llama.cpp's server: replies that it writes at once; further requests wait.
 SLOTS = (1, 4)
-#: Seconds during which requests arrive at each load, and seconds after which a request is given up.
+#: Seconds during which requests of a load arrive by default, and seconds after which a request is given up.
 ARRIVAL_S, GIVE_UP_S = 60.0, 60.0
 #: Requests before each measurement: a server that was idle has lost its caches, and maybe pages of its weights.
 WARM_REQUESTS = 3
@@ -209,7 +209,9 @@ def _answer(asked: Sequence[tuple[str, dict[str, Any]]], record: dict[str, Any])
                 if text := "".join(one["delta"].get("content") or "" for one in document.get("choices", ())):
                     pieces.append((response["perf_ns"], text))
     if not (done and pieces and record.get("status") == 200):
-        why = f"status {record.get('status')}, {len(pieces)} pieces, {'' if done else 'not '}done, {record.get('error')}"
+        why = (
+            f"status {record.get('status')}, {len(pieces)} pieces, {'' if done else 'not '}done, {record.get('error')}"
+        )
         print(f"a {name} request failed: {why}", file=sys.stderr)
         return Answer(name, None, number=number, began_s=begin_ns / 1e9)
     first_ns, last_ns = pieces[0][0], pieces[-1][0]
@@ -407,6 +409,10 @@ def bars(points: Sequence[Mapping[str, Any]], layers: int) -> dict[str, Any]:
     return held
 
 
+def _loads(given: str) -> tuple[float, ...]:
+    return tuple(map(float, given.split(",")))
+
+
 def main() -> int:
     """Parse the command line, run, print; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description="Requests with targets at rising load.")
@@ -416,7 +422,10 @@ def main() -> int:
         "--install", action="store_true", help="make what is missing: llama.cpp's server, AIPerf, the Q4_0 model"
     )
     parser.add_argument("--plot", type=Path, help="picture to write (PNG)")
-    parser.add_argument("--quick", action="store_true", help="two short loads: checks only that it runs")
+    parser.add_argument("--loads", type=_loads, default=LOADS, help="multiples of the capacity, separated by commas")
+    parser.add_argument(
+        "--seconds", type=float, default=ARRIVAL_S, help="time over which the requests of a load arrive"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.install:
@@ -426,15 +435,13 @@ def main() -> int:
         server.refuse_missing()
         bundle = Bundle.open(arguments.bundle)
         neighbours, begin = Neighbours(), time.monotonic()
-        loads, arrival_s = ((0.25, 3.0), 10.0) if arguments.quick else (LOADS, ARRIVAL_S)
         with tempfile.TemporaryDirectory() as folder:
-            measured = measure(bundle, arguments.text, loads, arrival_s, Path(folder))
+            measured = measure(bundle, arguments.text, arguments.loads, arguments.seconds, Path(folder))
     except BalconyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = {
         "benchmark": "attainment",
-        "quick": arguments.quick,
         "cpu": cpu_name(),
         "threads": available_cpus(),
         "bundle": f"{bundle.manifest.model.name}, {bundle.manifest.precision}",

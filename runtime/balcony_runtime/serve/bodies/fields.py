@@ -31,7 +31,6 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "n_predict": (-1,),
     "truncate_prompt_tokens": (),
-    "repeat_penalty": (1,),
     "typical_p": (1,),
     "mirostat": (0,),
     "dry_multiplier": (0,),
