@@ -67,6 +67,11 @@ def test_a_silent_client_is_cut_off(hasty: Server) -> None:
     assert LIMIT_S - 0.1 < time.monotonic() - begin < LATE_S
 
 
+def test_an_idle_connection_outlives_that_of_a_proxy(hasty: Server) -> None:
+    """Who closes an idle connection first loses no request; AWS and nginx close theirs after 60 s."""
+    assert hasty._config().timeout_keep_alive > 60
+
+
 @pytest.mark.parametrize("after_a_request", [False, True], ids=["at once", "after a request"])
 def test_slow_headers_are_cut_off(hasty: Server, after_a_request: bool) -> None:
     first = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" if after_a_request else b""

@@ -23,7 +23,7 @@ from pathlib import Path
 from balcony_edge.errors import BalconyError, InputError, MissingDependencyError
 from balcony_runtime.llm import LLM
 from balcony_runtime.serve.http.app import make_app
-from balcony_runtime.serve.http.connections import Connection, bounded
+from balcony_runtime.serve.http.connections import KEEP_ALIVE_S, Connection, bounded
 from balcony_runtime.serve.http.guard import is_loopback
 from balcony_runtime.serve.work.service import Limits, Service
 
@@ -156,6 +156,7 @@ class Server:
             http=_connection_class(settings.limits),
             ws="none",
             backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=math.ceil(settings.drain_s) + 5,  # answers that are ended take a moment
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
