@@ -278,7 +278,8 @@ def _judged(budget: Budget, reply: Reply) -> dict[str, Any]:
         found |= {
             "deadline_s": budget.deadline_s,
             "took_s": round(took_s, 2),
-            "late": float(took_s > (budget.deadline_s or 0)),
+            # Not promised if most decisions called it infeasible.
+            "late": float(took_s > (budget.deadline_s or 0) and found["infeasible"] < 0.5),
         }
     return found
 
