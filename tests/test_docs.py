@@ -16,6 +16,7 @@ from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
+from balcony_runtime.serve.bodies.fields import FOREIGN
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = {".venv", ".cache", ".git", "dist", "node_modules"}  # what tools put into a checkout
@@ -35,6 +36,11 @@ def anchors(page: Path) -> set[str]:
             count += 1
         found.add(name)
     return found
+
+
+def test_the_page_of_the_server_names_every_field_that_is_refused() -> None:
+    text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    assert [name for name in FOREIGN if f"`{name}`" not in text] == []
 
 
 def test_the_generated_pages_are_fresh() -> None:

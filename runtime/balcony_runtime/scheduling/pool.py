@@ -163,7 +163,7 @@ class SequencePool:
                     sequence.rollback(0)
                     if member is not None:
                         sequence.state = self._pool.state(member)
-                        self._members[member], self._places[sequence] = sequence, member
+                        self._place(sequence, member)
                     if filled:
                         sequence.fill(*filled)
             finally:
@@ -177,8 +177,7 @@ class SequencePool:
         """Give a sequence the member of one that has ended, with its first rows."""
         ended.rollback(rows)
         self._ended.remove(ended)
-        member = self._places.pop(ended)
-        self._members[member], self._places[sequence] = sequence, member
+        self._place(sequence, self._places.pop(ended))
         sequence.rollback(0)
         sequence.state, sequence.length = ended.state, ended.length
         sequence.stage_cursor, sequence.balcony_cursor = ended.stage_cursor, ended.balcony_cursor
@@ -263,8 +262,11 @@ class SequencePool:
         if (member := self._free_member()) is None:
             return None
         sequence = TokenSequence(self._engine, 1, self._engine.max_length, self._pool.state(member))
-        self._members[member], self._places[sequence] = sequence, member
+        self._place(sequence, member)
         return sequence
+
+    def _place(self, sequence: TokenSequence, member: int) -> None:
+        self._members[member], self._places[sequence] = sequence, member
 
     def _free_member(self, but: TokenSequence | None = None) -> int | None:
         """A free member, or that of the ended sequence that was not used for longest, if it is another one than ``but``."""

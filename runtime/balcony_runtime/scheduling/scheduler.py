@@ -331,14 +331,15 @@ class Scheduler:
 
     def _will_share(self, stream: Stream) -> bool:
         """Whether a stream shares passes, or will once its prompt begins to run, because there is a place for it."""
-        if self._pool is None or stream.decoder.begun or stream.sequence not in self._lent or self._shares(stream):
+        if self._pool is None or self._shares(stream) or not self._may_move(stream):
             return self._shares(stream)
-        promised = [
-            one
-            for one in self._streams.values()
-            if one.admitted and not one.decoder.begun and one.sequence in self._lent and not self._shares(one)
-        ]
-        return self._pool.room > sum(one is not stream for one in promised)
+        others = (one for one in self._streams.values() if one is not stream)
+        promised = sum(one.admitted and self._may_move(one) and not self._shares(one) for one in others)
+        return self._pool.room > promised
+
+    def _may_move(self, stream: Stream) -> bool:
+        """Whether the stream takes a place in the pool if there is one when its prompt begins to run."""
+        return stream.sequence in self._lent and not stream.decoder.begun
 
     def _shares(self, stream: Stream) -> bool:
         return self._pool is not None and self._pool.holds(stream.sequence)
