@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -104,6 +104,22 @@ def write_atomically(path: Path, content: bytes, error_class: type[BalconyError]
     """
     with atomic_file(path, error_class, cure) as file:
         file.write(content)
+
+
+def write_together(contents: Mapping[Path, bytes], error_class: type[BalconyError], cure: str) -> None:
+    """Write several files that belong together: all are on the disk under other names before the first is replaced.
+
+    They are replaced in their order. Other arguments are those of :func:`write_atomically`.
+    """
+    with contextlib.ExitStack() as held:
+        for path, content in reversed(list(contents.items())):
+            file = held.enter_context(atomic_file(path, error_class, cure))
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise error_class(f"{path}: cannot be written ({error.strerror}): {cure}") from error
 
 
 @contextmanager

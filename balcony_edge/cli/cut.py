@@ -94,6 +94,7 @@ def _scheme(mlp: int | None, tune_steps: int, precision: str | None) -> Scheme |
     """The scheme of the rounding, if any, after refusing options that cut nothing."""
     from balcony_edge.errors import InputError
     from balcony_export.quantize.blocks import parse_precision
+    from balcony_export.variants.cut import refuse_other_than_int4
 
     if mlp is None and precision is None:
         raise InputError("nothing to cut: give --mlp NEURONS, --precision int4, or both")
@@ -102,4 +103,6 @@ def _scheme(mlp: int | None, tune_steps: int, precision: str | None) -> Scheme |
     scheme = None if precision is None else parse_precision(precision)
     if isinstance(scheme, str):
         raise InputError(f"--precision {precision}: rounds nothing: give int4, or leave it out")
+    if scheme is not None:
+        refuse_other_than_int4(scheme)
     return scheme

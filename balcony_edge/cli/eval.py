@@ -107,7 +107,7 @@ def _open_model(subject: str, balconies: Path | None, exits: str | None, threads
     from balcony_edge.device.machine import checked_threads
     from balcony_export.evaluate.scorer import TorchScorer
     from balcony_export.model.balcony import parse_exits
-    from balcony_export.model.checkpoint import load_model, load_tokenizer
+    from balcony_export.model.checkpoint import load_model, load_tokenizer, model_name
     from balcony_export.model.exits import ExitModel
 
     if threads is not None:
@@ -116,8 +116,7 @@ def _open_model(subject: str, balconies: Path | None, exits: str | None, threads
     if torch.cuda.is_available():
         loaded.to("cuda")  # type: ignore[arg-type]
     layers = None if exits is None else parse_exits(exits, loaded.config.num_hidden_layers)
-    name = "SmolLM2-135M-Instruct" if subject == "demo" else Path(subject).stem
-    return TorchScorer(ExitModel.open(loaded, layers, balconies), load_tokenizer(subject), name=name)
+    return TorchScorer(ExitModel.open(loaded, layers, balconies), load_tokenizer(subject), name=model_name(subject))
 
 
 @dataclass(frozen=True)

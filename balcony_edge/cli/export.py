@@ -68,11 +68,11 @@ def export(
     from balcony_edge.errors import InputError
     from balcony_export.export import ExportOptions, export_bundle
     from balcony_export.model.balcony import parse_exits
-    from balcony_export.model.checkpoint import load_model, load_tokenizer
+    from balcony_export.model.checkpoint import load_model, load_tokenizer, model_name
     from balcony_export.model.exits import ExitModel
     from balcony_export.output import refuse_existing
     from balcony_export.precision import Judge, QualityBudget, export_within, parse_budget, read_judged_texts
-    from balcony_export.quantize.blocks import Scheme, parse_precision
+    from balcony_export.quantize.blocks import parse_precision
     from balcony_export.quantize.gptq import calibration_rows
     from balcony_export.verify import ParityCheck, require_all_passed, verify
 
@@ -80,10 +80,8 @@ def export(
     scheme = parse_precision(precision)
     if exit_module is not None and balconies is not None:
         raise InputError("--exit-module with --balconies: the balconies have a kind of their own: leave it out")
-    if tensorrt is not None and (isinstance(scheme, Scheme) or quality_budget is not None):
-        raise InputError(
-            "--tensorrt with --quality-budget or an int precision: engines are built from fp32 or fp16: name one"
-        )
+    if tensorrt is not None:
+        _refuse_engines(scheme, quality_budget)
     kl = None if quality_budget is None else parse_budget(quality_budget)
     _refuse_mismatches(kl, scheme, calibration, evaluate)
     with progress_bar() as progress:
@@ -97,7 +95,7 @@ def export(
         # an early exit through the model's own norm has nothing of its own to train
         trained = balconies is not None or exit_module == "none"
         checks: list[ParityCheck] = []
-        label = name or _model_name(model)
+        label = name or model_name(model)
         judge = Judge(opened, tokenizer, read_judged_texts(evaluate, tokenizer), name=label) if evaluate else None
 
         def verified(directory: Path) -> None:
@@ -114,9 +112,11 @@ def export(
         else:
             export_bundle(opened, tokenizer, output, options, check=verified, progress=progress)
     _warn(trained, scheme)
+    _report(
+        output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json
+    )  # complete, also without engines
     if tensorrt is not None:
         _build_engines(output, tensorrt)
-    _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
 
 
 def _refuse_mismatches(
@@ -136,6 +136,18 @@ def _refuse_mismatches(
             raise InputError("--calibration with a float precision: only int8 and int4 are rounded: leave it out")
     elif scheme.kv_bits == 8:
         require_text(calibration)
+
+
+def _refuse_engines(scheme: str | Scheme, quality_budget: str | None) -> None:
+    """Refuse what engines cannot be built from, and a machine without their builder, before the work."""
+    from balcony_edge.errors import InputError
+    from balcony_runtime.backends.tensorrt_builder import import_tensorrt
+
+    if not isinstance(scheme, str) or quality_budget is not None:
+        raise InputError(
+            "--tensorrt with --quality-budget or an int precision: engines are built from fp32 or fp16: name one"
+        )
+    import_tensorrt("rtx")
 
 
 def _warn(trained: bool, scheme: Literal["float32", "float16"] | Scheme) -> None:
@@ -192,9 +204,3 @@ def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> No
                 f"exit {exit_.exit_layer} on {escape(text)}: KL {quality.kl.value:.4f}, agreement "
                 f"{quality.agreement.value:.1%}, perplexity {quality.perplexity.value:.2f}"
             )
-
-
-def _model_name(source: str) -> str:
-    if source == "demo":
-        return "SmolLM2-135M-Instruct"
-    return Path(source).stem if source.endswith(".gguf") else Path(source).name or source

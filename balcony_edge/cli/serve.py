@@ -32,7 +32,7 @@ def serve(
     ] = None,
     ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate for TLS (PEM).")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="Key of the certificate (PEM).")] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Most replies in progress; others wait in line.")] = 16,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Most replies in progress; others wait in line.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Most replies in line; one more is refused.")] = 64,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MB.")] = 8,
     request_timeout: Annotated[float, typer.Option(min=1, help="Longest time of a request, in seconds.")] = 600.0,

@@ -93,6 +93,10 @@ class Slowdown(NamedTuple):
         """Return the filter after a pause, in which the load may have changed."""
         return self._replace(variance=max(self.variance, PAUSE_VARIANCE), surprise=0, drift=0.0)
 
+    def moved(self, other: Slowdown) -> Slowdown:
+        """Return the filter with another's mean and variance: of the same device, but with offsets of other steps."""
+        return self._replace(mean=other.mean, variance=other.variance)
+
     def for_exits(self, count: int) -> Slowdown:
         """Return the filter with offsets for this many exits; offsets for another number are dropped."""
         if len(self.offsets) == count + 1:

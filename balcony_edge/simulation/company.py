@@ -10,11 +10,12 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.prices import RoundEntry, round_ms
+from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen
 from balcony_edge.control.decision import Measurement
 from balcony_edge.device.costs import CostModel
@@ -78,6 +79,10 @@ def poisson(rate: float, seconds: float, classes: Sequence[Arrival], *, seed: in
 class CompanyPlant(SimulatedDevice):
     """Several sequences on a simulated device."""
 
+    @cached_property
+    def _prices(self) -> RoundPrices:
+        return RoundPrices(self.costs)
+
     def stream(self, arrival: Arrival) -> SimulatedStream:
         exits = len(self.costs.exits)
         return SimulatedStream(arrival, [0] * exits, [0] * (exits - 1), arrival.prompt_tokens, emitted_s=arrival.time_s)
@@ -108,7 +113,7 @@ class CompanyPlant(SimulatedDevice):
         for stream, index in moves:
             stages, balconies = self.rows_due(stream)
             entries.append(RoundEntry(index, stages, balconies, stream.length))
-        self.work(round_ms(self.costs, entries))
+        self.work(self._prices.round_ms(entries))
         for stream, index in moves:
             stream.length += 1 if stream.exits else 0
             stream.stages[: index + 1] = [stream.length] * (index + 1)

@@ -35,7 +35,7 @@ import numpy as np
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.prices import RoundEntry, round_ms
+from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import BalconyError
 from balcony_runtime.backends.base import FloatArray
@@ -142,12 +142,12 @@ def _busy_ns(pool: SequencePool, members: Sequence[TokenSequence]) -> int:
 
 def mixed(llm: LLM, rounds: int) -> dict[str, Any]:
     """Item ``mixed``: predicted / measured, over rounds in which the full depth of four streams calibrates the prices."""
-    costs, exits = llm.costs, llm.exit_layers
+    prices, exits = RoundPrices(llm.costs), llm.exit_layers
     index = {layer: place for place, layer in enumerate(exits)}
     ones = (1,) * len(exits)
 
     def price(layers: Sequence[int]) -> float:
-        return round_ms(costs, [RoundEntry(index[layer], ones, ones, PROMPT_TOKENS) for layer in layers])
+        return prices.round_ms([RoundEntry(index[layer], ones, ones, PROMPT_TOKENS) for layer in layers])
 
     groups = {
         "full depth": (exits[-1],) * 4,

@@ -59,7 +59,8 @@ class Chat:
                 an unfinished earlier reply joins it.
         """
         new = _messages(message)
-        self._llm.encode(message if isinstance(message, str) else new)  # refuses an empty text and what is no message
+        if isinstance(message, str):
+            self._llm.encode(message)  # refuses an empty text
         self._silence()
         stream = self._llm.stream([*self.messages, *new], sequence=self.sequence, **options)
         self._speaking = TokenStream(
@@ -131,7 +132,10 @@ class Chat:
         self._silence()
         self.messages = list(self._system)
         # What was said goes from the sequence, too: it could be saved.
-        system = self._llm.encode(self._system) if self._system else []
+        try:
+            system = self._llm.encode(self._system) if self._system else []
+        except InputError:  # a template that wants a user's message
+            system = []
         self.sequence.rollback(self.sequence.shared_prefix(np.array(system, np.int64)))
 
     def _silence(self) -> None:
@@ -167,9 +171,11 @@ def _messages(given: str | Message | Sequence[Message]) -> list[Message]:
         return [{"role": "user", "content": given}]
     if isinstance(given, Mapping):
         return [given]
-    if isinstance(given, list | tuple):
-        return list(given)
-    raise InputError(f"message of type {type(given).__name__}: give a text, a message or a list of messages")
+    if not isinstance(given, list | tuple):
+        raise InputError(f"message of type {type(given).__name__}: give a text, a message or a list of messages")
+    if not given:
+        raise InputError("no messages were given: give a text, a message or a list of messages")
+    return list(given)
 
 
 def _refuse_other_than_text(name: str, value: object) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +35,7 @@ from balcony_runtime.reply import Reply, TokenStream
 from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests, Surroundings
 from balcony_runtime.scheduling.admission import Bounds, PrefixOptions
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
-from balcony_runtime.scheduling.scheduler import Scheduler
+from balcony_runtime.scheduling.scheduler import MEMBERS, Scheduler
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import Message, TextCodec
@@ -358,9 +359,11 @@ class LLM:
         alike = len({(len(request.ids), request.limits.budget) for request in requests}) == 1
         if alike and self._budget.kv_memory_mb is None and not self._requests.scheduler.shares:
             return self._in_lockstep(requests, sampling)
+        waiting, streams = deque(requests), []
         with self.together() as replies:
-            streams = [replies.begin(request) for request in requests]
-            while replies.open:
+            while waiting or replies.open:
+                while waiting and len(replies.open) < MEMBERS:
+                    streams.append(replies.begin(waiting.popleft()))
                 for _, found in replies.step():
                     if isinstance(found, Exception):
                         raise found

@@ -172,15 +172,17 @@ class ReplyLimits:
 
 @dataclass(slots=True)
 class Prompted:
-    """The prompt of a reply.
+    """The prompt of a reply, and how far the reply is.
 
     Attributes:
         tokens: number of its tokens.
         cached: number of these whose rows were there already; known when the reply begins.
+        told: number of tokens of the reply that have been told.
     """
 
     tokens: int
     cached: int = 0
+    told: int = 0
 
 
 class TokenStream(Iterator[Token]):

@@ -94,6 +94,11 @@ class Request(NamedTuple):
         """Most rows that its sequence will have."""
         return len(self.ids) + self.limit
 
+    def forget_untold(self, sequence: TokenSequence) -> None:
+        """Take the rows of tokens that were made and not told out of the sequence of a reply that has ended."""
+        if told := self.prompted.told:  # the last token of a reply has no row
+            sequence.rollback(min(sequence.length, len(self.ids) + told - 1))
+
     def stream(self, tokens: Iterator[Token]) -> TokenStream:
         """The stream of these tokens, as its user sees it."""
         return TokenStream(tokens, self.prompted, self.cancelled, self.limits, self.watch, self.box)
@@ -271,6 +276,7 @@ class Requests:
                 if request.trace is not None
                 else self.scheduler.steps(decoder, sequence, request.rows, request.cancelled)
             )
+            held.callback(request.forget_untold, sequence)
             held.enter_context(contextlib.closing(steps))
             yield from self.told(request, steps, decoder)
 

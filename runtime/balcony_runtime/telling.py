@@ -49,6 +49,7 @@ def told(
             return
         if count == 1:
             asked.prompted.cached = decoder.kept_rows
+        asked.prompted.told = count
         asked.watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
         token = int(step.ids[0])
         finish: FinishReason | None = "stop" if token in asked.ends else "length" if count == asked.limit else None

@@ -70,6 +70,7 @@ class Together:
             sequence = held.enter_context(self._requests.sequence(request))
             decoder = self._requests.decoder(request, sequence)
             stream = self._scheduler.join(decoder, sequence, request.rows, request.cancelled)
+            held.callback(request.forget_untold, sequence)
             held.callback(self._scheduler.leave, stream)
             tokens = request.stream(self._requests.told(request, _taken(steps), decoder))
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())

@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.assignment import Claim, assign
-from balcony_edge.control.company.ceilings import merged_ceilings
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.prices import RoundEntry, chunk_ms, round_ms, steady_ms
+from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.control.company.seen import CompanyState, RoundSeen, StreamState
 from balcony_edge.control.decision import Measurement
-from balcony_edge.device.readings import Reading
 from tests.company import ONES, QUALITY, SETTLED, decided, exits, stream
 from tests.prices import SMALL
 from tests.properties import CHANCE, examples
+
+PRICES = RoundPrices(SMALL)
 
 
 def test_a_round_of_one_costs_what_a_step_costs() -> None:
     for index, exit_layer in enumerate(SMALL.exits):
         for stages, balconies in ((ONES, ONES), ((1, 4, 9), (3, 5, 1)), ((7, 7, 7), (7, 7, 1))):
-            price = round_ms(SMALL, [RoundEntry(index, stages, balconies, 30)])
+            price = PRICES.round_ms([RoundEntry(index, stages, balconies, 30)])
             assert price == pytest.approx(SMALL.step_ms(exit_layer, stages, balconies, 30))
 
 
@@ -35,24 +35,24 @@ def test_the_further_row_of_a_round_costs_a_further_row() -> None:
     """Two at the full depth, one at exit 4: by hand from the prices of SMALL."""
     entries = [RoundEntry(2, ONES, ONES, 0), RoundEntry(2, ONES, ONES, 0), RoundEntry(0, ONES, ONES, 0)]
     stages = (3 + 2 * 0.25) + (2 + 0.25) + (3.5 + 0.25)
-    assert round_ms(SMALL, entries) == pytest.approx(stages + 0.5 + 1.0 + 1.0)
+    assert PRICES.round_ms(entries) == pytest.approx(stages + 0.5 + 1.0 + 1.0)
     # a stream with a backlog runs its rows of that stage in a pass of its own
     behind = RoundEntry(2, (1, 5, 5), ONES, 0)
-    assert round_ms(SMALL, [*entries, behind]) == pytest.approx(
+    assert PRICES.round_ms([*entries, behind]) == pytest.approx(
         (3 + 3 * 0.25) + 2.25 + (2 + 4 * 0.25) + 3.75 + (3.5 + 4 * 0.25) + 0.5 + 1.0 + 1.0
     )
-    assert round_ms(SMALL, []) == 0.0
+    assert PRICES.round_ms([]) == 0.0
 
 
 def test_streams_that_share_no_passes_pay_for_whole_steps() -> None:
     """Four at 10 ms each: by hand 40 ms. A target of 31 ms leaves two of them at the full depth, 10 ms, and two at 5 ms."""
     deep = RoundEntry(2, ONES, ONES, 0, shares=False)
-    assert round_ms(SMALL, [deep] * 4) == pytest.approx(40.0)
-    both = round_ms(SMALL, [RoundEntry(2, ONES, ONES, 0)] * 2)
-    assert round_ms(SMALL, [deep, RoundEntry(2, ONES, ONES, 0), RoundEntry(2, ONES, ONES, 0)]) == pytest.approx(
+    assert PRICES.round_ms([deep] * 4) == pytest.approx(40.0)
+    both = PRICES.round_ms([RoundEntry(2, ONES, ONES, 0)] * 2)
+    assert PRICES.round_ms([deep, RoundEntry(2, ONES, ONES, 0), RoundEntry(2, ONES, ONES, 0)]) == pytest.approx(
         10.0 + both
     )
-    assert steady_ms(SMALL, [(2, stream(key)._replace(shares=False)) for key in range(2)]) == pytest.approx(20.0)
+    assert PRICES.steady_ms([(2, stream(key)._replace(shares=False)) for key in range(2)]) == pytest.approx(20.0)
     lone = [stream(key, Budget(tpot_ms=32.0))._replace(shares=False) for key in range(4)]
     _, found = decided(lone)
     assert found.price_ms <= 32.0 and sum(SMALL.steady_ms(one, 0) for one in exits(found).values()) == found.price_ms
@@ -64,7 +64,7 @@ def test_streams_that_share_no_passes_pay_for_whole_steps() -> None:
 
 
 def test_rows_of_a_chunk_fill_the_time() -> None:
-    assert chunk_ms(SMALL, (0, 1), 5, 0) == pytest.approx(3 + 1 + 2 + 1)
+    assert PRICES.chunk_ms((0, 1), 5, 0) == pytest.approx(3 + 1 + 2 + 1)
 
 
 @examples(60)
@@ -77,11 +77,11 @@ def test_an_assignment_loses_little_more_than_the_best_one(chance: Any, count: i
         )
         for _ in range(count)
     ]
-    found, price_ms = assign(SMALL, QUALITY, claims, limit_ms, 0)
+    found, price_ms = assign(PRICES, QUALITY, claims, limit_ms, 0)
 
     def price(chosen: Sequence[int]) -> float:
         pairs = zip(chosen, claims, strict=True)
-        return round_ms(SMALL, [RoundEntry(i, ONES, ONES, one.context, one.shares) for i, one in pairs])
+        return PRICES.round_ms([RoundEntry(i, ONES, ONES, one.context, one.shares) for i, one in pairs])
 
     def loss(chosen: Sequence[int]) -> float:
         return sum(claim.weight * (1 - QUALITY[i]) for claim, i in zip(claims, chosen, strict=True))
@@ -100,11 +100,11 @@ def test_an_assignment_loses_little_more_than_the_best_one(chance: Any, count: i
 
 def test_the_deepest_of_the_others_have_room_in_a_round() -> None:
     tight, lax = Claim(0, 2, 1.0, 0, True), Claim(0, 2, 1.0, 0, False)
-    one = round_ms(SMALL, [RoundEntry(2, ONES, ONES, 0)])
-    two = round_ms(SMALL, [RoundEntry(2, ONES, ONES, 0)] * 2)
-    assert assign(SMALL, QUALITY, [tight, lax, lax], one, 0) == ([2, 2, 2], pytest.approx(one))
-    assert assign(SMALL, QUALITY, [tight, lax, lax], two, 1) == ([2, 2, 2], pytest.approx(two))
-    found, price_ms = assign(SMALL, QUALITY, [tight, lax, lax], one, 1)
+    one = PRICES.round_ms([RoundEntry(2, ONES, ONES, 0)])
+    two = PRICES.round_ms([RoundEntry(2, ONES, ONES, 0)] * 2)
+    assert assign(PRICES, QUALITY, [tight, lax, lax], one, 0) == ([2, 2, 2], pytest.approx(one))
+    assert assign(PRICES, QUALITY, [tight, lax, lax], two, 1) == ([2, 2, 2], pytest.approx(two))
+    found, price_ms = assign(PRICES, QUALITY, [tight, lax, lax], one, 1)
     assert price_ms <= one and found != [2, 2, 2]
 
 
@@ -209,31 +209,6 @@ def test_a_pace_is_not_exceeded() -> None:
     assert set(exits(found)) == {1}
     _, found = decided([paced])
     assert not found.moves and found.wait_ms == pytest.approx(50.0)
-
-
-def test_the_strictest_ceilings_hold_for_all() -> None:
-    merged = merged_ceilings(
-        [
-            Budget(power_w=9.0, power_rail="cpu", temperature_c=80.0, tpot_ms=5.0),
-            Budget(power_w=7.0, power_window_s=10.0, battery_floor_percent=20.0),
-            Budget(temperature_c=70.0, battery_floor_percent=30.0, pacing=False),
-            Budget(tpot_ms=1.0),
-        ]
-    )
-    want = Budget(power_w=7.0, power_window_s=10.0, temperature_c=70.0, battery_floor_percent=30.0, pacing=False)
-    assert merged == want
-    assert merged_ceilings([]) == merged_ceilings([Budget(tpot_ms=3.0)]) == Budget()
-    # a critical temperature below another budget's ceiling acts first
-    assert merged_ceilings([Budget(temperature_c=80.0), Budget(critical_temperature_c=75.0)]) == Budget(
-        critical_temperature_c=75.0
-    )
-
-
-def test_a_critical_temperature_ends_every_stream() -> None:
-    hot = (Reading("board", "board", 10.0, celsius=95.0),)
-    _, found = decided([stream(0, Budget(critical_temperature_c=90.0)), stream(1)], readings=hot)
-    assert [key for key, _ in found.refused] == [0, 1]
-    assert "critical_temperature_c = 90: the hottest sensor is at 95 °C" in found.refused[1][1].reason
 
 
 def test_admission_says_what_would_be_possible() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.prices import chunk_ms
+from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import Chunk, CompanyState, StreamState
 from tests.company import SETTLED, decided, exits, stream
 from tests.prices import SMALL
@@ -32,8 +32,8 @@ def test_a_prompt_runs_in_chunks_between_the_tokens_of_others() -> None:
     more = found.chunk._replace(rows=found.chunk.rows + 1)
     longer_ms = (
         found.price_ms
-        + chunk_ms(SMALL, more.stages, more.rows, 39)
-        - chunk_ms(SMALL, more.stages, found.chunk.rows, 39)
+        + RoundPrices(SMALL).chunk_ms(more.stages, more.rows, 39)
+        - RoundPrices(SMALL).chunk_ms(more.stages, found.chunk.rows, 39)
     )
     assert longer_ms > 0.974 * limit_ms, "one more row would be late"
     # stage 0 keeps the last row for the first token; the next stage takes what the one before has run

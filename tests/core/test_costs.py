@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balcony_edge.control.company.prices import shared_ms
+from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.device.costs import MAX_MS, MAX_ROWS, Bend, CostModel, ExpertCost, UnitCost
 
 STAGE = UnitCost(first_row_ms=2.0, marginal_row_ms=0.5, context_ms_per_1k=1.0)
@@ -66,7 +66,9 @@ def test_further_rows_of_a_mixture_read_ever_fewer_further_experts() -> None:
     for rows in (1, 2, 5, 30):
         assert unit.rows_within(unit.pass_ms(rows, 0), limit=100, context_length=0) == rows
     # streams that share a pass share its experts in the same way
-    assert shared_ms(unit, 3, 0) == unit.pass_ms(3, 0)
+    one_stage = CostModel(exits=(1,), stages=(unit,), balconies=(UnitCost(0.0),), head=UnitCost(0.0))
+    together = [RoundEntry(0, (1,), (1,), 0)] * 3
+    assert RoundPrices(one_stage).round_ms(together) == pytest.approx(unit.pass_ms(3, 0))
     for share, all_ms in ((0.0, 1.0), (1.5, 1.0), (0.5, -1.0)):
         with pytest.raises(ValueError, match=r"share =|all_ms ="):
             ExpertCost(share, all_ms)

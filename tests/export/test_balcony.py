@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +202,40 @@ def test_another_base_model_is_refused_on_both_ways(make_tiny: Callable[..., Any
     with pytest.raises(CheckpointError, match="belong to another base model"):
         save_balconies(saved, init_balconies(other, (1,)), fingerprint(other))
     assert not (saved / "balcony_1.safetensors").exists()
+
+
+def test_a_directory_is_as_it_was_if_the_disk_is_full(model: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever file does not fit any more: the index and the tensors that it names stay together."""
+    others, flush = init_balconies(model, (2, 3)), os.fsync
+    for full_at in (1, 2, 3):
+        calls = itertools.count(1)
+
+        def sync(descriptor: int, calls: Iterator[int] = calls, full_at: int = full_at) -> None:
+            if next(calls) == full_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            flush(descriptor)
+
+        monkeypatch.setattr(os, "fsync", sync)
+        with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
+            save_balconies(saved, others, fingerprint(model))
+        monkeypatch.setattr(os, "fsync", flush)
+        assert load_balconies(saved, model)[3].layer.mlp.up_proj.weight.mean() > 2
+        assert sorted(path.name for path in saved.iterdir()) == [
+            "balconies.json", "balcony_2.safetensors", "balcony_3.safetensors"
+        ]  # fmt: skip
+
+
+def test_two_runs_write_into_one_directory_at_once(model: Any, tmp_path: Path) -> None:
+    described = fingerprint(model)
+
+    def write(exit_layer: int) -> None:
+        for _ in range(6):
+            save_balconies(tmp_path / "both", init_balconies(model, (exit_layer,)), described)
+
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(write, exit_layer) for exit_layer in (1, 2, 3)]:
+            done.result(60)
+    assert list(load_balconies(tmp_path / "both", model)) == [1, 2, 3]
 
 
 def test_values_that_are_not_finite_are_never_written(model: Any, saved: Path) -> None:

@@ -27,7 +27,9 @@ from balcony_export.train.tune import closeness, tune
 from balcony_export.variants.cut import BALCONIES, narrow, round_backbone, save_cut
 from balcony_export.verify import reference_logits
 from benchmarks.paper.compression import Method, factorize, mark_best, methods
+from tests.command import invoke_here
 from tests.export.distilling import SEQ_LEN, trainer_of
+from tests.export.experts import mixture_exits
 
 ROWS = [[int(token) for token in np.random.default_rng(seed).integers(1, 320, 48)] for seed in range(12)]
 IDS = ROWS[0][:24]
@@ -84,6 +86,18 @@ def test_what_cannot_be_narrowed(make_tiny: Any) -> None:
         narrow(ExitModel(make_tiny("llama")), 64, ROWS)
     with pytest.raises(InputError, match=r"layers.0.mlp of this model type 'lfm2' does not consist of gate_proj"):
         narrow(ExitModel(make_tiny("lfm2")), 8, ROWS)
+
+
+def test_what_cannot_be_rounded_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Also before the model is read, since its tuning may take hours."""
+    arguments = (tmp_path, "--calibration", tmp_path / "t.txt", "--mlp", "8", "-o", tmp_path / "small")
+    for precision in ("int8", "int4,asym", "int4,positive"):
+        result = invoke_here("cut", *arguments, "--precision", precision)
+        assert result.returncode == 1 and "only symmetric int4 is rounded before the training" in result.stderr
+    with pytest.raises(
+        InputError, match=r"--precision int4.*: experts are not rounded before the training: leave it out"
+    ):
+        round_backbone(mixture_exits("mixtral"), parse_precision("int4"), [])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("moment", [False, True])

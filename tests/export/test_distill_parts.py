@@ -169,6 +169,10 @@ def test_a_share_of_a_file_is_used_and_documents_of_every_file_are_held_out(
         build_corpus([tmp_path], tokenizer, seq_len=32, mix={"c.jsonl": 0.5})
 
 
+def texts_of(rows: Any) -> set[bytes]:
+    return {row[:length].tobytes() for row, length in zip(rows.tokens, rows.lengths, strict=True)}
+
+
 def test_a_text_that_comes_twice_is_learned_or_held_out_and_not_both(
     tmp_path: Path, make_tokenizer: Callable[[], Any]
 ) -> None:
@@ -176,11 +180,32 @@ def test_a_text_that_comes_twice_is_learned_or_held_out_and_not_both(
     (tmp_path / "a.jsonl").write_text("\n".join(lines + lines) + "\n")
     (tmp_path / "b.jsonl").write_text("\n".join(lines[::2]) + "\n")
     corpus = build_corpus([tmp_path], make_tokenizer(), seq_len=12, held_out_rows=5)
+    assert texts_of(corpus.held_out) and not texts_of(corpus.held_out) & texts_of(corpus.train)
 
-    def texts(rows: Any) -> set[bytes]:
-        return {row[:length].tobytes() for row, length in zip(rows.tokens, rows.lengths, strict=True)}
 
-    assert texts(corpus.held_out) and not texts(corpus.held_out) & texts(corpus.train)
+def test_the_beginning_of_a_long_text_is_not_learned_from_its_copy(
+    tmp_path: Path, make_tokenizer: Callable[[], Any]
+) -> None:
+    """All documents are long, so the beginning of one is judged; the whole text stands in another file, too."""
+    texts = [" ".join(f"fox {start + count}" for count in range(60 + start)) for start in (0, 100, 200)]
+    for name, chosen in (("a.jsonl", (1, 2)), ("b.jsonl", (0, 1))):
+        (tmp_path / name).write_text("".join(json.dumps({"text": texts[index]}) + "\n" for index in chosen))
+    corpus = build_corpus([tmp_path], make_tokenizer(), seq_len=16, held_out_rows=6)
+    assert len(texts_of(corpus.held_out)) >= 6 and not texts_of(corpus.held_out) & texts_of(corpus.train)
+
+
+@pytest.mark.parametrize("bare", ["train.jsonl", "."])
+def test_files_of_one_name_are_all_used(
+    bare: str, tmp_path: Path, make_tokenizer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, word in (("more", "fox"), ("here", "dog")):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"text": f"the quick brown {word} number {count}"}) for count in range(30)]
+        (tmp_path / name / "train.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path / "here")
+    corpus = build_corpus([tmp_path / "more" / "train.jsonl", Path(bare)], make_tokenizer(), seq_len=16)
+    assert list(corpus.sources) == ["train.jsonl", str(tmp_path / "here" / "train.jsonl")]
+    assert [facts["documents"] for facts in corpus.sources.values()] == [30, 30]
 
 
 def test_a_run_begins_after_the_rows_that_its_start_has_seen(tmp_path: Path, make_tiny: Callable[..., Any]) -> None:
@@ -282,8 +307,12 @@ def test_schedules_have_their_shapes() -> None:
     early.replan(80, 100)  # the end comes near: the decay begins now
     assert [early.factor(step) for step in (80, 90, 99)] == pytest.approx([1, 0.5, 0.05])
     assert Schedule(**trapezoid.state()) == trapezoid
-    trapezoid.replan(110, 210)  # it had ended: the full rate again, and a decay at the new end
-    assert [trapezoid.factor(step) for step in (110, 125, 126, 209)] == pytest.approx([1, 1, 1, 1 / 84])
+    trapezoid.replan(110, 210)  # it had ended: the full rate again, and a decay over 0.4 of the new part
+    assert [trapezoid.factor(step) for step in (110, 169, 170, 190, 209)] == pytest.approx([1, 1, 1, 0.5, 1 / 40])
+    trapezoid.replan(120, 130)  # the new end comes nearer
+    assert [trapezoid.factor(step) for step in (120, 122, 126)] == pytest.approx([1, 1, 0.5])
+    cosine.replan(100, 120)
+    assert [cosine.factor(step) for step in (100, 110, 120)] == pytest.approx([1, 0.5, 0])
 
 
 @pytest.mark.parametrize(

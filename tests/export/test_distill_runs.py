@@ -22,7 +22,7 @@ from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.model.balcony_files import load_balconies
 from balcony_export.train.report import StepReport
-from balcony_export.train.trainer import METRICS
+from balcony_export.train.trainer import METRICS, Trainer
 from tests.command import unmeasured
 from tests.export.distilling import losses_of, trainer_of
 
@@ -301,6 +301,47 @@ def test_a_deadline_is_not_planned_by_the_first_step_which_compiles(
     trainer.run()
     assert (trainer.step, now) == (121, 180.0)
     assert trainer.schedule.factor(trainer.step - 1) < 0.05
+
+
+def test_a_run_that_ended_at_its_deadline_begins_again_at_the_full_rate(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last steps were slower than the plan, which ends a few steps later."""
+
+    def trained(resume: bool) -> Trainer:
+        options = {"steps": None, "minutes": 1.0, "exits": (2,), "checkpoint_minutes": 10**6, "warmup_steps": 0}
+        trainer = trainer_of(make_tiny("llama", num_hidden_layers=3), corpus, tmp_path, **options)
+        now, step = 0.0, trainer.train_step
+
+        def slower() -> dict[int, float]:
+            nonlocal now
+            now += 1.0 if now < 42 else 1.5
+            return step()
+
+        assert trainer.resume() == resume
+        trainer.clock = lambda: now
+        monkeypatch.setattr(trainer, "train_step", slower)
+        trainer.run()
+        return trainer
+
+    first = trained(resume=False)
+    assert first.step < 60 and first.schedule.total == first.step
+    second = trained(resume=True)
+    factors = [json.loads(line)["factor"] for line in (second.work / METRICS).read_text().splitlines()]
+    assert factors[first.step : first.step + 20] == [1.0] * 20
+
+
+def test_nothing_is_dropped_at_random(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+    """A model with dropout: balconies are judged as they are exported, and repeated runs are the same."""
+    kls = []
+    for attempt in ("a", "b"):
+        trainer = trainer_of(make_tiny("llama", attention_dropout=0.4), corpus, tmp_path / attempt, steps=3)
+        torch.manual_seed(len(kls))
+        before = trainer.evaluate()
+        assert trainer.evaluate() == before
+        trainer.run()
+        kls.append((before, trainer.evaluate()))
+    assert kls[0] == kls[1]
 
 
 def test_an_output_that_cannot_hold_the_balconies_is_refused_before_the_training(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -199,6 +200,22 @@ def test_any_schedule_of_exits_equals_a_pass_from_scratch(
             play(reference, engine.new_sequence(max_length=128), [("advance", seed % 3, prefill), *schedule], seed)
 
         schedules()
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe", "granite-moe", "lfm2-moe"])
+def test_tensorrt_graphs_round_no_product_that_decides(
+    mixture: Callable[[str], Exported], name: str, tmp_path: Path
+) -> None:
+    """Routers, with and without biases, and the gate of a shared expert."""
+    path = Path(shutil.copytree(mixture(name).path, tmp_path / "bundle"))
+    write_graphs(Bundle.open(path), "set", "rtx", Format("int8", "fused", 256))
+    whole, rounded = (
+        {one.name for one in onnx.load(path / place / "backbone.onnx").graph.initializer}
+        for place in ("", "tensorrt/set")
+    )
+    deciding = {one for one in whole if one.endswith(("gate.weight", "router.weight"))}
+    assert deciding and deciding <= rounded, "in their own precision"
+    assert any(one.endswith("_proj.weight.int8") for one in rounded)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4,level=1"])

@@ -328,6 +328,23 @@ def test_a_failed_build_changes_nothing(tiny_copy: Callable[[str], Bundle]) -> N
     assert Bundle.open(bundle.path).manifest.engines["set"].engines == {}
 
 
+def test_a_set_has_engines_of_one_builder(tiny_copy: Callable[[str], Bundle]) -> None:
+    """After a build for other GPUs, engines that were not built again are gone."""
+    bundle = tiny_copy("llama")
+    manifest = write_graphs(bundle, "set", "rtx", Format(capacity=64))
+    for capability, graphs, there in (
+        ("86", ["norm", "lm_head"], {"norm", "lm_head"}),
+        ("86", ["norm"], {"norm", "lm_head"}),
+        ("89", ["norm"], {"norm"}),
+    ):
+        builder = Builder("rtx", compute_capabilities=[capability])
+        manifest = build_engines(Bundle(bundle.path, manifest), "set", builder, graphs, lambda *_: None)
+        engines = Bundle.open(bundle.path).manifest.engines["set"]
+        assert engines.engines.keys() == there and tuple(engines.compute_capabilities) == (capability,)
+        files = {path.name for path in Bundle.open(bundle.path).engine_directory("set").glob("*.engine")}
+        assert files == {f"{name}.engine" for name in there} == {one for one in engines.files if one.endswith("engine")}
+
+
 def test_a_build_that_is_killed_leaves_the_old_set_or_the_new_one(tiny_copy: Callable[[str], Bundle]) -> None:
     """SIGKILL before each file system change of a replacement, and then an undisturbed build."""
     bundle = tiny_copy("llama")

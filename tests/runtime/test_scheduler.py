@@ -18,15 +18,20 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.control.company import composition
+from balcony_edge.control import controller
+from balcony_edge.control.company import composition, joint
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
+from balcony_edge.control.governor import Governor
 from balcony_edge.errors import InfeasibleError, InputError
+from balcony_runtime.decoding.policy import Turn
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.scheduling import scheduler as scheduler_module
 from balcony_runtime.scheduling.pool import LEAST_SHARED
+from balcony_runtime.scheduling.scheduler import MOST_WAITING
 from tests.command import invoke_here
 from tests.replies import PRICES, PROMPTS, all_at_once, free_members, ids
 
@@ -299,6 +304,71 @@ def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monk
     assert ids(reply) == alone
     assert len(chunks) >= 2 and max(chunks) < 190
     assert order[0] == 1, "the reply that came meanwhile has its token first"
+
+
+def test_a_reply_that_began_in_a_round_keeps_its_policy_and_its_ceilings(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt runs in rounds, although no other reply is there; what follows is decided by the reply's own budget."""
+    llm.costs = PRICES
+    rounds, attempts, run, attempt = [], [], llm._requests.scheduler._round, Speculator.attempt
+
+    def counted(asking: Any, begin_ns: int) -> None:
+        rounds.append(len(asking))
+        run(asking, begin_ns)
+
+    def attempted(self: Speculator, turn: Turn) -> Any:
+        attempts.append(turn.budget.policy)
+        return attempt(self, turn)
+
+    monkeypatch.setattr(llm._requests.scheduler, "_round", counted)
+    monkeypatch.setattr(Speculator, "attempt", attempted)
+    prompt = [3 + 7 * place % 290 for place in range(200)]
+    budget = Budget(policy="lossless", memory_mb=1e6)
+    reply = llm.generate(prompt, budget=budget, max_new_tokens=6, ignore_eos=True)
+    assert set(rounds) == {1}, "the prompt runs in rounds of one"
+    assert attempts and set(attempts) == {"lossless"}
+    (verdict,) = (one for one in reply.verdicts if one.key == "memory_mb")
+    assert verdict.held and verdict.reached is not None and 50 < verdict.reached < 1e5
+
+
+def test_what_is_learned_alone_and_in_company_is_one(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits and slowdown pass from a reply alone to rounds and back; a trace has them, so that its replay agrees."""
+    llm.costs = PRICES
+    for module in (joint, controller):
+        monkeypatch.setattr(module, "TICK_S", 600.0)  # no look at the sensors changes the limits within this test
+    hot = Governor(share=0.25, ticked_s=time.monotonic(), ceiling=0)
+    budget, path = Budget(memory_mb=1e6, pacing=False), tmp_path / "rounds.jsonl"
+    with RoundTraceWriter(path) as trace, llm.together() as replies:
+        llm.record_rounds(trace)
+        replies.add([1, 2], budget=budget, max_new_tokens=30, ignore_eos=True)
+        replies.add([4], budget=budget, max_new_tokens=3, ignore_eos=True)
+        for _ in range(2):
+            replies.step()
+        state = llm._learned.state
+        slow = state.slowdown._replace(mean=1.5, variance=0.01)
+        llm._learned.state = state._replace(governor=hot, slowdown=slow)  # as a reply by itself does
+        replies.step()
+        learned = llm._learned.state
+        assert learned.governor.ceiling == 0 and learned.slowdown.mean > 1
+        alone = next(iter(replies.open))
+        while replies.open:
+            replies.step()
+        assert {token.exit_layer for token in alone.reply.tokens[-20:]} == {2}, "the limit holds for who goes on alone"
+        llm.record_rounds(None)
+    recorded = read_rounds(path)
+    assert [one.seen.learned is not None for one in recorded.rounds[:4]] == [True, False, True, False]
+    again = replay_rounds(recorded)
+    assert [{move.key: move.decision.exit_layer for move in found.moves} for found in again] == [
+        one.exits for one in recorded.rounds
+    ]
+    assert set(recorded.rounds[1].exits.values()) == {5} and set(recorded.rounds[2].exits.values()) == {2}
+
+
+def test_a_batch_may_be_larger_than_the_queue(llm: LLM) -> None:
+    prompts = [[key % 300, 7] for key in range(MOST_WAITING + 6)]
+    found = llm.generate_batch(prompts, max_new_tokens=2)
+    assert found == [llm.generate(prompt, max_new_tokens=2).text for prompt in prompts]
 
 
 def test_replies_can_be_paused(llm: LLM) -> None:

@@ -123,6 +123,16 @@ def test_drafts_are_used_and_refused_under_a_mask(llm: LLM, grammars: Grammars) 
     assert sum(token.decision.drafted > 0 for token in reply.tokens) > len(wanted) / 2
 
 
+def test_a_reply_that_was_cut_leaves_no_rows_of_tokens_that_were_not_told(llm: LLM) -> None:
+    """The limit falls into a run of forced tokens, whose rows were there already."""
+    prompt = PROMPT * 8  # shorter sequences are not kept
+    for count in (2, 3, 4):
+        reply = llm.generate(prompt, sampling=SamplingParams(json_schema=PERSON), max_new_tokens=count)
+        assert reply.tokens[-1].forced and llm.pool is not None
+        tokens = [*prompt, *(token.id for token in reply.tokens)]
+        assert llm.pool.forget(tokens) == len(tokens) - 1
+
+
 def test_forced_tokens_run_no_engine(llm: LLM) -> None:
     """They come with the token before, wait as pending rows, and run with the next token that needs logits."""
     tokens = list(llm.stream(PROMPT, sampling=SamplingParams(json_schema=PERSON)))

@@ -276,9 +276,11 @@ def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
         "{% for one in tools or [] %}{{ one.function.name }}{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
         "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}{% endfor %}{% endfor %}"
     )
+    # as in Qwen 3.5: no conversation without a message of the user
+    users = "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('no user') }}{% endif %}"
     with balcony_edge.load(bundle_copy) as llm:
-        llm._codec = llm._requests._codec = write_template(bundle_copy, template)
-        chat = llm.chat()
+        llm._codec = llm._requests._codec = write_template(bundle_copy, users + template)
+        chat = llm.chat(system="be brief")
         stream = chat.send("hi", tools=[function("stop")], tool_choice="required", parallel_tool_calls=False)
         for _ in stream:
             pass
@@ -292,13 +294,14 @@ def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
         results = [{"role": "tool", "tool_call_id": call.id, "name": call.name, "content": "done"}]
         said = chat.send(results, max_new_tokens=3)
         list(said)
-        shown = llm.decode(llm.encode(chat.messages[:3]))
+        shown = llm.decode(llm.encode(chat.messages[:4]))
         assert shown.endswith("<assistant><tool_call>stop<tool>done") and llm.decode(
             chat.sequence.tokens[0]
         ).startswith(shown)
-        assert chat.messages[2] == results[0] and chat.messages[3]["role"] == "assistant"
+        assert chat.messages[3] == results[0] and chat.messages[4]["role"] == "assistant"
         list(chat.send({"role": "user", "content": "go on"}, max_new_tokens=2))
-        assert [one["role"] for one in chat.messages] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+        roles = ["system", "user", "assistant", "tool", "assistant", "user", "assistant"]
+        assert [one["role"] for one in chat.messages] == roles
         for wrong, message in (
             (3, "message of type int"),
             ([], "no messages were given"),
@@ -306,7 +309,9 @@ def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
         ):
             with pytest.raises(InputError, match=message):
                 chat.send(wrong)  # type: ignore[arg-type]
-        assert len(chat.messages) == 6
+        assert len(chat.messages) == 7
+        chat.reset()
+        assert chat.messages == [{"role": "system", "content": "be brief"}] and chat.sequence.length == 0
 
 
 #: Parts of templates of three families that show tools, calls and results.
@@ -344,6 +349,14 @@ def test_a_template_of_an_unknown_format_is_told_the_default(bundle_copy: Path) 
     text = codec.decode(codec.encode([{"role": "user", "content": "hi"}], tools=[WEATHER]))
     assert "tool_list_start" not in text and json.dumps(WEATHER["function"]) in text
     assert codec.call_format.marker in text
+
+
+def test_a_template_that_writes_calls_as_tags_is_told_the_default(bundle_copy: Path) -> None:
+    """Qwen 3.5 has the marker of Hermes, but its calls are no JSON."""
+    tags = "{% if tools %}{{ tools | tojson }}<tool_call>\n<function=name>\n<parameter=key>{% endif %}"
+    codec = write_template(bundle_copy, tags + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    text = codec.decode(codec.encode([{"role": "user", "content": "hi"}], tools=[WEATHER]))
+    assert "<function=" not in text and json.dumps(WEATHER["function"]) in text and codec.call_format.marker in text
 
 
 def test_a_template_without_a_system_message_gets_tools_in_the_first_turn(bundle_copy: Path) -> None:

@@ -152,6 +152,18 @@ def test_deeply_nested_json_is_an_error(hasty: Server, nested: str) -> None:
             assert found.status_code == 400, depth
 
 
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_server(hasty: Server, caplog: Any) -> None:
+    def count(status: int) -> float:
+        labels = {"endpoint": CHAT, "status": str(status)}
+        return hasty.service.metrics._registry.get_sample_value("balcony_requests_total", labels) or 0.0
+
+    left, failed = count(499), count(500)
+    with connect(hasty, HEAD + b"Content-Length: 1000\r\n\r\n{"):
+        pass
+    until(lambda: count(499) == left + 1)
+    assert count(500) == failed and not caplog.records
+
+
 def test_a_client_that_cancels_a_stream_leaves_nothing(hasty: Server) -> None:
     body: dict[str, Any] = SLOW | {"budget": {}}
     for events in range(6):

@@ -207,6 +207,8 @@ def test_bounds(strict: Server) -> None:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer sécret".encode()}):
             found = client.get("/v1/models", headers=headers)  # type: ignore[arg-type]
             assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
+        # a client chooses the Host header, and a path in it opens nothing
+        assert client.get("/v1/models", headers={"host": "localhost/health?"}).status_code == 401
         client.headers["authorization"] = "Bearer secret"
         assert client.get("/v1/models", headers={"host": "edge.example"}).status_code == 200
         large = client.post(CHAT, content=b" " * 3000)
@@ -381,12 +383,16 @@ def test_a_failure_of_the_decode_thread_is_an_answer(http: httpx.Client, server:
 
 
 def test_a_server_that_stops_ends_what_takes_too_long(serve: Callable[..., Server]) -> None:
-    server = serve(drain_s=0.3)
+    """Until then balancers hear that it stops, and its metrics can be read."""
+    server = serve(drain_s=1.0)
     slow = SLOW | {"budget": {"max_pace_tps": 20}}
     with httpx.stream("POST", server.url + CHAT, json=slow, timeout=20) as answer:
         lines = answer.iter_lines()
         next(lines)
         server.stop()
+        health, metrics = (httpx.get(server.url + path) for path in ("/health", "/metrics"))
+        assert (health.status_code, health.json()["error"]["code"]) == (503, "draining")
+        assert metrics.status_code == 200 and "balcony_replies_running 1.0" in metrics.text
         rest = [line for line in lines if line]
     assert '"code":"stopped"' in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) < 100
 

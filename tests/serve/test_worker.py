@@ -11,6 +11,7 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.errors import BudgetError
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
@@ -93,6 +94,22 @@ def test_a_bug_ends_one_reply_and_is_logged(llm: LLM, monkeypatch: pytest.Monkey
     assert [type(item) for item in sent.items[2]] == [ZeroDivisionError]
     assert [type(item) for item in sent.items[1]] == [Token] * 10
     assert [record.message for record in caplog.records] == ["the decode thread failed"]
+
+
+def test_a_change_that_fails_ends_the_reply_that_it_was_for(llm: LLM) -> None:
+    """A budget that was allowed when it was checked, and is not any more: the thread goes on."""
+    sent = Sent(llm)
+    sent.worker.start()
+    first = job(1, 4000)
+    sent.worker.submit(first)
+    sent.until(1, 2)
+    sent.worker.rebudget(first, Budget(exit_layer=4))
+    while not isinstance(sent.items[1][-1], BudgetError):
+        sent.until(1, len(sent.items[1]) + 1)
+    sent.worker.submit(job(2, 3))
+    sent.until(2, 3)
+    sent.worker.stop()
+    assert "this bundle has exits 2, 3, 5" in str(sent.items[1][-1])
 
 
 def test_the_heaviest_request_begins_first_and_nobody_is_overtaken_without_end(llm: LLM) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from balcony_edge.control.company.prices import RoundEntry, round_ms, shared_ms
-from balcony_edge.device.costs import CostModel
+from balcony_edge.control.company.prices import RoundPrices
 
 
 class Claim(NamedTuple):
@@ -33,74 +32,38 @@ class Claim(NamedTuple):
     shares: bool = True
 
 
-class _Counts:
-    """Streams that pass each stage and leave at each exit, with the sums of their contexts; of other streams the price."""
+class _Round:
+    """The members of a round at their exits, and what it costs. Members are given by their places in ``claims``."""
 
-    def __init__(self, costs: CostModel, claims: Sequence[Claim], exits: Sequence[int]) -> None:
-        self._costs = costs
-        count = len(costs.exits)
-        self.passing, self.leaving = [0] * count, [0] * count
-        self._passing_context, self._leaving_context = [0] * count, [0] * count
-        self.rows, self._alone_ms = 0, 0.0
-        for claim, index in zip(claims, exits, strict=True):
-            if not claim.shares:
-                self._alone_ms += self._step_ms(claim, index)
-                continue
-            self.rows += 1
-            self.leaving[index] += 1
-            self._leaving_context[index] += claim.context
-            for stage in range(index + 1):
-                self.passing[stage] += 1
-                self._passing_context[stage] += claim.context
+    def __init__(self, prices: RoundPrices, claims: Sequence[Claim], exits: list[int], members: Sequence[int]) -> None:
+        self._prices, self._claims, self.exits, self.members = prices, claims, exits, members
+        tokens = [prices.steady(exits[i], claims[i].context, claims[i].shares) for i in members]
+        self.price_ms, self._passes = prices.sum_ms(tokens), sum(passes for _, passes in tokens)
 
-    def _step_ms(self, claim: Claim, index: int) -> float:
-        """Price of a step of one stream by itself."""
-        ones = (1,) * len(self._costs.exits)
-        return round_ms(self._costs, [RoundEntry(index, ones, ones, claim.context)])
+    def _lowered(self, givers: Sequence[int]) -> tuple[float, int]:
+        """Price, and tokens of every pass, if some members leave one exit earlier."""
+        steady, claims, exits = self._prices.steady, self._claims, self.exits
+        price_ms, passes = self.price_ms - self._prices.passes_ms(self._passes), self._passes
+        for i in givers:
+            index, (_, _, _, context, _, shares) = exits[i], claims[i]
+            own_ms, shared = steady(index, context, shares)
+            less_ms, fewer = steady(index - 1, context, shares)
+            price_ms += less_ms - own_ms
+            passes += fewer - shared
+        return price_ms + self._prices.passes_ms(passes), passes
 
-    def price_ms(self) -> float:
-        costs = self._costs
-        if not self.rows:
-            return self._alone_ms
-        total_ms = self._alone_ms + costs.overhead_ms + shared_ms(costs.head, self.rows, 0)
-        for units, rows, contexts in (
-            (costs.stages, self.passing, self._passing_context),
-            (costs.balconies, self.leaving, self._leaving_context),
-        ):
-            for unit, count, context in zip(units, rows, contexts, strict=True):
-                total_ms += shared_ms(unit, count, context)
-        return total_ms
+    def won_ms(self, givers: Sequence[int]) -> float:
+        """Time that is won if some members leave one exit earlier."""
+        return self.price_ms - self._lowered(givers)[0]
 
-    def won_ms(self, index: int, claims: Sequence[Claim]) -> float:
-        """Time that is won if streams leave at exit ``index - 1`` instead of ``index``: some that share passes, or another."""
-        if not claims[0].shares:
-            return self._step_ms(claims[0], index) - self._step_ms(claims[0], index - 1)
-        count, context, costs = len(claims), sum(claim.context for claim in claims), self._costs
-        before = after = 0.0
-        for unit, rows, summed, change in (
-            (costs.stages[index], self.passing[index], self._passing_context[index], -1),
-            (costs.balconies[index], self.leaving[index], self._leaving_context[index], -1),
-            (costs.balconies[index - 1], self.leaving[index - 1], self._leaving_context[index - 1], 1),
-        ):
-            before += shared_ms(unit, rows, summed)
-            after += shared_ms(unit, rows + change * count, summed + change * context)
-        return before - after
-
-    def lower(self, index: int, claims: Sequence[Claim]) -> None:
-        if not claims[0].shares:
-            self._alone_ms -= self.won_ms(index, claims)
-            return
-        count, context = len(claims), sum(claim.context for claim in claims)
-        self.passing[index] -= count
-        self._passing_context[index] -= context
-        self.leaving[index] -= count
-        self._leaving_context[index] -= context
-        self.leaving[index - 1] += count
-        self._leaving_context[index - 1] += context
+    def lower(self, givers: Sequence[int]) -> None:
+        self.price_ms, self._passes = self._lowered(givers)
+        for i in givers:
+            self.exits[i] -= 1
 
 
 def assign(
-    costs: CostModel,
+    prices: RoundPrices,
     quality: Sequence[float],
     claims: Sequence[Claim],
     limit_ms: float,
@@ -109,7 +72,7 @@ def assign(
     """Choose an exit for every stream.
 
     Args:
-        costs: prices of the device.
+        prices: prices of rounds.
         quality: agreement of each exit with the full depth, ascending.
         claims: the streams.
         limit_ms: time for a round, at slowdown 1.
@@ -123,21 +86,19 @@ def assign(
         # The round to hold: all tight streams, and the deepest of the others.
         lax = sorted((i for i, claim in enumerate(claims) if not claim.tight), key=lambda i: -exits[i])
         members = [i for i, claim in enumerate(claims) if claim.tight] + lax[:lax_rows]
-        counts = _Counts(costs, [claims[i] for i in members], [exits[i] for i in members])
-        price_ms = counts.price_ms()
-        while price_ms > limit_ms:
-            step = _cheapest(quality, claims, exits, members, counts)
-            if step is None:
-                return exits, price_ms
-            givers = [claims[i] for i in step]
-            index = exits[step[0]]
-            price_ms -= counts.won_ms(index, givers)
-            counts.lower(index, givers)
-            for i in step:
-                exits[i] = index - 1
+        shallowest = [claim.lowest for claim in claims]
+        if _Round(prices.of_stages, claims, shallowest, members).price_ms > limit_ms:  # nothing fits
+            nearest = [shallowest[i] if i in members else index for i, index in enumerate(exits)]
+            return nearest, _Round(prices, claims, nearest, members).price_ms
+        found = _Round(prices, claims, exits, members)
+        while found.price_ms > limit_ms:
+            givers = _cheapest(quality, claims, found)
+            if givers is None:
+                return exits, found.price_ms
+            found.lower(givers)
         deepest_lax = max((exits[i] for i in lax[lax_rows:]), default=-1)
         if not lax_rows or deepest_lax <= min((exits[i] for i in lax[:lax_rows]), default=deepest_lax):
-            return exits, price_ms
+            return exits, found.price_ms
 
 
 def _cheaper(one: Claim, other: Claim) -> bool:
@@ -145,10 +106,9 @@ def _cheaper(one: Claim, other: Claim) -> bool:
     return (one.weight, -one.context) < (other.weight, -other.context)
 
 
-def _cheapest(
-    quality: Sequence[float], claims: Sequence[Claim], exits: Sequence[int], members: Sequence[int], counts: _Counts
-) -> list[int] | None:
-    """The streams to take one exit of depth from, at the least loss per time won; None if none can give any."""
+def _cheapest(quality: Sequence[float], claims: Sequence[Claim], found: _Round) -> list[int] | None:
+    """The members to take one exit of depth from, at the least loss per time won; None if none can give any."""
+    exits, members = found.exits, found.members
     best, least = None, float("inf")
     sharing = [i for i in members if claims[i].shares]
     deepest = max((exits[i] for i in sharing), default=0)
@@ -163,7 +123,7 @@ def _cheapest(
         options.append(together)
     for option in options:
         index = exits[option[0]]
-        won_ms = counts.won_ms(index, [claims[i] for i in option])
+        won_ms = found.won_ms(option)
         loss = sum(claims[i].weight for i in option) * (quality[index] - quality[index - 1])
         # A step down may win no time by itself, because its balcony is the first of its exit.
         rate = loss / won_ms if won_ms > 0 else 1e9 * max(loss, 1e-9) + (1 if len(option) == 1 else 0)

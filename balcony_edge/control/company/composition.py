@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 from balcony_edge.control.company.assignment import Claim, assign
 from balcony_edge.control.company.goals import ELASTIC, STALL_MS, first_due
-from balcony_edge.control.company.prices import chunk_ms, round_ms, steady_ms, work_ms
+from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.company.view import View
 from balcony_edge.control.slowdown import Slowdown
-from balcony_edge.device.costs import CostModel
 
 #: Longest round in milliseconds with rows of a prompt next to it, or of a prompt alone: who comes meanwhile waits so long.
 CALM_MS = 250.0
@@ -33,12 +32,12 @@ class Composer:
     """Composes rounds over one cost model.
 
     Args:
-        costs: prices of the device.
+        prices: prices of rounds.
         quality: agreement of each exit with the full depth, ascending.
     """
 
-    def __init__(self, costs: CostModel, quality: Sequence[float]) -> None:
-        self._costs, self._quality = costs, quality
+    def __init__(self, prices: RoundPrices, quality: Sequence[float]) -> None:
+        self._prices, self._costs, self._quality = prices, prices.costs, quality
 
     def compose(self, ready: list[View], views: list[View], slowdown: Slowdown) -> tuple[Chosen, Chunk | None, float]:
         """Streams of the round with their exits, the rows next to it, and the price."""
@@ -114,19 +113,19 @@ class Composer:
         """Time until the stream must have its token; a stream without a target waits for some rounds at most."""
         if view.bound_ms < math.inf:
             return view.bound_ms
-        round_of_one = steady_ms(self._costs, [(view.goal, view.stream)])
+        round_of_one = self._prices.steady_ms([(view.goal, view.stream)])
         return max(ELASTIC * round_of_one - view.waited_ms, 0.0)
 
     def _lowered(self, chosen: Chosen, price_ms: float, limit_ms: float) -> tuple[Chosen, float]:
         """Take depth for this round, where the least agreement is lost."""
         if not chosen:
             return chosen, price_ms
-        caught_up_ms = steady_ms(self._costs, [(index, view.stream) for view, index in chosen])
+        caught_up_ms = self._prices.steady_ms([(index, view.stream) for view, index in chosen])
         claims = [
             Claim(view.lowest, index, view.stream.budget.weight, view.stream.context_length, True, view.stream.shares)
             for view, index in chosen
         ]
-        exits, _ = assign(self._costs, self._quality, claims, limit_ms - max(price_ms - caught_up_ms, 0.0), 0)
+        exits, _ = assign(self._prices, self._quality, claims, limit_ms - max(price_ms - caught_up_ms, 0.0), 0)
         lowered = [(view, index) for (view, _), index in zip(chosen, exits, strict=True)]
         lowered_ms = self._price(lowered)
         return (lowered, lowered_ms) if lowered_ms < price_ms else (chosen, price_ms)
@@ -143,7 +142,7 @@ class Composer:
             slack_ms: time that a usual round leaves for its rows.
         """
         seen, costs = prompt.stream, self._costs
-        whole_ms = work_ms(costs, seen.stage_rows, prompt.goal, seen.context_length)
+        whole_ms = self._prices.work_ms(seen.stage_rows, prompt.goal, seen.context_length)
         if not slack_ms < whole_ms <= min(prompt.bound_ms, STALL_MS):
             return False
         rounds = 0.0
@@ -229,10 +228,10 @@ class Composer:
 
     def _chunk_ms(self, view: View, chunk: Chunk) -> float:
         context = view.stream.context_length
-        total_ms = chunk_ms(self._costs, chunk.stages, chunk.rows, context)
+        total_ms = self._prices.chunk_ms(chunk.stages, chunk.rows, context)
         if chunk.balcony is not None:
             total_ms += self._costs.balconies[chunk.balcony].pass_ms(chunk.rows, context, 1)
         return total_ms
 
     def _price(self, chosen: Sequence[tuple[View, int]]) -> float:
-        return round_ms(self._costs, [view.entry(index) for view, index in chosen])
+        return self._prices.round_ms(view.entry(index) for view, index in chosen)

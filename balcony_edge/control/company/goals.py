@@ -10,12 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from balcony_edge.control.company.assignment import Claim, assign
-from balcony_edge.control.company.prices import chunk_ms, steady_ms, work_ms
+from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import CompanyState
 from balcony_edge.control.company.view import View, scale_of, targets_of
 from balcony_edge.control.controller import KNOWN_VARIANCE
 from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
-from balcony_edge.device.costs import CostModel
 
 #: Rounds after which the assignment is made again, because contexts have grown.
 REASSIGN = 32
@@ -37,12 +36,12 @@ class Goals:
     """Assignments over one cost model.
 
     Args:
-        costs: prices of the device.
+        prices: prices of rounds.
         quality: agreement of each exit with the full depth, ascending.
     """
 
-    def __init__(self, costs: CostModel, quality: Sequence[float]) -> None:
-        self._costs, self._quality = costs, quality
+    def __init__(self, prices: RoundPrices, quality: Sequence[float]) -> None:
+        self._prices, self._quality = prices, quality
 
     def assigned(
         self, state: CompanyState, views: list[View], slowdown: Slowdown, share: float
@@ -101,17 +100,17 @@ class Goals:
                 claim._replace(highest=min(claim.highest, top)) if view is prompt else claim
                 for view, claim in zip(views, claims, strict=True)
             ]
-            exits, price_ms = assign(self._costs, self._quality, capped, min(spare_ms, limit_ms - wish_ms), lax_rows)
+            exits, price_ms = assign(self._prices, self._quality, capped, min(spare_ms, limit_ms - wish_ms), lax_rows)
             if price_ms <= spare_ms:
                 break
         fits = price_ms <= spare_ms * luck
         if not fits and prompt is not None and self._may_jump(prompt, views):
             spare_ms = limit_ms
             lowest = [claim._replace(highest=claim.lowest) for claim in claims]
-            exits, price_ms = assign(self._costs, self._quality, lowest, spare_ms, lax_rows)
+            exits, price_ms = assign(self._prices, self._quality, lowest, spare_ms, lax_rows)
             fits = price_ms <= spare_ms * luck
         hysteresis = min((view.stream.budget.hysteresis for view in views), default=0.0)
-        free, _ = assign(self._costs, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows)
+        free, _ = assign(self._prices, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows)
         return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], fits
 
     def _claims(self, views: Sequence[View], met: Mapping[int, bool]) -> tuple[list[Claim], float, int]:
@@ -132,12 +131,12 @@ class Goals:
 
     def _alone_ms(self, view: View) -> float:
         """Price of a round of this stream alone, at its shallowest exit."""
-        return steady_ms(self._costs, [(view.lowest, view.stream)])
+        return self._prices.steady_ms([(view.lowest, view.stream)])
 
     def _may_jump(self, prompt: View, views: Sequence[View]) -> bool:
         """Whether a prompt can run at once and whole, because all others have tokens left that may be late."""
         seen = prompt.stream
-        whole_ms = work_ms(self._costs, seen.stage_rows, prompt.lowest, seen.context_length)
+        whole_ms = self._prices.work_ms(seen.stage_rows, prompt.lowest, seen.context_length)
         if prompt.bound_ms == math.inf or whole_ms > min(prompt.bound_ms, STALL_MS):
             return False
         return all(view.may_be_late for view in views if not view.first)
@@ -146,7 +145,7 @@ class Goals:
         """Time of a round that the rows of a prompt need at an exit."""
         rounds = max(prompt.room_ms // limit_ms, 1)
         rows = math.ceil(prompt.stream.stage_rows[0] / rounds)
-        return chunk_ms(self._costs, range(index + 1), rows, prompt.stream.context_length)
+        return self._prices.chunk_ms(range(index + 1), rows, prompt.stream.context_length)
 
     def _given_up(
         self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown, share: float
@@ -170,7 +169,7 @@ class Goals:
     def _is_hopeless(self, view: View) -> bool:
         """Whether a target could not be held even alone, at the shallowest exit."""
         seen = view.stream
-        first_ms = work_ms(self._costs, seen.stage_rows, view.lowest, seen.context_length) if view.first else 0.0
+        first_ms = self._prices.work_ms(seen.stage_rows, view.lowest, seen.context_length) if view.first else 0.0
         return self._alone_ms(view) > view.period_ms or first_ms > view.room_ms
 
     def refusal(self, views: Sequence[View], factor: float) -> str | None:
@@ -185,7 +184,7 @@ class Goals:
         held = [view for view in views if view.met]
         claims, limit_ms, lax_rows = self._claims(held, dict.fromkeys((view.stream.key for view in held), True))
         shallow = [claim._replace(highest=claim.lowest) for claim in claims]
-        _, price_ms = assign(self._costs, self._quality, shallow, limit_ms, lax_rows)
+        _, price_ms = assign(self._prices, self._quality, shallow, limit_ms, lax_rows)
         if price_ms <= limit_ms:
             return None
         takes = f"a round of {len(held)} streams takes {price_ms * factor:.3g} ms at their shallowest exits"

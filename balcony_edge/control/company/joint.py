@@ -29,12 +29,12 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.ceilings import merged_ceilings
 from balcony_edge.control.company.composition import Chosen, Composer
 from balcony_edge.control.company.goals import Goals
-from balcony_edge.control.company.prices import steady_ms
+from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import Chunk, CompanyState, Move, Round, RoundSeen, StreamSeen, StreamState
 from balcony_edge.control.company.view import View, scale_of, targets_of, view_of
 from balcony_edge.control.controller import probability_of, quantile_of
 from balcony_edge.control.decision import Decision, Measurement, device_words
-from balcony_edge.control.governor import TICK_S, Demand, Governor, govern
+from balcony_edge.control.governor import PACE_MARGIN, TICK_S, Demand, Governor, govern, least_pace_tps
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel
 
@@ -98,7 +98,8 @@ class JointController:
 
     def __init__(self, costs: CostModel, quality: Sequence[float]) -> None:
         self._costs = costs
-        self._goals, self._composer = Goals(costs, quality), Composer(costs, quality)
+        self._prices = RoundPrices(costs)
+        self._goals, self._composer = Goals(self._prices, quality), Composer(self._prices, quality)
         self._index = {exit_layer: index for index, exit_layer in enumerate(costs.exits)}
         self._known_budgets: dict[int, _Known] = {}  # by their ids
 
@@ -108,12 +109,14 @@ class JointController:
         Raises:
             BudgetError: a budget allows none of the exits.
         """
+        state = state.with_learned(seen.learned)
         slowdown = self._learn(state, seen.last)
         governing = [stream.budget for stream in seen.streams if self._known(stream.budget).senses]
         ceilings = merged_ceilings(governing) if governing else None
         governor = self._tick(state.governor, ceilings, slowdown, seen)
         share = _prompt_share(state, seen.now_s)
-        views = self._views(seen.streams, state, slowdown, seen.now_s, governor.ceiling)
+        ceiling = len(self._costs.exits) if ceilings is None else governor.ceiling
+        views = self._views(seen.streams, state, slowdown, seen.now_s, ceiling)
         assigned_for, views = self._goals.assigned(state, views, slowdown, share)
         early_ms = {view.stream.key: _early_ms(view, seen.now_s) for view in views}
         ready = [view for view in views if early_ms[view.stream.key] <= 0]
@@ -130,7 +133,7 @@ class JointController:
             chunk=chunk,
             price_ms=price_ms,
             predicted_ms=predicted_ms,
-            wait_ms=_wait_ms(chosen, chunk, early_ms, outcome),
+            wait_ms=_wait_ms(chosen, chunk, early_ms, outcome, _needed_tps(seen)),
             deepest=deepest,
         )
         streams = _streams_after(state.streams, views, chosen)
@@ -149,7 +152,7 @@ class JointController:
 
     def refusal(self, state: CompanyState, seen: RoundSeen, newcomer: StreamSeen) -> str | None:
         """Why another stream cannot join those of a round now, in one line; None if it can."""
-        slowdown = self._learn(state, None)
+        slowdown = self._learn(state.with_learned(seen.learned), None)
         views = self._views((*seen.streams, newcomer), state, slowdown, seen.now_s, len(self._costs.exits))
         return self._goals.refusal(views, slowdown.factor)
 
@@ -208,7 +211,7 @@ class JointController:
     def _tick(self, governor: Governor, ceilings: Budget | None, slowdown: Slowdown, seen: RoundSeen) -> Governor:
         """The slow loop, for the ceilings of all streams together."""
         if ceilings is None:
-            return Governor()
+            return governor  # what it has learned is for the next stream with ceilings
         if 0 <= seen.now_s - governor.ticked_s < TICK_S:
             return governor
         known = [self._known(stream.budget) for stream in seen.streams]
@@ -220,14 +223,12 @@ class JointController:
                 busy_s=seen.busy_s,
                 readings=seen.readings,
                 step_s=[
-                    steady_ms(self._costs, [(index, stream) for stream in seen.streams]) * slowdown.factor / 1000
+                    self._prices.steady_ms((index, stream) for stream in seen.streams) * slowdown.factor / 1000
                     for index in range(len(self._costs.exits))
                 ],
                 lowest=min(one.lowest for one in known),
                 highest=max(one.highest for one in known),
-                pace_tps=max(
-                    (1000 / stream.budget.tpot_ms for stream in seen.streams if stream.budget.tpot_ms), default=0.0
-                ),
+                pace_tps=_needed_tps(seen),
                 begins=any(stream.made_tokens == 0 for stream in seen.streams),
             ),
         )
@@ -264,12 +265,22 @@ def _early_ms(view: View, now_s: float) -> float:
     return 1000 / fastest - 1000 * (now_s - view.stream.emitted_s)
 
 
-def _wait_ms(chosen: Chosen, chunk: Chunk | None, early_ms: Mapping[int, float], outcome: _Outcome) -> float:
+def _needed_tps(seen: RoundSeen) -> float:
+    """Tokens a second that the shortest ``tpot_ms`` needs; 0 without any."""
+    return max((1000 / stream.budget.tpot_ms for stream in seen.streams if stream.budget.tpot_ms), default=0.0)
+
+
+def _wait_ms(
+    chosen: Chosen, chunk: Chunk | None, early_ms: Mapping[int, float], outcome: _Outcome, needed_tps: float
+) -> float:
     """Time to wait after the round, for the pace that the ceilings leave; without a round, until somebody is due."""
     if not chosen and chunk is None:
         return max(min(early_ms.values(), default=0.0), 0.0)
-    share = outcome.governor.share
-    return outcome.predicted_ms * (1 / share - 1) if share < 1 else 0.0
+    share, ceilings = outcome.governor.share, outcome.ceilings
+    if ceilings is None or share >= 1 or not ceilings.pacing:
+        return 0.0
+    longest_ms = 1000 / least_pace_tps(ceilings, needed_tps / (1 - PACE_MARGIN))
+    return max(min(outcome.predicted_ms / share, longest_ms) - outcome.predicted_ms, 0.0)
 
 
 def _streams_after(before: Mapping[int, StreamState], views: Sequence[View], chosen: Chosen) -> dict[int, StreamState]:

@@ -3,15 +3,26 @@
 Owns the arithmetic of sharing. A pass reads its weights once: the first row pays for them, and every further row, of the same
 stream or of another one, costs what a further row costs. Attention is paid for each stream's own context. A stream that
 shares no passes pays for a whole step.
+
+So the price of a round is a sum over its tokens, plus the price of the passes that at least one of them shares. One decision
+compares dozens of rounds that differ in a token or two, so each token's part is reckoned for itself, and how many of them share
+each pass is one integer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 from balcony_edge.control.company.seen import StreamSeen
 from balcony_edge.device.costs import CostModel, UnitCost
+
+#: Bits that count the tokens of one pass.
+COUNT_BITS = 16
+#: Sets of shared passes whose prices are kept.
+MOST_KEPT = 4096
 
 
 class RoundEntry(NamedTuple):
@@ -24,59 +35,107 @@ class RoundEntry(NamedTuple):
     shares: bool = True
 
 
-def shared_ms(unit: UnitCost, rows: int, context: int) -> float:
-    """Price of a pass that takes one row of each of ``rows`` streams, whose contexts have ``context`` rows in all."""
-    if not rows:
-        return 0.0
-    experts_ms = 0.0 if unit.experts is None else unit.experts.pass_ms(rows)
-    return unit.first_row_ms + (rows - 1) * unit.marginal_row_ms + experts_ms + unit.context_ms_per_1k * context / 1000
+class _Steady(NamedTuple):
+    """A token at an exit with one row due: price of its rows, of its attention to one row of context, and its passes."""
+
+    rows_ms: float
+    attention_ms: float
+    passes: int
 
 
-def round_ms(costs: CostModel, entries: Sequence[RoundEntry]) -> float:
-    """Price of a round at slowdown 1.
+class RoundPrices:
+    """Prices of rounds over one cost model, in milliseconds at slowdown 1.
 
-    A stream with one row due at a stage shares the stage's pass. One with more rows has a pass of its own there.
+    What a token adds to a round is its own price (a further row in every pass that it shares, its attention, and passes that
+    it does not share) and the passes that it shares: an integer with a 1 in each pass's ``COUNT_BITS``, so that a sum counts
+    the tokens of every pass.
+
+    Attributes:
+        costs: the cost model.
     """
-    if not entries:
-        return 0.0
-    if (alone := [entry for entry in entries if not entry.shares]) and len(entries) > 1:
-        total_ms = sum(round_ms(costs, [entry]) for entry in alone)
-        return total_ms + round_ms(costs, [entry for entry in entries if entry.shares])
-    stages, balconies = costs.stages, costs.balconies
-    total_ms = costs.overhead_ms + shared_ms(costs.head, len(entries), 0)
-    # Rows of shared passes and their contexts, by stage and by balcony. One loop: this runs some ten times for a decision.
-    rows, contexts = [0] * len(stages), [0] * len(stages)
-    leaving, left = [0] * len(balconies), [0] * len(balconies)
-    for index, stage_rows, balcony_rows, context, _ in entries:
-        leaving[index] += 1
-        left[index] += context
+
+    def __init__(self, costs: CostModel) -> None:
+        self.costs = costs
+        self._units = (*costs.stages, *costs.balconies, costs.head)
+        self._kept: dict[int, float] = {}  # tokens of every pass → price of the passes
+        self._steady = [self._at(index) for index in range(len(costs.exits))]
+
+    @cached_property
+    def of_stages(self) -> RoundPrices:
+        """Prices on a device whose balconies cost nothing: what no choice of exits can save."""
+        return RoundPrices(replace(self.costs, balconies=(UnitCost(0.0),) * len(self.costs.exits)))
+
+    def _at(self, index: int) -> _Steady:
+        count = len(self.costs.exits)
+        passed = (*range(index + 1), count + index, 2 * count)
+        units = [self._units[place] for place in passed]
+        return _Steady(
+            sum(unit.marginal_row_ms for unit in units),
+            sum(unit.context_ms_per_1k for unit in units[:-1]) / 1000,
+            sum(1 << COUNT_BITS * place for place in passed),
+        )
+
+    def steady(self, index: int, context: int, shares: bool = True) -> tuple[float, int]:
+        """Own price and passes of a token of a stream without pending rows, at an exit index."""
+        rows_ms, attention_ms, passes = self._steady[index]
+        own_ms = rows_ms + attention_ms * context
+        return (own_ms, passes) if shares else (own_ms + self.passes_ms(passes), 0)
+
+    def token(self, entry: RoundEntry) -> tuple[float, int]:
+        """Own price and passes of a token. With more than one row due at a stage it has a pass of its own there."""
+        index, stage_rows, balcony_rows, context, shares = entry
+        if sum(stage_rows[: index + 1]) == index + 1 and balcony_rows[index] <= 1:
+            return self.steady(index, context, shares)
+        own_ms, passes = self.steady(index, context)
+        costs = self.costs
         for stage in range(index + 1):
-            if (due := stage_rows[stage]) == 1:
-                rows[stage] += 1
-                contexts[stage] += context
-            else:
-                total_ms += stages[stage].pass_ms(due, context)
+            if (due := stage_rows[stage]) != 1:
+                unit = costs.stages[stage]
+                own_ms += unit.pass_ms(due, context) - unit.marginal_row_ms - unit.context_ms_per_1k * context / 1000
+                passes -= 1 << COUNT_BITS * stage
         if (kept := balcony_rows[index]) > 1:
-            unit = balconies[index]
-            total_ms += unit.pass_ms(kept, context, 1) - unit.pass_ms(1, context, 1)
-    for units, counts, sums in ((stages, rows, contexts), (balconies, leaving, left)):
-        for unit, count, context in zip(units, counts, sums, strict=True):
-            if count:
-                total_ms += shared_ms(unit, count, context)
-    return total_ms
+            balcony = costs.balconies[index]
+            own_ms += balcony.pass_ms(kept, context, 1) - balcony.pass_ms(1, context, 1)
+        return (own_ms, passes) if shares else (own_ms + self.passes_ms(passes), 0)
 
+    def passes_ms(self, passes: int) -> float:
+        """Price of shared passes beyond the rows of their tokens, from the sum of the tokens' ``passes``; 0 for none."""
+        price_ms = self._kept.get(passes)
+        if price_ms is None:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            price_ms = self._kept[passes] = self._passes_ms(passes)
+        return price_ms
 
-def steady_ms(costs: CostModel, streams: Iterable[tuple[int, StreamSeen]]) -> float:
-    """Price of a round of streams without pending rows, each with its exit index."""
-    ones = (1,) * len(costs.exits)
-    return round_ms(costs, [RoundEntry(index, ones, ones, one.context_length, one.shares) for index, one in streams])
+    def _passes_ms(self, passes: int) -> float:
+        total_ms = self.costs.overhead_ms if passes else 0.0
+        for unit in self._units:
+            if tokens := passes & ((1 << COUNT_BITS) - 1):
+                total_ms += unit.first_row_ms - unit.marginal_row_ms
+                total_ms += 0.0 if unit.experts is None else unit.experts.pass_ms(tokens)
+            passes >>= COUNT_BITS
+        return total_ms
 
+    def sum_ms(self, tokens: Iterable[tuple[float, int]]) -> float:
+        """Price of a round of some tokens; 0 without any."""
+        total_ms, passes = 0.0, 0
+        for own_ms, shared in tokens:
+            total_ms += own_ms
+            passes += shared
+        return total_ms + self.passes_ms(passes)
 
-def work_ms(costs: CostModel, stage_rows: Sequence[int], index: int, context: int) -> float:
-    """Price of running the rows that are due at each stage on the way to exit ``index``, in one pass of each."""
-    return sum(costs.stages[stage].pass_ms(stage_rows[stage], context) for stage in range(index + 1))
+    def round_ms(self, entries: Iterable[RoundEntry]) -> float:
+        """Price of a round."""
+        return self.sum_ms(map(self.token, entries))
 
+    def steady_ms(self, streams: Iterable[tuple[int, StreamSeen]]) -> float:
+        """Price of a round of streams without pending rows, each with its exit index."""
+        return self.sum_ms(self.steady(index, one.context_length, one.shares) for index, one in streams)
 
-def chunk_ms(costs: CostModel, stages: Sequence[int], rows: int, context: int) -> float:
-    """Price of running that many rows of one stream through each of some stages."""
-    return sum(costs.stages[stage].pass_ms(rows, context) for stage in stages)
+    def work_ms(self, stage_rows: Sequence[int], index: int, context: int) -> float:
+        """Price of running the rows that are due at each stage on the way to exit ``index``, in one pass of each."""
+        return sum(self.costs.stages[stage].pass_ms(stage_rows[stage], context) for stage in range(index + 1))
+
+    def chunk_ms(self, stages: Iterable[int], rows: int, context: int) -> float:
+        """Price of running that many rows of one stream through each of some stages."""
+        return sum(self.costs.stages[stage].pass_ms(rows, context) for stage in stages)

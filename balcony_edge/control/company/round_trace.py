@@ -17,7 +17,7 @@ import pydantic
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.seen import CompanyState, Round, RoundSeen, StreamSeen
+from balcony_edge.control.company.seen import CompanyState, LearnedAlone, Round, RoundSeen, StreamSeen
 from balcony_edge.control.decision import Measurement
 from balcony_edge.control.trace import LinesWriter
 from balcony_edge.device.costs import CostModel
@@ -26,7 +26,9 @@ from balcony_edge.errors import BalconyError, InputError
 
 VERSION = 1
 _COSTS = pydantic.TypeAdapter(CostModel)
-_STATE = pydantic.TypeAdapter(CompanyState, config=pydantic.ConfigDict(ser_json_inf_nan="strings"))
+_INFINITE = pydantic.ConfigDict(ser_json_inf_nan="strings")
+_STATE = pydantic.TypeAdapter(CompanyState, config=_INFINITE)
+_LEARNED = pydantic.TypeAdapter(LearnedAlone | None, config=_INFINITE)
 _STREAM = pydantic.TypeAdapter(StreamSeen)
 _AGAIN = "record it again with LLM.record_rounds"
 
@@ -110,6 +112,8 @@ class RoundTraceWriter(LinesWriter):
             "ended": list(ended),
             "streams": streams,
         }
+        if seen.learned is not None:
+            document["learned"] = json.loads(_LEARNED.dump_json(seen.learned))
         if seen.readings != self._readings:
             self._readings = seen.readings
             document["readings"] = [reading.to_dict() for reading in seen.readings]
@@ -163,7 +167,8 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
             if any(len(stream.stage_rows) != len(costs.exits) for stream in streams):
                 raise ValueError("rows of another number of stages")
             last = None if line["last"] is None else Measurement(*line["last"])
-            seen = RoundSeen(tuple(streams), last, float(line["now_s"]), float(line["busy_s"]), readings)
+            learned = _LEARNED.validate_python(line.get("learned"))
+            seen = RoundSeen(tuple(streams), last, float(line["now_s"]), float(line["busy_s"]), readings, learned)
             exits = {int(key): int(layer) for key, layer in line["exits"].items()}
             rounds.append(RecordedRound(seen, exits, str(line["reason"]), tuple(map(int, line["ended"]))))
         except BalconyError as error:

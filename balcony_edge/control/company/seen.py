@@ -42,6 +42,13 @@ class StreamSeen(NamedTuple):
     shares: bool = True
 
 
+class LearnedAlone(NamedTuple):
+    """What streams have learned of the device in steps by themselves, since the last round."""
+
+    slowdown: Slowdown
+    governor: Governor
+
+
 class RoundSeen(NamedTuple):
     """What the scheduler knows before a round.
 
@@ -51,6 +58,7 @@ class RoundSeen(NamedTuple):
         now_s: present time, on the clock of the streams' times.
         busy_s: time that all replies so far have spent on steps and pending rows.
         readings: latest reading of every sensor.
+        learned: what streams have learned by themselves since the last round; None if all steps were rounds.
     """
 
     streams: tuple[StreamSeen, ...]
@@ -58,6 +66,7 @@ class RoundSeen(NamedTuple):
     now_s: float = 0.0
     busy_s: float = 0.0
     readings: tuple[Reading, ...] = ()
+    learned: LearnedAlone | None = None
 
 
 class StreamState(NamedTuple):
@@ -104,6 +113,12 @@ class CompanyState(NamedTuple):
     prompt_share: float = 0.0
     prompted: bool = False
     decided_s: float = 0.0
+
+    def with_learned(self, learned: LearnedAlone | None) -> CompanyState:
+        """The state with what streams have learned by themselves since the last round."""
+        if learned is None:
+            return self
+        return self._replace(slowdown=self.slowdown.moved(learned.slowdown), governor=learned.governor)
 
     def without(self, keys: Collection[int]) -> CompanyState:
         """The state after some streams have ended."""

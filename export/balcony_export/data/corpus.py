@@ -176,7 +176,7 @@ def _read(
             facts["share"] = mix[path.name]
             documents = documents[: math.ceil(mix[path.name] * len(documents))]
         facts |= {"documents": len(documents), "tokens": sum(len(document.tokens) for document in documents)}
-        read[path.name if path.name not in read else str(path)] = facts, documents
+        read[path.name if path.name not in read else str(path.resolve())] = facts, documents
     if absent := sorted(mix.keys() - used):
         raise InputError(f"--mix {absent[0]}: is not a file of --data: name one of {', '.join(read)}")
     return read
@@ -201,8 +201,8 @@ def _held_out(documents: list[_KeyedDocument], target: int) -> tuple[list[_Keyed
     if not kept and target >= 2:
         shortest = min(range(len(learned)), key=lambda index: len(learned[index].tokens))
         key, tokens = learned[shortest]
-        kept = [_KeyedDocument(f"beginning of {key}", tokens[:target])]
-        learned[shortest] = _KeyedDocument(key, tokens[target:])
+        kept = [_KeyedDocument(key, tokens[:target])]
+        learned[shortest] = _KeyedDocument(f"rest of {key}", tokens[target:])
     return learned, kept
 
 

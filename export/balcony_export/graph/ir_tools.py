@@ -27,6 +27,25 @@ def relative_distance(stored: npt.NDArray[np.float32], weight: npt.NDArray[np.fl
     return float(np.linalg.norm(stored - weight)) / max(float(np.linalg.norm(weight)), 1e-30)
 
 
+def decides(node: ir.Node) -> bool:
+    """Whether a product chooses or weights others: the router's, or a gate with one output. It stays in float32."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    users = _users(node)
+    outputs = 0 if node.op_type == "Gemm" else 1
+    routes = any(user.op_type in ("MoE", "QMoE", "Softmax") for user in users)
+    # a router with biases computes Sigmoid, Add, TopK
+    scores = [added for user in users if user.op_type == "Sigmoid" for added in _users(user)]
+    routes = routes or any(user.op_type == "TopK" for score in scores for user in _users(score))
+    return routes or int(weight.const_value.shape[outputs]) == 1  # type: ignore[arg-type]
+
+
+def _users(node: ir.Node) -> list[ir.Node]:
+    """Nodes that use a result, in its own precision or in another."""
+    found = [use.node for use in node.outputs[0].uses()]
+    return [user for one in found for user in (_users(one) if one.op_type == "Cast" else [one])]
+
+
 def initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
     """The initializer of that name, which is added if the graph has none."""
     if name not in model.graph.initializers:

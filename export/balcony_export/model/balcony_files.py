@@ -33,12 +33,13 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_edge.files import write_atomically
+from balcony_edge.files import locked, write_atomically, write_together
 from balcony_export.model.balcony import KINDS, Balcony, BalconyKind, init_balconies
 
 FORMAT_VERSION = 2
 INDEX = "balconies.json"
 STORED_DTYPE = torch.bfloat16
+_CURE = "free space or name another place"
 #: Config fields that change shapes or arithmetic. A different name or context length is still the same base model.
 _CONFIG_FIELDS = (
     "model_type",
@@ -158,15 +159,28 @@ def save_balconies(
         InputError, CheckpointError: As :func:`check_directory`, or a value is not finite.
     """
     path = Path(directory)
+    like = next(iter(balconies.values()))
+    check_directory(path, base, like)
+    with locked(path):  # another run may write other exits
+        _save(path, balconies, base, training, check_directory(path, base, like))
+
+
+def _save(
+    path: Path,
+    balconies: dict[int, Balcony],
+    base: dict[str, Any],
+    training: dict[str, Any] | None,
+    exits: dict[str, Any],
+) -> None:
+    """Write balconies next to those that are ``exits`` of the index."""
     (kind,), (layer,) = ({getattr(balcony, key) for balcony in balconies.values()} for key in ("kind", "copies"))
-    exits = check_directory(path, base, next(iter(balconies.values())))
-    written: dict[str, bytes] = {}
+    written: dict[Path, bytes] = {}
     for exit_layer, balcony in balconies.items():
         tensors = {name: value.detach().to(STORED_DTYPE).cpu() for name, value in balcony.state_dict().items()}
         _check_finite(path, exit_layer, tensors)
         file = f"balcony_{exit_layer}.safetensors"
-        written[file] = save({name: value.contiguous() for name, value in tensors.items()}, {"format": "pt"})
-        digest = hashlib.sha256(written[file]).hexdigest()
+        content = save({name: value.contiguous() for name, value in tensors.items()}, {"format": "pt"})
+        written[path / file], digest = content, hashlib.sha256(content).hexdigest()
         exits[str(exit_layer)] = {"file": file, "sha256": digest, "training": training}
     document = {
         "format_version": FORMAT_VERSION,
@@ -176,9 +190,8 @@ def save_balconies(
         "base": base,
         "exits": dict(sorted(exits.items(), key=lambda item: int(item[0]))),
     }
-    for file, content in written.items():
-        write_file(path / file, content)
-    write_file(path / INDEX, (json.dumps(document, indent=1) + "\n").encode())
+    written[path / INDEX] = (json.dumps(document, indent=1) + "\n").encode()
+    write_together(written, CheckpointError, _CURE)
 
 
 def load_balconies(
@@ -227,7 +240,7 @@ def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write one file of balconies or of a training run atomically."""
-    write_atomically(path, content, CheckpointError, "free space or name another place")
+    write_atomically(path, content, CheckpointError, _CURE)
 
 
 def _canonical(value: Any) -> Any:

@@ -152,6 +152,13 @@ def demo_model_path() -> Path:
     )
 
 
+def model_name(source: str) -> str:
+    """Name of the model that :func:`load_model` loads, as bundles and reports give it."""
+    if source == "demo":
+        return "SmolLM2-135M-Instruct"
+    return Path(source).stem if source.endswith(".gguf") else Path(source).name or source
+
+
 def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
     """``(name or path for transformers, gguf_file option)`` of a source, whose files are checked."""
     path = demo_model_path() if str(source) == "demo" else Path(source).expanduser()

@@ -19,9 +19,9 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
-from balcony_export.graph.ir_tools import MICROSOFT, SMALLEST_SCALE, initializer
+from balcony_export.graph.ir_tools import MICROSOFT, SMALLEST_SCALE, decides, initializer
 from balcony_export.graph.widen import row_pieces
-from balcony_export.quantize.experts import decides, quantize_experts, stored_experts
+from balcony_export.quantize.experts import quantize_experts, stored_experts
 from balcony_export.quantize.gptq import round_with_compensation
 from balcony_runtime.backends.token_table import unpacked
 

@@ -35,22 +35,6 @@ EXPERT_ROWS = 128
 _GATE_UP, _DOWN = 2, 4
 
 
-def decides(node: ir.Node) -> bool:
-    """Whether a product chooses or weights others: the router's, or a gate with one output. It stays in float32."""
-    weight = node.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    users = _users(node)
-    routes = any(user.op_type in ("MoE", "QMoE", "Softmax") for user in users)
-    # a router with biases computes Sigmoid, Add, TopK
-    scores = [added for user in users if user.op_type == "Sigmoid" for added in _users(user)]
-    routes = routes or any(user.op_type == "TopK" for score in scores for user in _users(score))
-    return routes or int(weight.const_value.shape[1]) == 1  # type: ignore[arg-type]
-
-
-def _users(node: ir.Node) -> list[ir.Node]:
-    return [use.node for use in node.outputs[0].uses()]
-
-
 def quantize_experts(model: ir.Model, quantizer: Quantizer) -> None:
     """Replace every ``MoE`` of a lowered graph by a ``QMoE`` with the quantizer's grids."""
     for node in [node for node in model.graph if node.op_type == "MoE"]:

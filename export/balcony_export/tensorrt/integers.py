@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from balcony_edge.bundle.manifest import EnginePrecision
 from balcony_edge.errors import InputError
-from balcony_export.graph.ir_tools import SMALLEST_SCALE, initializer
+from balcony_export.graph.ir_tools import SMALLEST_SCALE, decides, initializer
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Rounding:
 
 
 def quantize_weights(model: ir.Model, precision: EnginePrecision, rounding: Rounding) -> None:
-    """Replace every weight of a ``MatMul`` or ``Gemm`` by a ``DequantizeLinear`` of its integers."""
+    """Replace the weights of every ``MatMul`` and ``Gemm`` by ``DequantizeLinear``, except for those that :func:`decides`."""
     for node in list(model.graph):
         if node.op_type not in ("MatMul", "Gemm"):
             continue
         weight = node.inputs[1]
-        if weight is None or weight.const_value is None:
+        if weight is None or weight.const_value is None or decides(node):
             continue
         rows_first = node.op_type == "Gemm"  # (N, K), and the product transposes; otherwise (K, N)
         array = weight.const_value.numpy().astype(np.float32)

@@ -32,12 +32,14 @@ class Schedule:
     decay_share: float
     decay_start: int = -1  # -1: follows from total
     decay_from: float = 1.0  # factor at decay_start
+    begin: int = 0  # step at which a run that had ended began again
 
     def factor(self, step: int) -> float:
         """Fraction of the peak rate at ``step``, counted from 0."""
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if self.kind == "cosine":
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.total)))
+            done = (step - self.begin) / (self.total - self.begin)
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         start = self._start()
         if step < start:
             return warm
@@ -47,10 +49,10 @@ class Schedule:
         """Let the run end after ``total`` steps; ``step`` is the next. A run that had ended starts again at the full rate."""
         total = max(total, step + 1)
         if step >= self.total:
-            self.decay_from, self.decay_start = 1.0, -1
+            self.begin, self.decay_from, self.decay_start = step, 1.0, -1
         elif self.kind == "trapezoidal" and step > self._start():
             self.decay_from, self.decay_start = self.factor(step), step
-        elif self.kind == "trapezoidal" and step >= math.ceil(total * (1 - self.decay_share)):
+        elif self.kind == "trapezoidal" and step >= self._usual_start(total):
             self.decay_start = step
         self.total = total
 
@@ -58,7 +60,10 @@ class Schedule:
         return asdict(self)
 
     def _start(self) -> int:
-        return self.decay_start if self.decay_start >= 0 else math.ceil(self.total * (1 - self.decay_share))
+        return self.decay_start if self.decay_start >= 0 else self._usual_start(self.total)
+
+    def _usual_start(self, total: int) -> int:
+        return self.begin + math.ceil((total - self.begin) * (1 - self.decay_share))
 
 
 def make_optimizers(

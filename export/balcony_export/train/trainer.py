@@ -150,7 +150,7 @@ class Trainer:
         self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
         self.averages: dict[int, dict[str, torch.Tensor]] = {}
         for exit_layer, balcony in self.balconies.items():
-            balcony.to(self.device).float().train().requires_grad_(True)
+            balcony.to(self.device).float().eval().requires_grad_(True)  # without dropout, which export has none of
             self.optimizers[exit_layer] = make_optimizers(
                 balcony.parameters(), config.optimizer, config.rate, config.vector_rate, config.weight_decay
             )
@@ -453,10 +453,12 @@ class Trainer:
                 if self.processes.writes:
                     self._log(progress, factor)
                     report(progress)
+            if deadline is not None:
+                self.schedule.total = self.step  # the time is over, whatever the last plan was
             self.checkpoint()
         except OSError as error:
             raise TrainingError(
-                f"{self.work}: writing failed ({error.strerror or error}): {self._kept()}: free space, then use --resume"
+                f"{self.work}: writing failed ({error.strerror or error}): {self._kept()}: free space, then {self._again()}"
             ) from error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -473,12 +475,15 @@ class Trainer:
     def _kept(self) -> str:
         return "the last checkpoint is kept" if self.has_checkpoint() else "there was no checkpoint yet"
 
+    def _again(self) -> str:
+        return "continue with --resume" if self.has_checkpoint() else "train again"
+
     def _out_of_memory(self) -> TrainingError:
         config = self.config
         again = "a new run may use a smaller --seq-len" + (" or --window-steps" if config.reuse > 1 else "")
         return TrainingError(
             f"step {self.step}: out of memory at {config.micro_rows} rows of {config.seq_len} tokens a pass: {self._kept()}: "
-            f"lower --micro-rows and continue with --resume; {again}"
+            f"lower --micro-rows and {self._again()}; {again}"
         )
 
     def _log(self, progress: StepReport, factor: float) -> None:

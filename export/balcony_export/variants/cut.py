@@ -23,6 +23,7 @@ from balcony_export.graph.widen import tensor_as
 from balcony_export.model.balcony_files import fingerprint, save_balconies
 from balcony_export.model.checkpoint import load_model, save_checkpoint
 from balcony_export.model.exits import ExitModel
+from balcony_export.model.experts import mixture
 from balcony_export.output import fresh_directory
 from balcony_export.quantize.blocks import Quantizer, Scheme
 from balcony_export.quantize.gptq import DAMPING, second_moments
@@ -87,6 +88,12 @@ def _mlps(exits: ExitModel) -> Iterator[tuple[str, Any]]:
         yield name, mlp
 
 
+def refuse_other_than_int4(scheme: Scheme) -> None:
+    """Refuse a scheme that :func:`round_backbone` does not have."""
+    if scheme.bits != 4 or not scheme.symmetric or scheme.positive:
+        raise InputError(f"--precision {scheme}: only symmetric int4 is rounded before the training: leave it out")
+
+
 @torch.no_grad()
 def round_backbone(exits: ExitModel, scheme: Scheme, rows: Sequence[Sequence[int]]) -> None:
     """Round the backbone's weights to what int4 blocks hold; an export with the same scheme stores these values exactly.
@@ -100,10 +107,11 @@ def round_backbone(exits: ExitModel, scheme: Scheme, rows: Sequence[Sequence[int
         rows: Calibration text for GPTQ; without any, weights are rounded to the nearest values.
 
     Raises:
-        InputError: The scheme does not give symmetric blocks of 4 bits.
+        InputError: The scheme does not give symmetric blocks of 4 bits, or the model is a mixture of experts.
     """
-    if scheme.bits != 4 or not scheme.symmetric or scheme.positive:
-        raise InputError(f"--precision {scheme}: only symmetric int4 is rounded before the training: leave it out")
+    refuse_other_than_int4(scheme)
+    if mixture(exits.model.config) is not None:
+        raise InputError(f"--precision {scheme}: experts are not rounded before the training: leave it out")
     quantizer = Quantizer(scheme, second_moments(exits, rows) if rows else {})
     for name, module in exits.parts.decoder.named_modules():
         if isinstance(module, nn.Linear):

@@ -272,7 +272,12 @@ def make_engines(
         EngineBuildError: a graph cannot be built.
         OSError: the directory cannot be written.
     """
-    built, furthest = dict(engines.engines), 0.0
+    same = (engines.builder, engines.compute_capabilities) == (builder.name, builder.compute_capabilities)
+    # A set has engines of one builder, for the same GPUs.
+    stale = () if same else {spec.file for spec in engines.engines.values()}
+    built, furthest = dict(engines.engines) if same else {}, 0.0
+    for file_name in stale:
+        (directory / file_name).unlink()
     for index, graph in enumerate(graphs):
         spec = engines.graphs[graph]
 
@@ -292,7 +297,7 @@ def make_engines(
         "engines": built,
         "builder": builder.name,
         "compute_capabilities": builder.compute_capabilities,
-        "files": {**engines.files, **files},
+        "files": {name: file for name, file in engines.files.items() if name not in stale} | files,
     }
     return engines.model_copy(update=changes)
 

@@ -19,6 +19,7 @@ from balcony_edge.bundle.manifest import ConfidenceSpec
 from balcony_edge.control.company.seen import StreamSeen
 from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
+from balcony_edge.control.governor import Governor
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
@@ -195,8 +196,7 @@ class Decoder:
             InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
         """
         budget, costs = self._environment.budget_and_costs()
-        if budget is not self._budget:
-            self._budget, self._policy, self._senses = budget, self._policy_of(budget), budget.needs_sensors
+        self._take_up(budget)
         if costs is not None and costs is not self._costs:
             self._controller, self._costs, self._decision = Controller(costs), costs, None
         decision, sequence = self._decision, self._sequence
@@ -210,6 +210,11 @@ class Decoder:
         if self._decision.ends(budget):
             raise InfeasibleError(f"{self._decision.reason}: raise the target or allow less depth")
         return self._decision
+
+    def _take_up(self, budget: Budget) -> None:
+        """Let the next token have this budget, and what follows from it."""
+        if budget is not self._budget:
+            self._budget, self._policy, self._senses = budget, self._policy_of(budget), budget.needs_sensors
 
     def _observe(self, budget: Budget, last: Measurement | None) -> Observation:
         environment, sequence, now_s = self._environment, self._sequence, time.monotonic()
@@ -252,7 +257,7 @@ class Decoder:
             key: number of the stream.
             asked_s: time at which its next token was asked for, on ``time.monotonic``.
         """
-        self._budget, _ = self._environment.budget_and_costs()
+        self._take_up(self.budget)
         sequence = self._sequence
         stage_rows, balcony_rows = sequence.rows_due(self._new_rows)
         context = sequence.length + self._new_rows - 1
@@ -310,11 +315,12 @@ class Decoder:
         ids = [np.array([token], np.int64) for token in forced]
         return [last._replace(ids=one, logits=None, latency_ms=0.0, caught_up_rows=0, forced=True) for one in ids]
 
-    def follow(self, exit_layer: int, slowdown: Slowdown) -> None:
+    def follow(self, exit_layer: int, slowdown: Slowdown, governor: Governor) -> None:
         """Go on alone after a token in company: from its exit, and with what the rounds have learned about the device."""
-        state = self._state
-        learned = state.slowdown._replace(mean=slowdown.mean, variance=slowdown.variance, surprise=0, drift=0.0)
-        self._state = state._replace(exit_layer=exit_layer, tokens_since_switch=1, catching_up=False, slowdown=learned)
+        learned = self._state.slowdown.moved(slowdown)._replace(surprise=0, drift=0.0)
+        self._state = self._state._replace(
+            exit_layer=exit_layer, tokens_since_switch=1, catching_up=False, slowdown=learned, governor=governor
+        )
         self._decision = None
 
     def _policy_of(self, budget: Budget) -> Policy | None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.seen import Chunk, CompanyState, RoundSeen, StreamSeen
+from balcony_edge.control.company.seen import Chunk, CompanyState, LearnedAlone, RoundSeen, StreamSeen
+from balcony_edge.control.controller import ControllerState
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
@@ -89,6 +90,7 @@ class Scheduler:
         self._controller: JointController | None = None
         self._priced: CostModel | None = None
         self._state, self._last = CompanyState(), None  # type: CompanyState, Measurement | None
+        self._told: ControllerState | None = None  # what the last round has left in learned
         self._not_before_s = 0.0
         self._trace: RoundTraceWriter | None = None
         self._pool: SequencePool | None = None
@@ -323,7 +325,7 @@ class Scheduler:
             return f"kv_memory_mb: the replies in progress leave room for {left} tokens, not for {stream.rows}: wait"
         if not others:
             return None
-        now = RoundSeen(tuple(map(self._seen_of, others)), None, time.monotonic())
+        now = RoundSeen(tuple(map(self._seen_of, others)), None, time.monotonic(), learned=self._learned_alone())
         return self._joint().refusal(self._state, now, self._seen_of(stream))
 
     def _seen_of(self, stream: Stream) -> StreamSeen:
@@ -418,9 +420,9 @@ class Scheduler:
             exit_layer = self._engine.exit_layers[found.deepest]
             self._last = Measurement(exit_layer, found.price_ms, (done_ns - begin_ns) / 1e6)
         self._company, self._state = frozenset(moves), state
-        known, learned = self._learned.state, state.slowdown
-        slowdown = known.slowdown._replace(mean=learned.mean, variance=learned.variance)
-        self._learned.state = known._replace(governor=state.governor, slowdown=slowdown)
+        known = self._learned.state
+        known = known._replace(governor=state.governor, slowdown=known.slowdown.moved(state.slowdown))
+        self._learned.state = self._told = known
         now_s = time.monotonic()
         for stream, row in logits.items():
             self._hand_over(stream, row, moves[stream.key], now_s, (seen.readings, seen.now_s))
@@ -443,7 +445,12 @@ class Scheduler:
                 streams[stream.key] = stream
         senses = any(one.budget.needs_sensors for one in found)
         now_s, busy_s = time.monotonic(), self._learned.busy_ns / 1e9
-        return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, self._readings() if senses else ())
+        readings, learned = self._readings() if senses else (), self._learned_alone()
+        return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, readings, learned)
+
+    def _learned_alone(self) -> LearnedAlone | None:
+        state = self._learned.state
+        return None if state is self._told else LearnedAlone(state.slowdown, state.governor)
 
     def _work_off(self, stream: Stream, chunk: Chunk) -> None:
         sequence = stream.sequence
@@ -489,5 +496,5 @@ class Scheduler:
     ) -> None:
         with stream.alone():
             steps = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
-            stream.decoder.follow(decision.exit_layer, self._state.slowdown)
+            stream.decoder.follow(decision.exit_layer, self._state.slowdown, self._state.governor)
             stream.answer(steps)

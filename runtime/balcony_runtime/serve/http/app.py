@@ -29,7 +29,7 @@ from balcony_runtime.tokens import refuse_foreign
 try:
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 except ImportError as missing:
@@ -83,6 +83,7 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool) -> Guard:
             RefusedError: _refused,
             BalconyError: _refused,
             HTTPException: _unknown,
+            ClientDisconnect: _gone,
             Exception: _refused,
         },
     )
@@ -122,7 +123,8 @@ class _Routes:
 
     async def model(self, request: Request) -> Response:
         """One name of the model."""
-        name = request.path_params["name"]
+        if not (name := request.path_params["name"]):
+            return await self.models(request)
         self._service.names.budget(name, {}, None)
         return JSONResponse(self._model(name))
 
@@ -284,10 +286,14 @@ async def _refused(request: Request, error: Exception) -> Response:
     return answer_of(refusal_of(error))
 
 
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # the client left while it sent the body: no one reads it
+
+
 async def _unknown(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     allowed = (
         "no such path; docs/server.md lists them" if status == 404 else "no such method; docs/server.md lists them"
     )
     word = "not_found" if status == 404 else "method_not_allowed"
-    return answer_of(RefusedError(status, f"{request.method} {request.url.path[:100]}: {allowed}", word))
+    return answer_of(RefusedError(status, f"{request.method} {request.scope['path'][:100]}: {allowed}", word))

@@ -63,7 +63,8 @@ class Guard:
                 self._note(scope, seen[0])
 
     def _check(self, request: Request) -> None:
-        if request.url.path not in _OPEN and self._api_key is not None:
+        # Not request.url, which follows the Host header that the client chose.
+        if request.scope["path"] not in _OPEN and self._api_key is not None:
             given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
             if not hmac.compare_digest(given.encode(), self._api_key.encode()):
                 raise RefusedError(

@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 SEND_BUFFER = 128 << 10
 #: Connections that the kernel holds until they are accepted. The event loop accepts so many at once, before it counts them.
 BACKLOG = 256
+#: Time between two looks at whether the last reply has ended, while the server stops.
+DRAIN_LOOK_S = 0.05
 #: File descriptors of the process that are no connections.
 OTHER_FILES = 64
 
@@ -94,6 +96,7 @@ class Server:
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watched: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -117,12 +120,27 @@ class Server:
             raise self._failure
 
     def stop(self) -> None:
-        """Take no more requests, wait for those in progress, and return from :meth:`run`. For any thread."""
+        """Take no more requests, wait for those in progress, and return from :meth:`run`. For any thread.
+
+        Until then the port stays open: ``/health`` says 503 to balancers, and ``/metrics`` goes on.
+        """
         self.service.draining = True
+        if self._loop is None:
+            self._uvicorn.should_exit = True
+            return
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            self._loop.call_soon_threadsafe(self._begin_to_drain)
+
+    def _begin_to_drain(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        until_s = time.monotonic() + self._settings.drain_s
+        while self.service.busy and time.monotonic() < until_s:
+            await asyncio.sleep(DRAIN_LOOK_S)
+        self.service.abort()
         self._uvicorn.should_exit = True
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended already
-                self._loop.call_soon_threadsafe(self._loop.call_later, self._settings.drain_s, self.service.abort)
 
     @property
     def ready(self) -> bool:
@@ -217,7 +235,7 @@ class _Uvicorn(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _end(self) -> None:
-        if self.should_exit:
+        if self._owner.service.draining:
             self._owner.service.abort()
             return
         _log.info("stopping: waiting for requests in progress; another signal ends them")

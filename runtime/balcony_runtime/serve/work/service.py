@@ -169,6 +169,11 @@ class Service:
         return self._loaded is None or self._parts[2].makes_progress()
 
     @property
+    def busy(self) -> bool:
+        """Whether an answer is in progress."""
+        return bool(self._answers) or self._preparing > 0
+
+    @property
     def slots(self) -> Sequence[Job]:
         """Replies that have not ended."""
         return tuple(self._jobs.values())

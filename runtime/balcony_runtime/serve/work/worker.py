@@ -103,7 +103,11 @@ class Worker:
             if message is None:
                 return False
             act, job = message
-            act(job)
+            try:
+                act(job)
+            except Exception as error:  # the job ends, and the others go on
+                self._found.append((job, _told(error)))
+                self._cancel(job)
             busy = True
         return True
 
