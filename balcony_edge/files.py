@@ -122,6 +122,12 @@ def write_together(contents: Mapping[Path, bytes], error_class: type[BalconyErro
                 raise error_class(f"{path}: cannot be written ({error.strerror}): {cure}") from error
 
 
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def atomic_file(path: Path, error_class: type[BalconyError], cure: str) -> Iterator[BinaryIO]:
     """A file under a temporary name next to ``path``, which replaces it at the end of the block, on the disk.

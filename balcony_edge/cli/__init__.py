@@ -97,7 +97,8 @@ def reported(action: Callable[[], object]) -> None:
         try:
             action()
         finally:
-            sys.stdout.flush()  # reports a full disk here; at the interpreter's exit it would be a traceback
+            if sys.stdout is not None:  # a closed one
+                sys.stdout.flush()  # reports a full disk here; at the interpreter's exit it would be a traceback
     except BalconyError as error:
         print(f"balcony-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line that a user sees
         sys.exit(1)

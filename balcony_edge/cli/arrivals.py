@@ -54,8 +54,14 @@ def parsed(text: str) -> tuple[float, int]:
 def classes(files: Sequence[Path], own: Budget) -> dict[str, Budget]:
     """Name of each budget file → its budget; ``own`` if there is none."""
     from balcony_edge.budget import load_budget
+    from balcony_edge.errors import InputError
 
-    return {file.stem: load_budget(file) for file in files} or {"budget": own}
+    found: dict[str, Budget] = {}
+    for file in files:
+        if file.stem in found:
+            raise InputError(f"--budget {file}: another class has the same name, {file.stem}: rename one of the files")
+        found[file.stem] = load_budget(file)
+    return found or {"budget": own}
 
 
 def facts(company: Company) -> dict[str, Any]:

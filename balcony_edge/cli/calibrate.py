@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
     text: Annotated[
         Path | None, typer.Option(help='Text that resembles the replies: JSON Lines with "text", .txt or .raw.')
@@ -54,6 +55,13 @@ def calibrate(
     ]
     opened = Bundle.open(bundle)
     if check is not None:
+        for name in ("max_disagreement", "confidence"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(
+                    f"{option} with --check: the thresholds have the promise that they were made for: leave it out"
+                )
         _check(opened, check, tokens, document_tokens, as_json=as_json)
         return
     require_writable(bundle, str(bundle), BundleError, "make it writable: the thresholds go into its manifest")

@@ -24,17 +24,18 @@ PATIENCE_S = 5.0
 
 def doctor(
     sysfs: Annotated[
-        Path, typer.Option(help="Root of the sysfs tree to read, such as one copied from a device.")
-    ] = Path("/sys"),
+        Path | None,
+        typer.Option(help="Root of the sysfs tree to read, such as one copied from a device; /sys by default."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show this device, its engines, and every sensor with its value, or with the reason for its absence and a cure."""
     from balcony_edge.device.machine import this_device
     from balcony_runtime.sensors import Sensors, device_sources
 
-    if not sysfs.is_dir():
+    if sysfs is not None and not sysfs.is_dir():
         raise InputError(f"--sysfs {sysfs}: is not a directory: give the root of a sysfs tree, such as /sys")
-    with Sensors(device_sources(sysfs)) as sensors:
+    with Sensors(device_sources(sysfs or Path("/sys"))) as sensors:
         time.sleep(LOOK_S)
         late_s = time.monotonic() + PATIENCE_S  # on a busy machine the second sample may take a while
         while time.monotonic() < late_s and any(h.state == "present" and h.samples < 2 for h in sensors.health()):

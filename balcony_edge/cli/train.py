@@ -300,7 +300,7 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
     try:
         plot_curves(metrics, plot, f"Balconies of {name}", trainer.config.loss, before=before, after=after)
     except MissingDependencyError as error:
-        stderr.print(f"[yellow]no plot: {error}[/]")
+        stderr.print(f"no plot: {error}", style="yellow", markup=False)
     if as_json:
         document: dict[str, Any] = {
             "balconies": str(trainer.output),

@@ -136,7 +136,6 @@ def govern(before: Governor, demand: Demand) -> Governor:
     gpu, gpu_share = _utilized(before.gpu, demand, "gpu", budget.gpu_utilization)
     integral, critical_c, heat_share = _temperature(before, demand)
     charge_left = _charge_left(demand)
-    cap, caps = _depth(demand, before.power, charge_left)
     found = {
         "power_w": power_share,
         "cpu_utilization": cpu_share,
@@ -150,6 +149,7 @@ def govern(before: Governor, demand: Demand) -> Governor:
     # The share rises by at most a tenth per tick, so that a reading that is too low does not allow a burst. It falls by
     # at most half, so that no gap looks like a hung stream.
     share = max(share if rested else min(max(share, before.share / 2), before.share + 0.1), LEAST_SHARE)
+    cap, caps = _depth(demand, before.power, charge_left, share)
     binding = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
     after = before._replace(
         ticked_s=now_s,
@@ -262,7 +262,7 @@ def _temperature(before: Governor, demand: Demand) -> tuple[float, float | None,
     return integral, critical, error + integral
 
 
-def _depth(demand: Demand, power: Load | None, charge_left: float | None) -> tuple[int, list[str]]:
+def _depth(demand: Demand, power: Load | None, charge_left: float | None, share: float) -> tuple[int, list[str]]:
     """Return the deepest index that charge, memory and energy allow, and the keys that limit it.
 
     The index is below ``lowest`` if no index is allowed.
@@ -270,7 +270,7 @@ def _depth(demand: Demand, power: Load | None, charge_left: float | None) -> tup
     caps = {
         "battery_floor_percent": _on_a_ramp(demand, charge_left),
         "memory_mb": _on_a_ramp(demand, _memory_left(demand)),
-        "energy_j_per_token": _affordable(demand, power),
+        "energy_j_per_token": _affordable(demand, power, share),
     }
     found = {key: cap for key, cap in caps.items() if cap is not None}
     return min([demand.highest, *found.values()]), list(found)
@@ -301,14 +301,20 @@ def _memory_left(demand: Demand) -> float | None:
     return (1 - (reading.memory_bytes or 0) / (ceiling_mb * 1e6)) / MEMORY_RAMP
 
 
-def _affordable(demand: Demand, power: Load | None) -> int | None:
-    """Deepest index whose tokens take no more energy than allowed; None if all are allowed or power is not measured."""
+def _affordable(demand: Demand, power: Load | None, share: float) -> int | None:
+    """Deepest index whose tokens take no more energy than allowed; None if all are allowed or power is not measured.
+
+    Between two tokens the device idles for as long as a pace asks for, the one that follows from the busy share included.
+    """
     budget, most_j = demand.budget, demand.budget.energy_j_per_token
     if most_j is None or power is None or watts(demand.readings, budget.power_rail, demand.now_s) is None:
         return None
     slowest_s = 0.0 if budget.max_pace_tps is None else 1 / budget.max_pace_tps
     for index in range(demand.highest, demand.lowest - 1, -1):
-        gap_s = max(demand.step_s[index], slowest_s)
+        paced_s = (
+            min(demand.step_s[index] / share, 1 / least_pace_tps(budget, demand.pace_tps)) if budget.pacing else 0.0
+        )
+        gap_s = max(demand.step_s[index], slowest_s, paced_s)
         if power.at(demand.step_s[index] / gap_s) * gap_s <= most_j:
             return None if index == demand.highest else index
     return demand.lowest - 1

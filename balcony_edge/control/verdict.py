@@ -201,7 +201,7 @@ def _seen(budget: Budget, now_s: float, readings: Sequence[Reading]) -> _Seen:
         hottest_c(readings, now_s),
         None if cpu is None else cpu.value,
         None if gpu is None else gpu.value,
-        None if battery is None else battery.charge,
+        None if battery is None or battery.charging else battery.charge,  # a floor is for a battery that drains
         None if memory is None else (memory.memory_bytes or 0) / 1e6,
     )
 

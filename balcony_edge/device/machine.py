@@ -113,9 +113,33 @@ def cpu_name(root: Path = Path("/")) -> str:
     return " ".join(found.group(1).split()) if found is not None else platform.processor() or platform.machine()
 
 
-def available_cpus() -> int:
-    """Number of CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cpus(root: Path = Path("/")) -> int:
+    """Number of CPUs that this process may use: those that it may run on, and no more than the quota of its cgroups."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min(cpus, _cpu_quota(root)), 1)
+
+
+def _cpu_quota(root: Path) -> int:
+    """Whole CPUs that the process's cgroup and those above it allow, as containers set it; very many without a quota.
+
+    cgroup v2: ``cpu.max`` is "quota period" or "max period"; v1: ``cpu.cfs_quota_us`` is -1 without one. A part of a CPU does
+    not count, since a thread that is stopped for the rest of each period holds up all others.
+    """
+    tree, quota = root / "sys/fs/cgroup", 1 << 20
+    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        home = tree if not controllers else tree / "cpu"
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        place = Path(path.strip("/"))
+        for group in (place, *place.parents):  # a container sees its own group at the top
+            if controllers:
+                given, period = _text(home / group / "cpu.cfs_quota_us"), _text(home / group / "cpu.cfs_period_us")
+            else:
+                given, _, period = (_text(home / group / "cpu.max") or "max").partition(" ")
+            if given and period and given.isdigit() and period.isdigit() and int(period):
+                quota = min(quota, int(given) // int(period))
+    return quota
 
 
 def best_threads(sysfs: Path = Path("/sys")) -> int:
@@ -124,11 +148,11 @@ def best_threads(sysfs: Path = Path("/sys")) -> int:
     A pass is divided into equal parts, so it takes as long as the slowest core needs for its part: the n fastest cores, the
     slowest of which has capacity c, do n · c. Four slow cores beside four that are twice and a half as fast make a pass longer.
     """
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    cpus, most = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else (), available_cpus()
     texts = [_text(sysfs / f"devices/system/cpu/cpu{cpu}/cpu_capacity") or "" for cpu in cpus]
     if not texts or not all(text.isdigit() for text in texts):  # the kernel knows no capacities
-        return available_cpus()
-    capacities = sorted(map(int, texts), reverse=True)
+        return most
+    capacities = sorted(map(int, texts), reverse=True)[:most]
     return max(range(1, len(capacities) + 1), key=lambda count: count * capacities[count - 1])
 
 

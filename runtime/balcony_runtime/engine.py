@@ -277,7 +277,7 @@ class TokenSequence:
         Only recurrent layers need it. The number of such checkpoints is bounded; without one, a rollback by n rows runs about
         as many again (:mod:`.backends.recurrent`).
         """
-        self.state.checkpoint()
+        self.state.checkpoint(self.stage_cursor, self.balcony_cursor)
 
     def begin_like(self, other: TokenSequence, rows: int) -> None:
         """Give an empty sequence the first rows of another one, whose :attr:`lock` is held."""
@@ -436,7 +436,8 @@ class TokenSequence:
         index = self._index(exit_layer)
         if not self._cached[index]:
             return 0
-        begin = self.balcony_cursor[index]
+        # An interrupted pass over keys alone has left an older state.
+        begin = self.balcony_cursor[index] = self.state.exit_resumes(index, self.balcony_cursor[index])
         end = min(self.stage_cursor[index], begin + whole("max_rows", max_rows, 0))
         for start in range(begin, end, self._pass_rows):
             stop = min(start + self._pass_rows, end)

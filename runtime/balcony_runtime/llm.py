@@ -357,6 +357,7 @@ class LLM:
             for prompt, own in zip(prompts, budgets, strict=True)
         ]
         alike = len({(len(request.ids), request.limits.budget) for request in requests}) == 1
+        alike = alike and len(requests) <= MEMBERS and self.engine.backend.batch_size in (None, len(requests))
         if alike and self._budget.kv_memory_mb is None and not self._requests.scheduler.shares:
             return self._in_lockstep(requests, sampling)
         waiting, streams = deque(requests), []

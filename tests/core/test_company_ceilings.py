@@ -66,6 +66,30 @@ def test_a_ceiling_delays_rounds_as_the_budgets_allow(budgets: list[Budget], wai
     assert found.wait_ms == pytest.approx(wait_ms)
 
 
+def test_a_deadline_bounds_the_wait_and_comes_before_a_pace() -> None:
+    """40 tokens in 2 s, with a twentieth to spare: 47.5 ms a token, of which the round takes 10.75."""
+    urgent = {"made_tokens": 60, "started_s": 2.0}  # now is 10 s
+    timed = Budget(power_w=8.0, priority="latency", deadline_s=10.0, expected_tokens=100)
+    _, found = decided([stream(0, timed, **urgent), stream(1)], SETTLED._replace(governor=BUSY))
+    assert found.wait_ms == pytest.approx(47.5 - 10.75)
+    reader = Budget(max_pace_tps=12.0, deadline_s=10.0, expected_tokens=100)
+    _, found = decided([stream(0, reader, **urgent, emitted_s=9.95), stream(1)])
+    assert 0 in exits(found), "83 ms between two tokens would be too late"
+
+
+def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:
+    lost = SETTLED._replace(governor=BUSY._replace(infeasible=("power_w", "latency")))
+    strict = {"on_infeasible": "error"}
+    budgets = [Budget(power_w=3.0), Budget(tpot_ms=40.0, **strict), Budget(temperature_c=80.0, **strict)]
+    after, found = decided([stream(key, one) for key, one in enumerate(budgets)], lost)
+    assert after.governor.infeasible == ("power_w", "latency")
+    assert [key for key, _ in found.refused] == [1], "its latency is out of reach"
+    _, found = decided([stream(0, Budget(power_w=3.0, **strict)), stream(1, Budget(**strict))], lost)
+    assert [key for key, _ in found.refused] == [0]
+    infeasible = {move.key: move.decision.infeasible for move in found.moves}
+    assert infeasible == {0: True, 1: False}
+
+
 def test_what_was_learned_of_the_device_outlives_a_round_without_ceilings() -> None:
     state = SETTLED._replace(governor=BUSY._replace(ceiling=0))
     after, found = decided([stream(0), stream(1)], state)

@@ -70,6 +70,36 @@ def test_slow_cores_get_no_threads(
     assert best_threads(sysfs_tree(tree)) == threads
 
 
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 8),
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "250000 100000"}, 2),
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "max 100000"}, 8),
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
+        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/cpu.max": "300000 100000"}, 3),
+        (
+            {
+                "proc/self/cgroup": "3:cpu,cpuacct:/docker/x\n2:memory:/y",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+                "sys/fs/cgroup/cpu/docker/x/cpu.cfs_quota_us": "-1",
+                "sys/fs/cgroup/cpu/docker/x/cpu.cfs_period_us": "100000",
+            },
+            4,
+        ),
+    ],
+)
+def test_a_quota_of_the_container_bounds_the_threads(
+    files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert machine.available_cpus(tmp_path) == cpus
+
+
 def test_an_engine_takes_the_best_number_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cpus", lambda: 8)
     monkeypatch.setattr(machine, "best_threads", lambda: 4)

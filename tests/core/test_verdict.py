@@ -166,6 +166,16 @@ def test_a_charge_is_held_down_to_its_floor(percent: int, held: bool) -> None:
     assert verdict.margin == pytest.approx((percent - 20) / 20)
 
 
+def test_a_battery_that_charges_has_no_floor() -> None:
+    """The controller holds nothing then."""
+
+    def battery(now_s: float) -> tuple[Reading, ...]:
+        return (Reading("b", "battery", now_s, charge=0.15, charging=True),)
+
+    verdict = judged(Budget(battery_floor_percent=20), [100.0, 200.0], battery)["battery_floor_percent"]
+    assert (verdict.reached, verdict.held) == (None, None)
+
+
 def test_readings_are_kept_every_tenth_of_a_second() -> None:
     shares = iter([0.1, 0.9, 0.3, 0.9, 0.5])
 

@@ -12,6 +12,7 @@ import gc
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,7 +40,19 @@ TOLERANCE = 1e-4
 actions = st.lists(
     st.tuples(
         st.sampled_from(
-            ["advance", "advance", "step", "step", "stage", "balcony", "idle", "rollback", "again", "move", "cancel"]
+            [
+                "advance",
+                "advance",
+                "step",
+                "step",
+                "stage",
+                "balcony",
+                "idle",
+                "rollback",
+                "again",
+                "move",
+                "cancel",
+            ]
         ),
         st.integers(0, 2),
         st.integers(1, 12),
@@ -88,6 +101,7 @@ def play(engine: Engine, sequence: TokenSequence, schedule: list[tuple[str, int,
             assert_equal(got, from_scratch(engine, exit_layer, sequence.tokens, rows))
         elif action == "stage":
             stage = which % len(exits)
+            sequence.checkpoint()
             before = sequence.stage_rows[stage]
             assert sequence.run_stage(stage, count) == before - sequence.stage_rows[stage] <= count
         elif action == "balcony":
@@ -356,6 +370,21 @@ def test_a_step_on_a_full_sequence_is_refused_and_changes_nothing(subject: Engin
         assert_equal(sequence.advance(exit_layer, []), from_scratch(tiny_engine, exit_layer, sequence.tokens, 1))
 
 
+def test_a_closed_engine_frees_its_sessions(with_engine_sets: Callable[[str], Bundle]) -> None:
+    """Whoever still has a sequence."""
+    bundle = with_engine_sets("llama")
+    with Engine.of(bundle) as engine:
+        sequence, pool = engine.new_sequence(), engine.backend.new_pool(2, 64)
+        sequence.advance(2, [1, 2, 3])
+        sequence.step(5, np.array([4]))
+        assert pool is not None
+        pool.begin(np.array([0]), np.array([1]), np.array([0]), 1)
+        pool.run_stage(0, 0, 1)
+        sessions = [weakref.ref(session._sess) for session in engine.backend.sessions.values()]  # type: ignore[attr-defined]
+    gc.collect()
+    assert not any(session() for session in sessions)
+
+
 def test_a_closed_engine_is_one_line(with_engine_sets: Callable[[str], Bundle]) -> None:
     for backend in ("lowered", "portable", "packed", "device-fused"):
         engine = BACKENDS[backend](with_engine_sets("llama"))
@@ -376,6 +405,9 @@ def test_a_closed_engine_is_one_line(with_engine_sets: Callable[[str], Bundle]) 
         ):
             with pytest.raises(InputError, match="this bundle was closed: load it again"):
                 call()
+        if backend == "device-fused":  # its memory is freed; that of the others belongs to the sequence
+            with pytest.raises(InputError, match="this bundle was closed: load it again"):
+                sequence.parts(3)
 
 
 def test_sequences_do_not_disturb_one_another(subject: Engine, tiny_engine: Engine) -> None:

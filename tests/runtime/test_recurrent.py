@@ -15,6 +15,7 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
+from balcony_runtime.backends import recurrent
 from balcony_runtime.chat import Chat
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
@@ -166,3 +167,46 @@ def test_several_streams_keep_states_of_their_own(hybrid: LLM) -> None:
     streams = [hybrid.stream(prompt, max_new_tokens=10, ignore_eos=True) for prompt in PROMPTS[:3]]
     together = [[token.id for token in tokens] for tokens in zip(*streams, strict=True)]
     assert [list(ids) for ids in zip(*together, strict=True)] == alone
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+def test_a_checkpoint_after_a_rollback_keeps_what_the_next_step_needs(
+    export_tiny: Callable[[str], Any], copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States of rows that were rolled back are newer, and they must not push out the one at the cursor."""
+    monkeypatch.setattr(recurrent, "MOST_COPIES", copies)
+    tokens = np.random.default_rng(6).integers(0, 320, 240)
+    with Engine.open(export_tiny("granite-hybrid").path) as engine:
+        sequence, clean = engine.new_sequence(), engine.new_sequence()
+        for start in range(0, 192, 64):
+            sequence.advance(5, tokens[start : start + 64])
+        for token in tokens[192:200]:
+            sequence.step(5, np.array([token]))
+        for back in (193, 130, 65):
+            sequence.rollback(back)
+            sequence.checkpoint()
+            got = sequence.advance(5, tokens[back : back + 3], num_logits=1)
+            clean.rollback(0)
+            want = clean.advance(5, tokens[: back + 3], num_logits=1)
+            np.testing.assert_allclose(got, want, atol=2e-5 * float(np.abs(want).max()))
+
+
+def test_a_balcony_goes_on_after_an_interrupted_pass(
+    export_tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its backlog has run through the graph for keys, and its queries have not."""
+    tokens = np.random.default_rng(7).integers(0, 320, 60)
+    with Engine.open(export_tiny("mamba2").path) as engine:
+        exit_layer = engine.exit_layers[0]
+        sequence, clean = engine.new_sequence(), engine.new_sequence()
+        sequence.advance(exit_layer, tokens[:20])
+        sequence.advance(5, tokens[20:40])  # leaves a backlog at the balcony
+        graph = sequence.state._exits[0].graph  # type: ignore[attr-defined]
+        with monkeypatch.context() as patch:
+            patch.setattr(graph, "end", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                sequence.advance(exit_layer, tokens[40:41])
+        sequence.run_balcony(exit_layer, 1000)
+        got = sequence.advance(exit_layer, tokens[41:44], num_logits=1)
+        want = clean.advance(exit_layer, tokens[:44], num_logits=1)
+        np.testing.assert_allclose(got, want, atol=2e-5 * float(np.abs(want).max()))

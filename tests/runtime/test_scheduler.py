@@ -371,6 +371,49 @@ def test_a_batch_may_be_larger_than_the_queue(llm: LLM) -> None:
     assert found == [llm.generate(prompt, max_new_tokens=2).text for prompt in prompts]
 
 
+def test_a_token_counts_the_time_for_which_it_waited(llm: LLM) -> None:
+    """Also if it is the only one that asks."""
+    with llm.together() as replies:
+        stream = replies.add([1, 2, 3], budget=Budget(ttft_ms=100.0), max_new_tokens=2, ignore_eos=True)
+        time.sleep(0.2)
+        while replies.open:
+            replies.step()
+    assert stream.reply.tokens[0].latency_ms > 200 > stream.reply.tokens[1].latency_ms
+    (verdict,) = stream.reply.verdicts
+    assert verdict.key == "ttft_ms" and verdict.held is False
+
+
+def test_an_interrupted_step_of_one_reply_is_taken_back(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = ids(llm.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True))
+    with llm.together() as replies:
+        stream = replies.add([1, 2, 3], max_new_tokens=8, ignore_eos=True)
+        for _ in range(4):
+            replies.step()
+        advance = TokenSequence.step
+
+        def interrupted(self: TokenSequence, exit_layer: int, tokens: Any) -> Any:
+            advance(self, exit_layer, tokens)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenSequence, "step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                replies.step()
+        while replies.open:
+            replies.step()
+    assert ids(stream.reply) == want
+
+
+def test_without_memory_for_a_pool_every_reply_has_its_own(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(type(llm.engine.backend), "new_pool", lambda *_: (_ for _ in ()).throw(MemoryError))
+    assert len(ids(llm.generate([1, 2, 3], max_new_tokens=4, ignore_eos=True))) == 4 and llm.pool is None
+    assert [one.message for one in caplog.records] == [
+        "no memory for 16 replies that share passes: each runs by itself"
+    ]
+
+
 def test_replies_can_be_paused(llm: LLM) -> None:
     with llm.together() as replies:
         paused = replies.add([1, 2, 3], max_new_tokens=10, ignore_eos=True)

@@ -300,6 +300,23 @@ def test_the_exit_with_the_best_drafts_makes_them() -> None:
     assert found is not None and found.exit_layer == 2  # of the same acceptance, the cheaper one
 
 
+def test_a_step_with_pending_rows_teaches_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes many times as long as its price, and drafts would seem many times as fast."""
+    learned: list[float] = []
+    learn = Speculator.learn_plain
+    monkeypatch.setattr(
+        Speculator, "learn_plain", lambda self, price, took: (learned.append(took), learn(self, price, took))
+    )
+    monkeypatch.setattr(Speculator, "plan", lambda *_: None)
+    stream = llm.stream(PROMPTS[0], budget=Budget(exit_layer=EXITS[0]), max_new_tokens=14, ignore_eos=True)
+    for count, token in enumerate(stream, start=1):
+        if count == 8:
+            stream.budget = Budget(policy="speculative")
+        if count == 9:
+            assert token.caught_up_rows > 0 and not learned
+    assert len(learned) == 5, "all later tokens"
+
+
 def test_measured_times_correct_the_expected_speedup() -> None:
     fresh, slow_steps, slow_rounds = (Speculator(EXITS, {2: 0.9, 3: 0.9}) for _ in range(3))
     wanted = planned(fresh, costs())

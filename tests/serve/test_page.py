@@ -133,6 +133,30 @@ def test_the_slider_acts_on_the_running_reply(page: Chrome) -> None:
     assert told[:3] == ["exit 3"] * 3 and set(told) != {"exit 3"} and not chat.find_elements(By.CLASS_NAME, "error")
 
 
+def test_a_target_replaces_the_fixed_exit_of_a_name(page: Chrome) -> None:
+    """Also if the slider is moved before the question."""
+    (chat,) = chats(page)
+    for name in ("tiny:shallow", "tiny:slow"):
+        choose(chat, name)
+        slide(page, part(chat, "slider"), 99)
+        made = len(tokens(chat))
+        ask(chat, "hello")
+        until(page, lambda made=made: len(tokens(chat)) > made and ended(chat))
+        assert part(chat, "target").text == part(chat, "asked").text and part(chat, "exit").text == "5"
+    assert not chat.find_elements(By.CLASS_NAME, "error")
+
+
+def test_a_refused_message_can_be_sent_again(page: Chrome, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    (chat,) = chats(page)
+    monkeypatch.setattr(server.service, "draining", True)
+    ask(chat, "hello")
+    until(page, lambda: chat.find_elements(By.CLASS_NAME, "error"))
+    assert part(chat, "text").get_property("value") == "hello"
+    assert part(chat, "status-text").get_property("textContent") == "Error: the server is stopping: use another one"
+    assert page.switch_to.active_element == part(chat, "text")
+    assert all(" 503 " in complaint for complaint in complaints(page))
+
+
 def test_stop_ends_the_reply(page: Chrome, server: Server) -> None:
     (chat,) = chats(page)
     choose(chat, "tiny:slow")

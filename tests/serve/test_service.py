@@ -479,7 +479,10 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
         ([], "is not a bundle"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: is not an address of this machine"),
         (["--ssl-certfile", "cert.pem"], "--ssl-certfile and --ssl-keyfile: TLS needs both; give the other one, too"),
-        (["--ssl-certfile", "a.pem", "--ssl-keyfile", "b.pem"], "--ssl-certfile a.pem: there is no such file"),
+        (
+            ["--ssl-certfile", "a.pem", "--ssl-keyfile", "b.pem"],
+            "--ssl-certfile a.pem: cannot be read (No such file or directory)",
+        ),
     ],
 )
 def test_a_server_that_cannot_start_says_why(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ class JointController:
             predicted_ms=predicted_ms,
             price_ms=price_ms,
             probability=probability_of(limit_ms, price_ms, deviation),
-            infeasible=not view.met or (ceilings is not None and bool(governor.infeasible)),
+            infeasible=not view.met or (ceilings is not None and _out_of_reach(view, governor)),
             words=(why, *(() if ceilings is None else device_words(governor, ceilings, 0.0))),
             stops=ceilings is not None and governor.critical(ceilings),
             unseen=ceilings is not None and bool(governor.unseen(ceilings)),
@@ -254,7 +254,14 @@ def _ends(view: View, outcome: _Outcome) -> bool:
         return True
     if view.stream.budget.on_infeasible != "error":
         return False
-    return not view.met or (ceilings is not None and bool(governor.infeasible))
+    return not view.met or (ceilings is not None and _out_of_reach(view, governor))
+
+
+def _out_of_reach(view: View, governor: Governor) -> bool:
+    """Whether a ceiling of the stream's own budget is out of reach, or its latency target because of a ceiling."""
+    budget = view.stream.budget
+    timed = budget.tpot_ms is not None or budget.deadline_s is not None
+    return any(timed if key == "latency" else getattr(budget, key) is not None for key in governor.infeasible)
 
 
 def _early_ms(view: View, now_s: float) -> float:
@@ -262,12 +269,25 @@ def _early_ms(view: View, now_s: float) -> float:
     fastest = view.stream.budget.max_pace_tps
     if fastest is None or view.first:
         return 0.0
+    fastest = max(
+        fastest, _pace_tps(view.stream, now_s) / (1 - PACE_MARGIN)
+    )  # a deadline is more important than a pace
     return 1000 / fastest - 1000 * (now_s - view.stream.emitted_s)
 
 
 def _needed_tps(seen: RoundSeen) -> float:
-    """Tokens a second that the shortest ``tpot_ms`` needs; 0 without any."""
-    return max((1000 / stream.budget.tpot_ms for stream in seen.streams if stream.budget.tpot_ms), default=0.0)
+    """Tokens a second that the stream with the shortest target needs; 0 without any."""
+    return max((_pace_tps(stream, seen.now_s) for stream in seen.streams), default=0.0)
+
+
+def _pace_tps(stream: StreamSeen, now_s: float) -> float:
+    """Tokens a second that the latency targets of a stream need; 0 without any."""
+    budget, needed = stream.budget, 0.0
+    if budget.tpot_ms is not None:
+        needed = 1000 / budget.tpot_ms
+    if budget.deadline_s is not None and (left := (budget.expected_tokens or 0) - stream.made_tokens) > 0:
+        needed = max(needed, left / max(budget.deadline_s - (now_s - stream.started_s), 1e-3))
+    return needed
 
 
 def _wait_ms(

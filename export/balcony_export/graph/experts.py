@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -78,7 +79,9 @@ def interleave(models: Iterable[ir.Model]) -> None:
             if isinstance(tensor, Widened):
                 value.const_value = Interleaved(tensor.original, tensor.wide, value.name)
             else:
-                weight = torch.from_numpy(tensor.numpy())
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # a view that nobody writes to
+                    weight = torch.from_numpy(tensor.numpy())
                 value.const_value = Interleaved(weight, weight.dtype, value.name)
 
 

@@ -82,8 +82,8 @@ class State(Protocol):
         """The same for the balcony of an exit."""
         ...
 
-    def checkpoint(self) -> None:
-        """Keep the recurrent states after the rows so far, so that a rollback to here runs no row again."""
+    def checkpoint(self, stage_cursor: Sequence[int], balcony_cursor: Sequence[int]) -> None:
+        """Keep the recurrent states at the cursors of stages and balconies, so that a rollback to here runs no row again."""
         ...
 
     def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
@@ -113,7 +113,7 @@ class RowsOnly:
         """See :class:`State`."""
         return rows
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, stage_cursor: Sequence[int], balcony_cursor: Sequence[int]) -> None:
         """Do nothing: rows stay as they are."""
 
 
@@ -195,6 +195,8 @@ class Backend(Protocol):
     threads: int
     #: Most rows of a sequence; at most the context length.
     max_length: int
+    #: The only number of members that a sequence may have; None for any.
+    batch_size: int | None
     #: Whether picking the most likely token inside the backend is cheaper than returning all logits.
     picks_inside: bool
 

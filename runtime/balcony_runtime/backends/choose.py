@@ -12,6 +12,7 @@ import numpy as np
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.device.machine import checked_threads
 from balcony_edge.errors import BalconyError, BundleError, DeviceError, InputError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.installed import checked_onnxruntime
@@ -100,18 +101,21 @@ def open_backend(
         device, chosen, _ = choose(bundle.manifest)
         if device == "webgpu" and engines is None:
             return _faster(bundle, threads, verify_hashes)
+        if device == "webgpu":  # runs no engine sets
+            device = "cpu"
         engines = engines or chosen
     if device == "cpu" and engines is None:
         from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
         return OnnxRuntimeBackend(bundle, threads=threads, packed=packed, verify_hashes=verify_hashes)
+    threads = None if threads is None else checked_threads(threads)
     if device == "webgpu":
         if packed is not None or engines is not None:
             given = "engine sets" if packed is None else "packed weights"
             raise InputError(f"--device webgpu: runs the bundle's own graphs, not {given}: leave them out")
         from balcony_runtime.backends.webgpu.backend import WebGpuBackend  # noqa: PLC0415 - likewise
 
-        return WebGpuBackend(bundle)
+        return WebGpuBackend(bundle, threads)
     if packed is not None:
         raise InputError("packed weights are for the CPU: leave them out, or run with device cpu")
     engines = engines or _only(bundle, device)
@@ -121,7 +125,7 @@ def open_backend(
         return tensorrt.open_backend(bundle, engines, verify_hashes=verify_hashes)
     from balcony_runtime.backends import onnxruntime_device  # noqa: PLC0415 - likewise
 
-    return onnxruntime_device.open_backend(bundle, engines, device, verify_hashes=verify_hashes)
+    return onnxruntime_device.open_backend(bundle, engines, device, threads=threads, verify_hashes=verify_hashes)
 
 
 def _faster(bundle: Bundle, threads: int | None, verify_hashes: bool) -> Backend:

@@ -42,6 +42,7 @@ class DeviceBackend:
         #: The device does the work; one thread of the host starts it.
         self.threads = 1
         self.max_length = engines.context_length
+        self.batch_size = executor.batch_size
         self.picks_inside = True
         #: All sequences share one queue of work and its contexts, so only one thread at a time may use them.
         self.lock = threading.RLock()
@@ -49,12 +50,16 @@ class DeviceBackend:
         #: a capture.
         self.returned: deque[Workspace] = deque()
         self._workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
+        self._closed = False
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """A context in which the calling thread has the device to itself."""
-        with self.lock, self.device.current():
-            yield
+        """A context in which the calling thread has the device to itself; an error once its memory is freed."""
+        with self.lock:
+            if self._closed:
+                raise InputError("this bundle was closed: load it again")
+            with self.device.current():
+                yield
 
     def new_state(self, batch_size: int, max_length: int) -> DeviceState:
         """Memory for one sequence. It has the length of the engines' caches, whatever ``max_length`` is.
@@ -107,6 +112,7 @@ class DeviceBackend:
                 stack.enter_context(self.device.current())
             for workspace in list(self._workspaces):
                 workspace.forget_programs()  # they hold contexts of the engines
+            self._closed = True
             self.executor.close()
             self.device.close()
 

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import shutil
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -212,6 +213,9 @@ class OnnxRuntimeBackend:
         use_large_pages(before)
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
+        self.batch_size: int | None = None
+        #: States and pools, whose bindings hold sessions.
+        self.users: weakref.WeakSet[OnnxRuntimeState | OnnxRuntimePool] = weakref.WeakSet()
 
     def new_state(self, batch_size: int, max_length: int) -> OnnxRuntimeState:
         """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`."""
@@ -234,6 +238,8 @@ class OnnxRuntimeBackend:
                 session.end_profiling()
         self.sessions.clear()
         self.paths.clear()
+        for user in list(self.users):
+            user.forget_programs()
 
     def __enter__(self) -> Self:
         return self

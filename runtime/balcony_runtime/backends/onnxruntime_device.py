@@ -33,7 +33,14 @@ class OnnxRuntimeExecutor:
     in_place = True
     batch_size: int | None = None
 
-    def __init__(self, directory: Path, files: Mapping[str, str], provider: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        files: Mapping[str, str],
+        provider: str,
+        options: dict[str, Any],
+        threads: int | None = None,
+    ) -> None:
         name, self._memory = PROVIDERS[provider]
         if name not in checked_onnxruntime().get_available_providers():
             raise DeviceError(
@@ -44,7 +51,8 @@ class OnnxRuntimeExecutor:
         # On the CPU the purpose is to check the files. A product fused with its DequantizeLinear would also round its inputs.
         entries = {"session.disable_quant_qdq": "1"} if provider == "cpu" else None
         self._sessions = {
-            graph: open_session(directory / file, providers=providers, entries=entries) for graph, file in files.items()
+            graph: open_session(directory / file, threads=threads, providers=providers, entries=entries)
+            for graph, file in files.items()
         }
         if strays := [graph for graph, session in self._sessions.items() if session.get_providers()[0] != name]:
             # If a library of the provider is missing, ONNX Runtime only warns and uses the CPU.
@@ -76,13 +84,16 @@ class OnnxRuntimeExecutor:
         self._sessions.clear()
 
 
-def open_backend(bundle: Bundle, engines: str, provider: str, *, verify_hashes: bool = True) -> DeviceBackend:
+def open_backend(
+    bundle: Bundle, engines: str, provider: str, *, threads: int | None = None, verify_hashes: bool = True
+) -> DeviceBackend:
     """Open an engine set's graphs with ONNX Runtime.
 
     Args:
         bundle: bundle with the set.
         engines: name of the set.
         provider: key of :data:`PROVIDERS`.
+        threads: size of ONNX Runtime's shared pool, if this is the first engine of the process.
         verify_hashes: whether the set's files are hashed.
 
     Raises:
@@ -101,7 +112,7 @@ def open_backend(bundle: Bundle, engines: str, provider: str, *, verify_hashes: 
     try:
         for file in files.values():
             check_graph(directory / file, chosen.files)
-        executor = OnnxRuntimeExecutor(directory, files, provider, options)
+        executor = OnnxRuntimeExecutor(directory, files, provider, options, threads)
     except BaseException:
         device.close()
         raise

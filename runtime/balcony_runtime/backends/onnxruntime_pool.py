@@ -54,6 +54,7 @@ class OnnxRuntimePool:
     def __init__(self, backend: OnnxRuntimeBackend, members: int, max_length: int) -> None:
         manifest = backend.manifest
         self._backend, self.members = backend, members
+        backend.users.add(self)
         self._memory = Memory.allocate(manifest, backend.dtype, members, max_length)
         self._layers = (0, *manifest.exit_layers)
         self._specs = manifest.runnable
@@ -71,6 +72,11 @@ class OnnxRuntimePool:
         self._head_run = lru_cache(members)(self._bind_head)
         self._program = lru_cache(MOST_BINDINGS)(self._bind_program)
         self.busy_ns = 0
+
+    def forget_programs(self) -> None:
+        """Drop all bindings, which hold sessions."""
+        for kept in (self._stage_run, self._exit_run, self._head_run, self._program):
+            kept.cache_clear()
 
     def state(self, member: int) -> OnnxRuntimeState:
         """The memory of one member, as a sequence uses it."""

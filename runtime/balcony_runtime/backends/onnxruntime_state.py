@@ -126,6 +126,7 @@ class OnnxRuntimeState:
     def __init__(self, backend: OnnxRuntimeBackend, memory: Memory) -> None:
         manifest = backend.manifest
         self._backend, self._memory = backend, memory
+        backend.users.add(self)
         self._rows, self._row = memory.rows, memory.row
         self._batch = batch_size = len(memory.hidden)
         self.busy_ns = 0
@@ -164,6 +165,8 @@ class OnnxRuntimeState:
             )
             keys = graph(f"{name}_keys", {}, {}, name) if f"{name}_keys" in specs else None
             self._exits.append(_Exit(graph(name, inputs, outputs, name), keys))
+        #: The graphs that keep rows or states: stages, and balconies; the last one, the norm, keeps nothing.
+        self._keepers = [*self._stages, *(one.graph for one in self._exits)]
         self._head = graph("lm_head", {"hidden": self._hidden}, {"logits": value_of(self._logits)})
         #: Graphs of a decode step at each exit, in order.
         self._paths = [[self._graphs[name] for name in manifest.path_graphs(layer)] for layer in layers]
@@ -177,8 +180,7 @@ class OnnxRuntimeState:
     def memory_bytes(self) -> int:
         """Bytes of the logits' array, and of row buffers and KV caches as far as rows have reached them."""
         self._reserve_decoded()
-        graphs = [*self._stages, *(one.graph for one in self._exits)]
-        caches = [graph.cache for graph in graphs if graph.cache is not None]
+        caches = [graph.cache for graph in self._keepers if graph.cache is not None]
         # A stage writes the boundary after it, and stage 0 takes all rows of boundary 0.
         written = [caches[stage].rows for stage in range(len(self._stages))]
         reached = [written[0], *written]
@@ -309,10 +311,11 @@ class OnnxRuntimeState:
         states = self._exits[exit_index].graph.states
         return rows if states is None else states.newest(rows)
 
-    def checkpoint(self) -> None:
-        """Copy the newest states."""
-        for states in self._memory.states.values():
-            states.copy(states.newest(self._rows.shape[2]))
+    def checkpoint(self, stage_cursor: Sequence[int], balcony_cursor: Sequence[int]) -> None:
+        """Copy the states at the cursors; those of rows that were rolled back may be newer."""
+        for graph, rows in zip(self._keepers, (*stage_cursor, *balcony_cursor), strict=False):
+            if graph.states is not None:
+                graph.states.copy(rows)
 
     def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
         """Views of the rows at the boundaries after the stages, of keys and values, and recurrent states."""
@@ -327,8 +330,7 @@ class OnnxRuntimeState:
         found: dict[str, Array] = {}
         for stage, rows in enumerate(stage_rows):
             found[f"hidden_{self._layers[stage + 1]}"] = self._rows[stage + 1, :, :rows]
-        graphs = [*self._stages, *(one.graph for one in self._exits)]
-        for graph, rows in zip(graphs, (*stage_rows, *balcony_rows), strict=False):
+        for graph, rows in zip(self._keepers, (*stage_rows, *balcony_rows), strict=False):
             if graph.cache is not None and rows:
                 self._reserve(graph, rows)
                 kept = graph.cache.first(rows)
@@ -341,6 +343,13 @@ class OnnxRuntimeState:
         """Copy what another state has made."""
         for name, rows in self._parts(stage_rows, balcony_rows, lambda states, rows: states.fill(rows)).items():
             rows[:] = part_of(parts, name, rows.shape, rows.dtype)
+
+    def forget_programs(self) -> None:
+        """Drop all bindings, which hold sessions."""
+        for graph in self._graphs.values():
+            graph.one_row.clear()
+            graph.many_rows.clear()
+        self._programs.clear()
 
     def _stand_at(self, start: int, stop: int) -> None:
         """Tell the graphs which rows the next pass takes."""
@@ -375,10 +384,7 @@ class OnnxRuntimeState:
         if cache is None:
             return
         if rows > cache.held.capacity:
-            for one in self._graphs.values():
-                one.one_row.clear()
-                one.many_rows.clear()
-            self._programs.clear()
+            self.forget_programs()
             cache.grow(rows)
         cache.rows = max(cache.rows, rows)
 

@@ -23,7 +23,7 @@ from balcony_edge.bundle.bundle import Bundle, sha256_file
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.device.machine import this_device
 from balcony_edge.errors import BundleError, InputError
-from balcony_edge.files import locked, partial_directory
+from balcony_edge.files import locked, partial_directory, sync
 from balcony_runtime.backends.joined_graph import Part, join
 
 #: Name → size and SHA-256 of every other file of a directory of packed weights.
@@ -66,6 +66,8 @@ def packed_graphs(
                         (part / paths[f"path_{layer}"]).write_bytes(joined_step(bundle.manifest, layer, part))
                     made = {file.name: [file.stat().st_size, sha256_file(file)] for file in sorted(part.iterdir())}
                     (part / FILES).write_text(json.dumps(made, indent=1))
+                    for path in part.iterdir():  # on the disk before its name is: power may be lost
+                        sync(path)
                     part.rename(home)
         except OSError as error:
             if not home.is_dir():  # without locks, another process may have made them meanwhile

@@ -149,8 +149,11 @@ class Decoder:
         while True:
             yield from self.step()
 
-    def step(self) -> list[Step]:
-        """Make the next token, or the next tokens if a policy makes several at once; errors as for :meth:`steps`."""
+    def step(self, waited_ms: float = 0.0) -> list[Step]:
+        """Make the next token, or the next tokens if a policy makes several at once; errors as for :meth:`steps`.
+
+        ``waited_ms`` is the time since the token was asked for.
+        """
         sequence, exits, learned, ids = self._sequence, self._sequence.exits, self._learned, self._ids
         begin_ns, rows_before = time.perf_counter_ns(), sequence.rows_run
         new_rows = 1 if self._made else sequence.length - self.kept_rows
@@ -163,16 +166,16 @@ class Decoder:
             sequence.checkpoint()  # the end of the prompt, to which the next reply may go back
         forced = self._force(made.ids[-1])
         done_ns = time.perf_counter_ns()
+        caught_up = 0
+        if not made.drafted:  # rows beyond the new ones are backlog; a draft round has no backlog
+            caught_up = max(sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows, 0)
         measured = self._made and attempted is None
-        self._last = self._learn(decision, (done_ns - begin_ns) / 1e6) if measured else None
+        self._last = self._learn(decision, (done_ns - begin_ns) / 1e6, caught_up) if measured else None
         learned.busy_ns += done_ns - begin_ns
         if decision.period_ms:  # wait after the step, so that a slow step shortens the wait
             learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
             done_ns = time.perf_counter_ns()
-        latency_ms, self._emitted_ns = (done_ns - begin_ns) / 1e6, done_ns
-        caught_up = 0
-        if not made.drafted:  # rows beyond the new ones are backlog; a draft round has no backlog
-            caught_up = max(sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows, 0)
+        latency_ms, self._emitted_ns = waited_ms + (done_ns - begin_ns) / 1e6, done_ns
         given = decision
         if attempted is not None:
             words = (made.words, *decision.words)
@@ -353,13 +356,14 @@ class Decoder:
             logits = sequence.step(exit_layer, ids)
         return Made([sampler.pick(logits)], [logits], exit_layer)
 
-    def _learn(self, decision: Decision, measured_ms: float) -> Measurement | None:
+    def _learn(self, decision: Decision, measured_ms: float, caught_up: int) -> Measurement | None:
         """Learn from a plain step, and return its measurement for the controller.
 
-        Prefill is not measured, because its time says nothing about the slowdown of the next step.
+        Prefill is not measured, because its time says nothing about the slowdown of the next step. A policy compares its rounds
+        with steps of one row, so it does not learn from one that worked off pending rows.
         """
         costs = self._costs
-        if self._policy is not None and costs is not None and decision.exit_layer == costs.exits[-1]:
+        if not caught_up and self._policy is not None and costs is not None and decision.exit_layer == costs.exits[-1]:
             expected_ms = decision.price_ms or costs.steady_ms(decision.exit_layer, self._sequence.length - 1)
             self._policy.learn_plain(expected_ms, measured_ms)
         return Measurement(decision.exit_layer, decision.price_ms, measured_ms) if decision.price_ms else None

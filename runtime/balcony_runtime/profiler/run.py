@@ -110,7 +110,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
         residuals=(*residuals, *results.step_residuals(entries)),
         spread=results.spread(blocks),
         power=power,
-        power_reason=None if power else why_no_power(sensors),
+        power_reason=None if power else "the profile was interrupted before it" if rails else why_no_power(sensors),
         sustained=sustained,
         memory=MemoryUse(
             loaded_bytes=loaded_bytes,

@@ -208,6 +208,8 @@ class SequencePool:
                 _log.warning("%s", error)
             finally:
                 self.give_back(sequence)
+            if sequence.length and not self.holds(sequence):
+                files.forget(path)  # its rows take more memory than may be kept
 
     def _better(self, files: PrefixFiles, wanted: IntArray) -> Path | None:
         """The file with the longest prefix of some tokens, if it has clearly more than every member and may be kept."""
@@ -323,16 +325,20 @@ class SequencePool:
         return 0
 
     def close(self) -> None:
-        """Write ended sequences to the files, the one that was used last first; no thread may take one meanwhile."""
-        if (files := self._files) is None:
-            return
+        """Free ended sequences, after writing them to the files, the one that was used last first.
+
+        No thread may take one meanwhile.
+        """
         with self._lock:
             ended, self._ended = self._ended[::-1], []
         try:
-            for age, sequence in enumerate(ended):
-                files.keep(sequence, age)
+            for age, sequence in enumerate(ended if self._files is not None else ()):
+                self._files.keep(sequence, age)  # type: ignore[union-attr]
         except BalconyError as error:
             _log.warning("%s", error)
+        with self._lock:
+            for sequence in ended:
+                self._clear(sequence)
 
     def _clear(self, sequence: TokenSequence) -> None:
         member = self._places.pop(sequence)

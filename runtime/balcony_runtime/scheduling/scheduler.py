@@ -9,6 +9,7 @@ consumer does not ask is not stepped and holds nobody up.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -29,12 +30,13 @@ from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, Bounds, in_order, overtakes, row_bytes
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
-from balcony_runtime.scheduling.stream import Stream
+from balcony_runtime.scheduling.stream import Stream, undone
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
 if TYPE_CHECKING:
     from balcony_edge.control.company.round_trace import RoundTraceWriter
 
+_log = logging.getLogger(__name__)
 #: Members of the KV pool; streams for which there is none when they begin have memory of their own and share no passes.
 MEMBERS = 16
 #: Longest time that a round waits for the streams of the round before it, whose consumers are at their tokens.
@@ -102,7 +104,11 @@ class Scheduler:
         """Whether the engine can share passes between sequences."""
         with self._pool_lock:
             if not self._pool_made:
-                self._pool, self._pool_made = SequencePool.of(self._engine, MEMBERS, self.files), True
+                self._pool_made = True
+                try:
+                    self._pool = SequencePool.of(self._engine, MEMBERS, self.files)
+                except MemoryError:
+                    _log.warning("no memory for %d replies that share passes: each runs by itself", MEMBERS)
                 if self._pool is not None:
                     self._pool.kept_bytes = self._bounds.kept_bytes
         return self._pool is not None
@@ -374,23 +380,17 @@ class Scheduler:
     def _alone(self, stream: Stream) -> None:
         self._company = frozenset()
         self._last = None
-        with stream.alone():
-            stream.answer(stream.decoder.step())
+        with undone([stream]), stream.alone():
+            stream.answer(stream.decoder.step(1000 * (time.monotonic() - stream.asked_s)))
 
     def _round(self, asking: Sequence[Stream], begin_ns: int) -> None:
-        lengths = {stream.key: stream.sequence.length for stream in asking}
         try:
-            self._run(asking, begin_ns)
+            with undone(asking):
+                self._run(asking, begin_ns)
         except Exception as error:  # a shared pass failed
             for stream in asking:
                 if stream.asks:
                     stream.fail(error)
-        except BaseException:
-            # The streams ask again: what this round has appended without an answer goes.
-            for stream in asking:
-                if stream.asks and stream.decoder.begun:
-                    stream.sequence.rollback(min(lengths[stream.key], stream.sequence.length))
-            raise
 
     def _run(self, asking: Sequence[Stream], begin_ns: int) -> None:
         if (pause_s := self._not_before_s - time.monotonic()) > 0:

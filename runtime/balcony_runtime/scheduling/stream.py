@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.engine import TokenSequence
@@ -83,3 +83,18 @@ class Stream:
             yield
         except Exception as error:
             self.fail(error)
+
+
+@contextlib.contextmanager
+def undone(asking: Sequence[Stream]) -> Iterator[None]:
+    """Take back what an interrupted block has appended to streams without an answer: they ask again."""
+    lengths = {stream.key: stream.sequence.length for stream in asking}
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        for stream in asking:
+            if stream.asks and stream.decoder.begun:
+                stream.sequence.rollback(min(lengths[stream.key], stream.sequence.length))
+        raise

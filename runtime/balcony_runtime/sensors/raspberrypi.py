@@ -13,7 +13,6 @@ and GPU together. Bits of ``get_throttled``: 0 low voltage, 1 ARM clock capped, 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import struct
@@ -58,7 +57,7 @@ class RaspberryPi:
         self._flags = next(iter(sorted(self._platform.glob("soc*/soc*:firmware/get_throttled"))), None)
         if self._device is None:
             try:
-                self._device = os.open(self._mailbox, os.O_RDONLY | os.O_CLOEXEC)
+                self._device = os.open(self._mailbox, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             except OSError as error:
                 self._problem = error
 
@@ -115,6 +114,8 @@ class RaspberryPi:
         if self._device is None:
             raise self._problem
         message = bytearray(_MESSAGE.pack(_MESSAGE.size, 0, _TEXT_COMMAND, _TEXT_BYTES, 0, 0, command.encode(), 0))
+        import fcntl  # noqa: PLC0415 - Windows has none
+
         fcntl.ioctl(self._device, _PROPERTY, message)
         _, code, _, _, _, error, text, _ = _MESSAGE.unpack(message)
         if code != _SUCCESS or error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from balcony_runtime.sensors.base import Absence
+from balcony_runtime.sensors.plausible import MAX_WATTS
 
 #: Exceptions of a read: the kernel refuses, or the text is not a number.
 ATTRIBUTE_ERRORS = (OSError, ValueError)
@@ -37,7 +38,7 @@ def read_text(path: Path) -> str:
     Raises:
         OSError: the attribute does not exist, is not readable, or its driver has no value.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
         return os.read(descriptor, 4096).decode(errors="replace").strip("\0 \n\t")
     finally:
@@ -109,10 +110,10 @@ class EnergyCounter:
         raw, last_s = read_number(self.path), self._last_s
         known = self._last_uj is not None
         delta = 0 if self._last_uj is None else raw - self._last_uj
-        if self.range_uj:
-            delta %= self.range_uj
-        elif delta < 0:
-            delta, known = 0, False
+        if delta < 0:  # it has wrapped, or begun again: then the energy of a wrap is beyond what the time allows
+            wrapped = (delta % self.range_uj) if self.range_uj else 0
+            known = known and 0 < wrapped <= 1e6 * MAX_WATTS * (now_s - last_s)
+            delta = wrapped if known else 0
         self._total_uj = raw if self._last_uj is None else self._total_uj + delta
         self._last_uj, self._last_s, self._moved = raw, now_s, self._moved or delta != 0
         watts = delta / 1e6 / (now_s - last_s) if known and now_s > last_s else None

@@ -239,7 +239,7 @@ class _Reader:
             self.notes = Notes.model_validate_json(metadata["notes"])
             self.tensors = {name: self._tensor(value) for name, value in values.items()}
             kind, shape, *_ = self.tensors["tokens"]
-            if kind != "I64":
+            if kind != "I64" or len(shape) != 2 or shape[0] != 1:
                 raise ValueError(kind)
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError) as error:
             raise self._damaged(f"its header says nothing useful about {type(error).__name__}") from error
@@ -269,11 +269,11 @@ class _Reader:
                 f"{self._path}: was saved with another bundle (fingerprint {notes.fingerprint[:12]}, this one has "
                 f"{manifest.fingerprint[:12]}): load that one, or begin anew"
             )
-        count, length = len(manifest.exit_layers), shape[-1]
+        count, length = len(manifest.exit_layers), shape[1]
         stages, balconies = notes.stage_rows, notes.balcony_rows
-        fits = len(stages) == count and len(balconies) == count - 1 and len(shape) == 2 and shape[0] == 1
+        fits = len(stages) == count and len(balconies) == count - 1
         fits = fits and stages == sorted(stages, reverse=True) and stages[0] <= length
-        if not fits or any(rows > length for rows in balconies):
+        if not fits or any(rows > before for rows, before in zip(balconies, stages, strict=False)):
             raise self._damaged("its rows do not fit its tokens")
 
     @property

@@ -73,6 +73,11 @@ class PrefixFiles:
                     best, longest = path, shared
         return best, longest
 
+    def forget(self, path: Path) -> None:
+        """Do not look at a file again."""
+        with self._lock:
+            self._known.pop(path, None)
+
     def load(self, path: Path, sequence: TokenSequence) -> None:
         """Fill an empty sequence with a file's rows; the file is then the one that was used last.
 
@@ -82,8 +87,7 @@ class PrefixFiles:
         try:
             session = file.load(path, self._engine, sequence)
         except BalconyError:
-            with self._lock:
-                self._known.pop(path, None)
+            self.forget(path)
             raise
         with contextlib.suppress(OSError):
             os.utime(path)

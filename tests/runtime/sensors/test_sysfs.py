@@ -195,6 +195,12 @@ def test_rapl_undoes_wraps_and_a_vanished_zone_counts_on(sysfs_tree: Tree) -> No
     assert "does not exist" in missing(rapl.read(2.0))["rapl:package-0/dram"]
     put(counter, 7000387)
     assert dram(3.75) == (65720.0, 3.0)
+    put(
+        counter, 5
+    )  # it has begun again: to the end of the range it would be 65.7 kJ, more than any device takes in 0.5 s
+    assert dram(4.25) == (65720.0, None)
+    put(counter, 2000005)
+    assert dram(4.75) == (65722.0, 4.0)
 
 
 def test_rapl_without_a_pulse_is_absent(sysfs_tree: Tree) -> None:

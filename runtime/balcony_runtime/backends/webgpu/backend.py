@@ -31,7 +31,7 @@ class WebGpuBackend:
         MissingDependencyError: no package has the provider.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.manifest: Manifest = bundle.manifest
         if (problem := misfit(self.manifest)) is not None:
             raise BundleError(f"{bundle.path}: {problem}")
@@ -39,11 +39,12 @@ class WebGpuBackend:
         #: The device does the work; one thread of the host starts it.
         self.threads = 1
         self.max_length = self.manifest.model.context_length
+        self.batch_size: int | None = None
         self.picks_inside = True
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
         with WebGpuDevice.lock:
-            self.device = WebGpuDevice(provider, self.manifest.embedding.dtype, len(self.manifest.exit_layers))
+            self.device = WebGpuDevice(provider, self.manifest.embedding.dtype, len(self.manifest.exit_layers), threads)
             try:
                 kinds = self._open_graphs(bundle)
                 #: Most rows of a pass; None: any number.

@@ -128,13 +128,14 @@ class WebGpuDevice:
         provider: the provider of the sessions.
         dtype: type of hidden states.
         boundaries: most row buffers that one pass of the graph ``put`` writes.
+        threads: size of ONNX Runtime's shared pool, if this is its first session.
     """
 
     #: The provider's context belongs to the process, not to a device: one thread at a time opens, runs or frees anything there.
     lock = threading.RLock()
 
-    def __init__(self, provider: Provider, dtype: DType, boundaries: int) -> None:
-        self._provider, self.dtype = provider, dtype
+    def __init__(self, provider: Provider, dtype: DType, boundaries: int, threads: int | None = None) -> None:
+        self._provider, self.dtype, self._threads = provider, dtype, threads
         self.sessions: dict[str, Any] = {}
         self._memories: set[DeviceMemory] = set()
         #: Memory of collected states, freed later: a state may be collected in any thread, even during a pass.
@@ -156,7 +157,9 @@ class WebGpuDevice:
             DeviceError: the device cannot run it, or has too little memory for its weights.
         """
         try:
-            session = open_session(graph, providers=self._provider.names, devices=self._provider.devices)
+            session = open_session(
+                graph, threads=self._threads, providers=self._provider.names, devices=self._provider.devices
+            )
         except BundleError as error:
             raise failure(name, error.__cause__ or error) from error
         if session.get_providers()[0] != NAME:  # ONNX Runtime only warns and uses the CPU

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,9 +88,8 @@ class Server:
         self._open, self._settings = open_llm, settings
         if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
             raise InputError("--ssl-certfile and --ssl-keyfile: TLS needs both; give the other one, too")
-        for option, path in (("--ssl-certfile", settings.ssl_certfile), ("--ssl-keyfile", settings.ssl_keyfile)):
-            if path is not None and not path.is_file():
-                raise InputError(f"{option} {path}: there is no such file: name a PEM file")
+        if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
+            _refuse_wrong_files(settings.ssl_certfile, settings.ssl_keyfile)
         self._socket = _listen(settings.host, settings.port)
         self.service = Service(settings.name, settings.budget, settings.budgets, settings.limits)
         self._uvicorn = _Uvicorn(self._config(), self)
@@ -243,14 +243,30 @@ class _Uvicorn(uvicorn.Server):
         self._owner.stop()
 
 
+def _refuse_wrong_files(certificate: Path, key: Path) -> None:
+    """Refuse files of TLS that cannot be used, before the bundle is loaded."""
+    for option, path in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise InputError(f"{option} {path}: cannot be read ({error.strerror}): name a PEM file") from error
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise InputError(
+            f"--ssl-certfile {certificate} with --ssl-keyfile {key}: cannot be used ({error.reason or error}): "
+            "name the PEM files of a certificate and of its key"
+        ) from error
+
+
 def _connection_class(limits: Limits) -> type[Connection]:
     """The connections; no more than the process may have files, so that accepting one never fails."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = (
-        limits.connections
-        if files == resource.RLIM_INFINITY
-        else min(limits.connections, files - BACKLOG - OTHER_FILES)
-    )
+    wanted = limits.connections + BACKLOG + OTHER_FILES
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < wanted:
+        files = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    most = limits.connections if files == resource.RLIM_INFINITY else min(wanted, files) - BACKLOG - OTHER_FILES
     return bounded(limits.head_s, limits.unread_s, max(most, 1))
 
 
