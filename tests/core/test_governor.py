@@ -109,11 +109,11 @@ def test_joules_a_token_count_the_wait_for_the_pace() -> None:
         after = govern(before, demand(Budget(energy_j_per_token=joules, max_pace_tps=10), 1.0, reading))
         assert after.ceiling == max(ceiling, 0)
         assert (after.infeasible == ("energy_j_per_token",)) is (ceiling < 0)
-    # a busy share of 0.35 spreads 0.021 s over 0.06: 0.12 + 6 × 0.021 = 0.246 J; a pace of 40 a second leaves 0.025 s
+    # a busy share of 0.35 spreads 0.021 s over 0.06: 0.12 + 6 × 0.021 = 0.246 J
     shared = before._replace(share=0.25, ceiling=3, changed_s=-9.0)
     room = Reading("c", "cpu", 1.0, utilization=0.3)  # the filter does not know it yet, and the share rises by a tenth
-    for joules, least, ceiling in ((0.25, None, 3), (0.2, None, 2), (0.2, 40.0, 3)):
-        both = Budget(energy_j_per_token=joules, cpu_utilization=0.9, min_pace_tps=least)
+    for joules, ceiling in ((0.25, 3), (0.2, 2)):
+        both = Budget(energy_j_per_token=joules, cpu_utilization=0.9)
         after = govern(shared, demand(both, 1.0, reading, room))
         assert (after.share, after.ceiling) == (pytest.approx(0.35), ceiling)
     # without a pace the step's own joules count: 8 W × 0.021 s = 0.168 J
