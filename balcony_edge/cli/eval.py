@@ -63,6 +63,10 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
     if not text and not names:
         raise InputError("no text and no task is given: give --text FILE, --tasks NAMES, or both")
+    if data is not None and not names:
+        raise InputError(f"--data {data} without --tasks: it has the files of tasks: name some, or leave it out")
+    if window is not None and not text:
+        raise InputError(f"--window {window} without --text: tasks have windows of their own: leave it out")
     duplicates = [path.name for path in text or [] if sum(path.name == other.name for other in text or []) > 1]
     if duplicates:
         raise InputError(f"--text: two files have the name {duplicates[0]}, and results are kept by name: rename one")

@@ -323,9 +323,14 @@ class DeviceProfile(_Frozen):
         """The profile as JSON-ready values."""
         return self.model_dump(mode="json")
 
-    def mismatches(self, device: Machine, fingerprint: str, threads: int) -> tuple[str, ...]:
-        """Reasons why its numbers may not hold on ``device`` for the bundle with this fingerprint, one phrase each."""
+    def mismatches(self, device: Machine, fingerprint: str, engine: str, threads: int) -> tuple[str, ...]:
+        """Reasons why its numbers may not hold on ``device`` for the bundle with this fingerprint, one phrase each.
+
+        ``engine`` is the name of the engine that runs it, with so many threads.
+        """
         found = [] if fingerprint == self.bundle.fingerprint else ["it was measured with another bundle"]
+        if engine != self.engine.name:
+            found.append(f"it was measured with {self.engine.name}, not {engine}")
         if threads != self.engine.threads:
             found.append(f"it was measured with {self.engine.threads} threads, not {threads}")
         return (*found, *self.device.differences(device))

@@ -96,8 +96,9 @@ class Request(NamedTuple):
 
     def forget_untold(self, sequence: TokenSequence) -> None:
         """Take the rows of tokens that were made and not told out of the sequence of a reply that has ended."""
-        if told := self.prompted.told:  # the last token of a reply has no row
-            sequence.rollback(min(sequence.length, len(self.ids) + told - 1))
+        rows = len(self.ids) + self.prompted.told - 1  # the last token of a reply has no row
+        if self.prompted.told and sequence.length > rows:
+            sequence.rollback(rows)
 
     def stream(self, tokens: Iterator[Token]) -> TokenStream:
         """The stream of these tokens, as its user sees it."""

@@ -105,6 +105,9 @@ def test_a_round_begins_with_what_streams_have_learned_by_themselves() -> None:
     after, found = decided([stream(0, Budget(power_w=8.0)), stream(1)], CompanyState(SETTLED.slowdown), learned=alone)
     assert found.predicted_ms == pytest.approx(10.75 * 2.01375, rel=1e-4) and found.wait_ms > 100
     assert after.slowdown.mean == 0.7 and after.slowdown.noise_variance == SETTLED.slowdown.noise_variance
+    # a moment after a round its own slowdown is the better one
+    _, found = decided([stream(0), stream(1)], CompanyState(SETTLED.slowdown, decided_s=9.5), learned=alone)
+    assert found.predicted_ms == pytest.approx(10.75)
 
 
 def test_a_critical_temperature_ends_every_stream() -> None:

@@ -156,10 +156,11 @@ def test_shipped_profiles_load_and_keep_their_bars(path: Path) -> None:
 
 def test_mismatches_are_named() -> None:
     profile = make_profile()
-    assert profile.mismatches(DEVICE, "f" * 64, 2) == ()
+    assert profile.mismatches(DEVICE, "f" * 64, "onnxruntime", 2) == ()
     other = DEVICE.model_copy(update={"cpus": 4, "memory_bytes": 4 * 10**9, "system": "Linux 7", "power_mode": "15W"})
-    assert profile.mismatches(other, "e" * 64, 1) == (
+    assert profile.mismatches(other, "e" * 64, "TensorRT", 1) == (
         "it was measured with another bundle",
+        "it was measured with onnxruntime, not TensorRT",
         "it was measured with 2 threads, not 1",
         "cpus: 2 there, 4 here",
         "power_mode: none there, 15W here",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,17 @@ def test_a_run_that_fails_is_one_line(
     monkeypatch.undo()
     fresh = tiny_engine.new_sequence(max_length=16).advance(5, sequence.tokens)
     np.testing.assert_allclose(sequence.advance(5, []), fresh, rtol=1e-3, atol=1e-4)
+
+
+def test_a_closed_engine_frees_its_sessions(tiny: Any) -> None:
+    """Whoever still has a sequence."""
+    with Engine.open(tiny.path) as engine:
+        sequence, pool = engine.new_sequence(), engine.backend.new_pool(2, 64)
+        sequence.advance(2, [1, 2, 3])
+        sequence.step(5, np.array([4]))
+        assert pool is not None
+        pool.begin(np.array([0]), np.array([1]), np.array([0]), 1)
+        pool.run_stage(0, 0, 1)
+        sessions = [weakref.ref(session._sess) for session in engine.backend.sessions.values()]  # type: ignore[attr-defined]
+    gc.collect()
+    assert not any(session() for session in sessions)

@@ -333,7 +333,7 @@ def test_a_reply_that_began_in_a_round_keeps_its_policy_and_its_ceilings(
 
 
 def test_what_is_learned_alone_and_in_company_is_one(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits and slowdown pass from a reply alone to rounds and back; a trace has them, so that its replay agrees."""
+    """Limits pass from a reply alone to rounds and back; a trace has them, so that its replay agrees."""
     llm.costs = PRICES
     for module in (joint, controller):
         monkeypatch.setattr(module, "TICK_S", 600.0)  # no look at the sensors changes the limits within this test
@@ -346,11 +346,9 @@ def test_what_is_learned_alone_and_in_company_is_one(llm: LLM, tmp_path: Path, m
         for _ in range(2):
             replies.step()
         state = llm._learned.state
-        slow = state.slowdown._replace(mean=1.5, variance=0.01)
-        llm._learned.state = state._replace(governor=hot, slowdown=slow)  # as a reply by itself does
+        llm._learned.state = state._replace(governor=hot)  # as a reply by itself does
         replies.step()
-        learned = llm._learned.state
-        assert learned.governor.ceiling == 0 and learned.slowdown.mean > 1
+        assert llm._learned.state.governor.ceiling == 0
         alone = next(iter(replies.open))
         while replies.open:
             replies.step()

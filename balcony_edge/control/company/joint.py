@@ -109,7 +109,7 @@ class JointController:
         Raises:
             BudgetError: a budget allows none of the exits.
         """
-        state = state.with_learned(seen.learned)
+        state = _known(state, seen)
         slowdown = self._learn(state, seen.last)
         governing = [stream.budget for stream in seen.streams if self._known(stream.budget).senses]
         ceilings = merged_ceilings(governing) if governing else None
@@ -152,7 +152,7 @@ class JointController:
 
     def refusal(self, state: CompanyState, seen: RoundSeen, newcomer: StreamSeen) -> str | None:
         """Why another stream cannot join those of a round now, in one line; None if it can."""
-        slowdown = self._learn(state.with_learned(seen.learned), None)
+        slowdown = self._learn(_known(state, seen), None)
         views = self._views((*seen.streams, newcomer), state, slowdown, seen.now_s, len(self._costs.exits))
         return self._goals.refusal(views, slowdown.factor)
 
@@ -232,6 +232,11 @@ class JointController:
                 begins=any(stream.made_tokens == 0 for stream in seen.streams),
             ),
         )
+
+
+def _known(state: CompanyState, seen: RoundSeen) -> CompanyState:
+    """The state with what streams have learned by themselves."""
+    return state.with_learned(seen.learned, rested=seen.now_s - state.decided_s > LONGEST_ROUND_S)
 
 
 def _prompt_share(state: CompanyState, now_s: float) -> float:

@@ -78,8 +78,7 @@ class RoundPrices:
     def steady(self, index: int, context: int, shares: bool = True) -> tuple[float, int]:
         """Own price and passes of a token of a stream without pending rows, at an exit index."""
         rows_ms, attention_ms, passes = self._steady[index]
-        own_ms = rows_ms + attention_ms * context
-        return (own_ms, passes) if shares else (own_ms + self.passes_ms(passes), 0)
+        return self._paid(rows_ms + attention_ms * context, passes, shares)
 
     def token(self, entry: RoundEntry) -> tuple[float, int]:
         """Own price and passes of a token. With more than one row due at a stage it has a pass of its own there."""
@@ -96,6 +95,10 @@ class RoundPrices:
         if (kept := balcony_rows[index]) > 1:
             balcony = costs.balconies[index]
             own_ms += balcony.pass_ms(kept, context, 1) - balcony.pass_ms(1, context, 1)
+        return self._paid(own_ms, passes, shares)
+
+    def _paid(self, own_ms: float, passes: int, shares: bool) -> tuple[float, int]:
+        """A token that shares its passes, or pays for all of them."""
         return (own_ms, passes) if shares else (own_ms + self.passes_ms(passes), 0)
 
     def passes_ms(self, passes: int) -> float:

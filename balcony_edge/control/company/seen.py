@@ -114,11 +114,16 @@ class CompanyState(NamedTuple):
     prompted: bool = False
     decided_s: float = 0.0
 
-    def with_learned(self, learned: LearnedAlone | None) -> CompanyState:
-        """The state with what streams have learned by themselves since the last round."""
+    def with_learned(self, learned: LearnedAlone | None, *, rested: bool) -> CompanyState:
+        """The state with what streams have learned by themselves since the last round.
+
+        Rounds are slower than their prices by other factors than single steps, so their slowdown gives way only to a newer one
+        (``rested``).
+        """
         if learned is None:
             return self
-        return self._replace(slowdown=self.slowdown.moved(learned.slowdown), governor=learned.governor)
+        slowdown = self.slowdown.moved(learned.slowdown) if rested else self.slowdown
+        return self._replace(slowdown=slowdown, governor=learned.governor)
 
     def without(self, keys: Collection[int]) -> CompanyState:
         """The state after some streams have ended."""

@@ -453,8 +453,7 @@ class Trainer:
                 if self.processes.writes:
                     self._log(progress, factor)
                     report(progress)
-            if deadline is not None:
-                self.schedule.total = self.step  # the time is over, whatever the last plan was
+            self.schedule.total = min(self.schedule.total, self.step)  # the time is over, whatever the last plan was
             self.checkpoint()
         except OSError as error:
             raise TrainingError(

@@ -192,6 +192,8 @@ class Backend(Protocol):
     """An engine with its graphs loaded. A context manager that frees them."""
 
     manifest: Manifest
+    #: The engine, and the device that it runs on.
+    name: str
     threads: int
     #: Most rows of a sequence; at most the context length.
     max_length: int

@@ -37,7 +37,6 @@ class DeviceBackend:
     def __init__(self, manifest: Manifest, engines: EngineSet, device: Device, executor: Executor, name: str) -> None:
         self.manifest, self.engines = manifest, engines
         self.device, self.executor = device, executor
-        #: The engine and the device, for people.
         self.name = name
         #: The device does the work; one thread of the host starts it.
         self.threads = 1

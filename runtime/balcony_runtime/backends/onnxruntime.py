@@ -213,7 +213,7 @@ class OnnxRuntimeBackend:
         use_large_pages(before)
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
-        self.batch_size: int | None = None
+        self.name, self.batch_size = "onnxruntime", None  # type: str, int | None
         #: States and pools, whose bindings hold sessions.
         self.users: weakref.WeakSet[OnnxRuntimeState | OnnxRuntimePool] = weakref.WeakSet()
 

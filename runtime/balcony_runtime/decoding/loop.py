@@ -17,7 +17,7 @@ import numpy as np
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.manifest import ConfidenceSpec
 from balcony_edge.control.company.seen import StreamSeen
-from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.controller import Controller, ControllerState, quantile_of
 from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
 from balcony_edge.control.governor import Governor
 from balcony_edge.control.slowdown import Slowdown
@@ -342,7 +342,11 @@ class Decoder:
         if decision.exit_layer != sequence.exits[-1] or decision.period_ms or budget.deadline_s is not None:
             return None
         slowdown = decision.predicted_ms / decision.price_ms if decision.price_ms else 1.0
-        most_ms = math.inf if budget.tpot_ms is None else budget.tpot_ms / slowdown
+        most_ms = math.inf
+        if budget.tpot_ms is not None:  # as for plain steps, with the probability asked for
+            known = self._state.slowdown
+            deviation = math.sqrt(known.variance + known.noise_variance)
+            most_ms = budget.tpot_ms / slowdown / math.exp(quantile_of(budget.probability) * deviation)
         return self._policy.attempt(Turn(sequence, ids, self._sampler, budget, costs, most_ms, begin_ns))
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:

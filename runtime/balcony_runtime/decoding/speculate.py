@@ -158,7 +158,8 @@ class Speculator:
                     again = (round(expected),) * len(self._exits)
                     price_ms += (1 - acceptance**drafts) * _further_ms(costs, again, context_length)
                 speedup = plain_ms * expected / (price_ms * self._round_ratio)
-                if pending_ms + behind_ms + price_ms <= most_ms and (found is None or speedup > found.speedup):
+                takes_ms = (pending_ms + behind_ms + price_ms) * max(self._round_ratio, 1.0)
+                if takes_ms <= most_ms and (found is None or speedup > found.speedup):
                     found = DraftRound(exit_layer, drafts, price_ms, speedup)
         if found is None or (found.speedup < WORTH and self._since_probe < PROBE_TOKENS):
             self._plan_at = self._since_probe + PLAN_TOKENS

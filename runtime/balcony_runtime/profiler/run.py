@@ -103,7 +103,9 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
         complete=complete,
         device=this_device(),
         bundle=results.bundle_facts(manifest),
-        engine=EngineFacts(name="onnxruntime", version=_version("onnxruntime"), threads=llm.engine.backend.threads),
+        engine=EngineFacts(
+            name=llm.engine.backend.name, version=_version("onnxruntime"), threads=llm.engine.backend.threads
+        ),
         conditions=watch.report(tuple(notes)),
         entries=entries,
         costs=costs,

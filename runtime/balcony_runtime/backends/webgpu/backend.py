@@ -18,7 +18,7 @@ from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.backends.webgpu import small_graphs
 from balcony_runtime.backends.webgpu.device import WebGpuDevice
 from balcony_runtime.backends.webgpu.probe import Attention, most_rows
-from balcony_runtime.backends.webgpu.provider import find_provider, misfit
+from balcony_runtime.backends.webgpu.provider import NAME, find_provider, misfit
 from balcony_runtime.backends.webgpu.state import WebGpuState
 
 
@@ -39,7 +39,7 @@ class WebGpuBackend:
         #: The device does the work; one thread of the host starts it.
         self.threads = 1
         self.max_length = self.manifest.model.context_length
-        self.batch_size: int | None = None
+        self.name, self.batch_size = f"ONNX Runtime, {NAME}", None  # type: str, int | None
         self.picks_inside = True
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
