@@ -48,7 +48,8 @@ class RecurrentStates:
 
         The pass writes the other side. States of later rows are forgotten: the sequence went back before them.
         """
-        self._forget_after(rows)
+        for late in [there for there in self._copies if there > rows]:
+            del self._copies[late]
         if rows in self._rows:
             side = self._rows.index(rows)
         else:
@@ -69,17 +70,12 @@ class RecurrentStates:
             self.copy(rows)
 
     def copy(self, rows: int) -> None:
-        """Keep a copy of the state after ``rows`` rows, the last ones of the sequence, if a side stands for them."""
-        self._forget_after(rows)
+        """Keep a copy of the state after ``rows`` rows, if a side stands for them."""
         if not rows or rows not in self._rows or rows in self._copies:
             return
         self._copies[rows] = [array.copy() for array in self.sides[self._rows.index(rows)]]
         if len(self._copies) > self._most_copies:
             del self._copies[self._least_missed(rows)]
-
-    def _forget_after(self, rows: int) -> None:
-        for late in [there for there in self._copies if there > rows]:
-            del self._copies[late]
 
     def _least_missed(self, now: int) -> int:
         """The copy without which the gaps between copies, relative to their distance from ``now``, stay smallest."""
