@@ -114,18 +114,19 @@ def write_together(contents: Mapping[Path, bytes], error_class: type[BalconyErro
     with contextlib.ExitStack() as held:
         for path, content in reversed(list(contents.items())):
             file = held.enter_context(atomic_file(path, error_class, cure))
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError as error:
-                raise error_class(f"{path}: cannot be written ({error.strerror}): {cure}") from error
+            file.write(content)
+            _flush(file)
 
 
 def sync(path: Path) -> None:
     """Wait until a file is on the disk."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        _flush(file)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextmanager
@@ -142,8 +143,7 @@ def atomic_file(path: Path, error_class: type[BalconyError], cure: str) -> Itera
             temporary = part / path.name
             with temporary.open("wb") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                _flush(file)
             temporary.replace(path)
     except OSError as error:
         raise error_class(f"{path}: cannot be written ({error.strerror}): {cure}") from error

@@ -42,7 +42,7 @@ def calibrate(
 
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.bundle.quality import record_confidence
-    from balcony_edge.cli.console import progress_bar, stdout
+    from balcony_edge.cli.console import progress_bar, refuse_given, stdout
     from balcony_edge.errors import BundleError, InputError
     from balcony_edge.files import require_writable
     from balcony_runtime.decoding.thresholds import compare_exits, learn
@@ -55,13 +55,8 @@ def calibrate(
     ]
     opened = Bundle.open(bundle)
     if check is not None:
-        for name in ("max_disagreement", "confidence"):
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(
-                    f"{option} with --check: the thresholds have the promise that they were made for: leave it out"
-                )
+        options = {"max_disagreement": "--max-disagreement", "confidence": "--confidence"}
+        refuse_given(context, options, " with --check: the thresholds have the promise that they were made for")
         _check(opened, check, tokens, document_tokens, as_json=as_json)
         return
     require_writable(bundle, str(bundle), BundleError, "make it writable: the thresholds go into its manifest")

@@ -112,9 +112,8 @@ def export(
         else:
             export_bundle(opened, tokenizer, output, options, check=verified, progress=progress)
     _warn(trained, scheme)
-    _report(
-        output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json
-    )  # complete, also without engines
+    # The bundle is complete, also without engines.
+    _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
     if tensorrt is not None:
         _build_engines(output, tensorrt)
 

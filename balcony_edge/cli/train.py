@@ -248,15 +248,13 @@ def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -
 
 def _start(context: typer.Context, init: str, kind: BalconyKind, start: Path | None) -> tuple[str, BalconyKind]:
     """Initial weights of the balconies, for the record of the run, and their kind."""
-    from balcony_edge.errors import InputError
+    from balcony_edge.cli.console import refuse_given
     from balcony_export.model.balcony_files import digest_and_kind
 
     if start is None:
         return "last layer" if init == "last" else "random", kind
-    for name, option in (("init", "--init"), ("exit_module", "--exit-module")):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise InputError(f"{option}: the balconies that --start names have their own: leave it out")
+    options = {"init": "--init", "exit_module": "--exit-module"}
+    refuse_given(context, options, ": the balconies that --start names have their own")
     digest, kind = digest_and_kind(start)
     return f"balconies {digest[:16]}", kind
 

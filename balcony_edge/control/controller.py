@@ -52,7 +52,16 @@ from balcony_edge.control.decision import (
     device_words,
     expected_words,
 )
-from balcony_edge.control.governor import CEILING_DWELL_S, PACE_MARGIN, TICK_S, Demand, Governor, govern, least_pace_tps
+from balcony_edge.control.governor import (
+    CEILING_DWELL_S,
+    PACE_MARGIN,
+    TICK_S,
+    Demand,
+    Governor,
+    govern,
+    needed_tps,
+    paced_ms,
+)
 from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
 from balcony_edge.control.step_prices import StepPrices
 from balcony_edge.device.costs import CostModel
@@ -151,7 +160,7 @@ class _Scene(NamedTuple):
     @property
     def deviation(self) -> float:
         """Standard deviation of the logarithm of a step's time."""
-        return math.sqrt(self.slowdown.variance + self.slowdown.noise_variance)
+        return self.slowdown.deviation
 
 
 class Controller:
@@ -209,7 +218,7 @@ class Controller:
         slowdown, words = self._learn(state, last)
         price_ms = self._prices.steady_ms(context_length)[chosen]
         log_slowdown = slowdown.mean + slowdown.offsets[chosen]
-        deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
+        deviation = slowdown.deviation
         if price_ms > math.exp(plan.log_tpot - log_slowdown - plan.quantile * deviation):
             return None
         predicted_ms = price_ms * math.exp(log_slowdown)
@@ -432,10 +441,7 @@ class Controller:
         if not budget.pacing or seen.made_tokens == 0:
             return 0.0, 0.0
         share = governor.share if plan.governed else 1.0
-        period_ms = 0.0
-        if share < 1:
-            slowest_tps = least_pace_tps(budget, _needed_tps(budget, seen) / (1 - PACE_MARGIN))
-            period_ms = min(predicted_ms / share, 1000 / slowest_tps)
+        period_ms = paced_ms(budget, share, predicted_ms, _needed_tps(budget, seen)) if share < 1 else 0.0
         if budget.max_pace_tps is not None:
             slow_ms = 1000 / budget.max_pace_tps
             if seen.deadline_runs:  # a deadline is more important than a pace
@@ -484,5 +490,4 @@ def _otherwise(seen: Observation) -> Literal["shallowest", "closest", "deepest"]
 
 def _needed_tps(budget: Budget, seen: Observation) -> float:
     """Tokens a second that the latency targets need; 0 without a latency target."""
-    needed = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
-    return max(needed, seen.remaining / max(seen.left_s, 1e-3)) if seen.deadline_runs else needed
+    return needed_tps(budget, seen.made_tokens, seen.now_s - seen.started_s)

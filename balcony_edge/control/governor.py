@@ -125,6 +125,27 @@ def least_pace_tps(budget: Budget, pace_tps: float) -> float:
     return max(least, pace_tps) if budget.priority == "latency" else least
 
 
+def deadline_tps(budget: Budget, made_tokens: int, elapsed_s: float) -> float:
+    """Tokens a second that a deadline still needs; 0 without one, and after the expected tokens."""
+    left = (budget.expected_tokens or 0) - made_tokens
+    if budget.deadline_s is None or left <= 0:
+        return 0.0
+    return left / max(budget.deadline_s - elapsed_s, 1e-3)
+
+
+def needed_tps(budget: Budget, made_tokens: int, elapsed_s: float) -> float:
+    """Tokens a second that the latency targets need, ``elapsed_s`` after the request; 0 without any."""
+    steady = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
+    return max(steady, deadline_tps(budget, made_tokens, elapsed_s))
+
+
+def paced_ms(budget: Budget, share: float, step_ms: float, pace_tps: float) -> float:
+    """Gap between two tokens that keeps to a busy share, unless it leaves too few a second; 0 where nothing is delayed."""
+    if share >= 1 or not budget.pacing:
+        return 0.0
+    return min(step_ms / share, 1000 / least_pace_tps(budget, pace_tps / (1 - PACE_MARGIN)))
+
+
 def govern(before: Governor, demand: Demand) -> Governor:
     """Run one tick of the slow loop."""
     budget, now_s = demand.budget, demand.now_s
@@ -310,11 +331,9 @@ def _affordable(demand: Demand, power: Load | None, share: float) -> int | None:
     if most_j is None or power is None or watts(demand.readings, budget.power_rail, demand.now_s) is None:
         return None
     slowest_s = 0.0 if budget.max_pace_tps is None else 1 / budget.max_pace_tps
+    longest_s = 1 / least_pace_tps(budget, demand.pace_tps) if budget.pacing else 0.0
     for index in range(demand.highest, demand.lowest - 1, -1):
-        paced_s = (
-            min(demand.step_s[index] / share, 1 / least_pace_tps(budget, demand.pace_tps)) if budget.pacing else 0.0
-        )
-        gap_s = max(demand.step_s[index], slowest_s, paced_s)
+        gap_s = max(demand.step_s[index], slowest_s, min(demand.step_s[index] / share, longest_s))
         if power.at(demand.step_s[index] / gap_s) * gap_s <= most_j:
             return None if index == demand.highest else index
     return demand.lowest - 1

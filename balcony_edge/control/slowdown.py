@@ -89,6 +89,11 @@ class Slowdown(NamedTuple):
         """Factor by which the device is slower than its profile."""
         return math.exp(self.mean)
 
+    @property
+    def deviation(self) -> float:
+        """Deviation of the logarithm of the next measurement."""
+        return math.sqrt(self.variance + self.noise_variance)
+
     def rested(self) -> Slowdown:
         """Return the filter after a pause, in which the load may have changed."""
         return self._replace(variance=max(self.variance, PAUSE_VARIANCE), surprise=0, drift=0.0)

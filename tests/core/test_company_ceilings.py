@@ -75,6 +75,10 @@ def test_a_deadline_bounds_the_wait_and_comes_before_a_pace() -> None:
     reader = Budget(max_pace_tps=12.0, deadline_s=10.0, expected_tokens=100)
     _, found = decided([stream(0, reader, **urgent, emitted_s=9.95), stream(1)])
     assert 0 in exits(found), "83 ms between two tokens would be too late"
+    # a latency target of the same gap is no deadline: the token comes 40 ms after the last one, not after 38
+    even = stream(0, Budget(max_pace_tps=25.0, tpot_ms=40.0), emitted_s=9.961)
+    _, found = decided([even])
+    assert not found.moves and found.wait_ms == pytest.approx(1.0)
 
 
 def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:

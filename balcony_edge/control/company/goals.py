@@ -84,7 +84,7 @@ class Goals:
             return exits, exits, True
         luck = 1.0
         if slowdown.variance > KNOWN_VARIANCE:  # a target is out of reach only if no luck could meet it
-            luck = math.exp(max(math.sqrt(slowdown.variance + slowdown.noise_variance) - math.sqrt(NOISE_FLOOR), 0.0))
+            luck = math.exp(max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
         prompt = first_due([view for view in views if view.first])
         due = prompt is not None and prompt.bound_ms < math.inf
         tops = [0] if prompt is None else range(prompt.highest, prompt.lowest - 1, -1)

@@ -34,7 +34,16 @@ from balcony_edge.control.company.seen import Chunk, CompanyState, Move, Round, 
 from balcony_edge.control.company.view import View, scale_of, targets_of, view_of
 from balcony_edge.control.controller import probability_of, quantile_of
 from balcony_edge.control.decision import Decision, Measurement, device_words
-from balcony_edge.control.governor import PACE_MARGIN, TICK_S, Demand, Governor, govern, least_pace_tps
+from balcony_edge.control.governor import (
+    PACE_MARGIN,
+    TICK_S,
+    Demand,
+    Governor,
+    deadline_tps,
+    govern,
+    needed_tps,
+    paced_ms,
+)
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel
 
@@ -133,7 +142,7 @@ class JointController:
             chunk=chunk,
             price_ms=price_ms,
             predicted_ms=predicted_ms,
-            wait_ms=_wait_ms(chosen, chunk, early_ms, outcome, _needed_tps(seen)),
+            wait_ms=_wait_ms(chosen, chunk, early_ms, outcome, seen),
             deepest=deepest,
         )
         streams = _streams_after(state.streams, views, chosen)
@@ -182,7 +191,7 @@ class JointController:
 
     def _decision(self, view: View, index: int, outcome: _Outcome) -> Decision:
         price_ms, predicted_ms, streams, slowdown, governor, ceilings = outcome
-        deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
+        deviation = slowdown.deviation
         limit_ms = view.room_ms * math.exp(quantile_of(view.stream.budget.probability) * deviation)
         exits = self._costs.exits
         fits = exits[view.goal] if index < view.goal else None
@@ -274,38 +283,28 @@ def _early_ms(view: View, now_s: float) -> float:
     fastest = view.stream.budget.max_pace_tps
     if fastest is None or view.first:
         return 0.0
-    fastest = max(
-        fastest, _pace_tps(view.stream, now_s) / (1 - PACE_MARGIN)
-    )  # a deadline is more important than a pace
+    stream = view.stream
+    due_tps = deadline_tps(stream.budget, stream.made_tokens, now_s - stream.started_s)
+    fastest = max(fastest, due_tps / (1 - PACE_MARGIN))  # a deadline is more important than a pace
     return 1000 / fastest - 1000 * (now_s - view.stream.emitted_s)
 
 
 def _needed_tps(seen: RoundSeen) -> float:
     """Tokens a second that the stream with the shortest target needs; 0 without any."""
-    return max((_pace_tps(stream, seen.now_s) for stream in seen.streams), default=0.0)
-
-
-def _pace_tps(stream: StreamSeen, now_s: float) -> float:
-    """Tokens a second that the latency targets of a stream need; 0 without any."""
-    budget, needed = stream.budget, 0.0
-    if budget.tpot_ms is not None:
-        needed = 1000 / budget.tpot_ms
-    if budget.deadline_s is not None and (left := (budget.expected_tokens or 0) - stream.made_tokens) > 0:
-        needed = max(needed, left / max(budget.deadline_s - (now_s - stream.started_s), 1e-3))
-    return needed
+    streams, now_s = seen.streams, seen.now_s
+    return max((needed_tps(one.budget, one.made_tokens, now_s - one.started_s) for one in streams), default=0.0)
 
 
 def _wait_ms(
-    chosen: Chosen, chunk: Chunk | None, early_ms: Mapping[int, float], outcome: _Outcome, needed_tps: float
+    chosen: Chosen, chunk: Chunk | None, early_ms: Mapping[int, float], outcome: _Outcome, seen: RoundSeen
 ) -> float:
     """Time to wait after the round, for the pace that the ceilings leave; without a round, until somebody is due."""
     if not chosen and chunk is None:
         return max(min(early_ms.values(), default=0.0), 0.0)
-    share, ceilings = outcome.governor.share, outcome.ceilings
-    if ceilings is None or share >= 1 or not ceilings.pacing:
+    if (ceilings := outcome.ceilings) is None:
         return 0.0
-    longest_ms = 1000 / least_pace_tps(ceilings, needed_tps / (1 - PACE_MARGIN))
-    return max(min(outcome.predicted_ms / share, longest_ms) - outcome.predicted_ms, 0.0)
+    period_ms = paced_ms(ceilings, outcome.governor.share, outcome.predicted_ms, _needed_tps(seen))
+    return max(period_ms - outcome.predicted_ms, 0.0)
 
 
 def _streams_after(before: Mapping[int, StreamState], views: Sequence[View], chosen: Chosen) -> dict[int, StreamState]:

@@ -121,8 +121,7 @@ def _late(stream: StreamSeen, known: StreamState | None) -> int:
 
 def scale_of(slowdown: Slowdown, probability: float) -> float:
     """Factor from milliseconds to milliseconds at slowdown 1 that hold with a probability."""
-    deviation = math.sqrt(slowdown.variance + slowdown.noise_variance)
-    return math.exp(-slowdown.mean - quantile_of(probability) * deviation)
+    return math.exp(-slowdown.mean - quantile_of(probability) * slowdown.deviation)
 
 
 def targets_of(budget: Budget) -> str:

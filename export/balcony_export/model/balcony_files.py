@@ -159,21 +159,10 @@ def save_balconies(
         InputError, CheckpointError: As :func:`check_directory`, or a value is not finite.
     """
     path = Path(directory)
+    (kind,), (layer,) = ({getattr(balcony, key) for balcony in balconies.values()} for key in ("kind", "copies"))
     like = next(iter(balconies.values()))
     check_directory(path, base, like)
-    with locked(path):  # another run may write other exits
-        _save(path, balconies, base, training, check_directory(path, base, like))
-
-
-def _save(
-    path: Path,
-    balconies: dict[int, Balcony],
-    base: dict[str, Any],
-    training: dict[str, Any] | None,
-    exits: dict[str, Any],
-) -> None:
-    """Write balconies next to those that are ``exits`` of the index."""
-    (kind,), (layer,) = ({getattr(balcony, key) for balcony in balconies.values()} for key in ("kind", "copies"))
+    entries: dict[str, Any] = {}
     written: dict[Path, bytes] = {}
     for exit_layer, balcony in balconies.items():
         tensors = {name: value.detach().to(STORED_DTYPE).cpu() for name, value in balcony.state_dict().items()}
@@ -181,17 +170,19 @@ def _save(
         file = f"balcony_{exit_layer}.safetensors"
         content = save({name: value.contiguous() for name, value in tensors.items()}, {"format": "pt"})
         written[path / file], digest = content, hashlib.sha256(content).hexdigest()
-        exits[str(exit_layer)] = {"file": file, "sha256": digest, "training": training}
-    document = {
-        "format_version": FORMAT_VERSION,
-        "module": kind,
-        "layer": layer,
-        "dtype": "bfloat16",
-        "base": base,
-        "exits": dict(sorted(exits.items(), key=lambda item: int(item[0]))),
-    }
-    written[path / INDEX] = (json.dumps(document, indent=1) + "\n").encode()
-    write_together(written, CheckpointError, _CURE)
+        entries[str(exit_layer)] = {"file": file, "sha256": digest, "training": training}
+    with locked(path):  # another run may write other exits
+        exits = check_directory(path, base, like) | entries
+        document = {
+            "format_version": FORMAT_VERSION,
+            "module": kind,
+            "layer": layer,
+            "dtype": "bfloat16",
+            "base": base,
+            "exits": dict(sorted(exits.items(), key=lambda item: int(item[0]))),
+        }
+        written[path / INDEX] = (json.dumps(document, indent=1) + "\n").encode()
+        write_together(written, CheckpointError, _CURE)
 
 
 def load_balconies(

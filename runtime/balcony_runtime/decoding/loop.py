@@ -344,9 +344,8 @@ class Decoder:
         slowdown = decision.predicted_ms / decision.price_ms if decision.price_ms else 1.0
         most_ms = math.inf
         if budget.tpot_ms is not None:  # as for plain steps, with the probability asked for
-            known = self._state.slowdown
-            deviation = math.sqrt(known.variance + known.noise_variance)
-            most_ms = budget.tpot_ms / slowdown / math.exp(quantile_of(budget.probability) * deviation)
+            margin = math.exp(quantile_of(budget.probability) * self._state.slowdown.deviation)
+            most_ms = budget.tpot_ms / slowdown / margin
         return self._policy.attempt(Turn(sequence, ids, self._sampler, budget, costs, most_ms, begin_ns))
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:

@@ -331,11 +331,12 @@ class SequencePool:
         """
         with self._lock:
             ended, self._ended = self._ended[::-1], []
-        try:
-            for age, sequence in enumerate(ended if self._files is not None else ()):
-                self._files.keep(sequence, age)  # type: ignore[union-attr]
-        except BalconyError as error:
-            _log.warning("%s", error)
+        if (files := self._files) is not None:
+            try:
+                for age, sequence in enumerate(ended):
+                    files.keep(sequence, age)
+            except BalconyError as error:
+                _log.warning("%s", error)
         with self._lock:
             for sequence in ended:
                 self._clear(sequence)

@@ -113,9 +113,9 @@ class RaspberryPi:
         """
         if self._device is None:
             raise self._problem
-        message = bytearray(_MESSAGE.pack(_MESSAGE.size, 0, _TEXT_COMMAND, _TEXT_BYTES, 0, 0, command.encode(), 0))
         import fcntl  # noqa: PLC0415 - Windows has none
 
+        message = bytearray(_MESSAGE.pack(_MESSAGE.size, 0, _TEXT_COMMAND, _TEXT_BYTES, 0, 0, command.encode(), 0))
         fcntl.ioctl(self._device, _PROPERTY, message)
         _, code, _, _, _, error, text, _ = _MESSAGE.unpack(message)
         if code != _SUCCESS or error:
