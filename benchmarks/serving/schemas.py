@@ -81,6 +81,7 @@ def hostile() -> dict[str, dict[str, Any]]:
         },
         "a large divisor": {"type": "integer", "multipleOf": 1_234_567},
         "a small divisor": {"type": "number", "multipleOf": 0.000001},
+        "a divisor hidden by 0": {"type": "integer", "multipleOf": 1_234_567, "default": {"multipleOf": 0}},
         "divisors that multiply": {"type": "integer", "allOf": [{"multipleOf": 499}, {"multipleOf": 491}]},
         "40 divisors": {
             "type": "array",
@@ -106,6 +107,8 @@ def hostile() -> dict[str, dict[str, Any]]:
         "an empty regex": {"regex": ""},
         "a grammar with an unknown rule": {"grammar": "start: nothing"},
         "a grammar that is none": {"grammar": "start ::: ="},
+        "a power of ten in a grammar": {"grammar": 'start: %json {"multipleOf": 1e999999999}'},
+        "a divisor with many digits in a grammar": {"grammar": 'start: %json {"multipleOf": 0.' + "0" * 40 + "1}"},
     }
 
 

@@ -27,7 +27,7 @@ class Token(NamedTuple):
     """One token of a stream.
 
     Example:
-        late = [token for token in llm.stream("Hello") if token.target_ms and token.latency_ms > token.target_ms]
+        late = [token for token in llm.stream("Hello") if token.late]
 
     Attributes:
         id: id of the token in the vocabulary.
@@ -36,7 +36,7 @@ class Token(NamedTuple):
         exit_layer: exit that made the token.
         latency_ms: gap since the previous token; for the first token, time to first token.
         predicted_ms: latency that the controller expected; None without a target.
-        target_ms: ``tpot_ms`` of the budget when the token was made.
+        target_ms: ``tpot_ms`` of the budget when the token was made; for the first token, ``ttft_ms``.
         caught_up_rows: number of pending rows that deeper stages ran in the same gap, including those of a switch.
         pending_rows: number of rows that the deepest stage has not taken in yet.
         decision: decision of the controller: pace, probability, infeasible targets.
@@ -68,7 +68,7 @@ class Token(NamedTuple):
 
     @property
     def late(self) -> bool:
-        """Whether a target was missed."""
+        """Whether the token came after its target."""
         return self.target_ms is not None and self.latency_ms > self.target_ms
 
     def to_dict(self) -> dict[str, Any]:

@@ -161,6 +161,8 @@ class Requests:
     ) -> Request:
         """Check the arguments of :meth:`LLM.stream`; errors are those."""
         box = self.box(tools, tool_choice, parallel_tool_calls)
+        if box is not None and sampling is not None and sampling.structured:
+            box = box._replace(document=True)
         shown = () if box is None or tools is None else tools
         ids = self._prompt_ids(prompt, chat, control_tokens, shown, documents, chat_template_kwargs)
         limit = self._new_tokens(len(ids), max_new_tokens, sequence)
@@ -210,8 +212,9 @@ class Requests:
         asked = structure_of(json_schema=params.json_schema, regex=params.regex, grammar=params.grammar)
         if box is None:
             return None if asked is None else self._grammars.guide(asked)
+        structure = box.structure(asked)  # its bounds: nothing is compiled that is too large
         try:
-            return self._grammars.guide(box.structure(asked))
+            return self._grammars.guide(structure)
         except InputError:
             for tool in box.tools:  # the error of one tool by itself names it
                 try:

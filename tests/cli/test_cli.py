@@ -157,7 +157,7 @@ def test_run(exported: Path) -> None:
     assert document["new_tokens"] == len(document["tokens"]) <= 12
     assert document["text"] == "".join(token["text"] for token in document["tokens"])
     assert document["tokens_per_exit"] == {"5": document["new_tokens"]} and document["late_tokens"] == 0
-    assert all(token["target_ms"] == 1000.0 for token in document["tokens"])
+    assert [token["target_ms"] for token in document["tokens"]] == [None] + [1000.0] * (document["new_tokens"] - 1)
 
 
 def test_run_with_a_structure(exported: Path, tmp_path: Path) -> None:

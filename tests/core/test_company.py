@@ -218,8 +218,13 @@ def test_admission_says_what_would_be_possible() -> None:
     reason = controller.refusal(SETTLED, three, stream(9, Budget(tpot_ms=6.0)))
     assert reason is not None
     assert "a round of 4 streams takes 6.12 ms at their shallowest exits" in reason and "tpot_ms = 7 or more" in reason
-    other = controller.refusal(SETTLED, three, stream(9, Budget()))
-    assert other is None or "another one's target is 6 ms: wait until it ends" in other
+    lax = "a round of 4 streams takes 6.12 ms at their shallowest exits, and another one asked for tpot_ms = 6: wait until"
+    assert lax in str(controller.refusal(SETTLED, three, stream(9, Budget(tpot_ms=1000.0))))
+    due = Budget(deadline_s=10.125, expected_tokens=29)  # 125 ms for 20 tokens
+    reason = controller.refusal(SETTLED, three, stream(9, due))
+    assert reason is not None and reason.endswith("ms at their shallowest exits: wait, or ask for more time")
+    dues = RoundSeen(tuple(stream(key, due) for key in range(3)), now_s=10.0)
+    assert "another one asked for deadline_s = 10.1" in str(controller.refusal(SETTLED, dues, stream(9)))
     # what could not be held alone is not the others' fault
     assert controller.refusal(SETTLED, three, stream(9, Budget(tpot_ms=1.0))) is None
 

@@ -122,9 +122,10 @@ def test_a_target_is_held_by_depth(llm: LLM) -> None:
     llm.costs = costs
     for target, exit_layer in ((100.0, 5), (4.4, 3), (2.3, 2)):
         llm.budget = Budget(tpot_ms=target)
-        token = next(iter(llm.stream([1, 2], max_new_tokens=1)))
-        assert (token.exit_layer, token.target_ms) == (exit_layer, target)
-        assert token.predicted_ms == pytest.approx(costs.steady_ms(exit_layer, 0), rel=0.2)
+        first, second = llm.stream([1, 2], max_new_tokens=2, ignore_eos=True)
+        assert (first.exit_layer, first.target_ms, second.target_ms) == (exit_layer, None, target)  # its target is ttft_ms
+        assert first.predicted_ms is None and not first.late
+        assert first.decision.predicted_ms == pytest.approx(costs.steady_ms(exit_layer, 0), rel=0.2)
     llm.budget = Budget(tpot_ms=0.01, on_infeasible="error")
     with pytest.raises(
         InfeasibleError, match=r"infeasible: tpot_ms = 0\.01: a step takes 2\.0 ms at the shallowest exit"

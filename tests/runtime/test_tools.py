@@ -166,6 +166,53 @@ def test_a_schema_is_the_content_next_to_tools(grammars: Grammars, marked: str, 
         box_of(formats()["llama"]).structure(Structure("regex", "a"))
 
 
+def test_a_marker_inside_a_document_is_text(grammars: Grammars, marked: str) -> None:
+    """With a structure of its own a reply has calls at its very beginning only."""
+    box = box_of(formats()["hermes"])._replace(document=True)
+    for text in ('{"doc": "Wrap it in <tool_call> tags."}', "<tool", "<tool_cats>"):
+        reader = CallReader(box)
+        pieces = [piece for letter in text for piece in reader.push(7, letter)] + reader.finish()
+        assert "".join(piece.text for piece in pieces) == reader.content == text and not reader.calls
+    reader = CallReader(box)
+    reader.push(7, '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>')
+    assert [call.name for call in reader.calls] == ["stop"] and reader.content == ""
+
+
+def test_text_before_a_marker_stays_before_it() -> None:
+    """A stop string may hold text back until the marker's token, which then carries it."""
+    reader = CallReader(box_of(formats()["mistral"]))
+    assert reader.push(7, "Sure.") == [Piece("Sure.")]
+    assert reader.push(MARK_ID, "\n") == [Piece("\n")]
+    reader.push(7, '[{"name": "stop", "arguments": {}}]')
+    assert reader.content == "Sure.\n" and [call.name for call in reader.calls] == ["stop"]
+
+
+def test_bounds_of_tools_come_before_the_compiler(llm: LLM, monkeypatch: Any) -> None:
+    compiled: list[Structure] = []
+    monkeypatch.setattr(Grammars, "_compile", lambda _, asked: compiled.append(asked))
+    tools = [function("f", x={"type": "integer", "multipleOf": 1_234_567}), function("g", x={"type": "integer"})]
+    with pytest.raises(InputError, match="tools: multipleOf = .* the automaton would be too large"):
+        llm.generate([5, 9], tools=tools)
+    assert not compiled
+
+
+def test_schemas_of_tools(grammars: Grammars) -> None:
+    """Branches have properties of their own, and a schema's own form of JSON comes first."""
+    branches = [
+        {"properties": {"kind": {"const": kind}, kind: {"type": "boolean"}}, "required": ["kind", kind],
+         "additionalProperties": False}
+        for kind in "ab"
+    ]  # fmt: skip
+    compact = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+    parameters = {"type": "object", "oneOf": branches, "x-guidance": compact}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    box = toolbox(tools, "required", False, lambda: (formats()["hermes"], None))
+    assert box is not None
+    guide = grammars.guide(box.structure(None))
+    forced = grammars.tokenizer.decode_str(guide.forced(200))
+    assert forced.endswith('"arguments": {"kind":"'), forced
+
+
 def test_pieces_of_a_call() -> None:
     """The name first, then the arguments as they come; text that might become a call is held back and given at the end."""
     reader = CallReader(box_of(formats()["hermes"]))

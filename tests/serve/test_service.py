@@ -246,8 +246,38 @@ def test_a_full_queue_and_the_time_limit(strict: Server) -> None:
         assert "took longer than 1.5 s" in streamed.text and streamed.text.endswith("data: [DONE]\n\n")
         whole = next(answer for answer in answers if answer.status_code != 200)
         assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
-        assert 'balcony_rejections_total{reason="queue_full"} 1.0' in client.get("/metrics").text
+        counted = client.get("/metrics").text
+        assert 'balcony_rejections_total{reason="queue_full"} 1.0' in counted
+        assert 'balcony_rejections_total{reason="timeout"} 2.0' in counted  # that of the stream as well
     until(lambda: is_free(strict))
+
+
+def test_the_time_of_a_compiler_counts_and_nobody_else_waits_for_it(server: Server, http: httpx.Client) -> None:
+    gate, compile_grammar, llm = threading.Event(), server.service.llm.compile_grammar, server.service.llm
+
+    def slowly(*args: Any, **options: Any) -> None:
+        assert gate.wait(20)
+        compile_grammar(*args, **options)
+
+    answers: list[Any] = []
+
+    def ask() -> None:
+        body = HELLO | {"guided_regex": "[a-c]{3}", "seed": -1}
+        answers.append(httpx.post(server.url + CHAT, json=body, timeout=30).json())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "compile_grammar", slowly)
+        threads = [threading.Thread(target=ask) for _ in range(40)]  # more than asyncio has threads
+        begin_s = time.monotonic()
+        for thread in threads:
+            thread.start()
+        assert http.post("/tokenize", json={"content": "fox"}).status_code == 200
+        waited_ms = 1000 * (time.monotonic() - begin_s)
+        gate.set()
+        for thread in threads:
+            thread.join()
+    assert min(answer["balcony"]["ttft_ms"] for answer in answers[-3:]) > waited_ms / 2
+    until(lambda: is_free(server))
 
 
 def test_requests_that_come_at_once_share_the_queue(strict: Server) -> None:

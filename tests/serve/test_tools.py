@@ -60,6 +60,20 @@ def test_the_loop_of_a_tool(client: openai.OpenAI) -> None:
     assert len(choice.message.tool_calls) == 1
 
 
+def test_a_call_that_a_stop_string_cuts_is_none_to_run(client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        found = ask(client, tool_choice="required", parallel_tool_calls=False, stop=["city", "}}"], stream=stream)
+        reason = [piece.choices[0].finish_reason for piece in found][-1] if stream else found.choices[0].finish_reason
+        assert reason == "stop"
+
+
+def test_tokens_of_a_conversation_with_tools(client: openai.OpenAI, server: Server) -> None:
+    body = {"messages": QUESTION, "tools": TOOLS}
+    counted = httpx.post(f"{server.url}/tokenize", json=body).json()["count"]
+    assert counted == ask(client, max_tokens=1).usage.prompt_tokens
+    assert counted > httpx.post(f"{server.url}/tokenize", json={"messages": QUESTION}).json()["count"]
+
+
 def test_several_calls(client: openai.OpenAI) -> None:
     counts, ids = set(), set()
     for seed in range(6):

@@ -189,11 +189,12 @@ class Goals:
             return None
         takes = f"a round of {len(held)} streams takes {price_ms * factor:.3g} ms at their shallowest exits"
         if own.period_ms > limit_ms:
-            target = min(view.stream.budget.tpot_ms or math.inf for view in held)
-            return f"{takes}, and another one's target is {target:g} ms: wait until it ends"
-        needed_ms = own.stream.budget.tpot_ms or 0.0
-        needed_ms *= price_ms / own.period_ms
-        return f"{targets_of(own.stream.budget)}: {takes}: wait, or ask for tpot_ms = {math.ceil(needed_ms)} or more"
+            tightest = min(held, key=lambda view: view.period_ms).stream.budget
+            return f"{takes}, and another one asked for {targets_of(tightest)}: wait until it ends"
+        budget, more = own.stream.budget, "more time"
+        if budget.tpot_ms is not None and budget.deadline_s is None:
+            more = f"tpot_ms = {math.ceil(budget.tpot_ms * price_ms / own.period_ms)} or more"
+        return f"{targets_of(budget)}: {takes}: wait, or ask for {more}"
 
 
 def first_due(prompts: Sequence[View]) -> View | None:

@@ -48,7 +48,7 @@ class Step(NamedTuple):
         logits: logits from which they were picked, (B, V); the next step overwrites them. None if they are not needed and the
             engine picks tokens itself.
         decision: decision of the controller.
-        target_ms: ``tpot_ms`` of the budget at the time of the decision.
+        target_ms: ``tpot_ms`` of the budget at the time of the decision; for the first token, ``ttft_ms``.
         latency_ms: time from the request for the token to the token, waiting for its pace included.
         caught_up_rows: pending rows that were worked off in the same gap.
         budget: budget of the decision.
@@ -182,7 +182,7 @@ class Decoder:
             given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
         if self._environment.trace is not None:
             self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
-        steps, target_ms = [], self._budget.tpot_ms
+        steps, target_ms = [], self._target_ms
         for step_ids, logits in zip(made.ids, made.logits, strict=True):
             steps.append(Step(step_ids, logits, given, target_ms, latency_ms, caught_up, self._budget, *self._read))
             latency_ms = 0.0  # the other tokens of a round came with the first
@@ -244,6 +244,11 @@ class Decoder:
         return 1 if self._made else 0
 
     @property
+    def _target_ms(self) -> float | None:
+        """The target of the next token."""
+        return self._budget.tpot_ms if self._made else self._budget.ttft_ms
+
+    @property
     def rows_due(self) -> int:
         """Number of rows that the first stage must take in before the next token."""
         return self._sequence.rows_due(self._new_rows)[0][0]
@@ -286,7 +291,7 @@ class Decoder:
         """Take the logits (1, V) of a round as the next token's, as if :meth:`step` had made them."""
         ids = self._sampler.pick(logits)
         kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
-        step = Step(ids, kept, decision, self._budget.tpot_ms, latency_ms, 0, self._budget, *read)
+        step = Step(ids, kept, decision, self._target_ms, latency_ms, 0, self._budget, *read)
         forced = self._force(ids)
         self._last, self._emitted_ns = None, time.perf_counter_ns()
         self._made += 1

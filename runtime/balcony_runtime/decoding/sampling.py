@@ -67,6 +67,11 @@ class SamplingParams:
     regex: str | None = None
     grammar: str | None = None
 
+    @property
+    def structured(self) -> bool:
+        """Whether the reply has a structure."""
+        return any(asked is not None for asked in (self.json_schema, self.regex, self.grammar))
+
     def __post_init__(self) -> None:
         # parameter → its type, its range, what is allowed, and what to do
         checks: dict[str, tuple[Any, Callable[[Any], bool], str, str]] = {

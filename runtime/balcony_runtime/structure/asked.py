@@ -6,10 +6,9 @@ Owns the forms that a schema may have, and the checks that need no compiler. :mo
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
-from fractions import Fraction
+from collections.abc import Iterable, Mapping
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
 from balcony_edge.errors import InputError
@@ -20,6 +19,8 @@ MOST_CHARACTERS = 256_000
 #: Largest product of all numerators or denominators of ``multipleOf``. An automaton has a state for each remainder, and
 #: where a number is a multiple of several, for each combination: 1,234,567 took 15 s and 700 MB, 10,000 takes a millisecond.
 MOST_REMAINDERS = 10_000
+#: Most digits of a value of ``multipleOf``, and of its power of ten: nobody must compute 10 to the power of 999,999,999.
+MOST_DIGITS = 40
 #: JSON is written as ``json.dumps`` writes it, which is the form that models were trained on; a schema's own
 #: ``x-guidance`` comes first.
 JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -35,7 +36,7 @@ _READABLE: dict[str, dict[str, Any]] = {
 }
 #: Keywords whose values are not schemas.
 _VALUES = ("const", "default", "enum", "examples")
-_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]{1,40})')
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]+)')
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
@@ -123,20 +124,31 @@ def checked(asked: Structure) -> Structure:
             f"{asked.kind}: has {len(asked.text):,} characters; at most {MOST_CHARACTERS:,} are taken: give a smaller one"
         )
     text = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), asked.text)  # a schema in a grammar may hide its keys
-    ratios = set()
-    for number in _MULTIPLE.findall(text):
-        try:
-            ratios.add(abs(Fraction(number)))
-        except (ValueError, ZeroDivisionError):
-            continue  # the compiler refuses it
-    remainders = max(math.prod(ratio.numerator for ratio in ratios), math.prod(ratio.denominator for ratio in ratios))
-    if remainders > MOST_REMAINDERS:
-        shown = shortened([str(ratio) for ratio in sorted(ratios)])
+    numbers = dict.fromkeys(_MULTIPLE.findall(text))
+    if _remainders(numbers) > MOST_REMAINDERS:
         raise InputError(
-            f"{asked.kind}: multipleOf = {shown}: the automaton would be too large: give values from 0.0001 whose product is "
-            f"at most {MOST_REMAINDERS:,}, or leave it out"
+            f"{asked.kind}: multipleOf = {shortened(list(numbers))}: the automaton would be too large: give values from 0.0001 "
+            f"whose product is at most {MOST_REMAINDERS:,}, or leave it out"
         )
     return asked
+
+
+def _remainders(numbers: Iterable[str]) -> int:
+    """The larger of the products of numerators and of denominators, or a number above the bound."""
+    over, under, ratios = 1, 1, set[tuple[int, int]]()
+    for number in numbers:
+        try:
+            value = Decimal(number).copy_abs()
+        except InvalidOperation:
+            continue  # the compiler refuses it
+        if not value:  # it has no multiple but 0, and may stand where it is no keyword
+            continue
+        if len(number) > MOST_DIGITS or abs(value.adjusted()) > MOST_DIGITS:
+            return MOST_REMAINDERS + 1
+        ratios.add(value.as_integer_ratio())
+    for numerator, denominator in ratios:
+        over, under = min(over * numerator, MOST_REMAINDERS + 1), min(under * denominator, MOST_REMAINDERS + 1)
+    return max(over, under)
 
 
 def shortened(value: object) -> str:

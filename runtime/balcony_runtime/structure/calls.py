@@ -60,7 +60,7 @@ class CallReader:
 
     def __init__(self, box: Toolbox) -> None:
         form = box.form
-        self._marker_id, self._key = box.marker_id, box.key
+        self._marker_id, self._key, self._document = box.marker_id, box.key, box.document
         self._marker = form.marker if box.marker_id is None else _MARK
         self._heads = {form.head + tool.name + form.middle: tool.name for tool in box.tools}
         self._first_heads = {form.first + head: name for head, name in self._heads.items()}
@@ -83,7 +83,7 @@ class CallReader:
 
     def push(self, token: int, text: str) -> list[Piece]:
         """The pieces that a token completes."""
-        self._held += _MARK if token == self._marker_id else text.replace(_MARK, "")
+        self._held += text.replace(_MARK, "") + (_MARK if token == self._marker_id else "")
         found: list[Piece] = []
         while (piece := self._next()) is not None:
             if piece.text or piece.begun is not None:
@@ -123,6 +123,9 @@ class CallReader:
 
     def _in_text(self) -> Piece | None:
         place = self._held.find(self._marker)
+        if self._document and place and not self._marker.startswith(self._held):
+            self._state = "content"
+            return Piece("")
         if place >= 0:
             piece = self._shown(place)
             self._held, self._state = self._held[len(self._marker) :], "call"

@@ -66,10 +66,12 @@ def _tool(given: Any) -> Tool:
             f"tools: parameters of {name}: must be a JSON schema of an object: give {{'type': 'object', ...}}"
         )
     # A small model would go on to invent arguments, which the schema allows unless it says otherwise.
-    closed = {} if {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf"} & schema.keys() else _CLOSED
-    return Tool(name, schema_text({**schema, "type": "object", **closed, "x-guidance": JSON_FORM}))
+    closed = {} if _OPEN & schema.keys() else _CLOSED
+    return Tool(name, schema_text({"x-guidance": JSON_FORM, **schema, "type": "object", **closed}))
 
 
+#: Keywords by which properties may follow that ``properties`` does not list.
+_OPEN = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
 _CLOSED = {"additionalProperties": False}
 
 
@@ -83,6 +85,7 @@ class Toolbox(NamedTuple):
         form: how the model writes calls.
         marker_id: token of the format's marker, if that is a control token.
         key: seven letters and digits that begin the ids of its calls.
+        document: whether a reply without calls has a structure of its own; calls are then at its very beginning.
     """
 
     tools: tuple[Tool, ...]
@@ -91,6 +94,7 @@ class Toolbox(NamedTuple):
     form: CallFormat
     marker_id: int | None
     key: str
+    document: bool = False
 
     def structure(self, content: Structure | None) -> Structure:
         """The structure of the reply: calls, or a content instead unless a call is a must.

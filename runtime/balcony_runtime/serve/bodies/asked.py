@@ -104,13 +104,13 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         ignore_eos=fields.truth("ignore_eos"),
         as_ids=fields.truth("return_tokens_as_token_ids"),
         sampling=_sampling(fields) | structure_of(fields),
-        seed=fields.whole("seed"),
+        seed=_seed(fields.whole("seed")),
         budget=fields.get("budget"),
         stream=stream,
         usage=stream and _usage(fields),
         each_token=fields.truth("timings_per_token"),
         tooling=_tooling(fields) if chat else {},
-        template=_given(fields, ("documents", "chat_template_kwargs")) if chat else {},
+        template=template_of(fields) if chat else {},
         parse_special=fields.choice("parse_special"),
     )
 
@@ -121,6 +121,16 @@ def _tooling(fields: Fields) -> dict[str, Any]:
     if (parallel := fields.choice("parallel_tool_calls")) is not None:
         found["parallel_tool_calls"] = parallel
     return found if found.get("tools") or found.get("tool_choice") not in (None, "none", "auto") else {}
+
+
+def template_of(fields: Fields) -> dict[str, Any]:
+    """What a request gives to the chat template next to messages and tools."""
+    return _given(fields, ("documents", "chat_template_kwargs"))
+
+
+def _seed(given: int | None) -> int | None:
+    """llama.cpp's -1 is no seed; other negative numbers, which OpenAI allows, are seeds of their own."""
+    return None if given is None or given == -1 else given % 2**63
 
 
 def _given(fields: Fields, names: Sequence[str]) -> dict[str, Any]:

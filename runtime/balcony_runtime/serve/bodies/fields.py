@@ -147,7 +147,7 @@ _COMMON: Table = {
     "presence_penalty": _number("Penalty of tokens in the reply; 0 is none."),
     "frequency_penalty": _number("Penalty of a token for each time that the reply has it; 0 is none."),
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}, "description": "Token id to bias."},
-    "seed": _whole("Seed of the first reply to a prompt; the others count up.", 0, 2**63 - 1),
+    "seed": _whole("Seed of the first reply to a prompt, the others count up; -1 takes a fresh one.", -(2**63), 2**63 - 1),
     "stream": _truth("Whether the answer comes token by token, as server-sent events."),
     "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
     "timings_per_token": _truth("Whether every piece of a stream carries timings and balcony."),
@@ -201,6 +201,7 @@ TOKENIZE: Table = {
     "content": _text("A text."),
     "prompt": _text("The same."),
     "messages": _MESSAGES,
+    **_TOOLS,
     "parse_special": _COMMON["parse_special"],
 }
 DETOKENIZE: Table = {"tokens": {**_TOKENS, "description": "Token ids."}}
@@ -226,6 +227,8 @@ class Fields:
             raise RefusedError(400, f"the body is not JSON ({error}): send one object", "invalid_json") from None
         if not isinstance(found, dict):
             raise RefusedError(400, f"the body is a JSON {type(found).__name__}: send one object", "invalid_json")
+        #: Names in the object, those of null included.
+        self.names = found.keys()
         self._found: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
 
     def get(self, name: str) -> Any:

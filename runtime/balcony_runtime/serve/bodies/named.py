@@ -89,6 +89,7 @@ class Names:
         name = name or self.name
         base = self._budgets.get(name)
         if base is None:
+            name = name[:100]
             close = difflib.get_close_matches(name, self._budgets, n=1)
             cure = f"did you mean {close[0]}?" if close else "/v1/models lists them"
             raise RefusedError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import BalconyError, MissingDependencyError
-from balcony_runtime.serve.bodies.asked import read_asked
+from balcony_runtime.serve.bodies.asked import read_asked, template_of
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad, refusal_of
 from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of
@@ -175,7 +175,8 @@ class _Routes:
         messages, text = fields.get("messages"), fields.text("prompt") or fields.text("content")
         special = fields.choice("parse_special")
         if messages is not None:
-            ids = await asyncio.to_thread(llm.encode, messages, control_tokens=special)
+            shown = template_of(fields) | {key: tools for key in ("tools", "tool_choice") if (tools := fields.get(key))}
+            ids = await asyncio.to_thread(llm.encode, messages, control_tokens=special, **shown)
         elif text is not None:
             ids = await asyncio.to_thread(llm.encode, text, chat=False, control_tokens=special)
         else:
@@ -239,6 +240,10 @@ class _Routes:
             raise bad("action", action, f"must be one of {', '.join(ACTIONS)}")
         fields = Fields(await self._body(request) or b"{}", SLOT)
         if action is None:
+            if "budget" not in fields.names:
+                raise RefusedError(
+                    400, "give the keys of a budget as budget, or null for the server's own budget", "invalid_value"
+                )
             return JSONResponse(_slot(await self._service.rebudget(key, fields.get("budget"))))
         return JSONResponse(await self._service.act_on_slot(action, key, fields.get("filename")))
 

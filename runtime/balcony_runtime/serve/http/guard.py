@@ -77,7 +77,10 @@ class Guard:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if origin is not None and _split(origin).netloc != host:
             raise RefusedError(
-                403, f"origin {origin[:100]}: pages of other sites may not use this server", "foreign_origin"
+                403,
+                f"origin {origin[:100]}: pages of other sites may not use this server, and its host is {host[:100]}; "
+                "a proxy must pass the Host header on",
+                "foreign_origin",
             )
         if self._loopback and self._api_key is None and not is_loopback(_split(f"//{host}").hostname or ""):
             raise RefusedError(

@@ -62,13 +62,15 @@ class Answer:
         self.asked, self.shapes, self.jobs = asked, shapes, jobs
         self._worker, self._retry_s, self._on_close = worker, retry_s, on_close
         self._channel: Channel = jobs[0].channel
-        self._until_s, self._limit_s = time.monotonic() + limit_s, limit_s
+        self.begun_s = jobs[0].cost.asked_s
+        self._until_s, self._limit_s = self.begun_s + limit_s, limit_s
         self._scores: dict[Job, Scores] = {}
         self._first: tuple[Job, Item] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._gone = self._closed = self._stopped = False
         self.status, self.reason = 200, ""
-        self.begun_s = time.monotonic()
+        #: Whether the head of a stream has been sent, which says 200 whatever follows.
+        self.streaming = False
 
     def begin(self, receive: Receive) -> None:
         """Submit the replies, and watch for a client that goes away."""
@@ -86,7 +88,10 @@ class Answer:
         while not all(job.ended for job in self.jobs):
             if (found := await self._next(KEEPALIVE_S)) is not None:
                 self._take(*found)
-        return self.shapes.whole(self.jobs, [self._scores.get(job) for job in self.jobs])
+        scores = [self._scores.get(job) for job in self.jobs]
+        if self.asked.logprobs is None:
+            return self.shapes.whole(self.jobs, scores)
+        return await asyncio.to_thread(self.shapes.whole, self.jobs, scores)  # 75 ms for 1,000 tokens with 20 alternatives
 
     async def opening(self) -> None:
         """Wait a while for the first item, so that an answer that fails at once has an HTTP status of its own.
@@ -272,6 +277,7 @@ class EventStream:
         try:
             async with asyncio.timeout(answer.left_s):  # also where a client that does not read blocks the sending
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
+                answer.streaming = True
                 async for event in answer.events():
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})

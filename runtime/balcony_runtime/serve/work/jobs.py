@@ -49,6 +49,7 @@ class Job:
         budget: its own budget; None for the server's.
         score: number of likeliest tokens to report at each place of the prompt; None not to score it.
         model: name under which it was asked for.
+        asked_s: time of the request on ``time.monotonic``; None for now.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Job:
         budget: Budget | None = None,
         score: int | None = None,
         model: str = "",
+        asked_s: float | None = None,
     ) -> None:
         self.key, self.index, self.ids, self.options = key, index, ids, options
         self.budget, self.score, self.model = budget, score, model
@@ -68,7 +70,7 @@ class Job:
         self.stream: TokenStream | None = None
         self.channel = Channel()
         #: Cost of the tokens that were made, and of those that the answer has taken.
-        self.cost, self.shown = Cost(), Cost()
+        self.cost, self.shown = Cost(asked_s), Cost(asked_s)
         self.buffered, self.paused, self.ended = 0, False, False
         #: Number of later requests that began while it waited.
         self.overtaken = 0
@@ -114,8 +116,8 @@ class Channel:
 class Cost:
     """What a reply has cost so far; of several replies, the sum."""
 
-    def __init__(self) -> None:
-        self.asked_s = time.monotonic()
+    def __init__(self, asked_s: float | None = None) -> None:
+        self.asked_s = time.monotonic() if asked_s is None else asked_s
         self.first_s: float | None = None
         self.last_s = self.asked_s
         self.tokens, self.gaps, self.gaps_ms, self.late, self.targets = 0, 0, 0.0, 0, 0
@@ -148,8 +150,7 @@ class Cost:
         """The sum of several replies: the time of the slowest first token, and the reason of the last token."""
         if len(costs) == 1:
             return costs[0]
-        total = cls()
-        total.asked_s = min(cost.asked_s for cost in costs)
+        total = cls(min(cost.asked_s for cost in costs))
         firsts = [cost.first_s for cost in costs if cost.first_s is not None]
         total.first_s, total.last_s = max(firsts, default=None), max(cost.last_s for cost in costs)
         for name in ("tokens", "gaps", "gaps_ms", "late", "targets", "forced"):

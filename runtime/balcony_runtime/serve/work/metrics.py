@@ -113,7 +113,11 @@ class Metrics:
         """Count an answer to any request."""
         self._requests.labels(endpoint, str(status)).inc()
         if reason is not None:
-            self._rejections.labels(reason).inc()
+            self.rejected(reason)
+
+    def rejected(self, reason: str) -> None:
+        """Count an error by its code."""
+        self._rejections.labels(reason).inc()
 
     def prompts(self, tokens: int, cached: int) -> None:
         """Count the tokens of an answer's prompts, and those whose rows were there already."""

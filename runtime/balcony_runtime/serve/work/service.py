@@ -12,6 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ class Service:
         self._answers: set[Answer] = set()
         self._keys = itertools.count()
         self._mean_s, self._slowdown = 1.0, 1.0
+        # One at a time: the threads that read prompts are for everybody, and the decode thread must not wait for a compiler.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="balcony-compile")
 
     def load(self, open_llm: Callable[[], LLM], loop: asyncio.AbstractEventLoop) -> None:
         """Load the bundle and measure its prices, so that no budget of a request has to. Takes seconds; for a thread."""
@@ -121,6 +124,7 @@ class Service:
 
     def close(self) -> None:
         """End all replies and free the engine."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         if self._loaded is not None:
             llm, _, worker, *_ = self._loaded
             worker.stop()
@@ -205,6 +209,7 @@ class Service:
             RefusedError: the queue is full, or the model is unknown.
             BalconyError: a prompt, a budget or a parameter is refused.
         """
+        asked_s, meter = time.monotonic(), EnergyMeter(self.llm.readings)
         budget = self.names.budget(asked.model, headers, asked.budget, asked.max_tokens)
         model, count = asked.model or self.names.name, len(asked.prompts) * asked.n
         others, most = len(self._jobs) + self._preparing, self.limits.parallel + self.limits.queue
@@ -212,6 +217,8 @@ class Service:
             raise busy(f"{others} replies run or wait, and {most} may: try again later", "queue_full", self.retry_s)
         self._preparing += count
         try:
+            if asked.tooling or asked.params(0).structured:
+                await asyncio.get_running_loop().run_in_executor(self._compiler, self._compile, asked)
             prompts, texts, options = await asyncio.to_thread(self._prepare, asked, budget)
         finally:
             self._preparing -= count
@@ -224,6 +231,7 @@ class Service:
                 budget=budget,
                 score=asked.logprobs if asked.echo else None,
                 model=model,
+                asked_s=asked_s,
             )
             for index in range(len(prompts) * asked.n)
         ]
@@ -231,7 +239,7 @@ class Service:
             job.channel = jobs[0].channel
             self._jobs[job.key] = job
         texts = [texts[job.index // asked.n] for job in jobs]
-        shapes = Shapes(asked, model, self.llm.decode, texts, EnergyMeter(self.llm.readings))
+        shapes = Shapes(asked, model, self.llm.decode, texts, meter)
 
         def on_close(answer: Answer) -> None:
             self._closed(answer, model, client)
@@ -240,14 +248,14 @@ class Service:
         self._answers.add(found)
         return found
 
+    def _compile(self, asked: Asked) -> None:
+        self.llm.compile_grammar(asked.params(0), **asked.tooling)
+
     def _prepare(self, asked: Asked, budget: Budget | None) -> tuple[list[list[int]], list[str], list[dict[str, Any]]]:
         """Tokens and texts of the prompts, and options of each reply to a prompt. Runs in a thread."""
         llm = self.llm
         if budget is not None:
             llm.resolved(budget)
-        llm.compile_grammar(
-            asked.params(0), **asked.tooling
-        )  # not in the decode thread, where the others would wait for it
         options = [
             {
                 "max_new_tokens": asked.max_tokens,
@@ -293,6 +301,8 @@ class Service:
         operation = "chat" if answer.asked.chat else "text_completion"
         self.metrics.prompts(prompt_tokens(answer.jobs), cached_tokens(answer.jobs))
         self.metrics.reply(operation, model, cost, seconds, answer.reason)
+        if answer.streaming and answer.status >= 500:  # the status that the client has seen is 200
+            self.metrics.rejected(answer.reason)
         answer.log(client, model)
 
     async def rebudget(self, key: int, body: Any) -> Job:

@@ -5,6 +5,7 @@ Owns the names of the fields. It knows neither threads nor the web framework.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -14,9 +15,11 @@ from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import Cost, Job, Scores
-from balcony_runtime.structure.calls import CallReader, Piece
+from balcony_runtime.structure.calls import CallReader, Piece, ToolCall
 
 Best = Sequence[tuple[int, float]]
+#: What a part of a character decodes to.
+_PART = "\ufffd"
 
 
 class Shapes:
@@ -61,7 +64,7 @@ class Shapes:
             pieces = [Piece(token.text)] if reader is None else reader.push(token.id, token.text)
             if reader is not None and reason is not None:
                 pieces += reader.finish()
-                reason = _reason(reason, bool(reader.calls))
+                reason = _reason(reason, reader.calls)
             text = _delta(pieces)
         if not text and reason is None and asked.logprobs is None and not asked.each_token:
             return None
@@ -117,7 +120,7 @@ class Shapes:
             calls = () if reply is None else reply.tool_calls
             if calls:
                 message |= {"content": text or None, "tool_calls": [call.to_dict() for call in calls]}
-                reason = _reason(reason, True)
+                reason = _reason(reason, calls)
             return {"index": job.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
         logprobs = self.prompt_logprobs(job, scores) if self._asked.echo else None
         if self._asked.logprobs is not None:
@@ -165,10 +168,13 @@ class Shapes:
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._decode([token])
-        return {"token": self._name(token), "logprob": logprob, "bytes": list(text.encode())}
+        bytes_ = None if _PART in text else list(text.encode())
+        return {"token": self._name(token), "logprob": logprob, "bytes": bytes_}
 
     def _name(self, token: int) -> str:
-        return f"token_id:{token}" if self._asked.as_ids else self._decode([token])
+        text = self._decode([token])
+        # In completions the names are keys, and parts of characters have one text.
+        return f"token_id:{token}" if self._asked.as_ids or (_PART in text and not self._asked.chat) else text
 
     def _piece(self, job: Job, text: Any, logprobs: Any, reason: str | None) -> dict[str, Any]:
         key = "delta" if self._asked.chat else "text"
@@ -199,8 +205,15 @@ def _delta(pieces: Sequence[Piece]) -> dict[str, Any]:
     return found | ({"tool_calls": list(calls.values())} if calls else {})
 
 
-def _reason(reason: str | None, calls: bool) -> str | None:
-    return "tool_calls" if calls and reason == "stop" else reason
+def _reason(reason: str | None, calls: Sequence[ToolCall]) -> str | None:
+    """OpenAI's name for the end of a message; a call that a stop string cut is none that a client can run."""
+    if not calls or reason != "stop":
+        return reason
+    try:
+        json.loads(calls[-1].arguments)
+    except ValueError:
+        return reason
+    return "tool_calls"
 
 
 def prompt_tokens(jobs: Sequence[Job]) -> int:

@@ -34,12 +34,11 @@ class Slots:
 
     def __init__(self, llm: LLM, most_bytes: int) -> None:
         self._llm, self._most_bytes = llm, most_bytes
-        self._ended: OrderedDict[int, Sequence[int]] = OrderedDict()
+        self._ended: OrderedDict[int, Job] = OrderedDict()
 
     def ended(self, job: Job) -> None:
-        """Remember the tokens of a reply that has ended."""
-        made = () if job.stream is None else job.stream.ids
-        self._ended[job.key] = [*job.ids, *made]
+        """Remember a reply that has ended."""
+        self._ended[job.key] = job
         while len(self._ended) > MOST_ENDED:
             self._ended.popitem(last=False)
 
@@ -98,14 +97,15 @@ class Slots:
         return {"n_restored": pool.load(path), "n_read": path.stat().st_size}
 
     def _tokens(self, key: int) -> Sequence[int]:
-        tokens = self._ended.get(key)
-        if tokens is None:
+        job = self._ended.get(key)
+        if job is None:
             raise RefusedError(
                 404,
                 f"slot {key}: has no reply that has ended lately; balcony.slots of an answer has its number",
                 "no_such_slot",
             )
-        return tokens
+        # Now, not at its end: the step in which a client left may have added tokens.
+        return [*job.ids, *(() if job.stream is None else job.stream.ids)]
 
 
 def _path(files: PrefixFiles, name: object) -> Path:
