@@ -39,6 +39,7 @@ class SimulatedStream:
         arrival: the request.
         exits: exit layer of each token.
         gaps_ms: gap before each token; the first is the time to first token.
+        late_tokens: number of tokens after the first that missed ``tpot_ms``.
         refused_s: time at which it was refused; None if it was not.
     """
 
@@ -49,13 +50,8 @@ class SimulatedStream:
     exits: list[int] = field(default_factory=list)
     gaps_ms: list[float] = field(default_factory=list)
     emitted_s: float = 0.0
+    late_tokens: int = 0
     refused_s: float | None = None
-
-    @property
-    def late_tokens(self) -> int:
-        """Number of tokens after the first that missed ``tpot_ms``."""
-        target_ms = self.arrival.budget.tpot_ms or math.inf
-        return sum(gap > target_ms for gap in self.gaps_ms[1:])
 
     @property
     def done(self) -> bool:
@@ -119,8 +115,10 @@ class CompanyPlant(SimulatedDevice):
             stream.stages[: index + 1] = [stream.length] * (index + 1)
             if index < len(stream.balconies):
                 stream.balconies[index] = stream.length
+            gap_ms = 1000 * (self.now_s - stream.emitted_s)
+            stream.late_tokens += bool(stream.exits) and gap_ms > (stream.arrival.budget.tpot_ms or math.inf)
             stream.exits.append(self.costs.exits[index])
-            stream.gaps_ms.append(1000 * (self.now_s - stream.emitted_s))
+            stream.gaps_ms.append(gap_ms)
             stream.emitted_s = self.now_s
 
 
@@ -204,7 +202,15 @@ def _seen(plant: CompanyPlant, key: int, stream: SimulatedStream) -> StreamSeen:
     context = stream.length if stream.exits else stream.length - 1
     arrival = stream.arrival
     return StreamSeen(
-        key, arrival.budget, context, stages, balconies, len(stream.exits), arrival.time_s, stream.emitted_s
+        key,
+        arrival.budget,
+        context,
+        stages,
+        balconies,
+        len(stream.exits),
+        arrival.time_s,
+        stream.emitted_s,
+        late=stream.late_tokens,
     )
 
 

@@ -358,7 +358,7 @@ class LLM:
         ]
         alike = len({(len(request.ids), request.limits.budget) for request in requests}) == 1
         alike = alike and len(requests) <= MEMBERS and self.engine.backend.batch_size in (None, len(requests))
-        if alike and self._budget.kv_memory_mb is None and not self._requests.scheduler.shares:
+        if alike and self._budget.kv_memory_mb is None and self._requests.scheduler.pool is None:
             return self._in_lockstep(requests, sampling)
         waiting, streams = deque(requests), []
         with self.together() as replies:

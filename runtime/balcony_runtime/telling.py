@@ -57,7 +57,9 @@ def told(
         piece, hit = stop.push(piece + (text.flush() if finish is not None else ""))
         if hit:
             finish = "stop"
-        elif finish is not None or (asked.box is not None and token == asked.box.marker_id):  # no stop string has a marker
+        elif finish is not None or (
+            asked.box is not None and token == asked.box.marker_id
+        ):  # no stop string has a marker
             piece += stop.flush()
         log_p, best = None, ()  # type: float | None, tuple[tuple[int, float], ...]
         if asked.logprobs is not None and step.logits is not None:

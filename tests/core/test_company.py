@@ -238,15 +238,6 @@ def test_rounds_teach_the_slowdown() -> None:
     assert decided([stream(0)], state, last=Measurement(8, 10.0, math.inf))[0].slowdown == state.slowdown
 
 
-def test_late_tokens_are_counted_by_the_times_of_the_tokens() -> None:
-    one, state = stream(0, Budget(tpot_ms=10.0)), SETTLED
-    counts = []
-    for made, emitted_s in ((1, 10.0), (2, 10.009), (3, 10.020), (4, 10.031), (5, 10.040)):
-        state, _ = decided([one._replace(made_tokens=made, emitted_s=emitted_s)], state, now_s=emitted_s)
-        counts.append(state.streams[0].late)
-    assert counts == [0, 0, 1, 2, 2]
-
-
 def test_streams_with_like_targets_stay_together() -> None:
     """One has just stepped and could wait for three rounds; a pass of both costs 0.25 ms a stage more than one."""
     state = SETTLED._replace(streams={key: StreamState(0, 2, 9) for key in (0, 1)})

@@ -40,6 +40,9 @@ def test_joules_keep_their_rail() -> None:
     watts = Budget(power_w=8.0)
     assert merged_ceilings([graphics, watts]) == watts, "one rail is judged"
     assert merged_ceilings([Budget(energy_j_per_token=0.5), watts]) == Budget(power_w=8.0, energy_j_per_token=0.5)
+    # of equal watts the first rail by name, in every process
+    assert [merged_ceilings([Budget(power_w=5.0 + n, power_rail=one) for one in ("gpu", "board", "cpu")]).power_rail
+            for n in range(8)] == ["board"] * 8  # fmt: skip
 
 
 def test_the_pace_that_is_left_is_the_highest_that_is_asked_for() -> None:
@@ -56,6 +59,8 @@ def test_the_pace_that_is_left_is_the_highest_that_is_asked_for() -> None:
         ([Budget(power_w=8.0, pacing=False)] * 2, 0.0),
         ([Budget(power_w=8.0, min_pace_tps=20.0)] * 2, 50.0 - 10.75),
         ([Budget(power_w=8.0, tpot_ms=38.0, priority="latency"), Budget()], 0.95 * 38.0 - 10.75),
+        ([Budget(power_w=8.0), Budget(tpot_ms=40.0, pacing=False)], 0.0),
+        ([Budget(power_w=8.0), Budget(min_pace_tps=20.0)], 50.0 - 10.75),
         ([Budget(), Budget()], 0.0),
     ],
 )

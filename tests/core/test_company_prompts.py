@@ -92,16 +92,14 @@ def test_a_prompt_that_would_be_late_runs_at_once_while_the_others_may_be_late()
     assert exits(found) == {1: 4} and found.chunk is None and state.streams[1].met
     assert found.price_ms == pytest.approx(3 + 199 * 0.25 + 1 + 199 * 0.125 + 1), "whole, and alone"
 
-    def before(late: int) -> CompanyState:
-        return SETTLED._replace(streams={0: StreamState(0, 0, 9, late=late, emitted_s=10.0)})
-
     # one token of ten may be late at a probability of 0.9; after the first there is none left
-    _, found = decided([other, due], before(1))
+    before = SETTLED._replace(streams={0: StreamState(0, 0, 9)})
+    _, found = decided([other._replace(late=1), due], before)
     assert set(exits(found)) == {0}
-    _, found = decided([other._replace(made_tokens=20), due], before(1))
+    _, found = decided([other._replace(late=1, made_tokens=20), due], before)
     assert exits(found) == {1: 4}
     # a gap that is late already does not become longer
-    _, found = decided([other._replace(emitted_s=9.98), due], before(0))
+    _, found = decided([other._replace(emitted_s=9.98), due], before)
     assert set(exits(found)) == {0}
     # nobody waits for longer than a quarter of a second
     long = due._replace(stage_rows=(1200,) * 3, balcony_rows=(1200, 1200, 1), budget=Budget(ttft_ms=400.0))

@@ -293,3 +293,16 @@ def test_a_trace_of_early_exits_replays(calibrated: Path, tmp_path: Path) -> Non
     assert [again.exit_layer for again in replay(trace_read)] == [
         token.line["exit_layer"] for token in trace_read.tokens
     ]
+
+
+def test_trials_teach_the_slowdown(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Next to another program nearly every token may be a trial, and the target must be held all the same."""
+    bundle = shutil.copytree(tiny.path, tmp_path / "b")
+    record_confidence(bundle, spec(threshold=THRESHOLD, share=0.9))
+    with balcony_edge.load(bundle, budget=Budget(tpot_ms=1e6, policy="confident")) as llm:
+        llm.costs = COSTS
+        reply = llm.generate([1, 2], max_new_tokens=40, ignore_eos=True)
+        exits = {token.exit_layer for token in reply.tokens if "sure at" in token.reason}
+        learned = llm._requests._learned.state.slowdown
+    assert exits == {2, 5}
+    assert learned.factor < 0.5, "the tiny model is much faster than these prices"

@@ -123,7 +123,11 @@ def test_a_target_is_held_by_depth(llm: LLM) -> None:
     for target, exit_layer in ((100.0, 5), (4.4, 3), (2.3, 2)):
         llm.budget = Budget(tpot_ms=target)
         first, second = llm.stream([1, 2], max_new_tokens=2, ignore_eos=True)
-        assert (first.exit_layer, first.target_ms, second.target_ms) == (exit_layer, None, target)  # its target is ttft_ms
+        assert (first.exit_layer, first.target_ms, second.target_ms) == (
+            exit_layer,
+            None,
+            target,
+        )  # its target is ttft_ms
         assert first.predicted_ms is None and not first.late
         assert first.decision.predicted_ms == pytest.approx(costs.steady_ms(exit_layer, 0), rel=0.2)
     llm.budget = Budget(tpot_ms=0.01, on_infeasible="error")

@@ -277,7 +277,7 @@ def test_an_interrupted_round_takes_nothing_from_the_others(llm: LLM, monkeypatc
 def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True}
     prompt = [3 + 7 * place % 290 for place in range(200)]
-    assert llm._requests.scheduler.shares and llm._requests.scheduler._pool is not None
+    assert llm._requests.scheduler.pool is not None
     llm._requests.scheduler._pool.kept_bytes = 0  # the second run shall not begin with the rows of the first
     alone = ids(llm.generate(prompt, **options))
     llm.costs = PRICES
@@ -488,7 +488,7 @@ def test_recorded_rounds_are_decided_again(llm: LLM, tmp_path: Path) -> None:
     differing = json.loads(invoke_here("replay", path, "--json").stdout)["differences"]
     assert [one["round"] for one in differing] == [4] and "a round of 2 streams" in differing[0]["again"]["reason"]
     for text, message in (
-        (lines[0].replace('"rounds": 1', '"rounds": 7'), "version 7 of rounds, must be 1"),
+        (lines[0].replace('"rounds": 2', '"rounds": 7'), "version 7 of rounds, must be 2"),
         ("\n".join([lines[0], "{}", lines[1]]), "line 2 is not a line of rounds"),
         (lines[0], "contains no rounds"),
         ('{"rounds": ', "not readable as a trace of rounds"),

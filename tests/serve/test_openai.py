@@ -99,7 +99,7 @@ def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     assert len(found) == 8 and all(len(entry.top_logprobs) == 3 for entry in found)
     for entry in found:  # greedy
         assert entry.logprob == entry.top_logprobs[0].logprob and entry.bytes in (list(entry.token.encode()), None)
-            assert (entry.bytes is None) == ("\ufffd" in entry.token)  # a part of a character
+        assert (entry.bytes is None) == ("\ufffd" in entry.token)  # a part of a character
 
 
 @pytest.mark.parametrize("exit_layer", [2, 5])

@@ -55,7 +55,9 @@ REFUSALS = [
     Case(CHAT, HELLO | {"top_p": 0}, 400, "invalid_value", "top_p = 0: must be a number above 0"),
     Case(CHAT, HELLO | {"top_k": -2}, 400, "invalid_value", "top_k = -2: must be a whole number from -1"),
     Case(CHAT, HELLO | {"min_p": 1}, 400, "invalid_value", "min_p = 1: must be a number, at least 0"),
-    Case(CHAT, HELLO | {"seed": 2**63}, 400, "invalid_value", "seed = 9223372036854775808: must be a whole number from"),
+    Case(
+        CHAT, HELLO | {"seed": 2**63}, 400, "invalid_value", "seed = 9223372036854775808: must be a whole number from"
+    ),
     Case(CHAT, HELLO | {"stop": [""]}, 400, "invalid_value", "stop = ['']: must be a text or a list of texts"),
     Case(CHAT, HELLO | {"top_logprobs": 2}, 400, "invalid_value", "top_logprobs = 2: needs logprobs = true"),
     Case(CHAT, HELLO | {"logprobs": 3}, 400, "invalid_value", "logprobs = 3: must be true or false"),

@@ -23,7 +23,7 @@ _HIGHEST = "battery_floor_percent"
 
 
 def merged_ceilings(budgets: Sequence[Budget]) -> Budget:
-    """One budget with the strictest ceilings of several, which have some, and what else of them governs the device.
+    """One budget with the strictest ceilings of several, of which some have any, and what else of them governs the device.
 
     The lowest ``power_w`` counts with its own rail and window. Joules of another rail are then not held.
     No token is delayed if one budget forbids it; else the highest ``min_pace_tps`` is left, and the latency targets, too, if
@@ -45,10 +45,10 @@ def _merged(budgets: frozenset[Budget]) -> Budget:
     powered = [budget for budget in budgets if budget.power_w is not None]
     frugal = [budget for budget in budgets if budget.energy_j_per_token is not None]
     if powered:
-        strictest = min(powered, key=lambda budget: budget.power_w or 0.0)
+        strictest = min(powered, key=lambda budget: (budget.power_w, budget.power_rail, budget.power_window_s))
         kept |= {key: getattr(strictest, key) for key in ("power_w", "power_rail", "power_window_s")}
     elif frugal:
-        kept["power_rail"] = min(frugal, key=lambda budget: budget.energy_j_per_token or 0.0).power_rail
+        kept["power_rail"] = min(frugal, key=lambda budget: (budget.energy_j_per_token, budget.power_rail)).power_rail
     joules = [budget.energy_j_per_token or 0.0 for budget in frugal if budget.power_rail == kept["power_rail"]]
     if joules:
         kept["energy_j_per_token"] = min(joules)

@@ -120,8 +120,8 @@ class JointController:
         """
         state = _known(state, seen)
         slowdown = self._learn(state, seen.last)
-        governing = [stream.budget for stream in seen.streams if self._known(stream.budget).senses]
-        ceilings = merged_ceilings(governing) if governing else None
+        senses = any(self._known(stream.budget).senses for stream in seen.streams)
+        ceilings = merged_ceilings([stream.budget for stream in seen.streams]) if senses else None
         governor = self._tick(state.governor, ceilings, slowdown, seen)
         share = _prompt_share(state, seen.now_s)
         ceiling = len(self._costs.exits) if ceilings is None else governor.ceiling
@@ -313,5 +313,5 @@ def _streams_after(before: Mapping[int, StreamState], views: Sequence[View], cho
         at = taken.get(view.stream.key, view.at)
         stays = at == view.at or view.at is None
         tokens = view.tokens + (view.stream.key in taken) if stays else 1
-        streams[view.stream.key] = StreamState(at, view.goal, tokens, view.met, view.late, view.stream.emitted_s)
+        streams[view.stream.key] = StreamState(at, view.goal, tokens, view.met)
     return streams

@@ -29,6 +29,7 @@ class StreamSeen(NamedTuple):
         started_s: time of the request.
         emitted_s: time of its last token; of the request before the first.
         shares: whether its rows share passes with those of others; else its steps run by themselves.
+        late: number of its tokens that missed ``tpot_ms``.
     """
 
     key: int
@@ -40,6 +41,7 @@ class StreamSeen(NamedTuple):
     started_s: float
     emitted_s: float
     shares: bool = True
+    late: int = 0
 
 
 class LearnedAlone(NamedTuple):
@@ -77,16 +79,12 @@ class StreamState(NamedTuple):
         goal: exit index that the present assignment gives it.
         tokens: tokens since its exit last changed.
         met: whether the assignment holds its targets.
-        late: number of its tokens that missed ``tpot_ms``.
-        emitted_s: time of its last token.
     """
 
     at: int | None
     goal: int
     tokens: int = 0
     met: bool = True
-    late: int = 0
-    emitted_s: float = 0.0
 
 
 class CompanyState(NamedTuple):

@@ -33,7 +33,6 @@ class View(NamedTuple):
         goal: exit that it is assigned.
         met: whether the assignment holds its targets.
         tokens: tokens since its exit changed.
-        late: number of its tokens that missed ``tpot_ms``.
     """
 
     stream: StreamSeen
@@ -46,7 +45,6 @@ class View(NamedTuple):
     goal: int
     met: bool
     tokens: int
-    late: int
 
     @property
     def may_be_late(self) -> bool:
@@ -54,7 +52,7 @@ class View(NamedTuple):
         if self.stream.budget.tpot_ms is None:
             return True
         share = (1 - self.stream.budget.probability) * max(self.stream.made_tokens, LEAST_MADE)
-        return self.room_ms > 0 and self.late + 1 <= round(share, 6)
+        return self.room_ms > 0 and self.stream.late + 1 <= round(share, 6)
 
     @property
     def first(self) -> bool:
@@ -107,16 +105,7 @@ def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, in
         highest if known is None else max(min(known.goal, highest), lowest),
         known.met if known is not None else True,
         known.tokens if known is not None else 1 << 30,
-        _late(stream, known),
     )
-
-
-def _late(stream: StreamSeen, known: StreamState | None) -> int:
-    """Number of tokens that missed ``tpot_ms``, with the one since the last decision."""
-    if known is None:
-        return 0
-    gap_ms, target_ms = 1000 * (stream.emitted_s - known.emitted_s), stream.budget.tpot_ms or math.inf
-    return known.late + (stream.made_tokens > 1 and gap_ms > target_ms)
 
 
 def scale_of(slowdown: Slowdown, probability: float) -> float:

@@ -170,14 +170,17 @@ class EarlyExits:
         sequence, costs = turn.sequence, turn.costs
         allowed = turn.budget.allowed_exits(costs.exits)
         trial = self._confident.plan(costs, sequence.length, sequence.balcony_rows, allowed, turn.most_ms)
-        return None if trial is None else self._run(sequence, turn.ids, turn.sampler, trial)
+        return None if trial is None else self._run(turn, trial)
 
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
         """Do nothing: the choice of a trial depends on prices only."""
 
-    def _run(self, sequence: TokenSequence, ids: IntArray, sampler: Sampler, trial: Trial) -> Made:
+    def _run(self, turn: Turn, trial: Trial) -> Made:
+        sequence, sampler, costs = turn.sequence, turn.sampler, turn.costs
         policy, unchecked = self._confident, self._unchecked
-        logits = sequence.step(trial.exit_layer, ids)
+        context = sequence.length
+        price_ms = costs.step_ms(trial.exit_layer, *sequence.rows_due(1), context)
+        logits = sequence.step(trial.exit_layer, turn.ids)
         sure = float(measured(logits, policy.measure)[0])
         words = f"{sure:.2f} sure at {trial.exit_layer}, asked {trial.threshold:.2f}"
         # The promise is about the likeliest token, so it must be one that the reply's structure allows.
@@ -186,16 +189,19 @@ class EarlyExits:
         end = sequence.length
         if exited:
             unchecked[end] = trial.exit_layer
-            return Made([sampler.pick(logits)], [logits], trial.exit_layer, words)
+            return Made([sampler.pick(logits)], [logits], trial.exit_layer, words, price_ms=price_ms)
         # Count the last early tokens in a row. Sampled tokens are not checked, because they need not be the likeliest.
         run = 0
         while sampler.greedy and end - run - 1 in unchecked:
             run += 1
         checked = policy.due(run)
-        rows = sequence.advance(sequence.exits[-1], [], num_logits=checked + 1)[0]  # (checked + 1, V)
+        full = sequence.exits[-1]
+        price_ms += costs.step_ms(full, sequence.rows_due(0)[0], (1,) * len(sequence.exits), context)
+        price_ms += costs.head.pass_ms(checked + 1, context) - costs.head.pass_ms(1, context)
+        rows = sequence.advance(full, [], num_logits=checked + 1)[0]  # (checked + 1, V)
         # The full depth's choice for a token is at the row before the token's place.
         for place, said in zip(range(end - checked, end), rows[:-1].argmax(-1).tolist(), strict=True):
             policy.check(unchecked[place], said == int(sequence.tokens[0, place]))
         unchecked.clear()  # the deeper stages have now run their rows
         last = np.ascontiguousarray(rows[-1:])
-        return Made([sampler.pick(last)], [last], sequence.exits[-1], words)
+        return Made([sampler.pick(last)], [last], full, words, price_ms=price_ms)

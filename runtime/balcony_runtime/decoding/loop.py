@@ -134,7 +134,10 @@ class Decoder:
         self._seen: Observation | None = None
         self._read: Readings = (), 0.0
         self._started_s = time.monotonic()
-        self._made = 0
+        self._made = self._late = 0
+        self._rows_run = sequence.rows_run  # at the last token
+        #: Tokens that were made by a step whose wait was interrupted; the next step brings them.
+        self.untold: list[Step] = []
         sequence.append(prompt)
         if environment.trace is not None:
             environment.trace.begin(self._state)
@@ -155,6 +158,9 @@ class Decoder:
         ``waited_ms`` is the time since the token was asked for.
         """
         sequence, exits, learned, ids = self._sequence, self._sequence.exits, self._learned, self._ids
+        if self.untold:
+            untold, self.untold = self.untold, []
+            return untold
         begin_ns, rows_before = time.perf_counter_ns(), sequence.rows_run
         new_rows = 1 if self._made else sequence.length - self.kept_rows
         decision = self._decide(self._last)
@@ -169,25 +175,45 @@ class Decoder:
         caught_up = 0
         if not made.drafted:  # rows beyond the new ones are backlog; a draft round has no backlog
             caught_up = max(sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows, 0)
-        measured = self._made and attempted is None
-        self._last = self._learn(decision, (done_ns - begin_ns) / 1e6, caught_up) if measured else None
+        self._last, took_ms = None, (done_ns - begin_ns) / 1e6
+        if self._made and attempted is None:
+            self._last = self._learn(decision, took_ms, caught_up)
+        elif made.price_ms:
+            self._last = Measurement(made.exit_layer, made.price_ms, took_ms)
         learned.busy_ns += done_ns - begin_ns
-        if decision.period_ms:  # wait after the step, so that a slow step shortens the wait
-            learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
-            done_ns = time.perf_counter_ns()
-        latency_ms, self._emitted_ns = waited_ms + (done_ns - begin_ns) / 1e6, done_ns
         given = decision
         if attempted is not None:
             words = (made.words, *decision.words)
             given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
+        if not decision.period_ms:
+            return self._told(made, given, decision.exit_layer, forced, caught_up, waited_ms - begin_ns / 1e6)
+        try:  # wait after the step, so that a slow step shortens the wait
+            learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
+        except BaseException:  # the token is made: an interrupt ends its wait only
+            self.untold = self._told(made, given, decision.exit_layer, forced, caught_up, waited_ms - begin_ns / 1e6)
+            raise
+        return self._told(made, given, decision.exit_layer, forced, caught_up, waited_ms - begin_ns / 1e6)
+
+    def _told(
+        self, made: Made, given: Decision, decided_exit: int, forced: list[int], caught_up: int, since_ms: float
+    ) -> list[Step]:
+        """The steps of tokens that are due now; ``since_ms`` is added to the time for their latency."""
+        self._emitted_ns = time.perf_counter_ns()
+        latency_ms = since_ms + self._emitted_ns / 1e6
         if self._environment.trace is not None:
-            self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
+            self._record(self._environment.trace, given, decided_exit, latency_ms)
         steps, target_ms = [], self._target_ms
+        self._count(latency_ms)
         for step_ids, logits in zip(made.ids, made.logits, strict=True):
             steps.append(Step(step_ids, logits, given, target_ms, latency_ms, caught_up, self._budget, *self._read))
             latency_ms = 0.0  # the other tokens of a round came with the first
         self._made += len(steps)
+        self._rows_run = self._sequence.rows_run
         return steps + self._forced_steps(forced, steps[-1]) if forced else steps
+
+    def _count(self, latency_ms: float) -> None:
+        target_ms = self._budget.tpot_ms if self._made else None
+        self._late += target_ms is not None and latency_ms > target_ms
 
     def _decide(self, last: Measurement | None) -> Decision:
         """Decide about the next token.
@@ -270,7 +296,9 @@ class Decoder:
         stage_rows, balcony_rows = sequence.rows_due(self._new_rows)
         context = sequence.length + self._new_rows - 1
         started_s = self._started_s
-        return StreamSeen(key, self._budget, context, stage_rows, balcony_rows, self._made, started_s, asked_s)
+        return StreamSeen(
+            key, self._budget, context, stage_rows, balcony_rows, self._made, started_s, asked_s, late=self._late
+        )
 
     @property
     def pending_rows(self) -> int:
@@ -291,7 +319,12 @@ class Decoder:
         """Take the logits (1, V) of a round as the next token's, as if :meth:`step` had made them."""
         ids = self._sampler.pick(logits)
         kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
-        step = Step(ids, kept, decision, self._target_ms, latency_ms, 0, self._budget, *read)
+        sequence = self._sequence
+        own = (sequence.exits.index(decision.exit_layer) + 1) * (1 if self._made else sequence.length - self.kept_rows)
+        caught_up = max(sequence.rows_run - self._rows_run - own, 0)
+        self._rows_run = sequence.rows_run
+        self._count(latency_ms)
+        step = Step(ids, kept, decision, self._target_ms, latency_ms, caught_up, self._budget, *read)
         forced = self._force(ids)
         self._last, self._emitted_ns = None, time.perf_counter_ns()
         self._made += 1

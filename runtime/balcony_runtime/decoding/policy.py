@@ -47,6 +47,7 @@ class Made(NamedTuple):
         exit_layer: exit of the last token.
         words: reason in plain words; empty for a plain step.
         drafted: number of drafts in the round that gave the tokens; 0 without drafts.
+        price_ms: price of what a policy ran, for the slowdown; 0 if that says nothing about it.
     """
 
     ids: list[IntArray]
@@ -54,6 +55,7 @@ class Made(NamedTuple):
     exit_layer: int
     words: str = ""
     drafted: int = 0
+    price_ms: float = 0.0
 
 
 class Policy(Protocol):

@@ -158,7 +158,8 @@ class Speculator:
                     again = (round(expected),) * len(self._exits)
                     price_ms += (1 - acceptance**drafts) * _further_ms(costs, again, context_length)
                 speedup = plain_ms * expected / (price_ms * self._round_ratio)
-                takes_ms = (pending_ms + behind_ms + price_ms) * max(self._round_ratio, 1.0)
+                # most_ms has the slowdown already, as the price of plain steps shows it
+                takes_ms = (pending_ms + behind_ms + price_ms) * max(self._round_ratio / self._plain_ratio, 1.0)
                 if takes_ms <= most_ms and (found is None or speedup > found.speedup):
                     found = DraftRound(exit_layer, drafts, price_ms, speedup)
         if found is None or (found.speedup < WORTH and self._since_probe < PROBE_TOKENS):

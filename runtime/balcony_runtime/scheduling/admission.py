@@ -83,6 +83,20 @@ class Bounds(NamedTuple):
     kept_bytes: int = KEPT_BYTES
     directory: Path | None = None
 
+    def most_rows(self, rows: int, row_bytes: int) -> int | None:
+        """Rows of ``row_bytes`` that all sequences together may have; None without a bound.
+
+        Raises:
+            InputError: one sequence's own ``rows`` are more.
+        """
+        if (bound := self.kv_bytes()) is None:
+            return None
+        if rows > (most := int(bound) // row_bytes):
+            raise InputError(
+                f"kv_memory_mb: {rows} tokens do not fit, which has room for {most}: ask for fewer tokens or raise it"
+            )
+        return most
+
     @classmethod
     def of(cls, kv_bytes: Callable[[], float | None], **kept: Unpack[PrefixOptions]) -> Self:
         """The bounds that a user asks for.

@@ -93,15 +93,15 @@ class Scheduler:
         self._priced: CostModel | None = None
         self._state, self._last = CompanyState(), None  # type: CompanyState, Measurement | None
         self._told: ControllerState | None = None  # what the last round has left in learned
-        self._not_before_s = 0.0
+        self._not_before_s = self._idle_s = 0.0  # idle: until somebody is due, if nobody was in the last round
         self._trace: RoundTraceWriter | None = None
         self._pool: SequencePool | None = None
         self._pool_lock = threading.Lock()
         self._pool_made = False
 
     @property
-    def shares(self) -> bool:
-        """Whether the engine can share passes between sequences."""
+    def pool(self) -> SequencePool | None:
+        """The sequences that share passes; None if the engine cannot share passes."""
         with self._pool_lock:
             if not self._pool_made:
                 self._pool_made = True
@@ -111,12 +111,7 @@ class Scheduler:
                     _log.warning("no memory for %d replies that share passes: each runs by itself", MEMBERS)
                 if self._pool is not None:
                     self._pool.kept_bytes = self._bounds.kept_bytes
-        return self._pool is not None
-
-    @property
-    def pool(self) -> SequencePool | None:
-        """The sequences that share passes; None if the engine cannot share passes."""
-        return self._pool if self.shares else None
+        return self._pool
 
     def close(self) -> None:
         """Write what ended sequences have to the files."""
@@ -140,12 +135,14 @@ class Scheduler:
         del self._lent[sequence]
         if self._pool is not None:
             self._pool.give_back(sequence)
-        with self._turn:
+        with self._lock:
             self._changes += 1
 
     def record(self, trace: RoundTraceWriter | None) -> None:
         """Record all rounds from the next one on, or stop recording."""
         with self._turn:
+            while self._running:  # a round in progress writes to the trace before
+                self._turn.wait(NAP_S)
             self._trace, self._state = trace, self._state._replace(assigned_for=())
 
     def steps(
@@ -201,7 +198,7 @@ class Scheduler:
             waiting = sum(not stream.admitted for stream in self._streams.values())
             if waiting >= MOST_WAITING:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
-            self._most_rows(rows)
+            self._bounds.most_rows(rows, self._row_bytes)
             stream = Stream(next(self._keys), decoder, sequence, rows, cancelled)
             self._streams[stream.key] = stream
             return stream
@@ -265,6 +262,7 @@ class Scheduler:
                 self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
             return
         begins = [one for one in self._streams.values() if one.admitted and not one.decoder.begun]
+        others = sum(one.admitted for one in self._streams.values()) > 1
         self._running = asking
         self._turn.release()
         try:
@@ -272,7 +270,7 @@ class Scheduler:
                 begin_ns = time.perf_counter_ns()  # the copies are no part of the round's measurement
             if not (asking := [one for one in asking if one.asks]):
                 return
-            if len(asking) == 1 and not self._makes_way(asking[0]):
+            if len(asking) == 1 and not self._makes_way(asking[0], others):
                 self._alone(asking[0])
             else:
                 self._round(asking, begin_ns)
@@ -280,6 +278,9 @@ class Scheduler:
             self._turn.acquire()
             self._running = ()
             self._changes += any(one.decoder.begun for one in begins)
+            idle_s, self._idle_s = self._idle_s, 0.0
+            if idle_s and all(one in asking for one in self._streams.values() if one.asks):
+                self._turn.wait(min(idle_s, NAP_S))  # who asks meanwhile ends it
 
     def _look_again(self, begins: Sequence[Stream]) -> bool:
         """Give prompts that have not run the places and the rows that have come since; whether rows were copied.
@@ -325,9 +326,8 @@ class Scheduler:
             InputError: its rows would never fit into the memory that the budget leaves.
         """
         others = [one for one in self._streams.values() if one.admitted]
-        if (most := self._most_rows(stream.rows)) is not None and (
-            left := most - sum(one.rows for one in others)
-        ) < stream.rows:
+        most = self._bounds.most_rows(stream.rows, self._row_bytes)
+        if most is not None and (left := most - sum(one.rows for one in others)) < stream.rows:
             return f"kv_memory_mb: the replies in progress leave room for {left} tokens, not for {stream.rows}: wait"
         if not others:
             return None
@@ -341,7 +341,7 @@ class Scheduler:
         """Whether a stream shares passes, or will once its prompt begins to run, because there is a place for it."""
         if self._pool is None or self._shares(stream) or not self._may_move(stream):
             return self._shares(stream)
-        others = (one for one in self._streams.values() if one is not stream)
+        others = (one for one in tuple(self._streams.values()) if one is not stream)
         promised = sum(one.admitted and self._may_move(one) and not self._shares(one) for one in others)
         return self._pool.room > promised
 
@@ -352,16 +352,6 @@ class Scheduler:
     def _shares(self, stream: Stream) -> bool:
         return self._pool is not None and self._pool.holds(stream.sequence)
 
-    def _most_rows(self, rows: int) -> int | None:
-        """Rows that all streams together may have, None without a bound; raises if a stream's own rows are more."""
-        if (bound := self._bounds.kv_bytes()) is None:
-            return None
-        if rows > (most := int(bound) // self._row_bytes):
-            raise InputError(
-                f"kv_memory_mb: {rows} tokens do not fit, which has room for {most}: ask for fewer tokens or raise it"
-            )
-        return most
-
     def _gather(self) -> None:
         """Wait a moment for the streams of the last round, so that they stay together."""
         until_s = time.monotonic() + GATHER_S
@@ -370,12 +360,17 @@ class Scheduler:
             if left_s <= 0 or not self._turn.wait(left_s):
                 return
 
-    def _makes_way(self, stream: Stream) -> bool:
-        """Whether the stream's prompt runs in portions, so that a stream that comes meanwhile need not wait for all of it."""
+    def _makes_way(self, stream: Stream, others: bool) -> bool:
+        """Whether the only stream that asks takes a round, so that one that asks meanwhile need not wait for all of its step.
+
+        Its prompt then runs in portions, or it waits for its pace. ``others``: whether other replies are in progress.
+        """
         decoder = stream.decoder
         if decoder.begun or decoder.rows_due <= LONG_PROMPT or self._costs() is None:
-            return False
-        return decoder.budget.ttft_ms is None
+            return (
+                others and decoder.begun and (decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors)
+            )
+        return others or decoder.budget.ttft_ms is None
 
     def _alone(self, stream: Stream) -> None:
         self._company = frozenset()
@@ -403,8 +398,15 @@ class Scheduler:
         ended = [key for key in self._state.streams if key not in self._streams]
         before = self._state.without(ended)
         state, found = controller.decide(before, seen)
+        if found.wait_ms and not (found.moves or found.refused or found.chunk):
+            self._idle_s = found.wait_ms / 1000  # nobody is due, and nothing has changed
+            return
         if self._trace is not None and self._priced is not None:
-            self._trace.write(self._priced, self._quality, before, seen, found, ended)
+            try:
+                self._trace.write(self._priced, self._quality, before, seen, found, ended)
+            except InputError as error:  # a full disk ends no reply
+                _log.warning("no rounds are recorded any more: %s", error)
+                self._trace = None
         for key, decision in found.refused:
             streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
         work_ns = time.perf_counter_ns()

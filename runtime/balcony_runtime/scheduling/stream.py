@@ -95,6 +95,6 @@ def undone(asking: Sequence[Stream]) -> Iterator[None]:
         raise
     except BaseException:
         for stream in asking:
-            if stream.asks and stream.decoder.begun:
+            if stream.asks and stream.decoder.begun and not stream.decoder.untold:
                 stream.sequence.rollback(min(lengths[stream.key], stream.sequence.length))
         raise

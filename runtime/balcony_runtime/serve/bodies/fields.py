@@ -147,7 +147,9 @@ _COMMON: Table = {
     "presence_penalty": _number("Penalty of tokens in the reply; 0 is none."),
     "frequency_penalty": _number("Penalty of a token for each time that the reply has it; 0 is none."),
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}, "description": "Token id to bias."},
-    "seed": _whole("Seed of the first reply to a prompt, the others count up; -1 takes a fresh one.", -(2**63), 2**63 - 1),
+    "seed": _whole(
+        "Seed of the first reply to a prompt, the others count up; -1 takes a fresh one.", -(2**63), 2**63 - 1
+    ),
     "stream": _truth("Whether the answer comes token by token, as server-sent events."),
     "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
     "timings_per_token": _truth("Whether every piece of a stream carries timings and balcony."),

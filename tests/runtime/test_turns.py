@@ -1,0 +1,139 @@
+"""Turns of several replies: one that waits for its pace, a prompt or a trace holds up no other one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds
+from balcony_edge.errors import InputError
+from balcony_runtime.decoding.loop import Decoder
+from balcony_runtime.llm import LLM
+from tests.replies import PRICES, ids
+
+SLOW = Budget(max_pace_tps=1.0)
+ENDLESS: dict[str, Any] = {"max_new_tokens": 200, "ignore_eos": True}
+
+
+@pytest.fixture
+def llm(tiny: Any) -> Iterator[LLM]:
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+def read_slowly(stream: Any, times_s: list[float], pause_s: float = 0.0) -> None:
+    for _ in stream:
+        times_s.append(time.monotonic())
+        time.sleep(pause_s)
+
+
+def test_a_reply_that_waits_for_its_pace_holds_up_nobody(llm: LLM) -> None:
+    """Its reader asks while the other reader is at its token, so it is the only one that asks."""
+    paced, quick = llm.stream([1, 2], budget=SLOW, **ENDLESS), llm.stream([3], **ENDLESS)
+    times_s: list[float] = []
+    threads = [
+        threading.Thread(target=read_slowly, args=(paced, [])),
+        threading.Thread(target=read_slowly, args=(quick, times_s, 0.003)),
+    ]
+    for thread in threads:
+        thread.start()
+    threads[1].join(60)
+    paced.cancel()
+    threads[0].join(60)
+    gaps = [after - before for before, after in zip(times_s, times_s[1:], strict=False)]
+    assert len(times_s) == 200 and max(gaps) < 0.6, "the pace is a second"
+    assert 1 <= len(paced.reply.tokens) <= 60
+
+
+def test_a_newcomer_does_not_wait_until_somebody_is_due(llm: LLM) -> None:
+    paced = [llm.stream([1, number], budget=SLOW, **ENDLESS) for number in range(2)]
+    threads = [threading.Thread(target=read_slowly, args=(one, [])) for one in paced]
+    for thread in threads:
+        thread.start()
+    while not all(one.reply.tokens for one in paced):
+        time.sleep(0.002)
+    time.sleep(0.05)  # both have asked for their second tokens, which are due in a second
+    reply = llm.generate([5], max_new_tokens=5, ignore_eos=True)
+    assert reply.ttft_ms is not None and reply.ttft_ms < 400 and len(reply.tokens) == 5
+    assert max(len(one.reply.tokens) for one in paced) <= 2
+    for one in paced:
+        one.cancel()
+    for thread in threads:
+        thread.join(60)
+
+
+def test_a_long_prompt_with_a_target_makes_way_if_others_run(llm: LLM) -> None:
+    llm.costs = PRICES
+    scheduler = llm._requests.scheduler
+    with llm.together() as replies:
+        first = replies.add([1, 2], **ENDLESS)
+        for _ in range(3):
+            replies.step()
+        replies.pause(first)
+        prompt = replies.add(list(range(1, 180)), budget=Budget(ttft_ms=5000.0), max_new_tokens=2, ignore_eos=True)
+        stream = next(one for one in scheduler._streams.values() if not one.decoder.begun)
+        assert scheduler._makes_way(stream, others=True) and not scheduler._makes_way(stream, others=False)
+        while prompt in replies.open:
+            replies.step()
+        replies.resume(first)
+        first.cancel()
+        while replies.open:
+            replies.step()
+    assert len(prompt.reply.tokens) == 2
+
+
+def test_tokens_whose_wait_is_interrupted_are_told_later(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = ids(llm.generate([1, 2, 3], **{**ENDLESS, "max_new_tokens": 8}))
+    with llm.together() as replies:
+        stream = replies.add([1, 2, 3], budget=Budget(max_pace_tps=50.0), **{**ENDLESS, "max_new_tokens": 8})
+        for _ in range(3):
+            replies.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "_wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                replies.step()
+        while replies.open:
+            replies.step()
+    assert ids(stream.reply) == want
+
+
+def test_a_trace_that_cannot_be_written_ends_no_reply(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm.costs = PRICES
+    with RoundTraceWriter(tmp_path / "rounds.jsonl") as trace:
+        llm.record_rounds(trace)
+        assert len(llm.generate_batch([[1, 2], [3]], max_new_tokens=4)) == 2
+        monkeypatch.setattr(
+            trace, "write", lambda *_: (_ for _ in ()).throw(InputError("rounds.jsonl: writing failed"))
+        )
+        replies = llm.generate_batch([[1, 2], [3]], max_new_tokens=4)
+    assert all(one.tokens for one in replies)
+    assert [one.message for one in caplog.records] == ["no rounds are recorded any more: rounds.jsonl: writing failed"]
+    assert read_rounds(tmp_path / "rounds.jsonl").rounds
+
+
+def test_tokens_in_company_say_what_ran_in_their_gaps(llm: LLM) -> None:
+    with llm.together() as replies:
+        streams = [replies.add([1, 2, number], budget=Budget(exit_layer=2), **ENDLESS) for number in (3, 4)]
+        for _ in range(6):
+            replies.step()
+        for stream in streams:
+            stream.budget = Budget(exit_layer=5)
+        while sum(len(stream.reply.tokens) for stream in streams) < 20:
+            replies.step()
+        for stream in streams:
+            tokens = stream.reply.tokens
+            switch = next(index for index, token in enumerate(tokens) if token.exit_layer == 5)
+            assert switch >= 4 and tokens[switch].caught_up_rows >= 2 * switch, "the rows of two deeper stages"
+            assert all(token.caught_up_rows == 0 for token in (*tokens[1:switch], *tokens[switch + 1 :]))
+            stream.cancel()
+        while replies.open:
+            replies.step()
