@@ -9,7 +9,7 @@ import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.prices import RoundPrices
-from balcony_edge.control.company.seen import Chunk, CompanyState, StreamState
+from balcony_edge.control.company.seen import Chunk, StreamState
 from tests.company import SETTLED, decided, exits, stream
 from tests.prices import SMALL
 

@@ -191,7 +191,7 @@ def test_bounds_of_tools_come_before_the_compiler(llm: LLM, monkeypatch: Any) ->
     compiled: list[Structure] = []
     monkeypatch.setattr(Grammars, "_compile", lambda _, asked: compiled.append(asked))
     tools = [function("f", x={"type": "integer", "multipleOf": 1_234_567}), function("g", x={"type": "integer"})]
-    with pytest.raises(InputError, match="tools: multipleOf = .* the automaton would be too large"):
+    with pytest.raises(InputError, match=r"tools: multipleOf = .* the automaton would be too large"):
         llm.generate([5, 9], tools=tools)
     assert not compiled
 

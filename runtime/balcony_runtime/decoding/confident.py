@@ -20,12 +20,9 @@ import numpy as np
 
 from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec
 from balcony_edge.device.costs import CostModel
-from balcony_runtime.backends.base import IntArray
 from balcony_runtime.decoding.policy import Made, Turn
-from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.decoding.speculate import PLAN_TOKENS, PROBE_TOKENS, WORTH
 from balcony_runtime.decoding.thresholds import binomial_tail, measured
-from balcony_runtime.engine import TokenSequence
 
 #: Weight of the calibration's share of early exits, in tokens, and weight of the past at every further token.
 PRIOR_TOKENS, MEMORY = 64.0, 0.995
