@@ -13,6 +13,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ from balcony_edge.bundle.manifest import (
     TensorSpec,
 )
 from balcony_edge.errors import BundleError
-from balcony_edge.files import write_atomically
+from balcony_edge.files import locked, write_atomically
 
 #: Directory of the engine sets inside a bundle.
 ENGINES = "tensorrt"
@@ -363,6 +364,14 @@ def write_manifest(directory: Path, document: dict[str, Any]) -> Manifest:
 def file_spec(path: Path) -> FileSpec:
     """Size and hash of a file."""
     return FileSpec(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def manifest_lock(directory: Path) -> AbstractContextManager[None]:
+    """The lock of who reads, changes and replaces ``bundle.json``.
+
+    It is that of the weights, which nobody replaces; an export holds the directory's own lock while it is written.
+    """
+    return locked(directory / WEIGHTS)
 
 
 def replace_manifest(directory: Path, manifest: Manifest) -> None:

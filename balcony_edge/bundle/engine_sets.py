@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from balcony_edge.bundle.bundle import ENGINES, read_manifest, replace_manifest
+from balcony_edge.bundle.bundle import ENGINES, manifest_lock, read_manifest, replace_manifest
 from balcony_edge.bundle.manifest import EngineSet, Manifest
 from balcony_edge.errors import BundleError
-from balcony_edge.files import locked, partial_directory
+from balcony_edge.files import partial_directory
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def record_engines(bundle: Path, name: str, engines: EngineSet, made: Path) -> M
         BundleError: the directory is not a bundle or cannot be written.
     """
     home = bundle / ENGINES
-    with locked(home):
+    with manifest_lock(bundle):
         manifest = read_manifest(bundle)
         place = home / name
         while place.exists():

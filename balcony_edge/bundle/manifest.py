@@ -47,6 +47,7 @@ T rows, and ``total`` int32 (), the number of rows after the pass. The set also 
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -381,6 +382,13 @@ class EngineSet(_Frozen):
     builder: Line = ""
     compute_capabilities: tuple[Line, ...] = ()
     files: dict[FileName, FileSpec]
+
+    @property
+    def identity(self) -> str:
+        """Hash of graphs and weights, which stays when engines for other GPUs are built from them."""
+        built = {engine.file for engine in self.engines.values()}
+        lines = [f"{name} {spec.sha256}" for name, spec in sorted(self.files.items()) if name not in built]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class Manifest(_Frozen):

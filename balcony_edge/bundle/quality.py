@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from balcony_edge.bundle.bundle import read_manifest, replace_manifest
+from balcony_edge.bundle.bundle import manifest_lock, read_manifest, replace_manifest
 from balcony_edge.bundle.manifest import ConfidenceSpec, Manifest, Quality, TextQuality
 from balcony_edge.errors import BundleError
 
@@ -20,8 +20,9 @@ def record_confidence(directory: Path, found: ConfidenceSpec) -> Manifest:
     Raises:
         BundleError: the directory is not a bundle or cannot be written.
     """
-    updated = read_manifest(directory).model_copy(update={"confidence": found})
-    replace_manifest(directory, updated)
+    with manifest_lock(directory):
+        updated = read_manifest(directory).model_copy(update={"confidence": found})
+        replace_manifest(directory, updated)
     return updated
 
 
@@ -39,6 +40,11 @@ def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest
     Raises:
         BundleError: the directory is not a bundle, the bundle lacks an exit, or the directory cannot be written.
     """
+    with manifest_lock(directory):
+        return _record(directory, measured)
+
+
+def _record(directory: Path, measured: Mapping[int, Quality]) -> Manifest:
     manifest = read_manifest(directory)
     if unknown := measured.keys() - set(manifest.exit_layers):
         raise BundleError(

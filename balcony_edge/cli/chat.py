@@ -62,6 +62,8 @@ def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict
         try:
             if not conversation.handle(line):
                 return
+        except KeyboardInterrupt:
+            stdout.print("\n(interrupted; Ctrl-D or /quit ends the chat)")
         except ContextLengthError as error:
             stdout.print(f"{_FULL}. ({error})", style="red", markup=False, soft_wrap=True)
         except BalconyError as error:

@@ -64,8 +64,7 @@ def profile(
         "pending": None if pending is None else parse_values("--pending", pending),
     }
     with balcony_edge.load(bundle, threads=threads) as llm:
-        context = llm.engine.manifest.model.context_length
-        grid = Grid.make(context, quick=quick, tokens=tokens, rounds=rounds, **asked)
+        grid = Grid.make(llm.engine.max_length, quick=quick, tokens=tokens, rounds=rounds, **asked)
         options = Options(grid, seconds, shlex.join(["balcony-edge", *sys.argv[1:]]))
         with Sensors(device_sources()) as sensors, progress_bar() as progress:
             measured = measure_profile(llm, sensors, options, progress)

@@ -26,6 +26,7 @@ from balcony_edge.control.slowdown import LOG_SLOWDOWN_LIMIT
 from balcony_edge.device.costs import MAX_ROWS, CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, InputError
+from balcony_edge.files import require_writable
 
 VERSION = 1
 _COSTS = pydantic.TypeAdapter(CostModel)
@@ -57,22 +58,22 @@ class Trace(NamedTuple):
 
 
 class LinesWriter:
-    """A file of JSON lines. A context manager that closes it.
+    """A file of JSON lines, made or replaced by the first line. A context manager that closes it.
 
     Raises:
         InputError: the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise InputError(f"{os.fspath(path)}: not writable ({error.strerror}): name another place") from error
         self._name = os.fspath(path)
+        self._file: IO[str] | None = None
+        require_writable(Path(path).parent, self._name, InputError, "name another place")
 
     def _line(self, document: dict[str, Any]) -> None:
         try:
+            if self._file is None:
+                Path(self._name).parent.mkdir(parents=True, exist_ok=True)
+                self._file = Path(self._name).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
             self._file.write(json.dumps(document, allow_nan=False) + "\n")
         except OSError as error:
             raise self._full(error) from error
@@ -83,6 +84,8 @@ class LinesWriter:
         Raises:
             InputError: the last data could not be written.
         """
+        if self._file is None:
+            return
         try:
             self._file.close()
         except OSError as error:

@@ -28,7 +28,7 @@ def _check_prices(prices: Any) -> None:
     """Refuse a price that is negative or not a number; None means that there is no price."""
     for field in fields(prices):
         value = getattr(prices, field.name)
-        if isinstance(value, float) and not 0 <= value <= MAX_MS:
+        if "_ms" in field.name and value is not None and not 0 <= value <= MAX_MS:
             raise ValueError(f"{field.name} = {value}: a price is 0 to {MAX_MS:g} ms")
 
 

@@ -54,7 +54,8 @@ class RecordingBackend:
         self._backend = backend
         self.manifest: Manifest = backend.manifest
         self.threads, self.max_length = backend.threads, backend.max_length
-        self.name, self.picks_inside, self.batch_size = backend.name, backend.picks_inside, backend.batch_size
+        self.name, self.graphs, self.batch_size = backend.name, backend.graphs, backend.batch_size
+        self.picks_inside = backend.picks_inside
         self.state: State | None = None
 
     def new_state(self, batch_size: int, max_length: int) -> State:

@@ -21,7 +21,7 @@ import numpy as np
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_runtime.backends.base import Array, Backend, FloatArray, IntArray, State
+from balcony_runtime.backends.base import Array, Backend, FloatArray, IntArray, State, likeliest
 from balcony_runtime.backends.choose import DeviceName, open_backend
 from balcony_runtime.tokens import checked, common_length, whole
 
@@ -355,9 +355,8 @@ class TokenSequence:
     def step_best(self, exit_layer: int, ids: IntArray) -> IntArray:
         """:meth:`step` that returns only the most likely token of each member, (B,); a GPU then transfers no logits."""
         if not self.up_to_date(exit_layer):
-            best: IntArray = self.advance(exit_layer, ids[:, None])[:, 0].argmax(-1)
-        else:
-            best = self._stepped(self.state.decode_best, exit_layer, ids)
+            return likeliest(self.advance(exit_layer, ids[:, None])[:, 0])
+        best: IntArray = self._stepped(self.state.decode_best, exit_layer, ids)
         return best
 
     @property
@@ -463,6 +462,7 @@ class TokenSequence:
             left -= self.run_stage(stage, left)
         for exit_layer in self._layers[:-1]:
             left -= self.run_balcony(exit_layer, left)
+        self.state.wait()  # a device takes passes and goes on later; who calls counts on the time
         return before - left
 
     @_exclusive

@@ -34,6 +34,15 @@ def measured(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_the_grid_fits_what_the_engine_holds(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines may be built for fewer rows than the bundle's context."""
+    from balcony_runtime.engine import Engine
+
+    monkeypatch.setattr(Engine, "max_length", 100)
+    done = invoke_here("profile", tiny.path, "-p", "120", "-o", tmp_path / "p.json")
+    assert done.returncode == 1 and "-p: 121 tokens are needed, but this bundle's context holds 100" in done.stderr
+
+
 def test_every_format_has_the_same_numbers(measured: Path, tiny: Any) -> None:
     profile = DeviceProfile.load(measured)
     assert profile.command.endswith("--threads 1") and profile.complete

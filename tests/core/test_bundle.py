@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from balcony_edge.bundle.bundle import Bundle, fingerprint
-from balcony_edge.bundle.manifest import MANIFEST
+from balcony_edge.bundle.bundle import Bundle, fingerprint, read_manifest
+from balcony_edge.bundle.manifest import MANIFEST, Estimate, Quality, TextQuality
+from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BundleError
 
 
@@ -160,3 +162,21 @@ def test_asking_for_a_file_that_is_not_listed(tiny: Any) -> None:
     assert bundle.has_file("tokenizer.json") and not bundle.has_file("secret")
     with pytest.raises(BundleError, match="does not list secret"):
         bundle.file("secret")
+
+
+def test_results_that_are_recorded_at_once_are_all_kept(bundle_copy: Path) -> None:
+    """Two evaluations and a build may end together."""
+    exits = Bundle.open(bundle_copy).manifest.exit_layers
+    estimate = Estimate(value=0.5, stderr=0.1)
+    text = TextQuality(
+        documents=1, tokens=10, window=128, kl=estimate, agreement=estimate, perplexity=Estimate(value=3.0, stderr=0.1)
+    )
+
+    def record(name: str) -> None:
+        record_quality(bundle_copy, {layer: Quality(reference="full", text={name: text}) for layer in exits})
+
+    names = [f"text {number}" for number in range(12)]
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(record, names))
+    (quality,) = {tuple(spec.quality.text) for spec in read_manifest(bundle_copy).exits if spec.quality is not None}
+    assert sorted(quality) == sorted(names)

@@ -23,6 +23,7 @@ from balcony_runtime.backends.cuda import check
 from balcony_runtime.backends.device import Region
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.onnxruntime_device import PROVIDERS, OnnxRuntimeExecutor
+from balcony_runtime.backends.tensorrt_builder import import_tensorrt
 from balcony_runtime.backends.webgpu import adapters as adapters_module
 from balcony_runtime.backends.webgpu import provider
 from balcony_runtime.backends.webgpu.adapters import Adapter
@@ -83,18 +84,31 @@ def test_a_pass_takes_the_first_profile_that_holds_it() -> None:
 def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Bundle.open(tiny.path).manifest
     assert choose(manifest)[:2] == ("cpu", None) and "no graphs for GPUs" in choose(manifest).reason
-    built = manifest.model_copy(update={"engines": {"rtx-fp16": engine_set()}})
+    here = engine_set(builder=f"tensorrt_rtx {import_tensorrt('rtx').__version__}")
+    built = manifest.model_copy(update={"engines": {"rtx-fp16": here, "graphs": engine_set(engines={})}})
     try:
         cuda.compute_capability()
     except DeviceError as error:
         assert choose(built) == ("cpu", None, str(error))
     for capability, wanted, reason in (
         ("89", ("tensorrt", "rtx-fp16"), "engines for this GPU"),
-        ("87", ("cpu", None), "no engines for compute capability 87, and ONNX Runtime has no CUDA here"),
+        (
+            "87",
+            ("cpu", None),
+            "no engines for compute capability 87 and the TensorRT that is installed, and ONNX Runtime has",
+        ),
     ):
         monkeypatch.setattr(cuda, "compute_capability", lambda capability=capability: capability)
         choice = choose(built)
         assert choice[:2] == wanted and reason in choice.reason
+    monkeypatch.setattr(cuda, "compute_capability", lambda: "89")
+    assert choose(built, "graphs").device == "cpu", "a set that is named is taken, engines or not"
+    for changes in ({"builder": "tensorrt_rtx 0.1"}, {"target": "tensorrt", "builder": "tensorrt 10.0"}):
+        assert choose(manifest.model_copy(update={"engines": {"a": engine_set(**changes)}})).device == "cpu"
+    anywhere = manifest.model_copy(update={"engines": {"a": here.model_copy(update={"compute_capabilities": ()})}})
+    assert choose(anywhere).device == "tensorrt"
+    monkeypatch.setattr(cuda, "compute_capability", lambda: "90")
+    assert choose(anywhere).device == "cpu", "TensorRT-RTX knows no H100"
 
 
 def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,8 @@ def test_ctrl_c_keeps_what_is_measured(llm: LLM) -> None:
         assert all(entry.timing.rounds >= 1 for entry in profile.entries)
         with pytest.raises(KeyboardInterrupt):
             measure_profile(llm, sensors, Options(grid, 0, ""), stop_in("round 0"))
+        with pytest.raises(KeyboardInterrupt):  # passes of one row are measured by then, but not everything
+            measure_profile(llm, sensors, Options(grid, 0, ""), stop_in("round 1"))
 
 
 class NoPower:

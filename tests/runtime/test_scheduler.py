@@ -32,6 +32,7 @@ from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.scheduling import scheduler as scheduler_module
 from balcony_runtime.scheduling.pool import LEAST_SHARED
 from balcony_runtime.scheduling.scheduler import MOST_WAITING
+from balcony_runtime.scheduling.stream import Stream
 from tests.command import invoke_here
 from tests.replies import PRICES, PROMPTS, all_at_once, free_members, ids
 
@@ -283,7 +284,7 @@ def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monk
     llm.costs = PRICES
     monkeypatch.setattr(composition, "CALM_MS", 20.0)  # some dozen rows of a stage at these prices
     scheduler, chunks, order = llm._requests.scheduler, [], []  # type: Any, list[int], list[int]
-    work_off, hand_over = scheduler._work_off, scheduler._hand_over
+    work_off, hand_over = Stream.work_off, scheduler._hand_over
     with ThreadPoolExecutor(1) as threads:
 
         def worked_off(stream: Any, chunk: Any) -> None:
@@ -298,7 +299,7 @@ def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monk
             order.append(stream.sequence.length)
             hand_over(stream, *rest)
 
-        monkeypatch.setattr(scheduler, "_work_off", worked_off)
+        monkeypatch.setattr(Stream, "work_off", worked_off)
         monkeypatch.setattr(scheduler, "_hand_over", handed_over)
         reply = llm.generate(prompt, **options)
     assert ids(reply) == alone

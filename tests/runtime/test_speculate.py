@@ -120,7 +120,7 @@ def test_a_sampled_token_has_the_full_models_distribution() -> None:
     assert np.allclose(accepted + (1 - accepted.sum()) * rest / rest.sum(), p)
 
 
-def test_sampled_replies_repeat_with_a_seed_and_use_rounds(llm: LLM) -> None:
+def test_sampled_replies_use_rounds(llm: LLM) -> None:
     sampling = SamplingParams(temperature=1.0, top_p=0.95, seed=7)
     llm.budget = Budget(policy="lossless")
     first, second = (
@@ -130,7 +130,7 @@ def test_sampled_replies_repeat_with_a_seed_and_use_rounds(llm: LLM) -> None:
         ]
         for _ in range(2)
     )
-    assert [token for token, _ in first][:1] == [token for token, _ in second][:1]
+    assert first[0] == second[0], "later ones depend on which rounds are planned, by measured times"
     assert any(drafted for _, drafted in first)
 
 

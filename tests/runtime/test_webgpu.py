@@ -418,10 +418,14 @@ def test_attention_that_is_wrong_is_found(on_webgpu: Engine, monkeypatch: pytest
 
     def wrong(*given: Any) -> Any:
         asked.append(given[-1])
-        return right(*given) + (given[-1] > good)
+        return right(*given) + (given[-1] > good) + (given[-1] == bad)
 
     monkeypatch.setattr(probe, "_on_device", wrong)
-    good = 1
+    good, bad = 99, 1  # the kernel of decode steps
+    with pytest.raises(DeviceError, match="attention wrongly here"):
+        probe.most_rows(device, kinds, 16)
+    asked.clear()
+    good, bad = 1, 0
     assert probe.most_rows(device, kinds, 16) == 1 and asked == [64, 31, 1]
     good = 0
     with pytest.raises(

@@ -194,6 +194,8 @@ class Backend(Protocol):
     manifest: Manifest
     #: The engine, and the device that it runs on.
     name: str
+    #: Name of the graphs that run; rows and caches of other graphs mean something else, whatever their shapes.
+    graphs: str
     threads: int
     #: Most rows of a sequence; at most the context length.
     max_length: int
@@ -245,6 +247,18 @@ def part_of(parts: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype
             f"{name}: {found}, but these graphs have {np.dtype(dtype)} {shape}: use the graphs that made it"
         )
     return part
+
+
+def likeliest(logits: FloatArray) -> IntArray:
+    """The likeliest token of each row of logits (B, V), (B,).
+
+    Raises:
+        InputError: a row has none: the first NaN or infinity of a row is the one that argmax finds.
+    """
+    best: IntArray = logits.argmax(-1)
+    if not np.isfinite(np.take_along_axis(logits, best[:, None], 1)).all():
+        raise not_finite()
+    return best
 
 
 def not_finite() -> InputError:

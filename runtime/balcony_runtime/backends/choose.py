@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.bundle.manifest import EngineSet, Manifest
 from balcony_edge.device.machine import checked_threads
 from balcony_edge.errors import BalconyError, BundleError, DeviceError, InputError
 from balcony_runtime.backends.base import Backend
@@ -23,6 +23,8 @@ from balcony_runtime.backends.webgpu import provider
 DeviceName = Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"]
 
 _log = logging.getLogger(__name__)
+#: Compute capabilities that TensorRT-RTX 1.7 builds for by default.
+RTX_GPUS = ("75", "80", "86", "89", "120", "121")
 #: Tokens whose median time decides between GPU and CPU, after one that packs weights or compiles shaders.
 TOKENS = 5
 
@@ -35,13 +37,13 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(manifest: Manifest) -> Choice:
+def choose(manifest: Manifest, engines: str | None = None) -> Choice:
     """The choice of ``auto`` on this machine: engines that fit its GPU, else ONNX Runtime on the GPU, else the CPU.
 
     WebGPU is chosen only if its package is installed and there is a GPU; an adapter in software is slower than the CPU.
-    :func:`open_backend` measures whether that GPU is faster than the CPU.
+    :func:`open_backend` measures whether that GPU is faster than the CPU. ``engines`` names the set that is to run.
     """
-    choice = _on_nvidia(manifest)
+    choice = _on_nvidia(manifest, engines)
     if choice.device != "cpu" or not provider.is_installed() or provider.misfit(manifest) is not None:
         return choice
     try:
@@ -50,7 +52,7 @@ def choose(manifest: Manifest) -> Choice:
         return Choice("cpu", None, str(error))
 
 
-def _on_nvidia(manifest: Manifest) -> Choice:
+def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
     """The choice between an NVIDIA GPU and the CPU."""
     if not manifest.engines:
         return Choice("cpu", None, "the bundle has no graphs for GPUs: make them with `balcony-edge build`")
@@ -60,13 +62,28 @@ def _on_nvidia(manifest: Manifest) -> Choice:
         capability = compute_capability()
     except BalconyError as error:
         return Choice("cpu", None, str(error))
-    for name, engines in manifest.engines.items():
-        if engines.engines and (not engines.compute_capabilities or capability in engines.compute_capabilities):
+    names = [name for name in manifest.engines if engines in (None, name)]
+    for name in names:
+        if _runs_here(manifest.engines[name], capability):
             return Choice("tensorrt", name, f"it has engines for this GPU (compute capability {capability})")
-    name = next(iter(manifest.engines))
-    if "CUDAExecutionProvider" in checked_onnxruntime().get_available_providers():
-        return Choice("cuda", name, f"no engines for compute capability {capability}; ONNX Runtime has CUDA")
-    return Choice("cpu", None, f"no engines for compute capability {capability}, and ONNX Runtime has no CUDA here")
+    missing = f"no engines for compute capability {capability} and the TensorRT that is installed"
+    if names and "CUDAExecutionProvider" in checked_onnxruntime().get_available_providers():
+        return Choice("cuda", names[0], f"{missing}; ONNX Runtime has CUDA")
+    return Choice("cpu", None, f"{missing}, and ONNX Runtime has no CUDA here")
+
+
+def _runs_here(engines: EngineSet, capability: str) -> bool:
+    """Whether a set's engines run on a GPU with the TensorRT that is installed."""
+    from balcony_runtime.backends.tensorrt_builder import MODULES, import_tensorrt  # noqa: PLC0415 - likewise
+
+    known = engines.compute_capabilities or (RTX_GPUS if engines.target == "rtx" else (capability,))
+    if not engines.engines or capability not in known:
+        return False
+    try:
+        here = import_tensorrt(engines.target).__version__
+    except BalconyError:
+        return False
+    return engines.builder == f"{MODULES[engines.target]} {here}"
 
 
 def open_backend(
@@ -98,7 +115,7 @@ def open_backend(
     if device == "auto" and packed is not None:
         device = "cpu"
     if device == "auto":
-        device, chosen, _ = choose(bundle.manifest)
+        device, chosen, _ = choose(bundle.manifest, engines)
         if device == "webgpu" and engines is None:
             return _faster(bundle, threads, verify_hashes)
         if device == "webgpu":  # runs no engine sets
@@ -159,11 +176,7 @@ def token_ms(backend: Backend) -> float:
     times = []
     for row in range(TOKENS + 1):
         begin = time.perf_counter()
-        state.embed(np.zeros((1, 1), np.int64), row)
-        for stage in range(last + 1):
-            state.run_stage(stage, row, row + 1)
-        state.run_exit(last, row, row + 1, 1)
-        state.logits(1)
+        state.decode(last, np.zeros(1, np.int64), row)
         times.append(1000 * (time.perf_counter() - begin))
     return median(times[1:])
 

@@ -37,7 +37,7 @@ class DeviceBackend:
     def __init__(self, manifest: Manifest, engines: EngineSet, device: Device, executor: Executor, name: str) -> None:
         self.manifest, self.engines = manifest, engines
         self.device, self.executor = device, executor
-        self.name = name
+        self.name, self.graphs = name, f"engine set {engines.identity[:16]}"
         #: The device does the work; one thread of the host starts it.
         self.threads = 1
         self.max_length = engines.context_length
@@ -109,6 +109,8 @@ class DeviceBackend:
         with self.lock, contextlib.ExitStack() as stack:
             with contextlib.suppress(DeviceError):  # a lost GPU cannot be chosen, and has nothing left to free
                 stack.enter_context(self.device.current())
+            with contextlib.suppress(DeviceError):
+                self.device.synchronize()  # passes may still run
             for workspace in list(self._workspaces):
                 workspace.forget_programs()  # they hold contexts of the engines
             self._closed = True
@@ -424,6 +426,7 @@ class DeviceState(RowsOnly):
             whole = np.zeros(region.shape, array_dtype(region.dtype))
             whole[first] = part_of(parts, name, whole[first].shape, whole.dtype)
             self._device.upload(region, whole)
+            self._device.synchronize()  # only one copy at a time is in the host's memory
 
     def _reached(
         self, stage_rows: Sequence[int], balcony_rows: Sequence[int]

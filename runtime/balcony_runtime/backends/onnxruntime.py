@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import shutil
+import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -181,6 +182,7 @@ class OnnxRuntimeBackend:
         self.threads = threads = checked_threads(threads)
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory anyway
+        self.graphs = "lowered" if self.manifest.cpu else "portable"
         self._profile_prefix = profile_prefix
         #: Exit → session of its decode step as one graph; only with packed weights, which all sessions share.
         self.paths: dict[int, ort.InferenceSession] = {}
@@ -264,8 +266,9 @@ def _open(path: Path, packed: Path | None, **options: Any) -> ort.InferenceSessi
 
 def _trim_heap() -> None:
     """Return the temporary memory of packing, as large as the weights, to the system; the C library would keep it."""
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has this function
-        ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # only glibc has this function
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _pack(source: Path, target: Path, threads: int | None) -> None:

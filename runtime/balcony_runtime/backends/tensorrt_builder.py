@@ -6,6 +6,7 @@ library: a device builds from the graphs that a workstation wrote.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import re
@@ -18,7 +19,9 @@ from typing import Any, Literal
 from balcony_edge.bundle.bundle import Bundle, file_spec
 from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
 from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, Manifest, TensorSpec
-from balcony_edge.errors import EngineBuildError, MissingDependencyError
+from balcony_edge.errors import BalconyError, EngineBuildError, MissingDependencyError
+from balcony_edge.files import write_atomically
+from balcony_runtime.backends.cuda import compute_capability
 
 Target = Literal["rtx", "tensorrt"]
 MODULES: dict[Target, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -88,6 +91,9 @@ class Builder:
         self.name = f"{MODULES[target]} {self._trt.__version__}"
         #: Compute capabilities that the engines are built for; empty: the library's default.
         self.compute_capabilities = tuple(compute_capabilities)
+        if target == "tensorrt" and not self.compute_capabilities:
+            with contextlib.suppress(BalconyError):  # its engines run on the GPU that built them
+                self.compute_capabilities = (compute_capability(),)
         self._capabilities = [self._capability(text) for text in compute_capabilities]
         self._timing_cache = timing_cache
         self._log = make_log(self._trt)
@@ -220,7 +226,8 @@ class Builder:
         if config.progress_monitor.cancelled:
             raise KeyboardInterrupt
         if data is not None and self._timing_cache is not None and self._target == "tensorrt":
-            self._timing_cache.write_bytes(config.get_timing_cache().serialize())
+            timings = bytes(config.get_timing_cache().serialize())
+            write_atomically(self._timing_cache, timings, EngineBuildError, "name another --timing-cache")
         return data
 
 

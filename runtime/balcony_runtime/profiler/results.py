@@ -18,14 +18,14 @@ from balcony_runtime.profiler.timing import quantile, summarise
 Blocks = Mapping[Key, list[list[float]]]
 
 
-def bundle_facts(manifest: Manifest) -> BundleFacts:
-    """Facts of a bundle that a profile keeps."""
+def bundle_facts(manifest: Manifest, context_length: int) -> BundleFacts:
+    """Facts of a bundle that a profile keeps; the context is that of the engine."""
     return BundleFacts(
         model=manifest.model.name,
         fingerprint=manifest.fingerprint,
         precision=manifest.precision,
         exit_layers=manifest.exit_layers,
-        context_length=manifest.model.context_length,
+        context_length=context_length,
         bytes_per_token={layer: manifest.bytes_per_token(layer) for layer in manifest.exit_layers},
     )
 
@@ -136,14 +136,6 @@ def predicted_ms(costs: CostModel, key: Key) -> float | None:
         "lm_head": lambda: costs.head.pass_ms(1, key.context),
     }
     return prices[key.kind]() if key.kind in prices else None
-
-
-def enough(blocks: Blocks, exits: tuple[int, ...]) -> bool:
-    """Whether every graph has a measured pass of one row."""
-    measured = {(key.kind, key.exit_layer) for key in blocks if key.rows == 1}
-    full = exits[-1]
-    needed = {("catch_up", layer) for layer in exits} | {("balcony", layer) for layer in exits[:-1]}
-    return needed | {("norm", full), ("lm_head", full)} <= measured
 
 
 def entry(key: Key, found: list[list[float]], costs: CostModel) -> Entry:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,7 @@ from statistics import median
 
 from balcony_edge.device.machine import this_device
 from balcony_edge.device.profile import DeviceProfile, EngineFacts, MemoryUse, Moment, Power, Rail, Sustained
+from balcony_runtime.backends.base import Backend
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import results
 from balcony_runtime.profiler.cells import Bench, Cell, Key
@@ -68,17 +69,21 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     """
     budget, loaded_bytes = llm.budget, resident_bytes()
     watch, bench = ConditionWatch(sensors), Bench(llm, options.grid)
-    rails = measured_rails(sensors)
+    rails: dict[Rail, tuple[str, ...]] = {}
+    measured_once = False  # every cell, one row of each graph and the rest
     blocks: dict[Key, list[list[float]]] = defaultdict(list)
     power: tuple[Power, ...] = ()
     sustained: Sustained | None = None
     notes: list[str] = []
     try:
         burst = _burst(bench, watch) if options.sustain_s else []
-        complete = _rounds(bench.cells(), options.grid, blocks, watch, progress)
+        rounds = _rounds(bench.cells(), options.grid, blocks, watch, progress)
+        measured_once = next(rounds)
+        complete = next(rounds)
         if not complete:
             notes.append(f"stopped after {options.grid.seconds:g} s: some intervals are wider than {TIGHT:.0%}")
         progress("power", 0.95)
+        rails = measured_rails(sensors)  # now: a counter that stands still shows it at its second reading only
         power = _power(bench, Meter(sensors, rails), rails, options.grid.power_s) if rails else ()
         if options.sustain_s:
             sustained, whole = _sustain(bench, options.sustain_s, burst, watch, progress)
@@ -90,8 +95,8 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     finally:
         llm.budget = budget
     manifest = llm.engine.manifest
-    if not results.enough(blocks, manifest.exit_layers):
-        raise KeyboardInterrupt  # not everything was measured once, so there is no profile to keep
+    if not measured_once:
+        raise KeyboardInterrupt  # there is no profile to keep
     mixture = manifest.model.mixture
     costs, residuals = results.fit_costs(blocks, manifest.exit_layers, None if mixture is None else mixture.share)
     entries = tuple(results.entry(key, found, costs) for key, found in blocks.items())
@@ -102,17 +107,15 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
         command=options.command,
         complete=complete,
         device=this_device(),
-        bundle=results.bundle_facts(manifest),
-        engine=EngineFacts(
-            name=llm.engine.backend.name, version=_version("onnxruntime"), threads=llm.engine.backend.threads
-        ),
+        bundle=results.bundle_facts(manifest, llm.engine.max_length),
+        engine=_engine_facts(llm.engine.backend),
         conditions=watch.report(tuple(notes)),
         entries=entries,
         costs=costs,
         residuals=(*residuals, *results.step_residuals(entries)),
         spread=results.spread(blocks),
         power=power,
-        power_reason=None if power else "the profile was interrupted before it" if rails else why_no_power(sensors),
+        power_reason=None if power else _why_no_power(notes, rails, sensors),
         sustained=sustained,
         memory=MemoryUse(
             loaded_bytes=loaded_bytes,
@@ -123,10 +126,31 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     )
 
 
+def _engine_facts(backend: Backend) -> EngineFacts:
+    """The engine; the name of an engine set's backend has its version."""
+    version = ""
+    if backend.name.startswith("ONNX Runtime"):
+        import onnxruntime  # noqa: PLC0415 - an engine is an extra, and comes in packages of several names
+
+        version = onnxruntime.__version__
+    return EngineFacts(name=backend.name, version=version, threads=backend.threads)
+
+
+def _why_no_power(notes: list[str], rails: dict[Rail, tuple[str, ...]], sensors: Sensors) -> str:
+    if any(note.startswith("interrupted") for note in notes):
+        return "the profile was interrupted before it"
+    if not rails:
+        return why_no_power(sensors)
+    return f"no reading of {', '.join(source for sources in rails.values() for source in sources)} came in time"
+
+
 def _rounds(
     cells: tuple[Cell, ...], grid: Grid, blocks: dict[Key, list[list[float]]], watch: ConditionWatch, progress: Progress
-) -> bool:
-    """Run rounds and add their samples to ``blocks``; True if every interval is tight or every round was run."""
+) -> Iterator[bool]:
+    """Run rounds and add their samples to ``blocks``.
+
+    Gives True once everything was measured once, and at the end whether every interval is tight or every round was run.
+    """
     begin_s, done, total = time.perf_counter(), 0, len(cells) * (grid.rounds + 1)
     keys: dict[str, list[Key]] = {}
     open_cells = list(cells)
@@ -134,7 +158,8 @@ def _rounds(
         for cell in open_cells[:: 1 if number % 2 else -1]:
             spent_s = time.perf_counter() - begin_s
             if number > LEAST_ROUNDS and spent_s > grid.seconds:
-                return False
+                yield False
+                return
             share = max(done / total, min(spent_s / grid.seconds, 1.0) if number > LEAST_ROUNDS else 0.0)
             left_s = min(spent_s * (total / done - 1), max(grid.seconds - spent_s, 0.0)) if number else None
             left = "" if left_s is None else f", {left_s:.0f} s left"
@@ -150,8 +175,10 @@ def _rounds(
             open_cells = [cell for cell in open_cells if not all(_tight(blocks[key]) for key in keys[cell.title])]
             total = done + len(open_cells) * (grid.rounds - number)
             if not open_cells:
-                return True
-    return True
+                break
+        if number == 1:
+            yield True
+    yield True
 
 
 def _tight(found: list[list[float]]) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.seen import Chunk, CompanyState, LearnedAlone, RoundSeen, StreamSeen
+from balcony_edge.control.company.seen import CompanyState, LearnedAlone, RoundSeen, StreamSeen
 from balcony_edge.control.controller import ControllerState
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
@@ -411,7 +411,7 @@ class Scheduler:
             streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
         work_ns = time.perf_counter_ns()
         if found.chunk is not None and found.chunk.key in streams:
-            self._work_off(streams[found.chunk.key], found.chunk)
+            streams[found.chunk.key].work_off(found.chunk)
         moves = {move.key: move.decision for move in found.moves if move.key in streams and streams[move.key].asks}
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
         done_ns = time.perf_counter_ns()
@@ -453,14 +453,6 @@ class Scheduler:
     def _learned_alone(self) -> LearnedAlone | None:
         state = self._learned.state
         return None if state is self._told else LearnedAlone(state.slowdown, state.governor)
-
-    def _work_off(self, stream: Stream, chunk: Chunk) -> None:
-        sequence = stream.sequence
-        with stream.alone():
-            for stage in chunk.stages:
-                sequence.run_stage(stage, chunk.rows)
-            if chunk.balcony is not None:
-                sequence.run_balcony(self._engine.exit_layers[chunk.balcony], chunk.rows)
 
     def _step(self, moves: Mapping[Stream, Decision]) -> dict[Stream, FloatArray]:
         """Run the round's tokens: those of the pool together, prompts and others one by one. Gives logits (1, V)."""

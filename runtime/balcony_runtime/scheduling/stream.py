@@ -9,6 +9,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from balcony_edge.control.company.seen import Chunk
 from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.engine import TokenSequence
 
@@ -75,6 +76,16 @@ class Stream:
 
     def fail(self, error: BaseException) -> None:
         self._error, self.asks = error, False
+
+    def work_off(self, chunk: Chunk) -> None:
+        """Run pending rows, and wait for the device, so that their time is known."""
+        sequence = self.sequence
+        with self.alone():
+            for stage in chunk.stages:
+                sequence.run_stage(stage, chunk.rows)
+            if chunk.balcony is not None:
+                sequence.run_balcony(sequence.exits[chunk.balcony], chunk.rows)
+            sequence.state.wait()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

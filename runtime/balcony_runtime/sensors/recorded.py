@@ -35,7 +35,7 @@ def load_readings(path: Path) -> Iterator[Reading]:
                         values = values.get("readings") or []
                     for reading in values if isinstance(values, list) else [values]:
                         yield Reading.from_dict(reading)
-                except (json.JSONDecodeError, InputError) as error:
+                except (ValueError, RecursionError, InputError) as error:  # the first are Python's own bounds
                     raise InputError(f"{path}: line {number}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"

@@ -23,8 +23,13 @@ from balcony_runtime.sensors.sysfs import (
     unique,
 )
 
-#: hwmon chips of CPU packages → the labels of whole packages (kernel, Documentation/hwmon/{coretemp,k10temp}.rst).
-_CPU_CHIPS = {"coretemp": re.compile(r"Package id \d+"), "k10temp": re.compile("Tctl"), "zenpower": re.compile("Tdie")}
+#: hwmon chips of CPU packages → the labels of whole packages (kernel, Documentation/hwmon/{coretemp,k10temp}.rst). AMD's Tctl
+#: is Tdie with an offset of up to 27 degrees on some CPUs, which then have both; on the others it is the temperature.
+_CPU_CHIPS = {
+    "coretemp": re.compile(r"Package id \d+"),
+    "k10temp": re.compile("T(die|ctl)"),
+    "zenpower": re.compile("Tdie"),
+}
 _SCOPES: tuple[tuple[Scope, re.Pattern[str]], ...] = (
     ("cpu", re.compile("cpu|x86_pkg_temp", re.IGNORECASE)),
     ("gpu", re.compile("gpu", re.IGNORECASE)),
@@ -62,8 +67,10 @@ class Thermal:
         for chip in numbered(self._root / "class/hwmon", "hwmon"):
             name = text_or_none(chip / "name") or ""
             packages = _CPU_CHIPS.get(name)
-            for file in sorted(chip.glob("temp*_label")) if packages else ():
-                label = text_or_none(file) or ""
+            labels = {file: text_or_none(file) or "" for file in sorted(chip.glob("temp*_label")) if packages}
+            if "Tdie" in labels.values():
+                labels = {file: label for file, label in labels.items() if label == "Tdie"}
+            for file, label in labels.items():
                 if packages and packages.fullmatch(label):
                     source = unique(f"hwmon:{name}:{label}", taken)
                     probes.append(_Probe(source, "cpu", file.with_name(file.name.replace("_label", "_input"))))
@@ -77,7 +84,9 @@ class Thermal:
             else:
                 readings.append(Reading(probe.source, probe.scope, now_s, celsius=found / 1000))  # m°C
         if not self._probes:
-            absences.append(Absence(self.name, "the kernel lists no thermal zone, as in most virtual machines"))
+            absences.append(
+                Absence(self.name, "the kernel shows no thermal zone and no CPU package, as in most virtual machines")
+            )
         return SourceSample(tuple(readings), tuple(absences))
 
     def close(self) -> None:

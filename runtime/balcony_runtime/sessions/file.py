@@ -50,6 +50,7 @@ class Notes(BaseModel):
 
     Attributes:
         fingerprint: fingerprint of the bundle.
+        graphs: name of the graphs that made the rows (:class:`balcony_runtime.backends.base.Backend`).
         stage_rows, balcony_rows: number of rows that each stage and each balcony had taken in.
         messages: messages of the conversation; None for a prefix.
         system: number of these that belong to the system.
@@ -59,6 +60,7 @@ class Notes(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     fingerprint: str
+    graphs: str
     stage_rows: list[NonNegativeInt]
     balcony_rows: list[NonNegativeInt]
     messages: list[dict[str, Any]] | None = None
@@ -105,9 +107,13 @@ def save(
     with sequence.lock:
         rows = sequence.length if rows is None else rows
         stages, balconies, parts = sequence.parts(rows)
-        fingerprint = engine.manifest.fingerprint
         notes = Notes(
-            fingerprint=fingerprint, stage_rows=stages, balcony_rows=balconies, messages=messages, system=system
+            fingerprint=engine.manifest.fingerprint,
+            graphs=engine.backend.graphs,
+            stage_rows=stages,
+            balcony_rows=balconies,
+            messages=messages,
+            system=system,
         )
         tensors = _Tensors({"tokens": sequence.tokens[:, :rows], **parts}, int8)
         with atomic_file(path, InputError, "choose another place") as file:
@@ -268,6 +274,11 @@ class _Reader:
             raise InputError(
                 f"{self._path}: was saved with another bundle (fingerprint {notes.fingerprint[:12]}, this one has "
                 f"{manifest.fingerprint[:12]}): load that one, or begin anew"
+            )
+        if notes.graphs != engine.backend.graphs:
+            raise InputError(
+                f"{self._path}: was saved by other graphs of this bundle ({notes.graphs}, these are {engine.backend.graphs}): "
+                "use the graphs that made it, or begin anew"
             )
         count, length = len(manifest.exit_layers), shape[1]
         stages, balconies = notes.stage_rows, notes.balcony_rows

@@ -161,6 +161,25 @@ def test_an_empty_tree_is_absent_with_a_reason(source: Callable[[Path], Source],
         assert sample.absences[0].part == source(root).name and len(sample.absences[0].reason) > 20
 
 
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        ({1: "Tctl", 2: "Tdie"}, {"hwmon:k10temp:Tdie": 51.0}),  # a Threadripper 2950X: Tctl is 27 degrees above
+        ({1: "Tctl", 3: "Tccd1"}, {"hwmon:k10temp:Tctl": 50.0}),
+    ],
+)
+def test_the_temperature_of_an_amd_cpu(labels: dict[int, str], wanted: dict[str, float], tmp_path: Path) -> None:
+    chip = tmp_path / "class/hwmon/hwmon2"
+    chip.mkdir(parents=True)
+    (chip / "name").write_text("k10temp\n")
+    for number, label in labels.items():
+        (chip / f"temp{number}_label").write_text(f"{label}\n")
+        (chip / f"temp{number}_input").write_text(f"{49_000 + 1000 * number}\n")
+    thermal = Thermal(tmp_path)
+    thermal.discover()
+    assert {one.source: one.celsius for one in thermal.read(0.0).readings} == wanted
+
+
 def test_a_machine_without_rapl_is_told_what_to_try(tmp_path: Path) -> None:
     (absent,) = look(Rapl(tmp_path)).absences
     assert absent.cure == (

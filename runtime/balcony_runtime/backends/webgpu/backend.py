@@ -40,7 +40,7 @@ class WebGpuBackend:
         self.threads = 1
         self.max_length = self.manifest.model.context_length
         self.name, self.batch_size = f"ONNX Runtime, {NAME}", None  # type: str, int | None
-        self.picks_inside = True
+        self.picks_inside, self.graphs = True, "lowered"
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
         with WebGpuDevice.lock:

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 #: Most rows of a pass (None: any number) → sizes of passes that must be right, the most first. The plugin 0.4.0 takes the
 #: kernel for many rows from 32 on; where a sliding window is longer than the sequence, smaller passes take it, too.
-LIMITS: dict[int | None, tuple[int, ...]] = {None: (64, 31, 12, 3), 31: (31, 12, 3), 1: (1,)}
+LIMITS: dict[int | None, tuple[int, ...]] = {None: (64, 31, 12, 3, 1), 31: (31, 12, 3, 1), 1: (1,)}
 #: Rows of the test: more than the lanes of any adapter's subgroup, and passes with earlier rows.
 _ROWS = 96
 #: Largest difference, as a share of the largest value. A kernel that is wrong differs by 0.05 or more; float32 by 1e-6, float16
