@@ -15,6 +15,7 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip ins
 from balcony_edge.bundle.manifest import Estimate, Quality, TaskQuality, TaskSummary, TextQuality
 from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BundleError, InputError
+from balcony_export.evaluate.report import ExitReport, _task_row
 from balcony_export.evaluate.tasks import TaskRun, _run, _spec
 from balcony_export.evaluate.text import ratio_of_sums
 
@@ -68,6 +69,18 @@ def test_a_metric_of_the_whole_is_no_score_of_its_examples() -> None:
     assert run.scores == {} and run.summary(run) is None
     texts = _run({"wmt": ["wmt"]}, harness("wmt", "bleu", 12.5, [("a", "b"), ("c", "c")]))
     assert texts.qualities["wmt"].metrics == {"bleu": Estimate(value=12.5)} and texts.scores == {}
+    # a share is shown in percent; what is out of 100 already is not
+    for name, value, shown in (
+        ("bleu", 12.5, "12.5"),
+        ("f1", 50.0, "50.0"),
+        ("acc", 0.25, "25.0"),
+        ("perplexity", 9.0, "9.0"),
+    ):
+        quality = Quality(
+            reference="full", tasks={"t": TaskQuality(metric=name, examples=3, metrics={name: Estimate(value=value)})}
+        )
+        report = ExitReport(exit_layer=2, depth_factor=0.4, parameters=10, quality=quality)
+        assert shown in _task_row(report, ("t",))
     with pytest.raises(InputError, match="'glue' has no score per example"):
         _run({"glue": ["cola"] * 2}, harness("cola", "mcc", -1.0, [(1, 0), (0, 1)]))
 

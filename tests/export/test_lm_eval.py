@@ -61,7 +61,7 @@ def test_loglikelihoods_equal_the_harness_own_adapter(
 
 
 def test_generation_equals_the_harness_own_adapter_and_stops(
-    oracle: Any, bundle_scorer: BundleScorer, torch_scorer: TorchScorer
+    oracle: Any, bundle_scorer: BundleScorer, torch_scorer: TorchScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"until": ["zzz"], "do_sample": False, "max_gen_toks": 24}
     requests = instances(*(("the quick brown", options), ("a dog", options)))
@@ -72,8 +72,19 @@ def test_generation_equals_the_harness_own_adapter_and_stops(
         assert lm.generate_until(requests) == wanted
         (cut,) = lm.generate_until(instances(("the quick brown", {"until": [stop], "max_gen_toks": 24})))
         assert cut == wanted[0].split(stop)[0]
-    with pytest.raises(InputError, match="samples"):
-        lm.generate_until(instances(("a", {"do_sample": True, "temperature": 0.7})))
+        # the names that transformers has for the limit, and every token that ends a text
+        (short,) = lm.generate_until(instances(("the quick brown", {"max_new_tokens": 5})))
+        made = list(scorer.greedy(5, scorer.tokenizer.encode("the quick brown"), 24))
+        assert short == scorer.tokenizer.decode(made[:5], skip_special_tokens=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(scorer, "eos_ids", frozenset({made[7]}))
+            (ended,) = lm.generate_until(instances(("the quick brown", options)))
+        assert ended == scorer.tokenizer.decode(made[: made.index(made[7])], skip_special_tokens=True)
+    for sampled in ({"do_sample": True, "temperature": 0.7}, {"do_sample": True}, {"temperature": 0.7}):
+        with pytest.raises(InputError, match="samples"):
+            lm.generate_until(instances(("a", sampled)))
+    with pytest.raises(InputError, match="asks for 999 new tokens, and the context holds 256"):
+        lm.generate_until(instances(("a", {"max_gen_toks": 999})))
     shallow = [
         BalconyLM(sweep=Sweep(scorer), exit_layer=2).generate_until(requests)
         for scorer in (bundle_scorer, torch_scorer)

@@ -33,7 +33,9 @@ from balcony_export.tensorrt import engine_set as tensorrt_module
 from balcony_export.tensorrt.engine_set import rounding_of, write_graphs
 from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt.integers import Rounding
+from balcony_export.tensorrt.plain import plain_operators
 from balcony_export.verify import reference_logits
+from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.tensorrt_builder import (
     PASSES,
     Builder,
@@ -46,7 +48,15 @@ from balcony_runtime.engine import Engine
 
 ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2")
 #: What `make test` builds of them, ten seconds each: every kind of mask, norm and rope once.
-BUILT = {("llama", "fp16"), ("gemma2", "fp16"), ("smollm3", "fp16"), ("qwen3", "int4"), ("gemma3", "int4")}
+BUILT = {
+    ("llama", "fp16"),
+    ("llama", "bf16"),
+    ("llama", "fp8"),
+    ("gemma2", "fp16"),
+    ("smollm3", "fp16"),
+    ("qwen3", "int4"),
+    ("gemma3", "int4"),
+}
 IDS = [(7 * i * i + 3 * i + 1) % 320 for i in range(24)]
 
 
@@ -74,7 +84,7 @@ def logits_of(bundle: Bundle, engines: str) -> dict[int, npt.NDArray[np.float32]
 
 
 @pytest.mark.parametrize("operators", ["fused", "plain"])
-@pytest.mark.parametrize("precision", ["fp16", "int4", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "int4", "int8", "fp8"])
 def test_the_files_that_are_built_compute_what_pytorch_computes(
     export_tiny: Callable[[str], Any], tiny_copy: Callable[[str], Bundle], precision: Any, operators: Any
 ) -> None:
@@ -95,6 +105,37 @@ def test_the_files_that_are_built_compute_what_pytorch_computes(
     for exit_layer, got in logits_of(bundle, "set").items():
         want = expected[exit_layer]
         assert np.abs(got - want).max() <= 2e-2 * np.abs(want).max(), exit_layer
+
+
+def test_plain_attention_scales_before_its_product() -> None:
+    """Products of queries and keys leave the range of float16 in some models; scaled, they are ordinary numbers."""
+    shape = [1, 1, 4, 64]
+    names = ("query", "key", "value")
+    inputs = [ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT16)) for name in names]
+    rows = ir.Value(name="rows", shape=ir.Shape([1, 4, 64]), type=ir.TensorType(ir.DataType.FLOAT16))
+    mask = ir.Value(name="mask", shape=ir.Shape([1, 1, 4, 4]), type=ir.TensorType(ir.DataType.BOOL))
+    heads = ir.Value(name="heads", const_value=ir.tensor(np.array([0, 0, 1, 64], np.int64), name="heads"))
+    split = ir.Node("", "Reshape", [rows, heads])
+    swapped = ir.Node("", "Transpose", [split.outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
+    attend = ir.Node("", "Attention", [swapped.outputs[0], *inputs[1:], mask], [ir.AttrFloat32("scale", 0.125)])
+    attend.outputs[0].name, attend.outputs[0].type = "mixed", ir.TensorType(ir.DataType.FLOAT16)
+    attend.outputs[0].shape = ir.Shape(shape)
+    graph = ir.Graph(
+        [rows, *inputs[1:], mask], [attend.outputs[0]], nodes=[split, swapped, attend], initializers=[heads],
+        opset_imports={"": 24}, name="attend",
+    )  # fmt: skip
+    model = ir.Model(graph, ir_version=10)
+    plain_operators(model)
+    session = open_session(ir.to_proto(model).SerializeToString())
+    forty = np.full((1, 4, 64), 40.0, np.float16)  # products of 102,400
+    given = {
+        "rows": forty,
+        "key": forty[:, None],
+        "value": np.ones(shape, np.float16),
+        "mask": np.ones((1, 1, 4, 4), bool),
+    }
+    (mixed,) = session.run(None, given)
+    np.testing.assert_array_equal(mixed, np.ones(shape, np.float16))
 
 
 def put_weights(bundle: Bundle, exits: ExitModel, head: torch.nn.Parameter) -> None:
@@ -127,7 +168,7 @@ def put_weights(bundle: Bundle, exits: ExitModel, head: torch.nn.Parameter) -> N
     [
         pytest.param(architecture, precision, marks=() if (architecture, precision) in BUILT else pytest.mark.deep)
         for architecture in ARCHITECTURES
-        for precision in ("fp16", "int4")
+        for precision in ("fp16", "int4", *(("bf16", "fp8") if architecture == "llama" else ()))
     ],
 )
 def test_engines_of_every_architecture_build(

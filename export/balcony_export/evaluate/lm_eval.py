@@ -28,6 +28,7 @@ try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise MissingDependencyError("tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'") from error
@@ -237,23 +238,29 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
         return texts
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
-        if options.get("do_sample") and options.get("temperature") != 0:
+        asked = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
+        samples = options.get("do_sample") and options.get("temperature") != 0
+        if samples or (asked["do_sample"] and asked["temperature"]):
             raise InputError("this task samples (do_sample), but the adapter decodes greedily: set do_sample to false")
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        limit = min(int(options.get("max_gen_toks", MAX_NEW_TOKENS)), self.max_length - 1)
+        stops, limit = [stop for stop in asked["until"] or [] if stop], int(asked["max_gen_toks"])
+        if limit >= self.max_length:
+            raise InputError(
+                f"this task asks for {limit} new tokens, and the context holds {self.max_length}: export with a longer "
+                "--context-length, or set max_gen_toks"
+            )
+        ends = {self.eot_token_id, *self.scorer.eos_ids}
         prompt = self.tok_encode(context)[-(self.max_length - limit) :] or [self.prefix_token_id]
         tokens: list[int] = []
         text = ""
         for token in self.scorer.greedy(self.exit_layer, prompt, limit):
-            if token == self.eot_token_id:
+            if token in ends:
                 break
             tokens.append(token)
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            if any(stop in text for stop in stops if stop):
+            if any(stop in text for stop in stops):
                 break
         for stop in stops:
-            text = text.split(stop)[0] if stop else text
+            text = text.split(stop)[0]
         return text
 
     def get_model_info(self) -> dict[str, Any]:

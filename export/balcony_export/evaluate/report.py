@@ -181,7 +181,8 @@ def _task_row(exit_: ExitReport, names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         task = exit_.quality.tasks[name]
         shown = task.metrics[task.metric]
-        cells.append(_plus_minus(shown, 1 if "perplexity" in task.metric else 100, 1))
+        share = task.metric.startswith(("acc", "exact_match", "mcc"))  # others are perplexities, or out of 100 already
+        cells.append(_plus_minus(shown, 100 if share else 1, 1))
     summary = exit_.quality.summary
     if summary is None:
         return (*_lead(exit_), *cells, "", "")

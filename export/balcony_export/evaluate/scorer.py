@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
-from balcony_export.model.architecture import longest_context
+from balcony_export.model.architecture import eos_ids, longest_context
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.text import special_tokens
@@ -52,6 +52,8 @@ class Scorer(Protocol):
     exit_layers: tuple[int, ...]
     context_length: int
     tokenizer: PreTrainedTokenizerBase
+    #: Tokens that end a text; instruction models have several.
+    eos_ids: frozenset[int]
     #: Exit layer → parameters that one token reads, without LM head and token table (the paper's Table 1).
     parameters: dict[int, int]
 
@@ -88,7 +90,7 @@ class BundleScorer:
                 )
         self.name = f"{manifest.model.name} (bundle)"
         self.bundle = bundle
-        self.context_length = manifest.model.context_length
+        self.eos_ids = frozenset(manifest.model.eos_token_ids)
         self.tokenizer = bundle_tokenizer(bundle)
         head = manifest.runnable["lm_head"].parameters
         self.parameters = {
@@ -96,6 +98,7 @@ class BundleScorer:
             for e in self.exit_layers
         }
         self._engine = Engine.of(bundle, threads=threads)
+        self.context_length = self._engine.max_length  # of a GPU's engines it may be less than the bundle's
         self._sequence: TokenSequence | None = None
         self._longest = 0
 
@@ -168,6 +171,7 @@ class TorchScorer:
         self.name = name
         self.tokenizer = tokenizer
         self.context_length = longest_context(exits.model.config)
+        self.eos_ids = frozenset(eos_ids(exits.model))
         self.parameters = {e: exits.parameters_read(e) for e in self.exit_layers}
         self._device = exits.parts.embed.weight.device
         self._batch_tokens = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cpu"])
@@ -234,7 +238,9 @@ def bundle_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:
     model = bundle.manifest.model
     if model.eos_token_ids:
         special.setdefault("eos_token", backend.id_to_token(model.eos_token_ids[0]))
-    if model.bos_token_id is not None:
+    if model.bos_token_id is not None and not bundle.has_file(
+        "special_tokens.json"
+    ):  # the file names all that there are
         special.setdefault("bos_token", backend.id_to_token(model.bos_token_id))
     template = None
     if bundle.has_file("chat_template.jinja"):

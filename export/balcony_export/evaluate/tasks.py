@@ -17,6 +17,7 @@ import difflib
 import io
 import logging
 import math
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import yaml
 from jinja2 import Environment, meta
 
@@ -145,6 +147,9 @@ def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
     for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    random.seed(0)  # the harness's own seeds: some tasks shuffle the choices when they are read
+    np.random.seed(1234)
+    torch.manual_seed(1234)
     with tempfile.TemporaryDirectory(prefix="balcony-eval-") as cache:
         specs = [_spec(task, data, Path(cache)) for task in tasks]
         yield _load(_manager(specs), dict(zip(tasks, specs, strict=True)))

@@ -156,6 +156,12 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens that end a text, by the generation defaults of a model."""
+    eos = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+    return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
 def describe(model: PreTrainedModel, name: str, context_length: int | None = None) -> ModelSpec:
     """The manifest's description of the base model.
 
@@ -173,8 +179,6 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         )
     attends = any(one.attention for one in memories)
     heads = int(config.num_attention_heads) if attends else 0
-    eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
     return ModelSpec(
         name=name,
         architecture=str((config.architectures or [type(model).__name__])[0]),
@@ -186,7 +190,7 @@ def describe(model: PreTrainedModel, name: str, context_length: int | None = Non
         vocab_size=parts_of(model).embed.num_embeddings,
         context_length=context_length or min(limit, DEFAULT_CONTEXT),
         bos_token_id=config.bos_token_id,
-        eos_token_ids=eos_ids,
+        eos_token_ids=eos_ids(model),
         layers=() if all(one == LayerMemory() for one in memories) else memories,
         mixture=mixture(config),
     )

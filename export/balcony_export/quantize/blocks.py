@@ -71,7 +71,7 @@ class Scheme:
 
     def block_size_of(self, name: str) -> int:
         """Number of inputs that share a scale in a weight of this name."""
-        down = "down_proj" in name or ".w2." in name
+        down = any(part in name for part in ("down_proj", ".w2.", "shared_mlp.output_linear"))
         return (self.down_block_size or self.block_size) if down else self.block_size
 
 

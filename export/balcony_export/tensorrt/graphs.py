@@ -66,10 +66,10 @@ def tensorrt_graphs(bundle: Bundle, form: Format, rounding: Rounding | None = No
     """
     portable = bundle.portable()
     spec = portable.manifest.model
-    graphs = {"embed": build_embedding(portable)}
+    graphs, rounding = {"embed": build_embedding(portable)}, rounding or Rounding(form.block_size)
     for name, graph in portable.manifest.graphs.items():
         model = ir.external_data.load_to_model(ir.load(portable.file(graph.file)))
-        graphs[name] = rewrite(model, spec, form, rounding or Rounding(form.block_size))
+        graphs[name] = rewrite(model, spec, form, rounding)
     return {name: _finished(model, name, form) for name, model in graphs.items()}
 
 
@@ -228,7 +228,7 @@ def _own_starts(model: ir.Model) -> None:
 
 def _by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_dim: int) -> None:
     """Turn an input (B, T, H·d) of a node into (B, H, T, d)."""
-    shape = initializer(model, f"{heads}_heads", np.array([0, 0, heads, head_dim], np.int64))
+    shape = initializer(model, f"{heads}_heads_of_{head_dim}", np.array([0, 0, heads, head_dim], np.int64))
     split = ir.Node("", "Reshape", [node.inputs[index], shape])
     swapped = ir.Node("", "Transpose", [split.outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
     model.graph.insert_before(node, [split, swapped])

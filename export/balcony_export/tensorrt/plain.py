@@ -110,10 +110,11 @@ def _attention(chain: _Chain, node: ir.Node) -> None:
     kv_heads, capacity, width = (int(dim) for dim in list(key.shape)[1:])  # type: ignore[arg-type]
     heads = _heads_of(node)
     # query heads that share a key head become rows of one product
-    grouped = chain("Reshape", query, chain.ints(0, kv_heads, -1, width))
+    # scaled before the product, which is larger than float16 in some models (Qwen2) otherwise
+    scaled = chain("Mul", query, chain.cast(chain.number(node.attributes["scale"].as_float()), key.dtype))
+    grouped = chain("Reshape", scaled, chain.ints(0, kv_heads, -1, width))
     scores = chain("MatMul", grouped, chain("Transpose", key, perm=[0, 1, 3, 2]))
     scores = chain.cast(chain("Reshape", scores, chain.ints(0, heads, -1, capacity)), ir.DataType.FLOAT)
-    scores = chain("Mul", scores, chain.number(node.attributes["scale"].as_float()))
     if "softcap" in node.attributes:
         cap = chain.number(node.attributes["softcap"].as_float())
         scores = chain("Mul", chain("Tanh", chain("Div", scores, cap)), cap)
