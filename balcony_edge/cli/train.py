@@ -172,7 +172,9 @@ def train(
     corpus = build_corpus(
         data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows, mix=_shares(mix or [])
     )
-    begin = None if begun is None else Start(begun, _rows_seen(start, layers, corpus))
+    begin = None
+    if begun is not None and start is not None:
+        begin = Start(begun, _rows_seen(start, layers, corpus), start.resolve())
     trainer = Trainer(loaded, corpus, config, output, start=begin, teacher=uncut, compiled=compiled)
     if precision == "bf16" and trainer.device.type == "cpu" and not has_bfloat16():
         stderr.print("this CPU has no bfloat16 instructions: --precision fp32 trains about three times as fast")
@@ -205,15 +207,19 @@ def _load_teacher(teacher: str, model: str, seq_len: int, loss: str) -> PreTrain
     return load_trainable(teacher, seq_len)
 
 
-def _rows_seen(start: Path | None, layers: tuple[int, ...], corpus: Corpus) -> int:
+def _rows_seen(start: Path, layers: tuple[int, ...], corpus: Corpus) -> int:
     """Number of rows of the corpus that the balconies to start from have learned from."""
     from balcony_edge.cli.console import stderr
     from balcony_export.model.balcony_files import rows_seen
 
-    seen = 0 if start is None else rows_seen(start, layers, corpus.digest)
-    if seen:
+    seen = rows_seen(start, layers, corpus.digest)
+    if seen is None:
+        stderr.print(
+            f"{start} has learned from other data (or --seed, --seq-len, --mix, --held-out-rows differ): nothing is skipped"
+        )
+    elif seen:
         stderr.print(f"{start} has learned from {seen:,} of {len(corpus.train.tokens):,} rows: continuing after them")
-    return seen
+    return seen or 0
 
 
 def _shares(given: list[str]) -> dict[str, float]:
@@ -237,10 +243,11 @@ def _shares(given: list[str]) -> dict[str, float]:
 def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:
     """Refuse to overwrite balconies of another run, unless this run starts from them."""
     from balcony_edge.errors import TrainingError
-    from balcony_export.train.run_files import run_directory
+    from balcony_export.train.run_files import read_state, run_directory
 
     there = [layer for layer in layers if (output / f"balcony_{layer}.safetensors").exists()]
-    if there and not run_directory(output, layers).exists() and (start is None or start.resolve() != output.resolve()):
+    goes_on = read_state(run_directory(output, layers)) is not None
+    if there and not goes_on and (start is None or start.resolve() != output.resolve()):
         raise TrainingError(
             f"{output}: already has balcony {there[0]}: name another directory, remove it, or continue from it with --start"
         )
@@ -285,10 +292,12 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
     from rich.table import Table
 
     from balcony_edge.cli.console import stderr, stdout
-    from balcony_edge.errors import MissingDependencyError
+    from balcony_edge.errors import MissingDependencyError, TrainingError
     from balcony_export.train.report import TrainingCost, plot_curves, pretraining_tokens, read_metrics
     from balcony_export.train.trainer import METRICS
 
+    if not trainer.step:
+        raise TrainingError(f"--minutes {trainer.config.minutes:g}: no step fits into this time: give more")
     results = trainer.best
     name = "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name
     parameters = sum(p.numel() for p in next(iter(trainer.balconies.values())).parameters())

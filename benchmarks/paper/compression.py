@@ -30,6 +30,7 @@ import argparse
 import copy
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -180,14 +181,17 @@ def learned(subject: Subject, method: Method, steps: int, output: Path) -> ExitM
         return ExitModel(exits.model)
     started = exits.balconies or init_balconies(exits.model, subject.exits)
     config = TrainConfig(exits=subject.exits, steps=learning, evaluate_every=learning, **subject.recipe)
-    teacher = None if exits.model is subject.model else subject.model
+    teacher = subject.model if method.cut or method.int4 else None
     start = Start(started) if subject.balconies else None
-    if not (output / "balconies.json").exists():
+    if not output.exists():
+        scratch = output.with_name("unfinished")  # an interrupted training is not taken for a result
+        shutil.rmtree(scratch, ignore_errors=True)
         trainer = Trainer(
-            copy.deepcopy(exits.model), subject.corpus, config, output, start=start, teacher=teacher,
+            copy.deepcopy(exits.model), subject.corpus, config, scratch, start=start, teacher=teacher,
             compiled=subject.compiled,
         )  # fmt: skip
         trainer.run()
+        scratch.rename(output)
     return ExitModel(exits.model, load_balconies(output, exits.model))
 
 
@@ -352,6 +356,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of training, judging and speed")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    if options.rounds and options.only is not None and FULL not in options.only and not (options.work / FULL).exists():
+        parser.error(
+            f"--only without {FULL!r}: there is no uncut model to compare speed with: add it, or give --rounds 0"
+        )
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
     is_small = options.model == "small"

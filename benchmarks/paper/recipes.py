@@ -203,7 +203,7 @@ class Bench:
                 self.corpora[kind, seq_len] = Corpus(rows, given.held_out, given.sources | own.sources, digest)
             else:
                 self.corpora[kind, seq_len] = build_corpus(
-                    files, self.tokenizer, seq_len=seq_len, held_out_rows=HELD_OUT_ROWS
+                    files, self.tokenizer, seq_len=seq_len, held_out_rows=HELD_OUT_ROWS * SEQ_LEN // seq_len
                 )
         return self.corpora[kind, seq_len]
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from balcony_edge.errors import InputError
-from balcony_export.data.corpus import Order, build_corpus, pack
+from balcony_export.data.corpus import Order, build_corpus, pack, start_tokens
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, rows_seen, save_balconies
 from balcony_export.train.attention import NAME, block_attention, use_block_attention
@@ -23,6 +26,7 @@ from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.report import TrainingCost, pretraining_tokens
 from balcony_export.train.schedule import Schedule
+from tests.export.distilling import SEQ_LEN
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -220,7 +224,45 @@ def test_a_run_begins_after_the_rows_that_its_start_has_seen(tmp_path: Path, mak
         )
     assert rows_seen(tmp_path, (1, 2), "one") == 60
     assert rows_seen(tmp_path, (1,), "one") == 40
-    assert rows_seen(tmp_path, (1, 2), "another") == 0
+    assert rows_seen(tmp_path, (1, 2), "another") is None, "no row of that corpus is known to be learned"
+    assert rows_seen(tmp_path, (3,), "one") == 0
+
+
+def test_texts_begin_as_they_do_in_use(tmp_path: Path, tiny: Any) -> None:
+    """A model with a start token sees it before every piece of plain text; one without has the rows that it had."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{number} the quick brown fox " * 9}) + "\n" for number in range(30)))
+    plain = build_corpus([text], tiny.tokenizer, seq_len=SEQ_LEN, held_out_rows=4)
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing("f $A", special_tokens=[("f", 7)])
+    assert start_tokens(tiny.tokenizer) == [] and start_tokens(tokenizer) == [7]
+    begun = build_corpus([text], tokenizer, seq_len=SEQ_LEN, held_out_rows=4)
+    for rows in (begun.train, begun.held_out):
+        assert (rows.tokens[:, 0] == 7).all()
+    assert begun.train.num_tokens > plain.train.num_tokens and not (plain.train.tokens == 7).any(axis=1).all()
+
+
+def test_text_that_is_all_held_out_is_refused(tmp_path: Path, tiny: Any) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "the quick brown fox jumps over the lazy dog"}) + "\n")
+    text.write_text(text.read_text() * 50)
+    with pytest.raises(InputError, match="all of it has the text of held-out documents"):
+        build_corpus([text], tiny.tokenizer, seq_len=SEQ_LEN, held_out_rows=4)
+
+
+def test_a_plan_that_ends_before_the_time_does_goes_on_at_its_last_rate() -> None:
+    """The time left is divided by a step's time and rounded down, so one step may be left over."""
+    schedule, now_s, factors = Schedule("trapezoidal", 0, 10**9, 0.4), 0.0, []
+    for step in range(10_000):
+        if now_s >= 600.5:
+            break
+        factors.append(schedule.factor(step))
+        now_s += 1.0
+        if step in (4, 9) or (step + 1) % 20 == 0:
+            schedule.replan(step + 1, step + 1 + int(600.5 - now_s))
+    assert len(factors) == 601 and factors[0] == 1.0
+    assert all(after <= before for before, after in pairwise(factors)) and factors[-1] < 0.01
 
 
 def test_packing_loses_and_doubles_nothing() -> None:
@@ -307,11 +349,11 @@ def test_schedules_have_their_shapes() -> None:
     early.replan(80, 100)  # the end comes near: the decay begins now
     assert [early.factor(step) for step in (80, 90, 99)] == pytest.approx([1, 0.5, 0.05])
     assert Schedule(**trapezoid.state()) == trapezoid
-    trapezoid.replan(110, 210)  # it had ended: the full rate again, and a decay over 0.4 of the new part
+    trapezoid.restart(110, 210)  # it had ended: the full rate again, and a decay over 0.4 of the new part
     assert [trapezoid.factor(step) for step in (110, 169, 170, 190, 209)] == pytest.approx([1, 1, 1, 0.5, 1 / 40])
     trapezoid.replan(120, 130)  # the new end comes nearer
     assert [trapezoid.factor(step) for step in (120, 122, 126)] == pytest.approx([1, 1, 0.5])
-    cosine.replan(100, 120)
+    cosine.restart(100, 120)
     assert [cosine.factor(step) for step in (100, 110, 120)] == pytest.approx([1, 0.5, 0])
 
 
@@ -322,7 +364,9 @@ def test_schedules_have_their_shapes() -> None:
         ({"steps": 1, "minutes": 1.0}, "a run needs exactly one of them"),
         ({"minutes": 1.0, "schedule": "cosine"}, "use trapezoidal"),
         ({"steps": 0}, "steps = 0: must be 1 or more"),
-        ({"minutes": math.nan}, "must be more than 0"),
+        ({"minutes": math.nan}, "must be a number above 0"),
+        ({"minutes": math.inf}, "must be a number above 0"),
+        ({"steps": 1, "checkpoint_minutes": math.nan}, "checkpoint_minutes = nan"),
         ({"steps": 1, "batch_rows": 3, "micro_rows": 2}, "must be a multiple"),
         ({"steps": 1, "rate": math.nan}, "rate = nan"),
         ({"steps": 1, "clip": 0.0}, "clip = 0"),

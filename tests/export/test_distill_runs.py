@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import math
 import os
@@ -20,11 +22,12 @@ import torch
 
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.data.corpus import Corpus, Rows
-from balcony_export.model.balcony_files import load_balconies
+from balcony_export.model.balcony_files import load_balconies, rows_seen
+from balcony_export.train.config import TrainConfig
 from balcony_export.train.report import StepReport
-from balcony_export.train.trainer import METRICS, Trainer
+from balcony_export.train.trainer import METRICS, Start, Trainer
 from tests.command import unmeasured
-from tests.export.distilling import losses_of, trainer_of
+from tests.export.distilling import SEQ_LEN, losses_of, trainer_of
 
 _CHILD = """
 import sys, torch
@@ -365,3 +368,47 @@ def test_a_disk_that_fills_up_is_one_line(
     assert 0 < trainer.step < 2000
     with pytest.raises(TrainingError, match=r"states\.bin: no room for .* lower --cache-gb"):
         trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, cache_gb=0.01)
+
+
+def test_a_run_goes_on_after_the_rows_of_its_start_also_when_it_resumes(
+    tiny: Any, tmp_path: Path, corpus: Corpus
+) -> None:
+    """Three steps, five more from their balconies, interrupted in the middle: no row comes twice."""
+    learned: list[int] = []
+
+    def run(output: Path, start: Path | None, steps: int, until: int, *, resume: bool = False) -> Trainer:
+        begun = None
+        if start is not None:
+            model = copy.deepcopy(tiny.model)
+            begun = Start(load_balconies(start, model), rows_seen(start, (2, 3), corpus.digest) or 0, start.resolve())
+        config = TrainConfig(
+            exits=(2, 3), steps=steps, seq_len=SEQ_LEN, positions=8, warmup_steps=1, rate=1e-3, vector_rate=1e-3,
+            precision="fp32", checkpoint_minutes=0.0, average=0.0,
+        )  # fmt: skip
+        trainer = Trainer(copy.deepcopy(tiny.model), corpus, config, output, start=begun, compiled=False)
+        assert trainer.resume() == resume
+        begin, train_step = trainer.step, trainer.train_step
+
+        def counted() -> dict[int, float]:
+            if trainer.step - begin == until:
+                raise KeyboardInterrupt
+            learned.extend(trainer.order.rows(trainer.order.places(trainer.step)).tolist())
+            return train_step()
+
+        trainer.train_step = counted  # type: ignore[method-assign]
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.run()
+        return trainer
+
+    def rows_of(directory: Path) -> set[int]:
+        entries = json.loads((directory / "balconies.json").read_text())["exits"]
+        return {entry["training"]["rows"] for entry in entries.values()}
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(first, None, 3, 99)
+    assert rows_of(first) == {6}
+    run(second, first, 5, 2)
+    trainer = run(second, first, 5, 99, resume=True)
+    assert trainer.order.first == 6 and trainer.step == 5
+    assert learned == list(range(16)) and max(rows_of(second)) <= 16
+    assert trainer.facts((1.0, 0.5))["rows"] == 16

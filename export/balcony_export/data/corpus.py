@@ -143,10 +143,15 @@ def build_corpus(
         raise InputError(
             f"--data: {len(documents)} document(s) of {total} tokens: too few to hold one out: give more text"
         )
+    if not learned:
+        raise InputError(
+            "--data: all of it has the text of held-out documents: give more text, or fewer --held-out-rows"
+        )
     learned.sort(key=lambda document: document.key)
     generator = np.random.default_rng(seed)
-    train = pack([document.tokens for document in learned], seq_len, generator)
-    held_out = pack(kept, seq_len, generator).take(held_out_rows)
+    begin = start_tokens(tokenizer)
+    train = pack([document.tokens for document in learned], seq_len, generator, begin)
+    held_out = pack(kept, seq_len, generator, begin).take(held_out_rows)
     digest = hashlib.sha256(train.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest()
     return Corpus(train, held_out, {name: facts for name, (facts, _) in read.items()}, digest)
 
@@ -206,9 +211,17 @@ def _held_out(documents: list[_KeyedDocument], target: int) -> tuple[list[_Keyed
     return learned, kept
 
 
-def pack(documents: Sequence[npt.NDArray[np.int32]], seq_len: int, generator: np.random.Generator) -> Rows:
-    """Pack by best fit, longest piece first, then put the rows in a seeded order; no token is lost or repeated."""
-    pieces = [document[start : start + seq_len] for document in documents for start in range(0, len(document), seq_len)]
+def pack(
+    documents: Sequence[npt.NDArray[np.int32]],
+    seq_len: int,
+    generator: np.random.Generator,
+    begin: Sequence[int] = (),
+) -> Rows:
+    """Pack by best fit, longest piece first, then put the rows in a seeded order; no token is lost or repeated.
+
+    Pieces of a document that begins with the model's start tokens (``begin``) all begin with them, as every text does in use.
+    """
+    pieces = [piece for document in documents for piece in _pieces(document, seq_len, begin)]
     pieces = [piece for piece in pieces if len(piece) >= 2]  # a tail of one token predicts nothing
     pieces.sort(key=len, reverse=True)
     open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # free tokens -> rows
@@ -232,14 +245,28 @@ def pack(documents: Sequence[npt.NDArray[np.int32]], seq_len: int, generator: np
     return Rows(tokens, lengths)
 
 
+def _pieces(document: npt.NDArray[np.int32], seq_len: int, begin: Sequence[int]) -> Iterator[npt.NDArray[np.int32]]:
+    if document[: len(begin)].tolist() != list(begin):
+        begin = ()
+    size, first = seq_len - len(begin), np.array(begin, np.int32)
+    for start in range(len(begin), len(document), size):
+        yield np.concatenate([first, document[start : start + size]])
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that a text begins with in use: a model that expects its start token fails without it."""
+    whole, plain = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+
+
 def _tokenized(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, list[int]]]:
-    end = separator(tokenizer)
+    begin, end = start_tokens(tokenizer), separator(tokenizer)
     batch: list[tuple[str, str, bool]] = []
 
     def flush() -> Iterator[tuple[str, str, list[int]]]:
         encoded = tokenizer([text for _, text, _ in batch], add_special_tokens=False)["input_ids"]
         for (where, text, plain), ids in zip(batch, encoded, strict=True):
-            yield where, text, [*ids, *end] if plain and len(ids) > 1 else ids
+            yield where, text, [*begin, *ids, *end] if plain and len(ids) > 1 else ids
         batch.clear()
 
     for document in read_documents(path, chats=True):

@@ -222,11 +222,15 @@ def digest_and_kind(directory: Path) -> tuple[str, BalconyKind]:
     return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest(), kind
 
 
-def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int:
-    """Largest number of rows of a corpus, named by its digest, that any of these exits has learned from."""
+def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int | None:
+    """Largest number of rows of a corpus, named by its digest, that any of these exits has learned from.
+
+    None if all records are of other corpora.
+    """
     entries = _read_index(directory)["exits"]
     facts = [(entries.get(str(e)) or {}).get("training") or {} for e in exits]
-    return max((int(one["rows"]) for one in facts if one.get("corpus") == corpus), default=0)
+    known = [int(one["rows"]) for one in facts if one.get("corpus") == corpus]
+    return max(known) if known else None if any("corpus" in one for one in facts) else 0
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -71,8 +71,8 @@ class TrainConfig:
                 raise InputError(f"{name} = {getattr(self, name)}: must be 1 or more")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps = {self.steps}: must be 1 or more")
-        if self.minutes is not None and not self.minutes > 0:
-            raise InputError(f"minutes = {self.minutes}: must be more than 0")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InputError(f"minutes = {self.minutes}: must be a number above 0")
         if self.vocabulary == 1:
             raise InputError("vocabulary = 1: half of it is drawn at random: give 2 or more, or 0 for all")
         if self.batch_rows % self.micro_rows:
@@ -88,6 +88,7 @@ class TrainConfig:
             ("weight_decay", 0.0, 1e3),
             ("warmup_steps", 0, 10**9),
             ("cache_gb", 0.0, 1e6),
+            ("checkpoint_minutes", 0.0, 1e9),
             ("seed", 0, 2**63 - 1),
         ):
             if not low <= getattr(self, name) <= high:

@@ -1,6 +1,6 @@
 """Positions of a row that count in the loss of a distillation.
 
-Owns the choice: no padding, no attention sink, and if a recipe samples, other positions each time that a row is used.
+Owns the choice: no padding, no attention sink, and if a recipe samples, other positions when a window uses a row again.
 """
 
 from __future__ import annotations

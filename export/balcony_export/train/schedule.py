@@ -46,15 +46,20 @@ class Schedule:
         return warm * self.decay_from * max(0.0, (self.total - step) / max(1, self.total - start))
 
     def replan(self, step: int, total: int) -> None:
-        """Let the run end after ``total`` steps; ``step`` is the next. A run that had ended starts again at the full rate."""
+        """Let the run end after ``total`` steps; ``step`` is the next.
+
+        A plan may end a step or two before the time does: these go on at the rate of the last one.
+        """
         total = max(total, step + 1)
-        if step >= self.total:
-            self.begin, self.decay_from, self.decay_start = step, 1.0, -1
-        elif self.kind == "trapezoidal" and step > self._start():
-            self.decay_from, self.decay_start = self.factor(step), step
+        if self.kind == "trapezoidal" and step > self._start():
+            self.decay_from, self.decay_start = self.factor(min(step, self.total - 1)), step
         elif self.kind == "trapezoidal" and step >= self._usual_start(total):
             self.decay_start = step
         self.total = total
+
+    def restart(self, step: int, total: int) -> None:
+        """Let a run that had ended begin again at ``step``, at the full rate."""
+        self.begin, self.decay_from, self.decay_start, self.total = step, 1.0, -1, max(total, step + 1)
 
     def state(self) -> dict[str, Any]:
         return asdict(self)

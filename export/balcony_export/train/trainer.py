@@ -62,10 +62,11 @@ class Judged(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Balconies that a run starts from, and the number of rows of the corpus that they have learned from."""
+    """Balconies that a run starts from, the rows of the corpus that they have learned from, and their directory."""
 
     balconies: dict[int, Balcony]
     rows_seen: int = 0
+    home: Path | None = None
 
 
 class Trainer:
@@ -127,7 +128,7 @@ class Trainer:
         self.full = full_model(self.exits, teacher)
         self.teacher_facts = None if teacher is None else fingerprint(teacher)
         self.balconies = self.exits.balconies
-        self.goes_on = start is not None
+        self.start = start
         check_directory(output, self.base_facts, next(iter(self.balconies.values())))  # before the training
         self.device = self.processes.device
         self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -157,8 +158,7 @@ class Trainer:
             self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
         self.schedule = Schedule(config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share)
         self.order = self._order(start.rows_seen if start else 0)
-        self.step = 0
-        self.wall_s = 0.0  # spent training, resumed parts included
+        self.step, self.wall_s = 0, 0.0  # wall_s: spent training, resumed parts included
         self.best: dict[int, tuple[float, float]] = {}  # exit -> held-out KL and agreement of the written balcony
         self.states = BackboneStates(self.exits, self.full, corpus.train.tokens, config.micro_rows, self._open_cache())
         self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -211,9 +211,8 @@ class Trainer:
         """One optimizer step of every exit; returns KL per exit."""
         config = self.config
         chunks = np.split(self.order.places(self.step), config.batch_rows // config.micro_rows)
-        sums = torch.zeros(
-            len(config.exits) + 1, dtype=torch.float64, device=self.device
-        )  # KL per exit, then positions
+        # KL per exit, then positions
+        sums = torch.zeros(len(config.exits) + 1, dtype=torch.float64, device=self.device)
         part = self._part()
         for number in self.processes.share(len(chunks)):
             states = self.states.at(chunks[number], self.order)
@@ -349,7 +348,8 @@ class Trainer:
                 f"{self.config.steps} steps (--steps or --tokens): {self.step} are already done: give more"
             )
         if self.config.steps != planned.total:
-            planned.replan(self.step, self.config.steps or 10**9)  # with a deadline the plan changes during the run
+            go_on = planned.restart if self.step >= planned.total else planned.replan
+            go_on(self.step, self.config.steps or 10**9)  # with a deadline the plan changes during the run
         self.schedule = planned
         trim_metrics(self.work / METRICS, self.step)
         return True
@@ -387,11 +387,11 @@ class Trainer:
     def _begin(self) -> None:
         """Remove the metrics of a run that left no checkpoint, and keep the balconies that this run starts from."""
         (self.work / METRICS).unlink(missing_ok=True)
-        if not self.goes_on:
+        if self.start is None:
             return
         for exit_layer, (kl, agreement) in self.evaluate().items():
             self.best[exit_layer] = (kl, agreement)
-            if self.processes.writes and not (self.output / f"balcony_{exit_layer}.safetensors").exists():
+            if self.processes.writes and self.start.home != self.output.resolve():
                 self._write(exit_layer, averaged=False)
 
     def facts(self, held_out: tuple[float, float]) -> dict[str, Any]:
@@ -420,15 +420,15 @@ class Trainer:
             TrainingError: A loss is not finite, a file cannot be written, or memory ran out; the last checkpoint stays.
         """
         self.work.mkdir(parents=True, exist_ok=True)
-        started = last_checkpoint = self.clock()
-        deadline = None if self.config.minutes is None else started + 60 * self.config.minutes
         first, before = self.step, self.wall_s
-        window: list[tuple[float, int]] = [(started, self.step)]
         try:
             # now, to refuse rows that cannot be judged, and because several processes must do this at the same time
             self._held_out_states()
             if not self.step:
                 self._begin()
+            started = last_checkpoint = self.clock()
+            deadline = None if self.config.minutes is None else started + 60 * self.config.minutes
+            window: list[tuple[float, int]] = [(started, self.step)]
             while self.step < self.schedule.total if deadline is None else self.clock() < deadline:
                 factor = self.schedule.factor(self.step)  # a new plan, below, is for later steps
                 loss = self.train_step()
