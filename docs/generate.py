@@ -22,7 +22,8 @@ CLI = """\
 
 A problem is one line on stderr and exit code 1; a usage error is 2 and Ctrl-C 130. With `--json` a verb writes one JSON
 document to stdout and nothing else there. Environment variables change only the looks (`NO_COLOR`, `COLUMNS`),
-except those that `accelerate launch` sets for `train`, and `BALCONY_EDGE_API_KEY` of `serve`.
+except those that `accelerate launch` sets for `train`, `BALCONY_EDGE_API_KEY` and systemd's (`NOTIFY_SOCKET`, `WATCHDOG_USEC`) of
+`serve`, and those that libraries read: `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` for hub names, `CUDA_VISIBLE_DEVICES`.
 """
 BUDGET_FILE = """\
 # Budget files
@@ -69,7 +70,8 @@ An error that the user can cure is one line on stderr: what was given, what is a
 usage and 130 for Ctrl-C. In Python the same line is the message of a `balcony_edge.BalconyError`
 ([the classes](python-api.md#errors)); anything else that is raised is a bug and keeps its traceback.
 
-A command that fails leaves no half-written file or directory behind. That includes a full disk and Ctrl-C. The leftovers of an
+A command that fails leaves no half-written file or directory behind, traces excepted, which keep what was recorded until then.
+That includes a full disk and Ctrl-C. The leftovers of an
 export that was killed are removed by the next one.
 
 In this table `…` stands for text that depends on the machine or the file.

@@ -251,6 +251,9 @@ def main() -> int:
     os.chdir(ROOT)
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     equivalent = {(row["file"], row["old"], row["new"]) for row in table["equivalent"]}
+    for file, old, _ in sorted(equivalent):
+        if old not in (ROOT / file).read_text(encoding="utf-8"):
+            parser.error(f"mutation.toml: {file} has no {old!r} any more: mend the entry or remove it")
     import_slow()
     scores = []
     for values in table["entry"]:

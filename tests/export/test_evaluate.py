@@ -228,7 +228,9 @@ def test_shots_come_from_their_file(bundle_scorer: BundleScorer, data: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs shared/data beside the repository")
+@pytest.mark.skipif(
+    not DATA.is_dir(), reason="needs the files of docs/evaluation.md in shared/data beside the repository"
+)
 def test_shared_data_fits_the_task_files(bundle_scorer: BundleScorer) -> None:
     runs = evaluate_tasks(bundle_scorer, offline_tasks(), data=DATA, limit=2)
     assert all(run.qualities[task].examples == 2 for run in runs.values() for task in offline_tasks())
