@@ -1,6 +1,7 @@
 """Fixtures and hooks that need no model library: tests/conftest.py takes them, and so does a machine without torch.
 
-``tiny`` comes from there: exported in this process (tests/conftest.py) or earlier on another machine (tests/runtime/arm/recorded.py).
+``tiny`` comes from there: exported in this process (tests/conftest.py), or earlier on another machine
+(tests/runtime/arm/recorded.py).
 """
 
 from __future__ import annotations

@@ -243,9 +243,10 @@ def _shares(given: list[str]) -> dict[str, float]:
 def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:
     """Refuse to overwrite balconies of another run, unless this run starts from them."""
     from balcony_edge.errors import TrainingError
+    from balcony_export.model.balcony_files import trained_exits
     from balcony_export.train.run_files import read_state, run_directory
 
-    there = [layer for layer in layers if (output / f"balcony_{layer}.safetensors").exists()]
+    there = [layer for layer in layers if layer in trained_exits(output)]
     goes_on = read_state(run_directory(output, layers)) is not None
     if there and not goes_on and (start is None or start.resolve() != output.resolve()):
         raise TrainingError(
@@ -292,12 +293,10 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
     from rich.table import Table
 
     from balcony_edge.cli.console import stderr, stdout
-    from balcony_edge.errors import MissingDependencyError, TrainingError
+    from balcony_edge.errors import MissingDependencyError
     from balcony_export.train.report import TrainingCost, plot_curves, pretraining_tokens, read_metrics
     from balcony_export.train.trainer import METRICS
 
-    if not trainer.step:
-        raise TrainingError(f"--minutes {trainer.config.minutes:g}: no step fits into this time: give more")
     results = trainer.best
     name = "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name
     parameters = sum(p.numel() for p in next(iter(trainer.balconies.values())).parameters())

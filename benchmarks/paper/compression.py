@@ -181,7 +181,7 @@ def learned(subject: Subject, method: Method, steps: int, output: Path) -> ExitM
         return ExitModel(exits.model)
     started = exits.balconies or init_balconies(exits.model, subject.exits)
     config = TrainConfig(exits=subject.exits, steps=learning, evaluate_every=learning, **subject.recipe)
-    teacher = subject.model if method.cut or method.int4 else None
+    teacher = subject.model if method.cut or (method.int4 and not method.learn_first) else None
     start = Start(started) if subject.balconies else None
     if not output.exists():
         scratch = output.with_name("unfinished")  # an interrupted training is not taken for a result
@@ -356,7 +356,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of training, judging and speed")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    if options.rounds and options.only is not None and FULL not in options.only and not (options.work / FULL).exists():
+    record = options.work / "points.json"
+    made = json.loads(record.read_text()) if record.exists() else {}
+    if options.rounds and options.only is not None and FULL not in (*options.only, *made):
         parser.error(
             f"--only without {FULL!r}: there is no uncut model to compare speed with: add it, or give --rounds 0"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     assert trained(*command, "--steps", "2", "--start", str(out))["steps"] == 2
     (out / "run").rename(tmp_path / "run")
     refused(TrainingError, "already has balcony 2", *command, "--steps", "2")
+    (out / "run/2-3").mkdir(parents=True)  # of a run that was killed before its first checkpoint
+    refused(TrainingError, "already has balcony 2", *command, "--steps", "2")
+    shutil.rmtree(out / "run")
     (tmp_path / "run").rename(out / "run")
     assert trained(*command, "--steps", "4", "--start", str(out), "--resume")["steps"] == 4
 

@@ -241,6 +241,9 @@ def test_texts_begin_as_they_do_in_use(tmp_path: Path, tiny: Any) -> None:
     for rows in (begun.train, begun.held_out):
         assert (rows.tokens[:, 0] == 7).all()
     assert begun.train.num_tokens > plain.train.num_tokens and not (plain.train.tokens == 7).any(axis=1).all()
+    book = tmp_path / "book.txt"  # one document, whose beginning is held out
+    book.write_text(" ".join(f"{number} the quick brown fox" for number in range(300)))
+    assert (build_corpus([book], tokenizer, seq_len=SEQ_LEN, held_out_rows=4).train.tokens[:, 0] == 7).all()
 
 
 def test_text_that_is_all_held_out_is_refused(tmp_path: Path, tiny: Any) -> None:

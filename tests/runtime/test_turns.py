@@ -19,7 +19,7 @@ from balcony_runtime.decoding.loop import Decoder
 from balcony_runtime.llm import LLM
 from tests.replies import PRICES, ids
 
-SLOW = Budget(max_pace_tps=1.0)
+SLOW = Budget(max_pace_tps=0.2)
 ENDLESS: dict[str, Any] = {"max_new_tokens": 200, "ignore_eos": True}
 
 
@@ -49,8 +49,8 @@ def test_a_reply_that_waits_for_its_pace_holds_up_nobody(llm: LLM) -> None:
     paced.cancel()
     threads[0].join(60)
     gaps = [after - before for before, after in itertools.pairwise(times_s)]
-    assert len(times_s) == 200 and max(gaps) < 0.6, "the pace is a second"
-    assert 1 <= len(paced.reply.tokens) <= 60
+    assert len(times_s) == 200 and max(gaps) < 3, "a token every five seconds"
+    assert 1 <= len(paced.reply.tokens) <= 20
 
 
 def test_a_newcomer_does_not_wait_until_somebody_is_due(llm: LLM) -> None:
@@ -60,9 +60,9 @@ def test_a_newcomer_does_not_wait_until_somebody_is_due(llm: LLM) -> None:
         thread.start()
     while not all(one.reply.tokens for one in paced):
         time.sleep(0.002)
-    time.sleep(0.05)  # both have asked for their second tokens, which are due in a second
+    time.sleep(0.05)  # both have asked for their second tokens, which are due in five seconds
     reply = llm.generate([5], max_new_tokens=5, ignore_eos=True)
-    assert reply.ttft_ms is not None and reply.ttft_ms < 400 and len(reply.tokens) == 5
+    assert reply.ttft_ms is not None and reply.ttft_ms < 3000 and len(reply.tokens) == 5
     assert max(len(one.reply.tokens) for one in paced) <= 2
     for one in paced:
         one.cancel()
@@ -134,7 +134,7 @@ def test_tokens_in_company_say_what_ran_in_their_gaps(llm: LLM) -> None:
             tokens = stream.reply.tokens
             switch = next(index for index, token in enumerate(tokens) if token.exit_layer == 5)
             assert switch >= 4 and tokens[switch].caught_up_rows >= 2 * switch, "the rows of two deeper stages"
-            assert all(token.caught_up_rows == 0 for token in (*tokens[1:switch], *tokens[switch + 1 :]))
+            assert all(token.caught_up_rows == 0 for token in (*tokens[:switch], *tokens[switch + 1 :]))
             stream.cancel()
         while replies.open:
             replies.step()

@@ -128,11 +128,12 @@ def build_corpus(
     read = _read(files_in(files), tokenizer, mix or {})
     documents = [one for _, given in read.values() for one in given]
     total = sum(len(document.tokens) for document in documents)
+    begin = start_tokens(tokenizer)
     learned: list[_KeyedDocument] = []
     held: list[_KeyedDocument] = []
     for _, given in read.values():
         tokens = sum(len(document.tokens) for document in given)
-        held_of_file = _held_out(given, min(held_out_rows * seq_len * tokens // total, tokens // 10))
+        held_of_file = _held_out(given, min(held_out_rows * seq_len * tokens // total, tokens // 10), begin)
         learned += held_of_file[0]
         held += held_of_file[1]
     # the same text may occur twice, in one file or in two
@@ -149,7 +150,6 @@ def build_corpus(
         )
     learned.sort(key=lambda document: document.key)
     generator = np.random.default_rng(seed)
-    begin = start_tokens(tokenizer)
     train = pack([document.tokens for document in learned], seq_len, generator, begin)
     held_out = pack(kept, seq_len, generator, begin).take(held_out_rows)
     digest = hashlib.sha256(train.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest()
@@ -187,7 +187,9 @@ def _read(
     return read
 
 
-def _held_out(documents: list[_KeyedDocument], target: int) -> tuple[list[_KeyedDocument], list[_KeyedDocument]]:
+def _held_out(
+    documents: list[_KeyedDocument], target: int, begin: Sequence[int]
+) -> tuple[list[_KeyedDocument], list[_KeyedDocument]]:
     """``(documents to learn from, held-out documents)`` of one file: its first documents, until ``target`` tokens are held out.
 
     A document is held out whole, even if only its beginning is judged, unless it is longer than both ``target`` and a
@@ -207,7 +209,8 @@ def _held_out(documents: list[_KeyedDocument], target: int) -> tuple[list[_Keyed
         shortest = min(range(len(learned)), key=lambda index: len(learned[index].tokens))
         key, tokens = learned[shortest]
         kept = [_KeyedDocument(key, tokens[:target])]
-        learned[shortest] = _KeyedDocument(f"rest of {key}", tokens[target:])
+        again = tokens[: len(begin)] if tokens[: len(begin)].tolist() == list(begin) else tokens[:0]
+        learned[shortest] = _KeyedDocument(f"rest of {key}", np.concatenate([again, tokens[target:]]))
     return learned, kept
 
 
@@ -217,7 +220,7 @@ def pack(
     generator: np.random.Generator,
     begin: Sequence[int] = (),
 ) -> Rows:
-    """Pack by best fit, longest piece first, then put the rows in a seeded order; no token is lost or repeated.
+    """Pack by best fit, longest piece first, then put the rows in a seeded order; no token of the text is lost or repeated.
 
     Pieces of a document that begins with the model's start tokens (``begin``) all begin with them, as every text does in use.
     """

@@ -181,7 +181,9 @@ def _task_row(exit_: ExitReport, names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         task = exit_.quality.tasks[name]
         shown = task.metrics[task.metric]
-        share = task.metric.startswith(("acc", "exact_match", "mcc"))  # others are perplexities, or out of 100 already
+        # Averaged ones have scores within 0 and 1; others are perplexities, or out of 100 already.
+        averaged = exit_.quality.summary is not None and name in exit_.quality.summary.tasks
+        share = averaged or task.metric.startswith(("acc", "exact_match", "mcc"))
         cells.append(_plus_minus(shown, 100 if share else 1, 1))
     summary = exit_.quality.summary
     if summary is None:

@@ -233,6 +233,14 @@ def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int | Non
     return max(known) if known else None if any("corpus" in one for one in facts) else 0
 
 
+def trained_exits(directory: Path) -> tuple[int, ...]:
+    """Exits whose balconies lie in a directory, without those that a run has only copied there before its first step."""
+    if not (directory / INDEX).exists():
+        return ()
+    entries = _read_index(directory)["exits"]
+    return tuple(int(e) for e, facts in entries.items() if (facts.get("training") or {}).get("step") != 0)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write one file of balconies or of a training run atomically."""
     write_atomically(path, content, CheckpointError, _CURE)

@@ -109,9 +109,9 @@ def _attention(chain: _Chain, node: ir.Node) -> None:
     assert key is not None and key.shape is not None and key.dtype is not None
     kv_heads, capacity, width = (int(dim) for dim in list(key.shape)[1:])  # type: ignore[arg-type]
     heads = _heads_of(node)
-    # query heads that share a key head become rows of one product
     # scaled before the product, which is larger than float16 in some models (Qwen2) otherwise
     scaled = chain("Mul", query, chain.cast(chain.number(node.attributes["scale"].as_float()), key.dtype))
+    # query heads that share a key head become rows of one product
     grouped = chain("Reshape", scaled, chain.ints(0, kv_heads, -1, width))
     scores = chain("MatMul", grouped, chain("Transpose", key, perm=[0, 1, 3, 2]))
     scores = chain.cast(chain("Reshape", scores, chain.ints(0, heads, -1, capacity)), ir.DataType.FLOAT)
