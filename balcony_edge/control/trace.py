@@ -67,7 +67,10 @@ class LinesWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._name = os.fspath(path)
         self._file: IO[str] | None = None
-        require_writable(Path(path).parent, self._name, InputError, "name another place")
+        if not Path(path).exists():
+            require_writable(Path(path).parent, self._name, InputError, "name another place")
+        elif Path(path).is_dir() or not os.access(path, os.W_OK):
+            raise InputError(f"{self._name}: not writable: name another place")
 
     def _line(self, document: dict[str, Any]) -> None:
         try:

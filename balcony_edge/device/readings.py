@@ -29,7 +29,8 @@ class Reading:
         scope: part that the reading is about.
         time_s: time of the reading, on the clock of the run (``time.monotonic`` in a live one).
         watts: power at that moment, or averaged by the sensor.
-        joules: energy counter since any fixed moment; it only grows (the sensor undoes wraps). If a part has no counter, the
+        joules: energy counter since any fixed moment; it only grows (the sensor undoes wraps), but a sum of watts begins again
+            after a pause. If a part has no counter, the
             sampler sums up its watts.
         celsius: temperature.
         utilization: busy share of the part, 0 to 1, by all its users.

@@ -161,7 +161,7 @@ class Requests:
     ) -> Request:
         """Check the arguments of :meth:`LLM.stream`; errors are those."""
         box = self.box(tools, tool_choice, parallel_tool_calls)
-        if box is not None and sampling is not None and sampling.structured:
+        if box is not None and isinstance(sampling, SamplingParams) and sampling.structured:
             box = box._replace(document=True)
         shown = () if box is None or tools is None else tools
         ids = self._prompt_ids(prompt, chat, control_tokens, shown, documents, chat_template_kwargs)

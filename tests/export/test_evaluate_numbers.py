@@ -81,7 +81,7 @@ def test_a_metric_of_the_whole_is_no_score_of_its_examples() -> None:
         )
         report = ExitReport(exit_layer=2, depth_factor=0.4, parameters=10, quality=quality)
         assert shown in _task_row(report, ("t",))
-    averaged = TaskSummary(tasks=("t",), average=ONE, drop=ONE)
+    averaged = TaskSummary(tasks=("t",), average=ONE, drop=ONE, retention=None)
     tasks = {"t": TaskQuality(metric="f1", examples=3, metrics={"f1": Estimate(value=0.612)})}
     quality = Quality(reference="full", tasks=tasks, summary=averaged)
     assert "61.2" in _task_row(ExitReport(2, 0.4, 10, quality), ("t",)), "its examples have scores from 0 to 1"

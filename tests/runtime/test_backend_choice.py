@@ -102,7 +102,9 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         choice = choose(built)
         assert choice[:2] == wanted and reason in choice.reason
     monkeypatch.setattr(cuda, "compute_capability", lambda: "89")
-    assert choose(built, "graphs").device == "cpu", "a set that is named is taken, engines or not"
+    assert choose(built, "graphs").device == "cpu", "the graphs that are named, and not another set's engines"
+    other = manifest.model_copy(update={"engines": {"a": engine_set(builder="tensorrt_rtx 0.1")}})
+    assert choose(other, "a").device == "tensorrt", "opening it says that it must be built again"
     for changes in ({"builder": "tensorrt_rtx 0.1"}, {"target": "tensorrt", "builder": "tensorrt 10.0"}):
         assert choose(manifest.model_copy(update={"engines": {"a": engine_set(**changes)}})).device == "cpu"
     anywhere = manifest.model_copy(update={"engines": {"a": here.model_copy(update={"compute_capabilities": ()})}})

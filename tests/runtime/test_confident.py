@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,12 +296,13 @@ def test_a_trace_of_early_exits_replays(calibrated: Path, tmp_path: Path) -> Non
     ]
 
 
-def test_trials_teach_the_slowdown(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_teach_the_slowdown(tiny: Any, tmp_path: Path) -> None:
     """Next to another program nearly every token may be a trial, and the target must be held all the same."""
     bundle = shutil.copytree(tiny.path, tmp_path / "b")
     record_confidence(bundle, spec(threshold=THRESHOLD, share=0.9))
     with balcony_edge.load(bundle, budget=Budget(tpot_ms=1e6, policy="confident")) as llm:
-        llm.costs = COSTS
+        units = [replace(unit, first_row_ms=1000 * unit.first_row_ms) for unit in (*COSTS.stages, *COSTS.balconies)]
+        llm.costs = replace(COSTS, stages=tuple(units[:3]), balconies=tuple(units[3:]))  # seconds a token
         reply = llm.generate([1, 2], max_new_tokens=40, ignore_eos=True)
         exits = {token.exit_layer for token in reply.tokens if "sure at" in token.reason}
         learned = llm._requests._learned.state.slowdown

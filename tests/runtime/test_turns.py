@@ -1,4 +1,4 @@
-"""Turns of several replies: one that waits for its pace, a prompt or a trace holds up no other one."""
+"""Turns of several replies: one that waits for its pace or its place, a prompt or a trace holds up none of the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from balcony_runtime.decoding.loop import Decoder
 from balcony_runtime.llm import LLM
 from tests.replies import PRICES, ids
 
-SLOW = Budget(max_pace_tps=0.2)
+SLOW = Budget(max_pace_tps=1 / 60)
 ENDLESS: dict[str, Any] = {"max_new_tokens": 200, "ignore_eos": True}
 
 
@@ -29,45 +29,74 @@ def llm(tiny: Any) -> Iterator[LLM]:
         yield loaded
 
 
-def read_slowly(stream: Any, times_s: list[float], pause_s: float = 0.0) -> None:
-    for _ in stream:
-        times_s.append(time.monotonic())
-        time.sleep(pause_s)
-
-
 def test_a_reply_that_waits_for_its_pace_holds_up_nobody(llm: LLM) -> None:
     """Its reader asks while the other reader is at its token, so it is the only one that asks."""
     paced, quick = llm.stream([1, 2], budget=SLOW, **ENDLESS), llm.stream([3], **ENDLESS)
+    waiting = threading.Thread(target=list, args=(paced,))
     times_s: list[float] = []
-    threads = [
-        threading.Thread(target=read_slowly, args=(paced, [])),
-        threading.Thread(target=read_slowly, args=(quick, times_s, 0.003)),
-    ]
-    for thread in threads:
-        thread.start()
-    threads[1].join(60)
-    paced.cancel()
-    threads[0].join(60)
+    try:
+        for _ in quick:
+            times_s.append(time.monotonic())
+            if len(times_s) == 1:
+                waiting.start()
+            time.sleep(0.003)
+    finally:
+        paced.cancel()
+        waiting.join(60)
     gaps = [after - before for before, after in itertools.pairwise(times_s)]
-    assert len(times_s) == 200 and max(gaps) < 3, "a token every five seconds"
+    assert len(times_s) == 200 and max(gaps) < 20, "the pace is a token a minute"
     assert 1 <= len(paced.reply.tokens) <= 20
 
 
 def test_a_newcomer_does_not_wait_until_somebody_is_due(llm: LLM) -> None:
+    other = iter(llm.stream([7], **ENDLESS))
+    next(other)  # in progress, so that neither of the paced ones is alone
     paced = [llm.stream([1, number], budget=SLOW, **ENDLESS) for number in range(2)]
-    threads = [threading.Thread(target=read_slowly, args=(one, [])) for one in paced]
-    for thread in threads:
-        thread.start()
-    while not all(one.reply.tokens for one in paced):
-        time.sleep(0.002)
-    time.sleep(0.05)  # both have asked for their second tokens, which are due in five seconds
-    reply = llm.generate([5], max_new_tokens=5, ignore_eos=True)
-    assert reply.ttft_ms is not None and reply.ttft_ms < 3000 and len(reply.tokens) == 5
-    assert max(len(one.reply.tokens) for one in paced) <= 2
-    for one in paced:
-        one.cancel()
-    for thread in threads:
-        thread.join(60)
+    threads = [threading.Thread(target=list, args=(one,)) for one in paced]
+    try:
+        for thread in threads:
+            thread.start()
+        while not all(one.reply.tokens for one in paced):
+            time.sleep(0.002)
+        time.sleep(0.05)  # both have asked for their second tokens, which are due in a minute
+        reply = llm.generate([5], max_new_tokens=5, ignore_eos=True)
+        assert reply.ttft_ms is not None and reply.ttft_ms < 20_000 and len(reply.tokens) == 5
+        assert max(len(one.reply.tokens) for one in paced) <= 2
+    finally:
+        for one in paced:
+            one.cancel()
+        for thread in threads:
+            thread.join(60)
+        other.close()  # type: ignore[attr-defined]
+
+
+def test_who_waits_to_be_admitted_does_not_keep_the_leader_busy(llm: LLM) -> None:
+    """While everybody else waits for a pace, the leader sleeps between two looks."""
+    llm.budget = Budget(kv_memory_mb=1.0)
+    rows = llm._requests.scheduler._bounds.most_rows(1, llm._requests.scheduler._row_bytes)
+    assert rows is not None
+    other = iter(llm.stream([7], budget=SLOW, max_new_tokens=rows // 2, ignore_eos=True))
+    paced = llm.stream([1], budget=SLOW, max_new_tokens=rows // 3, ignore_eos=True)
+    large = llm.stream([2], max_new_tokens=rows // 2, ignore_eos=True)
+    next(other)
+    threads = [threading.Thread(target=list, args=(one,)) for one in (paced, large)]
+    leads: list[float] = []
+    lead = llm._requests.scheduler._lead
+    try:
+        for thread in threads:
+            thread.start()
+        while not paced.reply.tokens:
+            time.sleep(0.002)
+        llm._requests.scheduler._lead = lambda: (leads.append(0.0), lead())[1]  # type: ignore[method-assign]
+        time.sleep(0.5)
+        assert len(leads) < 60, "every 20 ms"
+        assert not large.reply.tokens
+    finally:
+        for one in (paced, large):
+            one.cancel()
+        for thread in threads:
+            thread.join(60)
+        other.close()  # type: ignore[attr-defined]
 
 
 def test_a_long_prompt_with_a_target_makes_way_if_others_run(llm: LLM) -> None:
@@ -100,9 +129,10 @@ def test_tokens_whose_wait_is_interrupted_are_told_later(llm: LLM, monkeypatch: 
             patch.setattr(Decoder, "_wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 replies.step()
+        company = replies.add([9], max_new_tokens=4, ignore_eos=True)  # the next step is a round
         while replies.open:
             replies.step()
-    assert ids(stream.reply) == want
+    assert ids(stream.reply) == want and len(company.reply.tokens) == 4
 
 
 def test_a_trace_that_cannot_be_written_ends_no_reply(

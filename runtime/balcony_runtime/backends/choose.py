@@ -23,6 +23,7 @@ from balcony_runtime.backends.webgpu import provider
 DeviceName = Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"]
 
 _log = logging.getLogger(__name__)
+_NO_ENGINES = "no engines"
 #: Compute capabilities that TensorRT-RTX 1.7 builds for by default.
 RTX_GPUS = ("75", "80", "86", "89", "120", "121")
 #: Tokens whose median time decides between GPU and CPU, after one that packs weights or compiles shaders.
@@ -62,11 +63,13 @@ def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
         capability = compute_capability()
     except BalconyError as error:
         return Choice("cpu", None, str(error))
+    if engines in manifest.engines and manifest.engines[engines].engines:  # what does not fit is refused with its cure
+        return Choice("tensorrt", engines, "it was named, and has engines")
     names = [name for name in manifest.engines if engines in (None, name)]
     for name in names:
         if _runs_here(manifest.engines[name], capability):
             return Choice("tensorrt", name, f"it has engines for this GPU (compute capability {capability})")
-    missing = f"no engines for compute capability {capability} and the TensorRT that is installed"
+    missing = f"{_NO_ENGINES} for compute capability {capability} and the TensorRT that is installed"
     if names and "CUDAExecutionProvider" in checked_onnxruntime().get_available_providers():
         return Choice("cuda", names[0], f"{missing}; ONNX Runtime has CUDA")
     return Choice("cpu", None, f"{missing}, and ONNX Runtime has no CUDA here")
@@ -115,7 +118,9 @@ def open_backend(
     if device == "auto" and packed is not None:
         device = "cpu"
     if device == "auto":
-        device, chosen, _ = choose(bundle.manifest, engines)
+        device, chosen, reason = choose(bundle.manifest, engines)
+        if device == "cpu" and reason.startswith(_NO_ENGINES):
+            _log.warning("%s: runs on the CPU: %s", bundle.path, reason)
         if device == "webgpu" and engines is None:
             return _faster(bundle, threads, verify_hashes)
         if device == "webgpu":  # runs no engine sets

@@ -21,7 +21,6 @@ from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
 from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, Manifest, TensorSpec
 from balcony_edge.errors import BalconyError, EngineBuildError, MissingDependencyError
 from balcony_edge.files import write_atomically
-from balcony_runtime.backends.cuda import compute_capability
 
 Target = Literal["rtx", "tensorrt"]
 MODULES: dict[Target, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -93,6 +92,8 @@ class Builder:
         self.compute_capabilities = tuple(compute_capabilities)
         if target == "tensorrt" and not self.compute_capabilities:
             with contextlib.suppress(BalconyError):  # its engines run on the GPU that built them
+                from balcony_runtime.backends.cuda import compute_capability  # noqa: PLC0415 - an extra
+
                 self.compute_capabilities = (compute_capability(),)
         self._capabilities = [self._capability(text) for text in compute_capabilities]
         self._timing_cache = timing_cache

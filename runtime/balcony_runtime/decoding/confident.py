@@ -193,7 +193,9 @@ class EarlyExits:
             run += 1
         checked = policy.due(run)
         full = sequence.exits[-1]
-        price_ms += costs.step_ms(full, sequence.rows_due(0)[0], (1,) * len(sequence.exits), context)
+        price_ms += (
+            costs.step_ms(full, sequence.rows_due(0)[0], (1,) * len(sequence.exits), context) - costs.overhead_ms
+        )
         price_ms += costs.head.pass_ms(checked + 1, context) - costs.head.pass_ms(1, context)
         rows = sequence.advance(full, [], num_logits=checked + 1)[0]  # (checked + 1, V)
         # The full depth's choice for a token is at the row before the token's place.

@@ -354,7 +354,8 @@ class Decoder:
         """Steps of forced tokens, which came with another token."""
         self._made += len(forced)
         ids = [np.array([token], np.int64) for token in forced]
-        return [last._replace(ids=one, logits=None, latency_ms=0.0, caught_up_rows=0, forced=True) for one in ids]
+        given = last._replace(logits=None, target_ms=self._target_ms, latency_ms=0.0, caught_up_rows=0, forced=True)
+        return [given._replace(ids=one) for one in ids]
 
     def follow(self, exit_layer: int, slowdown: Slowdown, governor: Governor) -> None:
         """Go on alone after a token in company: from its exit, and with what the rounds have learned about the device."""
@@ -384,7 +385,7 @@ class Decoder:
         if budget.tpot_ms is not None:  # as for plain steps, with the probability asked for
             margin = math.exp(quantile_of(budget.probability) * self._state.slowdown.deviation)
             most_ms = budget.tpot_ms / slowdown / margin
-        return self._policy.attempt(Turn(sequence, ids, self._sampler, budget, costs, most_ms, begin_ns))
+        return self._policy.attempt(Turn(sequence, ids, self._sampler, budget, costs, most_ms, slowdown, begin_ns))
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:
         """Make one token of each member at an exit, after the prompt or the previous token (B,)."""

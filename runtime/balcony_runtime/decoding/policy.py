@@ -26,6 +26,7 @@ class Turn(NamedTuple):
         budget: budget of this token.
         costs: prices of this device.
         most_ms: longest time that the budget allows for one gap, at slowdown 1; infinite without a target.
+        slowdown: slowdown of the device by which that time is shorter than the target.
         begin_ns: start of the step, on ``time.perf_counter_ns``.
     """
 
@@ -35,6 +36,7 @@ class Turn(NamedTuple):
     budget: Budget
     costs: CostModel
     most_ms: float
+    slowdown: float
     begin_ns: int
 
 

@@ -116,7 +116,7 @@ class Speculator:
             return None
         room = sequence.max_length - sequence.length
         standing = Standing(sequence.length, room, sequence.balcony_rows, sequence.stage_rows, sequence.replays)
-        planned = self.plan(turn.costs, standing, turn.most_ms)
+        planned = self.plan(turn.costs, standing, turn.most_ms, turn.slowdown)
         if planned is None:
             return None
         backlog_ns = time.perf_counter_ns()
@@ -132,13 +132,14 @@ class Speculator:
             planned.drafts,
         )
 
-    def plan(self, costs: CostModel, standing: Standing, most_ms: float) -> DraftRound | None:
+    def plan(self, costs: CostModel, standing: Standing, most_ms: float, slowdown: float = 1.0) -> DraftRound | None:
         """Return the round that is worth running now, or None if a plain step is as fast.
 
         Args:
             costs: prices of this device.
             standing: the sequence.
             most_ms: longest time that a round may take, at slowdown 1.
+            slowdown: slowdown of the device by which that time is shorter than the target.
         """
         if self._since_probe < min(self._plan_at, PROBE_TOKENS):
             return None
@@ -158,8 +159,8 @@ class Speculator:
                     again = (round(expected),) * len(self._exits)
                     price_ms += (1 - acceptance**drafts) * _further_ms(costs, again, context_length)
                 speedup = plain_ms * expected / (price_ms * self._round_ratio)
-                # most_ms has the slowdown already, as the price of plain steps shows it
-                takes_ms = (pending_ms + behind_ms + price_ms) * max(self._round_ratio / self._plain_ratio, 1.0)
+                # most_ms is a time at slowdown 1, and the ratio of rounds to their prices has the slowdown in it
+                takes_ms = (pending_ms + behind_ms + price_ms) * max(self._round_ratio / slowdown, 1.0)
                 if takes_ms <= most_ms and (found is None or speedup > found.speedup):
                     found = DraftRound(exit_layer, drafts, price_ms, speedup)
         if found is None or (found.speedup < WORTH and self._since_probe < PROBE_TOKENS):

@@ -69,7 +69,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     """
     budget, loaded_bytes = llm.budget, resident_bytes()
     watch, bench = ConditionWatch(sensors), Bench(llm, options.grid)
-    rails: dict[Rail, tuple[str, ...]] = {}
+    rails: dict[Rail, tuple[str, ...]] | None = None
     measured_once = False  # every cell, one row of each graph and the rest
     blocks: dict[Key, list[list[float]]] = defaultdict(list)
     power: tuple[Power, ...] = ()
@@ -136,11 +136,11 @@ def _engine_facts(backend: Backend) -> EngineFacts:
     return EngineFacts(name=backend.name, version=version, threads=backend.threads)
 
 
-def _why_no_power(notes: list[str], rails: dict[Rail, tuple[str, ...]], sensors: Sensors) -> str:
-    if any(note.startswith("interrupted") for note in notes):
-        return "the profile was interrupted before it"
-    if not rails:
+def _why_no_power(notes: list[str], rails: dict[Rail, tuple[str, ...]] | None, sensors: Sensors) -> str:
+    if rails is not None and not rails:
         return why_no_power(sensors)
+    if rails is None or any(note.startswith("interrupted") for note in notes):
+        return "the profile was interrupted before it"
     return f"no reading of {', '.join(source for sources in rails.values() for source in sources)} came in time"
 
 

@@ -95,6 +95,7 @@ class Scheduler:
         self._told: ControllerState | None = None  # what the last round has left in learned
         self._not_before_s = self._idle_s = 0.0  # idle: until somebody is due, if nobody was in the last round
         self._trace: RoundTraceWriter | None = None
+        self._recorded: RoundTraceWriter | None = None  # the trace from the next round on
         self._pool: SequencePool | None = None
         self._pool_lock = threading.Lock()
         self._pool_made = False
@@ -141,9 +142,9 @@ class Scheduler:
     def record(self, trace: RoundTraceWriter | None) -> None:
         """Record all rounds from the next one on, or stop recording."""
         with self._turn:
-            while self._running:  # a round in progress writes to the trace before
+            self._recorded, running = trace, self._running
+            while running and self._running is running:  # it may still write to the trace before
                 self._turn.wait(NAP_S)
-            self._trace, self._state = trace, self._state._replace(assigned_for=())
 
     def steps(
         self, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event
@@ -263,11 +264,14 @@ class Scheduler:
             return
         begins = [one for one in self._streams.values() if one.admitted and not one.decoder.begun]
         others = sum(one.admitted for one in self._streams.values()) > 1
+        known = {one for one in self._streams.values() if one.asks}
         self._running = asking
         self._turn.release()
         try:
             if self._look_again(begins):
                 begin_ns = time.perf_counter_ns()  # the copies are no part of the round's measurement
+            for stream in asking:
+                stream.tell()
             if not (asking := [one for one in asking if one.asks]):
                 return
             if len(asking) == 1 and not self._makes_way(asking[0], others):
@@ -279,7 +283,7 @@ class Scheduler:
             self._running = ()
             self._changes += any(one.decoder.begun for one in begins)
             idle_s, self._idle_s = self._idle_s, 0.0
-            if idle_s and all(one in asking for one in self._streams.values() if one.asks):
+            if idle_s and all(one in known for one in self._streams.values() if one.asks):
                 self._turn.wait(min(idle_s, NAP_S))  # who asks meanwhile ends it
 
     def _look_again(self, begins: Sequence[Stream]) -> bool:
@@ -392,6 +396,8 @@ class Scheduler:
             time.sleep(min(pause_s, NAP_S))
             return
         controller = self._joint()
+        if self._trace is not self._recorded:
+            self._trace, self._state = self._recorded, self._state._replace(assigned_for=())
         streams, seen = self._seen(asking)
         if not streams:
             return
@@ -406,7 +412,7 @@ class Scheduler:
                 self._trace.write(self._priced, self._quality, before, seen, found, ended)
             except InputError as error:  # a full disk ends no reply
                 _log.warning("no rounds are recorded any more: %s", error)
-                self._trace = None
+                self._trace = self._recorded = None
         for key, decision in found.refused:
             streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
         work_ns = time.perf_counter_ns()

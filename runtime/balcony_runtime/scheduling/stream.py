@@ -77,6 +77,11 @@ class Stream:
     def fail(self, error: BaseException) -> None:
         self._error, self.asks = error, False
 
+    def tell(self) -> None:
+        """Answer with the tokens of a step whose wait was interrupted, if there are any."""
+        if self.asks and self.decoder.untold:
+            self.answer(self.decoder.step())
+
     def work_off(self, chunk: Chunk) -> None:
         """Run pending rows, and wait for the device, so that their time is known."""
         sequence = self.sequence

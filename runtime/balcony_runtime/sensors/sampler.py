@@ -203,12 +203,12 @@ class _Channel:
         if reading.watts is None or reading.joules is not None or self._plausibility.counts(reading.source):
             return reading
         before = self._summed.get(reading.source)
-        joules = 0.0 if before is None else before.joules
         known = before is None or reading.time_s - before.time_s <= SUM_PAUSE_S
+        joules = 0.0  # after a long pause the power meanwhile is unknown: this reading has no sum, and a new one begins
         if before is not None and known:
-            joules += (before.watts + reading.watts) / 2 * (reading.time_s - before.time_s)
+            joules = before.joules + (before.watts + reading.watts) / 2 * (reading.time_s - before.time_s)
         self._summed[reading.source] = _Summed(reading.time_s, reading.watts, joules)
-        return replace(reading, joules=joules if known else None)  # the power during a long pause is unknown
+        return replace(reading, joules=joules if known else None)
 
     def health(self, now_s: float, stale_s: float) -> SourceHealth:
         asked_s, answered_s = self._asked_s, self._answered_s

@@ -60,7 +60,7 @@ class Notes(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     fingerprint: str
-    graphs: str
+    graphs: str = "of an earlier version"
     stage_rows: list[NonNegativeInt]
     balcony_rows: list[NonNegativeInt]
     messages: list[dict[str, Any]] | None = None

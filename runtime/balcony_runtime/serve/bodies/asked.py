@@ -6,6 +6,7 @@ top_p, …) are not checked twice.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,12 @@ class Asked:
     tooling: Mapping[str, Any] = field(default_factory=dict)
     template: Mapping[str, Any] = field(default_factory=dict)
     parse_special: bool | None = None
+
+    @property
+    def structure(self) -> str | None:
+        """What the structure of the replies follows from, as one text; None without one."""
+        given = {name: self.sampling[name] for name in ("json_schema", "regex", "grammar") if name in self.sampling}
+        return json.dumps([given, self.tooling]) if given or self.tooling else None
 
     def params(self, choice: int) -> SamplingParams:
         """Sampling parameters of one reply to a prompt.

@@ -203,7 +203,7 @@ TOKENIZE: Table = {
     "content": _text("A text."),
     "prompt": _text("The same."),
     "messages": _MESSAGES,
-    **_TOOLS,
+    **{name: schema for name, schema in _TOOLS.items() if name != "parallel_tool_calls"},
     "parse_special": _COMMON["parse_special"],
 }
 DETOKENIZE: Table = {"tokens": {**_TOKENS, "description": "Token ids."}}

@@ -36,6 +36,8 @@ from balcony_runtime.tokens import refuse_foreign
 
 #: Longest time for which a refused client is asked to wait.
 MOST_RETRY_S = 60
+#: Structures that are known to be compiled: half of those that the runtime keeps.
+MOST_COMPILED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Service:
         self._mean_s, self._slowdown = 1.0, 1.0
         # One at a time: the threads that read prompts are for everybody, and the decode thread must not wait for a compiler.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="balcony-compile")
+        self._compiled: list[str] = []  # structures that the runtime keeps, the latest first
 
     def load(self, open_llm: Callable[[], LLM], loop: asyncio.AbstractEventLoop) -> None:
         """Load the bundle and measure its prices, so that no budget of a request has to. Takes seconds; for a thread."""
@@ -217,8 +220,9 @@ class Service:
             raise busy(f"{others} replies run or wait, and {most} may: try again later", "queue_full", self.retry_s)
         self._preparing += count
         try:
-            if asked.tooling or asked.params(0).structured:
+            if (structure := asked.structure) is not None and structure not in self._compiled:
                 await asyncio.get_running_loop().run_in_executor(self._compiler, self._compile, asked)
+                self._compiled = [structure, *self._compiled[: MOST_COMPILED - 1]]
             prompts, texts, options = await asyncio.to_thread(self._prepare, asked, budget)
         finally:
             self._preparing -= count
@@ -301,7 +305,7 @@ class Service:
         operation = "chat" if answer.asked.chat else "text_completion"
         self.metrics.prompts(prompt_tokens(answer.jobs), cached_tokens(answer.jobs))
         self.metrics.reply(operation, model, cost, seconds, answer.reason)
-        if answer.streaming and answer.status >= 500:  # the status that the client has seen is 200
+        if answer.streaming and answer.reason and answer.status != 499:  # the client has seen status 200
             self.metrics.rejected(answer.reason)
         answer.log(client, model)
 

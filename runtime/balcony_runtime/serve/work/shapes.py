@@ -168,13 +168,13 @@ class Shapes:
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._decode([token])
-        bytes_ = None if _PART in text else list(text.encode())
-        return {"token": self._name(token), "logprob": logprob, "bytes": bytes_}
+        name = f"token_id:{token}" if self._asked.as_ids else text
+        return {"token": name, "logprob": logprob, "bytes": None if _PART in text else list(text.encode())}
 
     def _name(self, token: int) -> str:
-        text = self._decode([token])
-        # In completions the names are keys, and parts of characters have one text.
-        return f"token_id:{token}" if self._asked.as_ids or (_PART in text and not self._asked.chat) else text
+        """Name of a token of a completion, which is a key: parts of characters have one text."""
+        text = "" if self._asked.as_ids else self._decode([token])
+        return f"token_id:{token}" if self._asked.as_ids or _PART in text else text
 
     def _piece(self, job: Job, text: Any, logprobs: Any, reason: str | None) -> dict[str, Any]:
         key = "delta" if self._asked.chat else "text"
@@ -211,7 +211,7 @@ def _reason(reason: str | None, calls: Sequence[ToolCall]) -> str | None:
         return reason
     try:
         json.loads(calls[-1].arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return reason
     return "tool_calls"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from balcony_edge.errors import InputError
 from balcony_runtime.llm import LLM
+from balcony_runtime.reply import TokenStream
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 from balcony_runtime.serve.work.jobs import Job
@@ -34,11 +35,13 @@ class Slots:
 
     def __init__(self, llm: LLM, most_bytes: int) -> None:
         self._llm, self._most_bytes = llm, most_bytes
-        self._ended: OrderedDict[int, Job] = OrderedDict()
+        #: Slot → tokens of the prompt, and those of the reply or the stream that a client left, whose step may still add some.
+        self._ended: OrderedDict[int, tuple[Sequence[int], TokenStream | Sequence[int]]] = OrderedDict()
 
     def ended(self, job: Job) -> None:
         """Remember a reply that has ended."""
-        self._ended[job.key] = job
+        made = () if job.stream is None else job.stream.ids if job.ended else job.stream
+        self._ended[job.key] = job.ids, made
         while len(self._ended) > MOST_ENDED:
             self._ended.popitem(last=False)
 
@@ -97,15 +100,15 @@ class Slots:
         return {"n_restored": pool.load(path), "n_read": path.stat().st_size}
 
     def _tokens(self, key: int) -> Sequence[int]:
-        job = self._ended.get(key)
-        if job is None:
+        found = self._ended.get(key)
+        if found is None:
             raise RefusedError(
                 404,
                 f"slot {key}: has no reply that has ended lately; balcony.slots of an answer has its number",
                 "no_such_slot",
             )
-        # Now, not at its end: the step in which a client left may have added tokens.
-        return [*job.ids, *(() if job.stream is None else job.stream.ids)]
+        prompt, made = found
+        return [*prompt, *(made.ids if isinstance(made, TokenStream) else made)]
 
 
 def _path(files: PrefixFiles, name: object) -> Path:
