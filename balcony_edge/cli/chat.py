@@ -121,16 +121,18 @@ class Conversation:
         stdout.print(f"From the next reply: {asked or 'full depth, no target'}.", markup=False)
 
     def _answer(self, line: str) -> None:
-        stream = self.chat.send(line, **self.options)
-        if self.live:
-            stopped = show_live(
-                stream, self.styles, self.llm.readings, lambda: self.llm.quality, lambda: self.llm.budget
-            )
-        else:
-            stopped = show_stream(stream, self.styles)
-        stdout.print(" [dim](stopped)[/]" if stopped else "")
-        self.last = stream.reply
-        if self.last.finish_reason == "length":
+        stream, stopped = self.chat.send(line, **self.options), False
+        try:
+            if self.live:
+                stopped = show_live(
+                    stream, self.styles, self.llm.readings, lambda: self.llm.quality, lambda: self.llm.budget
+                )
+            else:
+                stopped = show_stream(stream, self.styles)
+        finally:  # also after an error in the middle
+            stdout.print(" [dim](stopped)[/]" if stopped else "")
+            self.last = stream.reply if stream.ids else self.last
+        if self.last is not None and self.last.finish_reason == "length":
             # The last token has not become a row yet, so the sequence needs room for one more.
             full = self.chat.sequence.length + 1 >= self.chat.sequence.max_length
             limit = f"Cut off after {len(self.last.tokens)} tokens: give --max-new-tokens for longer replies"

@@ -88,7 +88,7 @@ class LLM:
         self.engine, self._codec = engine, codec
         self._costs, self._ask_sensors = costs, readings
         self._sensors: Sensors | None = None
-        self._sensors_lock = threading.Lock()
+        self._sensors_lock, self._costs_lock = threading.Lock(), threading.Lock()
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
         quality = [self._agreement[layer] or layer / engine.exit_layers[-1] for layer in engine.exit_layers]
@@ -213,9 +213,11 @@ class LLM:
             InputError: the prices are for other exits.
         """
         if self._costs is None:
-            self._costs = costs = measure_prices(self.engine)
-            steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
-            _log.info("measured what a token costs: %s", steady)
+            with self._costs_lock:  # two measurements at once would disturb each other
+                if self._costs is None:
+                    self._costs = costs = measure_prices(self.engine)
+                    steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
+                    _log.info("measured what a token costs: %s", steady)
         return self._costs
 
     @costs.setter

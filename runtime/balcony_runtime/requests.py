@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -296,7 +297,7 @@ class Requests:
         ids_given = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes | bytearray)
         if ids_given and len(prompt) and isinstance(prompt[0], int | np.integer):
             try:
-                ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+                ids = [index(token) for token in prompt]  # type: ignore[arg-type]
             except (TypeError, ValueError) as error:
                 raise InputError(
                     f"prompt: token ids and something else ({error}): give integers, a text, or messages"

@@ -339,9 +339,9 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         listed = isinstance(stops, Iterable) and not isinstance(stops, str)
-        if not listed or any(not isinstance(stop, str) or not stop for stop in stops):
+        self._stops = tuple(stops) if listed else ()
+        if not listed or any(not isinstance(stop, str) or not stop for stop in self._stops):
             raise InputError(f"stop = {stops!r}: must be a list of non-empty strings: give e.g. ['\\n']")
-        self._stops = tuple(stops)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:

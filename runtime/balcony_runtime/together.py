@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from balcony_edge.budget import Budget
+from balcony_edge.errors import InputError
 from balcony_runtime.decoding.loop import Step
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.requests import Prompt, Request, Requests
@@ -139,4 +140,6 @@ class Together:
 
 def _taken(steps: deque[Step]) -> Iterator[Step]:
     while True:
+        if not steps:
+            raise InputError("this reply is one of several: Together.step() brings its tokens; do not iterate over it")
         yield steps.popleft()

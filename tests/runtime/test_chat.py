@@ -209,6 +209,27 @@ def test_a_task_that_is_cancelled_twice_ends_the_same(llm: LLM) -> None:
     assert len(seen) == 1
 
 
+def test_a_cancelled_reply_gives_its_place_back(llm: LLM) -> None:
+    """Also where the stream is kept, and closed by nobody."""
+
+    async def main() -> None:
+        stream = llm.stream([1, 2], max_new_tokens=100, ignore_eos=True, budget=Budget(max_pace_tps=50.0))
+
+        async def read() -> None:
+            async for _ in stream:
+                pass
+
+        task = asyncio.create_task(read())
+        while not stream.reply.tokens:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert stream.reply.finish_reason == "cancelled" and not llm._requests.scheduler._streams
+
+    asyncio.run(main())
+
+
 def test_async_iteration_gives_the_same_tokens(llm: LLM) -> None:
     async def collect(prompt: str) -> list[int]:
         return [token.id async for token in llm.stream(prompt, max_new_tokens=10, ignore_eos=True)]

@@ -17,7 +17,7 @@ from balcony_edge.control.company.round_trace import RoundTraceWriter, read_roun
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.loop import Decoder
 from balcony_runtime.llm import LLM
-from tests.replies import PRICES, ids
+from tests.replies import PRICES, all_at_once, ids
 
 SLOW = Budget(max_pace_tps=1 / 60)
 ENDLESS: dict[str, Any] = {"max_new_tokens": 200, "ignore_eos": True}
@@ -149,6 +149,20 @@ def test_a_trace_that_cannot_be_written_ends_no_reply(
     assert len(replies) == 2 and all(replies)
     assert [one.message for one in caplog.records] == ["no rounds are recorded any more: rounds.jsonl: writing failed"]
     assert read_rounds(tmp_path / "rounds.jsonl").rounds
+
+
+def test_prices_are_measured_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def slowly(engine: Any) -> Any:
+        measured.append(1)
+        time.sleep(0.2)
+        return PRICES
+
+    monkeypatch.setattr("balcony_runtime.llm.measure_prices", slowly)
+    budgets = [Budget(tpot_ms=1000.0), Budget(deadline_s=100.0, expected_tokens=3)]
+    all_at_once(*(lambda own=own: llm.generate([1, 2], budget=own, max_new_tokens=3) for own in budgets))
+    assert len(measured) == 1
 
 
 def test_tokens_in_company_say_what_ran_in_their_gaps(llm: LLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -131,6 +132,34 @@ def test_the_slider_acts_on_the_running_reply(page: Chrome) -> None:
     until(page, lambda: ended(chat))
     told = [token.get_attribute("title").split(",")[0] for token in tokens(chat)]
     assert told[:3] == ["exit 3"] * 3 and set(told) != {"exit 3"} and not chat.find_elements(By.CLASS_NAME, "error")
+
+
+def test_a_slider_that_is_moved_before_the_first_token_counts(page: Chrome, server: Server, monkeypatch: Any) -> None:
+    (chat,) = chats(page)
+    choose(chat, "tiny:slow")
+    gate, encode = threading.Event(), server.service.llm.encode
+
+    def slowly(*args: Any, **options: Any) -> list[int]:
+        assert gate.wait(60)
+        return encode(*args, **options)
+
+    monkeypatch.setattr(server.service.llm, "encode", slowly)
+    ask(chat, "a long story")
+    slide(page, part(chat, "slider"), 20)
+    asked = part(chat, "asked").text
+    time.sleep(0.2)  # the page has sent what it sends by itself
+    gate.set()
+    until(page, lambda: part(chat, "target").text == asked)
+    part(chat, "stop").click()
+    until(page, lambda: ended(chat))
+    assert not chat.find_elements(By.CLASS_NAME, "error")
+
+
+def test_the_end_of_a_slider_says_what_the_name_asks_for(page: Chrome) -> None:
+    (chat,) = chats(page)
+    assert part(chat, "asked").text == "no target"
+    choose(chat, "tiny:voice")
+    assert part(chat, "asked").text == part(chat, "slider").get_attribute("aria-valuetext") == "30 ms, by the name"
 
 
 def test_a_target_replaces_the_fixed_exit_of_a_name(page: Chrome) -> None:
