@@ -74,7 +74,9 @@ def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
     replies, drafted, made, kept, early = [], 0, 0, 0, 0
     begin = time.perf_counter()
     for prompt in prompts:
-        tokens = list(llm.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True))
+        # a sequence of its own: rows of the last policy's reply to this prompt would spare this one the prompt
+        sequence = llm.engine.new_sequence()
+        tokens = list(llm.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True, sequence=sequence))
         replies.append([token.id for token in tokens])
         drafted += sum(token.decision.drafted > 0 for token in tokens)
         early += sum(token.exit_layer < llm.exit_layers[-1] for token in tokens)
@@ -195,7 +197,11 @@ def main() -> int:
         prompts = read_prompts(llm, arguments.prompts, PROMPTS)
         thresholds = learned_thresholds(llm, arguments.calibrate) if arguments.calibrate else {}
         policies = measure(llm, prompts, arguments.rounds, thresholds)
-        exact = llm.engine.manifest.quantization is None or llm.engine.manifest.quantization.accuracy_level == 1
+        manifest = llm.engine.manifest
+        rounds_nothing = manifest.quantization is None or manifest.quantization.accuracy_level == 1
+        exact = rounds_nothing and manifest.precision != "float16"
+            manifest.quantization is not None and manifest.quantization.accuracy_level == 1
+        )
     bars = {
         f"{name} >= 0.97 of plain": row["of_plain"] >= 0.97
         for name, row in policies.items()

@@ -60,6 +60,10 @@ def measure(bundle: Bundle, full_depth: Bundle, rounds: int) -> dict[str, Any]:
     return {**typical, "ratios": ratios, "ratio": max(ratios.values())}
 
 
+#: Fields of a quantization that change no sizes.
+_BY_CALIBRATION = {"method", "calibration_tokens"}
+
+
 def open_full_depth(bundle: Bundle, path: Path) -> Bundle:
     """Open the bundle with the full depth only at ``path``; export it from the demo's model if it does not exist.
 
@@ -69,7 +73,13 @@ def open_full_depth(bundle: Bundle, path: Path) -> Bundle:
         _export_full_depth(path, bundle)
     found = Bundle.open(path, verify_hashes=False)
     ours, theirs = bundle.manifest, found.manifest
-    if theirs.model != ours.model or theirs.precision != ours.precision or len(theirs.exits) != 1:
+    schemes = [one.quantization and one.quantization.model_dump(exclude=_BY_CALIBRATION) for one in (ours, theirs)]
+    if (
+        theirs.model != ours.model
+        or theirs.precision != ours.precision
+        or schemes[0] != schemes[1]
+        or len(theirs.exits) != 1
+    ):
         raise SystemExit(
             f"{path}: is not the full depth alone of {bundle.path}: remove it, or name another with --full-depth"
         )
@@ -83,7 +93,7 @@ def _export_full_depth(path: Path, bundle: Bundle) -> None:
     from balcony_export.quantize.blocks import Scheme  # noqa: PLC0415 - likewise
 
     model, source, blocks = bundle.manifest.model, demo_model_path(), bundle.manifest.quantization
-    scheme = None if blocks is None else Scheme(**blocks.model_dump(exclude={"method", "calibration_tokens"}))
+    scheme = None if blocks is None else Scheme(**blocks.model_dump(exclude=_BY_CALIBRATION))
     print(f"exporting the full depth alone to {path}, once", file=sys.stderr)
     half = bundle.manifest.precision == "float16"
     precision = scheme or ("float16" if half else "float32")

@@ -34,6 +34,7 @@ The last line on stdout is one JSON object; the table goes to stderr. Exit code 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import resource
@@ -293,6 +294,9 @@ def full_depth_text(url: str, body: Mapping[str, Any], model: str) -> str:
 @contextmanager
 def started(command: Sequence[str | Path], url: str) -> Iterator[str]:
     """A server in a process of its own, from the time it answers."""
+    with contextlib.suppress(httpx.TransportError):
+        httpx.get(f"{url}/health", timeout=5)
+        raise InputError(f"{url}: something answers there already: end it first")
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             for _ in range(600):
@@ -306,6 +310,8 @@ def started(command: Sequence[str | Path], url: str) -> Iterator[str]:
                 except httpx.TransportError:
                     pass
                 time.sleep(0.1)
+            else:
+                raise InputError(f"{command[0]} did not answer at {url} in time: see its options")
             yield url
         finally:
             process.terminate()
@@ -346,6 +352,8 @@ def measure(bundle: Bundle, text: Path, loads: Sequence[float], arrival_s: float
         for _, body in first:
             body.pop("budget")
         alone = offer(urls["balcony-edge"], first, None, tokenizer)
+        if failed := sum(answer.text is None for answer in alone):
+            raise InputError(f"{failed} of {len(alone)} requests without load failed: see what the server logs")
         capacity = len(alone) / sum(answer.took_s for answer in alone)
         for load in loads:
             rate = load * capacity
@@ -432,6 +440,8 @@ def main() -> int:
             server.install()
         if arguments.bundle is None:
             return 0
+        if arguments.text is None or not arguments.text.is_file():
+            raise InputError(f"--text {arguments.text}: is not a file: give a plain text that prompts are taken from")
         server.refuse_missing()
         bundle = Bundle.open(arguments.bundle)
         neighbours, begin = Neighbours(), time.monotonic()

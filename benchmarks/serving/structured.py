@@ -131,6 +131,8 @@ def make_random(path: Path) -> None:
 def of_directory(directory: Path, count: int) -> list[tuple[str, Any]]:
     """Names and schemas of ``count`` files, evenly from all of a directory's in alphabetical order."""
     files = sorted(directory.rglob("*.json"))
+    if not files:
+        raise InputError(f"--from {directory}: has no .json files: give a directory of schemas")
     step = max(len(files) / count, 1)
     chosen = [files[int(i * step)] for i in range(min(count, len(files)))]
     return [(str(file.relative_to(directory)), json.loads(file.read_text(encoding="utf-8"))) for file in chosen]
@@ -205,6 +207,8 @@ def main() -> int:
     parser.add_argument("--only", default="speed,schemas")
     given = parser.parse_args()
     items = given.only.split(",")
+    if unknown := set(items) - {"speed", "schemas"}:
+        parser.error(f"--only {', '.join(sorted(unknown))}: must be speed, schemas or both")
     result: dict[str, Any] = {"benchmark": "structured", "cpu": cpu_name(), "bundle": given.bundle.name}
     bars: dict[str, dict[str, Any]] = {}
     if given.random:
