@@ -200,8 +200,6 @@ def main() -> int:
         manifest = llm.engine.manifest
         rounds_nothing = manifest.quantization is None or manifest.quantization.accuracy_level == 1
         exact = rounds_nothing and manifest.precision != "float16"
-            manifest.quantization is not None and manifest.quantization.accuracy_level == 1
-        )
     bars = {
         f"{name} >= 0.97 of plain": row["of_plain"] >= 0.97
         for name, row in policies.items()
