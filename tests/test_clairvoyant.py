@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from balcony_edge.budget import Budget
@@ -15,7 +17,8 @@ from benchmarks.serving.clairvoyant import deepest
 
 
 def ran(arrival: Arrival, exits: list[int], gaps_ms: list[float]) -> SimulatedStream:
-    return SimulatedStream(arrival, [], [], 0, exits=exits, gaps_ms=gaps_ms)
+    late = sum(gap > (arrival.budget.tpot_ms or math.inf) for gap in gaps_ms[1:])
+    return SimulatedStream(arrival, [], [], 0, exits=exits, gaps_ms=gaps_ms, late_tokens=late)
 
 
 def pair(tpot_ms: float) -> list[SimulatedStream]:

@@ -131,11 +131,12 @@ class Conversation:
                 stopped = show_stream(stream, self.styles)
         finally:  # also after an error in the middle
             stdout.print(" [dim](stopped)[/]" if stopped else "")
-            self.last = stream.reply if stream.ids else self.last
-        if self.last is not None and self.last.finish_reason == "length":
+            reply = stream.reply
+            self.last = reply if reply.tokens else self.last
+        if reply.finish_reason == "length":
             # The last token has not become a row yet, so the sequence needs room for one more.
             full = self.chat.sequence.length + 1 >= self.chat.sequence.max_length
-            limit = f"Cut off after {len(self.last.tokens)} tokens: give --max-new-tokens for longer replies"
+            limit = f"Cut off after {len(reply.tokens)} tokens: give --max-new-tokens for longer replies"
             stdout.print(f"({_FULL if full else limit}.)", style="dim", markup=False, soft_wrap=True)
 
     def _use_file(self, command: str, name: str) -> None:

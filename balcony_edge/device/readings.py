@@ -29,9 +29,8 @@ class Reading:
         scope: part that the reading is about.
         time_s: time of the reading, on the clock of the run (``time.monotonic`` in a live one).
         watts: power at that moment, or averaged by the sensor.
-        joules: energy counter since any fixed moment; it only grows (the sensor undoes wraps), but a sum of watts begins again
-            after a pause. If a part has no counter, the
-            sampler sums up its watts.
+        joules: energy counter since any fixed moment; it only grows (the sensor undoes wraps). If a part has no counter, the
+            sampler sums up its watts; the reading after a pause has no sum.
         celsius: temperature.
         utilization: busy share of the part, 0 to 1, by all its users.
         own_utilization: busy share of this process only, if the system separates it.

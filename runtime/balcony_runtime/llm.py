@@ -272,12 +272,18 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
-    ) -> None:
+        only_look: bool = False,
+    ) -> bool:
         """Compile the structure that a reply will have, if any, so that no reply waits for it (up to 3 s).
 
-        The last 32 are kept. Arguments and errors are those of :meth:`stream`.
+        The last 32 are kept. Returns whether there was nothing to compile; with ``only_look`` nothing is compiled. Other
+        arguments, and errors, are those of :meth:`stream`.
         """
-        self._requests.structure(sampling, self._requests.box(tools, tool_choice, parallel_tool_calls))
+        box = self._requests.box(tools, tool_choice, parallel_tool_calls)
+        compiled = self._requests.is_compiled(sampling, box)
+        if not compiled and not only_look:
+            self._requests.structure(sampling, box)
+        return compiled
 
     def stream(
         self,

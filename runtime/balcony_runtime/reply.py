@@ -249,8 +249,7 @@ class TokenStream(Iterator[Token]):
                     self.cancel()
                     # This does not block the loop; after a second cancellation, close() waits for the step.
                     await asyncio.wait([step])
-                    if step.done():  # no step runs, so that closing does not block
-                        self.close()
+                    await asyncio.shield(asyncio.get_running_loop().run_in_executor(thread, self.close))
                     raise
                 if token is None:
                     return

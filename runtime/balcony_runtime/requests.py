@@ -208,21 +208,23 @@ class Requests:
             InputError: the parameters are none, or their structure or a tool's is not supported.
             MissingDependencyError: llguidance is not installed.
         """
-        if not isinstance(params, SamplingParams):
-            raise InputError(f"sampling = {params!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
-        asked = structure_of(json_schema=params.json_schema, regex=params.regex, grammar=params.grammar)
-        if box is None:
-            return None if asked is None else self._grammars.guide(asked)
-        structure = box.structure(asked)  # its bounds: nothing is compiled that is too large
+        structure = _structure(params, box)  # within its bounds: nothing is compiled that is too large
+        if structure is None or box is None:
+            return None if structure is None else self._grammars.guide(structure)
         try:
             return self._grammars.guide(structure)
         except InputError:
             for tool in box.tools:  # the error of one tool by itself names it
                 try:
-                    self._grammars.guide(Structure("json_schema", tool.schema))
+                    self._grammars.guide(Structure("json_schema", tool.schema), keep=False)
                 except InputError as error:
                     raise InputError(f"tools: {tool.name}: {error}") from None
             raise
+
+    def is_compiled(self, params: SamplingParams, box: Toolbox | None) -> bool:
+        """Whether :meth:`structure` need not compile anything; errors are those, except the compiler's."""
+        structure = _structure(params, box)
+        return structure is None or self._grammars.holds(structure)
 
     def sampler(
         self,
@@ -327,3 +329,11 @@ class Requests:
             )
         room = context - prompt_tokens
         return room if max_new_tokens is None else min(max_new_tokens, room)
+
+
+def _structure(params: SamplingParams, box: Toolbox | None) -> Structure | None:
+    """The structure that sampling parameters and tools ask for."""
+    if not isinstance(params, SamplingParams):
+        raise InputError(f"sampling = {params!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
+    asked = structure_of(json_schema=params.json_schema, regex=params.regex, grammar=params.grammar)
+    return asked if box is None else box.structure(asked)

@@ -387,7 +387,7 @@ def test_auto_takes_the_faster_one(
 ) -> None:
     """On an adapter that counts as a GPU here: what was measured decides, and a GPU that fails is named."""
     caplog.set_level("INFO", choose_module.__name__)
-    monkeypatch.setattr(choose_module, "choose", lambda _: choose_module.Choice("webgpu", None, "there is a GPU"))
+    monkeypatch.setattr(choose_module, "choose", lambda *_: choose_module.Choice("webgpu", None, "there is a GPU"))
 
     def taken() -> bool:
         with Engine.open(tiny.path) as engine:

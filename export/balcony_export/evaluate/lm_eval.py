@@ -238,7 +238,7 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
         return texts
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
-        asked = normalize_gen_kwargs(options, min(MAX_NEW_TOKENS, self.max_length - 1))
+        asked = normalize_gen_kwargs(options, min(MAX_NEW_TOKENS, self.max_length // 2))
         samples = options.get("do_sample") and options.get("temperature") != 0
         if samples or (asked["do_sample"] and asked["temperature"]):
             raise InputError("this task samples (do_sample), but the adapter decodes greedily: set do_sample to false")

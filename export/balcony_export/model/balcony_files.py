@@ -236,7 +236,7 @@ def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int | Non
 def trained_exits(directory: Path) -> tuple[int, ...]:
     """Exits whose balconies lie in a directory, without those that a run has only copied there before its first step."""
     if not (directory / INDEX).exists():
-        return ()
+        return tuple(int(file.stem.removeprefix("balcony_")) for file in directory.glob("balcony_[0-9]*.safetensors"))
     entries = _read_index(directory)["exits"]
     return tuple(int(e) for e, facts in entries.items() if (facts.get("training") or {}).get("step") != 0)
 

@@ -354,9 +354,9 @@ class Trainer:
         trim_metrics(self.work / METRICS, self.step)
         return True
 
-    def checkpoint(self) -> dict[int, Judged]:
+    def checkpoint(self, judged: dict[int, Judged] | None = None) -> dict[int, Judged]:
         """Write the run's state, and the balconies that are better than those written before; returns their quality."""
-        found = self.judged()
+        found = judged or self.judged()
         for exit_layer, (kl, agreement, averaged) in found.items() if self.processes.writes else ():
             if exit_layer not in self.best or kl <= self.best[exit_layer][0]:
                 self.best[exit_layer] = (kl, agreement)
@@ -438,12 +438,9 @@ class Trainer:
                 if self.step == first + 2:
                     window = window[1:]  # the first step compiles the loss
                 per_step_s = (now - window[0][0]) / max(1, self.step - window[0][1])
-                held_out = None
-                if now - last_checkpoint >= 60 * self.config.checkpoint_minutes:
-                    held_out = {e: one.kl for e, one in self.checkpoint().items()}
-                    last_checkpoint = self.clock()
-                elif self.step % self.config.evaluate_every == 0:
-                    held_out = {e: one.kl for e, one in self.judged().items()}
+                due = now - last_checkpoint >= 60 * self.config.checkpoint_minutes
+                judged = self.judged() if due or self.step % self.config.evaluate_every == 0 else None
+                held_out = None if judged is None else {e: one.kl for e, one in judged.items()}
                 if deadline is not None and (self.step - first in (5, 10) or (self.step - first) % 20 == 0):
                     self.schedule.replan(self.step, self.step + int((deadline - self.clock()) / per_step_s))
                 total = self.schedule.total
@@ -453,6 +450,9 @@ class Trainer:
                 if self.processes.writes:
                     self._log(progress, factor)
                     report(progress)
+                if due:  # after the metrics, which a resumed run cuts off at the checkpoint
+                    self.checkpoint(judged)
+                    last_checkpoint = self.clock()
             self.schedule.total = min(self.schedule.total, self.step)  # the time is over, whatever the last plan was
             self.checkpoint()
         except OSError as error:

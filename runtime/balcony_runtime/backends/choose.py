@@ -42,7 +42,8 @@ def choose(manifest: Manifest, engines: str | None = None) -> Choice:
     """The choice of ``auto`` on this machine: engines that fit its GPU, else ONNX Runtime on the GPU, else the CPU.
 
     WebGPU is chosen only if its package is installed and there is a GPU; an adapter in software is slower than the CPU.
-    :func:`open_backend` measures whether that GPU is faster than the CPU. ``engines`` names the set that is to run.
+    :func:`open_backend` measures whether that GPU is faster than the CPU. ``engines`` names the set that is to run: its engines
+    are then chosen even if they do not fit, so that opening them says what to do.
     """
     choice = _on_nvidia(manifest, engines)
     if choice.device != "cpu" or not provider.is_installed() or provider.misfit(manifest) is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -181,27 +182,26 @@ class Decoder:
         elif made.price_ms:
             self._last = Measurement(made.exit_layer, made.price_ms, took_ms)
         learned.busy_ns += done_ns - begin_ns
-        given = decision
-        if attempted is not None:
-            words = (made.words, *decision.words)
-            given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
+        tell = partial(self._told, made, decision, forced, caught_up, waited_ms - begin_ns / 1e6)
         if not decision.period_ms:
-            return self._told(made, given, decision.exit_layer, forced, caught_up, waited_ms - begin_ns / 1e6)
+            return tell()
         try:  # wait after the step, so that a slow step shortens the wait
             learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
         except BaseException:  # the token is made: an interrupt ends its wait only
-            self.untold = self._told(made, given, decision.exit_layer, forced, caught_up, waited_ms - begin_ns / 1e6)
+            self.untold = tell()
             raise
-        return self._told(made, given, decision.exit_layer, forced, caught_up, waited_ms - begin_ns / 1e6)
+        return tell()
 
-    def _told(
-        self, made: Made, given: Decision, decided_exit: int, forced: list[int], caught_up: int, since_ms: float
-    ) -> list[Step]:
+    def _told(self, made: Made, decision: Decision, forced: list[int], caught_up: int, since_ms: float) -> list[Step]:
         """The steps of tokens that are due now; ``since_ms`` is added to the time for their latency."""
         self._emitted_ns = time.perf_counter_ns()
         latency_ms = since_ms + self._emitted_ns / 1e6
+        given = decision
+        if made.words:  # of a policy
+            words = (made.words, *decision.words)
+            given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
         if self._environment.trace is not None:
-            self._record(self._environment.trace, given, decided_exit, latency_ms)
+            self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
         steps, target_ms = [], self._target_ms
         self._count(latency_ms)
         for step_ids, logits in zip(made.ids, made.logits, strict=True):

@@ -412,7 +412,7 @@ class Scheduler:
                 self._trace.write(self._priced, self._quality, before, seen, found, ended)
             except InputError as error:  # a full disk ends no reply
                 _log.warning("no rounds are recorded any more: %s", error)
-                self._trace = self._recorded = None
+                self._trace, self._recorded = None, None if self._recorded is self._trace else self._recorded
         for key, decision in found.refused:
             streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
         work_ns = time.perf_counter_ns()

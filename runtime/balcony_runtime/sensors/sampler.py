@@ -26,8 +26,9 @@ MAX_RATE_HZ = 10.0
 #: Longest time between two discoveries. A source without readings is tried again after 2, 4, 8 periods, and then this often,
 #: because opening NVML without a driver starts a program that tries to load it.
 REDISCOVER_S = 10.0
-#: Longest pause between two readings, in seconds, over which watts are summed up.
-SUM_PAUSE_S = 2.0
+#: Longest pause between two readings, in seconds, after which the sum of watts is shown at once, and over which it grows: the
+#: mean of both ends is an estimate, and a part may have been absent for hours.
+SUM_PAUSE_S, MOST_SUMMED_S = 2.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +204,13 @@ class _Channel:
         if reading.watts is None or reading.joules is not None or self._plausibility.counts(reading.source):
             return reading
         before = self._summed.get(reading.source)
-        known = before is None or reading.time_s - before.time_s <= SUM_PAUSE_S
-        joules = 0.0  # after a long pause the power meanwhile is unknown: this reading has no sum, and a new one begins
-        if before is not None and known:
-            joules = before.joules + (before.watts + reading.watts) / 2 * (reading.time_s - before.time_s)
+        joules, passed_s = 0.0, 0.0
+        if before is not None:
+            passed_s = reading.time_s - before.time_s
+            joules = before.joules + (before.watts + reading.watts) / 2 * min(passed_s, MOST_SUMMED_S)
         self._summed[reading.source] = _Summed(reading.time_s, reading.watts, joules)
-        return replace(reading, joules=joules if known else None)
+        # After a long pause the power meanwhile is an estimate: one reading without a sum says so.
+        return replace(reading, joules=joules if passed_s <= SUM_PAUSE_S else None)
 
     def health(self, now_s: float, stale_s: float) -> SourceHealth:
         asked_s, answered_s = self._asked_s, self._answered_s

@@ -56,8 +56,14 @@ class Grammars:
         self._made: LLTokenizer | None = None
         self._kept: OrderedDict[Structure, LLMatcher] = OrderedDict()
 
-    def guide(self, asked: Structure) -> Guide:
+    def holds(self, asked: Structure) -> bool:
+        """Whether a structure is compiled; it is then among the last that are forgotten."""
+        return self._copy(asked) is not None
+
+    def guide(self, asked: Structure, *, keep: bool = True) -> Guide:
         """The state of a reply of this structure, before its first token. Compiles it (up to seconds) if it is new.
+
+        ``keep``: whether it is kept for replies to come.
 
         Raises:
             InputError: the structure is not supported, no text has it, or it is too large.
@@ -69,6 +75,8 @@ class Grammars:
             if (found := self._copy(asked)) is not None:
                 return found
             matcher = self._compile(asked)
+        if not keep:
+            return self._guide(matcher, asked)
         with self._lock:
             self._kept[asked] = matcher
             while len(self._kept) > MOST_KEPT or sum(len(one.text) for one in self._kept) > MOST_KEPT_CHARACTERS:

@@ -239,7 +239,7 @@ def test_watts_without_a_counter_are_summed_up_over_time() -> None:
     for time_s, watts in ((100.0, 4.0), (100.5, 8.0), (101.0, 8.0), (103.0, 6.0), (105.1, 6.0), (105.2, 6.0)):
         (reading,) = source.give(sensors, Reading("a", "cpu", time_s, watts=watts))
         joules.append(reading.joules)
-    assert joules == [0.0, pytest.approx(3.0), pytest.approx(7.0), pytest.approx(21.0), None, pytest.approx(0.6)]
+    assert joules == [0.0, pytest.approx(3.0), pytest.approx(7.0), pytest.approx(21.0), None, pytest.approx(34.2)]
     (counted,) = source.give(sensors, Reading("b", "cpu", 105.2, watts=6.0, joules=77.0))
     assert counted.joules == 77.0
     (hot,) = source.give(sensors, Reading("c", "cpu", 105.2, celsius=50.0))

@@ -6,7 +6,6 @@ top_p, …) are not checked twice.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,10 +67,9 @@ class Asked:
     parse_special: bool | None = None
 
     @property
-    def structure(self) -> str | None:
-        """What the structure of the replies follows from, as one text; None without one."""
-        given = {name: self.sampling[name] for name in ("json_schema", "regex", "grammar") if name in self.sampling}
-        return json.dumps([given, self.tooling]) if given or self.tooling else None
+    def structured(self) -> bool:
+        """Whether the replies have a structure, or may call tools."""
+        return bool(self.tooling) or self.params(0).structured
 
     def params(self, choice: int) -> SamplingParams:
         """Sampling parameters of one reply to a prompt.

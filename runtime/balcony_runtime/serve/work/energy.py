@@ -37,7 +37,7 @@ class EnergyMeter:
         joules = {}
         for rail, now in self._counters().items():
             before = self._before.get(rail)
-            if before is not None and before.sources == now.sources and now.joules >= before.joules:
+            if before is not None and before.sources == now.sources:
                 joules[rail] = now.joules - before.joules
         return joules
 

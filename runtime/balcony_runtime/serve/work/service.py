@@ -36,8 +36,6 @@ from balcony_runtime.tokens import refuse_foreign
 
 #: Longest time for which a refused client is asked to wait.
 MOST_RETRY_S = 60
-#: Structures that are known to be compiled: half of those that the runtime keeps.
-MOST_COMPILED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,6 @@ class Service:
         self._mean_s, self._slowdown = 1.0, 1.0
         # One at a time: the threads that read prompts are for everybody, and the decode thread must not wait for a compiler.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="balcony-compile")
-        self._compiled: list[str] = []  # structures that the runtime keeps, the latest first
 
     def load(self, open_llm: Callable[[], LLM], loop: asyncio.AbstractEventLoop) -> None:
         """Load the bundle and measure its prices, so that no budget of a request has to. Takes seconds; for a thread."""
@@ -220,9 +217,8 @@ class Service:
             raise busy(f"{others} replies run or wait, and {most} may: try again later", "queue_full", self.retry_s)
         self._preparing += count
         try:
-            if (structure := asked.structure) is not None and structure not in self._compiled:
+            if asked.structured and not await asyncio.to_thread(self._compile, asked, only_look=True):
                 await asyncio.get_running_loop().run_in_executor(self._compiler, self._compile, asked)
-                self._compiled = [structure, *self._compiled[: MOST_COMPILED - 1]]
             prompts, texts, options = await asyncio.to_thread(self._prepare, asked, budget)
         finally:
             self._preparing -= count
@@ -252,8 +248,8 @@ class Service:
         self._answers.add(found)
         return found
 
-    def _compile(self, asked: Asked) -> None:
-        self.llm.compile_grammar(asked.params(0), **asked.tooling)
+    def _compile(self, asked: Asked, *, only_look: bool = False) -> bool:
+        return self.llm.compile_grammar(asked.params(0), **asked.tooling, only_look=only_look)
 
     def _prepare(self, asked: Asked, budget: Budget | None) -> tuple[list[list[int]], list[str], list[dict[str, Any]]]:
         """Tokens and texts of the prompts, and options of each reply to a prompt. Runs in a thread."""
