@@ -80,7 +80,8 @@ $(WEBGPU)/.ready: $(READY)
 	rm -rf $(WEBGPU)
 	-$(BIN)/python -m pip install --quiet --no-deps --target $(WEBGPU) --group webgpu && touch $@
 
-ON_WEBGPU := LP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(WEBGPU) $(BIN)/python -m pytest -q tests/runtime/test_webgpu.py
+ON_WEBGPU := LP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(WEBGPU) $(BIN)/python -m pytest -q tests/runtime/test_webgpu.py \
+	tests/runtime/test_webgpu_schedules.py
 test-webgpu: $(WEBGPU)/.ready
 	$(ON_WEBGPU) tests/runtime/test_conformance.py -m 'webgpu and not deep'
 

@@ -93,6 +93,13 @@ def require_writable(directory: Path, given: str, error_class: type[BalconyError
         raise error_class(f"{given}: cannot be written ({nearest} is read-only): {cure}")
 
 
+def require_writable_file(path: Path, given: str, error_class: type[BalconyError], cure: str) -> None:
+    """Refuse a file that cannot be written or made; arguments as for :func:`require_writable`."""
+    if path.is_dir():
+        raise error_class(f"{given}: is a directory: name a file in it")
+    require_writable(path.parent, given, error_class, cure)
+
+
 def write_atomically(path: Path, content: bytes, error_class: type[BalconyError], cure: str) -> None:
     """Write under a temporary name next to ``path``, flush it to the disk and rename it.
 

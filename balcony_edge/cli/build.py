@@ -58,7 +58,7 @@ def build(
     """Build one engine per stage, balcony and head into BUNDLE/tensorrt/. Existing graphs are reused."""
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.errors import InputError
-    from balcony_edge.files import require_writable
+    from balcony_edge.files import require_writable_file
 
     if block not in (32, 64, 128):
         raise InputError(f"--block {block}: give 32, 64 or 128")
@@ -71,9 +71,7 @@ def build(
     if timing_cache is not None and target == "rtx":
         raise InputError("--timing-cache: TensorRT-RTX does not time kernels while it builds: leave it out")
     if timing_cache is not None:
-        if timing_cache.is_dir():
-            raise InputError(f"--timing-cache {timing_cache}: is a directory: name a file in it")
-        require_writable(timing_cache.parent, f"--timing-cache {timing_cache}", InputError, "name another place")
+        require_writable_file(timing_cache, f"--timing-cache {timing_cache}", InputError, "name another place")
     capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
     rows = default_context(bundle) if context_length is None else context_length
     wanted = BuildOptions(target, precision, operators, rows, batch_size, block)

@@ -99,11 +99,9 @@ def _target(value: str) -> tuple[Format, Path | None]:
 
 def _check_place(path: Path) -> None:
     """Refuse a file that cannot be written, before the minutes of measuring."""
-    from balcony_edge.files import require_writable
+    from balcony_edge.files import require_writable_file
 
-    if path.is_dir():
-        raise InputError(f"{path}: is a directory: name a file in it")
-    require_writable(path.parent, str(path), InputError, "name a file in a place that is writable")
+    require_writable_file(path, str(path), InputError, "name a file in a place that is writable")
 
 
 def _seconds(text: str) -> float:

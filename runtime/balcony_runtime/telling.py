@@ -36,7 +36,7 @@ def told(
         text: decoder of the text.
         readings: gives the latest reading of every sensor.
     """
-    stop = asked.stop
+    stop, marker = asked.stop, None if asked.box is None else asked.box.marker_id
     for count in range(1, asked.limit + 1):
         if asked.cancelled.is_set():
             return
@@ -57,9 +57,7 @@ def told(
         piece, hit = stop.push(piece + (text.flush() if finish is not None else ""))
         if hit:
             finish = "stop"
-        elif finish is not None or (
-            asked.box is not None and token == asked.box.marker_id
-        ):  # no stop string has a marker
+        elif finish is not None or token == marker:  # no stop string goes over a marker
             piece += stop.flush()
         log_p, best = None, ()  # type: float | None, tuple[tuple[int, float], ...]
         if asked.logprobs is not None and step.logits is not None:

@@ -17,8 +17,8 @@ def test_the_end_is_allowed_exactly_where_the_structure_ends(grammars: Grammars)
     """Brute force over all texts of up to five letters: prefixes may go on, and whole texts may end."""
     letter = {text: token for token in range(320) if len(text := grammars.tokenizer.decode_str([token])) == 1}
     texts = {"ab", "abab", "ababab", "c"}
-    todo = [""]
-    for text in todo:
+    begun = [""]
+    for text in begun:
         guide = guide_of(grammars, regex="(ab){1,3}|c")
         for one in text:
             guide.accept(letter[one])
@@ -26,8 +26,8 @@ def test_the_end_is_allowed_exactly_where_the_structure_ends(grammars: Grammars)
         assert allowed is not None and bool(allowed[END]) == (text in texts), text
         more = [text + one for one in "abc" if allowed[letter[one]]]
         assert more == [text + one for one in "abc" if any(whole.startswith(text + one) for whole in texts)]
-        todo += more
-    assert len(todo) == 8
+        begun += more
+    assert len(begun) == 8
 
 
 def test_after_the_end_everything_goes(grammars: Grammars) -> None:

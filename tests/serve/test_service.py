@@ -12,7 +12,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,6 @@ from balcony_edge.device.machine import cpu_name
 from balcony_edge.device.readings import Reading
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.jobs import MOST_BUFFERED
-from balcony_runtime.serve.work.service import Limits
 from tests.command import COMMAND, refused
 
 CHAT = "/v1/chat/completions"
@@ -192,145 +190,6 @@ def test_a_stalled_client_is_paused_and_holds_nobody_up(server: Server, http: ht
             received += connection.recv(1 << 20)
     assert received.count(b'"finish_reason":"length"') == 8
     until(lambda: is_free(server))
-
-
-@pytest.fixture(scope="module")
-def strict(serve: Callable[..., Server]) -> Server:
-    """A server with a key and narrow bounds."""
-    limits = Limits(parallel=1, queue=1, body_bytes=2000, request_s=1.5, body_s=0.3)
-    return serve(name="tiny", api_key="secret", limits=limits)
-
-
-def test_bounds(strict: Server) -> None:
-    with httpx.Client(base_url=strict.url, timeout=20) as client:
-        assert client.get("/health").status_code == 200 and client.get("/").status_code == 200
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer sécret".encode()}):
-            found = client.get("/v1/models", headers=headers)  # type: ignore[arg-type]
-            assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
-        # a client chooses the Host header, and a path in it opens nothing
-        assert client.get("/v1/models", headers={"host": "localhost/health?"}).status_code == 401
-        client.headers["authorization"] = "Bearer secret"
-        assert client.get("/v1/models", headers={"host": "edge.example"}).status_code == 200
-        large = client.post(CHAT, content=b" " * 3000)
-        assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
-
-        def slowly() -> Any:
-            yield b"{"
-            time.sleep(0.6)
-            yield b"}"
-
-        late = client.post(CHAT, content=slowly())
-        assert (late.status_code, late.json()["error"]["code"]) == (408, "slow_body")
-
-
-def test_a_full_queue_and_the_time_limit(strict: Server) -> None:
-    answers: list[httpx.Response] = []
-    slow = SLOW | {"budget": {"max_pace_tps": 20}}
-
-    def ask(stream: bool) -> None:
-        headers = {"authorization": "Bearer secret"}
-        answers.append(httpx.post(strict.url + CHAT, json=slow | {"stream": stream}, headers=headers, timeout=20))
-
-    threads = [threading.Thread(target=ask, args=[stream]) for stream in (True, False)]
-    threads[0].start()
-    until(lambda: len(strict.service.slots) == 1 and not strict.service.waiting)
-    threads[1].start()
-    until(lambda: strict.service.waiting == 1)
-    with httpx.Client(base_url=strict.url, headers={"authorization": "Bearer secret"}) as client:
-        full = client.post(CHAT, json=HELLO)
-        assert (full.status_code, full.headers["x-balcony-reason"]) == (429, "queue_full")
-        assert 1 <= int(full.headers["retry-after"]) <= 60
-        for thread in threads:
-            thread.join()
-        streamed = next(answer for answer in answers if answer.status_code == 200)
-        assert "took longer than 1.5 s" in streamed.text and streamed.text.endswith("data: [DONE]\n\n")
-        whole = next(answer for answer in answers if answer.status_code != 200)
-        assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
-        counted = client.get("/metrics").text
-        assert 'balcony_rejections_total{reason="queue_full"} 1.0' in counted
-        assert 'balcony_rejections_total{reason="timeout"} 2.0' in counted  # that of the stream as well
-    until(lambda: is_free(strict))
-
-
-def test_the_time_of_a_compiler_counts_and_nobody_else_waits_for_it(server: Server, http: httpx.Client) -> None:
-    gate, compile_grammar, llm = threading.Event(), server.service.llm.compile_grammar, server.service.llm
-
-    def slowly(*args: Any, **options: Any) -> bool:
-        if options.get("only_look"):
-            return False
-        assert gate.wait(120)
-        return compile_grammar(*args, **options)
-
-    answers: list[Any] = []
-
-    def ask() -> None:
-        body = HELLO | {"guided_regex": "[a-c]{3}", "seed": -1}
-        answers.append(httpx.post(server.url + CHAT, json=body, timeout=120).json())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm, "compile_grammar", slowly)
-        threads = [threading.Thread(target=ask) for _ in range(40)]  # more than asyncio has threads
-        for thread in threads:
-            thread.start()
-        until(lambda: server.service._preparing == len(threads), 30)
-        begin_s = time.monotonic()
-        assert http.post("/tokenize", json={"content": "fox"}).status_code == 200
-        time.sleep(0.3)
-        waited_ms = 1000 * (time.monotonic() - begin_s)
-        gate.set()
-        for thread in threads:
-            thread.join()
-    assert min(answer["balcony"]["ttft_ms"] for answer in answers) > waited_ms > 300
-    until(lambda: is_free(server))
-
-
-def test_requests_that_come_at_once_share_the_queue(strict: Server) -> None:
-    """No more replies are taken than may run and wait, although all prompts are read at the same time."""
-    headers = {"authorization": "Bearer secret"}
-    statuses: list[int] = []
-
-    def ask() -> None:
-        body = SLOW | {"stream": False, "budget": {"max_pace_tps": 20}}
-        statuses.append(httpx.post(strict.url + CHAT, json=body, headers=headers, timeout=30).status_code)
-
-    threads = [threading.Thread(target=ask) for _ in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    until(lambda: is_free(strict))
-    assert statuses.count(429) == 10 and statuses.count(504) == 2
-    many = httpx.post(strict.url + CHAT, json=HELLO | {"n": 4}, headers=headers, timeout=30)
-    assert many.status_code == 200 and len(many.json()["choices"]) == 4  # alone it may be larger than the queue
-    until(lambda: is_free(strict))
-
-
-def test_the_watchdog_sees_a_decode_thread_that_hangs(serve: Callable[..., Server], monkeypatch: Any) -> None:
-    server, gate = serve(), threading.Event()
-    assert all(server.service.makes_progress for _ in range(3))  # it has nothing to do
-    with monkeypatch.context() as patch:
-        patch.setattr("balcony_runtime.together.Together.step", lambda _: gate.wait() and [])
-        answers: list[int] = []
-        thread = threading.Thread(
-            target=lambda: answers.append(httpx.post(server.url + CHAT, json=HELLO, timeout=60).status_code)
-        )
-        thread.start()
-        until(lambda: len(server.service.slots) == 1)
-        until(lambda: not server.service.makes_progress)
-        assert not server.service.makes_progress
-    gate.set()
-    thread.join()
-    assert answers == [200]
-    until(lambda: is_free(server) and server.service.makes_progress)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_busy_replies_are_told_when_to_come_again(stream: bool, http: httpx.Client, monkeypatch: Any) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("balcony_runtime.scheduling.scheduler.MOST_WAITING", 0)
-        found = http.post(CHAT, json=HELLO | {"stream": stream})
-    assert (found.status_code, found.headers["x-balcony-reason"]) == (429, "overloaded")
-    assert found.json()["error"]["code"] == "overloaded" and int(found.headers["retry-after"]) >= 1
 
 
 def test_metrics(http: httpx.Client, server: Server) -> None:

@@ -209,8 +209,8 @@ def _held_out(
         shortest = min(range(len(learned)), key=lambda index: len(learned[index].tokens))
         key, tokens = learned[shortest]
         kept = [_KeyedDocument(key, tokens[:target])]
-        again = tokens[: len(begin)] if tokens[: len(begin)].tolist() == list(begin) else tokens[:0]
-        learned[shortest] = _KeyedDocument(f"rest of {key}", np.concatenate([again, tokens[target:]]))
+        rest = np.concatenate([_start_of(tokens, begin), tokens[target:]])
+        learned[shortest] = _KeyedDocument(f"rest of {key}", rest)
     return learned, kept
 
 
@@ -249,11 +249,15 @@ def pack(
 
 
 def _pieces(document: npt.NDArray[np.int32], seq_len: int, begin: Sequence[int]) -> Iterator[npt.NDArray[np.int32]]:
-    if document[: len(begin)].tolist() != list(begin):
-        begin = ()
-    size, first = seq_len - len(begin), np.array(begin, np.int32)
-    for start in range(len(begin), len(document), size):
+    first = _start_of(document, begin)
+    size = seq_len - len(first)
+    for start in range(len(first), len(document), size):
         yield np.concatenate([first, document[start : start + size]])
+
+
+def _start_of(document: npt.NDArray[np.int32], begin: Sequence[int]) -> npt.NDArray[np.int32]:
+    """The start tokens, if the document begins with them; else nothing."""
+    return document[: len(begin)] if document[: len(begin)].tolist() == list(begin) else document[:0]
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -58,7 +58,10 @@ class Grammars:
 
     def holds(self, asked: Structure) -> bool:
         """Whether a structure is compiled; it is then among the last that are forgotten."""
-        return self._copy(asked) is not None
+        with self._lock:
+            if held := asked in self._kept:
+                self._kept.move_to_end(asked)
+            return held
 
     def guide(self, asked: Structure, *, keep: bool = True) -> Guide:
         """The state of a reply of this structure, before its first token. Compiles it (up to seconds) if it is new.
