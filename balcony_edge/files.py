@@ -95,7 +95,11 @@ def require_writable(directory: Path, given: str, error_class: type[BalconyError
 
 def require_writable_file(path: Path, given: str, error_class: type[BalconyError], cure: str) -> None:
     """Refuse a file that cannot be written or made; arguments as for :func:`require_writable`."""
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:  # a name that is too long, or a directory that may not be entered
+        raise error_class(f"{given}: cannot be written ({error.strerror}): {cure}") from error
+    if is_directory:
         raise error_class(f"{given}: is a directory: name a file in it")
     require_writable(path.parent, given, error_class, cure)
 
@@ -142,9 +146,9 @@ def atomic_file(path: Path, error_class: type[BalconyError], cure: str) -> Itera
 
     An error or an interrupt in the block leaves ``path`` as it was; arguments are those of :func:`write_atomically`.
     """
-    if path.is_dir():
-        raise error_class(f"{path}: cannot be written (it is a directory): {cure}")
     try:
+        if path.is_dir():
+            raise error_class(f"{path}: cannot be written (it is a directory): {cure}")
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with partial_directory(path.absolute()) as part:
             temporary = part / path.name

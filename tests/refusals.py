@@ -112,6 +112,13 @@ REFUSALS = (
         "a path that does not exist",
     ),
     Refusal(
+        _export("model", "-o", "x" * 300), f"{'x' * 300}: cannot be written (File name too long): name another place"
+    ),
+    Refusal(
+        ("eval", "x" * 300, "--text", "text.jsonl"),
+        f"{'x' * 300}/bundle.json: cannot be used (File name too long): make it accessible, or name another path",
+    ),
+    Refusal(
         _export("cut"),
         "cut/model.safetensors: is 292844 bytes long, but its header says 292944: download it again",
         "truncated weights",

@@ -181,14 +181,21 @@ def read_manifest(directory: Path) -> Manifest:
         BundleError: the directory is not a bundle, or its manifest is damaged or of another version.
     """
     path = directory / MANIFEST
-    if not os.path.exists(directory):  # noqa: PTH110 - Path.exists raises OSError for a name that is too long
+    try:
+        if not directory.exists():
+            raise BundleError(
+                f"{_line(str(directory))}: there is no such directory: name a bundle that `balcony-edge export` wrote"
+            )
+        if directory.name == MANIFEST and directory.is_file():
+            raise BundleError(f"{directory}: is a file of a bundle: give the bundle's directory, {directory.parent}")
+        if not path.is_file():
+            raise BundleError(
+                f"{directory}: is not a bundle (it has no {MANIFEST}): make one with `balcony-edge export`"
+            )
+    except OSError as error:  # a name that is too long, or a directory that may not be entered
         raise BundleError(
-            f"{_line(str(directory))}: there is no such directory: name a bundle that `balcony-edge export` wrote"
-        )
-    if directory.name == MANIFEST and directory.is_file():
-        raise BundleError(f"{directory}: is a file of a bundle: give the bundle's directory, {directory.parent}")
-    if not path.is_file():
-        raise BundleError(f"{directory}: is not a bundle (it has no {MANIFEST}): make one with `balcony-edge export`")
+            f"{_line(str(directory))}: cannot be read ({error.strerror}): make it readable, or name another bundle"
+        ) from error
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -115,6 +115,10 @@ def reported(action: Callable[[], object]) -> None:
         print(f"balcony-edge: out of memory: {cure}", file=sys.stderr)  # noqa: T201 - likewise
         sys.exit(1)
     except OSError as error:
+        if error.filename is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
+            cure = "make it accessible, or name another path"
+            print(f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): {cure}", file=sys.stderr)  # noqa: T201 - likewise
+            sys.exit(1)
         # An error of a file carries its name; an error of a standard stream has none.
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
             raise

@@ -67,10 +67,13 @@ class LinesWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._name = os.fspath(path)
         self._file: IO[str] | None = None
-        if not Path(path).exists():
-            require_writable(Path(path).parent, self._name, InputError, "name another place")
-        elif Path(path).is_dir() or not os.access(path, os.W_OK):
-            raise InputError(f"{self._name}: not writable: name another place")
+        try:
+            if not Path(path).exists():
+                require_writable(Path(path).parent, self._name, InputError, "name another place")
+            elif Path(path).is_dir() or not os.access(path, os.W_OK):
+                raise InputError(f"{self._name}: not writable: name another place")
+        except OSError as error:
+            raise self._full(error) from error
 
     def _line(self, document: dict[str, Any]) -> None:
         try:

@@ -24,8 +24,11 @@ def refuse_existing(output: Path) -> None:
     Raises:
         InputError: The output exists or cannot be made.
     """
-    if output.exists() or output.is_symlink():
-        raise InputError(f"{output}: already exists: name another directory, or remove it first")
+    try:
+        if output.exists() or output.is_symlink():
+            raise InputError(f"{output}: already exists: name another directory, or remove it first")
+    except OSError as error:  # a name that is too long, or a directory that may not be entered
+        raise InputError(f"{output}: cannot be written ({error.strerror}): name another place") from error
     require_writable(output.absolute().parent, str(output), InputError, "name another place")
 
 

@@ -67,7 +67,7 @@ def test_bytes_per_token_are_those_of_the_parameters(tiny: Any) -> None:
 
 def test_missing_directory_and_directory_without_manifest(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "no such directory")
-    refused(tmp_path / ("x" * 300), r"x…: there is no such directory")
+    refused(tmp_path / ("x" * 300), r"x…: cannot be read \(File name too long\): make it readable")
     refused(tmp_path, "is not a bundle")
 
 

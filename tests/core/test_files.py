@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from balcony_edge.control.trace import LinesWriter
 from balcony_edge.errors import InputError
-from balcony_edge.files import partial_directory, write_atomically
+from balcony_edge.files import partial_directory, require_writable_file, write_atomically
 
 
 def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path: Path) -> None:
@@ -47,3 +48,13 @@ def test_a_refused_write_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "nowhere").write_text("not a directory")
     with pytest.raises(InputError, match=r"nowhere/file: cannot be written \((File exists|Not a directory)\): make it"):
         write_atomically(tmp_path / "nowhere" / "file", b"", InputError, "make it")
+
+
+def test_a_path_that_the_system_refuses_to_look_at_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    with pytest.raises(InputError, match=r"x: cannot be written \(File name too long\): make it"):
+        write_atomically(path, b"", InputError, "make it")
+    with pytest.raises(InputError, match=r"^-o x: cannot be written \(File name too long\): make it"):
+        require_writable_file(path, "-o x", InputError, "make it")
+    with pytest.raises(InputError, match=r"x: writing failed \(File name too long\): "):
+        LinesWriter(path)
