@@ -115,19 +115,26 @@ def reported(action: Callable[[], object]) -> None:
         print(f"balcony-edge: out of memory: {cure}", file=sys.stderr)  # noqa: T201 - likewise
         sys.exit(1)
     except OSError as error:
-        if error.filename is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
-            cure = "make it accessible, or name another path"
-            print(f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): {cure}", file=sys.stderr)  # noqa: T201 - likewise
-            sys.exit(1)
-        # An error of a file carries its name; an error of a standard stream has none.
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+        if not _explain(error):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes the rest of stdout at its exit
-        if error.errno != errno.EPIPE:  # a reader such as `head` may stop early without an error
-            cure = "free space, or write to another place"
-            print(f"balcony-edge: stdout: cannot be written ({error.strerror}): {cure}", file=sys.stderr)  # noqa: T201 - likewise
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:  # typer's code for Ctrl-C
             print("balcony-edge: interrupted", file=sys.stderr)  # noqa: T201 - likewise
         raise
+
+
+def _explain(error: OSError) -> bool:
+    """Print the line for a path that may not be used or a standard stream that fails; False for anything else."""
+    line = (
+        f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): make it accessible, or name another path"
+    )
+    known = error.errno in (errno.EACCES, errno.ENAMETOOLONG)
+    if error.filename is None:  # an error of a standard stream
+        line = f"balcony-edge: stdout: cannot be written ({error.strerror}): free space, or write to another place"
+        known = error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO)
+        if known:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes the rest of stdout at its exit
+    if known and error.errno != errno.EPIPE:  # a reader such as `head` may stop early without an error
+        print(line, file=sys.stderr)  # noqa: T201 - likewise
+    return known
