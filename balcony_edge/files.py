@@ -39,6 +39,19 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def locked_alone(path: Path, taken: BalconyError) -> Iterator[None]:
+    """Hold the lock of a directory as :func:`locked` does, but raise ``taken`` at once if it is held elsewhere."""
+    try:
+        lock = _lock(path, wait=False)
+    except BlockingIOError:
+        raise taken from None
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
+@contextmanager
 def partial_directory(target: Path) -> Iterator[Path]:
     """Make a directory next to ``target``, which the caller renames to it; otherwise it is removed at the end.
 
@@ -67,13 +80,11 @@ def partial_directory(target: Path) -> Iterator[Path]:
 def remove_leftovers(directory: Path, prefix: str) -> None:
     """Remove what killed writers have left in a directory: partial directories of that prefix that nobody holds."""
     for leftover in directory.iterdir():
-        if (
-            leftover.name.startswith(prefix)
-            and PARTIAL in leftover.name
-            and (lock := _lock(leftover, wait=False)) is not None
-        ):
-            shutil.rmtree(leftover, ignore_errors=True)
-            _unlock(lock)
+        if leftover.name.startswith(prefix) and PARTIAL in leftover.name:
+            with contextlib.suppress(BlockingIOError):  # its writer is at work
+                if (lock := _lock(leftover, wait=False)) is not None:
+                    shutil.rmtree(leftover, ignore_errors=True)
+                    _unlock(lock)
 
 
 def require_writable(directory: Path, given: str, error_class: type[BalconyError], cure: str) -> None:
@@ -161,18 +172,25 @@ def atomic_file(path: Path, error_class: type[BalconyError], cure: str) -> Itera
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-    """Descriptor of the locked directory; None if someone else holds the lock, the directory is gone, or locks do not exist."""
+    """Descriptor of the locked directory; None if the directory is gone or locks do not exist.
+
+    Raises:
+        BlockingIOError: someone else holds the lock, and ``wait`` is false.
+    """
     if fcntl is None:
         return None
-    with contextlib.suppress(OSError):
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-    return None
+    except BlockingIOError:
+        raise
+    except OSError:
+        return None
+    return descriptor
 
 
 def _unlock(lock: int | None) -> None:

@@ -215,10 +215,14 @@ def _rows_seen(start: Path, layers: tuple[int, ...], corpus: Corpus) -> int:
     seen = rows_seen(start, layers, corpus.digest)
     if seen is None:
         stderr.print(
-            f"{start} has learned from other data (or --seed, --seq-len, --mix, --held-out-rows differ): nothing is skipped"
+            f"{start} has learned from other data (or --seed, --seq-len, --mix, --held-out-rows differ): nothing is skipped",
+            markup=False,
         )
     elif seen:
-        stderr.print(f"{start} has learned from {seen:,} of {len(corpus.train.tokens):,} rows: continuing after them")
+        stderr.print(
+            f"{start} has learned from {seen:,} of {len(corpus.train.tokens):,} rows: continuing after them",
+            markup=False,
+        )
     return seen or 0
 
 
@@ -290,10 +294,11 @@ def _progress_bar(trainer: Trainer) -> Iterator[Callable[[StepReport], None]]:
 
 
 def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict[int, float], as_json: bool) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from balcony_edge.cli.console import stderr, stdout
-    from balcony_edge.errors import MissingDependencyError
+    from balcony_edge.errors import MissingDependencyError, TrainingError
     from balcony_export.train.report import TrainingCost, plot_curves, pretraining_tokens, read_metrics
     from balcony_export.train.trainer import METRICS
 
@@ -305,7 +310,7 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
     metrics, after = read_metrics(trainer.work / METRICS), {e: kl for e, (kl, _) in results.items()}
     try:
         plot_curves(metrics, plot, f"Balconies of {name}", trainer.config.loss, before=before, after=after)
-    except MissingDependencyError as error:
+    except (MissingDependencyError, TrainingError) as error:
         stderr.print(f"no plot: {error}", style="yellow", markup=False)
     if as_json:
         document: dict[str, Any] = {
@@ -321,7 +326,7 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
         }
         stdout.print_json(json.dumps(document))
         return
-    table = Table("exit", "held-out KL before", "after", "change", "top-1 agreement", title=f"{trainer.output}")
+    table = Table("exit", "held-out KL before", "after", "change", "top-1 agreement", title=escape(str(trainer.output)))
     for exit_layer, (kl, hits) in results.items():
         was = before.get(exit_layer)  # None in a resumed run
         start = ("", "") if was is None else (f"{was:.3f}", f"{kl / was - 1:+.1%}")

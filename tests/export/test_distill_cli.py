@@ -48,6 +48,8 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     before = (work / "checkpoint.safetensors").read_bytes()
     assert trained(*command, "--steps", "7", "--resume")["steps"] == 7
     assert (work / "checkpoint.safetensors").read_bytes() != before
+    (work / "curve.png").unlink()
+    (work / "curve.png").mkdir()  # a picture that cannot be written takes nothing else away
     assert trained(*command, "--minutes", "0.02", "--resume")["steps"] > 7
     # start from balconies in the output directory, whose index the first checkpoint changes
     (out / "run").rename(tmp_path / "old-run")

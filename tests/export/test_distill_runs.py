@@ -214,6 +214,56 @@ def test_balconies_that_a_run_began_from_are_only_replaced_by_better_ones(
         assert spoilt.evaluate()[2][0] > 1.2 * spoilt.best[2][0]
 
 
+def test_two_runs_never_write_into_one_directory(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+    first = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2)
+    second = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2)
+    refused = 0
+
+    def start_the_other(_: StepReport) -> None:
+        nonlocal refused
+        with pytest.raises(TrainingError, match="another training writes there: wait for its end"):
+            second.run()
+        refused += 1
+
+    first.run(start_the_other)
+    assert refused == 2 and len(losses_of(first)) == 2
+    second.run()
+
+
+def test_a_balcony_that_a_killed_run_has_half_replaced_is_written_again(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2).run()
+    (tmp_path / "balcony_2.safetensors").write_bytes((tmp_path / "balcony_3.safetensors").read_bytes())
+    again = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=3)
+    assert again.resume() and set(again.best) == {3}
+    again.run()
+    assert set(load_balconies(tmp_path, make_tiny("llama"))) == {2, 3}
+
+
+def test_the_cache_survives_a_refused_command_and_another_size(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    first = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=len(corpus.train.tokens) // 2, cache_gb=1.0)
+    first.run()
+    rows, values = first.work / "states.rows", first.work / "states.bin"
+    count, size = rows.stat().st_size, values.stat().st_size
+    assert rows.read_bytes() == b"\1" * count
+    with pytest.raises(TrainingError, match="made with another precision"):
+        trainer_of(make_tiny("llama"), corpus, tmp_path, precision="bf16", cache_gb=1.0).resume()
+    for capacity in (3, count):
+        before = values.read_bytes()
+        gigabytes = (capacity + 0.5) * size / count / 1e9
+        trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=first.step + 1, cache_gb=gigabytes)
+        trainer.resume()
+        trainer.states.cache = trainer._open_cache()
+        assert rows.read_bytes() == b"\1" * 3 + bytes(capacity - 3)
+        assert (
+            len(values.read_bytes()) == capacity * size // count
+            and values.read_bytes()[: 3 * size // count] == before[: 3 * size // count]
+        )
+
+
 def test_a_run_that_left_no_checkpoint_leaves_no_curve(
     make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -367,7 +417,7 @@ def test_a_disk_that_fills_up_is_one_line(
         trainer.run()
     assert 0 < trainer.step < 2000
     with pytest.raises(TrainingError, match=r"states\.bin: no room for .* lower --cache-gb"):
-        trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, cache_gb=0.01)
+        trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, cache_gb=0.01).run()
 
 
 def test_a_run_goes_on_after_the_rows_of_its_start_also_when_it_resumes(

@@ -216,6 +216,15 @@ def load_balconies(
     return balconies
 
 
+def is_whole(directory: Path, exit_layer: int) -> bool:
+    """Whether a directory has a balcony for this exit whose file is the one that the index names."""
+    try:
+        _read_tensors(directory, _read_index(directory)["exits"][str(exit_layer)])
+    except (CheckpointError, KeyError):
+        return False
+    return True
+
+
 def digest_and_kind(directory: Path) -> tuple[str, BalconyKind]:
     """SHA-256 of a directory's index, which has the hash of every file in it, and the kind of its balconies."""
     kind: BalconyKind = _read_index(directory)["module"]

@@ -5,13 +5,15 @@ Owns words and axes only; it reads the metrics that :mod:`.trainer` wrote.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from balcony_edge.errors import InputError, MissingDependencyError
+from balcony_edge.errors import InputError, MissingDependencyError, TrainingError
+from balcony_edge.files import write_atomically
 
 #: Base model → tokens of its pretraining, as published. SmolLM2-135M: 2T (model card).
 PRETRAINING_TOKENS = {"smollm2-135m": 2_000_000_000_000}
@@ -110,6 +112,7 @@ def plot_curves(
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+        TrainingError: The picture cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # an extra
@@ -143,8 +146,9 @@ def plot_curves(
     axes.grid(alpha=0.3, which="both")
     if metrics:
         figure.legend(loc="outside lower center", ncols=len(metrics[0]["loss"]))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(output, picture.getvalue(), TrainingError, "free space")
 
 
 def _smooth(values: Sequence[float], memory: float = 0.95) -> list[float]:

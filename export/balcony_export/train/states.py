@@ -55,19 +55,15 @@ class BackboneStates:
         full: The model that the exits learn from, see :func:`full_model`.
         rows: Tokens of the training rows  # (R, T)
         micro_rows: Rows per pass.
-        cache: Keeps states between epochs, if there is room.
+
+    Attributes:
+        cache: Keeps states between epochs; None without one.
     """
 
-    def __init__(
-        self,
-        exits: ExitModel,
-        full: ExitModel,
-        rows: npt.NDArray[np.int32],
-        micro_rows: int,
-        cache: StateCache | None = None,
-    ) -> None:
-        self.full = full
-        self.exits, self.rows, self.micro_rows, self.cache = exits, rows, micro_rows, cache
+    cache: StateCache | None = None
+
+    def __init__(self, exits: ExitModel, full: ExitModel, rows: npt.NDArray[np.int32], micro_rows: int) -> None:
+        self.exits, self.full, self.rows, self.micro_rows = exits, full, rows, micro_rows
         self._kept: dict[int, torch.Tensor] = {}  # place in the stream of rows -> states  # (exits + 1, T, D)
 
     @torch.no_grad()
@@ -110,7 +106,8 @@ class StateCache:
 
     Args:
         path: Path of the file; a map of the rows that it has is kept next to it.
-        capacity: Number of rows of the file, which are the rows with an index below it.
+        capacity: Number of rows of the file, which are the rows with an index below it. A file of another length keeps its
+            rows that are below it.
         shape: Shape of one row's states  # (exits + 1, T, D)
         dtype: Type of the states.
         key: Identifies the model, the exits and the tokens; a file with another key is replaced.
@@ -122,14 +119,16 @@ class StateCache:
         # numpy has no bfloat16: the bits are kept as integers
         self.bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
         key_file, filled_file = path.with_suffix(".key"), path.with_suffix(".rows")
-        full_key = f"{key} {capacity} {shape} {dtype}"
+        full_key = f"{key} {shape} {dtype}"
         known = key_file.is_file() and path.is_file() and filled_file.is_file() and key_file.read_text() == full_key
         path.parent.mkdir(parents=True, exist_ok=True)
         if not known:
             for file in (key_file, path, filled_file):
                 file.unlink(missing_ok=True)
-            _reserve(path, capacity * dtype.itemsize * math.prod(shape))
-            _reserve(filled_file, capacity)
+        elif filled_file.stat().st_size > capacity:
+            os.truncate(filled_file, capacity)  # before the values: a killed run leaves no marked row without them
+        _reserve(path, capacity * dtype.itemsize * math.prod(shape))
+        _reserve(filled_file, capacity)
         integer: Any = np.int16 if dtype.itemsize == 2 else np.int32
         self.values: npt.NDArray[Any] = np.memmap(path, dtype=integer, mode="r+", shape=(capacity, *shape))
         self.filled: npt.NDArray[np.uint8] = np.memmap(filled_file, dtype=np.uint8, mode="r+", shape=(capacity,))
@@ -160,15 +159,15 @@ class StateCache:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make a file of zeros with reserved disk space: without it, a write to the mapped file could kill the process."""
+    """Give a file a size, with zeros, and reserve it: without room on the disk, a write to the map could kill the process."""
+    before = path.stat().st_size if path.is_file() else 0
     try:
-        with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
+        with path.open("ab") as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)
-            else:  # macOS
-                file.truncate(size)
+            file.truncate(size)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        os.truncate(path, before)
         raise TrainingError(
             f"{path}: no room for {size / 1e9:.1f} GB ({error.strerror}): lower --cache-gb or free space"
         ) from error

@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,11 @@ from accelerate.utils import send_to_device  # type: ignore[import-untyped]  # a
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
+from balcony_edge.files import locked_alone
 from balcony_export.data.corpus import Corpus, Order, Rows
 from balcony_export.model.architecture import cast_weights
 from balcony_export.model.balcony import Balcony, init_balconies
-from balcony_export.model.balcony_files import check_directory, fingerprint, save_balconies
+from balcony_export.model.balcony_files import check_directory, fingerprint, is_whole, save_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_export.train.attention import can_compile, use_block_attention
 from balcony_export.train.config import TrainConfig
@@ -37,14 +39,7 @@ from balcony_export.train.loss import HeadLoss, VocabularyPart, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.positions import pick_positions
 from balcony_export.train.report import StepReport
-from balcony_export.train.run_files import (
-    CHECKPOINT,
-    load_run,
-    read_state,
-    run_directory,
-    save_run,
-    trim_metrics,
-)
+from balcony_export.train.run_files import CHECKPOINT, load_run, read_state, run_directory, save_run, trim_metrics
 from balcony_export.train.schedule import Schedule, make_optimizers, set_rate
 from balcony_export.train.states import BackboneStates, StateCache, full_model, head_of
 
@@ -160,7 +155,7 @@ class Trainer:
         self.order = self._order(start.rows_seen if start else 0)
         self.step, self.wall_s = 0, 0.0  # wall_s: spent training, resumed parts included
         self.best: dict[int, tuple[float, float]] = {}  # exit -> held-out KL and agreement of the written balcony
-        self.states = BackboneStates(self.exits, self.full, corpus.train.tokens, config.micro_rows, self._open_cache())
+        self.states = BackboneStates(self.exits, self.full, corpus.train.tokens, config.micro_rows)
         self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.sample = self._vocabulary_sample()
 
@@ -341,7 +336,8 @@ class Trainer:
         load_run(self.work, self.balconies, self.averages, self.optimizers)
         self.step, self.wall_s = state["step"], state["wall_s"]
         self.order = self._order(state["first_row"])
-        self.best = {int(key): (kl, hits) for key, (kl, hits) in state["best"].items()}
+        # without balconies that a killed run has half replaced: the next checkpoint writes them again
+        self.best = {int(e): (kl, hits) for e, (kl, hits) in state["best"].items() if is_whole(self.output, int(e))}
         planned = Schedule(**state["schedule"])
         if self.config.steps is not None and self.config.steps <= self.step and self.config.steps != planned.total:
             raise InputError(
@@ -351,7 +347,6 @@ class Trainer:
             go_on = planned.restart if self.step >= planned.total else planned.replan
             go_on(self.step, self.config.steps or 10**9)  # with a deadline the plan changes during the run
         self.schedule = planned
-        trim_metrics(self.work / METRICS, self.step)
         return True
 
     def checkpoint(self, judged: dict[int, Judged] | None = None) -> dict[int, Judged]:
@@ -385,9 +380,10 @@ class Trainer:
         balcony.load_state_dict(kept)
 
     def _begin(self) -> None:
-        """Remove the metrics of a run that left no checkpoint, and keep the balconies that this run starts from."""
-        (self.work / METRICS).unlink(missing_ok=True)
-        if self.start is None:
+        """Open the cache, cut the metrics off at this step, and keep the balconies that a new run starts from."""
+        self.states.cache = self._open_cache()
+        trim_metrics(self.work / METRICS, self.step)
+        if self.start is None or self.step:
             return
         for exit_layer, (kl, agreement) in self.evaluate().items():
             self.best[exit_layer] = (kl, agreement)
@@ -417,15 +413,20 @@ class Trainer:
             report: Called after every step.
 
         Raises:
-            TrainingError: A loss is not finite, a file cannot be written, or memory ran out; the last checkpoint stays.
+            TrainingError: A loss is not finite, a file cannot be written, memory ran out, or another run writes there; the
+                last checkpoint stays.
         """
         self.work.mkdir(parents=True, exist_ok=True)
+        taken = TrainingError(f"{self.work}: another training writes there: wait for its end, or give another -o")
+        with locked_alone(self.work, taken) if self.processes.writes else nullcontext():
+            self._run(report)
+
+    def _run(self, report: Callable[[StepReport], None]) -> None:
         first, before = self.step, self.wall_s
         try:
             # now, to refuse rows that cannot be judged, and because several processes must do this at the same time
             self._held_out_states()
-            if not self.step:
-                self._begin()
+            self._begin()
             started = last_checkpoint = self.clock()
             deadline = None if self.config.minutes is None else started + 60 * self.config.minutes
             window: list[tuple[float, int]] = [(started, self.step)]
@@ -456,9 +457,8 @@ class Trainer:
             self.schedule.total = min(self.schedule.total, self.step)  # the time is over, whatever the last plan was
             self.checkpoint()
         except OSError as error:
-            raise TrainingError(
-                f"{self.work}: writing failed ({error.strerror or error}): {self._kept()}: free space, then {self._again()}"
-            ) from error
+            what = f"writing failed ({error.strerror or error}): {self._kept()}: free space, then {self._again()}"
+            raise TrainingError(f"{self.work}: {what}") from error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
