@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import psutil
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import SourceSample
+from balcony_runtime.sensors.base import Absence, SourceSample
 
 #: Time between two reads of the process's private memory, and the largest share of time that they may take: the kernel walks
 #: the page tables (measured: 1.1 ms at 250 MB and 6 to 11 ms at 1 GB in pages of 4 KiB, 0.2 ms at 2 GB in huge pages; Python's
@@ -30,7 +30,7 @@ class System:
         self._cpus = psutil.cpu_count() or 1
         self._last: tuple[float, float, tuple[float, ...]] | None = None
         self._private_next_s = -math.inf
-        self._private_bytes = 0
+        self._private_bytes: int | None = None
 
     def discover(self) -> None:
         """There is nothing to look for."""
@@ -49,9 +49,15 @@ class System:
         readings.append(Reading("psutil:memory", "memory", now_s, memory_bytes=used, memory_total_bytes=total))
         if now_s >= self._private_next_s:
             begin_s = time.perf_counter()
-            self._private_bytes = self._process.memory_full_info().uss
+            try:
+                self._private_bytes = self._process.memory_full_info().uss
+            except (psutil.Error, OSError, AttributeError):  # without /proc/PID/smaps psutil's answer has no uss
+                self._private_bytes = None
             took_s = time.perf_counter() - begin_s
             self._private_next_s = now_s + max(_PRIVATE_EVERY_S, took_s / _PRIVATE_SHARE)
+        if self._private_bytes is None:
+            absence = Absence("psutil:process", "the kernel does not tell the private memory of a process")
+            return SourceSample(tuple(readings), (absence,))
         readings.append(Reading("psutil:process", "process", now_s, memory_bytes=self._private_bytes))
         return SourceSample(tuple(readings))
 

@@ -43,12 +43,14 @@ class Machine:
     def __init__(self) -> None:
         self.times = _Times(user=100.0, nice=10.0, system=50.0, idle=1000.0, iowait=20.0, guest=5.0, guest_nice=1.0)
         self.own = _Own(user=7.0, system=3.0, children_user=99.0)
-        self.private_bytes = 1000
+        self.private_bytes: int | None = 1000
 
     def cpu_times(self) -> _Own:
         return self.own
 
-    def memory_full_info(self) -> _Private:
+    def memory_full_info(self) -> _Private | _Own:
+        if self.private_bytes is None:
+            return self.own  # as psutil without /proc/PID/smaps: a record that lacks uss
         return _Private(rss=10**9, uss=self.private_bytes)
 
 
@@ -128,3 +130,15 @@ def test_memory_is_what_is_not_available_and_our_own_is_read_once_a_second(machi
         assert process.scope == "process"
         found.append(process.memory_bytes)
     assert found == [1000, 1000, 1000, 1100, 1100, 1200]
+
+
+def test_a_kernel_that_does_not_tell_private_memory_takes_nothing_else_away(machine: Machine) -> None:
+    system = System()
+    machine.private_bytes = None
+    for now_s, expected in ((10.0, ["psutil:memory"]), (10.5, ["psutil:cpu", "psutil:memory"])):
+        machine.times = machine.times._replace(idle=1000.0 + now_s)
+        sample = system.read(now_s)
+        assert [reading.source for reading in sample.readings] == expected
+        assert [absence.part for absence in sample.absences] == ["psutil:process"]
+    machine.private_bytes = 3000  # asked again a second later
+    assert read(system, 11.0)["psutil:process"].memory_bytes == 3000
