@@ -106,20 +106,27 @@ def require_writable(directory: Path, given: str, error_class: type[BalconyError
 
 def require_writable_file(path: Path, given: str, error_class: type[BalconyError], cure: str) -> None:
     """Refuse a file that cannot be written or made; arguments as for :func:`require_writable`."""
+    require_writable(_target(path, given, error_class, cure).parent, given, error_class, cure)
+
+
+def _target(path: Path, given: str, error_class: type[BalconyError], cure: str) -> Path:
+    """The file behind the links of a path; a directory, a device or a pipe is refused, because it cannot be replaced."""
+    target = Path(os.path.realpath(path))
     try:
-        is_directory = path.is_dir()
+        if target.is_dir():
+            raise error_class(f"{given}: is a directory: name a file in it")
+        if target.exists() and not target.is_file():
+            raise error_class(f"{given}: cannot be written (it is not a regular file): {cure}")
     except OSError as error:  # a name that is too long, or a directory that may not be entered
         raise error_class(f"{given}: cannot be written ({error.strerror}): {cure}") from error
-    if is_directory:
-        raise error_class(f"{given}: is a directory: name a file in it")
-    require_writable(path.parent, given, error_class, cure)
+    return target
 
 
 def write_atomically(path: Path, content: bytes, error_class: type[BalconyError], cure: str) -> None:
-    """Write under a temporary name next to ``path``, flush it to the disk and rename it.
+    """Write under a temporary name next to the file, flush it to the disk and rename it.
 
     Args:
-        path: file to write or replace; missing parent directories are made.
+        path: file to write or replace, behind its links; missing parent directories are made.
         content: complete content of the file.
         error_class: exception to raise if the file cannot be written; its message ends in ``cure``.
         cure: advice to the user.
@@ -153,20 +160,19 @@ def _flush(file: BinaryIO) -> None:
 
 @contextmanager
 def atomic_file(path: Path, error_class: type[BalconyError], cure: str) -> Iterator[BinaryIO]:
-    """A file under a temporary name next to ``path``, which replaces it at the end of the block, on the disk.
+    """A file under a temporary name next to that of ``path``, which replaces it at the end of the block, on the disk.
 
     An error or an interrupt in the block leaves ``path`` as it was; arguments are those of :func:`write_atomically`.
     """
+    target = _target(path, str(path), error_class, cure)
     try:
-        if path.is_dir():
-            raise error_class(f"{path}: cannot be written (it is a directory): {cure}")
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with partial_directory(path.absolute()) as part:
-            temporary = part / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial_directory(target) as part:
+            temporary = part / target.name
             with temporary.open("wb") as file:
                 yield file
                 _flush(file)
-            temporary.replace(path)
+            temporary.replace(target)
     except OSError as error:
         raise error_class(f"{path}: cannot be written ({error.strerror}): {cure}") from error
 

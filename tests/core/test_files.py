@@ -58,3 +58,19 @@ def test_a_path_that_the_system_refuses_to_look_at_is_one_line(tmp_path: Path) -
         require_writable_file(path, "-o x", InputError, "make it")
     with pytest.raises(InputError, match=r"x: writing failed \(File name too long\): "):
         LinesWriter(path)
+
+
+def test_the_file_behind_a_link_is_replaced_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real/file")
+    write_atomically(tmp_path / "link", b"new", InputError, "make it")
+    assert (tmp_path / "real" / "file").read_bytes() == b"new" and (tmp_path / "link").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    for refuse in (
+        lambda: write_atomically(tmp_path / "pipe", b"", InputError, "name a file"),
+        lambda: require_writable_file(tmp_path / "pipe", "pipe", InputError, "name a file"),
+    ):
+        with pytest.raises(InputError, match=r"pipe: cannot be written \(it is not a regular file\): name a file"):
+            refuse()
+    assert (tmp_path / "pipe").is_fifo()
