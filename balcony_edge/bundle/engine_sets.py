@@ -29,6 +29,9 @@ def new_engine_directory(bundle: Path, name: str) -> Iterator[Path]:
     home = bundle / ENGINES
     try:
         home.mkdir(exist_ok=True)
+        with manifest_lock(bundle):  # a killed process may have left a set that it did not record
+            recorded = read_manifest(bundle).engines.get(name)
+            _keep_only(home, name, None if recorded is None else recorded.directory or name)
         with partial_directory(home / name) as part:
             yield part
     except OSError as error:
@@ -62,8 +65,18 @@ def record_engines(bundle: Path, name: str, engines: EngineSet, made: Path) -> M
         made.rename(place)
         entry = engines.model_copy(update={"directory": None if place.name == name else place.name})
         updated = manifest.model_copy(update={"engines": {**manifest.engines, name: entry}})
-        replace_manifest(bundle, updated)
-        for other in home.iterdir():
-            if other != place and (other.name == name or other.name.startswith(f"{name}.")):
-                shutil.rmtree(other, ignore_errors=True)
+        try:
+            replace_manifest(bundle, updated)
+        except BaseException:
+            if read_manifest(bundle) != updated:  # an interrupt may also come after the replacement
+                shutil.rmtree(place, ignore_errors=True)
+            raise
+        _keep_only(home, name, place.name)
     return updated
+
+
+def _keep_only(home: Path, name: str, kept: str | None) -> None:
+    """Remove the complete sets of a name, but for the one that is recorded; the caller holds the manifest's lock."""
+    for other in home.iterdir():
+        if other.name != kept and (other.name == name or other.name.startswith(f"{name}.")):
+            shutil.rmtree(other, ignore_errors=True)

@@ -21,10 +21,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from balcony_edge.bundle import engine_sets
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
-from balcony_edge.bundle.manifest import GraphSpec
+from balcony_edge.bundle.manifest import EngineSet, GraphSpec, Manifest
 from balcony_edge.errors import BundleError, EngineBuildError, InputError, MissingDependencyError
+from balcony_edge.files import locked
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.ir_tools import graph_spec
 from balcony_export.model.exits import ExitModel
@@ -428,3 +430,27 @@ def test_a_build_that_is_killed_leaves_the_old_set_or_the_new_one(tiny_copy: Cal
         seen.add(after.manifest.engines["set"].batch_size == batch_size)
     assert point > 20 and seen == {True, False}
     assert [path.name for path in home.iterdir()] == [after.manifest.engines["set"].directory or "set"]
+
+
+def test_a_set_that_cannot_be_recorded_is_removed(
+    tiny_copy: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tiny_copy("llama")
+    home = bundle.path / "tensorrt"
+    sizes = {"context_length": 64, "batch_size": 1}
+    entry = EngineSet(target="rtx", precision="fp16", operators="fused", graphs={}, files={}, **sizes)
+
+    def full(directory: Path, manifest: Manifest) -> None:
+        raise BundleError("bundle.json: cannot be written (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_sets, "replace_manifest", full)
+        with pytest.raises(BundleError, match="No space"), new_engine_directory(bundle.path, "set") as directory:
+            (directory / "file").write_bytes(b"gigabytes")
+            record_engines(bundle.path, "set", entry, directory)
+    assert not home.exists()
+    # sets of killed processes, next to a directory that another process is making and to a set of another name
+    for name in ("set", "set.0123abcd", ".set.partial-0123abcd", "other"):
+        (home / name).mkdir(parents=True)
+    with locked(home / ".set.partial-0123abcd"), new_engine_directory(bundle.path, "set") as directory:
+        assert {path.name for path in home.iterdir()} == {directory.name, ".set.partial-0123abcd", "other"}
