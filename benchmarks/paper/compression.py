@@ -45,12 +45,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.device.machine import cpu_name
+from balcony_edge.errors import InputError
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
 from balcony_export.evaluate.text import TokenizedDocument, evaluate_text
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.balcony import init_balconies
-from balcony_export.model.balcony_files import load_balconies
+from balcony_export.model.balcony_files import fingerprint, load_balconies
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer, load_trainable, save_checkpoint
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
@@ -234,9 +235,19 @@ def judged(subject: Subject, bundle: Path) -> dict[str, dict[str, Any]]:
 
 
 def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Points:
-    """Train, export and judge what ``work`` does not have yet, or ``only`` some methods of it; returns all points."""
+    """Train, export and judge what ``work`` does not have yet, or ``only`` some methods of it; returns all points.
+
+    Raises:
+        InputError: ``work`` has points of another model, number of steps or text.
+    """
     record = work / "points.json"
-    points: Points = json.loads(record.read_text()) if record.exists() else {}
+    origin = {"model": fingerprint(subject.model), "steps": steps, "data": subject.corpus.digest}
+    made = json.loads(record.read_text()) if record.exists() else {"of": origin, "points": {}}
+    if made.get("of") != origin:
+        raise InputError(
+            f"{record}: is of another model, --steps or --data: name another --work, or give the same ones"
+        )
+    points: Points = made["points"]
     for method in methods(subject.widths, subject.rank):
         name = str(method)
         if name in points or (only is not None and name not in only):
@@ -248,9 +259,10 @@ def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Po
         options = ExportOptions(name, trained=True, context_length=256)
         if method.int4:
             options = replace(options, precision=subject.scheme, calibration=subject.calibration)
+        shutil.rmtree(place / "bundle", ignore_errors=True)  # of a run that was killed before it was judged
         export_bundle(exits, subject.tokenizer, place / "bundle", options)
         points[name] = judged(subject, place / "bundle")
-        record.write_text(json.dumps(points))
+        record.write_text(json.dumps(made))
         cells = [f"{e}: {p['bytes'] / 1e6:.1f} MB {p['kl']:.3f} {p['agreement']:.1%}" for e, p in points[name].items()]
         print(f"{name:<28} {'  '.join(cells)}  ({time.monotonic() - begin:.0f} s)", flush=True)
     return points
@@ -357,7 +369,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     record = options.work / "points.json"
-    made = json.loads(record.read_text()) if record.exists() else {}
+    made = json.loads(record.read_text()).get("points", {}) if record.exists() else {}
     if options.rounds and options.only is not None and FULL not in (*options.only, *made):
         parser.error(
             f"--only without {FULL!r}: there is no uncut model to compare speed with: add it, or give --rounds 0"

@@ -17,16 +17,16 @@ from typer.testing import CliRunner
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.cli import app
 from balcony_edge.errors import InputError, TrainingError
-from balcony_export.data.corpus import Corpus
+from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, export_bundle
-from balcony_export.model.balcony_files import load_balconies
+from balcony_export.model.balcony_files import fingerprint, load_balconies
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
-from balcony_export.quantize.blocks import parse_precision, quantize, stored_weights
+from balcony_export.quantize.blocks import Scheme, parse_precision, quantize, stored_weights
 from balcony_export.train.tune import closeness, tune
 from balcony_export.variants.cut import BALCONIES, narrow, round_backbone, save_cut
 from balcony_export.verify import reference_logits
-from benchmarks.paper.compression import Method, factorize, mark_best, methods
+from benchmarks.paper.compression import Method, Subject, factorize, make, mark_best, methods
 from tests.command import invoke_here
 from tests.export.distilling import SEQ_LEN, trainer_of
 from tests.export.experts import mixture_exits
@@ -281,3 +281,16 @@ def test_methods_of_the_comparison_and_its_best_points() -> None:
     }
     mark_best(points)
     assert [point["best"] for exits in points.values() for point in exits.values()] == [False, True, True, False]
+
+
+def test_the_comparison_takes_no_points_of_another_model_text_or_length(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    model, rows = make_tiny("llama"), Rows(np.array([[3, 4]], np.int32), np.array([2], np.int32))
+    scheme, corpus = Scheme(), Corpus(rows, rows, {}, "one text")
+    subject = Subject(model, make_tokenizer(), corpus, (2,), None, (32, 16), 8, scheme, 1e-3, {})
+    of = {"model": fingerprint(model), "steps": 5, "data": "one text"}
+    (tmp_path / "points.json").write_text(json.dumps({"of": of, "points": {"depth": {}}}))
+    assert make(subject, tmp_path, 5, only=[]) == {"depth": {}}
+    with pytest.raises(InputError, match=r"points\.json: is of another model, --steps or --data"):
+        make(subject, tmp_path, 6, only=[])
