@@ -35,7 +35,7 @@ def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
     """
     graphs = [manifest.runnable[name] for name in manifest.path_graphs(exit_layer)]
     spec = next(exit_ for exit_ in manifest.exits if exit_.exit_layer == exit_layer)
-    depth = exit_layer + (spec.kind == "balcony")
+    depth = exit_layer + (spec.kind == "balcony" and spec.module != "none")
     bytes_read = manifest.bytes_per_token(exit_layer)
     return {
         "exit_layer": exit_layer,

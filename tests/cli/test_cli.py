@@ -260,12 +260,16 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused("norm.engine: 0 bytes", "run", bundle, "the fox", "--device", "cpu", "--engines", "rtx-fp16")
 
 
-def test_extract(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_extract(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
     done = invoke_here("extract", tiny_checkpoint, "--exit", "3", "-o", tmp_path / "small", "--json")
     assert done.returncode == 0, done
     assert json.loads(done.stdout)["layers"] == 4
     assert json.loads((tmp_path / "small" / "config.json").read_text())["num_hidden_layers"] == 4
     done = invoke_here("export", tmp_path / "small", "--exits", "2", "-o", tmp_path / "b", "--exit-module", "none")
+    facts = json.loads(invoke_here("inspect", tmp_path / "b", "--json").stdout)["exits"]
+    assert [exit_["depth_factor"] for exit_ in facts] == [0.5, 1.0]  # no layer after the first two of four
+    scored = invoke_here("eval", tmp_path / "b", "--text", text_file, "--limit", "1", "--json")
+    assert [exit_["depth_factor"] for exit_ in json.loads(scored.stdout)["exits"]] == [0.5, 1.0]
     assert done.returncode == 0 and "untrained" not in done.stderr, done
     done = invoke_here("verify", tmp_path / "b", "--against", tmp_path / "small")
     assert done.returncode == 0, done

@@ -96,7 +96,7 @@ def build_report(
             tasks={} if run is None else run.qualities,
             summary=None if run is None else run.summary(tasks[depth]),
         )
-        factor = (exit_layer + (exit_layer < depth)) / depth
+        factor = scorer.layers[exit_layer] / depth
         exits.append(ExitReport(exit_layer, round(factor, 3), scorer.parameters[exit_layer], quality))
     return Report(scorer.name, reference, tuple(exits))
 

@@ -56,6 +56,8 @@ class Scorer(Protocol):
     eos_ids: frozenset[int]
     #: Exit layer → parameters that one token reads, without LM head and token table (the paper's Table 1).
     parameters: dict[int, int]
+    #: Exit layer → layers that one token reads: those of the backbone and of the balcony.
+    layers: dict[int, int]
 
     def plan(self, requests: Sequence[ScoringRequest]) -> list[int]:
         """Indices of the requests in the order that is cheapest to run."""
@@ -97,6 +99,8 @@ class BundleScorer:
             e: sum(manifest.runnable[name].parameters for name in manifest.path_graphs(e)) - head
             for e in self.exit_layers
         }
+        own = {exit_.exit_layer: exit_.kind == "balcony" and exit_.module != "none" for exit_ in manifest.exits}
+        self.layers = {e: e + own[e] for e in self.exit_layers}
         self._engine = Engine.of(bundle, threads=threads)
         self.context_length = self._engine.max_length  # of a GPU's engines it may be less than the bundle's
         self._sequence: TokenSequence | None = None
@@ -173,6 +177,7 @@ class TorchScorer:
         self.context_length = longest_context(exits.model.config)
         self.eos_ids = frozenset(eos_ids(exits.model))
         self.parameters = {e: exits.parameters_read(e) for e in self.exit_layers}
+        self.layers = {e: e + (e < exits.depth and exits.balconies[e].kind != "none") for e in self.exit_layers}
         self._device = exits.parts.embed.weight.device
         self._batch_tokens = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cpu"])
 
