@@ -28,6 +28,7 @@ from balcony_edge.bundle.manifest import (
     GraphSpec,
     Manifest,
     TensorSpec,
+    one_line,
 )
 from balcony_edge.errors import BundleError
 from balcony_edge.files import locked, write_atomically
@@ -168,12 +169,6 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _line(text: str) -> str:
-    """Text from an untrusted file, made fit for a message: one printable line of bounded length."""
-    shown = "".join(letter if letter.isprintable() else "�" for letter in text)
-    return shown if len(shown) <= 120 else f"{shown[:119]}…"
-
-
 def read_manifest(directory: Path) -> Manifest:
     """Read ``bundle.json`` without checking the files that it lists.
 
@@ -184,7 +179,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         if not directory.exists():
             raise BundleError(
-                f"{_line(str(directory))}: there is no such directory: name a bundle that `balcony-edge export` wrote"
+                f"{one_line(str(directory))}: there is no such directory: name a bundle that `balcony-edge export` wrote"
             )
         if directory.name == MANIFEST and directory.is_file():
             raise BundleError(f"{directory}: is a file of a bundle: give the bundle's directory, {directory.parent}")
@@ -194,7 +189,7 @@ def read_manifest(directory: Path) -> Manifest:
             )
     except OSError as error:  # a name that is too long, or a directory that may not be entered
         raise BundleError(
-            f"{_line(str(directory))}: cannot be read ({error.strerror}): make it readable, or name another bundle"
+            f"{one_line(str(directory))}: cannot be read ({error.strerror}): make it readable, or name another bundle"
         ) from error
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -203,7 +198,7 @@ def read_manifest(directory: Path) -> Manifest:
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise BundleError(
-            f"{path}: schema_version = {_line(repr(version))}, but this version of balcony-edge reads {SCHEMA_VERSION}: "
+            f"{path}: schema_version = {one_line(repr(version))}, but this version of balcony-edge reads {SCHEMA_VERSION}: "
             "export the bundle again, or install the version that wrote it"
         )
     try:
@@ -211,7 +206,7 @@ def read_manifest(directory: Path) -> Manifest:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path}: {_line(key)}: {_line(first['msg'])}: export the bundle again") from error
+        raise BundleError(f"{path}: {one_line(key)}: {one_line(first['msg'])}: export the bundle again") from error
 
 
 def _check_structure(directory: Path, manifest: Manifest) -> None:
@@ -227,7 +222,7 @@ def _check_structure(directory: Path, manifest: Manifest) -> None:
         raise refuse(f"model.layers or the layer of an exit does not fit a model of {depth} layers")
 
     if list(layers) != sorted(set(layers)) or layers[-1] != manifest.model.num_layers:
-        raise refuse(f"exits {_line(str(layers))} must ascend and end at the full depth {manifest.model.num_layers}")
+        raise refuse(f"exits {one_line(str(layers))} must ascend and end at the full depth {manifest.model.num_layers}")
     if not manifest.runnable:
         raise refuse("the manifest lists no graphs")
     if (manifest.precision == "float16" and manifest.cpu) or (

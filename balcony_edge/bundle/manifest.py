@@ -84,6 +84,12 @@ Count = Annotated[int, Field(gt=0, le=2**60)]
 Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=200)]
 
 
+def one_line(text: str) -> str:
+    """Text from outside, such as a file's name, made fit for a manifest and a message: one printable line of bounded length."""
+    shown = "".join(letter if letter.isprintable() else "�" for letter in text)
+    return shown if len(shown) <= 120 else f"{shown[:119]}…"
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, defer_build=True)
 

@@ -41,6 +41,7 @@ def calibrate(
     from rich.table import Table
 
     from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.bundle.manifest import one_line
     from balcony_edge.bundle.quality import record_confidence
     from balcony_edge.cli.console import progress_bar, refuse_given, stdout
     from balcony_edge.errors import BundleError, InputError
@@ -64,7 +65,7 @@ def calibrate(
     documents = _documents(text, opened, tokens, document_tokens)
     with progress_bar() as progress, Engine.of(opened) as engine:
         compared = compare_exits(engine, documents, lambda done: progress("comparing exits", done))
-        found = learn(compared, text.name, *shares)
+        found = learn(compared, one_line(text.name), *shares)
     record_confidence(bundle, found)
     if as_json:
         print(json.dumps(found.model_dump(mode="json")))  # noqa: T201 - programs read this
@@ -77,7 +78,7 @@ def calibrate(
             f"{spec.threshold:.4f}", f"{spec.exit_share:.1%}", f"{spec.disagreement:.2%}"
         )  # fmt: skip
         table.add_row(str(exit_layer), *cells)
-    stdout.print(f"{found.tokens} tokens of {text}; promised: {promise}")
+    stdout.print(f"{found.tokens} tokens of {text}; promised: {promise}", markup=False)
     stdout.print(table)
 
 
@@ -108,7 +109,7 @@ def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_
             "kept" if held.disagreement <= spec.max_disagreement else "not kept"
         )
         table.add_row(str(exit_layer), f"{held.exit_share:.1%}", f"{held.disagreement:.2%}", promise)
-    stdout.print(f"{count} tokens of {text}; thresholds from {spec.text}")
+    stdout.print(f"{count} tokens of {text}; thresholds from {spec.text}", markup=False)
     stdout.print(table)
 
 

@@ -38,6 +38,7 @@ def cut(
     Train its balconies with `train OUTPUT --teacher MODEL`. Balconies that were cut with it are in OUTPUT/balconies.
     """
     import torch
+    from rich.markup import escape
 
     from balcony_edge.cli.console import progress_bar, stdout
     from balcony_edge.device.machine import checked_threads
@@ -83,11 +84,11 @@ def cut(
         print(json.dumps(facts))  # noqa: T201 - programs read this
         return
     stdout.print(
-        f"[bold]{output}[/]: {parameters / 1e6:.1f} M parameters, KL to the uncut model {found.kl:.3f}, "
+        f"[bold]{escape(str(output))}[/]: {parameters / 1e6:.1f} M parameters, KL to the uncut model {found.kl:.3f}, "
         f"same next token {found.agreement:.0%} (held-out text)"
     )
     if balconies is not None:
-        stdout.print(f"[bold]{output / BALCONIES}[/]: {len(exits.balconies)} balconies, cut with it")
+        stdout.print(f"[bold]{escape(str(output / BALCONIES))}[/]: {len(exits.balconies)} balconies, cut with it")
 
 
 def _scheme(mlp: int | None, tune_steps: int, precision: str | None) -> Scheme | None:

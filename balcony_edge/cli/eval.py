@@ -67,9 +67,7 @@ def evaluate(
         raise InputError(f"--data {data} without --tasks: it has the files of tasks: name some, or leave it out")
     if window is not None and not text:
         raise InputError(f"--window {window} without --text: tasks have windows of their own: leave it out")
-    duplicates = [path.name for path in text or [] if sum(path.name == other.name for other in text or []) > 1]
-    if duplicates:
-        raise InputError(f"--text: two files have the name {duplicates[0]}, and results are kept by name: rename one")
+    texts = _by_name(text or [])
     if output is not None:
         require_writable(output, f"--output {output}", InputError, "name another place")
     if Path(subject).name == MANIFEST:
@@ -87,12 +85,24 @@ def evaluate(
         if not is_bundle and exits is not None and balconies is None:
             stderr.print("[yellow]The exits are untrained copies of the last layer: give --balconies.[/]")
         compare_with = None if model is None else partial(_open_model, model, None, None, threads)
-        report = _measure(scorer, compare_with, _Sources(text or [], names, data, limit, window), progress)
+        report = _measure(scorer, compare_with, _Sources(texts, names, data, limit, window), progress)
     _show(report, as_json)  # first: results are shown even if they cannot be kept
-    if output is not None:
-        write_report(report, output)
     if is_bundle and record:
         record_quality(Path(subject), report.qualities)
+    if output is not None:
+        write_report(report, output)
+
+
+def _by_name(files: list[Path]) -> dict[str, Path]:
+    """Name under which results are kept → file."""
+    from balcony_edge.bundle.manifest import one_line
+    from balcony_edge.errors import InputError
+
+    texts: dict[str, Path] = {}
+    for path in files:
+        if texts.setdefault(name := one_line(path.name), path) is not path:
+            raise InputError(f"--text: two files have the name {name}, and results are kept by name: rename one")
+    return texts
 
 
 def _open_bundle(subject: str, exits: str | None, threads: int | None) -> BundleScorer:
@@ -125,9 +135,9 @@ def _open_model(subject: str, balconies: Path | None, exits: str | None, threads
 
 @dataclass(frozen=True)
 class _Sources:
-    """Texts and tasks to measure on: options of ``eval`` of the same names."""
+    """Texts by name, and tasks to measure on: options of ``eval`` of the same names."""
 
-    text: list[Path]
+    text: dict[str, Path]
     tasks: list[str]
     data: Path | None
     limit: int | None
@@ -144,7 +154,9 @@ def _measure(
     from balcony_export.evaluate.text import evaluate_text, tokenized_documents
 
     with closing(scorer):
-        documents = {path.name: tokenized_documents(path, scorer.tokenizer, sources.limit) for path in sources.text}
+        documents = {
+            name: tokenized_documents(path, scorer.tokenizer, sources.limit) for name, path in sources.text.items()
+        }
         runs = {}  # tasks first: misspelt names are reported before the work
         if sources.tasks:
             from balcony_export.evaluate.tasks import evaluate_tasks

@@ -194,7 +194,7 @@ def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> No
         unit = "of the largest logit" if exact else "nats"
         checked = f"verified on {checks[0].prompts} prompts, largest difference {worst:.1e} {unit}"
     stdout.print(
-        f"[bold]{output}[/]: {manifest.model.name}, exits {', '.join(map(str, manifest.exit_layers))}, "
+        f"[bold]{escape(str(output))}[/]: {escape(manifest.model.name)}, exits {', '.join(map(str, manifest.exit_layers))}, "
         f"{size / 1e6:.0f} MB, {checked}"
     )
     for exit_ in manifest.exits:

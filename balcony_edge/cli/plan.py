@@ -48,7 +48,7 @@ def plan(
 
         manifest = Bundle.open(bundle, verify_hashes=False).manifest
         if manifest.fingerprint != measured.bundle.fingerprint:
-            stderr.print(f"[yellow]{bundle} is not the bundle of the device profile[/]")
+            stderr.print(f"{bundle} is not the bundle of the device profile", style="yellow", markup=False)
         quality = quality_figures(manifest)
     found = make_plan(measured, asked, prompt_tokens=prompt_tokens, quality=quality)
     if as_json:
@@ -91,7 +91,7 @@ def _show(found: Plan) -> None:
             f"[red]no allowed exit meets every target[/]; nearest values that one meets: {near}", soft_wrap=True
         )
     for note in found.notes:
-        stdout.print(f"[yellow]{note}[/]", soft_wrap=True)
+        stdout.print(note, style="yellow", markup=False, soft_wrap=True)
 
 
 def _words(check: Check) -> str:

@@ -65,7 +65,10 @@ def profile(
     }
     with balcony_edge.load(bundle, threads=threads) as llm:
         grid = Grid.make(llm.engine.max_length, quick=quick, tokens=tokens, rounds=rounds, **asked)
-        options = Options(grid, seconds, shlex.join(["balcony-edge", *sys.argv[1:]]))
+        command = (
+            shlex.join(["balcony-edge", *sys.argv[1:]]).encode("utf-8", "replace").decode()
+        )  # a path may be no UTF-8
+        options = Options(grid, seconds, command)
         with Sensors(device_sources()) as sensors, progress_bar() as progress:
             measured = measure_profile(llm, sensors, options, progress)
     for form, path in targets:
