@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import Manifest, TextQuality
+from balcony_edge.bundle.manifest import Manifest, TextQuality, one_line
 from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import InputError
 from balcony_export.evaluate.report import build_report
@@ -28,6 +28,7 @@ from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, token
 from balcony_export.export import ExportOptions, ProgressCallback, Traced, export_bundle, trace
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
+from balcony_export.quantize.experts import can_round_experts
 
 #: Fastest first: the fewer bytes a token reads, the faster is decoding (docs/quantization.md has the figures).
 CANDIDATES: tuple[Scheme | Literal["float32"], ...] = (
@@ -66,7 +67,8 @@ def read_judged_texts(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase)
     """
     found: dict[str, list[TokenizedDocument]] = {}
     for path in files:
-        if path.name in found:
+        name = one_line(path.name)
+        if name in found:
             raise InputError(
                 f"--evaluate {path}: another text has the same name, and results are kept by name: rename one"
             )
@@ -76,7 +78,7 @@ def read_judged_texts(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase)
             if len(tokens) >= 2:
                 kept.append(TokenizedDocument(document.where, tokens))
                 left -= len(tokens)
-        found[path.name] = kept
+        found[name] = kept
     return found
 
 
@@ -164,7 +166,8 @@ def export_within(
             check(directory)
 
     left = math.inf
-    for precision in CANDIDATES if traced.lowered else CANDIDATES[-1:]:
+    rounds = traced.lowered and can_round_experts(exits.model)
+    for precision in CANDIDATES if rounds else CANDIDATES[-1:]:
         rows = () if precision == "float32" else options.calibration
         wanted = replace(options, precision=precision, calibration=rows)
         try:

@@ -21,7 +21,7 @@ from torch import nn
 from balcony_edge.errors import InputError
 from balcony_export.graph.experts import GATE_UP, separated
 from balcony_export.graph.ir_tools import MICROSOFT, initializer, insert_between
-from balcony_export.model.experts import is_experts
+from balcony_export.model.experts import experts_in, is_experts
 
 if TYPE_CHECKING:
     from balcony_export.quantize.blocks import Quantizer
@@ -73,6 +73,12 @@ def quantize_experts(model: ir.Model, quantizer: Quantizer) -> None:
 def _by_expert(array: npt.NDArray[Any], experts: int) -> npt.NDArray[Any]:
     """Rows of all experts → (E, N, values of a row)."""
     return array.reshape(experts, len(array) // experts, -1)
+
+
+def can_round_experts(model: nn.Module) -> bool:
+    """Whether ONNX Runtime's quantized experts take the widths of every mixture in a model."""
+    mixtures: Iterator[Any] = experts_in(model)
+    return not any(width % SMALLEST_BLOCK for experts in mixtures for width in experts.down_proj.shape[1:])
 
 
 def _block_size(name: str, wanted: int, inputs: list[int]) -> int:
