@@ -20,17 +20,21 @@ def extract(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Write the sub-model of an exit: its layers, the balcony as the last one, norm and head. Any engine can run it.
+    """Write the sub-model of an exit: its layers, the balcony as the last one, norm and head, as a plain checkpoint.
 
+    A warning says if an engine must read the kinds of its layers from config.json.
     Weights keep the checkpoint's type; those of a GGUF file become float32.
     """
-    from balcony_edge.cli.console import stdout
+    from rich.markup import escape
+
+    from balcony_edge.cli.console import stderr, stdout
     from balcony_edge.errors import InputError
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.model.exits import ExitModel
     from balcony_export.output import refuse_existing
     from balcony_export.variants.extract import extract as write
+    from balcony_export.variants.extract import layout_warning
 
     refuse_existing(output)
     loaded = load_model(model, keep_dtype=True)
@@ -39,10 +43,12 @@ def extract(
         raise InputError(f"--exit {exit_}: extract writes one exit: name one, and run it again for others")
     (exit_layer,) = exits
     small = write(ExitModel.open(loaded, exits, balconies), load_tokenizer(model), exit_layer, output)
+    if (warning := layout_warning(loaded.config, small.config)) is not None:
+        stderr.print(warning, style="yellow", markup=False, soft_wrap=True)
     parameters = sum(p.numel() for p in small.parameters())
     facts = {"checkpoint": str(output), "layers": small.config.num_hidden_layers, "parameters": parameters}
     if as_json:
         print(json.dumps(facts))  # noqa: T201 - programs read this
         return
     size = f"{facts['layers']} layers, {parameters / 1e6:.1f} M parameters"
-    stdout.print(f"[bold]{output}[/]: {size}, equal to exit {exit_layer}")
+    stdout.print(f"[bold]{escape(str(output))}[/]: {size}, equal to exit {exit_layer}")

@@ -28,7 +28,7 @@ from balcony_export.tensorrt.graphs import Format
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import LOSS_WEIGHTS, Head, HeadLoss
 from balcony_export.train.trainer import Trainer
-from balcony_export.variants.extract import extract, submodel
+from balcony_export.variants.extract import extract, layout_warning, submodel
 from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
 from tests.hybrids import EXPORTED
@@ -248,3 +248,20 @@ def test_what_cannot_be_extracted(make_tiny: Any, make_tokenizer: Any, tmp_path:
     with pytest.raises(InputError, match="already exists"):
         extract(ExitModel.open(model, (2,)), tokenizer, 2, tmp_path)
     assert submodel(ExitModel.open(model, (2,), kind="none"), 2).config.num_hidden_layers == 2
+
+
+def test_extraction_warns_of_layers_that_do_not_follow_their_number(make_tiny: Callable[..., Any]) -> None:
+    """Every fourth layer of SmolLM3 is without rope, every sixth of Gemma 3 sees all rows; balconies copy the eighth."""
+    by_rule: dict[str, Any] = {"num_hidden_layers": 8, "layer_types": None, "no_rope_layers": None}
+
+    def warning(name: str, exit_layer: int, **sizes: Any) -> str | None:
+        model = make_tiny(name, **sizes)
+        exits = ExitModel(model, init_balconies(model, (exit_layer,)))
+        return layout_warning(model.config, submodel(exits, exit_layer).config)
+
+    assert str(warning("smollm3", 4, **by_rule)).startswith(
+        "no_rope_layers: the last layer is not what its number says"
+    )
+    assert str(warning("gemma3", 5, **by_rule)).startswith("layer_types: the last layer is not what its number says")
+    assert warning("smollm3", 3, **by_rule) is warning("gemma3", 3, **by_rule) is None
+    assert [warning(name, 3) for name in ("llama", "gemma3", "smollm3", "lfm2", "qwen3")] == [None] * 5

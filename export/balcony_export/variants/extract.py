@@ -1,7 +1,8 @@
 """The sub-model of one exit as an ordinary Hugging Face checkpoint: its backbone layers, then the balcony as the last layer.
 
 Owns the configuration of the smaller model and the names of its weights. With a decoder layer as the balcony the result is a
-plain model of e + 1 layers. Every engine that runs the base model can run it, which suits a server of one fixed depth.
+plain model of e + 1 layers, which suits a server of one fixed depth. Every engine that runs the base model can run it, unless
+the engine derives the kind of a layer from its number: see :func:`layout_warning`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,30 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
         new.load_state_dict(old.state_dict())
     small.generation_config = copy.deepcopy(model.generation_config)
     return small
+
+
+def layout_warning(config: Any, small: Any) -> str | None:
+    """A line for models whose layers follow a rule by number, from which the balcony's layer differs; None for others.
+
+    Some engines do not read the entries per layer. llama.cpp has the rules of SmolLM3, Gemma 2 and Gemma 3 in its code.
+
+    Args:
+        config: Configuration of the base model.
+        small: Configuration of the sub-model.
+    """
+    for field in _PER_LAYER:
+        entries = getattr(config, field, None)
+        if entries and entries == _by_rule(config, field) and getattr(small, field) != _by_rule(small, field):
+            return (
+                f"{field}: the last layer is not what its number says in {config.model_type}: run this model in an engine "
+                "that reads config.json, such as transformers; llama.cpp would compute another one"
+            )
+    return None
+
+
+def _by_rule(config: Any, field: str) -> Any:
+    """Entries of the layers that a configuration's class derives from their number."""
+    return getattr(type(config)(**{**config.to_dict(), field: None}), field)
 
 
 def extract(exits: ExitModel, tokenizer: PreTrainedTokenizerBase, exit_layer: int, output: Path) -> PreTrainedModel:
