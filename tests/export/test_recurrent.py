@@ -18,7 +18,8 @@ import transformers
 from torch import nn
 from transformers import DynamicCache
 
-from balcony_edge.errors import UnsupportedModelError
+from balcony_edge.bundle.manifest import LayerMemory
+from balcony_edge.errors import InputError, UnsupportedModelError
 from balcony_export.graph import passes
 from balcony_export.graph.recurrent import mixers
 from balcony_export.graph.recurrent.mixers import RecurrentCache, tracing_mixers
@@ -26,6 +27,8 @@ from balcony_export.graph.recurrent.norms import gated_norm_operator
 from balcony_export.graph.recurrent.passes import tidy_mixers, write_in_standard_operators
 from balcony_export.graph.trace import _export
 from balcony_export.model.architecture import cast_weights
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.layer import memory_of
 from balcony_runtime.backends.onnxruntime import open_session
 
 Array = npt.NDArray[np.float32]
@@ -388,3 +391,10 @@ def test_a_mixer_is_two_operators_and_few_others() -> None:
         weights = traced_mixer(name).graph.initializers
         assert "mixer.conv1d.weight" in weights
         assert all(node.domain == "" for node in portable(traced_mixer(name)).graph)
+
+
+def test_a_balcony_of_an_mlp_keeps_nothing_and_needs_an_mlp() -> None:
+    balcony = init_balconies(tiny("falcon-h1"), (2,), "mlp")[2]
+    assert memory_of(balcony.layer) == LayerMemory(attention=False)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="exit module 'mlp': the layers of this model have no MLP"):
+        init_balconies(tiny("mamba2"), (2,), "mlp")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from balcony_edge.errors import InputError
 from balcony_export.model.architecture import parts_of
 from balcony_export.model.experts import Use, dense_from, experts_in, mixture
-from balcony_export.model.layer import ATTENTION, layer_index, memory_of, mixer_names, mlp_names
+from balcony_export.model.layer import ATTENTION, Silent, layer_index, memory_of, mixer_names, mlp_names
 
 #: Tokens on which the use of experts is measured, evenly over the vocabulary.
 _WATCHED_TOKENS = 128
@@ -29,20 +29,6 @@ _WATCHED_TOKENS = 128
 #: mixture of experts, a decoder layer with a dense MLP in the place of the experts.
 BalconyKind = Literal["decoder", "attention", "mlp", "none", "dense"]
 KINDS: tuple[BalconyKind, ...] = get_args(BalconyKind)
-
-
-class Silent(nn.Module):
-    """Replaces one half of a decoder layer and adds nothing to the residual stream."""
-
-    def __init__(self, replaced: nn.Module, *, attention: bool) -> None:
-        super().__init__()
-        self.attention = attention
-        self.layer_idx = getattr(replaced, "layer_idx", None)
-
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
-        """Zeros, and None for the attention weights if it replaces an attention."""
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing, None) if self.attention else nothing
 
 
 class Balcony(nn.Module):
@@ -174,10 +160,12 @@ def init_balconies(
     The MLP of the kind ``dense`` begins with the copied layer's most used experts: see :func:`.experts.dense_from`.
 
     Raises:
-        InputError: The kind is ``dense`` and the copied layer is not a mixture of experts.
+        InputError: The kind is ``dense`` and the copied layer is not a mixture of experts, or ``mlp`` and it has no MLP.
     """
     parts = parts_of(model)
     copied, norm = parts.layers[copied_layer(model) if layer is None else layer], parts.norm
+    if kind == "mlp" and not mlp_names(copied):
+        raise InputError("exit module 'mlp': the layers of this model have no MLP: take 'decoder' or 'none'")
     if kind == "dense":
         copied = _with_dense_mlp(model, copied)
     made = {e: Balcony(e, copy.deepcopy(copied), copy.deepcopy(norm), kind).eval() for e in exit_layers}

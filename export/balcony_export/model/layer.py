@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from balcony_edge.bundle.manifest import LayerMemory
@@ -17,6 +18,20 @@ from balcony_edge.bundle.manifest import LayerMemory
 ATTENTION = "self_attn"
 _SHORT, _RECURRENT = "conv", ("mamba", "linear_attn", "mixer")
 _MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")
+
+
+class Silent(nn.Module):
+    """Replaces one half of a decoder layer and adds nothing to the residual stream."""
+
+    def __init__(self, replaced: nn.Module, *, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
+        self.layer_idx = getattr(replaced, "layer_idx", None)
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
+        """Zeros, and None for the attention weights if it replaces an attention."""
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.attention else nothing
 
 
 def mixer_names(layer: nn.Module) -> tuple[str, ...]:
@@ -35,8 +50,8 @@ def layer_index(layer: nn.Module) -> int:
 
 
 def memory_of(layer: nn.Module) -> LayerMemory:
-    """What a layer keeps."""
-    names = mixer_names(layer)
+    """What a layer keeps; a silenced mixer keeps nothing."""
+    names = [name for name in mixer_names(layer) if not isinstance(getattr(layer, name), Silent)]
     inputs = getattr(layer, _SHORT).conv.in_channels if _SHORT in names else None
     window = state = None
     for name in (name for name in names if name in _RECURRENT):
