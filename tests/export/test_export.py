@@ -52,6 +52,16 @@ def test_architectures_are_refused_by_name() -> None:
     unsupported(transformers.Phi3Config(), "'phi3': this architecture is not covered")
 
 
+def test_masks_that_export_would_make_otherwise_are_refused_by_name() -> None:
+    unsupported(transformers.LlamaConfig(is_causal=False), "'llama': bidirectional attention")
+    slides = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    config = transformers.SmolLM3Config(**slides, use_sliding_window=False)
+    unsupported(config, "'smollm3': layer_types has sliding_attention, but use_sliding_window is false")
+    unsupported(
+        transformers.OlmoeConfig(sliding_window=8), "'olmoe': sliding_window is set, which transformers ignores"
+    )
+
+
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,

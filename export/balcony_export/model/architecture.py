@@ -93,8 +93,14 @@ def _refuse_unsupported(config: Any) -> None:
         raise refuse("its layers share keys and values across exits")
     if kind not in SUPPORTED:
         raise refuse("this architecture is not covered by parity tests")
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
         raise refuse("bidirectional attention cannot generate token by token")
+    # transformers' masks and the argument of its attention, from which export takes the window, differ in these two
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if kind == "smollm3" and slides and not config.use_sliding_window:
+        raise refuse("layer_types has sliding_attention, but use_sliding_window is false")
+    if kind == "olmoe" and getattr(config, "sliding_window", None) is not None:
+        raise refuse("sliding_window is set, which transformers ignores")
     for where, rope in _ropes(config):
         rope_type = rope.get("rope_type", "default")
         if rope_type not in STATIC_ROPE + STATIC_AT_FIRST_ROPE:
