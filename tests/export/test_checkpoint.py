@@ -74,6 +74,13 @@ def _drop_weight(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
+def _add_bias(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # old checkpoints have it
+    tensors["model.layers.1.mlp.up_proj.bias"] = torch.ones(4)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
 def _break_config(model: Path) -> None:
     (model / "config.json").write_text("{")
 
@@ -105,6 +112,7 @@ def _missing_shard(model: Path) -> None:
         (_truncate, r"bytes long, but its header says \d+: download it again"),
         (_cut_header, "is not a safetensors file, or is cut short"),
         (_drop_weight, r"1 weights are missing, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
+        (_add_bias, r"has no place for 1 of its weights, the first is model\.layers\.1\.mlp\.up_proj\.bias: give a"),
         (_break_config, r"config\.json: cannot be read as JSON"),
         (_nameless_config, r"config\.json: has no model_type"),
         (_unknown_type, "cannot be loaded .*no_such_model"),
@@ -185,6 +193,48 @@ def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Pat
         return
     with pytest.raises(CheckpointError, match=r"m\.gguf: scales its rotary frequencies"):
         load_model(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "tensor", "words"),
+    [
+        ("gemma2", 46, "output_norm.weight", "this size of gemma2 scales its attention in another way"),
+        ("gemma3", 62, "output_norm.weight", "this size of gemma3 scales its attention in another way"),
+        ("gemma2", 42, "output_norm.weight", None),
+        ("llama", 2, "blk.0.attn_q.bias", r"has blk\.0\.attn_q\.bias, a bias that transformers silently ignores"),
+        ("qwen2", 2, "blk.0.attn_q.bias", None),
+    ],
+)
+def test_a_gguf_file_with_what_transformers_ignores_is_refused(
+    architecture: str, layers: int, tensor: str, words: str | None, tmp_path: Path
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    writer.add_block_count(layers)
+    writer.add_tensor(tensor, np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if words is None:
+        checkpoint._check_gguf(tmp_path / "m.gguf")
+        return
+    with pytest.raises(CheckpointError, match=words):
+        load_model(tmp_path / "m.gguf")
+
+
+def test_a_quantized_model_on_the_hub_is_refused_and_a_missing_package_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
+    monkeypatch.setattr(checkpoint, "_ask_hub", lambda name: None)
+    monkeypatch.setattr(checkpoint.PreTrainedConfig, "get_config_dict", lambda name: (config, {}))
+    with pytest.raises(CheckpointError, match=r"^some/model: its weights are already quantized \(awq\): give the"):
+        load_model("some/model")
+    with (
+        pytest.raises(CheckpointError, match=r"^x: cannot be loaded \(install that\): give"),
+        checkpoint._explained("x"),
+    ):
+        raise ImportError("install that")
 
 
 @pytest.mark.slow

@@ -22,16 +22,32 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
+from balcony_edge.bundle.manifest import one_line
 from balcony_edge.errors import CheckpointError, InputError, MissingDependencyError
 from balcony_export.model.architecture import longest_context, parts_of
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _ALLOWED = "a Hugging Face directory (config.json and safetensors), a .gguf file or a hub name"
-#: Errors of transformers, safetensors and gguf for files that are damaged or of another kind.
-_READ_ERRORS = (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, SafetensorError, struct.error)
+#: Errors of transformers, safetensors and gguf for files that are damaged or of another kind, or need a further package.
+_READ_ERRORS = (
+    *(OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, ImportError),
+    *(SafetensorError, struct.error),
+)
+#: GGUF architecture and number of layers of Gemma 2 27B and Gemma 3 27B, whose ``query_pre_attn_scalar`` is not 256.
+_OTHER_SCALES = (("gemma2", 46), ("gemma3", 62))
+#: GGUF architectures whose classes have no biases as transformers configures them.
+_WITHOUT_BIASES = ("llama", "qwen3", "qwen3moe", "gemma2", "gemma3")
+_GGUF_BIAS = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.bias$")
 
 
 def load_model(
@@ -69,6 +85,11 @@ def load_model(
     if missing:
         raise CheckpointError(
             f"{source}: {len(missing)} weights are missing, the first is {missing[0]}: download the checkpoint again"
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        raise CheckpointError(
+            f"{source}: {type(model).__name__} has no place for {len(unexpected)} of its weights, the first is "
+            f"{unexpected[0]}: give a checkpoint of that architecture"
         )
     # recurrent layers note that they compute in PyTorch, which is what is traced and compared
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
@@ -156,7 +177,7 @@ def model_name(source: str) -> str:
     """Name of the model that :func:`load_model` loads, as bundles and reports give it."""
     if source == "demo":
         return "SmolLM2-135M-Instruct"
-    return Path(source).stem if source.endswith(".gguf") else Path(source).name or source
+    return one_line(Path(source).stem if source.endswith(".gguf") else Path(source).name or source)
 
 
 def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
@@ -179,6 +200,9 @@ def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
         raise CheckpointError(f"{source}: {found}")
     if _HUB_NAME.match(str(source)):
         _ask_hub(str(source))
+        with _explained(source):
+            document, _ = PreTrainedConfig.get_config_dict(str(source))
+        _refuse_quantized(source, document)
         return str(source), {}
     raise CheckpointError(f"{source}: does not exist: give {_ALLOWED}")
 
@@ -204,11 +228,7 @@ def _check_directory(path: Path) -> None:
         raise CheckpointError(f"{config}: cannot be read as JSON ({error}): download the checkpoint again") from error
     if not isinstance(document, dict) or "model_type" not in document:
         raise CheckpointError(f"{config}: has no model_type: give {_ALLOWED}")
-    if quantized := document.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
-        raise CheckpointError(
-            f"{path}: its weights are already quantized ({method}): give the checkpoint that they were made from"
-        )
+    _refuse_quantized(path, document)
     shards = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -229,6 +249,14 @@ def _check_directory(path: Path) -> None:
         raise CheckpointError(f"{path}: has no weights: model.safetensors must lie next to config.json")
     for shard in shards:
         _check_safetensors(shard)
+
+
+def _refuse_quantized(source: str | Path, config: dict[str, Any]) -> None:
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        raise CheckpointError(
+            f"{source}: its weights are already quantized ({method}): give the checkpoint that they were made from"
+        )
 
 
 def _check_safetensors(path: Path) -> None:
@@ -264,11 +292,30 @@ def _check_gguf(path: Path) -> None:
         raise CheckpointError(f"{path}: is cut short or damaged: download it again") from error
     if end == 0 or path.stat().st_size < end:
         raise CheckpointError(f"{path}: is cut short: download it again")
+    _check_gguf_model(path, reader)
+
+
+def _check_gguf_model(path: Path, reader: Any) -> None:
+    """Refuse what transformers would ignore in a GGUF file without a word."""
     scaling = [str(field.contents()) for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
     if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors) or {*scaling} - {"none"}:
         raise CheckpointError(
             f"{path}: scales its rotary frequencies, which transformers silently ignores in GGUF files: give the model's "
             "safetensors"
+        )
+    known = reader.get_field("general.architecture")
+    architecture = "" if known is None else str(known.contents())
+    count = reader.get_field(f"{architecture}.block_count")
+    if (architecture, None if count is None else int(count.contents())) in _OTHER_SCALES:
+        raise CheckpointError(
+            f"{path}: this size of {architecture} scales its attention in another way than the others, and GGUF files do not "
+            "say so: give the model's safetensors"
+        )
+    biases = [tensor.name for tensor in reader.tensors if _GGUF_BIAS.match(tensor.name)]
+    if biases and architecture in _WITHOUT_BIASES:
+        raise CheckpointError(
+            f"{path}: has {biases[0]}, a bias that transformers silently ignores in GGUF files of {architecture}: give the "
+            "model's safetensors"
         )
 
 
