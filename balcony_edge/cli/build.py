@@ -30,7 +30,8 @@ def build(
         typer.Option(help="Precision of weights; activations are in half precision."),
     ] = "fp16",
     operators: Annotated[
-        Literal["fused", "plain"], typer.Option(help="plain: for TensorRT before 10.15, such as JetPack 6's 10.3.")
+        Literal["fused", "plain"],
+        typer.Option(help="plain: for TensorRT before 10.15, such as 10.13 of JetPack 7.0 and 7.1."),
     ] = "fused",
     context_length: Annotated[
         int | None,
@@ -167,12 +168,32 @@ def _has_graphs(bundle: Bundle, wanted: BuildOptions) -> bool:
 
 def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_as: Path | None) -> EngineSet:
     from balcony_edge.bundle.bundle import Bundle as Opened
-    from balcony_export.tensorrt.engine_set import make_graphs, rounding_of
-    from balcony_export.tensorrt.graphs import Format
+    from balcony_edge.errors import InputError
 
+    try:
+        from balcony_export.tensorrt.engine_set import make_graphs, rounding_of
+        from balcony_export.tensorrt.graphs import Format
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{bundle.path}: {_difference(bundle, wanted)}: give the options of graphs that are there, or write others with "
+            f"--graphs-only on a workstation ({error.name} is not installed here)"
+        ) from error
     form = Format(wanted.precision, wanted.operators, wanted.context_length, wanted.block_size)  # type: ignore[arg-type]
     rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)
     return make_graphs(bundle, directory, wanted.target, form, batch_size=wanted.batch_size, rounding=rounding)
+
+
+def _difference(bundle: Bundle, wanted: BuildOptions) -> str:
+    """What differs between the graphs that were asked for and those in the bundle."""
+    there = bundle.manifest.engines
+    if wanted.name not in there:
+        return f"has graphs of {', '.join(there) or 'no set'}, and {wanted.name} was asked for"
+    options = {"context_length": "--context-length", "batch_size": "--batch", "block_size": "--block"}
+    for key, option in options.items():
+        given, found = getattr(wanted, key), getattr(there[wanted.name], key)
+        if found is not None and found != given:
+            return f"the graphs of {wanted.name} have {option} {found}, and {given} was asked for"
+    return f"the graphs of {wanted.name} are damaged, or --rounded-as asks for new ones"
 
 
 def engine_facts(engines: EngineSet, graph: str) -> dict[str, Any]:

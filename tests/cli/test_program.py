@@ -230,6 +230,24 @@ def test_the_context_of_engines_follows_the_bundle(tiny: Any, bundle_copy: Path)
     )
 
 
+def test_a_device_that_cannot_write_graphs_names_those_that_it_has(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = ("build", bundle_copy, "--graphs-only", "--precision", "fp32")
+    assert invoke_here(*build).returncode == 0
+    monkeypatch.delitem(sys.modules, "balcony_export.tensorrt.engine_set", raising=False)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    assert invoke_here(*build).returncode == 0  # the graphs are there
+    refused_here(
+        "the graphs of rtx-fp32 have --context-length 256, and 128 was asked", *build, "--context-length", "128"
+    )
+    cure = (
+        "give the options of graphs that are there, or write others with --graphs-only on a workstation (onnx_ir is not"
+    )
+    refused_here(cure, *build, "--batch", "2")
+    refused_here("has graphs of rtx-fp32, and rtx-fp16 was asked for", "build", bundle_copy, "--graphs-only")
+
+
 def test_a_bundle_of_int4_is_not_sent_to_build(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "b"
     done = invoke_here("export", tiny_checkpoint, "--exits", "2", "-o", bundle, "--no-verify", "--precision", "int4")
