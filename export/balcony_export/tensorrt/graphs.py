@@ -4,7 +4,7 @@ Owns the rewrite from the set ``graphs`` (see :mod:`balcony_edge.bundle.manifest
 (B, H, S, d) with a fixed S, as TensorRT's cache update needs; ``Attention`` over heads with the explicit mask of the portable
 graphs (TensorRT's parser ignores ``nonpad_kv_seqlen``); activations in half precision, norms in float32; the token table as a
 graph; the most probable token next to the logits. Weights become integers in :mod:`.integers`; :mod:`.plain` replaces operators
-that TensorRT 10.3 lacks. Needs no torch, because it works on files.
+that TensorRT before 10.15 lacks. Needs no torch, because it works on files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Format:
     Attributes:
         precision: Precision of weights; activations are in half precision except for ``fp32``.
         operators: ``fused`` for Attention, RotaryEmbedding, RMSNormalization and TensorScatter as single nodes; ``plain`` for
-            the same in operators of opset 21, which TensorRT 10.3 (JetPack 6) reads.
+            the same in operators of opset 21, which TensorRT before 10.15 reads.
         capacity: Rows of the KV caches.
         block_size: Number of inputs that share a scale in ``int4``.
     """

@@ -1,6 +1,6 @@
 """Attention, rotary embedding, norm and cache update in operators of opset 21.
 
-For TensorRT before 10.15 (JetPack 6 ships 10.3), whose parser knows none of the four. Every replacement keeps names, types and
+For TensorRT before 10.15 (JetPack 7.0 has 10.13), whose parser knows none of the four. Every replacement keeps names, types and
 shapes, so that both sets of graphs have the same inputs and outputs.
 """
 
