@@ -30,8 +30,8 @@ def export(
     precision: Annotated[
         str,
         typer.Option(
-            help="fp32, fp16, int8 or int4. int8 and int4 are for CPUs and may be followed by differences from "
-            "block=32,sym,head=8,level=4, such as int4,block=64,asym,head=4,level=1."
+            help="fp32, fp16, int8 or int4. int8 and int4 are for CPUs and may be followed by block=, down=, sym or asym, "
+            "positive, head=, kv= and level=, as in int4,block=64."
         ),
     ] = "fp32",
     calibration: Annotated[

@@ -35,7 +35,7 @@ def run(
     ] = None,
     tpot_ms: Annotated[float | None, typer.Option(help="Target: milliseconds between two tokens.")] = None,
     exit_layer: Annotated[int | None, typer.Option("--exit", help="Use only this exit.")] = None,
-    budget: Annotated[Path | None, typer.Option(help="Budget file (profiles/*.toml).")] = None,
+    budget: Annotated[Path | None, typer.Option(help="Budget file (TOML), such as those in profiles/.")] = None,
     policy: Annotated[
         Literal["plain", "speculative", "confident", "lossless"] | None,
         typer.Option(

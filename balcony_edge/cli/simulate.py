@@ -36,7 +36,7 @@ def simulate(
         str,
         typer.Option(
             help="Load: a trace that `run --trace` wrote, or one of idle, constant, step, ramp, square and bursts, "
-            "with parameters as in square:high=1.7,period_s=4."
+            "with parameters as in square:high=1.7."
         ),
     ] = "idle",
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=2, help="Most tokens to make.")] = 256,
