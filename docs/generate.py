@@ -132,7 +132,7 @@ def errors_page() -> str:
     sys.path.insert(0, str(DOCS.parent))  # the tests are not installed
     from tests.refusals import REFUSALS  # noqa: PLC0415 - found only now
 
-    rows = ["| given | answer |", "|---|---|"]
+    rows = ["| given | message |", "|---|---|"]
     for refusal in REFUSALS:
         if refusal.given is not None:
             # a message with backticks of its own needs a longer fence
