@@ -242,7 +242,7 @@ def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Po
     """
     record = work / "points.json"
     origin = {"model": fingerprint(subject.model), "steps": steps, "data": subject.corpus.digest}
-    made = json.loads(record.read_text()) if record.exists() else {"of": origin, "points": {}}
+    made: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"of": origin, "points": {}}
     if made.get("of") != origin:
         raise InputError(
             f"{record}: is of another model, --steps or --data: name another --work, or give the same ones"
