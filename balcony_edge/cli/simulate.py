@@ -45,8 +45,9 @@ def simulate(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="Constant of the simulated device, repeatable: busy_w=8, idle_w=2, ambient_c=30, kelvin_per_watt=6, "
-            "tau_s=40, throttle_c=80, battery_j=20000, charge=0.4, others_utilization=0.3, ..."
+            help="Constant of the simulated device, repeatable: idle_w=2 (watts without a step), busy_w=6 (watts that a step "
+            "adds), ambient_c=25, kelvin_per_watt=6, tau_s=40, throttle_c=95, battery_j=0, charge=1, others_utilization=0, "
+            "... These are the defaults; a profile's own watts replace the first two."
         ),
     ] = None,
     arrivals: Annotated[
@@ -68,6 +69,7 @@ def simulate(
 
     from balcony_edge.cli.arrivals import explained, facts, parsed, show
     from balcony_edge.cli.budget import asked_budget
+    from balcony_edge.cli.console import stderr
     from balcony_edge.cli.show import say_doubts
     from balcony_edge.control.trace import TraceWriter
     from balcony_edge.device.profile import DeviceProfile
@@ -80,6 +82,14 @@ def simulate(
         raise BudgetError(f"--budget {files[0]} --budget {files[1]}: one reply has one budget: also give --arrivals")
     asked, measured = asked_budget(files[0] if files else None, tpot_ms), DeviceProfile.load(profile)
     say_doubts(profile, measured)
+    if measured.powered(asked.power_rail) is None and not any(_is_power(word) for word in device or ()):
+        stderr.print(
+            f"{profile}: has no power measurement: watts and degrees are those of a small board; "
+            "give --device idle_w=... and --device busy_w=... for yours",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
     costs = measured.costs
     if arrivals is not None:
         if record is not None:
@@ -120,20 +130,19 @@ def _company(
 ) -> Company:
     """Run the requests of ``--arrivals`` on the profile's device."""
     from balcony_edge.cli.arrivals import Company, classes
+    from balcony_edge.control.company.assignment import qualities
     from balcony_edge.simulation.company import Arrival, poisson, simulate_company
 
     agreement, (prompt_tokens, tokens, seconds) = profile.agreement(), sizes
     named = {name: budget.for_bundle(agreement) for name, budget in classes(files, own).items()}
     asked = [Arrival(0.0, prompt_tokens, tokens, budget) for budget in named.values()]
     arrivals = poisson(arriving[0], seconds, asked, seed=seed, burst=arriving[1])
-    exits = profile.costs.exits
-    quality = [agreement.get(layer) or layer / exits[-1] for layer in exits]
     constants = physics(device or [], profile, own)
     rounds: list[tuple[float, Round]] = []
     streams = simulate_company(
         profile.costs,
         arrivals,
-        quality=quality,
+        quality=qualities(agreement),
         physics=constants,
         load=trace,
         seed=seed,
@@ -141,6 +150,10 @@ def _company(
     )
     names = {id(budget): name for name, budget in named.items()}
     return Company(named, [(names[id(stream.arrival.budget)], stream) for stream in streams], rounds)
+
+
+def _is_power(word: str) -> bool:
+    return word.partition("=")[0] in {"idle_w", "busy_w"}
 
 
 def load(text: str) -> Load:

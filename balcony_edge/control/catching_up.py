@@ -77,7 +77,7 @@ class Recovery(NamedTuple):
 
         ``held`` is the number of tokens in a row at the deepest exit.
         """
-        credit, sprints = self.credit, 0 if HELD <= held < NEVER else self.sprints
+        credit, sprints = self.credit, 0 if held % NEVER >= HELD else self.sprints
         wait = self.wait if self.goal is not None else max(self.wait - 1, 0)
         if last is not None and tpot_ms < math.inf:
             late = 1.0 if last.measured_ms > tpot_ms else 0.0

@@ -54,6 +54,7 @@ from balcony_edge.control.decision import (
 )
 from balcony_edge.control.governor import (
     CEILING_DWELL_S,
+    EVEN_MARGIN,
     PACE_MARGIN,
     TICK_S,
     Demand,
@@ -443,7 +444,7 @@ class Controller:
         share = governor.share if plan.governed else 1.0
         period_ms = paced_ms(budget, share, predicted_ms, _needed_tps(budget, seen)) if share < 1 else 0.0
         if budget.max_pace_tps is not None:
-            slow_ms = 1000 / budget.max_pace_tps
+            slow_ms = min(1000 / budget.max_pace_tps, (1 - EVEN_MARGIN) * (budget.tpot_ms or math.inf))
             if seen.deadline_runs:  # a deadline is more important than a pace
                 slow_ms = min(slow_ms, (1 - PACE_MARGIN) * 1000 * max(seen.left_s, 0.0) / seen.remaining)
             period_ms = max(period_ms, slow_ms)

@@ -39,6 +39,9 @@ LEAST_PACE_TPS = 1.0
 LEAST_SHARE = 0.01
 #: Share of a latency target that is left free for jitter under pacing.
 PACE_MARGIN = 0.05
+#: Share by which a pace ends before a target of the same gap: sleeps last a little longer than asked for. It is below the error
+#: of a pace that verdicts allow.
+EVEN_MARGIN = 0.009
 #: PI controller: with an empty integral, the full share is allowed 5 °C below the set point. The integral fills in 30 s.
 #: The set point is half a degree below the ceiling.
 DEGREES_PER_SHARE, INTEGRAL_S, DEGREES_FREE = 5.0, 30.0, 0.5
@@ -117,11 +120,15 @@ class Demand(NamedTuple):
     begins: bool = False
 
 
-def least_pace_tps(budget: Budget, pace_tps: float) -> float:
-    """Smallest pace in tokens a second; with ``priority = latency`` it is also fast enough for the latency targets."""
+def slowest_tps(budget: Budget) -> float:
+    """Smallest pace in tokens a second that a ceiling may leave."""
     least = LEAST_PACE_TPS if budget.min_pace_tps is None else budget.min_pace_tps
-    if budget.max_pace_tps is not None:
-        least = min(least, budget.max_pace_tps)
+    return least if budget.max_pace_tps is None else min(least, budget.max_pace_tps)
+
+
+def least_pace_tps(budget: Budget, pace_tps: float) -> float:
+    """The same; with ``priority = latency`` it is also fast enough for the latency targets."""
+    least = slowest_tps(budget)
     return max(least, pace_tps) if budget.priority == "latency" else least
 
 
@@ -200,8 +207,7 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], ho
     ``hopeless``: whether a ceiling would be missed even without our load.
     """
     budget, now_s, step_s = demand.budget, demand.now_s, demand.step_s
-    least_tps = LEAST_PACE_TPS if budget.min_pace_tps is None else budget.min_pace_tps
-    needed_tps = max(demand.pace_tps / (1 - PACE_MARGIN), least_tps) if budget.pacing else math.inf
+    needed_tps = max(demand.pace_tps / (1 - PACE_MARGIN), slowest_tps(budget)) if budget.pacing else math.inf
     ceiling, share = governor.ceiling, governor.share
     wanted = demand.lowest
     for index in range(min(cap, demand.highest), demand.lowest, -1):

@@ -13,12 +13,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Annotated, Any, NamedTuple, Self
+from typing import IO, Annotated, Any, NamedTuple
 
 import pydantic
 
 from balcony_edge.budget import Budget
+from balcony_edge.closing import Closing
 from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import Decision, Measurement, Observation
 from balcony_edge.control.response import GAUGES
@@ -57,7 +57,7 @@ class Trace(NamedTuple):
     costs: tuple[CostModel, ...]
 
 
-class LinesWriter:
+class LinesWriter(Closing):
     """A file of JSON lines, made or replaced by the first line. A context manager that closes it.
 
     Raises:
@@ -67,6 +67,7 @@ class LinesWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._name = os.fspath(path)
         self._file: IO[str] | None = None
+        self._closed = False
         try:
             if not Path(path).exists():
                 require_writable(Path(path).parent, self._name, InputError, "name another place")
@@ -76,6 +77,8 @@ class LinesWriter:
             raise self._full(error) from error
 
     def _line(self, document: dict[str, Any]) -> None:
+        if self._closed:
+            raise InputError(f"{self._name}: was closed: record to a new file")
         try:
             if self._file is None:
                 Path(self._name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +93,7 @@ class LinesWriter:
         Raises:
             InputError: the last data could not be written.
         """
+        self._closed = True
         if self._file is None:
             return
         try:
@@ -99,14 +103,6 @@ class LinesWriter:
 
     def _full(self, error: OSError) -> InputError:
         return InputError(f"{self._name}: writing failed ({error.strerror}): free space or name another place")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class TraceWriter(LinesWriter):

@@ -130,7 +130,6 @@ def simulate_company(
     arrivals: Sequence[Arrival],
     *,
     quality: Sequence[float],
-    true_costs: CostModel | None = None,
     physics: Physics | None = None,
     load: Callable[[float], float] | None = None,
     most_streams: int = 16,
@@ -145,7 +144,6 @@ def simulate_company(
         costs: prices that the controller knows.
         arrivals: the requests, by time.
         quality: agreement of each exit with the full depth.
-        true_costs: prices of the device; those of the controller by default.
         physics, load: as for :class:`.plant.SimulatedDevice`.
         most_streams: largest number of streams at once; later requests wait.
         seed: seed of the noise.
@@ -156,7 +154,7 @@ def simulate_company(
     Returns:
         One stream for every request, in their order.
     """
-    plant = plant_class(true_costs or costs, physics or Physics(), load or (lambda _: 1.0), seed)
+    plant = plant_class(costs, physics or Physics(), load or (lambda _: 1.0), seed)
     decide = decide or JointController(costs, quality).decide
     state, last = CompanyState(), None  # type: CompanyState, Measurement | None
     streams = [plant.stream(arrival) for arrival in arrivals]
@@ -189,8 +187,8 @@ def simulate_company(
         if measured_ms > 0 and not gone and all(len(stream.exits) > 1 for stream, _ in moves):
             last = Measurement(costs.exits[found.deepest], found.price_ms, measured_ms)
         active = [key for key in active if not streams[key].done]
-        # who waits for a place does not cut the wait short: it would end where it began
-        comes = bool(waiting) and len(active) < most_streams
+        # A newcomer ends a wait until somebody is due, and not the pace of a ceiling. Who waits for a place ends neither.
+        comes = bool(waiting) and len(active) < most_streams and not (found.moves or found.chunk)
         next_s = streams[waiting[0]].arrival.time_s if comes else math.inf
         plant.wait(min(found.wait_ms / 1000, max(next_s - plant.now_s, 0.0)))
         state = state.without({key for key in state.streams if key not in active})

@@ -146,7 +146,8 @@ class _Planner:
         tokens: int,
         quality: tuple[QualityFigure, ...],
     ) -> None:
-        self.profile, self.budget, self.quality = profile, budget, quality
+        self.profile, self.budget = profile, budget
+        self.agreement = {**least_agreement(profile.costs.exits, quality), profile.costs.exits[-1]: 1.0}
         self.prompt_tokens, self.tokens = prompt_tokens, tokens
         steps = next((r.median for r in profile.residuals if r.part == "decode steps"), 0.0)
         # Two sources of error: noise of a step, and errors of the prices (a median error is 0.674 standard deviations).
@@ -163,7 +164,7 @@ class _Planner:
             tokens_per_s=1000 / tpot_ms,
             watts=profile.busy_w(exit_layer, rail),
             joules_per_token=self._joules(exit_layer, tpot_ms),
-            agreement=self._agreement(exit_layer),
+            agreement=self.agreement[exit_layer],
             checks=tuple(self._checks(exit_layer, tpot_ms)),
         )
 
@@ -225,7 +226,7 @@ class _Planner:
                 lambda: None if memory.loaded_bytes is None else (memory.loaded_bytes + held_bytes) / 1e6,
                 False,
             ),
-            "min_agreement": (lambda: self._agreement(layer), False),
+            "min_agreement": (lambda: self.agreement[layer], False),
             **dict.fromkeys(_UNKNOWN, (lambda: None, False)),
         }
         checks = []
@@ -257,13 +258,6 @@ class _Planner:
 
     def _odds(self, limit: float, expected: float) -> float:
         return NormalDist().cdf((math.log(limit) - math.log(expected)) / self.deviation)
-
-    def _agreement(self, exit_layer: int) -> float | None:
-        """Agreement on the text where it is least, as ``min_agreement`` of the budget defines it."""
-        if exit_layer == self.profile.costs.exits[-1]:
-            return 1.0
-        shares = [q.value for q in self.quality if (q.exit_layer, q.metric) == (exit_layer, "agreement")]
-        return min(shares, default=None)
 
 
 def _mixed(shares: dict[int, float], values: dict[int, float | None]) -> float | None:

@@ -18,7 +18,7 @@ from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.control.company.seen import CompanyState, RoundSeen, StreamState
 from balcony_edge.control.decision import Measurement
 from tests.company import ONES, QUALITY, SETTLED, decided, exits, stream
-from tests.prices import SMALL
+from tests.prices import DEMO, SMALL
 from tests.properties import CHANCE, examples
 
 PRICES = RoundPrices(SMALL)
@@ -208,7 +208,7 @@ def test_a_pace_is_not_exceeded() -> None:
     _, found = decided([paced, stream(1)])
     assert set(exits(found)) == {1}
     _, found = decided([paced])
-    assert not found.moves and found.wait_ms == pytest.approx(50.0)
+    assert not found.moves and found.wait_ms == pytest.approx(50.0 - 10.0), "the step takes 10 ms"
 
 
 def test_admission_says_what_would_be_possible() -> None:
@@ -255,3 +255,35 @@ def test_a_target_that_was_given_up_is_still_come_close_to() -> None:
     state, _ = decided([stream(0, Budget(tpot_ms=100.0)), stream(1, Budget(tpot_ms=5.2))])
     assert state.streams[0].met and not state.streams[1].met
     assert (state.streams[0].goal, state.streams[1].goal) == (2, 0)
+
+
+def test_a_slower_device_gets_new_goals() -> None:
+    """Two at the full depth take 10.75 ms, for which 11.4 are left; a third slower, only 7.625 ms fit."""
+    pair = [stream(key, Budget(tpot_ms=11.7)) for key in (0, 1)]
+    before, _ = decided(pair)
+    assert [before.streams[key].goal for key in (0, 1)] == [2, 2]
+    after, _ = decided(pair, before._replace(slowdown=before.slowdown._replace(mean=0.3)))
+    assert [after.streams[key].goal for key in (0, 1)] == [1, 1]
+
+
+def test_goals_are_set_again_because_contexts_grow() -> None:
+    """Two at the full depth take 22 ms at first and 36 ms after 8,000 tokens: seen at the assignment of round 32."""
+    controller, pair = JointController(DEMO, (*QUALITY, 1.0)), [stream(key, Budget(tpot_ms=32.0)) for key in (0, 1)]
+    pair = [one._replace(stage_rows=(1,) * 4, balcony_rows=(1,) * 4) for one in pair]
+    state, _ = controller.decide(SETTLED, RoundSeen(tuple(pair), now_s=10.0))
+    seen = RoundSeen(tuple(one._replace(context_length=8000) for one in pair), now_s=10.0)
+    goals = []
+    for number in (31, 32):
+        state, _ = controller.decide(state._replace(round=number), seen)
+        goals.append([state.streams[key].goal for key in (0, 1)])
+    assert goals == [[3, 3], [2, 2]]
+
+
+@pytest.mark.parametrize("goal", [0, 2])
+def test_a_stream_in_company_stays_for_its_dwell(goal: int) -> None:
+    """Before eight tokens at an exit a goal does not rise, and a deeper goal of before is not entered."""
+    pair = [stream(key, Budget(tpot_ms=16.0)) for key in (0, 1)]
+    for tokens, risen, exit_layer in ((7, goal, 4), (8, 2, 8)):
+        streams = {0: StreamState(0, goal, tokens), 1: StreamState(2, 2, 50)}
+        state, found = decided(pair, CompanyState(SETTLED.slowdown, streams=streams))
+        assert (state.streams[0].goal, exits(found)[0]) == (risen, exit_layer)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.ceilings import merged_ceilings
-from balcony_edge.control.company.seen import CompanyState, LearnedAlone
+from balcony_edge.control.company.prices import RoundPrices
+from balcony_edge.control.company.seen import CompanyState, LearnedAlone, StreamState
 from balcony_edge.control.governor import Governor
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.readings import Reading
 from tests.company import SETTLED, decided, exits, stream
+from tests.prices import SMALL
 
 #: A governor that has learned to use a tenth of the time, and looked at the sensors a moment ago.
 BUSY = Governor(ticked_s=9.99, share=0.1)
@@ -80,10 +84,31 @@ def test_a_deadline_bounds_the_wait_and_comes_before_a_pace() -> None:
     reader = Budget(max_pace_tps=12.0, deadline_s=10.0, expected_tokens=100)
     _, found = decided([stream(0, reader, **urgent, emitted_s=9.95), stream(1)])
     assert 0 in exits(found), "83 ms between two tokens would be too late"
-    # a latency target of the same gap is no deadline: the token comes 40 ms after the last one, not after 38
-    even = stream(0, Budget(max_pace_tps=25.0, tpot_ms=40.0), emitted_s=9.961)
-    _, found = decided([even])
-    assert not found.moves and found.wait_ms == pytest.approx(1.0)
+
+
+def test_a_step_lies_inside_the_gap_of_its_pace() -> None:
+    """20 ms of a gap of 40 ms are left: the round of the stream begins so that it ends with them."""
+    own_ms = RoundPrices(SMALL).steady_ms([(2, stream(0))])
+    _, found = decided([stream(0, Budget(max_pace_tps=25.0), emitted_s=9.98)])
+    assert not found.moves and found.wait_ms == pytest.approx(20.0 - own_ms)
+    _, found = decided([stream(0, Budget(max_pace_tps=25.0), emitted_s=9.96 + own_ms / 1000 + 1e-6)])
+    assert not found.moves
+    _, found = decided([stream(0, Budget(max_pace_tps=25.0), emitted_s=9.96 + own_ms / 1000 - 1e-6)])
+    assert exits(found) == {0: 8}
+    # A target of the same gap comes before the pace: a round with all streams must fit, with the probability asked for.
+    even, both_ms = Budget(max_pace_tps=25.0, tpot_ms=40.0), RoundPrices(SMALL).steady_ms([(2, stream(0))] * 2)
+    _, found = decided([stream(0, even, emitted_s=9.98), stream(1, even, emitted_s=9.98)])
+    assert not found.moves and found.wait_ms == pytest.approx(20.0 - both_ms / 0.975, abs=0.02)
+
+
+def test_who_waits_for_a_pace_works_off_pending_rows() -> None:
+    behind = stream(0, Budget(max_pace_tps=5.0), stage_rows=(1, 30, 30), balcony_rows=(1, 30, 1), context_length=60)
+    known = SETTLED._replace(streams={0: StreamState(0, 2, 50)})
+    _, found = decided([behind], known)
+    assert not found.moves and found.chunk is not None and found.wait_ms == 0
+    assert found.chunk.stages == (1,) and found.chunk.rows == 29, "the newest row runs with the token"
+    _, found = decided([stream(0, Budget(max_pace_tps=5.0))], known)
+    assert found.chunk is None and found.wait_ms > 0
 
 
 def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:
@@ -97,6 +122,36 @@ def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:
     assert [key for key, _ in found.refused] == [0]
     infeasible = {move.key: move.decision.infeasible for move in found.moves}
     assert infeasible == {0: True, 1: False}
+
+
+@pytest.mark.parametrize(
+    ("most_j", "slower", "exit_layer", "out"),
+    [(0.2, 1, 8, False), (0.2, 2, 6, False), (0.09, 1, 6, False), (0.06, 1, 4, False), (0.01, 1, 4, True)],
+)
+def test_joules_take_depth_from_a_company(most_j: float, slower: float, exit_layer: int, out: bool) -> None:
+    """Rounds of two take 10.75, 7.625 and 5.375 ms, at 10 W."""
+    power = (Reading("board", "board", 10.0, watts=10.0),)
+    slow = SETTLED._replace(slowdown=SETTLED.slowdown._replace(mean=math.log(slower)))
+    state, found = decided([stream(0, Budget(energy_j_per_token=most_j)), stream(1)], slow, readings=power)
+    assert set(exits(found).values()) == {exit_layer} and bool(state.governor.infeasible) == out
+
+
+def test_joules_take_depth_between_the_shallowest_and_the_deepest_exit_of_all() -> None:
+    power = (Reading("board", "board", 10.0, watts=10.0),)
+    _, found = decided([stream(0, Budget(energy_j_per_token=0.2, max_exit=4)), stream(1)], readings=power)
+    assert exits(found) == {0: 4, 1: 8}
+    state, found = decided([stream(0, Budget(energy_j_per_token=0.06)), stream(1, Budget(min_exit=8))], readings=power)
+    assert exits(found) == {0: 4, 1: 8} and not state.governor.infeasible
+
+
+def test_a_share_of_the_time_leaves_the_depth_that_the_pace_has_time_for() -> None:
+    """A quarter of 38 ms, which are 40 less a twentieth, is 9.5 ms: rounds of two take 10.75, 7.625 and 5.375 ms."""
+    pair = [stream(0, Budget(power_w=8.0, tpot_ms=40.0)), stream(1)]
+    before = SETTLED._replace(governor=Governor(share=0.15))  # it rises by a tenth
+    state, found = decided(pair, before)
+    assert state.governor.share == pytest.approx(0.25) and exits(found) == {0: 6, 1: 6}
+    state, _ = decided([pair[0], stream(1, made_tokens=0)], before)
+    assert state.governor.share == 1.0, "after a pause it need not rise slowly"
 
 
 def test_what_was_learned_of_the_device_outlives_a_round_without_ceilings() -> None:

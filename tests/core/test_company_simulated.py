@@ -30,6 +30,9 @@ CLASSES = [
     )
 ]
 
+#: Agreement of the exits of DEMO.
+QUALITY = (0.5, 0.6, 0.7, 1.0)
+
 
 @examples(12)
 @given(st.integers(0, 10_000), st.floats(0.3, 4.0), st.integers(1, 6))
@@ -52,6 +55,28 @@ def test_a_feasible_company_is_in_time() -> None:
     streams = simulate_company(DEMO, poisson(0.4, 30.0, classes, seed=4), quality=quality, seed=2)
     found = summary(streams, DEMO, quality)
     assert len(streams) > 6 and found["late_share"] <= 0.05 and found["mean_depth"] > 0.9
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_readers_at_one_pace_keep_the_full_depth(count: int) -> None:
+    """The budget of profiles/reading.toml: 166.7 ms between two tokens leave time for everybody's deepest exit."""
+    budget = Budget(max_pace_tps=6.0, tpot_ms=180.0)
+    streams = simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)] * count, quality=QUALITY)
+    for one in streams:
+        assert one.exits == [30] * 40 and one.late_tokens == 0
+        assert sum(one.gaps_ms[1:]) / 39 == pytest.approx(1000 / 6, rel=0.01)
+
+
+def test_a_target_comes_before_a_pace_of_the_same_gap() -> None:
+    budget = Budget(max_pace_tps=25.0, tpot_ms=40.0)
+    streams = simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)] * 2, quality=QUALITY)
+    assert [one.late_tokens for one in streams] == [0, 0]
+
+
+def test_a_deadline_is_kept_at_its_own_pace() -> None:
+    budget = Budget(deadline_s=4.0, expected_tokens=40, max_pace_tps=10.1)
+    for one in simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)] * 2, quality=QUALITY):
+        assert sum(one.gaps_ms) <= 4000 and sum(one.exits) / 40 > 17
 
 
 def test_chunks_name_rows_that_exist() -> None:

@@ -133,6 +133,13 @@ def test_depth_falls_with_a_dwell_where_the_pace_may_not() -> None:
     assert govern(shallow, demand(budget, 1.5, degrees(56.65, 1.5))).ceiling == 0
 
 
+def test_depth_falls_only_as_far_as_the_pace_of_the_budget_needs() -> None:
+    """A share of 0.01 is 0.48 full steps a second (0.021 s), and less than one at any exit."""
+    budget = Budget(temperature_c=60, max_pace_tps=0.45)
+    after = govern(Governor(ticked_s=0.9, share=0.01), demand(budget, 1.0, degrees(61.0, 1.0)))
+    assert after.share == 0.01 and after.ceiling == 3
+
+
 def test_out_of_reach_is_said_after_the_settling_time() -> None:
     budget = Budget(temperature_c=60, min_pace_tps=40, power_window_s=5.0, power_w=100)
     state, said = Governor(), None

@@ -7,10 +7,21 @@ stage is not read at all. A stream that shares no passes wins the time of its ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from balcony_edge.control.company.prices import RoundPrices
+
+
+def qualities(agreement: Mapping[int, float | None]) -> list[float]:
+    """What depth is worth: the agreement of each exit with the full depth, or its share of the layers; ascending.
+
+    Args:
+        agreement: exit layer → agreement; None where it was not evaluated.
+    """
+    depth = max(agreement)
+    return list(accumulate((agreement[layer] or layer / depth for layer in sorted(agreement)), max))
 
 
 class Claim(NamedTuple):

@@ -171,6 +171,14 @@ class Composer:
             return chosen, None, price_ms
         return chosen, chunk, price_ms + self._chunk_ms(prompt, chunk)
 
+    def idle(self, views: Sequence[View], slack_ms: float) -> tuple[Chunk | None, float]:
+        """Pending rows to work off while nobody is due, and their price."""
+        behind = [view for view in views if not view.first and view.present < view.goal]
+        for view in sorted(behind, key=lambda one: (self._rows_left(one), one.stream.key)):
+            if (chunk := self._backlog(view, view.present, slack_ms)) is not None:
+                return chunk, self._chunk_ms(view, chunk)
+        return None, 0.0
+
     def _with_backlog(self, chosen: Chosen, price_ms: float, slack_ms: float) -> tuple[Chosen, Chunk | None, float]:
         """Let a stream enter the deeper exit that it is assigned, or work off rows on the way to it."""
         rising = [(view, index) for view, index in chosen if index < view.goal and index == view.present]

@@ -29,17 +29,15 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.ceilings import merged_ceilings
 from balcony_edge.control.company.composition import Chosen, Composer
 from balcony_edge.control.company.goals import Goals
-from balcony_edge.control.company.prices import RoundPrices
+from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.control.company.seen import Chunk, CompanyState, Move, Round, RoundSeen, StreamSeen, StreamState
 from balcony_edge.control.company.view import View, scale_of, targets_of, view_of
 from balcony_edge.control.controller import probability_of, quantile_of
 from balcony_edge.control.decision import Decision, Measurement, device_words
 from balcony_edge.control.governor import (
-    PACE_MARGIN,
     TICK_S,
     Demand,
     Governor,
-    deadline_tps,
     govern,
     needed_tps,
     paced_ms,
@@ -127,9 +125,11 @@ class JointController:
         ceiling = len(self._costs.exits) if ceilings is None else governor.ceiling
         views = self._views(seen.streams, state, slowdown, seen.now_s, ceiling)
         assigned_for, views = self._goals.assigned(state, views, slowdown, share)
-        early_ms = {view.stream.key: _early_ms(view, seen.now_s) for view in views}
+        early_ms = self._early_ms(views, slowdown, seen.now_s)
         ready = [view for view in views if early_ms[view.stream.key] <= 0]
         chosen, chunk, price_ms = self._composer.compose(ready, views, slowdown)
+        if not ready and views:  # everybody waits for a pace
+            chunk, price_ms = self._composer.idle(views, min(early_ms.values()) / slowdown.factor)
         deepest = max((index for _, index in chosen), default=0)
         offset = slowdown.offsets[-1 if chunk is not None or not chosen else deepest]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)
@@ -164,6 +164,25 @@ class JointController:
         slowdown = self._learn(_known(state, seen), None)
         views = self._views((*seen.streams, newcomer), state, slowdown, seen.now_s, len(self._costs.exits))
         return self._goals.refusal(views, slowdown.factor)
+
+    def _early_ms(self, views: Sequence[View], slowdown: Slowdown, now_s: float) -> dict[int, float]:
+        """Time before which a round with each stream would bring its token too early for its pace.
+
+        A target comes before a pace: a round with all streams must still fit, also if they enter a deeper exit.
+        """
+        early_ms = dict.fromkeys((view.stream.key for view in views), 0.0)
+        paced = [view for view in views if view.stream.budget.max_pace_tps is not None and not view.first]
+        if not paced:
+            return early_ms
+        all_ms = self._prices.round_ms(_entering(view) for view in views if not view.first)
+        for view in paced:
+            own_ms = self._prices.steady_ms([(view.goal, view.stream)]) * slowdown.factor
+            pace_ms = 1000 / (view.stream.budget.max_pace_tps or math.inf) - own_ms
+            early_ms[view.stream.key] = pace_ms - 1000 * (now_s - view.stream.emitted_s)
+            if view.bound_ms < math.inf:
+                spare_ms = (view.bound_ms - all_ms) / scale_of(slowdown, view.stream.budget.probability)
+                early_ms[view.stream.key] = min(early_ms[view.stream.key], spare_ms)
+        return early_ms
 
     def _views(
         self, streams: Sequence[StreamSeen], state: CompanyState, slowdown: Slowdown, now_s: float, ceiling: int
@@ -278,15 +297,11 @@ def _out_of_reach(view: View, governor: Governor) -> bool:
     return any(timed if key == "latency" else getattr(budget, key) is not None for key in governor.infeasible)
 
 
-def _early_ms(view: View, now_s: float) -> float:
-    """Time before which the budget wants no token."""
-    fastest = view.stream.budget.max_pace_tps
-    if fastest is None or view.first:
-        return 0.0
-    stream = view.stream
-    due_tps = deadline_tps(stream.budget, stream.made_tokens, now_s - stream.started_s)
-    fastest = max(fastest, due_tps / (1 - PACE_MARGIN))  # a deadline is more important than a pace
-    return 1000 / fastest - 1000 * (now_s - view.stream.emitted_s)
+def _entering(view: View) -> RoundEntry:
+    """The stream's token at its goal, with the row that another exit's last token has left there; of a backlog no more."""
+    seen = view.stream
+    rows, balcony_rows = (tuple(min(due, 2) for due in rows) for rows in (seen.stage_rows, seen.balcony_rows))
+    return RoundEntry(view.goal, rows, balcony_rows, seen.context_length, seen.shares)
 
 
 def _needed_tps(seen: RoundSeen) -> float:

@@ -70,6 +70,10 @@ class RoundTraceWriter(LinesWriter):
         self._budgets: dict[int, Budget] = {}
         self._readings: tuple[Reading, ...] = ()
 
+    def begin(self) -> None:
+        """Let the next round begin a new part, with its state: rounds before it were not recorded."""
+        self._costs = None
+
     def write(
         self,
         costs: CostModel,

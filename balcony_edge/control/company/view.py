@@ -11,13 +11,11 @@ from typing import NamedTuple
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.prices import RoundEntry
 from balcony_edge.control.company.seen import StreamSeen, StreamState
-from balcony_edge.control.controller import quantile_of
+from balcony_edge.control.controller import UNSEEN_LOAD, quantile_of
 from balcony_edge.control.slowdown import Slowdown
 
 #: Tokens that a reply is taken to have at least, when the share that may be late is reckoned.
 LEAST_MADE = 10
-#: Share of the time left that a deadline keeps for a load that has not begun, per deviation of its probability.
-UNSEEN_LOAD = 0.06
 
 
 class View(NamedTuple):
