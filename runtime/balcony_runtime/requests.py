@@ -75,6 +75,8 @@ class Request(NamedTuple):
         watch: record of the budget.
         prompted: what is told of the prompt.
         box: tools that the reply may call; None for none.
+        asked_s: time of the request on ``time.monotonic``, from which its times count; None for the reply's first step.
+        continues: whether its text goes on with the prompt's, as that of a plain text does.
     """
 
     ids: list[int]
@@ -89,6 +91,8 @@ class Request(NamedTuple):
     watch: Watch
     prompted: Prompted
     box: Toolbox | None = None
+    asked_s: float | None = None
+    continues: bool = False
 
     @property
     def rows(self) -> int:
@@ -159,6 +163,7 @@ class Requests:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         sequence: TokenSequence | None = None,
         trace: TraceWriter | None = None,
+        asked_s: float | None = None,
     ) -> Request:
         """Check the arguments of :meth:`LLM.stream`; errors are those."""
         box = self.box(tools, tool_choice, parallel_tool_calls)
@@ -186,6 +191,8 @@ class Requests:
             watch=Watch(),
             prompted=Prompted(len(ids)),
             box=box,
+            asked_s=asked_s,
+            continues=self._continues(prompt, chat),
         )
 
     def box(self, tools: Any, choice: Any, parallel: bool = True) -> Toolbox | None:
@@ -264,12 +271,14 @@ class Requests:
             request.trace,
             self._learned,
             keep_logits=request.logprobs is not None,
+            asked_s=request.asked_s,
         )
         return Decoder(sequence, prompt, request.sampler, environment)
 
     def told(self, request: Request, steps: Iterator[Step], decoder: Decoder) -> Iterator[Token]:
         """The tokens of a reply from its steps."""
-        return told(steps, decoder, request, self._codec.stream(), self._around.readings)
+        text = self._codec.stream(request.ids if request.continues else ())
+        return told(steps, decoder, request, text, self._around.readings)
 
     def tokens(self, request: Request, sequence: TokenSequence | None) -> Iterator[Token]:
         """The tokens of a reply that is stepped by whoever asks for them; ``sequence`` is one to continue."""
@@ -314,6 +323,12 @@ class Requests:
             documents=documents,
             template_kwargs=template_kwargs,
         )
+
+    def _continues(self, prompt: Prompt, chat: bool | None) -> bool:
+        """Whether the reply's text goes on with the prompt's; that of a conversation is a text of its own."""
+        if chat or isinstance(prompt[0], Mapping):
+            return False
+        return not isinstance(prompt, str) or chat is False or not self._codec.has_chat_template
 
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None = None) -> int:
         context = self._engine.max_length if sequence is None else sequence.max_length

@@ -61,7 +61,7 @@ def told(
             piece += stop.flush()
         log_p, best = None, ()  # type: float | None, tuple[tuple[int, float], ...]
         if asked.logprobs is not None and step.logits is not None:
-            log_p, best = log_probabilities(step.logits[0], token, asked.logprobs)
+            (log_p,), (best,) = log_probabilities(step.logits, step.ids, asked.logprobs)
         decision = step.decision
         yield Token(
             token,

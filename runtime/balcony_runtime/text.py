@@ -24,6 +24,8 @@ Message = Mapping[str, Any]
 #: Marks around a placeholder for a control token that a user wrote. They are private-use characters, so texts do not contain
 #: them by chance.
 _OPEN, _CLOSE = "\ue0c0", "\ue0c1"
+#: Tokens before another one that decide how it is spelled.
+CONTEXT_TOKENS = 8
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
 #: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
@@ -44,6 +46,7 @@ class TextCodec:
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
         self._literal: Tokenizer | None = None
+        self._names: dict[int, str] = {}
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
         self._call_format: CallFormat | None = None
@@ -102,9 +105,10 @@ class TextCodec:
         """
         variables = self._variables(tools, documents, template_kwargs)
         if isinstance(prompt, str):
-            if not prompt.strip():
+            plain = chat is False or (chat is None and not self.has_chat_template)
+            if not (prompt if plain else prompt.strip()):
                 raise InputError("the prompt is empty: give a text")
-            if chat is False or (chat is None and not self.has_chat_template):
+            if plain:
                 if variables:
                     raise InputError(
                         f"{next(iter(variables))} with a plain text: only a chat template shows it: give messages"
@@ -210,9 +214,17 @@ class TextCodec:
         """The tokenizer as a tokenizer.json."""
         return str(self._tokenizer.to_str())
 
-    def stream(self) -> TextStream:
-        """A decoder that takes one token at a time."""
-        return TextStream(self._tokenizer)
+    def name(self, token: int) -> str:
+        """Text of a token inside a text, so with its leading space; the name of a control token."""
+        if token not in self._names:
+            before = self._tokenizer.encode("a", add_special_tokens=False).ids
+            whole, text = (self._tokenizer.decode(ids, skip_special_tokens=False) for ids in ([*before, token], before))
+            self._names[token] = str(whole)[len(str(text)) :]
+        return self._names[token]
+
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        """A decoder that takes one token at a time; the first one follows the tokens ``before``."""
+        return TextStream(self._tokenizer, before)
 
 
 def special_tokens(bundle: Bundle) -> dict[str, str]:
@@ -253,6 +265,7 @@ def _message(message: Any) -> dict[str, Any]:
     if not isinstance(content, str):
         raise InputError(f"message content = {content!r}: must be a text or a list of text parts: give a text")
     found = {**message, "content": _unicode(content)}
+    found.pop("tool_calls", None)  # some templates refuse an empty list
     if calls:
         found["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list | tuple) else [_call(calls)]
     return found
@@ -298,12 +311,20 @@ def _some(ids: Sequence[int]) -> list[int]:
 
 
 class TextStream:
-    """Incremental detokenization, which returns text only when its characters are complete."""
+    """Incremental detokenization, which returns text only when its characters are complete.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        tokenizer: the tokenizer.
+        before: tokens that the first one follows. Many tokenizers drop the space in front of a text's first word.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._open: list[int] = []  # tokens since the last text
+        for token in before[-CONTEXT_TOKENS:]:
+            self.push(token)
+        self._open = []
 
     def push(self, token: int) -> str:
         """Text that this token completes; empty while a character is unfinished."""

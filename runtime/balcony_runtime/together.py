@@ -10,10 +10,10 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from balcony_edge.budget import Budget
+from balcony_edge.closing import Closing
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.loop import Step
 from balcony_runtime.reply import Token, TokenStream
@@ -30,7 +30,7 @@ class _Open(NamedTuple):
     held: ExitStack
 
 
-class Together:
+class Together(Closing):
     """Replies in progress that share rounds. A context manager that ends them. One thread may use it.
 
     Example:
@@ -62,10 +62,21 @@ class Together:
         Raises:
             BusyError: too many replies wait already.
         """
-        return self.begin(self._requests.of(prompt, budget=budget, **options))
+        return self.begin(self.prepare(prompt, budget=budget, **options))
+
+    def prepare(self, prompt: Prompt, **options: Any) -> Request:
+        """A reply that :meth:`begin` begins later; arguments and errors as for :meth:`add`. Any thread may call it.
+
+        Its times count from the option ``asked_s``, a time on ``time.monotonic``, if that is given.
+        """
+        return self._requests.of(prompt, **options)
 
     def begin(self, request: Request) -> TokenStream:
-        """Begin a reply whose arguments are checked; errors as for :meth:`add`."""
+        """Begin a reply that was prepared.
+
+        Raises:
+            BusyError: too many replies wait already.
+        """
         steps = deque[Step]()
         with ExitStack() as held:
             sequence = held.enter_context(self._requests.sequence(request))
@@ -75,7 +86,7 @@ class Together:
             held.callback(self._scheduler.leave, stream)
             tokens = request.stream(self._requests.told(request, _taken(steps), decoder))
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
-        self._scheduler.ask(stream)
+        self._scheduler.ask(stream, request.asked_s)
         return tokens
 
     def pause(self, stream: TokenStream) -> None:
@@ -128,14 +139,6 @@ class Together:
         """End all replies."""
         for tokens in self.open:
             self._end(tokens)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _taken(steps: deque[Step]) -> Iterator[Step]:

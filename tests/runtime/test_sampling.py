@@ -83,6 +83,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
     np.testing.assert_allclose(share, np.exp(LOGITS), atol=4 * np.sqrt(0.25 / len(drawn)))  # four standard errors
     assert Sampler(params, prompt, 5).pick(rows).tolist() == drawn.tolist()
     assert Sampler(SamplingParams(temperature=1.0, seed=5), prompt, 5).pick(rows).tolist() != drawn.tolist()
+    assert len(Sampler(SamplingParams(temperature=1.0, seed=2**1024), prompt, 5).pick(rows)) == len(drawn)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
         ({"top_p": 1.1}, "top_p = 1.1"),
         ({"top_p": float("nan")}, "top_p = nan"),
         ({"seed": -1}, "seed = -1"),
+        ({"temperature": 10**400}, "temperature = 1000"),
         ({"min_p": 1.0}, "min_p = 1.0"),
         ({"min_p": -0.1}, "min_p = -0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
@@ -289,8 +291,8 @@ def test_a_bias_moves_the_choice() -> None:
 
 
 def test_log_probabilities_are_the_models_own() -> None:
-    own, best = log_probabilities(LOGITS * 1.0 + 7.0, 3, 2)
+    (own,), (best,) = log_probabilities(LOGITS[None] * 1.0 + 7.0, np.array([3]), 2)
     assert own == pytest.approx(np.log(0.25), abs=1e-6)
     assert [token for token, _ in best] == [1, 3]
     assert best[0][1] == pytest.approx(np.log(0.5), abs=1e-6)
-    assert log_probabilities(LOGITS, 1, 0)[1] == ()
+    assert log_probabilities(LOGITS[None], np.array([1]), 0)[1] == [()]

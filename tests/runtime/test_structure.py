@@ -426,6 +426,10 @@ def test_unsupported_keywords_are_named(llm: LLM, chance: random.Random) -> None
         llm.compile_grammar(SamplingParams(json_schema=schema))
 
 
+def test_a_rule_of_llama_cpps_grammars_may_be_named_start(llm: Any) -> None:
+    assert llm.compile_grammar(SamplingParams(grammar='root ::= start "b"\nstart ::= "a"')) is False
+
+
 def test_a_structure_is_compiled_once(tiny: Any, monkeypatch: Any) -> None:
     compiled: list[Structure] = []
     compile_: Callable[..., Any] = Grammars._compile

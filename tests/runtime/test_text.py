@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
+import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_edge.errors import BundleError, InputError
@@ -216,6 +217,37 @@ def test_bytes_that_never_become_a_character_end_no_stream(tokens: list[int]) ->
     # A byte that was already returned may become an unknown character of the whole text; it cannot be taken back.
     assert re.findall(" ?text| ?the", streamed) == re.findall(" ?text| ?the", whole)
     assert len(streamed.encode()) <= len(whole.encode())
+
+
+def test_a_word_after_a_prompt_keeps_its_space(bundle_copy: Path) -> None:
+    """Tokenizers as in Llama 2 drop the space in front of a text's first word."""
+    (bundle_copy / "tokenizer.json").write_text(byte_fallback().to_str())
+    codec = TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
+    assert (codec.decode([1]), codec.name(1), codec.name(3 + ord("b"))) == ("text", " text", "b")
+    assert [codec.stream().push(1), codec.stream([1] * 9 + [2]).push(1)] == ["text", " text"]
+
+
+def test_control_tokens_have_names(codec: TextCodec, tiny: Any) -> None:
+    assert codec.name(tiny.tokenizer.convert_tokens_to_ids("<end>")) == "<end>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chat", "before"),
+    [
+        ("hello", False, True),
+        ("hello", None, False),
+        ([{"role": "user", "content": "hello"}], None, False),
+        ([7, 8], None, True),
+        ([7, 8], True, False),
+    ],
+)
+def test_the_reply_to_a_plain_text_goes_on_with_it(tiny: Any, prompt: Any, chat: bool | None, before: bool) -> None:
+    seen: list[Any] = []
+    with balcony_edge.load(tiny.path) as llm:
+        stream = llm.codec.stream
+        llm.codec.stream = lambda ids: seen.append(list(ids)) or stream(ids)  # type: ignore[method-assign]
+        llm.generate(prompt, chat=chat, max_new_tokens=1)
+        assert seen == [llm.encode(prompt, chat=False) if prompt == "hello" and before else [7, 8] if before else []]
 
 
 @examples(1000)

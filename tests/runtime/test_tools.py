@@ -125,7 +125,7 @@ def test_calls_follow_their_schemas_by_construction(
         begun = [piece.call for piece in pieces if piece.begun is not None]
         assert begun == list(range(len(found.calls)))
     assert names == (set(CHECKS) if isinstance(choice, str) else {"weather"})
-    assert several > 1 or not isinstance(choice, str)
+    assert several > 1 or not isinstance(choice, str) or not form.several
 
 
 def test_nothing_but_a_call_follows_the_marker(grammars: Grammars, marked: str) -> None:
@@ -273,6 +273,18 @@ def test_tools_that_are_none(llm: LLM, options: dict[str, Any], message: str) ->
         llm.generate([{"role": "user", "content": "hi"}] if "tools" not in options else [5, 9], **options)
 
 
+def test_a_format_with_one_call_a_message_gets_one() -> None:
+    """The templates of Llama 3 refuse a message with several."""
+    assert not box_of(formats()["llama"]).several and box_of(formats()["hermes"]).several
+
+
+def test_a_message_without_calls_has_no_list_of_them(bundle_copy: Path) -> None:
+    codec = write_template(bundle_copy, "{% for m in messages %}{{ 'tool_calls' in m }}{% endfor %}")
+    for calls in ([], None):
+        ids = codec.encode([{"role": "assistant", "content": "x", "tool_calls": calls}])
+        assert codec.decode(ids) == "False"
+
+
 @pytest.fixture(scope="module")
 def llm(tiny: Any) -> Iterator[LLM]:
     with balcony_edge.load(tiny.path) as loaded:
@@ -326,7 +338,7 @@ def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
     # as in Qwen 3.5: no conversation without a message of the user
     users = "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('no user') }}{% endif %}"
     with balcony_edge.load(bundle_copy) as llm:
-        llm._codec = llm._requests._codec = write_template(bundle_copy, users + template)
+        llm.codec = llm._requests._codec = write_template(bundle_copy, users + template)
         chat = llm.chat(system="be brief")
         stream = chat.send("hi", tools=[function("stop")], tool_choice="required", parallel_tool_calls=False)
         for _ in stream:

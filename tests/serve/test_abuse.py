@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from balcony_runtime.serve.http.connections import Connection
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.service import Limits
 from tests.serve.test_service import CHAT, HELLO, SLOW, connected, is_free, until
@@ -140,6 +142,25 @@ def test_one_connection_too_many_closes_the_one_that_has_waited_longest(hasty: S
         assert httpx.post(hasty.url + CHAT, json=HELLO).status_code == 200
         assert all_of(silent[0]) == b""
         assert busy.recv(1000)
+
+
+def test_connections_that_come_at_once_are_bounded(hasty: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop accepts all of them before it hears that one has ended."""
+    made, counts, all_there = Connection.connection_made, [], threading.Event()
+
+    def counted(self: Connection, transport: Any) -> None:
+        made(self, transport)
+        counts.append(len(self.connections))
+
+    monkeypatch.setattr(Connection, "connection_made", counted)
+    assert hasty._loop is not None
+    with contextlib.ExitStack() as stack:
+        hasty._loop.call_soon_threadsafe(all_there.wait, 20)
+        for _ in range(40):
+            stack.enter_context(connect(hasty))
+        all_there.set()
+        until(lambda: len(counts) == 40)
+    assert max(counts) == 12
 
 
 @pytest.mark.parametrize("nested", ["[{}]", '{{"a":{}}}', '{{"tools":[{}]}}', '{{"messages":[{}]}}', '{{"budget":{}}}'])

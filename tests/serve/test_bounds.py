@@ -12,6 +12,8 @@ import pytest
 
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.service import Limits
+from balcony_runtime.structure.asked import Structure
+from balcony_runtime.structure.grammar import Grammars
 from tests.serve.test_service import CHAT, HELLO, SLOW, is_free, until
 
 
@@ -74,13 +76,11 @@ def test_a_full_queue_and_the_time_limit(strict: Server) -> None:
 
 
 def test_the_time_of_a_compiler_counts_and_nobody_else_waits_for_it(server: Server, http: httpx.Client) -> None:
-    gate, compile_grammar, llm = threading.Event(), server.service.llm.compile_grammar, server.service.llm
+    gate, compile_ = threading.Event(), Grammars._compile
 
-    def slowly(*args: Any, **options: Any) -> bool:
-        if options.get("only_look"):
-            return False
+    def slowly(grammars: Grammars, asked: Structure) -> Any:
         assert gate.wait(120)
-        return compile_grammar(*args, **options)
+        return compile_(grammars, asked)
 
     answers: list[Any] = []
 
@@ -89,7 +89,7 @@ def test_the_time_of_a_compiler_counts_and_nobody_else_waits_for_it(server: Serv
         answers.append(httpx.post(server.url + CHAT, json=body, timeout=120).json())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm, "compile_grammar", slowly)
+        patch.setattr(Grammars, "_compile", slowly)
         threads = [threading.Thread(target=ask) for _ in range(40)]  # more than asyncio has threads
         for thread in threads:
             thread.start()

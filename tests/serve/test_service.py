@@ -25,7 +25,8 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.device.machine import cpu_name
 from balcony_edge.device.readings import Reading
 from balcony_runtime.serve.http.server import Server
-from balcony_runtime.serve.work.jobs import MOST_BUFFERED
+from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Cost, Job
+from balcony_runtime.serve.work.service import Limits, Service
 from tests.command import COMMAND, refused
 
 CHAT = "/v1/chat/completions"
@@ -267,12 +268,78 @@ def test_a_line_for_each_request(http: httpx.Client, server: Server, caplog: pyt
     assert [(line["status"], line["reason"]) for line in lines] == [(400, "invalid_value"), (422, "infeasible")]
 
 
-def test_a_failure_of_the_decode_thread_is_an_answer(http: httpx.Client, server: Server, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("method", ["of", "decoder"], ids=["while it is prepared", "in the decode thread"])
+def test_a_bug_is_an_answer_and_is_logged(
+    http: httpx.Client, server: Server, monkeypatch: Any, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(server.service.llm._requests, "of", lambda *_, **__: 1 / 0)
+        patch.setattr(server.service.llm._requests, method, lambda *_, **__: 1 / 0)
         found = http.post(CHAT, json=HELLO)
     assert (found.status_code, found.json()["error"]["code"]) == (500, "internal")
-    assert http.post(CHAT, json=HELLO).status_code == 200
+    assert http.post(CHAT, json=HELLO).status_code == 200, "on the same connection"
+    assert any(record.exc_info for record in caplog.records)
+
+
+def test_ended_replies_of_an_unfinished_answer_take_no_place() -> None:
+    service = Service(None, None, None, Limits())
+    for key in range(4):
+        service._jobs[key] = Job(key, 0, [1], None)
+    service._jobs[0].ended = True
+    service._jobs[1].begun = True
+    assert [job.key for job in service.slots] == [1, 2, 3] and service.waiting == 2
+
+
+def test_times_of_replies_that_follow_one_another() -> None:
+    """Each makes 100 tokens in 4 s, the second when the first has ended: 198 gaps in 8 s."""
+    costs = []
+    for begun_s, last_s in ((1.0, 5.0), (5.0, 9.0)):
+        costs.append(cost := Cost(asked_s=0.0))
+        cost.begun_s = cost.first_s = begun_s
+        cost.last_s, cost.tokens, cost.gaps = last_s, 100, 99
+    total = Cost.of(costs)
+    timings = total.timings(prompt_tokens=10, cached=0)
+    assert (timings["prompt_ms"], timings["predicted_ms"]) == (1000.0, 8000.0)
+    assert timings["predicted_per_second"] == pytest.approx(24.75)
+    assert total.ttft_ms == 5000.0
+
+
+def test_white_space_is_a_text(http: httpx.Client) -> None:
+    assert http.post("/tokenize", json={"content": "\n"}).json()["count"] > 0
+    assert http.post("/tokenize", json={"content": ""}).json()["tokens"] == []
+    assert http.post("/v1/completions", json={"prompt": "\n\n", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("most", [{"echo": True, "max_tokens": 0}, {"max_tokens": 2**31 - 1}], ids=str)
+def test_a_deadline_is_for_the_tokens_that_can_come(http: httpx.Client, most: dict[str, Any]) -> None:
+    body = {"prompt": [7] * 200, "budget": {"deadline_s": 9}, **most}
+    assert http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_prompts_that_never_ran_are_not_counted(http: httpx.Client) -> None:
+    def counted() -> float:
+        found = re.search(r"^balcony_prompt_tokens_total (\S+)$", http.get("/metrics").text, re.MULTILINE)
+        assert found is not None
+        return float(found[1])
+
+    before = counted()
+    assert http.post(CHAT, json=HELLO | {"model": "tiny:strict"}).status_code == 422
+    assert counted() == before
+    made = http.post("/v1/completions", json={"prompt": [7] * 9, "echo": True, "logprobs": 1, "max_tokens": 0})
+    assert made.status_code == 200 and counted() == before + 9
+
+
+def test_a_client_that_does_not_read_holds_up_no_end(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("balcony_runtime.serve.http.server.LAST_S", 1)
+    server = serve(drain_s=0.5)
+    large = SLOW | {"n": 8, "logprobs": True, "top_logprobs": 20, "budget": {}}
+    with connected(server, large, receive_buffer=4096):
+        until(lambda: any(job.paused for job in server.service.slots))
+        begin_s = time.monotonic()
+        server.stop()
+        until(lambda: server._socket.fileno() == -1, 10)
+        assert time.monotonic() - begin_s < 8
 
 
 def test_a_server_that_stops_ends_what_takes_too_long(serve: Callable[..., Server]) -> None:

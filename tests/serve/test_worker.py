@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,8 +27,8 @@ def llm(tiny: Any) -> Iterator[LLM]:
         yield loaded
 
 
-def job(key: int, tokens: int, **options: Any) -> Job:
-    return Job(key, 0, [key], {"max_new_tokens": tokens, "ignore_eos": True, **options})
+def job(worker: Worker, key: int, tokens: int, **options: Any) -> Job:
+    return Job(key, 0, [key], worker.prepare([key], max_new_tokens=tokens, ignore_eos=True, **options))
 
 
 class Sent:
@@ -57,17 +58,17 @@ def test_slow_readers_hold_nobody_up_while_a_request_waits_for_them(llm: LLM) ->
     llm.budget = Budget(kv_memory_mb=45 * row_bytes(llm.engine.manifest) / 1e6)
     sent, begun = Sent(llm, slow=(1,)), threading.Event()
     worker = sent.worker
-    add = worker._together.add
+    begin = worker._together.begin
 
-    def added(*arguments: Any, **options: Any) -> Any:
-        stream = add(*arguments, **options)
+    def begins(request: Any) -> Any:
+        stream = begin(request)
         if len(worker._together.open) == 2:
             begun.set()
         return stream
 
-    worker._together.add = added  # type: ignore[method-assign]
+    worker._together.begin = begins  # type: ignore[method-assign]
     worker.start()
-    slow, waits = job(1, 40), job(2, 40)
+    slow, waits = job(worker, 1, 40), job(worker, 2, 40)
     worker.submit(slow)
     sent.until(1, 3)  # the token that was on the way when it was paused
     worker.submit(waits)
@@ -76,7 +77,7 @@ def test_slow_readers_hold_nobody_up_while_a_request_waits_for_them(llm: LLM) ->
     sent.until(1, 40)
     sent.until(2, 1)
     worker.cancel(waits)
-    worker.submit(job(3, 3))
+    worker.submit(job(worker, 3, 3))
     sent.until(3, 3)
     worker.stop()
 
@@ -86,8 +87,8 @@ def test_a_bug_ends_one_reply_and_is_logged(llm: LLM, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Sampler, "pick", lambda self, logits: pick(self, logits) if self.greedy else 1 / 0)
     sent = Sent(llm)
     sent.worker.start()
-    sent.worker.submit(job(1, 10))
-    sent.worker.submit(job(2, 10, sampling=SamplingParams(temperature=1.0)))
+    sent.worker.submit(job(sent.worker, 1, 10))
+    sent.worker.submit(job(sent.worker, 2, 10, sampling=SamplingParams(temperature=1.0)))
     sent.until(1, 10)
     sent.until(2, 1)
     sent.worker.stop()
@@ -100,13 +101,13 @@ def test_a_change_that_fails_ends_the_reply_that_it_was_for(llm: LLM) -> None:
     """A budget that was allowed when it was checked, and is not any more: the thread goes on."""
     sent = Sent(llm)
     sent.worker.start()
-    first = job(1, 4000)
+    first = job(sent.worker, 1, 4000)
     sent.worker.submit(first)
     sent.until(1, 2)
     sent.worker.rebudget(first, Budget(exit_layer=4))
     while not isinstance(sent.items[1][-1], BudgetError):
         sent.until(1, len(sent.items[1]) + 1)
-    sent.worker.submit(job(2, 3))
+    sent.worker.submit(job(sent.worker, 2, 3))
     sent.until(2, 3)
     sent.worker.stop()
     assert "this bundle has exits 2, 3, 5" in str(sent.items[1][-1])
@@ -116,14 +117,51 @@ def test_the_heaviest_request_begins_first_and_nobody_is_overtaken_without_end(l
     """One reply at once. The light request asked first; four heavy ones begin before it, and the fifth after it."""
     begun: list[int] = []
     worker = Worker(llm, 1, 64, lambda found: begun.extend(one.key for one, _ in found if one.key not in begun))
-    jobs = [job(key, 2) for key in range(1, 8)]
+    jobs = [job(worker, key, 2) for key in range(1, 8)]
     for one in jobs[1:6]:
         one.budget = Budget(weight=2)
     for one in jobs:
         worker.submit(one)
     worker.start()
-    worker.submit(last := job(9, 2))
+    worker.submit(last := job(worker, 9, 2))
     while len(begun) < 8:
         threading.Event().wait(0.01)
     worker.stop()
     assert begun == [2, 3, 4, 5, 1, 6, 7, last.key]
+
+
+def test_times_of_a_reply_count_from_its_request(llm: LLM) -> None:
+    """Also those of its budget: it waits for another one, which takes more time than it may have."""
+    items: list[tuple[int, Item]] = []
+    ended = threading.Event()
+
+    def deliver(found: Found) -> None:
+        items.extend((one.key, item) for one, item in found)
+        if any(one.key == 2 and isinstance(item, Token) and item.finish_reason for one, item in found):
+            ended.set()
+
+    worker = Worker(llm, 1, 64, deliver)
+    worker.submit(job(worker, 1, 8, budget=Budget(max_pace_tps=20)))
+    budget = Budget(ttft_ms=200, deadline_s=0.3, expected_tokens=2)
+    asked_s = time.monotonic()
+    worker.submit(waits := job(worker, 2, 2, budget=budget, asked_s=asked_s))
+    worker.start()
+    assert ended.wait(30)
+    begun_ms = 1000 * (time.monotonic() - asked_s)
+    worker.stop()
+    first = next(item for key, item in items if key == 2)
+    assert isinstance(first, Token) and 350 <= first.latency_ms <= begun_ms
+    assert waits.stream is not None
+    held = {verdict.key: verdict.held for verdict in waits.stream.reply.verdicts}
+    assert held == {"ttft_ms": False, "deadline_s": False}
+
+
+def test_a_budget_that_changes_while_its_reply_waits(llm: LLM) -> None:
+    worker = Worker(llm, 1, 64, lambda found: None)
+    worker.rebudget(waits := job(worker, 1, 2), Budget(exit_layer=2))
+    worker.submit(waits)
+    worker.start()
+    while waits.stream is None or waits.stream.reply.finish_reason is None:
+        time.sleep(0.01)
+    worker.stop()
+    assert waits.stream.reply.tokens_per_exit == {2: 2}

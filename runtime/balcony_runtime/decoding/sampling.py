@@ -123,7 +123,7 @@ class SamplingParams:
         }
         for name, (kind, in_range, allowed, cure) in checks.items():
             value: Any = getattr(self, name)
-            if not isinstance(value, kind) or (value is not None and not math.isfinite(value)) or not in_range(value):
+            if not isinstance(value, kind) or not in_range(value) or (kind is Real and not _is_finite(value)):
                 raise InputError(f"{name} = {value!r}: must be {allowed}: {cure}")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
         for token, bias in biases:
@@ -132,6 +132,13 @@ class SamplingParams:
                     f"logit_bias = {self.logit_bias!r}: must give token ids a bias between ±{LARGEST:g} each; "
                     "use -100 to ban a token"
                 )
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 class Constraint(Protocol):
@@ -195,6 +202,8 @@ class Sampler:
         for token in params.logit_bias:
             if not 0 <= token < vocab_size:
                 raise InputError(f"logit_bias for token {token}: the vocabulary has 0 to {vocab_size - 1}")
+        self._biased = np.array(list(params.logit_bias), np.int64)
+        self._biases = np.array(list(params.logit_bias.values()), np.float32)
 
     @functools.cached_property
     def _random(self) -> np.random.Generator:
@@ -306,8 +315,7 @@ class Sampler:
         if self._seen is None and self._made is None and not params.logit_bias:
             return logits
         adjusted = logits.astype(np.float32)
-        for token, bias in params.logit_bias.items():
-            adjusted[:, token] += bias
+        adjusted[:, self._biased] += self._biases
         for row, seen in zip(adjusted, () if self._seen is None else self._seen, strict=False):
             counted = np.flatnonzero(seen)
             values, penalty = row[counted], params.repetition_penalty
@@ -387,16 +395,27 @@ def _dense(ids: IntArray, probabilities: npt.NDArray[np.float64], size: int) -> 
     return whole
 
 
-def log_probabilities(logits: FloatArray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """``(log P(token), the most likely tokens with their log P)`` under the model's own distribution.
+def log_probabilities(
+    logits: FloatArray, tokens: IntArray, top: int
+) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
+    """Log-probability of one token in each row, and the likeliest ones with theirs, under the model's own distribution.
 
     Args:
-        logits: logits of the model, unchanged, (V,).
-        token: token that was picked.
-        top: number of most likely tokens to list.
+        logits: logits of the model, unchanged, (n, V).
+        tokens: token of each row, (n,).
+        top: number of likeliest tokens to list.
     """
-    shifted = logits.astype(np.float64) - logits.max()
-    logs = shifted - math.log(np.exp(shifted).sum())
-    best = np.argpartition(-logs, top)[:top] if top < len(logs) else np.arange(len(logs))
-    best = best[np.argsort(-logs[best], kind="stable")]
-    return float(logs[token]), tuple((int(id_), float(logs[id_])) for id_ in best)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    totals = np.log(np.exp(shifted).sum(axis=-1, dtype=np.float64))
+    own = (shifted[np.arange(len(tokens)), tokens] - totals).tolist()
+    if not top:
+        return own, [()] * len(own)
+    count = shifted.shape[-1]
+    kept = min(top, count)
+    ids = np.argpartition(shifted, count - kept, axis=-1)[:, count - kept :]
+    values = np.take_along_axis(shifted, ids, axis=-1) - totals[:, None]
+    likeliest = [
+        tuple(sorted(zip(of_ids, of_values, strict=True), key=lambda pair: -pair[1]))
+        for of_ids, of_values in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    return own, likeliest

@@ -39,6 +39,7 @@ class CallFormat(NamedTuple):
     tail: str = ""
     between: str = ""
     last: str = ""
+    several: bool = True
 
 
 @cache

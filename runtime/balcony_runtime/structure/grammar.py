@@ -8,6 +8,7 @@ exits or sampling.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -37,6 +38,8 @@ SLOW_S = 0.0003
 #: Bounds of one compiled structure: 20,000 states of its lexer take about 40 MB (llguidance's default is 250,000). The
 #: others are llguidance's own: 1,000,000 units of fuel to build (20 ms), 200,000 units and 50,000 items for a mask (15 ms).
 MOST_STATES = 20_000
+#: llama.cpp's form, which llguidance takes for its own if a rule is named start.
+_GBNF = re.compile(r"^\s*root\s*::=", re.MULTILINE)
 #: Longest reason from the compiler that a message quotes.
 MOST_REASON = 200
 
@@ -130,9 +133,10 @@ class Grammars:
             elif asked.kind == "tools":
                 grammar = matchers.grammar_from_lark(asked.text)
             else:
-                from llguidance.gbnf_to_lark import any_to_lark  # noqa: PLC0415 - llama.cpp's form of grammars
+                from llguidance.gbnf_to_lark import any_to_lark, gbnf_to_lark  # noqa: PLC0415 - llama.cpp's grammars
 
-                grammar = matchers.grammar_from_lark(any_to_lark(asked.text))
+                to_lark = gbnf_to_lark if _GBNF.search(asked.text) else any_to_lark
+                grammar = matchers.grammar_from_lark(to_lark(asked.text))
         except Exception as error:  # the readers of the library raise whatever a broken text makes them raise
             raise _refused(asked.kind, str(error) or type(error).__name__) from None
         limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)

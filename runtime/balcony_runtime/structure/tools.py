@@ -174,7 +174,7 @@ def toolbox(
             "must be 'none', 'auto', 'required', or {'type': 'function', 'function': {'name': ...}}: give one of them"
         )
         raise InputError(f"tool_choice = {shortened(choice)}: {allowed}")
-    return Toolbox(tools, choice == "required", parallel, form, marker_id, key)
+    return Toolbox(tools, choice == "required", parallel and form.several, form, marker_id, key)
 
 
 def _named(choice: Any) -> str | None:

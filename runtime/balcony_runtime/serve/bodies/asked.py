@@ -17,6 +17,8 @@ from balcony_runtime.serve.bodies.structured import structure_of
 
 #: Tokens of a completion without ``max_tokens``, as OpenAI and vLLM have it.
 COMPLETION_TOKENS = 16
+#: Most stop strings, and their greatest length: each token of a reply is compared with all of them.
+MOST_STOPS, LONGEST_STOP = 64, 256
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -183,6 +185,8 @@ def _stop(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise bad("stop", value, "must be a text or a list of texts that are not empty")
+    if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
+        raise bad("stop", value, f"at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters are looked for")
     return tuple(stops)
 
 

@@ -178,7 +178,7 @@ class _Routes:
             shown = template_of(fields) | {key: tools for key in ("tools", "tool_choice") if (tools := fields.get(key))}
             ids = await asyncio.to_thread(llm.encode, messages, control_tokens=special, **shown)
         elif text is not None:
-            ids = await asyncio.to_thread(llm.encode, text, chat=False, control_tokens=special)
+            ids = await asyncio.to_thread(llm.encode, text, chat=False, control_tokens=special) if text else []
         else:
             raise bad("content", None, "give a text as content (or prompt), or messages")
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.max_length})

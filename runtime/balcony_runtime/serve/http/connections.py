@@ -58,7 +58,14 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._expect()
         if len(self.connections) > self.most:
-            next(iter(self.idle)).transport.abort()  # this one, if all others have a request in progress
+            longest = next(iter(self.idle))  # this one, if all others have a request in progress
+            longest._drop()
+
+    def _drop(self) -> None:
+        """Close the connection, which counts no more; several come before the loop tells of the end of one."""
+        self.idle.pop(self, None)
+        self.connections.discard(self)
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""

@@ -45,10 +45,13 @@ class Guard:
         if scope["type"] != "http":
             return
         seen: list[Message] = []
+        ended = False
 
         async def counted(message: Message) -> None:
+            nonlocal ended
             if message["type"] == "http.response.start":
                 seen.append(message)
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
         try:
@@ -58,6 +61,10 @@ class Guard:
             await answer_of(refusal)(scope, receive, counted)
         except ClientDisconnect:
             return
+        except Exception:  # a bug: starlette has answered 500, and the connection may go on
+            if not ended:
+                raise
+            _log.exception("%s %s failed", scope["method"], scope["path"][:100])
         finally:
             if seen:
                 self._note(scope, seen[0])

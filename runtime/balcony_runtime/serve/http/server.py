@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import resource
 import signal
@@ -42,6 +41,8 @@ SEND_BUFFER = 128 << 10
 BACKLOG = 256
 #: Time between two looks at whether the last reply has ended, while the server stops.
 DRAIN_LOOK_S = 0.05
+#: Longest time for sending the ends of answers, after they were told to end. Clients that do not read are cut off.
+LAST_S = 5
 #: File descriptors of the process that are no connections.
 OTHER_FILES = 64
 
@@ -175,7 +176,7 @@ class Server:
             ws="none",
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=math.ceil(settings.drain_s) + 5,  # answers that are ended take a moment
+            timeout_graceful_shutdown=LAST_S,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
         )
@@ -237,6 +238,7 @@ class _Uvicorn(uvicorn.Server):
     def _end(self) -> None:
         if self._owner.service.draining:
             self._owner.service.abort()
+            self.should_exit = True
             return
         _log.info("stopping: waiting for requests in progress; another signal ends them")
         _notify("STOPPING=1")

@@ -64,7 +64,7 @@ class Answer:
         self._channel: Channel = jobs[0].channel
         self.begun_s = jobs[0].cost.asked_s
         self._until_s, self._limit_s = self.begun_s + limit_s, limit_s
-        self._scores: dict[Job, Scores] = {}
+        self.scores: dict[Job, Scores] = {}
         self._first: tuple[Job, Item] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._gone = self._closed = self._stopped = False
@@ -88,7 +88,7 @@ class Answer:
         while not all(job.ended for job in self.jobs):
             if (found := await self._next(KEEPALIVE_S)) is not None:
                 self._take(*found)
-        scores = [self._scores.get(job) for job in self.jobs]
+        scores = [self.scores.get(job) for job in self.jobs]
         if self.asked.logprobs is None:
             return self.shapes.whole(self.jobs, scores)
         return await asyncio.to_thread(
@@ -140,7 +140,7 @@ class Answer:
         pieces = []
         if not isinstance(item, Scores):
             if job not in opened and not self.asked.chat:
-                pieces = self.shapes.opening(job, self._scores.get(job))
+                pieces = self.shapes.opening(job, self.scores.get(job))
             opened.add(job)
             made = self.shapes.token(job, item) if isinstance(item, Token) else self.shapes.end(job, "length")
             if made is not None:
@@ -153,7 +153,7 @@ class Answer:
         if isinstance(item, BaseException):
             raise self._failed(item)
         if isinstance(item, Scores):
-            self._scores[job] = item
+            self.scores[job] = item
         elif isinstance(item, Ended):
             job.ended = True
         elif isinstance(item, Token):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_runtime.reply import Token, TokenStream
+from balcony_runtime.requests import Request
 
 #: Tokens in the buffer of a reply from which it is paused, and below which it goes on.
 MOST_BUFFERED, FEW_BUFFERED = 64, 16
@@ -45,7 +46,7 @@ class Job:
         key: its number, that of its slot.
         index: number of the choice in the answer.
         ids: tokens of the prompt.
-        options: options of :meth:`Together.add`.
+        request: the reply to begin; None to score the prompt only.
         budget: its own budget; None for the server's.
         score: number of likeliest tokens to report at each place of the prompt; None not to score it.
         model: name under which it was asked for.
@@ -57,28 +58,25 @@ class Job:
         key: int,
         index: int,
         ids: Sequence[int],
-        options: dict[str, Any],
+        request: Request | None,
         *,
         budget: Budget | None = None,
         score: int | None = None,
         model: str = "",
         asked_s: float | None = None,
     ) -> None:
-        self.key, self.index, self.ids, self.options = key, index, ids, options
+        self.key, self.index, self.ids, self.request = key, index, ids, request
         self.budget, self.score, self.model = budget, score, model
         #: Set by the decode thread when the reply begins.
         self.stream: TokenStream | None = None
         self.channel = Channel()
         #: Cost of the tokens that were made, and of those that the answer has taken.
         self.cost, self.shown = Cost(asked_s), Cost(asked_s)
+        #: Set by the decode thread when it takes the job up, be it to score the prompt.
+        self.begun = False
         self.buffered, self.paused, self.ended = 0, False, False
         #: Number of later requests that began while it waited.
         self.overtaken = 0
-
-    @property
-    def makes_tokens(self) -> bool:
-        """Whether tokens follow the prompt's scores."""
-        return self.options.get("max_new_tokens") != 0
 
 
 class Channel:
@@ -118,6 +116,8 @@ class Cost:
 
     def __init__(self, asked_s: float | None = None) -> None:
         self.asked_s = time.monotonic() if asked_s is None else asked_s
+        #: Times of the first token; of several replies, of the earliest first one, and of the last.
+        self.begun_s: float | None = None
         self.first_s: float | None = None
         self.last_s = self.asked_s
         self.tokens, self.gaps, self.gaps_ms, self.late, self.targets = 0, 0, 0.0, 0, 0
@@ -129,7 +129,7 @@ class Cost:
         """Count a token that has just arrived."""
         self.last_s = time.monotonic()
         if self.first_s is None:
-            self.first_s = self.last_s
+            self.begun_s = self.first_s = self.last_s
         else:
             self.gaps += 1
             self.gaps_ms += token.latency_ms
@@ -147,12 +147,13 @@ class Cost:
 
     @classmethod
     def of(cls, costs: Sequence[Cost]) -> Cost:
-        """The sum of several replies: the time of the slowest first token, and the reason of the last token."""
+        """The sum of several replies: the time to the slowest first token, and the reason of the last token."""
         if len(costs) == 1:
             return costs[0]
         total = cls(min(cost.asked_s for cost in costs))
         firsts = [cost.first_s for cost in costs if cost.first_s is not None]
-        total.first_s, total.last_s = max(firsts, default=None), max(cost.last_s for cost in costs)
+        total.begun_s, total.first_s = min(firsts, default=None), max(firsts, default=None)
+        total.last_s = max(cost.last_s for cost in costs)
         for name in ("tokens", "gaps", "gaps_ms", "late", "targets", "forced"):
             setattr(total, name, sum(getattr(cost, name) for cost in costs))
         for cost in costs:
@@ -168,10 +169,9 @@ class Cost:
             cached: number of these whose rows were there already.
         """
         prompt_tokens -= cached
-        prompt_ms, predicted_ms = (
-            self.ttft_ms or 0.0,
-            0.0 if self.first_s is None else 1000 * (self.last_s - self.first_s),
-        )
+        begun_s = self.last_s if self.begun_s is None else self.begun_s
+        prompt_ms = 0.0 if self.begun_s is None else 1000 * (begun_s - self.asked_s)
+        predicted_ms = 1000 * (self.last_s - begun_s)
         return {
             "cache_n": cached,
             "prompt_n": prompt_tokens,

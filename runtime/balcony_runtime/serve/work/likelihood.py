@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.decoding.sampling import log_probabilities
 from balcony_runtime.engine import Engine
 from balcony_runtime.serve.work.jobs import Scores
 
@@ -36,27 +36,8 @@ def scored(engine: Engine, ids: Sequence[int], exit_layer: int, top: int) -> Gen
     for begin in range(0, len(ids) - 1, PIECE):
         piece = list(ids[begin : min(begin + PIECE, len(ids) - 1)])
         logits = sequence.advance(exit_layer, piece, len(piece))[0]
-        found, likeliest = _picked(logits, np.array(ids[begin + 1 : begin + 1 + len(piece)]), top)
+        found, likeliest = log_probabilities(logits, np.array(ids[begin + 1 : begin + 1 + len(piece)]), top)
         logprobs += found
         best += likeliest
         yield
     return Scores(logprobs, best)
-
-
-def _picked(logits: FloatArray, tokens: IntArray, top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """Log-probability of one token in each row, (n,), and the likeliest ones, from logits (n, V)."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    totals = np.log(np.exp(shifted).sum(axis=-1, dtype=np.float64))
-    rows = np.arange(len(tokens))
-    own = (shifted[rows, tokens] - totals).tolist()
-    if not top:
-        return own, [[] for _ in own]
-    count = shifted.shape[-1]
-    kept = min(top, count)
-    ids = np.argpartition(shifted, count - kept, axis=-1)[:, count - kept :]
-    values = np.take_along_axis(shifted, ids, axis=-1) - totals[:, None]
-    likeliest = [
-        sorted(zip(of_ids, of_values, strict=True), key=lambda pair: -pair[1])
-        for of_ids, of_values in zip(ids.tolist(), values.tolist(), strict=True)
-    ]
-    return own, likeliest

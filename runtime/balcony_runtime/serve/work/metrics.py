@@ -126,7 +126,7 @@ class Metrics:
         self._hits.inc(cached > 0)
 
     def reply(self, operation: str, model: str, cost: Cost, seconds: float, error: str) -> None:
-        """Record the cost of an answer whose replies began."""
+        """Record the cost of an answer."""
         self._duration.labels(operation, model, error).observe(seconds)
         if cost.ttft_ms is not None:
             self._first.labels(operation, model).observe(cost.ttft_ms / 1000)

@@ -22,6 +22,7 @@ import numpy as np
 from balcony_edge.budget import Budget, load_budget
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
+from balcony_runtime.requests import Request
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.named import Names
 from balcony_runtime.serve.bodies.refusal import RefusedError, busy
@@ -109,7 +110,7 @@ class Service:
         worker = Worker(llm, limits.parallel, limits.parallel + limits.queue, hand_over)
         metrics = Metrics(
             llm.exit_layers,
-            running=lambda: len(self._jobs) - self.waiting,
+            running=lambda: len(self.slots) - self.waiting,
             waiting=lambda: self.waiting,
             pending=lambda: sum(0 if job.cost.last is None else job.cost.last.pending_rows for job in self.slots),
             slowdown=lambda: self._slowdown,
@@ -180,12 +181,12 @@ class Service:
     @property
     def slots(self) -> Sequence[Job]:
         """Replies that have not ended."""
-        return tuple(self._jobs.values())
+        return tuple(job for job in self._jobs.values() if not job.ended)
 
     @property
     def waiting(self) -> int:
         """Number of replies that have not begun."""
-        return sum(job.stream is None for job in self._jobs.values())
+        return sum(not job.begun for job in self.slots)
 
     @property
     def retry_s(self) -> int:
@@ -210,36 +211,36 @@ class Service:
             BalconyError: a prompt, a budget or a parameter is refused.
         """
         asked_s, meter = time.monotonic(), EnergyMeter(self.llm.readings)
-        budget = self.names.budget(asked.model, headers, asked.budget, asked.max_tokens)
+        most_tokens = None if asked.max_tokens is None else min(max(asked.max_tokens, 1), self.llm.engine.max_length)
+        budget = self.names.budget(asked.model, headers, asked.budget, most_tokens)
         model, count = asked.model or self.names.name, len(asked.prompts) * asked.n
-        others, most = len(self._jobs) + self._preparing, self.limits.parallel + self.limits.queue
+        others, most = len(self.slots) + self._preparing, self.limits.parallel + self.limits.queue
         if others and others + count > most:  # a request that is larger than the queue has it to itself
             raise busy(f"{others} replies run or wait, and {most} may: try again later", "queue_full", self.retry_s)
         self._preparing += count
         try:
             if asked.structured and not await asyncio.to_thread(self._compile, asked, only_look=True):
                 await asyncio.get_running_loop().run_in_executor(self._compiler, self._compile, asked)
-            prompts, texts, options = await asyncio.to_thread(self._prepare, asked, budget)
+            prepared = await asyncio.to_thread(self._prepare, asked, budget, asked_s)
         finally:
             self._preparing -= count
         jobs = [
             Job(
                 next(self._keys),
                 index,
-                prompts[index // asked.n],
-                options[index % asked.n],
+                ids,
+                request,
                 budget=budget,
                 score=asked.logprobs if asked.echo else None,
                 model=model,
                 asked_s=asked_s,
             )
-            for index in range(len(prompts) * asked.n)
+            for index, (ids, _, request) in enumerate(prepared)
         ]
         for job in jobs:
             job.channel = jobs[0].channel
             self._jobs[job.key] = job
-        texts = [texts[job.index // asked.n] for job in jobs]
-        shapes = Shapes(asked, model, self.llm.decode, texts, meter)
+        shapes = Shapes(asked, model, self.llm.codec, [text for _, text, _ in prepared], meter)
 
         def on_close(answer: Answer) -> None:
             self._closed(answer, model, client)
@@ -251,39 +252,46 @@ class Service:
     def _compile(self, asked: Asked, *, only_look: bool = False) -> bool:
         return self.llm.compile_grammar(asked.params(0), **asked.tooling, only_look=only_look)
 
-    def _prepare(self, asked: Asked, budget: Budget | None) -> tuple[list[list[int]], list[str], list[dict[str, Any]]]:
-        """Tokens and texts of the prompts, and options of each reply to a prompt. Runs in a thread."""
+    def _prepare(
+        self, asked: Asked, budget: Budget | None, asked_s: float
+    ) -> list[tuple[list[int], str, Request | None]]:
+        """Each reply: its prompt's tokens, the text that it echoes, and the reply itself, unless it makes no tokens.
+
+        Runs in a thread. A compiled structure may have been forgotten meanwhile; it is then compiled here.
+        """
         llm = self.llm
         if budget is not None:
             llm.resolved(budget)
-        options = [
-            {
-                "max_new_tokens": asked.max_tokens,
-                "sampling": asked.params(choice),
-                "stop": asked.stop,
-                "logprobs": asked.logprobs,
-                "ignore_eos": asked.ignore_eos,
-                **asked.tooling,
-            }
-            for choice in range(asked.n)
-        ]
-        prompts, texts = [], []
+        options = {
+            "budget": budget,
+            "max_new_tokens": asked.max_tokens,
+            "stop": asked.stop,
+            "logprobs": asked.logprobs,
+            "ignore_eos": asked.ignore_eos,
+            "chat": asked.chat,
+            "asked_s": asked_s,
+            **asked.tooling,
+        }
+        found: list[tuple[list[int], str, Request | None]] = []
         for prompt in asked.prompts:
-            special = asked.parse_special
+            special, ids = asked.parse_special, prompt
             if asked.chat:
                 shown = {name: value for name, value in asked.tooling.items() if name != "parallel_tool_calls"}
-                prompts.append(llm.encode(prompt, control_tokens=special, **shown, **asked.template))
-            else:
-                text = isinstance(prompt, str)
-                prompts.append(llm.encode(prompt, chat=False, control_tokens=special) if text else prompt)
-                refuse_foreign(np.array(prompts[-1]), llm.engine.manifest.model.vocab_size)
+                ids = llm.encode(prompt, control_tokens=special, **shown, **asked.template)
+            elif isinstance(prompt, str):
+                ids = llm.encode(prompt, chat=False, control_tokens=special)
+            refuse_foreign(np.array(ids), llm.engine.manifest.model.vocab_size)
             if llm.pool is not None:  # read a file here, not in the thread that decodes
-                llm.pool.recall(np.array(prompts[-1]))
+                llm.pool.recall(np.array(ids))
+            text = ""
             if asked.echo:
-                texts.append(prompt if isinstance(prompt, str) else llm.decode(prompt))
-            else:
-                texts.append("")
-        return prompts, texts, options
+                text = prompt if isinstance(prompt, str) else llm.decode(prompt)
+            for choice in range(asked.n):
+                request = None
+                if asked.max_tokens != 0:
+                    request = self._parts[2].prepare(ids, sampling=asked.params(choice), **options)
+                found.append((ids, text, request))
+        return found
 
     def abort(self) -> None:
         """End all answers with an error."""
@@ -299,7 +307,8 @@ class Service:
         self._mean_s += 0.2 * (seconds - self._mean_s)
         cost = Cost.of([job.cost for job in answer.jobs])
         operation = "chat" if answer.asked.chat else "text_completion"
-        self.metrics.prompts(prompt_tokens(answer.jobs), cached_tokens(answer.jobs))
+        ran = [job for job in answer.jobs if job.cost.tokens or job in answer.scores]
+        self.metrics.prompts(prompt_tokens(ran), cached_tokens(ran))
         self.metrics.reply(operation, model, cost, seconds, answer.reason)
         if answer.streaming and answer.reason and answer.status != 499:  # the client has seen status 200
             self.metrics.rejected(answer.reason)

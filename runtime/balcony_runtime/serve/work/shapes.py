@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from balcony_runtime.reply import Token
@@ -16,6 +16,7 @@ from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import Cost, Job, Scores
 from balcony_runtime.structure.calls import CallReader, Piece, ToolCall
+from balcony_runtime.text import TextCodec, TextStream
 
 Best = Sequence[tuple[int, float]]
 #: What a part of a character decodes to.
@@ -28,7 +29,7 @@ class Shapes:
     Args:
         asked: the request.
         model: name of the model in the answer.
-        decode: text of token ids.
+        codec: the bundle's tokenizer.
         prompts: text of the prompt of every choice, for ``echo``.
         meter: energy since the request.
     """
@@ -37,14 +38,15 @@ class Shapes:
         self,
         asked: Asked,
         model: str,
-        decode: Callable[[Sequence[int]], str],
+        codec: TextCodec,
         prompts: Sequence[str],
         meter: EnergyMeter,
     ) -> None:
-        self._asked, self._decode, self._prompts, self._meter = asked, decode, prompts, meter
+        self._asked, self._codec, self._prompts, self._meter = asked, codec, prompts, meter
         self.id = ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
         self._readers: dict[Job, CallReader] = {}
+        self._texts: dict[Job, TextStream] = {}
         self._offsets = [0] * len(prompts)  # characters of each choice so far, for text_offset
 
     def opening(self, job: Job, scores: Scores | None) -> list[dict[str, Any]]:
@@ -148,10 +150,12 @@ class Shapes:
 
     def _listed(self, job: Job, tokens: Sequence[tuple[int, float | None, Best]]) -> dict[str, Any]:
         names, offsets, best = [], [], []
+        if job not in self._texts:
+            self._texts[job] = self._codec.stream(() if self._asked.echo else job.ids)
         for token, logprob, likeliest in tokens:
             names.append(name := self._name(token))
             offsets.append(self._offsets[job.index])
-            self._offsets[job.index] += len(self._decode([token]))
+            self._offsets[job.index] += len(self._texts[job].push(token))
             found: dict[str, float] | None = None
             if logprob is not None:  # different tokens may have one text: the likelier one counts
                 found = {}
@@ -167,13 +171,13 @@ class Shapes:
         }
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._decode([token])
+        text = self._codec.name(token)
         name = f"token_id:{token}" if self._asked.as_ids else text
         return {"token": name, "logprob": logprob, "bytes": None if _PART in text else list(text.encode())}
 
     def _name(self, token: int) -> str:
         """Name of a token of a completion, which is a key: parts of characters have one text."""
-        text = "" if self._asked.as_ids else self._decode([token])
+        text = "" if self._asked.as_ids else self._codec.name(token)
         return f"token_id:{token}" if self._asked.as_ids or _PART in text else text
 
     def _piece(self, job: Job, text: Any, logprobs: Any, reason: str | None) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from queue import SimpleQueue
+from typing import Any
 
 from balcony_edge.budget import Budget
 from balcony_edge.errors import BalconyError
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
+from balcony_runtime.requests import Request
 from balcony_runtime.scheduling.admission import in_order, overtakes
 from balcony_runtime.serve.work.jobs import Ended, Item, Job, Scores
 from balcony_runtime.serve.work.likelihood import scored
@@ -61,6 +63,10 @@ class Worker:
         """Whether the thread has taken a turn since the last call, or waits for something to do."""
         before, self._seen_turns = self._seen_turns, self._turns
         return self._thread.is_alive() and (self._idle or before != self._turns)
+
+    def prepare(self, ids: Sequence[int], **options: Any) -> Request:
+        """The reply to a prompt, for a job; see :meth:`.Together.prepare`. Any thread may call it."""
+        return self._together.prepare(ids, **options)
 
     def submit(self, job: Job) -> None:
         """Queue a job; its items come through ``deliver``."""
@@ -121,6 +127,7 @@ class Worker:
             job = in_order(self._waiting, lambda one: (one.budget or self._llm.budget).weight)[0]
             self._waiting.remove(job)
             overtakes(job, self._waiting)
+            job.begun = True
             if job.score is None:
                 self._begin(job)
                 continue
@@ -133,11 +140,11 @@ class Worker:
             self._scoring[job] = scored(self._llm.engine, job.ids, exit_layer, job.score)
 
     def _begin(self, job: Job) -> None:
-        if not job.makes_tokens:
+        if job.request is None:
             self._found.append((job, Ended()))
             return
         try:
-            job.stream = self._together.add(job.ids, budget=job.budget, **job.options)
+            job.stream = self._together.begin(job.request)
         except Exception as error:
             self._found.append((job, _told(error)))
         else:
@@ -198,8 +205,8 @@ class Worker:
 
 def _rebudget(job: Job, budget: Budget | None) -> None:
     job.budget = budget
-    if job.stream is not None and not job.ended:
-        job.stream.budget = budget
+    if job.request is not None and not job.ended:
+        job.request.limits.replace(budget)
 
 
 def _told(error: Exception) -> Exception:
