@@ -89,7 +89,7 @@ def test_end_of_sequence_stops_and_has_no_text(llm: LLM, tiny: Any, monkeypatch:
     reply = llm.generate(ids, max_new_tokens=20)
     assert len(reply.tokens) == first + 1
     assert reply.finish_reason == "stop" and reply.tokens[-1].id == end
-    assert reply.text == llm._codec.decode([token.id for token in free.tokens[:first]])
+    assert reply.text == llm.codec.decode([token.id for token in free.tokens[:first]])
 
 
 def test_budget_changes_take_effect_at_the_next_token(llm: LLM) -> None:
@@ -296,6 +296,7 @@ def test_pace_waits_and_the_wait_goes_to_the_backlog(llm: LLM) -> None:
     assert {token.decision.period_ms for token in tokens[1:]} == {50}
     assert {token.exit_layer for token in tokens} == {2}
     assert tokens[-1].pending_rows == 0  # although no deeper exit was used
+    assert sum(token.caught_up_rows for token in tokens) > 60
 
 
 def test_a_paced_stream_is_cancelled_in_the_middle_of_a_wait(llm: LLM) -> None:
@@ -331,7 +332,7 @@ def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any) -> None:
     def hot() -> tuple[Reading, ...]:
         return (Reading("board", "board", time.monotonic(), watts=9.0, celsius=80.0),)
 
-    with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain._codec, Budget(), readings=hot) as llm:
+    with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain.codec, Budget(), readings=hot) as llm:
         llm.costs = prices()
         llm.budget = Budget(temperature_c=70, min_pace_tps=300)
         tokens = list(llm.stream([1, 2, 3], max_new_tokens=80, ignore_eos=True))
@@ -351,7 +352,7 @@ def test_a_ceiling_that_nothing_measures_is_said_counted_and_refused(
     def warm() -> tuple[Reading, ...]:
         return (Reading("board", "board", time.monotonic(), celsius=50.0),)
 
-    with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain._codec, Budget(), readings=warm) as llm:
+    with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain.codec, Budget(), readings=warm) as llm:
         llm.budget = Budget(power_w=5, temperature_c=70)
         assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
             "power_w = 5: no sensor of this device measures it (`balcony-edge doctor` says what is missing): it is not held"

@@ -16,7 +16,7 @@ from balcony_edge.errors import ContextLengthError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling import shared_step
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
-from balcony_runtime.scheduling.shared_step import PoolMove
+from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
 from tests.properties import examples
 from tests.runtime.test_conformance import assert_equal, check_cursors, from_scratch
 
@@ -285,6 +285,26 @@ def test_a_prompt_starts_from_the_longest_prefix_of_another_one(tiny_engine: Eng
     assert same is again and same.length == len(common) + 1
     short = pool.take(common[: LEAST_SHARED - 1])
     assert short is not None and short.length == 0
+
+
+def test_a_sequence_may_be_collected_in_the_middle_of_a_step(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector gives it back in the thread that steps, which holds the lock; its member is free after the step."""
+    pool = new_pool(tiny_engine, 2)
+    steps, lost = pool.take(), pool.take()
+    assert steps is not None and lost is not None
+    steps.advance(2, [1, 2, 3])
+    run = SharedStep.run
+
+    def collected(self: SharedStep, *arguments: Any) -> Any:
+        pool.give_back(lost)
+        assert pool.in_use == 2, "not before the step has ended"
+        return run(self, *arguments)
+
+    monkeypatch.setattr(SharedStep, "run", collected)
+    pool.step([PoolMove(steps, 2, 4)])
+    assert pool.in_use == 1 and not pool.holds(lost)
 
 
 def test_ended_sequences_make_room(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_runtime.backends import recurrent
 from balcony_runtime.chat import Chat
-from balcony_runtime.engine import Engine
+from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from tests.hybrids import EXPORTED, RECURRENT
 from tests.properties import examples
@@ -167,6 +167,19 @@ def test_several_streams_keep_states_of_their_own(hybrid: LLM) -> None:
     streams = [hybrid.stream(prompt, max_new_tokens=10, ignore_eos=True) for prompt in PROMPTS[:3]]
     together = [[token.id for token in tokens] for tokens in zip(*streams, strict=True)]
     assert [list(ids) for ids in zip(*together, strict=True)] == alone
+
+
+def test_the_end_of_a_prompt_is_a_checkpoint_in_company_too(hybrid: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, lengths = TokenSequence.checkpoint, []
+
+    def counted(sequence: TokenSequence) -> None:
+        lengths.append(sequence.length)
+        checkpoint(sequence)
+
+    monkeypatch.setattr(TokenSequence, "checkpoint", counted)
+    hybrid.budget = Budget()
+    hybrid.generate_batch([[1] * 20, [2] * 30], max_new_tokens=4)
+    assert sorted(lengths) == [20, 30]
 
 
 @pytest.mark.parametrize("copies", [1, 8])

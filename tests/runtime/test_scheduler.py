@@ -23,6 +23,7 @@ from balcony_edge.control.company import composition, joint
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
 from balcony_edge.control.governor import Governor
 from balcony_edge.errors import InfeasibleError, InputError
+from balcony_runtime.decoding.loop import Decoder
 from balcony_runtime.decoding.policy import Turn
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.decoding.speculate import Speculator
@@ -284,7 +285,7 @@ def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monk
     llm.costs = PRICES
     monkeypatch.setattr(composition, "CALM_MS", 20.0)  # some dozen rows of a stage at these prices
     scheduler, chunks, order = llm._requests.scheduler, [], []  # type: Any, list[int], list[int]
-    work_off, hand_over = Stream.work_off, scheduler._hand_over
+    work_off, take = Stream.work_off, Decoder.take
     with ThreadPoolExecutor(1) as threads:
 
         def worked_off(stream: Any, chunk: Any) -> None:
@@ -295,12 +296,12 @@ def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monk
                 while not any(one.asks for one in list(scheduler._streams.values()) if one is not stream):
                     time.sleep(0.001)
 
-        def handed_over(stream: Any, *rest: Any) -> None:
-            order.append(stream.sequence.length)
-            hand_over(stream, *rest)
+        def taken(decoder: Any, *rest: Any) -> Any:
+            order.append(decoder._sequence.length)
+            return take(decoder, *rest)
 
         monkeypatch.setattr(Stream, "work_off", worked_off)
-        monkeypatch.setattr(scheduler, "_hand_over", handed_over)
+        monkeypatch.setattr(Decoder, "take", taken)
         reply = llm.generate(prompt, **options)
     assert ids(reply) == alone
     assert len(chunks) >= 2 and max(chunks) < 190

@@ -13,10 +13,11 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds
+from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.loop import Decoder
 from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling.stream import Stream
 from tests.replies import PRICES, all_at_once, ids
 
 SLOW = Budget(max_pace_tps=1 / 60)
@@ -135,6 +136,56 @@ def test_tokens_whose_wait_is_interrupted_are_told_later(llm: LLM, monkeypatch: 
         while replies.open:
             replies.step()
     assert ids(stream.reply) == want and len(company.reply.tokens) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["alone", "in company"])
+def test_a_token_that_was_made_before_an_interrupt_is_told_later(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """The interrupt comes between the step and the answer of one of the streams."""
+    options = {**ENDLESS, "max_new_tokens": 8}
+    want = [ids(llm.generate([1, 2, 3 + number], **options)) for number in range(count)]
+    with llm.together() as replies:
+        streams = [replies.add([1, 2, 3 + number], **options) for number in range(count)]
+        for _ in range(3):
+            replies.step()
+        answer, times = Stream.answer, itertools.count()
+
+        def interrupted(self: Stream, steps: Any) -> None:
+            if next(times) == 0:
+                raise KeyboardInterrupt
+            answer(self, steps)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Stream, "answer", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                replies.step()
+        while replies.open:
+            replies.step()
+    assert [ids(one.reply) for one in streams] == want
+
+
+def test_a_trace_that_was_closed_ends_no_reply(llm: LLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    llm.costs = PRICES
+    with RoundTraceWriter(tmp_path / "rounds.jsonl") as trace:
+        llm.record_rounds(trace)
+        llm.generate_batch([[1, 2], [3]], max_new_tokens=4)
+    assert all(llm.generate_batch([[1, 2], [3]], max_new_tokens=4))
+    assert [one.message.rpartition("rounds.jsonl")[2] for one in caplog.records] == [
+        ": was closed: record to a new file"
+    ]
+
+
+def test_rounds_that_were_not_recorded_are_not_replayed(llm: LLM, tmp_path: Path) -> None:
+    llm.costs = PRICES
+    with RoundTraceWriter(tmp_path / "rounds.jsonl") as trace:
+        for recorded in (trace, None, trace):
+            llm.record_rounds(recorded)
+            llm.generate_batch([[1, 2], [3]], budget=Budget(tpot_ms=1000.0), max_new_tokens=6)
+    assert (tmp_path / "rounds.jsonl").read_text().count('{"rounds":') == 2
+    found = read_rounds(tmp_path / "rounds.jsonl")
+    for recorded, decided in zip(found.rounds, replay_rounds(found), strict=True):
+        assert recorded.exits == {move.key: move.decision.exit_layer for move in decided.moves}
 
 
 def test_a_trace_that_cannot_be_written_ends_no_reply(

@@ -96,6 +96,7 @@ class Environment(NamedTuple):
         trace: record of the run.
         learned: what earlier replies learned about the device.
         keep_logits: whether steps must carry the logits.
+        asked_s: time of the request on ``time.monotonic``; None for the time at which the decoder is made.
     """
 
     budget_and_costs: Callable[[], tuple[Budget, CostModel | None]]
@@ -104,6 +105,7 @@ class Environment(NamedTuple):
     trace: TraceWriter | None = None
     learned: Learned | None = None
     keep_logits: bool = True
+    asked_s: float | None = None
 
 
 class Decoder:
@@ -134,10 +136,11 @@ class Decoder:
         self._state, self._decision = self._learned.state.for_next_reply(), None  # type: ControllerState, Decision | None
         self._seen: Observation | None = None
         self._read: Readings = (), 0.0
-        self._started_s = time.monotonic()
+        self._started_s = time.monotonic() if environment.asked_s is None else environment.asked_s
         self._made = self._late = 0
         self._rows_run = sequence.rows_run  # at the last token
-        #: Tokens that were made by a step whose wait was interrupted; the next step brings them.
+        #: Tokens that were made, and that nobody has taken yet: an interrupt may come in between, or while a token waits for
+        #: its pace. The next step brings them. Who takes them empties the list.
         self.untold: list[Step] = []
         sequence.append(prompt)
         if environment.trace is not None:
@@ -151,7 +154,8 @@ class Decoder:
             ContextLengthError: the sequence is full.
         """
         while True:
-            yield from self.step()
+            found, self.untold = self.step(), []
+            yield from found
 
     def step(self, waited_ms: float = 0.0) -> list[Step]:
         """Make the next token, or the next tokens if a policy makes several at once; errors as for :meth:`steps`.
@@ -160,8 +164,7 @@ class Decoder:
         """
         sequence, exits, learned, ids = self._sequence, self._sequence.exits, self._learned, self._ids
         if self.untold:
-            untold, self.untold = self.untold, []
-            return untold
+            return self.untold
         begin_ns, rows_before = time.perf_counter_ns(), sequence.rows_run
         new_rows = 1 if self._made else sequence.length - self.kept_rows
         decision = self._decide(self._last)
@@ -182,18 +185,21 @@ class Decoder:
         elif made.price_ms:
             self._last = Measurement(made.exit_layer, made.price_ms, took_ms)
         learned.busy_ns += done_ns - begin_ns
-        tell = partial(self._told, made, decision, forced, caught_up, waited_ms - begin_ns / 1e6)
+        tell = partial(self._told, made, decision, forced, sequence.rows_run - caught_up, waited_ms - begin_ns / 1e6)
         if not decision.period_ms:
             return tell()
         try:  # wait after the step, so that a slow step shortens the wait
             learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
         except BaseException:  # the token is made: an interrupt ends its wait only
-            self.untold = tell()
+            tell()
             raise
         return tell()
 
-    def _told(self, made: Made, decision: Decision, forced: list[int], caught_up: int, since_ms: float) -> list[Step]:
-        """The steps of tokens that are due now; ``since_ms`` is added to the time for their latency."""
+    def _told(self, made: Made, decision: Decision, forced: list[int], rows_run: int, since_ms: float) -> list[Step]:
+        """The steps of tokens that are due now.
+
+        Rows beyond ``rows_run`` were caught up; ``since_ms`` is added to the time for their latency.
+        """
         self._emitted_ns = time.perf_counter_ns()
         latency_ms = since_ms + self._emitted_ns / 1e6
         given = decision
@@ -202,14 +208,15 @@ class Decoder:
             given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
         if self._environment.trace is not None:
             self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
-        steps, target_ms = [], self._target_ms
+        steps, target_ms, caught_up = [], self._target_ms, self._sequence.rows_run - rows_run
         self._count(latency_ms)
         for step_ids, logits in zip(made.ids, made.logits, strict=True):
             steps.append(Step(step_ids, logits, given, target_ms, latency_ms, caught_up, self._budget, *self._read))
             latency_ms = 0.0  # the other tokens of a round came with the first
         self._made += len(steps)
         self._rows_run = self._sequence.rows_run
-        return steps + self._forced_steps(forced, steps[-1]) if forced else steps
+        self.untold = steps + self._forced_steps(forced, steps[-1]) if forced else steps
+        return self.untold
 
     def _count(self, latency_ms: float) -> None:
         target_ms = self._budget.tpot_ms if self._made else None
@@ -317,6 +324,8 @@ class Decoder:
 
     def take(self, logits: FloatArray, decision: Decision, latency_ms: float, read: Readings) -> list[Step]:
         """Take the logits (1, V) of a round as the next token's, as if :meth:`step` had made them."""
+        if not self._made:
+            self._sequence.checkpoint()
         ids = self._sampler.pick(logits)
         kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
         sequence = self._sequence
@@ -328,7 +337,8 @@ class Decoder:
         forced = self._force(ids)
         self._last, self._emitted_ns = None, time.perf_counter_ns()
         self._made += 1
-        return [step, *self._forced_steps(forced, step)]
+        self.untold = [step, *self._forced_steps(forced, step)]
+        return self.untold
 
     def _force(self, ids: IntArray) -> list[int]:
         """Take over the last token and those that the reply's structure leaves no choice about; return the latter.

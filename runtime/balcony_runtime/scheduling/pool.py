@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,9 @@ class SequencePool:
         #: Rows that prompts did not have to compute.
         self.reused = Reused()
         self._engine, self._pool = engine, pool
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._working = False  # whether the thread that holds the lock is in the middle of something
+        self._returned: list[TokenSequence] = []
         self._reading = threading.Lock()  # held while a file is read; the other lock is not
         self._members: list[TokenSequence | None] = [None] * pool.members
         self._places: dict[TokenSequence, int] = {}
@@ -106,7 +108,7 @@ class SequencePool:
         """
         wanted = np.array(tokens[: max(len(tokens) - 1, 0)], np.int64)  # the prompt's last token is always run
         self.recall(wanted)
-        with self._lock:
+        with self._alone():
             donor, shared = self._longest(wanted)
             if donor is None:
                 return self._empty()
@@ -140,7 +142,7 @@ class SequencePool:
             Number of rows that came from another sequence.
         """
         wanted = sequence.tokens[0].copy()
-        with self._lock, sequence.lock, ExitStack() as held:
+        with self._alone(), sequence.lock, ExitStack() as held:
             donor, rows = self._longest(wanted[:-1], {sequence, *but})
             if donor is not None and donor.lock.acquire(blocking=False):
                 held.callback(donor.lock.release)
@@ -197,7 +199,7 @@ class SequencePool:
             return
         with self._reading:  # who asks for the same prompt meanwhile finds it in memory afterwards
             path = self._better(files, wanted)
-            with self._lock:
+            with self._alone():
                 sequence = None if path is None else self._empty()
             if path is None or sequence is None:
                 return
@@ -214,7 +216,7 @@ class SequencePool:
     def _better(self, files: PrefixFiles, wanted: IntArray) -> Path | None:
         """The file with the longest prefix of some tokens, if it has clearly more than every member and may be kept."""
         path, saved = files.longest(wanted, self.kept_bytes)
-        with self._lock:
+        with self._alone():
             return None if saved < self._longest(wanted)[1] + LEAST_SHARED else path
 
     def save(self, tokens: Sequence[int], path: Path) -> tuple[int, int]:
@@ -226,7 +228,7 @@ class SequencePool:
             InputError: no ended sequence has them any more, or the file cannot be written.
         """
         wanted = np.array(tokens, np.int64)
-        with self._lock:
+        with self._alone():
             found = [one for one in self._ended if one.shared_prefix(wanted) >= max(len(wanted) - 1, 1)]
             if not found:
                 raise InputError("the rows are not kept any more: save earlier, or keep more with prefix_mb")
@@ -244,7 +246,7 @@ class SequencePool:
             InputError: the file cannot be read, is damaged, is of another bundle, or is larger than what may be kept.
             BusyError: all members are in use.
         """
-        with self._lock:
+        with self._alone():
             sequence = self._empty()
         if sequence is None:
             raise BusyError(f"all {self._pool.members} places are in use: try again later")
@@ -289,10 +291,35 @@ class SequencePool:
         return best, longest
 
     def give_back(self, sequence: TokenSequence) -> None:
-        """End the use of a sequence, whose rows stay for prompts that begin alike; does nothing if it is not of this pool."""
-        with self._lock, sequence.lock:
-            if sequence not in self._places or sequence in self._ended:
-                return
+        """End the use of a sequence, whose rows stay for prompts that begin alike; does nothing if it is not of this pool.
+
+        Python's collector may call it in any thread, also in one that is at work here.
+        """
+        with self._lock:
+            self._returned.append(sequence)
+            if not self._working:
+                with self._alone():
+                    pass
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock; at the end take back what was given back meanwhile."""
+        with self._lock:
+            self._working = True
+            try:
+                yield
+            finally:
+                try:
+                    while self._returned:
+                        self._take_back(self._returned[0])
+                        del self._returned[0]
+                finally:
+                    self._working = False
+
+    def _take_back(self, sequence: TokenSequence) -> None:
+        if sequence not in self._places or sequence in self._ended:
+            return
+        with sequence.lock:
             if sequence.stage_cursor[0] < LEAST_SHARED or sequence.state.memory_bytes > self.kept_bytes:
                 self._clear(sequence)
                 return
@@ -306,7 +333,7 @@ class SequencePool:
     @property
     def bytes(self) -> int:
         """Bytes of the sequences that have ended."""
-        with self._lock:
+        with self._alone():
             return self._ended_bytes()
 
     def forget(self, tokens: Sequence[int]) -> int:
@@ -315,7 +342,7 @@ class SequencePool:
         The last token of a reply has no row.
         """
         wanted = np.array(tokens, np.int64)
-        with self._lock:
+        with self._alone():
             for sequence in self._ended:
                 if len(wanted) - 1 <= sequence.shared_prefix(wanted) == sequence.length:
                     self._ended.remove(sequence)
@@ -329,7 +356,7 @@ class SequencePool:
 
         No thread may take one meanwhile.
         """
-        with self._lock:
+        with self._alone():
             ended, self._ended = self._ended[::-1], []
         if (files := self._files) is not None:
             try:
@@ -337,7 +364,7 @@ class SequencePool:
                     files.keep(sequence, age)
             except BalconyError as error:
                 _log.warning("%s", error)
-        with self._lock:
+        with self._alone():
             for sequence in ended:
                 self._clear(sequence)
 
@@ -364,7 +391,7 @@ class SequencePool:
         """
         self._engine.refuse_closed()
         # A pass may write to members that lie between others, so nobody takes or frees one meanwhile.
-        with self._lock, ExitStack() as held:
+        with self._alone(), ExitStack() as held:
             ordered = sorted((self._places[move.sequence], place) for place, move in enumerate(moves))
             members = [member for member, _ in ordered]
             moves = [moves[place] for _, place in ordered]

@@ -25,7 +25,7 @@ from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BusyError, InfeasibleError, InputError
 from balcony_runtime.backends.base import FloatArray
-from balcony_runtime.decoding.loop import Decoder, Learned, Readings, Step, unmeasured
+from balcony_runtime.decoding.loop import Decoder, Learned, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, Bounds, in_order, overtakes, row_bytes
 from balcony_runtime.scheduling.pool import SequencePool
@@ -114,6 +114,11 @@ class Scheduler:
                     self._pool.kept_bytes = self._bounds.kept_bytes
         return self._pool
 
+    @property
+    def _all(self) -> tuple[Stream, ...]:
+        """All streams; the collector may end one in any thread, also while this one looks at them."""
+        return tuple(self._streams.values())
+
     def close(self) -> None:
         """Write what ended sequences have to the files."""
         if self._pool is not None:
@@ -165,6 +170,7 @@ class Scheduler:
                         self.wait([stream])
                     if not (found := stream.steps()):
                         return
+                decoder.untold = []
                 yield from found
         finally:
             self.leave(stream)
@@ -196,7 +202,7 @@ class Scheduler:
             BusyError: too many streams wait already.
         """
         with self._turn:
-            waiting = sum(not stream.admitted for stream in self._streams.values())
+            waiting = sum(not stream.admitted for stream in self._all)
             if waiting >= MOST_WAITING:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
             self._bounds.most_rows(rows, self._row_bytes)
@@ -204,10 +210,10 @@ class Scheduler:
             self._streams[stream.key] = stream
             return stream
 
-    def ask(self, stream: Stream) -> None:
-        """Ask for the next token of a stream; :meth:`wait` brings it."""
+    def ask(self, stream: Stream, asked_s: float | None = None) -> None:
+        """Ask for the next token of a stream, since some time; :meth:`wait` brings it."""
         with self._turn:
-            stream.asked_s, stream.asks = time.monotonic(), True
+            stream.asked_s, stream.asks = time.monotonic() if asked_s is None else asked_s, True
             self._turn.notify_all()
 
     def wait(self, streams: Sequence[Stream]) -> list[Stream]:
@@ -257,14 +263,14 @@ class Scheduler:
         self._gather()
         while self._admit_next():
             pass
-        asking = [stream for stream in self._streams.values() if stream.asks and stream.admitted]
+        asking = [stream for stream in self._all if stream.asks and stream.admitted]
         if not asking:
-            if any(stream.asks for stream in self._streams.values()):
+            if any(stream.asks for stream in self._all):
                 self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
             return
-        begins = [one for one in self._streams.values() if one.admitted and not one.decoder.begun]
-        others = sum(one.admitted for one in self._streams.values()) > 1
-        known = {one for one in self._streams.values() if one.asks}
+        begins = [one for one in self._all if one.admitted and not one.decoder.begun]
+        others = sum(one.admitted for one in self._all) > 1
+        known = {one for one in self._all if one.asks}
         self._running = asking
         self._turn.release()
         try:
@@ -283,7 +289,7 @@ class Scheduler:
             self._running = ()
             self._changes += any(one.decoder.begun for one in begins)
             idle_s, self._idle_s = self._idle_s, 0.0
-            if idle_s and all(one in known for one in self._streams.values() if one.asks):
+            if idle_s and all(one in known for one in self._all if one.asks):
                 self._turn.wait(min(idle_s, NAP_S))  # who asks meanwhile ends it
 
     def _look_again(self, begins: Sequence[Stream]) -> bool:
@@ -309,7 +315,7 @@ class Scheduler:
 
         Nobody begins before one that was overtaken too often. A stream whose budget asks for that is refused and does not wait.
         """
-        waits, held = (one for one in self._streams.values() if one.waits), False
+        waits, held = (one for one in self._all if one.waits), False
         waiting = in_order(waits, lambda one: one.decoder.budget.weight)
         for stream in waiting:
             with stream.alone():
@@ -329,7 +335,7 @@ class Scheduler:
         Raises:
             InputError: its rows would never fit into the memory that the budget leaves.
         """
-        others = [one for one in self._streams.values() if one.admitted]
+        others = [one for one in self._all if one.admitted]
         most = self._bounds.most_rows(stream.rows, self._row_bytes)
         if most is not None and (left := most - sum(one.rows for one in others)) < stream.rows:
             return f"kv_memory_mb: the replies in progress leave room for {left} tokens, not for {stream.rows}: wait"
@@ -345,7 +351,7 @@ class Scheduler:
         """Whether a stream shares passes, or will once its prompt begins to run, because there is a place for it."""
         if self._pool is None or self._shares(stream) or not self._may_move(stream):
             return self._shares(stream)
-        others = (one for one in tuple(self._streams.values()) if one is not stream)
+        others = (one for one in self._all if one is not stream)
         promised = sum(one.admitted and self._may_move(one) and not self._shares(one) for one in others)
         return self._pool.room > promised
 
@@ -359,7 +365,7 @@ class Scheduler:
     def _gather(self) -> None:
         """Wait a moment for the streams of the last round, so that they stay together."""
         until_s = time.monotonic() + GATHER_S
-        while any(key in self._company and not stream.asks for key, stream in self._streams.items()):
+        while any(one.key in self._company and not one.asks for one in self._all):
             left_s = until_s - time.monotonic()
             if left_s <= 0 or not self._turn.wait(left_s):
                 return
@@ -398,6 +404,8 @@ class Scheduler:
         controller = self._joint()
         if self._trace is not self._recorded:
             self._trace, self._state = self._recorded, self._state._replace(assigned_for=())
+            if self._trace is not None:
+                self._trace.begin()
         streams, seen = self._seen(asking)
         if not streams:
             return
@@ -433,7 +441,11 @@ class Scheduler:
         self._learned.state = self._told = known
         now_s = time.monotonic()
         for stream, row in logits.items():
-            self._hand_over(stream, row, moves[stream.key], now_s, (seen.readings, seen.now_s))
+            decision, waited_ms = moves[stream.key], 1000 * (now_s - stream.asked_s)
+            with stream.alone():
+                steps = stream.decoder.take(row, decision, waited_ms, (seen.readings, seen.now_s))
+                stream.decoder.follow(decision.exit_layer, state.slowdown, state.governor)
+                stream.answer(steps)
         self._not_before_s = now_s + found.wait_ms / 1000
 
     def _joint(self) -> JointController:
@@ -485,16 +497,3 @@ class Scheduler:
             )
             logits |= dict(zip(together, rows, strict=True))
         return logits
-
-    def _hand_over(
-        self,
-        stream: Stream,
-        logits: FloatArray,
-        decision: Decision,
-        now_s: float,
-        read: Readings,
-    ) -> None:
-        with stream.alone():
-            steps = stream.decoder.take(logits, decision, 1000 * (now_s - stream.asked_s), read)
-            stream.decoder.follow(decision.exit_layer, self._state.slowdown, self._state.governor)
-            stream.answer(steps)

@@ -62,23 +62,25 @@ class Stream:
         return self.asks and not self.admitted and not self.cancelled.is_set()
 
     def steps(self) -> list[Step]:
-        """The answer: the next steps; none if the stream was cancelled.
+        """The answer, once: the next steps; none if the stream was cancelled.
 
         Raises:
             Exception: the stream cannot go on.
         """
         if self._error is not None:
             raise self._error
-        return self._found
+        found, self._found = self._found, []
+        return found
 
     def answer(self, steps: list[Step]) -> None:
         self._found, self.asks = steps, False
+        self.decoder.untold = []
 
     def fail(self, error: BaseException) -> None:
         self._error, self.asks = error, False
 
     def tell(self) -> None:
-        """Answer with the tokens of a step whose wait was interrupted, if there are any."""
+        """Answer with the tokens of a step that was interrupted after it had made them, if there are any."""
         if self.asks and self.decoder.untold:
             self.answer(self.decoder.step())
 
@@ -103,7 +105,10 @@ class Stream:
 
 @contextlib.contextmanager
 def undone(asking: Sequence[Stream]) -> Iterator[None]:
-    """Take back what an interrupted block has appended to streams without an answer: they ask again."""
+    """Take back what an interrupted block has appended to streams without an answer: they ask again.
+
+    An interrupt between the choice of a token and the end of the step that chose it, some tens of microseconds, loses a row.
+    """
     lengths = {stream.key: stream.sequence.length for stream in asking}
     try:
         yield
