@@ -72,7 +72,7 @@ class Entry(_Frozen):
         switch_down  step at the exit after ``rows - 1`` tokens at ``from_exit``: the balcony's backlog and the new one
         catch_up     pass of ``rows`` rows through the stage that ends at the exit; ``context`` rows before the last one
         balcony      the same through the exit's balcony: keys and values of all rows, one query
-        norm, lm_head  pass of one row
+        norm, lm_head  pass of one row; of the head also of more
         python       time of a decode step at a fixed exit outside the engine's own calls
         controller   the same under a target, which the controller checks at every token; every price includes it
 
@@ -104,7 +104,7 @@ class Entry(_Frozen):
             "catch_up": f"{self.rows} rows to {self.exit_layer} after {self.context}",
             "balcony": f"{self.rows} rows of balcony {self.exit_layer} after {self.context}",
             "norm": f"norm after {self.context}",
-            "lm_head": f"LM head after {self.context}",
+            "lm_head": f"LM head of {self.rows} rows" if self.rows > 1 else f"LM head after {self.context}",
             "python": f"Python at {self.exit_layer} after {self.context}",
             "controller": f"Python and controller at {self.exit_layer} after {self.context}",
         }

@@ -109,10 +109,12 @@ def test_a_stage_costs_what_it_adds_to_a_step() -> None:
         for rows in (1, 2, 8)
     }
     ends = {Key("norm", 8, context=15): [[0.5]], Key("lm_head", 8, context=15): [[2.0]]}
+    ends |= {Key("lm_head", 8, rows=rows, context=15): [[2.0 + 0.3 * (rows - 1)]] for rows in (2, 8)}
     steps = {Key("decode", 4, context=100): [[11.0]], Key("decode", 8, context=100): [[22.5]]}
     costs, _ = fit_costs({**passes, **ends, **steps}, (4, 8))
     assert costs.steady_ms(4, 100) == pytest.approx(11.0) and costs.steady_ms(8, 100) == pytest.approx(22.5)
     assert [stage.first_row_ms for stage in costs.stages] == pytest.approx([8.0, 12.0])
+    assert (costs.head.first_row_ms, costs.head.marginal_row_ms) == pytest.approx((2.0, 0.3))
     # A price is never below 0; the next stage then takes the difference.
     steps = {Key("decode", 4, context=100): [[1.0]], Key("decode", 8, context=100): [[22.5]]}
     costs, _ = fit_costs({**passes, **ends, **steps}, (4, 8))
@@ -159,7 +161,12 @@ def test_a_profile_of_a_tiny_bundle(llm: LLM) -> None:
     for layer in exits:
         assert {("decode", layer, None, 1, 0), ("decode", layer, None, 1, 40), ("prefill", layer, None, 16, 0)} <= keys
         assert {("catch_up", layer, None, rows, 39) for rows in (1, 2, 8, 32)} <= keys
-    assert {("switch_up", 5, 2, 3, 42), ("switch_down", 3, 5, 3, 42), ("lm_head", 5, None, 1, 39)} <= keys
+    assert {
+        ("switch_up", 5, 2, 3, 42),
+        ("switch_down", 3, 5, 3, 42),
+        ("lm_head", 5, None, 1, 39),
+        ("lm_head", 5, None, 2, 15),
+    } <= keys
     assert profile.costs.exits == exits and profile.bundle.fingerprint == llm.engine.manifest.fingerprint
     assert (
         profile.command == "the command" and profile.power == () and "rapl: permission denied" in profile.power_reason

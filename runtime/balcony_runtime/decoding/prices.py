@@ -57,11 +57,14 @@ def measure_prices(engine: Engine) -> CostModel:
         for i in range(len(layers)):
             passes["stage", i, which] = state, partial(state.run_stage, i, start, stop)
             passes["exit", i, which] = state, partial(state.run_exit, i, start, stop, 1)
-        if which == "one":
-            passes["head", 0, which] = state, partial(state.logits, 1)
+        if which in ("one", "many"):
+            passes["head", 0, which] = state, partial(state.logits, stop)
     samples: dict[tuple[str, int, str], list[float]] = {key: [] for key in passes}
     for repeat in range(REPEATS + 1):
         for key, (state, run) in passes.items():
+            if key == ("head", 0, "many"):  # one query for each row, as for several replies at once
+                state.run_exit(len(layers) - 1, 0, many, many)
+                state.wait()
             before = state.busy_ns
             run()
             state.wait()  # on a GPU, the pass has only been queued so far
@@ -86,7 +89,10 @@ def measure_prices(engine: Engine) -> CostModel:
         exits=layers,
         stages=tuple(unit("stage", i) for i in range(len(layers))),
         balconies=tuple(unit("exit", i) for i in range(len(layers))),
-        head=UnitCost(first_row_ms=typical["head", 0, "one"]),
+        head=UnitCost(
+            first_row_ms=typical["head", 0, "one"],
+            marginal_row_ms=max(typical["head", 0, "many"] - typical["head", 0, "one"], 0.0) / max(many - 1, 1),
+        ),
         overhead_ms=OVERHEAD_MS,
     )
 

@@ -85,10 +85,7 @@ def _joules(profile: DeviceProfile) -> dict[int, float]:
 
 def _quality(go: Any, profile: DeviceProfile, unit: str, costs: dict[int, float], name: str) -> Chart | None:
     full = profile.bundle.exit_layers[-1]
-    agreement: dict[int, float] = {full: 1.0}
-    for figure in profile.quality:
-        if figure.metric == "agreement" and figure.exit_layer != full:
-            agreement[figure.exit_layer] = min(figure.value, agreement.get(figure.exit_layer, 1.0))
+    agreement = {layer: value for layer, value in profile.agreement().items() if value is not None} | {full: 1.0}
     layers = [layer for layer in profile.bundle.exit_layers if layer in costs and layer in agreement]
     if len(layers) < 2:
         return None

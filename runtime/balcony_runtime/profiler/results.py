@@ -64,8 +64,10 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None
             for key, ms in typical.items()
             if (key.kind, key.exit_layer) == (kind, exit_layer)
         ]
-        if kind in ("norm", "lm_head"):  # always one row, and the context does not matter
-            return UnitCost(median(one.ms for one in passes))
+        if kind in ("norm", "lm_head"):  # the context does not matter
+            one_ms = median(one.ms for one in passes if one.rows == 1)
+            further = [(one.ms - one_ms) / (one.rows - 1) for one in passes if one.rows > 1]
+            return UnitCost(one_ms, max(median(further), 0.0) if further else 0.0)
         # of a balcony's pending rows only keys and values are computed, so only stages read further experts
         fitted = fit_unit(passes, share if kind == "catch_up" else None)
         residuals.append(residual(name, errors(fitted, passes)))
@@ -133,7 +135,7 @@ def predicted_ms(costs: CostModel, key: Key) -> float | None:
         "catch_up": lambda: costs.stages[index].pass_ms(key.rows, key.context),
         "balcony": lambda: costs.balconies[index].pass_ms(key.rows, key.context, query_rows=1),
         "norm": lambda: costs.balconies[index].pass_ms(1, key.context),
-        "lm_head": lambda: costs.head.pass_ms(1, key.context),
+        "lm_head": lambda: costs.head.pass_ms(key.rows, key.context),
     }
     return prices[key.kind]() if key.kind in prices else None
 

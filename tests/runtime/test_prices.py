@@ -1,0 +1,57 @@
+"""Prices that are measured at load, on a device whose passes take known times."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from balcony_runtime.decoding.prices import REPEATS, measure_prices
+
+#: Times of the calls of a pass: the first packs weights, and another program runs during the last. The median of the rest is 1.
+FACTORS = (100.0, 0.5, 1.0, 9.0)
+
+
+class Steady:
+    """A sequence whose clock advances by the times below."""
+
+    def __init__(self) -> None:
+        self.busy_ns, self.calls = 0, dict[tuple[Any, ...], int]()
+
+    def embed(self, *_: Any) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def run_stage(self, index: int, start: int, stop: int) -> None:
+        self._take(("stage", index, start, stop), index + 1 + 0.25 * (stop - start - 1) + 0.001 * start)
+
+    def run_exit(self, index: int, start: int, stop: int, queries: int) -> None:
+        self._take(
+            ("exit", index, start, stop, queries), 0.5 * index + 0.5 + 0.125 * (stop - start - 1) + 0.002 * start
+        )
+
+    def logits(self, rows: int) -> None:
+        self._take(("head", rows), 2.0 + 0.375 * (rows - 1))
+
+    def _take(self, key: tuple[Any, ...], ms: float) -> None:
+        self.calls[key] = count = self.calls.get(key, 0) + 1
+        self.busy_ns += round(1e6 * ms * FACTORS[count - 1])
+
+
+@pytest.mark.parametrize(("max_length", "context"), [(500, 500), (4096, 1024)])
+def test_prices_of_a_steady_device(max_length: int, context: int) -> None:
+    assert len(FACTORS) == REPEATS + 1
+    manifest = SimpleNamespace(exit_layers=(2, 5), model=SimpleNamespace(mixture=None))
+    backend = SimpleNamespace(new_state=lambda *_: Steady())
+    engine: Any = SimpleNamespace(refuse_closed=lambda: None, max_length=max_length, manifest=manifest, backend=backend)
+    costs = measure_prices(engine)
+    assert costs.exits == (2, 5) and costs.head.first_row_ms == pytest.approx(2)
+    assert costs.head.marginal_row_ms == pytest.approx(0.375)
+    assert [unit.first_row_ms for unit in (*costs.stages, *costs.balconies)] == pytest.approx([1, 2, 0.5, 1])
+    share = 1000 * (context - 1) / context  # the deep pass has a row less before it
+    for units, row_ms, place_ms in ((costs.stages, 0.25, 0.001), (costs.balconies, 0.125, 0.002)):
+        assert [unit.marginal_row_ms for unit in units] == pytest.approx([row_ms] * 2)
+        assert [unit.context_ms_per_1k for unit in units] == pytest.approx([place_ms * share] * 2)
