@@ -90,7 +90,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def one_engine_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Make ONNX Runtime's pool with one thread: two spend half of their time waiting for each other on tiny matrices.
 
-    Programs that tests start take the default, a thread for each CPU.
+    Programs that tests start take the default, a thread for each core.
     """
     path = tmp_path_factory.mktemp("pool") / "identity.onnx"
     value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]

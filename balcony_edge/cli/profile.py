@@ -41,7 +41,7 @@ def profile(
         str | None, typer.Option(help="Also decode without a pause for this time, e.g. 300s or 5m: shows throttling.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report to this file.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast CPU).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")] = None,
 ) -> None:
     """Measure the cost of each exit on this device: time, memory, and energy if a sensor measures it."""
     import balcony_edge

@@ -89,7 +89,7 @@ def run(
             help="Whether names of control tokens in the prompt, such as <|im_end|>, are those tokens (default: with --raw)."
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast CPU).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
         typer.Option(help="auto: engines that fit the GPU, then CUDA, then the faster one of WebGPU and the CPU."),

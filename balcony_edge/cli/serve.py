@@ -56,7 +56,7 @@ def serve(
     saved_mb: Annotated[
         int, typer.Option(min=0, help="Megabytes of slots saved by name, from which on no more are saved.")
     ] = 1000,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast CPU).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
         typer.Option(help="auto: engines that fit the GPU, then CUDA, then the faster one of WebGPU and the CPU."),

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -143,17 +144,42 @@ def _cpu_quota(root: Path) -> int:
 
 
 def best_threads(sysfs: Path = Path("/sys")) -> int:
-    """Number of threads with which a pass is fastest: one for each CPU of this process that is not too slow.
+    """Number of threads with which a pass is fastest: one for each core of this process that is not too slow.
 
     A pass is divided into equal parts, so it takes as long as the slowest core needs for its part: the n fastest cores, the
     slowest of which has capacity c, do n · c. Four slow cores beside four that are twice and a half as fast make a pass longer.
+    Intel's efficient cores, whose capacity older kernels do not tell, are left out, as llama.cpp does. The hyper-threads of a
+    core count once: they share its units.
     """
-    cpus, most = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else (), available_cpus()
+    most = available_cpus()
+    if not hasattr(os, "sched_getaffinity"):
+        import psutil  # noqa: PLC0415 - Linux does not need it
+
+        return min(psutil.cpu_count(logical=False) or most, most)
+    cpus = _one_of_each_core(os.sched_getaffinity(0), sysfs)
+    most = min(most, len(cpus))
     texts = [_text(sysfs / f"devices/system/cpu/cpu{cpu}/cpu_capacity") or "" for cpu in cpus]
-    if not texts or not all(text.isdigit() for text in texts):  # the kernel knows no capacities
-        return most
+    if not all(text.isdigit() for text in texts):  # the kernel knows no capacities
+        slow = _cpu_list(_text(sysfs / "devices/cpu_atom/cpus") or "")
+        return min(len([cpu for cpu in cpus if cpu not in slow]) or most, most)
     capacities = sorted(map(int, texts), reverse=True)[:most]
     return max(range(1, len(capacities) + 1), key=lambda count: count * capacities[count - 1])
+
+
+def _one_of_each_core(cpus: Collection[int], sysfs: Path) -> list[int]:
+    """Of the CPUs that are hyper-threads of one core, the first; all others, and those of which the kernel says nothing."""
+    first: dict[str, int] = {}
+    for cpu in sorted(cpus):
+        first.setdefault(_text(sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu), cpu)
+    return list(first.values())
+
+
+def _cpu_list(text: str) -> set[int]:
+    """Numbers of a kernel's list of CPUs, such as ``0-3,8``; none if it is not one."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        return set()
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    return {cpu for pair in ends for cpu in range(pair[0], pair[-1] + 1)}
 
 
 def has_bfloat16(root: Path = Path("/")) -> bool:

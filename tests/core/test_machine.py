@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from balcony_edge.device import machine
-from balcony_edge.device.machine import best_threads, checked_threads, this_device
+from balcony_edge.device.machine import Gpu, Machine, best_threads, checked_threads, this_device
 from balcony_edge.errors import InputError
 
 #: What Linux 6.12 prints for a core, with the tabs that it prints; there is no model name.
@@ -70,6 +71,44 @@ def test_slow_cores_get_no_threads(
     assert best_threads(sysfs_tree(tree)) == threads
 
 
+#: Six cores with two hyper-threads each; and four of those beside eight efficient cores.
+TWELVE = {f"cpu/cpu{cpu}/topology/thread_siblings_list": f"{cpu % 6},{cpu % 6 + 6}" for cpu in range(12)}
+HYBRID = {f"cpu/cpu{cpu}/topology/thread_siblings_list": f"{cpu - cpu % 2}-{cpu - cpu % 2 + 1}" for cpu in range(8)} | {
+    f"cpu/cpu{cpu}/topology/thread_siblings_list": f"{cpu}" for cpu in range(8, 16)
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "atom", "cpus", "threads"),
+    [
+        (TWELVE, None, range(12), 6),
+        (TWELVE, None, (0, 6, 7), 2),
+        (HYBRID, "8-15", range(16), 4),
+        (HYBRID, None, range(16), 12),
+        (HYBRID, "8-15", (8, 9, 12), 3),  # the process may use efficient cores only
+        (HYBRID, "8-11,12,13-15", (0, 1, 12), 1),
+        (HYBRID, "eight", range(16), 12),
+    ],
+)
+def test_hyper_threads_and_efficient_cores_get_no_threads(
+    files: dict[str, str],
+    atom: str | None,
+    cpus: Any,
+    threads: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, text in files.items():
+        file = tmp_path / "devices/system" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{text}\n")
+    if atom is not None:
+        (tmp_path / "devices/cpu_atom").mkdir(parents=True)
+        (tmp_path / "devices/cpu_atom/cpus").write_text(f"{atom}\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cpus))
+    assert best_threads(tmp_path) == threads
+
+
 @pytest.mark.parametrize(
     ("files", "cpus"),
     [
@@ -98,6 +137,15 @@ def test_a_quota_of_the_container_bounds_the_threads(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     assert machine.available_cpus(tmp_path) == cpus
+
+
+def test_another_gpu_is_a_difference() -> None:
+    bare = Machine(board=None, cpu="Fast", cpus=2, architecture="x86_64", memory_bytes=8 * 10**9, system="Linux 6")
+    one = bare.model_copy(update={"gpus": (Gpu(name="H100", driver="570", memory_bytes=1),)})
+    two = bare.model_copy(update={"gpus": (Gpu(name="H100", driver="580", memory_bytes=1),) * 2})
+    assert one.differences(one) == ()
+    assert bare.differences(one) == ("GPUs: none there, H100 (driver 570) here",)
+    assert two.differences(one) == ("GPUs: H100 (driver 580), H100 (driver 580) there, H100 (driver 570) here",)
 
 
 def test_an_engine_takes_the_best_number_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
