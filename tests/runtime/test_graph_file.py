@@ -66,9 +66,42 @@ def external(location: str, *, constant: bool = False) -> onnx.ModelProto:
     return model([add], [tensor])
 
 
+def field(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer that holds bytes or a message."""
+    size, length = len(content), bytearray()
+    while size > 127:
+        length.append(size & 127 | 128)
+        size >>= 7
+    return bytes([number << 3 | 2, *length, size]) + content
+
+
+def named_twice() -> bytes:
+    """A loop that is called Scan first; ONNX Runtime takes the last name of a node."""
+    made = endless()
+    node = field(4, b"Scan") + made.graph.node[0].SerializeToString()
+    del made.graph.node[:]
+    graph = field(1, node) + made.graph.SerializeToString()
+    made.ClearField("graph")
+    return made.SerializeToString() + field(7, graph)
+
+
+def sparse(*, constant: bool = False) -> onnx.ModelProto:
+    values = numpy_helper.from_array(np.zeros(1, np.float32), "weight")
+    tensor = helper.make_sparse_tensor(values, numpy_helper.from_array(np.zeros(1, np.int64), "at"), [32])
+    add = helper.make_node("Add", ["hidden", "weight"], ["normed"])
+    if constant:
+        return model([helper.make_node("Constant", [], ["weight"], sparse_value=tensor), add])
+    made = model([add])
+    made.graph.sparse_initializer.append(tensor)
+    return made
+
+
 @pytest.mark.parametrize(
     ("forged", "pattern"),
     [
+        (sparse(), "contains a sparse tensor"),
+        (sparse(constant=True), "contains a sparse tensor"),
+        (named_twice(), "has an operator with 2 names"),
         (endless(), r"contains a graph inside an operator \(Loop\), which could run without end"),
         (with_function(), "contains a function"),
         (external("extra.bin"), "has weights in 'extra.bin', which the manifest does not list"),
@@ -76,9 +109,9 @@ def external(location: str, *, constant: bool = False) -> onnx.ModelProto:
         (external("extra.bin", constant=True), "has weights in 'extra.bin'"),
     ],
 )
-def test_what_no_export_writes_is_named(tmp_path: Path, forged: onnx.ModelProto, pattern: str) -> None:
+def test_what_no_export_writes_is_named(tmp_path: Path, forged: onnx.ModelProto | bytes, pattern: str) -> None:
     path = tmp_path / "norm.onnx"
-    path.write_bytes(forged.SerializeToString())
+    path.write_bytes(forged if isinstance(forged, bytes) else forged.SerializeToString())
     with pytest.raises(BundleError, match=rf"norm\.onnx: {pattern}.*: use bundles that"):
         check_graph(path, ["weights.bin", "norm.onnx"])
 

@@ -356,12 +356,12 @@ def test_who_joins_a_full_pool_gets_a_place_when_it_begins(
         for one in range(2):
             replies.add([one, 2, 3], **options)
         late = [replies.add([*prompt, one], **options) for one in range(2)]
-        streams, pool = llm._requests.scheduler._streams, llm.pool
-        own = [stream.sequence for stream in streams.values()][2:]
+        turns, pool = llm._requests.scheduler, llm.pool
+        own = [stream.sequence for stream in turns._streams.values()][2:]
         assert pool is not None and not any(map(pool.holds, own))
         with ThreadPoolExecutor(1) as threads:
             talking = threads.submit(lambda: list(llm.stream([*prompt, 0], sequence=conversation, **options)))
-            while len(streams) < 5:
+            while len(turns._streams) < 5:
                 time.sleep(0.001)
             while replies.open:
                 replies.step()
@@ -390,6 +390,23 @@ def test_rows_that_never_ran_are_nobodys_prefix(tiny_engine: Engine) -> None:
     assert not pool.holds(waiting), "it has nothing that is worth a place"
     assert pool.look_again(late, ()) == 0, "nobody has more"
     assert (pool.reused.prompts, pool.reused.rows) == (1, 79)
+
+
+def test_only_rows_that_ran_are_written(tiny_engine: Engine, tmp_path: Path) -> None:
+    """A prompt whose client left after 40 of its 80 rows; the file of another one with all of them is found later."""
+    files, prompt = PrefixFiles(tmp_path, tiny_engine, 1e9), np.arange(10, 90)
+    for rows in (40, 80):
+        sequence = tiny_engine.new_sequence()
+        sequence.advance(5, prompt[:rows])
+        sequence.append(prompt[rows:])
+        files.keep(sequence)
+    for known in (files, PrefixFiles(tmp_path, tiny_engine, 1e9)):
+        path, saved = known.longest(prompt, 1e9)
+        assert saved == 80
+    loaded = tiny_engine.new_sequence()
+    assert path is not None
+    files.load(path, loaded)
+    assert loaded.stage_cursor[0] == 80
 
 
 def test_a_place_got_late_serves_longer_replies_later(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,8 @@ def open_backend(
 
         return WebGpuBackend(bundle, threads)
     if packed is not None:
-        raise InputError("packed weights are for the CPU: leave them out, or run with device cpu")
+        cure = "run with device cpu" if engines is None else "leave the engine set out"
+        raise InputError(f"packed weights are those of the bundle's own graphs on the CPU: leave them out, or {cure}")
     engines = engines or _only(bundle, device)
     if device == "tensorrt":
         from balcony_runtime.backends import tensorrt  # noqa: PLC0415 - likewise

@@ -1,7 +1,7 @@
 """Check of a graph's file before ONNX Runtime reads it: no loops, no functions, no files except the listed ones.
 
-The graphs that export writes are chains of operators; a recurrence is a ``Scan``, which takes each row of a pass once. A loop
-could run for ever inside one call that cannot be interrupted.
+The graphs that export writes are chains of operators; a recurrence is a ``Scan``, which ends with the rows that it is given. A
+loop could run for ever inside one call that cannot be interrupted.
 Weights in a file that the manifest does not list would be neither checked nor part of the fingerprint.
 """
 
@@ -16,11 +16,12 @@ from balcony_runtime.backends.joined_graph import decoded_varint, message_fields
 
 #: Field numbers of onnx.proto3 (ONNX 1.20).
 _MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
-_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
 _NODE_INPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE = 1, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT = 1, 2, 3
-_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = 5, 6, 10, 11, (22, 23)
 _TENSOR_EXTERNAL, _ENTRY_KEY, _ENTRY_VALUE = 13, 1, 2
+_SPARSE = "contains a sparse tensor, which no export writes"
 
 
 def check_graph(path: Path, files: Collection[str]) -> None:
@@ -77,11 +78,17 @@ def _of_graph(graph: bytes, files: Collection[str], *, scans: bool) -> Iterator[
             yield from _of_node(content, files, scans)
         elif part == _GRAPH_INITIALIZER:
             yield from _of_tensor(content, files)
+        elif part == _GRAPH_SPARSE:
+            yield _SPARSE
 
 
 def _of_node(node: bytes, files: Collection[str], scans: bool) -> Iterator[str]:
     parts = list(message_fields(node))
-    operator = next((value.decode(errors="replace") for number, _, value in parts if number == _NODE_OPERATOR), "")
+    operators = [value.decode(errors="replace") for number, _, value in parts if number == _NODE_OPERATOR]
+    if len(operators) != 1:  # readers of the format take the last one
+        yield f"has an operator with {len(operators)} names"
+        return
+    operator = operators[0]
     for number, _, attribute in parts:
         if number != _NODE_ATTRIBUTE:
             continue
@@ -92,6 +99,8 @@ def _of_node(node: bytes, files: Collection[str], scans: bool) -> Iterator[str]:
                 yield f"contains a graph inside an operator ({operator[:40]}), which could run without end"
             elif part in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
                 yield from _of_tensor(value, files)
+            elif part in _ATTRIBUTE_SPARSE:
+                yield _SPARSE
 
 
 def _of_tensor(tensor: bytes, files: Collection[str]) -> Iterator[str]:

@@ -60,7 +60,7 @@ class Notes(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     fingerprint: str
-    graphs: str = "of an earlier version"
+    graphs: str
     stage_rows: list[NonNegativeInt]
     balcony_rows: list[NonNegativeInt]
     messages: list[dict[str, Any]] | None = None
@@ -99,7 +99,8 @@ def save(
         rows: number of its first rows to save; all by default.
         messages: messages of the conversation.
         system: number of these that belong to the system.
-        int8: whether to store keys and values in 8 bits, with a scale for each row and head.
+        int8: whether to store keys and values in 8 bits, with a scale for each row, and for each head if
+            caches have an axis of heads (those of portable graphs do not).
 
     Raises:
         InputError: the file cannot be written, or the engine's rows are of a type that has no name in the format.

@@ -54,15 +54,14 @@ class PrefixFiles:
     def add(self, path: Path) -> None:
         """Take notice of a file; one of another bundle, or a damaged one, is left alone."""
         try:
-            tokens = file.look(path, self._engine).tokens[0]
-            self._know(path, tokens)
+            self._know(path, file.look(path, self._engine))
         except (BalconyError, OSError) as error:
             _log.info("%s", error)
 
-    def _know(self, path: Path, tokens: IntArray) -> None:
+    def _know(self, path: Path, session: file.Session) -> None:
         size = path.stat().st_size
-        with self._lock:
-            self._known[path] = tokens, size
+        with self._lock:  # tokens that never ran have no rows
+            self._known[path] = session.tokens[0, : session.notes.stage_rows[0]].copy(), size
 
     def longest(self, tokens: IntArray, most_bytes: float) -> tuple[Path | None, int]:
         """The file of at most so many bytes that shares the longest prefix with some tokens (n,), and the length of that."""
@@ -91,10 +90,10 @@ class PrefixFiles:
             raise
         with contextlib.suppress(OSError):
             os.utime(path)
-            self._know(path, session.tokens[0])  # another process may have written it anew
+            self._know(path, session)  # another process may have written it anew
 
     def keep(self, sequence: TokenSequence, age: int = 0) -> None:
-        """Write a sequence, unless a file has all its tokens, and remove what is then too much.
+        """Write the rows of a sequence, unless a file has all of them, and remove what is then too much.
 
         Args:
             sequence: the sequence; nobody else may use it meanwhile.
@@ -103,15 +102,15 @@ class PrefixFiles:
         Raises:
             InputError: the file cannot be written.
         """
-        tokens = sequence.tokens[0]
+        tokens = sequence.tokens[0, : sequence.stage_cursor[0]]
         if self.longest(tokens, float("inf"))[1] == len(tokens):
             return
         name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
         path = self.directory / f"{self._begin}{name}{SUFFIX}"
-        file.save(path, self._engine, sequence)
+        file.save(path, self._engine, sequence, rows=len(tokens))
         with contextlib.suppress(OSError):
             os.utime(path, (time.time() - age,) * 2)
-            self._know(path, tokens.copy())
+        self.add(path)
         self._trim(path)
 
     def _trim(self, written: Path) -> None:
