@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
 from balcony_edge.bundle.bundle import Bundle
@@ -197,6 +198,17 @@ def test_a_cut_model_is_tuned(make_tiny: Any, corpus: Corpus) -> None:
     end = closeness(exits, uncut, corpus.held_out)
     assert end.kl < 0.8 * start.kl and losses[-1] < losses[0]
     assert torch.equal(exits.parts.head.weight, uncut.parts.head.weight)
+
+
+def test_the_rate_of_a_tuning_rises_and_then_falls(make_tiny: Any, corpus: Corpus) -> None:
+    """Two of 40 steps are the warm-up; the line would be at zero one step after the last."""
+    uncut, rates = ExitModel(make_tiny("llama", num_hidden_layers=1)), []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        tune(uncut.copy(), uncut, corpus, 40, rate=0.4)
+    finally:
+        hook.remove()
+    assert rates == pytest.approx([0.2, *(0.01 * left for left in range(39, 0, -1))])
 
 
 def test_the_commands_make_a_bundle_of_a_cut_model(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -55,6 +56,77 @@ def test_loss_is_a_token_mean_that_no_padding_enters(make_tiny: Callable[..., An
     where = trainer.positions_of(rows, states, [[0], [1]])
     assert where.tolist() == [*range(1, SEQ_LEN), *range(SEQ_LEN + 1, SEQ_LEN + 7)]
     assert seen[0][2] == pytest.approx(float(kl.detach().flatten()[where].mean()), rel=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_loss_and_is_clipped(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny("llama")
+    trainer = trainer_of(model, corpus, tmp_path, positions=0, clip=0.25)
+    balcony, seen, clip = trainer.balconies[2], [], torch.nn.utils.clip_grad_norm_
+
+    def recording(parameters: Iterable[torch.nn.Parameter], bound: float) -> torch.Tensor:
+        kept = list(parameters)
+        seen.append(([one.grad.clone() for one in kept if one.grad is not None], bound))
+        return clip(kept, bound)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
+    which = trainer.order.rows(trainer.order.places(0))
+    rows = Rows(corpus.train.tokens[which], corpus.train.lengths[which])
+    where = trainer.positions_of(rows, trainer.states.of(rows.tokens), [[0], [1]])
+    out = model(torch.from_numpy(rows.tokens).long(), output_hidden_states=True)
+    student = model.lm_head(balcony(out.hidden_states[2], **trainer.layer_arguments)).log_softmax(-1)
+    kl = (out.logits.softmax(-1) * (out.logits.log_softmax(-1) - student)).sum(-1).flatten()[where].mean()
+    wanted = torch.autograd.grad(kl, list(balcony.parameters()))
+    trainer.train_step()
+    (found, bound), (_, other) = seen
+    assert bound == other == 0.25
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    # the first of two steps of warm-up
+    rates = {group["lr"] for optimizer in trainer.optimizers[2] for group in optimizer.param_groups}
+    assert rates == {0.5 * 3e-3, 0.5 * 1e-3}
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl+ce"])
+def test_the_label_of_a_position_is_the_next_token(
+    loss: str, make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions are all but the first and the last of a row."""
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, loss=loss, positions=0)
+    backward = Mock(wraps=trainer.head.backward)
+    monkeypatch.setattr(trainer.head, "backward", backward)
+    which = trainer.order.rows(trainer.order.places(0))
+    trainer.train_step()
+    rows = zip(corpus.train.tokens[which], corpus.train.lengths[which], strict=True)
+    assert backward.call_args.args[2].tolist() == [int(token) for row, length in rows for token in row[2:length]]
+
+
+def test_a_step_compares_its_own_part_of_the_vocabulary(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny("llama")
+    trainer = trainer_of(model, corpus, tmp_path, vocabulary=64, seed=3)
+    backward = Mock(wraps=trainer.head.backward)
+    monkeypatch.setattr(trainer.head, "backward", backward)
+    parts, sample = [], trainer.sample
+    assert sample is not None
+    for step in range(2):
+        text = corpus.train.tokens[trainer.order.rows(trainer.order.places(step))]
+        want = sample.draw(trainer.head.whole, torch.from_numpy(text).long().flatten(), [3, step])
+        trainer.train_step()
+        parts.append(backward.call_args.args[3])
+        assert len(parts[-1].weight) == 64 and torch.equal(parts[-1].weight, want.weight)
+    assert not torch.equal(parts[0].weight[32:], parts[1].weight[32:]), "the drawn half is drawn anew"
+    # ranked by the full model's mean probability on the first rows, without their padding
+    rows = corpus.train.take(16)
+    used = torch.arange(SEQ_LEN)[None] < torch.from_numpy(rows.lengths)[:, None]
+    with torch.no_grad():
+        mean = model(torch.from_numpy(rows.tokens).long()).logits[used].softmax(-1).mean(0)
+    ranked = mean[sample.ranking]
+    assert bool((ranked[1:] <= ranked[:-1] * (1 + 1e-5)).all())
+    for options in ({"vocabulary": 320}, {"vocabulary": 0}, {"vocabulary": 64, "loss": "ce"}):
+        assert trainer_of(make_tiny("llama"), corpus, tmp_path, **options).sample is None
 
 
 def test_massive_activations_are_no_targets(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
@@ -152,6 +224,17 @@ def test_accumulated_passes_equal_one_pass(make_tiny: Callable[..., Any], corpus
     assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-5)
     for name, value in weights[0][1].items():
         torch.testing.assert_close(value, weights[1][1][name], rtol=0, atol=2e-4)
+
+
+def test_averages_by_hand(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+    """The memory grows, 1/10 and 2/11 and 3/12, until it is what was asked for."""
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, average=0.2, rate=0.1, vector_rate=0.1)
+    want = {name: value.clone() for name, value in trainer.balconies[2].state_dict().items()}
+    for memory in (1 / 10, 2 / 11, 0.2):
+        trainer.train_step()
+        for name, value in trainer.balconies[2].state_dict().items():
+            want[name] = memory * want[name] + (1 - memory) * value
+            torch.testing.assert_close(trainer.averages[2][name], want[name])
 
 
 def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:

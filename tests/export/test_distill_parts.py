@@ -25,7 +25,7 @@ from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.report import TrainingCost, pretraining_tokens
-from balcony_export.train.schedule import Schedule
+from balcony_export.train.schedule import OptimizerKind, Schedule, make_optimizers, set_rate
 from tests.export.distilling import SEQ_LEN
 
 
@@ -358,6 +358,17 @@ def test_schedules_have_their_shapes() -> None:
     assert [trapezoid.factor(step) for step in (120, 122, 126)] == pytest.approx([1, 1, 0.5])
     cosine.restart(100, 120)
     assert [cosine.factor(step) for step in (100, 110, 120)] == pytest.approx([1, 0.5, 0])
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_rates_and_decay_reach_the_optimizers(kind: OptimizerKind) -> None:
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    made = make_optimizers([matrix, vector], kind, 0.2, 0.3, 0.05)
+    for factor in (0.25, 0.5):
+        set_rate(made, factor)
+    groups = [(group, one) for optimizer in made for group in optimizer.param_groups for one in group["params"]]
+    found = {id(one): (group["lr"], group["weight_decay"]) for group, one in groups}
+    assert found == {id(matrix): (0.1, 0.05), id(vector): (0.15, 0.05)}
 
 
 @pytest.mark.parametrize(

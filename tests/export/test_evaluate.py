@@ -23,7 +23,7 @@ from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.report import as_document, build_report, markdown, tables
 from balcony_export.evaluate.scorer import BundleScorer, ScoringRequest, TorchScorer
 from balcony_export.evaluate.tasks import evaluate_tasks, offline_tasks
-from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, tokenized_documents
+from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, ratio_of_sums, tokenized_documents
 from balcony_export.model.balcony_files import fingerprint, save_balconies
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -77,6 +77,19 @@ def test_perplexity_kl_and_agreement_by_hand(torch_scorer: TorchScorer, tiny: An
     assert found[2].kl.value == pytest.approx(kl / count, rel=1e-4)
     assert found[2].agreement.value == pytest.approx(hits / count)
     assert found[2].perplexity.stderr is not None  # one document: its windows are the clusters
+
+
+def test_documents_are_the_clusters(torch_scorer: TorchScorer, tiny: Any) -> None:
+    """Also where a document has several windows; the error of a perplexity is in perplexities, not in nats."""
+    texts = documents(tiny.tokenizer)
+    each = [evaluate_text(torch_scorer, [one], window=16)[2] for one in texts]
+    assert max(one.tokens for one in each) > 15
+    found = evaluate_text(torch_scorer, texts, window=16)[2]
+    kl = ratio_of_sums([(one.kl.value * one.tokens, one.tokens) for one in each])
+    nll = ratio_of_sums([(math.log(one.perplexity.value) * one.tokens, one.tokens) for one in each])
+    assert kl.stderr is not None and nll.stderr is not None
+    assert found.kl.stderr == pytest.approx(kl.stderr, rel=1e-5)
+    assert found.perplexity.stderr == pytest.approx(found.perplexity.value * nll.stderr, rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])

@@ -66,10 +66,14 @@ def test_generation_equals_the_harness_own_adapter_and_stops(
     options = {"until": ["zzz"], "do_sample": False, "max_gen_toks": 24}
     requests = instances(*(("the quick brown", options), ("a dog", options)))
     wanted = oracle.generate_until(requests, disable_tqdm=True)
+    # a prompt that leaves no room in the context of 256 for 24 tokens loses its beginning
+    long = instances(("the fox. " * 90 + "a dog", options))
+    wanted_long = oracle.generate_until(long, disable_tqdm=True)
     stop = wanted[0][5:7]
     for scorer in (bundle_scorer, torch_scorer):
         lm = BalconyLM(sweep=Sweep(scorer))
         assert lm.generate_until(requests) == wanted
+        assert lm.generate_until(long) == wanted_long
         (cut,) = lm.generate_until(instances(("the quick brown", {"until": [stop], "max_gen_toks": 24})))
         assert cut == wanted[0].split(stop)[0]
         # the names that transformers has for the limit, and every token that ends a text

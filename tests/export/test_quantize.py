@@ -94,6 +94,14 @@ def test_rounding_keeps_what_the_grid_has(tmp_path: Path) -> None:
     assert not zeros.dequantized(32).any()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_block_of_one_sign_keeps_its_values(sign: int) -> None:
+    """Its zero point is among the integers, so its range includes zero: steps of 0.1, whose half is the error."""
+    weight = sign * torch.linspace(1, 1.5, 32)[None]
+    found = quantize.quantize(weight, 4, 32, symmetric=False).dequantized(32)
+    assert np.abs(found - weight.numpy()).max() <= 0.06
+
+
 @pytest.mark.parametrize("inputs", [128, 96])
 def test_gptq_changes_the_outputs_less(inputs: int) -> None:
     generator = torch.Generator().manual_seed(5)
@@ -251,6 +259,22 @@ def test_every_quantized_weight_has_moments_of_its_inputs(tiny: Any) -> None:
             assert f"{layer}.{name}.weight" in moments
     x = moments["lm_head.weight"]
     assert torch.allclose(x, x.T) and bool((torch.linalg.eigvalsh(x) > -1e-5 * x.diagonal().max()).all())
+
+
+def test_moments_by_hand(tiny: Any) -> None:
+    """Rows larger than the median are scaled down to it, and the first of a text counts as a hundred."""
+    exits, seen = tiny.exits.copy(), []
+    module = exits.parts.layers[1].self_attn.o_proj
+    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().flatten(0, -2)))
+    found = second_moments(exits, ROWS[:2])["layers.1.self_attn.o_proj.weight"]
+    handle.remove()
+    total = torch.zeros_like(found)
+    for given in seen:
+        sizes = given.norm(dim=1, keepdim=True)
+        x = given * (sizes.median() / sizes).clamp(max=1.0)
+        x[0] *= 10
+        total += x.T @ x
+    torch.testing.assert_close(found, total / sum(map(len, ROWS[:2])), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import ConfidenceSpec, ThresholdSpec
+from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec, ThresholdSpec
 from balcony_edge.bundle.quality import record_confidence
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
@@ -26,6 +26,7 @@ from balcony_runtime.decoding.thresholds import (
     CANDIDATES,
     MEASURES,
     Compared,
+    _largest_share,
     binomial_tail,
     compare_exits,
     held_out,
@@ -101,6 +102,21 @@ def test_the_promise_holds_for_all_exits_at_once() -> None:
         assert alone is not None and threshold.threshold >= alone
 
 
+def test_as_many_exit_early_as_may_be_wrong() -> None:
+    """Of the surest first: the third and fourth disagree, and a quarter of all may."""
+    sure, agrees = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, True, False, False])
+    assert (_largest_share(sure, agrees, 0.0), _largest_share(sure, agrees, 0.25)) == (0.5, 0.75)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_measure_with_most_early_exits_is_taken(measure: ConfidenceMeasure) -> None:
+    random = np.random.default_rng(1)
+    good, bad = random.random((2, 4000))
+    agrees = {2: random.random(4000) < 0.7 + 0.3 * good}
+    sure = {name: {2: good if name == measure else bad} for name in MEASURES}
+    assert learn(Compared(sure, agrees), "t", 0.05, 0.95).measure == measure
+
+
 def test_no_threshold_where_none_keeps_it() -> None:
     sure = np.linspace(0, 1, 500)
     assert last_accepted(sure, np.zeros(500, bool), [0.99, 0.9, 0.5], 0.001, 0.95) is None
@@ -124,6 +140,16 @@ def test_trying_follows_from_prices() -> None:
     for _ in range(300):
         losing.learn(2, True)
     assert losing.plan(COSTS, 0, NONE, EXITS, np.inf) is not None, "what was learned counts"
+
+
+@pytest.mark.parametrize(("shares", "exit_layer"), [((0.9, 0.9), 2), ((0.3, 0.95), 3), ((0.9, 0.3), 2)])
+def test_the_exit_that_pays_most_is_tried(shares: tuple[float, float], exit_layer: int) -> None:
+    known = {
+        exit_: ThresholdSpec(threshold=0.5, exit_share=share, disagreement=0.01)
+        for exit_, share in zip((2, 3), shares, strict=True)
+    }
+    found = Confident(EXITS, spec(thresholds=known)).plan(COSTS, 0, NONE, EXITS, np.inf)
+    assert found is not None and found.exit_layer == exit_layer
 
 
 def test_a_trial_keeps_the_budgets_bounds_and_pays_for_a_balcony_that_is_behind() -> None:

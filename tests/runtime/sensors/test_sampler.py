@@ -74,9 +74,12 @@ def test_a_sensor_that_hangs_ages_and_is_dropped_while_the_others_go_on(sysfs_tr
         meter.unlink()
         os.mkfifo(meter)  # opening it blocks in the kernel until a writer opens it
         eventually(lambda: health(sensors, "jetson").state == "hung")
-        began = time.perf_counter()
-        readings = shown(sensors)
-        assert time.perf_counter() - began < 1  # the read hangs until a writer opens the file
+        took_s = []
+        for _ in range(5):  # a busy machine may hold up a call, and a call that waits would wait every time
+            began = time.perf_counter()
+            readings = shown(sensors)
+            took_s.append(time.perf_counter() - began)
+        assert min(took_s) < 0.2  # the read hangs until a writer opens the file
         assert not [source for source in readings if source.startswith("ina")]
         samples = health(sensors, "thermal").samples
         eventually(lambda: health(sensors, "thermal").samples >= samples + 3)
