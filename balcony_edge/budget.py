@@ -20,7 +20,6 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from balcony_edge.errors import BudgetError
-from balcony_edge.renamed import RENAMED
 
 if TYPE_CHECKING:
     from pydantic import GetJsonSchemaHandler
@@ -391,8 +390,6 @@ def _message(error: pydantic.ValidationError) -> str:
         return f"{key} = {_shown(first['input'])}: {allowed}; {cure}"
     if not key:
         return f"budget = {_shown(first['input'])}: must be a table of keys such as tpot_ms; {_LIST}"
-    if key in RENAMED:
-        return f"{key} = {_shown(first['input'])}: this key is now {RENAMED[key]}; write that instead"
     close = difflib.get_close_matches(key, _ALLOWED, n=1)
     cure = f"did you mean {close[0]}?" if close else f"remove it; {_LIST}"
     return f"{_shown(key)[1:-1]} = {_shown(first['input'])}: no such key; {cure}"

@@ -35,7 +35,6 @@ from balcony_edge.cli.simulate import simulate
 from balcony_edge.cli.train import train
 from balcony_edge.cli.verify import verify
 from balcony_edge.errors import BalconyError, is_out_of_memory
-from balcony_edge.renamed import refuse_former_options
 
 app = typer.Typer(
     name="balcony-edge",
@@ -83,12 +82,7 @@ def main() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Decode invalid bytes as in arguments; the code that reads a text refuses input that is not UTF-8.
         sys.stdin.reconfigure(errors="surrogateescape")
-    reported(_run)
-
-
-def _run() -> None:
-    refuse_former_options(sys.argv[1:])
-    app()
+    reported(app)
 
 
 def reported(action: Callable[[], object]) -> None:

@@ -299,11 +299,12 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
 
     from balcony_edge.cli.console import stderr, stdout
     from balcony_edge.errors import MissingDependencyError, TrainingError
+    from balcony_export.model.checkpoint import model_name
     from balcony_export.train.report import TrainingCost, plot_curves, pretraining_tokens, read_metrics
     from balcony_export.train.trainer import METRICS
 
     results = trainer.best
-    name = "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name
+    name = model_name(model)
     parameters = sum(p.numel() for p in next(iter(trainer.balconies.values())).parameters())
     cost = TrainingCost(len(results), parameters, trainer.tokens, pretraining_tokens(name, given_tokens))
     plot = trainer.work / "curve.png"

@@ -37,8 +37,8 @@ class Chat:
 
     def __init__(self, llm: LLM, sequence: TokenSequence, system: str | None) -> None:
         self._llm, self.sequence = llm, sequence
-        if system is not None:
-            _refuse_other_than_text("system", system)
+        if system is not None and not isinstance(system, str):
+            raise InputError(f"system of type {type(system).__name__}: give a text")
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[Message] = list(self._system)
         self._speaking: TokenStream | None = None
@@ -176,8 +176,3 @@ def _messages(given: str | Message | Sequence[Message]) -> list[Message]:
     if not given:
         raise InputError("no messages were given: give a text, a message or a list of messages")
     return list(given)
-
-
-def _refuse_other_than_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise InputError(f"{name} of type {type(value).__name__}: give a text")

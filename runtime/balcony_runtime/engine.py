@@ -13,13 +13,13 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
 import numpy as np
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.closing import Closing
 from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.backends.base import Array, Backend, FloatArray, IntArray, State, likeliest
 from balcony_runtime.backends.choose import DeviceName, open_backend
@@ -45,7 +45,7 @@ class EngineOptions(TypedDict, total=False):
     engines: str | None
 
 
-class Engine:
+class Engine(Closing):
     """The weights of one bundle, shared by all sequences. A context manager that frees them.
 
     Example:
@@ -131,14 +131,6 @@ class Engine:
         if self._closed:
             raise InputError("this bundle was closed: load it again")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable[Concatenate[TokenSequence, _P], _R]:
     """Make a method of a sequence exclusive: one thread at a time runs it, and only while the engine is open."""
@@ -147,7 +139,11 @@ def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable
     def call(self: TokenSequence, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         with self.lock:
             self._engine.refuse_closed()
-            return method(self, *args, **kwargs)
+            try:
+                return method(self, *args, **kwargs)
+            except KeyError:  # another thread closed the engine meanwhile, and its graphs are gone
+                self._engine.refuse_closed()
+                raise
 
     return call
 

@@ -14,13 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.closing import Closing
+from balcony_edge.control.company.assignment import qualities
 from balcony_edge.control.observed import unseen
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
@@ -53,7 +54,7 @@ FIRST_READINGS_S = 1.0
 _ONE = (Budget, str, os.PathLike)
 
 
-class LLM:
+class LLM(Closing):
     """A loaded bundle that generates within a budget. A context manager that frees the engine.
 
     The budget may be replaced at any time; it takes effect at the next token. Several threads may stream their own replies
@@ -85,22 +86,20 @@ class LLM:
                 first budget that needs them.
             kept: what is kept of replies that have ended, as for :func:`balcony_edge.load`.
         """
-        self.engine, self._codec = engine, codec
+        self.engine, self.codec = engine, codec
         self._costs, self._ask_sensors = costs, readings
         self._sensors: Sensors | None = None
         self._sensors_lock, self._costs_lock = threading.Lock(), threading.Lock()
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
-        quality = [self._agreement[layer] or layer / engine.exit_layers[-1] for layer in engine.exit_layers]
         around = Surroundings(
             budgets=lambda: (self._budget, self._resolved),
             check=self.resolved,
             costs=lambda: self._costs,
             readings=self.readings,
         )
-        ascending = np.maximum.accumulate(quality).tolist()
-        bounds = Bounds.of(self._kv_bytes, **kept)
-        scheduler = Scheduler(engine, self._learned, around.costs, around.readings, ascending, bounds)
+        quality, bounds = qualities(self._agreement), Bounds.of(self._kv_bytes, **kept)
+        scheduler = Scheduler(engine, self._learned, around.costs, around.readings, quality, bounds)
         self._requests = Requests(engine, codec, scheduler, self._learned, around)
         try:
             self.budget = budget
@@ -252,7 +251,7 @@ class LLM:
     ) -> list[int]:
         """Tokens of a prompt, as :meth:`stream` uses them."""
         shown = None if self._requests.box(tools, tool_choice) is None else tools
-        return self._codec.encode(
+        return self.codec.encode(
             prompt,
             chat=chat,
             control_tokens=control_tokens,
@@ -263,7 +262,7 @@ class LLM:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without control tokens."""
-        return self._codec.decode(tokens)
+        return self.codec.decode(tokens)
 
     def compile_grammar(
         self,
@@ -412,7 +411,8 @@ class LLM:
                     replies[member].append(token)
             if all(ended):
                 break
-        return [self._codec.decode(reply) for reply in replies]
+        texts = [self.codec.stream(request.ids if request.continues else ()) for request in requests]
+        return ["".join(map(text.push, reply)) + text.flush() for text, reply in zip(texts, replies, strict=True)]
 
     def chat(self, *, system: str | None = None) -> Chat:
         """Begin a conversation that remembers its turns and reuses the rows that they have in common.
@@ -420,7 +420,7 @@ class LLM:
         Raises:
             InputError: the bundle has no chat template.
         """
-        if not self._codec.has_chat_template:
+        if not self.codec.has_chat_template:
             raise InputError("this bundle has no chat template: use stream() or generate() with a text")
         return Chat(self, self.engine.new_sequence(), system)
 
@@ -489,11 +489,3 @@ class LLM:
     def _close_sensors(self) -> None:
         if self._sensors is not None:
             self._sensors.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

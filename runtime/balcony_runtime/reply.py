@@ -11,10 +11,10 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 from balcony_edge.budget import Budget, parse_budget
+from balcony_edge.closing import Closing
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.verdict import Verdict, Watch
 from balcony_runtime.structure.calls import CallReader, ToolCall, read
@@ -185,7 +185,7 @@ class Prompted:
     told: int = 0
 
 
-class TokenStream(Iterator[Token]):
+class TokenStream(Closing, Iterator[Token]):
     """Tokens as they are made. One thread at a time may use it; any thread may call :meth:`cancel`.
 
     Example:
@@ -302,11 +302,3 @@ class TokenStream(Iterator[Token]):
                 self._finish_reason = "cancelled"
             if (close := getattr(self._source, "close", None)) is not None:
                 close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

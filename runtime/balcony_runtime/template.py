@@ -38,57 +38,20 @@ ELEMENT = 16
 MAX_BITS = 10_000
 
 #: Filters whose results are no longer than their input, except for a few characters; the other filters are below.
+# fmt: off
 _FILTERS = (
-    *(
-        "abs",
-        "attr",
-        "capitalize",
-        "count",
-        "d",
-        "default",
-        "dictsort",
-        "e",
-        "escape",
-        "first",
-        "float",
-        "groupby",
-        "int",
-    ),
-    *(
-        "items",
-        "last",
-        "length",
-        "list",
-        "lower",
-        "map",
-        "max",
-        "min",
-        "reject",
-        "rejectattr",
-        "reverse",
-        "safe",
-        "select",
-    ),
-    *("selectattr", "sort", "string", "title", "trim", "unique", "upper", "wordcount"),
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int",
+    "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select",
+    "selectattr", "sort", "string", "title", "trim", "unique", "upper", "wordcount",
 )
 #: Methods of texts that templates may use; the sandbox itself restricts methods of lists and mappings.
 _TEXT_METHODS = {
-    *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdecimal", "isdigit"),
-    *("islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix"),
-    *(
-        "removesuffix",
-        "replace",
-        "rfind",
-        "rindex",
-        "rpartition",
-        "rsplit",
-        "rstrip",
-        "split",
-        "splitlines",
-        "startswith",
-    ),
-    *("strip", "swapcase", "title", "upper"),
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdecimal", "isdigit", "islower",
+    "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix", "removesuffix",
+    "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase",
+    "title", "upper",
 }
+# fmt: on
 _SCALARS = (str, int, float, type(None), jinja2.Undefined)
 _CONTAINERS = (list, tuple, dict)
 

@@ -284,6 +284,6 @@ def test_penalties_and_bias_reach_the_reply(llm: LLM) -> None:
 
 
 def test_a_bundle_without_a_template_has_no_chat(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm._codec, "_template", None)
+    monkeypatch.setattr(llm.codec, "_template", None)
     with pytest.raises(InputError, match="has no chat template"):
         llm.chat()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -144,7 +145,7 @@ class BundleScorer:
         """The sequence, rolled back to its common prefix with ``tokens``, or a new one if the prefix is short."""
         sequence = self._sequence
         if sequence is not None:
-            shared = _common_prefix(sequence.tokens[0].tolist(), tokens)
+            shared = sequence.shared_prefix(np.array(tokens, np.int64))
             # attention pays for the capacity of the longest request so far, which would slow down short ones
             worn = self._longest > 2 * len(tokens) + CHUNK and shared < len(tokens) // 2
             if len(tokens) <= sequence.max_length and not worn:
@@ -251,10 +252,3 @@ def bundle_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:
     if bundle.has_file("chat_template.jinja"):
         template = bundle.file("chat_template.jinja").read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))

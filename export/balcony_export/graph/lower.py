@@ -147,7 +147,7 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
     A window keeps its blocks, which skip the keys outside of it.
     """
     query, present_key, present_value, _ = node.inputs
-    writes = [_producer(present, "TensorScatter") for present in (present_key, present_value)]
+    writes = [_scatter_of(present) for present in (present_key, present_value)]
     key, value = writes[0].inputs[1], writes[1].inputs[1]
     query_rotary, key_rotary = _optional_producer(query, "RotaryEmbedding"), _optional_producer(key, "RotaryEmbedding")
     rope: list[ir.Value | None] = [None, None]
@@ -261,9 +261,9 @@ def _of_heads(value: ir.Value) -> bool:
     return (value.name or "").startswith(("past_key", "past_value", "present_key", "present_value"))
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node:
-    node = _optional_producer(value, op_type)
-    assert node is not None, f"expected {op_type} to make {value}"
+def _scatter_of(value: ir.Value | None) -> ir.Node:
+    node = _optional_producer(value, "TensorScatter")
+    assert node is not None, f"expected TensorScatter to make {value}"
     return node
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import onnx_ir as ir
@@ -35,9 +34,7 @@ class WeightFile:
         self._file = (self._directory / WEIGHTS).open("wb")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def offset_of(self, tensor: ir.TensorProtocol) -> int:

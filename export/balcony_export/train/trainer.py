@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -254,7 +254,8 @@ class Trainer:
         """``exit layer -> (KL, top-1 agreement)`` on the held-out rows, at as many positions of each row as in training."""
         totals = {e: [0.0, 0] for e in self.config.exits}
         count = 0
-        swapped = self._swap_averages() if averaged else None
+        exchanged = self.balconies if averaged else ()
+        self._exchange(exchanged)
         for states, where in self._held_out_states():
             full = states[-1].flatten(0, 1)[where]
             count += len(where)
@@ -265,8 +266,7 @@ class Trainer:
             for exit_layer, (kl, same) in zip(self.config.exits, self.head.compare(full, students), strict=True):
                 totals[exit_layer][0] += float(kl.sum())
                 totals[exit_layer][1] += int(same.sum())
-        if swapped is not None:
-            self._swap_averages()
+        self._exchange(exchanged)
         return {e: (kl / count, hits / count) for e, (kl, hits) in totals.items()}
 
     def judged(self) -> dict[int, Judged]:
@@ -297,13 +297,13 @@ class Trainer:
         return self._held_out
 
     @torch.no_grad()
-    def _swap_averages(self) -> bool:
-        for exit_layer, balcony in self.balconies.items():
-            for name, value in balcony.state_dict().items():
+    def _exchange(self, exits: Iterable[int]) -> None:
+        """Exchange the weights of some balconies with their averages."""
+        for exit_layer in exits:
+            for name, value in self.balconies[exit_layer].state_dict().items():
                 kept = value.clone()
                 value.copy_(self.averages[exit_layer][name])
                 self.averages[exit_layer][name].copy_(kept)
-        return True
 
     # -- the run
 
@@ -372,12 +372,10 @@ class Trainer:
         return found
 
     def _write(self, exit_layer: int, *, averaged: bool) -> None:
-        balcony = self.balconies[exit_layer]
-        kept = {name: value.clone() for name, value in balcony.state_dict().items()}
-        if averaged:
-            balcony.load_state_dict(self.averages[exit_layer])
-        save_balconies(self.output, {exit_layer: balcony}, self.base_facts, self.facts(self.best[exit_layer]))
-        balcony.load_state_dict(kept)
+        made = {exit_layer: self.balconies[exit_layer]}
+        self._exchange(made if averaged else ())
+        save_balconies(self.output, made, self.base_facts, self.facts(self.best[exit_layer]))
+        self._exchange(made if averaged else ())
 
     def _begin(self) -> None:
         """Open the cache, cut the metrics off at this step, and keep the balconies that a new run starts from."""

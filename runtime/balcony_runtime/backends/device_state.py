@@ -17,12 +17,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 from balcony_edge.bundle.manifest import DType, EngineSet, Manifest
+from balcony_edge.closing import Closing
 from balcony_edge.errors import DeviceError, InputError
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, RowsOnly, not_finite, part_of
 from balcony_runtime.backends.device import ALIGNMENT, ITEM_BYTES, Device, Executor, Launch, Region, array_dtype
@@ -31,7 +31,7 @@ from balcony_runtime.backends.device import ALIGNMENT, ITEM_BYTES, Device, Execu
 MAX_ROWS = 512
 
 
-class DeviceBackend:
+class DeviceBackend(Closing):
     """An engine set that runs on a device; implements :class:`balcony_runtime.backends.base.Backend`."""
 
     def __init__(self, manifest: Manifest, engines: EngineSet, device: Device, executor: Executor, name: str) -> None:
@@ -105,8 +105,10 @@ class DeviceBackend:
         """Nothing: the members of an engine's batch have the same length."""
 
     def close(self) -> None:
-        """Free engines and memory."""
+        """Free engines and memory; may be called several times."""
         with self.lock, contextlib.ExitStack() as stack:
+            if self._closed:
+                return
             with contextlib.suppress(DeviceError):  # a lost GPU cannot be chosen, and has nothing left to free
                 stack.enter_context(self.device.current())
             with contextlib.suppress(DeviceError):
@@ -116,14 +118,6 @@ class DeviceBackend:
             self._closed = True
             self.executor.close()
             self.device.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Cache:
@@ -209,7 +203,7 @@ class Workspace:
             many = (batch_size, min(MAX_ROWS, self.length), width)
             self.scratch = [self._allocate(many, dtype) for _ in range(3)]
             self._make_graphs(manifest)
-            self._capture(len(manifest.exit_layers))
+            self._capture()
         except BaseException:
             with contextlib.suppress(DeviceError):  # the first error is the one to show
                 self.free()
@@ -240,7 +234,7 @@ class Workspace:
         self.head = _Graph("lm_head", {"hidden": self.hidden, "logits": self.logits, "argmax": self.best})
         self.caches = [graph.cache for graph in (*self.stages, *self.exits) if graph.cache is not None]
 
-    def _capture(self, exits: int) -> None:
+    def _capture(self) -> None:
         """Capture every graph of the decode step over a row that no sequence has; the first pass overwrites it."""
         in_place, captured = self._backend.executor.in_place, {}
         for graph in (self.embed, *self.stages, *self.exits, self.head):
@@ -252,12 +246,11 @@ class Workspace:
                     graph.cache.turn()
         # A graph is bound to one side of its cache. With sides that take turns there is no fixed program for an exit.
         self._programs = [
-            self._joined([captured[graph.name, 0] for graph in self.path(e)]) for e in range(exits) if in_place
+            self._device.joined([captured[graph.name, 0] for graph in self.path(e)])
+            for e in range(len(self.exits))
+            if in_place
         ]
-        self._singles = {key: self._joined([launch]) for key, launch in captured.items() if not in_place}
-
-    def _joined(self, launches: list[Launch]) -> Callable[[], None]:
-        return self._device.joined(launches)
+        self._singles = {key: self._device.joined([launch]) for key, launch in captured.items() if not in_place}
 
     def path(self, exit_index: int) -> list[_Graph]:
         """The graphs of a decode step at an exit."""

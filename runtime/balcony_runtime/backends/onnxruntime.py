@@ -18,11 +18,11 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import GraphSpec, Manifest
+from balcony_edge.closing import Closing
 from balcony_edge.device.machine import best_threads, checked_threads
 from balcony_edge.errors import BundleError
 from balcony_runtime.backends.installed import checked_onnxruntime
@@ -34,7 +34,7 @@ from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.backends.host_memory import mapped, use_large_pages
 from balcony_runtime.backends.onnxruntime_memory import Memory
 from balcony_runtime.backends.onnxruntime_pool import OnnxRuntimePool
-from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState
+from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState, first_line
 from balcony_runtime.backends.packed_weights import packed_graphs
 from balcony_runtime.backends.token_table import TokenTable
 
@@ -48,7 +48,6 @@ def open_session(
     path: Path | bytes,
     *,
     threads: int | None = None,
-    profile_prefix: Path | None = None,
     pack_to: Path | None = None,
     optimize: bool = True,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
@@ -64,7 +63,6 @@ def open_session(
     Args:
         path: file of the graph, or the graph itself.
         threads: size of the pool; by default :func:`.best_threads`.
-        profile_prefix: prefix of the profile that ONNX Runtime writes; None: no profile.
         pack_to: file to which the graph is also written, with its packed weights in a file next to it.
         optimize: whether ONNX Runtime may change the graph; otherwise its nodes run as they are.
         providers: execution providers of ONNX Runtime, in order of preference.
@@ -89,9 +87,6 @@ def open_session(
     options.log_severity_level = 3
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if profile_prefix is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile_prefix)
     if pack_to is not None:
         options.optimized_model_filepath = str(pack_to)
         options.add_session_config_entry(
@@ -119,7 +114,7 @@ def open_session(
         return _quiet_session(path, options, providers)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
         name = "a graph in memory" if isinstance(path, bytes) else path
-        raise BundleError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)}): export it again") from error
+        raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line(error)}): export it again") from error
 
 
 def _quiet_session(path: Path | bytes, options: Any, providers: Sequence[Any]) -> ort.InferenceSession:
@@ -153,7 +148,7 @@ def check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None
                 )
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Closing):
     """Sessions of one bundle on the CPU, one per stage, balcony, norm and head."""
 
     def __init__(
@@ -161,7 +156,6 @@ class OnnxRuntimeBackend:
         bundle: Bundle,
         *,
         threads: int | None = None,
-        profile_prefix: Path | None = None,
         packed: Path | None = None,
         verify_hashes: bool = True,
     ) -> None:
@@ -172,7 +166,6 @@ class OnnxRuntimeBackend:
             threads: size of the shared pool; by default :func:`.best_threads`. The first engine of a process decides.
             packed: directory of packed weights, to share them with other processes; see :mod:`.packed_weights`.
             verify_hashes: whether the packed weights are hashed (opening the bundle hashes its own files).
-            profile_prefix: directory in which ONNX Runtime writes one profile per graph when the backend is closed.
 
         Raises:
             BundleError: a graph cannot be loaded or differs from the manifest.
@@ -183,7 +176,6 @@ class OnnxRuntimeBackend:
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory anyway
         self.graphs = "lowered" if self.manifest.cpu else "portable"
-        self._profile_prefix = profile_prefix
         #: Exit → session of its decode step as one graph; only with packed weights, which all sessions share.
         self.paths: dict[int, ort.InferenceSession] = {}
         shared: Mapping[str, Path] = {}
@@ -195,8 +187,7 @@ class OnnxRuntimeBackend:
         def opened(name: str, spec: GraphSpec) -> ort.InferenceSession:
             check_graph(bundle.file(spec.file), bundle.manifest.files)
             path = shared.get(name) or bundle.file(spec.file)
-            prefix = None if profile_prefix is None else profile_prefix / name
-            session = _open(path, path.parent if shared else None, threads=threads, profile_prefix=prefix)
+            session = _open(path, path.parent if shared else None, threads=threads)
             check_io(path, spec, session)
             return session
 
@@ -235,21 +226,10 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         """Free the sessions."""
-        for session in self.sessions.values():
-            if self._profile_prefix is not None:
-                session.end_profiling()
         self.sessions.clear()
         self.paths.clear()
         for user in list(self.users):
             user.forget_programs()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _open(path: Path, packed: Path | None, **options: Any) -> ort.InferenceSession:
@@ -284,7 +264,3 @@ def _pack(source: Path, target: Path, threads: int | None) -> None:
         open_session(source, threads=threads)
         free_mb = shutil.disk_usage(target.parent).free // 10**6
         raise OSError(errno.EIO, f"ONNX Runtime failed with {free_mb} MB free on the disk") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -16,6 +16,7 @@ from balcony_runtime.backends.device_state import DeviceBackend
 from balcony_runtime.backends.graph_file import check_graph
 from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.backends.onnxruntime_state import first_line
 
 #: Device name → ONNX Runtime's provider and the kind of memory that it binds.
 PROVIDERS = {
@@ -75,8 +76,9 @@ class OnnxRuntimeExecutor:
             try:
                 session.run_with_iobinding(binding)
             except RuntimeError as error:
-                line = (str(error).strip().splitlines() or ["no message"])[0][:200]
-                raise DeviceError(f"{graph}: ONNX Runtime failed while running it ({line}): free memory") from error
+                raise DeviceError(
+                    f"{graph}: ONNX Runtime failed while running it ({first_line(error)}): free memory"
+                ) from error
 
         return Launch(launch)
 

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from balcony_edge.bundle.manifest import GraphSpec
 from balcony_edge.errors import BundleError
-from balcony_runtime.backends.base import Array, FloatArray, IntArray, part_of
+from balcony_runtime.backends.base import Array, FloatArray, IntArray, likeliest, part_of
 from balcony_runtime.backends.host_memory import touched_bytes, zeros
 from balcony_runtime.backends.onnxruntime_memory import Cache, Memory, value_of
 from balcony_runtime.backends.recurrent import RecurrentStates
@@ -195,7 +195,7 @@ class OnnxRuntimeState:
 
     def reached(self, exit_index: int, rows: int) -> None:
         """Count the rows that shared passes have written on the way to an exit."""
-        self._decoded[exit_index] = rows
+        self._decoded[exit_index] = max(rows, self._decoded.get(exit_index, 0))
 
     def _reserve_decoded(self) -> None:
         """Count the rows of decode steps in the caches; the steps themselves do not, to save time."""
@@ -220,14 +220,14 @@ class OnnxRuntimeState:
         self.busy_ns += run_step(program.runs)
         for graph in recurrent:
             graph.end(row + 1)
-        self._decoded[exit_index] = row + 1
+        if row >= self._decoded.get(exit_index, 0):  # rows from before a rollback have their memory still
+            self._decoded[exit_index] = row + 1
         self._rows[: exit_index + 2, :, row] = program.made
         return program.logits
 
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
         """Run one row through all graphs on the way to an exit and return the likeliest next token."""
-        best: IntArray = self.decode(exit_index, ids, row).argmax(-1)
-        return best
+        return likeliest(self.decode(exit_index, ids, row))
 
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write token embeddings to boundary 0."""
@@ -487,5 +487,10 @@ def _bind_ports(
 
 def failed(what: str, error: RuntimeError) -> BundleError:
     """The error for a failed run. The tables fit, so the cause is inside a graph, or memory ran out."""
-    line = (str(error).strip().splitlines() or ["no message"])[0][:200]
+    line = first_line(error)
     return BundleError(f"{what}: ONNX Runtime failed while running it ({line}): free memory, or export again")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error of ONNX Runtime, which has many."""
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -13,7 +13,6 @@ plain full-depth tokens; the share of tokens that exit there is learned online. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -56,18 +55,14 @@ class Confident:
     def __init__(self, exits: tuple[int, ...], spec: ConfidenceSpec | None) -> None:
         self._exits, self.spec = exits, spec
         known = {} if spec is None else spec.thresholds
-        self._thresholds = {e: known[e].threshold for e in exits[:-1] if e in known}
+        #: Exit layer → threshold.
+        self.thresholds = {e: known[e].threshold for e in exits[:-1] if e in known}
         # Exit → (tokens that exited, tokens that tried), with exponential forgetting.
-        self._counts = {e: (PRIOR_TOKENS * known[e].exit_share, PRIOR_TOKENS) for e in self._thresholds}
+        self._counts = {e: (PRIOR_TOKENS * known[e].exit_share, PRIOR_TOKENS) for e in self.thresholds}
         #: Exit → checks of its tokens since its threshold was last raised, and checks in total.
         self._recent = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self.telemetry = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self._since_trial = self._since_check = self._plan_at = 0
-
-    @property
-    def thresholds(self) -> Mapping[int, float]:
-        """Exit layer → smallest confidence of a token that exits there, as raised so far."""
-        return self._thresholds
 
     @property
     def measure(self) -> ConfidenceMeasure:
@@ -98,7 +93,7 @@ class Confident:
         full, count = self._exits[-1], len(self._exits)
         plain_ms = costs.steady_ms(full, context_length)
         best: Trial | None = None
-        for exit_layer, threshold in self._thresholds.items():
+        for exit_layer, threshold in self.thresholds.items():
             if exit_layer not in allowed:
                 continue
             exited, tried = self._counts[exit_layer]
@@ -135,14 +130,14 @@ class Confident:
         """Count the check of an early token, and raise the exit's threshold if the promise no longer holds."""
         self.telemetry[exit_layer] = _counted(self.telemetry[exit_layer], agreed)
         recent = self._recent[exit_layer] = _counted(self._recent[exit_layer], agreed)
-        if self.spec is None or exit_layer not in self._thresholds:
+        if self.spec is None or exit_layer not in self.thresholds:
             return
         # The promise is about all tokens, so a larger share of the tokens that exit early may disagree.
         exited, tried = self._counts[exit_layer]
         allowed = min(self.spec.max_disagreement / max(exited / tried, 1e-3), 1.0)
         if 1 - binomial_tail(recent.disagreed - 1, recent.checked, allowed) < SLIPPED:
-            old = self._thresholds[exit_layer]
-            self._thresholds[exit_layer] = old + RAISE * (1 - old)
+            old = self.thresholds[exit_layer]
+            self.thresholds[exit_layer] = old + RAISE * (1 - old)
             self._recent[exit_layer] = Telemetry(0, 0)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import Absence, SourceSample
+from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 from balcony_runtime.sensors.sysfs import ATTRIBUTE_ERRORS, absence, numbered, read_number, text_or_none
 
 _SYSTEM = "Total System Power"
 
 
-class AppleSmc:
+class AppleSmc(NothingOpen):
     """``macsmc:system``: watts of the machine, on its battery or its charger."""
 
     name = "macsmc"
@@ -40,6 +40,3 @@ class AppleSmc:
         except ATTRIBUTE_ERRORS as error:
             return SourceSample(absences=(absence("macsmc:system", error),))
         return SourceSample((Reading("macsmc:system", "board", now_s, watts=watts),))
-
-    def close(self) -> None:
-        """Nothing is held open."""

@@ -35,6 +35,13 @@ class SourceSample:
     absences: tuple[Absence, ...] = ()
 
 
+class NothingOpen:
+    """A source that holds nothing between two reads."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
 class Source(Protocol):
     """One interface of the device. One thread calls all methods, :meth:`close` last."""
 

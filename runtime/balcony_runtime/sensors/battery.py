@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import Absence, SourceSample
+from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 from balcony_runtime.sensors.sysfs import entries, number_or_none, text_or_none
 
 
@@ -24,7 +24,7 @@ class _State:
     status: str
 
 
-class Battery:
+class Battery(NothingOpen):
     """``battery:BAT0`` (or ``battery:BAT0+BAT1``), and ``battery:drain`` for the board while it runs only on batteries."""
 
     name = "battery"
@@ -71,9 +71,6 @@ class Battery:
         else:
             readings.append(Reading("battery:drain", "board", now_s, watts=total))
         return SourceSample(tuple(readings), tuple(absences))
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 def _read(path: Path) -> _State:

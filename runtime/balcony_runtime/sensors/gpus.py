@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import Absence, SourceSample
+from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 from balcony_runtime.sensors.plausible import LIMITS
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
@@ -108,7 +108,7 @@ class _Gpu:
         return values, missing
 
 
-class Gpus:
+class Gpus(NothingOpen):
     """``amdgpu:card0``, ``i915:card0``, ``xe:card0``, ``v3d:card0``, ``kgsl:kgsl-3d0`` below a sysfs root.
 
     The card with most memory comes first, then other cards that have an hwmon chip, then the order of their numbers. The load
@@ -148,9 +148,6 @@ class Gpus:
                 readings += found.readings
                 absences += found.absences
         return SourceSample(tuple(readings), tuple(absences))
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 def _driver(device: Path) -> str:

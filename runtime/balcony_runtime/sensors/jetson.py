@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading, Scope
-from balcony_runtime.sensors.base import Absence, SourceSample
+from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
     absence,
@@ -52,7 +52,7 @@ class _Rail:
         return read_number(self.millivolts) * read_number(self.milliamperes) / 1e6
 
 
-class Jetson:
+class Jetson(NothingOpen):
     """``ina3221:VDD_IN`` and other rails, ``devfreq:17000000.gpu``, ``jetson:throttle-alert``."""
 
     name = "jetson"
@@ -114,9 +114,6 @@ class Jetson:
         if not readings and not absences:
             absences.append(Absence(self.name, "no INA3221 or INA238 power monitor and no Tegra GPU: not a Jetson"))
         return SourceSample(tuple(readings), tuple(absences))
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 def _ina3221(directory: Path, taken: set[str]) -> list[_Rail]:

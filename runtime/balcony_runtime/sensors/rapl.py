@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading, Scope
-from balcony_runtime.sensors.base import Absence, SourceSample
+from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
     EnergyCounter,
@@ -37,7 +37,7 @@ class _Zone:
     counter: EnergyCounter
 
 
-class Rapl:
+class Rapl(NothingOpen):
     """Energy counters ``rapl:package-0`` and ``rapl:package-0/dram`` below a sysfs root."""
 
     name = "rapl"
@@ -76,6 +76,3 @@ class Rapl:
             cure = "on such a CPU: sudo modprobe intel_rapl_msr; Docker: run with --security-opt systempaths=unconfined"
             absences.append(Absence(self.name, reason, cure))
         return SourceSample(tuple(readings), tuple(absences))
-
-    def close(self) -> None:
-        """Nothing is held open."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
-from balcony_runtime.sensors.base import Absence, SourceSample
+from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 
 
 def load_readings(path: Path) -> Iterator[Reading]:
@@ -42,7 +42,7 @@ def load_readings(path: Path) -> Iterator[Reading]:
         raise InputError(f"{path}: {reason}: give a JSON Lines file of readings") from error
 
 
-class Recorded:
+class Recorded(NothingOpen):
     """Replays readings. Each is the latest of its source from its own time on; time counts from the first read."""
 
     name = "trace"
@@ -67,6 +67,3 @@ class Recorded:
             self._next = next(self._readings, None)
         ended = () if self._next is not None else (Absence(self.name, "the trace has ended"),)
         return SourceSample(tuple(self._latest.values()), ended)
-
-    def close(self) -> None:
-        """Nothing is held open."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import psutil
 
 from balcony_edge.device.readings import Reading
-from balcony_runtime.sensors.base import Absence, SourceSample
+from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 
 #: Time between two reads of the process's private memory, and the largest share of time that they may take: the kernel walks
 #: the page tables (measured: 1.1 ms at 250 MB and 6 to 11 ms at 1 GB in pages of 4 KiB, 0.2 ms at 2 GB in huge pages; Python's
@@ -17,7 +17,7 @@ from balcony_runtime.sensors.base import Absence, SourceSample
 _PRIVATE_EVERY_S, _PRIVATE_SHARE = 1.0, 0.01
 
 
-class System:
+class System(NothingOpen):
     """``psutil:cpu``, ``psutil:memory`` and ``psutil:process``.
 
     CPU shares are shares of all logical CPUs together, over the time between two reads; the first read has none.
@@ -60,9 +60,6 @@ class System:
             return SourceSample(tuple(readings), (absence,))
         readings.append(Reading("psutil:process", "process", now_s, memory_bytes=self._private_bytes))
         return SourceSample(tuple(readings))
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 def busy_share(before: Sequence[float], after: Sequence[float]) -> float | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balcony_edge.device.readings import Reading, Scope
-from balcony_runtime.sensors.base import Absence, SourceSample
+from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
     Patient,
@@ -46,7 +46,7 @@ class _Probe:
     path: Path
 
 
-class Thermal:
+class Thermal(NothingOpen):
     """Thermal zones (``thermal:<type>``) and CPU packages (``hwmon:<chip>:<label>``) below a sysfs root."""
 
     name = "thermal"
@@ -88,9 +88,6 @@ class Thermal:
                 Absence(self.name, "the kernel shows no thermal zone and no CPU package, as in most virtual machines")
             )
         return SourceSample(tuple(readings), tuple(absences))
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 def _scope(kind: str) -> Scope:

@@ -6,11 +6,9 @@ Memory and the order of its end are in :mod:`.device`, the passes of a sequence 
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.closing import Closing
 from balcony_edge.errors import BundleError
 from balcony_runtime.backends.graph_file import check_graph, nodes_of
 from balcony_runtime.backends.onnxruntime import check_io
@@ -22,7 +20,7 @@ from balcony_runtime.backends.webgpu.provider import NAME, find_provider, misfit
 from balcony_runtime.backends.webgpu.state import WebGpuState
 
 
-class WebGpuBackend:
+class WebGpuBackend(Closing):
     """Sessions of one bundle on a WebGPU device; implements :class:`balcony_runtime.backends.base.Backend`.
 
     Raises:
@@ -81,11 +79,3 @@ class WebGpuBackend:
     def close(self) -> None:
         """Free memory and sessions."""
         self.device.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
