@@ -127,6 +127,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(
     whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole", steps=400)
     resumed = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=400)
     assert resumed.resume()
+    resumed._begin()  # as run() does once it has the directory for itself
     reached = resumed.step
     assert reached > 0
     while resumed.step < reached + 10:
