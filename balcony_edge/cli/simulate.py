@@ -69,7 +69,6 @@ def simulate(
 
     from balcony_edge.cli.arrivals import explained, facts, parsed, show
     from balcony_edge.cli.budget import asked_budget
-    from balcony_edge.cli.console import stderr
     from balcony_edge.cli.show import say_doubts
     from balcony_edge.control.trace import TraceWriter
     from balcony_edge.device.profile import DeviceProfile
@@ -82,14 +81,6 @@ def simulate(
         raise BudgetError(f"--budget {files[0]} --budget {files[1]}: one reply has one budget: also give --arrivals")
     asked, measured = asked_budget(files[0] if files else None, tpot_ms), DeviceProfile.load(profile)
     say_doubts(profile, measured)
-    if measured.powered(asked.power_rail) is None and not any(_is_power(word) for word in device or ()):
-        stderr.print(
-            f"{profile}: has no power measurement: watts and degrees are those of a small board; "
-            "give --device idle_w=... and --device busy_w=... for yours",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
     costs = measured.costs
     if arrivals is not None:
         if record is not None:
@@ -97,6 +88,7 @@ def simulate(
         company = _company(
             files, asked, measured, parsed(arrivals), (prompt_tokens, tokens, seconds), load(trace), seed, device
         )
+        _say_if_unmeasured(profile, measured, asked, device)
         figures, rows = facts(company), explained(company) if explain else None
         if as_json:
             print(json.dumps(figures if rows is None else {**figures, "intervals": rows}))  # noqa: T201 - for programs
@@ -110,6 +102,7 @@ def simulate(
     plant = Plant(costs, physics(device or [], measured, resolved), load(trace), prompt_tokens=prompt_tokens, seed=seed)
     with TraceWriter(record) if record is not None else nullcontext() as writer:
         run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
+    _say_if_unmeasured(profile, measured, asked, device)
     found = simulation.summary(run, resolved)
     intervals = [interval._asdict() for interval in simulation.explain(run)] if explain else None
     if as_json:
@@ -152,8 +145,14 @@ def _company(
     return Company(named, [(names[id(stream.arrival.budget)], stream) for stream in streams], rounds)
 
 
-def _is_power(word: str) -> bool:
-    return word.partition("=")[0] in {"idle_w", "busy_w"}
+def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, device: list[str] | None) -> None:
+    """Print on stderr that watts and degrees are no measurement, if the profile has none and none were given."""
+    from balcony_edge.cli.console import stderr
+
+    given = {word.partition("=")[0] for word in device or ()}
+    if profile.powered(budget.power_rail) is None and given.isdisjoint({"idle_w", "busy_w"}):
+        line = "has no power measurement: watts and degrees are those of a small board; give --device idle_w=... and busy_w=..."
+        stderr.print(f"{path}: {line}", style="yellow", markup=False, soft_wrap=True)
 
 
 def load(text: str) -> Load:

@@ -231,3 +231,16 @@ def test_simulate_holds_the_power_of_the_rail_that_was_measured(tmp_path: Path) 
         invoke("simulate", "--profile", "gpu.json", "--budget", "b.toml", "-n", "300", "--json", "--device", "tau_s=1")
     )
     assert found["max_c"] > 200 and found["tokens_per_exit"]["5"] > 290
+
+
+@pytest.mark.parametrize("options", [(), ("--arrivals", "rate=1", "--seconds", "3")], ids=["one reply", "arrivals"])
+@pytest.mark.parametrize(
+    ("device", "said"), [((), True), (("--device", "tau_s=9"), True), (("--device", "idle_w=3"), False)]
+)
+def test_simulate_says_that_watts_were_not_measured(
+    options: tuple[str, ...], device: tuple[str, ...], said: bool
+) -> None:
+    profile(power=()).save("bare.json")
+    command = ["simulate", "--profile", "bare.json", "--tpot-ms", "20", "-n", "10", *options, *device]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and ("has no power measurement" in done.stderr) == said

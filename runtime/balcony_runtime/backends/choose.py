@@ -141,7 +141,7 @@ def open_backend(
         return WebGpuBackend(bundle, threads)
     if packed is not None:
         cure = "run with device cpu" if engines is None else "leave the engine set out"
-        raise InputError(f"packed weights are those of the bundle's own graphs on the CPU: leave them out, or {cure}")
+        raise InputError(f"packed weights are for the CPU and the bundle's own graphs: leave them out, or {cure}")
     engines = engines or _only(bundle, device)
     if device == "tensorrt":
         from balcony_runtime.backends import tensorrt  # noqa: PLC0415 - likewise

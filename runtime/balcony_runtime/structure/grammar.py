@@ -38,8 +38,9 @@ SLOW_S = 0.0003
 #: Bounds of one compiled structure: 20,000 states of its lexer take about 40 MB (llguidance's default is 250,000). The
 #: others are llguidance's own: 1,000,000 units of fuel to build (20 ms), 200,000 units and 50,000 items for a mask (15 ms).
 MOST_STATES = 20_000
-#: llama.cpp's form, which llguidance takes for its own if a rule is named start.
+#: llama.cpp's form, which llguidance takes for its own if a rule is named start; and that name, or a text that may hold it.
 _GBNF = re.compile(r"^\s*root\s*::=", re.MULTILINE)
+_START = re.compile(r"""("(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*)|(?<![\w-])start(?![\w-])""")
 #: Longest reason from the compiler that a message quotes.
 MOST_REASON = 200
 
@@ -135,8 +136,8 @@ class Grammars:
             else:
                 from llguidance.gbnf_to_lark import any_to_lark, gbnf_to_lark  # noqa: PLC0415 - llama.cpp's grammars
 
-                to_lark = gbnf_to_lark if _GBNF.search(asked.text) else any_to_lark
-                grammar = matchers.grammar_from_lark(to_lark(asked.text))
+                form = gbnf_to_lark(_without_start(asked.text)) if _GBNF.search(asked.text) else any_to_lark(asked.text)
+                grammar = matchers.grammar_from_lark(form)
         except Exception as error:  # the readers of the library raise whatever a broken text makes them raise
             raise _refused(asked.kind, str(error) or type(error).__name__) from None
         limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
@@ -264,6 +265,11 @@ class Guide:
     def _refuse_error(self) -> None:
         if self._matcher.is_error():
             raise _refused(self._kind, self._matcher.get_error())
+
+
+def _without_start(grammar: str) -> str:
+    """A grammar in llama.cpp's form whose rules have other names than start, which llguidance gives to the first one."""
+    return _START.sub(lambda found: found[1] or "rule-start", grammar)
 
 
 def _refused(kind: str, reason: str) -> InputError:
