@@ -44,7 +44,7 @@ class Steady:
 @pytest.mark.parametrize(("max_length", "context"), [(500, 500), (4096, 1024)])
 def test_prices_of_a_steady_device(max_length: int, context: int) -> None:
     assert len(FACTORS) == REPEATS + 1
-    manifest = SimpleNamespace(exit_layers=(2, 5), model=SimpleNamespace(mixture=None))
+    manifest = SimpleNamespace(exit_layers=(2, 5), model=SimpleNamespace(mixture=None, recurrent=False))
     backend = SimpleNamespace(new_state=lambda *_: Steady())
     engine: Any = SimpleNamespace(refuse_closed=lambda: None, max_length=max_length, manifest=manifest, backend=backend)
     costs = measure_prices(engine)

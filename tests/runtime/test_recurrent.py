@@ -17,6 +17,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_runtime.backends import recurrent
 from balcony_runtime.chat import Chat
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from tests.hybrids import EXPORTED, RECURRENT
@@ -167,6 +168,13 @@ def test_several_streams_keep_states_of_their_own(hybrid: LLM) -> None:
     streams = [hybrid.stream(prompt, max_new_tokens=10, ignore_eos=True) for prompt in PROMPTS[:3]]
     together = [[token.id for token in tokens] for tokens in zip(*streams, strict=True)]
     assert [list(ids) for ids in zip(*together, strict=True)] == alone
+
+
+@pytest.mark.parametrize("architecture", ["granite-hybrid", "mamba2", "falcon-mamba"])
+def test_prices_are_measured_at_load(export_tiny: Callable[[str], Any], architecture: str) -> None:
+    with Engine.open(export_tiny(architecture).path) as engine:
+        costs = measure_prices(engine)
+        assert costs.exits == engine.exit_layers and all(unit.first_row_ms > 0 for unit in costs.stages)
 
 
 def test_the_end_of_a_prompt_is_a_checkpoint_in_company_too(hybrid: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,8 +95,10 @@ def layout_warning(config: Any, small: Any) -> str | None:
 
 
 def _by_rule(config: Any, field: str) -> Any:
-    """Entries of the layers that a configuration's class derives from their number."""
-    return getattr(type(config)(**{**config.to_dict(), field: None}), field)
+    """Entries of the layers that a configuration's class derives from their number, or from other fields."""
+    derived = {name for name, value in vars(type(config)).items() if isinstance(value, property)}
+    given = {name: value for name, value in config.to_dict().items() if name not in {field, *derived}}
+    return getattr(type(config)(**given), field)
 
 
 def extract(exits: ExitModel, tokenizer: PreTrainedTokenizerBase, exit_layer: int, output: Path) -> PreTrainedModel:

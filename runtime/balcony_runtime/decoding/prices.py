@@ -47,6 +47,9 @@ def measure_prices(engine: Engine) -> CostModel:
     many = min(MANY_ROWS, context)
     # Attention pays for the bound capacity, which only grows, so short and deep passes need a state each.
     short, long = engine.backend.new_state(1, many), engine.backend.new_state(1, context)
+    if manifest.model.recurrent:  # a deep pass goes on from a state; what is in it costs nothing
+        cursors = [context - 1] * len(layers)
+        long.fill(cursors, cursors, long.parts(cursors, cursors))
     ranges = {"one": (short, 0, 1), "many": (short, 0, many), "deep": (long, context - 1, context)}
     mixture = manifest.model.mixture
     if mixture is not None:
