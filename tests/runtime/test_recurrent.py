@@ -20,6 +20,8 @@ from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
+from balcony_runtime.profiler.cells import Bench
+from balcony_runtime.profiler.grid import Grid
 from tests.hybrids import EXPORTED, RECURRENT
 from tests.properties import examples
 from tests.runtime.test_conformance import actions, play
@@ -175,6 +177,15 @@ def test_prices_are_measured_at_load(export_tiny: Callable[[str], Any], architec
     with Engine.open(export_tiny(architecture).path) as engine:
         costs = measure_prices(engine)
         assert costs.exits == engine.exit_layers and all(unit.first_row_ms > 0 for unit in costs.stages)
+
+
+@pytest.mark.parametrize("architecture", ["granite-hybrid", "mamba2"])
+def test_a_profile_measures_each_pass(export_tiny: Callable[[str], Any], architecture: str) -> None:
+    """Also passes of several rows that end where the sequence does, one after another in any order."""
+    with balcony_edge.load(export_tiny(architecture).path) as llm:
+        grid = Grid.make(64, quick=True, prompts=(16,), tokens=3, depths=(16,), pending=(3,))
+        for cell in reversed(Bench(llm, grid).cells()):
+            assert all(ms >= 0 for blocks in cell.run().values() for ms in blocks)
 
 
 def test_the_end_of_a_prompt_is_a_checkpoint_in_company_too(hybrid: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
