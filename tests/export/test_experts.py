@@ -198,28 +198,6 @@ def test_gptq_measures_each_expert_on_its_own_rows() -> None:
     np.testing.assert_array_equal(blocks[unseen], rounded[unseen])
 
 
-def test_moments_of_experts_by_hand() -> None:
-    """As those of other layers: large rows are scaled down, and the first of a text counts as a hundred."""
-    exits, seen = mixture_exits("mixtral"), []
-    experts = exits.parts.layers[2].get_submodule("mlp.experts")
-    handle = experts.register_forward_pre_hook(lambda _, given: seen.append(given[:2]))
-    random = np.random.default_rng(5)
-    moments = second_moments(exits, [random.integers(0, 320, 64).tolist() for _ in range(8)])
-    handle.remove()
-    for expert in range(8):
-        own = []
-        for hidden, index in seen:
-            sizes = hidden.norm(dim=1, keepdim=True)
-            x = hidden * (sizes.median() / sizes).clamp(max=1.0)
-            x[0] *= 10
-            own.append(x[(index == expert).any(dim=1)])
-        x = torch.cat(own)
-        found = moments.get(f"layers.2.mlp.experts.gate_up_proj.{expert}")
-        assert (found is None) == (len(x) < EXPERT_ROWS)
-        if found is not None:
-            torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.hypothesis  # its examples are drawn inside
 @pytest.mark.parametrize("name", ["qwen2-moe", "granite-moe-shared"])
 @pytest.mark.parametrize("backend", ["lowered", "packed", "device-fused", "device-plain"])

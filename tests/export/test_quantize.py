@@ -25,12 +25,14 @@ from balcony_export.model.exits import ExitModel
 from balcony_export.precision import CANDIDATES, Judge, QualityBudget, export_within, parse_budget
 from balcony_export.quantize import blocks as quantize
 from balcony_export.quantize.blocks import Quantizer, Scheme, parse_precision
+from balcony_export.quantize.experts import EXPERT_ROWS
 from balcony_export.quantize.gptq import calibration_rows, round_with_compensation, second_moments
 from balcony_export.verify import verify
 from balcony_runtime.backends import token_table
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.engine import Engine
+from tests.export.experts import mixture_exits
 from tests.runtime.arm.reference import mean_kl
 
 
@@ -275,6 +277,28 @@ def test_moments_by_hand(tiny: Any) -> None:
         x[0] *= 10
         total += x.T @ x
     torch.testing.assert_close(found, total / sum(map(len, ROWS[:2])), rtol=1e-4, atol=1e-6)
+
+
+def test_moments_of_experts_by_hand() -> None:
+    """As those of other layers: large rows are scaled down, and the first of a text counts as a hundred."""
+    exits, seen = mixture_exits("mixtral"), []
+    experts = exits.parts.layers[2].get_submodule("mlp.experts")
+    handle = experts.register_forward_pre_hook(lambda _, given: seen.append(given[:2]))
+    random = np.random.default_rng(5)
+    moments = second_moments(exits, [random.integers(0, 320, 64).tolist() for _ in range(8)])
+    handle.remove()
+    for expert in range(8):
+        own = []
+        for hidden, index in seen:
+            sizes = hidden.norm(dim=1, keepdim=True)
+            x = hidden * (sizes.median() / sizes).clamp(max=1.0)
+            x[0] *= 10
+            own.append(x[(index == expert).any(dim=1)])
+        x = torch.cat(own)
+        found = moments.get(f"layers.2.mlp.experts.gate_up_proj.{expert}")
+        assert (found is None) == (len(x) < EXPERT_ROWS)
+        if found is not None:
+            torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
