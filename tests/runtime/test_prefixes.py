@@ -392,7 +392,7 @@ def test_rows_that_never_ran_are_nobodys_prefix(tiny_engine: Engine) -> None:
     assert (pool.reused.prompts, pool.reused.rows) == (1, 79)
 
 
-def test_only_rows_that_ran_are_written(tiny_engine: Engine, tmp_path: Path) -> None:
+def test_tokens_that_never_ran_are_no_rows_of_a_file(tiny_engine: Engine, tmp_path: Path) -> None:
     """A prompt whose client left after 40 of its 80 rows; the file of another one with all of them is found later."""
     files, prompt = PrefixFiles(tmp_path, tiny_engine, 1e9), np.arange(10, 90)
     for rows in (40, 80):

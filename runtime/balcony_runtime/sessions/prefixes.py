@@ -93,7 +93,7 @@ class PrefixFiles:
             self._know(path, session)  # another process may have written it anew
 
     def keep(self, sequence: TokenSequence, age: int = 0) -> None:
-        """Write the rows of a sequence, unless a file has all of them, and remove what is then too much.
+        """Write a sequence, unless a file has rows of all its tokens, and remove what is then too much.
 
         Args:
             sequence: the sequence; nobody else may use it meanwhile.
@@ -102,12 +102,12 @@ class PrefixFiles:
         Raises:
             InputError: the file cannot be written.
         """
-        tokens = sequence.tokens[0, : sequence.stage_cursor[0]]
+        tokens = sequence.tokens[0]
         if self.longest(tokens, float("inf"))[1] == len(tokens):
             return
         name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
         path = self.directory / f"{self._begin}{name}{SUFFIX}"
-        file.save(path, self._engine, sequence, rows=len(tokens))
+        file.save(path, self._engine, sequence)
         with contextlib.suppress(OSError):
             os.utime(path, (time.time() - age,) * 2)
         self.add(path)
