@@ -171,9 +171,10 @@ class Composer:
             return chosen, None, price_ms
         return chosen, chunk, price_ms + self._chunk_ms(prompt, chunk)
 
-    def idle(self, views: Sequence[View], slack_ms: float) -> tuple[Chunk | None, float]:
-        """Pending rows to work off while nobody is due, and their price."""
+    def catch_up(self, views: Sequence[View], slack_ms: float) -> tuple[Chunk | None, float]:
+        """Pending rows on the way to a stream's deeper exit that fit into some time, and their price."""
         behind = [view for view in views if not view.first and view.present < view.goal]
+        # One after another: a stream that has caught up leaves no more rows.
         for view in sorted(behind, key=lambda one: (self._rows_left(one), one.stream.key)):
             if (chunk := self._backlog(view, view.present, slack_ms)) is not None:
                 return chunk, self._chunk_ms(view, chunk)
@@ -190,11 +191,8 @@ class Composer:
                 risen_ms = self._price(risen)
                 if risen_ms - price_ms <= slack_ms:
                     return risen, None, risen_ms
-        # One after another: a stream that has caught up leaves no more rows.
-        for view, index in sorted(rising, key=lambda one: (self._rows_left(one[0]), one[0].stream.key)):
-            if (chunk := self._backlog(view, index, slack_ms)) is not None:
-                return chosen, chunk, price_ms + self._chunk_ms(view, chunk)
-        return chosen, None, price_ms
+        chunk, chunk_ms = self.catch_up([view for view, _ in rising], slack_ms)
+        return chosen, chunk, price_ms + chunk_ms
 
     @staticmethod
     def _rows_left(view: View) -> int:

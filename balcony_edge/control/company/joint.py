@@ -127,9 +127,11 @@ class JointController:
         assigned_for, views = self._goals.assigned(state, views, slowdown, share)
         early_ms = self._early_ms(views, slowdown, seen.now_s)
         ready = [view for view in views if early_ms[view.stream.key] <= 0]
-        chosen, chunk, price_ms = self._composer.compose(ready, views, slowdown)
-        if not ready and views:  # everybody waits for a pace
-            chunk, price_ms = self._composer.idle(views, min(early_ms.values()) / slowdown.factor)
+        if ready:
+            chosen, chunk, price_ms = self._composer.compose(ready, views, slowdown)
+        else:  # everybody waits for a pace
+            idle_ms = min(early_ms.values(), default=0.0) / slowdown.factor
+            chosen, (chunk, price_ms) = [], self._composer.catch_up(views, idle_ms)
         deepest = max((index for _, index in chosen), default=0)
         offset = slowdown.offsets[-1 if chunk is not None or not chosen else deepest]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)

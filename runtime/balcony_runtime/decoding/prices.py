@@ -14,6 +14,7 @@ from statistics import median
 
 import numpy as np
 
+from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.device.costs import CostModel, ExpertCost, UnitCost, further_experts
 from balcony_edge.device.machine import this_device
 from balcony_edge.errors import ProfileError
@@ -47,9 +48,7 @@ def measure_prices(engine: Engine) -> CostModel:
     many = min(MANY_ROWS, context)
     # Attention pays for the bound capacity, which only grows, so short and deep passes need a state each.
     short, long = engine.backend.new_state(1, many), engine.backend.new_state(1, context)
-    if manifest.model.recurrent:  # a deep pass goes on from a state; what is in it costs nothing
-        cursors = [context - 1] * len(layers)
-        long.fill(cursors, cursors, long.parts(cursors, cursors))
+    stand_at(long, context - 1, manifest)
     ranges = {"one": (short, 0, 1), "many": (short, 0, many), "deep": (long, context - 1, context)}
     mixture = manifest.model.mixture
     if mixture is not None:
@@ -98,6 +97,13 @@ def measure_prices(engine: Engine) -> CostModel:
         ),
         overhead_ms=OVERHEAD_MS,
     )
+
+
+def stand_at(state: State, rows: int, manifest: Manifest) -> None:
+    """Let passes that are only timed begin after some rows: recurrent layers need a state there, whatever it holds."""
+    if manifest.model.recurrent:
+        cursors = [rows] * len(manifest.exit_layers)
+        state.fill(cursors, cursors, state.parts(cursors, cursors))
 
 
 def split_experts(share: float, further_ms: Mapping[int, float]) -> tuple[float, ExpertCost | None]:

@@ -18,6 +18,7 @@ from functools import partial
 
 from balcony_edge.budget import Budget
 from balcony_edge.device.profile import Kind
+from balcony_runtime.decoding.prices import stand_at
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.grid import SHORT_END, Grid
@@ -192,10 +193,7 @@ class Bench:
         """Measure one pass through every graph, in the order of a step; its last row is the sequence's last."""
         state = self._sequence("pass", end, room=0).state
         start, context, exits = end - rows, end - 1, self.exits
-        if self.llm.engine.manifest.model.recurrent:  # the passes go on from a state; what is in it costs nothing
-            state.fill(
-                [start] * len(exits), [start] * len(exits), state.parts([start] * len(exits), [start] * len(exits))
-            )
+        stand_at(state, start, self.llm.engine.manifest)
         found: Blocks = {}
 
         def timed(key: Key, call: Callable[[], object]) -> None:
