@@ -24,6 +24,7 @@ from balcony_runtime.text import TextCodec
 
 BUDGETS = {
     "voice": "tpot_ms = 30\nprobability = 0.9\n",
+    "saver": "energy_j_per_token = 1.0\n",
     "shallow": "exit_layer = 2\n",
     "slow": "exit_layer = 3\nmax_pace_tps = 20\n",
     "strict": 'tpot_ms = 0.000001\non_infeasible = "error"\n',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
 import threading
@@ -101,6 +102,7 @@ def test_a_reply_in_the_colours_of_its_exits(page: Chrome, http: httpx.Client) -
         "■ exit 5 (full depth)",
     ]
     assert page.switch_to.active_element == part(chat, "text") and page.execute_script("return scrollY") == 0
+    assert not page.find_element(By.ID, "key").is_displayed()
     ask(chat, "hello")
     until(page, lambda: tokens(chat) and ended(chat))
     body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
@@ -116,6 +118,9 @@ def test_a_reply_in_the_colours_of_its_exits(page: Chrome, http: httpx.Client) -
     colours = {token.value_of_css_property("color") for token in tokens(chat)}
     legend = page.find_elements(By.CSS_SELECTOR, "#legend li")
     assert colours == {legend[2].value_of_css_property("color")}
+    cost = part(chat, "cost").text
+    assert cost.startswith(f"Tokens: {want['usage']['completion_tokens']} at exit 5. The first after ")
+    assert ("context is full" in cost) == (want["choices"][0]["finish_reason"] == "length")
     drawn = "const c = arguments[0]; return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v)"
     assert page.execute_script(drawn, part(chat, "strip"))
 
@@ -132,6 +137,32 @@ def test_the_slider_acts_on_the_running_reply(page: Chrome) -> None:
     until(page, lambda: ended(chat))
     told = [token.get_attribute("title").split(",")[0] for token in tokens(chat)]
     assert told[:3] == ["exit 3"] * 3 and set(told) != {"exit 3"} and not chat.find_elements(By.CLASS_NAME, "error")
+
+
+def test_the_last_place_of_a_slider_wins(page: Chrome, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the server takes longer for an earlier one: the page sends one budget after the other."""
+    (chat,) = chats(page)
+    choose(chat, "tiny:slow")
+    ask(chat, "a long story")
+    until(page, lambda: tokens(chat))
+    rebudget, calls = server.service.rebudget, []
+
+    async def slow_at_first(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            await asyncio.sleep(0.6)
+        return await rebudget(*args, **options)
+
+    monkeypatch.setattr(server.service, "rebudget", slow_at_first)
+    slide(page, part(chat, "slider"), 99)
+    until(page, lambda: calls)
+    slide(page, part(chat, "slider"), 98)
+    until(page, lambda: len(calls) == 2)
+    until(page, lambda: part(chat, "target").text == part(chat, "asked").text)
+    time.sleep(0.7)
+    assert part(chat, "target").text == part(chat, "asked").text and len(calls) == 2
+    part(chat, "stop").click()
+    until(page, lambda: ended(chat))
 
 
 def test_a_slider_that_is_moved_before_the_first_token_counts(page: Chrome, server: Server, monkeypatch: Any) -> None:
@@ -181,6 +212,7 @@ def test_a_refused_message_can_be_sent_again(page: Chrome, server: Server, monke
     until(page, lambda: chat.find_elements(By.CLASS_NAME, "error"))
     assert part(chat, "text").get_property("value") == "hello"
     assert part(chat, "status-text").get_property("textContent") == "Error: the server is stopping: use another one"
+    assert not chat.find_elements(By.CLASS_NAME, "you")  # the model has not heard of it
     assert page.switch_to.active_element == part(chat, "text")
     assert all(" 503 " in complaint for complaint in complaints(page))
 
@@ -193,9 +225,95 @@ def test_stop_ends_the_reply(page: Chrome, server: Server) -> None:
     assert not ended(chat)
     part(chat, "stop").click()
     until(page, lambda: ended(chat) and not server.service.slots)
+    assert page.switch_to.active_element == part(chat, "text") and not chat.find_elements(By.CLASS_NAME, "cost")
     made = len(tokens(chat))
     ask(chat, "go on")  # the conversation goes on after what was made
     until(page, lambda: len(tokens(chat)) > made)
+    part(chat, "clear").click()
+    until(page, lambda: ended(chat))
+    assert part(chat, "status-text").get_property("textContent") == "Cleared."
+    assert part(chat, "exit").text == "–" and part(chat, "why").text == "" == part(chat, "text").get_property("value")
+
+
+def test_a_question_that_is_stopped_before_its_reply_goes_back_to_its_field(
+    page: Chrome, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (chat,) = chats(page)
+    gate, encode = threading.Event(), server.service.llm.encode
+
+    def slowly(*args: Any, **options: Any) -> list[int]:
+        assert gate.wait(60)
+        return encode(*args, **options)
+
+    monkeypatch.setattr(server.service.llm, "encode", slowly)
+    ask(chat, "my name is Ada")
+    part(chat, "text").send_keys("and I am")  # the next question, already
+    part(chat, "stop").click()
+    until(page, lambda: ended(chat))
+    gate.set()
+    assert part(chat, "text").get_property("value") == "my name is Ada\nand I am"
+    assert not part(chat, "log").find_elements(By.TAG_NAME, "p")
+
+
+def test_the_log_follows_the_reply_unless_its_reader_scrolls_up(page: Chrome) -> None:
+    (chat,) = chats(page)
+    choose(chat, "tiny:slow")
+    log = part(chat, "log")
+    page.execute_script("arguments[0].style = 'height: 60px; width: 90px'", log)
+    below = "const log = arguments[0]; return log.scrollHeight - log.scrollTop - log.clientHeight"
+    ask(chat, "a long story")
+    until(page, lambda: page.execute_script("return arguments[0].scrollHeight", log) > 300)
+    assert page.execute_script(below, log) < 80
+    page.execute_script("arguments[0].scrollTop = 0", log)
+    before = len(tokens(chat))
+    until(page, lambda: len(tokens(chat)) > before + 5)
+    assert page.execute_script("return arguments[0].scrollTop", log) == 0
+    part(chat, "clear").click()
+    until(page, lambda: ended(chat))
+    assert part(chat, "status-text").get_property("textContent") == "Cleared."
+    ask(chat, "another story")
+    until(page, lambda: page.execute_script("return arguments[0].scrollHeight", log) > 300)
+    assert page.execute_script(below, log) < 80
+    part(chat, "stop").click()
+    until(page, lambda: ended(chat))
+
+
+def test_a_token_that_is_tapped_says_why(page: Chrome) -> None:
+    (chat,) = chats(page)
+    ask(chat, "hello")
+    until(page, lambda: tokens(chat) and ended(chat))
+    token = next(one for one in tokens(chat) if one.text.strip())
+    token.click()
+    assert part(chat, "why").text == token.get_attribute("title") != ""
+
+
+def test_the_strip_is_drawn_anew_after_the_window_has_changed(page: Chrome) -> None:
+    (chat,) = chats(page)
+    fits = "const c = arguments[0]; return c.width === Math.floor(c.clientWidth * devicePixelRatio)"
+    for width in (700, 1100):
+        page.set_window_size(width, 900)
+        until(page, lambda: page.execute_script(fits, part(chat, "strip")))
+
+
+def test_an_empty_reply_is_told_and_its_question_can_be_sent_again(page: Chrome) -> None:
+    (chat,) = chats(page)
+    piece = '{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"balcony":{"exit":null}}'
+    page.execute_script(
+        "window.fetch = async () => new Response(`data: ${arguments[0]}\\n\\ndata: [DONE]\\n\\n`)", piece
+    )
+    ask(chat, "hello")
+    until(page, lambda: chat.find_elements(By.CLASS_NAME, "error") and ended(chat))
+    assert "the model ended it at once" in part(chat, "error").text
+    assert part(chat, "text").get_property("value") == "hello" and not chat.find_elements(By.CLASS_NAME, "you")
+
+
+def test_enter_that_ends_a_conversion_sends_nothing(page: Chrome) -> None:
+    """Safari's keydown comes after the end of the composition, with the key code 229 (WebKit bug 165004)."""
+    (chat,) = chats(page)
+    part(chat, "text").send_keys("nihon")
+    press = "arguments[0].dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: 229, bubbles: true}))"
+    page.execute_script(press, part(chat, "text"))
+    assert not chat.find_elements(By.CLASS_NAME, "you") and part(chat, "text").get_property("value") == "nihon"
 
 
 def test_chats_next_to_each_other(page: Chrome) -> None:
@@ -210,6 +328,29 @@ def test_chats_next_to_each_other(page: Chrome) -> None:
     assert not tokens(other) and tokens(one)
     part(other, "close").click()
     assert chats(page) == [one] and page.switch_to.active_element == page.find_element(By.ID, "add")
+
+
+def test_one_connection_is_left_for_the_sliders(page: Chrome) -> None:
+    """Browsers open six HTTP/1.1 connections to a server, and every running reply has one."""
+    add = page.find_element(By.ID, "add")
+    for number in range(2, 6):
+        assert add.is_enabled()
+        add.click()
+        assert len(chats(page)) == number
+    assert not add.is_enabled()
+    part(chats(page)[-1], "close").click()
+    assert add.is_enabled() and page.switch_to.active_element == add
+
+
+def test_a_model_that_loads_is_no_error(browser: Chrome, serve: Callable[..., Server]) -> None:
+    server = serve()
+    loaded, server.service._loaded = server.service._loaded, None
+    browser.get(server.url)
+    until(browser, lambda: "The model is loading" in browser.find_element(By.ID, "trouble").text)
+    server.service._loaded = loaded
+    until(browser, lambda: chats(browser))
+    assert browser.find_element(By.ID, "trouble").text == ""
+    assert all(" 503 " in complaint for complaint in complaints(browser))
 
 
 def test_errors_are_shown(page: Chrome) -> None:
@@ -227,6 +368,9 @@ def test_a_key_is_asked_for(browser: Chrome, serve: Callable[..., Server]) -> No
     browser.get(serve(api_key="secret").url)
     until(browser, lambda: "key" in browser.find_element(By.ID, "trouble").text.lower())
     assert not chats(browser)
+    browser.find_element(By.ID, "key").send_keys("wrong", Keys.TAB)
+    until(browser, lambda: "not the server's key" in browser.find_element(By.ID, "trouble").text)
+    browser.find_element(By.ID, "key").clear()
     browser.find_element(By.ID, "key").send_keys("secret", Keys.TAB)
     until(browser, lambda: chats(browser))
     assert browser.find_element(By.ID, "trouble").text == ""
@@ -243,7 +387,9 @@ def test_watts_where_a_sensor_measures_them(browser: Chrome, serve: Callable[...
     slide(browser, part(chat, "watts"), 99)
     assert part(chat, "watts-asked").text == "80 W" and part(chat, "for-watts").text == "Watts (board)"
     slide(browser, part(chat, "watts"), 0)
-    assert part(chat, "watts-asked").text == "2 W"
+    saver = part(chat, "model").find_element(By.CSS_SELECTOR, "option[value$=':saver']")
+    saver.click()  # a file with joules, on the rail that is the default
+    assert part(chat, "watts-asked").text == "2 W" and part(chat, "for-watts").text == "Watts (board)"
     ask(chat, "hello")
     until(browser, lambda: tokens(chat) and ended(chat))
     assert "ceilings" in part(chat, "why").text
@@ -259,5 +405,18 @@ def test_nothing_is_wider_than_a_phone(page: Chrome) -> None:
         "return [...document.querySelectorAll('button, select, textarea')].map(e => e.getBoundingClientRect().height)"
     )
     assert min(page.execute_script(sizes)) >= 44  # large enough for a finger (WCAG 2.5.5)
+    size = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        wide, seen = page.execute_script(width)
+        assert wide <= seen == 320
+        (chat,) = chats(page)
+        tops = []
+        for words in (10, 75):  # a longer reason moves nothing under the finger
+            page.execute_script("arguments[0].textContent = arguments[1]", part(chat, "why"), "x " * words)
+            tops.append(page.execute_script("return arguments[0].getBoundingClientRect().top", part(chat, "stop")))
+        assert tops[0] == tops[1]
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     unnamed = "return [...document.querySelectorAll('input, select, textarea')].filter(e => !e.labels.length).length"
     assert page.execute_script(unnamed) == 0
