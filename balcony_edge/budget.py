@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
-from balcony_edge.errors import BudgetError
+from balcony_edge.errors import BudgetError, shown
 
 if TYPE_CHECKING:
     from pydantic import GetJsonSchemaHandler
@@ -104,7 +104,7 @@ class Budget(BaseModel):
 
     def __setattr__(self, name: str, value: object) -> None:
         raise BudgetError(
-            f"{name} = {_shown(value)}: a budget does not change: set a new one, e.g. llm.budget = Budget(tpot_ms=12)"
+            f"{name} = {shown(value)}: a budget does not change: set a new one, e.g. llm.budget = Budget(tpot_ms=12)"
         )
 
     tpot_ms: Positive | None = None
@@ -271,18 +271,29 @@ class Budget(BaseModel):
     @property
     def needs_sensors(self) -> bool:
         """Whether there is a ceiling that only sensors can see."""
-        return any(getattr(self, key) is not None for key in _CEILINGS)
+        return bool(self.ceilings)
 
-    def for_bundle(self, agreement: Mapping[int, float | None]) -> Budget:
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """Key → value of each ceiling that only sensors can see."""
+        return {key: value for key in _CEILINGS if (value := getattr(self, key)) is not None}
+
+    def for_bundle(self, agreement: Mapping[int, float | None], *, calibrated: bool = True) -> Budget:
         """The same budget with ``min_agreement`` as a bound of depth for one bundle.
 
         Args:
             agreement: exit layer → share of tokens on which it agrees with the full depth; None where not evaluated.
+            calibrated: whether the bundle has thresholds for confidence exits.
 
         Raises:
-            BudgetError: an exit below the full depth was not evaluated, or the budget leaves no exit.
+            BudgetError: an exit below the full depth was not evaluated, the budget leaves no exit, or it needs thresholds.
         """
         exits = tuple(sorted(agreement))
+        if self.policy == "confident" and not calibrated:
+            raise BudgetError(
+                "policy = 'confident': this bundle has no thresholds: measure them with "
+                "`balcony-edge calibrate BUNDLE --text TEXT`"
+            )
         if self.min_agreement is None:
             self.allowed_exits(exits)
             return self
@@ -366,7 +377,7 @@ def parse_budget(value: str | os.PathLike[str] | Budget | None) -> Budget:
     if isinstance(value, str | os.PathLike):
         return load_budget(value)
     raise BudgetError(
-        f"budget = {_shown(value)}: must be a Budget, the path of a budget file or None; "
+        f"budget = {shown(value)}: must be a Budget, the path of a budget file or None; "
         "e.g. balcony_edge.Budget(tpot_ms=12)"
     )
 
@@ -387,19 +398,13 @@ def _message(error: pydantic.ValidationError) -> str:
     key = str(first["loc"][0]) if first["loc"] else ""
     if key in _ALLOWED:
         allowed, cure = _ALLOWED[key]
-        return f"{key} = {_shown(first['input'])}: {allowed}; {cure}"
+        return f"{key} = {shown(first['input'])}: {allowed}; {cure}"
     if not key:
-        return f"budget = {_shown(first['input'])}: must be a table of keys such as tpot_ms; {_LIST}"
+        return f"budget = {shown(first['input'])}: must be a table of keys such as tpot_ms; {_LIST}"
     close = difflib.get_close_matches(key, _ALLOWED, n=1)
     cure = f"did you mean {close[0]}?" if close else f"remove it; {_LIST}"
-    return f"{_shown(key)[1:-1]} = {_shown(first['input'])}: no such key; {cure}"
+    return f"{shown(key)[1:-1]} = {shown(first['input'])}: no such key; {cure}"
 
 
 def _contradiction(budget: Budget, first: str, second: str, cure: str) -> BudgetError:
     return BudgetError(f"{first} = {getattr(budget, first)!r} with {second} = {getattr(budget, second)!r}: {cure}")
-
-
-def _shown(value: object) -> str:
-    """``repr`` on one line of bounded length."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -117,7 +117,8 @@ class ControllerState(NamedTuple):
         """State at the start of the next reply: no exit is chosen, but what was learned about the device is kept."""
         fresh = ControllerState.initial()
         recovery = self.recovery._replace(goal=None)
-        return fresh._replace(slowdown=self.slowdown.rested(), governor=self.governor, recovery=recovery)
+        governor = self.governor._replace(infeasible=())  # the next tick says it again, if it is so for the next budget
+        return fresh._replace(slowdown=self.slowdown.rested(), governor=governor, recovery=recovery)
 
 
 class _Plan(NamedTuple):
@@ -325,7 +326,7 @@ class Controller:
             predicted_ms=price_ms * factor,
             price_ms=price_ms,
             probability=probability_of(limit_ms, price_ms, deviation),
-            infeasible=infeasible or (plan.governed and bool(governor.infeasible)),
+            infeasible=infeasible or (plan.governed and bool(governor.out_of_reach(plan.budget))),
             catch_up=catch_up,
             period_ms=period_ms,
             idle_ms=idle_ms,

@@ -259,8 +259,8 @@ def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[
     if governor.critical(budget):
         limit = f"critical_temperature_c = {budget.critical_temperature_c:g}"
         words.append(f"{limit}: the hottest sensor is at {governor.critical_c:.0f} °C")
-    if governor.infeasible:
-        words.append(f"infeasible: {', '.join(governor.infeasible)} out of reach")
+    if missed := governor.out_of_reach(budget):
+        words.append(f"infeasible: {', '.join(missed)} out of reach")
     if governor.binding:
         pace = f", paced to {1000 / period_ms:.1f} tokens a second" if period_ms else ""
         if _waits_longer(budget, period_ms):

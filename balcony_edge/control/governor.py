@@ -68,6 +68,8 @@ class Governor(NamedTuple):
         lost: keys that are not held because no sensor measures them at the moment.
         infeasible: keys that have been out of reach for long enough to be reported; empty if all can be met.
         critical_c: degrees of the hottest sensor if they reach the critical temperature, else None.
+        asked: ceilings of the last tick, which may have been for another budget.
+        pace_tps: tokens a second that the share leaves at the shallowest exit.
     """
 
     ticked_s: float = -math.inf
@@ -85,11 +87,20 @@ class Governor(NamedTuple):
     lost: tuple[str, ...] = ()
     infeasible: tuple[str, ...] = ()
     critical_c: float | None = None
+    asked: tuple[tuple[str, float], ...] = ()
+    pace_tps: float = 0.0
 
     def critical(self, budget: Budget) -> bool:
         """Whether the device has reached the critical temperature of this budget."""
         limit_c = budget.critical_temperature_c
         return self.critical_c is not None and limit_c is not None and self.critical_c >= limit_c
+
+    def out_of_reach(self, budget: Budget) -> tuple[str, ...]:
+        """Keys of this budget that cannot be met; the last tick may have been for another one, or for several together."""
+        needs_tps = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
+        own = {key: budget.ceilings.get(key) == value for key, value in self.asked}
+        own["latency"] = budget.deadline_s is not None or needs_tps > self.pace_tps
+        return tuple(key for key in self.infeasible if own.get(key))
 
     def unseen(self, budget: Budget) -> tuple[str, ...]:
         """Keys of this budget that are not held; the last tick may have been for another budget."""
@@ -132,18 +143,13 @@ def least_pace_tps(budget: Budget, pace_tps: float) -> float:
     return max(least, pace_tps) if budget.priority == "latency" else least
 
 
-def deadline_tps(budget: Budget, made_tokens: int, elapsed_s: float) -> float:
-    """Tokens a second that a deadline still needs; 0 without one, and after the expected tokens."""
-    left = (budget.expected_tokens or 0) - made_tokens
-    if budget.deadline_s is None or left <= 0:
-        return 0.0
-    return left / max(budget.deadline_s - elapsed_s, 1e-3)
-
-
 def needed_tps(budget: Budget, made_tokens: int, elapsed_s: float) -> float:
     """Tokens a second that the latency targets need, ``elapsed_s`` after the request; 0 without any."""
     steady = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
-    return max(steady, deadline_tps(budget, made_tokens, elapsed_s))
+    left = (budget.expected_tokens or 0) - made_tokens
+    if budget.deadline_s is None or left <= 0:
+        return steady
+    return max(steady, left / max(budget.deadline_s - elapsed_s, 1e-3))
 
 
 def paced_ms(budget: Budget, share: float, step_ms: float, pace_tps: float) -> float:
@@ -177,7 +183,7 @@ def govern(before: Governor, demand: Demand) -> Governor:
     # The share rises by at most a tenth per tick, so that a reading that is too low does not allow a burst. It falls by
     # at most half, so that no gap looks like a hung stream.
     share = max(share if rested else min(max(share, before.share / 2), before.share + 0.1), LEAST_SHARE)
-    cap, caps = _depth(demand, before.power, charge_left, share)
+    cap, caps = _depth(demand, before, charge_left, share)
     binding = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
     after = before._replace(
         ticked_s=now_s,
@@ -229,9 +235,20 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], ho
         for key in binding
         if key in {"battery_floor_percent", "memory_mb", "energy_j_per_token"} and cap < demand.lowest
     ]
-    short_s = min(governor.short_s, now_s) if out else math.inf
+    # What another budget could not hold has settled nothing; ``latency`` is a key of neither.
+    asked = budget.ceilings
+    before = dict(governor.asked)
+    same = all(before.get(key) == asked.get(key) for key in out)
+    short_s = min(governor.short_s if same else math.inf, now_s) if out else math.inf
     settled = now_s - short_s >= max(SETTLING_S, budget.power_window_s)
-    return governor._replace(short_s=short_s, binding=tuple(binding), infeasible=(*(out if settled else ()), *at_once))
+    infeasible = (*(out if settled else ()), *at_once)
+    return governor._replace(
+        short_s=short_s,
+        binding=tuple(binding),
+        asked=tuple(asked.items()),
+        infeasible=infeasible,
+        pace_tps=share / step_s[demand.lowest],
+    )
 
 
 def _power(before: Governor, demand: Demand) -> tuple[Governor, float | None]:
@@ -289,7 +306,7 @@ def _temperature(before: Governor, demand: Demand) -> tuple[float, float | None,
     return integral, critical, error + integral
 
 
-def _depth(demand: Demand, power: Load | None, charge_left: float | None, share: float) -> tuple[int, list[str]]:
+def _depth(demand: Demand, before: Governor, charge_left: float | None, share: float) -> tuple[int, list[str]]:
     """Return the deepest index that charge, memory and energy allow, and the keys that limit it.
 
     The index is below ``lowest`` if no index is allowed.
@@ -297,7 +314,7 @@ def _depth(demand: Demand, power: Load | None, charge_left: float | None, share:
     caps = {
         "battery_floor_percent": _on_a_ramp(demand, charge_left),
         "memory_mb": _on_a_ramp(demand, _memory_left(demand)),
-        "energy_j_per_token": _affordable(demand, power, share),
+        "energy_j_per_token": _affordable(demand, before, share),
     }
     found = {key: cap for key, cap in caps.items() if cap is not None}
     return min([demand.highest, *found.values()]), list(found)
@@ -328,18 +345,22 @@ def _memory_left(demand: Demand) -> float | None:
     return (1 - (reading.memory_bytes or 0) / (ceiling_mb * 1e6)) / MEMORY_RAMP
 
 
-def _affordable(demand: Demand, power: Load | None, share: float) -> int | None:
+def _affordable(demand: Demand, before: Governor, share: float) -> int | None:
     """Deepest index whose tokens take no more energy than allowed; None if all are allowed or power is not measured.
 
-    Between two tokens the device idles for as long as a pace asks for, the one that follows from the busy share included.
+    Between two tokens the device idles for as long as a pace asks for, the one that follows from the busy share included. A
+    deeper exit than before must leave a part of the energy free.
     """
-    budget, most_j = demand.budget, demand.budget.energy_j_per_token
+    budget, most_j, power = demand.budget, demand.budget.energy_j_per_token, before.power
     if most_j is None or power is None or watts(demand.readings, budget.power_rail, demand.now_s) is None:
         return None
     slowest_s = 0.0 if budget.max_pace_tps is None else 1 / budget.max_pace_tps
     longest_s = 1 / least_pace_tps(budget, demand.pace_tps) if budget.pacing else 0.0
     for index in range(demand.highest, demand.lowest - 1, -1):
         gap_s = max(demand.step_s[index], slowest_s, min(demand.step_s[index] / share, longest_s))
-        if power.at(demand.step_s[index] / gap_s) * gap_s <= most_j:
+        # The shallowest exit is taken in any case, so it needs nothing free.
+        deeper = index > max(before.ceiling, demand.lowest)
+        within_j = most_j * (1 - budget.hysteresis) if deeper else most_j
+        if power.at(demand.step_s[index] / gap_s) * gap_s <= within_j:
             return None if index == demand.highest else index
     return demand.lowest - 1

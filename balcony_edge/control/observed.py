@@ -46,7 +46,14 @@ def utilization(readings: Sequence[Reading], scope: Scope, now_s: float) -> Samp
     if reading is None or reading.utilization is None:
         return None
     own = reading.own_utilization
-    return Sample(reading.utilization, own if own is not None and 0 <= own <= 1 else None)
+    own = own if own is not None and 0 <= own <= 1 else None
+
+    def counter(total: float | None) -> Counter | None:
+        return None if total is None else Counter(total, reading.time_s, (reading.source,))
+
+    return Sample(
+        reading.utilization, own, counter(reading.busy_s), None if own is None else counter(reading.own_busy_s)
+    )
 
 
 def hottest_c(readings: Sequence[Reading], now_s: float) -> float | None:

@@ -47,27 +47,28 @@ MOST_W = 1e5
 
 
 class Counter(NamedTuple):
-    """Sum of the energy counters of a rail's parts, and the time of their reading."""
+    """Sum of a quantity over time (joules, or busy seconds) for all parts of a rail, and the time of their reading."""
 
-    joules: float
+    total: float
     time_s: float
     sources: tuple[str, ...]
 
-    def mean_w(self, before: Counter | None) -> float | None:
-        """Average power since an earlier reading, over the counters' own times; None if the two cannot be compared."""
+    def mean(self, before: Counter | None) -> float | None:
+        """Average since an earlier reading, over the counters' own times; None if the two cannot be compared."""
         if before is None or before.sources != self.sources:
             return None
-        seconds, joules = self.time_s - before.time_s, self.joules - before.joules
-        mean_w = joules / seconds if seconds > 0 else math.nan
-        return mean_w if 0 <= mean_w < MOST_W else None
+        seconds, grown = self.time_s - before.time_s, self.total - before.total
+        mean = grown / seconds if seconds > 0 else math.nan
+        return mean if 0 <= mean < MOST_W else None
 
 
 class Sample(NamedTuple):
-    """One reading of a quantity: its value, our own part if that is known, and its energy counter if there is one."""
+    """One reading of a quantity: its value, our own part of it if that is known, and the counters of both if there are any."""
 
     value: float
     own: float | None = None
     counter: Counter | None = None
+    own_counter: Counter | None = None
 
 
 class Fit(NamedTuple):
@@ -118,7 +119,7 @@ class Load(NamedTuple):
         shown, shown_s, held_s: value that the gauge shows, the time since which it does, and the duration of the previous
             value.
         since_s: start of the present average.
-        counter: energy counters at that start; None if there are none.
+        counter, own_counter: counters of the quantity and of our own part at that start; None if there are none.
         total, own: sum of the samples since then, and sum of our own part of them.
         samples, changes: number of these samples, and number of those that differed from the previous one.
     """
@@ -136,6 +137,7 @@ class Load(NamedTuple):
     own: float | None = None
     samples: int = 0
     changes: int = 0
+    own_counter: Counter | None = None
 
     def see(self, sample: Sample, now_s: float, busy_s: float) -> Load:
         """Return the load after one more reading, taken when we had been busy for ``busy_s`` in total.
@@ -147,29 +149,38 @@ class Load(NamedTuple):
             return unseen.see(sample, now_s, busy_s)
         after = self._remembering(now_s, busy_s)
         if sample.value != self.shown:
-            held_s = now_s - self.shown_s if math.isfinite(self.shown_s) else 0.0
+            # A value that nobody looked at in between was not held, if there is a counter that knows better.
+            looked = sample.counter is None or (bool(self.past) and self.past[-1][0] > self.shown_s)
+            held_s = now_s - self.shown_s if looked and math.isfinite(self.shown_s) else 0.0
             after = after._replace(shown=sample.value, shown_s=now_s, held_s=held_s, changes=self.changes + 1)
         if not math.isfinite(self.since_s):
-            return after._replace(since_s=now_s, counter=sample.counter)
+            return after._begun(sample, now_s)
         total, samples = self.total + sample.value, self.samples + 1
         # Our part must be known for all samples or for none: the sum over only some of them would be too small.
         own = None if sample.own is None or (self.samples and self.own is None) else (self.own or 0.0) + sample.own
         if now_s - self.since_s < AVERAGE_S:
             return after._replace(total=total, own=own, samples=samples)
         ends_s, span_s, value = now_s, now_s - self.since_s, total / samples
-        counted_w = None if sample.counter is None else sample.counter.mean_w(self.counter)
+        counted = None if sample.counter is None else sample.counter.mean(self.counter)
         news = after.changes > 0 or now_s - after.shown_s >= STILL_S
         if after.changes and after.held_s >= HELD_S:
             ends_s, span_s, value = after.shown_s, INSTANT_S, after.shown
             own, samples = sample.own, 1
-        elif counted_w is not None:  # a counter is better than samples, which only hit or miss a step
-            news = news or abs(counted_w - value) > 0.02 * value
-            value = counted_w
+        elif counted is not None:  # a counter is better than samples, which only hit or miss a step
+            news = news or abs(counted - value) > 0.02 * value
+            value = counted
+            counted_own = None if sample.own_counter is None else sample.own_counter.mean(self.own_counter)
+            if own is not None and counted_own is not None:
+                own, samples = counted_own, 1
         if news:
             after = after._learned(
                 value / self.scale, None if own is None else own / samples / self.scale, ends_s, span_s
             )
-        return after.restarted()._replace(since_s=now_s, counter=sample.counter)
+        return after.restarted()._begun(sample, now_s)
+
+    def _begun(self, sample: Sample, now_s: float) -> Load:
+        """Return the load at the start of an average."""
+        return self._replace(since_s=now_s, counter=sample.counter, own_counter=sample.own_counter)
 
     def restarted(self) -> Load:
         """Return the load without the readings of an unfinished average."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.observed import hottest_c, newest, utilization, watts
-from balcony_edge.control.response import Counter
+from balcony_edge.control.response import Sample
 from balcony_edge.device.readings import Reading
 
 #: Seconds between the readings that are kept: the slow loop reads them at the same distance.
@@ -55,11 +55,10 @@ class _Seen(NamedTuple):
     """Readings of the sensors at one time."""
 
     now_s: float
-    watts: float | None
-    counter: Counter | None
+    power: Sample | None
+    cpu: Sample | None
+    gpu: Sample | None
     hottest_c: float | None
-    cpu: float | None
-    gpu: float | None
     charge: float | None
     memory_mb: float | None
 
@@ -91,12 +90,12 @@ class Watch:
         self._gaps_ms.append(latency_ms)
         self.saw(now_s, readings)
 
-    def saw(self, now_s: float, readings: Sequence[Reading]) -> None:
-        """Record the readings; also called when no token follows because the device is too hot."""
+    def saw(self, now_s: float, readings: Sequence[Reading], *, last: bool = False) -> None:
+        """Record the readings; also called when no token follows because the device is too hot (``last``)."""
         budget = self._budget
         if budget is None:
             return
-        if readings and (not self._seen or now_s - self._seen[-1].now_s >= KEPT_S):
+        if readings and (last or not self._seen or now_s - self._seen[-1].now_s >= KEPT_S):
             self._seen.append(_seen(budget, now_s, readings))
 
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -114,8 +113,8 @@ class Watch:
             "energy_j_per_token": lambda _: (self._joules(), "mean"),
             "temperature_c": lambda _: (self._most("hottest_c"), "highest"),
             "critical_temperature_c": lambda _: (self._most("hottest_c"), "highest"),
-            "gpu_utilization": lambda _: (self._mean("gpu"), "mean"),
-            "cpu_utilization": lambda _: (self._mean("cpu"), "mean"),
+            "gpu_utilization": lambda _: (_mean([one.gpu for one in self._seen]), "mean"),
+            "cpu_utilization": lambda _: (_mean([one.cpu for one in self._seen]), "mean"),
             "battery_floor_percent": lambda _: (self._least_percent(), "lowest"),
             "memory_mb": lambda _: (self._most("memory_mb"), "highest"),
         }
@@ -163,51 +162,46 @@ class Watch:
     def _most(self, field: str) -> float | None:
         return max(self._values(field), default=None)
 
-    def _mean(self, field: str) -> float | None:
-        values = self._values(field)
-        return sum(values) / len(values) if values else None
-
     def _least_percent(self) -> float | None:
         least = min(self._values("charge"), default=None)
         return None if least is None else 100 * least
 
     def _most_w(self, window_s: float) -> float | None:
         """Highest mean power over a window; the mean of the whole reply if that is shorter."""
-        seen = [one for one in self._seen if one.watts is not None]
+        seen = [one for one in self._seen if one.power is not None]
         means: list[float] = []
         begin = 0
         for end in range(len(seen)):
             while begin < end and seen[end].now_s - seen[begin + 1].now_s >= window_s:
                 begin += 1
             if seen[end].now_s - seen[begin].now_s >= window_s or (end == len(seen) - 1 and not means):
-                means.append(_mean_w(seen[begin : end + 1]))
+                means.append(_mean([one.power for one in seen[begin : end + 1]]) or 0.0)
         return max(means, default=None)
 
     def _joules(self) -> float | None:
-        seen = [one for one in self._seen if one.watts is not None]
-        seconds = sum(self._later_ms) / 1000
-        return _mean_w(seen) * seconds / len(self._later_ms) if seen and self._later_ms else None
+        mean_w, seconds = _mean([one.power for one in self._seen]), sum(self._later_ms) / 1000
+        return None if mean_w is None or not self._later_ms else mean_w * seconds / len(self._later_ms)
 
 
 def _seen(budget: Budget, now_s: float, readings: Sequence[Reading]) -> _Seen:
-    power = watts(readings, budget.power_rail, now_s)
-    cpu, gpu = utilization(readings, "cpu", now_s), utilization(readings, "gpu", now_s)
     battery = newest(readings, "battery", "charge", now_s, 1.0)
     memory = newest(readings, "process", "memory_bytes", now_s, math.inf)
     return _Seen(
         now_s,
-        None if power is None else power.value,
-        None if power is None else power.counter,
+        watts(readings, budget.power_rail, now_s),
+        utilization(readings, "cpu", now_s),
+        utilization(readings, "gpu", now_s),
         hottest_c(readings, now_s),
-        None if cpu is None else cpu.value,
-        None if gpu is None else gpu.value,
         None if battery is None or battery.charging else battery.charge,  # a floor is for a battery that drains
         None if memory is None else (memory.memory_bytes or 0) / 1e6,
     )
 
 
-def _mean_w(seen: Sequence[_Seen]) -> float:
-    """Mean power, by the energy counter if there is one, because samples only hit or miss a step."""
-    last = seen[-1].counter
-    counted = None if last is None else last.mean_w(seen[0].counter)
-    return sum(one.watts or 0.0 for one in seen) / len(seen) if counted is None else counted
+def _mean(samples: Sequence[Sample | None]) -> float | None:
+    """Mean of what was measured, by the counter if there is one, because samples only hit or miss a step."""
+    found = [one for one in samples if one is not None]
+    if not found:
+        return None
+    last = found[-1].counter
+    counted = None if last is None else last.mean(found[0].counter)
+    return sum(one.value for one in found) / len(found) if counted is None else counted

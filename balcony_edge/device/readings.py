@@ -34,6 +34,7 @@ class Reading:
         celsius: temperature.
         utilization: busy share of the part, 0 to 1, by all its users.
         own_utilization: busy share of this process only, if the system separates it.
+        busy_s, own_busy_s: sums of these shares over time, which the sampler makes; the reading after a pause has none.
         charge: battery charge, 0 to 1.
         charging: whether a battery is on external power.
         memory_bytes: memory in use in this scope (``process``: private bytes of this process).
@@ -51,6 +52,8 @@ class Reading:
     celsius: float | None = None
     utilization: float | None = None
     own_utilization: float | None = None
+    busy_s: float | None = None
+    own_busy_s: float | None = None
     charge: float | None = None
     charging: bool | None = None
     memory_bytes: int | None = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
 from balcony_edge.budget import Budget
+from balcony_edge.control.controller import BURST_TOKENS
 from balcony_edge.device.profile import DeviceProfile, QualityFigure, least_agreement
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
@@ -150,8 +151,13 @@ class _Planner:
         self.agreement = {**least_agreement(profile.costs.exits, quality), profile.costs.exits[-1]: 1.0}
         self.prompt_tokens, self.tokens = prompt_tokens, tokens
         steps = next((r.median for r in profile.residuals if r.part == "decode steps"), 0.0)
-        # Two sources of error: noise of a step, and errors of the prices (a median error is 0.674 standard deviations).
-        self.deviation = max(math.hypot(profile.spread, steps / 0.674), 1e-6)
+        self.price_error = steps / 0.674  # a median error is 0.674 standard deviations
+
+    def _deviation(self, target: str) -> float:
+        """Relative standard deviation of the time that a target is about; noise averages out, except within bursts."""
+        tokens = self.tokens if target == "deadline_s" else 1
+        noise = self.profile.spread * math.sqrt(min(BURST_TOKENS / tokens, 1.0))
+        return max(math.hypot(noise, self.price_error), 1e-6)
 
     def exit_plan(self, exit_layer: int, allowed: bool) -> ExitPlan:
         profile, costs, rail = self.profile, self.profile.costs, self.budget.power_rail
@@ -170,8 +176,13 @@ class _Planner:
 
     def nearest(self, possible: list[ExitPlan]) -> dict[str, float]:
         """Target that no allowed exit meets → nearest value that one of them meets."""
-        found = {}
-        slack = math.exp(NormalDist().inv_cdf(self.budget.probability) * self.deviation)
+        found, quantile = {}, NormalDist().inv_cdf(self.budget.probability)
+
+        def reachable(check: Check, expected: float) -> float:
+            return expected * (
+                math.exp(quantile * self._deviation(check.target)) if check.probability is not None else 1.0
+            )
+
         for target in dict.fromkeys(check.target for plan in possible for check in plan.checks):
             checks = [check for plan in possible for check in plan.checks if check.target == target]
             expected = [check.expected for check in checks if check.expected is not None]
@@ -180,13 +191,13 @@ class _Planner:
             if target == "min_agreement":
                 found[target] = max(expected)
             else:
-                found[target] = min(expected) * (slack if checks[0].probability is not None else 1.0)
+                found[target] = reachable(checks[0], min(expected))
         if not found:
             # Every target is met by some exit, but no exit meets all: use the exit that misses fewest.
             best = min(possible, key=lambda plan: sum(check.met is False for check in plan.checks))
             for check in best.checks:
                 if check.met is False and check.expected is not None:
-                    found[check.target] = check.expected * (slack if check.probability is not None else 1.0)
+                    found[check.target] = reachable(check, check.expected)
         return found
 
     def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float]]:
@@ -235,7 +246,7 @@ class _Planner:
             if asked is None:
                 continue
             expected = expectation()
-            probability = self._odds(asked, expected) if by_chance and expected is not None else None
+            probability = self._odds(target, asked, expected) if by_chance and expected is not None else None
             met = None
             if probability is not None:
                 met = probability >= budget.probability
@@ -256,8 +267,8 @@ class _Planner:
         power = self.profile.powered(rail)
         return None if power is None else step_j + power[0] * wait_s
 
-    def _odds(self, limit: float, expected: float) -> float:
-        return NormalDist().cdf((math.log(limit) - math.log(expected)) / self.deviation)
+    def _odds(self, target: str, limit: float, expected: float) -> float:
+        return NormalDist().cdf((math.log(limit) - math.log(expected)) / self._deviation(target))
 
 
 def _mixed(shares: dict[int, float], values: dict[int, float | None]) -> float | None:

@@ -110,6 +110,7 @@ class SimulatedDevice:
         self.joules, self.celsius = 0.0, physics.ambient_c + physics.kelvin_per_watt * physics.idle_w
         self.charge, self.throttled, self.rows_run = physics.charge, False, 0
         self._sampled_s, self._sampled_j, self._sampled_busy_s = 0.0, 0.0, 0.0
+        self._used_s, self._own_s = 0.0, 0.0  # sums of utilization over time
         self._past: list[tuple[float, float]] = [(0.0, 0.0)]  # (time, joules) of every sample so far
         self._shown_s, self._shown_w, self._summed_j = -math.inf, physics.idle_w, 0.0
         self.readings = self._sample(physics.idle_w, 0.0)
@@ -154,6 +155,9 @@ class SimulatedDevice:
         physics, now_s = self.physics, self.now_s
         watts, joules = self._gauge(watts)
         own = physics.step_utilization * share
+        used = min(physics.others_utilization + own, 1.0)
+        self._used_s += used * (now_s - self._sampled_s)
+        self._own_s += own * (now_s - self._sampled_s)
         readings = [
             Reading(
                 f"plant:{physics.rail}",
@@ -168,10 +172,12 @@ class SimulatedDevice:
                 "plant:cpu",
                 "cpu",
                 now_s,
-                utilization=min(physics.others_utilization + own, 1.0),
+                utilization=used,
                 own_utilization=own if physics.own_known else None,
+                busy_s=self._used_s,
+                own_busy_s=self._own_s if physics.own_known else None,
             ),
-            Reading("plant:gpu", "gpu", now_s, utilization=min(physics.others_utilization + own, 1.0)),
+            Reading("plant:gpu", "gpu", now_s, utilization=used, busy_s=self._used_s),
             Reading(
                 "plant:process",
                 "process",

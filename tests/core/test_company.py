@@ -287,3 +287,34 @@ def test_a_stream_in_company_stays_for_its_dwell(goal: int) -> None:
         streams = {0: StreamState(0, goal, tokens), 1: StreamState(2, 2, 50)}
         state, found = decided(pair, CompanyState(SETTLED.slowdown, streams=streams))
         assert (state.streams[0].goal, exits(found)[0]) == (risen, exit_layer)
+
+
+def test_many_rows_of_one_stream_come_in_portions_next_to_the_others() -> None:
+    """Forced tokens are rows at the stream's own stages: 40 of them, whole, would make the other stream late."""
+    forced = stream(1, stage_rows=(41, 41, 41), balcony_rows=(41, 41, 1))
+    _, found = decided([stream(0, Budget(tpot_ms=20.0)), forced])
+    assert exits(found) == {0: 8} and found.price_ms <= 20.0
+    assert found.chunk is not None and found.chunk.key == 1 and found.chunk.stages == (0,) and found.chunk.rows > 10
+    _, found = decided([stream(0, Budget(tpot_ms=60.0)), forced])
+    assert exits(found) == {0: 8, 1: 8} and found.chunk is None
+    # two of them, as in a batch with one schema; and rows that are left at a deeper stage of their own
+    _, found = decided([stream(0, Budget(tpot_ms=20.0)), forced, forced._replace(key=2)])
+    assert exits(found) == {0: 8} and found.price_ms <= 20.0 and found.chunk is not None
+    late = stream(1, stage_rows=(1, 1, 41), balcony_rows=(1, 41, 1))
+    _, found = decided([stream(0, Budget(tpot_ms=17.0)), late._replace(budget=Budget(min_exit=8))])
+    assert exits(found) == {0: 8} and found.chunk is not None and found.chunk.stages == (2,)
+    # a portion that would take many rounds is not worth its first row
+    _, found = decided([stream(0, Budget(tpot_ms=13.5)), forced])
+    assert set(exits(found)) == {0, 1}
+    # rounds with more rows are known to be slower than their price
+    slow = SETTLED.slowdown._replace(offsets=(0.0, 0.0, 0.0, 0.2), offset_variances=(1e-4,) * 4)
+    _, found = decided([stream(0, Budget(tpot_ms=20.0)), forced], CompanyState(slow))
+    assert found.chunk is not None and found.predicted_ms <= 20.0
+
+
+def test_a_prompt_that_is_due_comes_before_portions_of_others() -> None:
+    forced = stream(1, stage_rows=(41, 41, 41), balcony_rows=(41, 41, 1), made_tokens=50)
+    urgent = stream(2, Budget(ttft_ms=65.0), made_tokens=0, started_s=10.0, stage_rows=(100, 100, 100),
+                    balcony_rows=(100, 100, 1), context_length=0)  # fmt: skip
+    _, found = decided([stream(0, Budget(tpot_ms=20.0), made_tokens=50), forced, urgent])
+    assert set(exits(found)) == {2}

@@ -112,7 +112,8 @@ def test_who_waits_for_a_pace_works_off_pending_rows() -> None:
 
 
 def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:
-    lost = SETTLED._replace(governor=BUSY._replace(infeasible=("power_w", "latency")))
+    asked = (("power_w", 3.0),)
+    lost = SETTLED._replace(governor=BUSY._replace(infeasible=("power_w", "latency"), asked=asked))
     strict = {"on_infeasible": "error"}
     budgets = [Budget(power_w=3.0), Budget(tpot_ms=40.0, **strict), Budget(temperature_c=80.0, **strict)]
     after, found = decided([stream(key, one) for key, one in enumerate(budgets)], lost)
@@ -122,6 +123,14 @@ def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:
     assert [key for key, _ in found.refused] == [0]
     infeasible = {move.key: move.decision.infeasible for move in found.moves}
     assert infeasible == {0: True, 1: False}
+    _, found = decided([stream(0, Budget(power_w=3.0, **strict)), stream(1, Budget(power_w=50.0, **strict))], lost)
+    assert [key for key, _ in found.refused] == [0], "the device keeps to 3 W, so 50 W are held"
+
+
+def test_only_who_names_a_ceiling_hears_that_nothing_measures_it() -> None:
+    _, found = decided([stream(0, Budget(power_w=8.0)), stream(1)])
+    assert {move.key: move.decision.unseen for move in found.moves} == {0: True, 1: False}
+    assert ["no reading for power_w" in move.decision.reason for move in found.moves] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -174,8 +183,9 @@ def test_a_round_begins_with_what_streams_have_learned_by_themselves() -> None:
     assert found.predicted_ms == pytest.approx(10.75)
 
 
-def test_a_critical_temperature_ends_every_stream() -> None:
+def test_a_critical_temperature_ends_the_streams_that_name_it() -> None:
     hot = (Reading("board", "board", 10.0, celsius=95.0),)
-    _, found = decided([stream(0, Budget(critical_temperature_c=90.0)), stream(1)], readings=hot)
-    assert [key for key, _ in found.refused] == [0, 1]
-    assert "critical_temperature_c = 90: the hottest sensor is at 95 °C" in found.refused[1][1].reason
+    limits = [Budget(critical_temperature_c=90.0), Budget(), Budget(critical_temperature_c=99.0)]
+    _, found = decided([stream(key, one) for key, one in enumerate(limits)], readings=hot)
+    assert [key for key, _ in found.refused] == [0]
+    assert "critical_temperature_c = 90: the hottest sensor is at 95 °C" in found.refused[0][1].reason

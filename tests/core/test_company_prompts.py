@@ -160,3 +160,11 @@ def test_a_prompt_whose_time_has_passed_goes_before_one_that_has_no_time() -> No
     late = stream(2, Budget(ttft_ms=100.0), started_s=9.0, **PROMPT)
     state, found = decided([stream(0, Budget(tpot_ms=25.0)), patient, late])
     assert not state.streams[2].met and found.chunk is not None and found.chunk.key == 2
+
+
+def test_rows_of_a_prompt_in_front_of_its_balcony_come_in_portions_too() -> None:
+    """They are the last that its first token needs; whole, they would not fit next to a stream with a target."""
+    waits = stream(1, made_tokens=0, stage_rows=(1, 200, 200), balcony_rows=(200, 200, 1), context_length=199)
+    _, found = decided([stream(0, Budget(tpot_ms=10.0)), waits._replace(budget=Budget(max_exit=4))])
+    assert exits(found) == {0: 8} or 0 in exits(found)
+    assert found.chunk is not None and found.chunk.key == 1 and found.chunk.balcony == 0 and found.chunk.rows > 1

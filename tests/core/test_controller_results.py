@@ -76,10 +76,29 @@ def test_the_deepest_exit_held_for_long_forgets_earlier_sprints() -> None:
 
 @pytest.mark.parametrize(("short", "infeasible"), [((), False), (("power_w",), True)])
 def test_a_ceiling_out_of_reach_makes_a_decision_infeasible(short: tuple[str, ...], infeasible: bool) -> None:
-    state = sure(8)._replace(governor=Governor(ticked_s=9.95, infeasible=short))
+    asked = (("power_w", 5.0),)
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, infeasible=short, asked=asked))
     seen = Observation(Budget(power_w=5), 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, WATT)
     decision = Controller(SMALL).decide(state, seen)[1]
     assert decision.infeasible is infeasible
+    for other in (Budget(power_w=6), Budget(temperature_c=80)):  # the last tick was for another budget
+        assert Controller(SMALL).decide(state, seen._replace(budget=other))[1].infeasible is False
+
+
+def test_the_next_reply_hears_of_what_is_out_of_reach_from_a_tick_of_its_own() -> None:
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, short_s=1.0, infeasible=("latency",)))
+    after = state.for_next_reply().governor
+    assert after.infeasible == () and after.short_s == 1.0
+
+
+def test_what_another_budget_could_not_hold_does_not_end_the_reply() -> None:
+    memory = (Reading("p", "process", 10.0, memory_bytes=50_000_000),)
+    small, ample = Budget(memory_mb=1), Budget(memory_mb=1e6, on_infeasible="error")
+    seen = Observation(small, 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, memory)
+    state, decision = Controller(SMALL).decide(sure(8), seen)
+    assert decision.infeasible
+    _, decision = Controller(SMALL).decide(state, seen._replace(budget=ample, now_s=10.02))
+    assert not decision.infeasible and not decision.ends(ample)
 
 
 @pytest.mark.parametrize(("lost", "unseen"), [((), False), (("power_w",), True), (("temperature_c",), False)])

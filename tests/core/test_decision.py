@@ -46,7 +46,7 @@ def test_the_slow_loop_says_each_thing_that_it_knows() -> None:
     budget = Budget(temperature_c=78, critical_temperature_c=90, power_w=5)
     governor = Governor(
         critical_c=91.4, infeasible=("temperature_c", "power_w"), binding=("power_w", "temperature_c"),
-        lost=("cpu_utilization", "power_w", "temperature_c"),
+        lost=("cpu_utilization", "power_w", "temperature_c"), asked=(("temperature_c", 78), ("power_w", 5)),
     )  # fmt: skip
     assert device_words(governor, budget, 0.0) == (
         "critical_temperature_c = 90: the hottest sensor is at 91 °C",

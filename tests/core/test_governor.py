@@ -314,6 +314,7 @@ def test_depth_without_pacing_is_all_that_can_give_way() -> None:
     """Without pacing, less than a full share cannot be used: the shallowest exit, and the ceiling is out of reach."""
     budget = Budget(temperature_c=60, pacing=False)
     before = Governor(ticked_s=0.9, share=0.6, integral=0.6, short_s=-SETTLING_S, binding=("temperature_c",))
+    before = before._replace(asked=(("temperature_c", 60.0),))
     after = govern(before, demand(budget, 1.0, degrees(59.5, 1.0)))
     assert (after.ceiling, after.infeasible) == (0, ("temperature_c",))
     free = govern(Governor(ticked_s=0.9), demand(budget, 1.0, degrees(30.0, 1.0)))
@@ -341,6 +342,7 @@ def test_the_first_ceiling_is_no_change_and_waits_for_no_dwell() -> None:
 )
 def test_a_share_below_the_least_pace_is_out_of_reach(keys: dict[str, Any], out: bool) -> None:
     before = Governor(ticked_s=0.9, share=0.3, integral=0.3, short_s=-SETTLING_S, binding=("temperature_c",))
+    before = before._replace(asked=(("temperature_c", 60.0),))
     after = govern(before, demand(Budget(temperature_c=60, **keys), 1.0, degrees(59.5, 1.0), pace_tps=40.0))
     # Without such a pace the ceiling is kept, and the latency targets are what is missed.
     assert after.infeasible == (("temperature_c",) if out else ("latency",))
@@ -350,6 +352,7 @@ def test_what_is_missed_without_any_load_of_ours_is_out_of_reach() -> None:
     """Others alone take 0.7 of the processor: the smallest share is used and does not help."""
     budget, seen = Budget(cpu_utilization=0.5), Reading("c", "cpu", 1.0, utilization=0.7)
     before = Governor(ticked_s=0.9, share=LEAST_SHARE, cpu=known(0.7, 0.3, scale=1.0), short_s=-SETTLING_S)
+    before = before._replace(asked=(("cpu_utilization", 0.5),))
     assert govern(before, demand(budget, 1.0, seen)).infeasible == ("cpu_utilization",)
     falling = before._replace(share=0.5)  # on its way down
     assert govern(falling, demand(budget, 1.0, seen)).infeasible == ()
@@ -412,3 +415,40 @@ def test_each_key_is_seen_by_its_own_readings() -> None:
         assert key not in unseen(budget, (reading,), 1.0)
     overfull = Reading("b", "battery", 1.0, charge=1.5)
     assert unseen(Budget(battery_floor_percent=20), (overfull,), 1.0) == ("battery_floor_percent",)
+
+
+def test_what_is_out_of_reach_settles_anew_for_another_value() -> None:
+    """A budget that another one replaced has had its five seconds; the new one has not."""
+    tired = Governor(ticked_s=9.9, share=LEAST_SHARE, short_s=1.0, asked=(("power_w", 1.0),), infeasible=("power_w",))
+    power = Load(1.0)._replace(fits=(Fit(base=8.0, gain=1.0),) * len(GAUGES))
+    reading = (Reading("b", "board", 10.0, watts=8.0),)
+
+    def after(power_w: float) -> Governor:
+        before = tired._replace(power=power, rail="board")
+        return govern(before, Demand(Budget(power_w=power_w), 10.0, 5.0, reading, (0.01, 0.02), 0, 1, 0.0))
+
+    assert after(1.0).infeasible == ("power_w",) and after(1.0).short_s == 1.0
+    assert after(2.0).infeasible == () and after(2.0).short_s == 10.0
+
+
+def test_what_is_out_of_reach_settles_while_other_ceilings_come_and_go() -> None:
+    """Rounds of several replies tick with the ceilings of those that ask."""
+    state = Governor()
+    for number in range(80):
+        now_s = number / 10
+        budget = Budget(power_w=3) if number % 2 else Budget(power_w=3, memory_mb=1e6)
+        seen = Reading("b", "board", now_s, watts=9.0), Reading("p", "process", now_s, memory_bytes=1)
+        state = govern(state, demand(budget, now_s, *seen))
+    assert "power_w" in state.infeasible
+
+
+def test_latency_is_out_of_reach_for_who_needs_more_than_the_share_leaves() -> None:
+    late = Governor(infeasible=("latency",), pace_tps=10.0)
+    assert (
+        late.out_of_reach(Budget(tpot_ms=50))
+        == ("latency",)
+        == late.out_of_reach(Budget(deadline_s=9, expected_tokens=9))
+    )
+    assert late.out_of_reach(Budget(tpot_ms=200)) == () == late.out_of_reach(Budget(power_w=3))
+    old = Governor(infeasible=("power_w",))  # of a trace that did not record what was asked for
+    assert old.out_of_reach(Budget(temperature_c=60)) == ()

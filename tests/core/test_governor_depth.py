@@ -114,13 +114,30 @@ def test_a_ceiling_is_infeasible_only_after_it_was_out_of_reach_for_a_while(
     short_s: float, infeasible: tuple[str, ...]
 ) -> None:
     # the least pace, one token a second, needs a share of 0.012 at the shallowest exit
-    before = Governor(ticked_s=9.9, share=LEAST_SHARE, short_s=short_s)
+    asked = (("temperature_c", 60.0),)
+    before = Governor(ticked_s=9.9, share=LEAST_SHARE, short_s=short_s, asked=asked)
     found = tick(Budget(temperature_c=60), heat(90.0), before=before)
     assert (found.share, found.ceiling, found.infeasible) == (LEAST_SHARE, 0, infeasible)
     assert tick(Budget(temperature_c=60), heat(20.0), before=before).short_s == pytest.approx(float("inf"))
 
 
 def test_a_pace_that_the_share_cannot_give_makes_latency_infeasible() -> None:
-    before = Governor(ticked_s=9.9, share=0.4, short_s=0.0, integral=0.4, binding=("temperature_c",))
+    before = Governor(
+        ticked_s=9.9, share=0.4, short_s=0.0, integral=0.4, binding=("temperature_c",), asked=(("temperature_c", 60.0),)
+    )
     found = tick(Budget(temperature_c=60), heat(59.5), before=before, pace_tps=50.0)
     assert found.infeasible == ("latency",)  # 50 tokens a second need a share of 0.6 at the shallowest exit
+
+
+def test_a_deeper_exit_must_leave_a_part_of_the_energy_free() -> None:
+    """Without this, an exit at the edge of its joules comes and goes every second."""
+    fits = (Fit(base=2.0, gain=6.0),) * len(GAUGES)
+    known = Governor(power=Load(1.0)._replace(fits=fits), rail="board", share=1.0, changed_s=-9.0)
+    board = Reading("board", "board", 10.0, watts=8.0)
+    most_j = 0.170  # the deepest exit takes 0.168 J; 5 % free would be 0.1615
+    assert tick(Budget(energy_j_per_token=most_j), board, before=known._replace(ceiling=3)).ceiling == 3
+    assert tick(Budget(energy_j_per_token=most_j), board, before=known._replace(ceiling=2)).ceiling == 2
+    assert tick(Budget(energy_j_per_token=0.178), board, before=known._replace(ceiling=2)).ceiling == 3
+    # a budget before this one left a shallower ceiling; the only exit that is allowed needs nothing free
+    deepest = Demand(Budget(energy_j_per_token=most_j), 10.0, 10.0, (board,), STEPS_S, HIGHEST, HIGHEST, 0.0)
+    assert govern(known._replace(ceiling=0), deepest).infeasible == ()

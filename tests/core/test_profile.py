@@ -302,3 +302,16 @@ def test_a_driver_that_hangs_does_not_hang_whoever_asks_for_the_device(monkeypat
     assert this_device().gpus == ()
     assert time.perf_counter() - begin < 5
     forever.set()
+
+
+def test_a_deadline_is_judged_by_the_spread_of_all_its_tokens() -> None:
+    """Noise averages out over 128 tokens, except within bursts of 16: 0.17 becomes 0.06."""
+    profile = make_profile(spread=0.17)
+    expected_s = (COSTS.prefill_ms(4, 64) + 127 * COSTS.steady_ms(4, 128)) / 1000
+
+    def odds(**asked: float) -> float | None:
+        plan = make_plan(profile, Budget(probability=0.9, **asked), prompt_tokens=64)
+        return plan.exits[0].checks[0].probability
+
+    assert odds(deadline_s=1.1 * expected_s, expected_tokens=128) == pytest.approx(0.9437, abs=1e-3)
+    assert odds(tpot_ms=1.1 * COSTS.steady_ms(4, 128)) == pytest.approx(0.7125, abs=1e-2)

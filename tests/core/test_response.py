@@ -135,7 +135,7 @@ def test_our_part_of_a_gauge_that_holds_its_value_is_the_one_of_that_value() -> 
     ],
 )
 def test_mean_watts_of_counters_that_compare(before: Counter | None, after: Counter, mean_w: float | None) -> None:
-    assert after.mean_w(before) == mean_w
+    assert after.mean(before) == mean_w
 
 
 # --- What no share holds. -----------------------------------------------------------------------------------------
@@ -210,3 +210,34 @@ def test_a_critical_temperature_ends_the_reply() -> None:
         assert not decision.stops and "critical" not in decision.reason
     with pytest.raises(BudgetError, match="must be above the ceiling; lower the one or raise the other"):
         Budget(temperature_c=80, critical_temperature_c=80)
+
+
+def scaled(times: float) -> CostModel:
+    def slower(unit: UnitCost) -> UnitCost:
+        return replace(unit, first_row_ms=unit.first_row_ms * times, marginal_row_ms=unit.marginal_row_ms * times)
+
+    return replace(
+        COSTS,
+        stages=tuple(map(slower, COSTS.stages)),
+        balconies=tuple(map(slower, COSTS.balconies)),
+        head=slower(COSTS.head),
+    )
+
+
+@pytest.mark.parametrize("times", [20, 40])
+@pytest.mark.parametrize("own_known", [False, True])
+def test_a_share_of_the_processor_is_held_by_slow_tokens(times: float, own_known: bool) -> None:
+    """The slow loop looks once a token, always after its wait: only sums tell what the step before took."""
+    device = Physics(others_utilization=0.1, own_known=own_known)
+    tokens = run(Budget(cpu_utilization=0.6), device, 150, costs=scaled(times))
+    late = [token for token in tokens if token.time_s > 60]
+    share = sum(token.step_ms for token in late) / sum(token.latency_ms for token in late)
+    assert 0.45 <= 0.1 + 0.9 * share <= 0.6 * 1.05
+
+
+def test_watts_are_held_by_tokens_that_take_a_second() -> None:
+    """A gauge that nobody looked at for a second has not held its value: the counter tells the mean."""
+    tokens = run(Budget(power_w=7.5), Physics(noise=0.03), 160, costs=scaled(40))
+    late = [token for token in tokens if token.time_s > 40]
+    joules = sum(token.watts * token.latency_ms for token in late)
+    assert 0.9 * 7.5 <= joules / sum(token.latency_ms for token in late) <= 7.5 * 1.02

@@ -62,7 +62,8 @@ def test_a_deadline_counts_the_waits_of_the_pace() -> None:
 
 def test_a_reply_after_a_pause_starts_on_a_device_that_rested() -> None:
     busy = Load(5.0, fits=(Fit(base=0.4, gain=0.6),) * len(GAUGES), since_s=10.0, total=50.0, samples=8)
-    tired = Governor(ticked_s=10.0, share=0.01, short_s=2.0, infeasible=("latency",), power=busy, ceiling=0)
+    tired = Governor(ticked_s=10.0, share=0.01, short_s=2.0, infeasible=("latency",), power=busy, ceiling=0,
+                     asked=(("temperature_c", 60.0),))  # fmt: skip
     cool = (Reading("plant:soc", "board", 3600.0, celsius=25.0),)
     budget = Budget(temperature_c=60, tpot_ms=30)
     demand = Demand(budget, 3600.0, 9.0, cool, (0.012, 0.014, 0.016, 0.021), 0, 3, 33.0, begins=True)

@@ -66,12 +66,14 @@ class Composer:
         # Who waits must still get its token in a round like this one.
         waits_ms = [view.bound_ms - price_ms for view in waiting if not view.first and view.bound_ms < math.inf]
         limit_ms = min([limit_ms, *waits_ms])
+        # Rounds with more rows next to them may be slower than their price, compared with the others.
+        share, portion = math.exp(-max(slowdown.offsets[-1], 0.0)), None
         if price_ms > limit_ms:
-            chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
+            portion = self._in_portions(chosen, limit_ms, share)
+            if portion is None:
+                chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
         # A target that was given up still says how long a gap may not be.
         calm_ms = min([CALM_MS / slowdown.factor, *(GIVEN_UP * view.period_ms for view, _ in chosen)])
-        # Rounds with more rows next to them may be slower than their price, compared with the others.
-        share = math.exp(-max(slowdown.offsets[-1], 0.0))
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
         if prompt is not None and prompt.bound_ms < math.inf:
@@ -79,6 +81,8 @@ class Composer:
             gap_ms = min((view.period_ms for view in others if view.met), default=math.inf)
             if self._must_run(prompt, others, price_ms, min(share * gap_ms - price_ms, calm_ms)):
                 return self._with_prompt(prompt, [], 0.0, math.inf)
+        if portion is not None:
+            return portion
         if prompt is not None:
             chosen, chunk, price_ms = self._with_prompt(prompt, chosen, price_ms, slack_ms)
             if chunk is not None or not chosen or chosen[-1][0] is prompt:
@@ -108,6 +112,22 @@ class Composer:
             if not behind and price_ms <= min(view.bound_ms for view, _ in chosen):
                 break
         return chosen, price_ms, left
+
+    def _in_portions(self, chosen: Chosen, limit_ms: float, share: float) -> tuple[Chosen, Chunk, float] | None:
+        """The round in which streams with many rows at their own stages (forced tokens) get no token, and one runs some.
+
+        None if there is too little time: a portion is worth its first row if few of them are enough.
+        """
+        many = [(view, at) for view, at in chosen if view.stream.stage_rows[at] > 2 and view.bound_ms > limit_ms]
+        others = [one for one in chosen if all(one[0] is not view for view, _ in many)]
+        if not others:
+            return None
+        others_ms = self._price(others)
+        for view, at in sorted(many, key=lambda one: -one[0].stream.stage_rows[one[1]]):
+            chunk = self._portion(view, range(at + 1), share * limit_ms - others_ms)
+            if chunk is not None and ELASTIC * chunk.rows >= view.stream.stage_rows[at]:
+                return others, chunk, others_ms + self._chunk_ms(view, chunk)
+        return None
 
     def _patience_ms(self, view: View) -> float:
         """Time until the stream must have its token; a stream without a target waits for some rounds at most."""
@@ -161,7 +181,7 @@ class Composer:
         whole_ms = self._price(whole)
         if whole_ms - price_ms <= slack_ms:
             return whole, None, whole_ms
-        chunk = self._portion(prompt, range(prompt.goal + 1), slack_ms)
+        chunk = self._portion(prompt, range(prompt.goal + 1), slack_ms) or self._kept(prompt, prompt.goal, slack_ms)
         if chunk is None and not chosen:  # there is no time, and nobody else to give it to
             chunk = self._portion(prompt, range(prompt.goal + 1), math.inf)
             if chunk is None:
@@ -226,11 +246,16 @@ class Composer:
         """
         seen, stages = view.stream, range(index + 1, view.goal + 1)
         best = self._portion(view, stages, slack_ms, least=len(stages) + 1)
-        kept = seen.balcony_rows[view.goal] - seen.stage_rows[view.goal]
-        if best is None and kept > len(stages):
-            rows = self._costs.balconies[view.goal].rows_within(slack_ms, kept, seen.context_length, 1)
-            return Chunk(seen.key, (), rows, view.goal) if rows else None
+        if best is None and seen.balcony_rows[view.goal] - seen.stage_rows[view.goal] > len(stages):
+            return self._kept(view, view.goal, slack_ms)
         return best
+
+    def _kept(self, view: View, index: int, slack_ms: float) -> Chunk | None:
+        """Rows that wait in front of an exit's balcony, as many as fit."""
+        seen = view.stream
+        kept = seen.balcony_rows[index] - seen.stage_rows[index]
+        rows = self._costs.balconies[index].rows_within(slack_ms, kept, seen.context_length, 1)
+        return Chunk(seen.key, (), rows, index) if rows else None
 
     def _chunk_ms(self, view: View, chunk: Chunk) -> float:
         context = view.stream.context_length

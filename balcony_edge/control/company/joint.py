@@ -68,7 +68,7 @@ class _Outcome(NamedTuple):
         streams: number of streams that it serves.
         slowdown: slowdown filter.
         governor: state of the slow loop.
-        ceilings: ceilings of all budgets; None without any.
+        ceilings: ceilings of all budgets, which hold for the device; None without any.
     """
 
     price_ms: float
@@ -212,20 +212,21 @@ class JointController:
 
     def _decision(self, view: View, index: int, outcome: _Outcome) -> Decision:
         price_ms, predicted_ms, streams, slowdown, governor, ceilings = outcome
-        deviation = slowdown.deviation
-        limit_ms = view.room_ms * math.exp(quantile_of(view.stream.budget.probability) * deviation)
+        governed = ceilings is not None
+        budget, deviation = view.stream.budget, slowdown.deviation
+        limit_ms = view.room_ms * math.exp(quantile_of(budget.probability) * deviation)
         exits = self._costs.exits
         fits = exits[view.goal] if index < view.goal else None
-        why = _Why(predicted_ms, streams, None if view.met else view.stream.budget, fits)
+        why = _Why(predicted_ms, streams, None if view.met else budget, fits)
         return Decision(
             exit_layer=exits[index],
             predicted_ms=predicted_ms,
             price_ms=price_ms,
             probability=probability_of(limit_ms, price_ms, deviation),
-            infeasible=not view.met or (ceilings is not None and _out_of_reach(view, governor)),
-            words=(why, *(() if ceilings is None else device_words(governor, ceilings, 0.0))),
-            stops=ceilings is not None and governor.critical(ceilings),
-            unseen=ceilings is not None and bool(governor.unseen(ceilings)),
+            infeasible=not view.met or (governed and bool(governor.out_of_reach(budget))),
+            words=(why, *(device_words(governor, budget, 0.0) if governed else ())),
+            stops=governed and governor.critical(budget),
+            unseen=governed and bool(governor.unseen(budget)),
         )
 
     def _learn(self, state: CompanyState, last: Measurement | None) -> Slowdown:
@@ -283,20 +284,13 @@ def _runs_prompt(ready: Sequence[View], chosen: Chosen, chunk: Chunk | None) -> 
 
 
 def _ends(view: View, outcome: _Outcome) -> bool:
-    """Whether a stream ends here: its targets are out of reach and it asks for an error, or the device is too hot."""
-    governor, ceilings = outcome.governor, outcome.ceilings
-    if ceilings is not None and governor.critical(ceilings):
+    """Whether a stream ends here: its targets are out of reach and it asks for an error, or the device is too hot for it."""
+    governor, budget, governed = outcome.governor, view.stream.budget, outcome.ceilings is not None
+    if governed and governor.critical(budget):
         return True
-    if view.stream.budget.on_infeasible != "error":
+    if budget.on_infeasible != "error":
         return False
-    return not view.met or (ceilings is not None and _out_of_reach(view, governor))
-
-
-def _out_of_reach(view: View, governor: Governor) -> bool:
-    """Whether a ceiling of the stream's own budget is out of reach, or its latency target because of a ceiling."""
-    budget = view.stream.budget
-    timed = budget.tpot_ms is not None or budget.deadline_s is not None
-    return any(timed if key == "latency" else getattr(budget, key) is not None for key in governor.infeasible)
+    return not view.met or (governed and bool(governor.out_of_reach(budget)))
 
 
 def _entering(view: View) -> RoundEntry:

@@ -58,7 +58,9 @@ class Rapl(NothingOpen):
             if label != "dram":
                 return None
             label = f"{text_or_none(self._directory / f'intel-rapl:{parent}' / 'name') or parent}/{label}"
-        scope: Scope = "memory" if sub else "board" if label == "psys" else "cpu"
+        # psys-1, psys-2: the platform once more, as another package sees it
+        psys: Scope = "board" if label == "psys" else "other"
+        scope: Scope = "memory" if sub else psys if label.startswith("psys") else "cpu"
         range_uj = number_or_none(directory / "max_energy_range_uj")
         return _Zone(f"rapl:{label}", scope, EnergyCounter(directory / "energy_uj", range_uj))
 

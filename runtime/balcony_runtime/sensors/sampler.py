@@ -25,7 +25,7 @@ MAX_RATE_HZ = 10.0
 #: Longest time between two discoveries. A source without readings is tried again after 2, 4, 8 periods, and then this often,
 #: because opening NVML without a driver starts a program that tries to load it.
 REDISCOVER_S = 10.0
-#: Longest pause between two readings, in seconds, after which the sum of watts is shown at once, and over which it grows: the
+#: Longest pause between two readings, in seconds, after which a sum is shown at once, and over which it grows: the
 #: mean of both ends is an estimate, and a part may have been absent for hours.
 SUM_PAUSE_S, MOST_SUMMED_S = 2.0, 60.0
 
@@ -135,11 +135,15 @@ class Sensors:
 
 
 class _Summed(NamedTuple):
-    """The last watts of a part, and their sum over time."""
+    """The last value of a quantity, and its sum over time."""
 
     time_s: float
-    watts: float
-    joules: float
+    value: float
+    total: float
+
+
+#: Field → field of its sum over time.
+_SUMS = {"watts": "joules", "utilization": "busy_s", "own_utilization": "own_busy_s"}
 
 
 class _Channel:
@@ -151,7 +155,7 @@ class _Channel:
         self._clock = clock
         self._stop = stop
         self._plausibility = Plausibility()
-        self._summed: dict[str, _Summed] = {}
+        self._summed: dict[tuple[str, str], _Summed] = {}
         self.readings: tuple[Reading, ...] = ()
         self._absences: tuple[Absence, ...] = ()
         self._samples = 0
@@ -191,23 +195,31 @@ class _Channel:
     def _publish(self, sample: SourceSample) -> None:
         cleaned = (self._plausibility.clean(reading) for reading in sample.readings)
         self._absences = sample.absences
-        self.readings = tuple(self._with_energy(reading) for reading in cleaned if reading is not None)
+        self.readings = tuple(self._with_sums(reading) for reading in cleaned if reading is not None)
 
-    def _with_energy(self, reading: Reading) -> Reading:
-        """The reading with its watts summed up over time, unless the part has an energy counter of its own.
+    def _with_sums(self, reading: Reading) -> Reading:
+        """The reading with the sums of its watts and shares over time, unless the part has an energy counter of its own.
 
         A consumer that reads less often than the sampler would otherwise see only single moments, such as those between steps.
         """
-        if reading.watts is None or reading.joules is not None or self._plausibility.counts(reading.source):
-            return reading
-        before = self._summed.get(reading.source)
-        joules, passed_s = 0.0, 0.0
+        counts = reading.joules is not None or self._plausibility.counts(reading.source)
+        sums = {
+            total: self._sum(reading, field)
+            for field, total in _SUMS.items()
+            if getattr(reading, field) is not None and not (counts and total == "joules")
+        }
+        return replace(reading, **sums) if sums else reading  # type: ignore[arg-type]  # the fields are numbers or None
+
+    def _sum(self, reading: Reading, field: str) -> float | None:
+        key, value = (reading.source, field), getattr(reading, field)
+        before = self._summed.get(key)
+        total, passed_s = 0.0, 0.0
         if before is not None:
             passed_s = reading.time_s - before.time_s
-            joules = before.joules + (before.watts + reading.watts) / 2 * min(passed_s, MOST_SUMMED_S)
-        self._summed[reading.source] = _Summed(reading.time_s, reading.watts, joules)
-        # After a long pause the power meanwhile is an estimate: one reading without a sum says so.
-        return replace(reading, joules=joules if passed_s <= SUM_PAUSE_S else None)
+            total = before.total + (before.value + value) / 2 * min(passed_s, MOST_SUMMED_S)
+        self._summed[key] = _Summed(reading.time_s, value, total)
+        # After a long pause the value meanwhile is an estimate: one reading without a sum says so.
+        return total if passed_s <= SUM_PAUSE_S else None
 
     def health(self, now_s: float, stale_s: float) -> SourceHealth:
         asked_s, answered_s = self._asked_s, self._answered_s

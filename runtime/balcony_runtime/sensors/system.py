@@ -37,7 +37,7 @@ class System(NothingOpen):
 
     def read(self, now_s: float) -> SourceSample:
         readings = []
-        own_s, cpu_s = sum(self._process.cpu_times()[:2]), _cpu_seconds()
+        own_s, cpu_s = sum(self._process.cpu_times()[:2]), cpu_seconds()
         last, self._last = self._last, (now_s, own_s, cpu_s)
         if last is not None and now_s > last[0]:
             # The two clocks have ticks of 10 ms, so a single-threaded process on one CPU can read up to a tick above 1.
@@ -74,7 +74,7 @@ def busy_share(before: Sequence[float], after: Sequence[float]) -> float | None:
     return sum(passed[1:]) / sum(passed) if any(passed) else None
 
 
-def _cpu_seconds() -> tuple[float, ...]:
+def cpu_seconds() -> tuple[float, ...]:
     """Seconds since boot by kind, idle first. User time already includes guests; waiting for a disk counts as idle."""
     times = psutil.cpu_times()._asdict()
     idle = (times.pop("idle"), times.pop("iowait", 0.0))

@@ -407,3 +407,15 @@ def test_a_large_process_is_measured_less_often(monkeypatch: pytest.MonkeyPatch)
         assert process.memory_bytes == 7
         counts.append(len(reads))
     assert counts == [1, 1, 1, 1, 2]
+
+
+def test_shares_of_the_processor_are_summed_up_over_time() -> None:
+    source = Stepped()
+    sensors = Sensors([source], rate_hz=10, stale_s=50, clock=lambda: source.now_s).start(probe_s=0.0)
+    sums = []
+    for time_s, used, own in ((100.0, 0.2, 0.0), (101.0, 0.6, 0.4), (102.0, 0.6, 0.4), (105.0, 0.6, 0.4)):
+        (reading,) = source.give(sensors, Reading("a", "cpu", time_s, utilization=used, own_utilization=own))
+        sums.append((reading.busy_s, reading.own_busy_s))
+    assert sums == [(0.0, 0.0), pytest.approx((0.4, 0.2)), pytest.approx((1.0, 0.6)), (None, None)]
+    source.let()
+    sensors.close()

@@ -450,3 +450,17 @@ def test_entries_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert [path.name for path in numbered(tmp_path, "hwmon")] == ["hwmon1", "hwmon2", "hwmon10"]
     assert numbered(tmp_path / "nowhere", "hwmon") == []
+
+
+def test_a_platform_that_a_second_package_sees_counts_once(sysfs_tree: Tree) -> None:
+    root = sysfs_tree("server")
+    for number, name in ((8, "psys"), (9, "psys-1")):
+        put(root / f"class/powercap/intel-rapl:{number}/name", name)
+        put(root / f"class/powercap/intel-rapl:{number}/energy_uj", 5_000_000)
+    found = values(look(Rapl(root)))
+    assert [found[f"rapl:{name}"][0] for name in ("package-0", "package-1", "psys", "psys-1")] == [
+        "cpu",
+        "cpu",
+        "board",
+        "other",
+    ]
