@@ -160,10 +160,6 @@ class Bundle:
             _check_file(directory / file, spec, verify_hashes)
         return directory
 
-    def has_file(self, name: str) -> bool:
-        """Whether the manifest lists this file."""
-        return name in self.manifest.files
-
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle
@@ -167,7 +168,16 @@ def export_within(
 
     left = math.inf
     rounds = traced.lowered and can_round_experts(exits.model)
-    for precision in CANDIDATES if rounds else CANDIDATES[-1:]:
+    first = CANDIDATES[0]
+    assert isinstance(first, Scheme)
+    narrow = any(
+        isinstance(module, nn.Linear) and first.block_size_of(f"{name}.weight") != first.block_size
+        for root in exits.modules
+        for name, module in root.named_modules()
+    )
+    # Experts have one block size: without a dense down projection the first two candidates are one.
+    candidates = CANDIDATES[0 if narrow else 1 :] if rounds else CANDIDATES[-1:]
+    for precision in candidates:
         rows = () if precision == "float32" else options.calibration
         wanted = replace(options, precision=precision, calibration=rows)
         try:

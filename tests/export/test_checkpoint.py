@@ -204,6 +204,7 @@ def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Pat
         ("gemma2", 42, "output_norm.weight", None),
         ("llama", 2, "blk.0.attn_q.bias", r"has blk\.0\.attn_q\.bias, a bias that transformers silently ignores"),
         ("qwen2", 2, "blk.0.attn_q.bias", None),
+        ("qwen3", 2, "blk.0.attn_q.scale", r"has blk\.0\.attn_q\.scale, a factor of a weight"),
     ],
 )
 def test_a_gguf_file_with_what_transformers_ignores_is_refused(
@@ -217,6 +218,20 @@ def test_a_gguf_file_with_what_transformers_ignores_is_refused(
     writer.write_tensors_to_file()
     writer.close()
     with contextlib.nullcontext() if words is None else pytest.raises(CheckpointError, match=words):
+        checkpoint._check_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_gguf_file_of_falcon_mamba_is_refused(normed: bool, tmp_path: Path) -> None:
+    """Its norms have no weights, so nothing but this field tells it from a Mamba."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
+    writer.add_ssm_dt_b_c_rms(normed)
+    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="Falcon-Mamba") if normed else contextlib.nullcontext():
         checkpoint._check_gguf(tmp_path / "m.gguf")
 
 

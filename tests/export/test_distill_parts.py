@@ -25,7 +25,7 @@ from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.report import TrainingCost, pretraining_tokens
-from balcony_export.train.schedule import OptimizerKind, Schedule, make_optimizers, set_rate
+from balcony_export.train.schedule import OptimizerKind, Schedule, make_optimizers, set_rate, windowed
 from tests.export.distilling import SEQ_LEN
 
 
@@ -266,6 +266,16 @@ def test_a_plan_that_ends_before_the_time_does_goes_on_at_its_last_rate() -> Non
             schedule.replan(step + 1, step + 1 + int(600.5 - now_s))
     assert len(factors) == 601 and factors[0] == 1.0
     assert all(after <= before for before, after in pairwise(factors)) and factors[-1] < 0.01
+
+
+def test_a_pause_does_not_begin_the_decay() -> None:
+    """Ten minutes without the processor, in a run of 1 s a step: the rest is planned as if they had taken one."""
+    window, now_s = [(0.0, 0)], 0.0
+    for step in range(1, 301):
+        now_s += 600.0 if step == 250 else 20.0 if step == 270 else 1.0  # a checkpoint with its evaluation counts
+        window = windowed(window, now_s, step)
+    (first_s, first), (last_s, last) = window[0], window[-1]
+    assert (last - first, last) == (200, 300) and last_s - first_s == pytest.approx(219.0, rel=1e-3)
 
 
 def test_packing_loses_and_doubles_nothing() -> None:

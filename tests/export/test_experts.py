@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import nn
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError, UnsupportedModelError, VerificationError
-from balcony_export import precision
 from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.experts import interleaved, router_operator, separated, symbolic_experts
@@ -27,7 +25,6 @@ from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_export.model.experts import Use, dense_from, experts_in
-from balcony_export.precision import CANDIDATES, QualityBudget, export_within
 from balcony_export.quantize.blocks import Quantizer, parse_precision
 from balcony_export.quantize.experts import EXPERT_ROWS, _block_size
 from balcony_export.quantize.gptq import second_moments
@@ -134,20 +131,6 @@ def test_verification_of_quantized_experts_names_another_model(
     other.parts.layers[0].mlp.experts.down_proj.data[3] *= -4
     with pytest.raises(VerificationError, match=r"layers\.0\.mlp\.experts\.down_proj differs"):
         verify(tmp_path / "b", other, made.tokenizer, [PROMPT])
-
-
-@pytest.mark.parametrize(("width", "first"), [(48, CANDIDATES[0]), (24, "float32")])
-def test_a_quality_budget_rounds_experts_whose_width_allows_it(
-    width: int, first: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[Any] = []
-    any_: Any = SimpleNamespace(lowered=True)  # nothing looks at the judge and the tokenizer
-    monkeypatch.setattr(precision, "export_bundle", lambda *given, **_: tried.append(given[3].precision))
-    exits, budget = ExitModel(tiny_mixture("mixtral", intermediate_size=width)), QualityBudget(1.0, any_, print)
-    export_within(
-        budget, exits, any_, tmp_path, ExportOptions("m", trained=True), traced=any_, progress=lambda *_: None
-    )
-    assert tried == [first]
 
 
 def test_what_quantized_experts_cannot_be_is_refused(mixture: Callable[[str], Exported], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +19,11 @@ import torch
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, CheckpointError, InputError, VerificationError
+from balcony_export import precision as precisions
 from balcony_export.evaluate.text import TokenizedDocument
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.ir_tools import MICROSOFT
+from balcony_export.model.balcony import init_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_export.precision import CANDIDATES, Judge, QualityBudget, export_within, parse_budget
 from balcony_export.quantize import blocks as quantize
@@ -32,7 +35,7 @@ from balcony_runtime.backends import token_table
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.engine import Engine
-from tests.export.experts import mixture_exits
+from tests.export.experts import mixture_exits, tiny_mixture
 from tests.runtime.arm.reference import mean_kl
 
 
@@ -430,3 +433,54 @@ def test_a_weight_that_two_graphs_use_is_quantized_once(tiny: Any) -> None:
     quantizer = Quantizer(Scheme())
     weight = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
     assert quantizer.layer("w", weight) is quantizer.layer("w", weight)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "falcon-h1"])
+def test_products_that_a_balcony_enters_twice_are_quantized(
+    name: str, make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The tracer folds the transposition of a weight with more than 8,192 values only if one product reads it."""
+    wide = {"hidden_size": 64, "num_hidden_layers": 2} | (
+        {"mamba_d_ssm": 128} if name == "falcon-h1" else {"num_heads": 8}
+    )
+    exits = ExitModel.open(make_tiny(name, **wide), (1,))
+    (layer,) = [module for key, module in exits.balconies[1].named_modules() if key.endswith("in_proj")]
+    assert layer.weight.numel() > 8192
+    export_bundle(exits, make_tokenizer(), tmp_path / "b", ExportOptions("q", False, Scheme(bits=8)))
+    graphs = [ir.load(file).graph for file in sorted((tmp_path / "b").glob("cpu_balcony_1*.onnx"))]
+    products = [node for graph in graphs for node in graph if any("in_proj" in str(v and v.name) for v in node.inputs)]
+    assert products and {node.op_type for node in products} == {"MatMulNBits"}
+
+
+@pytest.mark.parametrize(("width", "first"), [(48, CANDIDATES[1]), (24, "float32")])
+def test_a_quality_budget_rounds_experts_whose_width_allows_it(
+    width: int, first: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    any_: Any = SimpleNamespace(lowered=True)  # nothing looks at the judge and the tokenizer
+    monkeypatch.setattr(precisions, "export_bundle", lambda *given, **_: tried.append(given[3].precision))
+    exits, budget = ExitModel(tiny_mixture("mixtral", intermediate_size=width)), QualityBudget(1.0, any_, print)
+    export_within(
+        budget, exits, any_, tmp_path, ExportOptions("m", trained=True), traced=any_, progress=lambda *_: None
+    )
+    assert tried == [first]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("decoder", len(CANDIDATES) - 1), ("dense", len(CANDIDATES))])
+def test_no_precision_is_tried_twice(kind: Any, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two differ in dense down projections only, which a mixture of experts has in dense balconies at most."""
+    tried: list[Any] = []
+    any_: Any = SimpleNamespace(lowered=True)
+
+    def too_far(*given: Any, **_: Any) -> None:
+        tried.append(given[3].precision)
+        raise precisions._TooFarError(1.0)
+
+    monkeypatch.setattr(precisions, "export_bundle", too_far)
+    model = tiny_mixture("mixtral", intermediate_size=48)
+    exits, budget = ExitModel(model, init_balconies(model, (2,), kind)), QualityBudget(1.0, any_, lambda line: None)
+    with pytest.raises(InputError, match="float32 itself"):
+        export_within(
+            budget, exits, any_, tmp_path, ExportOptions("m", trained=True), traced=any_, progress=lambda *_: None
+        )
+    assert tried == list(CANDIDATES[-count:])

@@ -41,12 +41,12 @@ from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.tensorrt_builder import (
     PASSES,
     Builder,
-    build_engines,
     import_tensorrt,
     link_files,
     profiles,
 )
 from balcony_runtime.engine import Engine
+from tests.engine_sets import build_engines
 
 ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2")
 #: What `make test` builds of them, ten seconds each: every kind of mask, norm and rope once.

@@ -21,6 +21,7 @@ from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.balcony import KINDS, Balcony, init_balconies
 from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
+from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
 from balcony_export.tensorrt.engine_set import write_graphs
@@ -217,6 +218,28 @@ def test_an_extracted_exit_keeps_its_rope_scaling_under_both_names(
     with torch.no_grad():
         got = loaded(torch.tensor([IDS])).logits[0].numpy()
     assert np.abs(got - reference_logits(exits, IDS)[2]).max() <= 1e-5 * np.abs(got).max()
+
+
+@pytest.mark.parametrize("name", ["falcon-h1", "llama", "granite"])
+def test_an_exit_of_a_bfloat16_checkpoint_is_extracted(
+    name: str, make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    odd: dict[str, Any] = {}
+    if name == "falcon-h1":  # numbers that bfloat16 rounds
+        odd = {"ssm_multipliers": [0.3536, 0.25, 0.3536, 0.5, 0.3536], "lm_head_multiplier": 0.3}
+    make_tiny(name, **odd).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    loaded = load_model(tmp_path / "m", keep_dtype=True)
+    extract(ExitModel.open(loaded, (2,)), make_tokenizer(), 2, tmp_path / "out")
+    assert load_model(tmp_path / "out", keep_dtype=True).dtype == torch.bfloat16
+
+
+def test_a_head_that_its_configuration_calls_tied_is_extracted(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_tiny("llama", tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
+    extract(ExitModel.open(model, (2,)), make_tokenizer(), 2, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_extraction_writes_what_the_bundles_exit_writes(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:

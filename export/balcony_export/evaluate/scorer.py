@@ -240,15 +240,15 @@ def bundle_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises a plain Exception for any damage
         raise BundleError(f"{path}: cannot be read as a tokenizer ({error}): export the bundle again") from error
-    special: dict[str, Any] = special_tokens(bundle) if bundle.has_file("special_tokens.json") else {}
+    special: dict[str, Any] = special_tokens(bundle) if "special_tokens.json" in bundle.manifest.files else {}
     model = bundle.manifest.model
     if model.eos_token_ids:
         special.setdefault("eos_token", backend.id_to_token(model.eos_token_ids[0]))
-    if model.bos_token_id is not None and not bundle.has_file(
-        "special_tokens.json"
+    if (
+        model.bos_token_id is not None and "special_tokens.json" not in bundle.manifest.files
     ):  # the file names all that there are
         special.setdefault("bos_token", backend.id_to_token(model.bos_token_id))
     template = None
-    if bundle.has_file("chat_template.jinja"):
+    if "chat_template.jinja" in bundle.manifest.files:
         template = bundle.file("chat_template.jinja").read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)

@@ -56,19 +56,35 @@ def _same(one: ir.Value, other: ir.Value) -> bool:
 def plain_products(model: ir.Model) -> None:
     """Turn every ``Gemm`` with a transposed weight and no bias into the ``MatMul`` that the tracer writes for three axes.
 
-    Modules of a mixture of experts see rows without a batch axis, for which the tracer writes ``Gemm``. Postcondition: weights
-    of layers are operands of ``MatMul``, (K, N).
+    Modules of a mixture of experts see rows without a batch axis, for which the tracer writes ``Gemm``. Large weights that a
+    layer reads twice keep a ``Transpose``: the tracer folds it for a single reader only. Postcondition: weights of layers are
+    operands of ``MatMul``, (K, N).
     """
+    turned: dict[ir.Value, ir.Value] = {}
+
+    def transposed(weight: ir.Value) -> ir.Value:
+        if weight not in turned:
+            assert weight.const_value is not None
+            array = weight.const_value.numpy().T
+            value = ir.Value(
+                name=f"{weight.name}.transposed",
+                const_value=ir.tensor(array),
+                type=weight.type,
+                shape=ir.Shape(array.shape),
+            )
+            model.graph.register_initializer(value)
+            turned[weight] = value
+        return turned[weight]
+
     for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is not None and weight.const_value is not None and list(node.attributes["perm"].as_ints()) == [1, 0]:
+            ir.convenience.replace_all_uses_with(node.outputs[0], transposed(weight))
+            continue
         weight = node.inputs[1] if node.op_type == "Gemm" and len(node.inputs) == 2 else None
         if weight is None or weight.const_value is None or "transB" not in node.attributes:
             continue
-        array = weight.const_value.numpy().T
-        turned = ir.tensor(array)
-        value = ir.Value(
-            name=f"{weight.name}.transposed", const_value=turned, type=weight.type, shape=ir.Shape(array.shape)
-        )
-        model.graph.register_initializer(value)
+        value = transposed(weight)
         product = ir.Node("", "MatMul", [node.inputs[0], value])
         product.metadata_props.update(node.metadata_props)
         insert_between(model, node, node.outputs[0], [product])

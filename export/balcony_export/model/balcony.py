@@ -146,7 +146,7 @@ def init_balconies(
 ) -> dict[int, Balcony]:
     """Make untrained balconies: deep copies of a decoder layer and the final norm (paper, section 3).
 
-    The layer is the last one, or the last that attends to all rows if the model has layers of several kinds. A copy keeps its
+    The layer is the last one, or the last that attends (in a window or to all rows) if others do not. A copy keeps its
     ``layer_idx``, so that attention type, window and rotary table are those of the copied layer.
 
     Args:

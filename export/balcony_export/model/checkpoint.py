@@ -303,8 +303,19 @@ def _check_gguf_model(path: Path, reader: Any) -> None:
             f"{path}: scales its rotary frequencies, which transformers silently ignores in GGUF files: give the model's "
             "safetensors"
         )
+    if factors := [tensor.name for tensor in reader.tensors if tensor.name.endswith(".scale")]:  # NVFP4's second scale
+        raise CheckpointError(
+            f"{path}: has {factors[0]}, a factor of a weight that transformers silently ignores in GGUF files: give the "
+            "model's safetensors"
+        )
     known = reader.get_field("general.architecture")
     architecture = "" if known is None else str(known.contents())
+    norms = reader.get_field(f"{architecture}.ssm.dt_b_c_rms")
+    if norms is not None and norms.contents():
+        raise CheckpointError(
+            f"{path}: is a Falcon-Mamba, which transformers reads from GGUF files as a Mamba without its norms: give the "
+            "model's safetensors"
+        )
     count = reader.get_field(f"{architecture}.block_count")
     if (architecture, None if count is None else int(count.contents())) in _OTHER_SCALES:
         raise CheckpointError(

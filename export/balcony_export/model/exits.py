@@ -198,8 +198,11 @@ class ExitModel:
     def head(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits of normed states, soft cap included, in the type of the weights  # (..., D) -> (..., V)"""
         logits: torch.Tensor = self.parts.head(normed.to(self.parts.head.weight.dtype))  # Mamba's residual may be wider
-        if self.logits_divisor != 1.0:
-            logits = logits / self.logits_divisor
+        # In the order and the operations of transformers, which matter in half precision.
+        if (factor := getattr(self.model.config, "lm_head_multiplier", 1.0)) != 1.0:
+            logits = logits * factor
+        if (divisor := getattr(self.model.config, "logits_scaling", None) or 1.0) != 1.0:
+            logits = logits / divisor
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
     def logits(self, tokens: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -16,6 +16,9 @@ from torch import nn
 
 ScheduleKind = Literal["trapezoidal", "cosine"]
 OptimizerKind = Literal["muon", "adamw"]
+#: Steps whose mean time predicts the rest of a run, and the multiple of that mean above which a step was a pause: a process
+#: that was stopped for a while.
+WINDOW_STEPS, PAUSE = 200, 60.0
 
 
 @dataclass
@@ -69,6 +72,16 @@ class Schedule:
 
     def _usual_start(self, total: int) -> int:
         return self.begin + math.ceil((total - self.begin) * (1 - self.decay_share))
+
+
+def windowed(window: list[tuple[float, int]], now_s: float, step: int) -> list[tuple[float, int]]:
+    """The last pairs of (time, step), with a new one. A pause counts as a usual step: it must not begin the decay early."""
+    (first_s, first), (last_s, last) = window[0], window[-1]
+    usual_s = (last_s - first_s) / max(1, last - first)
+    pause_s = now_s - last_s - usual_s
+    if usual_s > 0 and pause_s > PAUSE * usual_s:
+        window = [(time_s + pause_s, at) for time_s, at in window]
+    return [*window[-WINDOW_STEPS:], (now_s, step)]
 
 
 def make_optimizers(

@@ -40,7 +40,7 @@ from balcony_export.train.parallel import Processes
 from balcony_export.train.positions import pick_positions
 from balcony_export.train.report import StepReport
 from balcony_export.train.run_files import CHECKPOINT, load_run, read_state, run_directory, save_run, trim_metrics
-from balcony_export.train.schedule import Schedule, make_optimizers, set_rate
+from balcony_export.train.schedule import Schedule, make_optimizers, set_rate, windowed
 from balcony_export.train.states import BackboneStates, StateCache, full_model, head_of
 
 METRICS = "metrics.jsonl"
@@ -433,7 +433,7 @@ class Trainer:
                 loss = self.train_step()
                 now = self.clock()
                 self.wall_s = before + now - started
-                window = [*window[-200:], (now, self.step)]
+                window = windowed(window, now, self.step)
                 if self.step == first + 2:
                     window = window[1:]  # the first step compiles the loss
                 per_step_s = (now - window[0][0]) / max(1, self.step - window[0][1])

@@ -56,6 +56,7 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
     if stored.get("attn_layer_indices") is not None:  # Bamba
         config.attn_layer_indices = [index for index, layer in enumerate(layers) if memory_of(layer).attention]
     config.num_hidden_layers = len(layers)
+    config.tie_word_embeddings = parts.head.weight is parts.embed.weight  # transformers unties a head that differs
     if hasattr(config, "mlp_only_layers"):  # Qwen's mixtures say by number which layers are dense
         config.decoder_sparse_step = 1
         config.mlp_only_layers = [index for index, layer in enumerate(layers) if not any(experts_in(layer))]
@@ -71,6 +72,9 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
         *(() if parts.head.weight is parts.embed.weight else ((target.head, parts.head),)),
     ):
         new.load_state_dict(old.state_dict())
+        # Falcon-H1's multipliers are in no state, and in the type of its weights.
+        for made, module in zip(new.modules(), old.modules(), strict=True):
+            made._buffers.update(module._buffers)
     small.generation_config = copy.deepcopy(model.generation_config)
     return small
 
