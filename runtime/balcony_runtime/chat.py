@@ -80,7 +80,8 @@ class Chat:
             stream.close()
             if (reply := stream.reply).tokens:
                 said: dict[str, Any] = {"role": "assistant", "content": reply.text}
-                if calls := reply.tool_calls:
+                # A call that was cut cannot be run, and templates refuse it.
+                if calls := [call for call in reply.tool_calls if call.whole]:
                     said["tool_calls"] = [call.to_dict() for call in calls]
                 self.messages += [*new, said]
         if last is not None:
@@ -147,13 +148,16 @@ class Chat:
 
     @contextmanager
     def catching_up(self) -> Iterator[None]:
-        """Let a thread work off the backlog until the next :meth:`send` or the end of the block, while a user types."""
+        """Let a thread work off the backlog until the next :meth:`send` or the end of the block, while a user types.
+
+        Under a budget with ceilings nothing runs, because nobody reads the sensors meanwhile.
+        """
         stop = self._waiting_is_over = threading.Event()
 
         def work() -> None:
             # If the bundle is closed or memory runs out, the next reply, which needs these rows, reports it.
             with suppress(BalconyError):
-                while not stop.is_set() and self.sequence.catch_up(IDLE_ROWS):
+                while not (stop.is_set() or self._llm.budget.needs_sensors) and self.sequence.catch_up(IDLE_ROWS):
                     pass
 
         worker = threading.Thread(target=work, name="balcony-catch-up", daemon=True)

@@ -34,7 +34,7 @@ from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.reply import Reply, TokenStream
 from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests, Surroundings
-from balcony_runtime.scheduling.admission import Bounds, PrefixOptions
+from balcony_runtime.scheduling.admission import Bounds
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
 from balcony_runtime.scheduling.scheduler import MEMBERS, Scheduler
 from balcony_runtime.sessions import file
@@ -73,7 +73,8 @@ class LLM(Closing):
         *,
         costs: CostModel | None = None,
         readings: Callable[[], tuple[Reading, ...]] | None = None,
-        **kept: Unpack[PrefixOptions],
+        prefix_mb: float = KEPT_BYTES / 1e6,
+        prefix_directory: str | os.PathLike[str] | None = None,
     ) -> None:
         """Create an LLM from the parts that :meth:`open` loads.
 
@@ -84,7 +85,7 @@ class LLM(Closing):
             costs: prices of this device; None measures them when a budget needs them.
             readings: function that gives the latest reading of every sensor; None uses the device's own sensors, from the
                 first budget that needs them.
-            kept: what is kept of replies that have ended, as for :func:`balcony_edge.load`.
+            prefix_mb, prefix_directory: what is kept of replies that have ended, as for :func:`balcony_edge.load`.
         """
         self.engine, self.codec = engine, codec
         self._costs, self._ask_sensors = costs, readings
@@ -98,7 +99,7 @@ class LLM(Closing):
             costs=lambda: self._costs,
             readings=self.readings,
         )
-        quality, bounds = qualities(self._agreement), Bounds.of(self._kv_bytes, **kept)
+        quality, bounds = qualities(self._agreement), Bounds.of(self._kv_bytes, prefix_mb, prefix_directory)
         scheduler = Scheduler(engine, self._learned, around.costs, around.readings, quality, bounds)
         self._requests = Requests(engine, codec, scheduler, self._learned, around)
         try:
@@ -126,7 +127,7 @@ class LLM(Closing):
             with Bundle.opening(path, verify_hashes=verify_hashes) as bundle:
                 manifest = bundle.manifest
                 try:
-                    asked.for_bundle(manifest.agreement)
+                    asked.for_bundle(manifest.agreement, calibrated=manifest.confidence is not None)
                 except BudgetError as error:
                     place = f"{os.fspath(budget)}: " if isinstance(budget, str | os.PathLike) else ""
                     raise BudgetError(f"{place}{error}") from None
@@ -164,12 +165,7 @@ class LLM(Closing):
         """
         if budget is None:
             return self._resolved
-        resolved = budget.for_bundle(self._agreement)
-        if budget.policy == "confident" and self.engine.manifest.confidence is None:
-            raise BudgetError(
-                "policy = 'confident': this bundle has no thresholds: measure them with "
-                "`balcony-edge calibrate BUNDLE --text TEXT`"
-            )
+        resolved = budget.for_bundle(self._agreement, calibrated=self.engine.manifest.confidence is not None)
         if budget.needs_costs:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
         if budget.needs_sensors:
@@ -244,17 +240,19 @@ class LLM(Closing):
         *,
         chat: bool | None = None,
         control_tokens: bool | None = None,
+        add_special_tokens: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         documents: Sequence[Mapping[str, Any]] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Tokens of a prompt, as :meth:`stream` uses them."""
+        """Tokens of a prompt, as :meth:`stream` uses them. Further arguments are those of :meth:`TextCodec.encode`."""
         shown = None if self._requests.box(tools, tool_choice) is None else tools
         return self.codec.encode(
             prompt,
             chat=chat,
             control_tokens=control_tokens,
+            add_special_tokens=add_special_tokens,
             tools=shown or (),
             documents=documents,
             template_kwargs=chat_template_kwargs,
@@ -364,6 +362,9 @@ class LLM(Closing):
             for prompt, own in zip(prompts, budgets, strict=True)
         ]
         alike = len({(len(request.ids), request.limits.budget) for request in requests}) == 1
+        seeded = sampling is not None and sampling.temperature > 0 and sampling.seed is not None
+        if seeded and self.engine.backend.batch_size is None:
+            alike = False  # a batch draws from one generator, and a seed is each reply's own
         alike = alike and len(requests) <= MEMBERS and self.engine.backend.batch_size in (None, len(requests))
         if alike and self._budget.kv_memory_mb is None and self._requests.scheduler.pool is None:
             return self._in_lockstep(requests, sampling)

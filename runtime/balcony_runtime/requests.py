@@ -339,7 +339,9 @@ class Requests:
             if context < self._engine.max_length:
                 whose, cure = "sequence", "give it a larger max_length"
             raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens and this {whose}'s context holds {context}: "
+                # LiteLLM knows this error by llama.cpp's words for it.
+                f"the prompt has {prompt_tokens} tokens and a reply needs one more: this exceeds the available context size "
+                f"({context} in this {whose}): "
                 f"shorten the prompt, or {cure}"
             )
         room = context - prompt_tokens

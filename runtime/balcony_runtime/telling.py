@@ -43,7 +43,7 @@ def told(
         try:
             step = next(steps, None)
         except InfeasibleError:
-            asked.watch.saw(time.monotonic(), readings() if asked.limits.resolved.needs_sensors else ())
+            asked.watch.saw(time.monotonic(), readings() if asked.limits.resolved.needs_sensors else (), last=True)
             raise
         if step is None:  # cancelled while it waited for its turn
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jinja2
@@ -21,6 +22,12 @@ from balcony_runtime.structure.formats import DEFAULT, CallFormat, format_of, fo
 from balcony_runtime.template import ChatTemplate
 
 Message = Mapping[str, Any]
+#: Letter → byte, in the alphabet of byte-level tokenizers (GPT-2): a byte that can be printed is its own letter, the others
+#: follow from U+0100 on.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTED} | {
+    chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))
+}
 #: Marks around a placeholder for a control token that a user wrote. They are private-use characters, so texts do not contain
 #: them by chance.
 _OPEN, _CLOSE = "\ue0c0", "\ue0c1"
@@ -50,11 +57,13 @@ class TextCodec:
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
         self._call_format: CallFormat | None = None
-        if bundle.has_file("chat_template.jinja"):
+        self._knows_developer = False
+        if "chat_template.jinja" in bundle.manifest.files:
             template = bundle.file("chat_template.jinja")
             try:
                 source = template.read_text(encoding="utf-8")
                 self._template = ChatTemplate(source)
+                self._knows_developer = "developer" in source
                 if "tools" in self._template.variables:
                     self._call_format = format_of(source)
             except (jinja2.TemplateError, ValueError) as error:
@@ -82,6 +91,7 @@ class TextCodec:
         *,
         chat: bool | None = None,
         control_tokens: bool | None = None,
+        add_special_tokens: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
         documents: Sequence[Mapping[str, Any]] = (),
         template_kwargs: Mapping[str, Any] | None = None,
@@ -95,6 +105,8 @@ class TextCodec:
             control_tokens: whether a control token that the prompt spells out (such as ``<|im_end|>``) becomes that token. By
                 default a plain text's do, as in transformers, and those in messages, tools and documents do not, so that no
                 message can end its own turn. The template's own control tokens are not affected.
+            add_special_tokens: whether a plain text gets what the tokenizer puts around texts, such as one for its beginning. A
+                chat template writes its own.
             tools: functions that the template shows to the model, in OpenAI's shape.
             documents: documents that the template shows to the model.
             template_kwargs: further variables of the template, such as ``enable_thinking``.
@@ -114,13 +126,15 @@ class TextCodec:
                         f"{next(iter(variables))} with a plain text: only a chat template shows it: give messages"
                     )
                 tokenizer = self._without_control_tokens() if control_tokens is False else self._tokenizer
-                return _some(tokenizer.encode(_unicode(prompt)).ids)
+                return _some(tokenizer.encode(_unicode(prompt), add_special_tokens=add_special_tokens).ids)
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
             raise InputError(f"prompt of type {type(prompt).__name__}: give a text, messages or token ids")
         if not prompt:
             raise InputError("no messages were given: give at least one, e.g. {'role': 'user', 'content': '...'}")
         messages = [_message(message) for message in prompt]
+        if not self._knows_developer:  # OpenAI's newer name of the system: many templates drop what they do not know
+            messages = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
         if control_tokens:
             return _some(self._tokenizer.encode(self._render(messages, variables), add_special_tokens=False).ids)
         return _some(self._encode_literally(messages, variables))
@@ -191,13 +205,15 @@ class TextCodec:
         if template is None:
             raise InputError("this bundle has no chat template: give the prompt as a text, with chat=False or --raw")
         calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-        if self._call_format is not None or not (calls or given.get("tools")):
-            return self._rendered(template, messages, given)
-        messages, given = plain_messages(messages, given.get("tools", ())), {**given, "tools": []}
+        if self._call_format is None and (calls or given.get("tools")):
+            messages, given = plain_messages(messages, given.get("tools", ())), {**given, "tools": []}
         try:
             return self._rendered(template, messages, given)
         except InputError:
-            return self._rendered(template, without_system(messages), given)
+            merged = without_system(messages)
+            if merged == messages:
+                raise
+            return self._rendered(template, merged, given)
 
     def _rendered(self, template: ChatTemplate, messages: Sequence[Message], given: Mapping[str, Any]) -> str:
         variables = {**given, **self._special, "messages": list(messages), "add_generation_prompt": True}
@@ -206,9 +222,9 @@ class TextCodec:
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refuses these messages ({error})") from error
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, without special tokens."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+    def decode(self, tokens: Sequence[int], *, control_tokens: bool = False) -> str:
+        """Text of tokens, with or without the names of control tokens."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not control_tokens))
 
     def to_json(self) -> str:
         """The tokenizer as a tokenizer.json."""
@@ -221,6 +237,16 @@ class TextCodec:
             whole, text = (self._tokenizer.decode(ids, skip_special_tokens=False) for ids in ([*before, token], before))
             self._names[token] = str(whole)[len(str(text)) :]
         return self._names[token]
+
+    def raw(self, token: int) -> bytes | None:
+        """Bytes of a token that is a part of a character; None if the tokenizer has no bytes."""
+        name = self._tokenizer.id_to_token(token) or ""
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", name):  # byte fallback
+            return bytes.fromhex(found[1])
+        try:
+            return bytes(_BYTES[letter] for letter in name)
+        except KeyError:
+            return None
 
     def stream(self, before: Sequence[int] = ()) -> TextStream:
         """A decoder that takes one token at a time; the first one follows the tokens ``before``."""
@@ -276,20 +302,19 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     arguments = function.get("arguments") if isinstance(function, Mapping) else None
     if isinstance(arguments, str):
-        try:
+        # Arguments that were cut stay the text that they are, so that their conversation can go on.
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
     if (
         not isinstance(function, Mapping)
         or not isinstance(function.get("name"), str)
-        or not isinstance(arguments, Mapping)
+        or not isinstance(arguments, Mapping | str)
     ):
         raise InputError(
             f"message tool_calls: {str(call)[:60]}: must have a function with a name and arguments as a JSON object: give "
             "{'id': ..., 'type': 'function', 'function': {'name': ..., 'arguments': '{}'}}"
         )
-    return {**call, "function": {**function, "arguments": dict(arguments)}}
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _unicode(text: str) -> str:

@@ -26,8 +26,13 @@ class _Open(NamedTuple):
 
     tokens: TokenStream
     stream: Stream
-    steps: deque[Step]
+    steps: deque[Step | Exception]
     held: ExitStack
+
+    @property
+    def waits(self) -> bool:
+        """Whether a token is on the way, or has come in a round that another thread led."""
+        return self.stream.asks or self.stream.answered
 
 
 class Together(Closing):
@@ -77,7 +82,7 @@ class Together(Closing):
         Raises:
             BusyError: too many replies wait already.
         """
-        steps = deque[Step]()
+        steps = deque[Step | Exception]()
         with ExitStack() as held:
             sequence = held.enter_context(self._requests.sequence(request))
             decoder = self._requests.decoder(request, sequence)
@@ -97,7 +102,7 @@ class Together(Closing):
         """Ask for tokens again."""
         if stream in self._paused:
             self._paused.discard(stream)
-            if (one := self._open.get(stream)) is not None and not one.stream.asks:
+            if (one := self._open.get(stream)) is not None and not one.waits:
                 self._scheduler.ask(one.stream)
 
     def step(self) -> list[tuple[TokenStream, Token | Exception]]:
@@ -110,12 +115,15 @@ class Together(Closing):
         """
         for tokens in [tokens for tokens in self._open if tokens.cancelled.is_set()]:
             self._end(tokens)
-        asking = {one.stream: one for one in self._open.values() if one.tokens not in self._paused or one.stream.asks}
+        asking = {one.stream: one for one in self._open.values() if one.tokens not in self._paused or one.waits}
         found: list[tuple[TokenStream, Token | Exception]] = []
         for stream in self._scheduler.wait(list(asking)) if asking else ():
             tokens, _, steps, _ = asking[stream]
             try:
-                steps.extend(stream.steps())
+                try:
+                    steps.extend(stream.steps())
+                except Exception as error:
+                    steps.append(error)  # it goes through the reply, which judges its budget by the last reading
                 while steps and tokens in self._open:
                     found.append((tokens, token := next(tokens)))
                     if token.finish_reason is not None:
@@ -141,8 +149,10 @@ class Together(Closing):
             self._end(tokens)
 
 
-def _taken(steps: deque[Step]) -> Iterator[Step]:
+def _taken(steps: deque[Step | Exception]) -> Iterator[Step]:
     while True:
         if not steps:
             raise InputError("this reply is one of several: Together.step() brings its tokens; do not iterate over it")
-        yield steps.popleft()
+        if isinstance(found := steps.popleft(), Exception):
+            raise found
+        yield found

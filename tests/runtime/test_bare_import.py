@@ -148,3 +148,14 @@ def test_public_names_are_these() -> None:
         assert example and compile(textwrap.dedent(example[1]), name, "exec").co_names, name
     with pytest.raises(AttributeError):
         balcony_edge.nonsense  # noqa: B018
+
+
+def test_a_missing_web_framework_names_its_cure() -> None:
+    program = (
+        "import sys; sys.modules['starlette'] = None\n"
+        "from balcony_edge.errors import MissingDependencyError\n"
+        "try:\n    import balcony_runtime.serve.http.server\n"
+        "except MissingDependencyError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "starlette is not installed: pip install 'balcony-edge[serve]' for the server\n"

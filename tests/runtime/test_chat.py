@@ -76,6 +76,17 @@ def test_waiting_works_off_the_backlog(llm: LLM) -> None:
     assert chat.sequence.stage_rows == (0, 0, 0) and chat.sequence.balcony_rows == (0, 0, 0)
 
 
+def test_nothing_is_worked_off_where_nobody_watches_a_ceiling(llm: LLM) -> None:
+    chat = llm.chat()
+    llm.budget = Budget(exit_layer=2)
+    finish(chat.send("the fox", max_new_tokens=6, ignore_eos=True))
+    pending = chat.sequence.stage_rows
+    llm.budget = Budget(memory_mb=1e6)
+    with chat.catching_up():
+        time.sleep(0.2)
+    assert chat.sequence.stage_rows == pending and pending[-1] > 0
+
+
 def test_a_message_in_the_middle_of_catching_up_gets_the_same_reply(llm: LLM) -> None:
     """Eight users at once; each sends a message while a thread works off the backlog of the previous reply."""
     texts = ("the quick brown fox jumps over the lazy dog " * 3, "why", "and the lazy dog jumps over it")

@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_runtime import engine as engine_module
-from balcony_runtime.backends.tensorrt_builder import MODULES, Builder, build_engines
+from balcony_runtime.backends.tensorrt_builder import MODULES, Builder
 from balcony_runtime.engine import Engine, TokenSequence
+from tests.engine_sets import build_engines
 from tests.properties import examples
 
 EXITS = (2, 3, 5)

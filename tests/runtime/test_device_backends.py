@@ -25,8 +25,9 @@ from balcony_edge.errors import BundleError, DeviceError, InputError
 from balcony_runtime.backends import onnxruntime_device, tensorrt
 from balcony_runtime.backends.device import HostDevice, Region
 from balcony_runtime.backends.onnxruntime_device import OnnxRuntimeExecutor
-from balcony_runtime.backends.tensorrt_builder import Builder, build_engines, make_log
+from balcony_runtime.backends.tensorrt_builder import Builder, make_log
 from balcony_runtime.engine import Engine
+from tests.engine_sets import build_engines
 from tests.runtime.cuda_stand_in import onnxruntime as cuda_provider
 from tests.runtime.cuda_stand_in import runtime as cuda_runtime
 from tests.runtime.cuda_stand_in import tensorrt as stand_in

@@ -161,7 +161,10 @@ def test_backlog_is_worked_off_beside_the_steps(llm: LLM, monkeypatch: pytest.Mo
 
 
 def test_prompts_that_do_not_fit(llm: LLM) -> None:
-    with pytest.raises(ContextLengthError, match="the prompt has 256 tokens and this bundle's context holds 256"):
+    with pytest.raises(
+        ContextLengthError,
+        match=r"256 tokens and a reply needs one more: this exceeds the available context size \(256 in this bundle\)",
+    ):
         llm.stream([1] * 256)
     reply = llm.generate([1] * 250, ignore_eos=True)
     assert len(reply.tokens) == 6 and reply.finish_reason == "length"
@@ -179,9 +182,7 @@ def test_prompts_that_do_not_fit(llm: LLM) -> None:
     short = llm.engine.new_sequence(max_length=8)
     tokens = list(llm.stream([1, 2, 3], sequence=short, ignore_eos=True))
     assert len(tokens) == 5 and tokens[-1].finish_reason == "length"
-    with pytest.raises(
-        ContextLengthError, match=r"this sequence's context holds 8: shorten the prompt, or give it a larger"
-    ):
+    with pytest.raises(ContextLengthError, match=r"\(8 in this sequence\): shorten the prompt, or give it a larger"):
         llm.stream([1] * 8, sequence=short)
 
 
@@ -221,6 +222,12 @@ def test_a_batch_on_an_engine_that_shares_no_passes(tiny: Any, monkeypatch: pyte
         prompts = [[1, 2, 3], [4, 5, 6], [200, 7, 30]]
         together = llm.generate_batch(prompts, max_new_tokens=16)
         assert together == [llm.generate(prompt, max_new_tokens=16).text for prompt in prompts]
+        seeded = SamplingParams(temperature=1.0, seed=7)
+        drawn = llm.generate_batch(prompts, max_new_tokens=16, sampling=seeded)
+        assert drawn == [llm.generate(prompt, max_new_tokens=16, sampling=seeded).text for prompt in prompts]
+        monkeypatch.setattr(engine.backend, "batch_size", 3)  # such an engine has no other way
+        assert llm.generate_batch(prompts, max_new_tokens=16, sampling=seeded) != drawn
+        monkeypatch.undo()
         monkeypatch.setattr(LLM, "_in_lockstep", None)
         for others, budgets in (
             ([[1], [1, 2]], [None, None]),

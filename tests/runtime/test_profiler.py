@@ -23,8 +23,8 @@ from balcony_runtime.profiler.conditions import ConditionWatch, Meter, measured_
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit
 from balcony_runtime.profiler.grid import Grid, parse_values
 from balcony_runtime.profiler.results import fit_costs
-from balcony_runtime.profiler.run import Options, measure_profile
-from balcony_runtime.profiler.timing import _rank, chance_ms, quantile, summarise
+from balcony_runtime.profiler.run import Options, _power, measure_profile
+from balcony_runtime.profiler.timing import _rank, chance_ms, summarise
 from balcony_runtime.sensors import Absence, Sensors, SourceSample
 
 SMALL = {"quick": True, "prompts": (16,), "tokens": 5, "depths": (0, 40), "pending": (2,), "rounds": 2}
@@ -124,10 +124,10 @@ def test_a_stage_costs_what_it_adds_to_a_step() -> None:
 
 
 def test_percentiles_and_intervals() -> None:
-    assert quantile([1.0, 2.0, 3.0, 4.0, 5.0], 0.95) == pytest.approx(4.8)
     assert chance_ms([[10.0], [12.0]]) == pytest.approx(12.71 * 2**0.5 / 2**0.5)
     # With nine rounds, the second and the eighth value bound the median, independent of the outlier.
     assert chance_ms([[value] for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0, 1000.0)]) == pytest.approx(3.5)
+    assert summarise([[1.0, 2.0, 3.0, 4.0, 5.0]]).p95_ms == pytest.approx(4.8)
     timing = summarise([[1.0, 2.0], [3.0, 100.0]])
     assert (timing.samples, timing.rounds, timing.p50_ms, timing.max_ms) == (4, 2, 2.5, 100.0)
 
@@ -284,6 +284,7 @@ def test_power_is_the_slope_of_the_energy_counter() -> None:
         assert Meter(sensors, rails).run(0.5) == {"cpu": pytest.approx(20.0, rel=1e-6)}
         watch.look()
         conditions = watch.report()
+        assert conditions.others_cpu_share is not None and 0 <= conditions.others_cpu_share <= 1
         assert conditions.celsius == (71.0, 71.0) and conditions.throttled is True
 
 
@@ -327,3 +328,32 @@ def test_a_short_measurement_separates_rows_and_experts(marginal_ms: float, all_
     # noise that neither explains: a convex price is all rows, and no price is below 0
     assert split_experts(0.25, {3: 0.0, 9: 8.0})[1] is None
     assert split_experts(0.25, {3: -1.0, 9: -1.0}) == (0.0, None)
+
+
+def test_prompts_run_on_an_empty_sequence(llm: LLM) -> None:
+    """The pool would give back the rows of the last round's prompt."""
+    bench = Bench(llm, Grid.make(256, **SMALL | {"prompts": (64,)}))
+    assert llm.pool is not None
+    before = llm.pool.reused.rows
+    for _ in range(3):
+        bench._prefill(llm.exit_layers[-1], 64)
+    assert llm.pool.reused.rows == before
+
+
+class Late(NoPower):
+    """A gauge that shows the power of one second ago: 5 W without load, 20 W while ``busy`` is set."""
+
+    def __init__(self) -> None:
+        self.past: list[tuple[float, float]] = [(0.0, 20.0)]
+
+    def read(self, now_s: float) -> SourceSample:
+        watts = next(value for time_s, value in reversed(self.past) if time_s <= now_s - 1.0)
+        return SourceSample((Reading("battery:drain", "board", now_s, watts=watts),))
+
+
+def test_the_idle_power_is_not_that_of_the_load_before(llm: LLM) -> None:
+    source, bench = Late(), Bench(llm, Grid.make(256, **SMALL))
+    with Sensors([source], rate_hz=10) as sensors:
+        source.past.append((time.monotonic(), 5.0))  # the load has just ended
+        found = _power(bench, Meter(sensors, {"board": ("battery:drain",)}), {"board": ("battery:drain",)}, 1.2)
+    assert {power.idle_w for power in found} == {5.0}

@@ -130,3 +130,14 @@ def test_large_states_have_fewer_copies(monkeypatch: pytest.MonkeyPatch) -> None
     layer.run([1] * 200)
     layer.run([1] * 200)
     assert layer.states.nbytes == 3 * bytes_of_one and layer.rollback(350) == 150
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_draft_over_a_spaced_copy_does_not_push_the_rounds_own_out(copies: int) -> None:
+    layer = Layer(copies)
+    for _ in range(700):
+        layer.run([1])
+    layer.states.copy(700)  # a round of drafts begins
+    for _ in range(6):
+        layer.run([2])  # over 704, where a copy would be due
+    assert layer.rollback(702) == 2

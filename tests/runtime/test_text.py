@@ -297,6 +297,18 @@ def write_template(bundle: Path, template: str) -> TextCodec:
     return TextCodec(Bundle(bundle, manifest_of(bundle)))
 
 
+def test_a_template_gets_the_roles_that_it_knows(bundle_copy: Path) -> None:
+    said = [{"role": "developer", "content": "a"}, {"role": "user", "content": "b"}]
+    shown = "{% for m in messages %}{% if m.role in ['system', 'user'] %}{{ m.role }} {{ m.content }} {% endif %}{% endfor %}"
+    text = write_template(bundle_copy, shown)
+    assert text.decode(text.encode(said)).strip() == "system a user b"
+    text = write_template(bundle_copy, shown.replace("'system', ", "'developer', "))
+    assert text.decode(text.encode(said)).strip() == "developer a user b"
+    without = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + shown  # Gemma 2's
+    text = write_template(bundle_copy, without)
+    assert text.decode(text.encode(said)).strip() == "user a\n\nb"
+
+
 def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
     message = [{"role": "user", "content": "x"}]
     for template in (

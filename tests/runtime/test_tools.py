@@ -20,7 +20,7 @@ from balcony_runtime.structure.asked import Structure
 from balcony_runtime.structure.calls import CallReader, Piece, read
 from balcony_runtime.structure.formats import CallFormat, format_of, formats
 from balcony_runtime.structure.grammar import Grammars, Guide
-from balcony_runtime.structure.tools import Toolbox, toolbox
+from balcony_runtime.structure.tools import Toolbox, toolbox, tools_of
 from balcony_runtime.text import TextStream
 from tests.runtime.test_text import write_template
 
@@ -30,6 +30,10 @@ END, MARK_ID = 0, 298
 def function(name: str, **properties: Any) -> dict[str, Any]:
     parameters = {"type": "object", "properties": properties, "required": list(properties)}
     return {"type": "function", "function": {"name": name, "description": f"To {name}.", "parameters": parameters}}
+
+
+def strict(tool: dict[str, Any]) -> dict[str, Any]:
+    return tool | {"function": tool["function"] | {"strict": True}}
 
 
 WEATHER = function(
@@ -259,7 +263,7 @@ def test_a_template_shows_its_format(template: str, name: str | None) -> None:
         ({"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice = 'maybe': must be 'none', 'auto'"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice: x: tools"),
         ({"tool_choice": "required"}, "tool_choice = 'required': there are no tools"),
-        ({"tools": [function("f", a={"type": "array", "uniqueItems": True})]}, "tools: f: json_schema: .*uniqueItems"),
+        ({"tools": [strict(function("f", a={"type": "array", "uniqueItems": True}))]}, "tools: f: .*uniqueItems"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
             "tools: parameters of f: must be a JSON schema of an object",
@@ -427,14 +431,52 @@ def test_a_template_without_a_system_message_gets_tools_in_the_first_turn(bundle
     assert text.decode(text.encode("hi", tools=[WEATHER])).startswith("<user>You can call these functions:")
 
 
+def test_a_call_that_was_cut_does_not_end_a_conversation(bundle_copy: Path) -> None:
+    template = (
+        "{% for one in tools or [] %}{{ one.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    with balcony_edge.load(bundle_copy) as llm:
+        llm.codec = llm._requests._codec = write_template(bundle_copy, template)
+        chat = llm.chat()
+        with chat.send("hi", tools=[WEATHER], tool_choice="required") as stream:
+            for _ in stream:
+                if (calls := stream.reply.tool_calls) and not calls[-1].whole:
+                    break
+        assert not calls[0].whole and [one["role"] for one in chat.messages] == ["user", "assistant"]
+        assert "tool_calls" not in chat.messages[1]
+        list(chat.send("again", max_new_tokens=2))
+        cut = {
+            "role": "assistant",
+            "tool_calls": [calls[0].to_dict() | {"function": {"name": "f", "arguments": '{"a'}}],
+        }
+        assert '{\\"a' in llm.decode(llm.encode([{"role": "user", "content": "a"}, cut]))  # a client sends it back
+
+
+def test_a_tool_that_is_not_strict_may_have_what_no_grammar_enforces(llm: LLM) -> None:
+    parts = {
+        "many": {"type": "array", "items": {"type": "integer", "format": "int32"}, "uniqueItems": True},
+        "text": {"type": "string", "format": "jinja2", "pattern": "^(?!x)"},
+        "default": {"type": "string", "pattern": "^(?!x)"},
+        "table": {"type": "object", "propertyNames": {"pattern": "a"}},
+        "number": {"oneOf": [{"type": "integer"}, {"type": "number"}]},
+        "pattern": {"const": "(?=a property and a value of that name)"},
+    }
+    choice = {"tools": [function("f", **parts)], "tool_choice": "required"}
+    assert llm.generate([5, 9], max_new_tokens=2, **choice).tokens
+    (tool,) = tools_of(choice["tools"])
+    kept = json.loads(tool.schema)["properties"]
+    assert "pattern" not in kept["text"] and kept["table"] == parts["table"] and kept["pattern"] == parts["pattern"]
+
+
 @pytest.mark.parametrize(
     "calls",
     [
         3,
         [3],
         [{"function": {"arguments": "{}"}}],
-        [{"function": {"name": "f", "arguments": "["}}],
         [{"function": {"name": "f", "arguments": "[1]"}}],
+        [{"function": {"name": "f", "arguments": "3"}}],
     ],
     ids=str,
 )

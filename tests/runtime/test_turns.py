@@ -14,7 +14,8 @@ import pytest
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
-from balcony_edge.errors import InputError
+from balcony_edge.device.readings import Reading
+from balcony_edge.errors import InfeasibleError, InputError
 from balcony_runtime.decoding.loop import Decoder
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.stream import Stream
@@ -235,3 +236,47 @@ def test_tokens_in_company_say_what_ran_in_their_gaps(llm: LLM) -> None:
             stream.cancel()
         while replies.open:
             replies.step()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_reply_that_heat_ends_has_not_held_its_limit(tiny: Any, together: bool) -> None:
+    asked = 0
+
+    def heating() -> tuple[Reading, ...]:
+        return (Reading("board", "board", time.monotonic(), celsius=50.0 if asked < 3 else 80.0),)
+
+    with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain.codec, Budget(), readings=heating) as llm:
+        llm.costs = PRICES
+        limit = Budget(critical_temperature_c=75, max_pace_tps=20)
+        with llm.together() as replies:
+            stream = llm.stream([1, 2], max_new_tokens=50, ignore_eos=True, budget=limit)
+            if together:
+                stream = replies.add([1, 2], max_new_tokens=50, ignore_eos=True, budget=limit)
+            found: Any = None
+            while not isinstance(found, InfeasibleError):
+                try:
+                    found = next(iter(replies.step()), (None, None))[1] if together else next(stream)
+                except InfeasibleError as error:
+                    found = error
+                asked += 1
+        (verdict,) = [one for one in stream.reply.verdicts if one.key == "critical_temperature_c"]
+        assert verdict.held is False and verdict.reached == 80.0
+
+
+def test_a_token_of_a_paused_reply_that_another_rounds_leader_brought(llm: LLM) -> None:
+    """The round of a third reply answers it as well; its token is told, whether it stays paused or goes on."""
+    alone = [token.id for token in llm.generate([5, 9, 17], max_new_tokens=8, ignore_eos=True).tokens]
+    for resumes in (True, False):
+        with llm.together() as replies:
+            paused = replies.add([5, 9, 17], max_new_tokens=8, ignore_eos=True)
+            replies.step()
+            replies.pause(paused)
+            llm.generate([30, 31], max_new_tokens=1)  # leads the round that brings the token that was on the way
+            if resumes:
+                replies.resume(paused)
+            else:
+                assert len(replies.step()) == 1
+                replies.resume(paused)
+            while replies.open:
+                replies.step()
+            assert [token.id for token in paused.reply.tokens] == alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from balcony_runtime.engine import Engine
 from balcony_runtime.serve.http.server import Server
@@ -32,7 +35,7 @@ def chat(client: openai.OpenAI, **options: Any) -> Any:
 def test_models(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert names[:5] == ["tiny", "tiny:exit-2", "tiny:exit-3", "tiny:exit-5", "tiny:lossless"]
-    assert names[5:] == ["tiny:shallow", "tiny:slow", "tiny:strict", "tiny:voice"]
+    assert names[5:] == ["tiny:saver", "tiny:shallow", "tiny:slow", "tiny:strict", "tiny:voice"]
     assert client.models.retrieve("tiny:voice").id == "tiny:voice"
     with pytest.raises(openai.NotFoundError, match="did you mean tiny:voice"):
         client.models.retrieve("tiny:voise")
@@ -98,8 +101,49 @@ def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     found = chat(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert len(found) == 8 and all(len(entry.top_logprobs) == 3 for entry in found)
     for entry in found:  # greedy
-        assert entry.logprob == entry.top_logprobs[0].logprob and entry.bytes in (list(entry.token.encode()), None)
-        assert (entry.bytes is None) == ("\ufffd" in entry.token)  # a part of a character
+        assert entry.logprob == entry.top_logprobs[0].logprob
+        assert "\ufffd" in entry.token or entry.bytes == list(entry.token.encode())
+
+
+def test_bytes_of_parts_make_a_character(client: openai.OpenAI, server: Server) -> None:
+    parts = server.service.llm.encode("é", chat=False)
+    assert len(parts) == 2
+    found = chat(client, logprobs=True, max_tokens=2, logit_bias={str(token): 100 for token in parts})
+    said = found.choices[0].logprobs.content
+    assert [bytes(entry.bytes) for entry in said] == [
+        bytes([b"\xc3\xa9"[parts.index(token)]]) for token in ids_of(server, said)
+    ]
+
+
+def ids_of(server: Server, entries: Any) -> list[int]:
+    tokens = {server.service.llm.codec.raw(token): token for token in range(320)}
+    return [tokens[bytes(entry.bytes)] for entry in entries]
+
+
+def test_offsets_count_the_control_tokens_that_a_prompt_spells_out(client: openai.OpenAI) -> None:
+    (choice,) = client.completions.create(
+        model="tiny", prompt="the<end>fox", echo=True, logprobs=0, max_tokens=0
+    ).choices
+    found = choice.logprobs
+    assert choice.text == "the<end>fox" and "<end>" in found.tokens
+    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        assert choice.text.startswith(token, offset)
+    # parts of a character have no length before the last of them
+    (choice,) = client.completions.create(
+        model="tiny", prompt="a\ufffdb fox", echo=True, logprobs=0, max_tokens=0
+    ).choices
+    last = len(choice.logprobs.tokens) - 1
+    assert choice.text.startswith(choice.logprobs.tokens[last], choice.logprobs.text_offset[last])
+
+
+def test_lines_of_a_stream_have_no_other_breaks(http: httpx.Client) -> None:
+    """httpx splits lines as ``str.splitlines``, and a prompt that is echoed may have any character."""
+    text = "a\u2028b\u2029c\x85d"
+    body = {"prompt": text, "echo": True, "max_tokens": 1, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["text"] == text
+    assert all(line.startswith("data: ") for line in lines)
 
 
 @pytest.mark.parametrize("exit_layer", [2, 5])
@@ -190,3 +234,27 @@ def test_tokenize(http: httpx.Client, server: Server) -> None:
     assert found["tokens"] == server.service.llm.encode(QUESTION) and found["count"] == len(found["tokens"])
     assert http.post("/detokenize", json={"tokens": ids}).json() == {"content": "the fox", "prompt": "the fox"}
     assert http.post("/detokenize", json={"tokens": []}).json()["content"] == ""
+    assert http.post("/detokenize", json={"tokens": [0]}).json()["content"] == "<end>"
+    assert http.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "around"),
+    [
+        ({"content": "fox"}, False),  # llama.cpp's default
+        ({"content": "fox", "add_special": True}, True),
+        ({"prompt": "fox"}, True),  # vLLM's
+        ({"prompt": "fox", "add_special_tokens": False}, False),
+    ],
+    ids=str,
+)
+def test_tokens_around_a_text(http: httpx.Client, server: Server, monkeypatch: Any, body: Any, around: bool) -> None:
+    codec = server.service.llm.codec
+    plain = codec.encode("fox", chat=False)
+    begins = Tokenizer.from_str(codec.to_json())
+    begins.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    monkeypatch.setattr(codec, "_tokenizer", begins)
+    assert http.post("/tokenize", json=body).json()["tokens"] == ([0] if around else []) + plain
+    if "prompt" in body:
+        usage = http.post("/v1/completions", json={**body, "max_tokens": 1}).json()["usage"]
+        assert usage["prompt_tokens"] == len(plain) + around

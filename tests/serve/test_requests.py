@@ -52,7 +52,7 @@ REFUSALS = [
     Case(CHAT, HELLO | {"temperature": -1}, 400, "invalid_value", "temperature = -1: must be a finite number"),
     Case(CHAT, HELLO | {"temperature": "hot"}, 400, "invalid_value", "temperature = 'hot': must be a number"),
     Case(CHAT, HELLO | {"temperature": 10**400}, 400, "invalid_value", "must be a number within ±1e+15"),
-    Case(CHAT, HELLO | {"top_p": 0}, 400, "invalid_value", "top_p = 0: must be a number above 0"),
+    Case(CHAT, HELLO | {"top_p": -0.1}, 400, "invalid_value", "top_p = -0.1: must be a number above 0"),
     Case(CHAT, HELLO | {"top_k": -2}, 400, "invalid_value", "top_k = -2: must be a whole number from -1"),
     Case(CHAT, HELLO | {"min_p": 1}, 400, "invalid_value", "min_p = 1: must be a number, at least 0"),
     Case(
@@ -100,8 +100,14 @@ REFUSALS = [
     Case(TEXT, {"prompt": ""}, 400, "invalid_value", "the prompt is empty"),
     Case(TEXT, {"prompt": [5000]}, 400, "invalid_value", "token 5000: the vocabulary has 0 to 319"),
     Case(TEXT, {"prompt": [-1], "echo": True, "logprobs": 1}, 400, "invalid_value", "the vocabulary has 0 to 319"),
-    Case(TEXT, {"prompt": [7] * 300}, 400, "context_length_exceeded", "context holds 256"),
-    Case(TEXT, {"prompt": [7] * 300, "echo": True, "logprobs": 0}, 400, "context_length_exceeded", "context holds 256"),
+    Case(TEXT, {"prompt": [7] * 300}, 400, "context_length_exceeded", "context size (256"),
+    Case(
+        TEXT,
+        {"prompt": [7] * 300, "echo": True, "logprobs": 0},
+        400,
+        "context_length_exceeded",
+        "context size (256",
+    ),
     Case(
         TEXT,
         {"prompt": [7] * 300, "echo": True, "logprobs": 0, "max_tokens": 0},
@@ -149,11 +155,23 @@ def test_a_bad_request_has_its_line(case: Case, http: httpx.Client) -> None:
         {"grammar": "", "json_schema": None},
         {"top_k": -1, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5, "top_p": 0.9, "seed": 1},
         {"max_completion_tokens": 1, "max_tokens": None},
+        {"max_completion_tokens": -1, "stop": ["e", "t", "a"], "top_p": 0},
+        {"stream": True, "stream_options": {"include_usage": None}, "top_k": 40.0, "max_tokens": 2.0},
     ],
     ids=lambda extra: next(iter(extra)),
 )
 def test_other_fields_are_accepted(extra: dict[str, Any], http: httpx.Client) -> None:
     assert http.post(CHAT, json=HELLO | extra).status_code == 200
+
+
+def test_no_top_p_is_the_likeliest_token(http: httpx.Client) -> None:
+    greedy, narrow = (http.post(CHAT, json=HELLO | how).json() for how in
+                      ({"temperature": 0}, {"temperature": 2, "top_p": 0}))  # fmt: skip
+    assert greedy["choices"][0]["message"] == narrow["choices"][0]["message"]
+
+
+def test_a_wrong_method_is_told_the_right_one(http: httpx.Client) -> None:
+    assert http.get(CHAT).status_code == 405 and http.get(CHAT).headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_the_document_has_what_the_server_has(document: dict[str, Any]) -> None:
     assert chat["required"] == ["messages"] and chat["properties"]["functions"]["enum"] == [[], None]
     assert chat["properties"]["n"]["anyOf"][0]["maximum"] == 128
     text = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(text["properties"]) - set(chat["properties"]) == {"prompt", "echo"}
+    assert set(text["properties"]) - set(chat["properties"]) == {"prompt", "echo", "add_special_tokens"}
     tools = {"tools", "tool_choice", "parallel_tool_calls", "documents", "chat_template_kwargs"}
     assert tools <= set(chat["properties"]) - set(text["properties"])
 

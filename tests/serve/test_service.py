@@ -204,7 +204,8 @@ def test_metrics(http: httpx.Client, server: Server) -> None:
         "balcony_token_gap_seconds_count",
         'balcony_requests_total{endpoint="/v1/chat/completions",status="200"}',
         'balcony_rejections_total{reason="invalid_budget"}',
-        'gen_ai_server_time_to_first_token_seconds_count{gen_ai_operation_name="chat",gen_ai_request_model="tiny"}',
+        'gen_ai_server_time_to_first_token_seconds_count{gen_ai_operation_name="chat",'
+        'gen_ai_provider_name="balcony-edge",gen_ai_request_model="tiny"}',
     )
     before = [value(line) for line in lines]
     http.post(CHAT, json=HELLO | {"budget": {"tpot_ms": 0.001}})

@@ -33,7 +33,8 @@ class _Held(NamedTuple):
 class Cache:
     """Tensors with a row per position of one graph, or of a balcony's two graphs: keys and values, inputs of convolutions.
 
-    Rows lie along the axis ``capacity``: (B, S, F), or (B, H, S, d) for the keys and values of the lowered set.
+    Rows lie along the axis ``capacity``: (B, S, F), or (B, H, S, d) for the keys and values of the lowered set. It is bound
+    whole and once; pages that no row has reached take no memory.
     """
 
     def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
@@ -46,14 +47,20 @@ class Cache:
         self.sizes = [[dim for dim in tensor.shape if isinstance(dim, int)] for tensor in pasts]
         self.max_capacity = bucketed(max_length)
         self.rows = 0  # number of rows written so far
-        self.held = _Held(0, [], [])
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self._hold(self.max_capacity, self._empty(self.batch_size, self.max_capacity))
+
+    def _hold(self, capacity: int, arrays: list[npt.NDArray[Any]]) -> None:
+        self.held = _Held(capacity, arrays, [value_of(array) for array in arrays])
 
     def grow(self, rows: int) -> None:
         """Make room for ``rows`` rows, more than the present capacity; earlier bindings must be made again.
 
         ``held`` is replaced as a whole and last, so after an interrupt it is still the old one.
         """
-        raise NotImplementedError  # only caches that are bound as prefixes grow
+        raise NotImplementedError  # one that is bound whole has room for all
 
     def first(self, rows: int) -> dict[str, npt.NDArray[Any]]:
         """Input → its first rows, a view."""
@@ -85,19 +92,26 @@ class Cache:
 
     def member(self, index: int) -> Cache:
         """The part of one member, over the same memory."""
-        raise NotImplementedError  # prefixes of different lengths cannot share a pass
+        one = copy.copy(self)
+        one.batch_size = 1
+        one._hold(self.max_capacity, [array[index : index + 1] for array in self.held.arrays])
+        return one
 
     def largest(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Keys and values → largest absolute value of each channel."""
-        raise NotImplementedError  # only caches with an axis of heads support it
+        """Keys and values that have an axis of heads → largest absolute value of each channel."""
+        return {
+            name: np.abs(array[:, :, : self.rows]).max(axis=(0, 2)).astype(np.float32)
+            for name, array, axis in zip(self.names, self.held.arrays, self.axes, strict=True)
+            if axis == 2  # (B, H, S, d)
+        }
 
 
 class _PrefixCache(Cache):
     """Cache (B, S, F). With one member, growing binds a longer prefix and moves nothing; a larger batch is copied."""
 
-    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
-        super().__init__(graph, batch_size, max_length)
-        self._whole = self._empty(1, self.max_capacity) if batch_size == 1 else []
+    def _allocate(self) -> None:
+        self._whole = self._empty(1, self.max_capacity) if self.batch_size == 1 else []
+        self._hold(0, [])
 
     def grow(self, rows: int) -> None:
         capacity, old = min(bucketed(rows), self.max_capacity), self.held
@@ -107,31 +121,7 @@ class _PrefixCache(Cache):
             for new, array in zip(arrays, old.arrays, strict=False):  # at first there are no old arrays
                 new[:, : old.capacity] = array
             self.rows = max(self.rows, old.capacity)
-        self.held = _Held(capacity, arrays, [value_of(array) for array in arrays])
-
-
-class _WholeCache(Cache):
-    """Cache that is bound whole and once; pages that no row has reached take no memory."""
-
-    def __init__(self, graph: GraphSpec, batch_size: int, max_length: int) -> None:
-        super().__init__(graph, batch_size, max_length)
-        self._hold(self._empty(batch_size, self.max_capacity))
-
-    def _hold(self, arrays: list[npt.NDArray[Any]]) -> None:
-        self.held = _Held(self.max_capacity, arrays, [value_of(array) for array in arrays])
-
-    def member(self, index: int) -> _WholeCache:
-        one = copy.copy(self)
-        one.batch_size = 1
-        one._hold([array[index : index + 1] for array in self.held.arrays])
-        return one
-
-    def largest(self) -> dict[str, npt.NDArray[np.float32]]:
-        return {
-            name: np.abs(array[:, :, : self.rows]).max(axis=(0, 2)).astype(np.float32)
-            for name, array, axis in zip(self.names, self.held.arrays, self.axes, strict=True)
-            if axis == 2  # (B, H, S, d)
-        }
+        self._hold(capacity, arrays)
 
 
 def bucketed(rows: int) -> int:
@@ -164,7 +154,7 @@ class Memory(NamedTuple):
             MemoryError: the address space has no room for it.
         """
         boundaries, dim = len(manifest.exit_layers) + 1, manifest.model.hidden_size
-        make = _WholeCache if manifest.cpu else _PrefixCache
+        make = Cache if manifest.cpu else _PrefixCache
         names = [f"stage_{stage}" for stage in range(boundaries - 1)]
         names += [manifest.exit_graph(layer) for layer in manifest.cached_exits]
         specs = {name: manifest.runnable[name] for name in names}

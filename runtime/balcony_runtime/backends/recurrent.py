@@ -66,7 +66,8 @@ class RecurrentStates:
     def end(self, side: int, rows: int) -> None:
         """End the pass that read ``side``: the other side stands for ``rows`` rows now."""
         before, self._rows[1 - side] = self._rows[side], rows
-        if rows // SPACING > before // SPACING:
+        # A copy of the last rows is as good, and a new one could push it out: a round of drafts goes back to it.
+        if rows // SPACING > before // SPACING and not any(there > rows - SPACING for there in self._copies):
             self.copy(rows)
 
     def copy(self, rows: int) -> None:

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from balcony_edge.bundle.bundle import Bundle, file_spec
-from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
-from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, Manifest, TensorSpec
+from balcony_edge.bundle.bundle import file_spec
+from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
 from balcony_edge.errors import BalconyError, EngineBuildError, MissingDependencyError
 from balcony_edge.files import write_atomically
 
@@ -232,28 +231,6 @@ class Builder:
         return data
 
 
-def build_engines(
-    bundle: Bundle, name: str, builder: Builder, graphs: Sequence[str], progress: Callable[[str, float], None]
-) -> Manifest:
-    """Build engines of a set from its graphs and add them to the manifest; a failed build changes nothing.
-
-    Args:
-        bundle: bundle with the set.
-        name: name of the set in ``manifest.engines``.
-        builder: builder for the set's target.
-        graphs: names of the graphs to build.
-        progress: function that gets the name of the current step and the finished share of the whole.
-
-    Raises:
-        BundleError: the set's files are damaged, or its directory cannot be written.
-        EngineBuildError: a graph cannot be built.
-    """
-    engines = bundle.manifest.engines[name]
-    with new_engine_directory(bundle.path, name) as directory:
-        link_files(bundle.engine_directory(name), engines, directory)
-        return record_engines(bundle.path, name, make_engines(directory, engines, builder, graphs, progress), directory)
-
-
 def link_files(source: Path, engines: EngineSet, directory: Path) -> None:
     """Put the files of a set into another directory, as hard links if the file system supports them."""
     for file in engines.files:
@@ -270,11 +247,14 @@ def make_engines(
     graphs: Sequence[str],
     progress: Callable[[str, float], None],
 ) -> EngineSet:
-    """Build engines next to their graphs; returns the set with them. Other arguments: :func:`build_engines`.
+    """Build engines next to their graphs; returns the set with them.
 
     Args:
         directory: directory of the set's files, not yet recorded in a bundle.
         engines: the set before the build.
+        builder: builder for the set's target.
+        graphs: names of the graphs to build.
+        progress: function that gets the name of the current step and the finished share of the whole.
 
     Raises:
         EngineBuildError: a graph cannot be built.

@@ -13,6 +13,7 @@ plain full-depth tokens; the share of tokens that exit there is learned online. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ class Confident:
         self,
         costs: CostModel,
         context_length: int,
-        balcony_rows: tuple[int, ...],
+        due: tuple[Sequence[int], Sequence[int]],
         allowed: tuple[int, ...],
         most_ms: float,
     ) -> Trial | None:
@@ -83,7 +84,7 @@ class Confident:
         Args:
             costs: prices of this device.
             context_length: number of rows before the new one.
-            balcony_rows: pending rows of each balcony, without the new one.
+            due: rows that each stage and each balcony would run for the new row.
             allowed: exits that the budget allows.
             most_ms: longest time that an unsure token may take, at slowdown 1.
         """
@@ -99,12 +100,14 @@ class Confident:
             exited, tried = self._counts[exit_layer]
             share, index = exited / tried, self._exits.index(exit_layer)
             rows = 1 + round(share / max(1 - share, 0.05))  # early tokens wait for the next unsure one
-            stage_rows = (0,) * (index + 1) + (rows,) * (count - index - 1)
+            shallower, deeper = (0,) * (index + 1), count - index - 1
             shallow_ms = costs.steady_ms(exit_layer, context_length)
-            deep_ms = costs.step_ms(full, stage_rows, (1,) * count, context_length)
+            deep_ms = costs.step_ms(full, shallower + (rows,) * deeper, (1,) * count, context_length)
             speedup = plain_ms / (shallow_ms + (1 - share) * deep_ms)
-            behind_ms = costs.balconies[index].pass_ms(balcony_rows[index], context_length, 1)
-            if shallow_ms + behind_ms + deep_ms <= most_ms and (best is None or speedup > best.speedup):
+            # A token of which the balcony is not sure takes all rows that are pending now.
+            unsure_ms = costs.step_ms(exit_layer, *due, context_length)
+            unsure_ms += costs.step_ms(full, (*shallower, *due[0][index + 1 :]), (1,) * count, context_length)
+            if unsure_ms <= most_ms and (best is None or speedup > best.speedup):
                 best = Trial(exit_layer, threshold, speedup)
         if best is None or (best.speedup < WORTH and self._since_trial < PROBE_TOKENS):
             self._plan_at = self._since_trial + PLAN_TOKENS
@@ -161,7 +164,7 @@ class EarlyExits:
         """Make one token at the trial's exit if its balcony is sure, else at the full depth. None without a trial."""
         sequence, costs = turn.sequence, turn.costs
         allowed = turn.budget.allowed_exits(costs.exits)
-        trial = self._confident.plan(costs, sequence.length, sequence.balcony_rows, allowed, turn.most_ms)
+        trial = self._confident.plan(costs, sequence.length, sequence.rows_due(1), allowed, turn.most_ms)
         return None if trial is None else self._run(turn, trial)
 
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:

@@ -118,9 +118,8 @@ def learn(compared: Compared, text: str, max_disagreement: float, confidence: fl
         confidence: probability that the promise holds.
 
     Raises:
-        InputError: shares out of range, or too little text.
+        InputError: too little text.
     """
-    _refuse_bad_shares(max_disagreement, confidence)
     sure, agrees = compared
     count = len(next(iter(agrees.values())))
     if count < MIN_TOKENS:
@@ -156,12 +155,6 @@ def learn(compared: Compared, text: str, max_disagreement: float, confidence: fl
         tokens=count,
         thresholds=thresholds,
     )
-
-
-def _refuse_bad_shares(max_disagreement: float, confidence: float) -> None:
-    for name, share in (("max_disagreement", max_disagreement), ("confidence", confidence)):
-        if not 0 < share < 1:
-            raise InputError(f"{name} = {share}: must be above 0 and below 1: write 2 % as 0.02")
 
 
 class Held(NamedTuple):

@@ -105,8 +105,6 @@ class Bench:
     def __init__(self, llm: LLM, grid: Grid) -> None:
         self.llm, self.grid = llm, grid
         self.exits = llm.exit_layers
-        longest = max(*grid.prompts, max(grid.depths) + grid.tokens, min(grid.depths) + max(grid.pending)) + 1
-        self._tokens = prompt(max(longest, 2), llm.engine.manifest.model.vocab_size)
         self._filled: dict[tuple[str, int], TokenSequence] = {}
 
     def cells(self) -> tuple[Cell, ...]:
@@ -158,7 +156,7 @@ class Bench:
         self.llm.budget = budget
         sequence.checkpoint()
         stream = self.llm.stream(
-            self._tokens[: depth + 1], max_new_tokens=self.grid.tokens, ignore_eos=True, sequence=sequence
+            self._tokens(depth + 1), max_new_tokens=self.grid.tokens, ignore_eos=True, sequence=sequence
         )
         gaps, python = [], []
         busy_ns = sequence.state.busy_ns
@@ -177,7 +175,9 @@ class Bench:
 
     def _prefill(self, exit_layer: int, length: int) -> Blocks:
         self.llm.budget = Budget(exit_layer=exit_layer)
-        token = next(self.llm.stream(self._tokens[:length], max_new_tokens=1, ignore_eos=True))
+        # A sequence of its own: the pool would give back the rows of the last round's prompt.
+        sequence = self.llm.engine.new_sequence(max_length=length + 1)
+        token = next(self.llm.stream(self._tokens(length), max_new_tokens=1, ignore_eos=True, sequence=sequence))
         return {Key("prefill", exit_layer, rows=length, context=0): [token.latency_ms]}
 
     def _switch(self, before: int, after: int, pending: int) -> Blocks:
@@ -185,7 +185,7 @@ class Bench:
         context = min(max(min(self.grid.depths), SWITCH_CONTEXT), max(self.grid.depths))
         context = min(context, self.llm.engine.max_length - pending - 2)
         sequence = self._sequence("switch", context, room=max(self.grid.pending) + 2)
-        found = switched(self.llm, sequence, before, after, self._tokens_to(context + pending), pending)
+        found = switched(self.llm, sequence, before, after, self._tokens(context + pending), pending)
         kind: Kind = "switch_up" if after > before else "switch_down"
         return {Key(kind, after, before, rows=pending + 1, context=found.position): [found.latency_ms]}
 
@@ -218,10 +218,8 @@ class Bench:
             timed(Key("lm_head", exits[-1], rows=rows, context=context), lambda: state.logits(rows))
         return found
 
-    def _tokens_to(self, length: int) -> list[int]:
-        while len(self._tokens) < length:
-            self._tokens = prompt(length, self.llm.engine.manifest.model.vocab_size)
-        return self._tokens[:length]
+    def _tokens(self, length: int) -> list[int]:
+        return prompt(length, self.llm.engine.manifest.model.vocab_size)
 
     def _sequence(self, use: str, length: int, room: int) -> TokenSequence:
         """A sequence of ``length`` rows, all of which every stage and balcony has taken in."""
@@ -229,7 +227,7 @@ class Bench:
         if key not in self._filled:
             sequence = self.llm.engine.new_sequence(max_length=min(length + room, self.llm.engine.max_length))
             if length:
-                sequence.advance(self.exits[-1], self._tokens_to(length))
+                sequence.advance(self.exits[-1], self._tokens(length))
                 sequence.catch_up()
             self._filled[key] = sequence
         return self._filled[key]

@@ -20,6 +20,7 @@ import psutil
 from balcony_edge.device.profile import Conditions, Power, Rail
 from balcony_edge.device.readings import Reading, adding_up
 from balcony_runtime.sensors import Sensors
+from balcony_runtime.sensors.system import cpu_seconds
 
 #: Sources that never measure power, so their absences do not explain a lack of it.
 _NO_POWER = ("thermal", "psutil")
@@ -30,15 +31,10 @@ BUSY_NEIGHBOURS = 0.05
 class ConditionWatch:
     """Observes the device from its construction to :meth:`report`."""
 
-    def __init__(self, sensors: Sensors, root: Path = Path("/")) -> None:
-        """Begin.
-
-        Args:
-            sensors: started sensors.
-            root: directory that contains ``proc`` and ``sys``.
-        """
-        self._sensors, self._root = sensors, root
-        self._begin_s, self._cpu = time.perf_counter(), self._cpu_seconds()
+    def __init__(self, sensors: Sensors) -> None:
+        """Begin, with sensors that are started."""
+        self._sensors = sensors
+        self._begin_s, self._cpu = time.perf_counter(), _cpu_seconds()
         self._mhz, self._celsius, self._throttled = self.cpu_mhz(), self.celsius(), False
 
     def look(self) -> None:
@@ -56,7 +52,7 @@ class ConditionWatch:
             seconds=time.perf_counter() - self._begin_s,
             others_cpu_share=share,
             load_1m=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-            governor=self._text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            governor=_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
             cpu_mhz=None if self._mhz is None or mhz is None else (self._mhz, mhz),
             celsius=None if self._celsius is None or celsius is None else (self._celsius, celsius),
             throttled=self._throttled if known else None,
@@ -65,11 +61,11 @@ class ConditionWatch:
 
     def cpu_mhz(self) -> float | None:
         """Mean clock of the CPUs now."""
-        paths = sorted((self._root / "sys/devices/system/cpu/cpufreq").glob("policy*/scaling_cur_freq"))
-        khz = [int(text) for path in paths if (text := self._text(path)) and text.isdigit()]
+        paths = sorted(Path("/sys/devices/system/cpu/cpufreq").glob("policy*/scaling_cur_freq"))
+        khz = [int(text) for path in paths if (text := _text(path)) and text.isdigit()]
         if khz:
             return fmean(khz) / 1000
-        mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", self._text("proc/cpuinfo") or "", re.MULTILINE)
+        mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text("/proc/cpuinfo") or "", re.MULTILINE)
         return fmean(map(float, mhz)) if mhz else None
 
     def celsius(self) -> float | None:
@@ -81,26 +77,21 @@ class ConditionWatch:
         return next((r.watts for r in self._sensors.latest() if r.watts is not None), None)
 
     def _others_share(self) -> float | None:
-        before, after = self._cpu, self._cpu_seconds()
-        if before is None or after is None:
-            return None
-        total, busy, own = (late - early for early, late in zip(before, after, strict=True))
+        total, busy, own = (late - early for early, late in zip(self._cpu, _cpu_seconds(), strict=True))
         return max(busy - own, 0.0) / total if total > 0 else None
 
-    def _cpu_seconds(self) -> tuple[float, float, float] | None:
-        """``(all, busy, own)`` CPU seconds since boot; time that the host took counts as busy."""
-        text = self._text("proc/stat")
-        if text is None:
-            return None
-        fields = [int(field) for field in text.split("\n", 1)[0].split()[1:9]]
-        tick, own, idle = os.sysconf("SC_CLK_TCK"), os.times(), fields[3] + fields[4]  # idle and iowait: proc(5)
-        return sum(fields) / tick, (sum(fields) - idle) / tick, sum(own[:4])
 
-    def _text(self, path: str | Path) -> str | None:
-        try:
-            return (self._root / path).read_text(encoding="utf-8", errors="replace").strip()
-        except OSError:
-            return None
+def _cpu_seconds() -> tuple[float, float, float]:
+    """``(all, busy, own)`` CPU seconds since boot; time that the host took counts as busy."""
+    idle, *busy = cpu_seconds()
+    return idle + sum(busy), sum(busy), sum(os.times()[:4])
+
+
+def _text(path: str | Path) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
 
 
 def resident_bytes() -> int:

@@ -27,7 +27,6 @@ import numpy.typing as npt
 from balcony_edge.device.costs import Bend, ExpertCost, UnitCost, further_experts
 from balcony_edge.device.profile import Residual
 from balcony_runtime.engine import MAX_PASS_ROWS
-from balcony_runtime.profiler.timing import quantile
 
 Floats = npt.NDArray[np.float64]
 #: Candidates for :attr:`UnitCost.key_bucket`: the live context, and the step in which the ONNX Runtime backend binds keys.
@@ -66,7 +65,7 @@ def errors(unit: UnitCost, passes: Sequence[Pass]) -> list[float]:
 def residual(part: str, shares: Sequence[float]) -> Residual:
     """Summary of the absolute errors of one part."""
     sizes = [abs(share) for share in shares]
-    return Residual(part=part, points=len(sizes), median=median(sizes), p95=quantile(sizes, 0.95))
+    return Residual(part=part, points=len(sizes), median=median(sizes), p95=float(np.quantile(sizes, 0.95)))
 
 
 def _fit(passes: Sequence[Pass], bucket: int, share: float | None) -> UnitCost:

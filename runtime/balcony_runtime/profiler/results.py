@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import median
+
+import numpy as np
 
 from balcony_edge.bundle.manifest import Estimate, Manifest
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import BundleFacts, Entry, Kind, Metric, QualityFigure, Residual
 from balcony_runtime.profiler.cells import Key
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit, residual
-from balcony_runtime.profiler.timing import quantile, summarise
+from balcony_runtime.profiler.timing import summarise
 
 #: Samples, in milliseconds: for every quantity one list per round.
 Blocks = Mapping[Key, list[list[float]]]
@@ -142,15 +144,7 @@ def predicted_ms(costs: CostModel, key: Key) -> float | None:
 
 def entry(key: Key, found: list[list[float]], costs: CostModel) -> Entry:
     """The entry of one quantity, with its predicted time."""
-    return Entry(
-        kind=key.kind,
-        exit_layer=key.exit_layer,
-        from_exit=key.from_exit,
-        rows=key.rows,
-        context=key.context,
-        timing=summarise(found),
-        predicted_ms=predicted_ms(costs, key),
-    )
+    return Entry(**asdict(key), timing=summarise(found), predicted_ms=predicted_ms(costs, key))
 
 
 def step_residuals(entries: tuple[Entry, ...]) -> list[Residual]:
@@ -175,4 +169,4 @@ def spread(blocks: Blocks) -> float:
             samples = [sample for block in found for sample in block]
             typical = median(samples)
             ratios += [math.log(sample / typical) for sample in samples if sample > 0]
-    return max(quantile(ratios, 0.95), 0.0) / 1.645 if ratios else 0.0
+    return max(float(np.quantile(ratios, 0.95)), 0.0) / 1.645 if ratios else 0.0

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from statistics import median
 
 from balcony_edge.device.machine import this_device
@@ -103,7 +103,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     tokens, state_bytes = bench.state_bytes()
     return DeviceProfile(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tool=_version("balcony-edge"),
+        tool=version("balcony-edge"),
         command=options.command,
         complete=complete,
         device=this_device(),
@@ -188,6 +188,7 @@ def _tight(found: list[list[float]]) -> bool:
 
 
 def _power(bench: Bench, meter: Meter, rails: dict[Rail, tuple[str, ...]], seconds: float) -> tuple[Power, ...]:
+    meter.run(seconds)  # a gauge shows the load before for some seconds
     idle_w = meter.run(seconds)
     depth = min(bench.grid.depths)
     found: list[Power] = []
@@ -258,12 +259,3 @@ def _gaps(bench: Bench) -> list[float]:
     """Times between tokens of one block at full depth."""
     found = bench.decode(bench.exits[-1], min(bench.grid.depths))
     return next(block for key, block in found.items() if key.kind == "decode")
-
-
-def _version(distribution: str) -> str:
-    for name in (distribution, f"{distribution}-gpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown"

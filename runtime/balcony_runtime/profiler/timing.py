@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from statistics import fmean, median, stdev
 
+import numpy as np
+
 from balcony_edge.device.profile import Timing
 
 #: 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
@@ -22,15 +24,6 @@ LEAST_RANKED = len(_T) + 2
 #: Relative difference between two processes of the same build, from the placement of weights and caches in memory and of
 #: threads on CPUs. It is an allowance: `benchmarks/control/profile_check.py` tells whether two profiles agree within it.
 REPEATABILITY = 0.02
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The value that ``share`` of ``values`` do not exceed, interpolated between neighbouring values."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def chance_ms(blocks: Sequence[Sequence[float]]) -> float:
@@ -68,8 +61,8 @@ def summarise(blocks: Sequence[Sequence[float]]) -> Timing:
         samples=len(samples),
         rounds=len(blocks),
         p50_ms=typical,
-        p95_ms=quantile(samples, 0.95),
-        p99_ms=quantile(samples, 0.99),
+        p95_ms=float(np.quantile(samples, 0.95)),
+        p99_ms=float(np.quantile(samples, 0.99)),
         mean_ms=fmean(samples),
         min_ms=min(samples),
         max_ms=max(samples),

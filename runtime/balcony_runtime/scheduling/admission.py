@@ -10,13 +10,12 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self, TypedDict, TypeVar, Unpack
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import InputError
-from balcony_runtime.scheduling.pool import KEPT_BYTES
 
 #: Later requests that may begin before one that waits. Without a bound, one that needs much memory or time would wait as
 #: long as small ones come.
@@ -63,13 +62,6 @@ def row_bytes(manifest: Manifest) -> int:
     return boundaries + sum(model.sizes(part, layer)[0] * kept[part] for part, layer in parts)
 
 
-class PrefixOptions(TypedDict, total=False):
-    """What is kept of replies that have ended, as for :func:`balcony_edge.load`."""
-
-    prefix_mb: float
-    prefix_directory: str | os.PathLike[str] | None
-
-
 class Bounds(NamedTuple):
     """What sequences may take.
 
@@ -80,8 +72,8 @@ class Bounds(NamedTuple):
     """
 
     kv_bytes: Callable[[], float | None]
-    kept_bytes: int = KEPT_BYTES
-    directory: Path | None = None
+    kept_bytes: int
+    directory: Path | None
 
     def most_rows(self, rows: int, row_bytes: int) -> int | None:
         """Rows of ``row_bytes`` that all sequences together may have; None without a bound.
@@ -98,13 +90,14 @@ class Bounds(NamedTuple):
         return most
 
     @classmethod
-    def of(cls, kv_bytes: Callable[[], float | None], **kept: Unpack[PrefixOptions]) -> Self:
+    def of(
+        cls, kv_bytes: Callable[[], float | None], prefix_mb: float, prefix_directory: str | os.PathLike[str] | None
+    ) -> Self:
         """The bounds that a user asks for.
 
         Raises:
             InputError: the number of megabytes is none.
         """
-        kept_mb, directory = kept.get("prefix_mb", KEPT_BYTES / 1e6), kept.get("prefix_directory")
-        if not 0 <= kept_mb < math.inf:
-            raise InputError(f"prefix_mb = {kept_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")
-        return cls(kv_bytes, int(1e6 * kept_mb), None if directory is None else Path(directory))
+        if not 0 <= prefix_mb < math.inf:
+            raise InputError(f"prefix_mb = {prefix_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")
+        return cls(kv_bytes, int(1e6 * prefix_mb), None if prefix_directory is None else Path(prefix_directory))

@@ -54,7 +54,9 @@ class SequencePool:
         files: prefixes on disk; None for none.
     """
 
-    def __init__(self, engine: Engine, pool: Pool, files: PrefixFiles | None = None) -> None:
+    def __init__(
+        self, engine: Engine, pool: Pool, files: PrefixFiles | None = None, kept_bytes: int = KEPT_BYTES
+    ) -> None:
         self._files = files
         #: Rows that prompts did not have to compute.
         self.reused = Reused()
@@ -67,18 +69,20 @@ class SequencePool:
         self._places: dict[TokenSequence, int] = {}
         self._ended: list[TokenSequence] = []  # first the one that was not used for longest
         #: Most bytes of sequences that have ended; 0 keeps none.
-        self.kept_bytes = KEPT_BYTES
+        self.kept_bytes = kept_bytes
         self._shared = SharedStep(engine, pool, self._members)
 
     @classmethod
-    def of(cls, engine: Engine, members: int, files: PrefixFiles | None = None) -> SequencePool | None:
+    def of(
+        cls, engine: Engine, members: int, files: PrefixFiles | None = None, kept_bytes: int = KEPT_BYTES
+    ) -> SequencePool | None:
         """A pool for sequences of an engine, or None if its graphs cannot share passes.
 
         Raises:
             MemoryError: the address space has no room for it.
         """
         pool = engine.backend.new_pool(members, engine.max_length)
-        return None if pool is None else cls(engine, pool, files)
+        return None if pool is None else cls(engine, pool, files, kept_bytes)
 
     @property
     def members(self) -> tuple[TokenSequence | None, ...]:

@@ -107,11 +107,9 @@ class Scheduler:
             if not self._pool_made:
                 self._pool_made = True
                 try:
-                    self._pool = SequencePool.of(self._engine, MEMBERS, self.files)
+                    self._pool = SequencePool.of(self._engine, MEMBERS, self.files, self._bounds.kept_bytes)
                 except MemoryError:
                     _log.warning("no memory for %d replies that share passes: each runs by itself", MEMBERS)
-                if self._pool is not None:
-                    self._pool.kept_bytes = self._bounds.kept_bytes
         return self._pool
 
     @property

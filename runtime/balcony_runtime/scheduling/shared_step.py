@@ -6,6 +6,19 @@ approximated, and what it does alone (prompts, backlog, speculation) it does as 
 
 A pass takes a contiguous range of members. A member inside the range that has no row of its own for this graph works off one of
 its pending rows, or takes a dead row past its cursor. Up to ``MOST_DEAD`` dead rows in a gap cost less than a second pass.
+
+An example: members 0, 1 and 2 step to the first, second and second exit, and member 2 has two rows pending at stage 1.
+
+    begin(0, 1, 2)          one token of each at boundary 0
+    run_stage(0, 0 to 2)    one pass; member 0 leaves, and its row is kept
+    run_exit(0, 0)          its balcony, alone; result(0) remembers what came out
+    member 2 runs stage 1 in a pass of its own, three rows
+    run_stage(1, 1)         member 1 is what is left; its rows of both stages are kept
+    run_exit(1, 1 to 2)     one pass again, after place() has put member 2's last row there; result(1, 2)
+    logits(0, 1, 2)         the head, once for all
+
+Usually no rows are pending, and members that share a pass are next to each other. Then the step is one call, ``decode``, with
+the same passes bound in advance.
 """
 
 from __future__ import annotations

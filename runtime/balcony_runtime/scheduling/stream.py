@@ -61,6 +61,11 @@ class Stream:
         """Whether it waits to be admitted."""
         return self.asks and not self.admitted and not self.cancelled.is_set()
 
+    @property
+    def answered(self) -> bool:
+        """Whether it has an answer, or a failure, that was not taken."""
+        return bool(self._found) or self._error is not None
+
     def steps(self) -> list[Step]:
         """The answer, once: the next steps; none if the stream was cancelled.
 
@@ -107,7 +112,8 @@ class Stream:
 def undone(asking: Sequence[Stream]) -> Iterator[None]:
     """Take back what an interrupted block has appended to streams without an answer: they ask again.
 
-    An interrupt between the choice of a token and the end of the step that chose it, some tens of microseconds, loses a row.
+    An interrupt between the choice of a token and the end of the step that chose it loses a row: some tens of microseconds,
+    with a structure some milliseconds.
     """
     lengths = {stream.key: stream.sequence.length for stream in asking}
     try:

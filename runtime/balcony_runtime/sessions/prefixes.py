@@ -102,12 +102,12 @@ class PrefixFiles:
         Raises:
             InputError: the file cannot be written.
         """
-        tokens = sequence.tokens[0]
+        tokens = sequence.tokens[0, : sequence.stage_cursor[0]]  # those of an end that was forced never ran
         if self.longest(tokens, float("inf"))[1] == len(tokens):
             return
         name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
         path = self.directory / f"{self._begin}{name}{SUFFIX}"
-        file.save(path, self._engine, sequence)
+        file.save(path, self._engine, sequence, rows=len(tokens))
         with contextlib.suppress(OSError):
             os.utime(path, (time.time() - age,) * 2)
         self.add(path)

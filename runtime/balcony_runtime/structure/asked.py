@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
-from balcony_edge.errors import InputError
+from balcony_edge.errors import InputError, shown
 
 Kind = Literal["json_schema", "regex", "grammar", "tools"]
 #: Longest text of a schema or grammar, in characters. Compiling one of this length takes up to 3 s and 300 MB.
@@ -35,7 +35,7 @@ _READABLE: dict[str, dict[str, Any]] = {
     "email": {"pattern": "^[^@]{1,64}@([^@.]{1,63}\\.)*[^@.]{1,63}$", "maxLength": 254},
 }
 #: Keywords whose values are not schemas.
-_VALUES = ("const", "default", "enum", "examples")
+VALUES = ("const", "default", "enum", "examples")
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]+)')
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 
@@ -97,7 +97,7 @@ def schema_text(schema: Any) -> str:
         raise InputError("json_schema: is nested too deeply: give a schema of at most 60 levels") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"json_schema: is not JSON ({error}): give a schema as a dict, JSON text or class") from None
-    raise InputError(f"json_schema = {shortened(schema)}: must be a JSON object: give e.g. {{'type': 'object'}}")
+    raise InputError(f"json_schema = {shown(schema)}: must be a JSON object: give e.g. {{'type': 'object'}}")
 
 
 def _readable(schema: Any) -> Any:
@@ -106,7 +106,7 @@ def _readable(schema: Any) -> Any:
         return [_readable(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: value if key in _VALUES else _readable(value) for key, value in schema.items()}
+    found = {key: value if key in VALUES else _readable(value) for key, value in schema.items()}
     form = schema.get("format")
     if isinstance(form, str) and form in _READABLE and "pattern" not in schema:
         return {**_READABLE[form], **found}
@@ -127,7 +127,7 @@ def checked(asked: Structure) -> Structure:
     numbers = dict.fromkeys(_MULTIPLE.findall(text))
     if _remainders(numbers) > MOST_REMAINDERS:
         raise InputError(
-            f"{asked.kind}: multipleOf = {shortened(list(numbers))}: the automaton would be too large: give values from 0.0001 "
+            f"{asked.kind}: multipleOf = {shown(list(numbers))}: the automaton would be too large: give values from 0.0001 "
             f"whose product is at most {MOST_REMAINDERS:,}, or leave it out"
         )
     return asked
@@ -149,9 +149,3 @@ def _remainders(numbers: Iterable[str]) -> int:
     for numerator, denominator in ratios:
         over, under = min(over * numerator, MOST_REMAINDERS + 1), min(under * denominator, MOST_REMAINDERS + 1)
     return max(over, under)
-
-
-def shortened(value: object) -> str:
-    """A value as a message shows it."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

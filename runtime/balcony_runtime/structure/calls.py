@@ -6,6 +6,7 @@ repair; one that was cut ends anywhere.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,14 @@ class ToolCall(NamedTuple):
     id: str
     name: str
     arguments: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether its arguments are a JSON object; those of a reply that was cut may not be."""
+        try:
+            return isinstance(json.loads(self.arguments), dict)
+        except (ValueError, RecursionError):
+            return False
 
     def to_dict(self) -> dict[str, Any]:
         """OpenAI's object."""

@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from balcony_edge.errors import InputError
-from balcony_runtime.structure.asked import JSON_FORM, Structure, checked, schema_text, shortened
+from balcony_edge.errors import InputError, shown
+from balcony_runtime.structure.asked import JSON_FORM, VALUES, Structure, checked, schema_text
 from balcony_runtime.structure.formats import CallFormat
 
 #: Most tools of one request.
@@ -41,7 +41,7 @@ def tools_of(given: Any) -> tuple[Tool, ...]:
         InputError: a tool is not a function, or its name or schema cannot be used.
     """
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) > MOST_TOOLS:
-        raise InputError(f"tools = {shortened(given)}: must be a list of at most {MOST_TOOLS} functions: give a list")
+        raise InputError(f"tools = {shown(given)}: must be a list of at most {MOST_TOOLS} functions: give a list")
     found = [_tool(one) for one in given]
     names = [tool.name for tool in found]
     for name in names:
@@ -54,12 +54,12 @@ def _tool(given: Any) -> Tool:
     function = given.get("function") if isinstance(given, Mapping) and given.get("type") == "function" else None
     if not isinstance(function, Mapping):
         raise InputError(
-            f"tools: {shortened(given)}: must be a function: give {{'type': 'function', 'function': {{'name': ..., "
+            f"tools: {shown(given)}: must be a function: give {{'type': 'function', 'function': {{'name': ..., "
             "'parameters': ...}}"
         )
     name, schema = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InputError(f"tools: name = {shortened(name)}: must have 1 to 64 letters, digits, '_', '-' and '.'")
+        raise InputError(f"tools: name = {shown(name)}: must have 1 to 64 letters, digits, '_', '-' and '.'")
     schema = schema or {"type": "object", "properties": {}}
     if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
         raise InputError(
@@ -67,7 +67,32 @@ def _tool(given: Any) -> Tool:
         )
     # A small model would go on to invent arguments, which the schema allows unless it says otherwise.
     closed = {} if _OPEN & schema.keys() else _CLOSED
-    return Tool(name, schema_text({"x-guidance": JSON_FORM, **schema, "type": "object", **closed}))
+    form = JSON_FORM
+    if function.get("strict") is not True:
+        form, schema = JSON_FORM | _LENIENT, _without_look_around(schema)
+    return Tool(name, schema_text({"x-guidance": form, **schema, "type": "object", **closed}))
+
+
+#: As at OpenAI, a schema that is not ``strict`` may have keywords that the grammar cannot enforce: they are left out.
+_LENIENT = {"lenient": True, "coerce_one_of": True}
+_LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+
+
+#: Keywords whose keys are names, which may be those of keywords.
+_NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+
+
+def _without_look_around(schema: Any, *, names: bool = False) -> Any:
+    """A schema without the patterns that need look-around, which the grammar's regular expressions do not have."""
+    if isinstance(schema, list):
+        return [_without_look_around(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: value if key in VALUES and not names else _without_look_around(value, names=not names and key in _NAMED)
+        for key, value in schema.items()
+        if not (key == "pattern" and isinstance(value, str) and _LOOK_AROUND.search(value))
+    }
 
 
 #: Keywords by which properties may follow that ``properties`` does not list.
@@ -159,7 +184,7 @@ def toolbox(
     name = _named(choice)
     if not tools:
         if choice not in (None, "none", "auto"):
-            raise InputError(f"tool_choice = {shortened(choice)}: there are no tools: give tools, or leave it out")
+            raise InputError(f"tool_choice = {shown(choice)}: there are no tools: give tools, or leave it out")
         return None
     if choice == "none":
         return None
@@ -173,7 +198,7 @@ def toolbox(
         allowed = (
             "must be 'none', 'auto', 'required', or {'type': 'function', 'function': {'name': ...}}: give one of them"
         )
-        raise InputError(f"tool_choice = {shortened(choice)}: {allowed}")
+        raise InputError(f"tool_choice = {shown(choice)}: {allowed}")
     return Toolbox(tools, choice == "required", parallel and form.several, form, marker_id, key)
 
 

@@ -28,7 +28,8 @@ from balcony_edge.bundle.manifest import GraphSpec
 from balcony_runtime.backends import tensorrt
 from balcony_runtime.backends.device import Region
 from balcony_runtime.backends.onnxruntime import open_session
-from balcony_runtime.backends.tensorrt_builder import BuiltEngine, build_engines, profiles
+from balcony_runtime.backends.tensorrt_builder import BuiltEngine, profiles
+from tests.engine_sets import build_engines
 from tests.runtime.cuda_stand_in.runtime import Runtime
 
 ARENA_BYTES = 4096

@@ -46,6 +46,7 @@ class Asked:
         tooling: options ``tools``, ``tool_choice`` and ``parallel_tool_calls`` of a reply; empty without tools.
         template: options ``documents`` and ``chat_template_kwargs`` of a prompt.
         parse_special: whether names of control tokens in the prompt are those tokens; None for the default.
+        add_special_tokens: whether a text gets the tokens that the tokenizer puts around texts.
     """
 
     chat: bool
@@ -67,6 +68,7 @@ class Asked:
     tooling: Mapping[str, Any] = field(default_factory=dict)
     template: Mapping[str, Any] = field(default_factory=dict)
     parse_special: bool | None = None
+    add_special_tokens: bool = True
 
     @property
     def structured(self) -> bool:
@@ -119,6 +121,7 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         tooling=_tooling(fields) if chat else {},
         template=template_of(fields) if chat else {},
         parse_special=fields.choice("parse_special"),
+        add_special_tokens=chat or fields.choice("add_special_tokens") is not False,
     )
 
 
@@ -202,6 +205,8 @@ def _chat_logprobs(fields: Fields) -> int | None:
 def _sampling(fields: Fields) -> dict[str, Any]:
     found: dict[str, Any] = {"temperature": 1.0}  # OpenAI's default; the Python API's is greedy
     found |= {name: value for name in _NUMBERS if (value := fields.number(name)) is not None}
+    if found.get("top_p") == 0:
+        found["top_p"] = 1e-9  # OpenAI's 0 keeps the likeliest token only
     top_k = fields.whole("top_k")
     if top_k is not None:
         found["top_k"] = max(top_k, 0)  # vLLM's -1 keeps all
@@ -221,6 +226,6 @@ def _usage(fields: Fields) -> bool:
     options = fields.get("stream_options")
     if options is None:
         return False
-    if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
+    if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
         raise bad("stream_options", options, "must be an object; e.g. {'include_usage': true}")
     return bool(options.get("include_usage"))

@@ -125,6 +125,7 @@ _TOOLS: Table = {
     "documents": {"type": "array", "items": {"type": "object"}, "description": "Documents for the chat template."},
     "chat_template_kwargs": {"type": "object", "description": "Further variables of the chat template."},
 }
+_ADD_SPECIAL = _truth("Whether a text gets the tokens that the tokenizer puts around texts; true without it.")
 _BUDGET: Table = {"budget": {"type": "object", "description": "Keys of a budget file (docs/budget-file.md)."}}
 _COMMON: Table = {
     "model": _text("A name of /v1/models."),
@@ -186,7 +187,7 @@ CHAT: Table = {
     "messages": _MESSAGES,
     **_COMMON,
     **_TOOLS,
-    "max_completion_tokens": _whole("Most tokens of a reply; goes before max_tokens.", 1, 2**31),
+    "max_completion_tokens": _whole("The same as max_tokens, and goes before it.", -2, 2**31),
     "logprobs": _truth("Whether to report log-probabilities."),
     "top_logprobs": _whole("Likeliest tokens at each place; needs logprobs.", 0, MOST_LOGPROBS),
 }
@@ -197,11 +198,14 @@ COMPLETION: Table = {
     },
     **_COMMON,
     "logprobs": _whole("Likeliest tokens at each place.", 0, MOST_LOGPROBS),
+    "add_special_tokens": _ADD_SPECIAL,
     "echo": _truth("Whether the text begins with the prompt; with logprobs, the prompt is scored."),
 }
 TOKENIZE: Table = {
     "content": _text("A text."),
-    "prompt": _text("The same."),
+    "prompt": _text("The same, as vLLM has it."),
+    "add_special": _truth("Whether content gets the tokens that the tokenizer puts around texts; false without it."),
+    "add_special_tokens": {**_ADD_SPECIAL, "description": "The same for prompt; true without it."},
     "messages": _MESSAGES,
     **{name: schema for name, schema in _TOOLS.items() if name != "parallel_tool_calls"},
     "parse_special": _COMMON["parse_special"],
@@ -253,6 +257,8 @@ class Fields:
         value, least, most = self.get(name), self._table[name]["minimum"], self._table[name]["maximum"]
         if value is None:
             return None
+        if isinstance(value, float) and value.is_integer():  # also a whole number in JSON Schema
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise bad(name, value, f"must be a whole number from {least} to {most}")
         return value

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from balcony_edge.budget import Budget, load_budget
+from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import BudgetError, InputError
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 
@@ -32,7 +33,7 @@ class Names:
     Args:
         name: name of the model; alone it stands for the server's own budget.
         own: the server's own budget.
-        agreement: exit layer → share of tokens on which it agrees with the full depth, as in the manifest.
+        manifest: the bundle's manifest.
         folder: directory of budget files, or None.
 
     Raises:
@@ -40,19 +41,20 @@ class Names:
         InputError: the folder cannot be read.
     """
 
-    def __init__(self, name: str, own: Budget, agreement: Mapping[int, float | None], folder: Path | None) -> None:
-        self.name, self._agreement, self._folder = name, agreement, folder
+    def __init__(self, name: str, own: Budget, manifest: Manifest, folder: Path | None) -> None:
+        self.name, self._manifest, self._folder = name, manifest, folder
         self._budgets: dict[str, Budget] = {}
         self.read(own)
 
     def read(self, own: Budget) -> None:
         """Read the budget files; if one is refused, all stay as they are. ``own`` is the server's own budget."""
-        found = {f"exit-{layer}": Budget(exit_layer=layer) for layer in sorted(self._agreement)}
+        found = {f"exit-{layer}": Budget(exit_layer=layer) for layer in self._manifest.exit_layers}
         found["lossless"] = Budget(policy="lossless")
+        calibrated = self._manifest.confidence is not None
         for path in self._files():
             budget = load_budget(path)
             try:
-                budget.for_bundle(self._agreement)
+                budget.for_bundle(self._manifest.agreement, calibrated=calibrated)
             except BudgetError as error:
                 _log.warning("%s: is not offered: %s", path, error)
                 continue

@@ -16,10 +16,13 @@ from balcony_edge.errors import (
     InfeasibleError,
     InputError,
     MissingDependencyError,
+    shown,
 )
 
 #: Header that says why a request was turned away; the values are those of the metric ``balcony_rejections_total``.
 REASON = "x-balcony-reason"
+#: Statuses from 500 on after which a repetition meets the same; OpenAI's clients would repeat.
+_FINAL = (501, 504, 507)
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
 
 
@@ -46,7 +49,8 @@ class RefusedError(Exception):
         message = message.encode("utf-8", "replace").decode()  # a request may hold lone surrogates
         super().__init__(message)
         self.status, self.message, self.reason, self.param = status, message, reason, param
-        self.headers = {REASON: reason, **(headers or {})}
+        final = {"x-should-retry": "false"} if status in _FINAL else {}
+        self.headers = {REASON: reason, **final, **(headers or {})}
 
     @property
     def body(self) -> dict[str, Any]:
@@ -57,9 +61,7 @@ class RefusedError(Exception):
 
 def bad(param: str, given: object, allowed: str) -> RefusedError:
     """The refusal of a field: ``allowed`` says what it must be and what to do."""
-    shown = repr(given)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    return RefusedError(400, f"{param} = {shown}: {allowed}", "invalid_value", param=param)
+    return RefusedError(400, f"{param} = {shown(given)}: {allowed}", "invalid_value", param=param)
 
 
 def busy(message: str, reason: str, seconds: int) -> RefusedError:

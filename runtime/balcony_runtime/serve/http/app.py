@@ -6,14 +6,20 @@ Owns the paths. Every error is OpenAI's object, whatever raised it.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 
 from balcony_edge.device.machine import cpu_name
-from balcony_edge.errors import BalconyError, MissingDependencyError
+from balcony_edge.errors import BalconyError
 from balcony_runtime.serve.bodies.asked import read_asked, template_of
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad, refusal_of
@@ -25,17 +31,6 @@ from balcony_runtime.serve.work.jobs import Job
 from balcony_runtime.serve.work.service import Service
 from balcony_runtime.serve.work.slots import ACTIONS
 from balcony_runtime.tokens import refuse_foreign
-
-try:
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response
-    from starlette.routing import Route
-except ImportError as missing:
-    raise MissingDependencyError(
-        "starlette is not installed: pip install 'balcony-edge[serve]' for the server"
-    ) from missing
 
 #: Rules of the page: nothing from elsewhere, and no frame around it.
 _POLICY = (
@@ -172,15 +167,20 @@ class _Routes:
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
         llm, fields = self._service.llm, Fields(await self._body(request), TOKENIZE)
-        messages, text = fields.get("messages"), fields.text("prompt") or fields.text("content")
-        special = fields.choice("parse_special")
+        messages, prompt, special = fields.get("messages"), fields.text("prompt"), fields.choice("parse_special")
         if messages is not None:
             shown = template_of(fields) | {key: tools for key in ("tools", "tool_choice") if (tools := fields.get(key))}
             ids = await asyncio.to_thread(llm.encode, messages, control_tokens=special, **shown)
-        elif text is not None:
-            ids = await asyncio.to_thread(llm.encode, text, chat=False, control_tokens=special) if text else []
         else:
-            raise bad("content", None, "give a text as content (or prompt), or messages")
+            # vLLM has prompt and llama.cpp content; they differ in what they do without being asked.
+            text = fields.text("content") if prompt is None else prompt
+            around = fields.choice("add_special" if prompt is None else "add_special_tokens")
+            if text is None:
+                raise bad("content", None, "give a text as content (or prompt), or messages")
+            if around is None:
+                around = prompt is not None
+            encode = partial(llm.encode, text, chat=False, control_tokens=special, add_special_tokens=around)
+            ids = await asyncio.to_thread(encode) if text else []
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.max_length})
 
     async def detokenize(self, request: Request) -> Response:
@@ -191,7 +191,7 @@ class _Routes:
             raise bad("tokens", None, "must be a list of token ids")
         if tokens:
             refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
-        text = llm.decode(tokens)
+        text = llm.codec.decode(tokens, control_tokens=True)
         return JSONResponse({"content": text, "prompt": text})
 
     async def props(self, request: Request) -> Response:
@@ -301,4 +301,6 @@ async def _unknown(request: Request, error: Exception) -> Response:
         "no such path; docs/server.md lists them" if status == 404 else "no such method; docs/server.md lists them"
     )
     word = "not_found" if status == 404 else "method_not_allowed"
-    return answer_of(RefusedError(status, f"{request.method} {request.scope['path'][:100]}: {allowed}", word))
+    headers = error.headers if isinstance(error, HTTPException) else None  # Allow, of a wrong method
+    asked = f"{request.method} {request.scope['path'][:100]}"
+    return answer_of(RefusedError(status, f"{asked}: {allowed}", word, headers=headers))

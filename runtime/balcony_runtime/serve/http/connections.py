@@ -10,15 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import ClassVar
 
-from balcony_edge.errors import MissingDependencyError
-
-try:
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-except ImportError as missing:
-    raise MissingDependencyError(
-        "uvicorn is not installed: pip install 'balcony-edge[serve]' for the server"
-    ) from missing
-
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 #: Longest time between two requests on a connection. Proxies and clients keep idle connections for 15 to 60 s; who closes first
 #: loses no request. Idle connections are closed sooner where they are too many.

@@ -11,20 +11,14 @@ import json
 import logging
 from urllib.parse import SplitResult, urlsplit
 
-from balcony_edge.errors import MissingDependencyError
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
 from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.work.answers import Message, Receive, Send
 from balcony_runtime.serve.work.service import Service
-
-try:
-    from starlette.applications import Starlette
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
-except ImportError as missing:
-    raise MissingDependencyError(
-        "starlette is not installed: pip install 'balcony-edge[serve]' for the server"
-    ) from missing
 
 _log = logging.getLogger("balcony_runtime.serve.requests")
 #: Key in the scope of a request whose answer writes its own line.
@@ -72,8 +66,9 @@ class Guard:
     def _check(self, request: Request) -> None:
         # Not request.url, which follows the Host header that the client chose.
         if request.scope["path"] not in _OPEN and self._api_key is not None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), self._api_key.encode()):
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            known = scheme.lower() == "bearer"
+            if not hmac.compare_digest(given.strip().encode(), self._api_key.encode()) or not known:
                 raise RefusedError(
                     401,
                     "the key is missing or wrong: send the header Authorization: Bearer KEY",

@@ -11,16 +11,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from balcony_edge.errors import MissingDependencyError
+from starlette.routing import Route
+
 from balcony_runtime.serve.bodies.fields import FOREIGN, Table
 from balcony_runtime.serve.bodies.refusal import RefusedError
-
-try:
-    from starlette.routing import Route
-except ImportError as missing:
-    raise MissingDependencyError(
-        "starlette is not installed: pip install 'balcony-edge[serve]' for the server"
-    ) from missing
 
 #: Endpoints whose answer is not a JSON object → its types.
 _TYPES = {

@@ -20,19 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from balcony_edge.errors import BalconyError, InputError, MissingDependencyError
+import uvicorn
+
+from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.llm import LLM
 from balcony_runtime.serve.http.app import make_app
 from balcony_runtime.serve.http.connections import KEEP_ALIVE_S, Connection, bounded
 from balcony_runtime.serve.http.guard import is_loopback
 from balcony_runtime.serve.work.service import Limits, Service
-
-try:
-    import uvicorn
-except ImportError as missing:
-    raise MissingDependencyError(
-        "uvicorn is not installed: pip install 'balcony-edge[serve]' for the server"
-    ) from missing
 
 _log = logging.getLogger(__name__)
 #: Bytes that the kernel keeps for a client that does not read; by default it keeps megabytes, and slow readers are seen late.

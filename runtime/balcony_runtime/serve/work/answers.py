@@ -37,7 +37,7 @@ class GoneError(Exception):
 
 
 class Answer:
-    """The replies of one request. A context manager that ends them.
+    """The replies of one request.
 
     Args:
         asked: the request.
@@ -222,12 +222,6 @@ class Answer:
         self._gone = True
         self._channel.wake()
 
-    def __enter__(self) -> Answer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """End what has not ended; may be called several times."""
         if self._closed:
@@ -300,5 +294,10 @@ def _too_long(limit_s: float) -> RefusedError:
     )
 
 
+#: Characters at which some clients split lines (httpx, as ``str.splitlines``) though JSON allows them in texts.
+_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+
+
 def _event(piece: object) -> bytes:
-    return b"data: " + json.dumps(piece, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(piece, ensure_ascii=False, separators=(",", ":")).translate(_BREAKS)
+    return f"data: {text}\n\n".encode()

@@ -38,7 +38,7 @@ class EnergyMeter:
         for rail, now in self._counters().items():
             before = self._before.get(rail)
             if before is not None and before.sources == now.sources:
-                joules[rail] = now.joules - before.joules
+                joules[rail] = now.total - before.total
         return joules
 
     def _counters(self) -> Mapping[Scope, Counter]:

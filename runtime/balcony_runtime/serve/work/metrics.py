@@ -7,19 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from balcony_edge.errors import MissingDependencyError
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.work.energy import Readings
 from balcony_runtime.serve.work.jobs import Cost
-
-try:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-    from prometheus_client.registry import Collector
-except ImportError as missing:
-    raise MissingDependencyError(
-        "prometheus-client is not installed: pip install 'balcony-edge[serve]' for the server"
-    ) from missing
 
 #: Seconds; OpenTelemetry's advice for the three histograms that have its names.
 _DURATIONS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
@@ -27,7 +21,8 @@ _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0,
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 #: Seconds between two tokens; finer, because a budget asks for single milliseconds.
 _GAPS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
-_MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
+_MODEL = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+_PROVIDER = "balcony-edge"
 #: Field of a sensor's reading → name and help of the gauge that shows it.
 _SENSED = {
     "watts": ("balcony_power_watts", "Power of a part."),
@@ -127,11 +122,11 @@ class Metrics:
 
     def reply(self, operation: str, model: str, cost: Cost, seconds: float, error: str) -> None:
         """Record the cost of an answer."""
-        self._duration.labels(operation, model, error).observe(seconds)
+        self._duration.labels(operation, _PROVIDER, model, error).observe(seconds)
         if cost.ttft_ms is not None:
-            self._first.labels(operation, model).observe(cost.ttft_ms / 1000)
+            self._first.labels(operation, _PROVIDER, model).observe(cost.ttft_ms / 1000)
         if cost.gaps:
-            self._per_token.labels(operation, model).observe(cost.gaps_ms / cost.gaps / 1000)
+            self._per_token.labels(operation, _PROVIDER, model).observe(cost.gaps_ms / cost.gaps / 1000)
 
     def text(self) -> bytes:
         """The page that Prometheus reads."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,16 @@ class Limits:
     connections: int = 1024
 
 
+class _Parts(NamedTuple):
+    """What there is once the bundle is loaded."""
+
+    llm: LLM
+    names: Names
+    worker: Worker
+    metrics: Metrics
+    slots: Slots
+
+
 class Service:
     """One loaded bundle that answers requests.
 
@@ -80,7 +90,7 @@ class Service:
         self._name, self._budget, self.folder, self.limits = name, budget, budgets, limits
         self.started_s = int(time.time())
         self.draining = False
-        self._loaded: tuple[LLM, Names, Worker, Metrics, Slots] | None = None
+        self._loaded: _Parts | None = None
         self._jobs: dict[int, Job] = {}
         self._preparing = 0  # replies to requests whose prompts are being read
         self._answers: set[Answer] = set()
@@ -96,7 +106,7 @@ class Service:
             llm.costs  # noqa: B018 - measured now, not while others decode
             llm.readings()  # starts the sensors
             manifest = llm.engine.manifest
-            names = Names(self._name or manifest.model.name, llm.budget, manifest.agreement, self.folder)
+            names = Names(self._name or manifest.model.name, llm.budget, manifest, self.folder)
         except BaseException:
             llm.close()
             raise
@@ -121,15 +131,14 @@ class Service:
             readings=llm.readings,
         )
         worker.start()
-        self._loaded = llm, names, worker, metrics, Slots(llm, limits.saved_bytes)
+        self._loaded = _Parts(llm, names, worker, metrics, Slots(llm, limits.saved_bytes))
 
     def close(self) -> None:
         """End all replies and free the engine."""
         self._compiler.shutdown(wait=False, cancel_futures=True)
         if self._loaded is not None:
-            llm, _, worker, *_ = self._loaded
-            worker.stop()
-            llm.close()
+            self._loaded.worker.stop()
+            self._loaded.llm.close()
 
     @property
     def ready(self) -> bool:
@@ -139,20 +148,20 @@ class Service:
     @property
     def llm(self) -> LLM:
         """The bundle; the server answers no request that needs it before it is loaded."""
-        return self._parts[0]
+        return self._parts.llm
 
     @property
     def names(self) -> Names:
         """Names and their budgets."""
-        return self._parts[1]
+        return self._parts.names
 
     @property
     def metrics(self) -> Metrics:
         """Counters."""
-        return self._parts[3]
+        return self._parts.metrics
 
     @property
-    def _parts(self) -> tuple[LLM, Names, Worker, Metrics, Slots]:
+    def _parts(self) -> _Parts:
         if self._loaded is None:
             raise RefusedError(503, "the model is loading: try again soon", "loading", headers={"retry-after": "1"})
         return self._loaded
@@ -171,7 +180,7 @@ class Service:
     @property
     def makes_progress(self) -> bool:
         """Whether the decode thread does what it is asked for, or has nothing to do."""
-        return self._loaded is None or self._parts[2].makes_progress()
+        return self._loaded is None or self._parts.worker.makes_progress()
 
     @property
     def busy(self) -> bool:
@@ -195,7 +204,7 @@ class Service:
         return min(max(math.ceil(self._mean_s * rounds), 1), MOST_RETRY_S)
 
     def _deliver(self, found: Found) -> None:
-        deliver(found, self._parts[2].pause, self._on_token)
+        deliver(found, self._parts.worker.pause, self._on_token)
 
     def _on_token(self, token: Token, first: bool) -> None:
         self.metrics.token(token, first=first)
@@ -245,7 +254,7 @@ class Service:
         def on_close(answer: Answer) -> None:
             self._closed(answer, model, client)
 
-        found = Answer(asked, shapes, jobs, self._parts[2], self.limits.request_s, lambda: self.retry_s, on_close)
+        found = Answer(asked, shapes, jobs, self._parts.worker, self.limits.request_s, lambda: self.retry_s, on_close)
         self._answers.add(found)
         return found
 
@@ -279,7 +288,9 @@ class Service:
                 shown = {name: value for name, value in asked.tooling.items() if name != "parallel_tool_calls"}
                 ids = llm.encode(prompt, control_tokens=special, **shown, **asked.template)
             elif isinstance(prompt, str):
-                ids = llm.encode(prompt, chat=False, control_tokens=special)
+                ids = llm.encode(
+                    prompt, chat=False, control_tokens=special, add_special_tokens=asked.add_special_tokens
+                )
             refuse_foreign(np.array(ids), llm.engine.manifest.model.vocab_size)
             if llm.pool is not None:  # read a file here, not in the thread that decodes
                 llm.pool.recall(np.array(ids))
@@ -289,7 +300,7 @@ class Service:
             for choice in range(asked.n):
                 request = None
                 if asked.max_tokens != 0:
-                    request = self._parts[2].prepare(ids, sampling=asked.params(choice), **options)
+                    request = self._parts.worker.prepare(ids, sampling=asked.params(choice), **options)
                 found.append((ids, text, request))
         return found
 
@@ -302,7 +313,7 @@ class Service:
         self._answers.discard(answer)
         for job in answer.jobs:
             self._jobs.pop(job.key, None)
-            self._parts[4].ended(job)
+            self._parts.slots.ended(job)
         seconds = time.monotonic() - answer.begun_s
         self._mean_s += 0.2 * (seconds - self._mean_s)
         cost = Cost.of([job.cost for job in answer.jobs])
@@ -334,11 +345,11 @@ class Service:
                 404, f"slot {key}: has no reply in progress; /slots lists those that have", "no_such_slot"
             )
         job.budget = budget
-        self._parts[2].rebudget(job, budget)
+        self._parts.worker.rebudget(job, budget)
         return job
 
     async def act_on_slot(self, action: str, key: int, name: object) -> dict[str, Any]:
         """Save, restore or erase the rows of a slot; see :meth:`.slots.Slots.act`."""
         if key in self._jobs and action != "restore":
             raise RefusedError(409, f"slot {key}: its reply is in progress: wait until it has ended", "slot_busy")
-        return await asyncio.to_thread(self._parts[4].act, action, key, name)
+        return await asyncio.to_thread(self._parts.slots.act, action, key, name)

@@ -5,7 +5,6 @@ Owns the names of the fields. It knows neither threads nor the web framework.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -155,7 +154,12 @@ class Shapes:
         for token, logprob, likeliest in tokens:
             names.append(name := self._name(token))
             offsets.append(self._offsets[job.index])
-            self._offsets[job.index] += len(self._texts[job].push(token))
+            said = self._texts[job].push(token)
+            if not said and self._asked.echo:  # a control token that the prompt spells out is in its text
+                spelled = self._codec.name(token)
+                spells = self._prompts[job.index].startswith(spelled, self._offsets[job.index])
+                said = spelled if spells and self._codec.control_token(spelled) == token else ""
+            self._offsets[job.index] += len(said)
             found: dict[str, float] | None = None
             if logprob is not None:  # different tokens may have one text: the likelier one counts
                 found = {}
@@ -173,7 +177,8 @@ class Shapes:
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._codec.name(token)
         name = f"token_id:{token}" if self._asked.as_ids else text
-        return {"token": name, "logprob": logprob, "bytes": None if _PART in text else list(text.encode())}
+        raw = self._codec.raw(token) if _PART in text else text.encode()
+        return {"token": name, "logprob": logprob, "bytes": None if raw is None else list(raw)}
 
     def _name(self, token: int) -> str:
         """Name of a token of a completion, which is a key: parts of characters have one text."""
@@ -211,13 +216,7 @@ def _delta(pieces: Sequence[Piece]) -> dict[str, Any]:
 
 def _reason(reason: str | None, calls: Sequence[ToolCall]) -> str | None:
     """OpenAI's name for the end of a message; a call that a stop string cut is none that a client can run."""
-    if not calls or reason != "stop":
-        return reason
-    try:
-        json.loads(calls[-1].arguments)
-    except (ValueError, RecursionError):
-        return reason
-    return "tool_calls"
+    return "tool_calls" if calls and reason == "stop" and calls[-1].whole else reason
 
 
 def prompt_tokens(jobs: Sequence[Job]) -> int:
