@@ -63,7 +63,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.device.machine import available_cpus, cpu_name
+from balcony_edge.device.machine import best_threads, cpu_name
 from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import install
 from benchmarks.peer_workers.process import Worker
@@ -451,7 +451,7 @@ def main() -> int:
         help=f"peers, or names of the results' rows [default: {','.join(install.WORKERS)}]",
     )
     parser.add_argument(
-        "--threads", type=int, default=available_cpus(), help="threads of every engine [default: number of CPUs]"
+        "--threads", type=int, default=best_threads(), help="threads of every engine [default: one for each fast core]"
     )
     parser.add_argument(
         "--contexts",

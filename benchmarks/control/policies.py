@@ -38,6 +38,7 @@ from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.machine import cpu_name
 from balcony_runtime.decoding.confident import Confident
 from balcony_runtime.decoding.prices import measure_prices
+from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.decoding.thresholds import compare_exits, learn
 from balcony_runtime.llm import LLM
 from benchmarks.rounds import Neighbours, interleave, ratio
@@ -60,16 +61,18 @@ class Run(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A budget, the prices for its decisions, and the thresholds if it uses confidence exits."""
+    """A budget, the prices for its decisions, what it learns of rounds, and the thresholds if it uses confidence exits."""
 
     budget: Budget
     costs: CostModel
+    speculator: Speculator
     thresholds: ConfidenceSpec | None = None
 
 
 def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
     llm.costs = policy.costs
     llm._budget, llm._resolved = policy.budget, policy.budget
+    llm._learned.speculator = policy.speculator  # of its own: forced rounds teach false prices
     llm._learned.confident = Confident(llm.exit_layers, policy.thresholds)
     replies, drafted, made, kept, early = [], 0, 0, 0, 0
     begin = time.perf_counter()
@@ -124,17 +127,21 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[fl
     exits, full = llm.exit_layers, llm.exit_layers[-1]
     deep_ms, below_ms = (costs.steady_ms(exit_layer, 128) for exit_layer in (full, exits[-2]))
     free = always_paying(costs)
+
+    def policy(budget: Budget, prices: CostModel = costs, spec: ConfidenceSpec | None = None) -> Policy:
+        return Policy(budget, prices, Speculator(exits, llm.engine.manifest.agreement), spec)
+
     policies = {
-        "plain": Policy(Budget(), costs),
-        **{f"exit {exit_layer}": Policy(Budget(exit_layer=exit_layer), costs) for exit_layer in exits[:-1]},
-        "budgeted": Policy(Budget(tpot_ms=(deep_ms + below_ms) / 2, probability=0.5), costs),
-        "speculative, auto": Policy(Budget(policy="lossless"), costs),
-        "speculative, forced": Policy(Budget(policy="lossless"), free),
+        "plain": policy(Budget()),
+        **{f"exit {exit_layer}": policy(Budget(exit_layer=exit_layer)) for exit_layer in exits[:-1]},
+        "budgeted": policy(Budget(tpot_ms=(deep_ms + below_ms) / 2, probability=0.5)),
+        "speculative, auto": policy(Budget(policy="lossless")),
+        "speculative, forced": policy(Budget(policy="lossless"), free),
     }
     for promise, spec in thresholds.items():
-        policies[f"confident {promise:.0%}, forced"] = Policy(Budget(policy="confident"), free, spec)
+        policies[f"confident {promise:.0%}, forced"] = policy(Budget(policy="confident"), free, spec)
     if thresholds:
-        policies["confident, auto"] = Policy(Budget(policy="confident"), costs, next(iter(thresholds.values())))
+        policies["confident, auto"] = policy(Budget(policy="confident"), spec=next(iter(thresholds.values())))
     samples = interleave({name: partial(_run, llm, policy, prompts) for name, policy in policies.items()}, rounds)
     plain = samples["plain"]
     found = {}

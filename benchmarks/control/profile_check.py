@@ -30,13 +30,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.device.profile import DeviceProfile
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import WARM_TOKENS, Bench, Key, prompt, switched
 from balcony_runtime.profiler.grid import Grid
-from balcony_runtime.profiler.timing import quantile
 from benchmarks.rounds import Neighbours
 
 COMBINATIONS, ROUNDS = 50, 5
@@ -103,7 +104,7 @@ def held_out(llm: LLM, profile: DeviceProfile, count: int) -> dict[str, Any]:
         drifts.append(median(now) / reference.timing.p50_ms)
         shares.append(median(errors) * drifts[-1] - 1)
     sizes = [abs(share) for share in shares]
-    middle, high = median(sizes), quantile(sizes, 0.95)
+    middle, high = median(sizes), float(np.quantile(sizes, 0.95))
     worst = max(range(count), key=sizes.__getitem__)
     return {
         "combinations": count,

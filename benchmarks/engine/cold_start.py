@@ -32,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from balcony_edge.device.machine import available_cpus, cpu_name
+from balcony_edge.device.machine import best_threads, cpu_name
 from benchmarks.engine.decode import prompt
 from benchmarks.peer_workers import install
 from benchmarks.peer_workers.process import Worker
@@ -106,7 +106,7 @@ def main() -> None:
         }
         for model in install.PEER_MODELS:
             if model.name in PEERS and install.python_of(model.peer).exists() and model.located().exists():
-                cases[model.name] = partial(peer, model, available_cpus())
+                cases[model.name] = partial(peer, model, best_threads())
         samples = interleave(cases, options.rounds)
     found = {
         name: {part: round(median(one[part] for one in times), 1) for part in times[0]}

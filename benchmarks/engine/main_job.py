@@ -49,7 +49,7 @@ from typing import Any
 import onnxruntime as ort
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.device.machine import available_cpus, cpu_name
+from balcony_edge.device.machine import best_threads, cpu_name
 from benchmarks.engine import decode, memory, overhead, switching
 from benchmarks.engine.whole_graph import open_whole_graph
 from benchmarks.rounds import Neighbours, aligned, bar
@@ -91,7 +91,7 @@ def run(
         "fingerprint": manifest.fingerprint[:16],
         "onnxruntime": ort.__version__,
         "cpu": cpu_name(),
-        "threads": available_cpus(),
+        "threads": best_threads(),
         "packed": packed is not None,
         "quick": quick,
         **neighbours.report(),

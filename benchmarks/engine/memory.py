@@ -174,9 +174,13 @@ def _idle_here(path: Path) -> dict[str, Any]:
             rounded = {name: round(value, 3) for name, value in figures.items()}
             report["chats"].append({"chats": count, "tokens": tokens, **rounded})
 
+        ids = llm.encode("hi")
+
         def first_token_ms(limit: int | None) -> float:
             begin = time.perf_counter()
-            with llm.stream("hi", max_new_tokens=limit) as stream:
+            # Of its own: members of the pool all have the whole context.
+            sequence = llm.engine.new_sequence(max_length=None if limit is None else len(ids) + limit)
+            with llm.stream(ids, max_new_tokens=limit, sequence=sequence) as stream:
                 next(stream)
             return (time.perf_counter() - begin) * 1e3
 

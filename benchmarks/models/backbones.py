@@ -42,7 +42,7 @@ import httpx
 import onnxruntime
 import transformers
 
-from balcony_edge.device.machine import available_cpus, cpu_name
+from balcony_edge.device.machine import best_threads, cpu_name
 from balcony_edge.errors import BalconyError, InputError, MissingDependencyError
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine, TokenSequence
@@ -53,7 +53,7 @@ from benchmarks.rounds import Neighbours, aligned, bar, interleave, print_bars, 
 from benchmarks.serving.attainment import started
 
 PORT = 8198
-PROMPT, LONG_PROMPT, STEPS, WARM_STEPS = 128, 512, 24, 2
+PROMPT, LONG_PROMPT, STEPS = 128, 512, 24
 #: Wait until the other program's threads sleep after its turn, as in :mod:`benchmarks.peers`.
 SETTLE_S = 0.5
 ROLLBACK, ROLLBACK_SHAPE = "rollback", "granite-4.0-h-350m"
@@ -77,8 +77,6 @@ def decode_ms(sequence: TokenSequence, exit_layer: int) -> float:
     sequence.rollback(0)
     sequence.advance(exit_layer, prompt(PROMPT))
     ids = sequence.tokens[0, :1]
-    for _ in range(WARM_STEPS):
-        sequence.step(exit_layer, ids).argmax()
     begin = time.perf_counter()
     for _ in range(STEPS):
         sequence.step(exit_layer, ids).argmax()
@@ -208,7 +206,7 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="only make missing bundles and GGUF files")
     parser.add_argument("--only", nargs="+", choices=[*SHAPES, ROLLBACK], default=[*SHAPES, ROLLBACK])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--threads", type=int, default=best_threads())
     arguments = parser.parse_args()
     directory, threads, rounds = arguments.directory, arguments.threads, arguments.rounds
     chosen = [name for name in SHAPES if name in arguments.only]

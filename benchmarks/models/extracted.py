@@ -78,7 +78,8 @@ def peer_replies(
     peer: str, module: str, model: Path, prompts: list[list[int]], tokens: int
 ) -> tuple[str, list[list[int]]]:
     """Version of an engine and its replies."""
-    with Worker(python_of(peer), module, model, {}, threads=2, huge_pages=False) as worker:
+    room = {"max_length": max(map(len, prompts)) + tokens}
+    with Worker(python_of(peer), module, model, room, threads=2, huge_pages=False) as worker:
         replies = []
         for prompt in prompts:
             answer = worker.ask(do="generate", variant=None, prompt=prompt, steps=tokens - 1)

@@ -234,6 +234,7 @@ class Bench:
         trial.start(trainer)
         for exit_layer, balcony in trainer.balconies.items():
             trainer.averages[exit_layer] = {key: value.clone() for key, value in balcony.state_dict().items()}
+        trainer._begin()  # opens the cache of the backbone's states
         started = time.monotonic()
         while trainer.step < trainer.schedule.total:
             trainer.train_step()

@@ -7,7 +7,8 @@ Two classes of requests arrive at random, as users do (Poisson): *voice* (first 
 *background* (the whole reply within 30 s). The load is given as a multiple of what one model at full depth can do alone, one
 request after another, which is measured first. Every load is offered to every server in turn, with the same prompts at the
 same rate. A request *attains* its target if the reply is complete and in time; a refused one does not. Servers may not know of
-targets (llama.cpp's does not); ours gets them as each request's ``budget``.
+targets (llama.cpp's does not); ours gets them as each request's ``budget``. No server starts
+a prompt from rows of an earlier one.
 
 At low load our server must give what the full depth gives. So the first replies of each load are compared, afterwards, with
 those of a fresh server at a fixed full depth to the same prompts, one after another. In int4 a pass of several replies' rows
@@ -52,7 +53,7 @@ import httpx
 from matplotlib.figure import Figure
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.device.machine import available_cpus, cpu_name
+from balcony_edge.device.machine import best_threads, cpu_name
 from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import server
 from benchmarks.rounds import Neighbours, aligned, bar, p95, print_bars
@@ -319,7 +320,7 @@ def started(command: Sequence[str | Path], url: str) -> Iterator[str]:
 
 def measure(bundle: Bundle, text: Path, loads: Sequence[float], arrival_s: float, folder: Path) -> dict[str, Any]:
     """Offer every load to every server."""
-    manifest, threads = bundle.manifest, available_cpus()
+    manifest, threads = bundle.manifest, best_threads()
     words = text.read_text(encoding="utf-8").split()
     quality = {layer: value for layer, value in manifest.agreement.items() if value is not None}
     quality[manifest.exit_layers[-1]] = 1.0
@@ -453,7 +454,7 @@ def main() -> int:
     found = {
         "benchmark": "attainment",
         "cpu": cpu_name(),
-        "threads": available_cpus(),
+        "threads": best_threads(),
         "bundle": f"{bundle.manifest.model.name}, {bundle.manifest.precision}",
         "text": arguments.text.name,
         "seconds": round(time.monotonic() - begin),

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 import balcony_edge
-from balcony_edge.device.machine import available_cpus, cpu_name
+from balcony_edge.device.machine import best_threads, cpu_name
 from balcony_runtime.llm import LLM
 from benchmarks.peer_workers import server
 from benchmarks.rounds import Neighbours, bar, interleave, print_bars, ratio
@@ -50,7 +50,7 @@ def peer_rate(url: str, llm: LLM, count: int, seed: int) -> float:
 
 
 def measure(llm: LLM, rounds: int) -> dict[str, Any]:
-    command = [server.LLAMA_SERVER, "--model", server.Q4_0, "--port", PORT, "--threads", available_cpus()]
+    command = [server.LLAMA_SERVER, "--model", server.Q4_0, "--port", PORT, "--threads", best_threads()]
     command += ["--parallel", max(COUNTS), "--ctx-size", 1024 * max(COUNTS), "--no-webui", "--no-cache-prompt"]
     url, seeds = f"http://127.0.0.1:{PORT}", iter(range(10**6))
     with started([str(word) for word in command], url):
