@@ -63,7 +63,7 @@ TWO := $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 test: $(READY)
 	+$(TWO) test-device test-export test-webgpu check
 
-# Stand-ins run in the place of a GPU, so tests must reach nearly all of these.
+# Stand-ins run instead of a GPU, so tests must reach nearly all of these.
 ON_GPU := '*/backends/cuda.py,*/backends/device_state.py,*/backends/tensorrt.py'
 test-device: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' tests/cli tests/core tests/runtime tests/serve --cov --cov-report=term-missing:skip-covered

@@ -1,4 +1,4 @@
-"""Balcony Edge: run one frozen language model at several depths, inside budgets that move.
+"""Balcony Edge: run one frozen language model at several depths, within budgets that may change at any time.
 
     import balcony_edge
 
@@ -150,9 +150,8 @@ def load(
         budget: budget of replies: a :class:`Budget`, the path of a budget file, or None for full depth without a target.
             With a target and without a device profile, loading measures the prices of the exits (about half a second).
         profile: device profile written by `balcony-edge profile`. A warning names a profile of another device or bundle.
-        threads: threads of the engine's shared pool; by default one for each CPU of this process that is not much slower than
-            the others, and at most four for each CPU.
-            The first engine of a process decides.
+        threads: threads of the engine's shared pool; by default one for each core of this process that is not slow
+            (hyper-threads count once), and at most four for each CPU. The first engine of a process decides.
         verify_hashes: whether to check every file against the manifest. Without it only presence and size are checked.
         packed: directory for weights in the form that the engine's kernels read, made at the first load. Processes that load
             the same bundle with it share them in memory.

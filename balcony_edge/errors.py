@@ -87,3 +87,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in words)
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -93,8 +93,11 @@ def cli_page() -> str:
         lines = [line.rstrip() for line in result.output.strip().splitlines()]
         return "\n".join(["```text", *lines, "```"])
 
-    verbs = list(getattr(get_command(app), "commands"))  # noqa: B009 - a group, which typer's types do not say
-    sections = [f"## balcony-edge {verb}\n\n{help_of(verb)}" for verb in verbs]
+    verbs = getattr(get_command(app), "commands")  # noqa: B009 - a group, which typer's types do not say
+    words = [
+        line for verb in verbs for line in ((verb,), *((verb, sub) for sub in getattr(verbs[verb], "commands", ())))
+    ]
+    sections = [f"## balcony-edge {' '.join(line)}\n\n{help_of(*line)}" for line in words]
     return "\n\n".join([CLI.rstrip(), help_of(), *sections]) + "\n"
 
 

@@ -231,8 +231,9 @@ REFUSALS = (
     Refusal(("run", "bundle", "  "), "the prompt is empty: give a text", "an empty prompt"),
     Refusal(
         ("run", "bundle", "fox " * 400),
-        "the prompt has 418 tokens and this bundle's context holds 256: shorten the prompt, or "
-        "export with a larger --context-length",
+        "the prompt has 418 tokens and a reply needs one more: this exceeds the available context size "
+        "(256 in this bundle): shorten the prompt, "
+        "or export with a larger --context-length",
         "a prompt longer than the context",
     ),
     Refusal(

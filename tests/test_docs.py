@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import balcony_edge
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
+from balcony_edge.cli import app
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
@@ -178,3 +180,16 @@ def _tensors(part: str) -> set[tuple[str, str, tuple[str, ...]]]:
 
 def _without_layer(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
+
+
+def test_the_command_line_page_has_every_option() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+    def leaves(command: Any) -> list[Any]:
+        inner = getattr(command, "commands", {}).values()
+        return [leaf for one in inner for leaf in leaves(one)] if inner else [command]
+
+    options = [
+        option for leaf in leaves(get_command(app)) for one in leaf.params for option in one.opts if option[:2] == "--"
+    ]
+    assert len(options) > 100 and not [option for option in options if option not in text]

@@ -54,7 +54,8 @@ def check(
     if bundle is not None:
         manifest = Bundle.open(bundle, verify_hashes=False).manifest
         try:
-            exits = budget.for_bundle(manifest.agreement).allowed_exits(manifest.exit_layers)
+            fitted = budget.for_bundle(manifest.agreement, calibrated=manifest.confidence is not None)
+            exits = fitted.allowed_exits(manifest.exit_layers)
         except BudgetError as error:
             raise BudgetError(f"{file}: {error}") from None
     asked = budget.model_dump(exclude_unset=True)  # includes keys that the file sets to their defaults

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,7 +49,7 @@ def compare(
             for item in found
         ]
         document = {"differences": differences(one, two), "entries": lines}
-        sys.stdout.write(json.dumps(document) + "\n" if output == "json" else render_lines(lines, output))
+        print(json.dumps(document) + "\n" if output == "json" else render_lines(lines, output), end="")  # noqa: T201 - for programs
         return
     _show(one, two, found, everything)
 

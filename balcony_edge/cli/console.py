@@ -40,8 +40,7 @@ def write_text(text: str, style: str = "") -> None:
     if stdout.is_terminal:
         stdout.print(Text(text, style), end="", soft_wrap=True)
     else:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        print(text, end="", flush=True)  # noqa: T201 - unlike sys.stdout, it may be closed
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def _write(measured: DeviceProfile, form: Format, path: Path | None) -> None:
 
     text = render(measured, form)
     if path is None:
-        sys.stdout.write(text)
+        print(text, end="")  # noqa: T201 - for programs
     else:
         write_atomically(path, text.encode(), ProfileError, "free space, or name a place that is writable")
 

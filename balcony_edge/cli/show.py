@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from balcony_edge.cli.console import stderr, write_text
+from balcony_edge.errors import BalconyError
 
 if TYPE_CHECKING:
     from balcony_edge.device.profile import DeviceProfile
@@ -34,6 +35,10 @@ def show_stream(stream: TokenStream, styles: dict[int, str] | None) -> bool:
     except KeyboardInterrupt:
         stream.close()
         return True
+    except BalconyError:
+        if styles is not None and stream.reply.tokens:
+            write_text("\n")  # the error is a line of its own
+        raise
     return False
 
 

@@ -20,11 +20,14 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from typer.main import get_command
 
+import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_edge.cli import app, reported
 from balcony_edge.cli.calibrate import _documents
-from balcony_edge.errors import EngineBuildError
+from balcony_edge.cli.console import depth_styles
+from balcony_edge.cli.show import show_stream
+from balcony_edge.errors import EngineBuildError, InfeasibleError
 from balcony_runtime.backends import tensorrt_builder
 from tests.command import COMMAND, invoke, invoke_here, refused, unmeasured
 
@@ -434,3 +437,15 @@ def test_help_of_every_verb_is_whole_on_a_narrow_terminal(monkeypatch: pytest.Mo
         assert page.returncode == 0 and not re.search("….?.?│$", page.stdout, re.MULTILINE), (
             page.stdout
         )  # a word was cut
+
+
+def test_an_error_in_the_middle_of_a_reply_is_a_line_of_its_own(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def ending(tokens: Any) -> Any:
+        yield next(tokens)
+        raise InfeasibleError("critical_temperature_c = 90: too hot")
+
+    with balcony_edge.load(tiny.path) as llm, llm.stream([5, 9], max_new_tokens=4, ignore_eos=True) as stream:
+        stream._source = ending(stream._source)
+        with pytest.raises(InfeasibleError):
+            show_stream(stream, depth_styles(llm.exit_layers))
+    assert capsys.readouterr().out.endswith("\n")

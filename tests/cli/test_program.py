@@ -61,6 +61,14 @@ def test_a_reader_that_stops_early_is_not_an_error(tiny: Any) -> None:
     assert (done.returncode, done.stderr) == (0, "") and "tiny-llama" in done.stdout
 
 
+@pytest.mark.parametrize("arguments", ["run BUNDLE fox -n 2", "inspect BUNDLE", "budget schema"])
+def test_a_closed_stdout_is_not_an_error(tiny: Any, arguments: str) -> None:
+    """As under cron and some supervisors."""
+    command = f"{sys.executable} -m balcony_edge {arguments.replace('BUNDLE', str(tiny.path))} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("arguments", [("doctor",), ("train", "--help"), ("run", "BUNDLE", "the fox", "-n", "20")])
 def test_a_stream_that_lacks_characters(tiny: Any, encoding: str, arguments: tuple[str, ...]) -> None:
