@@ -90,7 +90,8 @@ def test_a_full_context_says_what_to_do(tiny: Any) -> None:
     done = chat(tiny.path, f"{lines}\n{lines}\n{lines}\n{lines}\n/reset\nthe fox\n", "-n", "400")
     assert done.returncode == 0, done.stderr
     assert "The context is full: /reset starts a new conversation" in done.stdout
-    assert "holds 256" in done.stdout and done.stdout.count("(Cut off after") == 0
+    text = " ".join(done.stdout.split())
+    assert "context size (256 in this" in text and done.stdout.count("(Cut off after") == 0
 
 
 def test_invalid_utf_8_is_one_line_and_the_chat_goes_on(tiny: Any) -> None:
