@@ -284,3 +284,12 @@ def test_nothing_is_a_reading() -> None:
 
 def test_gaps_of_no_time_have_no_pace() -> None:
     assert judged(Budget(max_pace_tps=20), [100.0, 0.0, 0.0])["max_pace_tps"].held is None
+
+
+def test_the_reading_that_ends_a_reply_counts_however_soon_it_comes() -> None:
+    limit = Budget(critical_temperature_c=75.0)
+    for last, held in ((True, False), (False, True)):
+        watch = Watch()
+        watch.token(limit, 10.0, 20.0, (Reading("b", "board", 10.0, celsius=50.0),), first=True)
+        watch.saw(10.05, (Reading("b", "board", 10.05, celsius=80.0),), last=last)
+        assert [verdict.held for verdict in watch.verdicts()] == [held]
