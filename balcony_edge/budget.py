@@ -271,7 +271,7 @@ class Budget(BaseModel):
     @property
     def needs_sensors(self) -> bool:
         """Whether there is a ceiling that only sensors can see."""
-        return bool(self.ceilings)
+        return any(getattr(self, key) is not None for key in _CEILINGS)
 
     @property
     def ceilings(self) -> dict[str, float]:

@@ -97,8 +97,10 @@ class Governor(NamedTuple):
 
     def out_of_reach(self, budget: Budget) -> tuple[str, ...]:
         """Keys of this budget that cannot be met; the last tick may have been for another one, or for several together."""
+        if not self.infeasible:
+            return ()
         needs_tps = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
-        own = {key: budget.ceilings.get(key) == value for key, value in self.asked}
+        own = {key: getattr(budget, key) == value for key, value in self.asked}
         own["latency"] = budget.deadline_s is not None or needs_tps > self.pace_tps
         return tuple(key for key in self.infeasible if own.get(key))
 

@@ -94,6 +94,18 @@ def slide(browser: Chrome, slider: WebElement, value: int) -> None:
     browser.execute_script(script, slider, value)
 
 
+def held_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Hold prompts back until the event that is returned is set."""
+    gate, encode = threading.Event(), server.service.llm.encode
+
+    def slowly(*args: Any, **options: Any) -> list[int]:
+        assert gate.wait(60)
+        return encode(*args, **options)
+
+    monkeypatch.setattr(server.service.llm, "encode", slowly)
+    return gate
+
+
 def test_a_reply_in_the_colours_of_its_exits(page: Chrome, http: httpx.Client) -> None:
     (chat,) = chats(page)
     assert [item.text.split(",")[0] for item in page.find_elements(By.CSS_SELECTOR, "#legend li")] == [
@@ -168,13 +180,7 @@ def test_the_last_place_of_a_slider_wins(page: Chrome, server: Server, monkeypat
 def test_a_slider_that_is_moved_before_the_first_token_counts(page: Chrome, server: Server, monkeypatch: Any) -> None:
     (chat,) = chats(page)
     choose(chat, "tiny:slow")
-    gate, encode = threading.Event(), server.service.llm.encode
-
-    def slowly(*args: Any, **options: Any) -> list[int]:
-        assert gate.wait(60)
-        return encode(*args, **options)
-
-    monkeypatch.setattr(server.service.llm, "encode", slowly)
+    gate = held_back(server, monkeypatch)
     ask(chat, "a long story")
     slide(page, part(chat, "slider"), 20)
     asked = part(chat, "asked").text
@@ -239,13 +245,7 @@ def test_a_question_that_is_stopped_before_its_reply_goes_back_to_its_field(
     page: Chrome, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (chat,) = chats(page)
-    gate, encode = threading.Event(), server.service.llm.encode
-
-    def slowly(*args: Any, **options: Any) -> list[int]:
-        assert gate.wait(60)
-        return encode(*args, **options)
-
-    monkeypatch.setattr(server.service.llm, "encode", slowly)
+    gate = held_back(server, monkeypatch)
     ask(chat, "my name is Ada")
     part(chat, "text").send_keys("and I am")  # the next question, already
     part(chat, "stop").click()

@@ -76,8 +76,6 @@ def _tool(given: Any) -> Tool:
 #: As at OpenAI, a schema that is not ``strict`` may have keywords that the grammar cannot enforce: they are left out.
 _LENIENT = {"lenient": True, "coerce_one_of": True}
 _LOOK_AROUND = re.compile(r"\(\?<?[=!]")
-
-
 #: Keywords whose keys are names, which may be those of keywords.
 _NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 
