@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
+from balcony_edge.device.readings import Rail
 from balcony_edge.errors import BudgetError, shown
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Budget(BaseModel):
 
     power_w: Positive | None = None
     """Ceiling of the average power of ``power_rail`` in watts. It includes everything that runs on the device."""
-    power_rail: Literal["board", "cpu", "gpu"] = "board"
+    power_rail: Rail = "board"
     """Part of the device that ``power_w`` and ``energy_j_per_token`` are about."""
     power_window_s: Annotated[float, Field(strict=True, ge=1, le=600, allow_inf_nan=False)] = 5.0
     """Seconds over which the power is averaged."""

@@ -179,7 +179,8 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     tokens: list[TraceToken] = []
     priced: list[CostModel] = []
     costs: CostModel | None = None
-    budget, readings = Budget(), ()  # type: tuple[Budget, tuple[Reading, ...]]
+    budget = Budget()
+    readings: tuple[Reading, ...] = ()
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
@@ -280,7 +281,9 @@ def _first(error: Exception) -> str:
 
 def replay(trace: Trace) -> Iterator[Decision]:
     """Yield the controller's decisions for the observations of a trace."""
-    state, controller, costs = ControllerState.initial(), None, None  # type: ControllerState, Controller | None, CostModel | None
+    state = ControllerState.initial()
+    controller: Controller | None = None
+    costs: CostModel | None = None
     for (seen, _, start), priced in zip(trace.tokens, trace.costs, strict=True):
         if controller is None or priced is not costs:
             controller, costs = Controller(priced), priced

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from balcony_edge.bundle.manifest import Finite
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
 from balcony_edge.device.machine import Machine
+from balcony_edge.device.readings import Rail
 from balcony_edge.errors import ProfileError
 from balcony_edge.files import write_atomically
 
@@ -35,8 +36,6 @@ Kind = Literal[
 ]
 #: Figure of an evaluation: three on a text, and the mean over tasks.
 Metric = Literal["kl", "agreement", "perplexity", "average"]
-#: Part of a device whose power is measured separately; the same values as a budget's ``power_rail``.
-Rail = Literal["board", "cpu", "gpu"]
 
 
 class _Frozen(BaseModel):

@@ -156,9 +156,11 @@ def simulate_company(
     """
     plant = plant_class(costs, physics or Physics(), load or (lambda _: 1.0), seed)
     decide = decide or JointController(costs, quality).decide
-    state, last = CompanyState(), None  # type: CompanyState, Measurement | None
+    state = CompanyState()
+    last: Measurement | None = None
     streams = [plant.stream(arrival) for arrival in arrivals]
-    waiting, active = list(range(len(streams))), []  # type: list[int], list[int]
+    waiting = list(range(len(streams)))
+    active: list[int] = []
     while waiting or active:
         while waiting and streams[waiting[0]].arrival.time_s <= plant.now_s and len(active) < most_streams:
             active.append(waiting.pop(0))

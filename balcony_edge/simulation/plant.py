@@ -17,11 +17,10 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from balcony_edge.control.decision import CatchUp
 from balcony_edge.device.costs import CostModel
-from balcony_edge.device.readings import Reading
+from balcony_edge.device.readings import Rail, Reading
 
 #: Seconds between two samples of the simulated sensors.
 SAMPLE_S = 0.1
@@ -51,7 +50,7 @@ class Physics:
 
     idle_w: float = 2.0
     busy_w: float = 6.0
-    rail: Literal["board", "cpu", "gpu"] = "board"
+    rail: Rail = "board"
     ambient_c: float = 25.0
     kelvin_per_watt: float = 6.0
     tau_s: float = 40.0

@@ -21,7 +21,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.closing import Closing
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_runtime.backends.base import Array, Backend, FloatArray, IntArray, State, likeliest
+from balcony_runtime.backends.base import Array, Backend, FloatArray, IntArray, State, closed, likeliest
 from balcony_runtime.backends.choose import DeviceName, open_backend
 from balcony_runtime.tokens import checked, common_length, whole
 
@@ -129,7 +129,7 @@ class Engine(Closing):
     def refuse_closed(self) -> None:
         """Raise InputError after :meth:`close`."""
         if self._closed:
-            raise InputError("this bundle was closed: load it again")
+            raise closed()
 
 
 def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable[Concatenate[TokenSequence, _P], _R]:
@@ -173,10 +173,10 @@ class TokenSequence:
         self._indices = {layer: index for index, layer in enumerate(self._layers)}
         #: Number of rows that each stage has taken in; a shared step (:mod:`.scheduling.shared_step`) moves it, too.
         self.stage_cursor = [0] * len(self._layers)
+        #: Number of rows that each balcony has taken in.
+        self.balcony_cursor = [0] * (len(self._layers) - 1)
         #: Rows run by all stages together, including those rolled back later; its growth is the cost of a step in rows.
         self.rows_run = 0
-        #: The same of each balcony.
-        self.balcony_cursor = [0] * (len(self._layers) - 1)
         # Only balconies with attention have a KV cache and can have a backlog; the norm and other balconies keep no rows.
         cached = engine.manifest.cached_exits
         self._cached = tuple(layer in cached for layer in self._layers)
@@ -305,7 +305,7 @@ class TokenSequence:
         self.stage_cursor, self.balcony_cursor = list(stage_cursor), list(balcony_cursor)
 
     def _append(self, tokens: IntArray) -> None:
-        """The same for tokens (B, n) that were checked."""
+        """:meth:`append` for tokens (B, n) that were checked."""
         if self.length + tokens.shape[1] > self.max_length:
             raise self.full(tokens.shape[1])
         if tokens.shape[1]:

@@ -396,7 +396,7 @@ class LLM(Closing):
     def _in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> list[str]:
         """Reply to prompts of one length and one budget in one batch, for engines whose members all have the same length."""
         batch, first = [request.ids for request in requests], requests[0]
-        sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + first.limit)
+        sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + first.max_new_tokens)
         rows = np.array(batch, np.int64)
         sampler = self._requests.sampler(sampling, rows)
         environment = Environment(
@@ -405,7 +405,7 @@ class LLM(Closing):
         decoder = Decoder(sequence, rows, sampler, environment)
         replies: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        for _, step in zip(range(first.limit), decoder.steps(), strict=False):
+        for _, step in zip(range(first.max_new_tokens), decoder.steps(), strict=False):
             for member, token in enumerate(step.ids.tolist()):
                 ended[member] = ended[member] or token in first.ends
                 if not ended[member]:

@@ -260,7 +260,8 @@ class TokenStream(Closing, Iterator[Token]):
     @property
     def reply(self) -> Reply:
         """The generation so far."""
-        tokens, calls = tuple(self._tokens), ()  # type: tuple[Token, ...], tuple[ToolCall, ...]
+        tokens = tuple(self._tokens)
+        calls: tuple[ToolCall, ...] = ()
         if self.box is None:
             text = "".join(token.text for token in tokens)
         else:

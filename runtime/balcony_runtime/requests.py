@@ -64,7 +64,7 @@ class Request(NamedTuple):
 
     Attributes:
         ids: tokens of the prompt.
-        limit: largest number of tokens to make.
+        max_new_tokens: largest number of tokens to make.
         sampler: sampler that picks the tokens.
         stop: finder of the strings that end the reply.
         logprobs: number of likeliest tokens to report at each place; None without log-probabilities.
@@ -80,7 +80,7 @@ class Request(NamedTuple):
     """
 
     ids: list[int]
-    limit: int
+    max_new_tokens: int
     sampler: Sampler
     stop: StopStrings
     logprobs: int | None
@@ -97,7 +97,7 @@ class Request(NamedTuple):
     @property
     def rows(self) -> int:
         """Most rows that its sequence will have."""
-        return len(self.ids) + self.limit
+        return len(self.ids) + self.max_new_tokens
 
     def forget_untold(self, sequence: TokenSequence) -> None:
         """Take the rows of tokens that were made and not told out of the sequence of a reply that has ended."""
@@ -171,7 +171,7 @@ class Requests:
             box = box._replace(document=True)
         shown = () if box is None or tools is None else tools
         ids = self._prompt_ids(prompt, chat, control_tokens, shown, documents, chat_template_kwargs)
-        limit = self._new_tokens(len(ids), max_new_tokens, sequence)
+        most = self._new_tokens(len(ids), max_new_tokens, sequence)
         if logprobs is not None:
             whole("logprobs", logprobs, 0)
         if trace is not None:
@@ -180,7 +180,7 @@ class Requests:
         model, around = self._engine.manifest.model, self._around
         return Request(
             ids=ids,
-            limit=limit,
+            max_new_tokens=most,
             sampler=self.sampler(sampling, np.array([ids], np.int64), box, ignore_eos=ignore_eos),
             stop=StopStrings(stop),
             logprobs=logprobs,
@@ -212,16 +212,16 @@ class Requests:
         """State of a reply with the structure that the parameters and the tools ask for; None if they ask for none.
 
         Raises:
-            InputError: the parameters are none, or their structure or a tool's is not supported.
+            InputError: ``params`` is not a SamplingParams, or its structure or a tool's is not supported.
             MissingDependencyError: llguidance is not installed.
         """
         structure = _structure(params, box)  # within its bounds: nothing is compiled that is too large
-        if structure is None or box is None:
-            return None if structure is None else self._grammars.guide(structure)
+        if structure is None:
+            return None
         try:
             return self._grammars.guide(structure)
         except InputError:
-            for tool in box.tools:  # the error of one tool by itself names it
+            for tool in () if box is None else box.tools:  # the error of one tool by itself names it
                 try:
                     self._grammars.guide(Structure("json_schema", tool.schema), keep=False)
                 except InputError as error:
@@ -330,7 +330,7 @@ class Requests:
             return False
         return not isinstance(prompt, str) or chat is False or not self._codec.has_chat_template
 
-    def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None = None) -> int:
+    def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None) -> int:
         context = self._engine.max_length if sequence is None else sequence.max_length
         if max_new_tokens is not None:
             whole("max_new_tokens", max_new_tokens, 1, cure="give the largest number of tokens to make, e.g. 256")

@@ -37,7 +37,7 @@ def told(
         readings: gives the latest reading of every sensor.
     """
     stop, marker = asked.stop, None if asked.box is None else asked.box.marker_id
-    for count in range(1, asked.limit + 1):
+    for count in range(1, asked.max_new_tokens + 1):
         if asked.cancelled.is_set():
             return
         try:
@@ -52,14 +52,17 @@ def told(
         asked.prompted.told = count
         asked.watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
         token = int(step.ids[0])
-        finish: FinishReason | None = "stop" if token in asked.ends else "length" if count == asked.limit else None
+        finish: FinishReason | None = (
+            "stop" if token in asked.ends else "length" if count == asked.max_new_tokens else None
+        )
         piece = "" if finish == "stop" else text.push(token)
         piece, hit = stop.push(piece + (text.flush() if finish is not None else ""))
         if hit:
             finish = "stop"
         elif finish is not None or token == marker:  # no stop string goes over a marker
             piece += stop.flush()
-        log_p, best = None, ()  # type: float | None, tuple[tuple[int, float], ...]
+        log_p: float | None = None
+        best: tuple[tuple[int, float], ...] = ()
         if asked.logprobs is not None and step.logits is not None:
             (log_p,), (best,) = log_probabilities(step.logits, step.ids, asked.logprobs)
         decision = step.decision

@@ -109,7 +109,7 @@ class Together(Closing):
         """Wait for the next tokens, for one round at most; a reply that ends, is cancelled or fails is closed.
 
         Returns:
-            Tokens with their replies, or the exception that ended a reply (a bug's, if it is no :class:`BalconyError`).
+            Tokens with their replies, or the exception that ended a reply (a bug's, if it is not a :class:`BalconyError`).
             Empty if no reply asks, if those that do were cancelled, or if the round brought no token: it may run a part of a
             long prompt, or all may wait for replies that are paused.
         """

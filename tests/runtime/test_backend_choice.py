@@ -17,6 +17,7 @@ from balcony_edge.cli.doctor import engine_facts
 from balcony_edge.errors import BundleError, DeviceError, InputError
 from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
+from balcony_runtime.backends import choose as choose_module
 from balcony_runtime.backends import cuda, onnxruntime_device, tensorrt
 from balcony_runtime.backends.choose import choose
 from balcony_runtime.backends.cuda import check
@@ -89,7 +90,7 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     try:
         cuda.compute_capability()
     except DeviceError as error:
-        assert choose(built) == ("cpu", None, str(error))
+        assert choose(built) == ("cpu", None, str(error), False)
     for capability, wanted, reason in (
         ("89", ("tensorrt", "rtx-fp16"), "engines for this GPU"),
         (
@@ -100,7 +101,7 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ):
         monkeypatch.setattr(cuda, "compute_capability", lambda capability=capability: capability)
         choice = choose(built)
-        assert choice[:2] == wanted and reason in choice.reason
+        assert choice[:2] == wanted and reason in choice.reason and choice.unfit == (wanted[0] == "cpu")
     monkeypatch.setattr(cuda, "compute_capability", lambda: "89")
     assert choose(built, "graphs").device == "cpu", "the graphs that are named, and not another set's engines"
     other = manifest.model_copy(update={"engines": {"a": engine_set(builder="tensorrt_rtx 0.1")}})
@@ -118,9 +119,13 @@ def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyP
     found = provider.Provider(("x",), (), [SOFTWARE, CARD])
     monkeypatch.setattr(provider, "is_installed", lambda: True)
     monkeypatch.setattr(provider, "find_provider", lambda: found)
-    assert choose(manifest) == ("webgpu", None, "ONNX Runtime has WebGPU, and there is a GPU: a card")
+    assert choose(manifest)[:3] == ("webgpu", None, "ONNX Runtime has WebGPU, and there is a GPU: a card")
     found.adapters.remove(CARD)  # type: ignore[union-attr]
-    assert choose(manifest) == ("cpu", None, "WebGPU has no GPU here, only llvmpipe")
+    assert choose(manifest)[:3] == ("cpu", None, "WebGPU has no GPU here, only llvmpipe")
+    unfit = choose_module.Choice("cpu", None, "no engines for compute capability 87", unfit=True)
+    monkeypatch.setattr(choose_module, "_on_nvidia", lambda *_: unfit)
+    both = "no engines for compute capability 87; WebGPU has no GPU here, only llvmpipe"
+    assert choose(manifest) == ("cpu", None, both, True), "why neither GPU path runs"
     portable = Bundle.open(tiny.path).portable().manifest
     assert choose(portable).device == "cpu"
 
@@ -130,7 +135,7 @@ def test_auto_takes_the_gpu_of_a_system_that_lists_none(tiny: Any, monkeypatch: 
     monkeypatch.setattr(provider, "is_installed", lambda: True)
     monkeypatch.setattr(provider, "find_provider", lambda: provider.Provider(("x",), (), None))
     monkeypatch.setattr(adapters_module, "adapters", lambda: None)
-    device, _, reason = choose(Bundle.open(tiny.path).manifest)
+    device, _, reason, _ = choose(Bundle.open(tiny.path).manifest)
     assert (device, reason) == (
         "webgpu",
         "ONNX Runtime has WebGPU, and there is a GPU: this system's, which nothing names",

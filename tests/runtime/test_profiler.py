@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
+import onnxruntime
 import pytest
 
 from balcony_edge.budget import Budget
@@ -167,6 +168,7 @@ def test_a_profile_of_a_tiny_bundle(llm: LLM) -> None:
         ("lm_head", 5, None, 1, 39),
         ("lm_head", 5, None, 2, 15),
     } <= keys
+    assert profile.engine.version == onnxruntime.__version__
     assert profile.costs.exits == exits and profile.bundle.fingerprint == llm.engine.manifest.fingerprint
     assert (
         profile.command == "the command" and profile.power == () and "rapl: permission denied" in profile.power_reason

@@ -189,7 +189,8 @@ class JointController:
     def _views(
         self, streams: Sequence[StreamSeen], state: CompanyState, slowdown: Slowdown, now_s: float, ceiling: int
     ) -> list[View]:
-        views, scales = [], {}  # type: list[View], dict[float, float]
+        views: list[View] = []
+        scales: dict[float, float] = {}
         for stream in streams:
             _, lowest, highest, _ = self._known(stream.budget)
             probability = stream.budget.probability

@@ -97,7 +97,8 @@ class Blocks:
     @classmethod
     def gathered(cls, count: int, parts: Iterable[Blocks]) -> Blocks:
         """Stack ``parts`` into a matrix of ``count`` rows. They may be a generator; only one part is in memory at a time."""
-        whole, done = None, 0  # type: Blocks | None, int
+        whole: Blocks | None = None
+        done = 0
         for part in parts:
             if whole is None:
                 packed, scales = (

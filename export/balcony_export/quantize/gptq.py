@@ -47,7 +47,8 @@ def first_rows(corpus: Corpus) -> list[list[int]]:
     Raises:
         InputError: There is too little text.
     """
-    rows, total = [], 0  # type: list[list[int]], int
+    rows: list[list[int]] = []
+    total = 0
     for tokens, length in zip(corpus.train.tokens, corpus.train.lengths, strict=True):
         if total >= CALIBRATION_ROWS * CALIBRATION_LENGTH:
             break

@@ -63,7 +63,7 @@ class State(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait until the device has finished all passes so far; call it before and after a pass that is timed alone."""
+        """Wait until the device has finished all passes so far; call it after each pass that is timed."""
         ...
 
     def logits(self, num_queries: int) -> FloatArray:
@@ -256,6 +256,11 @@ def likeliest(logits: FloatArray) -> IntArray:
     if not np.isfinite(np.take_along_axis(logits, best[:, None], 1)).all():
         raise not_finite()
     return best
+
+
+def closed() -> InputError:
+    """The error for work on an engine that was closed."""
+    return InputError("this bundle was closed: load it again")
 
 
 def not_finite() -> InputError:

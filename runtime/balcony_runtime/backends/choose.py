@@ -23,7 +23,6 @@ from balcony_runtime.backends.webgpu import provider
 DeviceName = Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"]
 
 _log = logging.getLogger(__name__)
-_NO_ENGINES = "no engines"
 #: Compute capabilities that TensorRT-RTX 1.7 builds for by default.
 RTX_GPUS = ("75", "80", "86", "89", "120", "121")
 #: Tokens whose median time decides between GPU and CPU, after one that packs weights or compiles shaders.
@@ -31,11 +30,15 @@ TOKENS = 5
 
 
 class Choice(NamedTuple):
-    """A device, the engine set that it runs (None: the bundle's graphs for CPUs), and the reason."""
+    """A device, the engine set that it runs (None: the bundle's graphs for CPUs), and the reason.
+
+    ``unfit`` says that the CPU runs although the bundle has engine sets and the machine an NVIDIA GPU.
+    """
 
     device: DeviceName
     engines: str | None
     reason: str
+    unfit: bool = False
 
 
 def choose(manifest: Manifest, engines: str | None = None) -> Choice:
@@ -51,7 +54,8 @@ def choose(manifest: Manifest, engines: str | None = None) -> Choice:
     try:
         return Choice("webgpu", None, f"ONNX Runtime has WebGPU, and there is a GPU: {provider.gpu_for_webgpu()}")
     except BalconyError as error:
-        return Choice("cpu", None, str(error))
+        reason = f"{choice.reason}; {error}" if choice.unfit else str(error)
+        return Choice("cpu", None, reason, choice.unfit)
 
 
 def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
@@ -70,10 +74,10 @@ def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
     for name in names:
         if _runs_here(manifest.engines[name], capability):
             return Choice("tensorrt", name, f"it has engines for this GPU (compute capability {capability})")
-    missing = f"{_NO_ENGINES} for compute capability {capability} and the TensorRT that is installed"
+    missing = f"no engines for compute capability {capability} and the TensorRT that is installed"
     if names and "CUDAExecutionProvider" in checked_onnxruntime().get_available_providers():
         return Choice("cuda", names[0], f"{missing}; ONNX Runtime has CUDA")
-    return Choice("cpu", None, f"{missing}, and ONNX Runtime has no CUDA here")
+    return Choice("cpu", None, f"{missing}, and ONNX Runtime has no CUDA here", unfit=True)
 
 
 def _runs_here(engines: EngineSet, capability: str) -> bool:
@@ -92,7 +96,7 @@ def _runs_here(engines: EngineSet, capability: str) -> bool:
 
 def open_backend(
     bundle: Bundle,
-    device: DeviceName = "cpu",
+    device: DeviceName,
     engines: str | None = None,
     *,
     threads: int | None = None,
@@ -119,8 +123,8 @@ def open_backend(
     if device == "auto" and packed is not None:
         device = "cpu"
     if device == "auto":
-        device, chosen, reason = choose(bundle.manifest, engines)
-        if device == "cpu" and reason.startswith(_NO_ENGINES):
+        device, chosen, reason, unfit = choose(bundle.manifest, engines)
+        if unfit:
             _log.warning("%s: runs on the CPU: %s", bundle.path, reason)
         if device == "webgpu" and engines is None:
             return _faster(bundle, threads, verify_hashes)

@@ -24,7 +24,7 @@ import numpy as np
 from balcony_edge.bundle.manifest import DType, EngineSet, Manifest
 from balcony_edge.closing import Closing
 from balcony_edge.errors import DeviceError, InputError
-from balcony_runtime.backends.base import Array, FloatArray, IntArray, RowsOnly, not_finite, part_of
+from balcony_runtime.backends.base import Array, FloatArray, IntArray, RowsOnly, closed, not_finite, part_of
 from balcony_runtime.backends.device import ALIGNMENT, ITEM_BYTES, Device, Executor, Launch, Region, array_dtype
 
 #: Most rows of one pass: the end of the largest optimization profile.
@@ -56,7 +56,7 @@ class DeviceBackend(Closing):
         """A context in which the calling thread has the device to itself; an error once its memory is freed."""
         with self.lock:
             if self._closed:
-                raise InputError("this bundle was closed: load it again")
+                raise closed()
             with self.device.current():
                 yield
 

@@ -37,7 +37,9 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
         parts: graphs in the order of execution; their files are in one directory, which the whole must also be written to.
         keep: prefixes of the names of outputs that the whole keeps.
     """
-    body, head, produced, asked = bytearray(), b"", set(), set()  # type: bytearray, bytes, set[str], set[str]
+    body, head = bytearray(), b""
+    produced: set[str] = set()
+    asked: set[str] = set()
     kept = tuple(keep)
     for part in parts:
         outside = [

@@ -206,7 +206,8 @@ class OnnxRuntimeBackend(Closing):
         use_large_pages(before)
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
-        self.name, self.batch_size = "onnxruntime", None  # type: str, int | None
+        self.name = "onnxruntime"
+        self.batch_size: int | None = None
         #: States and pools, whose bindings hold sessions.
         self.users: weakref.WeakSet[OnnxRuntimeState | OnnxRuntimePool] = weakref.WeakSet()
 

@@ -31,7 +31,7 @@ FILES = "files.json"
 
 
 def packed_graphs(
-    bundle: Bundle, directory: Path, pack: Callable[[Path, Path], None], *, verify_hashes: bool = True
+    bundle: Bundle, directory: Path, pack: Callable[[Path, Path], None], *, verify_hashes: bool
 ) -> Mapping[str, Path]:
     """Name → path of the packed form of each graph that the runtime loads, and ``path_E`` of each exit's decode step.
 
@@ -91,10 +91,10 @@ def _check(home: Path, verify_hashes: bool) -> None:
         raise BundleError(f"{home}: the packed weights are damaged: remove it; the next load makes them again")
 
 
-def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def _cpu_features() -> str:
     """Instruction sets of the processor; virtual machines may give several generations the same name."""
     try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")

@@ -142,7 +142,8 @@ class _KernelCache:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._cache = path, None  # type: Path, Any
+        self._path = path
+        self._cache: Any = None
         self._before = b""
 
     def config_for(self, engine: Any, strategy: Any) -> Any:

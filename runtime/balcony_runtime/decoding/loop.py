@@ -2,7 +2,7 @@
 
 Owns the clocks (``perf_counter`` for durations, ``monotonic`` for moments) and the order of a step. A token's latency is the
 gap that its receiver sees, without the time for which the receiver kept the loop waiting. This module does not know text;
-:mod:`balcony_runtime.llm` turns ids into text.
+:mod:`balcony_runtime.telling` turns steps into text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -128,12 +127,14 @@ class Decoder:
         self._learned = environment.learned or Learned(sequence.exits, {})
         self._picks_inside = sequence.picks_inside and sampler.greedy and not environment.keep_logits
         self._early_exits = EarlyExits(self._learned.confident)
-        self._budget, self._costs = Budget(), None  # type: Budget, CostModel | None
+        self._budget = Budget()
+        self._costs: CostModel | None = None
         self._policy: Policy | None = None
         self._senses = False
         self._unmeasured = unmeasured(sequence.exits)
         self._controller = Controller(self._unmeasured)
-        self._state, self._decision = self._learned.state.for_next_reply(), None  # type: ControllerState, Decision | None
+        self._state = self._learned.state.for_next_reply()
+        self._decision: Decision | None = None
         self._seen: Observation | None = None
         self._read: Readings = (), 0.0
         self._started_s = time.monotonic() if environment.asked_s is None else environment.asked_s
@@ -185,15 +186,13 @@ class Decoder:
         elif made.price_ms:
             self._last = Measurement(made.exit_layer, made.price_ms, took_ms)
         learned.busy_ns += done_ns - begin_ns
-        tell = partial(self._told, made, decision, forced, sequence.rows_run - caught_up, waited_ms - begin_ns / 1e6)
-        if not decision.period_ms:
-            return tell()
+        rows_run = sequence.rows_run - caught_up  # the wait may run more
         try:  # wait after the step, so that a slow step shortens the wait
-            learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
-        except BaseException:  # the token is made: an interrupt ends its wait only
-            tell()
-            raise
-        return tell()
+            if decision.period_ms:
+                learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
+        finally:  # the token is made: an interrupt ends its wait only
+            steps = self._told(made, decision, forced, rows_run, waited_ms - begin_ns / 1e6)
+        return steps
 
     def _told(self, made: Made, decision: Decision, forced: list[int], rows_run: int, since_ms: float) -> list[Step]:
         """The steps of tokens that are due now.

@@ -201,7 +201,9 @@ class Sampler:
         self.greedy = params.temperature == 0 and unchanged
         for token in params.logit_bias:
             if not 0 <= token < vocab_size:
-                raise InputError(f"logit_bias for token {token}: the vocabulary has 0 to {vocab_size - 1}")
+                raise InputError(
+                    f"logit_bias for token {token}: the vocabulary has 0 to {vocab_size - 1}: leave it out"
+                )
         self._biased = np.array(list(params.logit_bias), np.int64)
         self._biases = np.array(list(params.logit_bias.values()), np.float32)
 

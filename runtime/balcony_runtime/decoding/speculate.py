@@ -199,8 +199,8 @@ def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned:
     """Draft tokens, check them, keep the prefix that the full depth agrees with, and roll back the rest.
 
     Args:
-        sequence: sequence of one member, without pending rows at the draft's exit; rows that stages must run again after the
-            round before go through them with the new ones.
+        sequence: sequence of one member, without pending rows at the draft's exit. Rows that the previous round's rollback
+            left pending run together with the new ones.
         ids: token that is not in the sequence yet, (1,).
         sampler: sampler of the reply; it remembers the tokens that are given out.
         planned: exit and number of drafts.

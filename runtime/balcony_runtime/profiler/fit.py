@@ -6,9 +6,10 @@ A pass of r rows with q queries over k keys is priced as
 
 with the two marginal prices constant between measured row counts: small passes read weights, large ones multiply matrices, and
 in between the price of a row bends. In a mixture of experts further rows also read further experts, which is one more price
-(:class:`balcony_edge.device.costs.ExpertCost`); while that one still grows, the marginal prices have no bends. All prices are
-at least 0 (a pass never gets cheaper with more rows). Errors are relative:
-a millisecond of a decode step matters more than one of a prefill.
+(:class:`balcony_edge.device.costs.ExpertCost`); while that one still grows, the marginal prices have no bends.
+
+All prices are at least 0 (a pass never gets cheaper with more rows). Errors are relative: a millisecond of a decode step
+matters more than one of a prefill.
 
 Whether attention pays for the live context or for a bucket of bound rows depends on the backend. Both are fitted, and the
 better fit is used.

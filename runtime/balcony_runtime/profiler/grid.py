@@ -92,7 +92,7 @@ class Grid:
             raise InputError(f"-n {self.tokens}: the first two tokens of a decode block only warm up: give 3 or more")
         for option, values, least in (("-p", self.prompts, 1), ("-d", self.depths, 0), ("--pending", self.pending, 1)):
             if min(values) < least:
-                raise InputError(f"{option} {min(values)}: must be at least {least}")
+                raise InputError(f"{option} {min(values)}: must be at least {least}: give a larger number")
         longest = {
             "-p": max(self.prompts) + 1,
             "-d and -n": max(self.depths) + self.tokens + 1,

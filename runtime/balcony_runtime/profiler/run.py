@@ -16,7 +16,8 @@ from importlib.metadata import version
 from statistics import median
 
 from balcony_edge.device.machine import this_device
-from balcony_edge.device.profile import DeviceProfile, EngineFacts, MemoryUse, Moment, Power, Rail, Sustained
+from balcony_edge.device.profile import DeviceProfile, EngineFacts, MemoryUse, Moment, Power, Sustained
+from balcony_edge.device.readings import Rail
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import results
@@ -70,7 +71,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     budget, loaded_bytes = llm.budget, resident_bytes()
     watch, bench = ConditionWatch(sensors), Bench(llm, options.grid)
     rails: dict[Rail, tuple[str, ...]] | None = None
-    measured_once = False  # every cell, one row of each graph and the rest
+    measured_once = False  # whether every cell has samples
     blocks: dict[Key, list[list[float]]] = defaultdict(list)
     power: tuple[Power, ...] = ()
     sustained: Sustained | None = None
@@ -127,13 +128,13 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
 
 
 def _engine_facts(backend: Backend) -> EngineFacts:
-    """The engine; the name of an engine set's backend has its version."""
-    version = ""
-    if backend.name.startswith("ONNX Runtime"):
+    """The engine; the name of a TensorRT backend has its version already."""
+    installed = ""
+    if backend.name.startswith(("onnxruntime", "ONNX Runtime")):
         import onnxruntime  # noqa: PLC0415 - an engine is an extra, and comes in packages of several names
 
-        version = onnxruntime.__version__
-    return EngineFacts(name=backend.name, version=version, threads=backend.threads)
+        installed = onnxruntime.__version__
+    return EngineFacts(name=backend.name, version=installed, threads=backend.threads)
 
 
 def _why_no_power(notes: list[str], rails: dict[Rail, tuple[str, ...]] | None, sensors: Sensors) -> str:
@@ -208,7 +209,8 @@ def _power(bench: Bench, meter: Meter, rails: dict[Rail, tuple[str, ...]], secon
 
 def _burst(bench: Bench, watch: ConditionWatch) -> list[list[float]]:
     """Decode at full depth for some seconds, while the device is still cool."""
-    begin_s, blocks = time.perf_counter(), []  # type: float, list[list[float]]
+    begin_s = time.perf_counter()
+    blocks: list[list[float]] = []
     while not blocks or time.perf_counter() - begin_s < BURST_S:
         blocks.append(_gaps(bench))
         watch.look()

@@ -96,7 +96,7 @@ class Bounds(NamedTuple):
         """The bounds that a user asks for.
 
         Raises:
-            InputError: the number of megabytes is none.
+            InputError: ``prefix_mb`` is negative, infinite or not a number.
         """
         if not 0 <= prefix_mb < math.inf:
             raise InputError(f"prefix_mb = {prefix_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")

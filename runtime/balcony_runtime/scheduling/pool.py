@@ -52,6 +52,7 @@ class SequencePool:
         engine: engine of the sequences; its backend must offer a pool.
         pool: memory of the members.
         files: prefixes on disk; None for none.
+        kept_bytes: most memory of the rows of ended sequences.
     """
 
     def __init__(
@@ -117,8 +118,8 @@ class SequencePool:
             if donor is None:
                 return self._empty()
             if donor in self._ended:
+                fresh = None if donor.length - shared < LEAST_SHARED else self._empty(donor)
                 self._ended.remove(donor)
-                fresh = None if donor.length - shared < LEAST_SHARED else self._empty()
                 if fresh is None:
                     donor.rollback(shared)
                     return self._counted(donor)
@@ -265,9 +266,9 @@ class SequencePool:
             )
         return rows
 
-    def _empty(self) -> TokenSequence | None:
-        """An empty sequence in a free member, or in that of an ended sequence; the donor of a copy is not among these."""
-        if (member := self._free_member()) is None:
+    def _empty(self, but: TokenSequence | None = None) -> TokenSequence | None:
+        """An empty sequence in a free member, or in that of an ended sequence other than ``but``; None if there is neither."""
+        if (member := self._free_member(but)) is None:
             return None
         sequence = TokenSequence(self._engine, 1, self._engine.max_length, self._pool.state(member))
         self._place(sequence, member)
@@ -396,18 +397,14 @@ class SequencePool:
         self._engine.refuse_closed()
         # A pass may write to members that lie between others, so nobody takes or frees one meanwhile.
         with self._alone(), ExitStack() as held:
-            ordered = sorted((self._places[move.sequence], place) for place, move in enumerate(moves))
-            members = [member for member, _ in ordered]
-            moves = [moves[place] for _, place in ordered]
-            for move in moves:  # the same order in every thread
+            ordered = sorted(moves, key=lambda move: self._places[move.sequence])
+            for move in ordered:  # the same order in every thread
                 held.enter_context(move.sequence.lock)
                 if move.sequence.length >= move.sequence.max_length:
                     raise move.sequence.full()
-            logits = self._shared.run(members, moves)
-        found: list[FloatArray] = [logits] * len(moves)
-        for place, (_, asked) in enumerate(ordered):
-            found[asked] = logits[place : place + 1]
-        return found
+            logits = self._shared.run([self._places[move.sequence] for move in ordered], ordered)
+        rows = {move.sequence: logits[place : place + 1] for place, move in enumerate(ordered)}
+        return [rows[move.sequence] for move in moves]
 
 
 def _rows(sequence: TokenSequence, wanted: IntArray) -> int:

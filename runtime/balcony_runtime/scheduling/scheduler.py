@@ -45,7 +45,7 @@ GATHER_S = 0.001
 LONG_PROMPT = 128
 #: Most streams that wait for others to end; one more is refused.
 MOST_WAITING = 64
-#: Longest sleep between two looks at whether a stream has ended.
+#: Longest sleep before the scheduler looks again at which streams have ended, ask or are due.
 NAP_S = 0.02
 
 
@@ -91,7 +91,8 @@ class Scheduler:
         self._lent: dict[TokenSequence, int] = {}  # sequences of new_sequence → changes at the last look for rows
         self._controller: JointController | None = None
         self._priced: CostModel | None = None
-        self._state, self._last = CompanyState(), None  # type: CompanyState, Measurement | None
+        self._state = CompanyState()
+        self._last: Measurement | None = None
         self._told: ControllerState | None = None  # what the last round has left in learned
         self._not_before_s = self._idle_s = 0.0  # idle: until somebody is due, if nobody was in the last round
         self._trace: RoundTraceWriter | None = None
@@ -374,10 +375,10 @@ class Scheduler:
         Its prompt then runs in portions, or it waits for its pace. ``others``: whether other replies are in progress.
         """
         decoder = stream.decoder
-        if decoder.begun or decoder.rows_due <= LONG_PROMPT or self._costs() is None:
-            return (
-                others and decoder.begun and (decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors)
-            )
+        if decoder.begun:
+            return others and (decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors)
+        if decoder.rows_due <= LONG_PROMPT or self._costs() is None:
+            return False
         return others or decoder.budget.ttft_ms is None
 
     def _alone(self, stream: Stream) -> None:
@@ -418,7 +419,9 @@ class Scheduler:
                 self._trace.write(self._priced, self._quality, before, seen, found, ended)
             except InputError as error:  # a full disk ends no reply
                 _log.warning("no rounds are recorded any more: %s", error)
-                self._trace, self._recorded = None, None if self._recorded is self._trace else self._recorded
+                if self._recorded is self._trace:
+                    self._recorded = None
+                self._trace = None
         for key, decision in found.refused:
             streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
         work_ns = time.perf_counter_ns()

@@ -20,7 +20,7 @@ from balcony_edge.errors import InputError
 from balcony_runtime.sensors.base import Absence, Source, SourceSample
 from balcony_runtime.sensors.plausible import Plausibility
 
-#: Highest sampling rate: that of the controller's slow loop (ARCHITECTURE.md); most drivers average over 100 ms and more.
+#: Highest sampling rate: that of the controller's slow loop (``governor.TICK_S``); most drivers average over 100 ms and more.
 MAX_RATE_HZ = 10.0
 #: Longest time between two discoveries. A source without readings is tried again after 2, 4, 8 periods, and then this often,
 #: because opening NVML without a driver starts a program that tries to load it.
@@ -78,7 +78,7 @@ class Sensors:
 
         Args:
             sources: sources to read, most trusted first, which is the order of :meth:`latest`. Their threads close them.
-            rate_hz: reads of each source per second, at most 10.
+            rate_hz: reads of each source per second, at most ``MAX_RATE_HZ``.
             stale_s: age above which readings are not shown; longer than one period.
             clock: monotonic clock for the times of readings.
 
@@ -86,7 +86,7 @@ class Sensors:
             InputError: a number is out of range.
         """
         if not 0 < rate_hz <= MAX_RATE_HZ:
-            raise InputError(f"rate_hz = {rate_hz}: must be above 0 and at most 10 reads a second: give 5, for example")
+            raise InputError(f"rate_hz = {rate_hz}: must be above 0 and at most {MAX_RATE_HZ:g} reads a second: give 5")
         if not 1 / rate_hz < stale_s < math.inf:
             period = f"{1 / rate_hz:g} s at {rate_hz:g} Hz"
             raise InputError(f"stale_s = {stale_s}: must be above one period, {period}: give a longer time")

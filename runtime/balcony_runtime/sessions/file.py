@@ -249,7 +249,7 @@ class _Reader:
             if kind != "I64" or len(shape) != 2 or shape[0] != 1:
                 raise ValueError(kind)
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError) as error:
-            raise self._damaged(f"its header says nothing useful about {type(error).__name__}") from error
+            raise self._damaged(f"its header is not that of a session: {type(error).__name__}") from error
         end = 0
         for kind, sizes, begin, stop in self.tensors.values():
             if begin != end or stop - begin != math.prod(sizes) * np.dtype(_TYPES[kind]).itemsize:

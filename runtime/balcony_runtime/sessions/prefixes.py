@@ -121,8 +121,7 @@ class PrefixFiles:
                 return
             with contextlib.suppress(OSError):
                 path.unlink()
-            with self._lock:
-                self._known.pop(path, None)
+            self.forget(path)
             total -= status.st_size
 
     def _own(self) -> Iterator[tuple[Path, os.stat_result]]:

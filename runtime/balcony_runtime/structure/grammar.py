@@ -38,7 +38,8 @@ SLOW_S = 0.0003
 #: Bounds of one compiled structure: 20,000 states of its lexer take about 40 MB (llguidance's default is 250,000). The
 #: others are llguidance's own: 1,000,000 units of fuel to build (20 ms), 200,000 units and 50,000 items for a mask (15 ms).
 MOST_STATES = 20_000
-#: llama.cpp's form, which llguidance takes for its own if a rule is named start; and that name, or a text that may hold it.
+#: A rule ``root`` marks llama.cpp's GBNF, which llguidance takes for its own if a rule is named start. ``_START`` finds that
+#: name, and texts, classes and comments, which may hold it.
 _GBNF = re.compile(r"^\s*root\s*::=", re.MULTILINE)
 _START = re.compile(r"""("(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*)|(?<![\w-])start(?![\w-])""")
 #: Longest reason from the compiler that a message quotes.

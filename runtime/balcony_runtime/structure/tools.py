@@ -59,7 +59,7 @@ def _tool(given: Any) -> Tool:
         )
     name, schema = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InputError(f"tools: name = {shown(name)}: must have 1 to 64 letters, digits, '_', '-' and '.'")
+        raise InputError(f"tools: name = {shown(name)}: must have 1 to 64 letters, digits, '_', '-' and '.': rename it")
     schema = schema or {"type": "object", "properties": {}}
     if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
         raise InputError(

@@ -37,7 +37,8 @@ class WebGpuBackend(Closing):
         #: The device does the work; one thread of the host starts it.
         self.threads = 1
         self.max_length = self.manifest.model.context_length
-        self.name, self.batch_size = f"ONNX Runtime, {NAME}", None  # type: str, int | None
+        self.name = f"ONNX Runtime, {NAME}"
+        self.batch_size: int | None = None
         self.picks_inside, self.graphs = True, "lowered"
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from balcony_edge.bundle.manifest import DType
-from balcony_edge.errors import BundleError, DeviceError, InputError
+from balcony_edge.errors import BundleError, DeviceError
+from balcony_runtime.backends.base import Array, closed
 from balcony_runtime.backends.device import ITEM_BYTES
 from balcony_runtime.backends.onnxruntime import open_session
 from balcony_runtime.backends.onnxruntime_memory import value_of
@@ -28,7 +28,6 @@ from balcony_runtime.backends.onnxruntime_state import bound_run
 from balcony_runtime.backends.webgpu import small_graphs
 from balcony_runtime.backends.webgpu.provider import NAME, Provider, failure
 
-Array = npt.NDArray[Any]
 #: Type of logits.
 _FLOAT: DType = "float32"
 
@@ -209,7 +208,7 @@ class WebGpuDevice:
     def refuse_closed(self) -> None:
         """Raise InputError after :meth:`close`."""
         if not self._end.alive:
-            raise InputError("this bundle was closed: load it again")
+            raise closed()
 
     def close(self) -> None:
         """Free all memory, then the sessions; waits for a pass that is running."""

@@ -59,9 +59,8 @@ class _Member:
         self._width = width = manifest.model.hidden_size
         vocabulary, count = manifest.model.vocab_size, len(manifest.exit_layers)
         self.busy_ns = 0
-        self._ids = np.zeros(
-            max_length, np.int64
-        )  # boundary 0: the embeddings are looked up when stage 0 takes the rows
+        # Boundary 0: embeddings are looked up when stage 0 takes the rows.
+        self._ids = np.zeros(max_length, np.int64)
 
         def zeros(shape: tuple[int, ...], dtype: DType = device.dtype) -> Value:
             return device.zeros(memory, shape, dtype)

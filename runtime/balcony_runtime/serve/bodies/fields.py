@@ -134,7 +134,10 @@ _COMMON: Table = {
     "max_tokens": _whole(
         "Most tokens of a reply; 0 needs echo in a completion; -1 and -2 for as many as the context holds.", -2, 2**31
     ),
-    "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "description": "Ends."},
+    "stop": {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Texts that end it.",
+    },
     "ignore_eos": _truth("Whether to go on after the end-of-sequence token."),
     "parse_special": _truth(
         "Whether names of control tokens are those tokens; by default only in a completion's text."

@@ -18,7 +18,7 @@ from balcony_edge.errors import BudgetError, InputError
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 
 _log = logging.getLogger(__name__)
-#: Header → key of a budget. The later ones are llm-d's present names.
+#: Header → key of a budget. Those with ``llm-d`` are llm-d's present names.
 HEADERS = {
     "x-slo-ttft-ms": "ttft_ms",
     "x-slo-tpot-ms": "tpot_ms",

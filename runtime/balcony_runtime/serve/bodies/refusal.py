@@ -91,9 +91,8 @@ def refusal_of(error: BaseException, retry_s: int = 1) -> RefusedError:
         return error
     if isinstance(error, BusyError):
         return busy(str(error), "overloaded", retry_s)
-    if isinstance(
-        error, RecursionError
-    ):  # the parser has a bound of its own, and what follows needs a little more stack
+    # The parser has a bound of its own, and what follows needs a little more stack.
+    if isinstance(error, RecursionError):
         return RefusedError(400, "the body is nested too deeply: send an object of fewer levels", "invalid_json")
     for kind, status, reason, param in _KINDS:
         if isinstance(error, kind):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import get_args
 
 from balcony_edge.control.observed import watts
 from balcony_edge.control.response import Counter, Sample
-from balcony_edge.device.readings import Reading, Scope
+from balcony_edge.device.readings import Rail, Reading
 
 Readings = Callable[[], tuple[Reading, ...]]
 
-#: Parts of a device that a budget's ``power_rail`` can name.
-RAILS: tuple[Scope, ...] = ("board", "cpu", "gpu")
 
-
-def powers(readings: tuple[Reading, ...]) -> dict[Scope, Sample]:
+def powers(readings: tuple[Reading, ...]) -> dict[Rail, Sample]:
     """Power of each rail that a sensor measures."""
     now_s = time.monotonic()
-    found = ((rail, watts(readings, rail, now_s)) for rail in RAILS)
+    found = ((rail, watts(readings, rail, now_s)) for rail in get_args(Rail))
     return {rail: sample for rail, sample in found if sample is not None}
 
 
@@ -32,7 +30,7 @@ class EnergyMeter:
         self._readings = readings
         self._before = self._counters()
 
-    def joules(self) -> dict[Scope, float]:
+    def joules(self) -> dict[Rail, float]:
         """Joules of each rail whose energy is counted."""
         joules = {}
         for rail, now in self._counters().items():
@@ -41,6 +39,6 @@ class EnergyMeter:
                 joules[rail] = now.total - before.total
         return joules
 
-    def _counters(self) -> Mapping[Scope, Counter]:
+    def _counters(self) -> Mapping[Rail, Counter]:
         samples = powers(self._readings())
         return {rail: sample.counter for rail, sample in samples.items() if sample.counter is not None}

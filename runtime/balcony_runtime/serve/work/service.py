@@ -1,7 +1,7 @@
 """The service behind the routes: one loaded bundle, its names, and the replies in progress.
 
-Owns the slots and the bound of the queue. Everything here runs in the event loop, except :meth:`Service.prepare` and
-:meth:`Service.load`.
+Owns the slots and the bound of the queue. Everything here runs in the event loop, except :meth:`Service.load`,
+``_prepare`` and ``_compile``, which run in threads.
 """
 
 from __future__ import annotations
@@ -344,7 +344,6 @@ class Service:
             raise RefusedError(
                 404, f"slot {key}: has no reply in progress; /slots lists those that have", "no_such_slot"
             )
-        job.budget = budget
         self._parts.worker.rebudget(job, budget)
         return job
 

@@ -58,7 +58,8 @@ class Shapes:
 
     def token(self, job: Job, token: Token) -> dict[str, Any] | None:
         """The piece of a token; None if it has nothing to say yet."""
-        asked, text = self._asked, token.text  # type: Asked, Any
+        asked = self._asked
+        text: Any = token.text
         reason: str | None = token.finish_reason
         if asked.chat:
             reader = self._reader(job)
@@ -101,11 +102,10 @@ class Shapes:
         """llama.cpp's ``timings``, and ``balcony``: depth, lateness, energy, the last reason and the verdicts."""
         cost = Cost.of(costs)
         facts = cost.facts() | {"joules": self._meter.joules() or None, "slots": [job.key for job in jobs]}
-        ended = [job for job in jobs if job.ended and job.stream is not None]
         facts["verdicts"] = [
             verdict.to_dict() | {"index": job.index}
-            for job in ended
-            if job.stream is not None
+            for job in jobs
+            if job.ended and job.stream is not None
             for verdict in job.stream.watch.verdicts()
         ]
         return {"timings": cost.timings(prompt_tokens(jobs), cached_tokens(jobs)), "balcony": facts}
@@ -182,8 +182,9 @@ class Shapes:
 
     def _name(self, token: int) -> str:
         """Name of a token of a completion, which is a key: parts of characters have one text."""
-        text = "" if self._asked.as_ids else self._codec.name(token)
-        return f"token_id:{token}" if self._asked.as_ids or _PART in text else text
+        if self._asked.as_ids or _PART in (text := self._codec.name(token)):
+            return f"token_id:{token}"
+        return text
 
     def _piece(self, job: Job, text: Any, logprobs: Any, reason: str | None) -> dict[str, Any]:
         key = "delta" if self._asked.chat else "text"

@@ -32,7 +32,7 @@ class Worker:
 
     Args:
         llm: the loaded bundle; nothing else may decode with it.
-        parallel: most replies in progress; others wait in the order of their requests. Paused ones do not count.
+        parallel: most replies in progress; others wait in the order of :func:`.admission.in_order`. Paused ones do not count.
         most: most replies in progress, paused ones included.
         deliver: takes the items of a step; called in the decode thread.
     """
@@ -86,6 +86,7 @@ class Worker:
 
     def rebudget(self, job: Job, budget: Budget | None) -> None:
         """Give a job another budget, which must have been checked; None for the server's."""
+        job.budget = budget
         self._inbox.put((functools.partial(_rebudget, budget=budget), job))
 
     def _run(self) -> None:
@@ -204,7 +205,6 @@ class Worker:
 
 
 def _rebudget(job: Job, budget: Budget | None) -> None:
-    job.budget = budget
     if job.request is not None and not job.ended:
         job.request.limits.replace(budget)
 
