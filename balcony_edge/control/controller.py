@@ -364,7 +364,7 @@ class Controller:
         else:
             log_room = plan.log_tpot - slowdown.mean - plan.quantile * deviation
             room_ms = [math.exp(log_room - offset) for offset in slowdown.offsets]
-            may_enter = [price <= room * free for price, room in zip(steady_ms, room_ms, strict=False)]
+            may_enter = [price <= room_ms[index] * free for index, price in enumerate(steady_ms)]
             may_rise = may_rise or budget.tpot_ms * (1 - budget.hysteresis) > state.tpot_ms
             if first:  # every exit has to run the prompt's rows, so only the steps after it count
                 room_ms = [

@@ -88,7 +88,8 @@ class Watch:
             self._budget, self._from_start = budget, first
             self._gaps_ms, self._seen = [], []
         self._gaps_ms.append(latency_ms)
-        self.saw(now_s, readings)
+        if readings:
+            self.saw(now_s, readings)
 
     def saw(self, now_s: float, readings: Sequence[Reading], *, last: bool = False) -> None:
         """Record the readings; also called when no token follows because the device is too hot (``last``)."""

@@ -163,33 +163,29 @@ class TokenSequence:
         #: Held by the thread that uses the sequence.
         self.lock = threading.RLock()
         self._engine = engine
-        self._layers = engine.exit_layers
+        #: The engine's exits, ascending.
+        self.exits = engine.exit_layers
         self.batch_size, self.max_length = batch_size, max_length
         row_bytes = 4 * batch_size * max_length * max(engine.manifest.model.num_attention_heads, 1)
         self._pass_rows = max(1, min(MAX_PASS_ROWS, MAX_SCORE_BYTES // row_bytes))
         self.length = 0
         self.state = state or engine.backend.new_state(batch_size, max_length)
-        self._tokens = np.empty((batch_size, max_length), np.int64)  # pages take memory when tokens are written
-        self._indices = {layer: index for index, layer in enumerate(self._layers)}
+        self._tokens = np.empty((max_length, batch_size), np.int64)  # pages take memory when tokens are written
+        self._indices = {layer: index for index, layer in enumerate(self.exits)}
         #: Number of rows that each stage has taken in; a shared step (:mod:`.scheduling.shared_step`) moves it, too.
-        self.stage_cursor = [0] * len(self._layers)
+        self.stage_cursor = [0] * len(self.exits)
         #: Number of rows that each balcony has taken in.
-        self.balcony_cursor = [0] * (len(self._layers) - 1)
+        self.balcony_cursor = [0] * (len(self.exits) - 1)
         #: Rows run by all stages together, including those rolled back later; its growth is the cost of a step in rows.
         self.rows_run = 0
         # Only balconies with attention have a KV cache and can have a backlog; the norm and other balconies keep no rows.
         cached = engine.manifest.cached_exits
-        self._cached = tuple(layer in cached for layer in self._layers)
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """The engine's exits, ascending."""
-        return self._layers
+        self._cached = tuple(layer in cached for layer in self.exits)
 
     @property
     def tokens(self) -> IntArray:
         """Tokens so far, (B, length); a view."""
-        return self._tokens[:, : self.length]
+        return self._tokens[: self.length].T
 
     @property
     def stage_rows(self) -> tuple[int, ...]:
@@ -325,7 +321,7 @@ class TokenSequence:
     def note(self, tokens: IntArray | int) -> None:
         """Count tokens (B, n), or the token of the only member, whose embeddings the state has."""
         total = self.length + (1 if isinstance(tokens, int) else tokens.shape[1])
-        self._tokens[:, self.length : total] = tokens
+        self._tokens.T[:, self.length : total] = tokens
         self.length = total
 
     @_exclusive
@@ -377,7 +373,7 @@ class TokenSequence:
     def decoded(self, index: int, ids: IntArray | int) -> None:
         """Count a token of each member, whose row all graphs on the way to exit ``index`` have taken in."""
         row = self.length
-        self._tokens[:, row] = ids
+        self._tokens[row] = ids
         # The length moves before the cursors: an interrupt in between leaves pending rows, not rows that only seem done.
         self.length = row = row + 1
         self.stage_cursor[: index + 1] = [row] * (index + 1)
@@ -388,8 +384,8 @@ class TokenSequence:
     def rows_due(self, new: int) -> tuple[list[int], list[int]]:
         """Number of rows that each stage and each balcony would run for ``new`` more rows; 1 for graphs that keep no rows."""
         total = self.length + new
-        pairs = zip((*self.balcony_cursor, 0), self._cached, strict=True)
-        balconies = [total - cursor if cached else 1 for cursor, cached in pairs]
+        cached = enumerate(self._cached)
+        balconies = [total - self.balcony_cursor[index] if keeps else 1 for index, keeps in cached]
         return [total - cursor for cursor in self.stage_cursor], balconies
 
     @property
@@ -413,8 +409,8 @@ class TokenSequence:
             InputError: the stage does not exist.
         """
         stage, max_rows = whole("stage", stage, 0), whole("max_rows", max_rows, 0)
-        if stage >= len(self._layers):
-            raise InputError(f"stage = {stage}: this bundle has stages 0 to {len(self._layers) - 1}: give one of those")
+        if stage >= len(self.exits):
+            raise InputError(f"stage = {stage}: this bundle has stages 0 to {len(self.exits) - 1}: give one of those")
         source = self.length if stage == 0 else self.stage_cursor[stage - 1]
         begin = self.stage_cursor[stage]
         end = min(source, begin + max_rows)
@@ -454,9 +450,9 @@ class TokenSequence:
         """
         left = sum(self.stage_rows) + sum(self.balcony_rows) if max_rows is None else whole("max_rows", max_rows, 0)
         before = left
-        for stage in range(len(self._layers)):
+        for stage in range(len(self.exits)):
             left -= self.run_stage(stage, left)
-        for exit_layer in self._layers[:-1]:
+        for exit_layer in self.exits[:-1]:
             left -= self.run_balcony(exit_layer, left)
         self.state.wait()  # a device takes passes and goes on later; who calls counts on the time
         return before - left
@@ -482,13 +478,13 @@ class TokenSequence:
         # Query rows that the balcony has already taken in run again; it writes the same keys and values.
         self.balcony_cursor[index] = self.state.exit_resumes(index, min(self.balcony_cursor[index], first))
         while (begin := self.balcony_cursor[index]) < first and stop - begin > self._pass_rows:
-            self.run_balcony(self._layers[index], min(self._pass_rows, first - begin))
+            self.run_balcony(self.exits[index], min(self._pass_rows, first - begin))
         self.state.run_exit(index, begin, stop, stop - first)
         self.balcony_cursor[index] = stop
 
     def _index(self, exit_layer: int) -> int:
         index = self._indices.get(exit_layer) if isinstance(exit_layer, int | np.integer) else None
         if index is None:
-            exits = ", ".join(str(layer) for layer in self._layers)
+            exits = ", ".join(str(layer) for layer in self.exits)
             raise InputError(f"exit_layer = {exit_layer!r}: this bundle has exits {exits}: pick one of them")
         return index

@@ -51,7 +51,7 @@ def told(
             asked.prompted.cached = decoder.kept_rows
         asked.prompted.told = count
         asked.watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
-        token = int(step.ids[0])
+        token = step.ids.item()
         finish: FinishReason | None = (
             "stop" if token in asked.ends else "length" if count == asked.max_new_tokens else None
         )

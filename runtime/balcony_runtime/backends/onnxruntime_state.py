@@ -26,7 +26,6 @@ from balcony_runtime.backends.recurrent import RecurrentStates
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-_clock_ns = time.perf_counter_ns
 #: Options of the runs of a decode step: made once, and without the final wait for devices. This saves 35 µs a step
 #: (docs/LOG.md, "A run's options, made once").
 RUN_OPTIONS = ort.RunOptions()
@@ -41,6 +40,7 @@ class _Program(NamedTuple):
         runs: calls to make, graph by graph.
         first: destination of the token's row, (D,).
         made: rows at all boundaries on the way, (boundaries, B, D).
+        kept: where they go, (rows, boundaries, B, D).
         logits: logits of the step, (B, V).
     """
 
@@ -48,6 +48,7 @@ class _Program(NamedTuple):
     runs: list[Callable[[], object]]
     first: npt.NDArray[Any]
     made: npt.NDArray[Any]
+    kept: npt.NDArray[Any]
     logits: FloatArray
 
 
@@ -222,7 +223,7 @@ class OnnxRuntimeState:
             graph.end(row + 1)
         if row >= self._decoded.get(exit_index, 0):  # rows from before a rollback have their memory still
             self._decoded[exit_index] = row + 1
-        self._rows[: exit_index + 2, :, row] = program.made
+        program.kept[row] = program.made
         return program.logits
 
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
@@ -354,7 +355,10 @@ class OnnxRuntimeState:
     def _stand_at(self, start: int, stop: int) -> None:
         """Tell the graphs which rows the next pass takes."""
         batch = self._batch
-        self._place.pack_into(self._standing, 0, *(start,) * batch, *(stop - 1,) * batch, stop)
+        if batch == 1:
+            self._place.pack_into(self._standing, 0, start, stop - 1, stop)
+        else:
+            self._place.pack_into(self._standing, 0, *(start,) * batch, *(stop - 1,) * batch, stop)
 
     def _program(self, exit_index: int, row: int) -> _Program:
         """The decode step at an exit, bound."""
@@ -367,7 +371,8 @@ class OnnxRuntimeState:
             runs = [bound_run(path, self._path_binding(path, graphs))]
         else:
             runs = [bound_run(self._backend.sessions[graph.name], self._one_row(graph)) for graph in graphs]
-        return _Program(good_for, runs, self._row[0, 0, 0], self._row[: exit_index + 2, :, 0], self._logits[:, 0])
+        made, kept = self._row[: exit_index + 2, :, 0], self._rows[: exit_index + 2].transpose(2, 0, 1, 3)
+        return _Program(good_for, runs, self._row[0, 0, 0], made, kept, self._logits[:, 0])
 
     def _path_binding(self, session: ort.InferenceSession, graphs: list[_Graph]) -> Any:
         """The binding of a whole decode step, from the token's row to the logits; it also writes every boundary on the way."""
@@ -432,20 +437,18 @@ class OnnxRuntimeState:
 
 
 def run_step(runs: Iterable[Callable[[], object]]) -> int:
-    """Make the calls of a decode step; returns the nanoseconds inside the engine.
+    """Make the calls of a decode step; returns the nanoseconds from the first one to the end of the last.
 
     Raises:
         BundleError: a call failed.
     """
-    busy_ns = 0
+    begin = time.perf_counter_ns()
     try:
         for run in runs:
-            begin = _clock_ns()
             run()
-            busy_ns += _clock_ns() - begin
     except RuntimeError as error:
         raise failed("a decode step", error) from error
-    return busy_ns
+    return time.perf_counter_ns() - begin
 
 
 def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], object]:

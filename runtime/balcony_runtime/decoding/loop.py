@@ -177,9 +177,9 @@ class Decoder:
             sequence.checkpoint()  # the end of the prompt, to which the next reply may go back
         forced = self._force(made.ids[-1])
         done_ns = time.perf_counter_ns()
-        caught_up = 0
-        if not made.drafted:  # rows beyond the new ones are backlog; a draft round has no backlog
-            caught_up = max(sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows, 0)
+        caught_up = sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows
+        if made.drafted or caught_up < 0:  # rows beyond the new ones are backlog; a draft round has no backlog
+            caught_up = 0
         self._last, took_ms = None, (done_ns - begin_ns) / 1e6
         if self._made and attempted is None:
             self._last = self._learn(decision, took_ms, caught_up)
@@ -209,8 +209,10 @@ class Decoder:
             self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
         steps, target_ms, caught_up = [], self._target_ms, self._sequence.rows_run - rows_run
         self._count(latency_ms)
-        for step_ids, logits in zip(made.ids, made.logits, strict=True):
-            steps.append(Step(step_ids, logits, given, target_ms, latency_ms, caught_up, self._budget, *self._read))
+        readings, read_s = self._read
+        for place, ids in enumerate(made.ids):
+            logits = made.logits[place]
+            steps.append(Step(ids, logits, given, target_ms, latency_ms, caught_up, self._budget, readings, read_s))
             latency_ms = 0.0  # the other tokens of a round came with the first
         self._made += len(steps)
         self._rows_run = self._sequence.rows_run

@@ -219,10 +219,10 @@ class Sampler:
             InputError: logits are not finite, because of the model or its precision.
         """
         if self.greedy and len(logits) == 1:  # the common case, with as few calls as possible
-            best = logits.argmax()
-            if not math.isfinite(logits.item(best)):
+            best: IntArray = logits.argmax(-1)
+            if not math.isfinite(logits.item(best.item())):
                 raise not_finite()
-            return np.array([best], np.int64)
+            return best
         adjusted = self._adjust(logits)
         if self._guides:
             pairs = zip(adjusted, self._guides, strict=True)

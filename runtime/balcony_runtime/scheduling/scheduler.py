@@ -185,7 +185,8 @@ class Scheduler:
         finally:
             with self._lock:
                 self._leading, self._running = False, ()
-                self._turn.notify_all()
+                if len(self._streams) > 1:  # others have come meanwhile
+                    self._turn.notify_all()
 
     def join(self, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event) -> Stream:
         """Add a stream. It waits until there is memory for its rows, and the shallowest exits would hold everybody's targets.
@@ -419,8 +420,7 @@ class Scheduler:
                 self._trace.write(self._priced, self._quality, before, seen, found, ended)
             except InputError as error:  # a full disk ends no reply
                 _log.warning("no rounds are recorded any more: %s", error)
-                if self._recorded is self._trace:
-                    self._recorded = None
+                self._recorded = None if self._recorded is self._trace else self._recorded
                 self._trace = None
         for key, decision in found.refused:
             streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
