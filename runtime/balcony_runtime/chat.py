@@ -41,8 +41,8 @@ class Chat:
             raise InputError(f"system of type {type(system).__name__}: give a text")
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[Message] = list(self._system)
-        self._speaking: TokenStream | None = None
-        self._waiting_is_over = threading.Event()  # ends the current :meth:`catching_up`
+        self._open_reply: TokenStream | None = None
+        self._stop_catching_up = threading.Event()  # ends the current :meth:`catching_up`
 
     def send(self, message: str | Message | Sequence[Message], **options: Any) -> TokenStream:
         """Send a message and stream the reply; the history gets the part of the reply that was consumed.
@@ -61,12 +61,12 @@ class Chat:
         new = _messages(message)
         if isinstance(message, str):
             self._llm.encode(message)  # refuses an empty text
-        self._silence()
+        self._end_open_work()
         stream = self._llm.stream([*self.messages, *new], sequence=self.sequence, **options)
-        self._speaking = TokenStream(
+        self._open_reply = TokenStream(
             self._recorded(new, stream), stream.prompt, stream.cancelled, stream.limits, stream.watch, stream.box
         )
-        return self._speaking
+        return self._open_reply
 
     def _recorded(self, new: list[Message], stream: TokenStream) -> Iterator[Token]:
         last = None
@@ -102,7 +102,7 @@ class Chat:
         Raises:
             InputError: the file cannot be written.
         """
-        self._silence()
+        self._end_open_work()
         engine, system = self._llm.engine, len(self._system)
         return file.save(
             Path(path), engine, self.sequence, messages=[dict(one) for one in self.messages], system=system, int8=int8
@@ -130,7 +130,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation, except for the system message."""
-        self._silence()
+        self._end_open_work()
         self.messages = list(self._system)
         # What was said goes from the sequence, too: it could be saved.
         try:
@@ -139,12 +139,12 @@ class Chat:
             system = []
         self.sequence.rollback(self.sequence.shared_prefix(np.array(system, np.int64)))
 
-    def _silence(self) -> None:
+    def _end_open_work(self) -> None:
         """End open work: an unfinished reply joins the history, and catching up stops after the current portion."""
-        self._waiting_is_over.set()
-        if self._speaking is not None:
-            self._speaking.close()
-            self._speaking = None
+        self._stop_catching_up.set()
+        if self._open_reply is not None:
+            self._open_reply.close()
+            self._open_reply = None
 
     @contextmanager
     def catching_up(self) -> Iterator[None]:
@@ -152,7 +152,7 @@ class Chat:
 
         Under a budget with ceilings nothing runs, because nobody reads the sensors meanwhile.
         """
-        stop = self._waiting_is_over = threading.Event()
+        stop = self._stop_catching_up = threading.Event()
 
         def work() -> None:
             # If the bundle is closed or memory runs out, the next reply, which needs these rows, reports it.

@@ -295,7 +295,7 @@ class TokenSequence:
             InputError: the parts are those of other graphs.
         """
         if tokens.shape[1] > self.max_length:
-            raise self.full(tokens.shape[1])
+            raise self.too_long_error(tokens.shape[1])
         self.state.fill(stage_cursor, balcony_cursor, parts)
         self._append(tokens)
         self.stage_cursor, self.balcony_cursor = list(stage_cursor), list(balcony_cursor)
@@ -303,22 +303,22 @@ class TokenSequence:
     def _append(self, tokens: IntArray) -> None:
         """:meth:`append` for tokens (B, n) that were checked."""
         if self.length + tokens.shape[1] > self.max_length:
-            raise self.full(tokens.shape[1])
+            raise self.too_long_error(tokens.shape[1])
         if tokens.shape[1]:
             self.state.embed(tokens, self.length)
-            self.note(tokens)
+            self.record_tokens(tokens)
 
     def shared_prefix(self, tokens: IntArray) -> int:
         """Number of first tokens that the only member has in common with ``tokens`` (n,)."""
         return common_length(self.tokens[0], tokens)
 
-    def full(self, more: int = 1) -> ContextLengthError:
+    def too_long_error(self, more: int = 1) -> ContextLengthError:
         """The error for that many more tokens than the sequence can hold."""
         return ContextLengthError(
             f"{self.length + more} tokens: this sequence holds {self.max_length}: shorten the prompt or raise max_length"
         )
 
-    def note(self, tokens: IntArray | int) -> None:
+    def record_tokens(self, tokens: IntArray | int) -> None:
         """Count tokens (B, n), or the token of the only member, whose embeddings the state has."""
         total = self.length + (1 if isinstance(tokens, int) else tokens.shape[1])
         self._tokens.T[:, self.length : total] = tokens
@@ -340,7 +340,7 @@ class TokenSequence:
         """
         if not self.up_to_date(exit_layer):
             return self.advance(exit_layer, ids[:, None])[:, 0]
-        logits: FloatArray = self._stepped(self.state.decode, exit_layer, ids)
+        logits: FloatArray = self._fast_step(self.state.decode, exit_layer, ids)
         return logits
 
     @_exclusive
@@ -348,7 +348,7 @@ class TokenSequence:
         """:meth:`step` that returns only the most likely token of each member, (B,); a GPU then transfers no logits."""
         if not self.up_to_date(exit_layer):
             return likeliest(self.advance(exit_layer, ids[:, None])[:, 0])
-        best: IntArray = self._stepped(self.state.decode_best, exit_layer, ids)
+        best: IntArray = self._fast_step(self.state.decode_best, exit_layer, ids)
         return best
 
     @property
@@ -363,14 +363,14 @@ class TokenSequence:
             return False
         return not self._cached[index] or self.balcony_cursor[index] == row
 
-    def _stepped(self, decode: Callable[[int, IntArray, int], Any], exit_layer: int, ids: IntArray) -> Any:
+    def _fast_step(self, decode: Callable[[int, IntArray, int], Any], exit_layer: int, ids: IntArray) -> Any:
         """Fast path of a step at an exit that is up to date."""
         index, row = self._indices[exit_layer], self.length
         found = decode(index, ids, row)
-        self.decoded(index, ids)
+        self.record_step(index, ids)
         return found
 
-    def decoded(self, index: int, ids: IntArray | int) -> None:
+    def record_step(self, index: int, ids: IntArray | int) -> None:
         """Count a token of each member, whose row all graphs on the way to exit ``index`` have taken in."""
         row = self.length
         self._tokens[row] = ids

@@ -295,7 +295,7 @@ def test_times_of_replies_that_follow_one_another() -> None:
     costs = []
     for begun_s, last_s in ((1.0, 5.0), (5.0, 9.0)):
         costs.append(cost := Cost(asked_s=0.0))
-        cost.begun_s = cost.first_s = begun_s
+        cost.earliest_first_s = cost.latest_first_s = begun_s
         cost.last_s, cost.tokens, cost.gaps = last_s, 100, 99
     total = Cost.of(costs)
     timings = total.timings(prompt_tokens=10, cached=0)

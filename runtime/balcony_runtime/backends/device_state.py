@@ -301,7 +301,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _alone(method: Callable[Concatenate[DeviceState, P], R]) -> Callable[Concatenate[DeviceState, P], R]:
+def _exclusive(method: Callable[Concatenate[DeviceState, P], R]) -> Callable[Concatenate[DeviceState, P], R]:
     """Make a method exclusive: while it runs, no other sequence uses the device."""
 
     @functools.wraps(method)
@@ -329,14 +329,14 @@ class DeviceState(RowsOnly):
         """Bytes of row buffers and KV caches at full length, since a device allocates them whole."""
         return self._workspace.memory_bytes
 
-    @_alone
+    @_exclusive
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """Run one row through all graphs on the way to an exit."""
         self._step(exit_index, ids, row)
         logits: FloatArray = self._downloaded(self._workspace.logits)[:, 0]
         return logits
 
-    @_alone
+    @_exclusive
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
         """The same, but return only the most likely token of each member, (B,).
 
@@ -351,7 +351,7 @@ class DeviceState(RowsOnly):
                 raise not_finite()
         return best
 
-    @_alone
+    @_exclusive
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write token embeddings to boundary 0."""
         for first in range(0, tokens.shape[1], MAX_ROWS):
@@ -362,7 +362,7 @@ class DeviceState(RowsOnly):
                 self._run(self._workspace.embed, {"ids": ids, "hidden_0": rows})
             self._store(0, rows, start + first)
 
-    @_alone
+    @_exclusive
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Run rows from boundary ``stage`` to boundary ``stage + 1``."""
         self._stand_at(start)
@@ -372,7 +372,7 @@ class DeviceState(RowsOnly):
         self._run(self._workspace.stages[stage], {names[0]: source, names[1]: target})
         self._store(stage + 1, target, start)
 
-    @_alone
+    @_exclusive
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
         boundary, count = exit_index + 1, max(num_queries, 1)
@@ -387,14 +387,14 @@ class DeviceState(RowsOnly):
             self._run(graph, {"rows": rows, "queries": queries, "hidden": out})
         self._asked = out
 
-    @_alone
+    @_exclusive
     def wait(self) -> None:
         """Wait for all passes so far."""
         begin = time.perf_counter_ns()
         self._device.synchronize()
         self.busy_ns += time.perf_counter_ns() - begin
 
-    @_alone
+    @_exclusive
     def logits(self, num_queries: int) -> FloatArray:
         """Run the head over the result of :meth:`run_exit`."""
         assert self._asked is not None
@@ -405,14 +405,14 @@ class DeviceState(RowsOnly):
             found: FloatArray = self._downloaded(logits)
         return found
 
-    @_alone
+    @_exclusive
     def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
         """Copies of the rows at the boundaries after the stages, and of keys and values."""
         return {
             name: self._downloaded(region)[first] for name, region, first in self._reached(stage_rows, balcony_rows)
         }
 
-    @_alone
+    @_exclusive
     def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
         """Copy what another state has made to the device."""
         for name, region, first in self._reached(stage_rows, balcony_rows):

@@ -45,7 +45,7 @@ _pool_asked = False
 
 
 def open_session(
-    path: Path | bytes,
+    graph: Path | bytes,
     *,
     threads: int | None = None,
     pack_to: Path | None = None,
@@ -61,7 +61,7 @@ def open_session(
     made any more, the session gets one of its own that does not spin.
 
     Args:
-        path: file of the graph, or the graph itself.
+        graph: file of the graph, or the graph itself.
         threads: size of the pool; by default :func:`.best_threads`.
         pack_to: file to which the graph is also written, with its packed weights in a file next to it.
         optimize: whether ONNX Runtime may change the graph; otherwise its nodes run as they are.
@@ -103,7 +103,7 @@ def open_session(
     options.add_session_config_entry("session.use_env_allocators", "1")
     try:
         try:
-            return _quiet_session(path, options, providers)
+            return _quiet_session(graph, options, providers)
         except RuntimeError as error:
             if "EnvCreatedWithGlobalThreadPools" not in str(error):
                 raise
@@ -111,16 +111,16 @@ def open_session(
         options.intra_op_num_threads = count
         # Several spinning pools make each other about 5 times slower.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return _quiet_session(path, options, providers)
+        return _quiet_session(graph, options, providers)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
-        name = "a graph in memory" if isinstance(path, bytes) else path
+        name = "a graph in memory" if isinstance(graph, bytes) else graph
         raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line(error)}): export it again") from error
 
 
-def _quiet_session(path: Path | bytes, options: Any, providers: Sequence[Any]) -> ort.InferenceSession:
-    graph = path if isinstance(path, bytes) else str(path)
+def _quiet_session(graph: Path | bytes, options: Any, providers: Sequence[Any]) -> ort.InferenceSession:
+    model = graph if isinstance(graph, bytes) else str(graph)
     # With the fallback enabled, a session that fails prints a message and tries again with the same provider.
-    return ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
+    return ort.InferenceSession(model, options, providers=list(providers), enable_fallback=0)
 
 
 def check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None:

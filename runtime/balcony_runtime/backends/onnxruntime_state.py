@@ -258,7 +258,7 @@ class OnnxRuntimeState:
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
         (graph, keys), boundary = self._exits[exit_index], exit_index + 1
-        full = graph.cache is None
+        keeps_no_rows = graph.cache is None
         self._reserve(graph, stop)
         if keys is not None:  # this balcony uses all its rows as queries, so the others go through the graph for keys
             asked = stop - num_queries
@@ -269,7 +269,7 @@ class OnnxRuntimeState:
                 self._run_rows(keys, {"rows": rows}, {})
                 keys.end(asked)
             start = asked
-        elif full:
+        elif keeps_no_rows:
             start = stop - num_queries
         num_queries = max(num_queries, 1) if keys is None else num_queries
         if start == stop:
@@ -285,8 +285,8 @@ class OnnxRuntimeState:
         rows = np.ascontiguousarray(self._rows[boundary, :, start:stop])
         queries = np.ascontiguousarray(rows[:, rows.shape[1] - num_queries :])
         out = np.empty_like(queries)
-        inputs = {"hidden": queries} if full else {"rows": rows, "queries": queries}
-        self._run_rows(graph, inputs, {"normed" if full else "hidden": out})
+        inputs = {"hidden": queries} if keeps_no_rows else {"rows": rows, "queries": queries}
+        self._run_rows(graph, inputs, {"normed" if keeps_no_rows else "hidden": out})
         self._queries = out
         graph.end(stop)
 

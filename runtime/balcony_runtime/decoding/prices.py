@@ -76,16 +76,16 @@ def measure_prices(engine: Engine) -> CostModel:
     typical = {key: median(values) for key, values in samples.items()}
 
     def unit(kind: str, index: int) -> UnitCost:
-        one, rows, deep = (typical[kind, index, which] for which in ("one", "many", "deep"))
-        marginal_ms, experts = max(rows - one, 0.0) / max(many - 1, 1), None
+        one_ms, many_ms, deep_ms = (typical[kind, index, which] for which in ("one", "many", "deep"))
+        marginal_ms, experts = max(many_ms - one_ms, 0.0) / max(many - 1, 1), None
         if mixture is not None and kind == "stage":  # of a balcony's pending rows only keys and values are computed
-            further_ms = {FEW_ROWS: typical[kind, index, "few"] - one, many: rows - one}
+            further_ms = {FEW_ROWS: typical[kind, index, "few"] - one_ms, many: many_ms - one_ms}
             marginal_ms, experts = split_experts(mixture.share, further_ms)
         return UnitCost(
-            first_row_ms=one,
+            first_row_ms=one_ms,
             marginal_row_ms=marginal_ms,
             experts=experts,
-            context_ms_per_1k=max(deep - one, 0.0) * 1000 / context,
+            context_ms_per_1k=max(deep_ms - one_ms, 0.0) * 1000 / context,
         )
 
     return CostModel(

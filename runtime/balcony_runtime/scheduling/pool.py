@@ -113,7 +113,7 @@ class SequencePool:
         """
         wanted = np.array(tokens[: max(len(tokens) - 1, 0)], np.int64)  # the prompt's last token is always run
         self.recall(wanted)
-        with self._alone():
+        with self._locked():
             donor, shared = self._longest(wanted)
             if donor is None:
                 return self._empty()
@@ -147,7 +147,7 @@ class SequencePool:
             Number of rows that came from another sequence.
         """
         wanted = sequence.tokens[0].copy()
-        with self._alone(), sequence.lock, ExitStack() as held:
+        with self._locked(), sequence.lock, ExitStack() as held:
             donor, rows = self._longest(wanted[:-1], {sequence, *but})
             if donor is not None and donor.lock.acquire(blocking=False):
                 held.callback(donor.lock.release)
@@ -204,7 +204,7 @@ class SequencePool:
             return
         with self._reading:  # who asks for the same prompt meanwhile finds it in memory afterwards
             path = self._better(files, wanted)
-            with self._alone():
+            with self._locked():
                 sequence = None if path is None else self._empty()
             if path is None or sequence is None:
                 return
@@ -221,7 +221,7 @@ class SequencePool:
     def _better(self, files: PrefixFiles, wanted: IntArray) -> Path | None:
         """The file with the longest prefix of some tokens, if it has clearly more than every member and may be kept."""
         path, saved = files.longest(wanted, self.kept_bytes)
-        with self._alone():
+        with self._locked():
             return None if saved < self._longest(wanted)[1] + LEAST_SHARED else path
 
     def save(self, tokens: Sequence[int], path: Path) -> tuple[int, int]:
@@ -233,7 +233,7 @@ class SequencePool:
             InputError: no ended sequence has them any more, or the file cannot be written.
         """
         wanted = np.array(tokens, np.int64)
-        with self._alone():
+        with self._locked():
             found = [one for one in self._ended if one.shared_prefix(wanted) >= max(len(wanted) - 1, 1)]
             if not found:
                 raise InputError("the rows are not kept any more: save earlier, or keep more with prefix_mb")
@@ -251,7 +251,7 @@ class SequencePool:
             InputError: the file cannot be read, is damaged, is of another bundle, or is larger than what may be kept.
             BusyError: all members are in use.
         """
-        with self._alone():
+        with self._locked():
             sequence = self._empty()
         if sequence is None:
             raise BusyError(f"all {self._pool.members} places are in use: try again later")
@@ -303,11 +303,11 @@ class SequencePool:
         with self._lock:
             self._returned.append(sequence)
             if not self._working:
-                with self._alone():
+                with self._locked():
                     pass
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Hold the lock; at the end take back what was given back meanwhile."""
         with self._lock:
             self._working = True
@@ -338,7 +338,7 @@ class SequencePool:
     @property
     def bytes(self) -> int:
         """Bytes of the sequences that have ended."""
-        with self._alone():
+        with self._locked():
             return self._ended_bytes()
 
     def forget(self, tokens: Sequence[int]) -> int:
@@ -347,7 +347,7 @@ class SequencePool:
         The last token of a reply has no row.
         """
         wanted = np.array(tokens, np.int64)
-        with self._alone():
+        with self._locked():
             for sequence in self._ended:
                 if len(wanted) - 1 <= sequence.shared_prefix(wanted) == sequence.length:
                     self._ended.remove(sequence)
@@ -361,7 +361,7 @@ class SequencePool:
 
         No thread may take one meanwhile.
         """
-        with self._alone():
+        with self._locked():
             ended, self._ended = self._ended[::-1], []
         if (files := self._files) is not None:
             try:
@@ -369,7 +369,7 @@ class SequencePool:
                     files.keep(sequence, age)
             except BalconyError as error:
                 _log.warning("%s", error)
-        with self._alone():
+        with self._locked():
             for sequence in ended:
                 self._clear(sequence)
 
@@ -396,12 +396,12 @@ class SequencePool:
         """
         self._engine.refuse_closed()
         # A pass may write to members that lie between others, so nobody takes or frees one meanwhile.
-        with self._alone(), ExitStack() as held:
+        with self._locked(), ExitStack() as held:
             ordered = sorted(moves, key=lambda move: self._places[move.sequence])
             for move in ordered:  # the same order in every thread
                 held.enter_context(move.sequence.lock)
                 if move.sequence.length >= move.sequence.max_length:
-                    raise move.sequence.full()
+                    raise move.sequence.too_long_error()
             logits = self._shared.run([self._places[move.sequence] for move in ordered], ordered)
         rows = {move.sequence: logits[place : place + 1] for place, move in enumerate(ordered)}
         return [rows[move.sequence] for move in moves]

@@ -281,7 +281,7 @@ class Scheduler:
             if not (asking := [one for one in asking if one.asks]):
                 return
             if len(asking) == 1 and not self._makes_way(asking[0], others):
-                self._alone(asking[0])
+                self._step_alone(asking[0])
             else:
                 self._round(asking, begin_ns)
         finally:
@@ -305,7 +305,7 @@ class Scheduler:
             self._lent[sequence] = self._changes
             # Outside the pool, rows that were run by itself stay where they are.
             if self._pool.holds(sequence) or sequence.stage_cursor[0] <= decoder.kept_rows:
-                with stream.alone():
+                with stream.isolated():
                     if rows := self._pool.look_again(sequence, {one.sequence for one in begins}):
                         decoder.kept_rows, copied = rows, True
         return copied
@@ -318,7 +318,7 @@ class Scheduler:
         waits, held = (one for one in self._all if one.waits), False
         waiting = in_order(waits, lambda one: one.decoder.budget.weight)
         for stream in waiting:
-            with stream.alone():
+            with stream.isolated():
                 reason = "a reply that has waited for longer is next: wait" if held else self._refusal(stream)
                 if reason is None:
                     stream.admitted = True
@@ -382,10 +382,10 @@ class Scheduler:
             return False
         return others or decoder.budget.ttft_ms is None
 
-    def _alone(self, stream: Stream) -> None:
+    def _step_alone(self, stream: Stream) -> None:
         self._company = frozenset()
         self._last = None
-        with undone([stream]), stream.alone():
+        with undone([stream]), stream.isolated():
             stream.answer(stream.decoder.step(1000 * (time.monotonic() - stream.asked_s)))
 
     def _round(self, asking: Sequence[Stream], begin_ns: int) -> None:
@@ -443,7 +443,7 @@ class Scheduler:
         now_s = time.monotonic()
         for stream, row in logits.items():
             decision, waited_ms = moves[stream.key], 1000 * (now_s - stream.asked_s)
-            with stream.alone():
+            with stream.isolated():
                 steps = stream.decoder.take(row, decision, waited_ms, (seen.readings, seen.now_s))
                 stream.decoder.follow(decision.exit_layer, state.slowdown, state.governor)
                 stream.answer(steps)
@@ -461,7 +461,7 @@ class Scheduler:
         """What the controller must know; a stream that cannot go on fails alone."""
         streams, found = {}, []
         for stream in asking:
-            with stream.alone():
+            with stream.isolated():
                 found.append(self._seen_of(stream))
                 streams[stream.key] = stream
         senses = any(one.budget.needs_sensors for one in found)
@@ -482,7 +482,7 @@ class Scheduler:
             if stream.decoder.begun and self._shares(stream):
                 together.append(stream)
                 continue
-            with stream.alone():
+            with stream.isolated():
                 if stream.decoder.begun:
                     ids = np.array([stream.decoder.last_token])
                     logits[stream] = sequence.step(decision.exit_layer, ids).copy()
@@ -490,7 +490,7 @@ class Scheduler:
                     logits[stream] = sequence.advance(decision.exit_layer, ())[:, -1]
         full = [stream for stream in together if stream.sequence.length >= stream.sequence.max_length]
         for stream in full:
-            stream.fail(stream.sequence.full())
+            stream.fail(stream.sequence.too_long_error())
         together = [stream for stream in together if stream not in full]
         if together and self._pool is not None:
             rows = self._pool.step(

@@ -74,13 +74,13 @@ class SharedStep:
         if adjacent and all(move.sequence.up_to_date(move.exit_layer) for move in moves):
             logits = self._pool.decode(members[0], exits, tokens, rows)
             for move, exit_index in zip(moves, exits, strict=True):
-                move.sequence.decoded(exit_index, move.token)
+                move.sequence.record_step(exit_index, move.token)
             return logits
         longest = max(sequence.length for sequence in self._members if sequence is not None) + 1
         places = np.array(members)
         self._pool.begin(places, np.array(tokens), np.array(rows), min(longest, self._engine.max_length))
         for move in moves:
-            move.sequence.note(move.token)
+            move.sequence.record_tokens(move.token)
         self._run(dict(zip(members, exits, strict=True)))
         return self._pool.logits(places)
 

@@ -92,7 +92,7 @@ class Stream:
     def work_off(self, chunk: Chunk) -> None:
         """Run pending rows, and wait for the device, so that their time is known."""
         sequence = self.sequence
-        with self.alone():
+        with self.isolated():
             for stage in chunk.stages:
                 sequence.run_stage(stage, chunk.rows)
             if chunk.balcony is not None:
@@ -100,7 +100,7 @@ class Stream:
             sequence.state.wait()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def isolated(self) -> Iterator[None]:
         """End this stream, and no other one, if what is done for it fails; its consumer gets the exception."""
         try:
             yield

@@ -31,7 +31,7 @@ from balcony_runtime.sensors.plausible import LIMITS
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
     EnergyCounter,
-    Patient,
+    TimedReader,
     absence,
     entries,
     number_or_none,
@@ -120,7 +120,7 @@ class Gpus(NothingOpen):
     def __init__(self, sysfs: Path) -> None:
         self._root = sysfs
         self._gpus: dict[tuple[Path, str, Path | None], _Gpu] = {}  # a GPU that stays continues its counters
-        self._patient = Patient()
+        self._reader = TimedReader()
 
     def discover(self) -> None:
         ranked = []
@@ -140,7 +140,7 @@ class Gpus(NothingOpen):
             return SourceSample(absences=(Absence(self.name, reason),))
         readings: list[Reading] = []
         absences: list[Absence] = []
-        answers = self._patient.read(lambda gpu: gpu.read(now_s), tuple(self._gpus.values()))
+        answers = self._reader.read(lambda gpu: gpu.read(now_s), tuple(self._gpus.values()))
         for gpu, found in answers.items():
             if isinstance(found, ATTRIBUTE_ERRORS):  # it hangs
                 absences.append(absence(gpu.source, found))

@@ -147,7 +147,7 @@ def unique(name: str, taken: set[str]) -> str:
     return result
 
 
-class Patient:
+class TimedReader:
     """Reads parts one after another in a thread, so that a part that hangs in the kernel does not block the others.
 
     A part that hangs keeps its thread and is left out until that thread returns. There are at most as many threads as parts

@@ -15,7 +15,7 @@ from balcony_edge.device.readings import Reading, Scope
 from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 from balcony_runtime.sensors.sysfs import (
     ATTRIBUTE_ERRORS,
-    Patient,
+    TimedReader,
     absence,
     numbered,
     read_number,
@@ -54,13 +54,13 @@ class Thermal(NothingOpen):
     def __init__(self, sysfs: Path) -> None:
         self._root = sysfs
         self._probes: tuple[_Probe, ...] = ()
-        self._patient = Patient()
+        self._reader = TimedReader()
 
     def discover(self) -> None:
         taken: set[str] = set()
         probes = []
         zones = numbered(self._root / "class/thermal", "thermal_zone")
-        kinds = self._patient.read(lambda zone: text_or_none(zone / "type"), zones)
+        kinds = self._reader.read(lambda zone: text_or_none(zone / "type"), zones)
         for zone in zones:
             kind = kinds[zone] if isinstance(kinds[zone], str) else zone.name
             probes.append(_Probe(unique(f"thermal:{kind}", taken), _scope(kind), zone / "temp"))
@@ -78,7 +78,7 @@ class Thermal(NothingOpen):
 
     def read(self, now_s: float) -> SourceSample:
         readings, absences = [], []
-        for probe, found in self._patient.read(lambda probe: read_number(probe.path), self._probes).items():
+        for probe, found in self._reader.read(lambda probe: read_number(probe.path), self._probes).items():
             if isinstance(found, ATTRIBUTE_ERRORS):
                 absences.append(absence(probe.source, found))
             else:

@@ -321,7 +321,7 @@ class _Member:
         self.busy_ns += time.perf_counter_ns() - begin
 
 
-def _alone(method: Callable[Concatenate[WebGpuState, P], R]) -> Callable[Concatenate[WebGpuState, P], R]:
+def _exclusive(method: Callable[Concatenate[WebGpuState, P], R]) -> Callable[Concatenate[WebGpuState, P], R]:
     """Make a method exclusive: while it runs, no other sequence of any bundle uses WebGPU, and the device is not closed."""
 
     @functools.wraps(method)
@@ -350,13 +350,13 @@ class WebGpuState(RowsOnly):
         """Bytes of row buffers, KV caches and logits at full length, since a device allocates them whole."""
         return sum(member.memory_bytes for member in self._members)
 
-    @_alone
+    @_exclusive
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """Run one row of each member through all graphs on the way to an exit."""
         logits = [member.decode(exit_index, token, row) for member, token in self._each(ids.tolist())]
         return logits[0][None] if len(logits) == 1 else np.stack(logits)
 
-    @_alone
+    @_exclusive
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
         """The same, but return only the likeliest token of each member, (B,).
 
@@ -365,43 +365,43 @@ class WebGpuState(RowsOnly):
         """
         return np.array([member.decode_best(exit_index, token, row) for member, token in self._each(ids.tolist())])
 
-    @_alone
+    @_exclusive
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write tokens (B, n) to boundary 0."""
         for member, line in self._each(tokens):
             member.embed(line, start)
 
-    @_alone
+    @_exclusive
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Run rows from boundary ``stage`` to boundary ``stage + 1``."""
         for member in self._members:
             member.run_stage(stage, start, stop)
 
-    @_alone
+    @_exclusive
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
         for member in self._members:
             member.run_exit(exit_index, start, stop, num_queries)
 
-    @_alone
+    @_exclusive
     def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
         """Copies of the rows at the boundaries after the stages, and of keys and values."""
         each = [member.parts(stage_rows, balcony_rows) for member in self._members]
         return {name: np.concatenate([parts[name] for parts in each]) for name in each[0]}
 
-    @_alone
+    @_exclusive
     def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
         """Copy what another state has made to the device."""
         for index, member in enumerate(self._members):
             own = {name: part[index : index + 1] for name, part in parts.items()}
             member.fill(stage_rows, balcony_rows, own)
 
-    @_alone
+    @_exclusive
     def wait(self) -> None:
         """Wait for all passes so far."""
         self._members[-1].wait()
 
-    @_alone
+    @_exclusive
     def logits(self, num_queries: int) -> FloatArray:
         """Run the head over the result of :meth:`run_exit`."""
         return np.stack([member.logits() for member in self._members])

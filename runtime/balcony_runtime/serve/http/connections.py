@@ -48,7 +48,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
         super().connection_made(transport)
-        self._expect()
+        self._start_head_timer()
         if len(self.connections) > self.most:
             longest = next(iter(self.idle))  # this one, if all others have a request in progress
             longest._drop()
@@ -61,67 +61,67 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
-        self._calm_head()
-        self._calm_unread()
+        self._stop_head_timer()
+        self._stop_unread_timer()
         self.idle.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Read a part of a request."""
         super().data_received(data)
-        self._expect()
+        self._start_head_timer()
 
     def on_response_complete(self) -> None:
         """Note the end of an answer. Uvicorn's keep-alive time runs from here to the next byte."""
         super().on_response_complete()
         if self.transport.is_closing():
-            self._patience()
+            self._start_unread_timer()
         elif not self._busy:
             self.idle[self] = None
 
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection; without waiting for a client that has not read the last answer."""
         super().timeout_keep_alive_handler()
-        self._patience()
+        self._start_unread_timer()
 
     def pause_writing(self) -> None:
         """The client does not read fast enough."""
         super().pause_writing()
-        self._patience()
+        self._start_unread_timer()
 
     def resume_writing(self) -> None:
         """The client has read."""
         super().resume_writing()
-        self._calm_unread()
+        self._stop_unread_timer()
         if self.transport.is_closing():  # what is left may be little, and still not be read
-            self._patience()
+            self._start_unread_timer()
 
     @property
     def _busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _expect(self) -> None:
+    def _start_head_timer(self) -> None:
         """Start the time for the next request's headers, unless it runs or a request is in progress."""
         if self.transport.is_closing():
-            self._patience()
+            self._start_unread_timer()
         elif self._busy:
-            self._calm_head()
+            self._stop_head_timer()
             self.idle.pop(self, None)
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_s, self.transport.abort)
             self.idle[self] = None
 
-    def _patience(self) -> None:
+    def _start_unread_timer(self) -> None:
         """Start the time for reading what was sent, unless it runs."""
         if self._unread_timer is None and self.transport.get_write_buffer_size():
             self._unread_timer = self.loop.call_later(self.unread_s, self.transport.abort)
 
-    def _calm_head(self) -> None:
+    def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _calm_unread(self) -> None:
+    def _stop_unread_timer(self) -> None:
         if self._unread_timer is not None:
             self._unread_timer.cancel()
             self._unread_timer = None

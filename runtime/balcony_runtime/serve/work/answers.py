@@ -62,8 +62,8 @@ class Answer:
         self.asked, self.shapes, self.jobs = asked, shapes, jobs
         self._worker, self._retry_s, self._on_close = worker, retry_s, on_close
         self._channel: Channel = jobs[0].channel
-        self.begun_s = jobs[0].cost.asked_s
-        self._until_s, self._limit_s = self.begun_s + limit_s, limit_s
+        self.asked_s = jobs[0].cost.asked_s
+        self._until_s, self._limit_s = self.asked_s + limit_s, limit_s
         self.scores: dict[Job, Scores] = {}
         self._first: tuple[Job, Item] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -249,7 +249,7 @@ class Answer:
             "choices": len(self.jobs),
             "prompt_tokens": prompt_tokens(self.jobs),
             "tokens": cost.tokens,
-            "seconds": round(time.monotonic() - self.begun_s, 4),
+            "seconds": round(time.monotonic() - self.asked_s, 4),
             **{key: facts[key] for key in ("ttft_ms", "mean_tpot_ms", "tokens_per_exit", "late_tokens")},
         }
         _log.info("%s", json.dumps(line))

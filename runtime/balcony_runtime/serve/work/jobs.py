@@ -116,9 +116,9 @@ class Cost:
 
     def __init__(self, asked_s: float | None = None) -> None:
         self.asked_s = time.monotonic() if asked_s is None else asked_s
-        #: Times of the first token; of several replies, of the earliest first one, and of the last.
-        self.begun_s: float | None = None
-        self.first_s: float | None = None
+        #: Times of the earliest first token and of the latest; of one reply they are equal.
+        self.earliest_first_s: float | None = None
+        self.latest_first_s: float | None = None
         self.last_s = self.asked_s
         self.tokens, self.gaps, self.gaps_ms, self.late, self.targets = 0, 0, 0.0, 0, 0
         self.per_exit: Counter[int] = Counter()
@@ -128,8 +128,8 @@ class Cost:
     def count(self, token: Token) -> None:
         """Count a token that has just arrived."""
         self.last_s = time.monotonic()
-        if self.first_s is None:
-            self.begun_s = self.first_s = self.last_s
+        if self.latest_first_s is None:
+            self.earliest_first_s = self.latest_first_s = self.last_s
         else:
             self.gaps += 1
             self.gaps_ms += token.latency_ms
@@ -143,7 +143,7 @@ class Cost:
     @property
     def ttft_ms(self) -> float | None:
         """Milliseconds from the request to the first token, waiting included."""
-        return None if self.first_s is None else 1000 * (self.first_s - self.asked_s)
+        return None if self.latest_first_s is None else 1000 * (self.latest_first_s - self.asked_s)
 
     @classmethod
     def of(cls, costs: Sequence[Cost]) -> Cost:
@@ -151,8 +151,8 @@ class Cost:
         if len(costs) == 1:
             return costs[0]
         total = cls(min(cost.asked_s for cost in costs))
-        firsts = [cost.first_s for cost in costs if cost.first_s is not None]
-        total.begun_s, total.first_s = min(firsts, default=None), max(firsts, default=None)
+        firsts = [cost.latest_first_s for cost in costs if cost.latest_first_s is not None]
+        total.earliest_first_s, total.latest_first_s = min(firsts, default=None), max(firsts, default=None)
         total.last_s = max(cost.last_s for cost in costs)
         for name in ("tokens", "gaps", "gaps_ms", "late", "targets", "forced"):
             setattr(total, name, sum(getattr(cost, name) for cost in costs))
@@ -169,8 +169,8 @@ class Cost:
             cached: number of these whose rows were there already.
         """
         prompt_tokens -= cached
-        begun_s = self.last_s if self.begun_s is None else self.begun_s
-        prompt_ms = 0.0 if self.begun_s is None else 1000 * (begun_s - self.asked_s)
+        begun_s = self.last_s if self.earliest_first_s is None else self.earliest_first_s
+        prompt_ms = 0.0 if self.earliest_first_s is None else 1000 * (begun_s - self.asked_s)
         predicted_ms = 1000 * (self.last_s - begun_s)
         return {
             "cache_n": cached,

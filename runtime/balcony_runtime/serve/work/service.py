@@ -314,7 +314,7 @@ class Service:
         for job in answer.jobs:
             self._jobs.pop(job.key, None)
             self._parts.slots.ended(job)
-        seconds = time.monotonic() - answer.begun_s
+        seconds = time.monotonic() - answer.asked_s
         self._mean_s += 0.2 * (seconds - self._mean_s)
         cost = Cost.of([job.cost for job in answer.jobs])
         operation = "chat" if answer.asked.chat else "text_completion"
