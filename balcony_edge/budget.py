@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
-from balcony_edge.device.readings import Rail
 from balcony_edge.errors import BudgetError, shown
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ Layer = Annotated[int, Field(strict=True, ge=1, le=10_000)]
 Tokens = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+#: Part of a device whose power a budget can limit (``power_rail``); a profile measures each.
+Rail = Literal["board", "cpu", "gpu"]
 
 #: Keys that contradict a fixed exit, because only depth can hold them. Pace alone can hold power, degrees and utilization.
 _HELD_BY_DEPTH_ALONE = (

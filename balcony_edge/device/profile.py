@@ -15,10 +15,10 @@ from typing import Annotated, Any, Final, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from balcony_edge.budget import Rail
 from balcony_edge.bundle.manifest import Finite
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
 from balcony_edge.device.machine import Machine
-from balcony_edge.device.readings import Rail
 from balcony_edge.errors import ProfileError
 from balcony_edge.files import write_atomically
 

@@ -17,8 +17,6 @@ from balcony_edge.errors import InputError
 #: Part that a reading is about. ``board`` is the whole device (Jetson VDD_IN, a laptop's battery drain, wall power); ``other``
 #: is a part outside this list, or several at once (a supply rail of CPU and GPU together, a wireless card's temperature).
 Scope = Literal["board", "cpu", "gpu", "memory", "battery", "process", "other"]
-#: Part of a device whose power a budget can limit (``power_rail``); a profile measures each.
-Rail = Literal["board", "cpu", "gpu"]
 
 
 @dataclass(frozen=True, slots=True)

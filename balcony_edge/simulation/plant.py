@@ -18,9 +18,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from balcony_edge.budget import Rail
 from balcony_edge.control.decision import CatchUp
 from balcony_edge.device.costs import CostModel
-from balcony_edge.device.readings import Rail, Reading
+from balcony_edge.device.readings import Reading
 
 #: Seconds between two samples of the simulated sensors.
 SAMPLE_S = 0.1

@@ -17,8 +17,9 @@ from typing import get_args
 
 import psutil
 
+from balcony_edge.budget import Rail
 from balcony_edge.device.profile import Conditions, Power
-from balcony_edge.device.readings import Rail, Reading, adding_up
+from balcony_edge.device.readings import Reading, adding_up
 from balcony_runtime.sensors import Sensors
 from balcony_runtime.sensors.system import cpu_seconds
 

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from statistics import median
 
+from balcony_edge.budget import Rail
 from balcony_edge.device.machine import this_device
 from balcony_edge.device.profile import DeviceProfile, EngineFacts, MemoryUse, Moment, Power, Sustained
-from balcony_edge.device.readings import Rail
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import results

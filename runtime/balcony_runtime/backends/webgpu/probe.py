@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from balcony_edge.errors import DeviceError
+from balcony_runtime.backends.base import Array
 from balcony_runtime.backends.webgpu import small_graphs
-from balcony_runtime.backends.webgpu.device import Array, WebGpuDevice
+from balcony_runtime.backends.webgpu.device import WebGpuDevice
 
 _log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from balcony_edge.bundle.manifest import DType
-from balcony_runtime.backends.base import FloatArray, IntArray, RowsOnly, not_finite, part_of
-from balcony_runtime.backends.webgpu.device import Array, BoundPass, DeviceMemory, Value
+from balcony_runtime.backends.base import Array, FloatArray, IntArray, RowsOnly, not_finite, part_of
+from balcony_runtime.backends.webgpu.device import BoundPass, DeviceMemory, Value
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.webgpu.backend import WebGpuBackend

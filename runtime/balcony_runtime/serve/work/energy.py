@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import get_args
 
+from balcony_edge.budget import Rail
 from balcony_edge.control.observed import watts
 from balcony_edge.control.response import Counter, Sample
-from balcony_edge.device.readings import Rail, Reading
+from balcony_edge.device.readings import Reading
 
 Readings = Callable[[], tuple[Reading, ...]]
 
