@@ -27,7 +27,10 @@ class State(Protocol):
 
     @property
     def busy_ns(self) -> int:
-        """Nanoseconds spent inside the engine since the state was made; the rest of a step is Python's time."""
+        """Nanoseconds spent inside the engine since the state was made; the rest of a step is Python's time.
+
+        A decode step counts from its first graph to the end of its last, with what Python does between two graphs.
+        """
         ...
 
     @property
