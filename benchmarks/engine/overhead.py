@@ -1,9 +1,9 @@
 """Python's share of a greedy decode step: everything except the calls into ONNX Runtime.
 
-Owns item (e) of :mod:`benchmarks.engine.main_job`. Tokens are taken from ``LLM.stream`` as a user takes them. The overhead of a
-token is the wall time from its request to its arrival, minus the growth of ``State.busy_ns``, which counts from
-the first ``run_with_iobinding`` call of a step to the end of its last. So it includes decision, embedding, row copies, bindings, logits copy, argmax, detokenization
-and the generators.
+Owns item (e) of :mod:`benchmarks.engine.main_job`. Tokens are taken from ``LLM.stream`` as a user takes them. The overhead
+of a token is the wall time from its request to its arrival, minus the growth of ``State.busy_ns``, which counts from the
+first ``run_with_iobinding`` call of a step to the end of its last. So it includes decision, embedding, row copies, bindings,
+logits copy, argmax, detokenization and the generators.
 
 Why it is more than a profiler shows: every pass streams its weights through the caches. So the interpreter's code and
 objects come back from the last-level cache each time a call returns. With the engine stubbed out the same step takes
