@@ -21,7 +21,8 @@ from balcony_edge.bundle.quality import record_confidence
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError, InputError
-from balcony_runtime.decoding.confident import CHECK_EVERY, MOST_CHECKED, PROBE_TOKENS, Confident
+from balcony_runtime.decoding.confident import CHECK_EVERY, MOST_CHECKED, Confident
+from balcony_runtime.decoding.policy import PROBE_TOKENS
 from balcony_runtime.decoding.thresholds import (
     CANDIDATES,
     MEASURES,

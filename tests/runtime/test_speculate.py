@@ -14,12 +14,11 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError
+from balcony_runtime.decoding.policy import PLAN_TOKENS, PROBE_TOKENS
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.decoding.speculate import (
     MEMORY,
-    PLAN_TOKENS,
     PRIOR_DRAFTS,
-    PROBE_TOKENS,
     DraftRound,
     Speculator,
     Standing,

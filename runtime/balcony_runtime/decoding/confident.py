@@ -6,9 +6,9 @@ The checks are counted and reported as quality telemetry. They raise the thresho
 above the promise of :mod:`.thresholds` (CALM: Schuster et al., NeurIPS 2022; the paper names confidence exits as future
 work).
 
-The choice follows from prices, as in self-speculation. An exit is tried if it is expected to be ``WORTH`` times as fast as
-plain full-depth tokens; the share of tokens that exit there is learned online. If no exit is expected to pay, one token in
-`PROBE_TOKENS` is still tried.
+The choice follows from prices, as in self-speculation. An exit is tried if it is expected to be ``policy.WORTH`` times as fast
+as plain full-depth tokens; the share of tokens that exit there is learned online. If no exit is expected to pay, one token in
+``policy.PROBE_TOKENS`` is still tried.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import numpy as np
 
 from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec
 from balcony_edge.device.costs import CostModel
-from balcony_runtime.decoding.policy import Made, Turn
-from balcony_runtime.decoding.speculate import PLAN_TOKENS, PROBE_TOKENS, WORTH
+from balcony_runtime.decoding.policy import Made, Probing, Turn
 from balcony_runtime.decoding.thresholds import binomial_tail, measured
 
 #: Weight of the calibration's share of early exits, in tokens, and weight of the past at every further token.
@@ -63,7 +62,7 @@ class Confident:
         #: Exit → checks of its tokens since its threshold was last raised, and checks in total.
         self._recent = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self.telemetry = dict.fromkeys(exits[:-1], Telemetry(0, 0))
-        self._since_trial = self._since_check = self._plan_at = 0
+        self._probing, self._since_check = Probing(), 0
 
     @property
     def measure(self) -> ConfidenceMeasure:
@@ -88,8 +87,8 @@ class Confident:
             allowed: exits that the budget allows.
             most_ms: longest time that an unsure token may take, at slowdown 1.
         """
-        self._since_trial += 1
-        if self._since_trial < min(self._plan_at, PROBE_TOKENS):
+        self._probing.tokens += 1
+        if not self._probing.is_due():
             return None
         full, count = self._exits[-1], len(self._exits)
         plain_ms = costs.steady_ms(full, context_length)
@@ -109,16 +108,14 @@ class Confident:
             unsure_ms += costs.step_ms(full, (*shallower, *due[0][index + 1 :]), (1,) * count, context_length)
             if unsure_ms <= most_ms and (best is None or speedup > best.speedup):
                 best = Trial(exit_layer, threshold, speedup)
-        if best is None or (best.speedup < WORTH and self._since_trial < PROBE_TOKENS):
-            self._plan_at = self._since_trial + PLAN_TOKENS
+        if not self._probing.is_worth(None if best is None else best.speedup):
             return None
-        self._since_trial = 0
+        self._probing = Probing()
         return best
 
     def learn(self, exit_layer: int, exited: bool) -> None:
         """Learn from a trial."""
         self._since_check += 1
-        self._plan_at = 0
         before, tried = self._counts[exit_layer]
         self._counts[exit_layer] = (MEMORY * before + exited, MEMORY * tried + 1)
 

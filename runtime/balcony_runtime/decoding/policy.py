@@ -1,8 +1,9 @@
 """Policies: other ways to make the token of a full-depth step than one plain step.
 
-Owns the protocol between the decode loop and a policy. :class:`~balcony_runtime.decoding.speculate.Speculator` drafts several
-tokens and checks them in one pass; :class:`~balcony_runtime.decoding.confident.EarlyExits` takes a shallow exit's token if
-its balcony is sure. A policy does not know the pace of the tokens or the controller's rules.
+Owns the protocol between the decode loop and a policy, and when one is planned and tried.
+:class:`~balcony_runtime.decoding.speculate.Speculator` drafts several tokens and checks them in one pass;
+:class:`~balcony_runtime.decoding.confident.EarlyExits` takes a shallow exit's token if its balcony is sure. A
+policy does not know the pace of the tokens or the controller's rules.
 """
 
 from __future__ import annotations
@@ -14,6 +15,35 @@ from balcony_edge.device.costs import CostModel
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.engine import TokenSequence
+
+#: Expected speed-up over plain steps from which a policy is used. It is above 1 because prices are some percent off.
+WORTH = 1.03
+#: Tokens after which it is tried even if it is not expected to pay. A useless trial costs less than 0.5 %.
+PROBE_TOKENS = 512
+#: Tokens until the next choice after one that found nothing: a choice takes half a millisecond with cold caches.
+PLAN_TOKENS = 16
+
+
+class Probing:
+    """When a policy is planned, and when it is tried although it is not expected to pay.
+
+    Attributes:
+        tokens: full-depth tokens since its last use.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = self._plan_at = 0
+
+    def is_due(self) -> bool:
+        """Whether to plan: a plan that was not worth it is made again after ``PLAN_TOKENS``."""
+        return self.tokens >= min(self._plan_at, PROBE_TOKENS)
+
+    def is_worth(self, speedup: float | None) -> bool:
+        """Whether to use a plan with this expected speed-up (None: there is no plan), or to try it after so many tokens."""
+        if speedup is not None and (speedup >= WORTH or self.tokens >= PROBE_TOKENS):
+            return True
+        self._plan_at = self.tokens + PLAN_TOKENS
+        return False
 
 
 class Turn(NamedTuple):

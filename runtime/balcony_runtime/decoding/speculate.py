@@ -9,8 +9,9 @@ stages anyway, so checking them is catching up.
 
 The choice. With a the probability that a draft is kept, a round of g drafts gives 1 + a + ... + a^g tokens. Its price comes
 from the cost model, corrected by the measured times of rounds and plain steps. The probability a is learned for each exit
-and starts at the bundle's measured agreement. A round is run only if it is expected to be `WORTH` times as fast as plain
-steps. If it is not, one round is tried every `PROBE_TOKENS` tokens, so that a wrong estimate is corrected at some point.
+and starts at the bundle's measured agreement. A round is run only if it is expected to be
+``policy.WORTH`` times as fast as plain steps. If it is not, one round is tried every ``policy.PROBE_TOKENS`` tokens, so that a
+wrong estimate is corrected at some point.
 """
 
 from __future__ import annotations
@@ -23,18 +24,12 @@ import numpy as np
 
 from balcony_edge.device.costs import CostModel
 from balcony_runtime.backends.base import FloatArray, IntArray
-from balcony_runtime.decoding.policy import Made, Turn
+from balcony_runtime.decoding.policy import Made, Probing, Turn
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.engine import TokenSequence
 
 #: Largest number of drafts in a round: with more, even an acceptance of nine in ten gains nothing.
 MOST_DRAFTS = 8
-#: Expected speed-up over plain steps from which a round is run. It is above 1 because prices are some percent off.
-WORTH = 1.03
-#: Tokens after which a round is tried even if it is not expected to pay. A useless trial costs less than 0.5 %.
-PROBE_TOKENS = 512
-#: Tokens until the next choice after one that found no round: a choice takes half a millisecond with cold caches.
-PLAN_TOKENS = 16
 #: Weight of the bundle's agreement in the acceptance, in drafts, and weight of the past at every further round.
 PRIOR_DRAFTS, MEMORY = 8.0, 0.97
 #: Acceptance of an exit that was never evaluated.
@@ -102,7 +97,7 @@ class Speculator:
             for exit_layer in exits[:-1]
         }
         self._round_ratio = self._plain_ratio = 1.0
-        self._since_probe = self._plan_at = 0
+        self._probing = Probing()
 
     def acceptance(self, exit_layer: int) -> float:
         """Learned probability that a draft of an exit is kept."""
@@ -141,7 +136,7 @@ class Speculator:
             most_ms: longest time that a round may take, at slowdown 1.
             slowdown: slowdown of the device by which that time is shorter than the target.
         """
-        if self._since_probe < min(self._plan_at, PROBE_TOKENS):
+        if not self._probing.is_due():
             return None
         context_length, room, balcony_rows, stage_rows, replays = standing
         plain_ms = costs.steady_ms(self._exits[-1], context_length) * self._plain_ratio
@@ -163,19 +158,16 @@ class Speculator:
                 takes_ms = (pending_ms + behind_ms + price_ms) * max(self._round_ratio / slowdown, 1.0)
                 if takes_ms <= most_ms and (found is None or speedup > found.speedup):
                     found = DraftRound(exit_layer, drafts, price_ms, speedup)
-        if found is None or (found.speedup < WORTH and self._since_probe < PROBE_TOKENS):
-            self._plan_at = self._since_probe + PLAN_TOKENS
-            return None
-        return found
+        return found if self._probing.is_worth(None if found is None else found.speedup) else None
 
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
         """Correct the price of plain steps, and count this step towards the next probe."""
-        self._since_probe += 1
+        self._probing.tokens += 1
         self._plain_ratio += RATIO_RATE * (measured_ms / predicted_ms - self._plain_ratio)
 
     def learn(self, planned: DraftRound, kept: int, measured_ms: float) -> None:
         """Learn from a round; ``measured_ms`` excludes the time for the pending rows of the draft's balcony."""
-        self._since_probe = self._plan_at = 0
+        self._probing = Probing()
         before, judged = self._counts[planned.exit_layer]
         tried = min(kept + 1, planned.drafts)  # drafts after the first refused one were never judged
         self._counts[planned.exit_layer] = (MEMORY * before + kept, MEMORY * judged + tried)
