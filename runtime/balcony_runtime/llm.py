@@ -361,12 +361,7 @@ class LLM(Closing):
             self._requests.of(prompt, budget=own, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
             for prompt, own in zip(prompts, budgets, strict=True)
         ]
-        alike = len({(len(request.ids), request.limits.budget) for request in requests}) == 1
-        seeded = sampling is not None and sampling.temperature > 0 and sampling.seed is not None
-        if seeded and self.engine.backend.batch_size is None:
-            alike = False  # a batch draws from one generator, and a seed is each reply's own
-        alike = alike and len(requests) <= MEMBERS and self.engine.backend.batch_size in (None, len(requests))
-        if alike and self._budget.kv_memory_mb is None and self._requests.scheduler.pool is None:
+        if self._may_run_in_lockstep(requests, sampling):
             return self._in_lockstep(requests, sampling)
         waiting, streams = deque(requests), []
         with self.together() as replies:
@@ -392,6 +387,18 @@ class LLM(Closing):
     def together(self) -> Together:
         """Several replies that one thread drives; see :class:`.together.Together`."""
         return Together(self._requests)
+
+    def _may_run_in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> bool:
+        """Whether the replies run as one batch, because they cannot share passes otherwise."""
+        size = self.engine.backend.batch_size
+        if len({(len(request.ids), request.limits.budget) for request in requests}) != 1 or len(requests) > MEMBERS:
+            return False
+        if size not in (None, len(requests)):
+            return False
+        seeded = sampling is not None and sampling.temperature > 0 and sampling.seed is not None
+        if seeded and size is None:
+            return False  # a batch draws from one generator, and a seed is each reply's own
+        return self._budget.kv_memory_mb is None and self._requests.scheduler.pool is None
 
     def _in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> list[str]:
         """Reply to prompts of one length and one budget in one batch, for engines whose members all have the same length."""
