@@ -12,15 +12,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from balcony_edge.errors import BundleError
-from balcony_runtime.backends.joined_graph import decoded_varint, message_fields
+from balcony_runtime.backends import onnx_messages as proto
+from balcony_runtime.backends.onnx_messages import decoded_varint, message_fields
 
-#: Field numbers of onnx.proto3 (ONNX 1.20).
-_MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
-_NODE_INPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE = 1, 4, 5
-_ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT = 1, 2, 3
-_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = 5, 6, 10, 11, (22, 23)
-_TENSOR_EXTERNAL, _ENTRY_KEY, _ENTRY_VALUE = 13, 1, 2
 _SPARSE = "contains a sparse tensor, which no export writes"
 
 
@@ -49,63 +43,65 @@ def nodes_of(path: Path, operator: str) -> Iterator[tuple[int, dict[str, float]]
         path: path of a graph that :func:`check_graph` has passed.
         operator: type of the nodes.
     """
-    graph = next(value for number, _, value in message_fields(path.read_bytes()) if number == _MODEL_GRAPH)
+    graph = next(value for number, _, value in message_fields(path.read_bytes()) if number == proto.MODEL_GRAPH)
     for number, _, node in message_fields(graph):
-        parts = list(message_fields(node)) if number == _GRAPH_NODE else []
-        if (_NODE_OPERATOR, operator.encode()) in ((part, value) for part, _, value in parts):
-            named = [{part: value for part, _, value in message_fields(v)} for p, _, v in parts if p == _NODE_ATTRIBUTE]
+        parts = list(message_fields(node)) if number == proto.GRAPH_NODE else []
+        if (proto.NODE_OPERATOR, operator.encode()) in ((part, value) for part, _, value in parts):
+            named = [
+                {part: value for part, _, value in message_fields(v)} for p, _, v in parts if p == proto.NODE_ATTRIBUTE
+            ]
             numbers = {
-                one[_ATTRIBUTE_NAME].decode(): decoded_varint(one[_ATTRIBUTE_INT])
-                if _ATTRIBUTE_INT in one
-                else struct.unpack("<f", one[_ATTRIBUTE_FLOAT])[0]
+                one[proto.ATTRIBUTE_NAME].decode(): decoded_varint(one[proto.ATTRIBUTE_INT])
+                if proto.ATTRIBUTE_INT in one
+                else struct.unpack("<f", one[proto.ATTRIBUTE_FLOAT])[0]
                 for one in named
-                if _ATTRIBUTE_INT in one or _ATTRIBUTE_FLOAT in one
+                if proto.ATTRIBUTE_INT in one or proto.ATTRIBUTE_FLOAT in one
             }
-            yield sum(part == _NODE_INPUT for part, _, _ in parts), numbers
+            yield sum(part == proto.NODE_INPUT for part, _, _ in parts), numbers
 
 
 def _problems(model: bytes, files: Collection[str]) -> Iterator[str]:
     for number, _, value in message_fields(model):
-        if number == _MODEL_FUNCTION:
+        if number == proto.MODEL_FUNCTION:
             yield "contains a function, which no export writes"
-        elif number == _MODEL_GRAPH:
+        elif number == proto.MODEL_GRAPH:
             yield from _of_graph(value, files, scans=True)
 
 
 def _of_graph(graph: bytes, files: Collection[str], *, scans: bool) -> Iterator[str]:
     for part, _, content in message_fields(graph):
-        if part == _GRAPH_NODE:
+        if part == proto.GRAPH_NODE:
             yield from _of_node(content, files, scans)
-        elif part == _GRAPH_INITIALIZER:
+        elif part == proto.GRAPH_INITIALIZER:
             yield from _of_tensor(content, files)
-        elif part == _GRAPH_SPARSE:
+        elif part == proto.GRAPH_SPARSE:
             yield _SPARSE
 
 
 def _of_node(node: bytes, files: Collection[str], scans: bool) -> Iterator[str]:
     parts = list(message_fields(node))
-    operators = [value.decode(errors="replace") for number, _, value in parts if number == _NODE_OPERATOR]
+    operators = [value.decode(errors="replace") for number, _, value in parts if number == proto.NODE_OPERATOR]
     if len(operators) != 1:  # readers of the format take the last one
         yield f"has an operator with {len(operators)} names"
         return
     operator = operators[0]
     for number, _, attribute in parts:
-        if number != _NODE_ATTRIBUTE:
+        if number != proto.NODE_ATTRIBUTE:
             continue
         for part, _, value in message_fields(attribute):
-            if part == _ATTRIBUTE_GRAPH and operator == "Scan" and scans:
+            if part == proto.ATTRIBUTE_GRAPH and operator == "Scan" and scans:
                 yield from _of_graph(value, files, scans=False)
-            elif part in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
+            elif part in (proto.ATTRIBUTE_GRAPH, proto.ATTRIBUTE_GRAPHS):
                 yield f"contains a graph inside an operator ({operator[:40]}), which could run without end"
-            elif part in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+            elif part in (proto.ATTRIBUTE_TENSOR, proto.ATTRIBUTE_TENSORS):
                 yield from _of_tensor(value, files)
-            elif part in _ATTRIBUTE_SPARSE:
+            elif part in proto.ATTRIBUTE_SPARSE:
                 yield _SPARSE
 
 
 def _of_tensor(tensor: bytes, files: Collection[str]) -> Iterator[str]:
     for number, _, entry in message_fields(tensor):
-        if number == _TENSOR_EXTERNAL:
+        if number == proto.TENSOR_EXTERNAL:
             pair = {part: value.decode(errors="replace") for part, _, value in message_fields(entry)}
-            if pair.get(_ENTRY_KEY) == "location" and pair.get(_ENTRY_VALUE) not in files:
-                yield f"has weights in {pair.get(_ENTRY_VALUE, '')[:60]!r}, which the manifest does not list"
+            if pair.get(proto.ENTRY_KEY) == "location" and pair.get(proto.ENTRY_VALUE) not in files:
+                yield f"has weights in {pair.get(proto.ENTRY_VALUE, '')[:60]!r}, which the manifest does not list"

@@ -27,10 +27,10 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from balcony_edge.bundle.manifest import DType
-from balcony_runtime.backends.joined_graph import encoded_field, encoded_varint
+from balcony_runtime.backends import onnx_messages as proto
+from balcony_runtime.backends.onnx_messages import encoded_field, encoded_varint
 
-#: Wire types of protobuf, and element types and attribute types of onnx.proto3.
-_VARINT, _BYTES, _FIXED32 = 0, 2, 5
+#: Element types and attribute types of onnx.proto3.
 _ELEMENTS: dict[str, int] = {"float32": 1, "int32": 6, "int64": 7, "float16": 10}
 _FLOAT_ATTRIBUTE, _INT_ATTRIBUTE = 1, 2
 _FUSED = "com.microsoft"
@@ -88,37 +88,44 @@ def attend(dtype: DType, sink: bool, **attributes: float) -> bytes:
 
 
 def _model(nodes: Sequence[bytes], inputs: Mapping[str, DType], outputs: Mapping[str, DType]) -> bytes:
-    graph = b"".join(_message(1, node) for node in nodes) + _text(2, "small")
-    graph += b"".join(_message(11, _value(name, dtype)) for name, dtype in inputs.items())
-    graph += b"".join(_message(12, _value(name, dtype)) for name, dtype in outputs.items())
-    opsets = (_message(8, _text(1, name) + _number(2, version)) for name, version in (("", _OPSET), (_FUSED, 1)))
-    return _number(1, _IR_VERSION) + b"".join(opsets) + _message(7, graph)
+    graph = b"".join(_message(proto.GRAPH_NODE, node) for node in nodes) + _text(proto.GRAPH_NAME, "small")
+    graph += b"".join(_message(proto.GRAPH_INPUT, _value(name, dtype)) for name, dtype in inputs.items())
+    graph += b"".join(_message(proto.GRAPH_OUTPUT, _value(name, dtype)) for name, dtype in outputs.items())
+    opsets = b"".join(
+        _message(proto.MODEL_OPSET, _text(proto.OPSET_DOMAIN, name) + _number(proto.OPSET_VERSION, version))
+        for name, version in (("", _OPSET), (_FUSED, 1))
+    )
+    return _number(proto.MODEL_IR_VERSION, _IR_VERSION) + opsets + _message(proto.MODEL_GRAPH, graph)
 
 
 def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: float) -> bytes:
-    ports = b"".join(_text(1, name) for name in inputs) + b"".join(_text(2, name) for name in outputs)
-    parts = b"".join(_message(5, _attribute(name, value)) for name, value in attributes.items())
-    return ports + _text(4, operator) + _text(7, domain) + parts
+    ports = b"".join(_text(proto.NODE_INPUT, name) for name in inputs)
+    ports += b"".join(_text(proto.NODE_OUTPUT, name) for name in outputs)
+    parts = b"".join(_message(proto.NODE_ATTRIBUTE, _attribute(name, value)) for name, value in attributes.items())
+    return ports + _text(proto.NODE_OPERATOR, operator) + _text(proto.NODE_DOMAIN, domain) + parts
 
 
 def _attribute(name: str, value: float) -> bytes:
+    named = _text(proto.ATTRIBUTE_NAME, name)
     if isinstance(value, int):
-        return _text(1, name) + _number(3, value) + _number(20, _INT_ATTRIBUTE)
-    return _text(1, name) + encoded_field(2, _FIXED32, struct.pack("<f", value)) + _number(20, _FLOAT_ATTRIBUTE)
+        return named + _number(proto.ATTRIBUTE_INT, value) + _number(proto.ATTRIBUTE_TYPE, _INT_ATTRIBUTE)
+    number = encoded_field(proto.ATTRIBUTE_FLOAT, proto.FIXED32, struct.pack("<f", value))
+    return named + number + _number(proto.ATTRIBUTE_TYPE, _FLOAT_ATTRIBUTE)
 
 
 def _value(name: str, dtype: DType) -> bytes:
     """A ValueInfo: a name and a tensor type without a shape."""
-    return _text(1, name) + _message(2, _message(1, _number(1, _ELEMENTS[dtype])))
+    element = _number(proto.TENSOR_ELEMENT, _ELEMENTS[dtype])
+    return _text(proto.VALUE_NAME, name) + _message(proto.VALUE_TYPE, _message(proto.TYPE_TENSOR, element))
 
 
 def _message(number: int, content: bytes) -> bytes:
-    return encoded_field(number, _BYTES, content)
+    return encoded_field(number, proto.BYTES, content)
 
 
 def _text(number: int, content: str) -> bytes:
-    return encoded_field(number, _BYTES, content.encode())
+    return encoded_field(number, proto.BYTES, content.encode())
 
 
 def _number(number: int, value: int) -> bytes:
-    return encoded_field(number, _VARINT, encoded_varint(value % (1 << 64)))  # a negative number has 64 bits
+    return encoded_field(number, proto.VARINT, encoded_varint(value % (1 << 64)))  # a negative number has 64 bits
