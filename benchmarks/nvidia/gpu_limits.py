@@ -6,13 +6,15 @@ First the idle GPU is measured, then one reply after another without a budget. E
 idle to that, for `--seconds`; the mean of the second half counts, when the controller has settled.
 
 The last line is JSON: ``gpu``, ``idle`` and ``busy`` (``watts``, ``utilization``, ``tokens_per_s``), and ``runs`` (``key``,
-``asked``, ``got``, ``held``, ``tokens_per_s``, ``exits``: tokens of each exit). Bar: ``got`` is at most 1.05 of ``asked``.
+``asked``, ``got``, ``held``, ``tokens_per_s``, ``exits``: tokens of each exit). Bar: ``got`` is at most 1.05 of ``asked``;
+exit code 1 if one is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -99,8 +101,8 @@ def measure(llm: LLM, look: Look, seconds: float) -> dict[str, Any]:
     return {"benchmark": "gpu_limits", "idle": idle, "busy": busy, "runs": runs}
 
 
-def main() -> None:
-    """Entry point."""
+def main() -> int:
+    """Measure, print, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--device", default="auto")
@@ -113,7 +115,8 @@ def main() -> None:
         with balcony_edge.load(options.bundle, device=options.device, engines=options.engines) as llm:
             document = measure(llm, sensors.latest, options.seconds)
     print(json.dumps({**document, "gpu": [gpu.model_dump() for gpu in this_device().gpus]}))
+    return 0 if all(run["held"] for run in document["runs"]) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

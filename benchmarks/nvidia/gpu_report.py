@@ -162,11 +162,12 @@ def run(piece: Piece, directory: Path) -> dict[str, Any]:
         documents += [document] if (document := last_json(done.stdout)) is not None else []
         if problem := failure(command, done):
             break
+    told = summary(output, documents) if documents or not problem else ""  # a bar that was missed has its figures
     result = {
         "piece": piece.name,
         "about": piece.about,
         "passed": not problem,
-        "line": problem or summary(output, documents),
+        "line": ": ".join(part for part in (problem, told) if part),
         "seconds": round(time.monotonic() - begin, 1),
         "documents": documents,
     }
@@ -204,7 +205,9 @@ def failure(command: Sequence[str], done: subprocess.CompletedProcess[str]) -> s
     lines = [line for line in _COLOUR.sub("", f"{done.stdout}\n{done.stderr}").splitlines() if line.strip()]
     last = lines[-1].strip() if lines else "no output"
     if command[: len(PYTEST)] != PYTEST:
-        return "" if done.returncode == 0 else last
+        if done.returncode == 0:
+            return ""
+        return last if last_json(done.stdout) is None else "a bar is missed"
     if done.returncode == 0 and " passed" in last:
         return ""
     reasons = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
@@ -224,7 +227,7 @@ def last_json(text: str) -> Any:
 
 
 def summary(output: str, documents: Sequence[Any]) -> str:
-    """One line about a piece that passed."""
+    """One line about what a piece measured."""
     for document in documents:
         if document.get("benchmark") == "gpu":
             return "; ".join(

@@ -110,6 +110,14 @@ def test_tests_of_the_other_tensorrt_are_not_for_a_card(tmp_path: Path) -> None:
         assert f"| {other} | not for this card | | engines for this card are built with --target " in text
 
 
+def test_a_bar_that_is_missed_is_told_with_its_figures(tmp_path: Path) -> None:
+    run = {"key": "power_w", "asked": 10.0, "got": 12.0, "held": False}
+    says = f"import sys; print({json.dumps({'benchmark': 'gpu_limits', 'runs': [run]})!r}); sys.exit(1)"
+    status, text = report(tmp_path, made=lambda _: (Piece("limits", "the ceilings", ((*SAYS, says),), ()),))
+    assert status == 1
+    assert re.search(r"\| limits \| FAILED \| [\d.]+ \| a bar is missed: power_w 10: 12 NOT held \|", text)
+
+
 def test_the_cuda_provider_is_named_where_it_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_report.main(["--provider"]) == 1
     assert "pip uninstall onnxruntime, then pip install onnxruntime-gpu" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """Check of a graph's file before ONNX Runtime reads it: no loops, no functions, no files except the listed ones.
 
 The graphs that export writes are chains of operators; a recurrence is a ``Scan``, which ends with the rows that it is given. A
-loop could run for ever inside one call that cannot be interrupted.
-Weights in a file that the manifest does not list would be neither checked nor part of the fingerprint.
+loop could run for ever inside one call that cannot be interrupted. Weights in a file that the manifest does not list would be
+neither checked nor part of the fingerprint.
 """
 
 from __future__ import annotations
