@@ -47,13 +47,16 @@ _CEILINGS = (
 )
 _POSITIVE = "must be a finite number above 0"
 _SHARE = "must be above 0 and at most 1"
-_LAYER = "must be a whole number above 0"
+_LAYER = "must be a whole number from 1 to 10000"
 #: For every key: what is allowed, and what to do.
 _ALLOWED = {
     "tpot_ms": (_POSITIVE, "give the milliseconds between two tokens, or leave it out for no target"),
     "ttft_ms": (_POSITIVE, "give the milliseconds to the first token, or leave it out for no target"),
     "deadline_s": (_POSITIVE, "give the seconds for a whole reply, and expected_tokens with it"),
-    "expected_tokens": (_LAYER, "give the tokens that the deadline is for, e.g. 100"),
+    "expected_tokens": (
+        "must be a whole number from 1 to 10000000",
+        "give the tokens that the deadline is for, e.g. 100",
+    ),
     "probability": (
         "must be at least 0.5 and below 1",
         "give the share of tokens that must be in time, e.g. 0.9 for the 90th percentile; certainty cannot be promised",

@@ -56,14 +56,14 @@ def compare(
 
 def differences(one: DeviceProfile, two: DeviceProfile) -> list[str]:
     """Differences of devices, bundles and engines, one phrase each."""
-    found = list(one.device.differences(two.device))
+    found = list(one.device.differences(two.device, ("first", "second")))
     if one.bundle.fingerprint != two.bundle.fingerprint:
         found.append(
             f"bundles: {one.bundle.model} ({one.bundle.precision}), {two.bundle.model} ({two.bundle.precision})"
         )
     if one.engine != two.engine:
         engines = [f"{e.name} {e.version}, {e.threads} threads" for e in (one.engine, two.engine)]
-        found.append(f"engines: {engines[0]} there, {engines[1]} here")
+        found.append(f"engines: {engines[0]} first, {engines[1]} second")
     return found
 
 

@@ -31,7 +31,7 @@ def plan(
     from balcony_edge.cli.console import stderr
     from balcony_edge.cli.show import say_doubts
     from balcony_edge.device.profile import DeviceProfile
-    from balcony_edge.errors import ContextLengthError
+    from balcony_edge.errors import BudgetError, ContextLengthError
     from balcony_edge.simulation.plan import REPLY_TOKENS, make_plan
 
     asked, measured = asked_budget(budget, tpot_ms), DeviceProfile.load(profile)
@@ -50,7 +50,10 @@ def plan(
         if manifest.fingerprint != measured.bundle.fingerprint:
             stderr.print(f"{bundle} is not the bundle of the device profile", style="yellow", markup=False)
         quality = quality_figures(manifest)
-    found = make_plan(measured, asked, prompt_tokens=prompt_tokens, quality=quality)
+    try:
+        found = make_plan(measured, asked, prompt_tokens=prompt_tokens, quality=quality)
+    except BudgetError as error:
+        raise BudgetError(str(error) if budget is None else f"{budget}: {error}") from None
     if as_json:
         exits = [{**asdict(exit_), "met": exit_.met} for exit_ in found.exits]
         print(json.dumps({**asdict(found), "exits": exits}))  # noqa: T201 - programs read this

@@ -11,6 +11,8 @@ import typer
 
 #: Most differences shown to people.
 MOST_SHOWN = 10
+#: Parts of a token's decision that are compared.
+_COMPARED = ("exit_layer", "period_ms", "infeasible", "catch_up")
 
 
 def replay(
@@ -38,19 +40,11 @@ def replay(
     exits: Counter[int] = Counter()
     for number, (token, decision) in enumerate(zip(recorded.tokens, decide_again(recorded), strict=True)):
         exits[token.line["exit_layer"]] += 1
-        then, now = (
-            (token.line["exit_layer"], token.line["period_ms"], token.line["infeasible"]),
-            (decision.exit_layer, decision.period_ms, decision.infeasible),
-        )
-        if then != now:
-            differences.append(
-                {
-                    "token": number,
-                    "now_s": token.seen.now_s,
-                    "recorded": {"exit_layer": then[0], "period_ms": then[1], "reason": token.line["reason"]},
-                    "again": {"exit_layer": now[0], "period_ms": now[1], "reason": decision.reason},
-                }
-            )
+        then = {key: token.line.get(key) for key in (*_COMPARED, "reason")}
+        catch_up = None if decision.catch_up is None else list(decision.catch_up)
+        now = {**{key: getattr(decision, key) for key in (*_COMPARED, "reason")}, "catch_up": catch_up}
+        if any(then[key] != now[key] for key in _COMPARED):
+            differences.append({"token": number, "now_s": token.seen.now_s, "recorded": then, "again": now})
     if as_json:
         facts = {"tokens": len(recorded.tokens), "exits": {str(e): n for e, n in sorted(exits.items())}}
         print(json.dumps({**facts, "differences": differences}))  # noqa: T201 - programs read this
@@ -61,35 +55,46 @@ def replay(
             table = Table("token", "recorded", "why", "now", "why")
             for found in differences[:MOST_SHOWN]:
                 then, now = found["recorded"], found["again"]
-                table.add_row(
-                    str(found["token"]), str(then["exit_layer"]), then["reason"], str(now["exit_layer"]), now["reason"]
-                )
+                cells = (_cell(then, now), then["reason"], _cell(now, then), now["reason"])
+                table.add_row(str(found["token"]), *cells)
             stdout.print(table)
     if differences:
         raise typer.Exit(1)
+
+
+def _cell(decision: dict[str, Any], other: dict[str, Any]) -> str:
+    """The exit of a decision, and what else differs from another one."""
+    more = [f"{key} = {decision[key]}" for key in _COMPARED[1:] if decision[key] != other[key]]
+    return ", ".join([str(decision["exit_layer"]), *more])
 
 
 def _replay_rounds(trace: Path, as_json: bool) -> None:
     """The same for a trace of rounds, whose decisions are about several streams."""
     from rich.table import Table
 
-    from balcony_edge.cli.console import stdout
+    from balcony_edge.cli.console import stderr, stdout
     from balcony_edge.control.company.round_trace import read_rounds, replay_rounds
 
     recorded = read_rounds(trace)
     differences: list[dict[str, Any]] = []
     for number, (then, found) in enumerate(zip(recorded.rounds, replay_rounds(recorded), strict=True)):
         now = {move.key: move.decision.exit_layer for move in found.moves}
-        if now != then.exits:
+        if (now, found.chunk) != (then.exits, then.chunk):
             reason = "; ".join(dict.fromkeys(move.decision.reason for move in found.moves))
             differences.append(
                 {
                     "round": number,
                     "now_s": then.seen.now_s,
-                    "recorded": {"exits": then.exits, "reason": then.reason},
-                    "again": {"exits": now, "reason": reason},
+                    "recorded": {
+                        "exits": then.exits,
+                        "chunk": then.chunk and then.chunk._asdict(),
+                        "reason": then.reason,
+                    },
+                    "again": {"exits": now, "chunk": found.chunk and found.chunk._asdict(), "reason": reason},
                 }
             )
+    if recorded.parts > 1:
+        stderr.print(f"{trace}: only the first of {recorded.parts} parts is replayed: record each in a file of its own")
     streams = len({stream.key for one in recorded.rounds for stream in one.seen.streams})
     if as_json:
         print(json.dumps({"rounds": len(recorded.rounds), "streams": streams, "differences": differences}))  # noqa: T201 - for programs

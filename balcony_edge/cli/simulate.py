@@ -117,17 +117,23 @@ def _company(
     profile: DeviceProfile,
     arriving: tuple[float, int],
     sizes: tuple[int, int, float],
-    trace: Load,
+    slowdowns: Load,
     seed: int,
     device: list[str] | None,
 ) -> Company:
     """Run the requests of ``--arrivals`` on the profile's device."""
     from balcony_edge.cli.arrivals import Company, classes
     from balcony_edge.control.company.assignment import qualities
+    from balcony_edge.errors import BudgetError
     from balcony_edge.simulation.company import Arrival, poisson, simulate_company
 
     agreement, (prompt_tokens, tokens, seconds) = profile.agreement(), sizes
-    named = {name: budget.for_bundle(agreement) for name, budget in classes(files, own).items()}
+    named = {}
+    for name, budget in classes(files, own).items():
+        try:
+            named[name] = budget.for_bundle(agreement)
+        except BudgetError as error:
+            raise BudgetError(f"{name}: {error}") from None
     asked = [Arrival(0.0, prompt_tokens, tokens, budget) for budget in named.values()]
     arrivals = poisson(arriving[0], seconds, asked, seed=seed, burst=arriving[1])
     constants = physics(device or [], profile, own)
@@ -137,7 +143,7 @@ def _company(
         arrivals,
         quality=qualities(agreement),
         physics=constants,
-        load=trace,
+        load=slowdowns,
         seed=seed,
         log=lambda *one: rounds.append(one),
     )

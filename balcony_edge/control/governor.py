@@ -140,7 +140,7 @@ def slowest_tps(budget: Budget) -> float:
 
 
 def least_pace_tps(budget: Budget, pace_tps: float) -> float:
-    """The same; with ``priority = latency`` it is also fast enough for the latency targets."""
+    """As :func:`slowest_tps`; with ``priority = latency`` it is also fast enough for the latency targets."""
     least = slowest_tps(budget)
     return max(least, pace_tps) if budget.priority == "latency" else least
 
@@ -237,7 +237,8 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], ho
         for key in binding
         if key in {"battery_floor_percent", "memory_mb", "energy_j_per_token"} and cap < demand.lowest
     ]
-    # What another budget could not hold has settled nothing; ``latency`` is a key of neither.
+    # The time to settle begins anew if a ceiling that is out of reach has another value than at the last tick. ``latency``
+    # is no ceiling, so it never has.
     asked = budget.ceilings
     before = dict(governor.asked)
     same = all(before.get(key) == asked.get(key) for key in out)
@@ -256,21 +257,24 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], ho
 def _power(before: Governor, demand: Demand) -> tuple[Governor, float | None]:
     """Update what is known about the power; return it with the share that ``power_w`` allows."""
     budget, now_s = demand.budget, demand.now_s
+    if budget.power_w is None:  # the average is then not updated, so it may not be used later either
+        before = before._replace(average_w=math.nan)
     if budget.power_w is None and budget.energy_j_per_token is None:
         return before, None
     sample = watts(demand.readings, budget.power_rail, now_s)
     if sample is None:
         return before, None
     load = before.power if before.rail == budget.power_rail else None
+    average_before_w = before.average_w if load is not None else math.nan  # nor that of another rail
     load = (load or Load(budget.power_w or max(sample.value, 1e-3))).see(sample, now_s, demand.busy_s)
     after = before._replace(power=load, rail=budget.power_rail)
     if budget.power_w is None:
         return after, None
     # Use the filter's estimate of the present power, because the gauge may be seconds late.
     average_w = drawn_w = load.at(load.share(before.ticked_s, now_s))
-    if math.isfinite(before.average_w) and math.isfinite(before.ticked_s):
+    if math.isfinite(average_before_w) and math.isfinite(before.ticked_s):
         kept = math.exp(-max(now_s - before.ticked_s, 0.0) / budget.power_window_s)
-        average_w = kept * before.average_w + (1 - kept) * drawn_w
+        average_w = kept * average_before_w + (1 - kept) * drawn_w
     # If the window's average is too high or too low, the next window makes up for it.
     aim_w = budget.power_w * 0.99
     aim_w += min(max(0.5 * (aim_w - average_w), -0.1 * aim_w), 0.1 * aim_w)
@@ -300,7 +304,7 @@ def _temperature(before: Governor, demand: Demand) -> tuple[float, float | None,
         return before.integral, critical, None
     error = (limit_c - DEGREES_FREE - degrees_c) / DEGREES_PER_SHARE
     integral = before.integral
-    span_s = demand.now_s - before.ticked_s
+    span_s = max(demand.now_s - before.ticked_s, 0.0)  # a clock may go back
     output = error + integral
     # Anti-windup: the integral grows only while the temperature is what holds the share below 1, so it stays below 1.
     if math.isfinite(span_s) and (error < 0 or (output < 1 and "temperature_c" in before.binding)):

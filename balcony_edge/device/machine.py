@@ -67,23 +67,24 @@ class Machine(BaseModel):
         parts = [f"{self.cpus} × {self.cpu}", *(gpu.name for gpu in self.gpus)]
         return f"{self.board}: {', '.join(parts)}" if self.board else ", ".join(parts)
 
-    def differences(self, other: Machine) -> tuple[str, ...]:
+    def differences(self, other: Machine, names: tuple[str, str] = ("there", "here")) -> tuple[str, ...]:
         """Differences that make a device profile of this machine doubtful on ``other``: ``cpus: 2 there, 4 here``.
+
+        ``names``: what the two are called.
 
         The kernel may differ, and memory by one gigabyte, because firmware and kernels reserve different amounts.
         """
+        first, second = names
         found = [
-            f"{key}: {_shown(mine)} there, {_shown(theirs)} here"
+            f"{key}: {_shown(mine)} {first}, {_shown(theirs)} {second}"
             for key in ("board", "cpu", "cpus", "architecture", "power_mode")
             if (mine := getattr(self, key)) != (theirs := getattr(other, key))
         ]
         if abs((self.memory_bytes or 0) - (other.memory_bytes or 0)) > 2**30:
-            found.append(f"memory: {_gigabytes(self.memory_bytes)} there, {_gigabytes(other.memory_bytes)} here")
+            found.append(f"memory: {_gigabytes(self.memory_bytes)} {first}, {_gigabytes(other.memory_bytes)} {second}")
         if self.gpus != other.gpus:
-            names = [
-                ", ".join(f"{gpu.name} (driver {gpu.driver})" for gpu in it.gpus) or "none" for it in (self, other)
-            ]
-            found.append(f"GPUs: {names[0]} there, {names[1]} here")
+            gpus = [", ".join(f"{gpu.name} (driver {gpu.driver})" for gpu in it.gpus) or "none" for it in (self, other)]
+            found.append(f"GPUs: {gpus[0]} {first}, {gpus[1]} {second}")
         return tuple(found)
 
 

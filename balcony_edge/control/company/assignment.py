@@ -21,7 +21,8 @@ def qualities(agreement: Mapping[int, float | None]) -> list[float]:
         agreement: exit layer → agreement; None where it was not evaluated.
     """
     depth = max(agreement)
-    return list(accumulate((agreement[layer] or layer / depth for layer in sorted(agreement)), max))
+    worth = (layer / depth if (share := agreement[layer]) is None else share for layer in sorted(agreement))
+    return list(accumulate(worth, max))
 
 
 class Claim(NamedTuple):

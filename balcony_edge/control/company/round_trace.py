@@ -17,7 +17,7 @@ import pydantic
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.seen import CompanyState, LearnedAlone, Round, RoundSeen, StreamSeen
+from balcony_edge.control.company.seen import Chunk, CompanyState, LearnedAlone, Round, RoundSeen, StreamSeen
 from balcony_edge.control.decision import Measurement
 from balcony_edge.control.trace import LinesWriter
 from balcony_edge.device.costs import CostModel
@@ -30,25 +30,33 @@ _INFINITE = pydantic.ConfigDict(ser_json_inf_nan="strings")
 _STATE = pydantic.TypeAdapter(CompanyState, config=_INFINITE)
 _LEARNED = pydantic.TypeAdapter(LearnedAlone | None, config=_INFINITE)
 _STREAM = pydantic.TypeAdapter(StreamSeen)
+_CHUNK = pydantic.TypeAdapter(Chunk | None)
+#: Beginning of a part.
+_BEGIN = '{"rounds":'
 _AGAIN = "record it again with LLM.record_rounds"
 
 
 class RecordedRound(NamedTuple):
-    """A round of a trace: what was seen, the exits that were chosen (stream → exit layer), and who had ended before."""
+    """A round of a trace: what was seen and chosen (exits: stream → exit layer), and who had ended before."""
 
     seen: RoundSeen
     exits: dict[int, int]
+    chunk: Chunk | None
     reason: str
     ended: tuple[int, ...] = ()
 
 
 class RoundTrace(NamedTuple):
-    """A recorded company: the controller's prices and qualities, its first state, and the rounds."""
+    """A recorded company: the controller's prices and qualities, its first state, and the rounds.
+
+    ``parts``: how often recording began, or prices changed; the rounds are those of the first part.
+    """
 
     costs: CostModel
     quality: tuple[float, ...]
     state: CompanyState
     rounds: tuple[RecordedRound, ...]
+    parts: int = 1
 
 
 class RoundTraceWriter(LinesWriter):
@@ -132,7 +140,7 @@ def is_round_trace(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins like a trace of rounds."""
     try:
         with Path(path).open(encoding="utf-8") as file:
-            return file.read(10) == '{"rounds":'
+            return file.read(len(_BEGIN)) == _BEGIN
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -174,7 +182,8 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
             learned = _LEARNED.validate_python(line.get("learned"))
             seen = RoundSeen(tuple(streams), last, float(line["now_s"]), float(line["busy_s"]), readings, learned)
             exits = {int(key): int(layer) for key, layer in line["exits"].items()}
-            rounds.append(RecordedRound(seen, exits, str(line["reason"]), tuple(map(int, line["ended"]))))
+            chunk, ended = _CHUNK.validate_python(line["chunk"]), tuple(map(int, line["ended"]))
+            rounds.append(RecordedRound(seen, exits, chunk, str(line["reason"]), ended))
         except BalconyError as error:
             raise InputError(f"{name}: line {number}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -185,7 +194,8 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
             ) from error
     if not rounds:
         raise InputError(f"{name}: contains no rounds: {_AGAIN}")
-    return RoundTrace(costs, quality, state, tuple(rounds))
+    parts = sum(text.startswith(_BEGIN) for text in lines)
+    return RoundTrace(costs, quality, state, tuple(rounds), parts)
 
 
 def replay_rounds(trace: RoundTrace) -> Iterator[Round]:
