@@ -64,6 +64,7 @@ def export(
 ) -> None:
     """Export a model as a bundle: one shared backbone, one exit per balcony and the full depth."""
     from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.bundle.manifest import one_line
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_edge.errors import InputError
     from balcony_export.export import ExportOptions, export_bundle
@@ -95,7 +96,7 @@ def export(
         # an early exit through the model's own norm has nothing of its own to train
         trained = balconies is not None or exit_module == "none"
         checks: list[ParityCheck] = []
-        label = name or model_name(model)
+        label = one_line(name) if name else model_name(model)
         judge = Judge(opened, tokenizer, read_judged_texts(evaluate, tokenizer), name=label) if evaluate else None
 
         def verified(directory: Path) -> None:

@@ -52,7 +52,7 @@ class ExportOptions:
         name: Name of the model.
         trained: Whether the balconies were trained.
         precision: Type of weights, hidden states and KV cache; norms compute in float32 in any case. A scheme quantizes the
-            weights and leaves the others in float32.
+            weights and leaves hidden states in float32, and the KV cache as well unless it has ``kv_bits`` 8.
         calibration: Rows of tokens; with them a scheme rounds by GPTQ.
         context_length: Largest number of rows of a sequence; None for the model's own, at most 8,192.
     """
@@ -151,10 +151,14 @@ def export_bundle(
         CheckpointError: The model cannot be exported, or has weights that are not finite.
     """
     scheme, dtype, parts = options.scheme, options.dtype, exits.parts
+    _refuse_not_finite(exits, "holds NaN or infinity: use a checkpoint whose weights are finite")
     if dtype == torch.float16 or options.calibration:
         exits.cast(dtype)
-    _refuse_not_finite(exits)
+    if dtype == torch.float16:
+        _refuse_not_finite(exits, "is too large for fp16: export with fp32")
     spec = describe(exits.model, options.name, options.context_length)
+    if scheme is not None and scheme.kv_bits == 8 and not spec.num_attention_heads:
+        raise InputError(f"--precision {scheme}: the model has no attention, so no keys and values: leave kv=8 out")
     if scheme is not None and not lower.can_lower(exits):
         raise InputError(
             f"--precision {scheme}: the model's heads have {spec.head_dim} values, of which {exits.rotated} are rotated, and "
@@ -225,16 +229,14 @@ def _exit_entry(exits: ExitModel, exit_layer: int, trained: bool) -> dict[str, A
     }
 
 
-def _refuse_not_finite(exits: ExitModel) -> None:
+def _refuse_not_finite(exits: ExitModel, problem: str) -> None:
     for prefix, module in zip(("", *(f"balcony_{e}." for e in exits.balconies)), exits.modules, strict=True):
         for name, parameter in module.named_parameters():
             # A sum is finite iff all of its terms are: finite float32 weights do not overflow float64. Summing piece by
             # piece keeps the float64 copies small.
             parts = parameter.detach().flatten().split(1 << 22)
             if not all(torch.isfinite(part.sum(dtype=torch.float64)) for part in parts):
-                raise CheckpointError(
-                    f"weight {prefix}{name}: holds NaN or infinity: use a checkpoint whose weights are finite"
-                )
+                raise CheckpointError(f"weight {prefix}{name}: {problem}")
 
 
 def _quantize_all(lowered: dict[str, ir.Model], weights: WeightFile, quantizer: Quantizer, exits: ExitModel) -> Blocks:

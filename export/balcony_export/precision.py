@@ -154,7 +154,7 @@ def export_within(
         InputError: No precision stays within the budget.
     """
     options = replace(options, precision="float32")
-    exits.model.to(torch.float32)  # type: ignore[arg-type]
+    exits.cast(torch.float32)
     traced = traced or trace(exits, options, progress)
 
     def accept(directory: Path) -> None:

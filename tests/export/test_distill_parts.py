@@ -18,6 +18,7 @@ from torch import nn
 
 from balcony_edge.errors import InputError
 from balcony_export.data.corpus import Order, build_corpus, pack, start_tokens
+from balcony_export.data.documents import read_documents
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, rows_seen, save_balconies
 from balcony_export.train.attention import NAME, block_attention, use_block_attention
@@ -289,6 +290,13 @@ def test_packing_loses_and_doubles_nothing() -> None:
     assert rows.num_tokens == len(kept)
     assert len(rows.tokens) == 4
     assert all(row[0] in (0, 16, 100, 200, 300) for row in rows.tokens)  # a row begins where a document or piece begins
+
+
+def test_text_before_the_first_title_is_a_document(tmp_path: Path) -> None:
+    (path := tmp_path / "wiki.raw").write_text("the beginning\n = Foxes = \n a fox\n = Dogs = \n a dog\n")
+    assert [one.text.split()[0] for one in read_documents(path)] == ["the", "=", "="]
+    path.write_text(" \n = Foxes = \n a fox\n")
+    assert len(list(read_documents(path))) == 1
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_bad_tasks_and_exits(tmp_path: Path, bundle_scorer: BundleScorer, tiny: 
     refused("test.jsonl:1: is not JSON", lambda: evaluate_tasks(bundle_scorer, ["arc_easy"], data=broken))
     rows = (broken / "mmlu/test_dev50.jsonl").read_text().replace("rivers", "lakes")
     (broken / "mmlu/test_dev50.jsonl").write_text(rows)
-    refused("cannot be loaded .*has no rows of lakes", lambda: evaluate_tasks(bundle_scorer, ["mmlu"], data=broken))
+    refused("has no rows of lakes", lambda: evaluate_tasks(bundle_scorer, ["mmlu"], data=broken))
     refused("has no exit 4: it has 2, 3, 5", lambda: BundleScorer(Bundle.open(tiny.path), (4,)))
     refused("exit_layer = 4", lambda: BalconyLM(sweep=Sweep(bundle_scorer), exit_layer=4))
     refused("give either model", BalconyLM)

@@ -379,6 +379,23 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert (source.mamba2_chunk_scan, source.causal_conv1d_fn, mixer_of("falcon-h1-norm").norm) == before
 
 
+def test_a_refusal_while_tracing_begins_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("falcon-h1-norm")
+    first, *_, last = [child for child in model.modules() if gated_norm_operator(child) is not None]
+    found = mixers.gated_norm_operator
+    refusal = UnsupportedModelError("no")
+
+    def refuses_the_last(child: nn.Module) -> nn.Module | None:
+        if child is last:
+            raise refusal
+        return found(child)
+
+    monkeypatch.setattr(mixers, "gated_norm_operator", refuses_the_last)
+    with pytest.raises(UnsupportedModelError, match="no"), tracing_mixers(model, [model]):
+        pass
+    assert first in list(model.modules())
+
+
 def test_a_mixer_is_two_operators_and_few_others() -> None:
     """For one row each node costs microseconds, so that many of them cost more than the mixer."""
     counts = {name: Counter(node.op_type for node in traced_mixer(name).graph) for name in ("granite", "qwen3-next")}

@@ -220,12 +220,13 @@ def pack(
     generator: np.random.Generator,
     begin: Sequence[int] = (),
 ) -> Rows:
-    """Pack by best fit, longest piece first, then put the rows in a seeded order; no token of the text is lost or repeated.
+    """Pack by best fit, longest piece first, then put the rows in a seeded order. Every token is packed once, except a
+    tail of one token, which predicts nothing.
 
     Pieces of a document that begins with the model's start tokens (``begin``) all begin with them, as every text does in use.
     """
     pieces = [piece for document in documents for piece in _pieces(document, seq_len, begin)]
-    pieces = [piece for piece in pieces if len(piece) >= 2]  # a tail of one token predicts nothing
+    pieces = [piece for piece in pieces if len(piece) >= 2]
     pieces.sort(key=len, reverse=True)
     open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # free tokens -> rows
     contents: list[list[npt.NDArray[np.int32]]] = []

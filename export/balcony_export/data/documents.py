@@ -75,7 +75,9 @@ def read_documents(path: Path, *, chats: bool = False) -> Iterator[Document]:
         yield Document(str(path), _content(path, forms))
     elif path.suffix == ".raw":
         content = _content(path, forms)
-        starts = [match.start() for match in _ARTICLE.finditer(content)] or [0]
+        starts = [match.start() for match in _ARTICLE.finditer(content)]
+        if not starts or content[: starts[0]].strip():  # text before the first title is a document as well
+            starts.insert(0, 0)
         for number, (begin, end) in enumerate(zip(starts, [*starts[1:], len(content)], strict=True), 1):
             yield Document(f"{path}: article {number}", content[begin:end])
     else:

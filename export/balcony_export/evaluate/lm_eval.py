@@ -282,8 +282,9 @@ def _open(
     if (model is None) == (bundle is None):
         raise InputError("model_args: give either model=... (with balconies=...) or bundle=...")
     if bundle is not None:
-        layers = None if exit_layer is None else (exit_layer,)
-        return BundleScorer(Bundle.open(Path(bundle)), layers, None if threads is None else int(threads))
+        opened = Bundle.open(Path(bundle))
+        layer = opened.manifest.exit_layers[-1] if exit_layer is None else exit_layer
+        return BundleScorer(opened, (layer,), None if threads is None else int(threads))
     assert model is not None
     loaded: Any = load_model(model)
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

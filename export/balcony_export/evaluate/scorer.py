@@ -149,7 +149,7 @@ class BundleScorer:
             # attention pays for the capacity of the longest request so far, which would slow down short ones
             worn = self._longest > 2 * len(tokens) + CHUNK and shared < len(tokens) // 2
             if len(tokens) <= sequence.max_length and not worn:
-                # the row before `first_stop` gives logits, so the cache must end before it
+                # advance gives the logits of the last rows, so the sequence may not be longer than the first block
                 sequence.rollback(min(shared, first_stop))
                 self._longest = max(self._longest, len(tokens))
                 return sequence

@@ -111,7 +111,7 @@ def evaluate_tasks(
     limit: int | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[int, TaskRun]:
-    """Run tasks at every exit; the exits share one pass over the examples.
+    """Run tasks at every exit; the exits share one pass over the examples, except where texts are generated.
 
     Args:
         scorer: Source of the exits' logits.
@@ -282,6 +282,8 @@ def _load(manager: Any, specs: Mapping[str, str | dict[str, Any]]) -> Loaded:
     for name, spec in specs.items():
         try:
             found = manager.load([spec])
+        except InputError:
+            raise
         except Exception as error:  # missing data sets and files of another form raise a dozen unrelated classes
             line = " ".join(str(error).split())[:200]
             raise InputError(

@@ -33,6 +33,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from balcony_edge.errors import UnsupportedModelError
 from balcony_export.graph.ir_tools import MICROSOFT, initializer, insert_between
+from balcony_export.graph.stand_ins import replaced_children
 from balcony_export.graph.widen import Widened
 from balcony_export.model.experts import experts_in, is_experts
 
@@ -221,22 +222,18 @@ def symbolic_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
         _check_experts(experts)
     configs = list({id(experts.config): experts.config for experts in found}.values())
     before = [config._experts_implementation for config in configs]
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    routers = set()  # of each block, the one child that chooses
     for block in (child for root in modules for child in root.modules()):
-        children = dict(block.named_children())
-        if any(is_experts(child) for child in children.values()):
-            (name, router) = next((name, child) for name, child in children.items() if hasattr(child, "top_k"))
-            replaced.append((block, name, router))
-            setattr(block, name, router_operator(router))
-    for config in configs:
-        config._experts_implementation = _IMPLEMENTATION
-    try:
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._experts_implementation = implementation
-        for block, name, router in replaced:
-            setattr(block, name, router)
+        if any(is_experts(child) for child in block.children()):
+            routers.add(next(child for child in block.children() if hasattr(child, "top_k")))
+    with replaced_children(modules, lambda child: router_operator(child) if child in routers else None):
+        try:
+            for config in configs:
+                config._experts_implementation = _IMPLEMENTATION
+            yield
+        finally:
+            for config, implementation in zip(configs, before, strict=True):
+                config._experts_implementation = implementation
 
 
 def fuse(model: ir.Model) -> None:

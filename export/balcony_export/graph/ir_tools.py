@@ -112,7 +112,15 @@ def graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
         if value is not None and value.const_value is not None
     }
     products = [node.attributes for node in traced.graph if node.op_type == "MatMulNBits"]
-    floats = [tensor.size for name, tensor in tensors.items() if not name.endswith((".blocks", ".scales", ".zeros"))]
+    no_parameters = (
+        ".blocks",
+        ".scales",
+        ".zeros",
+        ".scale",
+        ".least",
+        ".most",
+    )  # packed weights, and scales of caches
+    floats = [tensor.size for name, tensor in tensors.items() if not name.endswith(no_parameters)]
     packed = [
         tensors[str(node.inputs[place].name)].nbytes * 8 // node.attributes["expert_weight_bits"].as_int()  # type: ignore[union-attr]
         for node in traced.graph

@@ -1,6 +1,6 @@
 """Stand-ins that make transformers' decoder layers emit standard ONNX operators while they are traced.
 
-Owns ``Attention`` and ``TensorScatter`` (opset 24), ``RotaryEmbedding`` and ``RMSNormalization`` (opset 23), each as one node,
+Owns ``Attention`` (opset 24), ``RotaryEmbedding`` and ``RMSNormalization`` (opset 23), each as one node,
 and :func:`tracing`, which puts them in place of the modules' own arithmetic for a while. It knows no architecture by name: what
 a norm or a rotary embedding computes is found by a trial.
 
@@ -25,6 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 from balcony_edge.errors import UnsupportedModelError
 from balcony_export.graph.experts import symbolic_experts
 from balcony_export.graph.passes import WINDOW
+from balcony_export.graph.stand_ins import replaced_children
 
 _ATTENTION = "balcony_edge_trace"
 
@@ -185,23 +186,16 @@ def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[No
     found = (getattr(child, "config", None) for module in modules for child in module.modules())
     configs = list({id(config): config for config in found if config is not None}.values())
     before = [config._attn_implementation for config in configs]
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    for parent in (child for module in modules for child in module.modules()):
-        for name, child in parent.named_children():
-            if (norm := rms_norm_operator(child)) is not None:
-                replaced.append((parent, name, child))
-                setattr(parent, name, norm)
-    if rotary is not None:
-        source.apply_rotary_pos_emb = _rotary
-    for config in configs:
-        config._attn_implementation = _ATTENTION
-    try:
-        with symbolic_experts(modules):
-            yield
-    finally:
-        if rotary is not None:
-            source.apply_rotary_pos_emb = rotary
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
+    with replaced_children(modules, rms_norm_operator):
+        try:
+            if rotary is not None:
+                source.apply_rotary_pos_emb = _rotary
+            for config in configs:
+                config._attn_implementation = _ATTENTION
+            with symbolic_experts(modules):
+                yield
+        finally:
+            if rotary is not None:
+                source.apply_rotary_pos_emb = rotary
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation = implementation

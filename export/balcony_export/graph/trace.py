@@ -182,7 +182,7 @@ def trace_balcony(exits: ExitModel, exit_layer: int, spec: ModelSpec, traced: Ma
     """Trace one balcony: ``rows``, ``queries``, ``start``, past → ``hidden``, present.
 
     A balcony without attention: ``hidden`` → ``normed``. ``traced`` has graphs of the model's other balconies, as they came
-    from here: one of them with other weights will do.
+    from here. The graph of one with the same structure is used again, with this balcony's weights.
     """
     parts, balcony = exits.parts, exits.balconies[exit_layer]
     dtype = parts.embed.weight.dtype

@@ -33,7 +33,7 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_edge.files import locked, write_atomically, write_together
+from balcony_edge.files import locked, require_writable, write_atomically, write_together
 from balcony_export.model.balcony import KINDS, Balcony, BalconyKind, init_balconies
 
 FORMAT_VERSION = 2
@@ -127,6 +127,7 @@ def check_directory(path: Path, described: dict[str, Any], like: Balcony) -> dic
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be made ({error.strerror}): name another directory") from error
+    require_writable(path, str(path), InputError, "name another directory")
     if not (path / INDEX).is_file():
         return {}
     index = _read_index(path)
@@ -239,13 +240,16 @@ def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int | Non
     entries = _read_index(directory)["exits"]
     facts = [(entries.get(str(e)) or {}).get("training") or {} for e in exits]
     known = [int(one["rows"]) for one in facts if one.get("corpus") == corpus]
-    return max(known) if known else None if any("corpus" in one for one in facts) else 0
+    if known:
+        return max(known)
+    return None if any("corpus" in one for one in facts) else 0
 
 
 def trained_exits(directory: Path) -> tuple[int, ...]:
     """Exits whose balconies lie in a directory, without those that a run has only copied there before its first step."""
     if not (directory / INDEX).exists():
-        return tuple(int(file.stem.removeprefix("balcony_")) for file in directory.glob("balcony_[0-9]*.safetensors"))
+        names = (re.fullmatch(r"balcony_(\d+)\.safetensors", file.name) for file in directory.glob("balcony_*"))
+        return tuple(int(name[1]) for name in names if name is not None)
     entries = _read_index(directory)["exits"]
     return tuple(int(e) for e, facts in entries.items() if (facts.get("training") or {}).get("step") != 0)
 

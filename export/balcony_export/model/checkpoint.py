@@ -1,7 +1,7 @@
 """Read a base model and its tokenizer: a Hugging Face directory, a GGUF file or a hub name.
 
 Owns which files are read (safetensors and GGUF; nothing is unpickled and no remote code runs) and the repair of what
-conversions lose. It knows nothing about exits: balconies are read by :mod:`.balcony`.
+conversions lose. It knows nothing about exits: balconies are read by :mod:`.balcony_files`.
 """
 
 from __future__ import annotations

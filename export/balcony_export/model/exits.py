@@ -83,7 +83,7 @@ class ExitModel:
         Args:
             model: The base model.
             exit_layers: Exits below the full depth; None for all that the directory has.
-            directory: Balconies that ``balcony-edge train`` wrote; without it they are copies of the last layer.
+            directory: Balconies that ``balcony-edge train`` wrote; without it untrained ones (:func:`.init_balconies`).
             kind: Kind of the untrained balconies.
 
         Raises:

@@ -296,8 +296,8 @@ def quantize_graph(model: ir.Model, quantizer: Quantizer) -> None:
     """Quantize every product with a weight in a lowered graph.
 
     Precondition: :func:`balcony_export.graph.passes.name_weights` named the weights. Postcondition: no ``MatMul`` or ``Gemm``
-    with a weight is left except those of routers and gates; products of one input are merged into one ``MatMulNBits`` where
-    the nodes after them allow it.
+    with a weight is left except those of routers and gates, and weights on the left (Mamba's ``dt_proj``). Products of one
+    input are merged into one ``MatMulNBits`` where the nodes after them allow it.
     """
     quantize_experts(model, quantizer)
     by_input: dict[ir.Value, list[ir.Node]] = {}
@@ -312,9 +312,8 @@ def quantize_graph(model: ir.Model, quantizer: Quantizer) -> None:
             _quantize_head(model, node, quantizer)
     for nodes in by_input.values():
         biases = [_bias_of(node) for node in nodes]
-        if not all(
-            biases
-        ):  # of products that are merged, some are added to something else (a time step of a recurrence)
+        # of products that are merged, some may be added to something else (a time step of a recurrence)
+        if not all(biases):
             biases = [None] * len(nodes)
         attention = _attention_of([add or node for node, add in zip(nodes, biases, strict=True)])
         merged = _product(model, nodes, biases, quantizer)

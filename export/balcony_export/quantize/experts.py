@@ -1,8 +1,7 @@
 """Quantized experts: ``MoE`` becomes ONNX Runtime's ``QMoE``, and GPTQ's moments of each expert's own inputs.
 
-Owns the packed layout of ``QMoE`` (all experts of a layer in one tensor, in the blocks of :mod:`.blocks`), and which products
-stay in float32 because they decide: routers, and gates with one output. ``QMoE`` has one block size for all matrices of a
-layer; if the wanted one does not divide their inputs, half of it is tried, and so on.
+Owns the packed layout of ``QMoE`` (all experts of a layer in one tensor, in the blocks of :mod:`.blocks`). ``QMoE`` has one
+block size for all matrices of a layer; if the wanted one does not divide their inputs, half of it is tried, and so on.
 
 ONNX Runtime 1.32 rounds the inputs of 8-bit experts to int8 at every accuracy level, because it has no other kernel.
 """
@@ -157,7 +156,9 @@ class ExpertMoments:
             weights[rows == 0] = self._sink
             for weight, x in (("gate_up_proj", inputs[rows] * weights), ("down_proj", active * weights)):
                 key = f"{name}.{weight}.{expert}"
-                self.sums[key] = self.sums.get(key, torch.zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
+                if key not in self.sums:
+                    self.sums[key] = torch.zeros(x.shape[1], x.shape[1])
+                self.sums[key].addmm_(x.T, x)
                 self.rows[key] = self.rows.get(key, 0) + len(x)
 
     def means(self) -> dict[str, torch.Tensor]:

@@ -82,7 +82,9 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
     def add(name: str, inputs: torch.Tensor) -> None:
         x = scaled(inputs.flatten(0, -2))
         x[0] *= SINK_ROWS**0.5
-        sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
+        if name not in sums:
+            sums[name] = torch.zeros(x.shape[1], x.shape[1])
+        sums[name].addmm_(x.T, x)
         counts[name] = counts.get(name, 0) + len(x)
 
     experts = ExpertMoments(scaled, SINK_ROWS)

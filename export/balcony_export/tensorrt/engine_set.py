@@ -105,7 +105,9 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
         raise InputError(
             f"--rounded-as {quantized.path}: must be int4,sym,head=4 with blocks of one size: {_EXPORT_ONE}"
         )
-    if (quantized.manifest.model, quantized.manifest.exit_layers) != (manifest.model, manifest.exit_layers):
+    same = {"name": manifest.model.name, "context_length": manifest.model.context_length}  # these may differ
+    model = quantized.manifest.model.model_copy(update=same)
+    if (model, quantized.manifest.exit_layers) != (manifest.model, manifest.exit_layers):
         raise InputError(
             f"--rounded-as {quantized.path}: is of another model than {bundle.path} or has other exits: give one that fits"
         )

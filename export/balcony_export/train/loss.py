@@ -174,7 +174,7 @@ class HeadLoss:
         total = full.shape[0]
         for start in range(0, total, CHUNK):
             count = min(CHUNK, total - start)
-            # always the same shape, or the compiler would run for every length
+            # the same shape for every chunk, or the compiler would run for every length of the last one
             padding = (0, 0, 0, CHUNK - count if total > CHUNK else 0)
             targets = self.full.logits(nn.functional.pad(full[start : start + count], padding), part.full)
             for student, kl_parts, other_parts in zip(students, kls, others, strict=True):

@@ -203,10 +203,10 @@ class Trainer:
             return balcony.rows(states[index], where, **self.layer_arguments)
 
     def train_step(self) -> dict[int, float]:
-        """One optimizer step of every exit; returns KL per exit."""
+        """One optimizer step of every exit; returns the loss of each exit."""
         config = self.config
         chunks = np.split(self.order.places(self.step), config.batch_rows // config.micro_rows)
-        # KL per exit, then positions
+        # loss per exit, then number of positions
         sums = torch.zeros(len(config.exits) + 1, dtype=torch.float64, device=self.device)
         part = self._part()
         for number in self.processes.share(len(chunks)):
@@ -396,7 +396,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "corpus_tokens": self.corpus.train.num_tokens,
-            "epochs": round(self.order.seen(self.step) * self.config.seq_len / max(1, self.corpus.train.num_tokens), 3),
+            "epochs": round(self.order.seen(self.step) / len(self.corpus.train.tokens), 3),
             "held_out_kl": round(held_out[0], 4),
             "held_out_agreement": round(held_out[1], 4),
             "data": self.corpus.sources,

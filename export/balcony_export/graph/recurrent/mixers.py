@@ -38,6 +38,7 @@ from balcony_export.graph.recurrent.norms import (
     unit,
     unscaled_norm_operator,
 )
+from balcony_export.graph.stand_ins import replaced_children
 
 MICROSOFT = "com.microsoft"
 #: ``LinearAttention``'s rules: a decayed state, and one that also forgets what a key retrieves.
@@ -410,26 +411,24 @@ def tracing_mixers(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iter
     _check(source)
     stand_ins = _Functions()
     before: dict[str, Callable[..., Any]] = {name: getattr(source, name) for name in _REPLACED if hasattr(source, name)}
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    for parent in (child for module in modules for child in module.modules()):
-        for name, child in parent.named_children():
-            if (norm := gated_norm_operator(child) or unscaled_norm_operator(child)) is not None:
-                if isinstance(norm, GatedNorm):
-                    norm.by_row = stand_ins.by_row
-                replaced.append((parent, name, child))
-                setattr(parent, name, norm)
-    # rows at the boundaries have one type: in half precision Mamba's residual sums are in it, too
+
+    def norm_of(child: nn.Module) -> nn.Module | None:
+        norm = gated_norm_operator(child) or unscaled_norm_operator(child)
+        if isinstance(norm, GatedNorm):
+            norm.by_row = stand_ins.by_row
+        return norm
+
+    # rows at the boundaries have one type: in half precision Mamba's residual sums have it as well
     wide = [child for module in modules for child in module.modules() if getattr(child, "residual_in_fp32", False)]
-    for block in wide:
-        block.residual_in_fp32 = False  # type: ignore[assignment]
-    try:
-        for name in before:
-            setattr(source, name, getattr(stand_ins, name))
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(source, name, function)
-        for block in wide:
-            block.residual_in_fp32 = True  # type: ignore[assignment]
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
+    with replaced_children(modules, norm_of):
+        try:
+            for block in wide:
+                block.residual_in_fp32 = False  # type: ignore[assignment]
+            for name in before:
+                setattr(source, name, getattr(stand_ins, name))
+            yield
+        finally:
+            for name, function in before.items():
+                setattr(source, name, function)
+            for block in wide:
+                block.residual_in_fp32 = True  # type: ignore[assignment]
