@@ -20,7 +20,7 @@ ONES = (1, 1, 1)
 def stream(key: int, budget: Budget | None = None, **values: Any) -> StreamSeen:
     """A stream that has caught up and asked for its token a moment ago."""
     fields = {"context_length": 0, "stage_rows": ONES, "balcony_rows": ONES, "made_tokens": 9, "started_s": 0.0}
-    return StreamSeen(key=key, budget=budget or Budget(), **{**fields, "emitted_s": 10.0, **values})
+    return StreamSeen(key=key, budget=budget or Budget(), **{**fields, "asked_s": 10.0, **values})
 
 
 def decided(streams: Sequence[StreamSeen], state: CompanyState = SETTLED, **seen: Any) -> tuple[CompanyState, Round]:

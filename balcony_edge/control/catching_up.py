@@ -50,8 +50,6 @@ PLENTY = 64
 CREDIT_SHARE = 0.5
 #: Wait before the second sprint, in tokens, and how often that wait may double.
 FIRST_WAIT, MOST_DOUBLINGS = 64, 4
-#: Tokens since the last switch if there was none; more than any dwell in use.
-NEVER = 10**9
 #: Tokens in a row at the deepest exit after which earlier sprints are forgotten.
 HELD = 64
 
@@ -77,7 +75,7 @@ class Recovery(NamedTuple):
 
         ``held`` is the number of tokens in a row at the deepest exit.
         """
-        credit, sprints = self.credit, 0 if held % NEVER >= HELD else self.sprints
+        credit, sprints = self.credit, 0 if held >= HELD else self.sprints
         wait = self.wait if self.goal is not None else max(self.wait - 1, 0)
         if last is not None and tpot_ms < math.inf:
             late = 1.0 if last.measured_ms > tpot_ms else 0.0

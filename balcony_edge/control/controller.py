@@ -41,7 +41,7 @@ from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.catching_up import NEVER, Recovery, Way, way_back
+from balcony_edge.control.catching_up import Recovery, Way, way_back
 from balcony_edge.control.decision import (
     Because,
     Decision,
@@ -85,12 +85,16 @@ KNOWN_VARIANCE = 0.05**2
 UNSURE, LEAST_HYSTERESIS = 0.02, 0.4
 
 
+#: Tokens since the last switch if there was none; more than any dwell in use.
+NEVER = 10**9
+
+
 class ControllerState(NamedTuple):
     """State that one decision passes to the next.
 
     Attributes:
         exit_layer: exit layer of the last token; None before the first.
-        tokens_since_switch: tokens in a row at that exit, the last one included; counted while there is a target.
+        tokens_since_switch: tokens since the exit changed, and ``NEVER`` more if it never has; counted while there is a target.
         catching_up: whether the last step had a catch-up next to it.
         tpot_ms: target of the last decision; infinite without one.
         slowdown: slowdown filter.
@@ -107,6 +111,11 @@ class ControllerState(NamedTuple):
     governor: Governor = Governor()
     switched_s: float = -math.inf
     recovery: Recovery = Recovery()
+
+    @property
+    def tokens_at_exit(self) -> int:
+        """Tokens in a row at the exit of the last token."""
+        return self.tokens_since_switch % NEVER
 
     @classmethod
     def initial(cls) -> ControllerState:
@@ -158,11 +167,6 @@ class _Scene(NamedTuple):
     now_ms: list[float]
     steady_ms: list[float]
     highest: int
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation of the logarithm of a step's time."""
-        return self.slowdown.deviation
 
 
 class Controller:
@@ -224,7 +228,7 @@ class Controller:
         if price_ms > math.exp(plan.log_tpot - log_slowdown - plan.quantile * deviation):
             return None
         predicted_ms = price_ms * math.exp(log_slowdown)
-        recovery = state.recovery.counted(last, state.tpot_ms, plan.budget.probability, state.tokens_since_switch)
+        recovery = state.recovery.counted(last, state.tpot_ms, plan.budget.probability, state.tokens_at_exit)
         after = ControllerState(
             exit_layer=exits[chosen],
             tokens_since_switch=state.tokens_since_switch + 1,
@@ -284,11 +288,11 @@ class Controller:
                 governor = self._tick(plan, governor, slowdown, steady_ms, seen)
             highest = max(min(highest, governor.ceiling), plan.lowest)
         scene = _Scene(plan, state, seen, slowdown, now_ms, steady_ms, highest)
-        outlook, deviation = self._outlook(scene), scene.deviation
+        outlook, deviation = self._outlook(scene), slowdown.deviation
         held = current if current is not None and plan.lowest <= current <= highest else None
         chosen = outlook.choose(held, _otherwise(seen))
         infeasible = not outlook.fits(chosen) and not self._within_reach(scene, outlook)
-        at_the_deepest = state.tokens_since_switch if current == plan.highest else 0
+        at_the_deepest = state.tokens_at_exit if current == plan.highest else 0
         recovery = state.recovery.counted(seen.last, state.tpot_ms, budget.probability, at_the_deepest)
         way = None
         if chosen < highest and seen.made_tokens:
@@ -341,7 +345,7 @@ class Controller:
         if scene.seen.deadline_runs:  # a load that has not begun must not make a target infeasible
             outlook = self._outlook(scene, unseen=0.0)
         if slowdown.variance > KNOWN_VARIANCE:
-            luck = math.exp(scene.plan.quantile * max(scene.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+            luck = math.exp(scene.plan.quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
         return any(outlook.holds(index, luck) for index in range(scene.plan.lowest, outlook.highest + 1))
 
     def _outlook(self, scene: _Scene, unseen: float = UNSEEN_LOAD) -> Outlook:
@@ -350,7 +354,7 @@ class Controller:
         ``unseen`` is the share of the time for the rest that a deadline keeps for a load that has not begun.
         """
         plan, state, seen, slowdown, now_ms, steady_ms, highest = scene
-        deviation = scene.deviation
+        deviation = slowdown.deviation
         budget, first = plan.budget, seen.made_tokens == 0
         free = 1 - budget.hysteresis * min(max(math.sqrt(slowdown.variance) / UNSURE, LEAST_HYSTERESIS), 1.0)
         may_rise = state.tokens_since_switch >= budget.dwell_tokens

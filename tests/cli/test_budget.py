@@ -156,6 +156,8 @@ def test_simulate_with_arrivals_tells_what_each_class_got(tmp_path: Path) -> Non
         (tmp_path / f"{name}.toml").write_text(text)
     budgets = ["--budget", tmp_path / "tight.toml", "--budget", tmp_path / "shallow.toml"]
     common = ["simulate", "--profile", "p.json", *budgets, "--arrivals", "rate=4,burst=3", "-n", "30", "--seconds", "6"]
+    (absent := tmp_path / "absent.toml").write_text("exit_layer = 4")
+    refused("absent: exit_layer = 4, but this bundle has", *common, "--budget", absent)
     found = json.loads(invoke(*common, "--explain", "--json"))
     tight, shallow = (found["classes"][name] for name in ("tight", "shallow"))
     assert tight["requests"] + shallow["requests"] == found["streams"] >= 6

@@ -307,6 +307,11 @@ def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
     done = invoke_here("replay", changed)
     text = " ".join(done.stdout.split())
     assert done.returncode == 1 and "decisions that differ now: 1" in text and "because it was" in text, text
+    lines[-1] = json.dumps({**last, "infeasible": not last["infeasible"], "catch_up": [0, 3, False]})
+    changed.write_text("\n".join(lines) + "\n")
+    (difference,) = json.loads(invoke_here("replay", changed, "--json").stdout)["differences"]
+    assert (difference["recorded"]["catch_up"], difference["again"]["catch_up"]) == ([0, 3, False], last["catch_up"])
+    assert "infeasible =" in " ".join(invoke_here("replay", changed).stdout.split())
     refused("not readable as a trace", "replay", tmp_path / "absent.jsonl")
 
 

@@ -91,6 +91,8 @@ def test_bad_input_is_one_line(measured: Path, tiny: Any, bundle_copy: Path, tmp
     refused("is a directory: name a file in it", "profile", tiny.path, "-o", folder)
     refused("there is no such file: make one with `balcony-edge profile`", "compare", measured, tmp_path / "p.json")
     refused("give one of the two", "plan", "--profile", measured)
+    (budget := tmp_path / "chat.toml").write_text("exit_layer = 4")
+    refused(f"{budget}: exit_layer = 4, but this bundle has", "plan", "--profile", measured, "--budget", budget)
     refused("the context holds 256", "plan", "--profile", measured, "--tpot-ms", "5", "-p", "200")
     (tmp_path / "p.json").write_text("{}")
     refused("schema_version = None", "compare", measured, tmp_path / "p.json")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.assignment import Claim, assign
+from balcony_edge.control.company.assignment import Claim, assign, qualities
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.control.company.seen import CompanyState, RoundSeen, StreamState
@@ -20,6 +20,12 @@ from balcony_edge.control.decision import Measurement
 from tests.company import ONES, QUALITY, SETTLED, decided, exits, stream
 from tests.prices import DEMO, SMALL
 from tests.properties import CHANCE, examples
+
+
+def test_an_exit_that_never_agrees_is_worth_nothing() -> None:
+    assert qualities({8: 0.0, 16: 0.4, 20: 0.3, 30: None}) == [0.0, 0.4, 0.4, 1.0]
+    assert qualities({15: None, 30: None}) == [0.5, 1.0]
+
 
 PRICES = RoundPrices(SMALL)
 
@@ -132,11 +138,11 @@ def test_depth_is_taken_from_who_loses_least() -> None:
 
 def test_streams_that_can_wait_are_left_out_before_depth_is_taken() -> None:
     """Two tokens take 10.75 ms and one takes 10: with 10.3 ms left, the other stream waits for the next round."""
-    streams = [stream(0, Budget(tpot_ms=30.0), emitted_s=9.9803), stream(1, Budget(tpot_ms=40.0))]
+    streams = [stream(0, Budget(tpot_ms=30.0), asked_s=9.9803), stream(1, Budget(tpot_ms=40.0))]
     _, found = decided(streams)
     assert exits(found) == {0: 8} and found.price_ms == pytest.approx(10.0)
     # once it cannot wait for another round, depth is taken instead
-    streams[1] = stream(1, Budget(tpot_ms=40.0), emitted_s=9.977)
+    streams[1] = stream(1, Budget(tpot_ms=40.0), asked_s=9.977)
     _, found = decided(streams)
     assert set(exits(found)) == {0, 1} and found.price_ms <= 0.976 * 10.3
 
@@ -146,7 +152,7 @@ def test_a_stream_without_a_target_is_not_starved() -> None:
     state, now_s, last, served = SETTLED, 10.0, None, []  # type: CompanyState, float, Measurement | None, list[float]
     asked = {0: now_s, 1: now_s}
     for _ in range(60):
-        streams = [stream(0, Budget(tpot_ms=10.4), emitted_s=asked[0]), stream(1, emitted_s=asked[1])]
+        streams = [stream(0, Budget(tpot_ms=10.4), asked_s=asked[0]), stream(1, asked_s=asked[1])]
         state, found = decided(streams, state, now_s=now_s, last=last)
         now_s += found.price_ms / 1000
         last = Measurement(SMALL.exits[found.deepest], found.price_ms, found.price_ms)
@@ -204,7 +210,7 @@ def test_lax_streams_step_aside_for_a_backlog() -> None:
 
 
 def test_a_pace_is_not_exceeded() -> None:
-    paced = stream(0, Budget(max_pace_tps=10.0), emitted_s=9.95)
+    paced = stream(0, Budget(max_pace_tps=10.0), asked_s=9.95)
     _, found = decided([paced, stream(1)])
     assert set(exits(found)) == {1}
     _, found = decided([paced])
@@ -242,7 +248,7 @@ def test_streams_with_like_targets_stay_together() -> None:
     """One has just stepped and could wait for three rounds; a pass of both costs 0.25 ms a stage more than one."""
     state = SETTLED._replace(streams={key: StreamState(0, 2, 9) for key in (0, 1)})
     behind = {"stage_rows": (1, 40, 40), "balcony_rows": (1, 40, 1), "context_length": 50}
-    pair = [stream(0, Budget(tpot_ms=30.0), emitted_s=9.988, **behind), stream(1, Budget(tpot_ms=30.0), **behind)]
+    pair = [stream(0, Budget(tpot_ms=30.0), asked_s=9.988, **behind), stream(1, Budget(tpot_ms=30.0), **behind)]
     _, found = decided(pair, state)
     assert set(exits(found)) == {0, 1} and found.chunk is not None
     lax = pair[1]._replace(budget=Budget(tpot_ms=90.0))

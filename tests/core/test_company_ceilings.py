@@ -82,22 +82,22 @@ def test_a_deadline_bounds_the_wait_and_comes_before_a_pace() -> None:
     _, found = decided([stream(0, timed, **urgent), stream(1)], SETTLED._replace(governor=BUSY))
     assert found.wait_ms == pytest.approx(47.5 - 10.75)
     reader = Budget(max_pace_tps=12.0, deadline_s=10.0, expected_tokens=100)
-    _, found = decided([stream(0, reader, **urgent, emitted_s=9.95), stream(1)])
+    _, found = decided([stream(0, reader, **urgent, asked_s=9.95), stream(1)])
     assert 0 in exits(found), "83 ms between two tokens would be too late"
 
 
 def test_a_step_lies_inside_the_gap_of_its_pace() -> None:
     """20 ms of a gap of 40 ms are left: the round of the stream begins so that it ends with them."""
     own_ms = RoundPrices(SMALL).steady_ms([(2, stream(0))])
-    _, found = decided([stream(0, Budget(max_pace_tps=25.0), emitted_s=9.98)])
+    _, found = decided([stream(0, Budget(max_pace_tps=25.0), asked_s=9.98)])
     assert not found.moves and found.wait_ms == pytest.approx(20.0 - own_ms)
-    _, found = decided([stream(0, Budget(max_pace_tps=25.0), emitted_s=9.96 + own_ms / 1000 + 1e-6)])
+    _, found = decided([stream(0, Budget(max_pace_tps=25.0), asked_s=9.96 + own_ms / 1000 + 1e-6)])
     assert not found.moves
-    _, found = decided([stream(0, Budget(max_pace_tps=25.0), emitted_s=9.96 + own_ms / 1000 - 1e-6)])
+    _, found = decided([stream(0, Budget(max_pace_tps=25.0), asked_s=9.96 + own_ms / 1000 - 1e-6)])
     assert exits(found) == {0: 8}
     # A target of the same gap comes before the pace: a round with all streams must fit, with the probability asked for.
     even, both_ms = Budget(max_pace_tps=25.0, tpot_ms=40.0), RoundPrices(SMALL).steady_ms([(2, stream(0))] * 2)
-    _, found = decided([stream(0, even, emitted_s=9.98), stream(1, even, emitted_s=9.98)])
+    _, found = decided([stream(0, even, asked_s=9.98), stream(1, even, asked_s=9.98)])
     assert not found.moves and found.wait_ms == pytest.approx(20.0 - both_ms / 0.975, abs=0.02)
 
 

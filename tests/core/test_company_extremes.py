@@ -74,7 +74,7 @@ def test_every_company_gets_a_round(chance: Random) -> None:
             one = streams[move.key]
             assert move.decision.exit_layer in one.budget.allowed_exits(EXITS)
             assert math.isfinite(move.decision.predicted_ms) and 0 <= move.decision.probability <= 1
-            streams[move.key] = one._replace(made_tokens=one.made_tokens + 1, emitted_s=now_s)
+            streams[move.key] = one._replace(made_tokens=one.made_tokens + 1, asked_s=now_s)
         for key, decision in found.refused:
             assert streams.pop(key).budget.on_infeasible == "error" and decision.infeasible
         if not streams:

@@ -50,7 +50,7 @@ def test_a_prompt_runs_in_chunks_between_the_tokens_of_others() -> None:
 
 def test_a_prompt_leaves_time_for_who_waits() -> None:
     """The other stream is due in 15 ms, and its pace wants no token yet: 14.6 ms are left for the prompt's rows."""
-    waits = stream(0, Budget(max_pace_tps=60.0, tpot_ms=20.0), emitted_s=9.995)
+    waits = stream(0, Budget(max_pace_tps=60.0, tpot_ms=20.0), asked_s=9.995)
     prompt = stream(1, Budget(), made_tokens=0, stage_rows=(200,) * 3, balcony_rows=(200, 200, 1), context_length=199)
     _, found = decided([waits, prompt])
     assert not found.moves and found.chunk is not None and 13.5 <= found.price_ms <= 14.7
@@ -79,7 +79,7 @@ def test_a_deadline_that_has_passed_next_to_a_prompt_that_is_due() -> None:
 
 def test_patient_streams_step_aside_for_a_prompt_that_is_due() -> None:
     """Who can wait for three rounds leaves its time to the rows of a prompt with ``ttft_ms``, to no other prompt's."""
-    steady = stream(1, Budget(tpot_ms=30.0), emitted_s=9.999)
+    steady = stream(1, Budget(tpot_ms=30.0), asked_s=9.999)
     patient = stream(2, Budget(tpot_ms=500.0))
     rows = {"made_tokens": 0, "stage_rows": (80, 80, 80), "balcony_rows": (80, 80, 1)}
     assert set(exits(decided([steady, patient, stream(3, Budget(ttft_ms=900.0), started_s=9.9, **rows)])[1])) == {1}
@@ -99,7 +99,7 @@ def test_a_prompt_that_would_be_late_runs_at_once_while_the_others_may_be_late()
     _, found = decided([other._replace(late=1, made_tokens=20), due], before)
     assert exits(found) == {1: 4}
     # a gap that is late already does not become longer
-    _, found = decided([other._replace(emitted_s=9.98), due], before)
+    _, found = decided([other._replace(asked_s=9.98), due], before)
     assert set(exits(found)) == {0}
     # nobody waits for longer than a quarter of a second
     long = due._replace(stage_rows=(1200,) * 3, balcony_rows=(1200, 1200, 1), budget=Budget(ttft_ms=400.0))
@@ -119,15 +119,15 @@ def test_prompts_that_came_lately_take_depth_before_the_next_one_comes() -> None
     for step in range(1, 100):
         now_s = 10.0 + 0.05 * step
         waits = stream(1, Budget(), started_s=10.0, **PROMPT)
-        state, found = decided([one._replace(emitted_s=now_s), waits], state, now_s=now_s)
+        state, found = decided([one._replace(asked_s=now_s), waits], state, now_s=now_s)
         assert share <= state.prompt_share
         share = state.prompt_share
     assert share == pytest.approx(1 - math.exp(-98 * 0.05 / 10)), "since the decision after the first"
     busy = state._replace(streams={}, assigned_for=())
-    _, found = decided([one._replace(emitted_s=now_s)], busy, now_s=now_s)
+    _, found = decided([one._replace(asked_s=now_s)], busy, now_s=now_s)
     assert exits(found) == {0: 4}
     # it is forgotten, and does not count while nothing runs
-    _, found = decided([one._replace(emitted_s=now_s + 60)], busy, now_s=now_s + 60)
+    _, found = decided([one._replace(asked_s=now_s + 60)], busy, now_s=now_s + 60)
     assert exits(found) == {0: 8}
 
 
@@ -140,7 +140,7 @@ def test_no_target_is_given_up_for_prompts_without_one() -> None:
 def test_who_makes_room_for_nothing_is_not_left_out() -> None:
     """The first has 7 ms left, of which its own token leaves 1.8: too few for a row, but enough for the others' rows."""
     due = stream(9, Budget(ttft_ms=5000.0), started_s=10.0, **PROMPT)
-    tight = stream(0, Budget(tpot_ms=30.0, max_exit=4), emitted_s=9.977)
+    tight = stream(0, Budget(tpot_ms=30.0, max_exit=4), asked_s=9.977)
     others = [stream(key, Budget(tpot_ms=100.0, max_exit=4)) for key in (1, 2)]
     _, found = decided([tight, *others, due])
     assert exits(found) == {0: 4, 1: 4, 2: 4} and found.chunk is None and found.price_ms == pytest.approx(5.75)

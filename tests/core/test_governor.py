@@ -69,6 +69,19 @@ def test_watts_of_another_rail_begin_a_new_filter() -> None:
     assert other.power is not None and other.power.fits == (Fit(),) * len(GAUGES) and other.rail == "cpu"
 
 
+def test_a_mean_of_watts_is_not_that_of_another_rail_or_of_a_time_without_a_limit() -> None:
+    before = Governor(ticked_s=9.0, share=0.7, power=known(0.4, 0.6), rail="board", average_w=90.0)
+    asked = demand(Budget(power_w=5, power_rail="cpu"), 10.0, Reading("rapl:0", "cpu", 10.0, watts=3.0))
+    fresh = govern(Governor(ticked_s=9.0, share=0.7), asked)
+    assert govern(before, asked).average_w == fresh.average_w < 5
+    assert math.isnan(govern(before, demand(Budget(temperature_c=60), 10.0, degrees(20.0, 10.0))).average_w)
+
+
+def test_a_clock_that_goes_back_adds_nothing_to_the_integral() -> None:
+    hot = demand(Budget(temperature_c=60), 1.0, degrees(90.0, 1.0))
+    assert govern(Governor(ticked_s=100.0, integral=0.4), hot).integral == 0.4
+
+
 def test_all_parts_of_a_rail_count_and_only_fresh_sensible_ones() -> None:
     two = (Reading("rapl:0", "cpu", 1.0, watts=3.0, joules=10.0), Reading("rapl:1", "cpu", 1.5, watts=4.0, joules=20.0))
     found = watts(two, "cpu", 2.0)

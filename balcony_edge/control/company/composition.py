@@ -181,7 +181,7 @@ class Composer:
         whole_ms = self._price(whole)
         if whole_ms - price_ms <= slack_ms:
             return whole, None, whole_ms
-        chunk = self._portion(prompt, range(prompt.goal + 1), slack_ms) or self._kept(prompt, prompt.goal, slack_ms)
+        chunk = self._portion(prompt, range(prompt.goal + 1), slack_ms) or self._kept(prompt, slack_ms)
         if chunk is None and not chosen:  # there is no time, and nobody else to give it to
             chunk = self._portion(prompt, range(prompt.goal + 1), math.inf)
             if chunk is None:
@@ -196,7 +196,7 @@ class Composer:
         behind = [view for view in views if not view.first and view.present < view.goal]
         # One after another: a stream that has caught up leaves no more rows.
         for view in sorted(behind, key=lambda one: (self._rows_left(one), one.stream.key)):
-            if (chunk := self._backlog(view, view.present, slack_ms)) is not None:
+            if (chunk := self._backlog(view, slack_ms)) is not None:
                 return chunk, self._chunk_ms(view, chunk)
         return None, 0.0
 
@@ -238,21 +238,21 @@ class Composer:
                 fullest, best = min(ready / most, 1.0), Chunk(seen.key, (stage,), min(ready, most))
         return best
 
-    def _backlog(self, view: View, index: int, slack_ms: float) -> Chunk | None:
+    def _backlog(self, view: View, slack_ms: float) -> Chunk | None:
         """Pending rows of a graph on the way to the goal: the shallowest whose rows fill the time, or fill most of it.
 
         A graph waits for more rows than the stream's tokens add while the others have their turns, because the first row of a
         pass is the dearest.
         """
-        seen, stages = view.stream, range(index + 1, view.goal + 1)
+        seen, stages = view.stream, range(view.present + 1, view.goal + 1)
         best = self._portion(view, stages, slack_ms, least=len(stages) + 1)
         if best is None and seen.balcony_rows[view.goal] - seen.stage_rows[view.goal] > len(stages):
-            return self._kept(view, view.goal, slack_ms)
+            return self._kept(view, slack_ms)
         return best
 
-    def _kept(self, view: View, index: int, slack_ms: float) -> Chunk | None:
-        """Rows that wait in front of an exit's balcony, as many as fit."""
-        seen = view.stream
+    def _kept(self, view: View, slack_ms: float) -> Chunk | None:
+        """Rows that wait in front of the balcony of its goal, as many as fit."""
+        seen, index = view.stream, view.goal
         kept = seen.balcony_rows[index] - seen.stage_rows[index]
         rows = self._costs.balconies[index].rows_within(slack_ms, kept, seen.context_length, 1)
         return Chunk(seen.key, (), rows, index) if rows else None

@@ -51,7 +51,7 @@ PROMPT_S = 10.0
 LONGEST_ROUND_S = 1.0
 
 
-class _Known(NamedTuple):
+class _BudgetFacts(NamedTuple):
     """A budget, the indices of the shallowest and deepest exit that it allows, and whether it has ceilings."""
 
     budget: Budget
@@ -108,7 +108,7 @@ class JointController:
         self._prices = RoundPrices(costs)
         self._goals, self._composer = Goals(self._prices, quality), Composer(self._prices, quality)
         self._index = {exit_layer: index for index, exit_layer in enumerate(costs.exits)}
-        self._known_budgets: dict[int, _Known] = {}  # by their ids
+        self._facts_of: dict[int, _BudgetFacts] = {}  # by their ids
 
     def decide(self, state: CompanyState, seen: RoundSeen) -> tuple[CompanyState, Round]:
         """Choose the next round.
@@ -116,9 +116,9 @@ class JointController:
         Raises:
             BudgetError: a budget allows none of the exits.
         """
-        state = _known(state, seen)
+        state = _with_learned_alone(state, seen)
         slowdown = self._learn(state, seen.last)
-        senses = any(self._known(stream.budget).senses for stream in seen.streams)
+        senses = any(self._facts(stream.budget).senses for stream in seen.streams)
         ceilings = merged_ceilings([stream.budget for stream in seen.streams]) if senses else None
         governor = self._tick(state.governor, ceilings, slowdown, seen)
         share = _prompt_share(state, seen.now_s)
@@ -163,7 +163,7 @@ class JointController:
 
     def refusal(self, state: CompanyState, seen: RoundSeen, newcomer: StreamSeen) -> str | None:
         """Why another stream cannot join those of a round now, in one line; None if it can."""
-        slowdown = self._learn(_known(state, seen), None)
+        slowdown = self._learn(_with_learned_alone(state, seen), None)
         views = self._views((*seen.streams, newcomer), state, slowdown, seen.now_s, len(self._costs.exits))
         return self._goals.refusal(views, slowdown.factor)
 
@@ -180,7 +180,7 @@ class JointController:
         for view in paced:
             own_ms = self._prices.steady_ms([(view.goal, view.stream)]) * slowdown.factor
             pace_ms = 1000 / (view.stream.budget.max_pace_tps or math.inf) - own_ms
-            early_ms[view.stream.key] = pace_ms - 1000 * (now_s - view.stream.emitted_s)
+            early_ms[view.stream.key] = pace_ms - 1000 * (now_s - view.stream.asked_s)
             if view.bound_ms < math.inf:
                 spare_ms = (view.bound_ms - all_ms) / scale_of(slowdown, view.stream.budget.probability)
                 early_ms[view.stream.key] = min(early_ms[view.stream.key], spare_ms)
@@ -192,7 +192,7 @@ class JointController:
         views: list[View] = []
         scales: dict[float, float] = {}
         for stream in streams:
-            _, lowest, highest, _ = self._known(stream.budget)
+            _, lowest, highest, _ = self._facts(stream.budget)
             probability = stream.budget.probability
             if (scale := scales.get(probability)) is None:
                 scale = scales[probability] = scale_of(slowdown, probability)
@@ -200,15 +200,15 @@ class JointController:
             views.append(view_of(stream, state.streams.get(stream.key), bounds, scale, now_s))
         return views
 
-    def _known(self, budget: Budget) -> _Known:
+    def _facts(self, budget: Budget) -> _BudgetFacts:
         """What follows from a budget alone."""
-        known = self._known_budgets.get(id(budget))
+        known = self._facts_of.get(id(budget))
         if known is None or known.budget is not budget:
-            if len(self._known_budgets) > 256:
-                self._known_budgets.clear()
+            if len(self._facts_of) > 256:
+                self._facts_of.clear()
             allowed = budget.allowed_exits(self._costs.exits)
-            known = _Known(budget, self._index[allowed[0]], self._index[allowed[-1]], budget.needs_sensors)
-            self._known_budgets[id(budget)] = known
+            known = _BudgetFacts(budget, self._index[allowed[0]], self._index[allowed[-1]], budget.needs_sensors)
+            self._facts_of[id(budget)] = known
         return known
 
     def _decision(self, view: View, index: int, outcome: _Outcome) -> Decision:
@@ -246,7 +246,7 @@ class JointController:
             return governor  # what it has learned is for the next stream with ceilings
         if 0 <= seen.now_s - governor.ticked_s < TICK_S:
             return governor
-        known = [self._known(stream.budget) for stream in seen.streams]
+        known = [self._facts(stream.budget) for stream in seen.streams]
         return govern(
             governor,
             Demand(
@@ -266,7 +266,7 @@ class JointController:
         )
 
 
-def _known(state: CompanyState, seen: RoundSeen) -> CompanyState:
+def _with_learned_alone(state: CompanyState, seen: RoundSeen) -> CompanyState:
     """The state with what streams have learned by themselves."""
     return state.with_learned(seen.learned, rested=seen.now_s - state.decided_s > LONGEST_ROUND_S)
 

@@ -27,7 +27,7 @@ class StreamSeen(NamedTuple):
             :class:`~balcony_edge.control.decision.Observation`; before its first token the rows of the prompt.
         made_tokens: number of tokens of this reply so far.
         started_s: time of the request.
-        emitted_s: time of its last token; of the request before the first.
+        asked_s: time at which its next token was asked for; time that its reader takes does not count.
         shares: whether its rows share passes with those of others; else its steps run by themselves.
         late: number of its tokens that missed ``tpot_ms``.
     """
@@ -39,7 +39,7 @@ class StreamSeen(NamedTuple):
     balcony_rows: Sequence[int]
     made_tokens: int
     started_s: float
-    emitted_s: float
+    asked_s: float
     shares: bool = True
     late: int = 0
 

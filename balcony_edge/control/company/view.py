@@ -88,7 +88,7 @@ def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, in
         left_ms = 1000 * (budget.deadline_s - (now_s - stream.started_s))
         left_ms *= 1 - UNSEEN_LOAD * max(quantile_of(budget.probability), 0.0)
         period_ms = min(period_ms, max(left_ms, 0.0) / max((budget.expected_tokens or 0) - stream.made_tokens, 1))
-    room_ms = period_ms - 1000 * (now_s - stream.emitted_s)
+    room_ms = period_ms - 1000 * (now_s - stream.asked_s)
     if not stream.made_tokens:
         room_ms = math.inf if budget.ttft_ms is None else budget.ttft_ms - 1000 * (now_s - stream.started_s)
     index = None if known is None or known.at is None else min(known.at, highest)
@@ -98,7 +98,7 @@ def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, in
         highest,
         period_ms * scale,
         max(room_ms, 0.0) * scale,
-        1000 * (now_s - stream.emitted_s) * scale,
+        1000 * (now_s - stream.asked_s) * scale,
         index,
         highest if known is None else max(min(known.goal, highest), lowest),
         known.met if known is not None else True,

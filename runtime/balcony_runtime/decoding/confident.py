@@ -116,6 +116,7 @@ class Confident:
     def learn(self, exit_layer: int, exited: bool) -> None:
         """Learn from a trial."""
         self._since_check += 1
+        self._probing.plan_now()
         before, tried = self._counts[exit_layer]
         self._counts[exit_layer] = (MEMORY * before + exited, MEMORY * tried + 1)
 

@@ -34,6 +34,10 @@ class Probing:
     def __init__(self) -> None:
         self.tokens = self._plan_at = 0
 
+    def plan_now(self) -> None:
+        """Plan for the next token, because something was learned."""
+        self._plan_at = 0
+
     def is_due(self) -> bool:
         """Whether to plan: a plan that was not worth it is made again after ``PLAN_TOKENS``."""
         return self.tokens >= min(self._plan_at, PROBE_TOKENS)
