@@ -94,7 +94,8 @@ def _replay_rounds(trace: Path, as_json: bool) -> None:
                 }
             )
     if recorded.parts > 1:
-        stderr.print(f"{trace}: only the first of {recorded.parts} parts is replayed: record each in a file of its own")
+        note = f"{trace}: only the first of {recorded.parts} parts is replayed: record each in a file of its own"
+        stderr.print(note, markup=False, soft_wrap=True)
     streams = len({stream.key for one in recorded.rounds for stream in one.seen.streams})
     if as_json:
         print(json.dumps({"rounds": len(recorded.rounds), "streams": streams, "differences": differences}))  # noqa: T201 - for programs
@@ -106,9 +107,10 @@ def _replay_rounds(trace: Path, as_json: bool) -> None:
             table = Table("round", "recorded", "why", "now", "why")
             for one in differences[:MOST_SHOWN]:
                 then, again = one["recorded"], one["again"]
-                table.add_row(
-                    str(one["round"]), str(then["exits"]), then["reason"], str(again["exits"]), again["reason"]
-                )
+                chunks = then["chunk"] != again["chunk"]
+                cells = (f"{it['exits']}, chunk {it['chunk']}" if chunks else str(it["exits"]) for it in (then, again))
+                recorded_cell, now_cell = cells
+                table.add_row(str(one["round"]), recorded_cell, then["reason"], now_cell, again["reason"])
             stdout.print(table)
     if differences:
         raise typer.Exit(1)

@@ -207,7 +207,8 @@ def failure(command: Sequence[str], done: subprocess.CompletedProcess[str]) -> s
     if command[: len(PYTEST)] != PYTEST:
         if done.returncode == 0:
             return ""
-        return last if last_json(done.stdout) is None else "a bar is missed"
+        document = last_json(done.stdout)
+        return "a bar is missed" if isinstance(document, dict) and "benchmark" in document else last
     if done.returncode == 0 and " passed" in last:
         return ""
     reasons = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]

@@ -113,8 +113,13 @@ def test_tests_of_the_other_tensorrt_are_not_for_a_card(tmp_path: Path) -> None:
 def test_a_bar_that_is_missed_is_told_with_its_figures(tmp_path: Path) -> None:
     run = {"key": "power_w", "asked": 10.0, "got": 12.0, "held": False}
     says = f"import sys; print({json.dumps({'benchmark': 'gpu_limits', 'runs': [run]})!r}); sys.exit(1)"
-    status, text = report(tmp_path, made=lambda _: (Piece("limits", "the ceilings", ((*SAYS, says),), ()),))
-    assert status == 1
+    broken = "import sys; print('{\"name\": \"x\"}'); sys.exit('no card')"
+    pieces = (
+        Piece("limits", "the ceilings", ((*SAYS, says),), ()),
+        Piece("other", "no benchmark", ((*SAYS, broken),), ()),
+    )
+    status, text = report(tmp_path, made=lambda _: pieces)
+    assert status == 1 and re.search(r"\| other \| FAILED \| [\d.]+ \| no card", text)
     assert re.search(r"\| limits \| FAILED \| [\d.]+ \| a bar is missed: power_w 10: 12 NOT held \|", text)
 
 

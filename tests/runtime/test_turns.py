@@ -185,6 +185,7 @@ def test_rounds_that_were_not_recorded_are_not_replayed(llm: LLM, tmp_path: Path
             llm.generate_batch([[1, 2], [3]], budget=Budget(tpot_ms=1000.0), max_new_tokens=6)
     assert (tmp_path / "rounds.jsonl").read_text().count('{"rounds":') == 2
     found = read_rounds(tmp_path / "rounds.jsonl")
+    assert found.parts == 2
     for recorded, decided in zip(found.rounds, replay_rounds(found), strict=True):
         assert recorded.exits == {move.key: move.decision.exit_layer for move in decided.moves}
 

@@ -1,6 +1,6 @@
 """Traces of rounds: what the joint controller saw and decided, as JSON lines, from which the same rounds can be decided again.
 
-Owns the file format: a header (``{"rounds": 2, "costs": ..., "quality": ..., "state": ...}``), and a line for each round. A
+Owns the file format: a header (``{"rounds": 3, "costs": ..., "quality": ..., "state": ...}``), and a line for each round. A
 stream's budget is written when it is new, and readings when they changed. A trace holds neither text nor tokens.
 """
 

@@ -120,7 +120,7 @@ def check_directory(path: Path, described: dict[str, Any], like: Balcony) -> dic
         like: One of the balconies that will be written.
 
     Raises:
-        InputError: The directory cannot be made.
+        InputError: The directory cannot be made or written.
         CheckpointError: It has balconies for another base model or of another kind.
     """
     try:
