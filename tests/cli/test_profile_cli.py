@@ -92,7 +92,11 @@ def test_bad_input_is_one_line(measured: Path, tiny: Any, bundle_copy: Path, tmp
     refused("there is no such file: make one with `balcony-edge profile`", "compare", measured, tmp_path / "p.json")
     refused("give one of the two", "plan", "--profile", measured)
     (budget := tmp_path / "chat.toml").write_text("exit_layer = 4")
-    refused(f"{budget}: exit_layer = 4, but this bundle has", "plan", "--profile", measured, "--budget", budget)
+    done = invoke_here("plan", "--profile", measured, "--budget", budget)  # notes on the profile come before
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and line.startswith(f"balcony-edge: {budget}: exit_layer = 4, but this bundle has"), (
+        line
+    )
     refused("the context holds 256", "plan", "--profile", measured, "--tpot-ms", "5", "-p", "200")
     (tmp_path / "p.json").write_text("{}")
     refused("schema_version = None", "compare", measured, tmp_path / "p.json")
