@@ -108,9 +108,10 @@ def _replay_rounds(trace: Path, as_json: bool) -> None:
             for one in differences[:MOST_SHOWN]:
                 then, again = one["recorded"], one["again"]
                 chunks = then["chunk"] != again["chunk"]
-                cells = (f"{it['exits']}, chunk {it['chunk']}" if chunks else str(it["exits"]) for it in (then, again))
-                recorded_cell, now_cell = cells
-                table.add_row(str(one["round"]), recorded_cell, then["reason"], now_cell, again["reason"])
+                was, now = (
+                    f"{it['exits']}, chunk {it['chunk']}" if chunks else str(it["exits"]) for it in (then, again)
+                )
+                table.add_row(str(one["round"]), was, then["reason"], now, again["reason"])
             stdout.print(table)
     if differences:
         raise typer.Exit(1)
