@@ -108,10 +108,10 @@ def _replay_rounds(trace: Path, as_json: bool) -> None:
             for one in differences[:MOST_SHOWN]:
                 then, again = one["recorded"], one["again"]
                 chunks = then["chunk"] != again["chunk"]
-                was, now = (
+                before, after = (
                     f"{it['exits']}, chunk {it['chunk']}" if chunks else str(it["exits"]) for it in (then, again)
                 )
-                table.add_row(str(one["round"]), was, then["reason"], now, again["reason"])
+                table.add_row(str(one["round"]), before, then["reason"], after, again["reason"])
             stdout.print(table)
     if differences:
         raise typer.Exit(1)
