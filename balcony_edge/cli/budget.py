@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,17 @@ if TYPE_CHECKING:
     from balcony_edge.budget import Budget
 
 app = typer.Typer(help="Print the schema of budget files, or check one.", no_args_is_help=True)
+
+
+@contextlib.contextmanager
+def named_refusal(name: object) -> Iterator[None]:
+    """Let a budget that is refused inside be refused with the name of its file or class; None for no name."""
+    from balcony_edge.errors import BudgetError
+
+    try:
+        yield
+    except BudgetError as error:
+        raise BudgetError(str(error) if name is None else f"{name}: {error}") from None
 
 
 def asked_budget(file: Path | None, tpot_ms: float | None) -> Budget:
@@ -47,17 +60,14 @@ def check(
     from balcony_edge.budget import load_budget
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.console import stdout
-    from balcony_edge.errors import BudgetError
 
     budget = load_budget(file)
     exits: tuple[int, ...] | None = None
     if bundle is not None:
         manifest = Bundle.open(bundle, verify_hashes=False).manifest
-        try:
+        with named_refusal(file):
             fitted = budget.for_bundle(manifest.agreement, calibrated=manifest.confidence is not None)
             exits = fitted.allowed_exits(manifest.exit_layers)
-        except BudgetError as error:
-            raise BudgetError(f"{file}: {error}") from None
     asked = budget.model_dump(exclude_unset=True)  # includes keys that the file sets to their defaults
     if as_json:
         print(json.dumps({"budget": asked, "exits": exits}))  # noqa: T201 - for programs

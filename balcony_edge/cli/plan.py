@@ -27,11 +27,11 @@ def plan(
 ) -> None:
     """Show for each exit whether it meets each target, with which probability, and what the controller would do."""
     from balcony_edge.bundle.bundle import Bundle
-    from balcony_edge.cli.budget import asked_budget
+    from balcony_edge.cli.budget import asked_budget, named_refusal
     from balcony_edge.cli.console import stderr
     from balcony_edge.cli.show import say_doubts
     from balcony_edge.device.profile import DeviceProfile
-    from balcony_edge.errors import BudgetError, ContextLengthError
+    from balcony_edge.errors import ContextLengthError
     from balcony_edge.simulation.plan import REPLY_TOKENS, make_plan
 
     asked, measured = asked_budget(budget, tpot_ms), DeviceProfile.load(profile)
@@ -50,10 +50,8 @@ def plan(
         if manifest.fingerprint != measured.bundle.fingerprint:
             stderr.print(f"{bundle} is not the bundle of the device profile", style="yellow", markup=False)
         quality = quality_figures(manifest)
-    try:
+    with named_refusal(budget):
         found = make_plan(measured, asked, prompt_tokens=prompt_tokens, quality=quality)
-    except BudgetError as error:
-        raise BudgetError(str(error) if budget is None else f"{budget}: {error}") from None
     if as_json:
         exits = [{**asdict(exit_), "met": exit_.met} for exit_ in found.exits]
         print(json.dumps({**asdict(found), "exits": exits}))  # noqa: T201 - programs read this

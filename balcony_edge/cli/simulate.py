@@ -68,7 +68,7 @@ def simulate(
     from contextlib import nullcontext
 
     from balcony_edge.cli.arrivals import explained, facts, parsed, show
-    from balcony_edge.cli.budget import asked_budget
+    from balcony_edge.cli.budget import asked_budget, named_refusal
     from balcony_edge.cli.show import say_doubts
     from balcony_edge.control.trace import TraceWriter
     from balcony_edge.device.profile import DeviceProfile
@@ -95,10 +95,8 @@ def simulate(
         else:
             show(figures, rows)
         return
-    try:
+    with named_refusal(files[0] if files else None):
         resolved = asked.for_bundle(measured.agreement())
-    except BudgetError as error:
-        raise BudgetError(f"{files[0]}: {error}" if files else str(error)) from None
     plant = Plant(costs, physics(device or [], measured, resolved), load(trace), prompt_tokens=prompt_tokens, seed=seed)
     with TraceWriter(record) if record is not None else nullcontext() as writer:
         run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
@@ -123,17 +121,15 @@ def _company(
 ) -> Company:
     """Run the requests of ``--arrivals`` on the profile's device."""
     from balcony_edge.cli.arrivals import Company, classes
+    from balcony_edge.cli.budget import named_refusal
     from balcony_edge.control.company.assignment import qualities
-    from balcony_edge.errors import BudgetError
     from balcony_edge.simulation.company import Arrival, poisson, simulate_company
 
     agreement, (prompt_tokens, tokens, seconds) = profile.agreement(), sizes
     named = {}
     for name, budget in classes(files, own).items():
-        try:
+        with named_refusal(name):
             named[name] = budget.for_bundle(agreement)
-        except BudgetError as error:
-            raise BudgetError(f"{name}: {error}") from None
     asked = [Arrival(0.0, prompt_tokens, tokens, budget) for budget in named.values()]
     arrivals = poisson(arriving[0], seconds, asked, seed=seed, burst=arriving[1])
     constants = physics(device or [], profile, own)
