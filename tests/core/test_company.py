@@ -324,3 +324,14 @@ def test_a_prompt_that_is_due_comes_before_portions_of_others() -> None:
                     balcony_rows=(100, 100, 1), context_length=0)  # fmt: skip
     _, found = decided([stream(0, Budget(tpot_ms=20.0), made_tokens=50), forced, urgent])
     assert set(exits(found)) == {2}
+
+
+def test_a_controller_that_has_decided_before_decides_like_a_new_one() -> None:
+    """What it keeps of a round must not reach the next one: here the same streams with other pending rows."""
+    controller, state = JointController(SMALL, QUALITY), CompanyState()
+    for due in (1, 40, 3, 1):
+        streams = tuple(stream(key)._replace(stage_rows=(1, due, due), balcony_rows=(due, due, 1)) for key in range(3))
+        seen = RoundSeen(streams, now_s=10.0)
+        decided_again = JointController(SMALL, QUALITY).decide(state, seen)
+        assert repr(controller.decide(state, seen)) == repr(decided_again)
+        state = decided_again[0]

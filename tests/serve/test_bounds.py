@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import httpx
 import pytest
 
 from balcony_runtime.serve.http.server import Server
+from balcony_runtime.serve.work import answers
+from balcony_runtime.serve.work.jobs import Channel, Ended, Job
 from balcony_runtime.serve.work.service import Limits
 from balcony_runtime.structure.asked import Structure
 from balcony_runtime.structure.grammar import Grammars
@@ -47,12 +50,12 @@ def test_bounds(strict: Server) -> None:
 
 
 def test_a_full_queue_and_the_time_limit(strict: Server) -> None:
-    answers: list[httpx.Response] = []
+    found: list[httpx.Response] = []
     slow = SLOW | {"budget": {"max_pace_tps": 20}}
 
     def ask(stream: bool) -> None:
         headers = {"authorization": "Bearer secret"}
-        answers.append(httpx.post(strict.url + CHAT, json=slow | {"stream": stream}, headers=headers, timeout=20))
+        found.append(httpx.post(strict.url + CHAT, json=slow | {"stream": stream}, headers=headers, timeout=20))
 
     threads = [threading.Thread(target=ask, args=[stream]) for stream in (True, False)]
     threads[0].start()
@@ -65,14 +68,66 @@ def test_a_full_queue_and_the_time_limit(strict: Server) -> None:
         assert 1 <= int(full.headers["retry-after"]) <= 60
         for thread in threads:
             thread.join()
-        streamed = next(answer for answer in answers if answer.status_code == 200)
+        streamed = next(answer for answer in found if answer.status_code == 200)
         assert "took longer than 1.5 s" in streamed.text and streamed.text.endswith("data: [DONE]\n\n")
-        whole = next(answer for answer in answers if answer.status_code != 200)
+        whole = next(answer for answer in found if answer.status_code != 200)
         assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
         counted = client.get("/metrics").text
         assert 'balcony_rejections_total{reason="queue_full"} 1.0' in counted
         assert 'balcony_rejections_total{reason="timeout"} 2.0' in counted  # that of the stream as well
     until(lambda: is_free(strict))
+
+
+def test_a_stream_that_waits_says_so_and_ends_at_the_time_limit(
+    strict: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comments keep a quiet stream open; the time limit comes while it waits for its place."""
+    monkeypatch.setattr(answers, "OPENING_S", 0.1)
+    monkeypatch.setattr(answers, "KEEPALIVE_S", 0.2)
+    headers = {"authorization": "Bearer secret"}
+    paced = SLOW | {"budget": {"max_pace_tps": 4}, "stream": True}
+    with httpx.Client(base_url=strict.url, headers=headers, timeout=20) as client:
+        with client.stream("POST", CHAT, json=paced):
+            until(lambda: len(strict.service.slots) == 1 and not strict.service.waiting)
+            began_s = time.monotonic()
+            found = client.post(CHAT, json=SLOW | {"stream": True})
+        took_s = time.monotonic() - began_s
+    comments, _, rest = found.text.rpartition(": waiting\n\n")
+    assert 3 <= 1 + comments.count(": waiting") <= 7  # 1.4 s are 7 times 0.2 s
+    assert "took longer than 1.5 s" in rest and 1.4 < took_s < 3.0
+    until(lambda: is_free(strict))
+
+
+def test_a_channel_wakes_its_reader_for_items_and_times() -> None:
+    """With one timer for many waits, which is left to ring early and is gone at the end."""
+
+    async def use() -> None:
+        loop, channel, job = asyncio.get_running_loop(), Channel(), Job(0, 0, [1], None)
+        timers = []
+        with pytest.MonkeyPatch.context() as patch:
+            call_later = loop.call_later
+            patch.setattr(loop, "call_later", lambda *args: timers.append(call_later(*args)) or timers[-1])
+            far_s = time.monotonic() + 60
+            for number in range(50):
+                loop.call_soon(channel.put, job, Ended())
+                await channel.wait(far_s + number)  # its timer rings at far_s, and that is early enough
+                assert channel.take() == (job, Ended()) and channel.take() is None
+            loop.call_soon(channel.wake)
+            await channel.wait(far_s)
+            assert channel.take() is None and len(timers) == 1
+            begin_s = time.monotonic()
+            await channel.wait(begin_s + 0.05)  # sooner than the timer
+            assert time.monotonic() - begin_s >= 0.045 and timers[0].cancelled()
+            await asyncio.wait_for(channel.wait(begin_s), 5)  # a time that has passed
+            channel.wake()  # nobody waits
+            channel.put(job, Ended())
+            assert channel.take() is not None
+            loop.call_soon(channel.wake)
+            await channel.wait(far_s)
+            channel.close()
+            assert all(timer.cancelled() or timer.when() <= loop.time() for timer in timers)
+
+    asyncio.run(use())
 
 
 def test_the_time_of_a_compiler_counts_and_nobody_else_waits_for_it(server: Server, http: httpx.Client) -> None:
@@ -82,11 +137,11 @@ def test_the_time_of_a_compiler_counts_and_nobody_else_waits_for_it(server: Serv
         assert gate.wait(120)
         return compile_(grammars, asked)
 
-    answers: list[Any] = []
+    found: list[Any] = []
 
     def ask() -> None:
         body = HELLO | {"guided_regex": "[a-c]{3}", "seed": -1}
-        answers.append(httpx.post(server.url + CHAT, json=body, timeout=120).json())
+        found.append(httpx.post(server.url + CHAT, json=body, timeout=120).json())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Grammars, "_compile", slowly)
@@ -101,7 +156,7 @@ def test_the_time_of_a_compiler_counts_and_nobody_else_waits_for_it(server: Serv
         gate.set()
         for thread in threads:
             thread.join()
-    assert min(answer["balcony"]["ttft_ms"] for answer in answers) > waited_ms > 300
+    assert min(answer["balcony"]["ttft_ms"] for answer in found) > waited_ms > 300
     until(lambda: is_free(server))
 
 
@@ -131,9 +186,9 @@ def test_the_watchdog_sees_a_decode_thread_that_hangs(serve: Callable[..., Serve
     assert all(server.service.makes_progress for _ in range(3))  # it has nothing to do
     with monkeypatch.context() as patch:
         patch.setattr("balcony_runtime.together.Together.step", lambda _: gate.wait() and [])
-        answers: list[int] = []
+        statuses: list[int] = []
         thread = threading.Thread(
-            target=lambda: answers.append(httpx.post(server.url + CHAT, json=HELLO, timeout=60).status_code)
+            target=lambda: statuses.append(httpx.post(server.url + CHAT, json=HELLO, timeout=60).status_code)
         )
         thread.start()
         until(lambda: len(server.service.slots) == 1)
@@ -141,7 +196,7 @@ def test_the_watchdog_sees_a_decode_thread_that_hangs(serve: Callable[..., Serve
         assert not server.service.makes_progress
     gate.set()
     thread.join()
-    assert answers == [200]
+    assert statuses == [200]
     until(lambda: is_free(server) and server.service.makes_progress)
 
 

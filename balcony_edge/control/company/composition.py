@@ -38,30 +38,35 @@ class Composer:
 
     def __init__(self, prices: RoundPrices, quality: Sequence[float]) -> None:
         self._prices, self._costs, self._quality = prices, prices.costs, quality
+        self._tokens: dict[tuple[int, int], tuple[float, int]] = {}  # stream and exit → its part of this round's price
 
-    def compose(self, ready: list[View], views: list[View], slowdown: Slowdown) -> tuple[Chosen, Chunk | None, float]:
-        """Streams of the round with their exits, the rows next to it, and the price."""
+    def compose(self, ready: list[View], waiting: list[View], slowdown: Slowdown) -> tuple[Chosen, Chunk | None, float]:
+        """Streams of the round with their exits, the rows next to it, and the price.
+
+        Args:
+            ready: streams that can step.
+            waiting: streams that wait for their pace.
+            slowdown: slowdown filter.
+        """
+        self._tokens.clear()
         prompts = [view for view in ready if view.first]
         steps = [view for view in ready if not view.first]
+        aims = any(view.period_ms < math.inf or (view.first and view.room_ms < math.inf) for view in (*ready, *waiting))
+        # Without any target there is nothing to wait for: a deeper exit is taken at once, with all its pending rows.
+        chosen = [(view, view.present if aims else view.goal) for view in steps]
         behind = any(view.present < view.goal for view in steps) or any(view.room_ms < math.inf for view in prompts)
-        found = self._composed(ready, views, slowdown, behind)
-        if behind and found[1] is None and len(found[0]) < len(steps):
-            return self._composed(ready, views, slowdown, False)  # who was left out made no room for anything
+        found = self._composed(chosen, prompts, waiting, slowdown, behind)
+        if behind and found[1] is None and len(found[0]) < len(steps):  # who was left out made no room for anything
+            found = self._composed(chosen, prompts, waiting, slowdown, False)
         return found
 
     def _composed(
-        self, ready: list[View], views: list[View], slowdown: Slowdown, behind: bool
+        self, chosen: Chosen, prompts: list[View], waiting: list[View], slowdown: Slowdown, behind: bool
     ) -> tuple[Chosen, Chunk | None, float]:
         """The round, if streams that can wait are left out for somebody who is ``behind``, or are not."""
-        waiting = [view for view in views if view not in ready]
-        prompts = [view for view in ready if view.first]
-        steps = [view for view in ready if not view.first]
-        aims = any(view.period_ms < math.inf or (view.first and view.room_ms < math.inf) for view in views)
-        # Without any target there is nothing to wait for: a deeper exit is taken at once, with all its pending rows.
-        chosen = [(view, view.present if aims else view.goal) for view in steps]
         price_ms = self._price(chosen)
         chosen, price_ms, left = self._leave_out(chosen, price_ms, behind)
-        waiting += left
+        waiting = [*waiting, *left]
         limit_ms = min((view.bound_ms for view, _ in chosen), default=math.inf)
         # Who waits must still get its token in a round like this one.
         waits_ms = [view.bound_ms - price_ms for view in waiting if not view.first and view.bound_ms < math.inf]
@@ -77,7 +82,7 @@ class Composer:
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
         if prompt is not None and prompt.bound_ms < math.inf:
-            others = [view for view in views if not view.first]
+            others = [view for view, _ in chosen] + [view for view in waiting if not view.first]
             gap_ms = min((view.period_ms for view in others if view.met), default=math.inf)
             if self._must_run(prompt, others, price_ms, min(share * gap_ms - price_ms, calm_ms)):
                 return self._with_prompt(prompt, [], 0.0, math.inf)
@@ -265,4 +270,13 @@ class Composer:
         return total_ms
 
     def _price(self, chosen: Sequence[tuple[View, int]]) -> float:
-        return self._prices.round_ms(view.entry(index) for view, index in chosen)
+        return self._prices.sum_ms([self._token(view, index) for view, index in chosen])
+
+    def _token(self, view: View, index: int) -> tuple[float, int]:
+        """Own price and passes of a stream's token; one decision asks for the same ones several times."""
+        place = view.stream.key, index
+        found = self._tokens.get(place)
+        if found is None:
+            _, _, context, stage_rows, balcony_rows, _, _, _, shares, _ = view.stream
+            found = self._tokens[place] = self._prices.token(index, stage_rows, balcony_rows, context, shares)
+        return found

@@ -66,7 +66,7 @@ class _Outcome(NamedTuple):
     Attributes:
         price_ms, predicted_ms: price of the round at slowdown 1, and its expected time.
         streams: number of streams that it serves.
-        slowdown: slowdown filter.
+        deviation: deviation of the logarithm of a step's time.
         governor: state of the slow loop.
         ceilings: ceilings of all budgets, which hold for the device; None without any.
     """
@@ -74,7 +74,7 @@ class _Outcome(NamedTuple):
     price_ms: float
     predicted_ms: float
     streams: int
-    slowdown: Slowdown
+    deviation: float
     governor: Governor
     ceilings: Budget | None
 
@@ -126,16 +126,17 @@ class JointController:
         views = self._views(seen.streams, state, slowdown, seen.now_s, ceiling)
         assigned_for, views = self._goals.assigned(state, views, slowdown, share)
         early_ms = self._early_ms(views, slowdown, seen.now_s)
-        ready = [view for view in views if early_ms[view.stream.key] <= 0]
+        ready = [view for view in views if view.stream.key not in early_ms]
+        waiting = [view for view in views if view.stream.key in early_ms]
+        idle_ms = 0.0 if ready else min(early_ms.values(), default=0.0)
         if ready:
-            chosen, chunk, price_ms = self._composer.compose(ready, views, slowdown)
+            chosen, chunk, price_ms = self._composer.compose(ready, waiting, slowdown)
         else:  # everybody waits for a pace
-            idle_ms = min(early_ms.values(), default=0.0) / slowdown.factor
-            chosen, (chunk, price_ms) = [], self._composer.catch_up(views, idle_ms)
+            chosen, (chunk, price_ms) = [], self._composer.catch_up(views, idle_ms / slowdown.factor)
         deepest = max((index for _, index in chosen), default=0)
         offset = slowdown.offsets[-1 if chunk is not None or not chosen else deepest]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)
-        outcome = _Outcome(price_ms, predicted_ms, len(chosen), slowdown, governor, ceilings)
+        outcome = _Outcome(price_ms, predicted_ms, len(chosen), slowdown.deviation, governor, ceilings)
         found = Round(
             moves=tuple(Move(view.stream.key, self._decision(view, index, outcome)) for view, index in chosen),
             refused=tuple(
@@ -144,7 +145,7 @@ class JointController:
             chunk=chunk,
             price_ms=price_ms,
             predicted_ms=predicted_ms,
-            wait_ms=_wait_ms(chosen, chunk, early_ms, outcome, seen),
+            wait_ms=idle_ms if not chosen and chunk is None else _wait_ms(outcome, seen),
             deepest=deepest,
         )
         streams = _streams_after(state.streams, views, chosen)
@@ -168,11 +169,11 @@ class JointController:
         return self._goals.refusal(views, slowdown.factor)
 
     def _early_ms(self, views: Sequence[View], slowdown: Slowdown, now_s: float) -> dict[int, float]:
-        """Time before which a round with each stream would bring its token too early for its pace.
+        """Streams that must wait, because a round now would bring their token too early for their pace, and how long.
 
         A target comes before a pace: a round with all streams must still fit, also if they enter a deeper exit.
         """
-        early_ms = dict.fromkeys((view.stream.key for view in views), 0.0)
+        early_ms: dict[int, float] = {}
         paced = [view for view in views if view.stream.budget.max_pace_tps is not None and not view.first]
         if not paced:
             return early_ms
@@ -180,10 +181,12 @@ class JointController:
         for view in paced:
             own_ms = self._prices.steady_ms([(view.goal, view.stream)]) * slowdown.factor
             pace_ms = 1000 / (view.stream.budget.max_pace_tps or math.inf) - own_ms
-            early_ms[view.stream.key] = pace_ms - 1000 * (now_s - view.stream.asked_s)
+            left_ms = pace_ms - 1000 * (now_s - view.stream.asked_s)
             if view.bound_ms < math.inf:
                 spare_ms = (view.bound_ms - all_ms) / scale_of(slowdown, view.stream.budget.probability)
-                early_ms[view.stream.key] = min(early_ms[view.stream.key], spare_ms)
+                left_ms = min(left_ms, spare_ms)
+            if left_ms > 0:
+                early_ms[view.stream.key] = left_ms
         return early_ms
 
     def _views(
@@ -192,10 +195,9 @@ class JointController:
         views: list[View] = []
         scales: dict[float, float] = {}
         for stream in streams:
-            _, lowest, highest, _ = self._facts(stream.budget)
-            probability = stream.budget.probability
-            if (scale := scales.get(probability)) is None:
-                scale = scales[probability] = scale_of(slowdown, probability)
+            budget, lowest, highest, _ = self._facts(stream.budget)
+            if (scale := scales.get(budget.probability)) is None:
+                scale = scales[budget.probability] = scale_of(slowdown, budget.probability)
             bounds = lowest, max(min(highest, ceiling), lowest)
             views.append(view_of(stream, state.streams.get(stream.key), bounds, scale, now_s))
         return views
@@ -212,9 +214,8 @@ class JointController:
         return known
 
     def _decision(self, view: View, index: int, outcome: _Outcome) -> Decision:
-        price_ms, predicted_ms, streams, slowdown, governor, ceilings = outcome
-        governed = ceilings is not None
-        budget, deviation = view.stream.budget, slowdown.deviation
+        price_ms, predicted_ms, streams, deviation, governor, ceilings = outcome
+        governed, budget = ceilings is not None, view.stream.budget
         limit_ms = view.room_ms * math.exp(quantile_of(budget.probability) * deviation)
         exits = self._costs.exits
         fits = exits[view.goal] if index < view.goal else None
@@ -280,8 +281,9 @@ def _prompt_share(state: CompanyState, now_s: float) -> float:
 
 def _runs_prompt(ready: Sequence[View], chosen: Chosen, chunk: Chunk | None) -> bool:
     """Whether a round runs rows of a prompt."""
-    prompts = {view.stream.key for view in ready if view.first}
-    return any(view.first for view, _ in chosen) or (chunk is not None and chunk.key in prompts)
+    if chunk is not None and any(view.first for view in ready if view.stream.key == chunk.key):
+        return True
+    return any(view.first for view, _ in chosen)
 
 
 def _ends(view: View, outcome: _Outcome) -> bool:
@@ -307,12 +309,8 @@ def _needed_tps(seen: RoundSeen) -> float:
     return max((needed_tps(one.budget, one.made_tokens, now_s - one.started_s) for one in streams), default=0.0)
 
 
-def _wait_ms(
-    chosen: Chosen, chunk: Chunk | None, early_ms: Mapping[int, float], outcome: _Outcome, seen: RoundSeen
-) -> float:
-    """Time to wait after the round, for the pace that the ceilings leave; without a round, until somebody is due."""
-    if not chosen and chunk is None:
-        return max(min(early_ms.values(), default=0.0), 0.0)
+def _wait_ms(outcome: _Outcome, seen: RoundSeen) -> float:
+    """Time to wait after the round, for the pace that the ceilings leave."""
     if (ceilings := outcome.ceilings) is None:
         return 0.0
     period_ms = paced_ms(ceilings, outcome.governor.share, outcome.predicted_ms, _needed_tps(seen))

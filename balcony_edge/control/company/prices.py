@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import starmap
 from typing import NamedTuple
 
 from balcony_edge.control.company.seen import StreamSeen
@@ -80,9 +81,10 @@ class RoundPrices:
         rows_ms, attention_ms, passes = self._steady[index]
         return self._paid(rows_ms + attention_ms * context, passes, shares)
 
-    def token(self, entry: RoundEntry) -> tuple[float, int]:
-        """Own price and passes of a token. With more than one row due at a stage it has a pass of its own there."""
-        index, stage_rows, balcony_rows, context, shares = entry
+    def token(
+        self, index: int, stage_rows: Sequence[int], balcony_rows: Sequence[int], context: int, shares: bool = True
+    ) -> tuple[float, int]:
+        """Own price and passes of a :class:`RoundEntry`. With more than one row due at a stage it has its own pass there."""
         if sum(stage_rows[: index + 1]) == index + 1 and balcony_rows[index] <= 1:
             return self.steady(index, context, shares)
         own_ms, passes = self.steady(index, context)
@@ -129,7 +131,7 @@ class RoundPrices:
 
     def round_ms(self, entries: Iterable[RoundEntry]) -> float:
         """Price of a round."""
-        return self.sum_ms(map(self.token, entries))
+        return self.sum_ms(starmap(self.token, entries))
 
     def steady_ms(self, streams: Iterable[tuple[int, StreamSeen]]) -> float:
         """Price of a round of streams without pending rows, each with its exit index."""

@@ -9,13 +9,14 @@ import math
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.prices import RoundEntry
 from balcony_edge.control.company.seen import StreamSeen, StreamState
 from balcony_edge.control.controller import UNSEEN_LOAD, quantile_of
 from balcony_edge.control.slowdown import Slowdown
 
 #: Tokens that a reply is taken to have at least, when the share that may be late is reckoned.
 LEAST_MADE = 10
+#: State of a stream that has none yet: the deepest exit, which it may leave at once.
+_NEW = StreamState(at=None, goal=1 << 30, tokens=1 << 30)
 
 
 class View(NamedTuple):
@@ -62,10 +63,6 @@ class View(NamedTuple):
         """Time until it is due, if anything can be promised."""
         return self.room_ms if self.met else math.inf
 
-    def entry(self, index: int) -> RoundEntry:
-        seen = self.stream
-        return RoundEntry(index, seen.stage_rows, seen.balcony_rows, seen.context_length, seen.shares)
-
     @property
     def present(self) -> int:
         """Exit of its next token, unless there is time for a deeper one or too little for this one."""
@@ -82,27 +79,29 @@ def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, in
         scale: :func:`scale_of` for the probability of its budget.
         now_s: present time.
     """
-    budget, (lowest, highest) = stream.budget, bounds
+    _, budget, _, _, _, made_tokens, started_s, asked_s, _, _ = stream
+    lowest, highest = bounds
+    waited_ms = 1000 * (now_s - asked_s)
     period_ms = budget.tpot_ms or math.inf
-    if budget.deadline_s is not None and stream.made_tokens < (budget.expected_tokens or 0):
-        left_ms = 1000 * (budget.deadline_s - (now_s - stream.started_s))
+    if budget.deadline_s is not None and made_tokens < (budget.expected_tokens or 0):
+        left_ms = 1000 * (budget.deadline_s - (now_s - started_s))
         left_ms *= 1 - UNSEEN_LOAD * max(quantile_of(budget.probability), 0.0)
-        period_ms = min(period_ms, max(left_ms, 0.0) / max((budget.expected_tokens or 0) - stream.made_tokens, 1))
-    room_ms = period_ms - 1000 * (now_s - stream.asked_s)
-    if not stream.made_tokens:
-        room_ms = math.inf if budget.ttft_ms is None else budget.ttft_ms - 1000 * (now_s - stream.started_s)
-    index = None if known is None or known.at is None else min(known.at, highest)
+        period_ms = min(period_ms, max(left_ms, 0.0) / max((budget.expected_tokens or 0) - made_tokens, 1))
+    room_ms = period_ms - waited_ms
+    if not made_tokens:
+        room_ms = math.inf if budget.ttft_ms is None else budget.ttft_ms - 1000 * (now_s - started_s)
+    at, goal, tokens, met = _NEW if known is None else known
     return View(
         stream,
         lowest,
         highest,
         period_ms * scale,
         max(room_ms, 0.0) * scale,
-        1000 * (now_s - stream.asked_s) * scale,
-        index,
-        highest if known is None else max(min(known.goal, highest), lowest),
-        known.met if known is not None else True,
-        known.tokens if known is not None else 1 << 30,
+        waited_ms * scale,
+        None if at is None else min(at, highest),
+        max(min(goal, highest), lowest),
+        met,
+        tokens,
     )
 
 

@@ -180,7 +180,7 @@ class Answer:
                 raise self._failed(_too_long(self._limit_s))
             if now_s >= patience_s:
                 return None
-            await self._channel.wait(min(self._until_s, patience_s) - now_s)
+            await self._channel.wait(min(self._until_s, patience_s))
 
     def stop(self) -> None:
         """End the answer with an error, because the server does not wait for it any longer."""
@@ -226,6 +226,7 @@ class Answer:
         if self._closed:
             return
         self._closed = True
+        self._channel.close()
         if self._watch is not None:
             self._watch.cancel()
         for job in self.jobs:
@@ -297,6 +298,11 @@ def _too_long(limit_s: float) -> RefusedError:
 _BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def _event(piece: object) -> bytes:
-    text = json.dumps(piece, ensure_ascii=False, separators=(",", ":")).translate(_BREAKS)
+    text = _JSON.encode(piece)
+    if not text.isascii():
+        text = text.translate(_BREAKS)
     return f"data: {text}\n\n".encode()

@@ -84,31 +84,45 @@ class Channel:
 
     def __init__(self) -> None:
         self._items: deque[tuple[Job, Item]] = deque()
-        self._some = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_s = 0.0
 
     def put(self, job: Job, item: Item) -> None:
         """Add an item."""
         self._items.append((job, item))
-        self._some.set()
+        self.wake()
 
     def wake(self) -> None:
         """Let the reader look around although there is no item."""
-        self._some.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def take(self) -> tuple[Job, Item] | None:
         """The next item, or None."""
-        if not self._items:
-            self._some.clear()
-            return None
-        return self._items.popleft()
+        return self._items.popleft() if self._items else None
 
-    async def wait(self, seconds: float) -> None:
-        """Wait for an item or :meth:`wake`, for at most some seconds."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._some.wait()
-        except TimeoutError:
-            return
+    async def wait(self, until_s: float) -> None:
+        """Wait for an item or :meth:`wake`, or until a time on ``time.monotonic``; may return earlier without any of them."""
+        loop = asyncio.get_running_loop()
+        if self._alarm is None or self._alarm_s > until_s:  # an earlier alarm is left to ring: a timer a token is dear
+            self._silence()
+            self._alarm, self._alarm_s = loop.call_later(until_s - time.monotonic(), self._ring), until_s
+        self._reader = loop.create_future()
+        await self._reader
+
+    def close(self) -> None:
+        """Free the alarm."""
+        self._silence()
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self.wake()
+
+    def _silence(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
 
 class Cost:
