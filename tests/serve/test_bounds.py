@@ -118,6 +118,7 @@ def test_a_channel_wakes_its_reader_for_items_and_times() -> None:
             begin_s = time.monotonic()
             await channel.wait(begin_s + 0.05)  # sooner than the timer
             assert time.monotonic() - begin_s >= 0.045 and timers[0].cancelled()
+            await asyncio.wait_for(channel.wait(time.monotonic() + 0.05), 5)  # later than the timer that has rung
             await asyncio.wait_for(channel.wait(begin_s), 5)  # a time that has passed
             channel.wake()  # nobody waits
             channel.put(job, Ended())
