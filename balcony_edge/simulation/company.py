@@ -91,17 +91,14 @@ class CompanyPlant(SimulatedDevice):
 
     def run_chunk(self, stream: SimulatedStream, chunk: Chunk) -> None:
         """Run pending rows of a stream. Asking for rows that are not ready is a bug."""
-        for stage in chunk.stages:
-            ready = stream.stages[stage - 1] if stage else stream.length
-            rows = min(chunk.rows, ready - stream.stages[stage])
-            if rows <= 0:
-                raise AssertionError(f"{chunk.rows} rows of stage {stage} asked for, none is ready")
-            stream.stages[stage] += rows
-            self.work(self.costs.stages[stage].pass_ms(rows, stream.length))
-        if chunk.balcony is not None:
-            rows = min(chunk.rows, stream.stages[chunk.balcony] - stream.balconies[chunk.balcony])
-            stream.balconies[chunk.balcony] += rows
-            self.work(self.costs.balconies[chunk.balcony].pass_ms(rows, stream.length, 1))
+        _, stage, rows, balcony = chunk
+        cursors, units = (stream.balconies, self.costs.balconies) if balcony else (stream.stages, self.costs.stages)
+        ready = stream.stages[stage] if balcony else stream.stages[stage - 1] if stage else stream.length
+        rows = min(rows, ready - cursors[stage])
+        if rows <= 0:
+            raise AssertionError(f"{chunk.rows} rows of stage {stage} asked for, none is ready")
+        cursors[stage] += rows
+        self.work(units[stage].pass_ms(rows, stream.length, 1 if balcony else None))
 
     def step(self, moves: Sequence[tuple[SimulatedStream, int]]) -> None:
         """Make a token of each of some streams at an exit index."""

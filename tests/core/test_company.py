@@ -70,7 +70,7 @@ def test_streams_that_share_no_passes_pay_for_whole_steps() -> None:
 
 
 def test_rows_of_a_chunk_fill_the_time() -> None:
-    assert PRICES.chunk_ms((0, 1), 5, 0) == pytest.approx(3 + 1 + 2 + 1)
+    assert PRICES.work_ms((5, 5, 9), 1, 0) == pytest.approx(3 + 1 + 2 + 1)
 
 
 @examples(60)
@@ -195,7 +195,7 @@ def test_a_backlog_gets_the_time_that_is_left() -> None:
     other = stream(1, Budget(tpot_ms=16.0))
     state, found = decided([behind, other], known)
     assert exits(found) == {0: 4, 1: 8} and found.chunk is not None
-    assert (found.chunk.key, found.chunk.stages, found.chunk.balcony) == (0, (1,), None)
+    assert found.chunk[:2] == (0, 1) and not found.chunk.balcony
     assert 13 <= found.price_ms <= 0.976 * 16 and state.caught_up
     assert "8 fits, with a backlog" in found.moves[0].decision.reason
     _, found = decided([behind._replace(stage_rows=(1, 1, 3), balcony_rows=(1, 1, 1)), other], known)
@@ -300,7 +300,7 @@ def test_many_rows_of_one_stream_come_in_portions_next_to_the_others() -> None:
     forced = stream(1, stage_rows=(41, 41, 41), balcony_rows=(41, 41, 1))
     _, found = decided([stream(0, Budget(tpot_ms=20.0)), forced])
     assert exits(found) == {0: 8} and found.price_ms <= 20.0
-    assert found.chunk is not None and found.chunk.key == 1 and found.chunk.stages == (0,) and found.chunk.rows > 10
+    assert found.chunk is not None and found.chunk.key == 1 and found.chunk.stage == 0 and found.chunk.rows > 10
     _, found = decided([stream(0, Budget(tpot_ms=60.0)), forced])
     assert exits(found) == {0: 8, 1: 8} and found.chunk is None
     # two of them, as in a batch with one schema; and rows that are left at a deeper stage of their own
@@ -308,7 +308,7 @@ def test_many_rows_of_one_stream_come_in_portions_next_to_the_others() -> None:
     assert exits(found) == {0: 8} and found.price_ms <= 20.0 and found.chunk is not None
     late = stream(1, stage_rows=(1, 1, 41), balcony_rows=(1, 41, 1))
     _, found = decided([stream(0, Budget(tpot_ms=17.0)), late._replace(budget=Budget(min_exit=8))])
-    assert exits(found) == {0: 8} and found.chunk is not None and found.chunk.stages == (2,)
+    assert exits(found) == {0: 8} and found.chunk is not None and found.chunk.stage == 2
     # a portion that would take many rounds is not worth its first row
     _, found = decided([stream(0, Budget(tpot_ms=13.5)), forced])
     assert set(exits(found)) == {0, 1}

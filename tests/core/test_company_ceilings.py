@@ -106,7 +106,7 @@ def test_who_waits_for_a_pace_works_off_pending_rows() -> None:
     known = SETTLED._replace(streams={0: StreamState(0, 2, 50)})
     _, found = decided([behind], known)
     assert not found.moves and found.chunk is not None and found.wait_ms == 0
-    assert found.chunk.stages == (1,) and found.chunk.rows == 29, "the newest row runs with the token"
+    assert found.chunk.stage == 1 and found.chunk.rows == 29, "the newest row runs with the token"
     _, found = decided([stream(0, Budget(max_pace_tps=5.0))], known)
     assert found.chunk is None and found.wait_ms > 0
 

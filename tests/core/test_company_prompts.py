@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import Chunk, StreamState
 from tests.company import SETTLED, decided, exits, stream
 from tests.prices import SMALL
@@ -27,21 +26,17 @@ def test_a_prompt_runs_in_chunks_between_the_tokens_of_others() -> None:
     limit_ms = 25.0
     _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), prompt])
     assert set(exits(found)) == {0} and found.chunk is not None and found.chunk.key == 1
-    assert found.chunk.stages == (0,), "one stage at a time: the first row of a pass is the dearest"
+    assert found.chunk.stage == 0, "one stage at a time: the first row of a pass is the dearest"
     assert found.price_ms <= 0.976 * limit_ms
-    more = found.chunk._replace(rows=found.chunk.rows + 1)
-    longer_ms = (
-        found.price_ms
-        + RoundPrices(SMALL).chunk_ms(more.stages, more.rows, 39)
-        - RoundPrices(SMALL).chunk_ms(more.stages, found.chunk.rows, 39)
-    )
+    unit = SMALL.stages[0]
+    longer_ms = found.price_ms + unit.pass_ms(found.chunk.rows + 1, 39) - unit.pass_ms(found.chunk.rows, 39)
     assert longer_ms > 0.974 * limit_ms, "one more row would be late"
     # stage 0 keeps the last row for the first token; the next stage takes what the one before has run
     _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), prompt._replace(stage_rows=(1, 140, 140))])
-    assert found.chunk is not None and found.chunk.stages == (1,)
+    assert found.chunk is not None and found.chunk.stage == 1
     short = prompt._replace(stage_rows=(30,) * 3, balcony_rows=(30, 30, 1))
     _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), short])
-    assert found.chunk == Chunk(1, (0,), 29)
+    assert found.chunk == Chunk(1, 0, 29)
     # the last rows bring the first token
     rest = prompt._replace(stage_rows=(3, 3, 3), balcony_rows=(3, 3, 1))
     _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), rest])
@@ -167,4 +162,5 @@ def test_rows_of_a_prompt_in_front_of_its_balcony_come_in_portions_too() -> None
     waits = stream(1, made_tokens=0, stage_rows=(1, 200, 200), balcony_rows=(200, 200, 1), context_length=199)
     _, found = decided([stream(0, Budget(tpot_ms=10.0)), waits._replace(budget=Budget(max_exit=4))])
     assert exits(found) == {0: 8} or 0 in exits(found)
-    assert found.chunk is not None and found.chunk.key == 1 and found.chunk.balcony == 0 and found.chunk.rows > 1
+    assert found.chunk is not None and found.chunk.rows > 1
+    assert found.chunk == Chunk(1, 0, found.chunk.rows, balcony=True)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.seen import Chunk, Round
-from balcony_edge.simulation.company import Arrival, poisson, simulate_company, summary
+from balcony_edge.simulation.company import Arrival, CompanyPlant, poisson, simulate_company, summary
+from balcony_edge.simulation.plant import Physics
 from tests.prices import DEMO
 from tests.properties import examples
 
@@ -81,9 +82,15 @@ def test_a_deadline_is_kept_at_its_own_pace() -> None:
 
 def test_chunks_name_rows_that_exist() -> None:
     """The plant refuses rows that are not ready; every mix above would stop there."""
-    streams = simulate_company(DEMO, [Arrival(0.0, 64, 5, Budget())], quality=(1, 1, 1, 1))
-    assert streams[0].exits == [30] * 5
-    assert Chunk(0, (1,), 3).balcony is None
+    plant = CompanyPlant(DEMO, Physics(), lambda _: 1.0)
+    one = plant.stream(Arrival(0.0, 8, 1, Budget()))
+    one.length = 8
+    with pytest.raises(AssertionError, match="3 rows of stage 1 asked for, none is ready"):
+        plant.run_chunk(one, Chunk(0, 1, 3))
+    plant.run_chunk(one, Chunk(0, 0, 5))
+    plant.run_chunk(one, Chunk(0, 1, 9))
+    plant.run_chunk(one, Chunk(0, 0, 2, balcony=True))
+    assert one.stages == [5, 5, 0, 0] and one.balconies == [2, 0, 0]
 
 
 def test_who_waits_for_a_place_does_not_stop_the_clock() -> None:

@@ -490,7 +490,7 @@ def test_recorded_rounds_are_decided_again(llm: LLM, tmp_path: Path) -> None:
     differing = json.loads(invoke_here("replay", path, "--json").stdout)["differences"]
     assert [one["round"] for one in differing] == [4] and "a round of 2 streams" in differing[0]["again"]["reason"]
     for text, message in (
-        (lines[0].replace('"rounds": 3', '"rounds": 7'), "version 7 of rounds, must be 3"),
+        (lines[0].replace('"rounds": 4', '"rounds": 7'), "version 7 of rounds, must be 4"),
         ("\n".join([lines[0], "{}", lines[1]]), "line 2 is not a line of rounds"),
         (lines[0], "contains no rounds"),
         ('{"rounds": ', "not readable as a trace of rounds"),

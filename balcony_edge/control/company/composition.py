@@ -240,7 +240,7 @@ class Composer:
             ready = seen.stage_rows[stage] - (seen.stage_rows[stage - 1] if stage else 1)
             most = self._costs.stages[stage].rows_within(slack_ms, max(ready, PLENTY), seen.context_length)
             if ready >= least and most and min(ready / most, 1.0) > fullest:
-                fullest, best = min(ready / most, 1.0), Chunk(seen.key, (stage,), min(ready, most))
+                fullest, best = min(ready / most, 1.0), Chunk(seen.key, stage, min(ready, most))
         return best
 
     def _backlog(self, view: View, slack_ms: float) -> Chunk | None:
@@ -260,14 +260,11 @@ class Composer:
         seen, index = view.stream, view.goal
         kept = seen.balcony_rows[index] - seen.stage_rows[index]
         rows = self._costs.balconies[index].rows_within(slack_ms, kept, seen.context_length, 1)
-        return Chunk(seen.key, (), rows, index) if rows else None
+        return Chunk(seen.key, index, rows, balcony=True) if rows else None
 
     def _chunk_ms(self, view: View, chunk: Chunk) -> float:
-        context = view.stream.context_length
-        total_ms = self._prices.chunk_ms(chunk.stages, chunk.rows, context)
-        if chunk.balcony is not None:
-            total_ms += self._costs.balconies[chunk.balcony].pass_ms(chunk.rows, context, 1)
-        return total_ms
+        unit = (self._costs.balconies if chunk.balcony else self._costs.stages)[chunk.stage]
+        return unit.pass_ms(chunk.rows, view.stream.context_length, 1 if chunk.balcony else None)
 
     def _price(self, chosen: Sequence[tuple[View, int]]) -> float:
         return self._prices.sum_ms([self._token(view, index) for view, index in chosen])

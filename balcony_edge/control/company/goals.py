@@ -145,7 +145,7 @@ class Goals:
         """Time of a round that the rows of a prompt need at an exit."""
         rounds = max(prompt.room_ms // limit_ms, 1)
         rows = math.ceil(prompt.stream.stage_rows[0] / rounds)
-        return self._prices.chunk_ms(range(index + 1), rows, prompt.stream.context_length)
+        return self._prices.work_ms([rows] * (index + 1), index, prompt.stream.context_length)
 
     def _given_up(
         self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown, share: float

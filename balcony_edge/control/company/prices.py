@@ -140,7 +140,3 @@ class RoundPrices:
     def work_ms(self, stage_rows: Sequence[int], index: int, context: int) -> float:
         """Price of running the rows that are due at each stage on the way to exit ``index``, in one pass of each."""
         return sum(self.costs.stages[stage].pass_ms(stage_rows[stage], context) for stage in range(index + 1))
-
-    def chunk_ms(self, stages: Iterable[int], rows: int, context: int) -> float:
-        """Price of running that many rows of one stream through each of some stages."""
-        return sum(self.costs.stages[stage].pass_ms(rows, context) for stage in stages)

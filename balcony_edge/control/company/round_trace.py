@@ -24,7 +24,7 @@ from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, InputError
 
-VERSION = 3
+VERSION = 4
 _COSTS = pydantic.TypeAdapter(CostModel)
 _INFINITE = pydantic.ConfigDict(ser_json_inf_nan="strings")
 _STATE = pydantic.TypeAdapter(CompanyState, config=_INFINITE)

@@ -131,19 +131,16 @@ class CompanyState(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Pending rows of one stream that run next to a round, through each of some graphs.
+    """Pending rows of one stream that run through one stage next to a round.
 
-    Attributes:
-        key: the stream.
-        stages: indices of the stages, in order.
-        rows: most rows of each.
-        balcony: index of a balcony that takes in as many rows; None for no balcony.
+    With ``balcony`` they go through the balcony of exit index ``stage`` instead, as those of a
+    :class:`~balcony_edge.control.decision.CatchUp`.
     """
 
     key: int
-    stages: tuple[int, ...]
+    stage: int
     rows: int
-    balcony: int | None = None
+    balcony: bool = False
 
 
 class Move(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.manifest import ConfidenceSpec
-from balcony_edge.control.company.seen import StreamSeen
+from balcony_edge.control.company.seen import Chunk, StreamSeen
 from balcony_edge.control.controller import Controller, ControllerState, quantile_of
 from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
 from balcony_edge.control.governor import Governor
@@ -170,7 +170,7 @@ class Decoder:
         new_rows = 1 if self._made else sequence.length - self.kept_rows
         decision = self._decide(self._last)
         if decision.catch_up is not None:
-            _catch_up(sequence, decision.catch_up)
+            run_chunk(sequence, decision.catch_up)
         attempted = self._attempt(ids, decision, begin_ns)
         made = attempted or self._step(ids, decision.exit_layer)
         if not self._made:
@@ -441,7 +441,8 @@ class Decoder:
             trace.write(costs, self._seen, decided, latency_ms, self._sequence.pending_rows)
 
 
-def _catch_up(sequence: TokenSequence, chunk: CatchUp) -> None:
+def run_chunk(sequence: TokenSequence, chunk: CatchUp | Chunk) -> None:
+    """Run pending rows through one graph."""
     if chunk.balcony:
         sequence.run_balcony(sequence.exits[chunk.stage], chunk.rows)
     else:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from balcony_edge.control.company.seen import Chunk
-from balcony_runtime.decoding.loop import Decoder, Step
+from balcony_runtime.decoding.loop import Decoder, Step, run_chunk
 from balcony_runtime.engine import TokenSequence
 
 
@@ -91,13 +91,9 @@ class Stream:
 
     def work_off(self, chunk: Chunk) -> None:
         """Run pending rows, and wait for the device, so that their time is known."""
-        sequence = self.sequence
         with self.isolated():
-            for stage in chunk.stages:
-                sequence.run_stage(stage, chunk.rows)
-            if chunk.balcony is not None:
-                sequence.run_balcony(sequence.exits[chunk.balcony], chunk.rows)
-            sequence.state.wait()
+            run_chunk(self.sequence, chunk)
+            self.sequence.state.wait()
 
     @contextlib.contextmanager
     def isolated(self) -> Iterator[None]:
