@@ -92,7 +92,6 @@ class BundleScorer:
                     f"{bundle.path}: has no exit {exit_layer}: it has {there}: pick one of them or export again with --exits"
                 )
         self.name = f"{manifest.model.name} (bundle)"
-        self.bundle = bundle
         self.eos_ids = frozenset(manifest.model.eos_token_ids)
         self.tokenizer = bundle_tokenizer(bundle)
         head = manifest.runnable["lm_head"].parameters

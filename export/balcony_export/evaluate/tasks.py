@@ -20,7 +20,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,10 @@ class TaskRun:
     Attributes:
         qualities: Task → its metrics.
         scores: Task → one score per example, if the table's metric is a mean over examples (log-likelihoods for a perplexity).
-        answers: Task → the model's answers to each example.
     """
 
     qualities: dict[str, TaskQuality]
     scores: dict[str, npt.NDArray[np.float64]]
-    answers: dict[str, list[list[Any]]] = field(default_factory=dict)
 
     def summary(self, full: TaskRun) -> TaskSummary | None:
         """Average over the tasks whose metric is an accuracy, and its drop and retention relative to the full depth.
@@ -298,7 +296,7 @@ def _load(manager: Any, specs: Mapping[str, str | dict[str, Any]]) -> Loaded:
 
 def _run(tasks: Mapping[str, Sequence[str]], results: Any) -> TaskRun:
     samples = results["samples"]
-    qualities, scores, answers = {}, {}, {}
+    qualities, scores = {}, {}
     for task, leaves in tasks.items():
         rows = [row for leaf in leaves for row in samples[leaf] if row["filter"] == samples[leaf][0]["filter"]]
         first = _aggregated(results["results"][leaves[0]])
@@ -312,9 +310,8 @@ def _run(tasks: Mapping[str, Sequence[str]], results: Any) -> TaskRun:
         metric = _primary(task, list(columns) or list(metrics))
         if metric in columns:
             scores[task] = columns[metric]
-        answers[task] = [list(row["filtered_resps"]) for row in rows]
         qualities[task] = TaskQuality(metric=metric, examples=len(rows), metrics=metrics)
-    return TaskRun(qualities, scores, answers)
+    return TaskRun(qualities, scores)
 
 
 def _aggregated(row: Mapping[str, Any]) -> dict[str, float]:
