@@ -32,6 +32,10 @@ def serve(
     ] = None,
     ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate for TLS (PEM).")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="Key of the certificate (PEM).")] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin of a page elsewhere that may use the server, or *; may be given several times."),
+    ] = None,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Most replies in progress; others wait in line.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Most replies in line; one more is refused.")] = 64,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MB.")] = 8,
@@ -90,6 +94,16 @@ def serve(
 
     limits = Limits(parallel, queue, max_body_mb << 20, request_timeout, saved_mb * 1_000_000)
     settings = Settings(
-        host, port, name, budget, budgets, api_key or None, ssl_certfile, ssl_keyfile, limits, drain_timeout
+        host,
+        port,
+        name,
+        budget,
+        budgets,
+        api_key or None,
+        ssl_certfile,
+        ssl_keyfile,
+        limits,
+        drain_timeout,
+        allow_origin or (),
     )
     Server(open_llm, settings).run()

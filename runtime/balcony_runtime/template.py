@@ -339,10 +339,17 @@ def _measured(filter_: Callable[..., Any]) -> Callable[..., Any]:
     return measured
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # As in transformers: plain text for a model, not HTML for a page.
-    _bounded(_size(value) * (1 if indent is None else 1 + abs(int(indent))))
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # As in transformers, parameters included: plain text for a model, not HTML for a page.
+    wider = 1 + (0 if indent is None else abs(int(indent))) + sum(map(len, separators or ()))
+    _bounded(_size(value) * wider * (6 if ensure_ascii else 1))
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -18,7 +18,16 @@ from tokenizers.decoders import DecodeStream
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
-from balcony_runtime.structure.formats import DEFAULT, CallFormat, format_of, formats, plain_messages, without_system
+from balcony_runtime.structure.formats import (
+    DEFAULT,
+    CallFormat,
+    format_of,
+    formats,
+    one_system,
+    plain_messages,
+    without_system,
+)
+from balcony_runtime.structure.marks import THOUGHT, ThoughtReader, overlap
 from balcony_runtime.template import ChatTemplate
 
 Message = Mapping[str, Any]
@@ -36,6 +45,8 @@ CONTEXT_TOKENS = 8
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
 #: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+#: Kind of a content part → its key with the text; clients send answers back as they got them, also those of other services.
+_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 #: Variables of a template that have parameters of their own.
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
@@ -57,13 +68,13 @@ class TextCodec:
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
         self._call_format: CallFormat | None = None
-        self._knows_developer = False
+        self._knows_developer = self._thinks = False
         if "chat_template.jinja" in bundle.manifest.files:
             template = bundle.file("chat_template.jinja")
             try:
                 source = template.read_text(encoding="utf-8")
                 self._template = ChatTemplate(source)
-                self._knows_developer = "developer" in source
+                self._knows_developer, self._thinks = "developer" in source, THOUGHT[1] in source
                 if "tools" in self._template.variables:
                     self._call_format = format_of(source)
             except (jinja2.TemplateError, ValueError) as error:
@@ -79,6 +90,16 @@ class TextCodec:
     def call_format(self) -> CallFormat:
         """How the model writes calls of tools; the default format if its template knows no tools, or an unknown format."""
         return self._call_format or formats()[DEFAULT]
+
+    def thought_reader(self, prompt: Sequence[int]) -> ThoughtReader | None:
+        """A reader of a reply that may begin with a thought; None if the chat template knows no thoughts.
+
+        Args:
+            prompt: tokens of the prompt; many templates open the thought in it.
+        """
+        if not self._thinks:
+            return None
+        return ThoughtReader(self.decode(prompt[-CONTEXT_TOKENS:], control_tokens=True).rstrip().endswith(THOUGHT[0]))
 
     def control_token(self, text: str) -> int | None:
         """The control token of this name, or None."""
@@ -210,10 +231,12 @@ class TextCodec:
         try:
             return self._rendered(template, messages, given)
         except InputError:
-            merged = without_system(messages)
-            if merged == messages:
-                raise
-            return self._rendered(template, merged, given)
+            first = one_system(messages)
+            for other in (first, without_system(first)):
+                if other != messages:
+                    with suppress(InputError):
+                        return self._rendered(template, other, given)
+            raise
 
     def _rendered(self, template: ChatTemplate, messages: Sequence[Message], given: Mapping[str, Any]) -> str:
         variables = {**given, **self._special, "messages": list(messages), "add_generation_prompt": True}
@@ -283,7 +306,7 @@ def _message(message: Any) -> dict[str, Any]:
         content = ""
     if isinstance(content, list | tuple):
         parts = [
-            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
+            part.get(_PARTS.get(str(part.get("type")), "")) if isinstance(part, Mapping) else None for part in content
         ]
         if not all(isinstance(part, str) for part in parts):
             raise InputError("message content: a list may hold only {'type': 'text', 'text': '...'}: give texts")
@@ -305,6 +328,8 @@ def _call(call: Any) -> dict[str, Any]:
         # Arguments that were cut stay the text that they are, so that their conversation can go on.
         with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}")
+    if arguments is None:  # some clients write null for a call without arguments
+        arguments = {}
     if (
         not isinstance(function, Mapping)
         or not isinstance(function.get("name"), str)
@@ -399,7 +424,7 @@ class StopStrings:
         if found:
             shown, self._held = self._held[: min(found)], ""
             return shown, True
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False
@@ -408,8 +433,3 @@ class StopStrings:
         """Text that was held back, at the end of the stream."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of ``text`` that is a prefix of ``stop``."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -83,16 +83,20 @@ def server(serve: Callable[..., Server]) -> Server:
     return serve(name="tiny")
 
 
+def with_template(bundle: Path, folder: Path, template: str) -> Path:
+    """A copy of a bundle with another chat template."""
+    copy, text = Path(shutil.copytree(bundle, folder / "bundle")), template.encode()
+    (copy / "chat_template.jinja").write_bytes(text)
+    manifest = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
+    manifest["files"]["chat_template.jinja"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (copy / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return copy
+
+
 @pytest.fixture(scope="module")
 def tool_server(serve: Callable[..., Server], tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Server:
     """A server over the tiny bundle with a chat template that shows tools."""
-    bundle = Path(shutil.copytree(tiny.path, tmp_path_factory.mktemp("tools") / "bundle"))
-    text = TEMPLATE.encode()
-    (bundle / "chat_template.jinja").write_bytes(text)
-    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    manifest["files"]["chat_template.jinja"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    (bundle / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return serve(path=bundle, name="tiny")
+    return serve(path=with_template(tiny.path, tmp_path_factory.mktemp("tools"), TEMPLATE), name="tiny")
 
 
 @pytest.fixture(scope="module")

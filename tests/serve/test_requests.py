@@ -155,6 +155,14 @@ def test_a_bad_request_has_its_line(case: Case, http: httpx.Client) -> None:
         {"grammar": "", "json_schema": None},
         {"top_k": -1, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5, "top_p": 0.9, "seed": 1},
         {"max_completion_tokens": 1, "max_tokens": None},
+        {"reasoning_effort": "none", "chat_template_kwargs": {"mood": "lazy"}},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "input_text", "text": "the"}]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+            ]
+        },
         {"max_completion_tokens": -1, "stop": ["e", "t", "a"], "top_p": 0},
         {"stream": True, "stream_options": {"include_usage": None}, "top_k": 40.0, "max_tokens": 2.0},
     ],
@@ -162,6 +170,19 @@ def test_a_bad_request_has_its_line(case: Case, http: httpx.Client) -> None:
 )
 def test_other_fields_are_accepted(extra: dict[str, Any], http: httpx.Client) -> None:
     assert http.post(CHAT, json=HELLO | extra).status_code == 200
+
+
+def test_the_penalty_of_llama_cpp(http: httpx.Client) -> None:
+    """It is another name; with both, that of vLLM counts."""
+    one, other, both = (
+        http.post(CHAT, json=HELLO | {"temperature": 0, "max_tokens": 12} | extra).json()["choices"][0]["message"]
+        for extra in (
+            {"repetition_penalty": 8.0},
+            {"repeat_penalty": 8.0},
+            {"repeat_penalty": 1.0, "repetition_penalty": 8.0},
+        )
+    )
+    assert one == other == both
 
 
 def test_no_top_p_is_the_likeliest_token(http: httpx.Client) -> None:

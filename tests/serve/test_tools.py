@@ -138,11 +138,26 @@ def test_documents_and_variables_reach_the_template(server: Server, client: open
                                  chat_template_kwargs=extra["chat_template_kwargs"])) == text  # fmt: skip
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    """OpenAI's choice of some tools."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_some_tools_are_allowed(client: openai.OpenAI) -> None:
+    for seed in range(6):
+        options: dict[str, Any] = {"parallel_tool_calls": False, "seed": seed, "temperature": 2.0}
+        (call,) = ask(client, tool_choice=allowed("required", "Stop"), **options).choices[0].message.tool_calls
+        assert call.function.name == "Stop"
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         ({"tools": [{}]}, "tools: {}: must be a function"),
         ({"tool_choice": "required"}, "tool_choice = 'required': there are no tools"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", "no_such")}, "allowed_tools must have the mode 'auto' or"),
+        ({"tools": TOOLS, "tool_choice": allowed("any", "Stop")}, "allowed_tools must have the mode 'auto' or"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice = 'any': must be 'none', 'auto', 'required'"),
         ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls = 1: must be true or false"),
         ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "grammar with tools: only a JSON schema or a regex"),

@@ -113,6 +113,33 @@ def _readable(schema: Any) -> Any:
     return found
 
 
+#: As at OpenAI, a schema that is not ``strict`` may have keywords that the grammar cannot enforce: they are left out.
+_LENIENT = {"lenient": True, "coerce_one_of": True}
+_LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+#: Keywords whose keys are names, which may be those of keywords.
+_NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+
+
+def lenient(schema: Any) -> Any:
+    """A schema whose keywords that the grammar does not have are left out; anything else as it is."""
+    if not isinstance(schema, Mapping):
+        return schema
+    return {"x-guidance": JSON_FORM | _LENIENT, **_without_look_around(schema)}
+
+
+def _without_look_around(schema: Any, *, names: bool = False) -> Any:
+    """A schema without the patterns that need look-around, which the grammar's regular expressions do not have."""
+    if isinstance(schema, list):
+        return [_without_look_around(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: value if key in VALUES and not names else _without_look_around(value, names=not names and key in _NAMED)
+        for key, value in schema.items()
+        if not (key == "pattern" and isinstance(value, str) and _LOOK_AROUND.search(value))
+    }
+
+
 def checked(asked: Structure) -> Structure:
     """The structure, if it is not too large to compile.
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from balcony_runtime.structure.marks import overlap
 from balcony_runtime.structure.tools import Toolbox
 
 #: A marker that is a control token, in the text that is read. A private-use character, so that no text has it by chance.
@@ -139,7 +140,7 @@ class CallReader:
             piece = self._shown(place)
             self._held, self._state = self._held[len(self._marker) :], "call"
             return piece
-        kept = next((n for n in range(len(self._marker) - 1, 0, -1) if self._held.endswith(self._marker[:n])), 0)
+        kept = overlap(self._held, self._marker)
         return self._shown(len(self._held) - kept) if len(self._held) > kept else None
 
     def _in_call(self) -> Piece | None:

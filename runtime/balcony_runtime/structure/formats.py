@@ -90,12 +90,30 @@ def plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mappin
     return found
 
 
+def one_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with one system message, at its beginning: later ones become words of the user."""
+    first = next((place for place, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    return _joined([*messages[:first], *map(_of_user, messages[first:])])
+
+
 def without_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with its system message in the first turn, for templates that have none."""
-    first, *rest = (dict(message) for message in messages)
-    if first["role"] != "system" or not rest:
-        return [first, *rest]
-    return [rest[0] | {"content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+    """The conversation with all system messages in turns of the user, for templates that have none."""
+    return _joined([*map(_of_user, messages)])
+
+
+def _of_user(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**message, "role": "user"} if message["role"] == "system" else message
+
+
+def _joined(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with one message for neighbours of the system or of the user: templates want turns to alternate."""
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        if found and message["role"] == found[-1]["role"] and message["role"] in ("system", "user"):
+            found[-1] = found[-1] | {"content": f"{found[-1]['content']}\n\n{message['content']}"}
+        else:
+            found.append(dict(message))
+    return found
 
 
 def _written(function: Mapping[str, Any]) -> str:

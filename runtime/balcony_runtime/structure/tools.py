@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from balcony_edge.errors import InputError, shown
-from balcony_runtime.structure.asked import JSON_FORM, VALUES, Structure, checked, schema_text
+from balcony_runtime.structure.asked import JSON_FORM, Structure, checked, lenient, schema_text
 from balcony_runtime.structure.formats import CallFormat
 
 #: Most tools of one request.
@@ -67,30 +67,8 @@ def _tool(given: Any) -> Tool:
         )
     # A small model would go on to invent arguments, which the schema allows unless it says otherwise.
     closed = {} if _OPEN & schema.keys() else _CLOSED
-    form = JSON_FORM
-    if function.get("strict") is not True:
-        form, schema = JSON_FORM | _LENIENT, _without_look_around(schema)
-    return Tool(name, schema_text({"x-guidance": form, **schema, "type": "object", **closed}))
-
-
-#: As at OpenAI, a schema that is not ``strict`` may have keywords that the grammar cannot enforce: they are left out.
-_LENIENT = {"lenient": True, "coerce_one_of": True}
-_LOOK_AROUND = re.compile(r"\(\?<?[=!]")
-#: Keywords whose keys are names, which may be those of keywords.
-_NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
-
-
-def _without_look_around(schema: Any, *, names: bool = False) -> Any:
-    """A schema without the patterns that need look-around, which the grammar's regular expressions do not have."""
-    if isinstance(schema, list):
-        return [_without_look_around(one) for one in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    return {
-        key: value if key in VALUES and not names else _without_look_around(value, names=not names and key in _NAMED)
-        for key, value in schema.items()
-        if not (key == "pattern" and isinstance(value, str) and _LOOK_AROUND.search(value))
-    }
+    schema = {**schema, "type": "object", **closed}
+    return Tool(name, schema_text(_with_form(schema) if function.get("strict") is True else lenient(schema)))
 
 
 #: Keywords by which properties may follow that ``properties`` does not list.
@@ -154,8 +132,9 @@ class Toolbox(NamedTuple):
                     f"{content.kind} with tools: calls of this model's family are documents themselves: give one of the two, "
                     "or tool_choice = 'required'"
                 )
-            schema = content.kind == "json_schema"
-            text = f"%json {_with_form(content.text)}" if schema else f"/{_regex(content.text)}/"
+            text = f"/{_regex(content.text)}/"
+            if content.kind == "json_schema":
+                text = f"%json {schema_text(_with_form(json.loads(content.text)))}"
             return {"start": f"{marker} calls | content", "content": text}
         if self.marker_id is not None:
             return {"start": f"TEXT ({marker} calls)?", "TEXT": _ANY_TEXT}
@@ -179,6 +158,8 @@ def toolbox(
         InputError: the tools or the choice cannot be used.
     """
     tools = () if given is None else tools_of(given)
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        tools, choice = _allowed(tools, choice)
     name = _named(choice)
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -194,10 +175,24 @@ def toolbox(
         return Toolbox(chosen, True, False, form, marker_id, key)
     if choice not in (None, "auto", "required"):
         allowed = (
-            "must be 'none', 'auto', 'required', or {'type': 'function', 'function': {'name': ...}}: give one of them"
+            "must be 'none', 'auto', 'required', {'type': 'function', 'function': {'name': ...}} or {'type': "
+            "'allowed_tools', 'allowed_tools': {'mode': ..., 'tools': [...]}}: give one of them"
         )
         raise InputError(f"tool_choice = {shown(choice)}: {allowed}")
     return Toolbox(tools, choice == "required", parallel and form.several, form, marker_id, key)
+
+
+def _allowed(tools: Sequence[Tool], choice: Mapping[str, Any]) -> tuple[tuple[Tool, ...], Any]:
+    """The tools that OpenAI's ``allowed_tools`` leaves, and its mode as a choice."""
+    given = choice.get("allowed_tools")
+    listed, mode = (given.get("tools"), given.get("mode")) if isinstance(given, Mapping) else (None, None)
+    names = [_named(one) for one in listed] if isinstance(listed, Sequence) and not isinstance(listed, str) else []
+    if mode not in ("auto", "required") or not names or not {tool.name for tool in tools} >= set(names):
+        raise InputError(
+            f"tool_choice = {shown(choice)}: allowed_tools must have the mode 'auto' or 'required', and name functions of "
+            "tools: give {'mode': 'auto', 'tools': [{'type': 'function', 'function': {'name': ...}}]}"
+        )
+    return tuple(tool for tool in tools if tool.name in names), mode
 
 
 def _named(choice: Any) -> str | None:
@@ -215,9 +210,8 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
-def _with_form(schema: str) -> str:
-    found = json.loads(schema)
-    return json.dumps({"x-guidance": JSON_FORM, **found}, ensure_ascii=False)
+def _with_form(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"x-guidance": JSON_FORM, **schema}
 
 
 def _regex(text: str) -> str:

@@ -135,7 +135,12 @@ def _tooling(fields: Fields) -> dict[str, Any]:
 
 def template_of(fields: Fields) -> dict[str, Any]:
     """What a request gives to the chat template next to messages and tools."""
-    return _given(fields, ("documents", "chat_template_kwargs"))
+    found = _given(fields, ("documents", "chat_template_kwargs"))
+    effort, variables = fields.text("reasoning_effort"), found.get("chat_template_kwargs", {})
+    if effort is not None and isinstance(variables, Mapping):  # as in vLLM; a variable that was given goes before it
+        thinks = {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
+        found["chat_template_kwargs"] = {**thinks, **variables}
+    return found
 
 
 def _seed(given: int | None) -> int | None:
@@ -204,6 +209,8 @@ def _chat_logprobs(fields: Fields) -> int | None:
 
 def _sampling(fields: Fields) -> dict[str, Any]:
     found: dict[str, Any] = {"temperature": 1.0}  # OpenAI's default; the Python API's is greedy
+    if (repeat := fields.number("repeat_penalty")) is not None:
+        found["repetition_penalty"] = repeat
     found |= {name: value for name in _NUMBERS if (value := fields.number(name)) is not None}
     if found.get("top_p") == 0:
         found["top_p"] = 1e-9  # OpenAI's 0 keeps the likeliest token only

@@ -68,8 +68,12 @@ _PARTS: Schema = {
     "type": "array",
     "items": {
         "type": "object",
-        "required": ["type", "text"],
-        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        "required": ["type"],
+        "properties": {
+            "type": {"enum": ["text", "input_text", "output_text", "refusal"]},
+            "text": {"type": "string"},
+            "refusal": {"type": "string"},
+        },
     },
 }
 _MESSAGES: Schema = {
@@ -118,12 +122,21 @@ _TOOLS: Table = {
                 "required": ["type", "function"],
                 "properties": {"type": {"const": "function"}, "function": {"type": "object", "required": ["name"]}},
             },
+            {
+                "type": "object",
+                "required": ["type", "allowed_tools"],
+                "properties": {
+                    "type": {"const": "allowed_tools"},
+                    "allowed_tools": {"type": "object", "required": ["mode", "tools"]},
+                },
+            },
         ],
         "description": "Whether it calls one; auto without it.",
     },
     "parallel_tool_calls": _truth("Whether a reply may have several calls; true without it."),
     "documents": {"type": "array", "items": {"type": "object"}, "description": "Documents for the chat template."},
     "chat_template_kwargs": {"type": "object", "description": "Further variables of the chat template."},
+    "reasoning_effort": _text("A variable of the chat template; none switches thoughts off (enable_thinking = false)."),
 }
 _ADD_SPECIAL = _truth("Whether a text gets the tokens that the tokenizer puts around texts; true without it.")
 _BUDGET: Table = {"budget": {"type": "object", "description": "Keys of a budget file (docs/budget-file.md)."}}
@@ -148,6 +161,7 @@ _COMMON: Table = {
     "min_p": _number("Least probability of a token that is kept, as a share of the likeliest one's."),
     "top_k": _whole("Number of tokens that are kept; 0 and -1 keep all.", -1, 2**31),
     "repetition_penalty": _number("Penalty of tokens in prompt or reply; 1 is none."),
+    "repeat_penalty": _number("The same, as llama.cpp has it; repetition_penalty goes before it."),
     "presence_penalty": _number("Penalty of tokens in the reply; 0 is none."),
     "frequency_penalty": _number("Penalty of a token for each time that the reply has it; 0 is none."),
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}, "description": "Token id to bias."},
@@ -175,7 +189,7 @@ _COMMON: Table = {
             "grammar": {"type": "string"},
             "json_object": {"type": "boolean"},
         },
-        "description": "The same, as vLLM has it; exactly one of the keys.",
+        "description": "The same, as vLLM has it; exactly one of the keys, next to vLLM's options.",
     },
     "guided_json": {**_SCHEMA, "description": "A JSON schema (earlier versions of vLLM)."},
     "guided_regex": _text("A regular expression for the whole reply."),

@@ -11,6 +11,7 @@ from typing import Any
 
 from balcony_runtime.serve.bodies.fields import Fields
 from balcony_runtime.serve.bodies.refusal import bad
+from balcony_runtime.structure.asked import lenient
 
 #: Field → parameter of ``SamplingParams``.
 _PLAIN = {
@@ -21,6 +22,8 @@ _PLAIN = {
     "grammar": "grammar",
 }
 _OUTPUTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
+#: vLLM's options next to them, which say how its own compilers work.
+_OPTIONS = {"disable_fallback", "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"}
 _ANY_OBJECT = {"type": "object"}
 
 
@@ -64,13 +67,14 @@ def _response_format(value: Any) -> Any:
     schema = asked.get("schema") if isinstance(asked, Mapping) else None
     if schema is None:
         raise bad("response_format", value, allowed)
-    return schema
+    return schema if isinstance(asked, Mapping) and asked.get("strict") is True else lenient(schema)
 
 
 def _outputs(value: Any) -> tuple[str, Any]:
     allowed = "must have exactly one of json, regex, choice, grammar and json_object, e.g. {'regex': '[0-9]+'}"
     # Clients of vLLM send the options that they leave out as false or null.
-    given = {key: one for key, one in value.items() if one not in (None, False)} if isinstance(value, Mapping) else {}
+    named = value.items() if isinstance(value, Mapping) else ()
+    given = {key: one for key, one in named if key not in _OPTIONS and one not in (None, False)}
     if len(given) != 1:
         raise bad("structured_outputs", value, allowed)
     ((key, one),) = given.items()

@@ -6,6 +6,7 @@ Owns the paths. Every error is OpenAI's object, whatever raised it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import BalconyError
@@ -42,6 +45,7 @@ _QUERIES = {"/slots/{key:int}": {"action": ACTIONS}}
 #: Path → fields of its body.
 _BODIES = {
     "/v1/chat/completions": CHAT,
+    "/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
@@ -49,13 +53,14 @@ _BODIES = {
 }
 
 
-def make_app(service: Service, api_key: str | None, *, loopback: bool) -> Guard:
+def make_app(service: Service, api_key: str | None, *, loopback: bool, origins: Sequence[str]) -> ASGIApp:
     """The application.
 
     Args:
         service: the loaded bundle, or one that is still loading.
         api_key: key that requests must bring; None for none.
         loopback: whether the server listens on a loopback address only.
+        origins: origins of other pages that may use the server; ``*`` for all.
     """
     routes = _Routes(service)
     app = Starlette(
@@ -64,6 +69,9 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool) -> Guard:
             Route("/health", routes.health),
             Route("/metrics", routes.metrics),
             Route("/openapi.json", routes.openapi),
+            Route("/v1/health", routes.health),
+            Route("/models", routes.models),  # as llama.cpp has it, for clients whose address has no /v1
+            Route("/chat/completions", routes.chat, methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
@@ -82,7 +90,11 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool) -> Guard:
             Exception: _refused,
         },
     )
-    return Guard(app, service, api_key, loopback)
+    guard = Guard(app, service, api_key, loopback, origins)
+    if not origins:
+        return guard
+    exposed = ["retry-after", "x-balcony-reason", "x-should-retry"]
+    return CORSMiddleware(guard, origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
 
 
 class _Routes:

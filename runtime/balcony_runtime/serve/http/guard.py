@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import json
 import logging
+from collections.abc import Sequence
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.applications import Starlette
@@ -24,14 +25,17 @@ _log = logging.getLogger("balcony_runtime.serve.requests")
 #: Key in the scope of a request whose answer writes its own line.
 LOGGED = "balcony.logged"
 #: Paths that need no key: what a balancer asks, and the page, which has a field for the key.
-_OPEN = ("/health", "/")
+_OPEN = ("/health", "/v1/health", "/")
 
 
 class Guard:
     """Checks keys and hosts before a route runs, and counts answers."""
 
-    def __init__(self, app: Starlette, service: Service, api_key: str | None, loopback: bool) -> None:
+    def __init__(
+        self, app: Starlette, service: Service, api_key: str | None, loopback: bool, origins: Sequence[str]
+    ) -> None:
         self._app, self._service, self._api_key, self._loopback = app, service, api_key, loopback
+        self._origins = origins
         self._paths = {route.path for route in app.routes if isinstance(route, Route)}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -77,11 +81,12 @@ class Guard:
                 )
         # A page of another site must not use a server on the visitor's own machine.
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if origin is not None and _split(origin).netloc != host:
+        foreign = origin is not None and _split(origin).netloc != host
+        if foreign and origin not in self._origins and "*" not in self._origins:
             raise RefusedError(
                 403,
-                f"origin {origin[:100]}: pages of other sites may not use this server, and its host is {host[:100]}; "
-                "a proxy must pass the Host header on",
+                f"origin {str(origin)[:100]}: pages of other sites may not use this server, and its host is {host[:100]}: "
+                "start it with --allow-origin, or let a proxy pass the Host header on",
                 "foreign_origin",
             )
         if self._loopback and self._api_key is None and not is_loopback(_split(f"//{host}").hostname or ""):

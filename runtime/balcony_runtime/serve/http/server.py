@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Settings:
         ssl_certfile, ssl_keyfile: certificate and key for TLS.
         limits: bounds.
         drain_s: longest wait for requests in progress when the server stops.
+        origins: origins of other pages that may use the server; ``*`` for all.
     """
 
     host: str = "127.0.0.1"
@@ -67,6 +69,7 @@ class Settings:
     ssl_keyfile: Path | None = None
     limits: Limits = field(default_factory=Limits)
     drain_s: float = 30.0
+    origins: Sequence[str] = ()
 
 
 class Server:
@@ -84,6 +87,7 @@ class Server:
         self._open, self._settings = open_llm, settings
         if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
             raise InputError("--ssl-certfile and --ssl-keyfile: TLS needs both; give the other one, too")
+        _refuse_wrong_origins(settings.origins)
         if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
             _refuse_wrong_files(settings.ssl_certfile, settings.ssl_keyfile)
         self._socket = _listen(settings.host, settings.port)
@@ -162,7 +166,7 @@ class Server:
         if not loopback and settings.api_key is None:
             _log.warning("%s: anyone in the network may use this server: set --api-key", host)
         return uvicorn.Config(
-            make_app(self.service, settings.api_key, loopback=loopback),
+            make_app(self.service, settings.api_key, loopback=loopback, origins=settings.origins),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -238,6 +242,16 @@ class _Uvicorn(uvicorn.Server):
         _log.info("stopping: waiting for requests in progress; another signal ends them")
         _notify("STOPPING=1")
         self._owner.stop()
+
+
+def _refuse_wrong_origins(origins: Sequence[str]) -> None:
+    """Refuse what no browser sends, and would never match."""
+    for origin in origins:
+        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise InputError(
+                f"--allow-origin {origin}: is no origin: give a scheme and a host without a path, such as "
+                "http://localhost:3000, or *"
+            )
 
 
 def _refuse_wrong_files(certificate: Path, key: Path) -> None:

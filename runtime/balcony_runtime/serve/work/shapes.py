@@ -15,6 +15,7 @@ from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import Cost, Job, Scores
 from balcony_runtime.structure.calls import CallReader, Piece, ToolCall
+from balcony_runtime.structure.marks import ThoughtReader
 from balcony_runtime.text import TextCodec, TextStream
 
 Best = Sequence[tuple[int, float]]
@@ -45,6 +46,7 @@ class Shapes:
         self.id = ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
         self._readers: dict[Job, CallReader] = {}
+        self._thoughts: dict[Job, ThoughtReader | None] = {}
         self._texts: dict[Job, TextStream] = {}
         self._offsets = [0] * len(prompts)  # characters of each choice so far, for text_offset
 
@@ -68,6 +70,8 @@ class Shapes:
                 pieces += reader.finish()
                 reason = _reason(reason, reader.calls)
             text = _delta(pieces)
+            if (thoughts := self._thought_reader(job)) is not None:
+                text |= _thought(thoughts, text.pop("content", ""), ends=reason is not None)
         if not text and reason is None and asked.logprobs is None and not asked.each_token:
             return None
         if asked.chat and not text and reason is None:
@@ -84,6 +88,13 @@ class Shapes:
                 return None
             self._readers[job] = reader
         return self._readers[job]
+
+    def _thought_reader(self, job: Job) -> ThoughtReader | None:
+        """The reader of a message's thought; None if the model has none, or the message is a document."""
+        if job not in self._thoughts:
+            document = self._asked.params(0).structured
+            self._thoughts[job] = None if document else self._codec.thought_reader(job.ids)
+        return self._thoughts[job]
 
     def end(self, job: Job, reason: str) -> dict[str, Any]:
         """The last piece of a choice that makes no tokens."""
@@ -118,9 +129,11 @@ class Shapes:
         if self._asked.chat:
             logprobs = None if self._asked.logprobs is None else self.logprobs(job, tokens)
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if (thoughts := self._thought_reader(job)) is not None:
+                message |= {"content": ""} | _thought(thoughts, text, ends=True)
             calls = () if reply is None else reply.tool_calls
             if calls:
-                message |= {"content": text or None, "tool_calls": [call.to_dict() for call in calls]}
+                message |= {"content": message["content"] or None, "tool_calls": [call.to_dict() for call in calls]}
                 reason = _reason(reason, calls)
             return {"index": job.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
         logprobs = self.prompt_logprobs(job, scores) if self._asked.echo else None
@@ -197,6 +210,14 @@ class Shapes:
         if self._asked.chat:
             name = "chat.completion.chunk" if piece else "chat.completion"
         return {**self._head, "object": name, "choices": choices}
+
+
+def _thought(reader: ThoughtReader, text: str, *, ends: bool) -> dict[str, str]:
+    """What a text adds to a message's thought and content, under llama.cpp's names."""
+    thought, content = reader.push(text)
+    if ends:
+        thought, content = (part + last for part, last in zip((thought, content), reader.finish(), strict=True))
+    return {key: value for key, value in (("reasoning_content", thought), ("content", content)) if value}
 
 
 def _delta(pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Messages as other services and clients have them, and thoughts in replies."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balcony_edge.errors import InputError
+from balcony_runtime.structure.marks import ThoughtReader, overlap
+from tests.properties import examples
+from tests.runtime.test_text import write_template
+
+
+def said(*turns: str) -> list[dict[str, Any]]:
+    """Messages of roles: "su" is a system's and a user's, with the contents 0 and 1."""
+    roles = {"s": "system", "u": "user", "a": "assistant", "d": "developer"}
+    return [{"role": roles[role], "content": str(place)} for place, role in enumerate("".join(turns))]
+
+
+SHOWN = "{% for m in messages %}{{ m.role[0] }}{{ m.content | replace('\\n\\n', '+') }} {% endfor %}"
+#: Qwen3.5's rule, and Gemma 2's, which also wants turns to alternate.
+FIRST = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('not first') }}{% endif %}"
+    "{% endfor %}"
+)
+NONE = (
+    "{% for m in messages %}{% if m.role == 'system' or (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('none') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "turns", "shown"),
+    [
+        ("", "susu", "s0 u1 s2 u3"),  # a template that takes them gets them as they are
+        (FIRST, "suau", "s0 u1 a2 u3"),
+        (FIRST, "ssu", "s0+1 u2"),
+        (FIRST, "suasu", "s0 u1 a2 u3+4"),
+        (FIRST, "suas", "s0 u1 a2 u3"),
+        (FIRST, "udu", "u0+1+2"),
+        (FIRST, "us", "u0+1"),
+        (NONE, "ssua", "u0+1+2 a3"),
+        (NONE, "sau", "u0 a1 u2"),
+        (NONE, "s", "u0"),
+        (NONE, "uu", "u0+1"),
+    ],
+)
+def test_system_messages_where_a_template_takes_them(bundle_copy: Path, rule: str, turns: str, shown: str) -> None:
+    codec = write_template(bundle_copy, rule + SHOWN)
+    assert codec.decode(codec.encode(said(turns))).strip() == shown
+
+
+def test_the_refusal_is_about_the_messages_that_were_given(bundle_copy: Path) -> None:
+    rule = "{{ raise_exception(messages | map(attribute='role') | join(' ')) }}"
+    with pytest.raises(InputError, match=r"the chat template refuses these messages \(system user system\)"):
+        write_template(bundle_copy, rule).encode(said("sus"))
+
+
+def test_parts_and_calls_as_clients_send_them_back(bundle_copy: Path) -> None:
+    codec = write_template(bundle_copy, SHOWN)
+    parts = [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}, {"type": "text", "text": "c"},
+             {"type": "refusal", "refusal": "d"}]  # fmt: skip
+    assert codec.decode(codec.encode([{"role": "user", "content": parts}])).split() == ["ua", "b", "c", "d"]
+    for wrong in ({"type": "image_url", "image_url": {}}, {"type": "refusal", "text": "d"}, {"type": ["text"]}, {}):
+        with pytest.raises(InputError, match="a list may hold only"):
+            codec.encode([{"role": "user", "content": [wrong]}])
+    calls = (
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}"
+        "{% endfor %}{% endfor %}{# tools #}"
+    )
+    codec = write_template(bundle_copy, calls)
+    for empty in (None, "", "null", "{}", {}):
+        call = {"type": "function", "function": {"name": "stop", "arguments": empty}}
+        assert "{}" in codec.decode(codec.encode([*said("u"), {"role": "assistant", "tool_calls": [call]}]))
+
+
+def test_json_as_transformers_writes_it(bundle_copy: Path) -> None:
+    codec = write_template(
+        bundle_copy,
+        "{{ {'b': 'fox', 'a': [1]} | tojson(ensure_ascii=False) }}|{{ [1, 2] | tojson(True, None, (';', '=')) }}|"
+        "{{ {'b': 1, 'a': 2} | tojson(sort_keys=True) }}",
+    )
+    assert codec.decode(codec.encode(said("u"))) == '{"b": "fox", "a": [1]}|[1;2]|{"a": 2, "b": 1}'
+    with pytest.raises(InputError, match="longer than"):
+        write_template(bundle_copy, "{{ ([1] * 9000) | tojson(separators=('x' * 90000, '')) }}").encode(said("u"))
+
+
+@examples(200)
+@given(st.text("<think>/ \na", max_size=30), st.lists(st.integers(0, 30)), st.booleans())
+def test_a_thought_is_the_same_in_any_pieces(text: str, cuts: list[int], inside: bool) -> None:
+    whole = ThoughtReader(inside)
+    thought, answer = (a + b for a, b in zip(whole.push(text), whole.finish(), strict=True))
+    reader, edges = ThoughtReader(inside), [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [reader.push(text[a:b]) for a, b in itertools.pairwise(edges)] + [reader.finish()]
+    assert ("".join(one for one, _ in pieces), "".join(one for _, one in pieces)) == (thought, answer)
+    opened = inside or text.lstrip().startswith("<think>")
+    if not opened:
+        assert (thought, answer) == ("", text)
+    elif "</think>" not in text:
+        assert answer == ""
+
+
+@pytest.mark.parametrize(
+    ("inside", "text", "thought", "answer"),
+    [
+        (False, "<think>\nwhy not\n</think>\n\nYes. ", "why not", "Yes. "),
+        (False, " <think></think>Yes", "", "Yes"),
+        (False, "  Yes <think>no</think>", "", "  Yes <think>no</think>"),
+        (False, "<thin", "", "<thin"),
+        (True, "because\n</think>\nYes\n</think>", "because", "Yes\n</think>"),
+        (True, "a < b </thi", "a < b </thi", ""),
+        (True, "\n a  b \n", "a  b", ""),
+    ],
+)
+def test_where_a_thought_ends(inside: bool, text: str, thought: str, answer: str) -> None:
+    reader = ThoughtReader(inside)
+    pieces = [reader.push(letter) for letter in text] + [reader.finish()]
+    assert ("".join(one for one, _ in pieces), "".join(one for _, one in pieces)) == (thought, answer)
+
+
+def test_overlap() -> None:
+    assert [overlap(text, "</a>") for text in ("", "x", "x<", "x</", "x</a", "x</a>", "</")] == [0, 0, 1, 2, 3, 0, 2]

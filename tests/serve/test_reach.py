@@ -1,0 +1,97 @@
+"""The server for clients of other kinds: addresses without /v1, pages elsewhere, and models that think."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from balcony_edge.errors import InputError
+from balcony_runtime.serve.http.server import Server, Settings
+from tests.serve.conftest import with_template
+from tests.serve.test_service import CHAT, HELLO
+
+PAGE = "app://obsidian.md"
+#: Opens a thought in the prompt, as Qwen3.5's template does, unless it is switched off.
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% else %}<think></think>{% endif %}"
+)
+
+
+def test_addresses_without_v1(server: Server, http: httpx.Client) -> None:
+    """As llama.cpp's server has them."""
+    with openai.OpenAI(base_url=server.url, api_key="none") as client:
+        assert client.models.list().data[0].id == "tiny"
+        assert client.chat.completions.create(**{"model": "tiny", **HELLO}).choices[0].message.content
+    assert http.get("/v1/health").json() == {"status": "ok"}
+
+
+@pytest.fixture(scope="module")
+def shared(serve: Callable[..., Server]) -> Iterator[httpx.Client]:
+    """A client of a server with a key that pages of one other origin may use."""
+    started = serve(name="tiny", api_key="secret", origins=(PAGE, "http://localhost:3000"))
+    with httpx.Client(base_url=started.url, timeout=20) as client:
+        yield client
+
+
+def test_a_page_elsewhere_that_is_allowed(shared: httpx.Client) -> None:
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    before = shared.options(CHAT, headers={"origin": PAGE, **asks})  # no key: browsers send none before they may
+    assert before.status_code == 200 and before.headers["access-control-allow-origin"] == PAGE
+    assert "authorization" in before.headers["access-control-allow-headers"]
+    assert shared.options(CHAT, headers={"origin": "https://evil.example", **asks}).status_code == 400
+    key = {"authorization": "Bearer secret"}
+    for origin, status in ((PAGE, 200), ("http://localhost:3000", 200), ("https://evil.example", 403)):
+        found = shared.post(CHAT, json=HELLO, headers={"origin": origin, **key})
+        assert found.status_code == status
+        assert found.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+    refused = shared.post(CHAT, json=HELLO, headers={"origin": PAGE})  # an error can be read by the page, too
+    assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == PAGE
+    assert "x-balcony-reason" in refused.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://localhost:3000/", "http://", "a b", ""])
+def test_an_origin_that_no_browser_sends(origin: str) -> None:
+    with pytest.raises(InputError, match=r"--allow-origin .*: is no origin: give a scheme and a host without a path"):
+        Server(lambda: pytest.fail("it must not load"), Settings(port=0, origins=(origin,)))
+
+
+@pytest.fixture(scope="module")
+def thinker(
+    serve: Callable[..., Server], tiny: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
+    """A client of a server whose model begins with a thought."""
+    started = serve(path=with_template(tiny.path, tmp_path_factory.mktemp("thinks"), THINKS), name="tiny")
+    with httpx.Client(base_url=started.url, timeout=60) as client:
+        yield client
+
+
+def test_thoughts_are_no_content(thinker: httpx.Client) -> None:
+    asked = HELLO | {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+
+    def message(**extra: Any) -> dict[str, Any]:
+        found: dict[str, Any] = thinker.post(CHAT, json=asked | extra).json()["choices"][0]["message"]
+        return found
+
+    thought = message()
+    assert thought["content"] == "" and thought["reasoning_content"]  # the tiny model never closes it
+    plain = message(chat_template_kwargs={"enable_thinking": False})
+    assert plain["content"] and "reasoning_content" not in plain
+    assert message(reasoning_effort="none") == plain != message(reasoning_effort="low") == thought
+    assert message(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False}) == plain
+    document = message(guided_regex="[a-f]{3}", ignore_eos=False)  # it has no thought
+    assert len(document["content"]) == 3 and "reasoning_content" not in document
+
+
+def test_thoughts_in_pieces(thinker: httpx.Client) -> None:
+    asked: dict[str, Any] = {"messages": HELLO["messages"], "temperature": 0, "max_tokens": 8}
+    whole = thinker.post(CHAT, json=asked | {"ignore_eos": True}).json()["choices"][0]["message"]
+    with openai.OpenAI(base_url=f"{thinker.base_url}/v1", api_key="none") as client:
+        pieces = client.chat.completions.create(model="tiny", **asked, stream=True, extra_body={"ignore_eos": True})
+        deltas = [piece.choices[0].delta for piece in pieces]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == whole["reasoning_content"]
+    assert "".join(delta.content or "" for delta in deltas) == ""
