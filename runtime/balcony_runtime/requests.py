@@ -103,7 +103,8 @@ class Request(NamedTuple):
         """Take the rows of tokens that were made and not told out of the sequence of a reply that has ended."""
         rows = len(self.ids) + self.prompted.told - 1  # the last token of a reply has no row
         if self.prompted.told and sequence.length > rows:
-            sequence.rollback(rows)
+            with contextlib.suppress(InputError):  # the engine was closed meanwhile
+                sequence.rollback(rows)
 
     def stream(self, tokens: Iterator[Token]) -> TokenStream:
         """The stream of these tokens, as its user sees it."""

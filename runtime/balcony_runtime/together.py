@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.closing import Closing
 from balcony_edge.errors import InputError
-from balcony_runtime.decoding.loop import Step
+from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.requests import Prompt, Request, Requests
 from balcony_runtime.scheduling.stream import Stream
@@ -84,15 +84,23 @@ class Together(Closing):
         """
         steps = deque[Step | Exception]()
         with ExitStack() as held:
-            sequence = held.enter_context(self._requests.sequence(request))
-            decoder = self._requests.decoder(request, sequence)
-            stream = self._scheduler.join(decoder, sequence, request.rows, request.cancelled)
-            held.callback(request.forget_untold, sequence)
-            held.callback(self._scheduler.leave, stream)
+            decoder, stream = held.enter_context(self._joined(request))
             tokens = request.stream(self._requests.told(request, _taken(steps), decoder))
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
         self._scheduler.ask(stream, request.asked_s)
         return tokens
+
+    @contextmanager
+    def _joined(self, request: Request) -> Iterator[tuple[Decoder, Stream]]:
+        """A reply in the company; one generator, which the collector also unwinds in order."""
+        with self._requests.sequence(request) as sequence:
+            decoder = self._requests.decoder(request, sequence)
+            stream = self._scheduler.join(decoder, sequence, request.rows, request.cancelled)
+            try:
+                yield decoder, stream
+            finally:
+                self._scheduler.leave(stream)
+                request.forget_untold(sequence)
 
     def pause(self, stream: TokenStream) -> None:
         """Ask for no more tokens of a reply than those that are on the way, e.g. because its reader is slow."""

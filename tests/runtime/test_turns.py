@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import itertools
 import threading
 import time
@@ -13,13 +15,18 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError, InputError
 from balcony_runtime.decoding.loop import Decoder
+from balcony_runtime.decoding.policy import PLAN_TOKENS, PROBE_TOKENS, Probing
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.stream import Stream
-from tests.replies import PRICES, all_at_once, ids
+from balcony_runtime.text import TextCodec
+from tests.replies import PRICES, all_at_once, free_members, ids
 
 SLOW = Budget(max_pace_tps=1 / 60)
 ENDLESS: dict[str, Any] = {"max_new_tokens": 200, "ignore_eos": True}
@@ -281,3 +288,120 @@ def test_a_token_of_a_paused_reply_that_another_rounds_leader_brought(llm: LLM) 
             while replies.open:
                 replies.step()
             assert [token.id for token in paused.reply.tokens] == alone
+
+
+def test_a_newcomer_does_not_wait_for_the_long_gap_of_a_reply_that_is_alone(llm: LLM) -> None:
+    paced = llm.stream([1, 2], budget=SLOW, **ENDLESS)
+    next(paced)
+    waiting = threading.Thread(target=list, args=(paced,))
+    waiting.start()
+    time.sleep(0.1)  # it waits for its pace, a minute
+    begin_s = time.monotonic()
+    try:
+        assert len(ids(llm.generate([3], max_new_tokens=3, ignore_eos=True))) == 3
+        assert time.monotonic() - begin_s < 20
+    finally:
+        paced.cancel()
+        waiting.join(60)
+
+
+def test_a_target_that_cannot_be_kept_keeps_nobody_out(llm: LLM) -> None:
+    """Its deadline has passed, or no exit is as fast: to wait for its end would help nobody."""
+    llm.costs = PRICES
+    for budget in (Budget(deadline_s=0.05, expected_tokens=100), Budget(tpot_ms=0.01)):
+        stream = llm.stream([1, 2], budget=budget, **ENDLESS)
+        next(stream)
+        time.sleep(0.1)
+        refusing = Budget(tpot_ms=1000.0, on_infeasible="error")
+        for own in (None, refusing):
+            assert len(ids(llm.generate([3], budget=own, max_new_tokens=2, ignore_eos=True))) == 2
+        stream.close()
+
+
+def test_all_stages_of_a_long_prompt_make_way(llm: LLM) -> None:
+    """Also those after the first one, whose rows are the last to go."""
+    for budget, first, left in ((Budget(), 1, 40), (Budget(exit_layer=2), 101, 1)):
+        request = llm._requests.of(list(range(first, first + 40)), budget=budget)
+        with llm._requests.sequence(request) as sequence:
+            decoder = llm._requests.decoder(request, sequence)
+            assert decoder.rows_due == 40
+            sequence.run_stage(0, 39)  # exit 2 needs no other stage, and the full depth two more
+            assert decoder.rows_due == left
+
+
+def test_replies_that_nobody_holds_leave_the_company(llm: LLM) -> None:
+    """A ``Together`` that was dropped without close(): its sequence goes to another reply, and it takes no more steps."""
+    prompt = list(range(1, 41))
+    alone = ids(llm.generate(prompt, max_new_tokens=6, ignore_eos=True))
+    replies = llm.together()
+    replies.add(prompt, **ENDLESS)
+    while not replies.step():
+        pass
+    del replies
+    gc.collect()
+    scheduler = llm._requests.scheduler
+    assert not scheduler._streams and free_members(llm) == len(scheduler._pool.members)  # type: ignore[union-attr]
+    assert ids(llm.generate(prompt, max_new_tokens=6, ignore_eos=True)) == alone
+
+
+def test_the_slow_loop_goes_on_while_replies_without_ceilings_step_alone(tiny: Any) -> None:
+    """A hot device: its share falls at every tick, whoever steps in between."""
+    hot = (Reading("test", "board", 0.0, celsius=95.0),)
+    bundle = Bundle.open(tiny.path)
+    with LLM(Engine.open(tiny.path), TextCodec(bundle), Budget(), readings=lambda: hot) as llm:
+        llm.costs = PRICES
+        cool = llm.stream([3], **ENDLESS)
+        next(cool)
+        limited = llm.stream([1, 2], budget=Budget(temperature_c=70.0, pacing=False), **ENDLESS)
+        next(limited)
+        ticks = []
+        for _ in range(12):
+            next(cool)
+            next(limited)
+            ticks.append(llm._learned.state.governor.ticked_s)
+            time.sleep(0.02)
+        assert ticks == sorted(ticks) and ticks[0] > 0
+        before = llm._learned.state.governor
+        next(cool)
+        assert llm._learned.state.governor == before
+        llm.costs = dataclasses.replace(PRICES, overhead_ms=0.2)  # another controller, and the same device
+        assert llm._requests.scheduler._joint() and llm._requests.scheduler._state.governor == before
+        for stream in (cool, limited):
+            stream.close()
+
+
+def test_a_reply_may_be_closed_after_its_engine(llm: LLM) -> None:
+    stream = llm.stream([1, 2], sampling=SamplingParams(json_schema={"enum": ["aaaaaaaa"]}), max_new_tokens=20)
+    next(stream)  # the others are made, and not told
+    llm.close()
+    stream.close()
+
+
+def test_an_interrupt_while_a_reply_leaves_takes_it_out(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = llm._requests.scheduler
+    stream = llm.stream([1, 2], **ENDLESS)
+    next(stream)
+    (own,) = scheduler._streams.values()
+    scheduler._running = (own,)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler._turn, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.close()
+    scheduler._running = ()
+    assert not scheduler._streams
+
+
+def test_a_plan_that_was_not_worth_it_is_not_made_for_every_token() -> None:
+    probing, plans = Probing(), []
+    for token in range(2000):
+        probing.tokens = token
+        if probing.is_due():
+            plans.append(token)
+            assert not probing.is_worth(None)
+    assert plans == list(range(0, 2000, PLAN_TOKENS))
+    probing.tokens = PROBE_TOKENS
+    assert probing.is_worth(0.5), "after so long it is tried"

@@ -165,3 +165,19 @@ def test_a_budget_that_changes_while_its_reply_waits(llm: LLM) -> None:
         time.sleep(0.01)
     worker.stop()
     assert waits.stream.reply.tokens_per_exit == {2: 2}
+
+
+def test_a_job_that_waits_for_its_pace_ends_at_once(llm: LLM) -> None:
+    """Its gap is a minute, and it is alone in the decode thread."""
+    sent = Sent(llm)
+    sent.worker.start()
+    for key in (1, 2):
+        begin_s, paced = time.monotonic(), job(sent.worker, key, 30, budget=Budget(max_pace_tps=1 / 60))
+        sent.worker.submit(paced)
+        sent.until(key, 1)
+        if key == 1:
+            sent.worker.cancel(paced)
+            sent.worker.submit(job(sent.worker, 3, 2))
+            sent.until(3, 2)
+    sent.worker.stop()
+    assert time.monotonic() - begin_s < 20 and len(sent.items[1]) == len(sent.items[2]) == 1

@@ -133,7 +133,8 @@ class Decoder:
         self._senses = False
         self._unmeasured = unmeasured(sequence.exits)
         self._controller = Controller(self._unmeasured)
-        self._state = self._learned.state.for_next_reply()
+        self._latest = self._learned.state
+        self._state = self._latest.for_next_reply()
         self._decision: Decision | None = None
         self._seen: Observation | None = None
         self._read: Readings = (), 0.0
@@ -234,6 +235,9 @@ class Decoder:
         """
         budget, costs = self._environment.budget_and_costs()
         self._take_up(budget)
+        latest = self._learned.state
+        if latest is not self._latest:  # the slow loop is the device's: others have gone on with it
+            self._state = self._state._replace(governor=latest.governor)
         if costs is not None and costs is not self._costs:
             self._controller, self._costs, self._decision = Controller(costs), costs, None
         decision, sequence = self._decision, self._sequence
@@ -243,7 +247,7 @@ class Decoder:
         if found is None:
             found = self._controller.decide(self._state, self._observe(budget, last))
         self._state, self._decision = found
-        self._learned.state = self._state
+        self._latest = self._learned.state = self._state
         if self._decision.ends(budget):
             raise InfeasibleError(f"{self._decision.reason}: raise the target or allow less depth")
         return self._decision
@@ -284,8 +288,9 @@ class Decoder:
 
     @property
     def rows_due(self) -> int:
-        """Number of rows that the first stage must take in before the next token."""
-        return self._sequence.rows_due(self._new_rows)[0][0]
+        """Number of rows that the last stage to its deepest exit must take in before the next token; no stage has more."""
+        exits = self._sequence.exits
+        return self._sequence.rows_due(self._new_rows)[0][exits.index(self.budget.allowed_exits(exits)[-1])]
 
     @property
     def budget(self) -> Budget:

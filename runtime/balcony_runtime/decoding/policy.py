@@ -40,7 +40,7 @@ class Probing:
 
     def is_due(self) -> bool:
         """Whether to plan: a plan that was not worth it is made again after ``PLAN_TOKENS``."""
-        return self.tokens >= min(self._plan_at, PROBE_TOKENS)
+        return self.tokens >= self._plan_at or self.tokens == PROBE_TOKENS
 
     def is_worth(self, speedup: float | None) -> bool:
         """Whether to use a plan with this expected speed-up (None: there is no plan), or to try it after so many tokens."""

@@ -211,12 +211,12 @@ class SequencePool:
             try:
                 files.load(path, sequence)
                 self.reused.files += 1
+                if sequence.state.memory_bytes > self.kept_bytes:
+                    files.forget(path)
             except BalconyError as error:
                 _log.warning("%s", error)
             finally:
                 self.give_back(sequence)
-            if sequence.length and not self.holds(sequence):
-                files.forget(path)  # its rows take more memory than may be kept
 
     def _better(self, files: PrefixFiles, wanted: IntArray) -> Path | None:
         """The file with the longest prefix of some tokens, if it has clearly more than every member and may be kept."""
@@ -402,7 +402,11 @@ class SequencePool:
                 held.enter_context(move.sequence.lock)
                 if move.sequence.length >= move.sequence.max_length:
                     raise move.sequence.too_long_error()
-            logits = self._shared.run([self._places[move.sequence] for move in ordered], ordered)
+            try:
+                logits = self._shared.run([self._places[move.sequence] for move in ordered], ordered)
+            except KeyError:
+                self._engine.refuse_closed()  # meanwhile
+                raise
         rows = {move.sequence: logits[place : place + 1] for place, move in enumerate(ordered)}
         return [rows[move.sequence] for move in moves]
 

@@ -177,7 +177,7 @@ class Scheduler:
     def _by_itself(self, stream: Stream) -> list[Step] | None:
         """Step a stream that goes on and is the only one, as a round would, but with fewer calls; None if a round is due."""
         with self._lock:
-            if self._leading or len(self._streams) > 1 or self._company or not stream.decoder.begun:
+            if self._leading or len(self._streams) > 1 or self._company or not stream.decoder.begun or stream.is_slow:
                 return None
             self._leading, self._running = True, (stream,)
         try:
@@ -250,12 +250,14 @@ class Scheduler:
         """Remove a stream; waits for a round of another thread that uses it."""
         with self._turn:
             stream.asks = False
-            while stream in self._running:
-                self._turn.wait(NAP_S)
-            self._streams.pop(stream.key, None)
-            if not self._streams:
-                self._state = self._state.without(self._state.streams.keys())
-            self._turn.notify_all()
+            try:
+                while stream in self._running:
+                    self._turn.wait(NAP_S)
+            finally:
+                self._streams.pop(stream.key, None)
+                if not self._streams:
+                    self._state = self._state.without(self._state.streams.keys())
+                self._turn.notify_all()
 
     def _lead(self) -> None:
         """Run one round for all streams that ask. Holds the lock at both ends, and not while the round runs."""
@@ -268,8 +270,8 @@ class Scheduler:
             if any(stream.asks for stream in self._all):
                 self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
             return
-        begins = [one for one in self._all if one.admitted and not one.decoder.begun]
-        others = sum(one.admitted for one in self._all) > 1
+        admitted = [one for one in self._all if one.admitted]
+        begins, others = [one for one in admitted if not one.decoder.begun], len(admitted) > 1
         known = {one for one in self._all if one.asks}
         self._running = asking
         self._turn.release()
@@ -377,14 +379,14 @@ class Scheduler:
         """
         decoder = stream.decoder
         if decoder.begun:
-            return others and (decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors)
+            waits = decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors
+            return stream.is_slow or (others and waits)
         if decoder.rows_due <= LONG_PROMPT or self._costs() is None:
             return False
         return others or decoder.budget.ttft_ms is None
 
     def _step_alone(self, stream: Stream) -> None:
-        self._company = frozenset()
-        self._last = None
+        self._company, self._last = frozenset(), None
         with undone([stream]), stream.isolated():
             stream.answer(stream.decoder.step(1000 * (time.monotonic() - stream.asked_s)))
 
@@ -434,8 +436,8 @@ class Scheduler:
         first = any(not stream.decoder.begun for stream in logits)
         self._last = None
         if found.price_ms and not first and not found.refused:
-            exit_layer = self._engine.exit_layers[found.deepest]
-            self._last = Measurement(exit_layer, found.price_ms, (done_ns - begin_ns) / 1e6)
+            took_ms = (done_ns - begin_ns) / 1e6
+            self._last = Measurement(self._engine.exit_layers[found.deepest], found.price_ms, took_ms)
         self._company, self._state = frozenset(moves), state
         known = self._learned.state
         known = known._replace(governor=state.governor, slowdown=known.slowdown.moved(state.slowdown))
@@ -454,7 +456,7 @@ class Scheduler:
         if costs is not self._priced or self._controller is None:
             self._priced = costs
             self._controller = JointController(costs or unmeasured(self._engine.exit_layers), self._quality)
-            self._state, self._last = CompanyState(self._learned.state.slowdown), None
+            self._state, self._last = CompanyState(self._learned.state.slowdown, self._learned.state.governor), None
         return self._controller
 
     def _seen(self, asking: Sequence[Stream]) -> tuple[dict[int, Stream], RoundSeen]:
@@ -480,7 +482,10 @@ class Scheduler:
         for stream, decision in moves.items():
             sequence = stream.sequence
             if stream.decoder.begun and self._shares(stream):
-                together.append(stream)
+                if sequence.length < sequence.max_length:
+                    together.append(stream)
+                else:
+                    stream.fail(sequence.too_long_error())
                 continue
             with stream.isolated():
                 if stream.decoder.begun:
@@ -488,13 +493,7 @@ class Scheduler:
                     logits[stream] = sequence.step(decision.exit_layer, ids).copy()
                 else:
                     logits[stream] = sequence.advance(decision.exit_layer, ())[:, -1]
-        full = [stream for stream in together if stream.sequence.length >= stream.sequence.max_length]
-        for stream in full:
-            stream.fail(stream.sequence.too_long_error())
-        together = [stream for stream in together if stream not in full]
         if together and self._pool is not None:
-            rows = self._pool.step(
-                [PoolMove(one.sequence, moves[one].exit_layer, one.decoder.last_token) for one in together]
-            )
-            logits |= dict(zip(together, rows, strict=True))
+            tokens = [PoolMove(one.sequence, moves[one].exit_layer, one.decoder.last_token) for one in together]
+            logits |= dict(zip(together, self._pool.step(tokens), strict=True))
         return logits

@@ -13,6 +13,9 @@ from balcony_edge.control.company.seen import Chunk
 from balcony_runtime.decoding.loop import Decoder, Step, run_chunk
 from balcony_runtime.engine import TokenSequence
 
+#: Pace in tokens a second below which a reply is slow.
+SLOW_TPS = 2.0
+
 
 class Cancellation(threading.Event):
     """The event that ends a reply.
@@ -83,6 +86,12 @@ class Stream:
 
     def fail(self, error: BaseException) -> None:
         self._error, self.asks = error, False
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it waits in rounds even if it is alone, so that who comes meanwhile does not wait for its long gap."""
+        pace_tps = self.decoder.budget.max_pace_tps
+        return pace_tps is not None and pace_tps < SLOW_TPS
 
     def tell(self) -> None:
         """Answer with the tokens of a step that was interrupted after it had made them, if there are any."""

@@ -56,6 +56,8 @@ class Worker:
 
     def stop(self) -> None:
         """End all replies and the thread."""
+        for job in tuple(self._running.values()):
+            self.cancel(job)
         self._inbox.put(None)
         self._thread.join()
 
@@ -74,6 +76,8 @@ class Worker:
 
     def cancel(self, job: Job) -> None:
         """End a job; no item follows the ones that are on the way."""
+        if job.request is not None:
+            job.request.cancelled.set()  # it may wait for its pace in the decode thread
         self._inbox.put((self._cancel, job))
 
     def pause(self, job: Job) -> None:
