@@ -151,18 +151,21 @@ def _measure(
     progress: Callable[[str, float], None],
 ) -> Report:
     from balcony_export.evaluate.report import build_report
-    from balcony_export.evaluate.text import evaluate_text, tokenized_documents
+    from balcony_export.evaluate.text import evaluate_text, tokenized_documents, window_of
 
     with closing(scorer):
         documents = {
             name: tokenized_documents(path, scorer.tokenizer, sources.limit) for name, path in sources.text.items()
         }
-        runs = {}  # tasks first: misspelt names are reported before the work
+        # Whatever can be wrong is found before the tasks, which may take hours; and the tasks find their names at once.
+        reference = None if compare_with is None else compare_with()
+        if documents:
+            window_of(scorer if reference is None else reference, scorer, sources.window)
+        runs = {}
         if sources.tasks:
             from balcony_export.evaluate.tasks import evaluate_tasks
 
             runs = evaluate_tasks(scorer, sources.tasks, data=sources.data, limit=sources.limit, progress=progress)
-        reference = None if compare_with is None else compare_with()
         texts = {
             name: evaluate_text(
                 scorer,

@@ -169,6 +169,7 @@ def export_bundle(
             f"--precision {scheme}: ONNX Runtime rounds the inputs of 8-bit experts to int8 at every level: give level=4, "
             "or int4 with level=1"
         )
+    template = _chat_template(tokenizer)
     with fresh_directory(output) as directory:
         traced = traced or trace(exits, options, progress)
         # quantizing and writing change a graph's weights; the traced graphs stay as they are
@@ -178,8 +179,9 @@ def export_bundle(
             blocks = None
             if scheme is not None:
                 progress("quantizing", 0.7)
-                moments = second_moments(exits, options.calibration) if options.calibration else {}
-                blocks = _quantize_all(lowered, weights, Quantizer(scheme, moments), exits)
+                quantizer = Quantizer(scheme, second_moments(exits, options.calibration) if options.calibration else {})
+                blocks = _quantize_all(lowered, weights, quantizer, exits)
+                del quantizer  # the moments can be as large as the model
             progress("writing weights", 0.75)
             table = _write_table(weights, tensor_as(parts.embed.weight, dtype), blocks)
             for one in (*graphs.values(), *lowered.values()):
@@ -188,7 +190,7 @@ def export_bundle(
             for key, one in traced_set.items():
                 passes.strip_metadata(one)
                 ir.save(one, directory / f"{prefix}{key}.onnx")
-        _write_tokenizer(exits.model, tokenizer, directory)
+        _write_tokenizer(exits.model, tokenizer, template, directory)
         document: dict[str, Any] = {
             "model": spec.model_dump(mode="json"),
             "precision": options.precision if scheme is None else f"int{scheme.bits}",
@@ -207,7 +209,7 @@ def export_bundle(
         }
         if scheme is not None and scheme.kv_bits == 8:
             progress("measuring keys and values", 0.78)
-            _quantize_caches(directory, document, lowered, options.calibration)
+            _quantize_caches(directory, document, lowered, options.calibration, exits.rotated)
         progress("hashing", 0.8)
         manifest = write_manifest(directory, document)
         if check is not None:
@@ -255,11 +257,15 @@ def _quantize_all(lowered: dict[str, ir.Model], weights: WeightFile, quantizer: 
 
 
 def _quantize_caches(
-    directory: Path, document: dict[str, Any], lowered: dict[str, ir.Model], calibration: Sequence[Sequence[int]]
+    directory: Path,
+    document: dict[str, Any],
+    lowered: dict[str, ir.Model],
+    calibration: Sequence[Sequence[int]],
+    rotated: int,
 ) -> None:
     """Rewrite the graphs of a bundle whose caches are float32 so far, and their tables in ``document``."""
     as_float = {**document, "quantization": {**document["quantization"], "kv_bits": 32}}
-    scales = cache_scales(Bundle(directory, write_manifest(directory, as_float)), calibration)
+    scales = cache_scales(Bundle(directory, write_manifest(directory, as_float)), calibration, rotated)
     for key, found in scales.items():
         quantize_caches(lowered[key], found)
         ir.save(lowered[key], directory / f"cpu_{key}.onnx")
@@ -306,11 +312,14 @@ def _tidy(traced: ir.Model, prefix: str = "") -> None:
     tidy_mixers(traced, prefix)
 
 
-def _write_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template of a tokenizer that can be exported.
+
+    Raises:
+        CheckpointError: It has no tokenizers backend, or several templates of which none is for chats.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise CheckpointError("the tokenizer has no tokenizers backend: export needs a fast tokenizer (tokenizer.json)")
-    backend.save(str(directory / "tokenizer.json"))
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):  # several by name, of which one is for chats
         if "default" not in template:
@@ -318,7 +327,15 @@ def _write_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                 f"the tokenizer has chat templates {', '.join(template)} and none called 'default': keep one of them"
             )
         template = template["default"]
-    if isinstance(template, str):
+    return template if isinstance(template, str) else None
+
+
+def _write_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None, directory: Path
+) -> None:
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend.save(str(directory / "tokenizer.json"))
+    if template is not None:
         special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
         (directory / "special_tokens.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")

@@ -134,7 +134,8 @@ def verify(
     codec = TextCodec(bundle)
     samples = [ids[:limit] for text in prompts if len(ids := _same_ids(bundle, codec, tokenizer, text)) > 1]
     expected = [reference_logits(exits, ids) for ids in samples]
-    with tempfile.TemporaryDirectory() as scratch:
+    beside = directory.absolute().parent  # on the disk of the weights, so that they are linked and not copied
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=beside if os.access(beside, os.W_OK) else None) as scratch:
         subjects = {"": bundle}
         if manifest.cpu and manifest.graphs:
             subjects[", portable"] = bundle.portable()

@@ -420,6 +420,15 @@ def test_every_part_of_a_text_begins_as_a_text_does(bundle_copy: Path, tmp_path:
         assert all(part[0] == 0 for part in parts) is starts and all(0 not in part[1:] for part in parts)
 
 
+def test_every_kind_of_text_in_a_file_is_calibrated_on(tiny: Any, tmp_path: Path) -> None:
+    """Although the file begins with one kind of it, and has more than is taken."""
+    lines = [json.dumps({"text": f"{word} {word}"}) for word in ("fox", "dog") for _ in range(100)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    parts = _documents(tmp_path / "t.jsonl", Bundle.open(tiny.path), 100, 16)
+    kinds = [sum(part == other for part in parts) for other in (parts[0], next(p for p in parts if p != parts[0]))]
+    assert min(kinds) > len(parts) / 4
+
+
 @pytest.mark.parametrize("allocate", [bytearray, torch.empty])
 def test_memory_that_is_not_there_is_one_line(allocate: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from balcony_export.model.balcony_files import fingerprint, load_balconies
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme, parse_precision, quantize, stored_weights
+from balcony_export.quantize.gptq import factors_of
 from balcony_export.train.tune import closeness, tune
 from balcony_export.variants.cut import BALCONIES, narrow, round_backbone, save_cut
 from balcony_export.verify import reference_logits
@@ -108,9 +110,11 @@ def test_rounding_twice_is_rounding_once(moment: bool, again: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, inputs = torch.randn(24, 96, generator=generator), torch.randn(300, 96, generator=generator)
     weight[3, :32] = 0.0
-    moments = inputs.T @ inputs / 300
-    once = torch.from_numpy(quantize(weight, 4, 32, symmetric=True, moment=moments if moment else None).dequantized(96))
-    twice = quantize(once, 4, 32, symmetric=True, moment=moments if again else None).dequantized(96)
+    factors = partial(factors_of, inputs.T @ inputs / 300)
+    once = torch.from_numpy(
+        quantize(weight, 4, 32, symmetric=True, factors=factors if moment else None).dequantized(96)
+    )
+    twice = quantize(once, 4, 32, symmetric=True, factors=factors if again else None).dequantized(96)
     np.testing.assert_allclose(twice, once.numpy(), rtol=1e-6)
     assert float((once - weight).abs().max()) > 0.05
 

@@ -277,3 +277,14 @@ def test_a_reused_pass_is_made_once_and_a_resumed_run_makes_the_same_states(
     assert losses_of(second)[8:] == losses_of(whole)[8:]
     for name, value in second.balconies[2].state_dict().items():
         assert torch.equal(value, whole.balconies[2].state_dict()[name])
+
+
+def test_states_of_a_residual_sum_in_float32_are_cached(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    """Mamba keeps it so, whatever the precision of the run."""
+    model = make_tiny("mamba2", residual_in_fp32=True)
+    trainer = trainer_of(model, corpus, tmp_path, steps=3, precision="bf16", cache_gb=0.1)
+    trainer.run()
+    assert trainer.states.cache is not None and trainer.states.cache.dtype == torch.float32
+    assert trainer.states.cache.filled.any()

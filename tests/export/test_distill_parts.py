@@ -335,6 +335,19 @@ def test_data_that_cannot_be_used_is_named(
         build_corpus([tmp_path / name], tokenizer, seq_len=16)
 
 
+def test_a_chat_has_the_same_text_on_every_day(tmp_path: Path, make_tokenizer: Callable[[], Any]) -> None:
+    """Llama 3.2's template and others print the date: keys, order and held-out rows follow from the text."""
+    tokenizer, digests, texts = make_tokenizer(), [], []
+    for day in ("strftime_now('%d %b %Y')", "'01 January 2025'", "'02 January 2025'"):
+        tokenizer.chat_template = "{{ " + day + " }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        lines = [json.dumps({"messages": [{"role": "user", "content": f"the fox {place}"}] * 3}) for place in range(40)]
+        (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+        built = build_corpus([tmp_path / "chats.jsonl"], tokenizer, seq_len=16, held_out_rows=2)
+        digests.append(built.digest)
+        texts.append(tokenizer.decode(built.train.tokens[0]))
+    assert digests[0] == digests[1] != digests[2] and "2025" in texts[0]
+
+
 def test_every_row_of_a_window_is_learned_from_as_often_as_asked() -> None:
     steps = 40
     order = Order(count=300, batch_rows=2, reuse=3, window_steps=steps, seed=0)
@@ -372,6 +385,10 @@ def test_schedules_have_their_shapes() -> None:
     assert Schedule(**trapezoid.state()) == trapezoid
     trapezoid.restart(110, 210)  # it had ended: the full rate again, and a decay over 0.4 of the new part
     assert [trapezoid.factor(step) for step in (110, 169, 170, 190, 209)] == pytest.approx([1, 1, 1, 0.5, 1 / 40])
+    warm = Schedule("trapezoidal", 50, 60, 0.4)
+    before = warm.factor(40)
+    warm.replan(40, 60)  # in the warm-up: the rate goes on as it was
+    assert warm.factor(40) == pytest.approx(before)
     trapezoid.replan(120, 130)  # the new end comes nearer
     assert [trapezoid.factor(step) for step in (120, 122, 126)] == pytest.approx([1, 1, 0.5])
     cosine.restart(100, 120)

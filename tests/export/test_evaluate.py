@@ -346,7 +346,9 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
     return run
 
 
-def test_command_on_a_bundle(command: Any, bundle_copy: Path, data: Path, tmp_path: Path) -> None:
+def test_command_on_a_bundle(
+    command: Any, bundle_copy: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = bad(tmp_path, "some.jsonl", b"".join(json.dumps({"text": t}).encode() + b"\n" for t in TEXTS))
     arguments = ("eval", bundle_copy, "--exits", "3", "--text", text, "--tasks", "arc_easy", "--data", data)
     code, out, _ = command(*arguments, "--limit", 2, "-o", tmp_path / "out", "--json")
@@ -358,6 +360,11 @@ def test_command_on_a_bundle(command: Any, bundle_copy: Path, data: Path, tmp_pa
     assert recorded[0].quality is None and recorded[1].quality is not None and recorded[2].quality is not None
     code, out, _ = command(*arguments, "--no-record")
     assert code == 0 and "ARC-E" in out and "retention" in out
+    monkeypatch.setattr("balcony_export.evaluate.tasks.evaluate_tasks", lambda *_, **__: pytest.fail("hours too early"))
+    code, _, error = command(*arguments, "--window", "5000")
+    assert code == 1 and "--window 5000: this model takes 2 to 256" in error
+    code, _, error = command(*arguments, "--model", tmp_path / "typo")
+    assert code == 1 and "typo" in error
 
 
 def test_command_on_a_model(command: Any, tiny: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ import transformers
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BalconyError, CheckpointError, InputError, UnsupportedModelError, VerificationError
-from balcony_export.export import ExportOptions, _write_tokenizer, export_bundle
+from balcony_export.export import ExportOptions, _chat_template, _write_tokenizer, export_bundle
 from balcony_export.model.architecture import describe, longest_context, parts_of
 from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory
@@ -133,11 +133,12 @@ def test_weights_that_are_not_finite_leave_nothing(make_tiny: Any, make_tokenize
 def test_of_several_chat_templates_the_default_is_taken(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     model, tokenizer = make_tiny("llama"), make_tokenizer()
     tokenizer.chat_template = {"tool_use": "tools", "default": "{{ messages[0].content }}"}
-    _write_tokenizer(model, tokenizer, tmp_path)
+    _write_tokenizer(model, tokenizer, _chat_template(tokenizer), tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
     tokenizer.chat_template = {"tool_use": "tools"}
     with pytest.raises(CheckpointError, match="has chat templates tool_use and none called 'default'"):
-        _write_tokenizer(model, tokenizer, tmp_path)
+        export_bundle(ExitModel(model), tokenizer, tmp_path / "out", OPTIONS, traced=cast(Any, "no trace is needed"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_check_leaves_nothing(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:

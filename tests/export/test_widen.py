@@ -14,6 +14,8 @@ from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import CheckpointError
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph import widen
+from balcony_export.model.architecture import parts_of
+from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision
 
@@ -87,3 +89,13 @@ def test_a_matrix_that_tracing_computes_is_refused(monkeypatch: Any) -> None:
         model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], name="g"), ir_version=11)
         with pytest.raises(CheckpointError, match=r"weight layers\.0\.sum: tracing computes it .* load it in float32"):
             widen.widen([model], weights, torch.float32)
+
+
+def test_multipliers_of_a_half_precision_checkpoint_are_not_rounded(make_tiny: Any, tmp_path: Path) -> None:
+    """Falcon-H1's are made in the type in which the weights are loaded; the export computes in float32."""
+    multipliers = [0.35355, 0.25, 0.1767, 0.5, 0.3333]
+    make_tiny("falcon-h1", ssm_multipliers=multipliers).to(torch.bfloat16).save_pretrained(tmp_path)
+    kept, whole = (parts_of(load_model(tmp_path, keep_dtype=keep)).layers[0].mamba for keep in (True, False))
+    assert kept.in_proj.weight.dtype == torch.bfloat16
+    assert kept.mup_vector.dtype == torch.float32 and torch.equal(kept.mup_vector, whole.mup_vector)
+    assert set(kept.mup_vector.flatten().tolist()) == {float(np.float32(value)) for value in multipliers}

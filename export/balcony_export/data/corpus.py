@@ -293,6 +293,10 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
+#: A template's own function for today's date, which gives one day.
+_ONE_DAY = "{%- macro strftime_now(form) -%}01 January 2025{%- endmacro -%}"
+
+
 def _rendered(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
     """``(text to tokenize, whether it is plain text)``: a chat goes through the model's template."""
     if document.chat is None:
@@ -300,8 +304,11 @@ def _rendered(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[s
     if not tokenizer.chat_template:
         # a base model has no template: it is distilled on the words alone
         return "\n\n".join(message["content"] for message in document.chat), True
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:  # the same text on every day, or a run could not be resumed on the next
+        template = _ONE_DAY + template
     try:
-        rendered = tokenizer.apply_chat_template(document.chat, tokenize=False)
+        rendered = tokenizer.apply_chat_template(document.chat, tokenize=False, chat_template=template)
     except TemplateError as error:  # templates refuse roles that they do not know, or in another order
         raise InputError(
             f"{document.where}: the model's chat template refuses it ({error}): change its roles, or give it as text"

@@ -89,7 +89,7 @@ def evaluate_text(
         InputError: The window is longer than the context, or the reference has another vocabulary.
         VerificationError: The logits of an exit are not finite.
     """
-    size = _window(scorer if reference is None else reference, scorer, window)
+    size = window_of(scorer if reference is None else reference, scorer, window)
     clustered = len(documents) == 1
     requests: list[ScoringRequest] = []
     clusters: list[int] = []
@@ -135,7 +135,8 @@ def ratio_of_sums(parts: Sequence[tuple[float, float]]) -> Estimate:
     return Estimate(value=value, stderr=math.sqrt(count / (count - 1) * squares) / total)
 
 
-def _window(reference: Scorer, scorer: Scorer, window: int | None) -> int:
+def window_of(reference: Scorer, scorer: Scorer, window: int | None) -> int:
+    """Tokens per pass of :func:`evaluate_text`, which raises the same errors."""
     context = min(scorer.context_length, reference.context_length)
     if window is not None and not 2 <= window <= context:
         raise InputError(f"--window {window}: this model takes 2 to {context}: give a number in this range")

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,16 @@ def load_model(
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     model.eval()
     assert isinstance(model, PreTrainedModel)
+    _restore_multipliers(model)
     return model
+
+
+def _restore_multipliers(model: PreTrainedModel) -> None:
+    """Give Falcon-H1 its multipliers in float32: they are no weights, and were made in the type of those."""
+    computed = getattr(sys.modules[type(model).__module__], "compute_mup_vector", None)
+    for module in model.modules() if computed is not None else ():
+        if "mup_vector" in module._buffers:
+            module.mup_vector = computed(model.config)
 
 
 def load_trainable(source: str | Path, seq_len: int) -> PreTrainedModel:

@@ -7,8 +7,9 @@ weight is quantized once, however many graphs use it. The token table shares the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from balcony_edge.errors import InputError
 from balcony_export.graph.ir_tools import MICROSOFT, SMALLEST_SCALE, decides, initializer
 from balcony_export.graph.widen import row_pieces
 from balcony_export.quantize.experts import quantize_experts, stored_experts
-from balcony_export.quantize.gptq import round_with_compensation
+from balcony_export.quantize.gptq import Factors, factors_of, round_with_compensation
 from balcony_runtime.backends.token_table import unpacked
 
 #: Candidates for a block's scale, relative to the scale that covers the full range; the one with the least squared error is
@@ -128,6 +129,7 @@ class Quantizer:
     scheme: Scheme
     moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
     done: dict[str, Blocks] = field(default_factory=dict)
+    _last: tuple[torch.Tensor, int, Factors] | None = field(default=None, init=False, repr=False)
 
     def layer(self, name: str, weight: npt.NDArray[np.float32]) -> Blocks:
         """Quantize a layer's weight  # (K, N)"""
@@ -156,9 +158,15 @@ class Quantizer:
         return self.done[name]
 
     def _rounded(self, rows: torch.Tensor, bits: int, size: int, name: str) -> Blocks:
-        scheme = self.scheme
-        moment = self.moments.get(name)
-        return quantize(rows, bits, size, symmetric=scheme.symmetric, positive=scheme.positive, moment=moment)
+        scheme, moment = self.scheme, self.moments.get(name)
+        factors = None if moment is None else partial(self._factors, moment)
+        return quantize(rows, bits, size, symmetric=scheme.symmetric, positive=scheme.positive, factors=factors)
+
+    def _factors(self, moment: torch.Tensor, padding: int) -> Factors:
+        """The last ones are kept: a large matrix comes in pieces, and several matrices have the same inputs."""
+        if self._last is None or self._last[0] is not moment or self._last[1] != padding:
+            self._last = moment, padding, factors_of(moment, padding)
+        return self._last[2]
 
 
 def quantize(
@@ -167,13 +175,13 @@ def quantize(
     size: int,
     *,
     symmetric: bool,
-    moment: torch.Tensor | None = None,
+    factors: Callable[[int], Factors] | None = None,
     positive: bool = False,
 ) -> Blocks:
     """Quantize a matrix (N, K) in blocks of ``size`` along K.
 
-    With the second ``moment`` (K, K) of its inputs by GPTQ, otherwise to the nearest values. A matrix that was rounded before
-    to 4 bits in the same blocks, as :mod:`balcony_export.variants.cut` does, keeps its values.
+    With the ``factors`` of its inputs' second moments, which take a padding, by GPTQ; otherwise to the nearest values. A
+    matrix that was rounded before to 4 bits in the same blocks, as :mod:`balcony_export.variants.cut` does, keeps its values.
     """
     levels = 1 << bits
     padding = -weight.shape[1] % size
@@ -188,9 +196,8 @@ def quantize(
     if found is not None:
         scales, zeros = found, torch.full_like(found, levels // 2)
         values = (torch.round(blocks / scales) + zeros).reshape(padded.shape)
-    elif moment is not None:
-        moment = torch.nn.functional.pad(moment, (0, padding, 0, padding))
-        values, scales, zeros = round_with_compensation(padded, moment, grids, levels)
+    elif factors is not None:
+        values, scales, zeros = round_with_compensation(padded, factors(padding), grids, levels)
     else:
         scales, zeros = _grid(blocks, levels, symmetric, positive=positive)  # (N, blocks, 1)
         values = (torch.round(blocks / scales) + zeros).clamp_(0, levels - 1).reshape(padded.shape)

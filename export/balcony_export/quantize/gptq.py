@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -114,9 +114,37 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
     return means | experts.means()
 
 
+class Factors(NamedTuple):
+    """What GPTQ needs of the second moments of a matrix's inputs.
+
+    Attributes:
+        sizes: How much the error of each column counts  # (K,)
+        order: The columns from the largest inputs to the smallest  # (K,)
+        inverse: Upper Cholesky factor of the inverse of the damped moments, in this order  # (K, K)
+    """
+
+    sizes: torch.Tensor
+    order: torch.Tensor
+    inverse: torch.Tensor
+
+
+def factors_of(moment: torch.Tensor, padding: int = 0) -> Factors:
+    """Factorize second moments (K, K), with columns of zeros behind them; K³ operations, three times."""
+    moment = torch.nn.functional.pad(moment, (0, padding, 0, padding)).clone()
+    sizes = moment.diagonal()
+    silent = sizes == 0  # padding, and channels that never fired; they do not count for the typical size
+    typical = sizes[~silent].mean() if not silent.all() else torch.tensor(1.0)
+    sizes[silent] = typical
+    undamped, order = sizes.clone(), sizes.argsort(descending=True)
+    sizes.add_(DAMPING * typical)
+    moment = moment[order][:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
+    return Factors(undamped, order, inverse)
+
+
 def round_with_compensation(
     weight: torch.Tensor,
-    moment: torch.Tensor,
+    factors: Factors,
     grids: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     levels: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -127,23 +155,16 @@ def round_with_compensation(
 
     Args:
         weight: The matrix, float32  # (N, K)
-        moment: Second moments of the inputs  # (K, K)
+        factors: Of the second moments of the inputs.
         grids: Weight of each column's error (K,) → scales and zero points of the blocks, each (N, K / block).
         levels: Number of values of a grid.
 
     Returns:
         Values 0 .. levels - 1 (N, K); scales and zero points (N, K / block).
     """
-    moment = moment.clone()
-    sizes = moment.diagonal()
-    silent = sizes == 0  # padding, and channels that never fired; they do not count for the typical size
-    typical = sizes[~silent].mean() if not silent.all() else torch.tensor(1.0)
-    sizes[silent] = typical
+    sizes, order, inverse = factors
     scales, zeros = grids(sizes)
-    order = sizes.argsort(descending=True)
-    sizes.add_(DAMPING * typical)
-    left, moment = weight[:, order], moment[order][:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
+    left = weight[:, order]
     block_of = order // (weight.shape[1] // scales.shape[1])
     scale_of, zero_of = scales[:, block_of], zeros[:, block_of]  # (N, K): of each column, in order
     rounded = torch.empty_like(weight)

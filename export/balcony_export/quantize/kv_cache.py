@@ -34,8 +34,13 @@ def require_text(given: Sequence[object] | None) -> None:
         raise InputError("--precision kv=8: needs --calibration, whose text gives the range of keys and values: add it")
 
 
-def cache_scales(bundle: Bundle, rows: Sequence[Sequence[int]]) -> Scales:
+def cache_scales(bundle: Bundle, rows: Sequence[Sequence[int]], rotated: int) -> Scales:
     """Scales of every cache, from the bundle's own passes over ``rows`` of tokens.
+
+    Args:
+        bundle: The bundle with a float cache.
+        rows: Tokens of each row.
+        rotated: Number of values of each head that the rotary embedding turns.
 
     Raises:
         InputError: There are no rows.
@@ -57,9 +62,25 @@ def cache_scales(bundle: Bundle, rows: Sequence[Sequence[int]]) -> Scales:
                 for name, sizes in caches.items():
                     known[name] = np.maximum(known[name], sizes)
     return {
-        graph: {name: np.maximum(sizes * HEADROOM / 127, LEAST).astype(np.float32) for name, sizes in caches.items()}
+        graph: {
+            name: np.maximum((_turned(sizes, rotated) if "past_key" in name else sizes) * HEADROOM / 127, LEAST).astype(
+                np.float32
+            )
+            for name, sizes in caches.items()
+        }
         for graph, caches in largest.items()
     }
+
+
+def _turned(sizes: npt.NDArray[np.float32], rotated: int) -> npt.NDArray[np.float32]:
+    """Largest keys at any position  # (H, d)
+
+    The rotary embedding turns pairs of channels. Slow pairs hardly turn within the text that was measured, and what is in one
+    channel there is in the other one at later positions; the length of a pair stays.
+    """
+    half = rotated // 2
+    pairs = np.hypot(sizes[:, :half], sizes[:, half:rotated])
+    return np.concatenate([pairs, pairs, sizes[:, rotated:]], axis=1)
 
 
 def quantize_caches(model: ir.Model, scales: Mapping[str, npt.NDArray[np.float32]]) -> None:

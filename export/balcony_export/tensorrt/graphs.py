@@ -66,11 +66,15 @@ def tensorrt_graphs(bundle: Bundle, form: Format, rounding: Rounding | None = No
     """
     portable = bundle.portable()
     spec = portable.manifest.model
-    graphs, rounding = {"embed": build_embedding(portable)}, rounding or Rounding(form.block_size)
+    graphs, rounding = (
+        {"embed": _finished(build_embedding(portable), "embed", form)},
+        rounding or Rounding(form.block_size),
+    )
     for name, graph in portable.manifest.graphs.items():
         model = ir.external_data.load_to_model(ir.load(portable.file(graph.file)))
-        graphs[name] = rewrite(model, spec, form, rounding)
-    return {name: _finished(model, name, form) for name, model in graphs.items()}
+        # each at once: half precision halves what is held before the next one is read
+        graphs[name] = _finished(rewrite(model, spec, form, rounding), name, form)
+    return graphs
 
 
 def rewrite(model: ir.Model, spec: ModelSpec, form: Format, rounding: Rounding) -> ir.Model:

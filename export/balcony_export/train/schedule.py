@@ -39,7 +39,7 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """Fraction of the peak rate at ``step``, counted from 0."""
-        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        warm = self._warm(step)
         if self.kind == "cosine":
             done = (step - self.begin) / (self.total - self.begin)
             return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
@@ -55,7 +55,8 @@ class Schedule:
         """
         total = max(total, step + 1)
         if self.kind == "trapezoidal" and step > self._start():
-            self.decay_from, self.decay_start = self.factor(min(step, self.total - 1)), step
+            last = min(step, self.total - 1)
+            self.decay_from, self.decay_start = self.factor(last) / self._warm(last), step
         elif self.kind == "trapezoidal" and step >= self._usual_start(total):
             self.decay_start = step
         self.total = total
@@ -66,6 +67,9 @@ class Schedule:
 
     def state(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _warm(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
 
     def _start(self) -> int:
         return self.decay_start if self.decay_start >= 0 else self._usual_start(self.total)

@@ -189,7 +189,8 @@ class Trainer:
         of = [self.base_facts, self.teacher_facts, list(self.config.exits), self.corpus.digest]
         key = json.dumps([3, *of])  # 3: a teacher or none
         most = len(self.corpus.train.tokens)
-        return StateCache.within(self.config.cache_gb, self.work / "states.bin", most, shape, self.dtype, key)
+        dtype = self._held_out_states()[0][0].dtype  # some backbones keep their residual sum in float32
+        return StateCache.within(self.config.cache_gb, self.work / "states.bin", most, shape, dtype, key)
 
     def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
         """Flat indices of the positions in the loss: see :func:`pick_positions`  # (n,)"""
