@@ -56,6 +56,18 @@ def interruptible() -> Iterator[Callable[..., subprocess.Popen[Any]]]:
         process.communicate()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let no variable of the machine change a result.
+
+    An NVIDIA GPU is hidden from all runs but those of the tests for one: what the others compare is computed on CPUs.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+    for name in ("FORCE_COLOR", "PY_COLORS", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS"):
+        os.environ.pop(name, None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that make or run a model."""
     for item in items:

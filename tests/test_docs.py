@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,17 @@ from balcony_runtime.reply import Reply, Token, TokenStream
 from balcony_runtime.serve.bodies.fields import FOREIGN
 
 ROOT = Path(__file__).parents[1]
-SKIPPED = {".venv", ".cache", ".git", "dist", "node_modules"}  # what tools put into a checkout
-PAGES = sorted(page for page in ROOT.rglob("*.md") if not SKIPPED & set(page.relative_to(ROOT).parts))
+SKIPPED = {".cache", ".git", "dist", "node_modules"}  # what tools put into a checkout, next to environments
+
+
+def pages() -> Iterator[Path]:
+    """The pages of the project."""
+    for folder, inner, files in os.walk(ROOT):
+        inner[:] = [name for name in inner if name not in SKIPPED and not Path(folder, name, "pyvenv.cfg").exists()]
+        yield from (Path(folder, name) for name in files if name.endswith(".md"))
+
+
+PAGES = sorted(pages())
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 

@@ -90,7 +90,10 @@ def test_a_server_answers_refuses_and_ends(tiny: Any, interruptible: Any) -> Non
 
 
 def test_the_budget_timeline(tiny: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'balcony-edge[plot]'")
+    why = "the picture needs matplotlib: pip install 'balcony-edge[plot]'"
+    pytest.importorskip(
+        "matplotlib.font_manager", reason=why
+    )  # it finds the fonts once, and says so where that is slow
     picture = tmp_path / "pictures" / "timeline.png"
     out = run("budget_timeline.py", tiny.path, "--tokens", "30", "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -93,7 +93,7 @@ def test_two_processes_make_the_run_of_one(
         for rank in ("0", "1")
     ]
     try:
-        assert [child.wait(timeout=100) for child in children] == [0, 0]
+        assert [child.wait(timeout=600) for child in children] == [0, 0]
     finally:
         for child in children:
             child.kill()

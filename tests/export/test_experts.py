@@ -183,14 +183,16 @@ def test_gptq_measures_each_expert_on_its_own_rows() -> None:
 
 @pytest.mark.hypothesis  # its examples are drawn inside
 @pytest.mark.parametrize("name", ["qwen2-moe", "granite-moe-shared"])
-@pytest.mark.parametrize("backend", ["lowered", "packed", "device-fused", "device-plain"])
+@pytest.mark.parametrize("backend", ["packed", "device-fused", "device-plain"])
 def test_any_schedule_of_exits_equals_a_pass_from_scratch(
     mixture: Callable[[str], Exported], name: str, backend: str, tmp_path: Path
 ) -> None:
-    """Also over the graphs for TensorRT, which ONNX Runtime runs here."""
+    """Over packed weights, and over the graphs for TensorRT, which ONNX Runtime runs here."""
     path = Path(shutil.copytree(mixture(name).path, tmp_path / "bundle"))
-    write_graphs(Bundle.open(path), "rtx-fp32", "rtx", Format("fp32", "fused", 256))
-    write_graphs(Bundle.open(path), "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256))
+    if backend == "device-fused":
+        write_graphs(Bundle.open(path), "rtx-fp32", "rtx", Format("fp32", "fused", 256))
+    elif backend == "device-plain":
+        write_graphs(Bundle.open(path), "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256))
     bundle = Bundle.open(path)
     with Engine.of(bundle.portable()) as reference, BACKENDS[backend](bundle) as engine:
 

@@ -36,14 +36,14 @@ def region() -> Iterator[mmap.mmap]:
 
 
 def large_bytes(address: int) -> int:
-    """Bytes in large pages of the mapping that contains an address."""
-    inside = False
+    """Bytes in large pages of the mappings of a region, of which an advice about a part makes several."""
+    inside, found = False, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(span[1], 16) <= address < int(span[2], 16)
+            inside = int(span[1], 16) < address + 32 * MB and address < int(span[2], 16)
         elif inside and line.startswith("AnonHugePages:"):
-            return int(line.split()[1]) * 1024
-    return 0
+            found += int(line.split()[1]) * 1024
+    return found
 
 
 def place(region: mmap.mmap) -> int:

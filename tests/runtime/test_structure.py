@@ -359,7 +359,10 @@ def test_a_structure_ends_a_reply_itself(llm: LLM) -> None:
 def grown_mb() -> Callable[[], float]:
     """Growth of this process's memory at its height since the beginning of the test."""
     begin = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets earlier heights
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets earlier heights
+    except OSError as error:
+        pytest.skip(f"the kernel does not forget heights: {error}")
 
     def grown() -> float:
         status = Path("/proc/self/status").read_text(encoding="ascii")

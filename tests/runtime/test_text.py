@@ -309,7 +309,8 @@ def test_a_template_gets_the_roles_that_it_knows(bundle_copy: Path) -> None:
     assert text.decode(text.encode(said)).strip() == "user a\n\nb"
 
 
-def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
+def test_templates_run_in_a_sandbox(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balcony_runtime.template.MAX_SECONDS", 0.2)
     message = [{"role": "user", "content": "x"}]
     for template in (
         "{{ messages.__class__.__mro__ }}",
@@ -321,7 +322,7 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
         with pytest.raises(InputError, match="the chat template refuses these messages"):
             write_template(bundle_copy, template).encode(message)
     for template, pattern in (
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took longer than 2 s"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took longer than 0.2 s"),
         ("{{ 'x' * 5000000 }}", "a repetition is longer"),
         ("{% for i in range(9999) %}{{ 'x' * 1000 }}{% endfor %}", "the text is longer"),
         ("{{ 9 ** 99999 }}", "a power of 99999"),
@@ -340,7 +341,7 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path) -> None:
     written = write_template(bundle_copy, template)
     said = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "a"), ("user", "b"))]
     assert written.decode(written.encode(said)) == "a!user"
-    with pytest.raises(InputError, match="took longer than 2 s"):
+    with pytest.raises(InputError, match="took longer than 0.2 s"):
         write_template(
             bundle_copy,
             "{% for i in range(99999) %}{% for j in range(99999) %}{% continue %}{% endfor %}{% endfor %}",

@@ -28,7 +28,7 @@ LIMIT_S, LATE_S = 0.6, 3.0
 @pytest.fixture(scope="module")
 def hasty(serve: Callable[..., Server]) -> Server:
     """A server that gives up soon, with few connections."""
-    limits = Limits(head_s=LIMIT_S, body_s=LIMIT_S, unread_s=LIMIT_S, connections=12)
+    limits = Limits(head_s=LIMIT_S, body_s=LIMIT_S, unread_s=LIMIT_S, connections=12, body_bytes=1_000_000)
     return serve(name="tiny", limits=limits)
 
 
@@ -109,14 +109,14 @@ def test_half_a_body_is_an_error(hasty: Server) -> None:
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_large_body_is_refused_before_it_is_read(hasty: Server, chunked: bool) -> None:
     """The answer can be read although the client goes on sending."""
-    size, piece = 100_000_000, b" " * 1_000_000
+    size, piece = 100_000_000, b" " * 400_000
     length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
     with connect(hasty, HEAD + f"{length}\r\n\r\n".encode()) as connection:
-        for _ in range(12):  # the bound is 8 MB
+        for _ in range(4):  # the bound is 1 MB
             connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
         answer = all_of(connection)
     assert answer.startswith(b"HTTP/1.1 413") and b'"body_too_large"' in answer
-    found = httpx.post(hasty.url + CHAT, content=b" " * 30_000_000, timeout=20)
+    found = httpx.post(hasty.url + CHAT, content=b" " * 4_000_000, timeout=20)
     assert (found.status_code, found.json()["error"]["code"]) == (413, "body_too_large")
 
 
@@ -168,7 +168,8 @@ def test_deeply_nested_json_is_an_error(hasty: Server, nested: str) -> None:
     """At every depth, also where the parser has just enough stack and what follows has not."""
     begin, _, end = nested.replace("{{", "{").replace("}}", "}").partition("{}")
     with httpx.Client(base_url=hasty.url) as client:
-        for depth in (100, *range(860, 1000, 10), 100_000):
+        # Python 3.11 has one bound for its own calls and the parser's; later versions have another for the parser's.
+        for depth in (100, *range(860, 1000, 10), *(1 << power for power in range(10, 17)), 100_000):
             found = client.post(CHAT, content=f"{begin * depth}1{end * depth}")
             assert found.status_code == 400, depth
 

@@ -54,15 +54,14 @@ def test_a_full_queue_and_the_time_limit(strict: Server) -> None:
     slow = SLOW | {"budget": {"max_pace_tps": 20}}
 
     def ask(stream: bool) -> None:
-        headers = {"authorization": "Bearer secret"}
-        found.append(httpx.post(strict.url + CHAT, json=slow | {"stream": stream}, headers=headers, timeout=20))
+        found.append(client.post(CHAT, json=slow | {"stream": stream}))
 
-    threads = [threading.Thread(target=ask, args=[stream]) for stream in (True, False)]
-    threads[0].start()
-    until(lambda: len(strict.service.slots) == 1 and not strict.service.waiting)
-    threads[1].start()
-    until(lambda: strict.service.waiting == 1)
-    with httpx.Client(base_url=strict.url, headers={"authorization": "Bearer secret"}) as client:
+    with httpx.Client(base_url=strict.url, headers={"authorization": "Bearer secret"}, timeout=20) as client:
+        threads = [threading.Thread(target=ask, args=[stream]) for stream in (True, False)]
+        threads[0].start()
+        until(lambda: len(strict.service.slots) == 1 and not strict.service.waiting)
+        threads[1].start()
+        until(lambda: strict.service.waiting == 1)
         full = client.post(CHAT, json=HELLO)
         assert (full.status_code, full.headers["x-balcony-reason"]) == (429, "queue_full")
         assert 1 <= int(full.headers["retry-after"]) <= 60
@@ -142,7 +141,7 @@ def test_the_time_of_a_compiler_counts_and_nobody_else_waits_for_it(server: Serv
 
     def ask() -> None:
         body = HELLO | {"guided_regex": "[a-c]{3}", "seed": -1}
-        found.append(httpx.post(server.url + CHAT, json=body, timeout=120).json())
+        found.append(http.post(CHAT, json=body, timeout=120).json())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Grammars, "_compile", slowly)
@@ -163,22 +162,22 @@ def test_the_time_of_a_compiler_counts_and_nobody_else_waits_for_it(server: Serv
 
 def test_requests_that_come_at_once_share_the_queue(strict: Server) -> None:
     """No more replies are taken than may run and wait, although all prompts are read at the same time."""
-    headers = {"authorization": "Bearer secret"}
     statuses: list[int] = []
 
     def ask() -> None:
         body = SLOW | {"stream": False, "budget": {"max_pace_tps": 20}}
-        statuses.append(httpx.post(strict.url + CHAT, json=body, headers=headers, timeout=30).status_code)
+        statuses.append(client.post(CHAT, json=body).status_code)
 
-    threads = [threading.Thread(target=ask) for _ in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    until(lambda: is_free(strict))
-    assert statuses.count(429) == 10 and statuses.count(504) == 2
-    many = httpx.post(strict.url + CHAT, json=HELLO | {"n": 4}, headers=headers, timeout=30)
-    assert many.status_code == 200 and len(many.json()["choices"]) == 4  # alone it may be larger than the queue
+    with httpx.Client(base_url=strict.url, headers={"authorization": "Bearer secret"}, timeout=30) as client:
+        threads = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        until(lambda: is_free(strict))
+        assert statuses.count(429) == 10 and statuses.count(504) == 2
+        many = client.post(CHAT, json=HELLO | {"n": 4})
+        assert many.status_code == 200 and len(many.json()["choices"]) == 4  # alone it may be larger than the queue
     until(lambda: is_free(strict))
 
 

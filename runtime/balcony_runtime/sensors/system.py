@@ -27,6 +27,8 @@ class System(NothingOpen):
 
     def __init__(self) -> None:
         self._process = psutil.Process()
+        # psutil 8 has another name for it
+        self._memory = getattr(self._process, "memory_footprint", None) or self._process.memory_full_info
         self._cpus = psutil.cpu_count() or 1
         self._last: tuple[float, float, tuple[float, ...]] | None = None
         self._private_next_s = -math.inf
@@ -50,7 +52,7 @@ class System(NothingOpen):
         if now_s >= self._private_next_s:
             begin_s = time.perf_counter()
             try:
-                self._private_bytes = self._process.memory_full_info().uss
+                self._private_bytes = self._memory().uss
             except (psutil.Error, OSError, AttributeError):  # without /proc/PID/smaps psutil's answer has no uss
                 self._private_bytes = None
             took_s = time.perf_counter() - begin_s
