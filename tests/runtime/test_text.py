@@ -341,7 +341,7 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path, monkeypatch: pytest.Monke
     written = write_template(bundle_copy, template)
     said = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "a"), ("user", "b"))]
     assert written.decode(written.encode(said)) == "a!user"
-    with pytest.raises(InputError, match="took longer than 0.2 s"):
+    with pytest.raises(InputError, match=r"took longer than 0\.2 s"):
         write_template(
             bundle_copy,
             "{% for i in range(99999) %}{% for j in range(99999) %}{% continue %}{% endfor %}{% endfor %}",
